@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: .venv/installed  ## create .venv with everything in it
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,demo,dev]'
+	@touch $@
+
+demo: install  ## train two experts, merge them through the service, show the result
+	$(BIN)/python examples/demo.py
+
+serve: install  ## the whole service on http://127.0.0.1:8000, its data in .demo
+	@mkdir -p .demo/inputs
+	$(BIN)/maskmerge serve --data-dir .demo/data --local-root .demo/inputs --port 8000
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: install lint  ## linters, types, import contracts and every test
+	$(BIN)/pytest
+
+clean:  ## remove what install and demo made
+	rm -rf .venv .demo

@@ -1,0 +1,28 @@
+"""What routes share: the services, and a job by its id."""
+
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+
+from app.contracts.errors import Problem, ProblemError
+from app.contracts.jobs import Record
+from app.services.composition import Services
+
+
+def get_services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesOf = Annotated[Services, Depends(get_services)]
+JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{28}$", description="A job's id")]
+
+
+def get_record(job_id: JobId, services: ServicesOf) -> Record:
+    record = services.store.get(job_id)
+    if record is None:
+        raise ProblemError(Problem.NOT_FOUND, f"there is no job {job_id}")
+    return record
+
+
+RecordOf = Annotated[Record, Depends(get_record)]

@@ -1,0 +1,96 @@
+"""Every way out that is not a success, in one body shape."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from app.contracts.errors import FieldError, Problem, ProblemBody, ProblemError
+
+MEDIA_TYPE = "application/problem+json"
+BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
+
+logger = logging.getLogger(__name__)
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ProblemBody, "description": "Refused", "content": {MEDIA_TYPE: {}}},
+    "5XX": {"model": ProblemBody, "description": "Failed", "content": {MEDIA_TYPE: {}}},
+}
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(ProblemError, _problem)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(RedisError, _redis)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def answer(request: Request, error: ProblemError) -> JSONResponse:
+    body = error.body(request.url.path)
+    return JSONResponse(body, error.problem.status, headers=error.headers, media_type=MEDIA_TYPE)
+
+
+def _problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ProblemError)  # noqa: S101 - for the type checker; the table above is the guarantee
+    return answer(request, error)
+
+
+def _validation(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    found = error.errors()
+    if any(e["type"] == "json_invalid" for e in found):
+        reason = found[0].get("ctx", {}).get("error", "")
+        where = found[0]["loc"][-1]
+        return answer(request, ProblemError(Problem.MALFORMED, f"the body is not JSON: {reason} at byte {where}"))
+    if _is_wrong_media_type(request, found):
+        detail = f"Content-Type is '{request.headers.get('content-type', '')}'; send application/json"
+        return answer(request, ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail))
+    errors = [FieldError(field=_path(e["loc"]), message=e["msg"].removeprefix("Value error, ")) for e in found]
+    later = all(e["type"] == "not_available" for e in found)
+    outside = any(e["loc"][0] != "body" for e in found)
+    problem = Problem.NOT_AVAILABLE if later else Problem.MALFORMED if outside else Problem.INVALID_REQUEST
+    detail = "; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors)
+    return answer(request, ProblemError(problem, detail, errors))
+
+
+def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    problem = BY_STATUS.get(error.status_code)
+    if problem is None:
+        problem = Problem.MALFORMED if error.status_code < 500 else Problem.INTERNAL
+    detail = str(error.detail)
+    if problem is Problem.NOT_FOUND:
+        detail = f"there is no route {request.method} {request.url.path}"
+    return answer(request, ProblemError(problem, detail, None, **dict(error.headers or {})))
+
+
+def _redis(request: Request, error: Exception) -> JSONResponse:
+    logger.warning("Redis is away: %s", error)
+    detail = "Redis does not answer; nothing was accepted or changed"
+    return answer(request, ProblemError(Problem.REDIS_UNAVAILABLE, detail, None, **{"Retry-After": "2"}))
+
+
+def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return answer(request, ProblemError(Problem.INTERNAL, "the service failed on this request; its log says why"))
+
+
+def _is_wrong_media_type(request: Request, found: Sequence[Any]) -> bool:
+    """FastAPI leaves a body that is not declared as JSON unparsed, and then says that it is no object."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_json = media_type == "application/json" or media_type.endswith("+json")
+    return request.method == "POST" and not is_json and any(tuple(e["loc"]) == ("body",) for e in found)
+
+
+def _path(location: Sequence[object]) -> str:
+    """`models.0.checkpoint`: without the word body, and without the tag that a union puts in the way."""
+    parts = [str(part) for part in location[1:]]
+    if len(parts) > 1 and parts[0] == "method":
+        parts.pop(1)
+    return ".".join(parts)

@@ -1,0 +1,41 @@
+from fastapi import APIRouter
+from pydantic import BaseModel
+from redis.exceptions import RedisError
+
+from app.api.dependencies import ServicesOf
+from app.contracts.errors import FieldError, Problem, ProblemError
+
+router = APIRouter(tags=["health"])
+
+
+class Health(BaseModel):
+    status: str = "ok"
+
+
+class Readiness(BaseModel):
+    status: str = "ready"
+    workers: int
+
+
+@router.get("/healthz")
+def healthz() -> Health:
+    """The process answers."""
+    return Health()
+
+
+@router.get("/readyz")
+def readyz(services: ServicesOf) -> Readiness:
+    """Redis answers, artifacts can be written, and at least one worker is there."""
+    missing: list[FieldError] = []
+    workers = 0
+    try:
+        workers = services.store.live_workers()
+        if workers == 0:
+            missing.append(FieldError(field="workers", message="no worker is alive"))
+    except RedisError:
+        missing.append(FieldError(field="redis", message="Redis does not answer"))
+    if not services.artifacts.is_writable():
+        missing.append(FieldError(field="storage", message="the data folder cannot be written"))
+    if missing:
+        raise ProblemError(Problem.NOT_READY, "; ".join(m.message for m in missing), missing, **{"Retry-After": "1"})
+    return Readiness(workers=workers)

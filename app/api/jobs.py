@@ -1,0 +1,60 @@
+from itertools import islice
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from pydantic import BaseModel, ConfigDict
+
+from app.api.conditional import is_current, not_modified
+from app.api.dependencies import RecordOf, ServicesOf
+from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.jobs import Job, Record, Status
+
+router = APIRouter(tags=["jobs"])
+
+
+class JobPage(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    data: list[Job]
+    next: str | None
+    """Cursor of the next page, for `after`; null on the last."""
+
+
+@router.get("/jobs")
+def list_jobs(
+    services: ServicesOf,
+    status: Annotated[Status | None, Query(description="Only jobs in this state")] = None,
+    label: Annotated[list[str] | None, Query(description="Only jobs with this label, as key:value; repeatable")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(pattern=r"^[0-9a-f]{28}$", description="The `next` of the page before")] = None,
+) -> JobPage:
+    """Jobs, newest first."""
+    wanted = [_label(text) for text in label or ()]
+
+    def matches(record: Record) -> bool:
+        return (status is None or record.status is status) and all(record.labels.get(k) == v for k, v in wanted)
+
+    found = list(islice(filter(matches, services.store.newest(after)), limit + 1))
+    page = found[:limit]
+    return JobPage(data=[record.public() for record in page], next=page[-1].id if len(found) > limit else None)
+
+
+@router.get("/jobs/{job_id}", response_model=Job)
+def get_job(
+    record: RecordOf, response: Response, if_none_match: Annotated[str | None, Header()] = None
+) -> Job | Response:
+    """A job. Its ETag changes with every write; `If-None-Match` answers 304 while it has not."""
+    etag = f'"{record.id}-{record.revision}"'
+    if is_current(if_none_match, etag):
+        return not_modified(etag)
+    response.headers["ETag"] = etag
+    response.headers["Cache-Control"] = "no-cache"
+    return record.public()
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, colon, value = text.partition(":")
+    if not colon:
+        message = f"'{text}' is no label; write key:value"
+        raise ProblemError(Problem.MALFORMED, message, [FieldError(field="label", message=message)])
+    return key, value

@@ -1,0 +1,101 @@
+"""The command line: `maskmerge serve | api | worker | settings`."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.contracts.settings import Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            print(f"maskmerge: MASKMERGE_{name.upper()}: {problem['msg']}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    command = {"serve": _serve, "api": _api, "worker": _worker, "settings": _settings}[options.command]
+    return command(settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="maskmerge", description="Merge fine-tuned language models by the Fisher information of their mask nodes."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="everything on one machine: Redis, API and workers")
+    _add(serve, "--data-dir", type=Path, metavar="DIR", help="folder of everything that must survive")
+    _add(serve, "--local-root", action="append", dest="local_roots", type=Path, metavar="DIR",
+         help="folder that local: references may name; repeatable")  # fmt: skip
+    _add(serve, "--workers", type=int, metavar="N", help="workers to start")
+    api = commands.add_parser("api", help="the API alone, against MASKMERGE_REDIS_URL")
+    for with_address in (serve, api):
+        _add(with_address, "--host", help="address to listen on")
+        _add(with_address, "--port", type=int, help="port to listen on")
+    commands.add_parser("worker", help="one worker, against MASKMERGE_REDIS_URL")
+    commands.add_parser("settings", help="every setting with its value and meaning")
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
+    """An option that, when it is not given, leaves the setting to its variable."""
+    parser.add_argument(*names, default=None, **options)
+
+
+def _serve(settings: Settings) -> int:
+    from app.embedded_redis import NoRedisServer
+    from app.supervisor import DataDirInUse, Supervisor
+
+    try:
+        return Supervisor(settings).run()
+    except (DataDirInUse, NoRedisServer, OSError) as error:
+        print(f"maskmerge: {error}", file=sys.stderr)
+        return 1
+
+
+def _api(settings: Settings) -> int:
+    import uvicorn
+
+    from app.main import create_app
+
+    try:
+        app = create_app(settings)
+    except (ValueError, OSError) as error:
+        print(f"maskmerge: {error}", file=sys.stderr)
+        return 2
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level.lower(),
+        access_log=False,
+        timeout_graceful_shutdown=5,  # a download in progress does not keep the service from stopping
+    )
+    return 0
+
+
+def _worker(settings: Settings) -> int:
+    # Replaced rather than imported: nothing of the worker is part of the app.
+    os.execv(sys.executable, [sys.executable, "-m", "worker"])  # noqa: S606
+
+
+def _settings(settings: Settings) -> int:
+    for name, value, meaning in settings.describe():
+        print(f"{name}={value}\n    {meaning}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

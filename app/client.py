@@ -1,0 +1,102 @@
+"""A small client of the HTTP contract, for scripts and notebooks."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+CHUNK_BYTES = 1 << 20
+
+
+class RequestRefused(Exception):
+    """The service refused the request; the problem document says why."""
+
+    def __init__(self, problem: dict[str, Any]) -> None:
+        super().__init__(f"{problem.get('status')} {problem.get('code')}: {problem.get('detail')}")
+        self.problem = problem
+
+
+class Client:
+    """Talks to one service.
+
+    Args:
+        base_url: as `http://127.0.0.1:8000`.
+    """
+
+    def __init__(self, base_url: str, timeout_s: float = 30) -> None:
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def is_ready(self) -> bool:
+        try:
+            return self._http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def merge(self, recipe: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
+        """Queue a merge; the job. Raises RequestRefused."""
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        return self._json("POST", "/merge", json=recipe, headers=headers)
+
+    def validate(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """What the merge would do. Raises RequestRefused."""
+        return self._json("POST", "/merge/validate", json=recipe)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return self._json("GET", f"/jobs/{job_id}")
+
+    def jobs(self, **query: Any) -> Iterator[dict[str, Any]]:
+        """All jobs, newest first; `query` as `GET /jobs` takes it."""
+        after = None
+        while True:
+            page = self._json("GET", "/jobs", params={**query, **({"after": after} if after else {})})
+            yield from page["data"]
+            after = page["next"]
+            if after is None:
+                return
+
+    def files(self, job_id: str) -> list[dict[str, Any]]:
+        files: list[dict[str, Any]] = self._json("GET", f"/jobs/{job_id}/artifacts")["files"]
+        return files
+
+    def download(self, job_id: str, folder: Path) -> None:
+        """The whole artifact into `folder`, every file checked by its sha256.
+
+        Large files of equal content, as the shared backbone, are fetched once and hard-linked. Raises OSError when a
+        file does not arrive as announced.
+        """
+        fetched: dict[str, Path] = {}
+        for file in self.files(job_id):
+            path = folder / file["name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".safetensors" and file["sha256"] in fetched:
+                path.unlink(missing_ok=True)
+                os.link(fetched[file["sha256"]], path)
+                continue
+            digest = hashlib.sha256()
+            with self._http.stream("GET", file["href"]) as response, path.open("wb") as stream:
+                response.raise_for_status()
+                for chunk in response.iter_bytes(CHUNK_BYTES):
+                    digest.update(chunk)
+                    stream.write(chunk)
+            if digest.hexdigest() != file["sha256"]:
+                raise OSError(f"{file['name']} did not arrive as announced; download it again")
+            fetched[file["sha256"]] = path
+
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        response = self._http.request(method, path, **options)
+        content: dict[str, Any] = response.json()
+        if response.is_error:
+            raise RequestRefused(content)
+        return content

@@ -1,0 +1,74 @@
+"""What the API answers when it does not do what it was asked: one table, one body shape (RFC 9457)."""
+
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Problem(Enum):
+    """Stable code → (HTTP status, title)."""
+
+    MALFORMED = ("malformed", 400, "The request is malformed")
+    NOT_FOUND = ("not_found", 404, "There is no such thing")
+    METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The route does not take this method")
+    CONFLICT = ("conflict", 409, "The state does not allow this")
+    TOO_LARGE = ("too_large", 413, "The body is too large")
+    UNSUPPORTED_MEDIA_TYPE = ("unsupported_media_type", 415, "The body must be application/json")
+    RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
+    INVALID_REQUEST = ("invalid_request", 422, "The recipe is refused")
+    NOT_AVAILABLE = ("not_available", 422, "The recipe asks for what this version cannot do yet")
+    INVALID_CHECKPOINT = ("invalid_checkpoint", 422, "A checkpoint is refused")
+    INCOMPATIBLE_CHECKPOINTS = ("incompatible_checkpoints", 422, "The checkpoints do not fit each other")
+    INVALID_DATASET = ("invalid_dataset", 422, "A data set is refused")
+    IDEMPOTENCY_MISMATCH = ("idempotency_mismatch", 422, "The Idempotency-Key came with another body before")
+    INTERNAL = ("internal", 500, "The service failed; this is not the caller's fault")
+    REDIS_UNAVAILABLE = ("redis_unavailable", 503, "Redis is away; try again")
+    NOT_READY = ("not_ready", 503, "The service is not ready")
+    NO_SPACE = ("no_space", 507, "There is no space left")
+
+    def __init__(self, code: str, status: int, title: str) -> None:
+        self.code = code
+        self.status = status
+        self.title = title
+
+
+class FieldError(BaseModel):
+    field: str
+    """Path of the field, as `models.0.checkpoint`."""
+    message: str
+
+
+class ProblemBody(BaseModel):
+    """`application/problem+json`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+    instance: str
+    errors: list[FieldError] = []
+
+
+class ProblemError(Exception):
+    """Raised anywhere in the app; becomes the answer."""
+
+    def __init__(self, problem: Problem, detail: str, errors: list[FieldError] | None = None, **headers: str) -> None:
+        super().__init__(detail)
+        self.problem = problem
+        self.detail = detail
+        self.errors = errors or []
+        self.headers = headers
+
+    def body(self, instance: str) -> dict[str, Any]:
+        return ProblemBody(
+            title=self.problem.title,
+            status=self.problem.status,
+            code=self.problem.code,
+            detail=self.detail,
+            instance=instance,
+            errors=self.errors,
+        ).model_dump()

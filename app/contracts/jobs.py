@@ -1,0 +1,192 @@
+"""The job record, its states, and the tasks that do its work."""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from worker.engine.catalog.report import MergeResult
+
+
+class Status(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
+    @property
+    def predecessors(self) -> frozenset["Status"]:
+        """The states from which this one may be entered; every write is a compare-and-set against them."""
+        return frozenset(before for before, after in TRANSITIONS.items() if self in after)
+
+
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED, Status.FAILED}),
+    Status.RUNNING: frozenset({Status.QUEUED, Status.CANCELLING, Status.SUCCEEDED, Status.FAILED}),
+    Status.CANCELLING: frozenset({Status.CANCELLED}),
+    Status.SUCCEEDED: frozenset(),
+    Status.FAILED: frozenset({Status.QUEUED}),
+    Status.CANCELLED: frozenset({Status.QUEUED}),
+}
+
+
+class Phase(StrEnum):
+    QUEUED = "queued"
+    DOWNLOADING = "downloading"
+    LOADING = "loading"
+    SCORING = "scoring"
+    SEARCHING = "searching"
+    MERGING = "merging"
+    EVALUATING = "evaluating"
+    PUBLISHING = "publishing"
+    DONE = "done"
+
+
+class Progress(BaseModel):
+    """`fraction` of the whole job; never falls within an attempt."""
+
+    phase: Phase = Phase.QUEUED
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    fraction: float = 0.0
+    eta_seconds: float | None = None
+
+
+class ErrorCode(StrEnum):
+    INVALID_REQUEST = "invalid_request"
+    INVALID_CHECKPOINT = "invalid_checkpoint"
+    INCOMPATIBLE_CHECKPOINTS = "incompatible_checkpoints"
+    INVALID_DATASET = "invalid_dataset"
+    NUMERICAL_ERROR = "numerical_error"
+    OUT_OF_MEMORY = "out_of_memory"
+    DISK_FULL = "disk_full"
+    TIMEOUT = "timeout"
+    WORKER_LOST = "worker_lost"
+    STORAGE_ERROR = "storage_error"
+    INTERNAL = "internal"
+
+
+class JobError(BaseModel):
+    code: ErrorCode
+    message: str
+    retryable: bool = False
+    detail: dict[str, Any] = {}
+
+
+class Links(BaseModel):
+    self: str
+    artifacts: str
+    report: str
+
+
+class Job(BaseModel):
+    """`GET /jobs/{id}`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    name: str
+    status: Status
+    attempt: int
+    """How many times the work was started; 0 while it never was."""
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None
+    finished_at: AwareDatetime | None
+    expires_at: AwareDatetime | None
+    progress: Progress
+    error: JobError | None
+    request: dict[str, Any]
+    """As accepted, defaults filled in."""
+    result: MergeResult | None
+    labels: dict[str, str]
+    links: Links
+
+
+class Record(BaseModel):
+    """A job as stored. `revision` counts writes; `artifact` names the published folder."""
+
+    id: str
+    name: str
+    status: Status
+    attempt: int
+    revision: int
+    created_ms: int
+    started_ms: int | None
+    finished_ms: int | None
+    progress: Progress
+    error: JobError | None
+    request: dict[str, Any]
+    result: MergeResult | None
+    labels: dict[str, str]
+    artifact: str | None
+
+    def public(self) -> Job:
+        return Job(
+            id=self.id,
+            name=self.name,
+            status=self.status,
+            attempt=self.attempt,
+            created_at=_time(self.created_ms),
+            started_at=None if self.started_ms is None else _time(self.started_ms),
+            finished_at=None if self.finished_ms is None else _time(self.finished_ms),
+            expires_at=None,
+            progress=self.progress,
+            error=self.error,
+            request=self.request,
+            result=self.result,
+            labels=self.labels,
+            links=Links(
+                self=f"/jobs/{self.id}", artifacts=f"/jobs/{self.id}/artifacts", report=f"/jobs/{self.id}/report"
+            ),
+        )
+
+
+class Stage(StrEnum):
+    """What a task does; the worker has one function for each."""
+
+    MERGE = "merge"
+
+
+class TaskState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class TaskId(BaseModel):
+    """The unit of queue, lease and fencing: one shard of one stage of one job."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job: str
+    stage: Stage
+    shard: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.job}-{self.stage}-{self.shard}"
+
+    @classmethod
+    def parse(cls, text: str) -> "TaskId":
+        job, stage, shard = text.split("-")
+        return cls(job=job, stage=Stage(stage), shard=int(shard))
+
+
+class Attempt(BaseModel):
+    """A claimed task. `number` is the fencing token: a write with an older one is refused."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: TaskId
+    number: int
+
+
+def _time(ms: int) -> datetime:
+    return datetime.fromtimestamp(ms / 1000, UTC)

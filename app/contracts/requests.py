@@ -1,0 +1,172 @@
+"""What a caller may ask for: the whole schema, including what is refused as not available yet."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AnyHttpUrl, BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName
+from worker.engine.catalog.strict import Strict, did_you_mean
+
+ANNOUNCED_METHODS = (
+    "linear", "slerp", "nuslerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs",
+    "model_stock", "karcher", "sce", "passthrough", "fisher", "regmean", "mask_regmean", "auto",
+)  # fmt: skip
+
+
+LATER_COLUMNS = ("config", "split", "target", "messages", "tokens", "question", "context", "answers", "image")
+
+
+def _known_method(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    name = value.get("name")
+    if isinstance(name, str) and name not in METHODS:
+        known = list(METHODS)
+        if name in ANNOUNCED_METHODS:
+            raise PydanticCustomError(
+                "not_available",
+                "method '{name}' is not available yet; available are {known}",
+                {"name": name, "known": ", ".join(known)},
+            )
+        raise PydanticCustomError(
+            "unknown_method", "unknown method '{name}'{hint}", {"name": name, "hint": did_you_mean(name, known)}
+        )
+    return value
+
+
+class Dataset(Columns):
+    """Rows of text, with or without labels."""
+
+    source: str
+    """Reference to a JSON lines file."""
+    config: str | None = None
+    split: str | None = None
+    target: str | None = None
+    messages: str | None = None
+    tokens: str | None = None
+    question: str | None = None
+    context: str | None = None
+    answers: str | None = None
+    image: str | None = None
+
+
+class Evaluation(Dataset):
+    """Rows on which expert, plain average and merge are compared."""
+
+    label: str = "label"
+    metric: MetricName | None = None
+    """Default: accuracy for classification, pearson for regression."""
+
+
+class ModelRequest(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    """Unique; names the model's folder in the artifact."""
+    checkpoint: str
+    """Reference to a folder written by `save_pretrained`."""
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """lambda: this model's say in the merge; 0 takes it out."""
+    dataset: Dataset | None = None
+    evaluation: Evaluation | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if set(name) == {"."}:
+            raise ValueError("a name of dots alone cannot be a folder")
+        return name
+
+
+class Output(Strict):
+    dtype: Dtype = "auto"
+    """Storage of the merged tensors; `auto` keeps the inputs' own."""
+    heads: Literal["per_model", "merged"] = "per_model"
+    align_heads: bool = False
+    max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
+    vocabulary: Literal["error", "union", "base"] = "error"
+    publish: str | None = None
+
+
+class Webhook(Strict):
+    url: AnyHttpUrl
+    events: tuple[Literal["job.succeeded", "job.failed", "job.cancelled"], ...] = ("job.succeeded", "job.failed")
+
+
+LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,64}$")]
+LabelValue = Annotated[str, Field(max_length=256)]
+
+
+class MergeRequest(Strict):
+    """`POST /merge`."""
+
+    name: Annotated[str, Field(max_length=200)] | None = None
+    """For people; default: the models' names joined by +."""
+    method: Annotated[Method, BeforeValidator(_known_method)]
+    models: Annotated[list[ModelRequest], Field(min_length=1, max_length=64)]
+    base: str | None = None
+    output: Output = Output()
+    evaluate: bool = True
+    """Compare expert, plain average and merge on each model's evaluation rows."""
+    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
+    webhook: Webhook | None = None
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    """The job fails with `timeout` when its work takes longer, over all attempts of one run."""
+    device: Literal["cpu", "cuda"] | None = None
+
+    @model_validator(mode="after")
+    def _models_fit_together(self) -> "MergeRequest":
+        names = [model.name for model in self.models]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"models have the same name: {', '.join(sorted(twice))}")
+        if not any(model.weight > 0 for model in self.models):
+            raise ValueError("the weights of all models are 0; at least one must be positive")
+        for model in self.models:
+            if self.method.needs_scores and model.weight > 0 and model.dataset is None:
+                raise ValueError(f"method {self.method.name} scores every model; model '{model.name}' has no dataset")
+            if self.method.needs_labels and model.weight > 0 and model.dataset and model.dataset.label is None:
+                raise ValueError(f"this estimator reads labels; the dataset of model '{model.name}' names no label")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or "+".join(model.name for model in self.models)
+
+
+def not_available_yet(request: MergeRequest) -> list[tuple[str, str]]:
+    """(field, why) of everything the schema knows and this version cannot do: refused rather than ignored."""
+    found = []
+    for field, used in (
+        ("method.scale", request.method.scale != 1),
+        ("method.examples", getattr(request.method, "examples", None) == "auto"),
+        ("method.tolerance", getattr(request.method, "tolerance", None) is not None),
+        ("base", request.base is not None),
+        ("webhook", request.webhook is not None),
+        ("priority", request.priority != 0),
+        ("device", request.device == "cuda"),
+        ("deadline_seconds", request.deadline_seconds is not None),
+        ("output.heads", request.output.heads != "per_model"),
+        ("output.align_heads", request.output.align_heads),
+        ("output.vocabulary", request.output.vocabulary != "error"),
+        ("output.publish", request.output.publish is not None),
+    ):
+        if used:
+            found.append((field, "is not available yet; leave it out"))
+    for index, model in enumerate(request.models):
+        for part, rows in (("dataset", model.dataset), ("evaluation", model.evaluation)):
+            for column in (
+                "config",
+                "split",
+                "target",
+                "messages",
+                "tokens",
+                "question",
+                "context",
+                "answers",
+                "image",
+            ):
+                if rows is not None and getattr(rows, column) is not None:
+                    found.append((f"models.{index}.{part}.{column}", "is not available yet; leave it out"))
+    return found

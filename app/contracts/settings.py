@@ -1,0 +1,58 @@
+"""Every setting of the service, read from `MASKMERGE_*` variables."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="MASKMERGE_", use_attribute_docstrings=True, frozen=True)
+
+    redis_url: SecretStr | None = None
+    """Redis to use, as redis://, rediss:// or unix:// URL; `maskmerge serve` starts its own when this is not set."""
+    data_dir: Path = Path("maskmerge-data")
+    """Folder of artifacts and of work in progress (and of the embedded Redis); API and workers share it."""
+    local_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Folders that `local:` references may name, separated by colons; searched in order."""
+    host: str = "127.0.0.1"
+    """Address that the API listens on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port that the API listens on."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Workers that `maskmerge serve` starts."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of a worker's arithmetic; the cores divided by the workers when not set."""
+    queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "maskmerge"
+    """Name of the RQ queue, and prefix of every key in Redis."""
+    lease_seconds: Annotated[float, Field(ge=2, le=3600)] = 10
+    """A running attempt that has not renewed its lease for so long is taken for lost."""
+    max_losses: Annotated[int, Field(ge=1)] = 5
+    """How many times a job may lose its worker before it fails with worker_lost."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
+    """Largest request body."""
+    max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
+    """An engine process that holds more than this after a job is replaced by a fresh one."""
+    idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
+    """How long an Idempotency-Key is remembered."""
+    log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
+    """Least level of what is logged."""
+
+    @field_validator("local_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [part for part in value.split(":") if part]
+        return value
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """(variable, current value, meaning) of every setting; secrets are masked."""
+        rows = []
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name == "local_roots":
+                value = ":".join(str(root) for root in value)
+            shown = "" if value is None else str(value)
+            rows.append((f"MASKMERGE_{name.upper()}", shown, field.description or ""))
+        return rows

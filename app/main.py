@@ -1,0 +1,37 @@
+"""The API process, composed."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from app.api import artifacts, errors, health, jobs, merges, methods
+from app.contracts.settings import Settings
+from app.services.composition import compose
+from app.storage.reaper import SWEEP_S, Repeater
+
+
+def create_app(settings: Settings) -> FastAPI:
+    services = compose(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeping = Repeater(SWEEP_S, services.reaper.sweep)
+        sweeping.start()
+        yield
+        sweeping.stop()
+
+    app = FastAPI(
+        title="maskmerge",
+        summary="Merges fine-tuned language models by the Fisher information of their mask nodes",
+        version=version("maskmerge"),
+        lifespan=lifespan,
+        responses=errors.RESPONSES,
+        max_body_size=settings.max_body_bytes,
+    )
+    app.state.services = services
+    for module in (merges, jobs, artifacts, methods, health):
+        app.include_router(module.router)
+    errors.install(app)
+    return app

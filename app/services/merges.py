@@ -1,0 +1,185 @@
+"""Accepting a merge: every check that needs no weights, then a job."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from redis.exceptions import RedisError
+
+from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.jobs import Record, Stage, TaskId
+from app.contracts.requests import Dataset, Evaluation, MergeRequest, not_available_yet
+from app.storage.inputs import LocalInputs, ReferenceError
+from app.storage.jobs import JobStore
+from app.storage.queue import TaskQueue
+from worker.engine.catalog.errors import EngineError
+from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
+from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.rows import check_first_rows
+from worker.engine.catalog.spec import Columns, DatasetSpec
+
+logger = logging.getLogger(__name__)
+
+
+class PlannedModel(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    name: str
+    architecture: str
+    task: str
+    head: str
+    """What the model's task head becomes."""
+
+
+class Plan(BaseModel):
+    """`POST /merge/validate`: what the job would do."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    bytes_to_read: int
+    bytes_to_write: int
+    peak_memory_bytes: int
+    """An estimate for one worker."""
+    examples: int
+    """Most rows that would be scored, over all models."""
+    tensors: int
+    owners: dict[str, int]
+    """How many merged tensors are owned by heads, by neurons, and by no node (rest)."""
+    models: list[PlannedModel]
+    request: dict[str, Any]
+    """As it would be accepted, defaults filled in."""
+
+
+class Merges:
+    """The use cases behind `POST /merge` and `POST /merge/validate`."""
+
+    def __init__(self, store: JobStore, queue: TaskQueue, inputs: LocalInputs, idempotency_seconds: int) -> None:
+        self._store = store
+        self._queue = queue
+        self._inputs = inputs
+        self._idempotency_seconds = idempotency_seconds
+
+    def submit(self, request: MergeRequest, idempotency_key: str | None) -> Record:
+        """A queued job, or the one that the same key made before.
+
+        Raises:
+            ProblemError: the recipe or an input is refused, or the key came with another body.
+        """
+        digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+        created = self._store.remembered(idempotency_key, digest) if idempotency_key else None
+        if created is None:
+            accepted, _ = self._check(request)
+            created = self._store.create(
+                accepted,
+                request.title,
+                request.labels,
+                (idempotency_key, digest) if idempotency_key else None,
+                self._idempotency_seconds,
+            )
+        if created.existing and not created.same_body:
+            raise ProblemError(
+                Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
+            )
+        if not created.existing:
+            self._dispatch(TaskId(job=created.job_id, stage=Stage.MERGE))
+        record = self._store.get(created.job_id)
+        if record is None:
+            raise ProblemError(Problem.CONFLICT, "the job of this Idempotency-Key was deleted; use a new key")
+        return record
+
+    def _dispatch(self, task: TaskId) -> None:
+        try:
+            self._queue.dispatch(task)
+        except RedisError as error:  # the job is stored, so it is accepted; the reaper hands it over
+            logger.warning("job %s waits for Redis: %s", task.job, error)
+
+    def plan(self, request: MergeRequest) -> Plan:
+        accepted, plan = self._check(request)
+        heads = ("kept as it is" if request.output.heads == "per_model" else "merged") + " in models/"
+        examples = getattr(request.method, "examples", 0) if request.method.needs_scores else 0
+        return Plan(
+            bytes_to_read=plan.bytes_to_read,
+            bytes_to_write=plan.bytes_to_write,
+            peak_memory_bytes=plan.peak_memory_bytes,
+            examples=sum(
+                min(examples, model.dataset.limit or examples)
+                for model in request.models
+                if model.dataset and model.weight > 0
+            ),
+            tensors=len(plan.backbone),
+            owners=dict(plan.owners()),
+            models=[
+                PlannedModel(
+                    name=model.name,
+                    architecture=info.architecture,
+                    task=f"{task.problem}, {task.outputs} outputs",
+                    head=f"{', '.join(t.slot.name for t in head)}: {heads}{model.name}",
+                )
+                for model, info, task, head in zip(
+                    request.models, plan.checkpoints, plan.tasks, plan.heads, strict=True
+                )
+            ],
+            request=accepted,
+        )
+
+    def _check(self, request: MergeRequest) -> tuple[dict[str, Any], MergePlan]:
+        """The request with its defaults filled in, and the plan of the merge."""
+        later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
+        if later:
+            raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
+        checkpoints = [self._checkpoint(f"models.{i}", model.checkpoint) for i, model in enumerate(request.models)]
+        with _refusing("models"):
+            plan = plan_merge(checkpoints, request.output.dtype)
+        accepted = request.model_dump(mode="json")
+        accepted["name"] = request.title
+        for index, (model, task) in enumerate(zip(request.models, plan.tasks, strict=True)):
+            where = f"models.{index}"
+            if model.dataset is not None:
+                self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
+            if model.evaluation is not None:
+                metric = model.evaluation.metric or METRICS[task.problem][0]
+                with _refusing(f"{where}.evaluation.metric"):
+                    check_metric(metric, task, model.evaluation.source)
+                accepted["models"][index]["evaluation"]["metric"] = metric
+                self._rows(f"{where}.evaluation", model.evaluation, task, needs_labels=True)
+        return accepted, plan
+
+    def _checkpoint(self, field: str, reference: str) -> CheckpointInfo:
+        path, root = self._resolve(f"{field}.checkpoint", reference)
+        with _refusing(f"{field}.checkpoint"):
+            return inspect_checkpoint(path, reference, root)
+
+    def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool) -> None:
+        path, _ = self._resolve(f"{field}.source", rows.source)
+        columns = rows.model_dump(include=set(Columns.model_fields))
+        spec = DatasetSpec(source=rows.source, path=path, **columns)
+        labels = LabelMap(task, tuple(rows.label_names) if rows.label_names else None)
+        with _refusing(field):
+            check_first_rows(spec, labels if needs_labels else None)
+
+    def _resolve(self, field: str, reference: str) -> tuple[Path, Path]:
+        try:
+            return self._inputs.resolve(reference)
+        except ReferenceError as error:
+            problem = Problem.INVALID_REQUEST if error.available else Problem.NOT_AVAILABLE
+            errors = [FieldError(field=field, message=str(error))]
+            raise ProblemError(problem, _sentence(errors), errors) from error
+
+
+@contextmanager
+def _refusing(field: str) -> Iterator[None]:
+    """Turn what the engine's catalog refuses into a 422 that names the request's field."""
+    try:
+        yield
+    except EngineError as error:
+        problem = next(p for p in Problem if p.code == error.code)
+        raise ProblemError(problem, error.message, [FieldError(field=field, message=error.message)]) from error
+
+
+def _sentence(errors: list[FieldError]) -> str:
+    return "; ".join(f"{error.field}: {error.message}" for error in errors)

@@ -1,0 +1,102 @@
+"""Published artifacts as folders: assembled out of sight, visible by one rename."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.contracts.jobs import Attempt, Stage, TaskId
+
+MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    name: str
+    bytes: int
+    sha256: str
+    path: Path
+
+
+class ArtifactFolder:
+    """`work/<job>.<attempt>` while an attempt assembles, `artifacts/<job>.<attempt>` once published.
+
+    The record says which attempt's folder is the job's; a folder that no record names is nobody's and is swept.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._work = data_dir.resolve() / "work"
+        self._published = data_dir.resolve() / "artifacts"
+
+    def prepare(self) -> None:
+        """Raises OSError when the data folder cannot be written."""
+        for folder in (self._work, self._published):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def is_writable(self) -> bool:
+        return all(folder.is_dir() and os.access(folder, os.W_OK) for folder in (self._work, self._published))
+
+    def begin(self, attempt: Attempt) -> Path:
+        """An empty folder, private to the attempt."""
+        folder = self._work / _name(attempt)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish(self, attempt: Attempt) -> str:
+        """Make the attempt's folder readable by its name, which is returned; all of it or nothing.
+
+        Files are flushed first, so that a machine's crash after the rename leaves no empty ones.
+        """
+        name = _name(attempt)
+        folder = self._work / name
+        for path in [*folder.rglob("*"), folder]:
+            _flush(path)
+        (self._work / name).rename(self._published / name)
+        _flush(self._published)
+        return name
+
+    def discard(self, attempt: Attempt) -> None:
+        """Remove whatever the attempt left, published or not."""
+        for parent in (self._work, self._published):
+            shutil.rmtree(parent / _name(attempt), ignore_errors=True)
+
+    def files(self, artifact: str) -> list[ArtifactFile]:
+        """Every file of a published artifact, from its manifest."""
+        folder = self._published / artifact
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return [ArtifactFile(f["name"], f["bytes"], f["sha256"], folder / f["name"]) for f in manifest["files"]]
+
+    def manifest(self, artifact: str) -> Path:
+        return self._published / artifact / MANIFEST
+
+    def sweep(self, is_wanted: Callable[[TaskId, int, bool], bool]) -> int:
+        """Remove folders that crashes left; `is_wanted(task, attempt, published)` says which stay. How many went."""
+        removed = 0
+        for parent in (self._work, self._published):
+            for folder in parent.iterdir() if parent.is_dir() else ():
+                job, dot, number = folder.name.partition(".")
+                if dot and number.isdigit():
+                    task = TaskId(job=job, stage=Stage.MERGE)
+                    if not is_wanted(task, int(number), parent is self._published):
+                        logger.info("removing %s, left by an attempt that did not end", folder.name)
+                        shutil.rmtree(folder, ignore_errors=True)
+                        removed += 1
+        return removed
+
+
+def _name(attempt: Attempt) -> str:
+    return f"{attempt.task.job}.{attempt.number}"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

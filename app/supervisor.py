@@ -1,0 +1,192 @@
+"""`maskmerge serve`: Redis, API and workers as children of one process that starts them again and stops them all."""
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import httpx
+from redis import Redis
+from redis.exceptions import RedisError
+
+from app.contracts.lifetime import die_with_parent
+from app.contracts.settings import Settings
+from app.embedded_redis import EmbeddedRedis
+
+TICK_S = 0.1
+LOCK_WAIT_S = 15  # children of a killed supervisor are gone within a moment
+REDIS_START_S = 60  # reading a long append-only file
+STOP_S = 15  # what a child has before it is killed
+LONGEST_BACKOFF_S = 10.0
+STEADY_S = 30.0  # a child that ran for so long starts again at once
+
+logger = logging.getLogger("maskmerge")
+
+
+class DataDirInUse(Exception):
+    pass
+
+
+@dataclass
+class Child:
+    """A process that should run, and how often it has failed to."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    failures: int = 0
+    start_at: float = field(default=0.0)
+
+
+class Supervisor:
+    """Starts Redis (unless `settings.redis_url` names one), API and workers, and keeps them running.
+
+    One thread, so that children may be started with a hook that ties their life to this process.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = False
+        self._lock = -1
+        self._redis: EmbeddedRedis | None = None
+        self._children: list[Child] = []
+
+    def run(self) -> int:
+        """Until SIGTERM or Ctrl-C. Raises DataDirInUse, NoRedisServer or OSError when it cannot start."""
+        signal.signal(signal.SIGTERM, self._ask_to_stop)
+        signal.signal(signal.SIGINT, self._ask_to_stop)
+        data_dir = self._settings.data_dir.resolve()
+        data_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(data_dir / "lock", lambda: self._stopping)
+        try:
+            url = self._start_redis(data_dir)
+            environment = self._environment(url, data_dir)
+            self._children.append(Child("api", [sys.executable, "-m", "app.cli", "api"]))
+            for number in range(1, self._settings.workers + 1):
+                self._children.append(Child(f"worker {number}", [sys.executable, "-m", "worker"]))
+            announced = False
+            while not self._stopping:
+                self._keep_running(environment)
+                announced = announced or self._announce()
+                time.sleep(TICK_S)
+        finally:
+            self._stop()
+        return 0
+
+    def _start_redis(self, data_dir: Path) -> str:
+        if self._settings.redis_url is not None:
+            return self._settings.redis_url.get_secret_value()
+        self._redis = EmbeddedRedis(data_dir)
+        child = Child("redis", self._redis.command)
+        self._children.append(child)
+        self._spawn(child, dict(os.environ))
+        with Redis.from_url(self._redis.url) as client:
+            deadline = time.monotonic() + REDIS_START_S
+            while not self._stopping:
+                try:
+                    client.ping()
+                    break
+                except RedisError:
+                    if time.monotonic() > deadline or (child.process and child.process.poll() is not None):
+                        raise OSError("the embedded Redis does not start; its messages are above") from None
+                    time.sleep(0.02)
+        return self._redis.url
+
+    def _environment(self, redis_url: str, data_dir: Path) -> dict[str, str]:
+        """The settings, as the children read them; secrets travel here and not in argv."""
+        environment = dict(os.environ)
+        for name in type(self._settings).model_fields:
+            value = getattr(self._settings, name)
+            if name == "redis_url":
+                value = redis_url
+            elif name == "data_dir":
+                value = data_dir
+            elif name == "local_roots":
+                value = ":".join(str(root.resolve()) for root in value)
+            if value is not None:
+                environment[f"MASKMERGE_{name.upper()}"] = str(value)
+        return environment
+
+    def _keep_running(self, environment: dict[str, str]) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.process is not None and child.process.poll() is not None:
+                steady = now - child.started > STEADY_S
+                child.failures = 0 if steady else child.failures + 1
+                wait = min(LONGEST_BACKOFF_S, 0.1 * 2**child.failures)
+                logger.warning("%s ended with %s; again in %.1f s", child.name, child.process.returncode, wait)
+                child.process = None
+                child.start_at = now + wait
+            if child.process is None and now >= child.start_at:
+                self._spawn(child, environment)
+
+    def _spawn(self, child: Child, environment: dict[str, str]) -> None:
+        parent = os.getpid()
+        child.started = time.monotonic()
+        child.process = subprocess.Popen(
+            child.command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            # Ctrl-C in a terminal is for the supervisor, which stops the others in order.
+            start_new_session=True,
+            # Children hold the lock too: a successor waits until all of them are gone, and never runs beside them.
+            pass_fds=[self._lock],
+            preexec_fn=lambda: die_with_parent(parent),
+        )
+
+    def _announce(self) -> bool:
+        base = f"http://{self._settings.host}:{self._settings.port}"
+        try:
+            if httpx.get(f"{base}/readyz", timeout=1).status_code != 200:
+                return False
+        except httpx.HTTPError:
+            return False
+        logger.info("ready on %s, documentation on %s/docs", base, base)
+        return True
+
+    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def _stop(self) -> None:
+        """API and workers first, Redis when nobody needs it any more."""
+        redis = [child for child in self._children if child.name == "redis"]
+        for group in ([child for child in self._children if child.name != "redis"], redis):
+            running = [child.process for child in group if child.process is not None]
+            for process in running:
+                process.terminate()
+            deadline = time.monotonic() + STOP_S
+            for process in running:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        if self._redis is not None:
+            self._redis.clean()
+        if self._lock >= 0:
+            os.close(self._lock)
+
+
+def _lock(path: Path, is_stopping: Callable[[], bool]) -> int:
+    """An exclusive lock on the data folder, held while the descriptor is open anywhere."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if is_stopping() or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise DataDirInUse(
+                    f"{path.parent} is in use by another maskmerge; stop it or use another folder"
+                ) from None
+            time.sleep(TICK_S)

@@ -1,0 +1,159 @@
+"""The whole service on this machine, on two real experts: train them, merge them over HTTP, show what came out.
+
+    python examples/demo.py [--dir .demo] [--port 8123]
+
+Nothing keeps running afterwards; what was made stays under --dir and is used again by the next run.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experts import prepare
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from app.client import Client
+
+TASKS = ("topics", "sentiment")
+POLL_S = 0.25
+START_TIMEOUT_S = 60
+MAX_TOKENS = 128  # what the experts were trained on
+
+console = Console()
+
+
+def recipe() -> dict[str, Any]:
+    """What is POSTed: two checkpoints, rows to score them on, rows to compare them on."""
+    return {
+        "name": "demo",
+        "method": {"name": "mask_fisher", "examples": 1024},
+        "models": [
+            {
+                "name": task,
+                "checkpoint": f"local:experts/{task}",
+                "dataset": {"source": f"local:tasks/{task}/train.jsonl", "max_length": MAX_TOKENS},
+                "evaluation": {"source": f"local:tasks/{task}/validation.jsonl", "max_length": MAX_TOKENS},
+            }
+            for task in TASKS
+        ],
+    }
+
+
+@contextmanager
+def service(folder: Path, port: int) -> Iterator[Client]:
+    """`maskmerge serve` until the block is left; everything it started is gone then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "serve.log"
+    command = [sys.executable, "-m", "app.cli", "serve", "--data-dir", str(folder / "data"), "--port", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*command, "--local-root", str(folder / "inputs")], stdout=stream, stderr=subprocess.STDOUT
+        )
+    try:
+        with Client(f"http://127.0.0.1:{port}") as client, console.status("starting the service"):
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not client.is_ready():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"the service did not start:\n{log.read_text()}")
+                time.sleep(POLL_S)
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def watch(client: Client, job_id: str) -> dict[str, Any]:
+    """The job when it has ended, its progress shown meanwhile."""
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task("queued", total=None)
+        phase = ""
+        while True:
+            job = client.job(job_id)
+            now = job["progress"]
+            if now["phase"] != phase:
+                if phase:
+                    bars.update(bar, completed=bars.tasks[bar].total or 0)
+                    bar = bars.add_task(now["phase"], total=None)
+                phase = now["phase"]
+            bars.update(bar, description=phase, completed=now["done"], total=now["total"] or None)
+            if job["finished_at"]:
+                return job
+            time.sleep(POLL_S)
+
+
+def show(job: dict[str, Any]) -> None:
+    """The numbers as they are, also where the plain average wins."""
+    table = Table(title="On rows that none of the models has seen in training", title_justify="left")
+    for column in ("task", "metric", "expert", "plain average", "mask_fisher", "retention"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    better, worse = [], []
+    for task, metric in job["result"]["metrics"].items():
+        numbers = [f"{metric[key]:.4f}" for key in ("expert", "average", "merged", "retention")]
+        table.add_row(task, metric["metric"], *numbers)
+        if metric["merged"] > metric["average"]:
+            better.append(task)
+        elif metric["merged"] < metric["average"]:
+            worse.append(task)
+    console.print(table)
+    for tasks, verb in ((better, "beats"), (worse, "loses to")):
+        if tasks:
+            console.print(f"The merge {verb} the plain average on {' and '.join(tasks)}.")
+
+
+def show_where(folder: Path, job: dict[str, Any], port: int, request: Path) -> None:
+    artifact = next((folder / "data" / "artifacts").glob(f"{job['id']}.*"))
+    base = f"http://127.0.0.1:{port}"
+    console.print(f"\nThe artifact is in [bold]{artifact}[/bold], the report is {artifact / 'report.html'}")
+    console.print("\nThe same by hand, while the service runs (make serve listens on port 8000):\n")
+    for line in (
+        f"maskmerge serve --data-dir {folder / 'data'} --local-root {folder / 'inputs'} --port {port}",
+        f"curl -H 'Content-Type: application/json' -d @{request} {base}/merge",
+        f"curl {base}/jobs/{job['id']}",
+        f"curl {base}/jobs/{job['id']}/artifacts",
+        f"curl {base}/jobs/{job['id']}/archive | tar -x",
+    ):
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path(".demo"), help="where everything is kept (default: .demo)")
+    parser.add_argument("--port", type=int, default=8123)
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the block that stops the service
+    inputs = options.dir / "inputs"
+    with Progress(*Progress.get_default_columns(), console=console) as bars:
+        shown: dict[str, Any] = {}
+
+        def on_progress(task: str, done: int, total: int) -> None:
+            if task not in shown:
+                shown[task] = bars.add_task(f"training {task}", total=total)
+            bars.update(shown[task], completed=done, total=total)
+
+        prepare(inputs, on_progress=on_progress)
+    request = inputs / "recipe.json"
+    request.write_text(json.dumps(recipe(), indent=1))
+    with service(options.dir, options.port) as client:
+        job = watch(client, client.merge(recipe())["id"])
+    if job["status"] != "succeeded":
+        console.print(f"[red]{job['error']['code']}[/red]: {job['error']['message']}")
+        return 1
+    show(job)
+    show_where(options.dir, job, options.port, request)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

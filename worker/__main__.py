@@ -1,0 +1,133 @@
+"""The worker process: a light RQ worker and its engine process."""
+
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+from rq import SimpleWorker
+from rq.exceptions import NoSuchJobError, StopRequested
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from app.contracts.jobs import TaskId
+from app.contracts.settings import Settings
+from app.storage.artifacts import ArtifactFolder
+from app.storage.connection import connect, connect_for_rq
+from app.storage.inputs import LocalInputs
+from app.storage.jobs import JobStore
+from app.storage.queue import TaskQueue
+from app.storage.reaper import SWEEP_S, Reaper, Repeater
+from worker.engine_process import EngineProcess
+from worker.tasks import TaskRunner
+
+BEAT_S = 2.0
+ALIVE_S = 10.0  # a worker that has not beaten for so long does not count as live
+
+logger = logging.getLogger("worker")
+Functions = Mapping[str, Callable[[str], None]]
+
+
+class TaskWorker(SimpleWorker):
+    """RQ's loop around a fixed table of functions.
+
+    A message may name any function of Python, so names are looked up in the table and never imported. On SIGTERM the
+    task in hand is given back; RQ's own handler would wait for it to end, and writes to Redis inside the handler.
+    """
+
+    is_stopping = False
+    _is_busy = False
+
+    def execute_job(self, job: Job, queue: Any) -> None:
+        self._is_busy = True
+        try:
+            super().execute_job(job, queue)
+        finally:
+            self._is_busy = False
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.is_stopping = self._stop_requested = True
+        if not self._is_busy:
+            raise StopRequested
+
+
+def job_class(functions: Functions) -> type[Job]:
+    """RQ's job, with functions from the table alone."""
+
+    class TableJob(Job):
+        @property
+        def func(self) -> Callable[[str], None]:
+            try:
+                return functions[self.func_name or ""]
+            except KeyError:
+                raise NoSuchJobError(f"no function {self.func_name!r} in the worker's table") from None
+
+    return TableJob
+
+
+def run(settings: Settings) -> int:
+    """Work until asked to stop. The exit status: 0 when asked, 1 when Redis went away for good."""
+    if settings.redis_url is None:
+        print("MASKMERGE_REDIS_URL is not set", file=sys.stderr)  # noqa: T201
+        return 2
+    url = settings.redis_url.get_secret_value()
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    store = JobStore(connect(url, patience=3), settings.queue, settings.lease_seconds, settings.max_losses)
+    rq_redis = connect_for_rq(url)
+    queue = TaskQueue(rq_redis, settings.queue, store)
+    artifacts = ArtifactFolder(settings.data_dir)
+    artifacts.prepare()
+    artifacts.sweep(lambda task, attempt, published: _is_wanted(store, task, attempt, published))
+    cores = len(os.sched_getaffinity(0))
+    engine = EngineProcess(settings.threads or max(1, cores // settings.workers))
+    functions: dict[str, Callable[[str], None]] = {}
+    worker = TaskWorker(
+        [settings.queue],
+        name=name,
+        connection=rq_redis,
+        serializer=JSONSerializer,
+        job_class=job_class(functions),
+        worker_ttl=60,
+    )
+    runner = TaskRunner(
+        worker=name,
+        store=store,
+        artifacts=artifacts,
+        inputs=LocalInputs(settings.local_roots),
+        engine=engine,
+        lease_seconds=settings.lease_seconds,
+        max_engine_bytes=settings.max_worker_bytes,
+        is_stopping=lambda: worker.is_stopping,
+    )
+    functions.update(runner.functions)
+    engine.start()
+    repeaters = [Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S)), Repeater(SWEEP_S, Reaper(store, queue).sweep)]
+    for repeater in repeaters:
+        repeater.start()
+    try:
+        worker.work(logging_level="WARNING")
+    finally:
+        for repeater in repeaters:
+            repeater.stop()
+        engine.kill()
+        store.sign_off(name)
+    return 0 if worker.is_stopping else 1
+
+
+def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> bool:
+    """Whether an attempt's folder is in use, or of a job that this Redis knows nothing of."""
+    current = store.attempt_is_current(task, attempt)
+    if current is None or current:
+        return True
+    record = store.get(task.job)
+    return published and record is not None and record.artifact == f"{task.job}.{attempt}"
+
+
+if __name__ == "__main__":
+    configured = Settings()
+    logging.basicConfig(level=configured.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    sys.exit(run(configured))

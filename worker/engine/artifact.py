@@ -1,0 +1,194 @@
+"""The folder that a merge publishes: models, scores, report, card, recipe, and the manifest, which is written last."""
+
+import json
+import platform
+from collections.abc import Sequence
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.spec import MergeSpec
+from worker.engine.checkpoints.reader import digest_file
+from worker.engine.checkpoints.writer import write_json
+
+MANIFEST = "manifest.json"
+PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
+
+
+class HasScores(Protocol):
+    scores: dict[str, Tensor]
+    standard_errors: dict[str, Tensor]
+    estimator: str | None
+    scored: int
+    digest: str
+
+
+def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Create `models/<name>/` for every model."""
+    folders = {name: folder / "models" / name for name in names}
+    for path in folders.values():
+        path.mkdir(parents=True)
+    return folders
+
+
+def write_scores(folder: Path, name: str, result: HasScores) -> None:
+    """`scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
+    tensors = {site: score.contiguous() for site, score in result.scores.items()}
+    tensors |= {f"{site}.stderr": error.contiguous() for site, error in result.standard_errors.items()}
+    (folder / "scores").mkdir(exist_ok=True)
+    save_file(
+        tensors,
+        folder / "scores" / f"{name}.safetensors",
+        {"estimator": str(result.estimator), "examples": str(result.scored), "checkpoint": result.digest},
+    )
+
+
+def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> None:
+    """Everything for people and programs beside the weights; the manifest names every other file."""
+    folder = spec.folder
+    write_json(folder / "recipe.json", spec.recipe)
+    write_json(folder / "report.json", {"name": spec.name, "owners": plan.owners(), **result.model_dump(mode="json")})
+    (folder / "report.html").write_text(_report_page(spec, plan, result), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(spec, result), encoding="utf-8")
+    known: dict[tuple[int, int], str] = {}
+    files = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        inode = (stat.st_dev, stat.st_ino)  # the shared backbone is one file under several names
+        if inode not in known:
+            known[inode] = digest_file(path)
+        files.append({"name": path.relative_to(folder).as_posix(), "bytes": stat.st_size, "sha256": known[inode]})
+    manifest = {
+        "files": files,
+        "inputs": {model.name: {"checkpoint": model.checkpoint, "digest": model.digest} for model in result.models},
+        "method": result.method,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _metric_rows(result: MergeResult) -> list[list[str]]:
+    return [
+        [
+            name,
+            m.metric,
+            _number(m.expert),
+            _number(m.average),
+            _number(m.merged),
+            f"{m.interval[0]:.4f} to {m.interval[1]:.4f}",
+            _number(m.retention, 3),
+            str(m.examples),
+        ]
+        for name, m in (result.metrics or {}).items()
+    ]
+
+
+METRIC_COLUMNS = ["model", "metric", "expert", "plain average", "merged", "95 % interval", "retention", "rows"]
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    caption = f"<caption>{escape(caption)}</caption>"
+    return f"<div><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _report_page(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
+    parts = []
+    if result.metrics:
+        parts.append(_html_table(METRIC_COLUMNS, _metric_rows(result), "What the merge kept of each expert"))
+        parts.append(
+            f"<p>Mean retention {_number(result.mean_retention, 3)}, lowest {_number(result.min_retention, 3)}.</p>"
+        )
+    models = [
+        [m.name, m.checkpoint, str(m.examples), _number(m.weight_share, 3), _number(m.score_seconds, 1), m.digest]
+        for m in result.models
+    ]
+    columns = ["model", "checkpoint", "rows scored", "mean merge weight", "seconds", "digest"]
+    parts.append(_html_table(columns, models, "What was merged"))
+    owners = [[owner, str(count)] for owner, count in sorted(plan.owners().items())]
+    parts.append(_html_table(["owner", "tensors"], owners, "Who owns the merged tensors"))
+    timings = [[name.removesuffix("_seconds"), _number(s, 2)] for name, s in result.timings.model_dump().items()]
+    parts.append(_html_table(["phase", "seconds"], timings, "Where the time went"))
+    if result.notes:
+        parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in result.notes) + "</ul>")
+    for title, content in (("Method as run", result.method), ("Recipe to repeat it", spec.recipe)):
+        text = escape(json.dumps(content, indent=2, ensure_ascii=False))
+        parts.append(f'<h2>{title}</h2><pre tabindex="0">{text}</pre>')
+    return PAGE.format(title=escape(spec.name), body="\n".join(parts))
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} - merge report</title>
+<style>
+:root {{ color-scheme: light dark; font-family: system-ui, sans-serif; line-height: 1.5; }}
+body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+div {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+caption {{ text-align: left; font-weight: 600; padding: .5rem 0; }}
+th, td {{ text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #8886; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }}
+pre {{ overflow-x: auto; padding: 1rem; border: 1px solid #8886; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def _model_card(spec: MergeSpec, result: MergeResult) -> str:
+    names = ", ".join(model.name for model in result.models)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "tags:",
+        "- merge",
+        "- maskmerge",
+        "---",
+        "",
+        f"# {spec.name}",
+        "",
+        f"A merge of {len(result.models)} fine-tuned models ({names}) by `{result.method['name']}`. Each folder under "
+        "`models/` is a whole model: the merged backbone and that model's own head.",
+        "",
+        "```python",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f'model = AutoModelForSequenceClassification.from_pretrained("models/{result.models[0].name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("models/{result.models[0].name}")',
+        "```",
+        "",
+        *_markdown_table(["model", "checkpoint", "mean merge weight"], _card_models(result)),
+        "",
+    ]
+    if result.metrics:
+        lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), ""]
+    lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]
+    return "\n".join(lines)
+
+
+def _card_models(result: MergeResult) -> list[list[str]]:
+    return [[m.name, f"`{m.checkpoint}`", _number(m.weight_share, 3)] for m in result.models]
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells]

@@ -1,0 +1,66 @@
+"""Everything that can go wrong in the work itself.
+
+EngineError
+├── InvalidRequest          the recipe asks for what cannot be done
+├── InvalidCheckpoint       one checkpoint is broken, unsafe or unknown
+├── IncompatibleCheckpoints two checkpoints do not fit each other
+├── InvalidDataset          a file, column, row or label
+├── NumericalError          the arithmetic left the finite numbers
+├── OutOfMemory
+└── DiskFull
+"""
+
+from typing import ClassVar
+
+
+class EngineError(Exception):
+    """Base of all. `message` is for a person; `detail` holds the same facts as fields.
+
+    `code` is one of the stable job error codes; `retryable` says whether the same job may succeed another time.
+    """
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, **detail: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.detail = detail
+
+
+class InvalidRequest(EngineError):
+    code = "invalid_request"
+
+
+class InvalidCheckpoint(EngineError):
+    code = "invalid_checkpoint"
+
+    def __init__(self, checkpoint: str, problem: str, **detail: object) -> None:
+        super().__init__(f"checkpoint {checkpoint}: {problem}", checkpoint=checkpoint, **detail)
+
+
+class IncompatibleCheckpoints(EngineError):
+    code = "incompatible_checkpoints"
+
+    def __init__(self, first: str, second: str, problem: str, **detail: object) -> None:
+        super().__init__(f"checkpoints {first} and {second}: {problem}", first=first, second=second, **detail)
+
+
+class InvalidDataset(EngineError):
+    code = "invalid_dataset"
+
+    def __init__(self, source: str, problem: str, *, line: int | None = None, **detail: object) -> None:
+        where = source if line is None else f"{source}, line {line}"
+        super().__init__(f"data set {where}: {problem}", source=source, line=line, **detail)
+
+
+class NumericalError(EngineError):
+    code = "numerical_error"
+
+
+class OutOfMemory(EngineError):
+    code = "out_of_memory"
+
+
+class DiskFull(EngineError):
+    code = "disk_full"

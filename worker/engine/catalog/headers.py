@@ -1,0 +1,214 @@
+"""Reading a checkpoint's description (config, tensor names, dtypes, shapes) without reading a weight.
+
+A checkpoint is a folder as `save_pretrained` writes it: `config.json`, and `model.safetensors` or
+`model.safetensors.index.json` with its shards. Nothing here unpickles or runs anything; sizes are checked before
+anything is parsed.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.engine.catalog.errors import InvalidCheckpoint
+
+MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
+MAX_TENSORS = 100_000
+MAX_CONFIG_BYTES = 1_000_000
+MAX_TOKENIZER_BYTES = 100_000_000
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor on disk: where it is and what it is."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint as its headers describe it. `source` is the name the user gave it, used in every message."""
+
+    source: str
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    vocabulary: str | None
+    """Digest of the tokenizer's vocabulary; None where there is no tokenizer file to read."""
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def architecture(self) -> str:
+        names = self.config.get("architectures") or [""]
+        return str(names[0])
+
+    @property
+    def weight_files(self) -> list[str]:
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> CheckpointInfo:
+    """Read config and headers of the checkpoint folder `path`.
+
+    Every file must lie under `root` after following links (default: any place), so that a link inside a checkpoint
+    cannot reach out of the folders the operator allowed.
+
+    Raises:
+        InvalidCheckpoint: names the file or tensor and what to do.
+    """
+    if not path.is_dir():
+        raise InvalidCheckpoint(source, "is not a folder; a checkpoint is a folder written by save_pretrained()")
+    for file in path.iterdir():
+        if root is not None and not file.resolve().is_relative_to(root.resolve()):
+            raise InvalidCheckpoint(source, f"{file.name} is a symbolic link out of the allowed folders")
+    config = _read_json(path / "config.json", source, MAX_CONFIG_BYTES)
+    tokenizer_config_file = path / "tokenizer_config.json"
+    tokenizer_config = (
+        _read_json(tokenizer_config_file, source, MAX_TOKENIZER_BYTES) if tokenizer_config_file.exists() else {}
+    )
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+        if content.get("auto_map"):
+            raise InvalidCheckpoint(
+                source, f"{name} has auto_map, which would run code from the checkpoint; this service never does"
+            )
+    tensors: dict[str, TensorInfo] = {}
+    for file_name in _weight_files(path, source):
+        for tensor in read_header(path / file_name, source):
+            if tensor.name in tensors:
+                raise InvalidCheckpoint(
+                    source, f"tensor {tensor.name} is in both {tensors[tensor.name].file} and {file_name}"
+                )
+            tensors[tensor.name] = tensor
+    return CheckpointInfo(source, path, config, tensors, _vocabulary_digest(path, source))
+
+
+def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
+    """Tensors of one safetensors file, in the order of their bytes.
+
+    The format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes without gaps
+    (https://huggingface.co/docs/safetensors, *Format*).
+
+    Raises:
+        InvalidCheckpoint: header too large, malformed, or not matching the file's size.
+    """
+    name = file.name
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise InvalidCheckpoint(source, f"{name} is truncated: {size} bytes are no safetensors file", file=name)
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > MAX_HEADER_BYTES:
+                raise InvalidCheckpoint(
+                    source, f"{name} announces a header of {header_bytes} bytes; {MAX_HEADER_BYTES} are allowed"
+                )
+            raw = stream.read(header_bytes)
+    except OSError as error:
+        raise InvalidCheckpoint(source, f"{name} cannot be read: {error.strerror}", file=name) from error
+    if len(raw) < header_bytes:
+        raise InvalidCheckpoint(source, f"{name} is truncated inside its header", file=name)
+    try:
+        header = json.loads(raw)
+        entries = [_tensor(name, key, entry) for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidCheckpoint(source, f"{name} has a malformed header: {error}", file=name) from error
+    if len(entries) > MAX_TENSORS:
+        raise InvalidCheckpoint(source, f"{name} has {len(entries)} tensors; {MAX_TENSORS} are allowed", file=name)
+    entries.sort(key=lambda item: item[1])
+    position = 0
+    for tensor, begin, end in entries:
+        if begin != position or end - begin != tensor.nbytes:
+            raise InvalidCheckpoint(
+                source, f"{name}: tensor {tensor.name} has offsets [{begin}, {end}] that do not fit its shape and place"
+            )
+        position = end
+    expected = 8 + header_bytes + position
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise InvalidCheckpoint(
+            source,
+            f"{name} is {state}: its header describes {expected} bytes, the file has {size}; copy it again",
+            file=name,
+        )
+    return [tensor for tensor, _, _ in entries]
+
+
+def _tensor(file: str, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has a negative or non-integer shape or offset")
+    return TensorInfo(name, file, dtype, shape, math.prod(shape) * DTYPE_BYTES[dtype]), begin, end
+
+
+def _weight_files(path: Path, source: str) -> list[str]:
+    if (path / INDEX).exists():
+        weight_map = _read_json(path / INDEX, source, MAX_HEADER_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InvalidCheckpoint(source, f"{INDEX} has no weight_map")
+        files = sorted({str(file) for file in weight_map.values()})
+        for file in files:
+            if Path(file).name != file or not (path / file).is_file():
+                raise InvalidCheckpoint(source, f"{INDEX} names {file}, which is not in the folder")
+        return files
+    if (path / WEIGHTS).is_file():
+        return [WEIGHTS]
+    for pickle in PICKLES:
+        if (path / pickle).exists():
+            raise InvalidCheckpoint(
+                source,
+                f"has {pickle} but no {WEIGHTS}; pickle files are not opened. Convert it where you trust it: "
+                'python -c "from transformers import AutoModelForSequenceClassification as A; '
+                "A.from_pretrained('IN').save_pretrained('OUT')\"",
+            )
+    raise InvalidCheckpoint(source, f"has neither {WEIGHTS} nor {INDEX}")
+
+
+def _read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > limit:
+            raise InvalidCheckpoint(source, f"{file.name} is larger than {limit} bytes")
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise InvalidCheckpoint(source, f"{file.name} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(source, f"{file.name} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidCheckpoint(source, f"{file.name} is not a JSON object")
+    return content
+
+
+def _vocabulary_digest(path: Path, source: str) -> str | None:
+    """Digest of token → id pairs; formatting and post-processing of the tokenizer do not matter here."""
+    if (path / "tokenizer.json").exists():
+        vocabulary = _read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES).get("model", {}).get("vocab")
+        canonical = json.dumps(vocabulary, sort_keys=True).encode()
+    elif (path / "vocab.txt").exists():
+        lines = (path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        canonical = json.dumps({token: index for index, token in enumerate(lines)}, sort_keys=True).encode()
+    else:
+        return None
+    return hashlib.sha256(canonical).hexdigest()

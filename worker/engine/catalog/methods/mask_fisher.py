@@ -1,0 +1,60 @@
+"""`mask_fisher`: each slice weighted by the Fisher information of the mask node that owns it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+
+# The published rule in this method's own terms; see worker/engine/methods/paper.py for who owns what under it.
+PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
+
+
+class MaskFisherParameters(MethodParameters):
+    name: Literal["mask_fisher"] = "mask_fisher"
+    preset: Literal["paper"] | None = None
+    """`paper` reproduces the published code number for number and fixes estimator, normalize, rest and floor."""
+    estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
+    """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
+    examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 2048
+    """Rows of each data set that are scored; `auto` stops when the merge weights are known to `tolerance`."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Standard error of the merge weights at which `examples: "auto"` stops."""
+    normalize: Literal["layer", "model", "none"] = "layer"
+    """Scores are divided by their layer's mean, or by their L2 norm over the model, per kind of node."""
+    rest: Literal["uniform", "model"] = "uniform"
+    """Weights of what no node owns: lambda alone, or the mean model-normalised score of its block (or of the model)."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """Least score of a node, as a share of its layer's mean."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Draws the labels of `sampled`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fixes_its_parameters(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") == "paper":
+            for name, value in PAPER.items():
+                if data.get(name, value) != value:
+                    raise ValueError(f"preset 'paper' fixes {name} to {value!r}; leave it out")
+            if data.get("rest", "uniform") != "uniform":
+                raise ValueError("preset 'paper' has its own rule for what no node owns; leave rest out")
+            return {**data, **PAPER}
+        return data
+
+    @property
+    def needs_scores(self) -> bool:
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.estimator == "empirical"
+
+
+MASK_FISHER = MethodEntry(
+    name="mask_fisher",
+    formula="theta_s = theta_1,s + sum_j w_j,s (theta_j,s - theta_1,s), w_j,s = lambda_j F_j,s / sum_k lambda_k F_k,s",
+    source="Thennal et al. 2024, Fisher Mask Nodes for Language Model Merging, arXiv 2403.09891; "
+    "ownership per node and normalisation per layer are this project's",
+    needs=("dataset",),
+    parameters=MaskFisherParameters,
+)

@@ -1,0 +1,201 @@
+"""The layout of a merge, from headers alone: what every output tensor is, who owns its slices, where it comes from.
+
+Whatever can be refused is refused here, before a byte of weights is read.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
+from worker.engine.catalog.headers import DTYPE_BYTES, CheckpointInfo, TensorInfo
+from worker.engine.catalog.labels import Task, task_of
+from worker.engine.catalog.spec import Dtype
+
+TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOATS = tuple(TORCH_NAMES.values())
+RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor. `sources` has the tensor of each model, in the models' order."""
+
+    slot: Slot
+    shape: tuple[int, ...]
+    dtype: str
+    sources: tuple[TensorInfo, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Output tensors in the order in which they are written: the backbone once, and each model's own head."""
+
+    family: Family
+    checkpoints: tuple[CheckpointInfo, ...]
+    tasks: tuple[Task, ...]
+    backbone: tuple[PlannedTensor, ...]
+    heads: tuple[tuple[PlannedTensor, ...], ...]
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(tensor.nbytes for info in self.checkpoints for tensor in info.tensors.values())
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(t.nbytes for t in self.backbone) + sum(t.nbytes for head in self.heads for t in head)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """An estimate: one float32 model and its activations, or all versions of the largest tensor."""
+        model = max(sum(t.nbytes for t in info.tensors.values()) for info in self.checkpoints)
+        widest = max(t.nbytes for t in self.backbone) * (len(self.checkpoints) + 2)
+        return RUNTIME_BYTES + max(3 * model, widest)
+
+    def owners(self) -> Mapping[str, int]:
+        """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""
+        return Counter(str(t.slot.owner.nodes) if t.slot.owner else "rest" for t in self.backbone)
+
+
+def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> MergePlan:
+    """Check that the checkpoints fit each other and lay out the merge.
+
+    Raises:
+        InvalidCheckpoint: an unknown architecture, a tensor that no rule owns, a size that contradicts the config.
+        IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
+    """
+    family = _family(checkpoints[0])
+    first = checkpoints[0]
+    tasks = []
+    for info in checkpoints:
+        if _family(info) is not family:
+            raise IncompatibleCheckpoints(
+                first.source, info.source, f"architectures differ: {first.model_type}, {info.model_type}"
+            )
+        _check_sizes(info, family)
+        tasks.append(task_of(info))
+        _check_settings(first, info, family)
+    slots = [_slots(info, family) for info in checkpoints]
+    backbone = []
+    for name, (slot, tensor) in slots[0].items():
+        if slot.kind in (Kind.HEAD, Kind.BUFFER):
+            continue
+        sources = [_counterpart(first, tensor, info, of, name) for info, of in zip(checkpoints, slots, strict=True)]
+        backbone.append(PlannedTensor(slot, tensor.shape, _output_dtype(sources, dtype), tuple(sources)))
+    for info, of in zip(checkpoints, slots, strict=True):
+        for name, (slot, _) in of.items():
+            if slot.kind not in (Kind.HEAD, Kind.BUFFER) and name not in slots[0]:
+                raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
+    heads = tuple(
+        tuple(
+            PlannedTensor(slot, tensor.shape, _output_dtype([tensor], dtype), (tensor,))
+            for slot, tensor in of.values()
+            if slot.kind is Kind.HEAD
+        )
+        for of in slots
+    )
+    return MergePlan(family, tuple(checkpoints), tuple(tasks), tuple(backbone), heads)
+
+
+def _family(info: CheckpointInfo) -> Family:
+    family = FAMILIES.get(info.model_type)
+    if family is None:
+        raise InvalidCheckpoint(
+            info.source, f"model_type '{info.model_type}' is not available; available: {', '.join(FAMILIES)}"
+        )
+    if info.architecture not in family.architectures:
+        raise InvalidCheckpoint(
+            info.source,
+            f"architecture '{info.architecture}' is not available; available: {', '.join(family.architectures)}",
+        )
+    if info.config.get("is_decoder"):
+        raise InvalidCheckpoint(info.source, "is_decoder is not available for this family")
+    return family
+
+
+def _check_sizes(info: CheckpointInfo, family: Family) -> None:
+    try:
+        sizes = {what: family.size(info.config, what) for what in family.config_names}
+    except ValueError as error:
+        raise InvalidCheckpoint(info.source, str(error)) from error
+    if sizes["hidden"] % sizes["heads"]:
+        raise InvalidCheckpoint(info.source, f"hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
+    owned = {Kind.QUERY: (0, "hidden"), Kind.UP: (0, "neurons"), Kind.DOWN: (1, "neurons")}
+    layers = set()
+    for slot, tensor in _slots(info, family).values():
+        if slot.layer is not None:
+            layers.add(slot.layer)
+        if slot.kind in owned and not slot.is_bias:
+            axis, what = owned[slot.kind]
+            if len(tensor.shape) != 2 or tensor.shape[axis] != sizes[what]:
+                raise InvalidCheckpoint(
+                    info.source,
+                    f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {sizes[what]} {what}",
+                )
+    if layers != set(range(sizes["layers"])):
+        raise InvalidCheckpoint(info.source, f"has {len(layers)} layers, config.json says {sizes['layers']}")
+
+
+def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family) -> None:
+    keys = [*family.config_names.values(), "vocab_size", "hidden_act", "position_embedding_type"]
+    for key in keys:
+        ours, theirs = first.config.get(key), info.config.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}")
+    if first.vocabulary and info.vocabulary and first.vocabulary != info.vocabulary:
+        raise IncompatibleCheckpoints(
+            first.source, info.source, "their tokenizers have different vocabularies; a merge needs one vocabulary"
+        )
+
+
+def _slots(info: CheckpointInfo, family: Family) -> dict[str, tuple[Slot, TensorInfo]]:
+    slots: dict[str, tuple[Slot, TensorInfo]] = {}
+    for tensor in info.tensors.values():
+        slot = family.slot(tensor.name)
+        if slot is None:
+            raise InvalidCheckpoint(
+                info.source, f"tensor {tensor.name} is unknown in {family.model_type}; nothing is averaged by guess"
+            )
+        if slot.kind is not Kind.BUFFER and tensor.dtype not in FLOATS:
+            raise InvalidCheckpoint(info.source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
+        if slot.name in slots:
+            raise InvalidCheckpoint(info.source, f"tensor {slot.name} is there under two spellings")
+        slots[slot.name] = (slot, tensor)
+    return slots
+
+
+def _counterpart(
+    first: CheckpointInfo,
+    tensor: TensorInfo,
+    info: CheckpointInfo,
+    slots: Mapping[str, tuple[Slot, TensorInfo]],
+    name: str,
+) -> TensorInfo:
+    if name not in slots:
+        raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is missing in the second")
+    found = slots[name][1]
+    if found.shape != tensor.shape:
+        raise IncompatibleCheckpoints(
+            first.source,
+            info.source,
+            f"tensor {name} has shape {list(tensor.shape)} in the first, {list(found.shape)} in the second",
+        )
+    return found
+
+
+def _output_dtype(sources: Sequence[TensorInfo], dtype: Dtype) -> str:
+    """The asked dtype; for `auto` the inputs' own, and float32 where they disagree (float64 where one is)."""
+    if dtype != "auto":
+        return TORCH_NAMES[dtype]
+    found = {source.dtype for source in sources}
+    if len(found) == 1:
+        return found.pop()
+    return "F64" if "F64" in found else "F32"

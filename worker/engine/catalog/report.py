@@ -1,0 +1,59 @@
+"""What a finished merge says of itself: the job's `result`, and `report.json` in the artifact."""
+
+from typing import Any
+
+from worker.engine.catalog.spec import MetricName
+from worker.engine.catalog.strict import Strict
+
+
+class ModelResult(Strict):
+    name: str
+    checkpoint: str
+    """The reference as given."""
+    digest: str
+    """sha256 over the names and sha256 of the checkpoint's weight files and config."""
+    examples: int
+    """Rows that were scored."""
+    weight_share: float
+    """Mean merge weight over all owned slices."""
+    score_seconds: float
+    score_cached: bool
+
+
+class MetricResult(Strict):
+    metric: MetricName
+    examples: int
+    expert: float
+    average: float
+    """Of the plain average of the same checkpoints."""
+    merged: float
+    merged_kept_head: float
+    """Of the merge with the expert's own head as it was."""
+    retention: float | None
+    """merged / expert; null where the expert's metric is not positive."""
+    interval: tuple[float, float]
+    """Of `merged`: 95 % bootstrap percentile interval over rows."""
+
+
+class Timings(Strict):
+    queue_seconds: float = 0.0
+    load_seconds: float = 0.0
+    score_seconds: float = 0.0
+    merge_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    publish_seconds: float = 0.0
+
+
+class MergeResult(Strict):
+    models: list[ModelResult]
+    metrics: dict[str, MetricResult] | None
+    mean_retention: float | None
+    min_retention: float | None
+    method: dict[str, Any]
+    """As run, with `auto` resolved."""
+    candidates: list[dict[str, Any]] | None = None
+    timings: Timings
+    peak_memory_bytes: int
+    device: str
+    notes: list[str]
+    """What a reader should know: rows that were truncated, labels that were mapped by name."""

@@ -1,0 +1,66 @@
+"""The engine's input: a merge with every reference already resolved to a path."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters
+from worker.engine.catalog.strict import Strict
+
+MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+Method = Annotated[AverageParameters | MaskFisherParameters, Field(discriminator="name")]
+
+
+class Columns(Strict):
+    """Which columns of a data set are read, and which of its rows."""
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str | None = None
+    """Column of the labels; absent for unlabelled text."""
+    label_names: list[str] | None = None
+    """What the data set calls its label ids 0, 1, …; matched by name to the checkpoint's labels."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Rows to use; null for all."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Which rows, and in which order."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of a row; longer ones are truncated. Default: the model's limit."""
+
+
+class DatasetSpec(Columns):
+    source: str
+    path: Path
+
+
+class EvaluationSpec(DatasetSpec):
+    metric: MetricName
+
+
+class ModelSpec(Strict):
+    name: str
+    source: str
+    path: Path
+    weight: float
+    dataset: DatasetSpec | None = None
+    evaluation: EvaluationSpec | None = None
+
+
+class OutputSpec(Strict):
+    dtype: Dtype = "auto"
+    max_shard_bytes: int = 5_000_000_000
+
+
+class MergeSpec(Strict):
+    """A whole merge. `recipe` is the request that reproduces it, stored in the artifact as it is."""
+
+    name: str
+    models: list[ModelSpec]
+    method: SerializeAsAny[Method]
+    output: OutputSpec
+    evaluate: bool
+    recipe: dict[str, Any]
+    folder: Path
+    """Where the artifact is assembled; empty and private to this attempt."""

@@ -1,0 +1,105 @@
+"""Checkpoints as running models: loaded once, kept warm within a memory budget."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.headers import CheckpointInfo
+from worker.engine.catalog.labels import Task, task_of
+from worker.engine.scoring.data import padding_values
+
+CACHE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A float32 model in eval mode on its device, with what feeds it."""
+
+    info: CheckpointInfo
+    task: Task
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    max_length: int
+    padding: dict[str, int]
+
+
+def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
+    """Load with transformers: safetensors only, no code from the checkpoint, no network.
+
+    Raises:
+        InvalidCheckpoint: transformers cannot load it, a weight is missing, or a weight is NaN or infinite.
+    """
+    family = FAMILIES[info.model_type]
+    offline = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            info.path,
+            use_safetensors=True,
+            dtype=torch.float32,
+            # Fused attention on a CPU has a slow backward pass at the lengths of classification.
+            attn_implementation="sdpa" if device.type == "cuda" else "eager",
+            output_loading_info=True,
+            **offline,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(info.path, **offline)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, MemoryError):
+            raise
+        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InvalidCheckpoint(info.source, f"has no tensor {missing[0]}, which {info.architecture} needs")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
+    model.eval().requires_grad_(False).to(device)
+    model.config.chunk_size_feed_forward = 0
+    positions = family.size(info.config, "positions")
+    return LoadedModel(
+        info=info,
+        task=task_of(info),
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        max_length=min(positions, tokenizer.model_max_length),
+        padding=padding_values(tokenizer),
+    )
+
+
+class ModelCache:
+    """The models used last, by the state of their files; the oldest go when the budget is exceeded."""
+
+    def __init__(self, device: torch.device, capacity_bytes: int = CACHE_BYTES) -> None:
+        self._device = device
+        self._capacity = capacity_bytes
+        self._models: OrderedDict[tuple[object, ...], LoadedModel] = OrderedDict()
+
+    def get(self, info: CheckpointInfo) -> LoadedModel:
+        key = _state(info)
+        if key in self._models:
+            self._models.move_to_end(key)
+        else:
+            self._models[key] = load(info, self._device)
+            while len(self._models) > 1 and sum(_bytes(m) for m in self._models.values()) > self._capacity:
+                self._models.popitem(last=False)
+        return self._models[key]
+
+
+def _state(info: CheckpointInfo) -> tuple[object, ...]:
+    stats = [(name, (info.path / name).stat()) for name in ("config.json", *info.weight_files)]
+    return (info.path, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+
+
+def _bytes(loaded: LoadedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

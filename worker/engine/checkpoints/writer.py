@@ -1,0 +1,161 @@
+"""Writing checkpoints: each tensor once, at its place, in one pass over the inputs.
+
+The layout is known from the plan, so a shard's header is written first and its tensors follow as they are computed;
+nothing is held longer than one tensor.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, CheckpointInfo
+from worker.engine.catalog.planning import MergePlan, PlannedTensor
+from worker.engine.checkpoints.reader import TensorReader
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "spiece.model",
+)
+
+
+class ShardWriter:
+    """One safetensors file, written from its first byte to its last; closing it early leaves no file behind."""
+
+    def __init__(self, path: Path, tensors: Sequence[PlannedTensor]) -> None:
+        self._path = path
+        # Wider dtypes first keeps every tensor aligned, as the format's own library does.
+        self.tensors = sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])
+        self._written = 0
+        self._digest = hashlib.sha256()
+        self._stream = path.open("xb")
+        self._put(self._header())
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        complete = self._written == len(self.tensors)
+        if kind is None and complete:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        self._stream.close()
+        if kind is not None or not complete:
+            self._path.unlink()
+        if kind is None and not complete:
+            raise RuntimeError(f"{self._path.name}: {self._written} of {len(self.tensors)} tensors were written")
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def write(self, tensor: Tensor) -> None:
+        """The next of `tensors`, cast to its planned dtype."""
+        planned = self.tensors[self._written]
+        if tuple(tensor.shape) != planned.shape:
+            raise ValueError(f"{planned.slot.name} has shape {tuple(tensor.shape)}, planned was {planned.shape}")
+        raw = tensor.to(TORCH_DTYPES[planned.dtype]).contiguous().view(-1).view(torch.uint8)
+        self._put(raw.numpy().data)
+        self._written += 1
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._stream.write(data)
+
+    def _header(self) -> bytes:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for tensor in self.tensors:
+            end = position + tensor.nbytes
+            header[tensor.slot.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        return struct.pack("<Q", len(raw)) + raw
+
+
+def write_models(
+    plan: MergePlan,
+    folders: Mapping[str, Path],
+    merged: Callable[[PlannedTensor], Tensor],
+    max_shard_bytes: int,
+    on_tensor: Callable[[], None],
+) -> None:
+    """Write every model's folder: the shared backbone once, hard-linked, and each model's own head.
+
+    Args:
+        folders: existing, by model, in the plan's order.
+        merged: computes a backbone tensor.
+        on_tensor: called after each tensor; may raise to stop.
+    """
+    shards = cut_into_shards(plan.backbone, max_shard_bytes)
+    count = len(shards) + 1  # each model's head is one more
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    first, *others = folders.values()
+    for name, shard in zip(names, shards, strict=False):
+        with ShardWriter(first / name, shard) as writer:
+            for tensor in writer.tensors:
+                writer.write(merged(tensor))
+                on_tensor()
+        for folder in others:
+            os.link(first / name, folder / name)
+    for folder, info, head in zip(folders.values(), plan.checkpoints, plan.heads, strict=True):
+        with TensorReader(info) as reader, ShardWriter(folder / names[-1], head) as writer:
+            for tensor in writer.tensors:
+                writer.write(reader.read(tensor.sources[0]))
+                on_tensor()
+        weight_map = {t.slot.name: name for name, shard in zip(names, [*shards, head], strict=True) for t in shard}
+        size = sum(t.nbytes for t in (*plan.backbone, *head))
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+        _write_config(info, plan.backbone[0].dtype, folder)
+        _copy_tokenizer(info, folder)
+
+
+def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
+    """Consecutive runs of at most `max_bytes`; a larger tensor is a shard of its own."""
+    shards: list[list[PlannedTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_config(info: CheckpointInfo, dtype: str, folder: Path) -> None:
+    # Where the input lay is nobody's business, and `dtype` replaces the older key.
+    config = {key: value for key, value in info.config.items() if key not in ("_name_or_path", "torch_dtype")}
+    write_json(folder / "config.json", {**config, "dtype": CONFIG_DTYPES[dtype]})
+
+
+def _copy_tokenizer(info: CheckpointInfo, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (info.path / name).is_file():
+            shutil.copyfile(info.path / name, folder / name)

@@ -1,0 +1,51 @@
+"""The device of the work and its number formats."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+logger = logging.getLogger(__name__)
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
+    """`auto`: bfloat16 where the device multiplies matrices of it in hardware, else float32."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return "bfloat16" if native else "float32"
+
+
+@contextmanager
+def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Matrix products in `precision`; norms, softmax and reductions stay float32."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the process's peak memory anew (Linux: 5 to clear_refs resets VmHWM)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        logger.warning("peak memory is since the process started: %s", error)
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process since `reset_peak_memory`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,19 @@
+"""The arithmetic of every merge method: pure functions over the versions of one tensor.
+
+A method is built once per merge by its `build` and then called for each backbone tensor.
+"""
+
+from collections.abc import Callable, Mapping
+
+from worker.engine.catalog.methods import METHODS, MethodParameters
+from worker.engine.methods import average, mask_fisher
+from worker.engine.methods.combine import Merger, ScoredModel
+
+Build = Callable[[MethodParameters, list[ScoredModel]], Merger]
+
+BUILDERS: Mapping[str, Build] = {"average": average.build, "mask_fisher": mask_fisher.build}
+
+if BUILDERS.keys() != METHODS.keys():
+    raise ImportError(f"catalog and arithmetic disagree on the methods: {BUILDERS.keys() ^ METHODS.keys()}")
+
+__all__ = ["BUILDERS", "Build", "Merger", "ScoredModel"]

@@ -1,0 +1,102 @@
+"""`mask_fisher`: slices weighted by the scores of the mask nodes that own them.
+
+`w_j,s = lambda_j F'_j,s / sum_k lambda_k F'_k,s` with `F'` the score after normalisation and floor (Matena & Raffel
+2022, arXiv 2111.09832, equation 5, over mask nodes instead of parameters: arXiv 2403.09891, section 3).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.families import Nodes, Slot
+from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters
+from worker.engine.methods import paper
+from worker.engine.methods.combine import Merger, ScoredModel, combine, normalized
+
+Normalize = Literal["layer", "model", "none"]
+Scores = Mapping[str, Tensor]
+
+
+def build(parameters: MethodParameters, models: list[ScoredModel]) -> Merger:
+    if not isinstance(parameters, MaskFisherParameters):
+        raise TypeError(f"parameters of mask_fisher expected, got {type(parameters).__name__}")
+    if parameters.preset == "paper":
+        return paper.build(models)
+    owned = node_weights(models, parameters.normalize, parameters.floor)
+    rest = rest_weights(models, parameters.rest)
+
+    def merge(slot: Slot, versions: Sequence[Tensor]) -> Tensor:
+        owner = slot.owner
+        if owner is not None:
+            return combine(versions, owned[owner.score], owner.axis)
+        return combine(versions, rest.get(slot.layer, rest[None]))
+
+    return merge
+
+
+def node_weights(models: list[ScoredModel], normalize: Normalize, floor: float) -> dict[str, Tensor]:
+    """Merge weights of every node: by score name, (models, nodes), float64, summing to 1 over models."""
+    lambdas = _lambdas(models)
+    scores = [floored(normalize_scores(model.scores, normalize), floor) for model in models]
+    return {
+        site: normalized(torch.stack([lam * s[site] for lam, s in zip(lambdas, scores, strict=True)]), lambdas)
+        for site in scores[0]
+    }
+
+
+def rest_weights(models: list[ScoredModel], rest: Literal["uniform", "model"]) -> dict[int | None, Tensor]:
+    """Merge weights of what no node owns: by layer, and None for outside the layers; (models, 1), float64.
+
+    `uniform`: lambda alone. `model`: lambda times the sum over both kinds of the mean model-normalised score, of the
+    layer, or for what lies outside the layers of the model.
+    """
+    lambdas = _lambdas(models)
+    if rest == "uniform":
+        return {None: (lambdas / lambdas.sum())[:, None]}
+    by_model = []
+    for model in models:
+        layers: dict[int | None, Tensor] = {}
+        for site, score in normalize_scores(model.scores, "model").items():
+            layer = int(re.findall(r"layers\.(\d+)\.", site)[0])
+            layers[layer] = layers.get(layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
+        layers[None] = torch.stack(list(layers.values())).mean(0)
+        by_model.append(layers)
+    return {
+        layer: normalized(torch.stack([lam * m[layer] for lam, m in zip(lambdas, by_model, strict=True)]), lambdas)
+        for layer in by_model[0]
+    }
+
+
+def normalize_scores(scores: Scores, normalize: Normalize) -> dict[str, Tensor]:
+    """`F'` before the floor. `layer`: over its layer's mean, per kind, a mean of 0 counting as 1; `model`: over the
+    L2 norm of its kind in the model, a norm of 0 counting as 1."""
+    if normalize == "none":
+        return dict(scores)
+    if normalize == "layer":
+        return {site: score / _or_one(score.mean()) for site, score in scores.items()}
+    norms = {
+        nodes: torch.cat([s for site, s in scores.items() if site.endswith(f".{nodes}")]).norm() for nodes in Nodes
+    }
+    return {site: score / _or_one(norms[Nodes(site.rpartition(".")[2])]) for site, score in scores.items()}
+
+
+def floored(scores: Scores, floor: float) -> dict[str, Tensor]:
+    """No score below `floor` times its layer's mean (a mean of 0 counts as 1), so that a node that is dead in every
+    model falls back to lambda."""
+    return {site: score.clamp_min(floor * float(_or_one(score.mean()))) for site, score in scores.items()}
+
+
+def weight_shares(models: list[ScoredModel], weights: Mapping[str, Tensor]) -> list[float]:
+    """Each model's mean merge weight over all nodes."""
+    return torch.cat(list(weights.values()), dim=1).mean(1).tolist()
+
+
+def _lambdas(models: list[ScoredModel]) -> Tensor:
+    return torch.tensor([model.weight for model in models], dtype=torch.float64)
+
+
+def _or_one(value: Tensor) -> Tensor:
+    return torch.where(value > 0, value, 1.0)

@@ -1,0 +1,120 @@
+"""From rows to padded batches of tokens."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.errors import InvalidDataset
+from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.rows import Row
+from worker.engine.catalog.spec import DatasetSpec
+
+BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
+BATCH_TOKENS = 4096  # padded tokens of a batch
+BATCH_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row. `index` is its place in the data set's seeded order."""
+
+    index: int
+    line: int
+    encoding: Mapping[str, list[int]]
+    label: int | float | None
+
+    @property
+    def length(self) -> int:
+        return len(self.encoding["input_ids"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded token tensors, each (batch, tokens), on the device; labels (batch,) where there are any."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor | None
+    indices: Tensor
+    lines: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    examples: list[Example]
+    truncated: int
+    """Rows longer than the limit, cut at its end."""
+
+
+def tokenize(rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap) -> Tokenized:
+    """Tokenise `rows`, truncating to `max_length` tokens (and to the data set's own limit).
+
+    Raises:
+        InvalidDataset: a row without tokens, or a label that the head does not have.
+    """
+    limit = min(max_length, spec.max_length or max_length)
+    pairs = None if spec.text_pair is None else [row.text_pair for row in rows]
+    encoded = tokenizer(
+        [row.text for row in rows], pairs, truncation=True, max_length=limit, padding=False, verbose=False
+    )
+    names = [name for name in encoded if name in tokenizer.model_input_names]
+    overflowing = sum(encoding.overflowing != [] for encoding in encoded.encodings or ())
+    examples = []
+    for index, row in enumerate(rows):
+        encoding = {name: encoded[name][index] for name in names}
+        if not encoding["input_ids"]:
+            raise InvalidDataset(spec.source, "has no tokens", line=row.line)
+        label = None if spec.label is None else labels.value(row.label, spec.source, row.line)
+        examples.append(Example(index, row.line, encoding, label))
+    return Tokenized(examples, overflowing)
+
+
+def plan_batches(
+    examples: Sequence[Example], tokens: int = BATCH_TOKENS, rows: int = BATCH_ROWS
+) -> list[list[Example]]:
+    """Batches of similar length within blocks of the given order, each of at most `tokens` padded tokens.
+
+    A row longer than the budget is a batch of its own.
+    """
+    batches: list[list[Example]] = []
+    for start in range(0, len(examples), BLOCK_ROWS):
+        block = sorted(examples[start : start + BLOCK_ROWS], key=lambda example: example.length)
+        current: list[Example] = []
+        for example in block:  # ascending, so the newest is the longest
+            if current and ((len(current) + 1) * example.length > tokens or len(current) == rows):
+                batches.append(current)
+                current = []
+            current.append(example)
+        batches.append(current)
+    return batches
+
+
+def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device: torch.device) -> Iterator[Batch]:
+    """Pad each batch to its longest row; `pad` is the padding value of every model input."""
+    for examples in batches:
+        longest = max(example.length for example in examples)
+        inputs = {
+            name: torch.tensor(
+                [[*e.encoding[name], *([pad[name]] * (longest - e.length))] for e in examples], device=device
+            )
+            for name in examples[0].encoding
+        }
+        labels = None
+        if examples[0].label is not None:
+            labels = torch.tensor([e.label for e in examples], device=device)
+        indices = torch.tensor([e.index for e in examples], dtype=torch.int64)
+        yield Batch(inputs, labels, indices, tuple(e.line for e in examples))
+
+
+def padding_values(tokenizer: Any) -> dict[str, int]:
+    """What each model input is padded with."""
+    return {
+        "input_ids": tokenizer.pad_token_id or 0,
+        "token_type_ids": tokenizer.pad_token_type_id,
+        "attention_mask": 0,
+    }

@@ -1,0 +1,90 @@
+"""Scores of a model's mask nodes over a data set's rows."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.families import FAMILIES, Site
+from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.device import Precision, computing_in
+from worker.engine.scoring.data import Batch, Example, collate, plan_batches
+from worker.engine.scoring.estimators import Empirical, Estimator
+from worker.engine.scoring.masks import MaskGradients
+from worker.engine.scoring.statistics import NodeStatistics
+
+PAPER_BATCH_ROWS = 32
+OnRows = Callable[[int], None]
+"""Called with the number of rows done since the last call; may raise to stop."""
+
+
+def sites_of(loaded: LoadedModel) -> list[Site]:
+    return list(FAMILIES[loaded.info.model_type].sites(loaded.info.config))
+
+
+def score(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    estimator: Estimator,
+    precision: Precision,
+    source: str,
+    on_rows: OnRows,
+    batches: Sequence[Sequence[Example]] | None = None,
+) -> NodeStatistics:
+    """Sums of each example's squared mask gradients.
+
+    `F_i = 1/n sum_x q_x,i` (METHOD: per-example squares, Kwon et al. 2022, arXiv 2204.09656, section 3.2, with the
+    expectation over labels). Independent of batch size, order and padding; sums in float64.
+
+    Args:
+        batches: rows that are computed together; planned by token budget when absent.
+
+    Raises:
+        NumericalError: a gradient is NaN or infinite; names the row.
+    """
+    statistics = NodeStatistics()
+    with _gradients(loaded) as gradients:
+        for batch in collate(batches or plan_batches(examples), loaded.padding, loaded.device):
+            with computing_in(precision, loaded.device):
+                logits = loaded.model(**batch.inputs).logits
+            squares = estimator.squares(logits, batch, gradients)
+            _check_finite(squares, batch, source)
+            statistics.add(squares)
+            on_rows(len(batch))
+    return statistics
+
+
+def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, on_rows: OnRows) -> dict[str, Tensor]:
+    """The published code's scores: the gradient of each batch's mean loss, squared, summed over batches.
+
+    Batches of 32 rows in the data set's order, padded to their longest row; float32; a partial last batch as it is.
+    """
+    empirical = Empirical(loaded.task)
+    ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
+    totals: dict[str, Tensor] = {}
+    with _gradients(loaded) as gradients:
+        for batch in collate(ordered, loaded.padding, loaded.device):
+            logits = loaded.model(**batch.inputs).logits
+            by_example = empirical.gradients(logits, batch, gradients)
+            _check_finite(by_example, batch, source)
+            for site, g in by_example.items():
+                totals[site] = totals.get(site, torch.zeros(())) + g.mean(0).cpu() ** 2
+            on_rows(len(batch))
+    return totals
+
+
+def _gradients(loaded: LoadedModel) -> MaskGradients:
+    return MaskGradients(loaded.model, FAMILIES[loaded.info.model_type].embeddings, sites_of(loaded))
+
+
+def _check_finite(values: dict[str, Tensor], batch: Batch, source: str) -> None:
+    for site, value in values.items():
+        finite = torch.isfinite(value).all(-1)
+        if not bool(finite.all()):
+            line = batch.lines[int((~finite).nonzero()[0])]
+            raise NumericalError(
+                f"the gradient of {site} is NaN or infinite at {source}, line {line}; try precision float32",
+                source=source,
+                line=line,
+            )

@@ -1,0 +1,245 @@
+"""The long-lived process that runs the engine, seen from both ends of its pipes.
+
+Loading torch and transformers takes seconds and CUDA does not survive a fork, so the worker keeps one engine process
+and feeds it merges as JSON lines; events come back the same way. The worker kills it when a merge must stop, and
+starts another when it died or grew too large.
+"""
+
+import json
+import logging
+import os
+import selectors
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter
+
+from app.contracts.jobs import JobError, Phase
+from app.contracts.lifetime import die_with_parent
+from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory
+from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.spec import MergeSpec
+
+START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
+PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
+READ_BYTES = 1 << 16
+
+logger = logging.getLogger(__name__)
+
+
+class Ready(BaseModel):
+    event: Literal["ready"] = "ready"
+
+
+class Progressed(BaseModel):
+    event: Literal["progressed"] = "progressed"
+    phase: Phase
+    done: int
+    total: int
+    unit: str
+
+
+class Merged(BaseModel):
+    event: Literal["merged"] = "merged"
+    result: MergeResult
+
+
+class Failed(BaseModel):
+    event: Literal["failed"] = "failed"
+    error: JobError
+
+
+Event = Annotated[Ready | Progressed | Merged | Failed, Field(discriminator="event")]
+EVENT: TypeAdapter[Ready | Progressed | Merged | Failed] = TypeAdapter(Event)
+
+
+class EngineDied(Exception):
+    """The process ended by itself, or by somebody else's hand. `out_of_memory` when the kernel took it for memory."""
+
+    def __init__(self, returncode: int, out_of_memory: bool) -> None:
+        super().__init__(f"the engine process ended with {returncode}")
+        self.out_of_memory = out_of_memory
+
+
+class EngineProcess:
+    """The worker's end. Not for several threads; start it from the main one (see `die_with_parent`)."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._process: subprocess.Popen[bytes] | None = None
+        self._events = -1
+        self._buffer = b""
+        self._oom_kills = 0
+
+    def start(self) -> None:
+        """Start it and wait until its libraries are loaded. Raises EngineDied when that fails."""
+        self.kill()
+        read_end, write_end = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.engine_process", str(os.getpid()), str(write_end)],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,
+            pass_fds=[write_end],
+            env={
+                **{
+                    name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
+                },  # holds a password
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": str(self._threads),
+                "TOKENIZERS_PARALLELISM": "false",
+                "TRANSFORMERS_VERBOSITY": "error",
+            },
+        )
+        os.close(write_end)
+        os.set_blocking(read_end, False)
+        self._events, self._buffer, self._oom_kills = read_end, b"", _oom_kills()
+        for _ in range(START_TIMEOUT_S):
+            if any(isinstance(event, Ready) for event in self.poll(1.0)):
+                return
+        self.kill()
+        raise EngineDied(-1, out_of_memory=False)
+
+    def merge(self, spec: MergeSpec) -> None:
+        """Begin a merge; what becomes of it comes from `poll`. Raises EngineDied."""
+        process = self._running()
+        try:
+            assert process.stdin is not None  # noqa: S101 - it is a pipe, see start
+            process.stdin.write(spec.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def poll(self, timeout_s: float) -> list[Ready | Progressed | Merged | Failed]:
+        """Events since the last call, after waiting at most `timeout_s` for one. Raises EngineDied."""
+        self._running()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._events, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                return []
+        try:
+            data = os.read(self._events, READ_BYTES)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise self._death()
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        return [EVENT.validate_json(line) for line in lines]
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            os.close(self._events)
+            self._process = None
+
+    @property
+    def pid(self) -> int:
+        return self._running().pid
+
+    def resident_bytes(self) -> int:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise EngineDied(-1, out_of_memory=False)
+        return self._process
+
+    def _death(self) -> EngineDied:
+        process = self._running()
+        returncode = process.wait()
+        out_of_memory = returncode == -9 and _oom_kills() > self._oom_kills
+        self.kill()
+        return EngineDied(returncode, out_of_memory)
+
+
+def _oom_kills() -> int:
+    """Kills for want of memory so far: in this control group and on this machine."""
+    found = 0
+    for file in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        try:
+            lines = file.read_text().splitlines()
+        except OSError:
+            continue
+        found += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return found
+
+
+# --- the engine's end
+
+
+def serve(requests: Iterator[bytes], events: int) -> None:
+    """Run merges one after the other until the worker closes the pipe."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from worker.engine.pipeline import Engine
+
+    engine = Engine()
+    _send(events, Ready())
+    for request in requests:
+        try:
+            spec = MergeSpec.model_validate_json(request)
+            result = engine.merge(spec, Throttled(events))
+        except Exception as error:
+            _send(events, Failed(error=_job_error(error)))
+        else:
+            _send(events, Merged(result=result))
+
+
+class Throttled:
+    """Sends progress, but not more often than anybody reads; the ends of a phase always."""
+
+    def __init__(self, events: int) -> None:
+        self._events = events
+        self._last = 0.0
+
+    def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
+        from time import monotonic
+
+        now = monotonic()
+        if done in (0, total) or now - self._last >= PROGRESS_INTERVAL_S:
+            self._last = now
+            _send(self._events, Progressed(phase=Phase(phase), done=done, total=total, unit=unit))
+
+
+def _job_error(error: Exception) -> JobError:
+    """The one place where foreign exceptions become job errors."""
+    import errno
+
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        error = OutOfMemory("the job needs more memory than there is; use fewer or smaller models, or a larger worker")
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = DiskFull("there is no space left in the data folder for the artifact")
+    if isinstance(error, EngineError):
+        detail: dict[str, Any] = json.loads(json.dumps(error.detail, default=str))
+        return JobError.model_validate(
+            {"code": error.code, "message": error.message, "retryable": error.retryable, "detail": detail}
+        )
+    # The trace goes to the log without the exception's text, which may quote a row.
+    logger.error("unexpected %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    message = f"unexpected {type(error).__name__} in the engine; the worker's log has the trace"
+    return JobError.model_validate({"code": "internal", "message": message})
+
+
+def _send(events: int, event: BaseModel) -> None:
+    data = event.model_dump_json().encode() + b"\n"
+    while data:
+        data = data[os.write(events, data) :]
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    logging.basicConfig(level=os.environ.get("MASKMERGE_LOG_LEVEL", "INFO"), stream=sys.stderr)
+    serve(iter(sys.stdin.buffer), int(sys.argv[2]))

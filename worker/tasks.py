@@ -1,0 +1,251 @@
+"""What a worker does with a task, and the only place where contracts become the engine's input and back."""
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from redis.exceptions import RedisError
+
+from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Record, Stage, Status, TaskId
+from app.contracts.requests import Dataset, Evaluation, MergeRequest
+from app.storage.artifacts import ArtifactFolder
+from app.storage.inputs import LocalInputs, ReferenceError
+from app.storage.jobs import JobStore
+from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.spec import Columns, MergeSpec
+from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
+from worker.progress import ProgressMeter
+
+TICK_S = 0.2  # how soon a stop, a lost lease or a finished merge is noticed
+RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
+REDIS_RETRY_S = 1.0
+
+Outcome = TypeVar("Outcome")
+logger = logging.getLogger(__name__)
+
+
+class Stopping(Exception):
+    """The worker was asked to end while Redis was away; the lease will hand the task on."""
+
+
+class TaskRunner:
+    """Runs one task at a time in the engine process.
+
+    Args:
+        lease_seconds: the lease is renewed four times within it.
+        is_stopping: whether the worker was asked to end; the task is handed back then.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        store: JobStore,
+        artifacts: ArtifactFolder,
+        inputs: LocalInputs,
+        engine: EngineProcess,
+        lease_seconds: float,
+        max_engine_bytes: int,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._worker = worker
+        self._store = store
+        self._artifacts = artifacts
+        self._inputs = inputs
+        self._engine = engine
+        self._renew_interval = lease_seconds / 4
+        self._max_engine_bytes = max_engine_bytes
+        self._is_stopping = is_stopping
+
+    @property
+    def functions(self) -> dict[str, Callable[[str], None]]:
+        """The fixed table of what a message from the queue may run."""
+        return {Stage.MERGE.value: self.merge}
+
+    def merge(self, task_id: str) -> None:
+        """One attempt at a job's merge. Whatever happens, the record says so and the worker lives on."""
+        attempt = self._store.claim(TaskId.parse(task_id), self._worker)
+        if attempt is None:
+            logger.info("%s is not waiting any more", task_id)
+            return
+        logger.info("job %s: attempt %d starts", attempt.task.job, attempt.number)
+        try:
+            self._attempt(attempt)
+        except EngineDied as death:
+            self._engine_died(attempt, death)
+        except Stopping:
+            logger.info("job %s: stopping while Redis is away", attempt.task.job)
+        except EngineError as error:
+            self._fail(attempt, JobError(code=ErrorCode(error.code), message=error.message))
+        except OSError as error:
+            code = ErrorCode.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ErrorCode.STORAGE_ERROR
+            message = f"the data folder cannot be written: {error.strerror}"
+            self._fail(attempt, JobError(code=code, message=message, retryable=True))
+        except Exception:
+            logger.exception("job %s: attempt %d failed unexpectedly", attempt.task.job, attempt.number)
+            message = "unexpected error in the worker; its log has the trace"
+            self._fail(attempt, JobError(code=ErrorCode.INTERNAL, message=message))
+        finally:
+            self._renew_engine()
+
+    def _attempt(self, attempt: Attempt) -> None:
+        record = self._store.get(attempt.task.job)
+        if record is None:
+            return
+        spec = self._spec(record, self._artifacts.begin(attempt))
+        meter = ProgressMeter(phases_of(spec))
+        self._engine.merge(spec)
+        recorded = time.monotonic()
+        recorded_progress = meter.current
+        while True:
+            for event in self._engine.poll(TICK_S):
+                if isinstance(event, Progressed):
+                    meter.update(event.phase, event.done, event.total, event.unit)
+                elif isinstance(event, Failed):
+                    self._fail(attempt, event.error)
+                    return
+                elif isinstance(event, Merged):
+                    self._publish(attempt, record, event.result)
+                    return
+            if self._is_stopping():
+                self._hand_back(attempt)
+                return
+            now = time.monotonic()
+            news = meter.current if meter.current != recorded_progress else None
+            if now - recorded >= (RECORD_INTERVAL_S if news else self._renew_interval):
+                recorded = now
+                recorded_progress = meter.current
+                if not self._renew(attempt, news):
+                    logger.warning("job %s: attempt %d lost its lease", attempt.task.job, attempt.number)
+                    self._engine.kill()
+                    self._artifacts.discard(attempt)
+                    return
+
+    def _renew(self, attempt: Attempt, progress: object) -> bool:
+        """Whether the attempt is still ours; while Redis is away nobody can know better."""
+        try:
+            status = self._store.renew(attempt, progress)  # type: ignore[arg-type]
+        except RedisError as error:
+            logger.warning("job %s: Redis is away: %s", attempt.task.job, error)
+            return True
+        return status is Status.RUNNING
+
+    def _publish(self, attempt: Attempt, record: Record, result: MergeResult) -> None:
+        start = time.monotonic()
+        artifact = self._artifacts.publish(attempt)
+        started = self._insist(lambda: self._store.get(attempt.task.job))
+        queued = ((started or record).started_ms or record.created_ms) - record.created_ms
+        timings = result.timings.model_copy(
+            update={"queue_seconds": queued / 1000, "publish_seconds": round(time.monotonic() - start, 3)}
+        )
+        final = result.model_copy(update={"timings": timings})
+        if self._insist(lambda: self._store.succeed(attempt, final, artifact)):
+            logger.info("job %s: attempt %d succeeded", attempt.task.job, attempt.number)
+        else:
+            logger.warning("job %s: attempt %d came too late", attempt.task.job, attempt.number)
+            self._artifacts.discard(attempt)
+
+    def _fail(self, attempt: Attempt, error: JobError) -> None:
+        self._artifacts.discard(attempt)
+        logger.info("job %s: attempt %d failed: %s", attempt.task.job, attempt.number, error.code)
+        try:
+            self._insist(lambda: self._store.fail(attempt, error))
+        except Stopping:
+            logger.info("job %s: stopping while Redis is away", attempt.task.job)
+
+    def _hand_back(self, attempt: Attempt) -> None:
+        """Put the task back so that another worker, or this one's successor, begins at once."""
+        self._engine.kill()
+        self._artifacts.discard(attempt)
+        self._store.release(attempt, lost=False)
+        logger.info("job %s: attempt %d handed back", attempt.task.job, attempt.number)
+
+    def _engine_died(self, attempt: Attempt, death: EngineDied) -> None:
+        logger.warning("job %s: %s in attempt %d", attempt.task.job, death, attempt.number)
+        if death.out_of_memory:
+            message = "the engine process was killed for want of memory; use a worker with more, or smaller models"
+            self._fail(attempt, JobError(code=ErrorCode.OUT_OF_MEMORY, message=message))
+            return
+        self._artifacts.discard(attempt)
+        try:
+            self._insist(lambda: self._store.release(attempt, lost=True))
+        except Stopping:
+            logger.info("job %s: stopping while Redis is away", attempt.task.job)
+
+    def _renew_engine(self) -> None:
+        """Have a fresh engine process where the last one is gone or holds too much."""
+        try:
+            if self._engine.resident_bytes() <= self._max_engine_bytes:
+                return
+            logger.info("the engine process grew too large and is replaced")
+        except (EngineDied, OSError):
+            pass
+        if not self._is_stopping():
+            self._engine.start()
+
+    def _insist(self, call: Callable[[], Outcome]) -> Outcome:
+        """The outcome of a store call, however long Redis is away. Raises Stopping when asked to end meanwhile."""
+        while True:
+            try:
+                return call()
+            except RedisError as error:
+                logger.warning("Redis is away: %s", error)
+                if self._is_stopping():
+                    raise Stopping from error
+                time.sleep(REDIS_RETRY_S)
+
+    def _spec(self, record: Record, folder: Path) -> MergeSpec:
+        request = MergeRequest.model_validate(record.request)
+        models = []
+        for model in request.models:
+            checkpoint = self._resolve(model.checkpoint, InvalidCheckpoint)
+            models.append(
+                {
+                    "name": model.name,
+                    "source": model.checkpoint,
+                    "path": checkpoint,
+                    "weight": model.weight,
+                    "dataset": self._rows(model.dataset),
+                    "evaluation": self._rows(model.evaluation),
+                }
+            )
+        output = {"dtype": request.output.dtype, "max_shard_bytes": request.output.max_shard_bytes}
+        return MergeSpec.model_validate(
+            {
+                "name": record.name,
+                "models": models,
+                "method": request.method.model_dump(),
+                "output": output,
+                "evaluate": request.evaluate,
+                "recipe": record.request,
+                "folder": folder,
+            }
+        )
+
+    def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
+        if rows is None:
+            return None
+        spec = rows.model_dump(include={*Columns.model_fields, "metric"})
+        return {**spec, "source": rows.source, "path": self._resolve(rows.source, InvalidDataset)}
+
+    def _resolve(self, reference: str, invalid: type[InvalidCheckpoint] | type[InvalidDataset]) -> Path:
+        """It was there when the job was accepted; it may not be any more."""
+        try:
+            path, _ = self._inputs.resolve(reference)
+        except ReferenceError as error:
+            raise invalid(reference, str(error)) from error
+        return path
+
+
+def phases_of(spec: MergeSpec) -> list[Phase]:
+    """The phases that this merge goes through."""
+    phases = [Phase.LOADING, Phase.MERGING]
+    if spec.method.needs_scores:
+        phases.insert(1, Phase.SCORING)
+    if spec.evaluate and any(model.evaluation for model in spec.models):
+        phases.append(Phase.EVALUATING)
+    return [*phases, Phase.PUBLISHING]
