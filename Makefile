@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint bench clean
+.PHONY: help install demo serve test lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ lint: install
 
 test: install lint  ## linters, types, import contracts and every test
 	$(BIN)/pytest
+
+docs: install  ## write docs/reference.md from the code
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove what install and demo made
 	rm -rf .venv .demo

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from app.api import artifacts, errors, health, jobs, merges, methods
+from app.api.body_limit import BodyLimit
 from app.contracts.settings import Settings
 from app.services.composition import compose
 from app.storage.reaper import SWEEP_S, Repeater
@@ -28,9 +29,9 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("maskmerge"),
         lifespan=lifespan,
         responses=errors.RESPONSES,
-        max_body_size=settings.max_body_bytes,
     )
     app.state.services = services
+    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
     for module in (merges, jobs, artifacts, methods, health):
         app.include_router(module.router)
     errors.install(app)

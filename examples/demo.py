@@ -76,20 +76,27 @@ def watch(client: Client, job_id: str) -> dict[str, Any]:
     """The job when it has ended, its progress shown meanwhile."""
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
-        bar = bars.add_task("queued", total=None)
-        phase = ""
+        shown: dict[str, Any] = {}
         while True:
             job = client.job(job_id)
             now = job["progress"]
-            if now["phase"] != phase:
-                if phase:
-                    bars.update(bar, completed=bars.tasks[bar].total or 0)
-                    bar = bars.add_task(now["phase"], total=None)
-                phase = now["phase"]
-            bars.update(bar, description=phase, completed=now["done"], total=now["total"] or None)
+            phase = now["phase"]
+            if phase not in ("queued", "done"):
+                if phase not in shown:
+                    finish(bars)
+                    shown[phase] = bars.add_task(phase, total=None)
+                bars.update(shown[phase], completed=now["done"], total=now["total"] or None)
             if job["finished_at"]:
+                if job["status"] == "succeeded":
+                    finish(bars)
                 return job
             time.sleep(POLL_S)
+
+
+def finish(bars: Progress) -> None:
+    """A phase that another one followed is complete, whether or not its end was seen."""
+    for task in bars.tasks:
+        bars.update(task.id, completed=task.total or 1, total=task.total or 1)
 
 
 def show(job: dict[str, Any]) -> None:

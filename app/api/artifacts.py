@@ -9,6 +9,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Message, Receive, Scope, Send
 
 from app.api.conditional import is_current, not_modified
 from app.api.dependencies import RecordOf, ServicesOf
@@ -21,6 +22,25 @@ router = APIRouter(tags=["artifacts"])
 
 CHUNK_BYTES = 1 << 20
 MEDIA_TYPES = {".safetensors": "application/octet-stream", ".md": "text/markdown; charset=utf-8"}
+
+
+class ArtifactResponse(FileResponse):
+    """A file, with ranges; a range that cannot be had is a problem document like every other refusal."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def refuse_or_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                if message["status"] == 416:
+                    raise ProblemError(
+                        Problem.RANGE_NOT_SATISFIABLE,
+                        f"the file has {self.headers['content-length']} bytes",
+                        None,
+                        **{"Content-Range": f"bytes */{self.headers['content-length']}"},
+                    )
+                raise ProblemError(Problem.MALFORMED, "the Range header is malformed; write bytes=FIRST-LAST")
+            await send(message)
+
+        await super().__call__(scope, receive, refuse_or_send)
 
 
 class FileEntry(BaseModel):
@@ -54,7 +74,8 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
     )
 
 
-@router.api_route("/jobs/{job_id}/artifacts/{name:path}", methods=["GET", "HEAD"], response_class=FileResponse)
+@router.head("/jobs/{job_id}/artifacts/{name:path}", include_in_schema=False)
+@router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=ArtifactResponse)
 def get_file(
     name: str, record: RecordOf, services: ServicesOf, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
@@ -62,7 +83,7 @@ def get_file(
     return _serve(name, record, services, if_none_match, "attachment")
 
 
-@router.get("/jobs/{job_id}/report", response_class=FileResponse)
+@router.get("/jobs/{job_id}/report", response_class=ArtifactResponse)
 def report(record: RecordOf, services: ServicesOf, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The report page."""
     return _serve("report.html", record, services, if_none_match, "inline")
@@ -107,7 +128,7 @@ def _serve(name: str, record: Record, services: Services, if_none_match: str | N
     if is_current(if_none_match, etag):
         return not_modified(etag)
     digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
-    return FileResponse(
+    return ArtifactResponse(
         file.path,
         media_type=_media_type(name),
         filename=file.path.name,

@@ -42,9 +42,11 @@ class ArtifactFolder:
         return all(folder.is_dir() and os.access(folder, os.W_OK) for folder in (self._work, self._published))
 
     def begin(self, attempt: Attempt) -> Path:
-        """An empty folder, private to the attempt."""
+        """An empty folder, private to the attempt; what earlier attempts left is removed."""
+        for parent in (self._work, self._published):
+            for earlier in parent.glob(f"{attempt.task.job}.*"):
+                shutil.rmtree(earlier, ignore_errors=True)
         folder = self._work / _name(attempt)
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 

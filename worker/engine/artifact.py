@@ -42,11 +42,10 @@ def write_scores(folder: Path, name: str, result: HasScores) -> None:
     tensors = {site: score.contiguous() for site, score in result.scores.items()}
     tensors |= {f"{site}.stderr": error.contiguous() for site, error in result.standard_errors.items()}
     (folder / "scores").mkdir(exist_ok=True)
-    save_file(
-        tensors,
-        folder / "scores" / f"{name}.safetensors",
-        {"estimator": str(result.estimator), "examples": str(result.scored), "checkpoint": result.digest},
-    )
+    about = {"estimator": result.estimator, "examples": result.scored, "checkpoint": result.digest}
+    path = folder / "scores" / f"{name}.safetensors"
+    save_file(tensors, path, {"maskmerge": json.dumps(about)})  # one key: the library writes several in any order
+    path.chmod(0o644)  # the library makes files that only their owner reads
 
 
 def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> None:

@@ -302,7 +302,7 @@ class Stopwatch:
 
 def _required(model: ModelSpec) -> DatasetSpec:
     if model.dataset is None:
-        raise InvalidDataset(model.name, "is missing; the method needs one for every model")
+        raise InvalidDataset(model.name, "no data set; the method needs one for every model")
     return model.dataset
 
 

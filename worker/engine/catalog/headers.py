@@ -77,7 +77,7 @@ def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> Che
         InvalidCheckpoint: names the file or tensor and what to do.
     """
     if not path.is_dir():
-        raise InvalidCheckpoint(source, "is not a folder; a checkpoint is a folder written by save_pretrained()")
+        raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
     for file in path.iterdir():
         if root is not None and not file.resolve().is_relative_to(root.resolve()):
             raise InvalidCheckpoint(source, f"{file.name} is a symbolic link out of the allowed folders")
@@ -180,11 +180,11 @@ def _weight_files(path: Path, source: str) -> list[str]:
         if (path / pickle).exists():
             raise InvalidCheckpoint(
                 source,
-                f"has {pickle} but no {WEIGHTS}; pickle files are not opened. Convert it where you trust it: "
+                f"{pickle} is there but no {WEIGHTS}; pickle files are not opened. Convert it where you trust it: "
                 'python -c "from transformers import AutoModelForSequenceClassification as A; '
                 "A.from_pretrained('IN').save_pretrained('OUT')\"",
             )
-    raise InvalidCheckpoint(source, f"has neither {WEIGHTS} nor {INDEX}")
+    raise InvalidCheckpoint(source, f"neither {WEIGHTS} nor {INDEX} is there")
 
 
 def _read_json(file: Path, source: str, limit: int) -> dict[str, Any]:

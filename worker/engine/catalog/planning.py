@@ -141,7 +141,7 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
                     f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {sizes[what]} {what}",
                 )
     if layers != set(range(sizes["layers"])):
-        raise InvalidCheckpoint(info.source, f"has {len(layers)} layers, config.json says {sizes['layers']}")
+        raise InvalidCheckpoint(info.source, f"{len(layers)} layers are there, config.json says {sizes['layers']}")
 
 
 def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family) -> None:

@@ -46,7 +46,7 @@ class RowFile(Sequence[Row]):
                 self._offsets.append(offset)
                 self._lines.append(line)
         if not self._offsets:
-            raise InvalidDataset(spec.source, "is empty")
+            raise InvalidDataset(spec.source, "no rows")
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -86,7 +86,7 @@ def check_first_rows(spec: DatasetSpec, labels: LabelMap | None) -> None:
             if labels is not None and spec.label is not None:
                 labels.value(row.label, spec.source, line)
     if not found:
-        raise InvalidDataset(spec.source, "is empty")
+        raise InvalidDataset(spec.source, "no rows")
 
 
 def parse_row(raw: bytes, line: int, spec: DatasetSpec) -> Row:
@@ -94,14 +94,14 @@ def parse_row(raw: bytes, line: int, spec: DatasetSpec) -> Row:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-        raise InvalidDataset(spec.source, f"is not a JSON object ({reason})", line=line) from None
+        raise InvalidDataset(spec.source, f"not a JSON object ({reason})", line=line) from None
     if not isinstance(content, dict):
-        raise InvalidDataset(spec.source, "is not a JSON object", line=line)
+        raise InvalidDataset(spec.source, "not a JSON object", line=line)
 
     def column(name: str) -> Any:
         if name not in content:
             hint = did_you_mean(name, [str(key) for key in content])
-            raise InvalidDataset(spec.source, f"has no column '{name}'{hint}", line=line, column=name)
+            raise InvalidDataset(spec.source, f"no column '{name}'{hint}", line=line, column=name)
         return content[name]
 
     def text(name: str) -> str:
@@ -128,7 +128,7 @@ def _lines(path: Path, source: str) -> Iterator[tuple[int, int, bytes]]:
             while raw := stream.readline(MAX_LINE_BYTES + 1):
                 line += 1
                 if len(raw) > MAX_LINE_BYTES:
-                    raise InvalidDataset(source, f"is longer than {MAX_LINE_BYTES} bytes", line=line)
+                    raise InvalidDataset(source, f"longer than {MAX_LINE_BYTES} bytes", line=line)
                 yield line, offset, raw
                 offset += len(raw)
     except OSError as error:

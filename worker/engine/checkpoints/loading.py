@@ -55,7 +55,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         raise InvalidCheckpoint(info.source, f"transformers cannot load it: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InvalidCheckpoint(info.source, f"has no tensor {missing[0]}, which {info.architecture} needs")
+        raise InvalidCheckpoint(info.source, f"no tensor {missing[0]}, which {info.architecture} needs")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)

@@ -68,7 +68,7 @@ def tokenize(rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length:
     for index, row in enumerate(rows):
         encoding = {name: encoded[name][index] for name in names}
         if not encoding["input_ids"]:
-            raise InvalidDataset(spec.source, "has no tokens", line=row.line)
+            raise InvalidDataset(spec.source, "no tokens", line=row.line)
         label = None if spec.label is None else labels.value(row.label, spec.source, row.line)
         examples.append(Example(index, row.line, encoding, label))
     return Tokenized(examples, overflowing)

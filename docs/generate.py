@@ -1,0 +1,102 @@
+"""Write docs/reference.md from the code, so that it cannot say anything else. A test holds it up to date."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from app.contracts.errors import Problem
+from app.contracts.jobs import ErrorCode
+from app.contracts.settings import Settings
+from app.main import create_app
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.methods import METHODS
+
+TARGET = Path(__file__).parent / "reference.md"
+
+JOB_ERRORS = {
+    ErrorCode.INVALID_REQUEST: "the recipe asks for what cannot be done",
+    ErrorCode.INVALID_CHECKPOINT: "a checkpoint is broken, unsafe or unknown; the message names file or tensor",
+    ErrorCode.INCOMPATIBLE_CHECKPOINTS: "two checkpoints do not fit each other; the message names what differs",
+    ErrorCode.INVALID_DATASET: "a file, column, row or label; the message names the line",
+    ErrorCode.NUMERICAL_ERROR: "a gradient or a prediction left the finite numbers",
+    ErrorCode.OUT_OF_MEMORY: "the work needs more memory than the worker has",
+    ErrorCode.DISK_FULL: "no space is left for the artifact",
+    ErrorCode.TIMEOUT: "the job's deadline passed",
+    ErrorCode.WORKER_LOST: "the job lost its worker too often; a retry may succeed",
+    ErrorCode.STORAGE_ERROR: "the data folder cannot be written",
+    ErrorCode.INTERNAL: "a fault of the service; its log has the trace",
+}
+
+
+def reference(data_dir: Path) -> str:
+    """The whole page. `data_dir` is where the app that is asked for its routes may make its folders."""
+    return "\n".join(_lines(data_dir)) + "\n"
+
+
+def _lines(data_dir: Path) -> Iterator[str]:
+    yield "# Reference"
+    yield ""
+    yield "Written by `make docs`. The schema of every body is at `/openapi.json`, to try out at `/docs`."
+    yield ""
+    yield "## Routes"
+    yield ""
+    yield from _table(["request", "what it does"], _routes(data_dir))
+    yield ""
+    yield "## Methods"
+    for entry in METHODS.values():
+        yield ""
+        yield f"### {entry.name}"
+        yield ""
+        yield f"`{entry.formula}`"
+        yield ""
+        yield f"Source: {entry.source}. Needs: {', '.join(entry.needs) or 'checkpoints alone'}."
+        yield ""
+        properties = entry.parameters.model_json_schema()["properties"]
+        rows = [[f"`{n}`", f"`{p.get('default')}`", _meaning(p)] for n, p in properties.items() if n != "name"]
+        yield from _table(["parameter", "default", "meaning"], rows)
+    yield ""
+    yield "## Architectures"
+    yield ""
+    families = [[f"`{f.model_type}`", ", ".join(f"`{a}`" for a in f.architectures)] for f in FAMILIES.values()]
+    yield from _table(["model_type", "architectures"], families)
+    yield ""
+    yield "## Settings"
+    yield ""
+    yield "`maskmerge settings` prints them with their current values."
+    yield ""
+    settings = [[f"`{name}`", f"`{value}`" if value else "", meaning] for name, value, meaning in Settings.model_construct().describe()]
+    yield from _table(["variable", "default", "meaning"], settings)
+    yield ""
+    yield "## Answers that are not a success"
+    yield ""
+    yield "All are `application/problem+json` (RFC 9457) with these stable codes."
+    yield ""
+    yield from _table(["code", "status", "title"], [[f"`{p.code}`", str(p.status), p.title] for p in Problem])
+    yield ""
+    yield "## Errors of a failed job"
+    yield ""
+    yield from _table(["code", "meaning"], [[f"`{code.value}`", JOB_ERRORS[code]] for code in ErrorCode])
+
+
+def _routes(data_dir: Path) -> list[list[str]]:
+    app = create_app(Settings(redis_url="redis://127.0.0.1:1", data_dir=data_dir))
+    return [
+        [f"`{method.upper()} {path}`", operation.get("description", operation["summary"]).partition("\n")[0]]
+        for path, operations in app.openapi()["paths"].items()
+        for method, operation in operations.items()
+    ]
+
+
+def _meaning(schema: dict[str, object]) -> str:
+    return str(schema.get("description", "")).replace("\n", " ")
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> Iterator[str]:
+    for row in (columns, ["---"] * len(columns), *rows):
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        TARGET.write_text(reference(Path(folder)), encoding="utf-8")

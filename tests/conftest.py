@@ -1,0 +1,210 @@
+"""Real parts for the tests: a Redis server, tiny checkpoints, trained experts, the whole service as processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from redis import Redis
+
+from app.embedded_redis import EmbeddedRedis
+from tests.tiny import tiny_checkpoint, write_rows
+
+REPOSITORY = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis server of the tests' own."""
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    process = subprocess.Popen(server.command, stdout=subprocess.DEVNULL)
+    with Redis.from_url(server.url) as client:
+        wait_until(lambda: _answers(client), "Redis to answer")
+    yield server.url
+    process.terminate()
+    process.wait()
+    server.clean()
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    """An empty database."""
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        client.flushall()
+        yield client
+
+
+def _answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except Exception:
+        return False
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60, interval_s: float = 0.05) -> Any:
+    """The condition's first true value; fails the test when there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_s} s for {what}")
+        time.sleep(interval_s)
+
+
+@dataclass
+class Service:
+    """`maskmerge serve` as a process, and a client of it."""
+
+    data_dir: Path
+    inputs: Path
+    port: int
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+
+    @property
+    def log(self) -> str:
+        return (self.data_dir.parent / "serve.log").read_text()
+
+    def start(self, workers: int = 1) -> None:
+        command = [sys.executable, "-m", "app.cli", "serve", "--data-dir", str(self.data_dir)]
+        command += ["--port", str(self.port), "--local-root", str(self.inputs), "--workers", str(workers)]
+        with (self.data_dir.parent / "serve.log").open("ab") as log:
+            environment = {**os.environ, **self.environment}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=REPOSITORY)
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.get_or_none("/readyz"), "the service to be ready")
+
+    def stop(self) -> int:
+        """Ctrl-C, as a person would; the exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(40)
+
+    def get_or_none(self, path: str) -> httpx.Response | None:
+        """The answer if it is 200."""
+        try:
+            with self.http as http:
+                response = http.get(path)
+        except httpx.TransportError:
+            return None
+        return response if response.status_code == 200 else None
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        with self.http as http:
+            return http.get(path, **options)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        with self.http as http:
+            return http.post(path, **options)
+
+    def submit(self, recipe: dict[str, Any]) -> str:
+        response = self.post("/merge", json=recipe)
+        assert response.status_code == 202, response.text
+        job_id: str = response.json()["id"]
+        return job_id
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        job: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
+        return job
+
+    def finished(self, job_id: str, timeout_s: float = 120) -> dict[str, Any]:
+        """The job once it is final, however often the service goes away meanwhile."""
+
+        def final() -> dict[str, Any] | None:
+            response = self.get_or_none(f"/jobs/{job_id}")
+            job = response.json() if response else None
+            return job if job and job["finished_at"] else None
+
+        job: dict[str, Any] = wait_until(final, f"job {job_id} to end", timeout_s)
+        return job
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """What runs now, by role: supervisor, redis, api, worker, engine."""
+        assert self.process is not None
+        found = {}
+        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
+            try:
+                words = process.cmdline()
+            except psutil.Error:
+                continue
+            for role, mark in ROLES.items():
+                if any(mark in word for word in words):
+                    found[role] = process
+                    break
+        return found
+
+
+ROLES = {
+    "engine": "worker.engine_process",
+    "redis": "redis-server",
+    "supervisor": "serve",
+    "api": "app.cli",
+    "worker": "worker",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`checkpoints/{a,b,c}` of one ancestor with 2, 3 and 2 labels, and `rows/{a,b,c}.jsonl` for them."""
+    root = tmp_path_factory.mktemp("inputs")
+    for seed, (name, labels) in enumerate({"a": 2, "b": 3, "c": 2}.items()):
+        tiny_checkpoint(root / "checkpoints" / name, labels=labels, seed=seed)
+        write_rows(root / "rows" / f"{name}.jsonl", count=200, labels=labels, seed=seed)
+    return root
+
+
+def make_service(root: Path, inputs: Path, **environment: str) -> Service:
+    (root / "data").mkdir()
+    return Service(root / "data", inputs, free_port(), environment)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
+    """One running service for the tests that leave it as they found it."""
+    service = make_service(tmp_path_factory.mktemp("service"), tiny_inputs)
+    service.start()
+    yield service
+    before = service.processes()
+    assert service.stop() == 0
+    assert not [process for process in before.values() if process.is_running()], "a process was left behind"
+
+
+def tiny_recipe(*names: str, **method: Any) -> dict[str, Any]:
+    """A merge of tiny checkpoints with data sets and evaluations."""
+    return {
+        "method": {"name": "mask_fisher", "examples": 64, **method} if "name" not in method else method,
+        "models": [
+            {
+                "name": name,
+                "checkpoint": f"local:checkpoints/{name}",
+                "dataset": {"source": f"local:rows/{name}.jsonl", "label": "label"},
+                "evaluation": {"source": f"local:rows/{name}.jsonl", "limit": 50},
+            }
+            for name in names or ("a", "b")
+        ],
+    }

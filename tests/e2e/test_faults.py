@@ -1,0 +1,165 @@
+"""Processes really killed, in the middle of the work: one finished job, later, and no second result."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY, Service, make_service, tiny_recipe, wait_until
+from tests.tiny import write_rows
+
+ROWS = 6000  # scored in several seconds, so that there is a middle to kill in
+BACK_IN_QUEUE_S = 15  # the promise: a lost attempt is queued again within this
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_inputs: Path) -> Path:
+    for seed, (name, labels) in enumerate({"a": 2, "b": 3}.items()):
+        write_rows(tiny_inputs / "rows" / f"many-{name}.jsonl", count=ROWS, labels=labels, seed=seed)
+    return tiny_inputs
+
+
+@pytest.fixture
+def service(tmp_path: Path, inputs: Path) -> Iterator[Service]:
+    service = make_service(tmp_path, inputs)
+    service.start()
+    yield service
+    if service.process is not None and service.process.poll() is None:
+        before = service.processes()
+        assert service.stop() == 0
+        assert not [p for p in before.values() if p.is_running()], "a process was left behind"
+
+
+def long_recipe() -> dict[str, Any]:
+    recipe = tiny_recipe("a", "b", examples=ROWS)
+    for model in recipe["models"]:
+        model["dataset"]["source"] = f"local:rows/many-{model['name']}.jsonl"
+    return recipe
+
+
+def scoring(service: Service, job_id: str) -> bool:
+    progress = service.job(job_id)["progress"]
+    return progress["phase"] == "scoring" and progress["done"] > 0
+
+
+def start_scoring(service: Service) -> str:
+    job_id = service.submit(long_recipe())
+    wait_until(lambda: scoring(service, job_id), "the middle of scoring", interval_s=0.02)
+    return job_id
+
+
+def check_one_result(service: Service, job_id: str) -> None:
+    """The job succeeded once: one artifact, whole, and nothing left of the attempts that were killed."""
+    job = service.finished(job_id)
+    assert job["status"] == "succeeded", job["error"]
+    assert job["attempt"] >= 2
+    assert [entry["id"] for entry in service.get("/jobs").json()["data"]] == [job_id]
+    assert service.get(f"/jobs/{job_id}/archive").status_code == 200
+    artifacts = [folder.name for folder in (service.data_dir / "artifacts").iterdir()]
+    assert artifacts == [f"{job_id}.{job['attempt']}"]
+    wait_until(lambda: not list((service.data_dir / "work").iterdir()), "the work folder to be empty")
+
+
+def wait_gone(*processes: psutil.Process) -> None:
+    psutil.wait_procs(processes, timeout=10)
+    assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
+
+
+@pytest.mark.parametrize("role", ["engine", "worker", "redis"])
+def test_a_killed_process_costs_an_attempt_and_no_job(service: Service, role: str) -> None:
+    job_id = start_scoring(service)
+    victims = service.processes()
+    victims[role].send_signal(signal.SIGKILL)
+    if role == "worker":
+        wait_gone(victims["engine"])  # it must not go on without its worker
+        wait_until(
+            lambda: service.job(job_id)["status"] == "queued" or service.job(job_id)["attempt"] > 1,
+            "the job to be queued again",
+            BACK_IN_QUEUE_S,
+        )
+    if role == "redis":  # the attempt outlives a restart of Redis
+        job = service.finished(job_id)
+        assert (job["status"], job["attempt"]) == ("succeeded", 1)
+    else:
+        check_one_result(service, job_id)
+
+
+def test_a_killed_api_costs_nothing(service: Service) -> None:
+    job_id = start_scoring(service)
+    service.processes()["api"].send_signal(signal.SIGKILL)
+    job = service.finished(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 1)
+
+
+@pytest.mark.parametrize("all_at_once", [True, False], ids=["everything", "the supervisor"])
+def test_after_sigkill_a_restart_goes_on(service: Service, all_at_once: bool) -> None:
+    job_id = start_scoring(service)
+    waiting = service.submit(tiny_recipe("a", name="average"))
+    victims = service.processes()
+    assert set(victims) == {"supervisor", "redis", "api", "worker", "engine"}
+    for role, process in victims.items():
+        if all_at_once or role == "supervisor":
+            process.send_signal(signal.SIGKILL)
+    wait_gone(*victims.values())
+    assert service.process is not None
+    service.process.wait()
+    service.start()
+    assert service.finished(waiting)["status"] == "succeeded"
+    job = service.finished(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    assert not [folder.name for folder in (service.data_dir / "artifacts").iterdir() if folder.name == f"{job_id}.1"]
+
+
+def test_an_orderly_stop_hands_the_job_back_and_a_restart_goes_on(service: Service) -> None:
+    job_id = start_scoring(service)
+    processes = service.processes()
+    assert service.stop() == 0
+    wait_gone(*processes.values())
+    service.start()
+    check_one_result(service, job_id)
+    assert "lost its worker" not in service.log
+
+
+def test_a_stopped_service_refuses_nobody_a_second_data_folder_is_free(service: Service) -> None:
+    command = [sys.executable, "-m", "app.cli", "serve", "--data-dir", str(service.data_dir), "--port", "1"]
+    second = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=REPOSITORY, env={**os.environ})
+    second.send_signal(signal.SIGTERM) if second.poll() is not None else None
+    _, errors = second.communicate(timeout=40)
+    assert second.returncode == 1
+    assert b"is in use by another maskmerge" in errors
+
+
+def test_a_job_whose_engine_dies_every_time_fails_and_the_worker_lives(tmp_path: Path, inputs: Path) -> None:
+    service = make_service(tmp_path, inputs, MASKMERGE_MAX_LOSSES="2")
+    service.start()
+    job_id = service.submit(long_recipe())
+    for attempt in (1, 2):
+        wait_until(
+            lambda attempt=attempt: service.job(job_id)["attempt"] == attempt and scoring(service, job_id),
+            f"attempt {attempt}",
+        )
+        service.processes()["engine"].send_signal(signal.SIGKILL)
+    job = service.finished(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "worker_lost")
+    assert job["error"]["retryable"]
+    assert service.finished(service.submit(tiny_recipe("a", name="average")))["status"] == "succeeded"
+    assert service.stop() == 0
+
+
+def test_two_workers_share_the_queue_and_survive_the_loss_of_one(tmp_path: Path, inputs: Path) -> None:
+    service = make_service(tmp_path, inputs)
+    service.start(workers=2)
+    wait_until(lambda: service.get("/readyz").json().get("workers") == 2, "both workers")
+    jobs = [start_scoring(service) for _ in range(2)]
+    service.processes()["worker"].send_signal(signal.SIGKILL)
+    for job_id in jobs:
+        assert service.finished(job_id)["status"] == "succeeded"
+    assert sorted(service.job(job_id)["attempt"] for job_id in jobs) == [1, 2]
+    assert len(list((service.data_dir / "artifacts").iterdir())) == 2
+    assert service.stop() == 0

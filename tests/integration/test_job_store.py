@@ -1,0 +1,267 @@
+"""The job store and the queue against a real Redis, with a clock that the test moves."""
+
+from collections.abc import Callable
+
+import pytest
+from redis import Redis
+
+from app.contracts.jobs import (
+    Attempt,
+    ErrorCode,
+    JobError,
+    Phase,
+    Progress,
+    Record,
+    Stage,
+    Status,
+    TaskId,
+)
+from app.storage.connection import connect_for_rq
+from app.storage.jobs import JobStore
+from app.storage.queue import GRACE_MS, TaskQueue
+from app.storage.reaper import Reaper
+from worker.engine.catalog.report import MergeResult, Timings
+
+LEASE_S = 10
+MAX_LOSSES = 3
+RESULT = MergeResult(
+    models=[],
+    metrics=None,
+    mean_retention=None,
+    min_retention=None,
+    method={},
+    timings=Timings(),
+    peak_memory_bytes=1,
+    device="cpu",
+    notes=[],
+)
+FAILURE = JobError(code=ErrorCode.INTERNAL, message="broken")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += int(seconds * 1000)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(redis: Redis, clock: Clock) -> JobStore:
+    return JobStore(redis, "test", LEASE_S, MAX_LOSSES, clock)
+
+
+@pytest.fixture
+def queue(redis: Redis, redis_url: str, store: JobStore) -> TaskQueue:
+    return TaskQueue(connect_for_rq(redis_url), "test", store)
+
+
+def new_job(store: JobStore, **labels: str) -> TaskId:
+    return TaskId(job=store.create({"some": "request"}, "name", labels).job_id, stage=Stage.MERGE)
+
+
+def record_of(store: JobStore, task: TaskId) -> Record:
+    record = store.get(task.job)
+    assert record is not None
+    return record
+
+
+def claimed(store: JobStore, task: TaskId) -> Attempt:
+    attempt = store.claim(task, "worker")
+    assert attempt is not None
+    return attempt
+
+
+def test_a_new_job_is_queued_and_waits_to_be_dispatched(store: JobStore) -> None:
+    task = new_job(store, team="search")
+    record = record_of(store, task)
+    assert (record.status, record.attempt, record.revision) == (Status.QUEUED, 0, 1)
+    assert record.request == {"some": "request"}
+    assert record.labels == {"team": "search"}
+    assert store.due(0) == [task]
+
+
+def test_only_one_worker_claims_a_task(store: JobStore) -> None:
+    task = new_job(store)
+    first = store.claim(task, "one")
+    assert first is not None
+    assert first.number == 1
+    assert store.claim(task, "two") is None
+    assert record_of(store, task).status is Status.RUNNING
+    assert store.due(2**53) == []
+
+
+def test_a_lease_lasts_as_long_as_it_is_renewed(store: JobStore, clock: Clock) -> None:
+    attempt = claimed(store, new_job(store))
+    clock.advance(LEASE_S - 1)
+    assert store.renew(attempt) is Status.RUNNING
+    clock.advance(LEASE_S - 1)
+    assert store.expired() == []
+    clock.advance(1)
+    assert store.expired() == [attempt]
+
+
+def test_renewing_records_progress_and_changes_the_revision(store: JobStore) -> None:
+    task = new_job(store)
+    attempt = claimed(store, task)
+    before = record_of(store, task).revision
+    store.renew(attempt)
+    assert record_of(store, task).revision == before
+    store.renew(attempt, Progress(phase=Phase.SCORING, done=1, total=2, unit="examples", fraction=0.5))
+    after = record_of(store, task)
+    assert after.revision == before + 1
+    assert after.progress.fraction == 0.5
+
+
+Write = Callable[[JobStore, Attempt], object]
+WRITES: dict[str, Write] = {
+    "succeed": lambda store, attempt: store.succeed(attempt, RESULT, "folder"),
+    "fail": lambda store, attempt: store.fail(attempt, FAILURE),
+    "renew": lambda store, attempt: store.renew(attempt, Progress(fraction=0.9)),
+    "release": lambda store, attempt: store.release(attempt, lost=False),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_an_attempt_that_was_replaced_can_write_nothing(store: JobStore, clock: Clock, write: str) -> None:
+    task = new_job(store)
+    old = claimed(store, task)
+    clock.advance(LEASE_S + 1)
+    assert store.release(old, lost=True, only_expired=True)
+    new = claimed(store, task)
+    before = record_of(store, task)
+    assert not WRITES[write](store, old)
+    assert record_of(store, task) == before
+    assert store.succeed(new, RESULT, "folder")
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_job_ends_once(store: JobStore, write: str) -> None:
+    task = new_job(store)
+    attempt = claimed(store, task)
+    assert store.succeed(attempt, RESULT, "folder")
+    before = record_of(store, task)
+    assert before.status is Status.SUCCEEDED
+    assert before.artifact == "folder"
+    assert before.progress.fraction == 1
+    assert not WRITES[write](store, attempt)
+    assert record_of(store, task) == before
+    assert store.claim(task, "another") is None
+
+
+def test_a_lease_renewed_in_time_is_not_released_by_the_reaper(store: JobStore, clock: Clock) -> None:
+    attempt = claimed(store, new_job(store))
+    clock.advance(LEASE_S + 1)
+    assert store.expired() == [attempt]
+    store.renew(attempt)
+    assert not store.release(attempt, lost=True, only_expired=True)
+    assert store.renew(attempt) is Status.RUNNING
+
+
+def test_handing_back_counts_as_no_loss(store: JobStore) -> None:
+    task = new_job(store)
+    for number in range(1, 2 * MAX_LOSSES):
+        attempt = claimed(store, task)
+        assert attempt.number == number
+        assert store.release(attempt, lost=False)
+    assert record_of(store, task).status is Status.QUEUED
+
+
+def test_a_job_that_loses_every_worker_fails_and_says_so(store: JobStore) -> None:
+    task = new_job(store)
+    for _ in range(MAX_LOSSES):
+        assert record_of(store, task).status is Status.QUEUED
+        assert store.release(claimed(store, task), lost=True)
+    record = record_of(store, task)
+    assert record.status is Status.FAILED
+    assert record.error is not None
+    assert record.error.code is ErrorCode.WORKER_LOST
+    assert record.error.retryable
+    assert record.finished_ms is not None
+    assert store.expired() == []
+    assert store.due(2**53) == []
+
+
+def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
+    first = store.create({}, "name", {}, ("key", "digest"))
+    again = store.create({}, "name", {}, ("key", "digest"))
+    assert not first.existing
+    assert (again.job_id, again.existing, again.same_body) == (first.job_id, True, True)
+    other = store.create({}, "name", {}, ("key", "another"))
+    assert (other.existing, other.same_body) == (True, False)
+    assert [record.id for record in store.newest()] == [first.job_id]
+    assert store.remembered("key", "digest") == again
+    assert store.remembered("no such key", "digest") is None
+
+
+def test_jobs_are_listed_newest_first_across_pages(store: JobStore, clock: Clock) -> None:
+    ids = []
+    for _ in range(205):
+        ids.append(new_job(store).job)
+        clock.advance(0.001)
+    assert [record.id for record in store.newest()] == ids[::-1]
+    assert [record.id for record in store.newest(after=ids[200])] == ids[199::-1]
+
+
+def test_live_workers_are_those_that_beat_lately(store: JobStore, clock: Clock) -> None:
+    store.beat("one", 10)
+    clock.advance(6)
+    store.beat("two", 10)
+    assert store.live_workers() == 2
+    clock.advance(6)
+    assert store.live_workers() == 1
+    store.sign_off("two")
+    assert store.live_workers() == 0
+
+
+def test_the_reaper_puts_an_expired_attempt_back_in_the_queue(
+    store: JobStore, queue: TaskQueue, redis: Redis, clock: Clock
+) -> None:
+    task = new_job(store)
+    queue.dispatch(task)
+    redis.lpop("rq:queue:test")  # as the worker that then dies
+    claimed(store, task)
+    clock.advance(LEASE_S + 1)
+    Reaper(store, queue).sweep()
+    assert record_of(store, task).status is Status.QUEUED
+    assert redis.llen("rq:queue:test") == 1
+
+
+def test_a_task_that_its_worker_took_and_never_claimed_is_dispatched_again(
+    store: JobStore, queue: TaskQueue, redis: Redis, clock: Clock
+) -> None:
+    task = new_job(store)
+    queue.dispatch(task)
+    reaper = Reaper(store, queue)
+    redis.delete("rq:queue:test")
+    reaper.sweep()
+    assert redis.llen("rq:queue:test") == 0  # it may be on its way
+    clock.advance(GRACE_MS / 1000 + 1)
+    reaper.sweep()
+    assert redis.llen("rq:queue:test") == 1
+    clock.advance(GRACE_MS / 1000 + 1)
+    reaper.sweep()
+    assert redis.llen("rq:queue:test") == 1  # RQ has it, so it only waits for a worker
+
+
+def test_a_job_accepted_while_the_queue_was_away_is_dispatched_by_the_reaper(
+    store: JobStore, queue: TaskQueue, redis: Redis
+) -> None:
+    new_job(store)
+    Reaper(store, queue).sweep()
+    assert redis.llen("rq:queue:test") == 1
+
+
+def test_the_states_form_a_closed_table() -> None:
+    assert Status.SUCCEEDED.predecessors == {Status.RUNNING}
+    assert Status.RUNNING.predecessors == {Status.QUEUED}
+    assert all(status.predecessors or status is Status.QUEUED for status in Status)
+    assert {status for status in Status if status.is_final} == {Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}

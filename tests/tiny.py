@@ -1,0 +1,160 @@
+"""Tiny real inputs: checkpoints that transformers loads with their tokenizer, rows for them, and merges of both."""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", *(f"w{i}" for i in range(85))]
+LAYERS = 2
+HEADS = 4
+NEURONS = 24
+POSITIONS = 48
+SPREAD = 0.3  # of the ancestor's weights: wide enough for attention and softmax to leave their linear range
+STEP = 0.1  # of a fine-tuning
+
+Tensors = dict[str, Tensor]
+
+
+def tiny_checkpoint(
+    folder: Path,
+    *,
+    labels: int = 2,
+    seed: int = 0,
+    base_seed: int = 1000,
+    problem_type: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 16,
+    names: Sequence[str] | None = None,
+) -> Path:
+    """A BERT as `save_pretrained` writes it: the ancestor of `base_seed`, fine-tuned as `seed` says, with its own head.
+
+    One label, or `problem_type` regression, is a regression head. `names` are the labels' names.
+    """
+    # Imported late: whoever imports this module may still have to say that the hub is out of reach.
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
+    config = BertConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=hidden,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=NEURONS,
+        max_position_embeddings=POSITIONS,
+        **(named or {"num_labels": labels}),
+        problem_type=problem_type,
+    )
+    model = BertForSequenceClassification(config)
+    ancestor, fine_tuning = torch.Generator().manual_seed(base_seed), torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        step = torch.randn(tensor.shape, generator=fine_tuning)
+        if name.startswith("classifier"):
+            state[name] = step
+        else:
+            centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            state[name] = centre + SPREAD * torch.randn(tensor.shape, generator=ancestor) + STEP * step
+    model.load_state_dict(state)
+    model.to(dtype).save_pretrained(folder)
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
+    BertTokenizer(vocab=vocabulary, model_max_length=POSITIONS).save_pretrained(folder)
+    return folder
+
+
+def edit_tensors(checkpoint: Path, edit: Callable[[Tensors], Tensors | None]) -> None:
+    """Rewrite the weights of a checkpoint of one file; `edit` changes its argument, or returns other tensors."""
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors = edit(tensors) or tensors
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON object; None removes a key."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def tiny_texts(count: int, seed: int = 0, longest: int = POSITIONS - 8) -> list[str]:
+    """Texts of 3 to `longest` words, each word one token."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, longest))) for _ in range(count)]
+
+
+def write_rows(file: Path, *, count: int = 40, labels: int = 2, seed: int = 0, longest: int = POSITIONS - 8) -> Path:
+    """JSON lines with `text` and `label`: an id, or for one label a number."""
+    rng = random.Random(f"labels {seed}")
+    texts = tiny_texts(count, seed, longest)
+    rows = [{"text": text, "label": rng.randrange(labels) if labels > 1 else rng.gauss(0, 1)} for text in texts]
+    return write_lines(file, [json.dumps(row) for row in rows])
+
+
+def write_lines(file: Path, lines: Sequence[str]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def dataset_spec(file: Path, **columns: Any) -> DatasetSpec:
+    return DatasetSpec(source=file.name, path=file, **{"label": "label", **columns})
+
+
+def model_spec(checkpoint: Path, rows: Path | None = None, *, weight: float = 1.0, **fields: Any) -> ModelSpec:
+    """The checkpoint under its folder's name, scored on `rows`."""
+    dataset = None if rows is None else dataset_spec(rows)
+    fields = {"name": checkpoint.name, "source": f"local:{checkpoint.name}", "dataset": dataset, **fields}
+    return ModelSpec(path=checkpoint, weight=weight, **fields)
+
+
+def merge_spec(
+    folder: Path,
+    models: Sequence[ModelSpec],
+    method: Mapping[str, Any] | None = None,
+    *,
+    evaluate: bool = False,
+    **output: Any,
+) -> MergeSpec:
+    """A merge in float32 whose artifact goes to `folder`."""
+    method = {"name": "mask_fisher", "precision": "float32", **(method or {})}
+    fields = {"models": list(models), "method": method, "output": output, "folder": folder}
+    return MergeSpec.model_validate({"name": "tiny", "evaluate": evaluate, "recipe": {"method": method}, **fields})
+
+
+def float64_model(checkpoint: Path) -> Any:
+    """The model as transformers loads it, for computing what the engine should find."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float64).eval()
+
+
+def insert_masks(model: Any) -> tuple[Tensor, Tensor]:
+    """Real masks of a BERT, at one: (layers, heads) times the heads' contexts, (layers, neurons) times activations."""
+    heads = torch.ones(LAYERS, HEADS, dtype=torch.float64, requires_grad=True)
+    neurons = torch.ones(LAYERS, NEURONS, dtype=torch.float64, requires_grad=True)
+    for layer, block in enumerate(model.bert.encoder.layer):
+        _multiply_input(block.attention.output.dense, heads, layer, model.config.hidden_size // HEADS)
+        _multiply_input(block.output.dense, neurons, layer, 1)
+    return heads, neurons
+
+
+def _multiply_input(module: nn.Module, masks: Tensor, layer: int, width: int) -> None:
+    module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * masks[layer].repeat_interleave(width), *inputs[1:]))
+
+
+def silent(*_: object) -> None:
+    """A listener that lets everything pass."""
+
+
+def read_model(folder: Path) -> Tensors:
+    """Every tensor of a checkpoint folder, whatever its shards."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -1,0 +1,244 @@
+"""Reading a checkpoint's description: what it says of a good one, and how it refuses every bad one by name."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.tiny import edit_json, tiny_checkpoint
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.headers import (
+    INDEX,
+    MAX_CONFIG_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    WEIGHTS,
+    inspect_checkpoint,
+    read_header,
+)
+
+SOURCE = "local:expert"
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "expert")
+
+
+def weights_of(header: Any, payload: bytes = b"", *, announced: int | None = None) -> bytes:
+    """A safetensors file of this header, as it is or as JSON."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if announced is None else announced) + raw + payload
+
+
+def test_every_tensor_is_described_as_the_formats_own_library_describes_it(checkpoint: Path) -> None:
+    info = inspect_checkpoint(checkpoint, SOURCE)
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
+        assert set(info.tensors) == set(file.keys())
+        for name, tensor in info.tensors.items():
+            found = file.get_slice(name)
+            assert (tensor.name, tensor.file, tensor.dtype) == (name, WEIGHTS, "F32")
+            assert list(tensor.shape) == found.get_shape()
+            assert tensor.nbytes == 4 * torch.Size(tensor.shape).numel()
+    assert info.nbytes == sum(tensor.nbytes for tensor in info.tensors.values())
+    assert (info.source, info.model_type, info.architecture) == (SOURCE, "bert", "BertForSequenceClassification")
+    assert info.weight_files == [WEIGHTS]
+
+
+def test_shards_are_read_through_their_index(checkpoint: Path) -> None:
+    whole = inspect_checkpoint(checkpoint, SOURCE)
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (checkpoint / WEIGHTS).unlink()
+    names = sorted(tensors)
+    shards = {"one.safetensors": names[:10], "two.safetensors": names[10:]}
+    for shard, its in shards.items():
+        save_file({name: tensors[name] for name in its}, checkpoint / shard)
+    weight_map = {name: shard for shard, its in shards.items() for name in its}
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    info = inspect_checkpoint(checkpoint, SOURCE)
+    assert info.weight_files == list(shards)
+    assert {name: tensor.file for name, tensor in info.tensors.items()} == weight_map
+    assert {n: (t.shape, t.dtype) for n, t in info.tensors.items()} == {
+        n: (t.shape, t.dtype) for n, t in whole.tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool],
+    ids=str,
+)
+def test_sizes_follow_from_shape_and_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"scalar": torch.zeros((), dtype=dtype), "empty": torch.zeros(0, 3, dtype=dtype)}
+    tensors["matrix"] = torch.zeros(2, 5, dtype=dtype)
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = {tensor.name: tensor for tensor in read_header(tmp_path / "x.safetensors", SOURCE)}
+    assert {name: tensor.shape for name, tensor in found.items()} == {"scalar": (), "empty": (0, 3), "matrix": (2, 5)}
+    assert {name: t.nbytes for name, t in found.items()} == {
+        name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()
+    }
+
+
+BAD_WEIGHTS: dict[str, tuple[bytes, list[str]]] = {
+    "empty file": (b"", ["truncated", "0 bytes"]),
+    "seven bytes": (b"1234567", ["truncated", "7 bytes"]),
+    "header too large": (weights_of({}, announced=MAX_HEADER_BYTES + 1), [str(MAX_HEADER_BYTES + 1), "allowed"]),
+    "cut inside its header": (weights_of({"a": F32}, announced=1000), ["truncated inside its header"]),
+    "cut inside its tensors": (weights_of({"a": F32}, b"1234567"), ["truncated", "copy it again"]),
+    "bytes left over": (weights_of({"a": F32}, b"123456789"), ["too long"]),
+    "not JSON": (weights_of(b"{oops"), ["malformed header"]),
+    "not UTF-8": (weights_of(b'{"\xff": 1}'), ["malformed header"]),
+    "deeply nested": (weights_of(b'{"a":' * 200_000), ["malformed header"]),
+    "not an object": (weights_of([1]), ["malformed header"]),
+    "an entry that is no object": (weights_of({"a": 3}), ["malformed header"]),
+    "no shape": (weights_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"12345678"), ["malformed", "shape"]),
+    "no offsets": (weights_of({"a": {"dtype": "F32", "shape": [2]}}), ["malformed", "data_offsets"]),
+    "three offsets": (weights_of({"a": {**F32, "data_offsets": [0, 8, 9]}}, b"12345678"), ["malformed"]),
+    "unknown dtype": (weights_of({"a": {**F32, "dtype": "F8_E4M3"}}, b"12345678"), ["tensor a", "F8_E4M3", "BF16"]),
+    "dtype that is no name": (weights_of({"a": {**F32, "dtype": ["F32"]}}, b"12345678"), ["malformed"]),
+    "negative shape": (weights_of({"a": {**F32, "shape": [-2, -1]}}, b"12345678"), ["tensor a", "negative"]),
+    "fractional shape": (weights_of({"a": {**F32, "shape": [2.0]}}, b"12345678"), ["tensor a", "non-integer"]),
+    "negative offset": (weights_of({"a": {**F32, "data_offsets": [-8, 0]}}), ["tensor a", "negative"]),
+    "shape of another size": (weights_of({"a": {**F32, "shape": [3]}}, b"12345678"), ["tensor a", "[0, 8]"]),
+    "a gap": (weights_of({"a": {**F32, "data_offsets": [4, 12]}}, b"123456789012"), ["tensor a", "[4, 12]"]),
+    "overlap": (weights_of({"a": F32, "b": F32}, b"12345678"), ["tensor", "[0, 8]"]),
+    "more tensors than allowed": (
+        weights_of({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(MAX_TENSORS + 1)}),
+        [f"{MAX_TENSORS + 1} tensors"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_bad_weights_are_refused_with_their_file_and_fault(checkpoint: Path, case: str) -> None:
+    content, words = BAD_WEIGHTS[case]
+    (checkpoint / WEIGHTS).write_bytes(content)
+    assert_refused(checkpoint, [WEIGHTS, *words])
+
+
+def test_weights_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).mkdir()
+    with pytest.raises(InvalidCheckpoint, match=rf"{SOURCE}: {WEIGHTS} cannot be read"):
+        list(read_header(tmp_path / WEIGHTS, SOURCE))
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def without(*names: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def index(content: Any) -> Callable[[Path], object]:
+    return text(INDEX, json.dumps(content))
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def twice(folder: Path) -> None:
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file({"same": torch.zeros(1)}, folder / name)
+    index({"weight_map": {"same": "one.safetensors", "other": "two.safetensors"}})(folder)
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no config": (without("config.json"), ["config.json is missing"]),
+    "config not JSON": (text("config.json", "{oops"), ["config.json cannot be read as JSON"]),
+    "config deeply nested": (text("config.json", "[" * 200_000), ["config.json cannot be read as JSON"]),
+    "config a list": (text("config.json", "[]"), ["config.json is not a JSON object"]),
+    "config too large": (text("config.json", " " * (MAX_CONFIG_BYTES + 1)), ["config.json", str(MAX_CONFIG_BYTES)]),
+    "code in config": (
+        lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "code.Model"}),
+        ["config.json has auto_map", "run code"],
+    ),
+    "code in tokenizer": (
+        lambda folder: edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]}),
+        ["tokenizer_config.json has auto_map"],
+    ),
+    "tokenizer config a list": (text("tokenizer_config.json", "[]"), ["tokenizer_config.json is not a JSON object"]),
+    "tokenizer not JSON": (text("tokenizer.json", "oops"), ["tokenizer.json cannot be read as JSON"]),
+    "no weights": (without(WEIGHTS), [WEIGHTS, INDEX]),
+    "a pickle": (pickle_only, ["pytorch_model.bin", "not opened", "save_pretrained('OUT')"]),
+    "index without map": (index({"metadata": {}}), [INDEX, "no weight_map"]),
+    "index with empty map": (index({"weight_map": {}}), [INDEX, "no weight_map"]),
+    "index with a list": (index({"weight_map": ["x"]}), [INDEX, "no weight_map"]),
+    "index names a missing file": (index({"weight_map": {"a": "gone.safetensors"}}), ["gone.safetensors", "not in"]),
+    "index names a file elsewhere": (index({"weight_map": {"a": "../expert/model.safetensors"}}), ["../expert"]),
+    "a tensor in two files": (twice, ["tensor same", "one.safetensors", "two.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_folders_are_refused_with_what_is_wrong(checkpoint: Path, case: str) -> None:
+    spoil, words = BAD_FOLDERS[case]
+    spoil(checkpoint)
+    assert_refused(checkpoint, words)
+
+
+def test_a_file_is_no_checkpoint(checkpoint: Path) -> None:
+    assert_refused(checkpoint / WEIGHTS, ["folder", "save_pretrained"])
+
+
+def test_a_link_out_of_the_allowed_folders_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    (checkpoint / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(InvalidCheckpoint, match=r"special_tokens_map\.json is a symbolic link out"):
+        inspect_checkpoint(checkpoint, SOURCE, root=checkpoint)
+    assert inspect_checkpoint(checkpoint, SOURCE, root=tmp_path).model_type == "bert"
+
+
+def test_a_config_without_architecture_names_none(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", architectures=None, model_type=None)
+    info = inspect_checkpoint(checkpoint, SOURCE)
+    assert (info.model_type, info.architecture) == ("", "")
+
+
+def test_vocabularies_are_compared_whatever_file_they_are_in(checkpoint: Path) -> None:
+    first = inspect_checkpoint(checkpoint, SOURCE).vocabulary
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    edit_json(checkpoint / "tokenizer.json", post_processor=None, truncation={"max_length": 7})
+    assert inspect_checkpoint(checkpoint, SOURCE).vocabulary == first
+    (checkpoint / "tokenizer.json").unlink()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    (checkpoint / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    assert inspect_checkpoint(checkpoint, SOURCE).vocabulary == first
+    (checkpoint / "vocab.txt").write_text("\n".join([*tokens[:-2], tokens[-1], tokens[-2]]) + "\n")
+    assert inspect_checkpoint(checkpoint, SOURCE).vocabulary != first
+    (checkpoint / "vocab.txt").unlink()
+    assert inspect_checkpoint(checkpoint, SOURCE).vocabulary is None
+
+
+BROKEN_TOKENIZERS: dict[str, tuple[str, bytes]] = {
+    "model is null": ("tokenizer.json", b'{"model": null}'),
+    "model is a list": ("tokenizer.json", b'{"model": []}'),
+    "vocabulary not UTF-8": ("vocab.txt", "é\n".encode("latin-1")),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TOKENIZERS)
+def test_broken_tokenizer_files_are_refused_by_name(checkpoint: Path, case: str) -> None:
+    name, content = BROKEN_TOKENIZERS[case]
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / name).write_bytes(content)
+    assert_refused(checkpoint, [name])
+
+
+def assert_refused(checkpoint: Path, words: list[str]) -> None:
+    """Refused as an invalid checkpoint, in a message with its source and `words`."""
+    with pytest.raises(InvalidCheckpoint) as caught:
+        inspect_checkpoint(checkpoint, SOURCE)
+    assert caught.value.detail["checkpoint"] == SOURCE
+    missing = [word for word in (SOURCE, *words) if word not in caught.value.message]
+    assert not missing, caught.value.message

@@ -1,0 +1,285 @@
+"""The layout of a merge, and every reason to refuse one, from headers alone."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_checkpoint
+from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.families import Kind, Nodes, Slot
+from worker.engine.catalog.families.bert import BERT
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.planning import MergePlan, plan_merge
+
+LAYER = "bert.encoder.layer.1"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("planning")
+    return [tiny_checkpoint(root / f"m{seed}", labels=labels, seed=seed) for seed, labels in enumerate((2, 3))]
+
+
+@pytest.fixture
+def pair(originals: list[Path], tmp_path: Path) -> list[Path]:
+    """Two checkpoints that fit, to be spoilt."""
+    return [Path(shutil.copytree(path, tmp_path / path.name)) for path in originals]
+
+
+def plan(paths: list[Path], dtype: Any = "auto") -> MergePlan:
+    return plan_merge([inspect_checkpoint(path, f"local:{path.name}") for path in paths], dtype)
+
+
+def test_the_backbone_is_planned_once_and_each_head_per_model(pair: list[Path]) -> None:
+    found = plan(pair)
+    with safe_open(pair[0] / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    heads = {"classifier.weight", "classifier.bias"}
+    assert {tensor.slot.name for tensor in found.backbone} == names - heads
+    assert [{tensor.slot.name for tensor in head} for head in found.heads] == [heads, heads]
+    assert [head[0].shape[0] for head in found.heads] == [2, 3]
+    assert [task.outputs for task in found.tasks] == [2, 3]
+    assert all(len(tensor.sources) == 2 for tensor in found.backbone)
+
+
+def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:
+    found = plan(pair)
+    sizes = [(path / "model.safetensors").stat().st_size for path in pair]
+    headers = [int.from_bytes((path / "model.safetensors").read_bytes()[:8], "little") + 8 for path in pair]
+    assert found.bytes_to_read == sum(sizes) - sum(headers)
+    head_bytes = 4 * (16 + 1) * (2 + 3)
+    backbone_bytes = sizes[0] - headers[0] - 4 * (16 + 1) * 2
+    assert found.bytes_to_write == backbone_bytes + head_bytes
+    assert plan(pair, "bfloat16").bytes_to_write * 2 == found.bytes_to_write
+    assert found.peak_memory_bytes > found.bytes_to_read
+    # Of a layer: query, key, value with biases and the output's columns; first projection with bias, second's columns.
+    assert found.owners() == {"heads": 7 * LAYERS, "neurons": 3 * LAYERS, "rest": 5 + 2 + 6 * LAYERS}
+
+
+def test_one_checkpoint_alone_is_a_plan(pair: list[Path]) -> None:
+    assert len(plan(pair[:1]).heads) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "asked", "planned"),
+    [
+        ((torch.float32, torch.float32), "auto", "F32"),
+        ((torch.bfloat16, torch.bfloat16), "auto", "BF16"),
+        ((torch.float16, torch.bfloat16), "auto", "F32"),
+        ((torch.float16, torch.float32), "auto", "F32"),
+        ((torch.float64, torch.float16), "auto", "F64"),
+        ((torch.float32, torch.float32), "bfloat16", "BF16"),
+        ((torch.bfloat16, torch.float64), "float16", "F16"),
+        ((torch.float16, torch.float16), "float64", "F64"),
+    ],
+    ids=str,
+)
+def test_the_output_has_the_asked_dtype_or_one_that_holds_the_inputs(
+    pair: list[Path], dtypes: tuple[torch.dtype, ...], asked: str, planned: str
+) -> None:
+    for path, dtype in zip(pair, dtypes, strict=True):
+        edit_tensors(path, lambda tensors, dtype=dtype: {name: t.to(dtype) for name, t in tensors.items()})
+    found = plan(pair, asked)
+    assert {tensor.dtype for tensor in found.backbone} == {planned}
+    if asked != "auto":
+        assert {tensor.dtype for head in found.heads for tensor in head} == {planned}
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    return lambda path: edit_json(path / "config.json", **changes)
+
+
+def tensors(edit: Callable[[Tensors], Tensors | None]) -> Callable[[Path], object]:
+    return lambda path: edit_tensors(path, edit)
+
+
+def added(name: str, tensor: torch.Tensor) -> Callable[[Path], object]:
+    return tensors(lambda found: {**found, name: tensor})
+
+
+def removed(name: str) -> Callable[[Path], object]:
+    return tensors(lambda found: {n: t for n, t in found.items() if n != name})
+
+
+def another_vocabulary(path: Path) -> None:
+    file = path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"one"', '"uno"'))
+
+
+Spoiling = Callable[[Path], object]
+BAD: dict[str, tuple[Spoiling, list[str]]] = {
+    "unknown model type": (config(model_type="roberta"), ["'roberta' is not available", "bert"]),
+    "no model type": (config(model_type=None), ["model_type '' is not available"]),
+    "unknown architecture": (
+        config(architectures=["BertForMaskedLM"]),
+        ["'BertForMaskedLM' is not available", "BertForSequenceClassification"],
+    ),
+    "a decoder": (config(is_decoder=True), ["is_decoder"]),
+    "no layer count": (config(num_hidden_layers=None), ["no usable num_hidden_layers"]),
+    "layer count as text": (config(num_hidden_layers="2"), ["no usable num_hidden_layers"]),
+    "no heads": (config(num_attention_heads=0), ["no usable num_attention_heads"]),
+    "heads as a truth value": (config(num_attention_heads=True), ["no usable num_attention_heads"]),
+    "no positions": (config(max_position_embeddings=None), ["no usable max_position_embeddings"]),
+    "heads do not divide": (config(num_attention_heads=3), ["hidden size 16", "3 heads"]),
+    "layer missing in the weights": (config(num_hidden_layers=3), ["2 layers", "3"]),
+    "layer missing in the config": (config(num_hidden_layers=1), ["2 layers", "1"]),
+    "neurons contradict": (config(intermediate_size=32), ["intermediate.dense.weight", "[24, 16]", "32 neurons"]),
+    "hidden size contradicts": (config(hidden_size=32), ["attention.self.query.weight", "[16, 16]", "32 hidden"]),
+    "a matrix that is a vector": (
+        added(f"{LAYER}.output.dense.weight", torch.zeros(24)),
+        [f"{LAYER}.output.dense.weight", "[24]", "24 neurons"],
+    ),
+    "a tensor that no rule owns": (added("bert.adapter.weight", torch.zeros(2)), ["tensor bert.adapter.weight", "guess"]),
+    "a name without module": (added("weight", torch.zeros(2)), ["tensor weight is unknown"]),
+    "a part that is neither weight nor bias": (
+        added(f"{LAYER}.output.dense.scale", torch.zeros(2)),
+        [f"{LAYER}.output.dense.scale is unknown"],
+    ),
+    "names without prefix": (
+        tensors(lambda found: {name.removeprefix("bert."): t for name, t in found.items()}),
+        ["is unknown in bert"],
+    ),
+    "integers": (
+        added("bert.pooler.dense.bias", torch.zeros(16, dtype=torch.int8)),
+        ["bert.pooler.dense.bias", "I8", "not a float"],
+    ),
+    "two spellings": (
+        added(f"{LAYER}.output.LayerNorm.gamma", torch.ones(16)),
+        [f"{LAYER}.output.LayerNorm.weight", "two spellings"],
+    ),
+    "more labels than the head": (
+        config(id2label={str(i): f"l{i}" for i in range(4)}),
+        ["4 labels", "classifier.weight"],
+    ),
+    "several labels at once": (config(problem_type="multi_label_classification"), ["multi_label_classification"]),
+    "regression of several": (config(problem_type="regression"), ["regression", "outputs"]),
+}
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_checkpoint_is_refused_by_its_name_wherever_it_stands(
+    pair: list[Path], case: str, position: int
+) -> None:
+    spoil, words = BAD[case]
+    spoil(pair[position])
+    assert_refused(pair, InvalidCheckpoint, [f"local:m{position}", *words])
+
+
+UNLIKE: dict[str, tuple[Spoiling, list[str]]] = {
+    "vocabulary size": (config(vocab_size=101), ["vocab_size differs: 100, 101"]),
+    "head count": (config(num_attention_heads=8), ["num_attention_heads differs: 4, 8"]),
+    "activation": (config(hidden_act="relu"), ["hidden_act differs: gelu, relu"]),
+    "kind of positions": (config(position_embedding_type="relative_key"), ["position_embedding_type differs"]),
+    "tokenizer": (another_vocabulary, ["tokenizers", "vocabulary"]),
+    "a tensor less": (removed("bert.pooler.dense.bias"), ["tensor bert.pooler.dense.bias is missing in the second"]),
+    "another shape": (
+        added("bert.embeddings.token_type_embeddings.weight", torch.zeros(1, 16)),
+        ["bert.embeddings.token_type_embeddings.weight", "[2, 16]", "[1, 16]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_checkpoints_that_do_not_fit_are_refused_by_both_names(pair: list[Path], case: str) -> None:
+    spoil, words = UNLIKE[case]
+    if case == "kind of positions":
+        config(position_embedding_type="absolute")(pair[0])
+    spoil(pair[1])
+    assert_refused(pair, IncompatibleCheckpoints, ["local:m0", "local:m1", *words])
+
+
+def test_a_tensor_that_only_the_second_has_is_refused_by_name(pair: list[Path]) -> None:
+    removed("bert.pooler.dense.bias")(pair[0])
+    words = ["local:m0", "local:m1", "bert.pooler.dense.bias is in the second only"]
+    assert_refused(pair, IncompatibleCheckpoints, words)
+
+
+def test_an_activation_left_to_its_default_still_differs_from_another(pair: list[Path]) -> None:
+    config(hidden_act=None)(pair[0])
+    config(hidden_act="relu")(pair[1])
+    assert_refused(pair, IncompatibleCheckpoints, ["local:m0", "local:m1", "hidden_act"])
+
+
+@pytest.mark.parametrize("size", ["num_hidden_layers", "intermediate_size", "max_position_embeddings"])
+def test_an_absurd_size_costs_nothing_to_refuse(pair: list[Path], size: str) -> None:
+    """A config is a few bytes that anyone can write."""
+    import resource
+
+    config(**{size: 20_000_000})(pair[0])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(EngineError):
+        plan(pair)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_a_layer_number_of_any_length_is_refused_by_name(pair: list[Path]) -> None:
+    name = f"bert.encoder.layer.{'1' * 5000}.output.dense.bias"
+    added(name, torch.zeros(16))(pair[0])
+    with pytest.raises(InvalidCheckpoint, match="local:m0"):
+        plan(pair)
+
+
+def test_position_buffers_of_older_checkpoints_are_passed_over(pair: list[Path]) -> None:
+    added("bert.embeddings.position_ids", torch.arange(48)[None])(pair[1])
+    assert "bert.embeddings.position_ids" not in {tensor.slot.name for tensor in plan(pair).backbone}
+
+
+def test_older_spellings_are_planned_under_their_newer_names(pair: list[Path]) -> None:
+    expected = {tensor.slot.name for tensor in plan(pair).backbone}
+    older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def rename(name: str) -> str:
+        for new, old in older.items():
+            name = name.replace(new, old)
+        return name
+
+    edit_tensors(pair[0], lambda found: {rename(name): t for name, t in found.items()})
+    found = plan(pair)
+    assert {tensor.slot.name for tensor in found.backbone} == expected
+    sources = {tensor.slot.name: [source.name for source in tensor.sources] for tensor in found.backbone}
+    assert sources[f"{LAYER}.output.LayerNorm.weight"] == [
+        f"{LAYER}.output.LayerNorm.gamma",
+        f"{LAYER}.output.LayerNorm.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "slot"),
+    [
+        (f"{LAYER}.attention.self.value.bias", Slot(f"{LAYER}.attention.self.value.bias", Kind.VALUE, 1, True)),
+        (f"{LAYER}.output.LayerNorm.gamma", Slot(f"{LAYER}.output.LayerNorm.weight", Kind.FEED_FORWARD_NORM, 1, False)),
+        ("bert.embeddings.LayerNorm.beta", Slot("bert.embeddings.LayerNorm.bias", Kind.EMBEDDING, None, True)),
+        ("bert.pooler.dense.weight", Slot("bert.pooler.dense.weight", Kind.POOLER, None, False)),
+        ("classifier.bias", Slot("classifier.bias", Kind.HEAD, None, True)),
+        ("bert.classifier.bias", None),
+        ("bert.encoder.layer.x.output.dense.weight", None),
+        ("bert.encoder.layer.1.crossattention.self.query.weight", None),
+        ("bert.encoder.layer.1xoutput.dense.weight", None),
+        ("", None),
+        ("cls.predictions.bias", None),
+    ],
+)
+def test_the_table_places_a_tensor_or_does_not_know_it(name: str, slot: Slot | None) -> None:
+    assert BERT.slot(name) == slot
+
+
+def test_every_mask_has_a_site_and_no_site_is_there_twice(pair: list[Path]) -> None:
+    sites = list(BERT.sites(inspect_checkpoint(pair[0], "local:m0").config))
+    counts = {Nodes.HEADS: HEADS, Nodes.NEURONS: NEURONS}
+    assert {site.score: site.nodes for site in sites} == {
+        f"layers.{layer}.{nodes}": count for layer in range(LAYERS) for nodes, count in counts.items()
+    }
+    assert len({site.module for site in sites}) == len(sites) == 2 * LAYERS
+
+
+def assert_refused(paths: list[Path], error: type[EngineError], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        plan(paths)
+    missing = [word for word in words if word not in caught.value.message]
+    assert not missing, caught.value.message
