@@ -20,7 +20,6 @@ from app.embedded_redis import EmbeddedRedis
 from tests.tiny import tiny_checkpoint, write_rows
 
 REPOSITORY = Path(__file__).parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def long_recipe() -> dict[str, Any]:
 
 def scoring(service: Service, job_id: str) -> bool:
     progress = service.job(job_id)["progress"]
-    return progress["phase"] == "scoring" and progress["done"] > 0
+    return bool(progress["phase"] == "scoring" and progress["done"] > 0)
 
 
 def start_scoring(service: Service) -> str:
@@ -140,10 +140,11 @@ def test_a_job_whose_engine_dies_every_time_fails_and_the_worker_lives(tmp_path:
     service.start()
     job_id = service.submit(long_recipe())
     for attempt in (1, 2):
-        wait_until(
-            lambda attempt=attempt: service.job(job_id)["attempt"] == attempt and scoring(service, job_id),
-            f"attempt {attempt}",
-        )
+
+        def is_scoring(number: int = attempt) -> bool:
+            return service.job(job_id)["attempt"] == number and scoring(service, job_id)
+
+        wait_until(is_scoring, f"attempt {attempt}")
         service.processes()["engine"].send_signal(signal.SIGKILL)
     job = service.finished(job_id)
     assert (job["status"], job["error"]["code"]) == ("failed", "worker_lost")

@@ -134,8 +134,8 @@ def text(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
 
 
-def without(*names: str) -> Callable[[Path], object]:
-    return lambda folder: [(folder / name).unlink() for name in names]
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).rename(folder.parent / "elsewhere")
 
 
 def index(content: Any) -> Callable[[Path], object]:

@@ -61,7 +61,6 @@ def test_default_names_of_labels_are_known() -> None:
         ({}, 3, ["2 labels", "[3, 16]"]),
         ({"id2label": NAMES, "problem_type": "multi_label_classification"}, 3, ["multi_label_classification"]),
         ({"id2label": NAMES, "problem_type": "regression"}, 3, ["regression with 3 outputs"]),
-        ({"num_labels": "2"}, 2, ["num_labels"]),
         ({"id2label": 5}, 2, ["id2label"]),
         ({"id2label": NAMES, "label2id": list(IDS)}, 3, ["label2id"]),
         ({"id2label": NAMES, "label2id": {**IDS, "positive": "third"}}, 3, ["label2id", "positive"]),

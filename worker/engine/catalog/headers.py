@@ -204,10 +204,15 @@ def _read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
 def _vocabulary_digest(path: Path, source: str) -> str | None:
     """Digest of token → id pairs; formatting and post-processing of the tokenizer do not matter here."""
     if (path / "tokenizer.json").exists():
-        vocabulary = _read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES).get("model", {}).get("vocab")
-        canonical = json.dumps(vocabulary, sort_keys=True).encode()
+        model = _read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES).get("model")
+        if not isinstance(model, dict) or not model.get("vocab"):
+            raise InvalidCheckpoint(source, "tokenizer.json has no vocabulary")
+        canonical = json.dumps(model["vocab"], sort_keys=True).encode()
     elif (path / "vocab.txt").exists():
-        lines = (path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        try:
+            lines = (path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidCheckpoint(source, f"vocab.txt cannot be read as UTF-8: {error}") from error
         canonical = json.dumps({token: index for index, token in enumerate(lines)}, sort_keys=True).encode()
     else:
         return None

@@ -28,7 +28,7 @@ def task_of(info: CheckpointInfo) -> Task:
         InvalidCheckpoint: multi-label heads and regression with several outputs are not available.
     """
     config = info.config
-    names = config.get("id2label") or {}
+    names = _labels(info, "id2label")
     outputs = len(names) if names else config.get("num_labels", 2)
     head = info.tensors.get("classifier.weight")
     if head is not None and head.shape[:1] != (outputs,):
@@ -42,8 +42,32 @@ def task_of(info: CheckpointInfo) -> Task:
         if outputs != 1:
             raise InvalidCheckpoint(info.source, f"regression with {outputs} outputs is not available yet")
         return Task("regression", 1, {})
-    label_ids = {str(name): int(index) for name, index in (config.get("label2id") or {}).items()}
-    return Task("classification", outputs, label_ids)
+    return Task("classification", outputs, _label_ids(info, names, outputs))
+
+
+def _labels(info: CheckpointInfo, key: str) -> dict[str, Any]:
+    labels = info.config.get(key) or {}
+    if not isinstance(labels, dict):
+        raise InvalidCheckpoint(info.source, f"config.json has {key} that is no object")
+    return labels
+
+
+def _label_ids(info: CheckpointInfo, names: dict[str, Any], outputs: int) -> dict[str, int]:
+    """Name → id, from label2id, else id2label, else the names that transformers gives."""
+    ids = _labels(info, "label2id")
+    if not ids and names:
+        ids = {str(name): index for index, name in names.items()}
+    if not ids:
+        ids = {f"LABEL_{index}": index for index in range(outputs)}
+    found = {}
+    for name, index in ids.items():
+        number = str(index)
+        if not (number.isdecimal() and len(number) < 10 and int(number) < outputs):
+            raise InvalidCheckpoint(
+                info.source, f"config.json has label2id '{name}' = {number}; ids are 0 to {outputs - 1}"
+            )
+        found[name] = int(number)
+    return found
 
 
 METRICS: dict[str, tuple[MetricName, ...]] = {
@@ -77,9 +101,13 @@ class LabelMap:
             InvalidDataset: the label is missing, unknown or out of range.
         """
         if self.task.problem == "regression":
-            if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+            try:
+                value = math.nan if isinstance(label, bool | str) else float(label)
+            except (TypeError, OverflowError):
+                value = math.nan
+            if not math.isfinite(value):
                 raise InvalidDataset(source, "the label of a regression is a finite number", line=line)
-            return float(label)
+            return value
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if isinstance(label, str):

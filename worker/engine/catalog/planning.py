@@ -80,6 +80,7 @@ def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> 
             raise IncompatibleCheckpoints(
                 first.source, info.source, f"architectures differ: {first.model_type}, {info.model_type}"
             )
+        require_tokenizer(info)
         _check_sizes(info, family)
         tasks.append(task_of(info))
         _check_settings(first, info, family)
@@ -105,6 +106,12 @@ def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> 
     return MergePlan(family, tuple(checkpoints), tuple(tasks), tuple(backbone), heads)
 
 
+def require_tokenizer(info: CheckpointInfo) -> None:
+    """Raises InvalidCheckpoint when there is none: without one, transformers makes up an empty one."""
+    if info.vocabulary is None:
+        raise InvalidCheckpoint(info.source, "no tokenizer is there; save it beside the weights")
+
+
 def _family(info: CheckpointInfo) -> Family:
     family = FAMILIES.get(info.model_type)
     if family is None:
@@ -116,6 +123,8 @@ def _family(info: CheckpointInfo) -> Family:
             info.source,
             f"architecture '{info.architecture}' is not available; available: {', '.join(family.architectures)}",
         )
+    if info.config.get("quantization_config"):
+        raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
     if info.config.get("is_decoder"):
         raise InvalidCheckpoint(info.source, "is_decoder is not available for this family")
     return family
@@ -140,7 +149,7 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
                     info.source,
                     f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {sizes[what]} {what}",
                 )
-    if layers != set(range(sizes["layers"])):
+    if len(layers) != sizes["layers"] or max(layers) != sizes["layers"] - 1:
         raise InvalidCheckpoint(info.source, f"{len(layers)} layers are there, config.json says {sizes['layers']}")
 
 

@@ -54,9 +54,13 @@ class RowFile(Sequence[Row]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        with self._spec.path.open("rb") as stream:
-            stream.seek(self._offsets[index])
-            return parse_row(stream.readline(MAX_LINE_BYTES), self._lines[index], self._spec)
+        try:
+            with self._spec.path.open("rb") as stream:
+                stream.seek(self._offsets[index])
+                raw = stream.readline(MAX_LINE_BYTES)
+        except OSError as error:
+            raise InvalidDataset(self._spec.source, f"cannot be read: {error.strerror}") from error
+        return parse_row(raw, self._lines[index], self._spec)
 
     def sample(self, count: int | None, *, shuffle: bool = True) -> list[Row]:
         """`count` rows without replacement in an order drawn from the spec's seed, or the first `count` in order.
@@ -108,6 +112,10 @@ def parse_row(raw: bytes, line: int, spec: DatasetSpec) -> Row:
         value = column(name)
         if not isinstance(value, str):
             raise InvalidDataset(spec.source, f"column '{name}' is not text", line=line, column=name)
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+            raise InvalidDataset(spec.source, f"column '{name}' is not Unicode text", line=line, column=name) from None
         return value
 
     return Row(

@@ -12,6 +12,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
+from worker.engine.catalog.planning import require_tokenizer
 from worker.engine.scoring.data import padding_values
 
 CACHE_BYTES = 2_000_000_000
@@ -37,6 +38,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         InvalidCheckpoint: transformers cannot load it, a weight is missing, or a weight is NaN or infinite.
     """
     family = FAMILIES[info.model_type]
+    require_tokenizer(info)
     offline = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -46,12 +48,14 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             # Fused attention on a CPU has a slow backward pass at the lengths of classification.
             attn_implementation="sdpa" if device.type == "cuda" else "eager",
             output_loading_info=True,
+            return_dict=True,
+            chunk_size_feed_forward=0,  # in chunks, the second projection would see parts of its input
             **offline,
         )
         tokenizer = AutoTokenizer.from_pretrained(info.path, **offline)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, MemoryError):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
         raise InvalidCheckpoint(info.source, f"transformers cannot load it: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -60,7 +64,9 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         if not bool(torch.isfinite(parameter).all()):
             raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
     model.eval().requires_grad_(False).to(device)
-    model.config.chunk_size_feed_forward = 0
+    if len(tokenizer) > model.config.vocab_size:
+        problem = f"its tokenizer has {len(tokenizer)} tokens, its embedding matrix {model.config.vocab_size} rows"
+        raise InvalidCheckpoint(info.source, problem)
     positions = family.size(info.config, "positions")
     return LoadedModel(
         info=info,
@@ -93,7 +99,8 @@ class ModelCache:
 
 
 def _state(info: CheckpointInfo) -> tuple[object, ...]:
-    stats = [(name, (info.path / name).stat()) for name in ("config.json", *info.weight_files)]
+    """Of every file, since tokenizer and configuration count as much as the weights."""
+    stats = sorted((file.name, file.stat()) for file in info.path.iterdir())
     return (info.path, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TensorReader
@@ -71,8 +72,11 @@ class ShardWriter:
         planned = self.tensors[self._written]
         if tuple(tensor.shape) != planned.shape:
             raise ValueError(f"{planned.slot.name} has shape {tuple(tensor.shape)}, planned was {planned.shape}")
-        raw = tensor.to(TORCH_DTYPES[planned.dtype]).contiguous().view(-1).view(torch.uint8)
-        self._put(raw.numpy().data)
+        stored = tensor.to(TORCH_DTYPES[planned.dtype]).contiguous()
+        if not bool(torch.isfinite(stored).all()):
+            problem = f"has values beyond {CONFIG_DTYPES[planned.dtype]}; choose a wider output.dtype"
+            raise NumericalError(f"tensor {planned.slot.name} {problem}", tensor=planned.slot.name)
+        self._put(stored.view(-1).view(torch.uint8).numpy().data)
         self._written += 1
 
     def _put(self, data: bytes | memoryview) -> None:

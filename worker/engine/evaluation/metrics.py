@@ -1,6 +1,5 @@
 """Metrics, from scikit-learn and SciPy, and their bootstrap intervals."""
 
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -23,20 +22,18 @@ def _f1(average: Literal["binary", "macro"]) -> Metric:
     return lambda labels, predictions: float(sk.f1_score(labels, predictions, average=average, zero_division=0))
 
 
-def _correlation(of: Callable[[Array, Array], tuple[float, float]]) -> Metric:
-    def metric(labels: Array, predictions: Array) -> float:
-        if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-            return 0.0  # undefined for a constant; nothing is predicted then
-        return float(of(labels, predictions)[0])
-
-    return metric
+def _zero_for_constants(of: Metric) -> Metric:
+    """Correlations are undefined where labels or predictions do not vary; nothing is predicted then."""
+    return lambda labels, predictions: (
+        0.0 if np.ptp(labels) == 0 or np.ptp(predictions) == 0 else float(of(labels, predictions))
+    )
 
 
 _SIMPLE: dict[MetricName, Metric] = {
     "accuracy": lambda labels, predictions: float(sk.accuracy_score(labels, predictions)),
-    "matthews": lambda labels, predictions: float(sk.matthews_corrcoef(labels, predictions)),
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
+    "matthews": _zero_for_constants(sk.matthews_corrcoef),
+    "pearson": _zero_for_constants(lambda labels, predictions: stats.pearsonr(labels, predictions).statistic),
+    "spearman": _zero_for_constants(lambda labels, predictions: stats.spearmanr(labels, predictions).statistic),
 }
 
 
@@ -53,11 +50,9 @@ def interval(metric: Metric, labels: Array, predictions: Array, seed: int) -> tu
         value = metric(labels, predictions)
         return value, value
     rng = np.random.default_rng(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample may miss a label; its value is right nevertheless
-        values = []
-        for _ in range(BOOTSTRAP_RESAMPLES):
-            rows = rng.integers(0, len(labels), len(labels))
-            values.append(metric(labels[rows], predictions[rows]))
+    values = []
+    for _ in range(BOOTSTRAP_RESAMPLES):
+        rows = rng.integers(0, len(labels), len(labels))
+        values.append(metric(labels[rows], predictions[rows]))
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -84,9 +84,11 @@ def normalize_scores(scores: Scores, normalize: Normalize) -> dict[str, Tensor]:
 
 
 def floored(scores: Scores, floor: float) -> dict[str, Tensor]:
-    """No score below `floor` times its layer's mean (a mean of 0 counts as 1), so that a node that is dead in every
-    model falls back to lambda."""
-    return {site: score.clamp_min(floor * float(_or_one(score.mean()))) for site, score in scores.items()}
+    """No score below `floor` times its layer's mean.
+
+    A node that is dead in every model falls back to lambda; a layer that is dead in one model has no say there.
+    """
+    return {site: score.clamp_min(floor * float(score.mean())) for site, score in scores.items()}
 
 
 def weight_shares(models: list[ScoredModel], weights: Mapping[str, Tensor]) -> list[float]:

@@ -58,6 +58,9 @@ def tokenize(rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length:
         InvalidDataset: a row without tokens, or a label that the head does not have.
     """
     limit = min(max_length, spec.max_length or max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=spec.text_pair is not None)
+    if limit < special:  # tokenizers do not cut at all then
+        raise InvalidDataset(spec.source, f"max_length {limit} has no room for the {special} special tokens")
     pairs = None if spec.text_pair is None else [row.text_pair for row in rows]
     encoded = tokenizer(
         [row.text for row in rows], pairs, truncation=True, max_length=limit, padding=False, verbose=False

@@ -59,7 +59,9 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
     """The published code's scores: the gradient of each batch's mean loss, squared, summed over batches.
 
     Batches of 32 rows in the data set's order, padded to their longest row; float32; a partial last batch as it is.
+    The loss is the model's own: cross entropy, or for regression the squared error, twice the Gaussian's.
     """
+    loss_per_likelihood = 2.0 if loaded.task.problem == "regression" else 1.0
     empirical = Empirical(loaded.task)
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
     totals: dict[str, Tensor] = {}
@@ -69,7 +71,7 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
             by_example = empirical.gradients(logits, batch, gradients)
             _check_finite(by_example, batch, source)
             for site, g in by_example.items():
-                totals[site] = totals.get(site, torch.zeros(())) + g.mean(0).cpu() ** 2
+                totals[site] = totals.get(site, torch.zeros(())) + (loss_per_likelihood * g.mean(0).cpu()) ** 2
             on_rows(len(batch))
     return totals
 

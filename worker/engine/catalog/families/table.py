@@ -142,7 +142,7 @@ class Family:
     @cached_property
     def _layer_pattern(self) -> re.Pattern[str]:
         before, after = self.layers.split("{layer}")
-        return re.compile(rf"{re.escape(before)}(?P<layer>\d+){re.escape(after)}\.(?P<module>.+)")
+        return re.compile(rf"{re.escape(before)}(?P<layer>\d{{1,6}}){re.escape(after)}\.(?P<module>.+)")
 
 
 def score_name(layer: int, nodes: Nodes) -> str:
