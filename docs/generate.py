@@ -63,7 +63,10 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield ""
     yield "`maskmerge settings` prints them with their current values."
     yield ""
-    settings = [[f"`{name}`", f"`{value}`" if value else "", meaning] for name, value, meaning in Settings.model_construct().describe()]
+    settings = [
+        [f"`{name}`", f"`{value}`" if value else "", meaning]
+        for name, value, meaning in Settings.model_construct().describe()
+    ]
     yield from _table(["variable", "default", "meaning"], settings)
     yield ""
     yield "## Answers that are not a success"

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Record, Stage, Status, TaskId
+from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Progress, Record, Stage, Status, TaskId
 from app.contracts.requests import Dataset, Evaluation, MergeRequest
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import LocalInputs, ReferenceError
@@ -85,6 +85,8 @@ class TaskRunner:
             code = ErrorCode.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ErrorCode.STORAGE_ERROR
             message = f"the data folder cannot be written: {error.strerror}"
             self._fail(attempt, JobError(code=code, message=message, retryable=True))
+        except RedisError as error:
+            logger.warning("job %s: Redis is away, the lease runs out: %s", attempt.task.job, error)
         except Exception:
             logger.exception("job %s: attempt %d failed unexpectedly", attempt.task.job, attempt.number)
             message = "unexpected error in the worker; its log has the trace"
@@ -125,10 +127,10 @@ class TaskRunner:
                     self._artifacts.discard(attempt)
                     return
 
-    def _renew(self, attempt: Attempt, progress: object) -> bool:
+    def _renew(self, attempt: Attempt, progress: Progress | None) -> bool:
         """Whether the attempt is still ours; while Redis is away nobody can know better."""
         try:
-            status = self._store.renew(attempt, progress)  # type: ignore[arg-type]
+            status = self._store.renew(attempt, progress)
         except RedisError as error:
             logger.warning("job %s: Redis is away: %s", attempt.task.job, error)
             return True

@@ -42,6 +42,8 @@ class Repeater(threading.Thread):
                 self._call()
             except RedisError as error:
                 logger.warning("Redis is away: %s", error)
+            except Exception:  # the next round may go better, and without rounds lost jobs would stay lost
+                logger.exception("%s failed", self.name)
             if self._stop_event.wait(self._interval):
                 return
 

@@ -145,7 +145,8 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
         changed(models__1__checkpoint="local:checkpoints/wider"), 422, "incompatible_checkpoints", ["hidden_size"],
     ),
     "empty rows": (
-        changed(models__0__dataset__source="local:rows/empty.jsonl"), 422, "invalid_dataset", ["rows/empty.jsonl: no rows"],
+        changed(models__0__dataset__source="local:rows/empty.jsonl"), 422, "invalid_dataset",
+        ["rows/empty.jsonl: no rows"],
     ),
     "row that is no JSON": (
         changed(models__0__dataset__source="local:rows/not-json.jsonl"), 422, "invalid_dataset", ["line 2"],

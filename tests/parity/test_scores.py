@@ -15,6 +15,7 @@ from tests.tiny import (
     LAYERS,
     Tensors,
     dataset_spec,
+    edit_json,
     edit_tensors,
     float64_model,
     insert_masks,
@@ -188,6 +189,27 @@ def test_scores_do_not_depend_on_padding(
 
     fully_padded = [padded(example) for example in case.examples]
     assert_same_in_norm(case.score(examples=fully_padded, batch=7).scores(), one_by_one[labels])
+
+
+def test_scores_do_not_depend_on_how_the_feed_forward_layers_are_chunked(
+    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """`chunk_size_feed_forward` saves memory in the forward pass, and calls a layer's second projection often."""
+    case = cases[3]
+    chunked = tiny_checkpoint(tmp_path / "chunked", labels=3, seed=3)
+    edit_json(chunked / "config.json", chunk_size_feed_forward=1)
+    loaded = load(inspect_checkpoint(chunked, "tiny"), torch.device("cpu"))
+    assert_same_in_norm(replace(case, loaded=loaded).score().scores(), one_by_one[3])
+
+
+def test_scores_do_not_depend_on_what_else_the_config_asks_the_model_to_return(
+    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    case = cases[3]
+    talkative = tiny_checkpoint(tmp_path / "talkative", labels=3, seed=3)
+    edit_json(talkative / "config.json", return_dict=False, output_attentions=True, output_hidden_states=True)
+    loaded = load(inspect_checkpoint(talkative, "tiny"), torch.device("cpu"))
+    assert_same_in_norm(replace(case, loaded=loaded).score().scores(), one_by_one[3])
 
 
 def test_the_same_batches_give_the_same_bits(cases: dict[int, Case]) -> None:

@@ -55,8 +55,8 @@ class CheckpointInfo:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures") or [""]
-        return str(names[0])
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
 
     @property
     def weight_files(self) -> list[str]:
@@ -81,6 +81,8 @@ def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> Che
     for file in path.iterdir():
         if root is not None and not file.resolve().is_relative_to(root.resolve()):
             raise InvalidCheckpoint(source, f"{file.name} is a symbolic link out of the allowed folders")
+        if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited on for ever
+            raise InvalidCheckpoint(source, f"{file.name} is not a regular file")
     config = _read_json(path / "config.json", source, MAX_CONFIG_BYTES)
     tokenizer_config_file = path / "tokenizer_config.json"
     tokenizer_config = (

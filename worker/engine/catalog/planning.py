@@ -15,6 +15,8 @@ from worker.engine.catalog.spec import Dtype
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(TORCH_NAMES.values())
+BATCH_TOKENS = 4096  # padded tokens of a batch
+CACHE_BYTES = 2_000_000_000  # models kept loaded
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 
 
@@ -55,10 +57,15 @@ class MergePlan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """An estimate: one float32 model and its activations, or all versions of the largest tensor."""
-        model = max(sum(t.nbytes for t in info.tensors.values()) for info in self.checkpoints)
-        widest = max(t.nbytes for t in self.backbone) * (len(self.checkpoints) + 2)
-        return RUNTIME_BYTES + max(3 * model, widest)
+        """An estimate for one worker: cached models, or one model and the activations of a batch of long rows."""
+        config = self.checkpoints[0].config
+        sizes = {what: self.family.size(config, what) for what in self.family.config_names}
+        models = [sum(t.nbytes for t in info.tensors.values()) for info in self.checkpoints]
+        # Per token and layer, in float32: about 16 vectors of the hidden size, 4 of the feed-forward size, and 3 rows
+        # of attention per head over the longest sequence.
+        per_token = 16 * sizes["hidden"] + 4 * sizes["neurons"] + 3 * sizes["heads"] * sizes["positions"]
+        activations = BATCH_TOKENS * sizes["layers"] * per_token * 4
+        return RUNTIME_BYTES + min(sum(models), CACHE_BYTES + max(models)) + max(models) + activations
 
     def owners(self) -> Mapping[str, int]:
         """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""
@@ -154,10 +161,10 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
 
 
 def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family) -> None:
-    keys = [*family.config_names.values(), "vocab_size", "hidden_act", "position_embedding_type"]
-    for key in keys:
-        ours, theirs = first.config.get(key), info.config.get(key)
-        if ours is not None and theirs is not None and ours != theirs:
+    for key in (*family.config_names.values(), *family.settings):
+        absent = family.settings.get(key)
+        ours, theirs = first.config.get(key, absent), info.config.get(key, absent)
+        if ours != theirs:
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}")
     if first.vocabulary and info.vocabulary and first.vocabulary != info.vocabulary:
         raise IncompatibleCheckpoints(

@@ -128,6 +128,8 @@ def parse_row(raw: bytes, line: int, spec: DatasetSpec) -> Row:
 
 def _lines(path: Path, source: str) -> Iterator[tuple[int, int, bytes]]:
     """(line from 1, byte offset, bytes) of every line."""
+    if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+        raise InvalidDataset(source, "cannot be read: not a regular file")
     try:
         with path.open("rb") as stream:
             offset = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark is not part of the first row

@@ -12,10 +12,8 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
-from worker.engine.catalog.planning import require_tokenizer
+from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.scoring.data import padding_values
-
-CACHE_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,15 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         model=model,
         tokenizer=tokenizer,
         device=device,
-        max_length=min(positions, tokenizer.model_max_length),
+        max_length=min(positions, _length_limit(tokenizer, positions)),
         padding=padding_values(tokenizer),
     )
+
+
+def _length_limit(tokenizer: Any, positions: int) -> int:
+    """What the tokenizer's own configuration says, if it is a length at all."""
+    limit = tokenizer.model_max_length
+    return limit if isinstance(limit, int) and limit > 0 else positions
 
 
 class ModelCache:

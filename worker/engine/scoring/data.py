@@ -9,11 +9,11 @@ from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidDataset
 from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.planning import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import DatasetSpec
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
-BATCH_TOKENS = 4096  # padded tokens of a batch
 BATCH_ROWS = 128
 
 
@@ -62,9 +62,13 @@ def tokenize(rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length:
     if limit < special:  # tokenizers do not cut at all then
         raise InvalidDataset(spec.source, f"max_length {limit} has no room for the {special} special tokens")
     pairs = None if spec.text_pair is None else [row.text_pair for row in rows]
-    encoded = tokenizer(
-        [row.text for row in rows], pairs, truncation=True, max_length=limit, padding=False, verbose=False
-    )
+    try:
+        encoded = tokenizer(
+            [row.text for row in rows], pairs, truncation=True, max_length=limit, padding=False, verbose=False
+        )
+    except Exception as error:  # tokenizers raise bare exceptions, and their texts may quote a row
+        problem = f"the checkpoint's tokenizer fails on it ({type(error).__name__}); does it have its unknown token?"
+        raise InvalidDataset(spec.source, problem) from error
     names = [name for name in encoded if name in tokenizer.model_input_names]
     overflowing = sum(encoding.overflowing != [] for encoding in encoded.encodings or ())
     examples = []

@@ -35,4 +35,10 @@ BERT = Family(
         "hidden": "hidden_size",
         "positions": "max_position_embeddings",
     },
+    settings={
+        "vocab_size": 30522,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "position_embedding_type": "absolute",
+    },
 )

@@ -99,6 +99,8 @@ class Family:
     """Older spellings of the last part of a tensor's name."""
     config_names: Mapping[str, str]
     """Configuration keys of: layers, heads, neurons, hidden, positions."""
+    settings: Mapping[str, Any]
+    """Further configuration keys that merged checkpoints must share, with what their absence means."""
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
         """A size from the configuration; `what` is a key of `config_names`. Raises ValueError naming the key."""

@@ -1,0 +1,110 @@
+"""The engine process from the worker's end: a real one, started, fed, killed."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import wait_until
+from worker.engine.catalog.spec import MergeSpec
+from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
+
+
+@pytest.fixture
+def engine() -> Iterator[EngineProcess]:
+    engine = EngineProcess(threads=1)
+    engine.start()
+    yield engine
+    engine.kill()
+
+
+def spec(inputs: Path, folder: Path, checkpoint: str = "a") -> MergeSpec:
+    folder.mkdir()
+    return MergeSpec.model_validate(
+        {
+            "name": "test",
+            "models": [
+                {"name": "a", "source": "local:a", "path": inputs / "checkpoints" / checkpoint, "weight": 1.0},
+            ],
+            "method": {"name": "average"},
+            "output": {},
+            "evaluate": False,
+            "recipe": {},
+            "folder": folder,
+        }
+    )
+
+
+def last_event(engine: EngineProcess) -> Merged | Failed:
+    def ended() -> Merged | Failed | None:
+        for event in engine.poll(0.1):
+            if isinstance(event, Merged | Failed):
+                return event
+            assert isinstance(event, Progressed)
+        return None
+
+    event: Merged | Failed = wait_until(ended, "the merge to end")
+    return event
+
+
+def test_one_process_runs_merge_after_merge(engine: EngineProcess, tiny_inputs: Path, tmp_path: Path) -> None:
+    pid = engine.pid
+    for number in range(3):
+        engine.merge(spec(tiny_inputs, tmp_path / str(number)))
+        assert isinstance(last_event(engine), Merged)
+    assert engine.pid == pid
+    assert engine.resident_bytes() > 100_000_000
+
+
+def test_a_failed_merge_leaves_the_process_in_place(engine: EngineProcess, tiny_inputs: Path, tmp_path: Path) -> None:
+    pid = engine.pid
+    engine.merge(spec(tiny_inputs, tmp_path / "bad", checkpoint="none"))
+    event = last_event(engine)
+    assert isinstance(event, Failed)
+    assert event.error.code == "invalid_checkpoint"
+    engine.merge(spec(tiny_inputs, tmp_path / "good"))
+    assert isinstance(last_event(engine), Merged)
+    assert engine.pid == pid
+
+
+def test_its_death_is_noticed_and_is_not_taken_for_want_of_memory(engine: EngineProcess) -> None:
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied) as caught:
+        wait_until(lambda: engine.poll(0.1), "an event that never comes")
+    assert not caught.value.out_of_memory
+    with pytest.raises(EngineDied):
+        engine.poll(0)
+
+
+def test_it_can_be_started_again_after_its_death(engine: EngineProcess, tiny_inputs: Path, tmp_path: Path) -> None:
+    os.kill(engine.pid, signal.SIGKILL)
+    engine.start()
+    engine.merge(spec(tiny_inputs, tmp_path / "again"))
+    assert isinstance(last_event(engine), Merged)
+
+
+def test_killing_it_leaves_no_process(engine: EngineProcess) -> None:
+    process = psutil.Process(engine.pid)
+    engine.kill()
+    assert not process.is_running()
+    engine.kill()  # harmless when there is none
+
+
+def test_a_merge_that_exceeds_its_memory_is_out_of_memory(tiny_inputs: Path, tmp_path: Path) -> None:
+    """A real limit on a real process: the address space the kernel grants it."""
+    import resource
+
+    engine = EngineProcess(threads=1)
+    engine.start()
+    try:
+        limit = psutil.Process(engine.pid).memory_info().vms + 1_000_000
+        resource.prlimit(engine.pid, resource.RLIMIT_AS, (limit, limit))
+        engine.merge(spec(tiny_inputs, tmp_path / "large"))
+        event = last_event(engine)
+        assert isinstance(event, Failed)
+        assert event.error.code == "out_of_memory", event.error
+    finally:
+        engine.kill()

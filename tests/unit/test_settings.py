@@ -1,0 +1,66 @@
+"""Settings and the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from app.cli import main
+from app.contracts.settings import Settings
+from app.embedded_redis import EmbeddedRedis, find_server
+
+
+def test_settings_are_read_from_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKMERGE_LOCAL_ROOTS", "/one:/two")
+    monkeypatch.setenv("MASKMERGE_LEASE_SECONDS", "20")
+    settings = Settings()
+    assert settings.local_roots == (Path("/one"), Path("/two"))
+    assert settings.lease_seconds == 20
+
+
+def test_settings_prints_every_setting_and_masks_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MASKMERGE_REDIS_URL", "redis://:hunter2@localhost")
+    assert main(["settings"]) == 0
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed
+    for name, field in Settings.model_fields.items():
+        assert f"MASKMERGE_{name.upper()}=" in printed
+        assert field.description, f"{name} has no meaning"
+        assert field.description in printed
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PORT", "no"), ("PORT", "70000"), ("QUEUE", "with space"), ("WORKERS", "0"), ("LOG_LEVEL", "LOUD")],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    monkeypatch.setenv(f"MASKMERGE_{variable}", value)
+    assert main(["settings"]) == 2
+    assert f"MASKMERGE_{variable}" in capsys.readouterr().err
+
+
+def test_the_api_without_redis_says_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["api"]) == 2
+    assert "MASKMERGE_REDIS_URL" in capsys.readouterr().err
+
+
+def test_the_embedded_redis_keeps_its_password_to_itself(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path)
+    configuration = tmp_path / "redis" / "redis.conf"
+    assert configuration.stat().st_mode & 0o777 == 0o600
+    assert configuration.parent.stat().st_mode & 0o777 == 0o700
+    password = configuration.read_text().split("requirepass ")[1].split()[0]
+    assert len(password) >= 32
+    assert password not in " ".join(server.command)
+    assert Path(find_server()).is_file()
+
+
+def test_a_long_data_folder_still_has_a_socket(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path / ("long" * 30))
+    assert len(str(server.socket)) < 108
+    assert server.socket.parent.stat().st_mode & 0o777 == 0o700
+    server.clean()
+    assert not server.socket.parent.exists()
