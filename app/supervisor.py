@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,7 @@ class Supervisor:
         """Until SIGTERM or Ctrl-C. Raises DataDirInUse, NoRedisServer or OSError when it cannot start."""
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         signal.signal(signal.SIGINT, self._ask_to_stop)
+        _check_free(self._settings.host, self._settings.port)
         data_dir = self._settings.data_dir.resolve()
         data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(data_dir / "lock", lambda: self._stopping)
@@ -173,6 +175,19 @@ class Supervisor:
             self._redis.clean()
         if self._lock >= 0:
             os.close(self._lock)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises OSError when the API could not listen there: better to hear it now than from every restart of the API."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
+            ) from error
 
 
 def _lock(path: Path, is_stopping: Callable[[], bool]) -> int:

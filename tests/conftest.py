@@ -169,9 +169,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`checkpoints/{a,b,c}` of one ancestor with 2, 3 and 2 labels, and `rows/{a,b,c}.jsonl` for them."""
+    """`checkpoints/{a,b,c,grade}` of one ancestor with 2, 3, 2 labels and one number, and `rows/….jsonl` for them."""
     root = tmp_path_factory.mktemp("inputs")
-    for seed, (name, labels) in enumerate({"a": 2, "b": 3, "c": 2}.items()):
+    for seed, (name, labels) in enumerate({"a": 2, "b": 3, "c": 2, "grade": 1}.items()):
         tiny_checkpoint(root / "checkpoints" / name, labels=labels, seed=seed)
         write_rows(root / "rows" / f"{name}.jsonl", count=200, labels=labels, seed=seed)
     return root

@@ -204,12 +204,13 @@ class TaskRunner:
         request = MergeRequest.model_validate(record.request)
         models = []
         for model in request.models:
-            checkpoint = self._resolve(model.checkpoint, InvalidCheckpoint)
+            checkpoint, root = self._resolve(model.checkpoint, InvalidCheckpoint)
             models.append(
                 {
                     "name": model.name,
                     "source": model.checkpoint,
                     "path": checkpoint,
+                    "root": root,
                     "weight": model.weight,
                     "dataset": self._rows(model.dataset),
                     "evaluation": self._rows(model.evaluation),
@@ -232,15 +233,15 @@ class TaskRunner:
         if rows is None:
             return None
         spec = rows.model_dump(include={*Columns.model_fields, "metric"})
-        return {**spec, "source": rows.source, "path": self._resolve(rows.source, InvalidDataset)}
+        path, _ = self._resolve(rows.source, InvalidDataset)
+        return {**spec, "source": rows.source, "path": path}
 
-    def _resolve(self, reference: str, invalid: type[InvalidCheckpoint] | type[InvalidDataset]) -> Path:
+    def _resolve(self, reference: str, invalid: type[InvalidCheckpoint | InvalidDataset]) -> tuple[Path, Path]:
         """It was there when the job was accepted; it may not be any more."""
         try:
-            path, _ = self._inputs.resolve(reference)
+            return self._inputs.resolve(reference)
         except ReferenceError as error:
             raise invalid(reference, str(error)) from error
-        return path
 
 
 def phases_of(spec: MergeSpec) -> list[Phase]:

@@ -155,6 +155,18 @@ def test_files_answer_ranges_and_conditions(service: Service, job: dict[str, Any
     assert beyond.headers["Content-Type"] == "application/problem+json"
 
 
+@pytest.mark.parametrize("metric", [None, "spearman"])
+def test_a_regressor_and_a_classifier_merge(service: Service, metric: str | None) -> None:
+    recipe = tiny_recipe("a", "grade")
+    if metric:
+        recipe["models"][1]["evaluation"]["metric"] = metric
+    job = service.finished(service.submit(recipe))
+    assert job["status"] == "succeeded", job["error"]
+    metrics = job["result"]["metrics"]
+    assert [metrics[name]["metric"] for name in ("a", "grade")] == ["accuracy", metric or "pearson"]
+    assert all(-1 <= metrics["grade"][key] <= 1 for key in ("expert", "average", "merged"))
+
+
 def test_an_unchanged_job_answers_304(service: Service, job: dict[str, Any]) -> None:
     first = service.get(job["links"]["self"])
     again = service.get(job["links"]["self"], headers={"If-None-Match": first.headers["ETag"]})

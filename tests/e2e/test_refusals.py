@@ -214,6 +214,11 @@ def test_what_only_the_work_shows_fails_the_job_and_the_worker_takes_the_next(se
     assert service.processes()["engine"].pid == engine, "the engine process need not be replaced for bad input"
 
 
+def test_labels_that_the_estimator_does_not_read_need_not_be_right(service: Service) -> None:
+    recipe = changed(models__0__dataset__source="local:rows/range.jsonl", method__estimator="expected")
+    assert service.finished(service.submit(recipe))["status"] == "succeeded"
+
+
 def test_inputs_that_go_away_while_the_job_waits_fail_it(service: Service, inputs: Path) -> None:
     shutil.copytree(inputs / "checkpoints" / "a", inputs / "checkpoints" / "fleeting")
     blocker = service.submit(tiny_recipe("a", "b", "c", examples=200))

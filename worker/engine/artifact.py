@@ -13,20 +13,25 @@ from torch import Tensor
 
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import MergeSpec
+from worker.engine.catalog.spec import MergeSpec, ModelSpec
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import write_json
+from worker.engine.scoring.data import Example
 
 MANIFEST = "manifest.json"
+NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
 
 
-class HasScores(Protocol):
+class Scored(Protocol):
+    """A model whose scores are known, (nodes,) float64 by name."""
+
+    spec: ModelSpec
+    digest: str
+    examples: list[Example]
+    estimator: str | None
     scores: dict[str, Tensor]
     standard_errors: dict[str, Tensor]
-    estimator: str | None
-    scored: int
-    digest: str
 
 
 def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -37,13 +42,13 @@ def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def write_scores(folder: Path, name: str, result: HasScores) -> None:
+def write_scores(folder: Path, run: Scored) -> None:
     """`scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
-    tensors = {site: score.contiguous() for site, score in result.scores.items()}
-    tensors |= {f"{site}.stderr": error.contiguous() for site, error in result.standard_errors.items()}
+    tensors = {site: score.contiguous() for site, score in run.scores.items()}
+    tensors |= {f"{site}.stderr": error.contiguous() for site, error in run.standard_errors.items()}
     (folder / "scores").mkdir(exist_ok=True)
-    about = {"estimator": result.estimator, "examples": result.scored, "checkpoint": result.digest}
-    path = folder / "scores" / f"{name}.safetensors"
+    about = {"estimator": run.estimator, "examples": len(run.examples), "checkpoint": run.digest}
+    path = folder / "scores" / f"{run.spec.name}.safetensors"
     save_file(tensors, path, {"maskmerge": json.dumps(about)})  # one key: the library writes several in any order
     path.chmod(0o644)  # the library makes files that only their owner reads
 
@@ -52,7 +57,8 @@ def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> No
     """Everything for people and programs beside the weights; the manifest names every other file."""
     folder = spec.folder
     write_json(folder / "recipe.json", spec.recipe)
-    write_json(folder / "report.json", {"name": spec.name, "owners": plan.owners(), **result.model_dump(mode="json")})
+    report = result.model_dump(mode="json", exclude={"timings": NOT_KNOWN_YET})
+    write_json(folder / "report.json", {"name": spec.name, "owners": plan.owners(), **report})
     (folder / "report.html").write_text(_report_page(spec, plan, result), encoding="utf-8")
     (folder / "README.md").write_text(_model_card(spec, result), encoding="utf-8")
     known: dict[tuple[int, int], str] = {}
@@ -110,14 +116,15 @@ def _report_page(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
             f"<p>Mean retention {_number(result.mean_retention, 3)}, lowest {_number(result.min_retention, 3)}.</p>"
         )
     models = [
-        [m.name, m.checkpoint, str(m.examples), _number(m.weight_share, 3), _number(m.score_seconds, 1), m.digest]
+        [m.name, m.checkpoint, str(m.examples), _number(m.weight_share, 3), _number(m.score_seconds, 1), m.digest[:19]]
         for m in result.models
     ]
     columns = ["model", "checkpoint", "rows scored", "mean merge weight", "seconds", "digest"]
     parts.append(_html_table(columns, models, "What was merged"))
     owners = [[owner, str(count)] for owner, count in sorted(plan.owners().items())]
     parts.append(_html_table(["owner", "tensors"], owners, "Who owns the merged tensors"))
-    timings = [[name.removesuffix("_seconds"), _number(s, 2)] for name, s in result.timings.model_dump().items()]
+    measured = result.timings.model_dump(exclude=NOT_KNOWN_YET)
+    timings = [[name.removesuffix("_seconds"), _number(seconds, 2)] for name, seconds in measured.items()]
     parts.append(_html_table(["phase", "seconds"], timings, "Where the time went"))
     if result.notes:
         parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in result.notes) + "</ul>")
@@ -138,7 +145,7 @@ PAGE = """<!doctype html>
 body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
-caption {{ text-align: left; font-weight: 600; padding: .5rem 0; }}
+caption {{ text-align: left; font-weight: 600; padding: .5rem 0; white-space: nowrap; }}
 th, td {{ text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #8886; white-space: nowrap;
   font-variant-numeric: tabular-nums; }}
 pre {{ overflow-x: auto; padding: 1rem; border: 1px solid #8886; }}

@@ -19,9 +19,9 @@ from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters, MethodParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
 from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings
-from worker.engine.catalog.rows import RowFile
-from worker.engine.catalog.spec import DatasetSpec, EvaluationSpec, MergeSpec, ModelSpec
-from worker.engine.checkpoints.loading import ModelCache, load
+from worker.engine.catalog.rows import Row, RowFile
+from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
+from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
 from worker.engine.checkpoints.writer import write_models
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
@@ -58,16 +58,24 @@ class Phase:
 
 
 @dataclass
-class ModelScores:
-    """Scores of one model. `scored` rows out of `population`."""
+class ModelRun:
+    """What one merge knows of one model: its rows, and then its scores."""
 
     spec: ModelSpec
+    info: CheckpointInfo
     digest: str
+    examples: list[Example]
+    """Rows to score, of `population` in the data set."""
+    population: int
+    evaluation: list[Example]
+    estimator: str | None = None
     scores: dict[str, Tensor] = field(default_factory=dict)
     standard_errors: dict[str, Tensor] = field(default_factory=dict)
-    estimator: str | None = None
-    scored: int = 0
     seconds: float = 0.0
+
+    @property
+    def takes_part(self) -> bool:
+        return self.spec.weight > 0
 
 
 class Engine:
@@ -89,131 +97,116 @@ class Engine:
         precision = resolve_precision(spec.method.precision, self._device)
 
         with clock.measure("load_seconds"):
-            plan = plan_merge([inspect_checkpoint(m.path, m.source) for m in spec.models], spec.output.dtype)
+            plan = plan_merge([inspect_checkpoint(m.path, m.source, m.root) for m in spec.models], spec.output.dtype)
             loading = Phase("loading", len(spec.models), "models", on_progress)
-            results = []
+            runs = []
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
-                results.append(ModelScores(model, digest_checkpoint(info)))
-                self._models.get(info)  # its weights are checked here, before any work is spent
+                runs.append(self._prepare(spec, model, info, notes))
                 loading.advance()
 
         if spec.method.needs_scores:
             with clock.measure("score_seconds"):
-                self._score(spec, plan, results, precision, on_progress, notes)
+                self._score(spec.method, runs, precision, on_progress)
 
         with clock.measure("merge_seconds"):
-            merger, shares = self._merger(spec.method, results)
+            merger, shares = self._merger(spec.method, runs)
             folders = artifact.model_folders(spec.folder, [m.name for m in spec.models])
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
             merging = Phase("merging", tensors, "tensors", on_progress)
-            with Backbone(plan, [m.weight for m in spec.models], merger) as backbone:
+            with Backbone(plan, [run.takes_part for run in runs], merger) as backbone:
                 write_models(plan, folders, backbone.tensor, spec.output.max_shard_bytes, merging.advance)
 
         metrics = None
-        if spec.evaluate and any(m.evaluation for m in spec.models):
+        if any(run.evaluation for run in runs):
             with clock.measure("evaluate_seconds"):
-                metrics = self._evaluate(spec, plan, folders, precision, on_progress, notes)
+                metrics = self._evaluate(plan, runs, folders, precision, on_progress)
 
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
-            models=[
-                ModelResult(
-                    name=r.spec.name,
-                    checkpoint=r.spec.source,
-                    digest=r.digest,
-                    examples=r.scored,
-                    weight_share=share,
-                    score_seconds=round(r.seconds, 3),
-                    score_cached=False,
-                )
-                for r, share in zip(results, shares, strict=True)
-            ],
+            models=[_model_result(run, share) for run, share in zip(runs, shares, strict=True)],
             metrics=metrics,
             mean_retention=sum(retentions) / len(retentions) if retentions else None,
             min_retention=min(retentions, default=None),
-            method={**spec.method.model_dump(), "precision": precision, **_estimators(results)},
+            method={**spec.method.model_dump(), "precision": precision, **_estimators(runs)},
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
             notes=notes,
         )
-        for scores in results:
-            if scores.scores:
-                artifact.write_scores(spec.folder, scores.spec.name, scores)
+        for run in runs:
+            if run.scores:
+                artifact.write_scores(spec.folder, run)
         artifact.write_documents(spec, plan, result)
         return result
 
-    def _score(
-        self,
-        spec: MergeSpec,
-        plan: MergePlan,
-        results: list[ModelScores],
-        precision: Precision,
-        on_progress: OnProgress,
-        notes: list[str],
-    ) -> None:
+    def _prepare(self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, notes: list[str]) -> ModelRun:
+        """Check a model's weights and read its rows: whatever is wrong with them is found before any work is spent."""
+        run = ModelRun(model, info, digest_checkpoint(info), [], 0, [])
+        loaded = self._models.get(info)
         method = spec.method
+        if isinstance(method, MaskFisherParameters) and run.takes_part:
+            dataset = _required(model)
+            rows = RowFile(dataset)
+            run.population = min(len(rows), dataset.limit or len(rows))
+            count = None if method.examples == "auto" else method.examples
+            sampled = rows.sample(count, shuffle=method.preset != "paper")
+            run.examples = _examples(loaded, dataset, sampled, notes, needs_labels=method.needs_labels)
+        if spec.evaluate and model.evaluation is not None:
+            sampled = RowFile(model.evaluation).sample(None)
+            run.evaluation = _examples(loaded, model.evaluation, sampled, notes, needs_labels=True)
+        return run
+
+    def _score(
+        self, method: MethodParameters, runs: list[ModelRun], precision: Precision, on_progress: OnProgress
+    ) -> None:
         if not isinstance(method, MaskFisherParameters):
             raise TypeError(f"{method.name} has no scores")
-        paper = method.preset == "paper"
-        prepared: list[tuple[ModelScores, CheckpointInfo, list[Example], int]] = []
-        for result, info in zip(results, plan.checkpoints, strict=True):
-            if result.spec.weight > 0:
-                dataset = _required(result.spec)
-                rows = RowFile(dataset)
-                population = min(len(rows), dataset.limit or len(rows))
-                count = None if method.examples == "auto" else method.examples
-                examples = self._examples(result.spec.name, dataset, rows, info, notes, count=count, shuffle=not paper)
-                prepared.append((result, info, examples, population))
-        scoring = Phase("scoring", sum(len(examples) for _, _, examples, _ in prepared), "examples", on_progress)
-        for result, info, examples, population in prepared:
+        scoring = Phase("scoring", sum(len(run.examples) for run in runs), "examples", on_progress)
+        for run in runs:
+            if not run.takes_part:
+                continue
             start = time.monotonic()
-            loaded = self._models.get(info)
-            source = _required(result.spec).source
-            if paper:
-                result.estimator = "empirical"
-                result.scores = paper_scores(loaded, examples, source, scoring.advance)
+            loaded = self._models.get(run.info)
+            source = _required(run.spec).source
+            if method.preset == "paper":
+                run.estimator = "empirical"
+                run.scores = paper_scores(loaded, run.examples, source, scoring.advance)
             else:
                 estimator = estimator_for(method.estimator, loaded.task, method.seed)
-                statistics = score(loaded, examples, estimator, precision, source, scoring.advance)
-                result.estimator = estimator.name
-                result.scores = statistics.scores()
-                result.standard_errors = statistics.standard_errors(population)
-            result.scored = len(examples)
-            result.seconds = time.monotonic() - start
+                statistics = score(loaded, run.examples, estimator, precision, source, scoring.advance)
+                run.estimator = estimator.name
+                run.scores = statistics.scores()
+                run.standard_errors = statistics.standard_errors(run.population)
+            run.seconds = time.monotonic() - start
 
-    def _merger(self, method: MethodParameters, results: list[ModelScores]) -> tuple[Merger, list[float]]:
-        """The method over the models of non-zero weight, and every model's mean merge weight."""
-        models = [ScoredModel(r.spec.weight, r.scores) for r in results if r.spec.weight > 0]
+    def _merger(self, method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, list[float]]:
+        """The method over the models that take part, and every model's mean merge weight."""
+        models = [ScoredModel(run.spec.weight, run.scores) for run in runs if run.takes_part]
         if isinstance(method, MaskFisherParameters):
             shares = iter(weight_shares(models, node_weights(models, method.normalize, method.floor)))
         else:
             total = sum(model.weight for model in models)
             shares = iter([model.weight / total for model in models])
-        return BUILDERS[method.name](method, models), [next(shares) if r.spec.weight > 0 else 0.0 for r in results]
+        return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
 
     def _evaluate(
         self,
-        spec: MergeSpec,
         plan: MergePlan,
+        runs: list[ModelRun],
         folders: dict[str, Path],
         precision: Precision,
         on_progress: OnProgress,
-        notes: list[str],
     ) -> dict[str, MetricResult]:
         """Expert, plain average and merge (loaded from the artifact, as its user will) on the same rows."""
-        prepared: list[tuple[ModelSpec, EvaluationSpec, CheckpointInfo, list[Example]]] = []
-        for model, info in zip(spec.models, plan.checkpoints, strict=True):
-            if model.evaluation is not None:
-                rows = RowFile(model.evaluation)
-                examples = self._examples(model.name, model.evaluation, rows, info, notes)
-                prepared.append((model, model.evaluation, info, examples))
-        evaluating = Phase("evaluating", 3 * sum(len(e) for *_, e in prepared), "examples", on_progress)
-        average = self._plain_average(spec, plan)
+        evaluating = Phase("evaluating", 3 * sum(len(run.evaluation) for run in runs), "examples", on_progress)
+        average = self._plain_average(plan, runs)
         results = {}
-        for model, evaluation, info, examples in prepared:
-            loaded = self._models.get(info)
-            merged = load(inspect_checkpoint(folders[model.name], f"models/{model.name}"), self._device)
+        for run in runs:
+            name, evaluation, examples = run.spec.name, run.spec.evaluation, run.evaluation
+            if evaluation is None:
+                continue
+            loaded = self._models.get(run.info)
+            merged = load(inspect_checkpoint(folders[name], f"models/{name}"), self._device)
             metric = metric_for(evaluation.metric, loaded.task)
             labels = np.array([e.label for e in examples], dtype=np.float64)
             expert_predictions = predict(loaded, examples, precision, evaluating.advance)
@@ -221,7 +214,7 @@ class Engine:
             merged.model.load_state_dict(average, strict=False)  # the head stays the expert's own
             average_predictions = predict(merged, examples, precision, evaluating.advance)
             expert, value = metric(labels, expert_predictions), metric(labels, merged_predictions)
-            results[model.name] = MetricResult(
+            results[name] = MetricResult(
                 metric=evaluation.metric,
                 examples=len(examples),
                 expert=expert,
@@ -233,43 +226,20 @@ class Engine:
             )
         return results
 
-    def _plain_average(self, spec: MergeSpec, plan: MergePlan) -> dict[str, Tensor]:
+    def _plain_average(self, plan: MergePlan, runs: list[ModelRun]) -> dict[str, Tensor]:
         """The unweighted average of the models that take part, as a state to load."""
-        taking_part = [1.0 if model.weight > 0 else 0.0 for model in spec.models]
-        merger = BUILDERS["average"](AverageParameters(), [ScoredModel(w) for w in taking_part if w])
-        with Backbone(plan, taking_part, merger) as backbone:
+        equal = [ScoredModel(1.0) for run in runs if run.takes_part]
+        merger = BUILDERS["average"](AverageParameters(), equal)
+        with Backbone(plan, [run.takes_part for run in runs], merger) as backbone:
             return {tensor.slot.name: backbone.tensor(tensor) for tensor in plan.backbone}
-
-    def _examples(
-        self,
-        name: str,
-        dataset: DatasetSpec,
-        rows: RowFile,
-        info: CheckpointInfo,
-        notes: list[str],
-        *,
-        count: int | None = None,
-        shuffle: bool = True,
-    ) -> list[Example]:
-        loaded = self._models.get(info)
-        sampled = rows.sample(count, shuffle=shuffle)
-        labels = LabelMap(loaded.task, tuple(dataset.label_names) if dataset.label_names else None)
-        tokenized = tokenize(sampled, dataset, loaded.tokenizer, loaded.max_length, labels)
-        if tokenized.truncated:
-            limit = min(loaded.max_length, dataset.max_length or loaded.max_length)
-            notes.append(
-                f"{name}: {tokenized.truncated} of {len(sampled)} rows of {dataset.source} are longer than "
-                f"{limit} tokens and were truncated"
-            )
-        return tokenized.examples
 
 
 class Backbone:
-    """Merged backbone tensors, computed one at a time from lazily read inputs of the models with weight."""
+    """Merged backbone tensors, computed one at a time from lazily read inputs of the models that take part."""
 
-    def __init__(self, plan: MergePlan, weights: Sequence[float], merger: Merger) -> None:
+    def __init__(self, plan: MergePlan, takes_part: Sequence[bool], merger: Merger) -> None:
         self._plan = plan
-        self._taking_part = [i for i, weight in enumerate(weights) if weight > 0]
+        self._taking_part = [index for index, takes in enumerate(takes_part) if takes]
         self._merger = merger
         self._stack = ExitStack()
         self._readers: dict[int, TensorReader] = {}
@@ -306,9 +276,36 @@ def _required(model: ModelSpec) -> DatasetSpec:
     return model.dataset
 
 
-def _estimators(results: Sequence[ModelScores]) -> dict[str, Any]:
+def _examples(
+    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], notes: list[str], *, needs_labels: bool
+) -> list[Example]:
+    names = tuple(dataset.label_names) if dataset.label_names else None
+    labels = LabelMap(loaded.task, names) if needs_labels else None
+    tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
+    if tokenized.truncated:
+        limit = min(loaded.max_length, dataset.max_length or loaded.max_length)
+        notes.append(
+            f"{tokenized.truncated} of {len(rows)} rows of {dataset.source} are longer than {limit} tokens "
+            "and were truncated"
+        )
+    return tokenized.examples
+
+
+def _model_result(run: ModelRun, weight_share: float) -> ModelResult:
+    return ModelResult(
+        name=run.spec.name,
+        checkpoint=run.spec.source,
+        digest=run.digest,
+        examples=len(run.examples),
+        weight_share=weight_share,
+        score_seconds=round(run.seconds, 3),
+        score_cached=False,
+    )
+
+
+def _estimators(runs: Sequence[ModelRun]) -> dict[str, Any]:
     """The estimator each model was scored by, with `auto` resolved; a string where they agree."""
-    found = {r.spec.name: r.estimator for r in results if r.estimator}
+    found = {run.spec.name: run.estimator for run in runs if run.estimator}
     if not found:
         return {}
     return {"estimator": next(iter(found.values())) if len(set(found.values())) == 1 else found}

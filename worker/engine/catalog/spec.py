@@ -43,6 +43,8 @@ class ModelSpec(Strict):
     name: str
     source: str
     path: Path
+    root: Path | None = None
+    """Folder that the checkpoint's files must lie under, after following links; None for any."""
     weight: float
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None

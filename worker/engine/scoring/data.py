@@ -51,8 +51,12 @@ class Tokenized:
     """Rows longer than the limit, cut at its end."""
 
 
-def tokenize(rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap) -> Tokenized:
+def tokenize(
+    rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap | None
+) -> Tokenized:
     """Tokenise `rows`, truncating to `max_length` tokens (and to the data set's own limit).
+
+    Labels are read when `labels` says how.
 
     Raises:
         InvalidDataset: a row without tokens, or a label that the head does not have.
@@ -76,7 +80,7 @@ def tokenize(rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length:
         encoding = {name: encoded[name][index] for name in names}
         if not encoding["input_ids"]:
             raise InvalidDataset(spec.source, "no tokens", line=row.line)
-        label = None if spec.label is None else labels.value(row.label, spec.source, row.line)
+        label = None if labels is None or spec.label is None else labels.value(row.label, spec.source, row.line)
         examples.append(Example(index, row.line, encoding, label))
     return Tokenized(examples, overflowing)
 
