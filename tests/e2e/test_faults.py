@@ -1,10 +1,12 @@
 """Processes really killed, in the middle of the work: one finished job, later, and no second result."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.conftest import REPOSITORY, Service, make_service, tiny_recipe, wait_
 from tests.tiny import write_rows
 
 ROWS = 6000  # scored in several seconds, so that there is a middle to kill in
+NewService = Callable[..., Service]
 BACK_IN_QUEUE_S = 15  # the promise: a lost attempt is queued again within this
 
 
@@ -135,8 +138,8 @@ def test_a_stopped_service_refuses_nobody_a_second_data_folder_is_free(service: 
     assert b"is in use by another maskmerge" in errors
 
 
-def test_a_job_whose_engine_dies_every_time_fails_and_the_worker_lives(tmp_path: Path, inputs: Path) -> None:
-    service = make_service(tmp_path, inputs, MASKMERGE_MAX_LOSSES="2")
+def test_a_job_whose_engine_dies_every_time_fails_and_the_worker_lives(new_service: NewService, inputs: Path) -> None:
+    service = new_service(MASKMERGE_MAX_LOSSES="2")
     service.start()
     job_id = service.submit(long_recipe())
     for attempt in (1, 2):
@@ -153,11 +156,33 @@ def test_a_job_whose_engine_dies_every_time_fails_and_the_worker_lives(tmp_path:
     assert service.stop() == 0
 
 
-def test_two_workers_share_the_queue_and_survive_the_loss_of_one(tmp_path: Path, inputs: Path) -> None:
-    service = make_service(tmp_path, inputs)
+def test_many_jobs_survive_many_kills_at_random_times(new_service: NewService, inputs: Path) -> None:
+    """Whatever is killed, and whenever: every job ends once, and nothing is left of the attempts that did not."""
+    service = new_service(MASKMERGE_MAX_LOSSES="100", MASKMERGE_LEASE_SECONDS="3")
+    service.start(workers=2)
+    jobs = [service.submit(tiny_recipe("a", "b", "c", examples=200)) for _ in range(6)]
+    rng = random.Random(7)
+    for _ in range(10):
+        time.sleep(rng.uniform(0.2, 2.5))  # the time of the kill is what is tried here
+        role = rng.choice(["engine", "worker", "api", "redis"])
+        victim = service.processes().get(role)
+        if victim is not None:
+            victim.send_signal(signal.SIGKILL)
+    for job_id in jobs:
+        job = service.finished(job_id, timeout_s=180)
+        assert job["status"] == "succeeded", job["error"]
+    artifacts = sorted(folder.name for folder in (service.data_dir / "artifacts").iterdir())
+    assert artifacts == sorted(f"{job_id}.{service.job(job_id)['attempt']}" for job_id in jobs)
+    assert not list((service.data_dir / "work").iterdir())
+    assert service.stop() == 0
+
+
+def test_two_workers_share_the_queue_and_survive_the_loss_of_one(new_service: NewService, inputs: Path) -> None:
+    service = new_service()
     service.start(workers=2)
     wait_until(lambda: service.get("/readyz").json().get("workers") == 2, "both workers")
-    jobs = [start_scoring(service) for _ in range(2)]
+    jobs = [service.submit(long_recipe()) for _ in range(2)]
+    wait_until(lambda: all(scoring(service, job_id) for job_id in jobs), "both jobs to be scored at once")
     service.processes()["worker"].send_signal(signal.SIGKILL)
     for job_id in jobs:
         assert service.finished(job_id)["status"] == "succeeded"

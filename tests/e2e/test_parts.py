@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -47,9 +48,8 @@ def test_api_and_worker_run_as_parts_against_a_redis_of_their_own(
     assert api.returncode in (0, -signal.SIGTERM)  # uvicorn shuts down and then ends as the signal asked
 
 
-def test_serve_uses_the_redis_it_is_given(redis: Redis, redis_url: str, tiny_inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    service = Service(tmp_path / "data", tiny_inputs, free_port(), {"MASKMERGE_REDIS_URL": redis_url})
+def test_serve_uses_the_redis_it_is_given(redis: Redis, redis_url: str, new_service: Callable[..., Service]) -> None:
+    service = new_service(MASKMERGE_REDIS_URL=redis_url)
     service.start()
     assert "redis" not in service.processes()
     assert service.finished(service.submit(tiny_recipe("a", name="average")))["status"] == "succeeded"
@@ -80,9 +80,8 @@ def test_a_long_body_is_refused_before_it_is_sent(service: Service) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
-def test_a_service_started_again_on_its_folder_still_has_its_jobs(tiny_inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    service = Service(tmp_path / "data", tiny_inputs, free_port())
+def test_a_service_started_again_on_its_folder_still_has_its_jobs(new_service: Callable[..., Service]) -> None:
+    service = new_service()
     service.start()
     job_id = service.submit(tiny_recipe("a", name="average"))
     before = service.finished(job_id)
