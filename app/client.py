@@ -66,6 +66,14 @@ class Client:
             if after is None:
                 return
 
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Ask for the job's end. Raises RequestRefused when it has ended already."""
+        return self._json("POST", f"/jobs/{job_id}/cancel")
+
+    def retry(self, job_id: str) -> dict[str, Any]:
+        """Queue a failed or cancelled job again. Raises RequestRefused."""
+        return self._json("POST", f"/jobs/{job_id}/retry")
+
     def files(self, job_id: str) -> list[dict[str, Any]]:
         files: list[dict[str, Any]] = self._json("GET", f"/jobs/{job_id}/artifacts")["files"]
         return files

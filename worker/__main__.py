@@ -6,6 +6,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,7 @@ from worker.engine_process import EngineProcess
 from worker.tasks import TaskRunner
 
 BEAT_S = 2.0
+TIDY_S = 600.0  # folders that crashes left cost nothing but space
 ALIVE_S = 10.0  # a worker that has not beaten for so long does not count as live
 
 logger = logging.getLogger("worker")
@@ -81,7 +83,6 @@ def run(settings: Settings) -> int:
     queue = TaskQueue(rq_redis, settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
-    artifacts.sweep(lambda task, attempt, published: _is_wanted(store, task, attempt, published))
     cores = len(os.sched_getaffinity(0))
     engine = EngineProcess(settings.threads or max(1, cores // settings.workers))
     functions: dict[str, Callable[[str], None]] = {}
@@ -105,7 +106,11 @@ def run(settings: Settings) -> int:
     )
     functions.update(runner.functions)
     engine.start()
-    repeaters = [Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S)), Repeater(SWEEP_S, Reaper(store, queue).sweep)]
+    repeaters = [
+        Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S)),
+        Repeater(SWEEP_S, Reaper(store, queue).sweep),
+        Repeater(TIDY_S, lambda: artifacts.sweep(partial(_is_wanted, store))),
+    ]
     for repeater in repeaters:
         repeater.start()
     try:

@@ -23,6 +23,7 @@ from worker.progress import ProgressMeter
 TICK_S = 0.2  # how soon a stop, a lost lease or a finished merge is noticed
 RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
 REDIS_RETRY_S = 1.0
+LONGEST_RENEWAL_S = 2.0  # renewing is also how the worker hears of a cancel, which is to take effect within 5 s
 
 Outcome = TypeVar("Outcome")
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class TaskRunner:
     """Runs one task at a time in the engine process.
 
     Args:
-        lease_seconds: the lease is renewed four times within it.
+        lease_seconds: the lease is renewed at least four times within it.
         is_stopping: whether the worker was asked to end; the task is handed back then.
     """
 
@@ -57,7 +58,7 @@ class TaskRunner:
         self._artifacts = artifacts
         self._inputs = inputs
         self._engine = engine
-        self._renew_interval = lease_seconds / 4
+        self._renew_interval = min(lease_seconds / 4, LONGEST_RENEWAL_S)
         self._max_engine_bytes = max_engine_bytes
         self._is_stopping = is_stopping
 
@@ -121,20 +122,27 @@ class TaskRunner:
             if now - recorded >= (RECORD_INTERVAL_S if news else self._renew_interval):
                 recorded = now
                 recorded_progress = meter.current
-                if not self._renew(attempt, news):
-                    logger.warning("job %s: attempt %d lost its lease", attempt.task.job, attempt.number)
+                status = self._renew(attempt, news)
+                if status is not Status.RUNNING:
                     self._engine.kill()
-                    self._artifacts.discard(attempt)
+                    self._withdraw(attempt, status)
                     return
 
-    def _renew(self, attempt: Attempt, progress: Progress | None) -> bool:
-        """Whether the attempt is still ours; while Redis is away nobody can know better."""
+    def _renew(self, attempt: Attempt, progress: Progress | None) -> Status | None:
+        """The job's status, None when the attempt is no longer ours; while Redis is away nobody knows better."""
         try:
-            status = self._store.renew(attempt, progress)
+            return self._store.renew(attempt, progress)
         except RedisError as error:
             logger.warning("job %s: Redis is away: %s", attempt.task.job, error)
-            return True
-        return status is Status.RUNNING
+            return Status.RUNNING
+
+    def _withdraw(self, attempt: Attempt, status: Status | None) -> None:
+        """Leave nothing of an attempt whose result nobody wants: the job was cancelled, or the lease was lost."""
+        self._artifacts.discard(attempt)
+        if self._insist(lambda: self._store.acknowledge_cancel(attempt)):
+            logger.info("job %s: attempt %d cancelled", attempt.task.job, attempt.number)
+        else:
+            logger.warning("job %s: attempt %d came too late (%s)", attempt.task.job, attempt.number, status)
 
     def _publish(self, attempt: Attempt, record: Record, result: MergeResult) -> None:
         start = time.monotonic()
@@ -148,14 +156,14 @@ class TaskRunner:
         if self._insist(lambda: self._store.succeed(attempt, final, artifact)):
             logger.info("job %s: attempt %d succeeded", attempt.task.job, attempt.number)
         else:
-            logger.warning("job %s: attempt %d came too late", attempt.task.job, attempt.number)
-            self._artifacts.discard(attempt)
+            self._withdraw(attempt, None)
 
     def _fail(self, attempt: Attempt, error: JobError) -> None:
         self._artifacts.discard(attempt)
         logger.info("job %s: attempt %d failed: %s", attempt.task.job, attempt.number, error.code)
         try:
-            self._insist(lambda: self._store.fail(attempt, error))
+            if not self._insist(lambda: self._store.fail(attempt, error)):
+                self._withdraw(attempt, None)
         except Stopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
 

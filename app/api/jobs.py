@@ -5,7 +5,7 @@ from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, ConfigDict
 
 from app.api.conditional import is_current, not_modified
-from app.api.dependencies import RecordOf, ServicesOf
+from app.api.dependencies import RecordOf, ServicesOf, get_record
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Job, Record, Status
 
@@ -50,6 +50,35 @@ def get_job(
     response.headers["ETag"] = etag
     response.headers["Cache-Control"] = "no-cache"
     return record.public()
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202)
+def cancel(record: RecordOf, services: ServicesOf) -> Job:
+    """Cancel a job: at once while it waits, within 5 s while it runs. 409 when it has succeeded or failed."""
+    status = services.store.cancel(record.id)
+    if status in (Status.SUCCEEDED, Status.FAILED):
+        raise ProblemError(Problem.CONFLICT, f"job {record.id} has {status.value} already")
+    return get_record(record.id, services).public()
+
+
+@router.post("/jobs/{job_id}/retry", status_code=202)
+def retry(record: RecordOf, services: ServicesOf) -> Job:
+    """Queue a failed or cancelled job again, as a new attempt. 409 when it is neither."""
+    if not services.merges.retry(record.id):
+        detail = f"job {record.id} is {record.status.value}; only a failed or cancelled job can be tried again"
+        raise ProblemError(Problem.CONFLICT, detail)
+    return get_record(record.id, services).public()
+
+
+@router.delete("/jobs/{job_id}", status_code=204)
+def delete(record: RecordOf, services: ServicesOf) -> None:
+    """Remove a job that has ended: its record and its artifact. 409 while it is active."""
+    if not record.status.is_final:
+        raise ProblemError(Problem.CONFLICT, f"job {record.id} is {record.status.value}; cancel it first")
+    if record.artifact is not None:  # before the record, which is what still knows of it
+        services.artifacts.remove(record.artifact)
+    if not services.store.delete(record.id):
+        raise ProblemError(Problem.CONFLICT, f"job {record.id} was started again meanwhile")
 
 
 def _label(text: str) -> tuple[str, str]:

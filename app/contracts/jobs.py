@@ -84,6 +84,7 @@ class JobError(BaseModel):
 class Links(BaseModel):
     self: str
     artifacts: str
+    cancel: str
     report: str
 
 
@@ -144,7 +145,10 @@ class Record(BaseModel):
             result=self.result,
             labels=self.labels,
             links=Links(
-                self=f"/jobs/{self.id}", artifacts=f"/jobs/{self.id}/artifacts", report=f"/jobs/{self.id}/report"
+                self=f"/jobs/{self.id}",
+                artifacts=f"/jobs/{self.id}/artifacts",
+                cancel=f"/jobs/{self.id}/cancel",
+                report=f"/jobs/{self.id}/report",
             ),
         )
 

@@ -92,6 +92,13 @@ class Merges:
             raise ProblemError(Problem.CONFLICT, "the job of this Idempotency-Key was deleted; use a new key")
         return record
 
+    def retry(self, job_id: str) -> bool:
+        """Queue a failed or cancelled job anew. False when it is neither."""
+        task = self._store.retry(job_id)
+        if task is not None:
+            self._dispatch(task)
+        return task is not None
+
     def _dispatch(self, task: TaskId) -> None:
         try:
             self._queue.dispatch(task)

@@ -68,6 +68,10 @@ class ArtifactFolder:
         for parent in (self._work, self._published):
             shutil.rmtree(parent / _name(attempt), ignore_errors=True)
 
+    def remove(self, artifact: str) -> None:
+        """Remove a published artifact."""
+        shutil.rmtree(self._published / artifact, ignore_errors=True)
+
     def files(self, artifact: str) -> list[ArtifactFile]:
         """Every file of a published artifact, from its manifest."""
         folder = self._published / artifact

@@ -12,7 +12,7 @@ worker by when they were last handed to RQ; `leases` running tasks by expiry; `w
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -87,9 +87,47 @@ redis.call('HINCRBY', KEYS[3], 'revision', 1)
 return 1
 """
 
+# KEYS: task, due, job. ARGV: task id, now
+# Returns the job's status after it, or false when there is no such job.
+CANCEL = """
+local status = redis.call('HGET', KEYS[3], 'status')
+if status == 'queued' then
+  redis.call('HSET', KEYS[1], 'state', 'done')
+  redis.call('ZREM', KEYS[2], ARGV[1])
+  redis.call('HSET', KEYS[3], 'status', 'cancelled', 'finished_ms', ARGV[2])
+elseif status == 'running' then
+  redis.call('HSET', KEYS[3], 'status', 'cancelling')
+else
+  return status
+end
+redis.call('HINCRBY', KEYS[3], 'revision', 1)
+return redis.call('HGET', KEYS[3], 'status')
+"""
+
+# KEYS: task, due, job. ARGV: task id, allowed statuses as ,a,b, then progress when queued
+RETRY = """
+local status = redis.call('HGET', KEYS[3], 'status')
+if not status or not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return 0 end
+redis.call('HSET', KEYS[1], 'state', 'queued', 'losses', 0)
+redis.call('ZADD', KEYS[2], 0, ARGV[1])
+redis.call('HDEL', KEYS[3], 'error', 'started_ms', 'finished_ms')
+redis.call('HSET', KEYS[3], 'status', 'queued', 'progress', ARGV[3])
+redis.call('HINCRBY', KEYS[3], 'revision', 1)
+return 1
+"""
+
+# KEYS: task, jobs, job. ARGV: id, final statuses as ,a,b,
+DELETE = """
+local status = redis.call('HGET', KEYS[3], 'status')
+if not status or not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return 0 end
+redis.call('DEL', KEYS[1], KEYS[3])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 1
+"""
+
 # KEYS: task, leases, due, job. ARGV: task id, attempt, now, 1 for a loss, most losses, 1 if only when expired,
 #       progress when queued, error when lost too often
-# Returns: 0 not ours to release, 1 queued again, 2 failed.
+# Returns: 0 not ours to release, 1 queued again, 2 failed, 3 cancelled.
 RELEASE = """
 if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 0 end
@@ -99,6 +137,11 @@ if ARGV[6] == '1' then
 end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('HINCRBY', KEYS[4], 'revision', 1)
+if redis.call('HGET', KEYS[4], 'status') == 'cancelling' then
+  redis.call('HSET', KEYS[1], 'state', 'done')
+  redis.call('HSET', KEYS[4], 'status', 'cancelled', 'finished_ms', ARGV[3])
+  return 3
+end
 local losses = redis.call('HINCRBY', KEYS[1], 'losses', ARGV[4])
 if losses > tonumber(ARGV[5]) - 1 and ARGV[4] == '1' then
   redis.call('HSET', KEYS[1], 'state', 'done')
@@ -140,6 +183,9 @@ class JobStore:
         self._renew = redis.register_script(RENEW)
         self._finish = redis.register_script(FINISH)
         self._release = redis.register_script(RELEASE)
+        self._cancel = redis.register_script(CANCEL)
+        self._retry = redis.register_script(RETRY)
+        self._delete = redis.register_script(DELETE)
 
     # --- records
 
@@ -202,6 +248,31 @@ class JobStore:
                 return
             end = f"({ids[-1]}"
 
+    def cancel(self, job_id: str) -> Status | None:
+        """Cancel what waits, ask what runs to stop; the job's status after it, None when there is no such job."""
+        task = TaskId(job=job_id, stage=Stage.MERGE)
+        status = self._cancel(
+            keys=[self._task_key(task), self._key("due"), self._key("job", job_id)], args=[str(task), self.clock()]
+        )
+        return Status(status) if status else None
+
+    def retry(self, job_id: str) -> TaskId | None:
+        """Queue a failed or cancelled job anew; its task, to be dispatched. None when it is neither."""
+        task = TaskId(job=job_id, stage=Stage.MERGE)
+        again = _listed(Status.QUEUED.predecessors - {Status.RUNNING})
+        done = self._retry(
+            keys=[self._task_key(task), self._key("due"), self._key("job", job_id)],
+            args=[str(task), again, Progress().model_dump_json()],
+        )
+        return task if done else None
+
+    def delete(self, job_id: str) -> bool:
+        """Forget a job that has ended. False while it is active."""
+        task = TaskId(job=job_id, stage=Stage.MERGE)
+        final = _listed(status for status in Status if status.is_final)
+        keys = [self._task_key(task), self._key("jobs"), self._key("job", job_id)]
+        return bool(self._delete(keys=keys, args=[job_id, final]))
+
     # --- what a worker does with a task
 
     def claim(self, task: TaskId, worker: str) -> Attempt | None:
@@ -241,6 +312,10 @@ class JobStore:
     def fail(self, attempt: Attempt, error: JobError) -> bool:
         """Final. False when the attempt is no longer ours."""
         return self._end(attempt, Status.FAILED, {"error": error.model_dump_json()})
+
+    def acknowledge_cancel(self, attempt: Attempt) -> bool:
+        """Final. False when nobody asked for it, or when the attempt is no longer ours."""
+        return self._end(attempt, Status.CANCELLED, {})
 
     def release(self, attempt: Attempt, *, lost: bool, only_expired: bool = False) -> bool:
         """Put the task back in the queue; a task that is `lost` too often fails its job instead.
@@ -323,13 +398,12 @@ class JobStore:
     # ---
 
     def _end(self, attempt: Attempt, status: Status, fields: dict[str, Any]) -> bool:
-        allowed = "," + ",".join(sorted(status.predecessors)) + ","
         done = self._finish(
             keys=[self._task_key(attempt.task), self._key("leases"), self._key("job", attempt.task.job)],
             args=[
                 str(attempt.task),
                 attempt.number,
-                allowed,
+                _listed(status.predecessors),
                 *_flat({"status": status, "finished_ms": self.clock(), **fields}),
             ],
         )
@@ -347,6 +421,11 @@ class JobStore:
 
     def _task_key(self, task: TaskId) -> str:
         return self._key("task", str(task))
+
+
+def _listed(statuses: Iterable[Status]) -> str:
+    """As the scripts search them: ,a,b,"""
+    return "," + ",".join(sorted(statuses)) + ","
 
 
 def _earlier(remembered: str, digest: str) -> Created:

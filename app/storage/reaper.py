@@ -30,8 +30,8 @@ class Reaper:
 class Repeater(threading.Thread):
     """Calls a function every so often until it is stopped; Redis being away is no reason to end."""
 
-    def __init__(self, interval_s: float, call: Callable[[], None]) -> None:
-        super().__init__(daemon=True, name=f"repeat-{call.__qualname__}")
+    def __init__(self, interval_s: float, call: Callable[[], object]) -> None:
+        super().__init__(daemon=True, name="repeater")
         self._interval = interval_s
         self._call = call
         self._stop_event = threading.Event()
@@ -43,7 +43,7 @@ class Repeater(threading.Thread):
             except RedisError as error:
                 logger.warning("Redis is away: %s", error)
             except Exception:  # the next round may go better, and without rounds lost jobs would stay lost
-                logger.exception("%s failed", self.name)
+                logger.exception("a periodic task failed")
             if self._stop_event.wait(self._interval):
                 return
 

@@ -265,3 +265,89 @@ def test_the_states_form_a_closed_table() -> None:
     assert Status.RUNNING.predecessors == {Status.QUEUED}
     assert all(status.predecessors or status is Status.QUEUED for status in Status)
     assert {status for status in Status if status.is_final} == {Status.SUCCEEDED, Status.FAILED, Status.CANCELLED}
+
+
+def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
+    task = new_job(store)
+    assert store.cancel(task.job) is Status.CANCELLED
+    assert record_of(store, task).finished_ms is not None
+    assert store.claim(task, "worker") is None
+    assert store.due(2**53) == []
+
+
+def test_a_running_job_is_asked_to_stop_and_its_attempt_says_when(store: JobStore) -> None:
+    task = new_job(store)
+    attempt = claimed(store, task)
+    assert not store.acknowledge_cancel(attempt)
+    assert store.cancel(task.job) is Status.CANCELLING
+    assert store.cancel(task.job) is Status.CANCELLING
+    assert store.renew(attempt) is Status.CANCELLING
+    assert not store.succeed(attempt, RESULT, "folder")
+    assert not store.fail(attempt, FAILURE)
+    assert store.acknowledge_cancel(attempt)
+    assert record_of(store, task).status is Status.CANCELLED
+    assert store.cancel(task.job) is Status.CANCELLED
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_job_that_loses_its_worker_while_it_is_cancelled_is_cancelled(
+    store: JobStore, clock: Clock, lost: bool
+) -> None:
+    task = new_job(store)
+    attempt = claimed(store, task)
+    store.cancel(task.job)
+    clock.advance(LEASE_S + 1)
+    assert store.release(attempt, lost=lost)
+    assert record_of(store, task).status is Status.CANCELLED
+    assert store.due(2**53) == []
+
+
+def test_a_job_that_ended_cannot_be_cancelled(store: JobStore) -> None:
+    succeeded, failed = new_job(store), new_job(store)
+    store.succeed(claimed(store, succeeded), RESULT, "folder")
+    store.fail(claimed(store, failed), FAILURE)
+    before = [record_of(store, task) for task in (succeeded, failed)]
+    assert [store.cancel(task.job) for task in (succeeded, failed)] == [Status.SUCCEEDED, Status.FAILED]
+    assert [record_of(store, task) for task in (succeeded, failed)] == before
+    assert store.cancel("0" * 28) is None
+
+
+def test_retrying_begins_a_new_attempt_with_a_clean_record(store: JobStore) -> None:
+    task = new_job(store)
+    for _ in range(MAX_LOSSES):
+        store.release(claimed(store, task), lost=True)
+    assert record_of(store, task).status is Status.FAILED
+    assert store.retry(task.job) == task
+    record = record_of(store, task)
+    assert (record.status, record.error, record.finished_ms) == (Status.QUEUED, None, None)
+    attempt = claimed(store, task)
+    assert attempt.number == MAX_LOSSES + 1
+    assert store.release(attempt, lost=True), "earlier losses do not count against the new run"
+    assert record_of(store, task).status is Status.QUEUED
+
+
+def test_only_failed_and_cancelled_jobs_are_retried(store: JobStore) -> None:
+    task = new_job(store)
+    assert store.retry(task.job) is None
+    attempt = claimed(store, task)
+    assert store.retry(task.job) is None
+    store.cancel(task.job)
+    assert store.retry(task.job) is None
+    store.acknowledge_cancel(attempt)
+    assert store.retry(task.job) == task
+    store.succeed(claimed(store, task), RESULT, "folder")
+    assert store.retry(task.job) is None
+    assert store.retry("0" * 28) is None
+
+
+def test_only_jobs_that_ended_are_deleted_and_nothing_of_them_stays(store: JobStore, redis: Redis) -> None:
+    task = new_job(store)
+    assert not store.delete(task.job)
+    attempt = claimed(store, task)
+    assert not store.delete(task.job)
+    store.fail(attempt, FAILURE)
+    assert store.delete(task.job)
+    assert store.get(task.job) is None
+    assert not [key for key in redis.scan_iter("test:*") if task.job in str(key)]
+    assert list(store.newest()) == []
+    assert not store.delete(task.job)
