@@ -90,6 +90,7 @@ class TaskRunner:
             logger.warning("job %s: Redis is away, the lease runs out: %s", attempt.task.job, error)
         except Exception:
             logger.exception("job %s: attempt %d failed unexpectedly", attempt.task.job, attempt.number)
+            self._engine.kill()  # it may still be at work, and the next task must not hear of that
             message = "unexpected error in the worker; its log has the trace"
             self._fail(attempt, JobError(code=ErrorCode.INTERNAL, message=message))
         finally:

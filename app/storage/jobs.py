@@ -2,7 +2,8 @@
 
 Each write is one Lua script, so that it is whole or not at all, and a compare-and-set: against the record's status
 (the transitions of `Status`) and, from a worker, against its attempt number. RQ only carries task ids; if it loses one,
-`due` finds it again.
+`due` finds it again. When an answer gets lost the client asks again by itself, so creating a job and ending it are the
+same the second time.
 
 Keys, all below the prefix: `job:<id>` and `task:<id>` hashes; `jobs` all job ids by time; `due` tasks waiting for a
 worker by when they were last handed to RQ; `leases` running tasks by expiry; `workers` live workers by expiry;
@@ -37,6 +38,7 @@ Clock = Callable[[], int]
 
 # KEYS: job, jobs, task, due, idempotency. ARGV: id, task id, now, idempotency value or '', its seconds, fields…
 CREATE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return false end
 if ARGV[4] ~= '' then
   local before = redis.call('GET', KEYS[5])
   if before then return before end
@@ -74,11 +76,13 @@ end
 return redis.call('HGET', KEYS[3], 'status')
 """
 
-# KEYS: task, leases, job. ARGV: task id, attempt, allowed statuses as ,a,b, then fields…
+# KEYS: task, leases, job. ARGV: task id, attempt, allowed statuses as ,a,b, then status, its value, further fields…
 FINISH = """
-if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
 if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 0 end
+local state = redis.call('HGET', KEYS[1], 'state')
 local status = redis.call('HGET', KEYS[3], 'status')
+if state == 'done' and status == ARGV[5] then return 1 end
+if state ~= 'running' then return 0 end
 if not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'done')
 redis.call('ZREM', KEYS[2], ARGV[1])

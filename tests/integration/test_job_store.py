@@ -143,7 +143,7 @@ def test_an_attempt_that_was_replaced_can_write_nothing(store: JobStore, clock: 
     assert store.succeed(new, RESULT, "folder")
 
 
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("write", [name for name in WRITES if name != "succeed"])
 def test_a_job_ends_once(store: JobStore, write: str) -> None:
     task = new_job(store)
     attempt = claimed(store, task)
@@ -155,6 +155,27 @@ def test_a_job_ends_once(store: JobStore, write: str) -> None:
     assert not WRITES[write](store, attempt)
     assert record_of(store, task) == before
     assert store.claim(task, "another") is None
+
+
+def test_ending_a_job_again_because_the_answer_got_lost_is_no_failure(store: JobStore) -> None:
+    """Otherwise the worker would take its result for unwanted and remove it."""
+    task = new_job(store)
+    attempt = claimed(store, task)
+    assert store.succeed(attempt, RESULT, "folder")
+    before = record_of(store, task)
+    assert store.succeed(attempt, RESULT, "folder")
+    assert record_of(store, task) == before
+
+
+def test_creating_a_job_again_because_the_answer_got_lost_changes_nothing(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.storage.jobs.secrets.token_hex", lambda count: "0" * 2 * count)
+    task = new_job(store)
+    attempt = claimed(store, task)
+    assert new_job(store) == task
+    assert store.renew(attempt) is Status.RUNNING
+    assert record_of(store, task).attempt == 1
 
 
 def test_a_lease_renewed_in_time_is_not_released_by_the_reaper(store: JobStore, clock: Clock) -> None:
