@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Service, make_service, tiny_recipe, wait_until
 from tests.tiny import write_rows
 
-ROWS = 6000
+ROWS = 3000
 CANCEL_S = 5  # the promise for a running job
 PHASES = ["loading", "scoring", "evaluating"]
 

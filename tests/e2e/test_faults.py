@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import REPOSITORY, Service, make_service, tiny_recipe, wait_until
 from tests.tiny import write_rows
 
-ROWS = 6000  # scored in several seconds, so that there is a middle to kill in
+ROWS = 4000  # scored in several seconds, so that there is a middle to kill in
 NewService = Callable[..., Service]
 BACK_IN_QUEUE_S = 15  # the promise: a lost attempt is queued again within this
 
