@@ -16,7 +16,8 @@ from app.api.dependencies import RecordOf, ServicesOf
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
 from app.services.composition import Services
-from app.storage.artifacts import MANIFEST, ArtifactFile
+from app.storage.artifacts import ArtifactFile
+from worker.engine.catalog.report import MANIFEST
 
 router = APIRouter(tags=["artifacts"])
 

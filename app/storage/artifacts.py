@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.contracts.jobs import Attempt, Stage, TaskId
-
-MANIFEST = "manifest.json"
+from worker.engine.catalog.report import MANIFEST
 
 logger = logging.getLogger(__name__)
 

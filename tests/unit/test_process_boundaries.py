@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy", "sklearn")
 MOST_BYTES = 150_000_000
@@ -19,14 +20,14 @@ print(" ".join(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 
-def test_the_api_process_loads_nothing_heavy_and_stays_under_150_mb(tmp_path):  # type: ignore[no-untyped-def]
+def test_the_api_process_loads_nothing_heavy_and_stays_under_150_mb(tmp_path: Path) -> None:
     output = subprocess.run([sys.executable, "-c", PROBE, str(tmp_path)], check=True, capture_output=True, text=True)
     resident, modules = output.stdout.splitlines()
     assert set(HEAVY).isdisjoint(modules.split())
     assert int(resident) < MOST_BYTES
 
 
-def test_the_worker_process_itself_loads_nothing_heavy():  # type: ignore[no-untyped-def]
+def test_the_worker_process_itself_loads_nothing_heavy() -> None:
     probe = "import sys, worker.__main__; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     output = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True)
     assert set(HEAVY).isdisjoint(output.stdout.split())

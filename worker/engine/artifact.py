@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.report import MANIFEST, MergeResult
 from worker.engine.catalog.spec import MergeSpec, ModelSpec
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import write_json
 from worker.engine.scoring.data import Example
 
-MANIFEST = "manifest.json"
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
 
@@ -53,22 +52,26 @@ def write_scores(folder: Path, run: Scored) -> None:
     path.chmod(0o644)  # the library makes files that only their owner reads
 
 
-def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> None:
-    """Everything for people and programs beside the weights; the manifest names every other file."""
+def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult, digests: Mapping[Path, str]) -> None:
+    """Everything for people and programs beside the weights; the manifest names every other file.
+
+    Args:
+        digests: sha256 of files that were digested as they were written, which need not be read again.
+    """
     folder = spec.folder
     write_json(folder / "recipe.json", spec.recipe)
     report = result.model_dump(mode="json", exclude={"timings": NOT_KNOWN_YET})
     write_json(folder / "report.json", {"name": spec.name, "owners": plan.owners(), **report})
     (folder / "report.html").write_text(_report_page(spec, plan, result), encoding="utf-8")
     (folder / "README.md").write_text(_model_card(spec, result), encoding="utf-8")
-    known: dict[tuple[int, int], str] = {}
+    known = {_inode(path): digest for path, digest in digests.items()}
     files = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        inode = (stat.st_dev, stat.st_ino)  # the shared backbone is one file under several names
+        inode = _inode(path)
         if inode not in known:
             known[inode] = digest_file(path)
-        files.append({"name": path.relative_to(folder).as_posix(), "bytes": stat.st_size, "sha256": known[inode]})
+        name = path.relative_to(folder).as_posix()
+        files.append({"name": name, "bytes": path.stat().st_size, "sha256": known[inode]})
     manifest = {
         "files": files,
         "inputs": {model.name: {"checkpoint": model.checkpoint, "digest": model.digest} for model in result.models},
@@ -76,6 +79,12 @@ def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> No
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     write_json(folder / MANIFEST, manifest)
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    """What a file is, under whichever name: the shared backbone has one in every model's folder."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def _number(value: float | None, digits: int = 4) -> str:

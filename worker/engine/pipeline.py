@@ -114,7 +114,7 @@ class Engine:
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
             merging = Phase("merging", tensors, "tensors", on_progress)
             with Backbone(plan, [run.takes_part for run in runs], merger) as backbone:
-                write_models(plan, folders, backbone.tensor, spec.output.max_shard_bytes, merging.advance)
+                digests = write_models(plan, folders, backbone.tensor, spec.output.max_shard_bytes, merging.advance)
 
         metrics = None
         if any(run.evaluation for run in runs):
@@ -136,7 +136,7 @@ class Engine:
         for run in runs:
             if run.scores:
                 artifact.write_scores(spec.folder, run)
-        artifact.write_documents(spec, plan, result)
+        artifact.write_documents(spec, plan, result, digests)
         return result
 
     def _prepare(self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, notes: list[str]) -> ModelRun:

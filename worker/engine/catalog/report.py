@@ -5,6 +5,9 @@ from typing import Any
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import Strict
 
+MANIFEST = "manifest.json"
+"""The artifact's list of all its other files, with bytes and sha256; written last."""
+
 
 class ModelResult(Strict):
     name: str

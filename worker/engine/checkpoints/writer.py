@@ -105,14 +105,18 @@ def write_models(
     merged: Callable[[PlannedTensor], Tensor],
     max_shard_bytes: int,
     on_tensor: Callable[[], None],
-) -> None:
+) -> dict[Path, str]:
     """Write every model's folder: the shared backbone once, hard-linked, and each model's own head.
 
     Args:
         folders: existing, by model, in the plan's order.
         merged: computes a backbone tensor.
         on_tensor: called after each tensor; may raise to stop.
+
+    Returns:
+        The sha256 of every shard, taken while it was written; of a shared one under its first name.
     """
+    digests: dict[Path, str] = {}
     shards = cut_into_shards(plan.backbone, max_shard_bytes)
     count = len(shards) + 1  # each model's head is one more
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -122,6 +126,7 @@ def write_models(
             for tensor in writer.tensors:
                 writer.write(merged(tensor))
                 on_tensor()
+        digests[first / name] = writer.sha256
         for folder in others:
             os.link(first / name, folder / name)
     for folder, info, head in zip(folders.values(), plan.checkpoints, plan.heads, strict=True):
@@ -129,11 +134,13 @@ def write_models(
             for tensor in writer.tensors:
                 writer.write(reader.read(tensor.sources[0]))
                 on_tensor()
+        digests[folder / names[-1]] = writer.sha256
         weight_map = {t.slot.name: name for name, shard in zip(names, [*shards, head], strict=True) for t in shard}
         size = sum(t.nbytes for t in (*plan.backbone, *head))
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
         _write_config(info, plan.backbone[0].dtype, folder)
         _copy_tokenizer(info, folder)
+    return digests
 
 
 def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
