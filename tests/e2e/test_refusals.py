@@ -31,6 +31,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
 
     weights = broken("truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    weights = broken("headless") / "model.safetensors"
+    body = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("classifier")}
+    save_file(body, weights, {"format": "pt"})
     weights = broken("nan") / "model.safetensors"
     tensors = load_file(weights)
     tensors["bert.encoder.layer.1.output.dense.weight"][3, 4] = float("nan")
@@ -140,6 +143,10 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "tensor that no rule owns": (
         changed(models__0__checkpoint="local:checkpoints/unknown-tensor"), 422, "invalid_checkpoint",
         ["bert.adapter.weight"],
+    ),
+    "no head": (
+        changed(models__0__checkpoint="local:checkpoints/headless"), 422, "invalid_checkpoint",
+        ["no tensor classifier.weight"],
     ),
     "sizes that differ": (
         changed(models__1__checkpoint="local:checkpoints/wider"), 422, "incompatible_checkpoints", ["hidden_size"],

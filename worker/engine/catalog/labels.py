@@ -31,7 +31,9 @@ def task_of(info: CheckpointInfo) -> Task:
     names = _labels(info, "id2label")
     outputs = len(names) if names else config.get("num_labels", 2)
     head = info.tensors.get("classifier.weight")
-    if head is not None and head.shape[:1] != (outputs,):
+    if head is None:
+        raise InvalidCheckpoint(info.source, f"no tensor classifier.weight, which {info.architecture} needs")
+    if head.shape[:1] != (outputs,):
         raise InvalidCheckpoint(
             info.source, f"config.json names {outputs} labels, classifier.weight has shape {list(head.shape)}"
         )
