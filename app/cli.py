@@ -66,6 +66,8 @@ def _serve(settings: Settings) -> int:
 
 
 def _api(settings: Settings) -> int:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
+
     import uvicorn
 
     from app.main import create_app

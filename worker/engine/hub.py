@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import datasets
 import httpx2
+import yaml
+from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
 from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
@@ -30,6 +32,8 @@ BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a download that was killed
 
 Kind = Literal["model", "dataset"]
+
+datasets.disable_progress_bars()  # they would fill the log
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,34 @@ def _checkpoint_files(source: HubSource) -> list[RemoteFile]:
     return [_remote_file("model", source, name) for name in (*described_files(names), *weights_among(names, read))]
 
 
+def _refuse_addresses(rows: DatasetSpec, source: HubSource) -> None:
+    """A data set's description may name files of any address, and building it would call there."""
+    descriptions = {REPOCARD_FILENAME, REPOYAML_FILENAME} & set(
+        HfApi().list_repo_files(source.repository, repo_type="dataset", revision=source.commit)
+    )
+    for name in descriptions:
+        path = Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if name == REPOCARD_FILENAME:
+            text = text.removeprefix("---").partition("\n---")[0] if text.startswith("---") else ""
+        addresses = [word for word in _words(yaml.safe_load(text)) if "://" in word]
+        if addresses:
+            raise InvalidDataset(rows.source, f"{name} names files outside the repository: {addresses[0][:200]}")
+
+
+def _words(content: Any) -> Iterator[str]:
+    """Every text among the configurations of a description."""
+    if isinstance(content, dict):
+        content = content.get("configs") if "configs" in content else list(content.values())
+    if isinstance(content, list):
+        for item in content:
+            yield from _words(item)
+    elif isinstance(content, str):
+        yield content
+
+
 def _builder(rows: DatasetSpec, source: HubSource) -> Any:
+    _refuse_addresses(rows, source)
     # A folder of the same name here would be taken for the data set, so there is none.
     with tempfile.TemporaryDirectory() as empty, chdir(empty):
         builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit)
@@ -123,14 +154,14 @@ def _builder_name(builder: Any) -> str:
 
 
 def _data_files(rows: DatasetSpec, source: HubSource, builder: Any) -> list[RemoteFile]:
-    """Files of the configuration, each in the repository itself: its description may name any address."""
+    """Files of the configuration, of all its splits: they are prepared together."""
     prefix = f"hf://datasets/{source.repository}@{source.commit}/"
     found = []
-    for url in {str(url) for urls in (builder.config.data_files or {}).values() for url in urls}:
+    for url in sorted({str(url) for urls in (builder.config.data_files or {}).values() for url in urls}):
         if not url.startswith(prefix):
             raise InvalidDataset(rows.source, f"its configuration names {url}, which is outside the repository")
         found.append(_remote_file("dataset", source, url.removeprefix(prefix)))
-    return sorted(found, key=lambda file: file.name)
+    return found
 
 
 def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
@@ -190,7 +221,15 @@ def _reporter(phase: Phase) -> Any:
 
 
 def _prepared(rows: DatasetSpec, builder: Any) -> datasets.Dataset:
-    builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
+    try:
+        builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause from None
+        # The libraries' own words may quote a row.
+        problem = f"its files cannot be read as {_builder_name(builder)} ({type(cause).__name__})"
+        raise InvalidDataset(rows.source, problem) from error
     splits = list(builder.info.splits)
     split = rows.split or (splits[0] if len(splits) == 1 else None)
     if split is None:
@@ -215,11 +254,5 @@ def _translated(asked: ModelSpec | DatasetSpec) -> Iterator[None]:
     except (httpx2.HTTPError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError) as error:
         problem = f"the hub does not answer ({type(error).__name__})"
         raise StorageError(f"{asked.source}: {problem}; try again", source=asked.source) from error
-    except datasets.exceptions.DatasetBuildError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise error.__cause__ from None
-        # The library's own words may quote a row.
-        cause = type(error.__cause__ or error).__name__
-        raise InvalidDataset(asked.source, f"its files cannot be read ({cause})") from error
-    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
-        raise invalid(asked.source, str(error).partition("\n")[0][:300]) from error
+    except (datasets.exceptions.DatasetsError, yaml.YAMLError, ValueError, RuntimeError) as error:
+        raise invalid(asked.source, " ".join(str(error).split())[:300]) from error

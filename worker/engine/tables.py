@@ -20,14 +20,10 @@ class TableRows:
     """
 
     def __init__(self, table: datasets.Dataset, spec: DatasetSpec) -> None:
-        wanted = [name for name in (spec.text, spec.text_pair, spec.label) if name is not None]
-        for name in wanted:
-            if name not in table.column_names:
-                raise missing_column(spec.source, name, table.column_names)
+        self._spec = spec
+        self._table = table.select_columns(_wanted(spec, table.column_names))  # what is not asked for is never decoded
         if len(table) == 0:
             raise InvalidDataset(spec.source, "no rows")
-        self._spec = spec
-        self._table = table.select_columns(sorted(set(wanted)))  # what is not asked for is never decoded
         label = self._table.features[spec.label] if spec.label else None
         self.label_names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
 
@@ -44,8 +40,14 @@ def read_parquet(spec: DatasetSpec) -> datasets.Dataset:
     """The asked columns of a local Parquet file. Raises InvalidDataset naming a missing column."""
     try:
         with pyarrow.parquet.ParquetFile(local_file(spec)) as file:
-            known = file.schema_arrow.names
-            wanted = {name for name in (spec.text, spec.text_pair, spec.label) if name is not None}
-            return datasets.Dataset(file.read([name for name in known if name in wanted]))
+            return datasets.Dataset(file.read(_wanted(spec, file.schema_arrow.names)))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InvalidDataset(spec.source, f"not a readable Parquet file ({type(error).__name__})") from error
+
+
+def _wanted(spec: DatasetSpec, known: list[str]) -> list[str]:
+    """The asked columns. Raises InvalidDataset naming one that is not there."""
+    wanted = {name for name in (spec.text, spec.text_pair, spec.label) if name is not None}
+    for name in sorted(wanted.difference(known)):
+        raise missing_column(spec.source, name, known)
+    return sorted(wanted)

@@ -1,0 +1,336 @@
+"""Checkpoints and data sets from a hub: pinned, downloaded, refused, cancelled; and no call where none is named."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.conftest import Service, free_port, make_service, tiny_recipe, wait_until
+from tests.hub import Hub
+from tests.tiny import edit_json, read_model, tiny_checkpoint, tiny_texts, write_lines
+
+CANCEL_S = 5
+NAMES = ["bad", "good"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    root = tmp_path_factory.mktemp("hub")
+    hub = Hub(free_port())
+    hub.add("model", "org/a", tiny_checkpoint(root / "a", seed=1, names=NAMES))
+    hub.add("model", "org/b", tiny_checkpoint(root / "b", labels=3, seed=2), private=True)
+    hub.add("model", "org/large", tiny_checkpoint(root / "large", seed=3, hidden=1024))
+    folder = tiny_checkpoint(root / "pickle", seed=4)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    hub.add("model", "org/pickle", folder)
+    folder = tiny_checkpoint(root / "code", seed=4)
+    edit_json(folder / "config.json", auto_map={"AutoModel": "evil.Model"})
+    hub.add("model", "org/code", folder)
+    folder = tiny_checkpoint(root / "header", seed=4)
+    (folder / "model.safetensors").write_bytes((10**12).to_bytes(8, "little") + b"{}")
+    hub.add("model", "org/header", folder)
+
+    # As data sets of the hub are: several configurations, Parquet, labels with names (in an order of their own).
+    glue = root / "glue"
+    labels = datasets.ClassLabel(names=NAMES[::-1])
+    features = datasets.Features({"first": datasets.Value("string"), "second": datasets.Value("string"), "y": labels})
+    for split, count in (("train", 120), ("validation", 40)):
+        columns = {
+            "first": tiny_texts(count, 1, 12),
+            "second": tiny_texts(count, 2, 12),
+            "y": [i % 2 for i in range(count)],
+        }
+        (glue / "pairs").mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(columns, features).to_parquet(glue / "pairs" / f"{split}-00000.parquet")
+    write_lines(glue / "README.md", CARD.splitlines())
+    hub.add("dataset", "org/glue", glue)
+    private = root / "private"
+    write_lines(private / "train.csv", ["text,label", *(f"{text},{i % 3}" for i, text in enumerate(TEXTS))])
+    hub.add("dataset", "org/private", private, private=True)
+    outside = root / "outside"
+    write_lines(outside / "train.csv", ["text,label", "one,0"])
+    write_lines(outside / "README.md", OUTSIDE.format(url=f"{hub.endpoint}/api/secret.csv").splitlines())
+    hub.add("dataset", "org/outside", outside)
+    broken = root / "broken"
+    write_lines(broken / "train.jsonl", ['{"text": "a secret row", "label": 0}', '{"text": "a secret row" oops'])
+    hub.add("dataset", "org/broken", broken)
+    script = root / "script"
+    write_lines(script / "script.py", ["raise SystemExit('it ran')"])
+    hub.add("dataset", "org/script", script)
+    with hub.serving():
+        yield hub
+
+
+TEXTS = ["NA", *tiny_texts(60, 5)]
+CARD = """---
+configs:
+- config_name: pairs
+  data_files:
+  - split: train
+    path: pairs/train-*
+  - split: validation
+    path: pairs/validation-*
+- config_name: lines
+  data_files: pairs/train-*
+---
+"""
+OUTSIDE = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {url}
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path, hub: Hub) -> Iterator[Service]:
+    root = tmp_path_factory.mktemp("service")
+    service = make_service(
+        root,
+        tiny_inputs,
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT=hub.endpoint,
+        HF_HOME=str(root / "hf"),
+        HF_TOKEN=hub.token,
+    )
+    service.start()
+    yield service
+    assert service.stop() == 0
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    """A merge of two models from the hub on data sets from the hub, with the value at each dotted path replaced."""
+    found: dict[str, Any] = {
+        "method": {"name": "mask_fisher", "examples": 64, "precision": "float32"},
+        "models": [
+            {
+                "name": "a",
+                "checkpoint": "hf:org/a",
+                "dataset": {
+                    "source": "hf:org/glue",
+                    "config": "pairs",
+                    "split": "train",
+                    "text": "first",
+                    "text_pair": "second",
+                    "label": "y",
+                },
+                "evaluation": {
+                    "source": "hf:org/glue@main",
+                    "config": "pairs",
+                    "split": "validation",
+                    "text": "first",
+                    "label": "y",
+                    "limit": 30,
+                },
+            },
+            {
+                "name": "b",
+                "checkpoint": "hf:org/b@main",
+                "dataset": {"source": "hf:org/private", "label": "label"},
+            },
+        ],
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place: Any = found
+        for part in parents:
+            place = place[int(part) if part.isdigit() else part]
+        place[last] = value
+    return found
+
+
+def test_a_merge_that_names_no_hub_asks_none(service: Service, hub: Hub) -> None:
+    before = len(hub.requests)
+    assert service.finished(service.submit(tiny_recipe()))["status"] == "succeeded"
+    assert hub.requests[before:] == []
+
+
+def test_models_and_data_sets_of_the_hub_are_merged_at_the_commit_of_the_request(
+    service: Service, hub: Hub, tmp_path: Path
+) -> None:
+    response = service.post("/merge", json=recipe())
+    assert response.status_code == 202, response.text
+    a, b, glue = (hub.repositories[key] for key in (("model", "org/a"), ("model", "org/b"), ("dataset", "org/glue")))
+    accepted = response.json()["request"]["models"]
+    assert [model["checkpoint"] for model in accepted] == [f"hf:org/a@{a.newest}", f"hf:org/b@{b.newest}"]
+    assert accepted[0]["dataset"]["source"] == accepted[0]["evaluation"]["source"] == f"hf:org/glue@{glue.newest}"
+    job = service.finished(response.json()["id"])
+    assert job["status"] == "succeeded", job["error"]
+    assert [model["commit"] for model in job["result"]["models"]] == [a.newest, b.newest]
+    assert [model["examples"] for model in job["result"]["models"]] == [64, 61]
+    assert job["result"]["metrics"]["a"]["examples"] == 30
+    assert any("ids 0 to 1 are the checkpoint's 1, 0" in note for note in job["result"]["notes"])
+    names = {file["name"] for file in service.get(job["links"]["artifacts"]).json()["files"]}
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(service.get(f"{job['links']['artifacts']}/{name}").content)
+    assert json.loads((tmp_path / "recipe.json").read_text()) == job["request"]
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "models" / "b")
+    again = service.finished(service.submit(job["request"]))
+    assert [m["weight_share"] for m in again["result"]["models"]] == [
+        m["weight_share"] for m in job["result"]["models"]
+    ]
+
+
+def test_a_checkpoint_of_the_hub_merges_as_the_same_folder_does(service: Service, hub: Hub, tmp_path: Path) -> None:
+    folder = service.inputs / "checkpoints" / "from-hub"
+    if not folder.exists():
+        shutil.copytree(hub.repositories["model", "org/a"].commits[hub.repositories["model", "org/a"].newest], folder)
+    remote = {"method": {"name": "average"}, "models": [{"name": "a", "checkpoint": "hf:org/a"}]}
+    local = {"method": {"name": "average"}, "models": [{"name": "a", "checkpoint": "local:checkpoints/from-hub"}]}
+    merged = []
+    for number, asked in enumerate((remote, local)):
+        job = service.finished(service.submit(asked))
+        assert job["status"] == "succeeded", job["error"]
+        artifact = next((service.data_dir / "artifacts").glob(f"{job['id']}.*"))
+        merged.append(read_model(artifact / "models" / "a"))
+        assert job["result"]["models"][0]["digest"].startswith("sha256:"), number
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+
+
+def test_what_is_pushed_after_the_request_does_not_count(service: Service, hub: Hub, tmp_path: Path) -> None:
+    moving = hub.add("model", "org/moving", tiny_checkpoint(tmp_path / "old", seed=11))
+    old = moving.newest
+    blocker = service.submit(tiny_recipe("a", "b", "c", examples=200))
+    waiting = service.submit({"method": {"name": "average"}, "models": [{"name": "m", "checkpoint": "hf:org/moving"}]})
+    new = moving.push(tiny_checkpoint(tmp_path / "new", seed=12))
+    assert service.finished(blocker)["status"] == "succeeded"
+    job = service.finished(waiting)
+    assert job["result"]["models"][0]["commit"] == old != new
+    artifact = next((service.data_dir / "artifacts").glob(f"{waiting}.*"))
+    expected, found = read_model(tmp_path / "old"), read_model(artifact / "models" / "m")
+    assert all(torch.equal(expected[name], found[name]) for name in found)
+
+
+def test_a_download_shows_its_bytes_and_can_be_cancelled(service: Service, hub: Hub) -> None:
+    large = {"method": {"name": "average"}, "models": [{"name": "large", "checkpoint": "hf:org/large"}]}
+    folder = hub.repositories["model", "org/large"].commits[hub.repositories["model", "org/large"].newest]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    hub.bytes_per_second = size / 12
+    try:
+        job_id = service.submit(large)
+        progress = wait_until(
+            lambda: (p := service.job(job_id)["progress"])["phase"] == "downloading" and p["done"] > size / 50 and p,
+            "the download to be seen",
+        )
+        assert (progress["total"], progress["unit"]) == (size, "bytes")
+        assert 0 < progress["done"] < size
+        asked = time.monotonic()
+        assert service.post(f"/jobs/{job_id}/cancel").status_code == 202
+        assert service.finished(job_id)["status"] == "cancelled"
+        assert time.monotonic() - asked < CANCEL_S
+    finally:
+        hub.bytes_per_second = None
+    assert service.post(f"/jobs/{job_id}/retry").status_code == 202
+    assert service.finished(job_id)["status"] == "succeeded"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "no such model": (
+        recipe(models__0__checkpoint="hf:org/none"), "invalid_request", ["models.0.checkpoint", "not on the hub"],
+    ),
+    "no such revision": (
+        recipe(models__0__checkpoint="hf:org/a@v9"), "invalid_request", ["hf:org/a@v9", "not on the hub"],
+    ),
+    "no such data set": (
+        recipe(models__0__dataset__source="hf:org/none"), "invalid_request",
+        ["models.0.dataset.source", "not on the hub"],
+    ),
+    "no organisation": (recipe(models__0__checkpoint="hf:a"), "invalid_request", ["write hf:ORG/NAME"]),
+    "a path": (recipe(models__0__checkpoint="hf:../../etc"), "invalid_request", ["write hf:ORG/NAME"]),
+    "a parent folder": (recipe(models__0__checkpoint="hf:org/..@main"), "invalid_request", ["write hf:ORG/NAME"]),
+    "pickle": (
+        recipe(models__0__checkpoint="hf:org/pickle"), "invalid_checkpoint",
+        ["pytorch_model.bin", "save_pretrained('OUT')"],
+    ),
+    "code": (recipe(models__0__checkpoint="hf:org/code"), "invalid_checkpoint", ["auto_map"]),
+    "huge header": (
+        recipe(models__0__checkpoint="hf:org/header"), "invalid_checkpoint", ["a header of 1000000000000 bytes"],
+    ),
+    "another width": (recipe(models__0__checkpoint="hf:org/large"), "incompatible_checkpoints", ["hidden_size"]),
+    "label names": (
+        recipe(models__0__evaluation__label_names=["bad", "goood"]), "invalid_dataset",
+        ["models.0.evaluation.label_names", "'goood'", "did you mean 'good'"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_hub_shows_at_once_is_refused_at_the_door(service: Service, case: str) -> None:
+    asked, code, says = REFUSED[case]
+    response = service.post("/merge", json=asked)
+    assert (response.status_code, response.json()["code"]) == (422, code), response.text
+    assert not [words for words in says if words not in response.text], response.text
+
+
+FAILING: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown configuration": (recipe(models__0__dataset__config="pears"), ["'pears'", "'pairs'"]),
+    "no configuration": (recipe(models__0__dataset__config=None), ["Config name is missing", "'pairs', 'lines'"]),
+    "unknown split": (recipe(models__0__dataset__split="test"), ['split "test"', "'train', 'validation'"]),
+    "no split": (recipe(models__0__dataset__split=None), ["the splits train, validation"]),
+    "unknown column": (recipe(models__0__dataset__text="frist"), ["no column 'frist'", "did you mean 'first'?"]),
+    "a column of numbers": (recipe(models__0__dataset__text="y"), ["row ", "column 'y' is not text"]),
+    "data outside the repository": (
+        recipe(models__1__dataset__source="hf:org/outside"),
+        ["hf:org/outside", "outside the repository", "secret.csv"],
+    ),
+    "rows that cannot be read": (recipe(models__1__dataset__source="hf:org/broken"), ["cannot be read as json"]),
+    "a script": (recipe(models__1__dataset={"source": "hf:org/script"}), ["hf:org/script"]),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_what_only_the_data_shows_fails_the_job(service: Service, case: str) -> None:
+    asked, says = FAILING[case]
+    job = service.finished(service.submit(asked))
+    assert (job["status"], job["error"]["code"]) == ("failed", "invalid_dataset"), job["error"]
+    assert not [words for words in says if words not in job["error"]["message"]], job["error"]["message"]
+    assert "it ran" not in service.log
+    assert "a secret row" not in service.log + job["error"]["message"]
+
+
+def test_no_address_that_a_data_set_names_is_called(service: Service, hub: Hub) -> None:
+    before = len(hub.unknown)
+    service.finished(service.submit(recipe(models__1__dataset__source="hf:org/outside")))
+    assert not [url for url in hub.unknown[before:] if "secret" in url]
+
+
+def test_while_the_hub_is_away_nothing_is_accepted_and_what_waits_can_be_tried_again(
+    service: Service, hub: Hub, tmp_path: Path
+) -> None:
+    hub.add("model", "org/late", tiny_checkpoint(tmp_path / "late", seed=21))
+    asked = {"method": {"name": "average"}, "models": [{"name": "late", "checkpoint": "hf:org/late"}]}
+    blocker = service.submit(tiny_recipe("a", "b", "c", examples=200))
+    waiting = service.submit(asked)
+    hub.is_down = True
+    try:
+        before = len(service.get("/jobs?limit=100").json()["data"])
+        response = service.post("/merge", json=asked)
+        assert (response.status_code, response.json()["code"]) == (503, "hub_unavailable")
+        assert response.headers["Retry-After"]
+        assert len(service.get("/jobs?limit=100").json()["data"]) == before
+        service.finished(blocker)
+        job = service.finished(waiting)
+    finally:
+        hub.is_down = False
+    assert (job["status"], job["error"]["code"], job["error"]["retryable"]) == ("failed", "storage_error", True)
+    assert "hf:org/late" in job["error"]["message"]
+    assert service.post(f"/jobs/{waiting}/retry").status_code == 202
+    assert service.finished(waiting)["status"] == "succeeded"
+
+
+def test_the_token_is_in_no_log_and_in_no_command_line(service: Service, hub: Hub) -> None:
+    assert hub.token not in service.log
+    for process in service.processes().values():
+        assert not [word for word in process.cmdline() if hub.token in word]

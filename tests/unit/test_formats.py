@@ -1,0 +1,172 @@
+"""CSV and Parquet: the same rows as from JSON lines, and every way in which they are refused by their place."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.tiny import dataset_spec
+from worker.engine.catalog.errors import InvalidDataset, Place
+from worker.engine.catalog.formats import MAX_ROW_BYTES
+from worker.engine.catalog.labels import LabelMap, Task
+from worker.engine.catalog.rows import FIRST_ROWS, RowFile, Rows, check_first_rows, is_parquet, sample
+from worker.engine.catalog.spec import DatasetSpec
+from worker.engine.tables import TableRows, read_parquet
+
+TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
+TEXTS = [
+    "plain",
+    'a "quoted", text',
+    "two\nlines",
+    "žluť 猫 🙂",
+    "",
+    "NA",
+    " padded ",
+    "carriage\r\nreturn",
+    "trailing\\",
+]
+ROWS = [{"text": text, "second": f"{index}", "label": index % 2} for index, text in enumerate(TEXTS)]
+
+
+def written(
+    folder: Path, suffix: str, *, rows: list[dict[str, Any]] = ROWS, end: str = "\n", mark: bytes = b""
+) -> Path:
+    file = folder / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    elif suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), dialect="excel-tab" if suffix == ".tsv" else "excel")
+            writer.lineterminator = end  # type: ignore[attr-defined]
+            writer.writeheader()
+            writer.writerows(rows)
+        file.write_bytes(mark + file.read_bytes())
+    return file
+
+
+def rows_of(spec: DatasetSpec) -> Rows:
+    return TableRows(read_parquet(spec), spec) if is_parquet(spec) else RowFile(spec)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["no mark", "byte order mark"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".CSV"])
+def test_every_format_gives_the_rows_of_json_lines_in_the_same_order(tmp_path: Path, suffix: str, mark: bytes) -> None:
+    columns = {"text_pair": "second", "seed": 3}
+    plain = dataset_spec(written(tmp_path, ".jsonl"), **columns)
+    spec = dataset_spec(written(tmp_path, suffix, mark=mark), **columns)
+    expected, found = sample(RowFile(plain), plain, None), sample(rows_of(spec), spec, None)
+    assert [(row.text, row.text_pair) for row in found] == [(row.text, row.text_pair) for row in expected]
+    labels = [TWO_LABELS.value(row.label, "rows", row.place) for row in found]
+    assert labels == [row.label for row in expected]
+    check_first_rows(spec, TWO_LABELS)
+
+
+def test_a_row_of_csv_is_placed_at_the_line_where_it_begins(tmp_path: Path) -> None:
+    content = 'text,label\none,0\n"two\nand\nthree",1\n\nfour,0\n"five\n",1\n'
+    file = tmp_path / "rows.csv"
+    file.write_text(content)
+    rows = RowFile(dataset_spec(file)).read([3, 2, 1, 0])
+    assert [str(row.place) for row in rows] == ["line 8", "line 7", "line 3", "line 2"]
+    assert [row.text for row in rows] == ["five\n", "four", "two\nand\nthree", "one"]
+    file.write_bytes(content.replace("\n", "\r\n").encode())
+    assert [row.text for row in RowFile(dataset_spec(file)).read([1, 2])] == ["two\r\nand\r\nthree", "four"]
+
+
+BAD_CSV: dict[str, tuple[bytes, dict[str, Any], list[str]]] = {
+    "too few fields": (b"text,label\none,0\ntwo\n", {}, ["line 3", "1 fields, the header has 2"]),
+    "too many fields": (b"text,label\none,0\ntwo, and three,1\n", {}, ["line 3", "3 fields, the header has 2"]),
+    "an open quote": (b'text,label\none,0\n"two,1\n', {}, ["line 3", "not CSV"]),
+    "text after a quote": (b'text,label\none,0\n"two"x,1\n', {}, ["line 3", "not CSV"]),
+    "not UTF-8": ("text,label\none,0\né,1\n".encode("latin-1"), {}, ["line 3", "not UTF-8"]),
+    "no such column": (b"sentence,label\none,0\n", {}, ["line 2", "no column 'text'", "label, sentence"]),
+    "a column twice": (b"text,label,text\none,0,two\n", {}, ["line 1", "'text' twice"]),
+    "another delimiter": (b"text;label\none;0\n", {}, ["line 2", "no column 'text'", "text;label"]),
+    "an unknown label": (b"text,label\none,0\ntwo,maybe\n", {}, ["line 3", "label 'maybe' is unknown"]),
+    "no label": (b"text,label\none,0\ntwo,\n", {}, ["line 3", "label '' is unknown"]),
+    "only a header": (b"text,label\n", {}, ["rows.csv: no rows"]),
+    "nothing": (b"", {}, ["rows.csv: no rows"]),
+    "a field that never ends": (b'text,label\n"' + b"x\n" * MAX_ROW_BYTES, {}, ["line 2", "field larger"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CSV)
+def test_bad_csv_is_refused_with_its_line_at_the_door_and_in_the_work(tmp_path: Path, case: str) -> None:
+    content, columns, words = BAD_CSV[case]
+    file = tmp_path / "rows.csv"
+    file.write_bytes(content)
+    spec = dataset_spec(file, **columns)
+
+    def read_all() -> None:
+        rows = RowFile(spec)
+        for row in rows.read(range(len(rows))):
+            TWO_LABELS.value(row.label, spec.source, row.place)
+
+    for read in (read_all, lambda: check_first_rows(spec, TWO_LABELS)):
+        with pytest.raises(InvalidDataset) as caught:
+            read()
+        assert not [word for word in words if word not in caught.value.message], caught.value.message
+
+
+def test_the_first_check_of_csv_ends_after_the_first_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "one,0\n" * FIRST_ROWS + "broken\n")
+    check_first_rows(dataset_spec(file), TWO_LABELS)
+    rows = RowFile(dataset_spec(file))
+    with pytest.raises(InvalidDataset, match=f"line {FIRST_ROWS + 2}"):
+        rows.read([FIRST_ROWS])
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.txt", "rows"])
+def test_a_format_that_the_name_does_not_tell_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "one", "label": 0}\n')
+    spec = dataset_spec(tmp_path / name)
+    for read in (lambda: RowFile(spec), lambda: check_first_rows(spec, None)):
+        with pytest.raises(InvalidDataset, match=r"\.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.parquet"):
+            read()
+
+
+def parquet(folder: Path, **columns: list[Any]) -> DatasetSpec:
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "rows.parquet")
+    return dataset_spec(folder / "rows.parquet")
+
+
+def test_rows_of_parquet_are_read_in_any_order_and_counted_from_one(tmp_path: Path) -> None:
+    spec = parquet(tmp_path, text=["one", "two", "three"], label=[0, 1, 0], other=[b"x", b"y", b"z"])
+    rows = rows_of(spec).read([2, 0, 2])
+    assert [(row.place, row.text, row.label) for row in rows] == [
+        (Place("row", 3), "three", 0),
+        (Place("row", 1), "one", 0),
+        (Place("row", 3), "three", 0),
+    ]
+
+
+def test_label_names_of_a_parquet_file_are_known(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["yes", "no"])})
+    datasets.Dataset.from_dict({"text": ["one"], "label": [1]}, features).to_parquet(tmp_path / "rows.parquet")
+    assert rows_of(dataset_spec(tmp_path / "rows.parquet")).label_names == ("yes", "no")
+    assert rows_of(dataset_spec(tmp_path / "rows.parquet", label=None)).label_names is None
+
+
+def test_bad_parquet_is_refused_by_its_row_and_column(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDataset, match=r"no column 'text'; did you mean 'txt'\?"):
+        rows_of(parquet(tmp_path, txt=["one"], label=[0]))
+    with pytest.raises(InvalidDataset, match="no rows"):
+        rows_of(parquet(tmp_path, text=[], label=[]))
+    with pytest.raises(InvalidDataset, match="row 2: column 'text' is not text"):
+        rows_of(parquet(tmp_path, text=["one", None], label=[0, 1])).read([0, 1])
+    spec = parquet(tmp_path, text=["one" * 1000], label=[0])
+    check_first_rows(spec, TWO_LABELS)
+    assert spec.path is not None
+    spec.path.write_bytes(spec.path.read_bytes()[:100])
+    with pytest.raises(InvalidDataset, match="not a readable Parquet file"):
+        rows_of(spec)
+    spec.path.write_bytes(b"text,label\n")
+    with pytest.raises(InvalidDataset, match="not a Parquet file"):
+        check_first_rows(spec, TWO_LABELS)
