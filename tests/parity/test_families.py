@@ -1,5 +1,6 @@
 """What every family of architectures must do, by the same tests for each: the table is right or one of them fails."""
 
+import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -525,6 +527,20 @@ def test_a_padding_position_that_leaves_no_row_is_refused_by_its_key(case: Case,
         assert_refused(pair, InvalidCheckpoint, f"no usable {key}")
 
 
+# What devices take
+
+
+def test_a_gpu_gets_fused_attention_where_the_family_has_it(case: Case) -> None:
+    """`load` asks for no attention by name there; what it gets computes the same."""
+    asked = {"attn_implementation": None, "dtype": torch.float64}
+    fused = AutoModelForSequenceClassification.from_pretrained(case.experts["three"], **asked).eval()
+    has_none = case.tiny.model_type in ("deberta-v2", "mpnet")
+    assert fused.config._attn_implementation == ("eager" if has_none else "sdpa")
+    with torch.no_grad():
+        found = fused(**probe(case)).logits
+    torch.testing.assert_close(found, logits(case.experts["three"], probe(case)), rtol=1e-9, atol=1e-9)
+
+
 # What older versions wrote
 
 
@@ -555,6 +571,55 @@ def test_older_spellings_merge_as_the_newer_ones_do(case: Case, engine: Engine, 
         assert old.keys() == new.keys()
         for tensor in new:
             torch.testing.assert_close(old[tensor], new[tensor], rtol=0, atol=1e-6)
+
+
+SENTENCEPIECE = {
+    "xlm-roberta": "sentencepiece.bpe.model",
+    "camembert": "sentencepiece.bpe.model",
+    "deberta-v3": "spm.model",
+}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone_is_read_compared_and_kept(
+    engine: Engine, tmp_path: Path, name: str
+) -> None:
+    case = make_case(name, tmp_path)
+    pieces = sentencepiece_model(case)
+    for path in case.experts.values():
+        (path / "tokenizer.json").unlink()
+        (path / SENTENCEPIECE[name]).write_bytes(pieces)
+    pair = [case.experts["two"], case.experts["three"]]
+    for name_, folder in merge(engine, tmp_path / "out", pair).items():
+        tokenizer, own = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(case.experts[name_])
+        ids = tokenizer("one w7 three")["input_ids"]
+        assert ids == own("one w7 three")["input_ids"]
+        assert len(ids) > 5
+        assert tokenizer.unk_token_id not in ids
+    (pair[1] / SENTENCEPIECE[name]).write_bytes(sentencepiece_model(case, size=40))
+    assert_refused(pair, IncompatibleCheckpoints, "different vocabularies")
+    (pair[1] / SENTENCEPIECE[name]).unlink()
+    case.tiny.tokenizer().save_pretrained(pair[1])
+    assert_refused(pair, IncompatibleCheckpoints, "different forms", "tokenizer.json")
+
+
+def sentencepiece_model(case: Case, size: int = 60) -> bytes:
+    """Trained on the rows, with the special pieces where the published models have them."""
+    options: dict[str, Any] = {}
+    if case.name == "deberta-v3":
+        options = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+        options |= {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    texts = [json.loads(line)["text"] for line in case.experts["two"].with_suffix(".jsonl").read_text().splitlines()]
+    stream = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=stream,
+        vocab_size=size,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return stream.getvalue()
 
 
 def test_every_table_is_tested() -> None:
