@@ -603,6 +603,19 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_alone_is_read_compared_and_ke
     assert_refused(pair, IncompatibleCheckpoints, "different forms", "tokenizer.json")
 
 
+def test_bertweets_tokenizer_of_words_and_codes_is_kept(engine: Engine, tmp_path: Path) -> None:
+    """A RoBERTa whose tokenizer has no other form than its own."""
+    case = make_case("roberta", tmp_path)
+    for path in case.experts.values():
+        (path / "tokenizer.json").unlink()
+        edit_json(path / "tokenizer_config.json", tokenizer_class="BertweetTokenizer", backend=None)
+        (path / "vocab.txt").write_text("".join(f"{piece} 9\n" for piece in ("one", "on@@", "t@@", "w@@", "o")))
+        (path / "bpe.codes").write_text("o n 10\non e</w> 9\n")
+    for name, folder in merge(engine, tmp_path / "out", list(case.experts.values())).items():
+        tokenizer, own = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(case.experts[name])
+        assert tokenizer.tokenize("one two") == own.tokenize("one two") == ["one", "t@@", "w@@", "o"]
+
+
 def sentencepiece_model(case: Case, size: int = 60) -> bytes:
     """Trained on the rows, with the special pieces where the published models have them."""
     options: dict[str, Any] = {}

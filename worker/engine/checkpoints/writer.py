@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "bpe.codes",
     "sentencepiece.bpe.model",
     "spm.model",
     "spiece.model",

@@ -114,7 +114,7 @@ class Family:
     padding_position: str | None = None
     """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
     attention_rows: int = 3
-    """Rows of attention, as long as the sequence, that a backward pass keeps per token and head."""
+    """Rows as long as the sequence, per token and head: what the backward pass keeps (measured 1), and 2 that pass."""
 
     @property
     def logits(self) -> str:
