@@ -635,5 +635,18 @@ def sentencepiece_model(case: Case, size: int = 60) -> bytes:
     return stream.getvalue()
 
 
+def test_every_module_that_a_table_names_is_in_a_model() -> None:
+    for table in FAMILIES.values():
+        found: set[str] = set()
+        for tiny in TINY_FAMILIES.values():
+            if tiny.model_type == table.model_type:
+                sizes = tiny.sizes(16, HEADS, 1, NEURONS)
+                config = AutoConfig.for_model(tiny.model_type, vocab_size=20, **sizes, **tiny.settings)
+                found |= dict(AutoModelForSequenceClassification.from_config(config).named_modules()).keys()
+        inner = [table.layer_path(0) + module for module in table.layer_modules]
+        outer = [table.prefix + module for module in table.outer_modules]
+        assert {*inner, *outer, *table.heads, table.embeddings} <= found
+
+
 def test_every_table_is_tested() -> None:
     assert {tiny.model_type for tiny in TINY_FAMILIES.values()} == FAMILIES.keys()

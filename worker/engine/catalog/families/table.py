@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,9 @@ class Kind(StrEnum):
 
 ROW_OWNERS = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.VALUE: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
 COLUMN_OWNERS = {Kind.ATTENTION_OUTPUT: Nodes.HEADS, Kind.DOWN: Nodes.NEURONS}
+
+OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
+"""How norms converted from TensorFlow spell the last part of a name."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,6 @@ class Family:
     Merged checkpoints must share them. Where absence means a tuple, the value is a set of words."""
     supported: Mapping[str, Any]
     """Keys for which one value alone is available; absence means it."""
-    aliases: Mapping[str, str] = field(default_factory=lambda: {"gamma": "weight", "beta": "bias"})
-    """Older spellings of the last part of a tensor's name."""
     padding_position: str | None = None
     """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
     attention_rows: int = 3
@@ -146,12 +147,14 @@ class Family:
         if not isinstance(absent, tuple):
             return value
         words = value.split("|") if isinstance(value, str) else value or ()
-        return tuple(sorted(str(word).strip().lower() for word in words)) if isinstance(words, list | tuple) else value
+        if not isinstance(words, list | tuple):
+            return value
+        return tuple(sorted(str(word).strip().lower() for word in words))
 
     def slot(self, name: str) -> Slot | None:
         """The place of the tensor `name`; None when no rule of this family owns it."""
         module, _, part = name.rpartition(".")
-        part = self.aliases.get(part, part)
+        part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
         if canonical in (self.prefix + unread for unread in self.unread):
             return Slot(canonical, Kind.UNREAD, None, False)
