@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.tiny_families import TINY_BERT, WORDS, TinyFamily
+from worker.engine.catalog.rows import Row, RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
 
 LAYERS = 2
@@ -106,6 +107,12 @@ def write_lines(file: Path, lines: Sequence[str]) -> Path:
 
 def dataset_spec(file: Path, **columns: Any) -> DatasetSpec:
     return DatasetSpec(source=file.name, path=file, **{"label": "label", **columns})
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Every row of a file, in its order."""
+    spec = dataset_spec(file)
+    return sample(RowFile(spec), spec, None, shuffle=False)
 
 
 def model_spec(checkpoint: Path, rows: Path | None = None, *, weight: float = 1.0, **fields: Any) -> ModelSpec:

@@ -88,7 +88,7 @@ class EngineProcess:
                 **{
                     name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
                 },  # holds a password
-                "HF_HUB_OFFLINE": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": str(self._threads),
                 "TOKENIZERS_PARALLELISM": "false",

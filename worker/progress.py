@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from app.contracts.jobs import Phase, Progress
 
 # Seconds the phases took on two MiniLM experts with 1,024 rows each on two cores, as shares.
-SHARES = {Phase.LOADING: 5, Phase.SCORING: 60, Phase.MERGING: 5, Phase.EVALUATING: 28, Phase.PUBLISHING: 2}
+# Downloading, which only merges from the hub do, depends on the line.
+SHARES = {
+    Phase.DOWNLOADING: 50,
+    Phase.LOADING: 5,
+    Phase.SCORING: 60,
+    Phase.MERGING: 5,
+    Phase.EVALUATING: 28,
+    Phase.PUBLISHING: 2,
+}
 LEAST_FRACTION = 0.02  # an estimate from less than this is a guess
 
 

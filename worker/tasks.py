@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Progress, Record, Stage, Status, TaskId
 from app.contracts.requests import Dataset, Evaluation, MergeRequest
 from app.storage.artifacts import ArtifactFolder
-from app.storage.inputs import LocalInputs, ReferenceError
+from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
 from app.storage.jobs import JobStore
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.report import MergeResult
@@ -211,20 +211,17 @@ class TaskRunner:
 
     def _spec(self, record: Record, folder: Path) -> MergeSpec:
         request = MergeRequest.model_validate(record.request)
-        models = []
-        for model in request.models:
-            checkpoint, root = self._resolve(model.checkpoint, InvalidCheckpoint)
-            models.append(
-                {
-                    "name": model.name,
-                    "source": model.checkpoint,
-                    "path": checkpoint,
-                    "root": root,
-                    "weight": model.weight,
-                    "dataset": self._rows(model.dataset),
-                    "evaluation": self._rows(model.evaluation),
-                }
-            )
+        models = [
+            {
+                "name": model.name,
+                "source": model.checkpoint,
+                **self._resolve(model.checkpoint, InvalidCheckpoint),
+                "weight": model.weight,
+                "dataset": self._rows(model.dataset),
+                "evaluation": self._rows(model.evaluation),
+            }
+            for model in request.models
+        ]
         output = {"dtype": request.output.dtype, "max_shard_bytes": request.output.max_shard_bytes}
         return MergeSpec.model_validate(
             {
@@ -241,23 +238,29 @@ class TaskRunner:
     def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
         if rows is None:
             return None
-        spec = rows.model_dump(include={*Columns.model_fields, "metric"})
-        path, _ = self._resolve(rows.source, InvalidDataset)
-        return {**spec, "source": rows.source, "path": path}
+        spec = rows.model_dump(include={*Columns.model_fields, "config", "split", "metric"})
+        where = self._resolve(rows.source, InvalidDataset)
+        return {**spec, "source": rows.source, "path": where.get("path"), "hub": where.get("hub")}
 
-    def _resolve(self, reference: str, invalid: type[InvalidCheckpoint | InvalidDataset]) -> tuple[Path, Path]:
-        """It was there when the job was accepted; it may not be any more."""
+    def _resolve(self, reference: str, invalid: type[InvalidCheckpoint | InvalidDataset]) -> dict[str, object]:
+        """Path and root, or repository and commit. It was there when the job was accepted; it may not be any more."""
         try:
-            return self._inputs.resolve(reference)
+            on_hub = hub_reference(reference)
+            if on_hub is not None:
+                return {"hub": {"repository": on_hub.repository, "commit": on_hub.revision}}
+            path, root = self._inputs.resolve(reference)
+            return {"path": path, "root": root}
         except ReferenceError as error:
             raise invalid(reference, str(error)) from error
 
 
 def phases_of(spec: MergeSpec) -> list[Phase]:
     """The phases that this merge goes through."""
-    phases = [Phase.LOADING, Phase.MERGING]
+    phases = [Phase.DOWNLOADING] if spec.names_the_hub else []
+    phases.append(Phase.LOADING)
     if spec.method.needs_scores:
-        phases.insert(1, Phase.SCORING)
+        phases.append(Phase.SCORING)
+    phases.append(Phase.MERGING)
     if spec.evaluate and any(model.evaluation for model in spec.models):
         phases.append(Phase.EVALUATING)
     return [*phases, Phase.PUBLISHING]

@@ -24,6 +24,7 @@ class Problem(Enum):
     IDEMPOTENCY_MISMATCH = ("idempotency_mismatch", 422, "The Idempotency-Key came with another body before")
     INTERNAL = ("internal", 500, "The service failed; this is not the caller's fault")
     REDIS_UNAVAILABLE = ("redis_unavailable", 503, "Redis is away; try again")
+    HUB_UNAVAILABLE = ("hub_unavailable", 503, "The Hugging Face hub does not answer; try again")
     NOT_READY = ("not_ready", 503, "The service is not ready")
     NO_SPACE = ("no_space", 507, "There is no space left")
 

@@ -14,8 +14,7 @@ ANNOUNCED_METHODS = (
     "model_stock", "karcher", "sce", "passthrough", "fisher", "regmean", "mask_regmean", "auto",
 )  # fmt: skip
 
-
-LATER_COLUMNS = ("config", "split", "target", "messages", "tokens", "question", "context", "answers", "image")
+LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
 
 
 def _known_method(value: Any) -> Any:
@@ -40,9 +39,11 @@ class Dataset(Columns):
     """Rows of text, with or without labels."""
 
     source: str
-    """Reference to a JSON lines file."""
+    """Reference to a JSON lines, CSV or Parquet file, or to a data set on the hub."""
     config: str | None = None
+    """Configuration of a data set on the hub, where it has several."""
     split: str | None = None
+    """Split of a data set on the hub, where it has several."""
     target: str | None = None
     messages: str | None = None
     tokens: str | None = None
@@ -64,7 +65,7 @@ class ModelRequest(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     """Unique; names the model's folder in the artifact."""
     checkpoint: str
-    """Reference to a folder written by `save_pretrained`."""
+    """Reference to a folder written by `save_pretrained`, or to a repository on the hub."""
     weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """lambda: this model's say in the merge; 0 takes it out."""
     dataset: Dataset | None = None
@@ -156,17 +157,7 @@ def not_available_yet(request: MergeRequest) -> list[tuple[str, str]]:
             found.append((field, "is not available yet; leave it out"))
     for index, model in enumerate(request.models):
         for part, rows in (("dataset", model.dataset), ("evaluation", model.evaluation)):
-            for column in (
-                "config",
-                "split",
-                "target",
-                "messages",
-                "tokens",
-                "question",
-                "context",
-                "answers",
-                "image",
-            ):
+            for column in LATER_COLUMNS:
                 if rows is not None and getattr(rows, column) is not None:
                     found.append((f"models.{index}.{part}.{column}", "is not available yet; leave it out"))
     return found

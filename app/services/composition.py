@@ -6,6 +6,7 @@ from app.contracts.settings import Settings
 from app.services.merges import Merges
 from app.storage.artifacts import ArtifactFolder
 from app.storage.connection import connect, connect_for_rq
+from app.storage.hub import Hub
 from app.storage.inputs import LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -30,5 +31,5 @@ def compose(settings: Settings) -> Services:
     queue = TaskQueue(connect_for_rq(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
-    merges = Merges(store, queue, LocalInputs(settings.local_roots), settings.idempotency_seconds)
+    merges = Merges(store, queue, LocalInputs(settings.local_roots), Hub(), settings.idempotency_seconds)
     return Services(settings, store, artifacts, merges, Reaper(store, queue))

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -13,7 +14,8 @@ from redis.exceptions import RedisError
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Record, Stage, TaskId
 from app.contracts.requests import Dataset, Evaluation, MergeRequest, not_available_yet
-from app.storage.inputs import LocalInputs, ReferenceError
+from app.storage.hub import Hub, HubUnavailable
+from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from worker.engine.catalog.errors import EngineError
@@ -58,10 +60,13 @@ class Plan(BaseModel):
 class Merges:
     """The use cases behind `POST /merge` and `POST /merge/validate`."""
 
-    def __init__(self, store: JobStore, queue: TaskQueue, inputs: LocalInputs, idempotency_seconds: int) -> None:
+    def __init__(
+        self, store: JobStore, queue: TaskQueue, inputs: LocalInputs, hub: Hub, idempotency_seconds: int
+    ) -> None:
         self._store = store
         self._queue = queue
         self._inputs = inputs
+        self._hub = hub
         self._idempotency_seconds = idempotency_seconds
 
     def submit(self, request: MergeRequest, idempotency_key: str | None) -> Record:
@@ -146,43 +151,67 @@ class Merges:
         accepted["name"] = request.title
         for index, (model, task) in enumerate(zip(request.models, plan.tasks, strict=True)):
             where = f"models.{index}"
+            kept = accepted["models"][index]
+            kept["checkpoint"] = plan.checkpoints[index].source
             if model.dataset is not None:
-                self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
+                source = self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
+                kept["dataset"]["source"] = source
             if model.evaluation is not None:
                 metric = model.evaluation.metric or METRICS[task.problem][0]
                 with _refusing(f"{where}.evaluation.metric"):
                     check_metric(metric, task, model.evaluation.source)
-                accepted["models"][index]["evaluation"]["metric"] = metric
-                self._rows(f"{where}.evaluation", model.evaluation, task, needs_labels=True)
+                kept["evaluation"]["metric"] = metric
+                source = self._rows(f"{where}.evaluation", model.evaluation, task, needs_labels=True)
+                kept["evaluation"]["source"] = source
         return accepted, plan
 
     def _checkpoint(self, field: str, reference: str) -> CheckpointInfo:
-        path, root = self._resolve(f"{field}.checkpoint", reference)
-        with _refusing(f"{field}.checkpoint"):
-            return inspect_checkpoint(path, reference, root)
-
-    def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool) -> None:
-        path, _ = self._resolve(f"{field}.source", rows.source)
-        columns = rows.model_dump(include=set(Columns.model_fields))
-        spec = DatasetSpec(source=rows.source, path=path, **columns)
-        labels = LabelMap(task, tuple(rows.label_names) if rows.label_names else None)
+        """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
+        field = f"{field}.checkpoint"
         with _refusing(field):
-            check_first_rows(spec, labels if needs_labels else None)
+            on_hub = hub_reference(reference)
+            if on_hub is None:
+                path, root = self._inputs.resolve(reference)
+                return inspect_checkpoint(path, reference, root)
+            pinned = self._hub.pinned(on_hub, "model")
+            with TemporaryDirectory(prefix="maskmerge-") as folder:
+                self._hub.outline(pinned, Path(folder))
+                return inspect_checkpoint(Path(folder), str(pinned))
 
-    def _resolve(self, field: str, reference: str) -> tuple[Path, Path]:
-        try:
-            return self._inputs.resolve(reference)
-        except ReferenceError as error:
-            problem = Problem.INVALID_REQUEST if error.available else Problem.NOT_AVAILABLE
-            errors = [FieldError(field=field, message=str(error))]
-            raise ProblemError(problem, _sentence(errors), errors) from error
+    def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool) -> str:
+        """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
+        labels = LabelMap(task, tuple(rows.label_names) if rows.label_names else None)
+        if needs_labels:
+            with _refusing(f"{field}.label_names"):
+                labels.check_names(rows.source)
+        with _refusing(f"{field}.source"):
+            on_hub = hub_reference(rows.source)
+            if on_hub is not None:
+                return str(self._hub.pinned(on_hub, "dataset"))
+            path, _ = self._inputs.resolve(rows.source)
+        for name in ("config", "split"):
+            if getattr(rows, name) is not None:
+                message = "is for data sets of the hub; a file is one split"
+                errors = [FieldError(field=f"{field}.{name}", message=message)]
+                raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
+        columns = rows.model_dump(include=set(Columns.model_fields))
+        with _refusing(field):
+            check_first_rows(DatasetSpec(source=rows.source, path=path, **columns), labels if needs_labels else None)
+        return rows.source
 
 
 @contextmanager
 def _refusing(field: str) -> Iterator[None]:
-    """Turn what the engine's catalog refuses into a 422 that names the request's field."""
+    """Turn what inputs, hub and the engine's catalog refuse into a problem that names the request's field."""
     try:
         yield
+    except ReferenceError as error:
+        problem = Problem.INVALID_REQUEST if error.available else Problem.NOT_AVAILABLE
+        errors = [FieldError(field=field, message=str(error))]
+        raise ProblemError(problem, _sentence(errors), errors) from error
+    except HubUnavailable as error:
+        errors = [FieldError(field=field, message=str(error))]
+        raise ProblemError(Problem.HUB_UNAVAILABLE, _sentence(errors), errors, **{"Retry-After": "10"}) from error
     except EngineError as error:
         problem = next(p for p in Problem if p.code == error.code)
         raise ProblemError(problem, error.message, [FieldError(field=field, message=error.message)]) from error

@@ -1,9 +1,13 @@
-"""References to inputs, resolved to paths that lie under the folders the operator allowed."""
+"""References to inputs: what they name, and paths of those that lie under the folders the operator allowed."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 SCHEMES = ("local", "hf", "s3", "job")
+HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class ReferenceError(ValueError):
@@ -12,6 +16,28 @@ class ReferenceError(ValueError):
     def __init__(self, message: str, *, available: bool = True) -> None:
         super().__init__(message)
         self.available = available
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """`hf:ORG/NAME@REVISION`; the revision is a branch, a tag or a commit."""
+
+    repository: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"hf:{self.repository}@{self.revision}"
+
+
+def hub_reference(reference: str) -> HubReference | None:
+    """What an `hf:` reference names; None for one of another kind. Raises ReferenceError when it is malformed."""
+    scheme, _, rest = reference.partition(":")
+    if scheme != "hf":
+        return None
+    match = HUB.fullmatch(rest)
+    if match is None or ".." in rest:
+        raise ReferenceError(f"'{reference}' is no repository on the hub; write hf:ORG/NAME or hf:ORG/NAME@REVISION")
+    return HubReference(match["repository"], match["revision"] or "main")
 
 
 class LocalInputs:
@@ -28,9 +54,9 @@ class LocalInputs:
         """
         scheme, colon, rest = reference.partition(":")
         if not colon or scheme not in SCHEMES:
-            raise ReferenceError(f"'{reference}' is no reference; write local:PATH with a path under a local root")
+            raise ReferenceError(f"'{reference}' is no reference; write local:PATH or hf:ORG/NAME@REVISION")
         if scheme != "local":
-            raise ReferenceError(f"'{scheme}:' references are not available yet; use local:PATH", available=False)
+            raise ReferenceError(f"'{scheme}:' references are not available yet; use local: or hf:", available=False)
         if not rest or "\0" in rest:
             raise ReferenceError(f"'{reference}' names no path")
         relative = PurePosixPath(rest)

@@ -30,6 +30,7 @@ from tests.tiny import (
     merge_spec,
     model_spec,
     read_model,
+    read_rows,
     silent,
     tiny_checkpoint,
     write_rows,
@@ -39,7 +40,7 @@ from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, I
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Nodes
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.rows import RowFile
+from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.pipeline import Engine
 from worker.engine.scoring.data import Example, tokenize
@@ -138,9 +139,7 @@ def logits(checkpoint: Path, inputs: Tensors) -> Tensor:
 
 
 def examples_of(loaded: LoadedModel, rows: Path) -> list[Example]:
-    return tokenize(
-        RowFile(dataset_spec(rows)).sample(None), dataset_spec(rows), loaded.tokenizer, loaded.max_length, None
-    ).examples
+    return tokenize(read_rows(rows), dataset_spec(rows), loaded.tokenizer, loaded.max_length, None).examples
 
 
 def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[str, Tensor]:
@@ -418,7 +417,7 @@ def test_only_what_the_model_takes_is_given_to_it(case: Case, tmp_path: Path) ->
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps({"text": "one two", "text_pair": "three", "label": 0}) + "\n")
     spec = dataset_spec(file, text_pair="text_pair")
-    (example,) = tokenize(RowFile(spec).sample(None), spec, loaded.tokenizer, loaded.max_length, None).examples
+    (example,) = tokenize(sample(RowFile(spec), spec, None), spec, loaded.tokenizer, loaded.max_length, None).examples
     segments = case.name in ("bert", "electra", "deberta-v2")
     assert set(example.encoding) == {"input_ids", "attention_mask"} | ({"token_type_ids"} if segments else set())
     inputs = {name: torch.tensor([values]) for name, values in example.encoding.items()}

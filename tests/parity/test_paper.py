@@ -13,18 +13,17 @@ from transformers import AutoTokenizer
 from tests.tiny import (
     LAYERS,
     Tensors,
-    dataset_spec,
     edit_tensors,
     float64_model,
     insert_masks,
     merge_spec,
     model_spec,
     read_model,
+    read_rows,
     silent,
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.rows import RowFile
 from worker.engine.pipeline import Engine
 
 BATCH = 32
@@ -80,7 +79,7 @@ def published_scores(checkpoint: Path) -> Scores:
     """Squared gradients of the model's own loss, which is a batch's mean, summed over batches."""
     model = float64_model(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    rows = list(RowFile(dataset_spec(checkpoint.with_suffix(".jsonl"))))[:EXAMPLES]
+    rows = read_rows(checkpoint.with_suffix(".jsonl"))[:EXAMPLES]
     heads, neurons = insert_masks(model)
     totals = torch.zeros_like(heads), torch.zeros_like(neurons)
     for start in range(0, len(rows), BATCH):

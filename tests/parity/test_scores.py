@@ -23,9 +23,10 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
+from worker.engine.catalog.errors import Place
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap, Task
-from worker.engine.catalog.rows import Row, RowFile
+from worker.engine.catalog.rows import Row, RowFile, sample
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision
 from worker.engine.scoring.data import Example, tokenize
@@ -66,7 +67,7 @@ def make_case(root: Path, *, labels: int, count: int = ROWS) -> Case:
     checkpoint = tiny_checkpoint(root / f"labels-{labels}", labels=labels, seed=labels)
     spec = dataset_spec(write_rows(root / f"labels-{labels}.jsonl", count=count, labels=labels, seed=labels))
     loaded = load(inspect_checkpoint(checkpoint, "tiny"), torch.device("cpu"))
-    rows = RowFile(spec).sample(None)
+    rows = sample(RowFile(spec), spec, None)
     tokenized = tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task))
     return Case(checkpoint, loaded, rows, tokenized.examples)
 
@@ -220,7 +221,7 @@ def test_the_same_batches_give_the_same_bits(cases: dict[int, Case]) -> None:
 @pytest.mark.parametrize("labels", [1, 3])
 def test_one_row_of_one_word_has_scores(cases: dict[int, Case], labels: int) -> None:
     case = cases[labels]
-    row = Row(1, "one", None, 0)
+    row = Row(Place("line", 1), "one", None, 0)
     spec = dataset_spec(Path("x"), label=None)
     tokenized = tokenize([row], spec, case.loaded.tokenizer, case.loaded.max_length, LabelMap(case.loaded.task))
     found = case.score(examples=tokenized.examples)

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import POSITIONS, dataset_spec, edit_json, tiny_checkpoint
-from worker.engine.catalog.errors import InvalidDataset
+from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.labels import LabelMap, Task
 from worker.engine.catalog.planning import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
@@ -44,14 +44,16 @@ def tokenizer(checkpoint: Path) -> Any:
 
 def tokenized(tokenizer: Any, *texts: str | tuple[str, str], limit: int = POSITIONS, **columns: Any) -> Tokenized:
     pairs = [text if isinstance(text, tuple) else (text, None) for text in texts]
-    rows = [Row(10 + index, first, second, "yes") for index, (first, second) in enumerate(pairs)]
+    rows = [Row(Place("line", 10 + index), first, second, "yes") for index, (first, second) in enumerate(pairs)]
     if any(row.text_pair for row in rows):
         columns["text_pair"] = "pair"
     return tokenize(rows, dataset_spec(Path("rows.jsonl"), **columns), tokenizer, limit, LABELS)
 
 
 def example(length: int, index: int = 0, label: float | None = None) -> Example:
-    return Example(index, index + 1, {"input_ids": [ONE] * length, "attention_mask": [1] * length}, label)
+    return Example(
+        index, Place("line", index + 1), {"input_ids": [ONE] * length, "attention_mask": [1] * length}, label
+    )
 
 
 def test_a_row_becomes_its_tokens_its_line_and_its_labels_id(tokenizer: Any) -> None:
@@ -60,7 +62,7 @@ def test_a_row_becomes_its_tokens_its_line_and_its_labels_id(tokenizer: Any) -> 
         {"input_ids": [CLS, ONE, TWO, SEP], "token_type_ids": [0] * 4, "attention_mask": [1] * 4},
         {"input_ids": [CLS, THREE, SEP], "token_type_ids": [0] * 3, "attention_mask": [1] * 3},
     ]
-    assert [(e.index, e.line, e.label, e.length) for e in found.examples] == [(0, 10, 1, 4), (1, 11, 1, 3)]
+    assert [(e.index, e.place.number, e.label, e.length) for e in found.examples] == [(0, 10, 1, 4), (1, 11, 1, 3)]
     assert found.truncated == 0
 
 
@@ -145,7 +147,7 @@ def test_a_row_without_tokens_is_refused_with_its_line() -> None:
 
 
 def test_an_unknown_label_is_refused_with_its_line(tokenizer: Any) -> None:
-    rows = [Row(1, "one", None, "yes"), Row(5, "two", None, "perhaps")]
+    rows = [Row(Place("line", 1), "one", None, "yes"), Row(Place("line", 5), "two", None, "perhaps")]
     with pytest.raises(InvalidDataset, match=r"rows\.jsonl, line 5: label 'perhaps' is unknown"):
         tokenize(rows, dataset_spec(Path("rows.jsonl")), tokenizer, POSITIONS, LABELS)
 
@@ -195,7 +197,8 @@ def test_rows_are_padded_at_their_end_to_the_longest_of_their_batch(tokenizer: A
     assert first.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert second.inputs["input_ids"].tolist() == [[CLS, TWO, SEP]]
     assert {tensor.dtype for tensor in first.inputs.values()} == {torch.int64}
-    assert (len(first), first.lines, first.indices.tolist()) == (2, (10, 11), [0, 1])
+    assert [place.number for place in first.places] == [10, 11]
+    assert (len(first), first.indices.tolist()) == (2, [0, 1])
     assert second.indices.tolist() == [2]
 
 

@@ -18,12 +18,12 @@ from worker.engine.catalog.headers import (
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
+    TOKENIZER_FILES,
     WEIGHTS,
     CheckpointInfo,
     inspect_checkpoint,
     read_header,
 )
-from worker.engine.checkpoints.writer import TOKENIZER_FILES
 
 SOURCE = "local:expert"
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -224,7 +224,7 @@ def test_vocabularies_are_compared_whatever_file_they_are_in(checkpoint: Path) -
 
 def with_tokenizer(checkpoint: Path, files: Mapping[str, bytes]) -> CheckpointInfo:
     """The checkpoint with these tokenizer files alone."""
-    for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
+    for name in TOKENIZER_FILES:
         (checkpoint / name).unlink(missing_ok=True)
     for name, content in files.items():
         (checkpoint / name).write_bytes(content)

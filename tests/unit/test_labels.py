@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric, task_of
 
@@ -46,12 +46,12 @@ def test_labels_without_names_are_counted(config: dict[str, Any], outputs: int) 
 
 def test_labels_named_one_way_only_are_known_by_name() -> None:
     task = task_of(checkpoint({"id2label": NAMES}, rows=3))
-    assert LabelMap(task).value("positive", "rows", 1) == 2
+    assert LabelMap(task).value("positive", "rows", Place("line", 1)) == 2
 
 
 def test_default_names_of_labels_are_known() -> None:
     """`save_pretrained` leaves out the names of two labels that were never named."""
-    assert LabelMap(task_of(checkpoint({}, rows=2))).value("LABEL_1", "rows", 1) == 1
+    assert LabelMap(task_of(checkpoint({}, rows=2))).value("LABEL_1", "rows", Place("line", 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,19 @@ def test_a_config_whose_labels_make_no_sense_is_refused_by_its_key(
         (0, ("positive", "negative"), 2),
         (1, ("positive", "negative"), 0),
         (1.0, ("positive", "negative"), 0),
+        ("2", None, 2),
+        ("1", ("positive", "negative"), 0),
     ],
 )
 def test_a_label_is_an_id_or_a_name_of_the_head(label: Any, names: tuple[str, ...] | None, value: int) -> None:
-    found = LabelMap(NAMED, names).value(label, "rows", 1)
+    found = LabelMap(NAMED, names).value(label, "rows", Place("line", 1))
     assert found == value
     assert type(found) is int
 
 
-@pytest.mark.parametrize(("label", "value"), [(3, 3.0), (-0.5, -0.5), (0, 0.0)])
+@pytest.mark.parametrize(("label", "value"), [(3, 3.0), (-0.5, -0.5), (0, 0.0), ("3.5", 3.5), ("-1e-3", -0.001)])
 def test_a_label_of_a_regression_is_a_number(label: Any, value: float) -> None:
-    found = LabelMap(REGRESSION).value(label, "rows", 1)
+    found = LabelMap(REGRESSION).value(label, "rows", Place("line", 1))
     assert found == value
     assert type(found) is float
 
@@ -113,13 +115,17 @@ def test_a_label_of_a_regression_is_a_number(label: Any, value: float) -> None:
         (NAMED, 2, ("positive", "negative"), ["label 2 is out of range", "0 to 1"]),
         (NAMED, 0, ("good", "bad"), ["label 'good' is unknown", "negative, neutral, positive"]),
         (NAMED, "positiv", None, ["label 'positiv' is unknown", "did you mean 'positive'?"]),
-        (NAMED, "1", None, ["label '1' is unknown"]),
+        (NAMED, "7", None, ["label 7 is out of range"]),
+        (NAMED, "-1", None, ["label '-1' is unknown"]),
+        (NAMED, "", None, ["label '' is unknown"]),
         (NAMED, None, None, ["NoneType"]),
         (NAMED, [0], None, ["list"]),
         (NAMED, 0.5, None, ["float"]),
         (NAMED, float("nan"), None, ["float"]),
         (NAMED, float("inf"), None, ["float"]),
-        (REGRESSION, "1.0", None, ["finite number"]),
+        (REGRESSION, "high", None, ["finite number"]),
+        (REGRESSION, "nan", None, ["finite number"]),
+        (REGRESSION, "", None, ["finite number"]),
         (REGRESSION, None, None, ["finite number"]),
         (REGRESSION, True, None, ["finite number"]),
         (REGRESSION, float("nan"), None, ["finite number"]),
@@ -132,7 +138,7 @@ def test_a_label_that_the_head_does_not_have_is_refused_with_its_line(
     task: Task, label: Any, names: tuple[str, ...] | None, words: list[str]
 ) -> None:
     with pytest.raises(InvalidDataset) as caught:
-        LabelMap(task, names).value(label, "local:rows.jsonl", 17)
+        LabelMap(task, names).value(label, "local:rows.jsonl", Place("line", 17))
     assert caught.value.detail["line"] == 17
     missing = [word for word in ("local:rows.jsonl, line 17", *words) if word not in caught.value.message]
     assert not missing, caught.value.message
@@ -140,7 +146,7 @@ def test_a_label_that_the_head_does_not_have_is_refused_with_its_line(
 
 def test_a_long_name_is_cut_in_the_message() -> None:
     with pytest.raises(InvalidDataset) as caught:
-        LabelMap(NAMED).value("x" * 10_000, "rows", 1)
+        LabelMap(NAMED).value("x" * 10_000, "rows", Place("line", 1))
     assert len(caught.value.message) < 300
 
 
@@ -154,3 +160,29 @@ def test_each_task_has_its_own_metrics(task: Task) -> None:
                 with pytest.raises(InvalidDataset, match=f"rows: metric {metric} is not one of {task.problem}"):
                     check_metric(metric, task, "rows")
     assert METRICS[task.problem]
+
+
+STARS = Task("classification", 5, {str(star): star - 1 for star in range(1, 6)})
+
+
+def test_text_that_is_a_name_is_that_name_even_if_it_spells_a_number() -> None:
+    assert LabelMap(STARS).value("5", "rows", Place("line", 1)) == 4
+    assert LabelMap(STARS).value(4, "rows", Place("line", 1)) == 4
+
+
+def test_names_that_the_checkpoint_does_not_have_are_refused_without_any_row() -> None:
+    with pytest.raises(InvalidDataset, match="label 'positve' is unknown; did you mean 'positive'"):
+        LabelMap(NAMED, ("negative", "positve")).check_names("rows")
+
+
+@pytest.mark.parametrize(
+    ("names", "permutation"),
+    [
+        (None, None),
+        (("negative", "neutral", "positive"), None),
+        (("negative", "neutral"), None),
+        (("positive", "negative"), [2, 0]),
+    ],
+)
+def test_another_order_of_the_labels_is_known(names: tuple[str, ...] | None, permutation: list[int] | None) -> None:
+    assert LabelMap(NAMED, names).permutation == permutation

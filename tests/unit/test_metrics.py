@@ -17,6 +17,7 @@ from tests.tiny import (
     merge_spec,
     model_spec,
     read_model,
+    read_rows,
     silent,
     tiny_checkpoint,
     write_rows,
@@ -24,7 +25,6 @@ from tests.tiny import (
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task
-from worker.engine.catalog.rows import RowFile
 from worker.engine.catalog.spec import EvaluationSpec, MetricName
 from worker.engine.checkpoints.loading import load
 from worker.engine.evaluation.evaluate import predict
@@ -119,7 +119,7 @@ def own_logits(checkpoint: Path, rows: Path) -> torch.Tensor:
     """Of each row alone, by transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    texts = [row.text for row in RowFile(dataset_spec(rows))]
+    texts = [row.text for row in read_rows(rows)]
     with torch.inference_mode():
         return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
 
@@ -130,7 +130,7 @@ def test_predictions_are_the_models_own_in_the_order_of_the_rows(tmp_path: Path,
     file = write_rows(tmp_path / "rows.jsonl", count=50, labels=labels)
     loaded = load(inspect_checkpoint(checkpoint, "tiny"), CPU)
     spec = dataset_spec(file)
-    rows = RowFile(spec).sample(None, shuffle=False)
+    rows = read_rows(file)
     examples = tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task)).examples
     done: list[int] = []
     found = predict(loaded, examples, "float32", done.append)
@@ -148,8 +148,8 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_model(tmp_path: 
 
     edit_tensors(checkpoint, overflow)
     loaded = load(inspect_checkpoint(checkpoint, "local:huge"), CPU)
-    spec = dataset_spec(write_rows(tmp_path / "rows.jsonl", count=4))
-    rows = RowFile(spec).sample(None)
+    file = write_rows(tmp_path / "rows.jsonl", count=4)
+    spec, rows = dataset_spec(file), read_rows(file)
     examples = tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task)).examples
     with pytest.raises(NumericalError, match="local:huge gives logits that are NaN or infinite"):
         predict(loaded, examples, "float32", silent)
@@ -167,17 +167,19 @@ def test_an_evaluation_compares_expert_average_and_merge_on_the_same_rows(tmp_pa
     assert result.metrics is not None
     versions = [read_model(path) for path in checkpoints]
     tasks = (TWO, REGRESSION, THREE)
-    for model, file, metric, task, version in zip(models, files, metrics, tasks, versions, strict=True):
+    for model, checkpoint, file, metric, task, version in zip(
+        models, checkpoints, files, metrics, tasks, versions, strict=True
+    ):
         averaged = tiny_checkpoint(tmp_path / f"average-{model.name}", labels=task.outputs)
         mean = {
             name: tensor if name.startswith("classifier") else torch.stack([v[name] for v in versions]).mean(0)
             for name, tensor in version.items()
         }
         save_file(mean, averaged / "model.safetensors", {"format": "pt"})
-        gold = array([row.label for row in RowFile(dataset_spec(file))])
+        gold = array([row.label for row in read_rows(file)])
         found = result.metrics[model.name]
         for value, folder in (
-            (found.expert, model.path),
+            (found.expert, checkpoint),
             (found.merged, tmp_path / "out" / "models" / model.name),
             (found.average, averaged),
         ):

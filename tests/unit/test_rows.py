@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from tests.tiny import dataset_spec, write_lines
-from worker.engine.catalog.errors import InvalidDataset
+from worker.engine.catalog.errors import InvalidDataset, Place
+from worker.engine.catalog.formats import MAX_ROW_BYTES
 from worker.engine.catalog.labels import LabelMap, Task
-from worker.engine.catalog.rows import FIRST_ROWS, MAX_LINE_BYTES, Row, RowFile, check_first_rows
+from worker.engine.catalog.rows import FIRST_ROWS, Row, RowFile, check_first_rows, sample
+from worker.engine.catalog.spec import DatasetSpec
 
 TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
 THREE_ROWS = [{"text": "one two", "label": 0}, {"text": "žluť 猫 🙂", "label": 1}, {"text": "", "label": 0}]
@@ -39,19 +41,23 @@ def joined(separator: str, end: str = "") -> bytes:
 )
 def test_rows_are_the_same_however_the_file_ends_its_lines(tmp_path: Path, content: bytes, lines: list[int]) -> None:
     rows = RowFile(dataset_spec(file_of(tmp_path, content)))
-    expected = [Row(line, str(row["text"]), None, row["label"]) for line, row in zip(lines, THREE_ROWS, strict=True)]
+    expected = [
+        Row(Place("line", line), str(row["text"]), None, row["label"])
+        for line, row in zip(lines, THREE_ROWS, strict=True)
+    ]
     assert len(rows) == 3
-    assert list(rows) == expected
-    assert rows[1:] == expected[1:]
-    assert rows[-1] == expected[-1]
+    assert rows.read([0, 1, 2]) == expected
+    assert rows.read([2, 0, 2]) == [expected[2], expected[0], expected[2]]
     check_first_rows(dataset_spec(file_of(tmp_path, content)), TWO_LABELS)
 
 
 def test_only_the_asked_columns_are_read(tmp_path: Path) -> None:
     line = json.dumps({"a": "first", "b": "second", "c": "yes", "text": 7})
     file = write_lines(tmp_path / "rows.jsonl", [line])
-    assert RowFile(dataset_spec(file, text="a", label=None))[0] == Row(1, "first", None, None)
-    assert RowFile(dataset_spec(file, text="b", text_pair="a", label="c"))[0] == Row(1, "second", "first", "yes")
+    assert RowFile(dataset_spec(file, text="a", label=None)).read([0]) == [Row(Place("line", 1), "first", None, None)]
+    assert RowFile(dataset_spec(file, text="b", text_pair="a", label="c")).read([0]) == [
+        Row(Place("line", 1), "second", "first", "yes")
+    ]
 
 
 @pytest.fixture
@@ -59,27 +65,31 @@ def hundred(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "rows.jsonl", [json.dumps({"text": str(i), "label": 0}) for i in range(100)])
 
 
+def sampled(spec: DatasetSpec, count: int | None = None) -> list[Row]:
+    return sample(RowFile(spec), spec, count)
+
+
 def test_a_sample_is_without_replacement_and_fewer_rows_are_a_prefix_of_more(hundred: Path) -> None:
-    rows = RowFile(dataset_spec(hundred))
-    all_of_them = rows.sample(None)
-    assert sorted(row.line for row in all_of_them) == list(range(1, 101))
-    assert [row.line for row in all_of_them] != list(range(1, 101))
-    assert rows.sample(30) == all_of_them[:30]
-    assert rows.sample(1000) == all_of_them
-    assert RowFile(dataset_spec(hundred, limit=20)).sample(30) == all_of_them[:20]
-    assert RowFile(dataset_spec(hundred, limit=40)).sample(30) == all_of_them[:30]
+    all_of_them = sampled(dataset_spec(hundred))
+    assert sorted(row.place.number for row in all_of_them) == list(range(1, 101))
+    assert [row.place.number for row in all_of_them] != list(range(1, 101))
+    assert sampled(dataset_spec(hundred), 30) == all_of_them[:30]
+    assert sampled(dataset_spec(hundred), 1000) == all_of_them
+    assert sampled(dataset_spec(hundred, limit=20), 30) == all_of_them[:20]
+    assert sampled(dataset_spec(hundred, limit=40), 30) == all_of_them[:30]
 
 
 def test_the_order_follows_from_the_seed(hundred: Path) -> None:
-    first, second = (RowFile(dataset_spec(hundred, seed=seed)).sample(None) for seed in (1, 2))
+    first, second = (sampled(dataset_spec(hundred, seed=seed)) for seed in (1, 2))
     assert first != second
-    assert RowFile(dataset_spec(hundred, seed=1)).sample(None) == first
+    assert sampled(dataset_spec(hundred, seed=1)) == first
 
 
 def test_without_shuffling_the_first_rows_are_taken_in_order(hundred: Path) -> None:
-    rows = RowFile(dataset_spec(hundred, limit=50))
-    assert [row.line for row in rows.sample(7, shuffle=False)] == list(range(1, 8))
-    assert len(rows.sample(None, shuffle=False)) == 50
+    spec = dataset_spec(hundred, limit=50)
+    rows = RowFile(spec)
+    assert [row.place.number for row in sample(rows, spec, 7, shuffle=False)] == list(range(1, 8))
+    assert len(sample(rows, spec, None, shuffle=False)) == 50
 
 
 BAD_LINES: dict[str, tuple[bytes, dict[str, Any], list[str]]] = {
@@ -105,8 +115,8 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, case: str) -> Non
     good = b'{"text": "one", "label": 0, "second": "two", "gold": 1, "b": "three"}\n'
     spec = dataset_spec(file_of(tmp_path, good + b"\n" + line + b"\n"), **columns)
     rows = RowFile(spec)
-    assert rows[0].line == 1
-    for read in (lambda: rows[1], lambda: check_first_rows(spec, TWO_LABELS)):
+    assert rows.read([0])[0].place.number == 1
+    for read in (lambda: rows.read([1]), lambda: check_first_rows(spec, TWO_LABELS)):
         with pytest.raises(InvalidDataset) as caught:
             read()
         assert caught.value.detail["line"] == 3
@@ -117,7 +127,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, case: str) -> Non
 def test_nothing_of_a_text_is_in_a_message(tmp_path: Path) -> None:
     rows = RowFile(dataset_spec(file_of(tmp_path, b'{"text": "a secret" oops')))
     with pytest.raises(InvalidDataset) as caught:
-        rows[0]
+        rows.read([0])
     assert "secret" not in caught.value.message
 
 
@@ -130,9 +140,9 @@ def test_a_file_without_rows_is_refused_by_name(tmp_path: Path, content: bytes) 
         check_first_rows(spec, None)
 
 
-@pytest.mark.parametrize("where", ["nowhere", "folder"])
+@pytest.mark.parametrize("where", ["nowhere.jsonl", "folder.jsonl"])
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, where: str) -> None:
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(InvalidDataset, match=f"data set {where}: cannot be read"):
         RowFile(dataset_spec(tmp_path / where))
     with pytest.raises(InvalidDataset, match=f"data set {where}: cannot be read"):
@@ -143,15 +153,15 @@ def test_a_file_that_vanishes_meanwhile_is_refused_by_name(hundred: Path) -> Non
     rows = RowFile(dataset_spec(hundred))
     hundred.unlink()
     with pytest.raises(InvalidDataset, match=r"rows\.jsonl"):
-        rows.sample(3)
+        rows.read([3])
 
 
 def test_a_line_over_the_limit_is_refused_with_its_number(tmp_path: Path) -> None:
     frame = b'{"label": 0, "text": ""}\n'
-    longest = frame.replace(b'""', b'"' + b"a" * (MAX_LINE_BYTES - len(frame)) + b'"')
-    assert len(longest) == MAX_LINE_BYTES
-    assert len(RowFile(dataset_spec(file_of(tmp_path, longest)))[0].text) == MAX_LINE_BYTES - len(frame)
-    with pytest.raises(InvalidDataset, match=rf"line 2: longer than {MAX_LINE_BYTES} bytes"):
+    longest = frame.replace(b'""', b'"' + b"a" * (MAX_ROW_BYTES - len(frame)) + b'"')
+    assert len(longest) == MAX_ROW_BYTES
+    assert len(RowFile(dataset_spec(file_of(tmp_path, longest))).read([0])[0].text) == MAX_ROW_BYTES - len(frame)
+    with pytest.raises(InvalidDataset, match=rf"line 2: longer than {MAX_ROW_BYTES} bytes"):
         RowFile(dataset_spec(file_of(tmp_path, frame + b" " + longest)))
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,42 +19,23 @@ from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters, MethodParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
 from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings
-from worker.engine.catalog.rows import Row, RowFile
+from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
 from worker.engine.checkpoints.writer import write_models
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
 from worker.engine.evaluation.evaluate import predict
-from worker.engine.evaluation.metrics import interval, metric_for
+from worker.engine.evaluation.metrics import interval, likely_permutation, metric_for
+from worker.engine.inputs import Inputs
 from worker.engine.methods import BUILDERS, Merger, ScoredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
+from worker.engine.phase import OnProgress, Phase
 from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, int, int, str], None]
-"""phase, done, total, unit. May raise to stop the merge."""
-
-
-@dataclass
-class Phase:
-    """Counts what is done within a phase and tells the listener."""
-
-    name: str
-    total: int
-    unit: str
-    listener: OnProgress
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self.listener(self.name, 0, self.total, self.unit)
-
-    def advance(self, count: int = 1) -> None:
-        self.done += count
-        self.listener(self.name, self.done, self.total, self.unit)
 
 
 @dataclass
@@ -97,11 +78,12 @@ class Engine:
         precision = resolve_precision(spec.method.precision, self._device)
 
         with clock.measure("load_seconds"):
-            plan = plan_merge([inspect_checkpoint(m.path, m.source, m.root) for m in spec.models], spec.output.dtype)
+            inputs = Inputs(spec, on_progress)
+            plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype)
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
-                runs.append(self._prepare(spec, model, info, notes))
+                runs.append(self._prepare(spec, model, info, inputs, notes))
                 loading.advance()
 
         if spec.method.needs_scores:
@@ -119,7 +101,7 @@ class Engine:
         metrics = None
         if any(run.evaluation for run in runs):
             with clock.measure("evaluate_seconds"):
-                metrics = self._evaluate(plan, runs, folders, precision, on_progress)
+                metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
@@ -131,7 +113,7 @@ class Engine:
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
-            notes=notes,
+            notes=list(dict.fromkeys(notes)),
         )
         for run in runs:
             if run.scores:
@@ -139,21 +121,25 @@ class Engine:
         artifact.write_documents(spec, plan, result, digests)
         return result
 
-    def _prepare(self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, notes: list[str]) -> ModelRun:
+    def _prepare(
+        self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, inputs: Inputs, notes: list[str]
+    ) -> ModelRun:
         """Check a model's weights and read its rows: whatever is wrong with them is found before any work is spent."""
         run = ModelRun(model, info, digest_checkpoint(info), [], 0, [])
         loaded = self._models.get(info)
         method = spec.method
         if isinstance(method, MaskFisherParameters) and run.takes_part:
             dataset = _required(model)
-            rows = RowFile(dataset)
+            rows = inputs.rows(dataset)
             run.population = min(len(rows), dataset.limit or len(rows))
             count = None if method.examples == "auto" else method.examples
-            sampled = rows.sample(count, shuffle=method.preset != "paper")
-            run.examples = _examples(loaded, dataset, sampled, notes, needs_labels=method.needs_labels)
+            shuffle = method.preset != "paper"
+            labels = _label_map(loaded, dataset, rows, notes) if method.needs_labels else None
+            run.examples = _examples(loaded, dataset, sample(rows, dataset, count, shuffle=shuffle), labels, notes)
         if spec.evaluate and model.evaluation is not None:
-            sampled = RowFile(model.evaluation).sample(None)
-            run.evaluation = _examples(loaded, model.evaluation, sampled, notes, needs_labels=True)
+            rows = inputs.rows(model.evaluation)
+            labels = _label_map(loaded, model.evaluation, rows, notes)
+            run.evaluation = _examples(loaded, model.evaluation, sample(rows, model.evaluation, None), labels, notes)
         return run
 
     def _score(
@@ -196,6 +182,7 @@ class Engine:
         folders: dict[str, Path],
         precision: Precision,
         on_progress: OnProgress,
+        notes: list[str],
     ) -> dict[str, MetricResult]:
         """Expert, plain average and merge (loaded from the artifact, as its user will) on the same rows."""
         evaluating = Phase("evaluating", 3 * sum(len(run.evaluation) for run in runs), "examples", on_progress)
@@ -210,6 +197,14 @@ class Engine:
             metric = metric_for(evaluation.metric, loaded.task)
             labels = np.array([e.label for e in examples], dtype=np.float64)
             expert_predictions = predict(loaded, examples, precision, evaluating.advance)
+            if loaded.task.problem == "classification":
+                better = likely_permutation(labels, expert_predictions, loaded.task.outputs)
+                if better:
+                    notes.append(
+                        f"{run.spec.source} fits the labels of {evaluation.source} better when ids 0 to "
+                        f"{len(better) - 1} are read as {', '.join(map(str, better))}; if the data set orders its "
+                        "labels otherwise, name them in label_names"
+                    )
             merged_predictions = predict(merged, examples, precision, evaluating.advance)
             merged.model.load_state_dict(average, strict=False)  # the head stays the expert's own
             average_predictions = predict(merged, examples, precision, evaluating.advance)
@@ -276,11 +271,33 @@ def _required(model: ModelSpec) -> DatasetSpec:
     return model.dataset
 
 
+def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: list[str]) -> LabelMap:
+    """How the rows' labels are the head's; whatever is not plain is noted."""
+    if loaded.task.problem == "regression":
+        return LabelMap(loaded.task)
+    if dataset.label_names:
+        labels = LabelMap(loaded.task, tuple(dataset.label_names))
+        labels.check_names(dataset.source)
+    elif rows.label_names and set(rows.label_names) <= loaded.task.label_ids.keys():
+        labels = LabelMap(loaded.task, rows.label_names)
+    else:
+        if rows.label_names:
+            notes.append(
+                f"{dataset.source} calls its labels {', '.join(rows.label_names)}, which are not names of "
+                f"{loaded.info.source}; its ids were taken as they are"
+            )
+        return LabelMap(loaded.task)
+    if labels.permutation:
+        notes.append(
+            f"the labels of {dataset.source} are in another order than those of {loaded.info.source}: its ids 0 to "
+            f"{len(labels.permutation) - 1} are the checkpoint's {', '.join(map(str, labels.permutation))}"
+        )
+    return labels
+
+
 def _examples(
-    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], notes: list[str], *, needs_labels: bool
+    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], labels: LabelMap | None, notes: list[str]
 ) -> list[Example]:
-    names = tuple(dataset.label_names) if dataset.label_names else None
-    labels = LabelMap(loaded.task, names) if needs_labels else None
     tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
     if tokenized.truncated:
         limit = min(loaded.max_length, dataset.max_length or loaded.max_length)
@@ -295,6 +312,7 @@ def _model_result(run: ModelRun, weight_share: float) -> ModelResult:
     return ModelResult(
         name=run.spec.name,
         checkpoint=run.spec.source,
+        commit=run.spec.hub.commit if run.spec.hub else None,
         digest=run.digest,
         examples=len(run.examples),
         weight_share=weight_share,

@@ -7,10 +7,21 @@ EngineError
 ├── InvalidDataset          a file, column, row or label
 ├── NumericalError          the arithmetic left the finite numbers
 ├── OutOfMemory
-└── DiskFull
+├── DiskFull
+└── StorageError            the hub or the cache of what was downloaded
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
+
+
+class Place(NamedTuple):
+    """Where in a data set: a line of a file, or a row of a table, counted from 1."""
+
+    unit: Literal["line", "row"]
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.number}"
 
 
 class EngineError(Exception):
@@ -49,9 +60,10 @@ class IncompatibleCheckpoints(EngineError):
 class InvalidDataset(EngineError):
     code = "invalid_dataset"
 
-    def __init__(self, source: str, problem: str, *, line: int | None = None, **detail: object) -> None:
-        where = source if line is None else f"{source}, line {line}"
-        super().__init__(f"data set {where}: {problem}", source=source, line=line, **detail)
+    def __init__(self, source: str, problem: str, place: Place | None = None, **detail: object) -> None:
+        where = f"{source}, {place}" if place else source
+        facts = {place.unit: place.number} if place else {}
+        super().__init__(f"data set {where}: {problem}", source=source, **facts, **detail)
 
 
 class NumericalError(EngineError):
@@ -64,3 +76,8 @@ class OutOfMemory(EngineError):
 
 class DiskFull(EngineError):
     code = "disk_full"
+
+
+class StorageError(EngineError):
+    code = "storage_error"
+    retryable = True

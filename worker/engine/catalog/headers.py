@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,17 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "bpe.codes",
+    *SENTENCEPIECE,
+)
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
@@ -165,6 +176,22 @@ def _tensor(file: str, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, in
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a negative or non-integer shape or offset")
     return TensorInfo(name, file, dtype, shape, math.prod(shape) * DTYPE_BYTES[dtype]), begin, end
+
+
+def described_files(names: Collection[str]) -> list[str]:
+    """Those of a checkpoint's files that are read whole: configuration, tokenizer, index."""
+    return [name for name in ("config.json", *TOKENIZER_FILES, INDEX) if name in names]
+
+
+def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[str]:
+    """The weight files of a checkpoint whose files are `names`; of a sharded one, those that its index names."""
+    if INDEX in names:
+        try:
+            files = sorted({str(file) for file in json.loads(read(INDEX))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return []  # `inspect_checkpoint` says what is wrong with it
+        return [file for file in files if Path(file).name == file and file in names]
+    return [WEIGHTS] if WEIGHTS in names else []
 
 
 def _weight_files(path: Path, source: str) -> list[str]:

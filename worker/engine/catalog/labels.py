@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.spec import MetricName
@@ -98,34 +98,50 @@ class LabelMap:
     task: Task
     names: tuple[str, ...] | None = None
 
-    def value(self, label: Any, source: str, line: int) -> int | float:
-        """The head's value of a row's `label`.
+    def value(self, label: Any, source: str, place: Place) -> int | float:
+        """The head's value of a row's `label`. Text that is no name counts as the number that it spells, as in CSV.
 
         Raises:
             InvalidDataset: the label is missing, unknown or out of range.
         """
         if self.task.problem == "regression":
-            try:
-                value = math.nan if isinstance(label, bool | str) else float(label)
-            except (TypeError, OverflowError):
-                value = math.nan
-            if not math.isfinite(value):
-                raise InvalidDataset(source, "the label of a regression is a finite number", line=line)
-            return value
+            return self._number(label, source, place)
+        if isinstance(label, str) and label not in self.task.label_ids and label.isdecimal() and len(label) < 10:
+            label = int(label)
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if isinstance(label, str):
-            return self._by_name(label, source, line)
+            return self._by_name(label, source, place)
         if not isinstance(label, int):
-            raise InvalidDataset(source, f"the label is {type(label).__name__}, not an id or a name", line=line)
+            raise InvalidDataset(source, f"the label is {type(label).__name__}, not an id or a name", place)
         count = self.task.outputs if self.names is None else len(self.names)
         if not 0 <= label < count:
-            raise InvalidDataset(source, f"label {int(label)} is out of range: ids are 0 to {count - 1}", line=line)
-        return int(label) if self.names is None else self._by_name(self.names[label], source, line)
+            raise InvalidDataset(source, f"label {int(label)} is out of range: ids are 0 to {count - 1}", place)
+        return int(label) if self.names is None else self._by_name(self.names[label], source, place)
 
-    def _by_name(self, name: str, source: str, line: int) -> int:
+    def check_names(self, source: str) -> None:
+        """Raises InvalidDataset when a name of the data set is none of the checkpoint's."""
+        for name in self.names or ():
+            self._by_name(name, source, None)
+
+    @property
+    def permutation(self) -> list[int] | None:
+        """The checkpoint's id of each of the data set's ids, where they differ."""
+        ids = [self.task.label_ids[name] for name in self.names or ()]
+        return None if ids == list(range(len(ids))) else ids
+
+    def _number(self, label: Any, source: str, place: Place) -> float:
+        try:
+            value = math.nan if isinstance(label, bool) else float(label)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise InvalidDataset(source, "the label of a regression is a finite number", place)
+        return value
+
+    def _by_name(self, name: str, source: str, place: Place | None) -> int:
         ids = self.task.label_ids
         if name not in ids:
             # Labels are a closed set that the data set's owner chose, so naming one gives no row's text away.
-            raise InvalidDataset(source, f"label '{name[:64]}' is unknown{did_you_mean(name, list(ids))}", line=line)
+            raise InvalidDataset(source, f"label '{name[:64]}' is unknown{did_you_mean(name, list(ids))}", place)
         return ids[name]

@@ -12,7 +12,9 @@ MANIFEST = "manifest.json"
 class ModelResult(Strict):
     name: str
     checkpoint: str
-    """The reference as given."""
+    """The reference as accepted."""
+    commit: str | None = None
+    """Of a checkpoint from the hub."""
     digest: str
     """sha256 over the names and sha256 of the checkpoint's weight files and config."""
     examples: int

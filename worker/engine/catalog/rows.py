@@ -1,145 +1,188 @@
-"""Rows of a JSON lines file: found by one pass over the bytes, parsed only when they are used.
+"""Rows of a data set: of JSON lines and CSV files here, of Parquet and the hub in `worker.engine.tables`.
 
-A million rows cost 8 MB, whatever their length.
+A file is indexed by one pass over its bytes and parsed only where rows are used: a million rows cost 16 MB, whatever
+their length.
 """
 
-import json
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
-from worker.engine.catalog.errors import InvalidDataset
+from worker.engine.catalog.errors import InvalidDataset, Place
+from worker.engine.catalog.formats import Csv, Format, JsonLines
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.catalog.strict import did_you_mean
 
-MAX_LINE_BYTES = 10_000_000
 FIRST_ROWS = 100  # what is checked before a job is accepted
+PARQUET = ".parquet"
+PARQUET_MAGIC = b"PAR1"
+FORMATS: Mapping[str, Callable[[str], Format]] = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": JsonLines,
+    ".csv": lambda source: Csv(source, ","),
+    ".tsv": lambda source: Csv(source, "\t"),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `line` is its line in the file, from 1, for messages; `label` is as read, not yet an id."""
+    """One row. `place` is where it is in the data set, for messages; `label` is as read, not yet an id."""
 
-    line: int
+    place: Place
     text: str
     text_pair: str | None
     label: Any
 
 
-class RowFile(Sequence[Row]):
-    """The rows of a data set in the file's order; blank lines are no rows.
+class Rows(Protocol):
+    """The rows of a data set, in its own order."""
+
+    label_names: tuple[str, ...] | None
+    """What the data set itself calls its label ids 0, 1, …; None when it does not say."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        """The rows at `indices`, in that order. Raises InvalidDataset naming place and column."""
+
+
+def sample(rows: Rows, spec: DatasetSpec, count: int | None, *, shuffle: bool = True) -> list[Row]:
+    """`count` rows without replacement in an order drawn from the spec's seed, or the first `count` in order.
+
+    The spec's `limit` counts too: the smaller of both is read.
+    """
+    wanted = min(n for n in (len(rows), spec.limit, count) if n is not None)
+    order = list(range(len(rows)))
+    if shuffle:  # all of it, so that fewer rows are always a prefix of more
+        random.Random(spec.seed).shuffle(order)
+    return rows.read(order[:wanted])
+
+
+class RowFile:
+    """The rows of a JSON lines or CSV file.
 
     Raises:
         InvalidDataset: names the line and the column.
     """
 
+    label_names: tuple[str, ...] | None = None
+
     def __init__(self, spec: DatasetSpec) -> None:
         self._spec = spec
-        self._offsets = array("Q")
+        self._format = _format(spec)
         self._lines = array("Q")
-        for line, offset, raw in _lines(spec.path, spec.source):
-            if raw.strip():
-                self._offsets.append(offset)
+        self._offsets = array("Q")
+        with _opened(spec) as stream:
+            for line, offset in self._format.index(stream):
                 self._lines.append(line)
+                self._offsets.append(offset)
         if not self._offsets:
             raise InvalidDataset(spec.source, "no rows")
 
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        try:
-            with self._spec.path.open("rb") as stream:
-                stream.seek(self._offsets[index])
-                raw = stream.readline(MAX_LINE_BYTES)
-        except OSError as error:
-            raise InvalidDataset(self._spec.source, f"cannot be read: {error.strerror}") from error
-        return parse_row(raw, self._lines[index], self._spec)
-
-    def sample(self, count: int | None, *, shuffle: bool = True) -> list[Row]:
-        """`count` rows without replacement in an order drawn from the spec's seed, or the first `count` in order.
-
-        The spec's `limit` counts too: the smaller of both is read.
-        """
-        wanted = min(n for n in (len(self), self._spec.limit, count) if n is not None)
-        order = list(range(len(self)))
-        if shuffle:  # all of it, so that fewer rows are always a prefix of more
-            random.Random(self._spec.seed).shuffle(order)
-        return [self[index] for index in order[:wanted]]
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        with _opened(self._spec) as stream:
+            places = ((self._lines[index], self._offsets[index]) for index in indices)
+            return [_read_row(self._format, stream, line, offset, self._spec) for line, offset in places]
 
 
 def check_first_rows(spec: DatasetSpec, labels: LabelMap | None) -> None:
-    """Refuse what the first rows show: not JSON, a missing column, an unknown label.
+    """Refuse what the first rows show: another format, a missing column, an unknown label.
+
+    Of a Parquet file only that it is one; its columns are seen where its rows are read.
 
     Raises:
         InvalidDataset: names the line and the column.
     """
-    found = False
-    for line, _, raw in _lines(spec.path, spec.source):
-        if line > FIRST_ROWS:
-            break
-        if raw.strip():
-            found = True
-            row = parse_row(raw, line, spec)
+    with _opened(spec) as stream:
+        if _suffix(spec) == PARQUET:
+            if stream.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
+                raise InvalidDataset(spec.source, "not a Parquet file")
+            return
+        form = _format(spec)
+        first = list(islice(form.index(stream), FIRST_ROWS))
+        for line, offset in first:
+            row = _read_row(form, stream, line, offset, spec)
             if labels is not None and spec.label is not None:
-                labels.value(row.label, spec.source, line)
-    if not found:
+                labels.value(row.label, spec.source, row.place)
+    if not first:
         raise InvalidDataset(spec.source, "no rows")
 
 
-def parse_row(raw: bytes, line: int, spec: DatasetSpec) -> Row:
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-        raise InvalidDataset(spec.source, f"not a JSON object ({reason})", line=line) from None
-    if not isinstance(content, dict):
-        raise InvalidDataset(spec.source, "not a JSON object", line=line)
+def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec) -> Row:
+    """The asked columns as a row. Raises InvalidDataset naming place and column."""
 
     def column(name: str) -> Any:
-        if name not in content:
-            hint = did_you_mean(name, [str(key) for key in content])
-            raise InvalidDataset(spec.source, f"no column '{name}'{hint}", line=line, column=name)
-        return content[name]
+        if name not in columns:
+            raise missing_column(spec.source, name, [str(key) for key in columns], place)
+        return columns[name]
 
     def text(name: str) -> str:
         value = column(name)
         if not isinstance(value, str):
-            raise InvalidDataset(spec.source, f"column '{name}' is not text", line=line, column=name)
+            raise InvalidDataset(spec.source, f"column '{name}' is not text", place, column=name)
         try:
             value.encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-            raise InvalidDataset(spec.source, f"column '{name}' is not Unicode text", line=line, column=name) from None
+            raise InvalidDataset(spec.source, f"column '{name}' is not Unicode text", place, column=name) from None
         return value
 
     return Row(
-        line=line,
+        place=place,
         text=text(spec.text),
         text_pair=text(spec.text_pair) if spec.text_pair else None,
         label=column(spec.label) if spec.label else None,
     )
 
 
-def _lines(path: Path, source: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line from 1, byte offset, bytes) of every line."""
+def missing_column(source: str, name: str, known: list[str], place: Place | None = None) -> InvalidDataset:
+    return InvalidDataset(source, f"no column '{name}'{did_you_mean(name, known)}", place, column=name)
+
+
+def _read_row(form: Format, stream: BinaryIO, line: int, offset: int, spec: DatasetSpec) -> Row:
+    stream.seek(offset)
+    place = Place("line", line)
+    return row_of(form.parse(stream, place), place, spec)
+
+
+def _format(spec: DatasetSpec) -> Format:
+    try:
+        return FORMATS[_suffix(spec)](spec.source)
+    except KeyError:
+        known = ", ".join([*FORMATS, PARQUET])
+        raise InvalidDataset(spec.source, f"the format is told by the file's name; known are {known}") from None
+
+
+def _suffix(spec: DatasetSpec) -> str:
+    return local_file(spec).suffix.lower()
+
+
+def is_parquet(spec: DatasetSpec) -> bool:
+    return spec.path is not None and _suffix(spec) == PARQUET
+
+
+def local_file(spec: DatasetSpec) -> Path:
+    if spec.path is None:
+        raise TypeError(f"{spec.source} is no file")
+    return spec.path
+
+
+@contextmanager
+def _opened(spec: DatasetSpec) -> Iterator[BinaryIO]:
+    path = local_file(spec)
     if path.exists() and not path.is_file():  # a pipe would be waited on for ever
-        raise InvalidDataset(source, "cannot be read: not a regular file")
+        raise InvalidDataset(spec.source, "cannot be read: not a regular file")
     try:
         with path.open("rb") as stream:
-            offset = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark is not part of the first row
-            stream.seek(offset)
-            line = 0
-            while raw := stream.readline(MAX_LINE_BYTES + 1):
-                line += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise InvalidDataset(source, f"longer than {MAX_LINE_BYTES} bytes", line=line)
-                yield line, offset, raw
-                offset += len(raw)
+            yield stream
     except OSError as error:
-        raise InvalidDataset(source, f"cannot be read: {error.strerror}") from error
+        raise InvalidDataset(spec.source, f"cannot be read: {error.strerror}") from error

@@ -30,9 +30,21 @@ class Columns(Strict):
     """Tokens of a row; longer ones are truncated. Default: the model's limit."""
 
 
+class HubSource(Strict):
+    """A repository on the Hugging Face hub, at one commit."""
+
+    repository: str
+    commit: str
+
+
 class DatasetSpec(Columns):
+    """Rows of a local file, or of a data set on the hub."""
+
     source: str
-    path: Path
+    path: Path | None = None
+    hub: HubSource | None = None
+    config: str | None = None
+    split: str | None = None
 
 
 class EvaluationSpec(DatasetSpec):
@@ -42,7 +54,9 @@ class EvaluationSpec(DatasetSpec):
 class ModelSpec(Strict):
     name: str
     source: str
-    path: Path
+    path: Path | None = None
+    hub: HubSource | None = None
+    """Where the checkpoint is when it is no local folder."""
     root: Path | None = None
     """Folder that the checkpoint's files must lie under, after following links; None for any."""
     weight: float
@@ -66,3 +80,13 @@ class MergeSpec(Strict):
     recipe: dict[str, Any]
     folder: Path
     """Where the artifact is assembled; empty and private to this attempt."""
+
+    @property
+    def rows_to_read(self) -> list[DatasetSpec]:
+        """Data sets to score on, of models that take part, and evaluations to make."""
+        scored = [m.dataset for m in self.models if m.dataset and m.weight > 0 and self.method.needs_scores]
+        return [*scored, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
+
+    @property
+    def names_the_hub(self) -> bool:
+        return any(m.hub for m in self.models) or any(rows.hub for rows in self.rows_to_read)

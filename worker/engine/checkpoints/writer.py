@@ -17,25 +17,12 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, CheckpointInfo
+from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, TOKENIZER_FILES, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TensorReader
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "bpe.codes",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "spiece.model",
-)
 
 
 class ShardWriter:

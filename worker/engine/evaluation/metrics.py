@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 from sklearn import metrics as sk
 
 from worker.engine.catalog.labels import Task
@@ -16,6 +16,7 @@ Metric = Callable[[Array, Array], float]
 """From labels and predictions, each (rows,), to the metric."""
 
 BOOTSTRAP_RESAMPLES = 1000
+SUSPICIOUS_GAIN = 0.1  # of accuracy; what renaming labels gains by chance is far below it from some 50 rows on
 
 
 def _f1(average: Literal["binary", "macro"]) -> Metric:
@@ -56,3 +57,16 @@ def interval(metric: Metric, labels: Array, predictions: Array, seed: int) -> tu
         values.append(metric(labels[rows], predictions[rows]))
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def likely_permutation(labels: Array, predictions: Array, outputs: int) -> list[int] | None:
+    """For each label of the rows, the class whose predictions match it best, one to one.
+
+    None unless reading the labels so raises accuracy by `SUSPICIOUS_GAIN`: then the ids probably mean other things in
+    the data set than in the model.
+    """
+    counts = np.zeros((outputs, outputs))
+    np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
+    rows, classes = optimize.linear_sum_assignment(counts, maximize=True)
+    gain = (counts[rows, classes].sum() - counts.trace()) / len(labels)
+    return classes.tolist() if gain >= SUSPICIOUS_GAIN else None

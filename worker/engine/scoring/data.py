@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.errors import InvalidDataset
+from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.planning import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
@@ -22,7 +22,7 @@ class Example:
     """One tokenised row. `index` is its place in the data set's seeded order."""
 
     index: int
-    line: int
+    place: Place
     encoding: Mapping[str, list[int]]
     label: int | float | None
 
@@ -38,10 +38,10 @@ class Batch:
     inputs: dict[str, Tensor]
     labels: Tensor | None
     indices: Tensor
-    lines: tuple[int, ...]
+    places: tuple[Place, ...]
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.places)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def tokenize(
     for index, row in enumerate(rows):
         encoding = {name: encoded[name][index] for name in names}
         if not encoding["input_ids"]:
-            raise InvalidDataset(spec.source, "no tokens", line=row.line)
-        label = None if labels is None or spec.label is None else labels.value(row.label, spec.source, row.line)
-        examples.append(Example(index, row.line, encoding, label))
+            raise InvalidDataset(spec.source, "no tokens", row.place)
+        label = None if labels is None or spec.label is None else labels.value(row.label, spec.source, row.place)
+        examples.append(Example(index, row.place, encoding, label))
     return Tokenized(examples, overflowing)
 
 
@@ -119,7 +119,7 @@ def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device
         if examples[0].label is not None:
             labels = torch.tensor([e.label for e in examples], device=device)
         indices = torch.tensor([e.index for e in examples], dtype=torch.int64)
-        yield Batch(inputs, labels, indices, tuple(e.line for e in examples))
+        yield Batch(inputs, labels, indices, tuple(e.place for e in examples))
 
 
 def padding_values(tokenizer: Any) -> dict[str, int]:

@@ -84,9 +84,9 @@ def _check_finite(values: dict[str, Tensor], batch: Batch, source: str) -> None:
     for site, value in values.items():
         finite = torch.isfinite(value).all(-1)
         if not bool(finite.all()):
-            line = batch.lines[int((~finite).nonzero()[0])]
+            place = batch.places[int((~finite).nonzero()[0])]
             raise NumericalError(
-                f"the gradient of {site} is NaN or infinite at {source}, line {line}; try precision float32",
+                f"the gradient of {site} is NaN or infinite at {source}, {place}; try precision float32",
                 source=source,
-                line=line,
+                **{place.unit: place.number},
             )

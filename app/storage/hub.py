@@ -1,0 +1,126 @@
+"""The Hugging Face hub as the API sees it: which commit a revision is, and a checkpoint's headers without its weights.
+
+Endpoint and token are the hub library's own variables, HF_ENDPOINT and HF_TOKEN.
+"""
+
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import httpx2
+from huggingface_hub import HfApi, get_session, hf_hub_url
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+from app.storage.inputs import COMMIT, HubReference, ReferenceError
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.headers import (
+    INDEX,
+    MAX_HEADER_BYTES,
+    MAX_TOKENIZER_BYTES,
+    PICKLES,
+    described_files,
+    weights_among,
+)
+
+REQUEST_TIMEOUT_S = 10.0
+DEADLINE_S = 30.0  # for one checkpoint; whoever posts the merge waits for it
+PREFIX = struct.Struct("<Q")
+
+
+class HubUnavailable(Exception):
+    """The hub does not answer, or not in time."""
+
+
+class Hub:
+    def pinned(self, reference: HubReference, kind: Literal["model", "dataset"]) -> HubReference:
+        """The same repository at the commit that the revision is now.
+
+        Raises:
+            ReferenceError: there is no such repository or revision, or the token may not see it.
+            HubUnavailable: the hub does not answer.
+        """
+        with _translated(reference):
+            info = HfApi().repo_info(
+                reference.repository, repo_type=kind, revision=reference.revision, timeout=REQUEST_TIMEOUT_S
+            )
+        if info.sha is None or not COMMIT.fullmatch(info.sha):
+            raise HubUnavailable(f"the hub does not say which commit {reference} is")
+        return replace(reference, revision=info.sha)
+
+    def outline(self, reference: HubReference, folder: Path) -> None:
+        """Write the outline of a pinned checkpoint: what describes it whole, and weight files as their headers alone.
+
+        Weight files have their true size but, as sparse files, no weights, so that `inspect_checkpoint` finds in
+        `folder` what it would find in the checkpoint itself.
+
+        Raises:
+            ReferenceError, HubUnavailable: as `pinned`.
+            InvalidCheckpoint: a file is too large to be what it is named.
+        """
+        deadline = time.monotonic() + DEADLINE_S
+        with _translated(reference):
+            info = HfApi().model_info(
+                reference.repository, revision=reference.revision, files_metadata=True, timeout=REQUEST_TIMEOUT_S
+            )
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+            def read(name: str) -> bytes:
+                limit = MAX_HEADER_BYTES if name == INDEX else MAX_TOKENIZER_BYTES
+                if sizes[name] > limit:
+                    raise InvalidCheckpoint(str(reference), f"{name} is larger than {limit} bytes")
+                return _read(reference, name, 0, sizes[name], deadline)
+
+            for name in described_files(sizes):
+                (folder / name).write_bytes(read(name))
+            for name in weights_among(sizes, lambda name: (folder / name).read_bytes()):
+                with (folder / name).open("wb") as stream:
+                    prefix = _read(reference, name, 0, min(PREFIX.size, sizes[name]), deadline)
+                    stream.write(prefix)
+                    header = PREFIX.unpack(prefix)[0] if len(prefix) == PREFIX.size else 0
+                    if header <= MAX_HEADER_BYTES:
+                        end = min(PREFIX.size + header, sizes[name])
+                        stream.write(_read(reference, name, len(prefix), end, deadline))
+                    stream.truncate(sizes[name])
+            for name in PICKLES:
+                if name in sizes:
+                    (folder / name).touch()
+
+
+def _read(reference: HubReference, name: str, begin: int, end: int, deadline: float) -> bytes:
+    """Bytes `begin` to `end` of a file, which a server without ranges may precede with all before them."""
+    if begin >= end:
+        return b""
+    if time.monotonic() > deadline:
+        raise HubUnavailable(f"the hub takes more than {DEADLINE_S:.0f} s to describe {reference}")
+    url = hf_hub_url(reference.repository, name, revision=reference.revision)
+    headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
+    found = b""
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=REQUEST_TIMEOUT_S, follow_redirects=True
+    ) as response:
+        response.raise_for_status()
+        skip = begin if response.status_code == httpx2.codes.OK else 0
+        for chunk in response.iter_bytes():
+            found += chunk
+            if len(found) >= skip + end - begin:
+                break
+    if len(found) < skip + end - begin:
+        raise HubUnavailable(f"the hub sends only a part of {name} of {reference}")
+    return found[skip : skip + end - begin]
+
+
+@contextmanager
+def _translated(reference: HubReference) -> Iterator[None]:
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ReferenceError(f"'{reference}' is not on the hub, or this service's HF_TOKEN may not see it") from error
+    except OfflineModeIsEnabled as error:
+        raise HubUnavailable("this service is kept from the hub by HF_HUB_OFFLINE; use local: references") from error
+    except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+        raise HubUnavailable(f"the hub does not answer for {reference} ({type(error).__name__})") from error

@@ -1,0 +1,225 @@
+"""What a merge names on the Hugging Face hub, brought to this machine before the work begins.
+
+Files go to the hub library's own cache, which other programs share and where a file of one commit never changes. The
+token, the endpoint and the cache's place are the libraries' own variables: HF_TOKEN, HF_ENDPOINT, HF_HOME.
+"""
+
+import errno
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import httpx2
+from huggingface_hub import HfApi, constants, errors, hf_hub_download
+from huggingface_hub.file_download import repo_folder_name
+from tqdm import tqdm
+
+from worker.engine.catalog.errors import DiskFull, InvalidCheckpoint, InvalidDataset, StorageError
+from worker.engine.catalog.headers import described_files, weights_among
+from worker.engine.catalog.spec import DatasetSpec, HubSource, MergeSpec, ModelSpec
+from worker.engine.phase import OnProgress, Phase
+
+# Formats that hold rows. Others would decode images and sounds, or read what is no data of the repository.
+BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a download that was killed
+
+Kind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    kind: Kind
+    source: HubSource
+    name: str
+    missing_bytes: int
+    """0 when it is in the cache."""
+
+
+@dataclass
+class Fetched:
+    """Everything of a merge that came from the hub."""
+
+    checkpoints: dict[HubSource, Path] = field(default_factory=dict)
+    """Folders, by repository and commit."""
+    tables: dict[tuple[HubSource, str | None, str | None], datasets.Dataset] = field(default_factory=dict)
+    """By repository, configuration and split."""
+
+    def table(self, spec: DatasetSpec) -> datasets.Dataset:
+        return self.tables[_table_key(spec)]
+
+
+def fetch(spec: MergeSpec, on_progress: OnProgress) -> Fetched:
+    """Download what is not in the cache yet.
+
+    Raises:
+        InvalidCheckpoint, InvalidDataset: there is no such repository, commit, configuration or split, the token may
+            not see it, or it is in no format that holds rows.
+        StorageError: the hub does not answer.
+        DiskFull: the cache has no room for it.
+    """
+    models = {model.hub: model for model in spec.models if model.hub}
+    tables = {_table_key(rows): rows for rows in spec.rows_to_read if rows.hub}
+    files: list[RemoteFile] = []
+    for source, model in models.items():
+        with _translated(model):
+            files += _checkpoint_files(source)
+    builders = {}
+    for (source, config, _), rows in tables.items():
+        if (source, config) not in builders:
+            with _translated(rows):
+                builder = _builder(rows, source)
+                builders[source, config] = builder
+                files += _data_files(rows, source, builder)
+    total = sum(file.missing_bytes for file in files)
+    _check_space(total)
+    downloading = Phase("downloading", total, "bytes", on_progress)
+    fetched = Fetched()
+    for source, model in models.items():
+        with _translated(model):
+            fetched.checkpoints[source] = _download([f for f in files if f.source == source], downloading)
+    for (source, config, split), rows in tables.items():
+        with _translated(rows):
+            _download([f for f in files if f.source == source], downloading)
+            fetched.tables[source, config, split] = _prepared(rows, builders[source, config])
+    return fetched
+
+
+def _table_key(rows: DatasetSpec) -> tuple[HubSource, str | None, str | None]:
+    if rows.hub is None:
+        raise TypeError(f"{rows.source} is not on the hub")
+    return rows.hub, rows.config, rows.split
+
+
+def _checkpoint_files(source: HubSource) -> list[RemoteFile]:
+    names = HfApi().list_repo_files(source.repository, revision=source.commit)
+
+    def read(name: str) -> bytes:
+        return Path(hf_hub_download(source.repository, name, revision=source.commit)).read_bytes()
+
+    return [_remote_file("model", source, name) for name in (*described_files(names), *weights_among(names, read))]
+
+
+def _builder(rows: DatasetSpec, source: HubSource) -> Any:
+    # A folder of the same name here would be taken for the data set, so there is none.
+    with tempfile.TemporaryDirectory() as empty, chdir(empty):
+        builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit)
+        if _builder_name(builder) == "csv":  # anew, since text that spells a missing value, as NA, is text
+            builder = datasets.load_dataset_builder(
+                source.repository, rows.config, revision=source.commit, keep_default_na=False
+            )
+    if _builder_name(builder) not in BUILDERS:
+        raise InvalidDataset(rows.source, f"its format is {_builder_name(builder)}; known are {', '.join(BUILDERS)}")
+    return builder
+
+
+def _builder_name(builder: Any) -> str:
+    return type(builder).__module__.rpartition(".")[2]
+
+
+def _data_files(rows: DatasetSpec, source: HubSource, builder: Any) -> list[RemoteFile]:
+    """Files of the configuration, each in the repository itself: its description may name any address."""
+    prefix = f"hf://datasets/{source.repository}@{source.commit}/"
+    found = []
+    for url in {str(url) for urls in (builder.config.data_files or {}).values() for url in urls}:
+        if not url.startswith(prefix):
+            raise InvalidDataset(rows.source, f"its configuration names {url}, which is outside the repository")
+        found.append(_remote_file("dataset", source, url.removeprefix(prefix)))
+    return sorted(found, key=lambda file: file.name)
+
+
+def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
+    plan = hf_hub_download(source.repository, name, repo_type=kind, revision=source.commit, dry_run=True)
+    return RemoteFile(kind, source, name, (plan.file_size or 0) if plan.will_download else 0)
+
+
+def _check_space(missing_bytes: int) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if missing_bytes > free:
+        raise DiskFull(f"{missing_bytes} bytes are to be downloaded, the hub's cache has room for {free}")
+
+
+def _download(files: Sequence[RemoteFile], downloading: Phase) -> Path:
+    """The folder of the files' snapshot."""
+    path = Path()
+    for file in files:
+        _remove_abandoned(file)
+        path = Path(
+            hf_hub_download(
+                file.source.repository,
+                file.name,
+                repo_type=file.kind,
+                revision=file.source.commit,
+                tqdm_class=_reporter(downloading),
+            )
+        )
+        for _ in Path(file.name).parts:
+            path = path.parent
+    return path
+
+
+def _remove_abandoned(file: RemoteFile) -> None:
+    """Parts of downloads that were killed: the library starts anew each time and never comes back for them."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=file.source.repository, repo_type=file.kind)
+    for part in folder.glob("blobs/*.incomplete"):
+        try:
+            if time.time() - part.stat().st_mtime > ABANDONED_S:
+                part.unlink()
+        except FileNotFoundError:
+            continue
+
+
+def _reporter(phase: Phase) -> Any:
+    """What the library takes for its progress bar."""
+
+    class Reporter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            phase.advance(int(n or 0))
+
+    return Reporter
+
+
+def _prepared(rows: DatasetSpec, builder: Any) -> datasets.Dataset:
+    builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
+    splits = list(builder.info.splits)
+    split = rows.split or (splits[0] if len(splits) == 1 else None)
+    if split is None:
+        raise InvalidDataset(rows.source, f"it has the splits {', '.join(splits)}; name one as split")
+    return builder.as_dataset(split=split)
+
+
+@contextmanager
+def _translated(asked: ModelSpec | DatasetSpec) -> Iterator[None]:
+    """Turn the libraries' exceptions into ours."""
+    invalid = InvalidCheckpoint if isinstance(asked, ModelSpec) else InvalidDataset
+    try:
+        yield
+    except (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.RemoteEntryNotFoundError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
+        problem = "it is not on the hub any more, or this service's HF_TOKEN may not see it"
+        raise invalid(asked.source, problem) from error
+    except (httpx2.HTTPError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError) as error:
+        problem = f"the hub does not answer ({type(error).__name__})"
+        raise StorageError(f"{asked.source}: {problem}; try again", source=asked.source) from error
+    except datasets.exceptions.DatasetBuildError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise error.__cause__ from None
+        # The library's own words may quote a row.
+        cause = type(error.__cause__ or error).__name__
+        raise InvalidDataset(asked.source, f"its files cannot be read ({cause})") from error
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
+        raise invalid(asked.source, str(error).partition("\n")[0][:300]) from error

@@ -1,0 +1,46 @@
+"""A merge's checkpoints and rows, wherever they come from.
+
+The libraries for tables and for the hub cost 110 MB and half a second, so they are loaded when they are needed.
+"""
+
+from typing import TYPE_CHECKING
+
+from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.rows import RowFile, Rows, is_parquet
+from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
+from worker.engine.phase import OnProgress
+
+if TYPE_CHECKING:
+    from worker.engine.hub import Fetched
+
+
+class Inputs:
+    """Downloads what is on the hub when it is made, see `worker.engine.hub.fetch`."""
+
+    def __init__(self, spec: MergeSpec, on_progress: OnProgress) -> None:
+        self._fetched: Fetched | None = None
+        if spec.names_the_hub:
+            from worker.engine.hub import fetch
+
+            self._fetched = fetch(spec, on_progress)
+
+    def checkpoint(self, model: ModelSpec) -> CheckpointInfo:
+        """Raises InvalidCheckpoint."""
+        if model.hub is not None and self._fetched is not None:
+            folder = self._fetched.checkpoints[model.hub]
+            return inspect_checkpoint(folder, model.source, folder.parent.parent)  # the repository's part of the cache
+        if model.path is None:
+            raise TypeError(f"{model.source} is neither a folder nor on the hub")
+        return inspect_checkpoint(model.path, model.source, model.root)
+
+    def rows(self, spec: DatasetSpec) -> Rows:
+        """Raises InvalidDataset."""
+        if spec.hub is not None and self._fetched is not None:
+            from worker.engine.tables import TableRows
+
+            return TableRows(self._fetched.table(spec), spec)
+        if is_parquet(spec):
+            from worker.engine.tables import TableRows, read_parquet
+
+            return TableRows(read_parquet(spec), spec)
+        return RowFile(spec)

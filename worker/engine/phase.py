@@ -1,0 +1,25 @@
+"""How a merge tells how far it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+OnProgress = Callable[[str, int, int, str], None]
+"""phase, done, total, unit. May raise to stop the merge."""
+
+
+@dataclass
+class Phase:
+    """Counts what is done within a phase and tells the listener."""
+
+    name: str
+    total: int
+    unit: str
+    listener: OnProgress
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.listener(self.name, 0, self.total, self.unit)
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        self.listener(self.name, self.done, self.total, self.unit)
