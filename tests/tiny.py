@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.tiny_families import TINY_BERT, WORDS, TinyFamily
 from worker.engine.catalog.rows import Row, RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", *(f"w{i}" for i in range(85))]
 LAYERS = 2
 HEADS = 4
 NEURONS = 24
@@ -28,6 +27,7 @@ Tensors = dict[str, Tensor]
 def tiny_checkpoint(
     folder: Path,
     *,
+    family: TinyFamily = TINY_BERT,
     labels: int = 2,
     seed: int = 0,
     base_seed: int = 1000,
@@ -36,38 +36,37 @@ def tiny_checkpoint(
     hidden: int = 16,
     names: Sequence[str] | None = None,
 ) -> Path:
-    """A BERT as `save_pretrained` writes it: the ancestor of `base_seed`, fine-tuned as `seed` says, with its own head.
+    """A model as `save_pretrained` writes it: the ancestor of `base_seed`, fine-tuned as `seed` says, its own head.
 
     One label, or `problem_type` regression, is a regression head. `names` are the labels' names.
     """
     # Imported late: whoever imports this module may still have to say that the hub is out of reach.
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    tokenizer = family.tokenizer()
     named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
-    config = BertConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=hidden,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=NEURONS,
-        max_position_embeddings=POSITIONS,
+    config = AutoConfig.for_model(
+        family.model_type,
+        vocab_size=len(tokenizer),
+        **family.sizes(hidden, HEADS, LAYERS, NEURONS),
+        max_position_embeddings=POSITIONS + family.reserved_positions,
+        **family.settings,
         **(named or {"num_labels": labels}),
         problem_type=problem_type,
     )
-    model = BertForSequenceClassification(config)
+    model = AutoModelForSequenceClassification.from_config(config)
     ancestor, fine_tuning = torch.Generator().manual_seed(base_seed), torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in model.state_dict().items():
         step = torch.randn(tensor.shape, generator=fine_tuning)
-        if name.startswith("classifier"):
+        if name.startswith(family.head):
             state[name] = step
         else:
-            centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
             state[name] = centre + SPREAD * torch.randn(tensor.shape, generator=ancestor) + STEP * step
     model.load_state_dict(state)
     model.to(dtype).save_pretrained(folder)
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
-    BertTokenizer(vocab=vocabulary, model_max_length=POSITIONS).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -144,13 +143,13 @@ def float64_model(checkpoint: Path) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float64).eval()
 
 
-def insert_masks(model: Any) -> tuple[Tensor, Tensor]:
-    """Real masks of a BERT, at one: (layers, heads) times the heads' contexts, (layers, neurons) times activations."""
+def insert_masks(model: Any, family: TinyFamily = TINY_BERT) -> tuple[Tensor, Tensor]:
+    """Real masks at one: (layers, heads) times the heads' contexts, (layers, neurons) times the activations."""
     heads = torch.ones(LAYERS, HEADS, dtype=torch.float64, requires_grad=True)
     neurons = torch.ones(LAYERS, NEURONS, dtype=torch.float64, requires_grad=True)
-    for layer, block in enumerate(model.bert.encoder.layer):
-        _multiply_input(block.attention.output.dense, heads, layer, model.config.hidden_size // HEADS)
-        _multiply_input(block.output.dense, neurons, layer, 1)
+    for layer, block in enumerate(model.get_submodule(family.layers)):
+        _multiply_input(block.get_submodule(family.heads_out), heads, layer, model.config.hidden_size // HEADS)
+        _multiply_input(block.get_submodule(family.neurons_out), neurons, layer, 1)
     return heads, neurons
 
 

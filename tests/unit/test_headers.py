@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from worker.engine.catalog.headers import (
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
+    TOKENIZER_FILES,
     WEIGHTS,
+    CheckpointInfo,
     inspect_checkpoint,
     read_header,
 )
@@ -217,12 +219,78 @@ def test_vocabularies_are_compared_whatever_file_they_are_in(checkpoint: Path) -
     (checkpoint / "vocab.txt").write_text("\n".join([*tokens[:-2], tokens[-1], tokens[-2]]) + "\n")
     assert inspect_checkpoint(checkpoint, SOURCE).vocabulary != first
     (checkpoint / "vocab.txt").unlink()
-    assert inspect_checkpoint(checkpoint, SOURCE).vocabulary is None
+    assert inspect_checkpoint(checkpoint, SOURCE).vocabulary == {}
+
+
+def with_tokenizer(checkpoint: Path, files: Mapping[str, bytes]) -> CheckpointInfo:
+    """The checkpoint with these tokenizer files alone."""
+    for name in TOKENIZER_FILES:
+        (checkpoint / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (checkpoint / name).write_bytes(content)
+    return inspect_checkpoint(checkpoint, SOURCE)
+
+
+def tokenizer_json(**model: Any) -> dict[str, bytes]:
+    return {"tokenizer.json": json.dumps({"model": model}).encode()}
+
+
+BPE = {"a": 0, "b": 1, "ab": 2}
+
+
+def test_a_bpe_is_its_tokens_and_its_merges_whatever_file_they_are_in(checkpoint: Path) -> None:
+    pairs = tokenizer_json(vocab=BPE, merges=[["a", "b"]])
+    first = with_tokenizer(checkpoint, pairs).vocabulary
+    vocab = {"vocab.json": json.dumps(dict(reversed(BPE.items()))).encode()}
+    for same in (
+        tokenizer_json(type="BPE", merges=["a b"], vocab=BPE),
+        {**vocab, "merges.txt": b"#version: 0.2\na b\n"},
+        {**vocab, "merges.txt": b"a b"},
+        {**pairs, "vocab.json": b"{}", "merges.txt": b""},  # tokenizer.json is what transformers reads
+    ):
+        assert with_tokenizer(checkpoint, same).vocabulary == first, same
+    for other in (
+        tokenizer_json(vocab=BPE, merges=[["b", "a"]]),
+        tokenizer_json(vocab={**BPE, "c": 3}, merges=["a b"]),
+        {**vocab, "merges.txt": b"b a\n"},
+        {"vocab.json": b'{"a": 0}', "merges.txt": b"a b\n"},
+    ):
+        assert with_tokenizer(checkpoint, other).vocabulary.keys() == {"tokens"}
+        assert with_tokenizer(checkpoint, other).vocabulary != first, other
+
+
+def test_a_unigram_is_its_pieces_in_order_with_their_scores(checkpoint: Path) -> None:
+    pieces = [["<unk>", 0.0], ["▁one", -1.5], ["o", -3.25]]
+    first = with_tokenizer(checkpoint, tokenizer_json(type="Unigram", unk_id=0, vocab=pieces)).vocabulary
+    assert with_tokenizer(checkpoint, tokenizer_json(vocab=pieces, byte_fallback=False)).vocabulary == first
+    for other in (pieces[::-1], pieces[:2], [*pieces[:2], ["o", -3.5]]):
+        assert with_tokenizer(checkpoint, tokenizer_json(vocab=other)).vocabulary != first
+
+
+@pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "spm.model", "spiece.model"])
+def test_a_sentencepiece_model_is_known_by_its_bytes_and_compared_with_its_like(checkpoint: Path, name: str) -> None:
+    fast = tokenizer_json(vocab=[["<unk>", 0.0]])
+    alone = with_tokenizer(checkpoint, {name: b"pieces"}).vocabulary
+    both = with_tokenizer(checkpoint, {name: b"pieces", **fast}).vocabulary
+    assert alone.keys() == {"sentencepiece"}
+    assert both["sentencepiece"] == alone["sentencepiece"]
+    assert both["tokens"] == with_tokenizer(checkpoint, fast).vocabulary["tokens"]
+    assert with_tokenizer(checkpoint, {name: b"others"}).vocabulary != alone
+
+
+def test_a_token_may_be_what_python_takes_for_a_lines_end(checkpoint: Path) -> None:
+    tokens = ["[PAD]", "\u2028", "\x85", "one"]
+    expected = with_tokenizer(checkpoint, tokenizer_json(vocab={t: i for i, t in enumerate(tokens)})).vocabulary
+    for end in ("\n", "\r\n"):
+        file = {"vocab.txt": "".join(token + end for token in tokens).encode()}
+        assert with_tokenizer(checkpoint, file).vocabulary == expected
 
 
 BROKEN_TOKENIZERS: dict[str, tuple[str, bytes]] = {
     "model is null": ("tokenizer.json", b'{"model": null}'),
+    "merges are a number": ("tokenizer.json", b'{"model": {"vocab": {"a": 0}, "merges": 5}}'),
     "model is a list": ("tokenizer.json", b'{"model": []}'),
+    "BPE vocabulary is a list": ("vocab.json", b"[]"),
     "vocabulary not UTF-8": ("vocab.txt", "é\n".encode("latin-1")),
 }
 

@@ -20,7 +20,7 @@ def checkpoint(config: Mapping[str, Any], rows: int | None = None) -> Checkpoint
     tensors = {}
     if rows is not None:
         tensors["classifier.weight"] = TensorInfo("classifier.weight", "x", "F32", (rows, 16), 64 * rows)
-    return CheckpointInfo("local:expert", Path("expert"), dict(config), tensors, None)
+    return CheckpointInfo("local:expert", Path("expert"), {"model_type": "bert", **config}, tensors, {})
 
 
 @pytest.mark.parametrize(

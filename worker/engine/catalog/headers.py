@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ MAX_TOKENIZER_BYTES = 100_000_000
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,9 +33,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "spiece.model",
+    "bpe.codes",
+    *SENTENCEPIECE,
 )
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
@@ -58,8 +58,8 @@ class CheckpointInfo:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    vocabulary: str | None
-    """Digest of the tokenizer's vocabulary; None where there is no tokenizer file to read."""
+    vocabulary: Mapping[str, str]
+    """Digests of what cuts text into token ids, by the form it is stored in; empty where there is no tokenizer."""
 
     @property
     def model_type(self) -> str:
@@ -113,7 +113,7 @@ def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> Che
                     source, f"tensor {tensor.name} is in both {tensors[tensor.name].file} and {file_name}"
                 )
             tensors[tensor.name] = tensor
-    return CheckpointInfo(source, path, config, tensors, _vocabulary_digest(path, source))
+    return CheckpointInfo(source, path, config, tensors, _vocabulary(path, source))
 
 
 def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
@@ -217,33 +217,65 @@ def _weight_files(path: Path, source: str) -> list[str]:
     raise InvalidCheckpoint(source, f"neither {WEIGHTS} nor {INDEX} is there")
 
 
-def _read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
+def _read(file: Path, source: str, limit: int) -> bytes:
     try:
         if file.stat().st_size > limit:
             raise InvalidCheckpoint(source, f"{file.name} is larger than {limit} bytes")
-        content = json.loads(file.read_bytes())
+        return file.read_bytes()
     except FileNotFoundError as error:
         raise InvalidCheckpoint(source, f"{file.name} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InvalidCheckpoint(source, f"{file.name} cannot be read: {error.strerror}") from error
+
+
+def _read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(file, source, limit))
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidCheckpoint(source, f"{file.name} is not a JSON object")
     return content
 
 
-def _vocabulary_digest(path: Path, source: str) -> str | None:
-    """Digest of token → id pairs; formatting and post-processing of the tokenizer do not matter here."""
+def _vocabulary(path: Path, source: str) -> dict[str, str]:
+    """`tokens`: of token → id pairs, with a BPE's merges or a Unigram's scores; formatting and post-processing do not
+    matter. `sentencepiece`: of the file, whose pieces have ids only once a tokenizer's class has shifted them."""
+    forms = {}
+    tokens = _tokens(path, source)
+    if tokens is not None:
+        forms["tokens"] = json.dumps(tokens, sort_keys=True).encode()
+    for name in SENTENCEPIECE:
+        if (path / name).exists():
+            forms["sentencepiece"] = _read(path / name, source, MAX_TOKENIZER_BYTES)
+    return {form: hashlib.sha256(content).hexdigest() for form, content in forms.items()}
+
+
+def _tokens(path: Path, source: str) -> object:
+    """The same for the same tokens, whichever of the files they are in; None where there is none of them."""
     if (path / "tokenizer.json").exists():
         model = _read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES).get("model")
         if not isinstance(model, dict) or not model.get("vocab"):
             raise InvalidCheckpoint(source, "tokenizer.json has no vocabulary")
-        canonical = json.dumps(model["vocab"], sort_keys=True).encode()
-    elif (path / "vocab.txt").exists():
-        try:
-            lines = (path / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidCheckpoint(source, f"vocab.txt cannot be read as UTF-8: {error}") from error
-        canonical = json.dumps({token: index for index, token in enumerate(lines)}, sort_keys=True).encode()
-    else:
-        return None
-    return hashlib.sha256(canonical).hexdigest()
+        merges = model.get("merges") or []
+        if not isinstance(merges, list):
+            raise InvalidCheckpoint(source, "tokenizer.json has merges that are no list")
+        # A merge is a pair, or, in older files, text with a space between.
+        return [model["vocab"], [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in merges]]
+    if (path / "vocab.txt").exists():
+        return [{token: index for index, token in enumerate(_lines(path / "vocab.txt", source))}, []]
+    if (path / "vocab.json").exists():
+        merges = _lines(path / "merges.txt", source) if (path / "merges.txt").exists() else []
+        return [
+            _read_json(path / "vocab.json", source, MAX_TOKENIZER_BYTES),
+            [merge for merge in merges if merge and not merge.startswith("#version")],
+        ]
+    return None
+
+
+def _lines(file: Path, source: str) -> list[str]:
+    try:
+        text = _read(file, source, MAX_TOKENIZER_BYTES).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InvalidCheckpoint(source, f"{file.name} cannot be read as UTF-8: {error}") from error
+    return text.removesuffix("\n").split("\n")  # a token may be a character that splitlines() takes for a line's end

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, Place
+from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import did_you_mean
@@ -27,15 +28,16 @@ def task_of(info: CheckpointInfo) -> Task:
     Raises:
         InvalidCheckpoint: multi-label heads and regression with several outputs are not available.
     """
-    config = info.config
+    config, family = info.config, FAMILIES[info.model_type]
     names = _labels(info, "id2label")
     outputs = len(names) if names else config.get("num_labels", 2)
-    head = info.tensors.get("classifier.weight")
-    if head is None:
-        raise InvalidCheckpoint(info.source, f"no tensor classifier.weight, which {info.architecture} needs")
-    if head.shape[:1] != (outputs,):
+    for module in family.heads:
+        if f"{module}.weight" not in info.tensors:
+            raise InvalidCheckpoint(info.source, f"no tensor {module}.weight, which {info.architecture} needs")
+    logits = info.tensors[f"{family.logits}.weight"]
+    if logits.shape[:1] != (outputs,):
         raise InvalidCheckpoint(
-            info.source, f"config.json names {outputs} labels, classifier.weight has shape {list(head.shape)}"
+            info.source, f"config.json names {outputs} labels, {logits.name} has shape {list(logits.shape)}"
         )
     problem = config.get("problem_type")
     if problem == "multi_label_classification":

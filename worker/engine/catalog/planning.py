@@ -61,9 +61,10 @@ class MergePlan:
         config = self.checkpoints[0].config
         sizes = {what: self.family.size(config, what) for what in self.family.config_names}
         models = [sum(t.nbytes for t in info.tensors.values()) for info in self.checkpoints]
-        # Per token and layer, in float32: about 16 vectors of the hidden size, 4 of the feed-forward size, and 3 rows
-        # of attention per head over the longest sequence.
-        per_token = 16 * sizes["hidden"] + 4 * sizes["neurons"] + 3 * sizes["heads"] * sizes["positions"]
+        # Per token and layer, in float32: about 16 vectors of the hidden size, 4 of the feed-forward size, and
+        # rows of attention per head over the longest sequence.
+        attention = self.family.attention_rows * sizes["heads"] * sizes["positions"]
+        per_token = 16 * sizes["hidden"] + 4 * sizes["neurons"] + attention
         activations = BATCH_TOKENS * sizes["layers"] * per_token * 4
         return RUNTIME_BYTES + min(sum(models), CACHE_BYTES + max(models)) + max(models) + activations
 
@@ -94,13 +95,13 @@ def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> 
     slots = [_slots(info, family) for info in checkpoints]
     backbone = []
     for name, (slot, tensor) in slots[0].items():
-        if slot.kind in (Kind.HEAD, Kind.BUFFER):
+        if slot.kind in (Kind.HEAD, Kind.UNREAD):
             continue
         sources = [_counterpart(first, tensor, info, of, name) for info, of in zip(checkpoints, slots, strict=True)]
         backbone.append(PlannedTensor(slot, tensor.shape, _output_dtype(sources, dtype), tuple(sources)))
     for info, of in zip(checkpoints, slots, strict=True):
         for name, (slot, _) in of.items():
-            if slot.kind not in (Kind.HEAD, Kind.BUFFER) and name not in slots[0]:
+            if slot.kind not in (Kind.HEAD, Kind.UNREAD) and name not in slots[0]:
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     heads = tuple(
         tuple(
@@ -115,7 +116,7 @@ def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> 
 
 def require_tokenizer(info: CheckpointInfo) -> None:
     """Raises InvalidCheckpoint when there is none: without one, transformers makes up an empty one."""
-    if info.vocabulary is None:
+    if not info.vocabulary:
         raise InvalidCheckpoint(info.source, "no tokenizer is there; save it beside the weights")
 
 
@@ -134,21 +135,26 @@ def _family(info: CheckpointInfo) -> Family:
         raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
     if info.config.get("is_decoder"):
         raise InvalidCheckpoint(info.source, "is_decoder is not available for this family")
+    for key, only in family.supported.items():
+        value = family.setting(info.config, key)
+        if value != only:
+            raise InvalidCheckpoint(info.source, f"{key} {value!r} is not available for this family; {only!r} is")
     return family
 
 
 def _check_sizes(info: CheckpointInfo, family: Family) -> None:
     try:
         sizes = {what: family.size(info.config, what) for what in family.config_names}
+        family.max_tokens(info.config)
     except ValueError as error:
         raise InvalidCheckpoint(info.source, str(error)) from error
     if sizes["hidden"] % sizes["heads"]:
         raise InvalidCheckpoint(info.source, f"hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
     owned = {Kind.QUERY: (0, "hidden"), Kind.UP: (0, "neurons"), Kind.DOWN: (1, "neurons")}
-    layers = set()
+    layers: dict[int, set[str]] = {}
     for slot, tensor in _slots(info, family).values():
         if slot.layer is not None:
-            layers.add(slot.layer)
+            layers.setdefault(slot.layer, set()).add(slot.name.removeprefix(family.layer_path(slot.layer)))
         if slot.kind in owned and not slot.is_bias:
             axis, what = owned[slot.kind]
             if len(tensor.shape) != 2 or tensor.shape[axis] != sizes[what]:
@@ -158,15 +164,22 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
                 )
     if len(layers) != sizes["layers"] or max(layers) != sizes["layers"] - 1:
         raise InvalidCheckpoint(info.source, f"{len(layers)} layers are there, config.json says {sizes['layers']}")
+    everywhere = set.union(*layers.values())
+    for layer, names in layers.items():
+        for name in sorted(everywhere - names):
+            raise InvalidCheckpoint(info.source, f"no tensor {family.layer_path(layer)}{name}; other layers have it")
 
 
 def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family) -> None:
     for key in (*family.config_names.values(), *family.settings):
-        absent = family.settings.get(key)
-        ours, theirs = first.config.get(key, absent), info.config.get(key, absent)
+        ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
         if ours != theirs:
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}")
-    if first.vocabulary and info.vocabulary and first.vocabulary != info.vocabulary:
+    common = first.vocabulary.keys() & info.vocabulary.keys()
+    if not common:
+        problem = "their tokenizers are stored in different forms; save both as tokenizer.json, by save_pretrained()"
+        raise IncompatibleCheckpoints(first.source, info.source, problem)
+    if all(first.vocabulary[form] != info.vocabulary[form] for form in common):
         raise IncompatibleCheckpoints(
             first.source, info.source, "their tokenizers have different vocabularies; a merge needs one vocabulary"
         )
@@ -180,7 +193,7 @@ def _slots(info: CheckpointInfo, family: Family) -> dict[str, tuple[Slot, Tensor
             raise InvalidCheckpoint(
                 info.source, f"tensor {tensor.name} is unknown in {family.model_type}; nothing is averaged by guess"
             )
-        if slot.kind is not Kind.BUFFER and tensor.dtype not in FLOATS:
+        if slot.kind is not Kind.UNREAD and tensor.dtype not in FLOATS:
             raise InvalidCheckpoint(info.source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
         if slot.name in slots:
             raise InvalidCheckpoint(info.source, f"tensor {slot.name} is there under two spellings")

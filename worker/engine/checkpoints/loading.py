@@ -1,5 +1,6 @@
 """Checkpoints as running models: loaded once, kept warm within a memory budget."""
 
+import inspect
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +44,8 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             info.path,
             use_safetensors=True,
             dtype=torch.float32,
-            # Fused attention on a CPU has a slow backward pass at the lengths of classification.
-            attn_implementation="sdpa" if device.type == "cuda" else "eager",
+            # None: fused where the family has it. On a CPU its backward pass is slow at the lengths of classification.
+            attn_implementation=None if device.type == "cuda" else "eager",
             output_loading_info=True,
             return_dict=True,
             chunk_size_feed_forward=0,  # in chunks, the second projection would see parts of its input
@@ -65,7 +66,8 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     if len(tokenizer) > model.config.vocab_size:
         problem = f"its tokenizer has {len(tokenizer)} tokens, its embedding matrix {model.config.vocab_size} rows"
         raise InvalidCheckpoint(info.source, problem)
-    positions = family.size(info.config, "positions")
+    tokenizer.model_input_names = _inputs(tokenizer, model)
+    positions = family.max_tokens(info.config)
     return LoadedModel(
         info=info,
         task=task_of(info),
@@ -75,6 +77,18 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         max_length=min(positions, _length_limit(tokenizer, positions)),
         padding=padding_values(tokenizer),
     )
+
+
+def _inputs(tokenizer: Any, model: Any) -> list[str]:
+    """The tokenizer's outputs that the model takes.
+
+    With one segment or none, every token is of the same and the ids say nothing; a tokenizer that counts to two would
+    reach beyond the matrix.
+    """
+    taken = set(inspect.signature(model.forward).parameters)
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        taken.discard("token_type_ids")
+    return [name for name in tokenizer.model_input_names if name in taken]
 
 
 def _length_limit(tokenizer: Any, positions: int) -> int:

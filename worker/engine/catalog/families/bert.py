@@ -23,11 +23,10 @@ BERT = Family(
         "embeddings.position_embeddings": Kind.EMBEDDING,
         "embeddings.token_type_embeddings": Kind.EMBEDDING,
         "embeddings.LayerNorm": Kind.EMBEDDING,
-        "pooler.dense": Kind.POOLER,
+        "pooler.dense": Kind.POOLER,  # pre-trained with the next-sentence task, so experts share its ancestor too
     },
     heads=("classifier",),
-    buffers=("embeddings.position_ids",),
-    aliases={"gamma": "weight", "beta": "bias"},
+    unread=("embeddings.position_ids",),
     config_names={
         "layers": "num_hidden_layers",
         "heads": "num_attention_heads",
@@ -35,10 +34,6 @@ BERT = Family(
         "hidden": "hidden_size",
         "positions": "max_position_embeddings",
     },
-    settings={
-        "vocab_size": 30522,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "position_embedding_type": "absolute",
-    },
+    settings={"vocab_size": 30522, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    supported={"position_embedding_type": "absolute"},
 )

@@ -27,13 +27,17 @@ class Kind(StrEnum):
     UP = "up"
     DOWN = "down"
     FEED_FORWARD_NORM = "feed_forward_norm"
+    CONVOLUTION = "convolution"
     POOLER = "pooler"
     HEAD = "head"
-    BUFFER = "buffer"
+    UNREAD = "unread"
 
 
 ROW_OWNERS = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.VALUE: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
 COLUMN_OWNERS = {Kind.ATTENTION_OUTPUT: Nodes.HEADS, Kind.DOWN: Nodes.NEURONS}
+
+OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
+"""How norms converted from TensorFlow spell the last part of a name."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,33 @@ class Family:
     architectures: tuple[str, ...]
     prefix: str
     embeddings: str
+    """Module path of what turns token ids into vectors; gradients end there."""
     layers: str
     layer_modules: Mapping[str, Kind]
+    """By path within a layer. A weight may have a bias or none, a module may be missing where a setting says so."""
     outer_modules: Mapping[str, Kind]
+    """Under `prefix`, outside the layers."""
     heads: tuple[str, ...]
-    buffers: tuple[str, ...]
-    aliases: Mapping[str, str]
-    """Older spellings of the last part of a tensor's name."""
+    """What fine-tuning starts from scratch, kept per model, in the order it runs; the last module gives the logits."""
+    unread: tuple[str, ...]
+    """Tensors under `prefix` that transformers once saved in such checkpoints and no longer reads; left out."""
     config_names: Mapping[str, str]
     """Configuration keys of: layers, heads, neurons, hidden, positions."""
     settings: Mapping[str, Any]
-    """Further configuration keys that merged checkpoints must share, with what their absence means."""
+    """Further keys that change what a model computes and do not show in shapes, with what their absence means.
+
+    Merged checkpoints must share them. Where absence means a tuple, the value is a set of words."""
+    supported: Mapping[str, Any]
+    """Keys for which one value alone is available; absence means it."""
+    padding_position: str | None = None
+    """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
+    attention_rows: int = 3
+    """Rows as long as the sequence, per token and head: what the backward pass keeps (measured 1), and 2 that pass."""
+
+    @property
+    def logits(self) -> str:
+        """The module that gives the logits."""
+        return self.heads[-1]
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
         """A size from the configuration; `what` is a key of `config_names`. Raises ValueError naming the key."""
@@ -110,13 +130,34 @@ class Family:
             raise ValueError(f"config.json has no usable {key}")
         return value
 
+    def max_tokens(self, config: Mapping[str, Any]) -> int:
+        """Tokens of the longest row that the positions are enough for. Raises ValueError naming the key."""
+        positions = self.size(config, "positions")
+        if self.padding_position is None:
+            return positions
+        padding = self.setting(config, self.padding_position)
+        if not isinstance(padding, int) or isinstance(padding, bool) or not 0 <= padding < positions - 1:
+            raise ValueError(f"config.json has no usable {self.padding_position}")
+        return positions - padding - 1
+
+    def setting(self, config: Mapping[str, Any], key: str) -> Any:
+        """The value of a setting; of a set of words, a sorted tuple, whether it was a list or text with `|` between."""
+        absent = self.settings.get(key, self.supported.get(key))
+        value = config.get(key, absent)
+        if not isinstance(absent, tuple):
+            return value
+        words = value.split("|") if isinstance(value, str) else value or ()
+        if not isinstance(words, list | tuple):
+            return value
+        return tuple(sorted(str(word).strip().lower() for word in words))
+
     def slot(self, name: str) -> Slot | None:
         """The place of the tensor `name`; None when no rule of this family owns it."""
         module, _, part = name.rpartition(".")
-        part = self.aliases.get(part, part)
+        part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
-        if name in (self.prefix + buffer for buffer in self.buffers):
-            return Slot(name, Kind.BUFFER, None, False)
+        if canonical in (self.prefix + unread for unread in self.unread):
+            return Slot(canonical, Kind.UNREAD, None, False)
         if part not in ("weight", "bias"):
             return None
         if module in self.heads:
@@ -138,8 +179,11 @@ class Family:
             for module, kind in self.layer_modules.items():
                 nodes = COLUMN_OWNERS.get(kind)
                 if nodes is not None:
-                    path = f"{self.prefix}{self.layers.format(layer=layer)}.{module}"
-                    yield Site(score_name(layer, nodes), path, counts[nodes])
+                    yield Site(score_name(layer, nodes), self.layer_path(layer) + module, counts[nodes])
+
+    def layer_path(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{self.prefix}{self.layers.format(layer=layer)}."
 
     @cached_property
     def _layer_pattern(self) -> re.Pattern[str]:

@@ -1,0 +1,651 @@
+"""What every family of architectures must do, by the same tests for each: the table is right or one of them fails."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceTrainer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.tiny import (
+    HEADS,
+    LAYERS,
+    NEURONS,
+    POSITIONS,
+    Tensors,
+    dataset_spec,
+    edit_json,
+    edit_tensors,
+    float64_model,
+    insert_masks,
+    merge_spec,
+    model_spec,
+    read_model,
+    read_rows,
+    silent,
+    tiny_checkpoint,
+    write_rows,
+)
+from tests.tiny_families import TINY_FAMILIES, TinyFamily
+from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.families import FAMILIES, Family, Kind, Nodes
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.rows import RowFile, sample
+from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.pipeline import Engine
+from worker.engine.scoring.data import Example, tokenize
+from worker.engine.scoring.estimators import estimator_for
+from worker.engine.scoring.scorer import score
+
+ROWS = 12
+LABELS = {"two": 2, "three": 3, "grade": 1}
+COUNTS = {Nodes.HEADS: HEADS, Nodes.NEURONS: NEURONS}
+NODES = [(nodes, layer, index) for nodes, index in ((Nodes.HEADS, 2), (Nodes.NEURONS, 7)) for layer in range(LAYERS)]
+CPU = torch.device("cpu")
+ENGINE_TOLERANCE = 1e-4  # of a score in norm, float32 against float64
+INVARIANCE = 1e-5  # relative in norm per layer and kind: what METHOD promises of float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """Three experts of one ancestor, `two`, `three` and `grade`, with rows beside them."""
+
+    name: str
+    tiny: TinyFamily
+    root: Path
+
+    @property
+    def table(self) -> Family:
+        return FAMILIES[self.tiny.model_type]
+
+    @property
+    def experts(self) -> dict[str, Path]:
+        return {name: self.root / name for name in LABELS}
+
+    def owned(self, nodes: Nodes, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Kind, int]]:
+        """By the product's table: the tensors of which these nodes own slices, and along which axis."""
+        for name in tensors:
+            slot = self.table.slot(name)
+            assert slot is not None, name
+            if slot.owner is not None and (slot.owner.nodes, slot.owner.layer) == (nodes, layer):
+                yield name, slot.kind, slot.owner.axis
+
+
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make_case(name: str, root: Path) -> Case:
+    for seed, (expert, labels) in enumerate(LABELS.items()):
+        tiny_checkpoint(root / expert, family=TINY_FAMILIES[name], labels=labels, seed=seed)
+        write_rows(root / f"{expert}.jsonl", count=ROWS, labels=labels, seed=seed)
+    return Case(name, TINY_FAMILIES[name], root)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine()
+
+
+def merge(engine: Engine, folder: Path, checkpoints: list[Path], **options: Any) -> dict[str, Path]:
+    """The merged models' folders."""
+    weights = options.pop("weights", [1.0] * len(checkpoints))
+    rows = [path.with_suffix(".jsonl") for path in checkpoints]
+    models = [model_spec(path, at, weight=weight) for path, at, weight in zip(checkpoints, rows, weights, strict=True)]
+    engine.merge(merge_spec(folder, models, options), silent)
+    return {path.name: folder / "models" / path.name for path in checkpoints}
+
+
+def plan(paths: list[Path]) -> MergePlan:
+    return plan_merge([inspect_checkpoint(path, f"local:{path.name}") for path in paths])
+
+
+def copied(case: Case, folder: Path) -> list[Path]:
+    """Two experts that fit, to be spoilt."""
+    return [Path(shutil.copytree(case.experts[name], folder / name)) for name in ("two", "three")]
+
+
+def assert_refused(paths: list[Path], error: type[EngineError], *words: str) -> None:
+    with pytest.raises(error) as caught:
+        plan(paths)
+    missing = [word for word in words if word not in caught.value.message]
+    assert not missing, caught.value.message
+
+
+def probe(case: Case) -> Tensors:
+    """Rows without padding, past the special tokens' ids."""
+    vocabulary = AutoConfig.from_pretrained(case.experts["two"]).vocab_size
+    return {"input_ids": torch.randint(8, vocabulary, (3, 12), generator=torch.Generator().manual_seed(0))}
+
+
+def logits(checkpoint: Path, inputs: Tensors) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = float64_model(checkpoint)(**inputs).logits
+    return found
+
+
+# Scores
+
+
+def examples_of(loaded: LoadedModel, rows: Path) -> list[Example]:
+    return tokenize(read_rows(rows), dataset_spec(rows), loaded.tokenizer, loaded.max_length, None).examples
+
+
+def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[str, Tensor]:
+    """Scores by masks that are there: a row at a time, no padding, float64, a backward pass for every label."""
+    model, tokenizer = float64_model(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    masks = insert_masks(model, tiny)
+    total = [torch.zeros_like(mask) for mask in masks]
+    lines = checkpoint.with_suffix(".jsonl").read_text().splitlines()
+    for line in lines:
+        encoded = tokenizer(json.loads(line)["text"], return_tensors="pt", truncation=True, max_length=POSITIONS)
+        (row,) = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+        likelihoods = row.log_softmax(-1) if len(row) > 1 else row
+        weights = likelihoods.detach().exp() if len(row) > 1 else torch.ones(1)
+        for weight, output in zip(weights, likelihoods, strict=True):
+            for sum_, gradient in zip(total, torch.autograd.grad(output, masks, retain_graph=True), strict=True):
+                sum_ += weight * gradient**2 / len(lines)
+    return {
+        f"layers.{layer}.{nodes}": of_kind[layer]
+        for nodes, of_kind in zip(COUNTS, total, strict=True)
+        for layer in range(LAYERS)
+    }
+
+
+def assert_same_in_norm(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, scores in expected.items():
+        assert float(scores.norm()) > 0, name
+        assert float((found[name] - scores).norm() / scores.norm()) <= tolerance, name
+
+
+@pytest.mark.parametrize("expert", ["three", "grade"])
+def test_scores_are_those_of_masks_that_are_there(case: Case, expert: str) -> None:
+    checkpoint = case.experts[expert]
+    loaded = load(inspect_checkpoint(checkpoint, expert), CPU)
+    examples = examples_of(loaded, checkpoint.with_suffix(".jsonl"))
+    estimator = estimator_for("expected", loaded.task, seed=0)
+    found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
+    assert_same_in_norm(found, one_by_one(checkpoint, case.tiny), ENGINE_TOLERANCE)
+
+
+def test_scores_do_not_depend_on_batches_or_padding(case: Case) -> None:
+    checkpoint = case.experts["three"]
+    loaded = load(inspect_checkpoint(checkpoint, "three"), CPU)
+    examples = examples_of(loaded, checkpoint.with_suffix(".jsonl"))
+    assert len({example.length for example in examples}) > 3
+    estimator = estimator_for("expected", loaded.task, seed=0)
+
+    def scores(batches: list[list[Example]]) -> dict[str, Tensor]:
+        return score(loaded, examples, estimator, "float32", "rows", silent, batches).scores()
+
+    alone = scores([[example] for example in examples])
+    assert_same_in_norm(scores([examples]), alone, INVARIANCE)
+    assert_same_in_norm(scores([examples[::-1][i : i + 5] for i in range(0, ROWS, 5)]), alone, INVARIANCE)
+
+
+def test_bfloat16_gives_scores_of_the_same_order(case: Case) -> None:
+    checkpoint = case.experts["two"]
+    loaded = load(inspect_checkpoint(checkpoint, "two"), CPU)
+    examples = examples_of(loaded, checkpoint.with_suffix(".jsonl"))
+    estimator = estimator_for("expected", loaded.task, seed=0)
+    exact = score(loaded, examples, estimator, "float32", "rows", silent).scores()
+    narrow = score(loaded, examples, estimator, "bfloat16", "rows", silent).scores()
+    assert_same_in_norm(narrow, exact, 0.2)
+
+
+# Ownership
+
+
+@pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
+def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
+    case: Case, tmp_path: Path, nodes: Nodes, layer: int, index: int
+) -> None:
+    multiplier, inputs, expert = -1.7, probe(case), case.experts["three"]
+    masked = float64_model(expert)
+    with torch.no_grad():
+        insert_masks(masked, case.tiny)[list(COUNTS).index(nodes)][layer, index] = multiplier
+        expected = masked(**inputs).logits
+    assert not torch.allclose(expected, logits(expert, inputs))
+    # A head's mask can be seen on either side of its context, a neuron's only behind the non-linearity.
+    for kind in (Kind.VALUE, Kind.ATTENTION_OUTPUT) if nodes is Nodes.HEADS else (Kind.DOWN,):
+        scaled = Path(shutil.copytree(expert, tmp_path / kind))
+
+        def scale(tensors: Tensors, kind: Kind = kind) -> Tensors:
+            wide = {name: tensor.double() for name, tensor in tensors.items()}
+            for name, of_kind, axis in case.owned(nodes, layer, tensors):
+                if of_kind is kind:
+                    owned_slice(wide[name], axis, COUNTS[nodes], index).mul_(multiplier)
+            return wide
+
+        edit_tensors(scaled, scale)
+        torch.testing.assert_close(logits(scaled, inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
+def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
+    case: Case, nodes: Nodes, layer: int, index: int
+) -> None:
+    model = float64_model(case.experts["three"])
+    mask = insert_masks(model, case.tiny)[list(COUNTS).index(nodes)]
+    with torch.no_grad():
+        mask[layer, index] = 0
+    model(**probe(case)).logits.pow(2).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    owned = {name: axis for name, _, axis in case.owned(nodes, layer, gradients)}
+    for name, gradient in gradients.items():
+        slot = case.table.slot(name)
+        assert slot is not None, name
+        # A bias that is the same for every key is invisible to softmax: its gradient is rounding.
+        visible = gradient.abs() > 1e-12 if slot.kind is Kind.KEY and slot.is_bias else gradient != 0
+        if name in owned:
+            mine = owned_slice(visible, owned[name], COUNTS[nodes], index)
+            assert not mine.any(), name
+            mine.fill_(True)
+        if slot.layer is not None and not (slot.kind is Kind.KEY and slot.is_bias):
+            assert slices_without_effect(visible, slot.owner.axis if slot.owner else 0) == 0, name
+
+
+def owned_slice(tensor: Tensor, axis: int, count: int, index: int) -> Tensor:
+    width = tensor.shape[axis] // count
+    return tensor.narrow(axis, index * width, width)
+
+
+def slices_without_effect(visible: Tensor, axis: int) -> int:
+    return int((~visible.movedim(axis, 0).reshape(visible.shape[axis], -1).any(1)).sum())
+
+
+def test_the_table_gives_every_tensor_the_owner_that_is_written_down_twice(case: Case) -> None:
+    backbone = plan(list(case.experts.values())).backbone
+    for tensor in backbone:
+        owner = tensor.slot.owner
+        assert (owner and (owner.score, owner.axis)) == case.tiny.owner_of(tensor.slot.name), tensor.slot.name
+    heads = {name for name in read_model(case.experts["two"]) if name.startswith(case.tiny.head)}
+    assert {tensor.slot.name for tensor in backbone} == read_model(case.experts["two"]).keys() - heads
+
+
+# Merging
+
+
+def dense_merge(case: Case, versions: list[Tensors], scores: list[Tensors]) -> Tensors:
+    """`mask_fisher` as METHOD has it, with one weight per element, in float64."""
+    shares = {}
+    for name in scores[0]:
+        by_model = np.stack([of_model[name].numpy() / of_model[name].numpy().mean() for of_model in scores])
+        by_model = np.maximum(by_model, 1e-3)
+        shares[name] = by_model / by_model.sum(0)
+    merged = {}
+    for name, first in versions[0].items():
+        share = np.full((len(versions), 1), 1 / len(versions))
+        owner = case.tiny.owner_of(name)
+        axis = 0
+        if owner is not None:
+            share, axis = shares[owner[0]], owner[1]
+            share = share.repeat(first.shape[axis] // share.shape[1], axis=1)
+        share = share.reshape(len(versions), *[-1 if d == axis else 1 for d in range(first.dim())])
+        stacked = np.stack([version[name].double().numpy() for version in versions])
+        merged[name] = torch.from_numpy((share * stacked).sum(0))
+    return merged
+
+
+def test_the_merge_computes_what_a_model_assembled_by_hand_computes(case: Case, engine: Engine, tmp_path: Path) -> None:
+    merged = merge(engine, tmp_path, list(case.experts.values()))
+    versions = [read_model(path) for path in case.experts.values()]
+    scores = [load_file(tmp_path / "scores" / f"{name}.safetensors") for name in case.experts]
+    scores = [{n: s for n, s in of_model.items() if not n.endswith("stderr")} for of_model in scores]
+    assert scores[0].keys() == {f"layers.{layer}.{nodes}" for layer in range(LAYERS) for nodes in COUNTS}
+    backbones = [{n: t for n, t in v.items() if not n.startswith(case.tiny.head)} for v in versions]
+    by_hand = dense_merge(case, backbones, scores)
+    inputs = probe(case)
+    for (name, folder), version in zip(merged.items(), versions, strict=True):
+        model = AutoModelForSequenceClassification.from_pretrained(case.experts[name], dtype=torch.float64).eval()
+        model.load_state_dict({n: by_hand.get(n, tensor) for n, tensor in version.items()})
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        assert float((expected - logits(case.experts[name], inputs)).abs().max()) > 1e-3
+        torch.testing.assert_close(logits(folder, inputs), expected, rtol=0, atol=1e-4)
+
+
+METHODS: tuple[dict[str, Any], ...] = ({}, {"preset": "paper"}, {"rest": "model"})
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_model_merged_with_itself_is_itself_to_the_bit(
+    case: Case, engine: Engine, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    copies = [Path(shutil.copytree(case.experts["three"], tmp_path / name)) for name in ("a", "b")]
+    for seed, path in enumerate(copies):
+        write_rows(path.with_suffix(".jsonl"), count=ROWS, labels=3, seed=seed)
+    original = read_model(case.experts["three"])
+    for folder in merge(engine, tmp_path / "out", copies, weights=[1.0, 0.7], **method).values():
+        merged = read_model(folder)
+        assert merged.keys() == original.keys()
+        assert [name for name, tensor in original.items() if not torch.equal(merged[name], tensor)] == []
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_method_moves_the_backbone_and_keeps_the_heads(
+    case: Case, engine: Engine, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    merged = merge(engine, tmp_path, list(case.experts.values()), **method)
+    for name, folder in merged.items():
+        expert, found = read_model(case.experts[name]), read_model(folder)
+        assert found.keys() == expert.keys()
+        for tensor in expert:
+            assert bool(found[tensor].isfinite().all()), tensor
+            assert torch.equal(found[tensor], expert[tensor]) == tensor.startswith(case.tiny.head), tensor
+
+
+def test_with_all_the_weight_on_one_expert_its_logits_come_back_exactly(
+    case: Case, engine: Engine, tmp_path: Path
+) -> None:
+    experts = [case.experts["three"], case.experts["two"]]
+    merged = merge(engine, tmp_path, experts, weights=[1.0, 0.0])
+    assert torch.equal(logits(merged["three"], probe(case)), logits(experts[0], probe(case)))
+
+
+def test_transformers_loads_the_merge_and_its_tokenizer_whole(case: Case, engine: Engine, tmp_path: Path) -> None:
+    text = "one w7 three w84"
+    for name, folder in merge(engine, tmp_path, list(case.experts.values())).items():
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert {kind: list(found) for kind, found in report.items() if found} == {}
+        on_disk = read_model(folder)
+        assert model.state_dict().keys() == on_disk.keys()
+        assert [n for n, tensor in model.state_dict().items() if not torch.equal(tensor, on_disk[n])] == []
+        expert = AutoModelForSequenceClassification.from_pretrained(case.experts[name])
+        assert shared_storage(model) == shared_storage(expert)
+        tokenizer, own = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(case.experts[name])
+        assert type(tokenizer) is type(own)
+        assert dict(tokenizer(text)) == dict(own(text))
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+
+
+def test_no_classifier_of_these_families_ties_weights_and_a_tie_would_be_seen(case: Case) -> None:
+    """Input embeddings are tied to the output of language models alone; the same check finds that tie there."""
+    expert = AutoModelForSequenceClassification.from_pretrained(case.experts["two"])
+    assert shared_storage(expert) == []
+    language_model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(case.experts["two"]))
+    assert any("word_embeddings" in name for group in shared_storage(language_model) for name in group)
+
+
+def shared_storage(model: Any) -> list[list[str]]:
+    """Names of parameters that are one and the same memory."""
+    by_address: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_address.setdefault(parameter.data_ptr(), []).append(name)
+    return sorted(sorted(names) for names in by_address.values() if len(names) > 1)
+
+
+# Rows
+
+
+def test_rows_are_cut_at_exactly_the_models_last_position(case: Case, tmp_path: Path) -> None:
+    checkpoint = case.experts["two"]
+    loaded = load(inspect_checkpoint(checkpoint, "two"), CPU)
+    assert loaded.max_length == POSITIONS
+    rows = write_rows(tmp_path / "long.jsonl", count=3, longest=400, seed=5)
+    rows.write_text(rows.read_text() + json.dumps({"text": "one " * 500, "label": 0}) + "\n")
+    longest = max(examples_of(loaded, rows), key=lambda example: example.length)
+    assert longest.length == POSITIONS
+    assert loaded.tokenizer.sep_token_id == longest.encoding["input_ids"][-1]
+    inputs = {name: torch.tensor([values]) for name, values in longest.encoding.items()}
+    assert bool(loaded.model(**inputs).logits.isfinite().all())
+    one_more = {name: torch.cat([values[:, :1], values], dim=1) for name, values in inputs.items()}
+    if case.name == "deberta-v3":  # relative positions alone: it runs, at a distance that it was never trained on
+        assert bool(loaded.model(**one_more).logits.isfinite().all())
+    else:
+        with pytest.raises((IndexError, RuntimeError)):
+            loaded.model(**one_more)
+
+
+def test_only_what_the_model_takes_is_given_to_it(case: Case, tmp_path: Path) -> None:
+    """Even of a tokenizer that tells segments apart where the model cannot."""
+    (checkpoint, _) = copied(case, tmp_path)
+    edit_json(checkpoint / "tokenizer_config.json", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    loaded = load(inspect_checkpoint(checkpoint, "two"), CPU)
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"text": "one two", "text_pair": "three", "label": 0}) + "\n")
+    spec = dataset_spec(file, text_pair="text_pair")
+    (example,) = tokenize(sample(RowFile(spec), spec, None), spec, loaded.tokenizer, loaded.max_length, None).examples
+    segments = case.name in ("bert", "electra", "deberta-v2")
+    assert set(example.encoding) == {"input_ids", "attention_mask"} | ({"token_type_ids"} if segments else set())
+    inputs = {name: torch.tensor([values]) for name, values in example.encoding.items()}
+    assert bool(loaded.model(**inputs).logits.isfinite().all())
+
+
+# Refusals
+
+
+def test_a_tensor_that_no_rule_owns_is_refused_by_name(case: Case, tmp_path: Path) -> None:
+    prefix = f"{case.tiny.layers}.1.{case.tiny.heads_out}"
+    for name in (f"{prefix}.scale", f"{prefix}.lora_A.weight", f"{case.table.prefix}adapter.weight", "lm_head.bias"):
+        pair = copied(case, tmp_path / name)
+        edit_tensors(pair[1], lambda tensors, name=name: {**tensors, name: torch.zeros(2)})  # type: ignore[misc]
+        assert_refused(pair, InvalidCheckpoint, "local:three", f"tensor {name} is unknown")
+
+
+def test_a_missing_tensor_is_refused_by_name_whoever_lacks_it(case: Case, tmp_path: Path) -> None:
+    of_a_layer = f"{case.tiny.layers}.1.{case.tiny.neurons_out}.bias"
+    outer = f"{case.table.embeddings}.word_embeddings.weight"
+
+    def without(folder: str, lacking: list[int], name: str) -> list[Path]:
+        pair = copied(case, tmp_path / folder)
+        for index in lacking:
+            edit_tensors(pair[index], lambda tensors: {n: t for n, t in tensors.items() if n != name})
+        return pair
+
+    assert_refused(without("first", [0], of_a_layer), InvalidCheckpoint, "local:two", f"no tensor {of_a_layer}")
+    assert_refused(without("second", [1], of_a_layer), InvalidCheckpoint, "local:three", f"no tensor {of_a_layer}")
+    assert_refused(without("both", [0, 1], of_a_layer), InvalidCheckpoint, f"no tensor {of_a_layer}")
+    assert_refused(without("outer", [1], outer), IncompatibleCheckpoints, f"tensor {outer} is missing in the second")
+    assert_refused(without("other", [0], outer), IncompatibleCheckpoints, f"tensor {outer} is in the second only")
+    pair = without("neither", [0, 1], outer)
+    plan(pair)
+    with pytest.raises(InvalidCheckpoint, match=f"no tensor {outer}"):
+        load(inspect_checkpoint(pair[0], "two"), CPU)
+
+
+def test_every_module_of_the_head_is_needed_and_its_last_counts_the_labels(case: Case, tmp_path: Path) -> None:
+    for module in case.table.heads:
+        pair = copied(case, tmp_path / module)
+        edit_tensors(pair[0], lambda found, m=module: {n: t for n, t in found.items() if n != f"{m}.weight"})  # type: ignore[misc]
+        assert_refused(pair, InvalidCheckpoint, f"no tensor {module}.weight")
+    pair = copied(case, tmp_path / "labels")
+    edit_json(pair[1] / "config.json", id2label={str(i): f"l{i}" for i in range(5)})
+    assert_refused(pair, InvalidCheckpoint, "5 labels", f"{case.table.logits}.weight", "[3, 16]")
+
+
+def test_another_family_is_refused_by_both_names(case: Case, tmp_path: Path) -> None:
+    others = {"xlm-roberta": "roberta"}
+    other = others.get(case.tiny.model_type, "xlm-roberta")
+    stranger = tiny_checkpoint(tmp_path / "stranger", family=TINY_FAMILIES[other])
+    found = f"architectures differ: {case.tiny.model_type}, {other}"
+    assert_refused([case.experts["two"], stranger], IncompatibleCheckpoints, "local:two", "local:stranger", found)
+
+
+def test_another_architecture_of_the_family_is_refused(case: Case, tmp_path: Path) -> None:
+    pair = copied(case, tmp_path)
+    edit_json(pair[0] / "config.json", architectures=["SomethingForTokenClassification"])
+    assert_refused(pair, InvalidCheckpoint, "SomethingForTokenClassification", case.table.architectures[0])
+
+
+def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> None:
+    for key in case.table.settings:
+        pair = copied(case, tmp_path / key)
+        config = json.loads((pair[0] / "config.json").read_text())
+        other = ["p2c"] if key == "pos_att_type" else 7 if config.get(key) != 7 else 8
+        edit_json(pair[1] / "config.json", **{key: other})
+        if key == case.table.padding_position:  # another limit, and another meaning of every position
+            assert plan([pair[1]]).family.max_tokens({**config, key: other}) == POSITIONS + 2 - 8
+        assert_refused(pair, IncompatibleCheckpoints, f"{key} differs")
+    for key in case.table.config_names.values():
+        pair = copied(case, tmp_path / key)
+        edit_json(pair[0] / "config.json", **{key: None})
+        assert_refused(pair, InvalidCheckpoint, f"no usable {key}")
+
+
+def test_what_a_missing_setting_means_is_what_transformers_takes_it_for(case: Case) -> None:
+    defaults = vars(AutoConfig.for_model(case.tiny.model_type))
+    for key, absent in {**case.table.settings, **case.table.supported}.items():
+        assert case.table.setting({key: defaults.get(key, absent)}, key) == case.table.setting({}, key), key
+    assert set(case.table.config_names.values()) <= defaults.keys()
+    read_with_a_default_of_its_own = {"position_buckets", "norm_rel_ebd", "share_att_key", "position_embedding_type"}
+    unknown = {key for key in case.table.settings if key not in defaults and not key.startswith("conv_")}
+    assert unknown <= read_with_a_default_of_its_own
+
+
+def test_what_is_not_available_is_refused_by_its_key(case: Case, tmp_path: Path) -> None:
+    for key, only in {"is_decoder": False, **case.table.supported}.items():
+        pair = copied(case, tmp_path / key)
+        other = "relative_key" if isinstance(only, str) else True if only is False else only + 1
+        for path in pair:
+            edit_json(path / "config.json", **{key: other})
+        assert_refused(pair, InvalidCheckpoint, key, "not available")
+
+
+@pytest.mark.parametrize("padding", ["1", True, -1, POSITIONS + 1, 10**6])
+def test_a_padding_position_that_leaves_no_row_is_refused_by_its_key(case: Case, tmp_path: Path, padding: Any) -> None:
+    key = case.table.padding_position
+    pair = copied(case, tmp_path)
+    if key is None or key in case.table.supported:
+        edit_json(pair[0] / "config.json", max_position_embeddings=padding if padding == "1" else 0)
+        assert_refused(pair, InvalidCheckpoint, "no usable max_position_embeddings")
+    else:
+        edit_json(pair[0] / "config.json", pad_token_id=padding)
+        assert_refused(pair, InvalidCheckpoint, f"no usable {key}")
+
+
+# What devices take
+
+
+def test_a_gpu_gets_fused_attention_where_the_family_has_it(case: Case) -> None:
+    """`load` asks for no attention by name there; what it gets computes the same."""
+    asked = {"attn_implementation": None, "dtype": torch.float64}
+    fused = AutoModelForSequenceClassification.from_pretrained(case.experts["three"], **asked).eval()
+    has_none = case.tiny.model_type in ("deberta-v2", "mpnet")
+    assert fused.config._attn_implementation == ("eager" if has_none else "sdpa")
+    with torch.no_grad():
+        found = fused(**probe(case)).logits
+    torch.testing.assert_close(found, logits(case.experts["three"], probe(case)), rtol=1e-9, atol=1e-9)
+
+
+# What older versions wrote
+
+
+def test_what_older_versions_saved_besides_is_left_out(case: Case, engine: Engine, tmp_path: Path) -> None:
+    pair = copied(case, tmp_path)
+    for path in pair:
+        write_rows(path.with_suffix(".jsonl"), count=ROWS, labels=LABELS[path.name])
+    unread = {f"{case.table.prefix}{name}": torch.zeros(16, 16) for name in case.table.unread}
+    unread[f"{case.table.embeddings}.position_ids"] = torch.arange(POSITIONS)[None]
+    edit_tensors(pair[0], lambda tensors: {**tensors, **unread})
+    for folder in merge(engine, tmp_path / "out", pair).values():
+        assert not unread.keys() & read_model(folder).keys()
+
+
+def test_older_spellings_merge_as_the_newer_ones_do(case: Case, engine: Engine, tmp_path: Path) -> None:
+    pair = copied(case, tmp_path)
+    for path in pair:
+        write_rows(path.with_suffix(".jsonl"), count=ROWS, labels=LABELS[path.name])
+    expected = merge(engine, tmp_path / "new", pair)
+
+    def older(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    edit_tensors(pair[0], lambda tensors: {older(name): tensor for name, tensor in tensors.items()})
+    found = merge(engine, tmp_path / "old", pair)
+    for name, folder in found.items():
+        old, new = read_model(folder), read_model(expected[name])
+        assert old.keys() == new.keys()
+        for tensor in new:
+            torch.testing.assert_close(old[tensor], new[tensor], rtol=0, atol=1e-6)
+
+
+SENTENCEPIECE = {
+    "xlm-roberta": "sentencepiece.bpe.model",
+    "camembert": "sentencepiece.bpe.model",
+    "deberta-v3": "spm.model",
+}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone_is_read_compared_and_kept(
+    engine: Engine, tmp_path: Path, name: str
+) -> None:
+    case = make_case(name, tmp_path)
+    pieces = sentencepiece_model(case)
+    for path in case.experts.values():
+        (path / "tokenizer.json").unlink()
+        (path / SENTENCEPIECE[name]).write_bytes(pieces)
+    pair = [case.experts["two"], case.experts["three"]]
+    for name_, folder in merge(engine, tmp_path / "out", pair).items():
+        tokenizer, own = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(case.experts[name_])
+        ids = tokenizer("one w7 three")["input_ids"]
+        assert ids == own("one w7 three")["input_ids"]
+        assert len(ids) > 5
+        assert tokenizer.unk_token_id not in ids
+    (pair[1] / SENTENCEPIECE[name]).write_bytes(sentencepiece_model(case, size=40))
+    assert_refused(pair, IncompatibleCheckpoints, "different vocabularies")
+    (pair[1] / SENTENCEPIECE[name]).unlink()
+    case.tiny.tokenizer().save_pretrained(pair[1])
+    assert_refused(pair, IncompatibleCheckpoints, "different forms", "tokenizer.json")
+
+
+def test_bertweets_tokenizer_of_words_and_codes_is_kept(engine: Engine, tmp_path: Path) -> None:
+    """A RoBERTa whose tokenizer has no other form than its own."""
+    case = make_case("roberta", tmp_path)
+    for path in case.experts.values():
+        (path / "tokenizer.json").unlink()
+        edit_json(path / "tokenizer_config.json", tokenizer_class="BertweetTokenizer", backend=None)
+        (path / "vocab.txt").write_text("".join(f"{piece} 9\n" for piece in ("one", "on@@", "t@@", "w@@", "o")))
+        (path / "bpe.codes").write_text("o n 10\non e</w> 9\n")
+    for name, folder in merge(engine, tmp_path / "out", list(case.experts.values())).items():
+        tokenizer, own = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(case.experts[name])
+        assert tokenizer.tokenize("one two") == own.tokenize("one two") == ["one", "t@@", "w@@", "o"]
+
+
+def sentencepiece_model(case: Case, size: int = 60) -> bytes:
+    """Trained on the rows, with the special pieces where the published models have them."""
+    options: dict[str, Any] = {}
+    if case.name == "deberta-v3":
+        options = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+        options |= {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    texts = [json.loads(line)["text"] for line in case.experts["two"].with_suffix(".jsonl").read_text().splitlines()]
+    stream = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=stream,
+        vocab_size=size,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return stream.getvalue()
+
+
+def test_every_module_that_a_table_names_is_in_a_model() -> None:
+    for table in FAMILIES.values():
+        found: set[str] = set()
+        for tiny in TINY_FAMILIES.values():
+            if tiny.model_type == table.model_type:
+                sizes = tiny.sizes(16, HEADS, 1, NEURONS)
+                config = AutoConfig.for_model(tiny.model_type, vocab_size=20, **sizes, **tiny.settings)
+                found |= dict(AutoModelForSequenceClassification.from_config(config).named_modules()).keys()
+        inner = [table.layer_path(0) + module for module in table.layer_modules]
+        outer = [table.prefix + module for module in table.outer_modules]
+        assert {*inner, *outer, *table.heads, table.embeddings} <= found
+
+
+def test_every_table_is_tested() -> None:
+    assert {tiny.model_type for tiny in TINY_FAMILIES.values()} == FAMILIES.keys()

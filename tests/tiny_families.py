@@ -1,0 +1,196 @@
+"""Every family at tiny size: its configuration, its tokenizer, and where its nodes are.
+
+What a node owns is written down here a second time, on purpose: the tests compare the product's tables with it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", *(f"w{i}" for i in range(85))]
+
+
+def wordpiece() -> Any:
+    """One token a word, with BERT's special tokens; segments are told apart."""
+    from transformers import BertTokenizer
+
+    return BertTokenizer(vocab=numbered("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS), model_max_length=48)
+
+
+def mpnet_wordpiece() -> Any:
+    from transformers import MPNetTokenizer
+
+    return MPNetTokenizer(vocab=numbered("<s>", "<pad>", "</s>", "[UNK]", "<mask>", *WORDS))
+
+
+def byte_level_bpe() -> Any:
+    """Trained on the words: common ones are one token, others several."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizer
+
+    trained = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train_from_iterator([" ".join(WORDS)] * 3, vocab_size=330, special_tokens=special, show_progress=False)
+    model = json.loads(trained.to_str())["model"]
+    return RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def xlm_roberta_unigram() -> Any:
+    from transformers import XLMRobertaTokenizer
+
+    return XLMRobertaTokenizer(vocab=unigram("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
+
+
+def camembert_unigram() -> Any:
+    from transformers import CamembertTokenizer
+
+    fairseq = ("<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED")
+    return CamembertTokenizer(vocab=unigram(*fairseq, "<s>", "</s>", "<mask>"))
+
+
+def deberta_unigram() -> Any:
+    from transformers import DebertaV2Tokenizer
+
+    return DebertaV2Tokenizer(vocab=unigram("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"))
+
+
+def numbered(*tokens: str) -> dict[str, int]:
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def unigram(*special: str) -> list[tuple[str, float]]:
+    """Whole words, and letters for the rest."""
+    letters = sorted({"▁", *"".join(WORDS)})
+    return [
+        *((token, 0.0) for token in special),
+        *((f"▁{word}", -2.0 - 0.01 * index) for index, word in enumerate(WORDS)),
+        *((letter, -9.0) for letter in letters),
+    ]
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """One kind of model. Modules are paths within a block."""
+
+    model_type: str
+    layers: str
+    """Path of the list of blocks."""
+    heads_in: tuple[str, ...]
+    """Whose rows, and biases, belong to heads."""
+    heads_out: str
+    """Whose columns belong to heads: its input is their contexts."""
+    neurons_in: str
+    neurons_out: str
+    head: tuple[str, ...]
+    """What the names of the task head's tensors begin with."""
+    tokenizer: Callable[[], Any]
+    values: str
+    """Of `heads_in`, the one whose rows make a head's context."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reserved_positions: int = 0
+    size_names: tuple[str, str, str, str] = (
+        "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
+    )  # fmt: skip
+
+    def sizes(self, hidden: int, heads: int, layers: int, neurons: int) -> dict[str, int]:
+        return dict(zip(self.size_names, (hidden, heads, layers, neurons), strict=True))
+
+    def owner_of(self, name: str) -> tuple[str, int] | None:
+        """The score and the axis of the tensor `name`; None for what no node owns."""
+        if not name.startswith(f"{self.layers}."):
+            return None
+        layer, _, inner = name.removeprefix(f"{self.layers}.").partition(".")
+        module, _, part = inner.rpartition(".")
+        if module in self.heads_in:
+            return f"layers.{layer}.heads", 0
+        if module == self.neurons_in:
+            return f"layers.{layer}.neurons", 0
+        if part == "weight" and module in (self.heads_out, self.neurons_out):
+            return f"layers.{layer}.{'heads' if module == self.heads_out else 'neurons'}", 1
+        return None
+
+
+TINY_BERT = TinyFamily(
+    model_type="bert",
+    layers="bert.encoder.layer",
+    heads_in=("attention.self.query", "attention.self.key", "attention.self.value"),
+    values="attention.self.value",
+    heads_out="attention.output.dense",
+    neurons_in="intermediate.dense",
+    neurons_out="output.dense",
+    head=("classifier.",),
+    tokenizer=wordpiece,
+)
+TINY_ROBERTA = replace(
+    TINY_BERT,
+    model_type="roberta",
+    layers="roberta.encoder.layer",
+    tokenizer=byte_level_bpe,
+    settings={"type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    reserved_positions=2,
+)
+TINY_DEBERTA_V3 = replace(
+    TINY_BERT,
+    model_type="deberta-v2",
+    layers="deberta.encoder.layer",
+    heads_in=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+    values="attention.self.value_proj",
+    head=("classifier.", "pooler."),
+    tokenizer=deberta_unigram,
+    settings={
+        "relative_attention": True,
+        "position_buckets": 8,
+        "pos_att_type": "p2c|c2p",
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+)
+TINY_FAMILIES: dict[str, TinyFamily] = {
+    "bert": TINY_BERT,
+    "roberta": TINY_ROBERTA,
+    "xlm-roberta": replace(TINY_ROBERTA, model_type="xlm-roberta", tokenizer=xlm_roberta_unigram),
+    "camembert": replace(TINY_ROBERTA, model_type="camembert", tokenizer=camembert_unigram),
+    "distilbert": TinyFamily(
+        model_type="distilbert",
+        layers="distilbert.transformer.layer",
+        heads_in=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        values="attention.v_lin",
+        heads_out="attention.out_lin",
+        neurons_in="ffn.lin1",
+        neurons_out="ffn.lin2",
+        head=("pre_classifier.", "classifier."),
+        tokenizer=wordpiece,
+        size_names=("dim", "n_heads", "n_layers", "hidden_dim"),
+    ),
+    "electra": replace(
+        TINY_BERT, model_type="electra", layers="electra.encoder.layer", settings={"embedding_size": 12}
+    ),
+    "deberta-v3": TINY_DEBERTA_V3,
+    # As the xlarge models of v2, with all that a configuration can ask for besides.
+    "deberta-v2": replace(
+        TINY_DEBERTA_V3,
+        heads_in=(*TINY_DEBERTA_V3.heads_in, "attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+        settings={
+            **TINY_DEBERTA_V3.settings,
+            "share_att_key": False,
+            "conv_kernel_size": 3,
+            "conv_act": "gelu",
+            "embedding_size": 12,
+            "position_biased_input": True,
+            "type_vocab_size": 2,
+        },
+    ),
+    "mpnet": replace(
+        TINY_BERT,
+        model_type="mpnet",
+        layers="mpnet.encoder.layer",
+        heads_in=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        values="attention.attn.v",
+        heads_out="attention.attn.o",
+        tokenizer=mpnet_wordpiece,
+        reserved_positions=2,
+    ),
+}
