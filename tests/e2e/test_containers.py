@@ -48,6 +48,7 @@ class Stack:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.redis_port, self.api_port = free_port(), free_port()
         self.root = root
+        self.arguments = root / "arguments"  # of every program that was started, one a line
         for folder in ("redis", "data", "hub", "tmp", "bin"):
             (root / folder).mkdir()
         self._places = {
@@ -68,7 +69,7 @@ class Stack:
 
     def _program(self, name: str, script: str) -> None:
         path = self.root / "bin" / name
-        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >> {quote(str(self.arguments))}\n{script}\n')
         path.chmod(0o755)
 
     def here(self, text: str) -> str:
@@ -173,6 +174,10 @@ def test_the_password_is_in_no_command_line(stack: Stack) -> None:
     lines = [" ".join(process.cmdline()) for process in stack.running()]
     assert len(lines) >= 4  # the three services and the engine
     assert [line for line in lines if PASSWORD in line] == []
+    started = stack.arguments.read_text()  # Redis writes over its own command line once it runs
+    for program in ("redis-server -", "redis-cli ping", "maskmerge api", "maskmerge worker", "python -m worker.health"):
+        assert f"{program}\n" in started
+    assert PASSWORD not in started
 
 
 def test_redis_lets_in_nobody_without_the_password_and_keeps_every_write(stack: Stack) -> None:

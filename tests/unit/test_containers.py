@@ -91,8 +91,8 @@ def test_every_variable_that_compose_reads_is_in_the_deployment_guide() -> None:
 
 @either_image
 def test_every_copied_path_exists_and_reaches_the_build(image: Dockerfile) -> None:
-    sources = [source for stage in range(3) for source in image.copied(stage)]
-    assert {"app", "worker", "pyproject.toml", "constraints.txt"} <= set(sources)
+    sources = [source for stage in (0, 1, 2) for source in image.copied(stage)]
+    assert set(image.copied(1)) == {"app", "worker", "pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
     for source in sources:
         path = REPOSITORY / source
         assert path.exists(), source
