@@ -399,6 +399,9 @@ class JobStore:
     def live_workers(self) -> int:
         return int(self.redis.zcount(self._key("workers"), self.clock(), "+inf"))
 
+    def live_worker_names(self) -> list[str]:
+        return cast(list[str], self.redis.zrangebyscore(self._key("workers"), self.clock(), "+inf"))
+
     # ---
 
     def _end(self, attempt: Attempt, status: Status, fields: dict[str, Any]) -> bool:

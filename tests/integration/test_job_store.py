@@ -239,6 +239,7 @@ def test_live_workers_are_those_that_beat_lately(store: JobStore, clock: Clock) 
     assert store.live_workers() == 2
     clock.advance(6)
     assert store.live_workers() == 1
+    assert store.live_worker_names() == ["two"]
     store.sign_off("two")
     assert store.live_workers() == 0
 
