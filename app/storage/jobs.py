@@ -45,7 +45,7 @@ def _listed(statuses: Iterable[Status]) -> str:
 
 
 FINAL = _listed(status for status in Status if status.is_final)
-PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second
+PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
 PROGRESS_KEPT_S = 3600  # after the job's end; its other events stay as long as its record
 
 # Every script begins with this. KEYS: job, events, progress, then its own. ARGV: now, then its own.
