@@ -75,11 +75,7 @@ class JobWatcher:
         return sorted((_event(*entry) for _, entries in found or () for entry in entries), key=lambda event: event.id)
 
     async def _answer(self, command: Awaitable[Any]) -> Any:
-        """What Redis answers; None when the service stops meanwhile.
-
-        The command runs in a task of its own: a connection goes back to its pool whole when its user is cancelled once,
-        and the server's task groups cancel as often as it takes.
-        """
+        """What Redis answers; None when the service stops before it does."""
         reading = asyncio.ensure_future(command)
         reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the reader may be gone by then
         stopping = asyncio.ensure_future(self._stopping.wait())

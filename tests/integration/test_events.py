@@ -147,9 +147,9 @@ def test_a_reader_goes_on_after_the_last_event_it_has(store: JobStore, api: Test
     assert (response.status_code, response.text) == (200 if rest else 204, rest)
 
 
-@pytest.mark.parametrize("last", ["", "x", "-1", "1.5", "1-0", "٣", "9" * 40])
+@pytest.mark.parametrize("last", ["", "x", "-1", "1.5", "1-0", "9" * 40])
 def test_a_malformed_last_event_id_is_refused(store: JobStore, api: TestClient, last: str) -> None:
-    response = api.get(f"/jobs/{new_job(store).job}/events", headers={"Last-Event-ID": last.encode()})
+    response = api.get(f"/jobs/{new_job(store).job}/events", headers={"Last-Event-ID": last})
     assert (response.status_code, response.json()["code"]) == (400, "malformed")
     assert response.headers["Content-Type"] == "application/problem+json"
 
@@ -253,7 +253,7 @@ def test_a_long_job_keeps_its_newest_progress_and_every_other_event(store: JobSt
     assert PROGRESS_KEPT <= len(kept) <= PROGRESS_KEPT + 100  # Redis cuts in blocks of a hundred
     assert kept == [f"scoring {done}" for done in range(count - len(kept) + 1, count + 1)]
     assert events[-1] == "failed"
-    assert redis.memory_usage(f"test:progress:{task.job}", samples=0) < 200_000
+    assert (redis.memory_usage(f"test:progress:{task.job}", samples=0) or 0) < 200_000
 
 
 def test_progress_is_forgotten_a_while_after_the_end_but_not_when_the_job_is_tried_again(
@@ -323,10 +323,19 @@ def test_readers_that_go_give_their_connections_back(store: JobStore, redis: Red
 
     async def scenario() -> None:
         watcher = JobWatcher(connect_for_watching(redis_url, most=2, longest_wait_s=TURN_MS / 1000), "test")
-        for _ in range(10):
-            with anyio.move_on_after(0.05):  # cancels as the server does: again at every await, until all is left
-                async for _ in watcher.follow(task.job, after=1):
-                    pass
+
+        async def follow() -> None:
+            async for _ in watcher.follow(task.job, after=1):
+                pass
+
+        for _ in range(5):  # cancelled as the server does: again at every await, until the last is left
+            async with anyio.create_task_group() as group:
+                for _ in range(8):
+                    group.start_soon(follow)
+                await asyncio.to_thread(
+                    wait_until, lambda: int(redis.info("clients")["blocked_clients"]) == 2, "two to wait"
+                )
+                group.cancel_scope.cancel()
         store.cancel(task.job)
         assert told([event async for event in watcher.follow(task.job)]) == ["queued", "cancelled"]
         await watcher.close()
