@@ -41,6 +41,13 @@ class LogEntry(BaseModel):
     at: AwareDatetime
 
 
+KINDS: dict[EventKind, type[StatusChange] | type[Progress] | type[LogEntry]] = {
+    EventKind.STATUS: StatusChange,
+    EventKind.PROGRESS: Progress,
+    EventKind.LOG: LogEntry,
+}
+
+
 class Event(BaseModel):
     """Event `id` made the record what it is at revision `id`."""
 

@@ -318,6 +318,24 @@ def test_more_readers_than_connections_take_turns(store: JobStore, redis: Redis,
     assert [told(events) for events in asyncio.run(scenario())] == [["queued", "cancelled"]] * 6
 
 
+def test_a_slow_reader_holds_no_connection_and_misses_nothing(store: JobStore, redis_url: str) -> None:
+    task = new_job(store)
+
+    async def scenario() -> None:
+        watcher = JobWatcher(connect_for_watching(redis_url, most=1, longest_wait_s=TURN_MS / 1000), "test")
+        slow = watcher.follow(task.job)
+        first = await anext(slow)
+        attempt = claimed(store, task)
+        store.renew(attempt, halfway())
+        store.fail(attempt, FAILURE)
+        quick = [event async for event in watcher.follow(task.job)]
+        assert told(quick)[-1] == "failed"
+        assert [first, *[event async for event in slow]] == quick
+        await watcher.close()
+
+    asyncio.run(scenario())
+
+
 def test_readers_that_go_give_their_connections_back(store: JobStore, redis: Redis, redis_url: str) -> None:
     task = new_job(store)
 
