@@ -16,7 +16,7 @@ from app.client import Client, Event
 from tests.conftest import Service, make_service, tiny_recipe, wait_until
 from tests.tiny import write_rows
 
-ROWS = 2000  # scored in several seconds, so that there is a middle
+ROWS = 4000  # scored long enough for a middle
 READERS = 50
 FINAL = ("succeeded", "failed", "cancelled")
 
@@ -25,7 +25,9 @@ FINAL = ("succeeded", "failed", "cancelled")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
     for seed, (name, labels) in enumerate({"a": 2, "b": 3}.items()):
         write_rows(tiny_inputs / "rows" / f"many-{name}.jsonl", count=ROWS, labels=labels, seed=seed)
-    service = make_service(tmp_path_factory.mktemp("events"), tiny_inputs, MASKMERGE_LEASE_SECONDS="3")
+    service = make_service(
+        tmp_path_factory.mktemp("events"), tiny_inputs, MASKMERGE_LEASE_SECONDS="3", MASKMERGE_THREADS="1"
+    )
     service.start()
     yield service
     assert service.stop() == 0
@@ -104,6 +106,8 @@ def test_events_tell_a_job_from_its_beginning_to_its_end(service: Service) -> No
     assert [event.data["code"] for event in seen if event.kind == "log"] == ["attempt_started"]
     response = raw(service, job["id"], seen[-1].id)
     assert (response.status_code, response.content) == (204, b"")
+    with client(service) as connected:
+        assert connected.wait(job["id"]) == service.job(job["id"])
 
 
 def test_a_reader_that_was_cut_off_goes_on_where_it_was(service: Service) -> None:
@@ -201,9 +205,9 @@ def test_the_service_answers_while_60_long_polls_wait(service: Service) -> None:
         assert service.get("/healthz", timeout=5).status_code == 200
         assert service.job(running)["finished_at"] is None
         assert not any(poll.done() for poll in polls)
-        service.post(f"/jobs/{running}/cancel")  # which lets the other one start
-        assert {poll.result().json()["status"] for poll in polls} == {"running"}
-    service.finished(path.removeprefix("/jobs/"))
+        service.post(f"{path}/cancel")
+        assert {poll.result().json()["status"] for poll in polls} == {"cancelled"}
+    service.finished(running)
 
 
 # --- faults

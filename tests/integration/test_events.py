@@ -1,7 +1,9 @@
 """The events of a job as they are stored and as they go over the wire, against a real Redis."""
 
 import asyncio
+import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
@@ -12,6 +14,7 @@ from redis import Redis
 from app.contracts.events import Event, EventKind, LogCode, LogEntry, StatusChange
 from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Progress, Stage, Status, TaskId
 from app.contracts.settings import Settings
+from app.embedded_redis import EmbeddedRedis
 from app.main import create_app
 from app.storage.connection import connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
@@ -318,6 +321,21 @@ def test_more_readers_than_connections_take_turns(store: JobStore, redis: Redis,
     assert [told(events) for events in asyncio.run(scenario())] == [["queued", "cancelled"]] * 6
 
 
+def test_a_change_wakes_those_who_wait_for_it(store: JobStore, redis: Redis, redis_url: str) -> None:
+    task = new_job(store)
+
+    async def scenario() -> None:
+        watcher = JobWatcher(connect_for_watching(redis_url, most=2, longest_wait_s=TURN_MS / 1000), "test")
+        async with asyncio.timeout(TURN_MS / 1000 - 1), asyncio.TaskGroup() as group:
+            group.create_task(watcher.change(task.job, 1, 60))
+            group.create_task(watcher.end(task.job, 1, 60))
+            await asyncio.to_thread(wait_until, lambda: int(redis.info("clients")["blocked_clients"]) == 2, "both")
+            await asyncio.to_thread(store.cancel, task.job)
+        await watcher.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_slow_reader_holds_no_connection_and_misses_nothing(store: JobStore, redis_url: str) -> None:
     task = new_job(store)
 
@@ -359,6 +377,27 @@ def test_readers_that_go_give_their_connections_back(store: JobStore, redis: Red
         await watcher.close()
 
     asyncio.run(scenario())
+
+
+def test_a_stream_whose_redis_goes_away_for_good_ends_and_the_next_one_is_refused(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path)
+    process = subprocess.Popen(server.command, stdout=subprocess.DEVNULL)
+    with Redis.from_url(server.url, decode_responses=True) as redis:
+        wait_until(server.socket.exists, "Redis to answer")
+        task = new_job(JobStore(redis, "test", 10, MAX_LOSSES))
+        path = f"/jobs/{task.job}/events"
+        with (
+            TestClient(create_app(Settings(redis_url=server.url, queue="test", data_dir=tmp_path))) as api,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            reading = pool.submit(api.get, path)
+            wait_until(lambda: redis.info("clients")["blocked_clients"], "the reader to wait for news")
+            process.kill()
+            process.wait()
+            response = reading.result(30)
+            assert response.status_code == 200
+            assert [line for line in response.text.splitlines() if line.startswith("id: ")] == ["id: 1"]
+            assert api.get(path).json()["code"] == "redis_unavailable"
 
 
 def test_stopping_ends_every_wait(store: JobStore, redis_url: str) -> None:
