@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +69,16 @@ def _serve(settings: Settings) -> int:
 def _api(settings: Settings) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
 
-    import uvicorn
-
-    from app.main import create_app
+    from app.server import Server
 
     try:
-        app = create_app(settings)
+        server = Server(settings)
     except (ValueError, OSError) as error:
         print(f"maskmerge: {error}", file=sys.stderr)
         return 2
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level=settings.log_level.lower(),
-        access_log=False,
-        timeout_graceful_shutdown=5,  # a download in progress does not keep the service from stopping
-    )
-    return 0
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
+        server.run()
+    return 0 if server.started else 3
 
 
 def _worker(settings: Settings) -> int:

@@ -1,8 +1,11 @@
 """A small client of the HTTP contract, for scripts and notebooks."""
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import httpx
 
 CHUNK_BYTES = 1 << 20
+RECONNECT_S = 1.0
+PATIENCE_S = 60.0  # a service that is started again is back by then
 
 
 class RequestRefused(Exception):
@@ -18,6 +23,15 @@ class RequestRefused(Exception):
     def __init__(self, problem: dict[str, Any]) -> None:
         super().__init__(f"{problem.get('status')} {problem.get('code')}: {problem.get('detail')}")
         self.problem = problem
+
+
+@dataclass(frozen=True)
+class Event:
+    """`kind` is status, progress or log; the reference says what `data` holds."""
+
+    id: str
+    kind: str
+    data: dict[str, Any]
 
 
 class Client:
@@ -74,6 +88,41 @@ class Client:
         """Queue a failed or cancelled job again. Raises RequestRefused."""
         return self._json("POST", f"/jobs/{job_id}/retry")
 
+    def events(self, job_id: str, last_event_id: str | None = None) -> Iterator[Event]:
+        """What happens to the job, from its first event or after `last_event_id`, to its end.
+
+        Connects again by itself, without loss or repetition, when the connection or the service goes away; gives up
+        when the service is away for a minute. Raises RequestRefused or httpx.TransportError.
+        """
+        away_since: float | None = None
+        while True:
+            is_news = False
+            headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
+            try:
+                with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers) as response:
+                    if response.status_code == 204:
+                        return
+                    if response.is_error:
+                        response.read()
+                        raise RequestRefused(response.json())
+                    away_since = None
+                    for event in _parse(response.iter_text()):
+                        is_news, last_event_id = True, event.id
+                        yield event
+            except (httpx.TransportError, RequestRefused) as error:
+                is_away = isinstance(error, httpx.TransportError) or error.problem.get("status") == 503
+                away_since = away_since or time.monotonic()
+                if not is_away or time.monotonic() - away_since > PATIENCE_S:
+                    raise
+            if not is_news:
+                time.sleep(RECONNECT_S)
+
+    def wait(self, job_id: str) -> dict[str, Any]:
+        """The job when it has ended. Raises as `events` does."""
+        for _ in self.events(job_id):
+            pass
+        return self.job(job_id)
+
     def files(self, job_id: str) -> list[dict[str, Any]]:
         files: list[dict[str, Any]] = self._json("GET", f"/jobs/{job_id}/artifacts")["files"]
         return files
@@ -108,3 +157,18 @@ class Client:
         if response.is_error:
             raise RequestRefused(content)
         return content
+
+
+def _parse(chunks: Iterable[str]) -> Iterator[Event]:
+    """Server-sent events; comments keep the connection alive and say nothing."""
+    buffer = ""
+    fields: dict[str, str] = {}
+    for chunk in chunks:
+        *lines, buffer = (buffer + chunk).split("\n")
+        for line in lines:
+            name, _, value = line.rstrip("\r").partition(":")
+            if name:
+                fields[name] = value.removeprefix(" ")
+            elif "data" in fields and not value:
+                yield Event(fields["id"], fields["event"], json.loads(fields["data"]))
+                fields = {}

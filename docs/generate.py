@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from app.contracts.errors import Problem
+from app.contracts.events import KINDS, EventKind, LogCode
 from app.contracts.jobs import ErrorCode
 from app.contracts.settings import Settings
 from app.main import create_app
@@ -27,6 +30,14 @@ JOB_ERRORS = {
 }
 
 
+LOG_CODES = {
+    LogCode.ATTEMPT_STARTED: "a worker took the job; the message names it",
+    LogCode.ATTEMPT_LOST: "its worker or engine process ended before the attempt did",
+    LogCode.ATTEMPT_HANDED_BACK: "its worker was stopped in good order",
+    LogCode.NOTE: "what the work found worth saying, as that rows were truncated",
+}
+
+
 def reference(data_dir: Path) -> str:
     """The whole page. `data_dir` is where the app that is asked for its routes may make its folders."""
     return "\n".join(_lines(data_dir)) + "\n"
@@ -40,6 +51,14 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield "## Routes"
     yield ""
     yield from _table(["request", "what it does"], _routes(data_dir))
+    yield ""
+    yield "## Events"
+    yield ""
+    yield "`GET /jobs/{job_id}/events` sends server-sent events of three kinds; ids count up, and `data` is JSON."
+    yield ""
+    yield from _table(["event", "data"], [[f"`{kind.value}`", _fields(KINDS[kind])] for kind in EventKind])
+    yield ""
+    yield from _table(["code of a log event", "meaning"], [[f"`{code.value}`", LOG_CODES[code]] for code in LogCode])
     yield ""
     yield "## Methods"
     for entry in METHODS.values():
@@ -87,6 +106,10 @@ def _routes(data_dir: Path) -> list[list[str]]:
         for path, operations in app.openapi()["paths"].items()
         for method, operation in operations.items()
     ]
+
+
+def _fields(model: type[BaseModel]) -> str:
+    return ", ".join(f"`{name}`" for name in model.model_fields)
 
 
 def _meaning(schema: dict[str, object]) -> str:

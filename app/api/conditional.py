@@ -1,5 +1,7 @@
 """Conditional requests (RFC 9110, section 13)."""
 
+from collections.abc import Mapping
+
 from fastapi import Response
 
 
@@ -11,5 +13,5 @@ def is_current(if_none_match: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def not_modified(etag: str) -> Response:
-    return Response(status_code=304, headers={"ETag": etag, "Cache-Control": "no-cache"})
+def not_modified(etag: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(status_code=304, headers={"ETag": etag, "Cache-Control": "no-cache", **(headers or {})})

@@ -2,10 +2,12 @@ from itertools import islice
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict
 
 from app.api.conditional import is_current, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, get_record
+from app.api.prefer import Wait, applied
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Job, Record, Status
 
@@ -40,15 +42,26 @@ def list_jobs(
 
 
 @router.get("/jobs/{job_id}", response_model=Job)
-def get_job(
-    record: RecordOf, response: Response, if_none_match: Annotated[str | None, Header()] = None
+async def get_job(
+    record: RecordOf,
+    services: ServicesOf,
+    response: Response,
+    wait: Wait,
+    if_none_match: Annotated[str | None, Header()] = None,
 ) -> Job | Response:
-    """A job. Its ETag changes with every write; `If-None-Match` answers 304 while it has not."""
-    etag = f'"{record.id}-{record.revision}"'
+    """A job. Its ETag changes with every write; `If-None-Match` answers 304 while it has not.
+
+    `Prefer: wait=N` waits up to N (at most 60) seconds for a change: of what `If-None-Match` names, or, without it, of
+    a job that has not ended.
+    """
+    is_known = is_current(if_none_match, _etag(record))
+    if wait is not None and (is_known or (if_none_match is None and not record.status.is_final)):
+        await services.watcher.change(record.id, record.revision, wait)
+        record = await run_in_threadpool(get_record, record.id, services)
+    etag = _etag(record)
     if is_current(if_none_match, etag):
-        return not_modified(etag)
-    response.headers["ETag"] = etag
-    response.headers["Cache-Control"] = "no-cache"
+        return not_modified(etag, applied(wait))
+    response.headers.update({"ETag": etag, "Cache-Control": "no-cache", **applied(wait)})
     return record.public()
 
 
@@ -79,6 +92,10 @@ def delete(record: RecordOf, services: ServicesOf) -> None:
         services.artifacts.remove(record.artifact)
     if not services.store.delete(record.id):
         raise ProblemError(Problem.CONFLICT, f"job {record.id} was started again meanwhile")
+
+
+def _etag(record: Record) -> str:
+    return f'"{record.id}-{record.revision}"'
 
 
 def _label(text: str) -> tuple[str, str]:

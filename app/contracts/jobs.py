@@ -83,6 +83,7 @@ class JobError(BaseModel):
 
 class Links(BaseModel):
     self: str
+    events: str
     artifacts: str
     cancel: str
     report: str
@@ -112,7 +113,7 @@ class Job(BaseModel):
 
 
 class Record(BaseModel):
-    """A job as stored. `revision` counts writes; `artifact` names the published folder."""
+    """A job as stored. `revision` is the number of its latest event; `artifact` names the published folder."""
 
     id: str
     name: str
@@ -146,6 +147,7 @@ class Record(BaseModel):
             labels=self.labels,
             links=Links(
                 self=f"/jobs/{self.id}",
+                events=f"/jobs/{self.id}/events",
                 artifacts=f"/jobs/{self.id}/artifacts",
                 cancel=f"/jobs/{self.id}/cancel",
                 report=f"/jobs/{self.id}/report",

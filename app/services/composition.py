@@ -5,18 +5,22 @@ from dataclasses import dataclass
 from app.contracts.settings import Settings
 from app.services.merges import Merges
 from app.storage.artifacts import ArtifactFolder
-from app.storage.connection import connect, connect_for_rq
+from app.storage.connection import connect, connect_for_rq, connect_for_watching
+from app.storage.events import TURN_MS, JobWatcher
 from app.storage.hub import Hub
 from app.storage.inputs import LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
 
+WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
+
 
 @dataclass(frozen=True)
 class Services:
     settings: Settings
     store: JobStore
+    watcher: JobWatcher
     artifacts: ArtifactFolder
     merges: Merges
     reaper: Reaper
@@ -32,4 +36,6 @@ def compose(settings: Settings) -> Services:
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
     merges = Merges(store, queue, LocalInputs(settings.local_roots), Hub(), settings.idempotency_seconds)
-    return Services(settings, store, artifacts, merges, Reaper(store, queue))
+    watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
+    watcher = JobWatcher(watching, settings.queue)
+    return Services(settings, store, watcher, artifacts, merges, Reaper(store, queue))

@@ -2,22 +2,24 @@
 
 Each write is one Lua script, so that it is whole or not at all, and a compare-and-set: against the record's status
 (the transitions of `Status`) and, from a worker, against its attempt number. RQ only carries task ids; if it loses one,
-`due` finds it again. When an answer gets lost the client asks again by itself, so creating a job and ending it are the
-same the second time.
+`due` finds it again. When an answer gets lost the client asks again by itself, so creating a job, recording its
+progress and ending it are the same the second time. Each change of a job's status or progress is an event in its log,
+added by the script that makes the change; `app.storage.events` reads it.
 
-Keys, all below the prefix: `job:<id>` and `task:<id>` hashes; `jobs` all job ids by time; `due` tasks waiting for a
-worker by when they were last handed to RQ; `leases` running tasks by expiry; `workers` live workers by expiry;
-`idempotency:<digest>`.
+Keys, all below the prefix: `job:<id>` and `task:<id>` hashes; `events:<id>` and `progress:<id>` streams; `jobs` all job
+ids by time; `due` tasks waiting for a worker by when they were last handed to RQ; `leases` running tasks by expiry;
+`workers` live workers by expiry; `idempotency:<digest>`.
 """
 
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from redis import Redis
+from redis.commands.core import Script
 
 from app.contracts.jobs import (
     Attempt,
@@ -36,125 +38,186 @@ from worker.engine.catalog.report import MergeResult
 Clock = Callable[[], int]
 """Milliseconds since the epoch."""
 
-# KEYS: job, jobs, task, due, idempotency. ARGV: id, task id, now, idempotency value or '', its seconds, fields…
-CREATE = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return false end
-if ARGV[4] ~= '' then
-  local before = redis.call('GET', KEYS[5])
-  if before then return before end
-  redis.call('SET', KEYS[5], ARGV[4], 'EX', ARGV[5])
+
+def _listed(statuses: Iterable[Status]) -> str:
+    """As the scripts search them: ,a,b,"""
+    return "," + ",".join(sorted(statuses)) + ","
+
+
+FINAL = _listed(status for status in Status if status.is_final)
+PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
+PROGRESS_KEPT_S = 3600  # after the job's end; its other events stay as long as its record
+
+# Every script begins with this. KEYS: job, events, progress, then its own. ARGV: now, then its own.
+#
+# An event is numbered by the record's revision and added where the record is changed, so it is as durable and as
+# ordered as the write, and whoever has seen event n has seen the record up to revision n. Progress has a stream of its
+# own, because it alone comes without end and may be cut.
+PRELUDE = f"""
+local job, events, progress_events, now = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
+
+local function add(stream, ...)
+  redis.call('XADD', stream, redis.call('HINCRBY', job, 'revision', 1), 'at', now, ...)
 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 6))
-redis.call('ZADD', KEYS[2], 0, ARGV[1])
-redis.call('HSET', KEYS[3], 'state', 'queued', 'attempt', 0, 'losses', 0)
-redis.call('ZADD', KEYS[4], 0, ARGV[2])
+
+local function log(code, message)
+  add(events, 'event', 'log', 'code', code, 'attempt', redis.call('HGET', job, 'attempt'), 'message', message)
+end
+
+local function report(progress)
+  if redis.call('HGET', job, 'progress') == progress then return end
+  redis.call('HSET', job, 'progress', progress)
+  add(progress_events, 'event', 'progress', 'progress', progress)
+  redis.call('XTRIM', progress_events, 'MAXLEN', '~', {PROGRESS_KEPT})
+end
+
+local function enter(status)
+  redis.call('HSET', job, 'status', status)
+  if string.find('{FINAL}', ',' .. status .. ',', 1, true) then
+    redis.call('HSET', job, 'finished_ms', now)
+    redis.call('EXPIRE', progress_events, {PROGRESS_KEPT_S})
+  end
+  local error = redis.call('HGET', job, 'error') or ''
+  add(events, 'event', 'status', 'status', status, 'attempt', redis.call('HGET', job, 'attempt'), 'error', error)
+end
+"""
+
+# KEYS: jobs, task, due, idempotency. ARGV: id, task id, idempotency value or '', its seconds, status, fields…
+CREATE = """
+local jobs, task, due, idempotency = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+if redis.call('EXISTS', job) == 1 then return false end
+if ARGV[4] ~= '' then
+  local before = redis.call('GET', idempotency)
+  if before then return before end
+  redis.call('SET', idempotency, ARGV[4], 'EX', ARGV[5])
+end
+redis.call('HSET', job, unpack(ARGV, 7))
+redis.call('ZADD', jobs, 0, ARGV[2])
+redis.call('HSET', task, 'state', 'queued', 'attempt', 0, 'losses', 0)
+redis.call('ZADD', due, 0, ARGV[3])
+enter(ARGV[6])
 return false
 """
 
-# KEYS: task, due, leases, job. ARGV: task id, now, lease ms, worker, progress
+# KEYS: task, due, leases. ARGV: task id, lease ms, worker, progress
 CLAIM = """
-if redis.call('HGET', KEYS[1], 'state') ~= 'queued' then return 0 end
-if redis.call('HGET', KEYS[4], 'status') ~= 'queued' then return 0 end
-local attempt = redis.call('HINCRBY', KEYS[1], 'attempt', 1)
-redis.call('HSET', KEYS[1], 'state', 'running', 'worker', ARGV[4])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('ZADD', KEYS[3], ARGV[2] + ARGV[3], ARGV[1])
-redis.call('HSET', KEYS[4], 'status', 'running', 'attempt', attempt, 'started_ms', ARGV[2], 'progress', ARGV[5])
-redis.call('HINCRBY', KEYS[4], 'revision', 1)
+local task, due, leases = KEYS[4], KEYS[5], KEYS[6]
+if redis.call('HGET', task, 'state') ~= 'queued' then return 0 end
+if redis.call('HGET', job, 'status') ~= 'queued' then return 0 end
+local attempt = redis.call('HINCRBY', task, 'attempt', 1)
+redis.call('HSET', task, 'state', 'running', 'worker', ARGV[4])
+redis.call('ZREM', due, ARGV[2])
+redis.call('ZADD', leases, now + ARGV[3], ARGV[2])
+redis.call('HSET', job, 'attempt', attempt, 'started_ms', now)
+enter('running')
+log('attempt_started', 'attempt ' .. attempt .. ' starts on worker ' .. ARGV[4])
+report(ARGV[5])
 return attempt
 """
 
-# KEYS: task, leases, job. ARGV: task id, attempt, now, lease ms, progress or ''
+# KEYS: task, leases. ARGV: task id, attempt, lease ms, progress or ''
 RENEW = """
-if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return false end
-if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return false end
-redis.call('ZADD', KEYS[2], ARGV[3] + ARGV[4], ARGV[1])
-if ARGV[5] ~= '' then
-  redis.call('HSET', KEYS[3], 'progress', ARGV[5])
-  redis.call('HINCRBY', KEYS[3], 'revision', 1)
-end
-return redis.call('HGET', KEYS[3], 'status')
+local task, leases = KEYS[4], KEYS[5]
+if redis.call('HGET', task, 'state') ~= 'running' then return false end
+if redis.call('HGET', task, 'attempt') ~= ARGV[3] then return false end
+redis.call('ZADD', leases, now + ARGV[4], ARGV[2])
+if ARGV[5] ~= '' then report(ARGV[5]) end
+return redis.call('HGET', job, 'status')
 """
 
-# KEYS: task, leases, job. ARGV: task id, attempt, allowed statuses as ,a,b, then status, its value, further fields…
+# KEYS: task, leases. ARGV: task id, attempt, allowed statuses as ,a,b, then status, progress or '', count of notes,
+#       notes…, fields…
 FINISH = """
-if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 0 end
-local state = redis.call('HGET', KEYS[1], 'state')
-local status = redis.call('HGET', KEYS[3], 'status')
+local task, leases = KEYS[4], KEYS[5]
+if redis.call('HGET', task, 'attempt') ~= ARGV[3] then return 0 end
+local state = redis.call('HGET', task, 'state')
+local status = redis.call('HGET', job, 'status')
 if state == 'done' and status == ARGV[5] then return 1 end
 if state ~= 'running' then return 0 end
-if not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'done')
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HSET', KEYS[3], unpack(ARGV, 4))
-redis.call('HINCRBY', KEYS[3], 'revision', 1)
+if not string.find(ARGV[4], ',' .. status .. ',', 1, true) then return 0 end
+redis.call('HSET', task, 'state', 'done')
+redis.call('ZREM', leases, ARGV[2])
+local fields = 8 + ARGV[7]
+for note = 8, fields - 1 do log('note', ARGV[note]) end
+if fields <= #ARGV then redis.call('HSET', job, unpack(ARGV, fields)) end
+if ARGV[6] ~= '' then report(ARGV[6]) end
+enter(ARGV[5])
 return 1
 """
 
-# KEYS: task, due, job. ARGV: task id, now
+# KEYS: task, due. ARGV: task id
 # Returns the job's status after it, or false when there is no such job.
 CANCEL = """
-local status = redis.call('HGET', KEYS[3], 'status')
+local task, due = KEYS[4], KEYS[5]
+local status = redis.call('HGET', job, 'status')
 if status == 'queued' then
-  redis.call('HSET', KEYS[1], 'state', 'done')
-  redis.call('ZREM', KEYS[2], ARGV[1])
-  redis.call('HSET', KEYS[3], 'status', 'cancelled', 'finished_ms', ARGV[2])
+  redis.call('HSET', task, 'state', 'done')
+  redis.call('ZREM', due, ARGV[2])
+  enter('cancelled')
 elseif status == 'running' then
-  redis.call('HSET', KEYS[3], 'status', 'cancelling')
-else
-  return status
+  enter('cancelling')
 end
-redis.call('HINCRBY', KEYS[3], 'revision', 1)
-return redis.call('HGET', KEYS[3], 'status')
+return redis.call('HGET', job, 'status')
 """
 
-# KEYS: task, due, job. ARGV: task id, allowed statuses as ,a,b, then progress when queued
+# KEYS: task, due. ARGV: task id, allowed statuses as ,a,b, then progress when queued
 RETRY = """
-local status = redis.call('HGET', KEYS[3], 'status')
-if not status or not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'queued', 'losses', 0)
-redis.call('ZADD', KEYS[2], 0, ARGV[1])
-redis.call('HDEL', KEYS[3], 'error', 'started_ms', 'finished_ms')
-redis.call('HSET', KEYS[3], 'status', 'queued', 'progress', ARGV[3])
-redis.call('HINCRBY', KEYS[3], 'revision', 1)
+local task, due = KEYS[4], KEYS[5]
+local status = redis.call('HGET', job, 'status')
+if not status or not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return 0 end
+redis.call('HSET', task, 'state', 'queued', 'losses', 0)
+redis.call('ZADD', due, 0, ARGV[2])
+redis.call('HDEL', job, 'error', 'started_ms', 'finished_ms')
+redis.call('PERSIST', progress_events)
+enter('queued')
+report(ARGV[4])
 return 1
 """
 
-# KEYS: task, jobs, job. ARGV: id, final statuses as ,a,b,
+# KEYS: task, jobs. ARGV: id, final statuses as ,a,b,
 DELETE = """
-local status = redis.call('HGET', KEYS[3], 'status')
-if not status or not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return 0 end
-redis.call('DEL', KEYS[1], KEYS[3])
-redis.call('ZREM', KEYS[2], ARGV[1])
+local task, jobs = KEYS[4], KEYS[5]
+local status = redis.call('HGET', job, 'status')
+if not status or not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return 0 end
+redis.call('DEL', task, job, events, progress_events)
+redis.call('ZREM', jobs, ARGV[2])
 return 1
 """
 
-# KEYS: task, leases, due, job. ARGV: task id, attempt, now, 1 for a loss, most losses, 1 if only when expired,
-#       progress when queued, error when lost too often
+# KEYS: task, leases, due. ARGV: task id, attempt, 1 for a loss, most losses, 1 if only when expired, progress when
+#       queued, error when lost too often
 # Returns: 0 not ours to release, 1 queued again, 2 failed, 3 cancelled.
 RELEASE = """
-if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 0 end
-if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 0 end
+local task, leases, due = KEYS[4], KEYS[5], KEYS[6]
+if redis.call('HGET', task, 'state') ~= 'running' then return 0 end
+if redis.call('HGET', task, 'attempt') ~= ARGV[3] then return 0 end
 if ARGV[6] == '1' then
-  local expiry = redis.call('ZSCORE', KEYS[2], ARGV[1])
-  if expiry and tonumber(expiry) > tonumber(ARGV[3]) then return 0 end
+  local expiry = redis.call('ZSCORE', leases, ARGV[2])
+  if expiry and tonumber(expiry) > tonumber(now) then return 0 end
 end
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HINCRBY', KEYS[4], 'revision', 1)
-if redis.call('HGET', KEYS[4], 'status') == 'cancelling' then
-  redis.call('HSET', KEYS[1], 'state', 'done')
-  redis.call('HSET', KEYS[4], 'status', 'cancelled', 'finished_ms', ARGV[3])
+redis.call('ZREM', leases, ARGV[2])
+local losses = redis.call('HINCRBY', task, 'losses', ARGV[4])
+if ARGV[4] == '1' then
+  local loss = 'loss ' .. losses .. ' of ' .. ARGV[5]
+  log('attempt_lost', 'attempt ' .. ARGV[3] .. ' lost its worker or engine process, ' .. loss)
+else
+  log('attempt_handed_back', 'attempt ' .. ARGV[3] .. ' was handed back by a worker that stops')
+end
+if redis.call('HGET', job, 'status') == 'cancelling' then
+  redis.call('HSET', task, 'state', 'done')
+  enter('cancelled')
   return 3
 end
-local losses = redis.call('HINCRBY', KEYS[1], 'losses', ARGV[4])
 if losses > tonumber(ARGV[5]) - 1 and ARGV[4] == '1' then
-  redis.call('HSET', KEYS[1], 'state', 'done')
-  redis.call('HSET', KEYS[4], 'status', 'failed', 'error', ARGV[8], 'finished_ms', ARGV[3])
+  redis.call('HSET', task, 'state', 'done')
+  redis.call('HSET', job, 'error', ARGV[8])
+  enter('failed')
   return 2
 end
-redis.call('HSET', KEYS[1], 'state', 'queued')
-redis.call('ZADD', KEYS[3], 0, ARGV[1])
-redis.call('HSET', KEYS[4], 'status', 'queued', 'progress', ARGV[7])
+redis.call('HSET', task, 'state', 'queued')
+redis.call('ZADD', due, 0, ARGV[2])
+enter('queued')
+report(ARGV[7])
 return 1
 """
 
@@ -182,14 +245,14 @@ class JobStore:
         self._lease_ms = int(lease_seconds * 1000)
         self._max_losses = max_losses
         self.clock = clock or self._redis_clock
-        self._create = redis.register_script(CREATE)
-        self._claim = redis.register_script(CLAIM)
-        self._renew = redis.register_script(RENEW)
-        self._finish = redis.register_script(FINISH)
-        self._release = redis.register_script(RELEASE)
-        self._cancel = redis.register_script(CANCEL)
-        self._retry = redis.register_script(RETRY)
-        self._delete = redis.register_script(DELETE)
+        self._create = redis.register_script(PRELUDE + CREATE)
+        self._claim = redis.register_script(PRELUDE + CLAIM)
+        self._renew = redis.register_script(PRELUDE + RENEW)
+        self._finish = redis.register_script(PRELUDE + FINISH)
+        self._release = redis.register_script(PRELUDE + RELEASE)
+        self._cancel = redis.register_script(PRELUDE + CANCEL)
+        self._retry = redis.register_script(PRELUDE + RETRY)
+        self._delete = redis.register_script(PRELUDE + DELETE)
 
     # --- records
 
@@ -206,10 +269,8 @@ class JobStore:
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
         task = TaskId(job=job_id, stage=Stage.MERGE)
         fields = {
-            "status": Status.QUEUED,
             "name": name,
             "attempt": 0,
-            "revision": 1,
             "created_ms": now,
             "request": json.dumps(request),
             "labels": json.dumps(labels),
@@ -217,15 +278,11 @@ class JobStore:
         }
         key, digest = idempotency or ("", "")
         remembered = f"{job_id} {digest}" if key else ""
-        before = self._create(
-            keys=[
-                self._key("job", job_id),
-                self._key("jobs"),
-                self._task_key(task),
-                self._key("due"),
-                self._idempotency_key(key),
-            ],
-            args=[job_id, str(task), now, remembered, idempotency_seconds, *_flat(fields)],
+        before = self._call(
+            self._create,
+            job_id,
+            [self._key("jobs"), self._task_key(task), self._key("due"), self._idempotency_key(key)],
+            [job_id, str(task), remembered, idempotency_seconds, Status.QUEUED, *_flat(fields)],
         )
         return _earlier(str(before), digest) if before else Created(job_id, existing=False)
 
@@ -255,35 +312,31 @@ class JobStore:
     def cancel(self, job_id: str) -> Status | None:
         """Cancel what waits, ask what runs to stop; the job's status after it, None when there is no such job."""
         task = TaskId(job=job_id, stage=Stage.MERGE)
-        status = self._cancel(
-            keys=[self._task_key(task), self._key("due"), self._key("job", job_id)], args=[str(task), self.clock()]
-        )
+        status = self._call(self._cancel, job_id, [self._task_key(task), self._key("due")], [str(task)])
         return Status(status) if status else None
 
     def retry(self, job_id: str) -> TaskId | None:
         """Queue a failed or cancelled job anew; its task, to be dispatched. None when it is neither."""
         task = TaskId(job=job_id, stage=Stage.MERGE)
         again = _listed(Status.QUEUED.predecessors - {Status.RUNNING})
-        done = self._retry(
-            keys=[self._task_key(task), self._key("due"), self._key("job", job_id)],
-            args=[str(task), again, Progress().model_dump_json()],
-        )
+        keys = [self._task_key(task), self._key("due")]
+        done = self._call(self._retry, job_id, keys, [str(task), again, Progress().model_dump_json()])
         return task if done else None
 
     def delete(self, job_id: str) -> bool:
         """Forget a job that has ended. False while it is active."""
         task = TaskId(job=job_id, stage=Stage.MERGE)
-        final = _listed(status for status in Status if status.is_final)
-        keys = [self._task_key(task), self._key("jobs"), self._key("job", job_id)]
-        return bool(self._delete(keys=keys, args=[job_id, final]))
+        return bool(self._call(self._delete, job_id, [self._task_key(task), self._key("jobs")], [job_id, FINAL]))
 
     # --- what a worker does with a task
 
     def claim(self, task: TaskId, worker: str) -> Attempt | None:
         """Start an attempt; None when the task is not waiting (done, running elsewhere, cancelled, deleted)."""
-        number = self._claim(
-            keys=[self._task_key(task), self._key("due"), self._key("leases"), self._key("job", task.job)],
-            args=[str(task), self.clock(), self._lease_ms, worker, Progress(phase=Phase.LOADING).model_dump_json()],
+        number = self._call(
+            self._claim,
+            task.job,
+            [self._task_key(task), self._key("due"), self._key("leases")],
+            [str(task), self._lease_ms, worker, Progress(phase=Phase.LOADING).model_dump_json()],
         )
         return Attempt(task=task, number=int(number)) if number else None
 
@@ -292,12 +345,13 @@ class JobStore:
 
         The job's status; None when the attempt is no longer ours.
         """
-        status = self._renew(
-            keys=[self._task_key(attempt.task), self._key("leases"), self._key("job", attempt.task.job)],
-            args=[
+        status = self._call(
+            self._renew,
+            attempt.task.job,
+            [self._task_key(attempt.task), self._key("leases")],
+            [
                 str(attempt.task),
                 attempt.number,
-                self.clock(),
                 self._lease_ms,
                 "" if progress is None else progress.model_dump_json(),
             ],
@@ -306,11 +360,12 @@ class JobStore:
 
     def succeed(self, attempt: Attempt, result: MergeResult, artifact: str) -> bool:
         """Final. False when the attempt is no longer ours; its artifact must go then."""
-        progress = Progress(phase=Phase.DONE, done=1, total=1, unit="jobs", fraction=1.0, eta_seconds=0.0)
         return self._end(
             attempt,
             Status.SUCCEEDED,
-            {"result": result.model_dump_json(), "artifact": artifact, "progress": progress.model_dump_json()},
+            {"result": result.model_dump_json(), "artifact": artifact},
+            Progress(phase=Phase.DONE, done=1, total=1, unit="jobs", fraction=1.0, eta_seconds=0.0),
+            result.notes,
         )
 
     def fail(self, attempt: Attempt, error: JobError) -> bool:
@@ -331,17 +386,13 @@ class JobStore:
             message=f"the job lost its worker {self._max_losses} times; the last attempt was {attempt.number}",
             retryable=True,
         )
-        outcome = self._release(
-            keys=[
-                self._task_key(attempt.task),
-                self._key("leases"),
-                self._key("due"),
-                self._key("job", attempt.task.job),
-            ],
-            args=[
+        outcome = self._call(
+            self._release,
+            attempt.task.job,
+            [self._task_key(attempt.task), self._key("leases"), self._key("due")],
+            [
                 str(attempt.task),
                 attempt.number,
-                self.clock(),
                 int(lost),
                 self._max_losses,
                 int(only_expired),
@@ -404,17 +455,34 @@ class JobStore:
 
     # ---
 
-    def _end(self, attempt: Attempt, status: Status, fields: dict[str, Any]) -> bool:
-        done = self._finish(
-            keys=[self._task_key(attempt.task), self._key("leases"), self._key("job", attempt.task.job)],
-            args=[
+    def _end(
+        self,
+        attempt: Attempt,
+        status: Status,
+        fields: dict[str, str],
+        progress: Progress | None = None,
+        notes: Sequence[str] = (),
+    ) -> bool:
+        done = self._call(
+            self._finish,
+            attempt.task.job,
+            [self._task_key(attempt.task), self._key("leases")],
+            [
                 str(attempt.task),
                 attempt.number,
                 _listed(status.predecessors),
-                *_flat({"status": status, "finished_ms": self.clock(), **fields}),
+                status,
+                "" if progress is None else progress.model_dump_json(),
+                len(notes),
+                *notes,
+                *_flat(fields),
             ],
         )
         return bool(done)
+
+    def _call(self, script: Script, job_id: str, keys: list[str], args: list[Any]) -> Any:
+        """Run a script on a job, with what every script begins with."""
+        return script(keys=[*job_keys(self._prefix, job_id), *keys], args=[self.clock(), *args])
 
     def _redis_clock(self) -> int:
         seconds, micros = self.redis.time()
@@ -430,9 +498,9 @@ class JobStore:
         return self._key("task", str(task))
 
 
-def _listed(statuses: Iterable[Status]) -> str:
-    """As the scripts search them: ,a,b,"""
-    return "," + ",".join(sorted(statuses)) + ","
+def job_keys(prefix: str, job_id: str) -> list[str]:
+    """Record, events, progress events."""
+    return [f"{prefix}:{kind}:{job_id}" for kind in ("job", "events", "progress")]
 
 
 def _earlier(remembered: str, digest: str) -> Created:

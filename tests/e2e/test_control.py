@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Service, make_service, tiny_recipe, wait_until
-from tests.tiny import write_rows
+from tests.tiny import tiny_checkpoint, write_rows
 
 ROWS = 3000
 CANCEL_S = 5  # the promise for a running job
@@ -19,6 +19,7 @@ PHASES = ["loading", "scoring", "evaluating"]
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
     for seed, (name, labels) in enumerate({"a": 2, "b": 3}.items()):
         write_rows(tiny_inputs / "rows" / f"many-{name}.jsonl", count=ROWS, labels=labels, seed=seed)
+        tiny_checkpoint(tiny_inputs / "checkpoints" / f"wide-{name}", labels=labels, seed=seed, hidden=512)
     service = make_service(tmp_path_factory.mktemp("control"), tiny_inputs)
     service.start()
     yield service
@@ -41,7 +42,11 @@ def start(service: Service, phase: str) -> str:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_running_job_is_cancelled_within_5_s_in_every_phase(service: Service, phase: str) -> None:
-    job_id = start(service, phase)
+    check_cancelled(service, start(service, phase))
+
+
+def check_cancelled(service: Service, job_id: str) -> None:
+    """Asked to, the job ends in time, leaves nothing, and the next one succeeds."""
     response = service.post(f"/jobs/{job_id}/cancel")
     asked = time.monotonic()
     assert (response.status_code, response.json()["status"]) == (202, "cancelling")
@@ -51,6 +56,21 @@ def test_a_running_job_is_cancelled_within_5_s_in_every_phase(service: Service, 
     assert not list((service.data_dir / "work").glob(f"{job_id}.*"))
     assert not list((service.data_dir / "artifacts").glob(f"{job_id}.*"))
     assert service.finished(service.submit(tiny_recipe("a", name="average")))["status"] == "succeeded"
+
+
+def test_a_running_job_is_cancelled_within_5_s_while_it_merges(service: Service) -> None:
+    """The phase is over in a moment with models this small, so the engine is made to stand still in its middle."""
+    recipe = tiny_recipe("a", "b", name="average")
+    for model in recipe["models"]:
+        model["checkpoint"] = f"local:checkpoints/wide-{model['name']}"
+    recipe["output"] = {"max_shard_bytes": 1_000_000}
+    engine = service.processes()["engine"]
+    job_id = service.submit(recipe)
+    folder = service.data_dir / "work" / f"{job_id}.1" / "models" / "a"
+    wait_until(lambda: list(folder.glob("*.safetensors")), "the first of several shards", interval_s=0.0005)
+    engine.suspend()
+    wait_until(lambda: service.job(job_id)["progress"]["phase"] == "merging", "merging")
+    check_cancelled(service, job_id)
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_the_running_one_goes_on(service: Service) -> None:

@@ -20,7 +20,9 @@ def api(tmp_path: Path, tiny_inputs: Path) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.mark.parametrize("path", ["/jobs", f"/jobs/{'0' * 28}", f"/jobs/{'0' * 28}/archive"])
+@pytest.mark.parametrize(
+    "path", ["/jobs", f"/jobs/{'0' * 28}", *(f"/jobs/{'0' * 28}/{part}" for part in ("archive", "events"))]
+)
 def test_reads_answer_503(api: TestClient, path: str) -> None:
     response = api.get(path)
     assert (response.status_code, response.json()["code"]) == (503, "redis_unavailable")

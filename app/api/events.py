@@ -1,0 +1,46 @@
+import logging
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from redis.exceptions import RedisError
+
+from app.api.dependencies import JobId, RecordOf, ServicesOf
+
+router = APIRouter(tags=["jobs"])
+
+logger = logging.getLogger(__name__)
+
+LastEventId = Annotated[str | None, Header(pattern=r"^[0-9]{1,15}$", description="The last event that is known")]
+
+
+def get_position(record: RecordOf, response: Response, last_event_id: LastEventId = None) -> int | None:
+    """The event to go on after; None, and a 204, when the job has ended and its last event is known."""
+    after = int(last_event_id or 0)
+    if record.status.is_final and after >= record.revision:
+        response.status_code = 204
+        return None
+    return after
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses={204: {"description": "The job has ended and nothing is left to tell; do not reconnect"}},
+)
+async def events(
+    job_id: JobId, after: Annotated[int | None, Depends(get_position)], services: ServicesOf
+) -> AsyncIterator[ServerSentEvent]:
+    """What happens to a job, as server-sent events from the first, or after `Last-Event-ID`, to the job's end.
+
+    A reader that loses the connection comes back with `Last-Event-ID` and misses nothing; one that has seen the end
+    gets 204. Of progress the newest thousand events are kept, and for an hour after the end.
+    """
+    if after is None:
+        return
+    try:
+        async for event in services.watcher.follow(job_id, after):
+            yield ServerSentEvent(event=event.event, id=str(event.id), data=event.data)
+    except RedisError as error:  # the answer has begun; the reader comes back and hears of it then
+        logger.warning("the events of job %s are cut short, Redis is away: %s", job_id, error)

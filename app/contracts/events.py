@@ -1,0 +1,56 @@
+"""What a job tells those who watch it. The union is closed: a reader that knows these three kinds knows all."""
+
+from enum import StrEnum
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from app.contracts.jobs import JobError, Progress, Status
+
+
+class EventKind(StrEnum):
+    STATUS = "status"
+    PROGRESS = "progress"
+    LOG = "log"
+
+
+class LogCode(StrEnum):
+    ATTEMPT_STARTED = "attempt_started"
+    ATTEMPT_LOST = "attempt_lost"
+    ATTEMPT_HANDED_BACK = "attempt_handed_back"
+    NOTE = "note"
+
+
+class StatusChange(BaseModel):
+    """The job entered a state; `error` says why when it is `failed`."""
+
+    status: Status
+    attempt: int
+    error: JobError | None
+    at: AwareDatetime
+
+
+class LogEntry(BaseModel):
+    """What a person may want to know and the status does not say."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    code: LogCode
+    attempt: int
+    message: str
+    """For people; it holds nothing of the rows."""
+    at: AwareDatetime
+
+
+KINDS: dict[EventKind, type[StatusChange] | type[Progress] | type[LogEntry]] = {
+    EventKind.STATUS: StatusChange,
+    EventKind.PROGRESS: Progress,
+    EventKind.LOG: LogEntry,
+}
+
+
+class Event(BaseModel):
+    """Event `id` made the record what it is at revision `id`."""
+
+    id: int
+    event: EventKind
+    data: StatusChange | Progress | LogEntry

@@ -1,0 +1,101 @@
+"""Following a job as it changes. Those who wait hold neither a thread nor, when there are many, a connection each."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
+from typing import Any
+
+from redis.asyncio import Redis
+
+from app.contracts.events import Event, EventKind, LogEntry, StatusChange
+from app.contracts.jobs import Progress, Status
+from app.storage.jobs import job_keys
+
+TURN_MS = 5_000  # one wait for news, after which a deleted job is noticed and, among many readers, the next has a turn
+
+Entries = list[tuple[str, dict[str, str]]]
+
+
+class JobWatcher:
+    """Raises redis exceptions when Redis is away for longer than the client's patience.
+
+    Args:
+        redis: a client with decode_responses whose pool has others wait when all its connections are in use, and whose
+            socket timeout is longer than a turn.
+    """
+
+    def __init__(self, redis: Redis, prefix: str) -> None:
+        self._redis = redis
+        self._prefix = prefix
+        self._stopping = asyncio.Event()
+
+    async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+        """Events later than `after` as they come, until the job has ended and all are read, or it is deleted."""
+        while not await self._is_over(job_id, after):
+            for event in await self._news(job_id, after):
+                yield event
+                after = event.id
+
+    async def end(self, job_id: str, after: int, timeout_s: float) -> None:
+        """Return when the job has ended or is gone, or the time is over. `after` is a revision that is known."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                async for _ in self.follow(job_id, after):
+                    pass
+
+    async def change(self, job_id: str, after: int, timeout_s: float) -> None:
+        """Return when the record is later than revision `after` or gone, or the time is over."""
+        record = job_keys(self._prefix, job_id)[0]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while await self._answer(self._redis.exists(record)):
+                    if await self._news(job_id, after):
+                        return
+
+    def stop(self) -> None:
+        """The service stops: end every wait, present and future."""
+        self._stopping.set()
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _is_over(self, job_id: str, after: int) -> bool:
+        record = job_keys(self._prefix, job_id)[0]
+        status, revision = await self._answer(self._redis.hmget(record, ["status", "revision"])) or (None, 0)
+        return status is None or (Status(status).is_final and int(revision) <= after)
+
+    async def _news(self, job_id: str, after: int) -> list[Event]:
+        """Events later than `after`, in order, as soon as there are any; empty when a turn is over."""
+        _, events, progress = job_keys(self._prefix, job_id)
+        # Both streams in one command, so that nothing falls between them.
+        found: list[tuple[str, Entries]] | None = await self._answer(
+            self._redis.xread({events: str(after), progress: str(after)}, block=TURN_MS)
+        )
+        return sorted((_event(*entry) for _, entries in found or () for entry in entries), key=lambda event: event.id)
+
+    async def _answer(self, command: Awaitable[Any]) -> Any:
+        """What Redis answers; None when the service stops before it does."""
+        reading = asyncio.ensure_future(command)
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the reader may be gone by then
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return None if stopping.done() else reading.result()
+        finally:
+            reading.cancel()
+            stopping.cancel()
+
+
+def _event(entry_id: str, fields: dict[str, str]) -> Event:
+    kind = EventKind(fields["event"])
+    data: StatusChange | Progress | LogEntry
+    match kind:
+        case EventKind.STATUS:
+            error = json.loads(fields["error"]) if fields["error"] else None
+            data = StatusChange.model_validate({**fields, "error": error})
+        case EventKind.PROGRESS:
+            data = Progress.model_validate_json(fields["progress"])
+        case EventKind.LOG:
+            data = LogEntry.model_validate(fields)
+    return Event(id=int(entry_id.partition("-")[0]), event=kind, data=data)

@@ -1,0 +1,96 @@
+"""A cancel that comes while an attempt publishes, with a real engine process."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from app.contracts.jobs import Attempt, Record, Stage, Status, TaskId
+from app.contracts.requests import MergeRequest
+from app.storage.artifacts import ArtifactFolder
+from app.storage.inputs import LocalInputs
+from app.storage.jobs import JobStore
+from tests.conftest import tiny_recipe
+from worker.engine_process import EngineProcess
+from worker.tasks import TaskRunner
+
+Publish = Callable[[ArtifactFolder, JobStore, Attempt], str]
+
+
+def cancel_first(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
+    assert store.cancel(attempt.task.job) is Status.CANCELLING
+    return artifacts.publish(attempt)
+
+
+def cancel_after_the_rename(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
+    name = artifacts.publish(attempt)
+    assert store.cancel(attempt.task.job) is Status.CANCELLING
+    return name
+
+
+def undisturbed(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
+    return artifacts.publish(attempt)
+
+
+class DisturbedFolder(ArtifactFolder):
+    """Publishes as `how` says."""
+
+    def __init__(self, data_dir: Path, store: JobStore, how: Publish) -> None:
+        super().__init__(data_dir)
+        self._undisturbed = ArtifactFolder(data_dir)
+        self._store = store
+        self._how = how
+
+    def publish(self, attempt: Attempt) -> str:
+        return self._how(self._undisturbed, self._store, attempt)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineProcess]:
+    engine = EngineProcess(threads=1)
+    engine.start()
+    yield engine
+    engine.kill()
+
+
+@pytest.fixture
+def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) -> Callable[[Publish], Record]:
+    """What becomes of a job whose attempt publishes so."""
+    store = JobStore(redis, "test", lease_seconds=10, max_losses=3)
+
+    def run(how: Publish) -> Record:
+        artifacts = DisturbedFolder(tmp_path, store, how)
+        artifacts.prepare()
+        runner = TaskRunner(
+            worker="test",
+            store=store,
+            artifacts=artifacts,
+            inputs=LocalInputs([tiny_inputs]),
+            engine=engine,
+            lease_seconds=10,
+            max_engine_bytes=2**40,
+            is_stopping=lambda: False,
+        )
+        recipe = {**tiny_recipe("a", name="average"), "evaluate": False}
+        del recipe["models"][0]["evaluation"]
+        request = MergeRequest.model_validate(recipe)
+        task = TaskId(job=store.create(request.model_dump(mode="json"), "name", {}).job_id, stage=Stage.MERGE)
+        runner.merge(str(task))
+        record = store.get(task.job)
+        assert record is not None
+        return record
+
+    return run
+
+
+@pytest.mark.parametrize("how", [cancel_first, cancel_after_the_rename])
+def test_a_cancel_that_comes_while_an_attempt_publishes_ends_the_job_and_leaves_nothing(
+    run: Callable[[Publish], Record], tmp_path: Path, how: Publish
+) -> None:
+    record = run(how)
+    assert (record.status, record.result, record.artifact) == (Status.CANCELLED, None, None)
+    assert not list((tmp_path / "work").iterdir())
+    assert not list((tmp_path / "artifacts").iterdir())
+    after = run(undisturbed)
+    assert (after.status, after.artifact) == (Status.SUCCEEDED, f"{after.id}.1")
