@@ -4,6 +4,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,7 +101,8 @@ class TaskRunner:
         record = self._store.get(attempt.task.job)
         if record is None:
             return
-        spec = self._spec(record, self._artifacts.begin(attempt))
+        folder = self._keeping(attempt, lambda: self._artifacts.begin(attempt))
+        spec = self._spec(record, folder)
         meter = ProgressMeter(phases_of(spec))
         self._engine.merge(spec)
         recorded = time.monotonic()
@@ -113,7 +115,11 @@ class TaskRunner:
                     self._fail(attempt, event.error)
                     return
                 elif isinstance(event, Merged):
-                    self._publish(attempt, record, event.result)
+                    status = self._renew(attempt, meter.update(Phase.PUBLISHING, 0, 1, "artifacts"))
+                    if status is Status.RUNNING:
+                        self._publish(attempt, record, event.result)
+                    else:
+                        self._withdraw(attempt, status)
                     return
             if self._is_stopping():
                 self._hand_back(attempt)
@@ -137,6 +143,14 @@ class TaskRunner:
             logger.warning("job %s: Redis is away: %s", attempt.task.job, error)
             return Status.RUNNING
 
+    def _keeping(self, attempt: Attempt, call: Callable[[], Outcome]) -> Outcome:
+        """The outcome of a call that may take longer than the lease: flushing or removing large files."""
+        with ThreadPoolExecutor(1) as pool:
+            outcome = pool.submit(call)
+            while outcome not in wait([outcome], timeout=self._renew_interval).done:
+                self._renew(attempt, None)
+            return outcome.result()
+
     def _withdraw(self, attempt: Attempt, status: Status | None) -> None:
         """Leave nothing of an attempt whose result nobody wants: the job was cancelled, or the lease was lost."""
         self._artifacts.discard(attempt)
@@ -147,7 +161,7 @@ class TaskRunner:
 
     def _publish(self, attempt: Attempt, record: Record, result: MergeResult) -> None:
         start = time.monotonic()
-        artifact = self._artifacts.publish(attempt)
+        artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt))
         started = self._insist(lambda: self._store.get(attempt.task.job))
         queued = ((started or record).started_ms or record.created_ms) - record.created_ms
         timings = result.timings.model_copy(

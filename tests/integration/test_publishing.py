@@ -11,10 +11,11 @@ from app.contracts.requests import MergeRequest
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import LocalInputs
 from app.storage.jobs import JobStore
-from tests.conftest import tiny_recipe
+from tests.conftest import tiny_recipe, wait_until
 from worker.engine_process import EngineProcess
 from worker.tasks import TaskRunner
 
+LEASE_S = 2
 Publish = Callable[[ArtifactFolder, JobStore, Attempt], str]
 
 
@@ -27,6 +28,14 @@ def cancel_after_the_rename(artifacts: ArtifactFolder, store: JobStore, attempt:
     name = artifacts.publish(attempt)
     assert store.cancel(attempt.task.job) is Status.CANCELLING
     return name
+
+
+def longer_than_the_lease(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
+    """Until the lease as it was would have run out."""
+    expiry = store.clock() + LEASE_S * 1000
+    wait_until(lambda: store.clock() > expiry, "the lease's time to pass")
+    assert not store.expired()
+    return artifacts.publish(attempt)
 
 
 def undisturbed(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
@@ -57,7 +66,7 @@ def engine() -> Iterator[EngineProcess]:
 @pytest.fixture
 def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) -> Callable[[Publish], Record]:
     """What becomes of a job whose attempt publishes so."""
-    store = JobStore(redis, "test", lease_seconds=10, max_losses=3)
+    store = JobStore(redis, "test", lease_seconds=LEASE_S, max_losses=3)
 
     def run(how: Publish) -> Record:
         artifacts = DisturbedFolder(tmp_path, store, how)
@@ -68,7 +77,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
             artifacts=artifacts,
             inputs=LocalInputs([tiny_inputs]),
             engine=engine,
-            lease_seconds=10,
+            lease_seconds=LEASE_S,
             max_engine_bytes=2**40,
             is_stopping=lambda: False,
         )
@@ -94,3 +103,8 @@ def test_a_cancel_that_comes_while_an_attempt_publishes_ends_the_job_and_leaves_
     assert not list((tmp_path / "artifacts").iterdir())
     after = run(undisturbed)
     assert (after.status, after.artifact) == (Status.SUCCEEDED, f"{after.id}.1")
+
+
+def test_an_attempt_that_publishes_for_longer_than_its_lease_keeps_it(run: Callable[[Publish], Record]) -> None:
+    record = run(longer_than_the_lease)
+    assert (record.status, record.attempt) == (Status.SUCCEEDED, 1)
