@@ -112,6 +112,8 @@ class TaskRunner:
                 if isinstance(event, Progressed):
                     meter.update(event.phase, event.done, event.total, event.unit)
                 elif isinstance(event, Failed):
+                    if event.error.code is ErrorCode.OUT_OF_MEMORY:
+                        self._engine.kill()  # libraries remember what they could not make
                     self._fail(attempt, event.error)
                     return
                 elif isinstance(event, Merged):
@@ -230,6 +232,7 @@ class TaskRunner:
                 "name": model.name,
                 "source": model.checkpoint,
                 **self._resolve(model.checkpoint, InvalidCheckpoint),
+                "state": record.inputs.get(model.checkpoint),
                 "weight": model.weight,
                 "dataset": self._rows(model.dataset),
                 "evaluation": self._rows(model.evaluation),

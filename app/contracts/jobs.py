@@ -113,7 +113,11 @@ class Job(BaseModel):
 
 
 class Record(BaseModel):
-    """A job as stored. `revision` is the number of its latest event; `artifact` names the published folder."""
+    """A job as stored.
+
+    `revision` is the number of its latest event; `artifact` names the published folder; `inputs` is the state of each
+    checkpoint when the job was accepted, by its reference.
+    """
 
     id: str
     name: str
@@ -128,6 +132,7 @@ class Record(BaseModel):
     request: dict[str, Any]
     result: MergeResult | None
     labels: dict[str, str]
+    inputs: dict[str, str]
     artifact: str | None
 
     def public(self) -> Job:

@@ -35,7 +35,7 @@ def compose(settings: Settings) -> Services:
     queue = TaskQueue(connect_for_rq(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
-    merges = Merges(store, queue, LocalInputs(settings.local_roots), Hub(), settings.idempotency_seconds)
+    merges = Merges(store, queue, LocalInputs(settings.local_roots), Hub(), artifacts, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.queue)
     return Services(settings, store, watcher, artifacts, merges, Reaper(store, queue))

@@ -14,12 +14,13 @@ from redis.exceptions import RedisError
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Record, Stage, TaskId
 from app.contracts.requests import Dataset, Evaluation, MergeRequest, not_available_yet
+from app.storage.artifacts import ArtifactFolder
 from app.storage.hub import Hub, HubUnavailable
 from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from worker.engine.catalog.errors import EngineError
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
 from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.rows import check_first_rows
@@ -46,7 +47,7 @@ class Plan(BaseModel):
     bytes_to_read: int
     bytes_to_write: int
     peak_memory_bytes: int
-    """An estimate for one worker."""
+    """An estimate for one worker, in float32 and with rows as long as the model takes."""
     examples: int
     """Most rows that would be scored, over all models."""
     tensors: int
@@ -61,12 +62,19 @@ class Merges:
     """The use cases behind `POST /merge` and `POST /merge/validate`."""
 
     def __init__(
-        self, store: JobStore, queue: TaskQueue, inputs: LocalInputs, hub: Hub, idempotency_seconds: int
+        self,
+        store: JobStore,
+        queue: TaskQueue,
+        inputs: LocalInputs,
+        hub: Hub,
+        artifacts: ArtifactFolder,
+        idempotency_seconds: int,
     ) -> None:
         self._store = store
         self._queue = queue
         self._inputs = inputs
         self._hub = hub
+        self._artifacts = artifacts
         self._idempotency_seconds = idempotency_seconds
 
     def submit(self, request: MergeRequest, idempotency_key: str | None) -> Record:
@@ -78,13 +86,14 @@ class Merges:
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         created = self._store.remembered(idempotency_key, digest) if idempotency_key else None
         if created is None:
-            accepted, _ = self._check(request)
+            accepted, plan = self._check(request)
             created = self._store.create(
                 accepted,
                 request.title,
                 request.labels,
                 (idempotency_key, digest) if idempotency_key else None,
                 self._idempotency_seconds,
+                self._states(plan),
             )
         if created.existing and not created.same_body:
             raise ProblemError(
@@ -110,6 +119,11 @@ class Merges:
         except RedisError as error:  # the job is stored, so it is accepted; the reaper hands it over
             logger.warning("job %s waits for Redis: %s", task.job, error)
 
+    def _states(self, plan: MergePlan) -> dict[str, str]:
+        """Of local checkpoints; those of the hub do not change."""
+        with _refusing("models"):
+            return {i.source: checkpoint_state(i) for i in plan.checkpoints if hub_reference(i.source) is None}
+
     def plan(self, request: MergeRequest) -> Plan:
         accepted, plan = self._check(request)
         heads = ("kept as it is" if request.output.heads == "per_model" else "merged") + " in models/"
@@ -117,7 +131,7 @@ class Merges:
         return Plan(
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
-            peak_memory_bytes=plan.peak_memory_bytes,
+            peak_memory_bytes=plan.peak_memory_bytes(scored=request.method.needs_scores),
             examples=sum(
                 min(examples, model.dataset.limit or examples)
                 for model in request.models
@@ -147,6 +161,10 @@ class Merges:
         checkpoints = [self._checkpoint(f"models.{i}", model.checkpoint) for i, model in enumerate(request.models)]
         with _refusing("models"):
             plan = plan_merge(checkpoints, request.output.dtype)
+        free = self._artifacts.free_bytes()
+        if plan.bytes_to_write > free:
+            detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
+            raise ProblemError(Problem.NO_SPACE, detail)
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
         for index, (model, task) in enumerate(zip(request.models, plan.tasks, strict=True)):

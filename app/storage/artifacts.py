@@ -40,6 +40,10 @@ class ArtifactFolder:
     def is_writable(self) -> bool:
         return all(folder.is_dir() and os.access(folder, os.W_OK) for folder in (self._work, self._published))
 
+    def free_bytes(self) -> int:
+        """Room for further artifacts."""
+        return shutil.disk_usage(self._work).free
+
     def begin(self, attempt: Attempt) -> Path:
         """An empty folder, private to the attempt; what earlier attempts left is removed."""
         for parent in (self._work, self._published):

@@ -14,7 +14,7 @@ ids by time; `due` tasks waiting for a worker by when they were last handed to R
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -263,8 +263,14 @@ class JobStore:
         labels: dict[str, str],
         idempotency: tuple[str, str] | None = None,
         idempotency_seconds: int = 86_400,
+        inputs: Mapping[str, str] | None = None,
     ) -> Created:
-        """A queued job with its task. `idempotency` is (key, digest of the body)."""
+        """A queued job with its task.
+
+        Args:
+            idempotency: (key, digest of the body).
+            inputs: state of each checkpoint by its reference, for the worker to compare.
+        """
         now = self.clock()
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
         task = TaskId(job=job_id, stage=Stage.MERGE)
@@ -274,6 +280,7 @@ class JobStore:
             "created_ms": now,
             "request": json.dumps(request),
             "labels": json.dumps(labels),
+            "inputs": json.dumps(inputs or {}),
             "progress": Progress().model_dump_json(),
         }
         key, digest = idempotency or ("", "")
@@ -530,5 +537,6 @@ def _record(job_id: str, fields: dict[str, str]) -> Record:
         request=json.loads(fields["request"]),
         result=MergeResult.model_validate_json(fields["result"]) if "result" in fields else None,
         labels=json.loads(fields["labels"]),
+        inputs=json.loads(fields["inputs"]),
         artifact=fields.get("artifact"),
     )

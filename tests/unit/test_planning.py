@@ -58,7 +58,7 @@ def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:
     backbone_bytes = sizes[0] - headers[0] - 4 * (16 + 1) * 2
     assert found.bytes_to_write == backbone_bytes + head_bytes
     assert plan(pair, "bfloat16").bytes_to_write * 2 == found.bytes_to_write
-    assert found.peak_memory_bytes > found.bytes_to_read
+    assert found.peak_memory_bytes() > found.bytes_to_read
     # Of a layer: query, key, value with biases and the output's columns; first projection with bias, second's columns.
     assert found.owners() == {"heads": 7 * LAYERS, "neurons": 3 * LAYERS, "rest": 5 + 2 + 6 * LAYERS}
 

@@ -5,7 +5,8 @@ The libraries for tables and for the hub cost 110 MB and half a second, so they 
 
 from typing import TYPE_CHECKING
 
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.rows import RowFile, Rows, is_parquet
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
 from worker.engine.phase import OnProgress
@@ -31,7 +32,10 @@ class Inputs:
             return inspect_checkpoint(folder, model.source, folder.parent.parent)  # the repository's part of the cache
         if model.path is None:
             raise TypeError(f"{model.source} is neither a folder nor on the hub")
-        return inspect_checkpoint(model.path, model.source, model.root)
+        info = inspect_checkpoint(model.path, model.source, model.root)
+        if model.state not in (None, checkpoint_state(info)):
+            raise InvalidCheckpoint(model.source, "its files were changed after the job was accepted; post it again")
+        return info
 
     def rows(self, spec: DatasetSpec) -> Rows:
         """Raises InvalidDataset."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from worker.engine import artifact
-from worker.engine.catalog.errors import InvalidDataset
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters, MethodParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
@@ -31,6 +31,7 @@ from worker.engine.inputs import Inputs
 from worker.engine.methods import BUILDERS, Merger, ScoredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
+from worker.engine.resources import require_memory, require_space
 from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
@@ -73,6 +74,7 @@ class Engine:
             EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
         """
         reset_peak_memory()
+        spec.folder.mkdir(parents=True, exist_ok=True)
         notes: list[str] = []
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
@@ -80,11 +82,16 @@ class Engine:
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
             plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype)
+            states = [checkpoint_state(info) for info in plan.checkpoints]
+            require_space(spec.folder, plan.bytes_to_write)
+            require_memory(self._memory(plan, spec, precision, longest_row=1))
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
                 runs.append(self._prepare(spec, model, info, inputs, notes))
                 loading.advance()
+            longest = max((e.length for run in runs for e in (*run.examples, *run.evaluation)), default=1)
+            require_memory(self._memory(plan, spec, precision, longest))
 
         if spec.method.needs_scores:
             with clock.measure("score_seconds"):
@@ -103,6 +110,10 @@ class Engine:
             with clock.measure("evaluate_seconds"):
                 metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
+        for info, state in zip(plan.checkpoints, states, strict=True):
+            if checkpoint_state(info) != state:
+                raise InvalidCheckpoint(info.source, "its files were changed while the job ran; try the job again")
+
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
             models=[_model_result(run, share) for run, share in zip(runs, shares, strict=True)],
@@ -120,6 +131,11 @@ class Engine:
                 artifact.write_scores(spec.folder, run)
         artifact.write_documents(spec, plan, result, digests)
         return result
+
+    def _memory(self, plan: MergePlan, spec: MergeSpec, precision: Precision, longest_row: int) -> int:
+        """Bytes of this machine's memory that the merge needs; on a GPU, activations take none of it."""
+        value_bytes = 0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4
+        return plan.peak_memory_bytes(longest_row, scored=spec.method.needs_scores, value_bytes=value_bytes)
 
     def _prepare(
         self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, inputs: Inputs, notes: list[str]

@@ -76,6 +76,7 @@ class OutOfMemory(EngineError):
 
 class DiskFull(EngineError):
     code = "disk_full"
+    retryable = True
 
 
 class StorageError(EngineError):

@@ -178,6 +178,22 @@ def _tensor(file: str, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, in
     return TensorInfo(name, file, dtype, shape, math.prod(shape) * DTYPE_BYTES[dtype]), begin, end
 
 
+def checkpoint_state(info: CheckpointInfo) -> str:
+    """Names, sizes and times of the files that make the checkpoint; it changes when one of them is written.
+
+    Raises:
+        InvalidCheckpoint: a file is gone.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in (*described_files({file.name for file in info.path.iterdir()}), *info.weight_files):
+            stat = (info.path / name).stat()
+            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    except OSError as error:
+        raise InvalidCheckpoint(info.source, f"{Path(error.filename).name} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
 def described_files(names: Collection[str]) -> list[str]:
     """Those of a checkpoint's files that are read whole: configuration, tokenizer, index."""
     return [name for name in ("config.json", *TOKENIZER_FILES, INDEX) if name in names]

@@ -57,6 +57,8 @@ class ModelSpec(Strict):
     path: Path | None = None
     hub: HubSource | None = None
     """Where the checkpoint is when it is no local folder."""
+    state: str | None = None
+    """`checkpoint_state` when the job was accepted."""
     root: Path | None = None
     """Folder that the checkpoint's files must lie under, after following links; None for any."""
     weight: float

@@ -55,5 +55,5 @@ DEBERTA_V2 = Family(
         "conv_act": "tanh",
     },
     supported={},
-    attention_rows=7,  # with what tokens say to positions, and positions to tokens
+    attention_rows=5,  # with what tokens say to positions, and positions to tokens
 )

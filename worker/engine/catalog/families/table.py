@@ -114,8 +114,8 @@ class Family:
     """Keys for which one value alone is available; absence means it."""
     padding_position: str | None = None
     """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
-    attention_rows: int = 3
-    """Rows as long as the sequence, per token and head: what the backward pass keeps (measured 1), and 2 that pass."""
+    attention_rows: int = 1
+    """Rows as long as the sequence that the backward pass keeps in each layer, per token and head."""
 
     @property
     def logits(self) -> str:

@@ -1,0 +1,144 @@
+"""Disks that fill up, memory that runs out, inputs that change: nothing is lost, and the worker takes the next job."""
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Service, make_service, tiny_recipe, wait_until
+from tests.e2e.test_refusals import assert_problem
+from tests.tiny import tiny_checkpoint, write_rows
+
+ROWS = 3000
+DISK_BYTES = 16 << 20
+NEXT = tiny_recipe("a", name="average")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
+    root = tmp_path_factory.mktemp("resources")
+    shutil.copytree(tiny_inputs, root, dirs_exist_ok=True)
+    write_rows(root / "rows" / "many.jsonl", count=ROWS)
+    tiny_checkpoint(root / "checkpoints" / "wide", hidden=64, seed=5)
+    return root
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small disk of its own."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def service(redis: Any, redis_url: str, disk: Path, inputs: Path) -> Iterator[Service]:
+    """A service whose artifacts lie on the small disk, and whose Redis does not."""
+    service = make_service(disk, inputs, MASKMERGE_REDIS_URL=redis_url)
+    service.start()
+    yield service
+    assert service.stop() == 0
+    shutil.rmtree(service.data_dir)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    filler = disk / "filler"
+    filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    return filler
+
+
+def long_recipe(*names: str) -> dict[str, Any]:
+    recipe = tiny_recipe(*names, examples=ROWS)
+    for model in recipe["models"]:
+        model["dataset"]["source"] = model["evaluation"]["source"] = "local:rows/many.jsonl"
+    return recipe
+
+
+def scoring(service: Service, recipe: dict[str, Any]) -> str:
+    job_id = service.submit(recipe)
+    wait_until(lambda: service.job(job_id)["progress"]["phase"] == "scoring", "scoring", interval_s=0.01)
+    return job_id
+
+
+def assert_nothing_is_left(service: Service, job_id: str) -> None:
+    assert not list((service.data_dir / "work").iterdir())
+    assert not list((service.data_dir / "artifacts").glob(f"{job_id}*"))
+
+
+def test_a_full_disk_refuses_at_the_door_fails_what_waits_and_what_writes_and_all_can_be_tried_again(
+    service: Service, disk: Path
+) -> None:
+    running = scoring(service, long_recipe("a", "c"))
+    waiting = service.submit(tiny_recipe("a", "c"))
+    filler = fill(disk, leave=20_000)
+    assert_problem(service.post("/merge", json=tiny_recipe()), 507, "no_space")
+    for job_id, words in ((running, "no space left"), (waiting, "the artifact needs")):
+        job = service.finished(job_id)
+        assert (job["status"], job["error"]["code"], job["error"]["retryable"]) == ("failed", "disk_full", True)
+        assert words in job["error"]["message"]
+        assert_nothing_is_left(service, job_id)
+    filler.unlink()
+    for job_id in (running, waiting):
+        assert service.post(f"/jobs/{job_id}/retry").status_code == 202
+        assert service.finished(job_id)["status"] == "succeeded"
+
+
+@pytest.fixture
+def limit(service: Service) -> Callable[[int], None]:
+    """Sets how many bytes more the engine process of this moment may take; its successor is free again."""
+
+    def limit(further_bytes: int) -> None:
+        engine = service.processes()["engine"]
+        soft = engine.memory_info().vms + further_bytes
+        resource.prlimit(engine.pid, resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+
+    return limit
+
+
+def test_a_job_that_needs_more_memory_than_there_is_does_not_begin(
+    service: Service, limit: Callable[[int], None]
+) -> None:
+    plan = service.post("/merge/validate", json=tiny_recipe()).json()
+    assert plan["peak_memory_bytes"] > 600_000_000
+    limit(50_000_000)
+    job = service.finished(service.submit(tiny_recipe()))
+    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory")
+    assert "the job needs about" in job["error"]["message"]
+    assert job["error"]["detail"]["needed_bytes"] > job["error"]["detail"]["available_bytes"]
+    assert_nothing_is_left(service, job["id"])
+    assert service.post(f"/jobs/{job['id']}/retry").status_code == 202
+    assert service.finished(job["id"])["status"] == "succeeded"
+
+
+def test_memory_that_runs_out_in_the_work_fails_the_job_alone(service: Service, limit: Callable[[int], None]) -> None:
+    job_id = scoring(service, long_recipe("wide"))
+    limit(0)
+    job = service.finished(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory"), job["error"]
+    assert_nothing_is_left(service, job_id)
+    assert service.finished(service.submit(NEXT))["status"] == "succeeded"
+
+
+def test_a_checkpoint_that_is_changed_while_the_job_waits_or_runs_fails_it_by_name(
+    service: Service, inputs: Path
+) -> None:
+    folder = inputs / "checkpoints" / "moving"
+    recipe = long_recipe("a", "moving")
+    tiny_checkpoint(folder, seed=6)
+    running = scoring(service, recipe)
+    waiting = service.submit(recipe)
+    tiny_checkpoint(folder, seed=7)
+    for job_id, words in ((running, "while the job ran"), (waiting, "after the job was accepted")):
+        job = service.finished(job_id)
+        assert (job["status"], job["error"]["code"]) == ("failed", "invalid_checkpoint"), job["error"]
+        assert "local:checkpoints/moving" in job["error"]["message"]
+        assert words in job["error"]["message"]
+        assert_nothing_is_left(service, job_id)
+    assert service.finished(service.submit(recipe))["status"] == "succeeded"
