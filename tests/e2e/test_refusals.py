@@ -2,17 +2,21 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow
 import pytest
 import torch
+from pyarrow.parquet import write_table as write_parquet
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Service, make_service, tiny_recipe
-from tests.tiny import tiny_checkpoint
+from tests.tiny import edit_json, tiny_checkpoint
+from tests.tiny_families import TINY_FAMILIES
 
 Recipe = dict[str, Any]
 
@@ -48,6 +52,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
     (folder / "vocab.txt").unlink(missing_ok=True)
     (folder / "vocab.txt").symlink_to(outside / "secret" / "config.json")
     tiny_checkpoint(root / "checkpoints" / "wider", hidden=32)
+    tiny_checkpoint(root / "checkpoints" / "named", names=["bad", "good"])
+    edit_json(broken("vocabulary") / "config.json", vocab_size=50)
+    tokens = broken("tokens") / "tokenizer.json"
+    tokens.write_text(tokens.read_text().replace('"w84"', '"another"'))
+    (broken("no-tokenizer") / "tokenizer.json").unlink()
+    (broken("huge-header") / "model.safetensors").write_bytes(struct.pack("<Q", 10**10) + b"{}")
+    tensors = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(150_000)}
+    header = json.dumps(tensors, separators=(",", ":")).encode()
+    (broken("many-tensors") / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    million = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(1_000_000)}
+    header = json.dumps(million, separators=(",", ":")).encode()
+    (broken("million-tensors") / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    tiny_checkpoint(root / "checkpoints" / "roberta", family=TINY_FAMILIES["roberta"])
 
     rows = root / "rows"
     (rows / "empty.jsonl").write_text("\n \n")
@@ -58,6 +75,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
     (rows / "late-range.jsonl").write_text(good * 150 + '{"text": "one", "label": 7}\n')
     (rows / "late-column.jsonl").write_text(good * 150 + '{"txt": "one", "label": 0}\n')
     (rows / "late-json.jsonl").write_text(good * 150 + "{broken\n")
+    (rows / "named.csv").write_text("text,label\n" + "one two,good\nthree,bad\n" * 20)
+    (rows / "late-field.csv").write_text("text,label\n" + "one two,0\n" * 150 + "one, two,0\n")
+    (rows / "semicolons.csv").write_text("text;label\none two;0\n")
+    (rows / "rows.xlsx").write_bytes(b"PK")
+    (rows / "fake.parquet").write_text("text,label\n")
+    write_parquet(pyarrow.table({"txt": ["one"], "label": [0]}), rows / "no-column.parquet")
+    write_parquet(pyarrow.table({"text": ["one", None] * 40, "label": [0, 1] * 40}), rows / "null.parquet")
     return root
 
 
@@ -103,8 +127,6 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "adaptive stopping to come": (changed(method__examples="auto"), 422, "not_available", ["method.examples"]),
     "webhook to come": (changed(webhook={"url": "https://example.org"}), 422, "not_available", ["webhook"]),
     "head alignment to come": (changed(output={"align_heads": True}), 422, "not_available", ["output.align_heads"]),
-    "split to come": (changed(models__0__dataset__split="train"), 422, "not_available", ["models.0.dataset.split"]),
-    "hub to come": (changed(models__0__checkpoint="hf:org/name"), 422, "not_available", ["models.0.checkpoint"]),
     "missing data set": (without("dataset"), 422, "invalid_request", ["'a'", "no dataset"]),
     "no models": (changed(models=[]), 422, "invalid_request", ["models"]),
     "same name twice": (changed(models__1__name="a"), 422, "invalid_request", ["same name: a"]),
@@ -148,6 +170,31 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
         changed(models__0__checkpoint="local:checkpoints/headless"), 422, "invalid_checkpoint",
         ["no tensor classifier.weight"],
     ),
+    "another vocabulary size": (
+        changed(models__1__checkpoint="local:checkpoints/vocabulary"), 422, "incompatible_checkpoints", ["vocab_size"],
+    ),
+    "a tokenizer that disagrees": (
+        changed(models__1__checkpoint="local:checkpoints/tokens"), 422, "incompatible_checkpoints",
+        ["local:checkpoints/tokens", "tokenizers"],
+    ),
+    "no tokenizer": (
+        changed(models__1__checkpoint="local:checkpoints/no-tokenizer"), 422, "invalid_checkpoint", ["no tokenizer"],
+    ),
+    "another architecture": (
+        changed(models__1__checkpoint="local:checkpoints/roberta"), 422, "incompatible_checkpoints", ["bert, roberta"],
+    ),
+    "a header of 10 GB": (
+        changed(models__0__checkpoint="local:checkpoints/huge-header"), 422, "invalid_checkpoint",
+        ["model.safetensors announces a header of 10000000000 bytes"],
+    ),
+    "150,000 tensors": (
+        changed(models__0__checkpoint="local:checkpoints/many-tensors"), 422, "invalid_checkpoint",
+        ["model.safetensors has 150000 tensors; 100000 are allowed"],
+    ),
+    "a million tensors": (
+        changed(models__0__checkpoint="local:checkpoints/million-tensors"), 422, "invalid_checkpoint",
+        ["model.safetensors announces a header of"],
+    ),
     "sizes that differ": (
         changed(models__1__checkpoint="local:checkpoints/wider"), 422, "incompatible_checkpoints", ["hidden_size"],
     ),
@@ -165,6 +212,31 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "label out of range": (
         changed(models__0__evaluation__source="local:rows/range.jsonl"), 422, "invalid_dataset",
         ["models.0.evaluation", "label 7 is out of range", "0 to 1"],
+    ),
+    "label names that the checkpoint does not have": (
+        changed(
+            models__0__checkpoint="local:checkpoints/named", models__0__evaluation__label_names=["bad", "fine"],
+        ), 422, "invalid_dataset", ["models.0.evaluation.label_names", "label 'fine' is unknown", "bad, good"],
+    ),
+    "split of a file": (
+        changed(models__0__dataset__split="train"), 422, "invalid_request", ["models.0.dataset.split", "of the hub"],
+    ),
+    "another delimiter": (
+        changed(models__0__dataset__source="local:rows/semicolons.csv"), 422, "invalid_dataset",
+        ["rows/semicolons.csv, line 2", "no column 'text'"],
+    ),
+    "names where there are ids": (
+        changed(models__0__evaluation__source="local:rows/named.csv"), 422, "invalid_dataset",
+        ["rows/named.csv, line 2", "label 'good' is unknown"],
+    ),
+    "no Parquet": (
+        changed(models__0__dataset__source="local:rows/fake.parquet"), 422, "invalid_dataset", ["not a Parquet file"],
+    ),
+    "unknown format": (
+        changed(models__0__dataset__source="local:rows/rows.xlsx"), 422, "invalid_dataset", [".csv, .tsv, .parquet"],
+    ),
+    "object storage to come": (
+        changed(models__0__checkpoint="s3:bucket/a"), 422, "not_available", ["models.0.checkpoint"],
     ),
     "metric of another task": (
         changed(models__0__evaluation__metric="pearson"), 422, "invalid_dataset", ["pearson", "accuracy"],
@@ -196,6 +268,18 @@ FAILING: dict[str, tuple[Recipe, str, list[str]]] = {
     "late missing column": (
         changed(models__0__dataset__source="local:rows/late-column.jsonl", method__examples=1000),
         "invalid_dataset", ["local:rows/late-column.jsonl, line 151", "no column 'text'", "did you mean 'txt'"],
+    ),
+    "late row of CSV with a field too many": (
+        changed(models__0__dataset__source="local:rows/late-field.csv", method__examples=1000),
+        "invalid_dataset", ["rows/late-field.csv, line 152", "3 fields, the header has 2"],
+    ),
+    "missing column of Parquet": (
+        changed(models__0__dataset__source="local:rows/no-column.parquet"),
+        "invalid_dataset", ["rows/no-column.parquet", "no column 'text'", "did you mean 'txt'?"],
+    ),
+    "null in Parquet": (
+        changed(models__0__dataset__source="local:rows/null.parquet"),
+        "invalid_dataset", ["rows/null.parquet, row ", "column 'text' is not text"],
     ),
     "late row that is no JSON": (
         changed(models__0__dataset__source="local:rows/late-json.jsonl", method__examples=1000),

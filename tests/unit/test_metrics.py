@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from worker.engine.catalog.labels import METRICS, LabelMap, Task
 from worker.engine.catalog.spec import EvaluationSpec, MetricName
 from worker.engine.checkpoints.loading import load
 from worker.engine.evaluation.evaluate import predict
-from worker.engine.evaluation.metrics import Array, interval, metric_for
+from worker.engine.evaluation.metrics import Array, interval, likely_permutation, metric_for
 from worker.engine.pipeline import Engine
 from worker.engine.scoring.data import tokenize
 
@@ -193,3 +194,22 @@ def test_an_evaluation_compares_expert_average_and_merge_on_the_same_rows(tmp_pa
     retentions = [m.retention for m in result.metrics.values() if m.retention is not None]
     assert result.mean_retention == pytest.approx(np.mean(retentions))
     assert result.min_retention == min(retentions)
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "permutation"),
+    [
+        ([0, 1, 2] * 100, [0, 1, 2] * 100, None),
+        ([0, 1, 2] * 100, [1, 2, 0] * 100, [1, 2, 0]),
+        ([0, 1] * 100, [1, 0] * 100, [1, 0]),
+        ([0, 1] * 100, [0, 1] * 20 + [1, 0] * 80, [1, 0]),
+        ([0, 1] * 100, [0, 0] * 100, None),  # it always says the same, which no renaming explains
+        ([0, 1] * 4, [1, 0] * 4, None),  # too few to tell
+        (np.random.default_rng(0).integers(0, 5, 200), np.random.default_rng(1).integers(0, 5, 200), None),
+    ],
+)
+def test_ids_that_mean_something_else_are_told_from_a_model_that_is_wrong(
+    labels: Any, predictions: Any, permutation: list[int] | None
+) -> None:
+    outputs = int(max(labels)) + 1
+    assert likely_permutation(array(labels), array(predictions), outputs) == permutation

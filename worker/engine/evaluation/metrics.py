@@ -16,7 +16,8 @@ Metric = Callable[[Array, Array], float]
 """From labels and predictions, each (rows,), to the metric."""
 
 BOOTSTRAP_RESAMPLES = 1000
-SUSPICIOUS_GAIN = 0.1  # of accuracy; what renaming labels gains by chance is far below it from some 50 rows on
+SUSPICIOUS_GAIN = 0.1  # of accuracy
+CHANCE_ERRORS = 3  # standard errors of a share, at most 1 / sqrt(rows) each, that renaming labels may gain by chance
 
 
 def _f1(average: Literal["binary", "macro"]) -> Metric:
@@ -62,11 +63,11 @@ def interval(metric: Metric, labels: Array, predictions: Array, seed: int) -> tu
 def likely_permutation(labels: Array, predictions: Array, outputs: int) -> list[int] | None:
     """For each label of the rows, the class whose predictions match it best, one to one.
 
-    None unless reading the labels so raises accuracy by `SUSPICIOUS_GAIN`: then the ids probably mean other things in
-    the data set than in the model.
+    None unless reading the labels so raises accuracy by more than chance and by `SUSPICIOUS_GAIN`: then the ids
+    probably mean other things in the data set than in the model.
     """
     counts = np.zeros((outputs, outputs))
     np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
     rows, classes = optimize.linear_sum_assignment(counts, maximize=True)
     gain = (counts[rows, classes].sum() - counts.trace()) / len(labels)
-    return classes.tolist() if gain >= SUSPICIOUS_GAIN else None
+    return classes.tolist() if gain > max(SUSPICIOUS_GAIN, CHANCE_ERRORS / len(labels) ** 0.5) else None

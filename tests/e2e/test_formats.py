@@ -1,0 +1,99 @@
+"""Data sets as people have them: CSV and Parquet, labels by name, labels in another order, rows too long."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow.parquet import write_table
+
+from tests.conftest import Service, tiny_recipe
+from tests.tiny import POSITIONS, Tensors, edit_tensors, tiny_checkpoint, write_lines
+
+NAMES = ["bad", "good"]
+
+
+def rows_of(inputs: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (inputs / "rows" / "a.jsonl").read_text().splitlines()]
+
+
+def merged(service: Service, recipe: dict[str, Any]) -> dict[str, Any]:
+    job = service.finished(service.submit(recipe))
+    assert job["status"] == "succeeded", job["error"]
+    result: dict[str, Any] = job["result"]
+    return result
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_a_merge_is_the_same_in_whichever_format_the_rows_come(
+    service: Service, tiny_inputs: Path, suffix: str
+) -> None:
+    rows = rows_of(tiny_inputs)
+    file = tiny_inputs / "rows" / f"same{suffix}"
+    if suffix == ".parquet":
+        write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        separator = "," if suffix == ".csv" else "\t"
+        write_lines(file, [f"text{separator}label", *(f"{row['text']}{separator}{row['label']}" for row in rows)])
+    recipe = tiny_recipe("a", "b", estimator="empirical", precision="float32")
+    expected = merged(service, recipe)
+    recipe["models"][0]["dataset"]["source"] = recipe["models"][0]["evaluation"]["source"] = f"local:rows/same{suffix}"
+    found = merged(service, recipe)
+    assert found["metrics"] == expected["metrics"]
+    assert [m["weight_share"] for m in found["models"]] == [m["weight_share"] for m in expected["models"]]
+    assert found["notes"] == expected["notes"] == []
+
+
+def test_labels_by_name_are_the_checkpoints_and_another_order_is_reported(service: Service, tiny_inputs: Path) -> None:
+    tiny_checkpoint(tiny_inputs / "checkpoints" / "named", names=NAMES)
+    rows = rows_of(tiny_inputs)
+    names = write_lines(
+        tiny_inputs / "rows" / "names.csv", ["text,label", *(f"{row['text']},{NAMES[row['label']]}" for row in rows)]
+    )
+    write_lines(
+        tiny_inputs / "rows" / "other-way.csv", ["text,label", *(f"{row['text']},{1 - row['label']}" for row in rows)]
+    )
+    recipe = tiny_recipe("a", name="average")
+    recipe["models"][0]["checkpoint"] = "local:checkpoints/named"
+    expected = merged(service, recipe)["metrics"]["a"]
+    evaluation = recipe["models"][0]["evaluation"]
+    evaluation["source"] = f"local:rows/{names.name}"
+    assert merged(service, recipe)["metrics"]["a"] == expected
+    evaluation["source"] = "local:rows/other-way.csv"
+    evaluation["label_names"] = NAMES[::-1]
+    found = merged(service, recipe)
+    assert found["metrics"]["a"] == expected
+    assert [note for note in found["notes"] if "ids 0 to 1 are the checkpoint's 1, 0" in note], found["notes"]
+
+
+def test_labels_that_mean_something_else_to_the_checkpoint_are_reported(service: Service, tiny_inputs: Path) -> None:
+    """A head that says the opposite of the ids in the rows, which no name gives away."""
+    folder = tiny_checkpoint(tiny_inputs / "checkpoints" / "opposite")
+
+    def certain(tensors: Tensors) -> None:
+        tensors["classifier.weight"].zero_()
+        tensors["classifier.bias"].copy_(tensors["classifier.bias"].new_tensor([5.0, -5.0]))
+
+    edit_tensors(folder, certain)  # always label 0, in rows that are nearly all labelled 1
+    labels = [1] * 45 + [0] * 5
+    texts = [row["text"] for row in rows_of(tiny_inputs)]
+    write_lines(
+        tiny_inputs / "rows" / "opposite.csv",
+        ["text,label", *(f"{text},{label}" for text, label in zip(texts[:50], labels, strict=True))],
+    )
+    recipe = tiny_recipe("a", name="average")
+    recipe["models"][0]["checkpoint"] = "local:checkpoints/opposite"
+    recipe["models"][0]["evaluation"] = {"source": "local:rows/opposite.csv"}
+    notes = merged(service, recipe)["notes"]
+    assert [note for note in notes if "ids 0 to 1 are read as 1, 0" in note], notes
+
+
+def test_rows_over_the_models_limit_are_truncated_and_counted(service: Service, tiny_inputs: Path) -> None:
+    texts = ["one " * words for words in (3, POSITIONS - 2, 60, 90)]
+    write_lines(tiny_inputs / "rows" / "long.csv", ["text,label", *(f"{text},0" for text in texts)])
+    recipe = tiny_recipe("a")
+    recipe["models"][0]["dataset"] = {"source": "local:rows/long.csv"}
+    del recipe["models"][0]["evaluation"]
+    notes = merged(service, recipe)["notes"]
+    assert notes == [f"2 of 4 rows of local:rows/long.csv are longer than {POSITIONS} tokens and were truncated"]
