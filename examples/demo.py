@@ -77,20 +77,17 @@ def watch(client: Client, job_id: str) -> dict[str, Any]:
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         shown: dict[str, Any] = {}
-        while True:
-            job = client.job(job_id)
-            now = job["progress"]
-            phase = now["phase"]
-            if phase not in ("queued", "done"):
+        for event in client.events(job_id):
+            phase = event.data.get("phase", "queued")
+            if event.kind == "progress" and phase not in ("queued", "done"):
                 if phase not in shown:
                     finish(bars)
                     shown[phase] = bars.add_task(phase, total=None)
-                bars.update(shown[phase], completed=now["done"], total=now["total"] or None)
-            if job["finished_at"]:
-                if job["status"] == "succeeded":
-                    finish(bars)
-                return job
-            time.sleep(POLL_S)
+                bars.update(shown[phase], completed=event.data["done"], total=event.data["total"] or None)
+        job = client.job(job_id)
+        if job["status"] == "succeeded":
+            finish(bars)
+        return job
 
 
 def finish(bars: Progress) -> None:
