@@ -9,7 +9,10 @@ import psutil
 import pytest
 
 from tests.conftest import wait_until
-from worker.engine.catalog.spec import MergeSpec
+from tests.tiny import dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.planning import plan_merge
+from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
 from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
 
 
@@ -108,3 +111,22 @@ def test_a_merge_that_exceeds_its_memory_is_out_of_memory(tiny_inputs: Path, tmp
         assert event.error.code == "out_of_memory", event.error
     finally:
         engine.kill()
+
+
+def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path) -> None:
+    """Of models large enough to be seen beside the libraries: no less is announced than is taken, and not much more."""
+    names = ("x", "y")
+    rows = write_rows(tmp_path / "rows.jsonl", count=200)
+    checkpoints = [tiny_checkpoint(tmp_path / name, hidden=512, seed=seed) for seed, name in enumerate(names)]
+    plan = plan_merge([inspect_checkpoint(folder, folder.name) for folder in checkpoints])
+    evaluation = EvaluationSpec(**dataset_spec(rows).model_dump(), metric="accuracy")
+    models = [model_spec(folder, rows, evaluation=evaluation) for folder in checkpoints]
+    engine = EngineProcess(threads=1)
+    engine.start()
+    try:
+        engine.merge(merge_spec(tmp_path / "out", models, evaluate=True))
+        event = last_event(engine)
+    finally:
+        engine.kill()
+    assert isinstance(event, Merged), event
+    assert 0.5 * plan.peak_memory_bytes() < event.result.peak_memory_bytes < plan.peak_memory_bytes()

@@ -175,6 +175,12 @@ def test_names_that_the_checkpoint_does_not_have_are_refused_without_any_row() -
         LabelMap(NAMED, ("negative", "positve")).check_names("rows")
 
 
+def test_a_regression_has_no_label_names() -> None:
+    LabelMap(REGRESSION).check_names("rows")
+    with pytest.raises(InvalidDataset, match="label_names are for classes"):
+        LabelMap(REGRESSION, ("low", "high")).check_names("rows")
+
+
 @pytest.mark.parametrize(
     ("names", "permutation"),
     [

@@ -5,7 +5,6 @@ token, the endpoint and the cache's place are the libraries' own variables: HF_T
 """
 
 import errno
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,11 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
-from worker.engine.catalog.errors import DiskFull, InvalidCheckpoint, InvalidDataset, StorageError
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.headers import described_files, weights_among
 from worker.engine.catalog.spec import DatasetSpec, HubSource, MergeSpec, ModelSpec
 from worker.engine.phase import OnProgress, Phase
+from worker.engine.resources import require_space
 
 # Formats that hold rows. Others would decode images and sounds, or read what is no data of the repository.
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")
@@ -81,15 +81,17 @@ def fetch(spec: MergeSpec, on_progress: OnProgress) -> Fetched:
                 builders[source, config] = builder
                 files += _data_files(rows, source, builder)
     total = sum(file.missing_bytes for file in files)
-    _check_space(total)
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    require_space(cache, total, "the download")
     downloading = Phase("downloading", total, "bytes", on_progress)
     fetched = Fetched()
     for source, model in models.items():
         with _translated(model):
-            fetched.checkpoints[source] = _download([f for f in files if f.source == source], downloading)
+            fetched.checkpoints[source] = _download(files, "model", source, downloading)
     for (source, config, split), rows in tables.items():
         with _translated(rows):
-            _download([f for f in files if f.source == source], downloading)
+            _download(files, "dataset", source, downloading)
             fetched.tables[source, config, split] = _prepared(rows, builders[source, config])
     return fetched
 
@@ -124,15 +126,18 @@ def _refuse_addresses(rows: DatasetSpec, source: HubSource) -> None:
             raise InvalidDataset(rows.source, f"{name} names files outside the repository: {addresses[0][:200]}")
 
 
-def _words(content: Any) -> Iterator[str]:
-    """Every text among the configurations of a description."""
-    if isinstance(content, dict):
-        content = content.get("configs") if "configs" in content else list(content.values())
-    if isinstance(content, list):
-        for item in content:
-            yield from _words(item)
-    elif isinstance(content, str):
-        yield content
+def _words(description: Any) -> Iterator[str]:
+    """Every text of a description's configurations; an alias is followed once, however often it is named."""
+    configurations = description.get("configs") if isinstance(description, dict) else None
+    seen: set[int] = set()
+    waiting = [configurations]
+    while waiting:
+        content = waiting.pop()
+        if isinstance(content, str):
+            yield content
+        elif isinstance(content, dict | list) and id(content) not in seen:
+            seen.add(id(content))
+            waiting += content.values() if isinstance(content, dict) else content
 
 
 def _builder(rows: DatasetSpec, source: HubSource) -> Any:
@@ -169,18 +174,10 @@ def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
     return RemoteFile(kind, source, name, (plan.file_size or 0) if plan.will_download else 0)
 
 
-def _check_space(missing_bytes: int) -> None:
-    cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if missing_bytes > free:
-        raise DiskFull(f"{missing_bytes} bytes are to be downloaded, the hub's cache has room for {free}")
-
-
-def _download(files: Sequence[RemoteFile], downloading: Phase) -> Path:
-    """The folder of the files' snapshot."""
+def _download(files: Sequence[RemoteFile], kind: Kind, source: HubSource, downloading: Phase) -> Path:
+    """Download a repository's files; the folder of their snapshot."""
     path = Path()
-    for file in files:
+    for file in (file for file in files if (file.kind, file.source) == (kind, source)):
         _remove_abandoned(file)
         path = Path(
             hf_hub_download(

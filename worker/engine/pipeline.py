@@ -83,7 +83,7 @@ class Engine:
             inputs = Inputs(spec, on_progress)
             plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype)
             states = [checkpoint_state(info) for info in plan.checkpoints]
-            require_space(spec.folder, plan.bytes_to_write)
+            require_space(spec.folder, plan.bytes_to_write, "the artifact")
             require_memory(self._memory(plan, spec, precision, longest_row=1))
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []

@@ -24,12 +24,12 @@ def require_memory(needed_bytes: int) -> None:
         )
 
 
-def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raises DiskFull with both figures when the artifact has no room."""
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises DiskFull with both figures when the disk of `folder` has no room for `what`."""
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise DiskFull(
-            f"the artifact needs {_megabytes(needed_bytes)}, the data folder has room for {_megabytes(free)}",
+            f"{what} needs {_megabytes(needed_bytes)}, its disk has room for {_megabytes(free)}",
             needed_bytes=needed_bytes,
             available_bytes=free,
         )

@@ -121,6 +121,8 @@ class LabelMap:
 
     def check_names(self, source: str) -> None:
         """Raises InvalidDataset when a name of the data set is none of the checkpoint's."""
+        if self.names and self.task.problem == "regression":
+            raise InvalidDataset(source, "label_names are for classes; the checkpoint predicts a number")
         for name in self.names or ():
             self._by_name(name, source, None)
 
