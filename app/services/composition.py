@@ -7,7 +7,6 @@ from app.services.merges import Merges
 from app.storage.artifacts import ArtifactFolder
 from app.storage.connection import connect, connect_for_rq, connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
-from app.storage.hub import Hub
 from app.storage.inputs import LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -35,7 +34,7 @@ def compose(settings: Settings) -> Services:
     queue = TaskQueue(connect_for_rq(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
-    merges = Merges(store, queue, LocalInputs(settings.local_roots), Hub(), artifacts, settings.idempotency_seconds)
+    merges = Merges(store, queue, LocalInputs(settings.local_roots), artifacts, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.queue)
     return Services(settings, store, watcher, artifacts, merges, Reaper(store, queue))

@@ -66,14 +66,12 @@ class Merges:
         store: JobStore,
         queue: TaskQueue,
         inputs: LocalInputs,
-        hub: Hub,
         artifacts: ArtifactFolder,
         idempotency_seconds: int,
     ) -> None:
         self._store = store
         self._queue = queue
         self._inputs = inputs
-        self._hub = hub
         self._artifacts = artifacts
         self._idempotency_seconds = idempotency_seconds
 
@@ -158,7 +156,8 @@ class Merges:
         later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
         if later:
             raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
-        checkpoints = [self._checkpoint(f"models.{i}", model.checkpoint) for i, model in enumerate(request.models)]
+        hub = Hub()
+        checkpoints = [self._checkpoint(f"models.{i}", m.checkpoint, hub) for i, m in enumerate(request.models)]
         with _refusing("models"):
             plan = plan_merge(checkpoints, request.output.dtype)
         free = self._artifacts.free_bytes()
@@ -172,18 +171,18 @@ class Merges:
             kept = accepted["models"][index]
             kept["checkpoint"] = plan.checkpoints[index].source
             if model.dataset is not None:
-                source = self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
+                source = self._rows(f"{where}.dataset", model.dataset, task, hub, request.method.needs_labels)
                 kept["dataset"]["source"] = source
             if model.evaluation is not None:
                 metric = model.evaluation.metric or METRICS[task.problem][0]
                 with _refusing(f"{where}.evaluation.metric"):
                     check_metric(metric, task, model.evaluation.source)
                 kept["evaluation"]["metric"] = metric
-                source = self._rows(f"{where}.evaluation", model.evaluation, task, needs_labels=True)
+                source = self._rows(f"{where}.evaluation", model.evaluation, task, hub, needs_labels=True)
                 kept["evaluation"]["source"] = source
         return accepted, plan
 
-    def _checkpoint(self, field: str, reference: str) -> CheckpointInfo:
+    def _checkpoint(self, field: str, reference: str, hub: Hub) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
         field = f"{field}.checkpoint"
         with _refusing(field):
@@ -191,12 +190,12 @@ class Merges:
             if on_hub is None:
                 path, root = self._inputs.resolve(reference)
                 return inspect_checkpoint(path, reference, root)
-            pinned = self._hub.pinned(on_hub, "model")
+            pinned = hub.pinned(on_hub, "model")
             with TemporaryDirectory(prefix="maskmerge-") as folder:
-                self._hub.outline(pinned, Path(folder))
+                hub.outline(pinned, Path(folder))
                 return inspect_checkpoint(Path(folder), str(pinned))
 
-    def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool) -> str:
+    def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
         labels = LabelMap(task, tuple(rows.label_names) if rows.label_names else None)
         if needs_labels:
@@ -205,7 +204,7 @@ class Merges:
         with _refusing(f"{field}.source"):
             on_hub = hub_reference(rows.source)
             if on_hub is not None:
-                return str(self._hub.pinned(on_hub, "dataset"))
+                return str(hub.pinned(on_hub, "dataset"))
             path, _ = self._inputs.resolve(rows.source)
         for name in ("config", "split"):
             if getattr(rows, name) is not None:

@@ -28,7 +28,8 @@ from worker.engine.catalog.headers import (
 )
 
 REQUEST_TIMEOUT_S = 10.0
-DEADLINE_S = 30.0  # for one checkpoint; whoever posts the merge waits for it
+DEADLINE_S = 30.0  # for all that one request names; whoever posts it waits
+Kind = Literal["model", "dataset"]
 PREFIX = struct.Struct("<Q")
 
 
@@ -37,20 +38,31 @@ class HubUnavailable(Exception):
 
 
 class Hub:
-    def pinned(self, reference: HubReference, kind: Literal["model", "dataset"]) -> HubReference:
+    """What one request asks of the hub, each thing once and all within `DEADLINE_S`."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + DEADLINE_S
+        self._pinned: dict[tuple[HubReference, Kind], HubReference] = {}
+
+    def pinned(self, reference: HubReference, kind: Kind) -> HubReference:
         """The same repository at the commit that the revision is now.
 
         Raises:
             ReferenceError: there is no such repository or revision, or the token may not see it.
-            HubUnavailable: the hub does not answer.
+            HubUnavailable: the hub does not answer, or not in time.
         """
-        with _translated(reference):
-            info = HfApi().repo_info(
-                reference.repository, repo_type=kind, revision=reference.revision, timeout=REQUEST_TIMEOUT_S
-            )
-        if info.sha is None or not COMMIT.fullmatch(info.sha):
-            raise HubUnavailable(f"the hub does not say which commit {reference} is")
-        return replace(reference, revision=info.sha)
+        if (reference, kind) not in self._pinned:
+            with _translated(reference):
+                info = HfApi().repo_info(
+                    reference.repository,
+                    repo_type=kind,
+                    revision=reference.revision,
+                    timeout=self._seconds_left(reference),
+                )
+            if info.sha is None or not COMMIT.fullmatch(info.sha):
+                raise HubUnavailable(f"the hub does not say which commit {reference} is")
+            self._pinned[reference, kind] = replace(reference, revision=info.sha)
+        return self._pinned[reference, kind]
 
     def outline(self, reference: HubReference, folder: Path) -> None:
         """Write the outline of a pinned checkpoint: what describes it whole, and weight files as their headers alone.
@@ -62,10 +74,12 @@ class Hub:
             ReferenceError, HubUnavailable: as `pinned`.
             InvalidCheckpoint: a file is too large to be what it is named.
         """
-        deadline = time.monotonic() + DEADLINE_S
         with _translated(reference):
             info = HfApi().model_info(
-                reference.repository, revision=reference.revision, files_metadata=True, timeout=REQUEST_TIMEOUT_S
+                reference.repository,
+                revision=reference.revision,
+                files_metadata=True,
+                timeout=self._seconds_left(reference),
             )
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
@@ -73,45 +87,49 @@ class Hub:
                 limit = MAX_HEADER_BYTES if name == INDEX else MAX_TOKENIZER_BYTES
                 if sizes[name] > limit:
                     raise InvalidCheckpoint(str(reference), f"{name} is larger than {limit} bytes")
-                return _read(reference, name, 0, sizes[name], deadline)
+                return self._read(reference, name, 0, sizes[name])
 
             for name in described_files(sizes):
                 (folder / name).write_bytes(read(name))
             for name in weights_among(sizes, lambda name: (folder / name).read_bytes()):
                 with (folder / name).open("wb") as stream:
-                    prefix = _read(reference, name, 0, min(PREFIX.size, sizes[name]), deadline)
+                    prefix = self._read(reference, name, 0, min(PREFIX.size, sizes[name]))
                     stream.write(prefix)
                     header = PREFIX.unpack(prefix)[0] if len(prefix) == PREFIX.size else 0
                     if header <= MAX_HEADER_BYTES:
                         end = min(PREFIX.size + header, sizes[name])
-                        stream.write(_read(reference, name, len(prefix), end, deadline))
+                        stream.write(self._read(reference, name, len(prefix), end))
                     stream.truncate(sizes[name])
             for name in PICKLES:
                 if name in sizes:
                     (folder / name).touch()
 
+    def _read(self, reference: HubReference, name: str, begin: int, end: int) -> bytes:
+        """Bytes `begin` to `end` of a file, which a server without ranges precedes with all before them."""
+        if begin >= end:
+            return b""
+        url = hf_hub_url(reference.repository, name, revision=reference.revision)
+        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
+        found = b""
+        timeout = self._seconds_left(reference)
+        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            response.raise_for_status()
+            skip = begin if response.status_code == httpx2.codes.OK else 0
+            for chunk in response.iter_bytes():
+                found += chunk
+                if len(found) >= skip + end - begin:
+                    break
+                self._seconds_left(reference)
+        if len(found) < skip + end - begin:
+            raise HubUnavailable(f"the hub sends only a part of {name} of {reference}")
+        return found[skip : skip + end - begin]
 
-def _read(reference: HubReference, name: str, begin: int, end: int, deadline: float) -> bytes:
-    """Bytes `begin` to `end` of a file, which a server without ranges may precede with all before them."""
-    if begin >= end:
-        return b""
-    if time.monotonic() > deadline:
-        raise HubUnavailable(f"the hub takes more than {DEADLINE_S:.0f} s to describe {reference}")
-    url = hf_hub_url(reference.repository, name, revision=reference.revision)
-    headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
-    found = b""
-    with get_session().stream(
-        "GET", url, headers=headers, timeout=REQUEST_TIMEOUT_S, follow_redirects=True
-    ) as response:
-        response.raise_for_status()
-        skip = begin if response.status_code == httpx2.codes.OK else 0
-        for chunk in response.iter_bytes():
-            found += chunk
-            if len(found) >= skip + end - begin:
-                break
-    if len(found) < skip + end - begin:
-        raise HubUnavailable(f"the hub sends only a part of {name} of {reference}")
-    return found[skip : skip + end - begin]
+    def _seconds_left(self, reference: HubReference) -> float:
+        """For the next step. Raises HubUnavailable when none are."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise HubUnavailable(f"the hub takes more than {DEADLINE_S:.0f} s to describe {reference}")
+        return min(left, REQUEST_TIMEOUT_S)
 
 
 @contextmanager
