@@ -29,6 +29,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Merges fine-tuned language models by the Fisher information of their mask nodes",
         version=version("maskmerge"),
         lifespan=lifespan,
+        redirect_slashes=False,  # it would redirect to whatever host the caller names
         responses=errors.RESPONSES,
     )
     app.state.services = services

@@ -27,8 +27,6 @@ from worker.engine.catalog.spec import MergeSpec
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
 READ_BYTES = 1 << 16
-# What PyTorch, oneDNN, C++ and the system say when an allocation fails, in exceptions of no class of their own.
-OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc", "Cannot allocate memory")
 
 logger = logging.getLogger(__name__)
 
@@ -219,12 +217,9 @@ def _job_error(error: Exception) -> JobError:
     """The one place where foreign exceptions become job errors."""
     import errno
 
-    import torch
+    from worker.engine.resources import is_out_of_memory
 
-    is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, OSError | RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    )
-    if is_memory:
+    if is_out_of_memory(error):
         error = OutOfMemory("the job needs more memory than there is; use fewer or smaller models, or a larger worker")
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = DiskFull("there is no space left in the data folder for the artifact")

@@ -1,12 +1,12 @@
 """Every way out that is not a success, in one body shape."""
 
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
@@ -31,17 +31,18 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def answer(request: Request, error: ProblemError) -> JSONResponse:
+def answer(request: Request, error: ProblemError) -> Response:
     body = error.body(request.url.path)
-    return JSONResponse(body, error.problem.status, headers=error.headers, media_type=MEDIA_TYPE)
+    # As ASCII: a body may quote what the caller sent, half a surrogate pair too, and UTF-8 has none.
+    return Response(json.dumps(body), error.problem.status, headers=error.headers, media_type=MEDIA_TYPE)
 
 
-def _problem(request: Request, error: Exception) -> JSONResponse:
+def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)  # noqa: S101 - for the type checker; the table above is the guarantee
     return answer(request, error)
 
 
-def _validation(request: Request, error: Exception) -> JSONResponse:
+def _validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     found = error.errors()
     if any(e["type"] == "json_invalid" for e in found):
@@ -59,7 +60,7 @@ def _validation(request: Request, error: Exception) -> JSONResponse:
     return answer(request, ProblemError(problem, detail, errors))
 
 
-def _http(request: Request, error: Exception) -> JSONResponse:
+def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     problem = BY_STATUS.get(error.status_code)
     if problem is None:
@@ -70,13 +71,13 @@ def _http(request: Request, error: Exception) -> JSONResponse:
     return answer(request, ProblemError(problem, detail, None, **dict(error.headers or {})))
 
 
-def _redis(request: Request, error: Exception) -> JSONResponse:
+def _redis(request: Request, error: Exception) -> Response:
     logger.warning("Redis is away: %s", error)
     detail = "Redis does not answer; nothing was accepted or changed"
     return answer(request, ProblemError(Problem.REDIS_UNAVAILABLE, detail, None, **{"Retry-After": "2"}))
 
 
-def _unexpected(request: Request, error: Exception) -> JSONResponse:
+def _unexpected(request: Request, error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return answer(request, ProblemError(Problem.INTERNAL, "the service failed on this request; its log says why"))
 
@@ -90,7 +91,7 @@ def _is_wrong_media_type(request: Request, found: Sequence[Any]) -> bool:
 
 def _path(location: Sequence[object]) -> str:
     """`models.0.checkpoint`: without the word body, and without the tag that a union puts in the way."""
-    parts = [str(part) for part in location[1:]]
+    parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal["))]
     if len(parts) > 1 and parts[0] == "method":
         parts.pop(1)
     return ".".join(parts)

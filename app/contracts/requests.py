@@ -6,7 +6,7 @@ from pydantic import AnyHttpUrl, BeforeValidator, Field, field_validator, model_
 from pydantic_core import PydanticCustomError
 
 from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName
+from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName, Name
 from worker.engine.catalog.strict import Strict, did_you_mean
 
 ANNOUNCED_METHODS = (
@@ -40,9 +40,9 @@ class Dataset(Columns):
 
     source: str
     """Reference to a JSON lines, CSV or Parquet file, or to a data set on the hub."""
-    config: str | None = None
+    config: Name | None = None
     """Configuration of a data set on the hub, where it has several."""
-    split: str | None = None
+    split: Name | None = None
     """Split of a data set on the hub, where it has several."""
     target: str | None = None
     messages: str | None = None
@@ -56,7 +56,7 @@ class Dataset(Columns):
 class Evaluation(Dataset):
     """Rows on which expert, plain average and merge are compared."""
 
-    label: str = "label"
+    label: Name = "label"
     metric: MetricName | None = None
     """Default: accuracy for classification, pearson for regression."""
 

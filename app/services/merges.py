@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import BoundedSemaphore
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -22,9 +23,12 @@ from app.storage.queue import TaskQueue
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
-from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.planning import PAPER_BATCH_ROWS, MergePlan, plan_merge
 from worker.engine.catalog.rows import check_first_rows
 from worker.engine.catalog.spec import Columns, DatasetSpec
+
+HUB_REQUESTS = 8  # at once, of the 40 threads that answer
+HUB_QUEUE_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,7 @@ class Merges:
         self._queue = queue
         self._inputs = inputs
         self._artifacts = artifacts
+        self._hub_places = BoundedSemaphore(HUB_REQUESTS)
         self._idempotency_seconds = idempotency_seconds
 
     def submit(self, request: MergeRequest, idempotency_key: str | None) -> Record:
@@ -129,7 +134,11 @@ class Merges:
         return Plan(
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
-            peak_memory_bytes=plan.peak_memory_bytes(scored=request.method.needs_scores),
+            peak_memory_bytes=plan.peak_memory_bytes(
+                scored=request.method.needs_scores,
+                evaluated=request.evaluate and any(model.evaluation for model in request.models),
+                batch_rows=PAPER_BATCH_ROWS if getattr(request.method, "preset", None) == "paper" else None,
+            ),
             examples=sum(
                 min(examples, model.dataset.limit or examples)
                 for model in request.models
@@ -156,7 +165,26 @@ class Merges:
         later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
         if later:
             raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
-        hub = Hub()
+        with self._at_the_hub(request):
+            return self._checked(request, Hub())
+
+    @contextmanager
+    def _at_the_hub(self, request: MergeRequest) -> Iterator[None]:
+        """A slow hub may hold up some requests that name it, never all that the process can answer."""
+        sources = [model.checkpoint for model in request.models]
+        sources += [rows.source for model in request.models for rows in (model.dataset, model.evaluation) if rows]
+        if not any(source.startswith("hf:") for source in sources):
+            yield
+            return
+        if not self._hub_places.acquire(timeout=HUB_QUEUE_S):
+            detail = f"{HUB_REQUESTS} requests are waiting for the hub already"
+            raise ProblemError(Problem.HUB_UNAVAILABLE, detail, None, **{"Retry-After": "10"})
+        try:
+            yield
+        finally:
+            self._hub_places.release()
+
+    def _checked(self, request: MergeRequest, hub: Hub) -> tuple[dict[str, Any], MergePlan]:
         checkpoints = [self._checkpoint(f"models.{i}", m.checkpoint, hub) for i, m in enumerate(request.models)]
         with _refusing("models"):
             plan = plan_merge(checkpoints, request.output.dtype)

@@ -13,15 +13,20 @@ from typing import Literal
 
 import httpx2
 from huggingface_hub import HfApi, get_session, hf_hub_url
-from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from app.storage.inputs import COMMIT, HubReference, ReferenceError
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import (
-    INDEX,
+    MAX_DESCRIPTION_BYTES,
     MAX_HEADER_BYTES,
-    MAX_TOKENIZER_BYTES,
     PICKLES,
     described_files,
     weights_among,
@@ -84,9 +89,9 @@ class Hub:
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
             def read(name: str) -> bytes:
-                limit = MAX_HEADER_BYTES if name == INDEX else MAX_TOKENIZER_BYTES
-                if sizes[name] > limit:
-                    raise InvalidCheckpoint(str(reference), f"{name} is larger than {limit} bytes")
+                if sum(sizes[name] for name in described_files(sizes)) > MAX_DESCRIPTION_BYTES:
+                    problem = f"configuration, tokenizer and index are larger than {MAX_DESCRIPTION_BYTES} bytes"
+                    raise InvalidCheckpoint(str(reference), problem)
                 return self._read(reference, name, 0, sizes[name])
 
             for name in described_files(sizes):
@@ -110,10 +115,10 @@ class Hub:
             return b""
         url = hf_hub_url(reference.repository, name, revision=reference.revision)
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
-        found = b""
+        found = bytearray()
         timeout = self._seconds_left(reference)
         with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-            response.raise_for_status()
+            hf_raise_for_status(response)
             skip = begin if response.status_code == httpx2.codes.OK else 0
             for chunk in response.iter_bytes():
                 found += chunk
@@ -122,7 +127,7 @@ class Hub:
                 self._seconds_left(reference)
         if len(found) < skip + end - begin:
             raise HubUnavailable(f"the hub sends only a part of {name} of {reference}")
-        return found[skip : skip + end - begin]
+        return bytes(found[skip : skip + end - begin])
 
     def _seconds_left(self, reference: HubReference) -> float:
         """For the next step. Raises HubUnavailable when none are."""
@@ -140,5 +145,15 @@ def _translated(reference: HubReference) -> Iterator[None]:
         raise ReferenceError(f"'{reference}' is not on the hub, or this service's HF_TOKEN may not see it") from error
     except OfflineModeIsEnabled as error:
         raise HubUnavailable("this service is kept from the hub by HF_HUB_OFFLINE; use local: references") from error
+    except HFValidationError as error:
+        raise ReferenceError(f"'{reference}' is no repository on the hub; write hf:ORG/NAME@REVISION") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403, 404):
+            raise ReferenceError(f"'{reference}' is not for this service's HF_TOKEN to see") from error
+        raise HubUnavailable(f"the hub answers {error.response.status_code} for {reference}") from error
     except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
         raise HubUnavailable(f"the hub does not answer for {reference} ({type(error).__name__})") from error
+    except (ReferenceError, HubUnavailable, InvalidCheckpoint):
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:  # a page of a proxy, say
+        raise HubUnavailable(f"the hub's answer for {reference} makes no sense ({type(error).__name__})") from error

@@ -64,13 +64,16 @@ class LocalInputs:
             raise ReferenceError(f"'{reference}' must be a relative path without '..'")
         if not self._roots:
             raise ReferenceError("this service has no local roots; start it with --local-root DIR")
-        for root in self._roots:
-            path = root / relative
-            if path.exists() or path.is_symlink():
-                resolved = path.resolve()
-                if not resolved.is_relative_to(root):
-                    raise ReferenceError(f"'{reference}' is a symbolic link out of its local root")
-                if not resolved.exists():
-                    raise ReferenceError(f"'{reference}' is a symbolic link to nothing")
-                return resolved, root
+        try:
+            for root in self._roots:
+                path = root / relative
+                if path.exists() or path.is_symlink():
+                    resolved = path.resolve(strict=True)
+                    if not resolved.is_relative_to(root):
+                        raise ReferenceError(f"'{reference}' is a symbolic link out of its local root")
+                    return resolved, root
+        except FileNotFoundError as error:
+            raise ReferenceError(f"'{reference}' is a symbolic link to nothing") from error
+        except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+            raise ReferenceError(f"'{reference[:100]}' cannot be looked up") from error
         raise ReferenceError(f"'{reference}' does not exist under any local root")

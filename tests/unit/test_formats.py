@@ -16,7 +16,7 @@ from worker.engine.catalog.formats import MAX_ROW_BYTES
 from worker.engine.catalog.labels import LabelMap, Task
 from worker.engine.catalog.rows import FIRST_ROWS, RowFile, Rows, check_first_rows, is_parquet, sample
 from worker.engine.catalog.spec import DatasetSpec
-from worker.engine.tables import TableRows, read_parquet
+from worker.engine.tables import read_parquet
 
 TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
 TEXTS = [
@@ -52,7 +52,7 @@ def written(
 
 
 def rows_of(spec: DatasetSpec) -> Rows:
-    return TableRows(read_parquet(spec), spec) if is_parquet(spec) else RowFile(spec)
+    return read_parquet(spec) if is_parquet(spec) else RowFile(spec)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["no mark", "byte order mark"])
@@ -92,7 +92,11 @@ BAD_CSV: dict[str, tuple[bytes, dict[str, Any], list[str]]] = {
     "no label": (b"text,label\none,0\ntwo,\n", {}, ["line 3", "label '' is unknown"]),
     "only a header": (b"text,label\n", {}, ["rows.csv: no rows"]),
     "nothing": (b"", {}, ["rows.csv: no rows"]),
-    "a field that never ends": (b'text,label\n"' + b"x\n" * MAX_ROW_BYTES, {}, ["line 2", "field larger"]),
+    "a field that never ends": (
+        b'text,label\n"' + b"x\n" * MAX_ROW_BYTES,
+        {},
+        ["line 2", "longer than 10000000 bytes"],
+    ),
 }
 
 
@@ -165,7 +169,7 @@ def test_bad_parquet_is_refused_by_its_row_and_column(tmp_path: Path) -> None:
     check_first_rows(spec, TWO_LABELS)
     assert spec.path is not None
     spec.path.write_bytes(spec.path.read_bytes()[:100])
-    with pytest.raises(InvalidDataset, match="not a readable Parquet file"):
+    with pytest.raises(InvalidDataset, match="not a readable table"):
         rows_of(spec)
     spec.path.write_bytes(b"text,label\n")
     with pytest.raises(InvalidDataset, match="not a Parquet file"):

@@ -116,7 +116,7 @@ def test_a_label_of_a_regression_is_a_number(label: Any, value: float) -> None:
         (NAMED, 0, ("good", "bad"), ["label 'good' is unknown", "negative, neutral, positive"]),
         (NAMED, "positiv", None, ["label 'positiv' is unknown", "did you mean 'positive'?"]),
         (NAMED, "7", None, ["label 7 is out of range"]),
-        (NAMED, "-1", None, ["label '-1' is unknown"]),
+        (NAMED, "-1", None, ["label -1 is out of range"]),
         (NAMED, "", None, ["label '' is unknown"]),
         (NAMED, None, None, ["NoneType"]),
         (NAMED, [0], None, ["list"]),

@@ -308,7 +308,10 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no head": (without("classifier.weight"), ["no tensor classifier.weight", "BertForSequenceClassification"]),
     "not a number": (with_value("bert.pooler.dense.weight", float("nan")), ["bert.pooler.dense.weight", "NaN"]),
     "infinite head": (with_value("classifier.bias", float("-inf")), ["classifier.bias", "infinite"]),
-    "a vocabulary size that is not the matrix's": (config(vocab_size=50), ["transformers cannot load it"]),
+    "a vocabulary size that is not the matrix's": (
+        config(vocab_size=50),
+        ["word_embeddings.weight has shape [100, 16]"],
+    ),
     "unknown activation": (config(hidden_act="nope"), ["transformers cannot load it"]),
     "quantised": (config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), ["quant"]),
     "a setting of the wrong type": (config(layer_norm_eps="small"), ["layer_norm_eps"]),

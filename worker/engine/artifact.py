@@ -179,7 +179,7 @@ def _model_card(spec: MergeSpec, result: MergeResult) -> str:
         "- maskmerge",
         "---",
         "",
-        f"# {spec.name}",
+        f"# {' '.join(escape(spec.name).split())}",
         "",
         f"A merge of {len(result.models)} fine-tuned models ({names}) by `{result.method['name']}`. Each folder under "
         "`models/` is a whole model: the merged backbone and that model's own head.",

@@ -15,17 +15,16 @@ from typing import Any, Literal
 
 import datasets
 import httpx2
-import yaml
-from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
+from fsspec.registry import known_implementations
 from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, StorageError
+from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.headers import described_files, weights_among
 from worker.engine.catalog.spec import DatasetSpec, HubSource, MergeSpec, ModelSpec
 from worker.engine.phase import OnProgress, Phase
-from worker.engine.resources import require_space
+from worker.engine.resources import is_out_of_memory, require_space
 
 # Formats that hold rows. Others would decode images and sounds, or read what is no data of the repository.
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")
@@ -34,6 +33,9 @@ ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a do
 Kind = Literal["model", "dataset"]
 
 datasets.disable_progress_bars()  # they would fill the log
+# A data set's description may name files of any address, which building it would call. These are all that is needed.
+for protocol in set(known_implementations) - {"hf", "file", "local", "zip", "tar"}:
+    del known_implementations[protocol]
 
 
 @dataclass(frozen=True)
@@ -111,37 +113,7 @@ def _checkpoint_files(source: HubSource) -> list[RemoteFile]:
     return [_remote_file("model", source, name) for name in (*described_files(names), *weights_among(names, read))]
 
 
-def _refuse_addresses(rows: DatasetSpec, source: HubSource) -> None:
-    """A data set's description may name files of any address, and building it would call there."""
-    descriptions = {REPOCARD_FILENAME, REPOYAML_FILENAME} & set(
-        HfApi().list_repo_files(source.repository, repo_type="dataset", revision=source.commit)
-    )
-    for name in descriptions:
-        path = Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if name == REPOCARD_FILENAME:
-            text = text.removeprefix("---").partition("\n---")[0] if text.startswith("---") else ""
-        addresses = [word for word in _words(yaml.safe_load(text)) if "://" in word]
-        if addresses:
-            raise InvalidDataset(rows.source, f"{name} names files outside the repository: {addresses[0][:200]}")
-
-
-def _words(description: Any) -> Iterator[str]:
-    """Every text of a description's configurations; an alias is followed once, however often it is named."""
-    configurations = description.get("configs") if isinstance(description, dict) else None
-    seen: set[int] = set()
-    waiting = [configurations]
-    while waiting:
-        content = waiting.pop()
-        if isinstance(content, str):
-            yield content
-        elif isinstance(content, dict | list) and id(content) not in seen:
-            seen.add(id(content))
-            waiting += content.values() if isinstance(content, dict) else content
-
-
 def _builder(rows: DatasetSpec, source: HubSource) -> Any:
-    _refuse_addresses(rows, source)
     # A folder of the same name here would be taken for the data set, so there is none.
     with tempfile.TemporaryDirectory() as empty, chdir(empty):
         builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit)
@@ -220,9 +192,9 @@ def _reporter(phase: Phase) -> Any:
 def _prepared(rows: DatasetSpec, builder: Any) -> datasets.Dataset:
     try:
         builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
-    except (datasets.exceptions.DatasetsError, ValueError) as error:
+    except Exception as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_out_of_memory(cause) or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise cause from None
         # The libraries' own words may quote a row.
         problem = f"its files cannot be read as {_builder_name(builder)} ({type(cause).__name__})"
@@ -251,5 +223,15 @@ def _translated(asked: ModelSpec | DatasetSpec) -> Iterator[None]:
     except (httpx2.HTTPError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError) as error:
         problem = f"the hub does not answer ({type(error).__name__})"
         raise StorageError(f"{asked.source}: {problem}; try again", source=asked.source) from error
-    except (datasets.exceptions.DatasetsError, yaml.YAMLError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise invalid(asked.source, " ".join(str(error).split())[:300]) from error
+    except EngineError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        # A description may break the library anywhere, and its words name folders of this machine.
+        problem = f"the library datasets finds no rows in it ({type(error).__name__})"
+        raise invalid(asked.source, problem) from error

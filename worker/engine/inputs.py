@@ -44,7 +44,7 @@ class Inputs:
 
             return TableRows(self._fetched.table(spec), spec)
         if is_parquet(spec):
-            from worker.engine.tables import TableRows, read_parquet
+            from worker.engine.tables import read_parquet
 
-            return TableRows(read_parquet(spec), spec)
+            return read_parquet(spec)
         return RowFile(spec)

@@ -1,6 +1,7 @@
 """One merge, from checkpoints and rows to a folder that can be published."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from worker.engine import artifact
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, NumericalError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters, MethodParameters
-from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
+from worker.engine.catalog.planning import PAPER_BATCH_ROWS, MergePlan, PlannedTensor, plan_merge
 from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings
 from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
@@ -31,7 +32,7 @@ from worker.engine.inputs import Inputs
 from worker.engine.methods import BUILDERS, Merger, ScoredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
-from worker.engine.resources import require_memory, require_space
+from worker.engine.resources import available_memory, require_memory, require_space
 from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
@@ -84,14 +85,14 @@ class Engine:
             plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype)
             states = [checkpoint_state(info) for info in plan.checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
-            require_memory(self._memory(plan, spec, precision, longest_row=1))
+            self._require_memory(plan, spec, precision, longest_row=1)
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
                 runs.append(self._prepare(spec, model, info, inputs, notes))
                 loading.advance()
             longest = max((e.length for run in runs for e in (*run.examples, *run.evaluation)), default=1)
-            require_memory(self._memory(plan, spec, precision, longest))
+            self._require_memory(plan, spec, precision, longest)
 
         if spec.method.needs_scores:
             with clock.measure("score_seconds"):
@@ -112,7 +113,7 @@ class Engine:
 
         for info, state in zip(plan.checkpoints, states, strict=True):
             if checkpoint_state(info) != state:
-                raise InvalidCheckpoint(info.source, "its files were changed while the job ran; try the job again")
+                raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
 
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
@@ -132,10 +133,18 @@ class Engine:
         artifact.write_documents(spec, plan, result, digests)
         return result
 
-    def _memory(self, plan: MergePlan, spec: MergeSpec, precision: Precision, longest_row: int) -> int:
-        """Bytes of this machine's memory that the merge needs; on a GPU, activations take none of it."""
-        value_bytes = 0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4
-        return plan.peak_memory_bytes(longest_row, scored=spec.method.needs_scores, value_bytes=value_bytes)
+    def _require_memory(self, plan: MergePlan, spec: MergeSpec, precision: Precision, longest_row: int) -> None:
+        """Of this machine; on a GPU, activations take none of it. Models of earlier merges make room."""
+        needed = plan.peak_memory_bytes(
+            longest_row,
+            scored=spec.method.needs_scores,
+            evaluated=spec.evaluate and any(model.evaluation for model in spec.models),
+            batch_rows=PAPER_BATCH_ROWS if getattr(spec.method, "preset", None) == "paper" else None,
+            value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
+        )
+        if needed + self._models.bytes_besides(plan.checkpoints) > available_memory():
+            self._models.keep_only(plan.checkpoints)
+        require_memory(needed)
 
     def _prepare(
         self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, inputs: Inputs, notes: list[str]
@@ -203,39 +212,53 @@ class Engine:
         """Expert, plain average and merge (loaded from the artifact, as its user will) on the same rows."""
         evaluating = Phase("evaluating", 3 * sum(len(run.evaluation) for run in runs), "examples", on_progress)
         average = self._plain_average(plan, runs)
-        results = {}
-        for run in runs:
-            name, evaluation, examples = run.spec.name, run.spec.evaluation, run.evaluation
-            if evaluation is None:
-                continue
-            loaded = self._models.get(run.info)
-            merged = load(inspect_checkpoint(folders[name], f"models/{name}"), self._device)
-            metric = metric_for(evaluation.metric, loaded.task)
-            labels = np.array([e.label for e in examples], dtype=np.float64)
-            expert_predictions = predict(loaded, examples, precision, evaluating.advance)
-            if loaded.task.problem == "classification":
-                better = likely_permutation(labels, expert_predictions, loaded.task.outputs)
-                if better:
-                    notes.append(
-                        f"{run.spec.source} fits the labels of {evaluation.source} better when ids 0 to "
-                        f"{len(better) - 1} are read as {', '.join(map(str, better))}; if the data set orders its "
-                        "labels otherwise, name them in label_names"
-                    )
-            merged_predictions = predict(merged, examples, precision, evaluating.advance)
-            merged.model.load_state_dict(average, strict=False)  # the head stays the expert's own
-            average_predictions = predict(merged, examples, precision, evaluating.advance)
-            expert, value = metric(labels, expert_predictions), metric(labels, merged_predictions)
-            results[name] = MetricResult(
-                metric=evaluation.metric,
-                examples=len(examples),
-                expert=expert,
-                average=metric(labels, average_predictions),
-                merged=value,
-                merged_kept_head=value,
-                retention=value / expert if expert > 0 else None,
-                interval=interval(metric, labels, merged_predictions, evaluation.seed),
-            )
-        return results
+        return {
+            run.spec.name: self._measure(run, folders[run.spec.name], average, precision, evaluating, notes)
+            for run in runs
+            if run.spec.evaluation is not None
+        }
+
+    def _measure(
+        self,
+        run: ModelRun,
+        folder: Path,
+        average: dict[str, Tensor],
+        precision: Precision,
+        evaluating: Phase,
+        notes: list[str],
+    ) -> MetricResult:
+        """One model's rows; its merge is held no longer than this takes."""
+        evaluation, examples = run.spec.evaluation, run.evaluation
+        if evaluation is None:
+            raise TypeError(f"{run.spec.name} has no evaluation")
+        loaded = self._models.get(run.info)
+        metric = metric_for(evaluation.metric, loaded.task)
+        labels = np.array([e.label for e in examples], dtype=np.float64)
+        expert_predictions = predict(loaded, examples, precision, evaluating.advance)
+        if loaded.task.problem == "classification":
+            better = likely_permutation(labels, expert_predictions, loaded.task.outputs)
+            if better:
+                notes.append(
+                    f"{run.spec.source} fits {evaluation.source} far better when its labels 0 to {len(better) - 1} are "
+                    f"read as {', '.join(map(str, better))}; do both mean the same by them?"
+                )
+        merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
+        merged_predictions = predict(merged, examples, precision, evaluating.advance)
+        merged.model.load_state_dict(average, strict=False)  # the head stays the expert's own
+        average_predictions = predict(merged, examples, precision, evaluating.advance)
+        expert, value = metric(labels, expert_predictions), metric(labels, merged_predictions)
+        if not (math.isfinite(expert) and math.isfinite(value)):
+            raise NumericalError(f"{evaluation.metric} of {evaluation.source} is not finite; are its labels too large?")
+        return MetricResult(
+            metric=evaluation.metric,
+            examples=len(examples),
+            expert=expert,
+            average=metric(labels, average_predictions),
+            merged=value,
+            merged_kept_head=value,
+            retention=value / expert if expert > 0 else None,
+            interval=interval(metric, labels, merged_predictions, evaluation.seed),
+        )
 
     def _plain_average(self, plan: MergePlan, runs: list[ModelRun]) -> dict[str, Tensor]:
         """The unweighted average of the models that take part, as a state to load."""

@@ -34,9 +34,14 @@ class EngineError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, **detail: object) -> None:
-        super().__init__(message)
-        self.message = message
-        self.detail = detail
+        # Inputs may hold halves of surrogate pairs, which nothing that writes UTF-8 takes.
+        self.message = _encodable(message)
+        self.detail = {key: _encodable(value) if isinstance(value, str) else value for key, value in detail.items()}
+        super().__init__(self.message)
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 class InvalidRequest(EngineError):

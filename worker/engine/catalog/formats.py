@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
 
@@ -58,12 +59,17 @@ class Csv:
     def index(self, stream: BinaryIO) -> Iterator[tuple[int, int]]:
         lines = _DecodedLines(stream, self._source, _skip_byte_order_mark(stream))
         records = csv.reader(lines, delimiter=self._delimiter, strict=True)
-        self._header = self._next(records, Place("line", 1)) or []
-        twice = {name for name in self._header if self._header.count(name) > 1}
-        if twice:
-            raise InvalidDataset(self._source, f"the header has '{min(twice)[:64]}' twice", Place("line", 1))
+        while not self._header:
+            header = self._next(records, Place("line", lines.line + 1))
+            if header is None:
+                return
+            self._header = header
+        # Columns without a name, which spreadsheets leave behind, cannot be asked for and may be as many as they like.
+        name, count = Counter(name for name in self._header if name).most_common(1)[0] if any(self._header) else ("", 1)
+        if count > 1:
+            raise InvalidDataset(self._source, f"the header has '{name[:64]}' twice", Place("line", lines.line))
         while True:
-            line, offset = lines.line + 1, lines.offset
+            line, offset = lines.line + 1, lines.begin_record()
             record = self._next(records, Place("line", line))
             if record is None:
                 return
@@ -93,6 +99,12 @@ class _DecodedLines(Iterator[str]):
         self._source = source
         self.offset = offset
         self.line = line
+        self._record, self._first_line = offset, line + 1
+
+    def begin_record(self) -> int:
+        """The offset where the next record begins; it may be as long as a row."""
+        self._record, self._first_line = self.offset, self.line + 1
+        return self.offset
 
     def __next__(self) -> str:
         raw = _read_line(self._stream, self._source, self.line + 1)
@@ -100,6 +112,8 @@ class _DecodedLines(Iterator[str]):
             raise StopIteration
         self.line += 1
         self.offset += len(raw)
+        if self.offset - self._record > MAX_ROW_BYTES:
+            raise InvalidDataset(self._source, f"longer than {MAX_ROW_BYTES} bytes", Place("line", self._first_line))
         try:
             return raw.decode()
         except UnicodeDecodeError:

@@ -18,8 +18,10 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
 MAX_TENSORS = 100_000
-MAX_CONFIG_BYTES = 1_000_000
-MAX_TOKENIZER_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 5_000_000
+MAX_TOKENIZER_BYTES = 50_000_000  # the largest real ones have 35 MB
+MAX_DESCRIPTION_BYTES = 80_000_000  # of all files that are read whole
+MAX_WEIGHT_FILES = 1000
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,6 +38,7 @@ TOKENIZER_FILES = (
     "bpe.codes",
     *SENTENCEPIECE,
 )
+LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
@@ -88,6 +91,14 @@ def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> Che
     Raises:
         InvalidCheckpoint: names the file or tensor and what to do.
     """
+    try:
+        return _inspect(path, source, root)
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        problem = getattr(error, "strerror", None) or "a symbolic link leads in a circle"
+        raise InvalidCheckpoint(source, f"cannot be read: {problem}") from error
+
+
+def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
     if not path.is_dir():
         raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
     for file in path.iterdir():
@@ -98,8 +109,13 @@ def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> Che
     config = _read_json(path / "config.json", source, MAX_CONFIG_BYTES)
     tokenizer_config_file = path / "tokenizer_config.json"
     tokenizer_config = (
-        _read_json(tokenizer_config_file, source, MAX_TOKENIZER_BYTES) if tokenizer_config_file.exists() else {}
+        _read_json(tokenizer_config_file, source, MAX_CONFIG_BYTES) if tokenizer_config_file.exists() else {}
     )
+    for key, value in tokenizer_config.items():
+        if key.endswith(("_file", "_model")) and key not in LEFTOVERS and isinstance(value, str) and "/" in value:
+            raise InvalidCheckpoint(
+                source, f"tokenizer_config.json has {key} in another folder; save the tokenizer again"
+            )
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         if content.get("auto_map"):
             raise InvalidCheckpoint(
@@ -113,6 +129,8 @@ def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> Che
                     source, f"tensor {tensor.name} is in both {tensors[tensor.name].file} and {file_name}"
                 )
             tensors[tensor.name] = tensor
+        if len(tensors) > MAX_TENSORS:
+            raise InvalidCheckpoint(source, f"it has more than {MAX_TENSORS} tensors", file=file_name)
     return CheckpointInfo(source, path, config, tensors, _vocabulary(path, source))
 
 
@@ -206,7 +224,7 @@ def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[
             files = sorted({str(file) for file in json.loads(read(INDEX))["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []  # `inspect_checkpoint` says what is wrong with it
-        return [file for file in files if Path(file).name == file and file in names]
+        return [file for file in files[:MAX_WEIGHT_FILES] if Path(file).name == file and file in names]
     return [WEIGHTS] if WEIGHTS in names else []
 
 
@@ -216,6 +234,8 @@ def _weight_files(path: Path, source: str) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise InvalidCheckpoint(source, f"{INDEX} has no weight_map")
         files = sorted({str(file) for file in weight_map.values()})
+        if len(files) > MAX_WEIGHT_FILES:
+            raise InvalidCheckpoint(source, f"{INDEX} names {len(files)} files; {MAX_WEIGHT_FILES} are allowed")
         for file in files:
             if Path(file).name != file or not (path / file).is_file():
                 raise InvalidCheckpoint(source, f"{INDEX} names {file}, which is not in the folder")
@@ -270,23 +290,41 @@ def _vocabulary(path: Path, source: str) -> dict[str, str]:
 def _tokens(path: Path, source: str) -> object:
     """The same for the same tokens, whichever of the files they are in; None where there is none of them."""
     if (path / "tokenizer.json").exists():
-        model = _read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES).get("model")
-        if not isinstance(model, dict) or not model.get("vocab"):
-            raise InvalidCheckpoint(source, "tokenizer.json has no vocabulary")
+        content = _read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES)
+        model = content.get("model")
+        # The library takes text in place of a vocabulary for the name of a file, and opens it.
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not model["vocab"]:
+            raise InvalidCheckpoint(source, "tokenizer.json has no vocabulary of its own")
         merges = model.get("merges") or []
         if not isinstance(merges, list):
             raise InvalidCheckpoint(source, "tokenizer.json has merges that are no list")
         # A merge is a pair, or, in older files, text with a space between.
-        return [model["vocab"], [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in merges]]
+        merges = [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in merges]
+        return [model["vocab"], merges, _added(content.get("added_tokens"), model["vocab"], source)]
+    added_file = path / "added_tokens.json"
+    added = _read_json(added_file, source, MAX_CONFIG_BYTES) if added_file.exists() else {}
     if (path / "vocab.txt").exists():
-        return [{token: index for index, token in enumerate(_lines(path / "vocab.txt", source))}, []]
+        vocabulary = {token: index for index, token in enumerate(_lines(path / "vocab.txt", source))}
+        return [vocabulary, [], _beyond(vocabulary, added)]
     if (path / "vocab.json").exists():
         merges = _lines(path / "merges.txt", source) if (path / "merges.txt").exists() else []
-        return [
-            _read_json(path / "vocab.json", source, MAX_TOKENIZER_BYTES),
-            [merge for merge in merges if merge and not merge.startswith("#version")],
-        ]
+        vocabulary = _read_json(path / "vocab.json", source, MAX_TOKENIZER_BYTES)
+        merges = [merge for merge in merges if merge and not merge.startswith("#version")]
+        return [vocabulary, merges, _beyond(vocabulary, added)]
     return None
+
+
+def _added(entries: Any, vocabulary: Any, source: str) -> dict[str, Any]:
+    """Tokens of tokenizer.json's list that are beyond its vocabulary, a mapping or a list of pieces with scores."""
+    try:
+        known = vocabulary if isinstance(vocabulary, dict) else {piece[0]: i for i, piece in enumerate(vocabulary)}
+        return _beyond(known, {entry["content"]: entry["id"] for entry in entries or ()})
+    except (TypeError, KeyError, IndexError) as error:
+        raise InvalidCheckpoint(source, "tokenizer.json has a malformed vocabulary or added_tokens") from error
+
+
+def _beyond(vocabulary: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    return {token: index for token, index in added.items() if vocabulary.get(token) != index}
 
 
 def _lines(file: Path, source: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What a checkpoint predicts, and how a data set's labels are its labels."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import did_you_mean
+
+NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,3})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ class LabelMap:
         """
         if self.task.problem == "regression":
             return self._number(label, source, place)
-        if isinstance(label, str) and label not in self.task.label_ids and label.isdecimal() and len(label) < 10:
-            label = int(label)
+        if isinstance(label, str) and NUMBER.fullmatch(label.strip()) and not self._names_are_numbers:
+            label = float(label)
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if isinstance(label, str):
@@ -116,8 +119,13 @@ class LabelMap:
             raise InvalidDataset(source, f"the label is {type(label).__name__}, not an id or a name", place)
         count = self.task.outputs if self.names is None else len(self.names)
         if not 0 <= label < count:
-            raise InvalidDataset(source, f"label {int(label)} is out of range: ids are 0 to {count - 1}", place)
+            raise InvalidDataset(source, f"label {str(label)[:20]} is out of range: ids are 0 to {count - 1}", place)
         return int(label) if self.names is None else self._by_name(self.names[label], source, place)
+
+    @property
+    def _names_are_numbers(self) -> bool:
+        """Then text that spells a number can only be a name: `1` to `5` stars are not the ids 0 to 4."""
+        return any(name.isdecimal() for name in self.task.label_ids)
 
     def check_names(self, source: str) -> None:
         """Raises InvalidDataset when a name of the data set is none of the checkpoint's."""
@@ -134,7 +142,8 @@ class LabelMap:
 
     def _number(self, label: Any, source: str, place: Place) -> float:
         try:
-            value = math.nan if isinstance(label, bool) else float(label)
+            is_number = not isinstance(label, bool | str) or NUMBER.fullmatch(str(label).strip())
+            value = float(label) if is_number and not isinstance(label, bool) else math.nan
         except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):

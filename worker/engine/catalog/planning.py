@@ -17,6 +17,7 @@ from worker.engine.catalog.spec import Dtype
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(TORCH_NAMES.values())
 BATCH_TOKENS = 4096  # padded tokens of a batch
+PAPER_BATCH_ROWS = 32  # of the preset `paper`, however long they are
 CACHE_BYTES = 2_000_000_000  # models kept loaded
 PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
@@ -57,28 +58,39 @@ class MergePlan:
     def bytes_to_write(self) -> int:
         return sum(t.nbytes for t in self.backbone) + sum(t.nbytes for head in self.heads for t in head)
 
-    def peak_memory_bytes(self, longest_row: int | None = None, *, scored: bool = True, value_bytes: int = 4) -> int:
+    def peak_memory_bytes(
+        self,
+        longest_row: int | None = None,
+        *,
+        scored: bool = True,
+        evaluated: bool = True,
+        batch_rows: int | None = None,
+        value_bytes: int = 4,
+    ) -> int:
         """An estimate for one worker on a CPU: its libraries, the models it holds, and one batch's activations.
 
-        It was 1.03 to 1.08 times what was measured with two BERT-base and two MiniLM, rows of 32 and of 500 tokens,
+        It was 1.0 to 1.2 times what was measured with two BERT-base and two MiniLM, rows of 32 and of 500 tokens,
         float32 and bfloat16.
 
         Args:
             longest_row: tokens; the most that the model takes when it is not known yet.
             scored: whether there is a backward pass, which keeps the activations of every layer.
+            evaluated: whether merge and plain average are held beside the models.
+            batch_rows: of a batch that keeps to no budget of tokens.
             value_bytes: of an activation: 4 in float32, 2 in bfloat16.
         """
         config = self.checkpoints[0].config
         sizes = {what: self.family.size(config, what) for what in self.family.config_names}
         longest = self.family.max_tokens(config) if longest_row is None else longest_row
-        # Models are held in float32, whatever they are stored in: those of the cache, and the merge beside them.
+        # Held in float32, whatever they are stored in: the cache's models, and what is evaluated beside them.
         models = [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.checkpoints]
-        held = min(sum(models), CACHE_BYTES + max(models)) + max(models)
+        held = min(sum(models), CACHE_BYTES + max(models)) + (2 if evaluated else 0) * max(models)
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention
         values = (sizes["layers"] if scored else 1) * per_layer + PASSING_ATTENTION_ROWS * attention
-        return RUNTIME_BYTES + held + max(BATCH_TOKENS, longest) * values * value_bytes
+        tokens = max(BATCH_TOKENS, longest * (batch_rows or 1))
+        return RUNTIME_BYTES + held + tokens * values * value_bytes
 
     def owners(self) -> Mapping[str, int]:
         """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import AfterValidator, Field, SerializeAsAny
 
 from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters
 from worker.engine.catalog.strict import Strict
@@ -13,14 +13,23 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Method = Annotated[AverageParameters | MaskFisherParameters, Field(discriminator="name")]
 
 
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _unique(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("two labels have the same name")
+    return names
+
+
 class Columns(Strict):
     """Which columns of a data set are read, and which of its rows."""
 
-    text: str = "text"
-    text_pair: str | None = None
-    label: str | None = None
+    text: Name = "text"
+    text_pair: Name | None = None
+    label: Name | None = None
     """Column of the labels; absent for unlabelled text."""
-    label_names: list[str] | None = None
+    label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
     """What the data set calls its label ids 0, 1, …; matched by name to the checkpoint's labels."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Rows to use; null for all."""

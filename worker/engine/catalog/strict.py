@@ -6,11 +6,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+LONGEST_NAME = 40  # of what is quoted: columns of a file without a header are its first row
+MOST_NAMES = 20
+
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, else the list of them."""
-    near = get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(sorted(known))}"
+    shown = [one if len(one) <= LONGEST_NAME else f"{one[:LONGEST_NAME]}…" for one in sorted(known)]
+    near = get_close_matches(name[:LONGEST_NAME], shown, n=1)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
+    return f"; known are {', '.join(shown[:MOST_NAMES])}{more}"
 
 
 class Strict(BaseModel):
@@ -26,6 +33,6 @@ class Strict(BaseModel):
                     raise PydanticCustomError(
                         "unknown_field",
                         "unknown field '{field}'{hint}",
-                        {"field": str(name), "hint": did_you_mean(str(name), known)},
+                        {"field": str(name)[:LONGEST_NAME], "hint": did_you_mean(str(name), known)},
                     )
         return data

@@ -2,6 +2,7 @@
 
 import inspect
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
+from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import padding_values
 
 
@@ -47,15 +49,19 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             # None: fused where the family has it. On a CPU its backward pass is slow at the lengths of classification.
             attn_implementation=None if device.type == "cuda" else "eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
             return_dict=True,
             chunk_size_feed_forward=0,  # in chunks, the second projection would see parts of its input
             **offline,
         )
         tokenizer = AutoTokenizer.from_pretrained(info.path, **offline)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
+        if is_out_of_memory(error):
+            raise
         raise InvalidCheckpoint(info.source, f"transformers cannot load it: {_first_line(error)}") from error
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        problem = f"tensor {name} has shape {list(found)}, by its configuration it would have {list(wanted)}"
+        raise InvalidCheckpoint(info.source, problem, tensor=name)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InvalidCheckpoint(info.source, f"no tensor {missing[0]}, which {info.architecture} needs")
@@ -63,8 +69,9 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         if not bool(torch.isfinite(parameter).all()):
             raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
     model.eval().requires_grad_(False).to(device)
-    if len(tokenizer) > model.config.vocab_size:
-        problem = f"its tokenizer has {len(tokenizer)} tokens, its embedding matrix {model.config.vocab_size} rows"
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= model.config.vocab_size:
+        problem = f"its tokenizer has ids up to {last}, its embedding matrix {model.config.vocab_size} rows"
         raise InvalidCheckpoint(info.source, problem)
     tokenizer.model_input_names = _inputs(tokenizer, model)
     positions = family.max_tokens(info.config)
@@ -88,7 +95,9 @@ def _inputs(tokenizer: Any, model: Any) -> list[str]:
     taken = set(inspect.signature(model.forward).parameters)
     if getattr(model.config, "type_vocab_size", 0) < 2:
         taken.discard("token_type_ids")
-    return [name for name in tokenizer.model_input_names if name in taken]
+    # Without a mask, padding would be read as text; not every tokenizer's configuration asks for one.
+    names = dict.fromkeys(["input_ids", *tokenizer.model_input_names, "attention_mask"])
+    return [name for name in names if name in taken]
 
 
 def _length_limit(tokenizer: Any, positions: int) -> int:
@@ -114,6 +123,16 @@ class ModelCache:
             while len(self._models) > 1 and sum(_bytes(m) for m in self._models.values()) > self._capacity:
                 self._models.popitem(last=False)
         return self._models[key]
+
+    def bytes_besides(self, infos: Sequence[CheckpointInfo]) -> int:
+        """Held for other checkpoints than these."""
+        keys = {_state(info) for info in infos}
+        return sum(_bytes(model) for key, model in self._models.items() if key not in keys)
+
+    def keep_only(self, infos: Sequence[CheckpointInfo]) -> None:
+        keys = {_state(info) for info in infos}
+        for key in [key for key in self._models if key not in keys]:
+            del self._models[key]
 
 
 def _state(info: CheckpointInfo) -> tuple[object, ...]:

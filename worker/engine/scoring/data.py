@@ -12,6 +12,7 @@ from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.planning import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import DatasetSpec
+from worker.engine.resources import is_out_of_memory
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
 BATCH_ROWS = 128
@@ -71,6 +72,8 @@ def tokenize(
             [row.text for row in rows], pairs, truncation=True, max_length=limit, padding=False, verbose=False
         )
     except Exception as error:  # tokenizers raise bare exceptions, and their texts may quote a row
+        if is_out_of_memory(error):
+            raise
         problem = f"the checkpoint's tokenizer fails on it ({type(error).__name__}); does it have its unknown token?"
         raise InvalidDataset(spec.source, problem) from error
     names = [name for name in encoded if name in tokenizer.model_input_names]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import FAMILIES, Site
+from worker.engine.catalog.planning import PAPER_BATCH_ROWS
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision, computing_in
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches
@@ -14,7 +15,6 @@ from worker.engine.scoring.estimators import Empirical, Estimator
 from worker.engine.scoring.masks import MaskGradients
 from worker.engine.scoring.statistics import NodeStatistics
 
-PAPER_BATCH_ROWS = 32
 OnRows = Callable[[int], None]
 """Called with the number of rows done since the last call; may raise to stop."""
 
