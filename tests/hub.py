@@ -51,6 +51,8 @@ class Hub:
     unknown: list[str] = field(default_factory=list)
     bytes_per_second: float | None = None
     is_down: bool = False
+    answer: tuple[int, bytes] | None = None
+    """Sent for whatever is asked, as a proxy in between would."""
 
     @property
     def endpoint(self) -> str:
@@ -71,13 +73,17 @@ class Hub:
             Route("/{org}/{name}/resolve/{rest:path}", self._file),
             Route("/{rest:path}", self._unknown, methods=["GET", "POST", "HEAD"]),
         ]
-        return Serving(Starlette(routes=routes, exception_handlers={Refused: _refuse}), self.port)
+        return Serving(
+            Starlette(routes=routes, exception_handlers={Refused: _refuse, Instead: _answer_instead}), self.port
+        )
 
     def _find(self, request: Request, kind: str, revision: str) -> tuple[Repository, str, Path]:
         """The repository, the commit and its folder. Raises Refused."""
         self.requests.append(f"{request.method} {request.url.path}")
         if self.is_down:
             raise Refused(503, "")
+        if self.answer is not None:
+            raise Instead(*self.answer)
         repository = self.repositories.get((kind, f"{request.path_params['org']}/{request.path_params['name']}"))
         allowed = request.headers.get("authorization") == f"Bearer {self.token}"
         if repository is None or (repository.private and not allowed):
@@ -148,6 +154,15 @@ class Hub:
 
 class Refused(Exception):
     """Answered with the status and the hub's own code."""
+
+
+class Instead(Exception):
+    """Answered with the status and the body."""
+
+
+async def _answer_instead(request: Request, error: Exception) -> Response:
+    status, body = error.args
+    return Response(body, status)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

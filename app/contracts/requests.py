@@ -1,5 +1,6 @@
 """What a caller may ask for: the whole schema, including what is refused as not available yet."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AnyHttpUrl, BeforeValidator, Field, field_validator, model_validator
@@ -115,6 +116,18 @@ class MergeRequest(Strict):
     deadline_seconds: Annotated[float, Field(gt=0)] | None = None
     """The job fails with `timeout` when its work takes longer, over all attempts of one run."""
     device: Literal["cpu", "cuda"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, data: Any) -> Any:
+        """JSON can spell half a surrogate pair, which nothing that writes UTF-8 takes."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError(
+                "not_unicode", "a text holds half a surrogate pair, which is no character"
+            ) from None
+        return data
 
     @model_validator(mode="after")
     def _models_fit_together(self) -> "MergeRequest":

@@ -64,7 +64,7 @@ class Hub:
                     revision=reference.revision,
                     timeout=self._seconds_left(reference),
                 )
-            if info.sha is None or not COMMIT.fullmatch(info.sha):
+            if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
                 raise HubUnavailable(f"the hub does not say which commit {reference} is")
             self._pinned[reference, kind] = replace(reference, revision=info.sha)
         return self._pinned[reference, kind]

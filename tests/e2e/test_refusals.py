@@ -65,6 +65,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
     header = json.dumps(million, separators=(",", ":")).encode()
     (broken("million-tensors") / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     tiny_checkpoint(root / "checkpoints" / "roberta", family=TINY_FAMILIES["roberta"])
+    secret = outside / "vocabulary.txt"
+    secret.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    tokens = broken("vocabulary-by-name") / "tokenizer.json"
+    content = json.loads(tokens.read_text())
+    tokens.write_text(json.dumps({**content, "model": {**content["model"], "vocab": str(secret)}}))
+    edit_json(broken("vocabulary-file") / "tokenizer_config.json", vocab_file=str(secret))
+    tokens = broken("more-tokens") / "tokenizer.json"
+    added = {"id": 100, "content": "<new>", "special": False, "normalized": True}
+    edit_json(tokens, added_tokens=[*json.loads(tokens.read_text())["added_tokens"], added])
+    (root / "checkpoints" / "circle").symlink_to(root / "checkpoints" / "circle")
+    (broken("inner-circle") / "extra").symlink_to(root / "checkpoints" / "inner-circle" / "extra")
+    folder = broken("long-shard")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": "x" * 300}}))
 
     rows = root / "rows"
     (rows / "empty.jsonl").write_text("\n \n")
@@ -74,6 +87,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
     good = '{"text": "one two", "label": 0}\n'
     (rows / "late-range.jsonl").write_text(good * 150 + '{"text": "one", "label": 7}\n')
     (rows / "late-column.jsonl").write_text(good * 150 + '{"txt": "one", "label": 0}\n')
+    (rows / "surrogate.jsonl").write_text(good * 150 + '{"text": "one", "label": "\\ud800"}\n')
     (rows / "late-json.jsonl").write_text(good * 150 + "{broken\n")
     (rows / "named.csv").write_text("text,label\n" + "one two,good\nthree,bad\n" * 20)
     (rows / "late-field.csv").write_text("text,label\n" + "one two,0\n" * 150 + "one, two,0\n")
@@ -180,6 +194,40 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "no tokenizer": (
         changed(models__1__checkpoint="local:checkpoints/no-tokenizer"), 422, "invalid_checkpoint", ["no tokenizer"],
     ),
+    "text in place of a vocabulary, which would be opened": (
+        changed(models__0__checkpoint="local:checkpoints/vocabulary-by-name"), 422, "invalid_checkpoint",
+        ["tokenizer.json has no vocabulary of its own"],
+    ),
+    "a vocabulary in another folder": (
+        changed(models__0__checkpoint="local:checkpoints/vocabulary-file"), 422, "invalid_checkpoint",
+        ["tokenizer_config.json has vocab_file in another folder"],
+    ),
+    "a token more": (
+        changed(models__1__checkpoint="local:checkpoints/more-tokens"), 422, "incompatible_checkpoints", ["tokenizers"],
+    ),
+    "a link to itself": (
+        changed(models__0__checkpoint="local:checkpoints/circle"), 422, "invalid_request", ["cannot be looked up"],
+    ),
+    "a link to itself inside a checkpoint": (
+        changed(models__0__checkpoint="local:checkpoints/inner-circle"), 422, "invalid_checkpoint", ["inner-circle"],
+    ),
+    "a path too long": (
+        changed(models__0__checkpoint="local:" + "x" * 300), 422, "invalid_request", ["models.0.checkpoint"],
+    ),
+    "a shard's name too long": (
+        changed(models__0__checkpoint="local:checkpoints/long-shard"), 422, "invalid_checkpoint", ["long-shard"],
+    ),
+    "half a surrogate pair as field": (changed(**{"\ud800": 1}), 422, "invalid_request", ["half a surrogate"]),
+    "half a surrogate pair as reference": (
+        changed(models__0__checkpoint="local:\ud800"), 422, "invalid_request", ["half a surrogate"],
+    ),
+    "two labels of one name": (
+        changed(models__0__evaluation__label_names=["a", "a"]), 422, "invalid_request",
+        ["models.0.evaluation.label_names", "same name"],
+    ),
+    "a column without a name": (
+        changed(models__0__dataset__text_pair=""), 422, "invalid_request", ["models.0.dataset.text_pair"],
+    ),
     "another architecture": (
         changed(models__1__checkpoint="local:checkpoints/roberta"), 422, "incompatible_checkpoints", ["bert, roberta"],
     ),
@@ -248,7 +296,8 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
 def test_what_can_be_seen_at_once_is_refused_at_the_door(service: Service, case: str) -> None:
     recipe, status, code, says = REFUSED[case]
     for path in ("/merge", "/merge/validate"):
-        response = service.post(path, json=recipe)
+        body = json.dumps(recipe)  # as ASCII, which spells half a surrogate pair too
+        response = service.post(path, content=body, headers={"Content-Type": "application/json"})
         assert_problem(response, status, code)
         for words in says:
             assert words in response.text
@@ -280,6 +329,12 @@ FAILING: dict[str, tuple[Recipe, str, list[str]]] = {
     "null in Parquet": (
         changed(models__0__dataset__source="local:rows/null.parquet"),
         "invalid_dataset", ["rows/null.parquet, row ", "column 'text' is not text"],
+    ),
+    "half a surrogate pair as label": (
+        changed(
+            models__0__dataset__source="local:rows/surrogate.jsonl", method__examples=1000,
+            method__estimator="empirical",
+        ), "invalid_dataset", ["rows/surrogate.jsonl, line 151", "is unknown"],
     ),
     "late row that is no JSON": (
         changed(models__0__dataset__source="local:rows/late-json.jsonl", method__examples=1000),
@@ -334,6 +389,7 @@ REQUESTS: dict[str, tuple[Callable[[httpx.Client], httpx.Response], int, str]] =
     "50 MB": (lambda http: http.post("/merge", json={"name": "x" * 50_000_000}), 413, "too_large"),
     "unknown route": (lambda http: http.get("/nowhere"), 404, "not_found"),
     "wrong method": (lambda http: http.delete("/merge"), 405, "method_not_allowed"),
+    "a slash too many": (lambda http: http.get(f"/jobs/{'0' * 28}/"), 404, "not_found"),
     "unknown job": (lambda http: http.get(f"/jobs/{'0' * 28}"), 404, "not_found"),
     "malformed job id": (lambda http: http.get("/jobs/1"), 400, "malformed"),
     "artifacts of no job": (lambda http: http.get(f"/jobs/{'0' * 28}/artifacts"), 404, "not_found"),

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.tiny import dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
 from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import plan_merge
+from worker.engine.catalog.planning import PAPER_BATCH_ROWS, RUNTIME_BYTES, plan_merge
 from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
 from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
 
@@ -113,9 +113,10 @@ def test_a_merge_that_exceeds_its_memory_is_out_of_memory(tiny_inputs: Path, tmp
         engine.kill()
 
 
-def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path) -> None:
-    """Of models large enough to be seen beside the libraries: no less is announced than is taken, and not much more."""
-    names = ("x", "y")
+@pytest.mark.parametrize("method", [{}, {"preset": "paper"}, {"name": "average"}], ids=str)
+def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str, str]) -> None:
+    """No less is announced than is taken; and beyond what the libraries take, not much more."""
+    names = ("x", "y", "z")
     rows = write_rows(tmp_path / "rows.jsonl", count=200)
     checkpoints = [tiny_checkpoint(tmp_path / name, hidden=512, seed=seed) for seed, name in enumerate(names)]
     plan = plan_merge([inspect_checkpoint(folder, folder.name) for folder in checkpoints])
@@ -124,9 +125,13 @@ def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path) -> None:
     engine = EngineProcess(threads=1)
     engine.start()
     try:
-        engine.merge(merge_spec(tmp_path / "out", models, evaluate=True))
+        idle = engine.resident_bytes()
+        engine.merge(merge_spec(tmp_path / "out", models, method, evaluate=True))
         event = last_event(engine)
     finally:
         engine.kill()
     assert isinstance(event, Merged), event
-    assert 0.5 * plan.peak_memory_bytes() < event.result.peak_memory_bytes < plan.peak_memory_bytes()
+    batch_rows = PAPER_BATCH_ROWS if method.get("preset") else None
+    planned = plan.peak_memory_bytes(scored="name" not in method, batch_rows=batch_rows)
+    assert event.result.peak_memory_bytes < planned
+    assert event.result.peak_memory_bytes - idle > 0.4 * (planned - RUNTIME_BYTES)

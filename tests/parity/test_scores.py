@@ -329,3 +329,17 @@ def test_scoring_leaves_the_model_as_it_was(cases: dict[int, Case]) -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("names", [["input_ids"], [], ["nope"], "x"])
+def test_scores_do_not_depend_on_what_the_tokenizer_says_the_model_reads(
+    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], tmp_path: Path, names: Any
+) -> None:
+    """A mask there must be: without one, the padding of a batch would be read as text."""
+    silent_tokenizer = tiny_checkpoint(tmp_path / "silent", labels=3, seed=3)
+    edit_json(silent_tokenizer / "tokenizer_config.json", model_input_names=names)
+    loaded = load(inspect_checkpoint(silent_tokenizer, "tiny"), torch.device("cpu"))
+    spec = dataset_spec(Path("rows.jsonl"))
+    examples = tokenize(cases[3].rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task)).examples
+    found = replace(cases[3], loaded=loaded, examples=examples).score()
+    assert_same_in_norm(found.scores(), one_by_one[3])

@@ -158,6 +158,51 @@ def test_label_names_of_a_parquet_file_are_known(tmp_path: Path) -> None:
     assert rows_of(dataset_spec(tmp_path / "rows.parquet", label=None)).label_names is None
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    ["not JSON", "[]", "5", '{"info": 5}', '{"info": {"features": {"label": {"_type": "ClassLabel", "names": 5}}}}',
+     '{"info": {"features": {"text": {"_type": "Image"}, "label": {"_type": "Odd"}}}}'],
+)  # fmt: skip
+def test_whatever_another_program_wrote_beside_the_columns_the_rows_are_read(tmp_path: Path, metadata: str) -> None:
+    table = pyarrow.table({"text": ["one"], "label": [1]}).replace_schema_metadata({"huggingface": metadata})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    rows = rows_of(dataset_spec(tmp_path / "rows.parquet"))
+    assert rows.label_names is None
+    assert [(row.text, row.label) for row in rows.read([0])] == [("one", 1)]
+
+
+def test_columns_that_hold_no_text_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDataset, match="column 'text' holds"):
+        rows_of(parquet(tmp_path, text=[["one"]], label=[0]))
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(InvalidDataset, match="column 'text' is there twice"):
+        rows_of(dataset_spec(tmp_path / "rows.parquet", label=None))
+    entries = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    with pytest.raises(InvalidDataset, match=r"rows\.parquet"):
+        rows_of(parquet(tmp_path, text=["one"], label=entries)).read([0])
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    with pytest.raises(InvalidDataset, match=r"rows\.parquet"):
+        rows_of(parquet(tmp_path, text=broken, label=[0])).read([0])
+
+
+def test_what_spreadsheets_leave_behind_does_not_matter(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("\n\ntext,label,,\none,0.0,,\ntwo,1.0,,\n,,,\n")
+    rows = RowFile(dataset_spec(file)).read([0, 1])
+    assert [(row.text, TWO_LABELS.value(row.label, "rows", row.place)) for row in rows] == [("one", 0), ("two", 1)]
+
+
+def test_the_first_row_of_a_file_without_a_header_is_not_told_in_full(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("a long and private text that nobody but its owner should ever read, " * 50 + "1\none\n")
+    with pytest.raises(InvalidDataset) as caught:
+        check_first_rows(dataset_spec(file), None)
+    assert len(caught.value.message) < 1500
+
+
 def test_bad_parquet_is_refused_by_its_row_and_column(tmp_path: Path) -> None:
     with pytest.raises(InvalidDataset, match=r"no column 'text'; did you mean 'txt'\?"):
         rows_of(parquet(tmp_path, txt=["one"], label=[0]))

@@ -92,6 +92,9 @@ def test_a_config_whose_labels_make_no_sense_is_refused_by_its_key(
         (1.0, ("positive", "negative"), 0),
         ("2", None, 2),
         ("1", ("positive", "negative"), 0),
+        ("2.0", None, 2),
+        (" 1 ", None, 1),
+        ("1e0", None, 1),
     ],
 )
 def test_a_label_is_an_id_or_a_name_of_the_head(label: Any, names: tuple[str, ...] | None, value: int) -> None:
@@ -123,6 +126,9 @@ def test_a_label_of_a_regression_is_a_number(label: Any, value: float) -> None:
         (NAMED, 0.5, None, ["float"]),
         (NAMED, float("nan"), None, ["float"]),
         (NAMED, float("inf"), None, ["float"]),
+        (NAMED, "0.5", None, ["float"]),
+        (REGRESSION, "1_000", None, ["finite number"]),
+        (REGRESSION, "1e400", None, ["finite number"]),
         (REGRESSION, "high", None, ["finite number"]),
         (REGRESSION, "nan", None, ["finite number"]),
         (REGRESSION, "", None, ["finite number"]),
@@ -168,6 +174,8 @@ STARS = Task("classification", 5, {str(star): star - 1 for star in range(1, 6)})
 def test_text_that_is_a_name_is_that_name_even_if_it_spells_a_number() -> None:
     assert LabelMap(STARS).value("5", "rows", Place("line", 1)) == 4
     assert LabelMap(STARS).value(4, "rows", Place("line", 1)) == 4
+    with pytest.raises(InvalidDataset, match="label '0' is unknown"):
+        LabelMap(STARS).value("0", "rows", Place("line", 1))
 
 
 def test_names_that_the_checkpoint_does_not_have_are_refused_without_any_row() -> None:
