@@ -122,7 +122,7 @@ class MergeRequest(Strict):
     def _is_unicode(cls, data: Any) -> Any:
         """JSON can spell half a surrogate pair, which nothing that writes UTF-8 takes."""
         try:
-            json.dumps(data, ensure_ascii=False).encode()
+            json.dumps(data if isinstance(data, dict) else None, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise PydanticCustomError(
                 "not_unicode", "a text holds half a surrogate pair, which is no character"

@@ -86,7 +86,7 @@ def test_labels_that_mean_something_else_to_the_checkpoint_are_reported(service:
     recipe["models"][0]["checkpoint"] = "local:checkpoints/opposite"
     recipe["models"][0]["evaluation"] = {"source": "local:rows/opposite.csv"}
     notes = merged(service, recipe)["notes"]
-    assert [note for note in notes if "ids 0 to 1 are read as 1, 0" in note], notes
+    assert [note for note in notes if "labels 0 to 1 are read as 1, 0" in note], notes
 
 
 def test_rows_over_the_models_limit_are_truncated_and_counted(service: Service, tiny_inputs: Path) -> None:

@@ -68,7 +68,7 @@ def scoring(service: Service, recipe: dict[str, Any]) -> str:
 
 
 def assert_nothing_is_left(service: Service, job_id: str) -> None:
-    assert not list((service.data_dir / "work").iterdir())
+    assert not list((service.data_dir / "work").glob(f"{job_id}*"))
     assert not list((service.data_dir / "artifacts").glob(f"{job_id}*"))
 
 
