@@ -278,6 +278,6 @@ def phases_of(spec: MergeSpec) -> list[Phase]:
     if spec.method.needs_scores:
         phases.append(Phase.SCORING)
     phases.append(Phase.MERGING)
-    if spec.evaluate and any(model.evaluation for model in spec.models):
+    if spec.evaluates:
         phases.append(Phase.EVALUATING)
     return [*phases, Phase.PUBLISHING]

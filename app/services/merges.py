@@ -23,7 +23,7 @@ from app.storage.queue import TaskQueue
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
-from worker.engine.catalog.planning import PAPER_BATCH_ROWS, MergePlan, plan_merge
+from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.rows import check_first_rows
 from worker.engine.catalog.spec import Columns, DatasetSpec
 
@@ -137,7 +137,7 @@ class Merges:
             peak_memory_bytes=plan.peak_memory_bytes(
                 scored=request.method.needs_scores,
                 evaluated=request.evaluate and any(model.evaluation for model in request.models),
-                batch_rows=PAPER_BATCH_ROWS if getattr(request.method, "preset", None) == "paper" else None,
+                batch_rows=request.method.batch_rows,
             ),
             examples=sum(
                 min(examples, model.dataset.limit or examples)

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.tiny import dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
 from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import PAPER_BATCH_ROWS, RUNTIME_BYTES, plan_merge
+from worker.engine.catalog.planning import RUNTIME_BYTES, plan_merge
 from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
 from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
 
@@ -122,16 +122,16 @@ def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str
     plan = plan_merge([inspect_checkpoint(folder, folder.name) for folder in checkpoints])
     evaluation = EvaluationSpec(**dataset_spec(rows).model_dump(), metric="accuracy")
     models = [model_spec(folder, rows, evaluation=evaluation) for folder in checkpoints]
+    spec = merge_spec(tmp_path / "out", models, method, evaluate=True)
     engine = EngineProcess(threads=1)
     engine.start()
     try:
         idle = engine.resident_bytes()
-        engine.merge(merge_spec(tmp_path / "out", models, method, evaluate=True))
+        engine.merge(spec)
         event = last_event(engine)
     finally:
         engine.kill()
     assert isinstance(event, Merged), event
-    batch_rows = PAPER_BATCH_ROWS if method.get("preset") else None
-    planned = plan.peak_memory_bytes(scored="name" not in method, batch_rows=batch_rows)
+    planned = plan.peak_memory_bytes(scored="name" not in method, batch_rows=spec.method.batch_rows)
     assert event.result.peak_memory_bytes < planned
     assert event.result.peak_memory_bytes - idle > 0.4 * (planned - RUNTIME_BYTES)

@@ -18,7 +18,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, Nume
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters, MethodParameters
-from worker.engine.catalog.planning import PAPER_BATCH_ROWS, MergePlan, PlannedTensor, plan_merge
+from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
 from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings
 from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
@@ -138,8 +138,8 @@ class Engine:
         needed = plan.peak_memory_bytes(
             longest_row,
             scored=spec.method.needs_scores,
-            evaluated=spec.evaluate and any(model.evaluation for model in spec.models),
-            batch_rows=PAPER_BATCH_ROWS if getattr(spec.method, "preset", None) == "paper" else None,
+            evaluated=spec.evaluates,
+            batch_rows=spec.method.batch_rows,
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
         )
         if needed + self._models.bytes_besides(plan.checkpoints) > available_memory():

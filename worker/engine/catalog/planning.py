@@ -17,7 +17,6 @@ from worker.engine.catalog.spec import Dtype
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(TORCH_NAMES.values())
 BATCH_TOKENS = 4096  # padded tokens of a batch
-PAPER_BATCH_ROWS = 32  # of the preset `paper`, however long they are
 CACHE_BYTES = 2_000_000_000  # models kept loaded
 PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB

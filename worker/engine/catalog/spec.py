@@ -99,5 +99,9 @@ class MergeSpec(Strict):
         return [*scored, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
 
     @property
+    def evaluates(self) -> bool:
+        return self.evaluate and any(model.evaluation for model in self.models)
+
+    @property
     def names_the_hub(self) -> bool:
         return any(m.hub for m in self.models) or any(rows.hub for rows in self.rows_to_read)

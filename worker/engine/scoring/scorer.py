@@ -7,7 +7,7 @@ from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import FAMILIES, Site
-from worker.engine.catalog.planning import PAPER_BATCH_ROWS
+from worker.engine.catalog.methods.mask_fisher import PAPER_BATCH_ROWS
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision, computing_in
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches

@@ -24,6 +24,11 @@ class MethodParameters(Strict):
         """Whether computing the scores reads the data set's labels."""
         return False
 
+    @property
+    def batch_rows(self) -> int | None:
+        """Rows of a batch where the method prescribes them; None where batches keep to a budget of tokens."""
+        return None
+
 
 @dataclass(frozen=True)
 class MethodEntry:

@@ -9,6 +9,8 @@ from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
 # The published rule in this method's own terms; see worker/engine/methods/paper.py for who owns what under it.
 PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
 
+PAPER_BATCH_ROWS = 32
+
 
 class MaskFisherParameters(MethodParameters):
     name: Literal["mask_fisher"] = "mask_fisher"
@@ -48,6 +50,10 @@ class MaskFisherParameters(MethodParameters):
     @property
     def needs_labels(self) -> bool:
         return self.estimator == "empirical"
+
+    @property
+    def batch_rows(self) -> int | None:
+        return PAPER_BATCH_ROWS if self.preset == "paper" else None
 
 
 MASK_FISHER = MethodEntry(
