@@ -222,3 +222,13 @@ def tiny_recipe(*names: str, **method: Any) -> dict[str, Any]:
             for name in names or ("a", "b")
         ],
     }
+
+
+def assert_problem(response: httpx.Response, status: int, code: str) -> None:
+    """Every refusal has one shape (RFC 9457)."""
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
+    body = response.json()
+    assert set(body) == {"type", "title", "status", "code", "detail", "instance", "errors"}
+    assert (body["status"], body["code"]) == (status, code)
+    assert body["detail"]

@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.conftest import Service, free_port, make_service, tiny_recipe, wait_until
-from tests.e2e.test_refusals import assert_problem
+from tests.conftest import Service, assert_problem, free_port, make_service, tiny_recipe, wait_until
 from tests.hub import Hub
 from tests.tiny import edit_json, read_model, tiny_checkpoint, tiny_texts, write_lines
 

@@ -14,7 +14,7 @@ import torch
 from pyarrow.parquet import write_table as write_parquet
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Service, make_service, tiny_recipe
+from tests.conftest import Service, assert_problem, make_service, tiny_recipe
 from tests.tiny import edit_json, tiny_checkpoint
 from tests.tiny_families import TINY_FAMILIES
 
@@ -421,12 +421,3 @@ def test_nothing_of_the_rows_is_in_the_log(service: Service) -> None:
     assert not [
         row for row in rows if len(json.loads(row)["text"].split()) > 2 and json.loads(row)["text"] in service.log
     ]
-
-
-def assert_problem(response: httpx.Response, status: int, code: str) -> None:
-    assert response.status_code == status, response.text
-    assert response.headers["Content-Type"] == "application/problem+json"
-    body = response.json()
-    assert set(body) == {"type", "title", "status", "code", "detail", "instance", "errors"}
-    assert (body["status"], body["code"]) == (status, code)
-    assert body["detail"]

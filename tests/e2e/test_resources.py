@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Service, make_service, tiny_recipe, wait_until
-from tests.e2e.test_refusals import assert_problem
+from tests.conftest import Service, assert_problem, make_service, tiny_recipe, wait_until
 from tests.tiny import tiny_checkpoint, write_rows
 
 ROWS = 3000

@@ -33,9 +33,7 @@ TEXTS = [
 ROWS = [{"text": text, "second": f"{index}", "label": index % 2} for index, text in enumerate(TEXTS)]
 
 
-def written(
-    folder: Path, suffix: str, *, rows: list[dict[str, Any]] = ROWS, end: str = "\n", mark: bytes = b""
-) -> Path:
+def written(folder: Path, suffix: str, *, rows: list[dict[str, Any]] = ROWS, mark: bytes = b"") -> Path:
     file = folder / f"rows{suffix}"
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
@@ -44,7 +42,6 @@ def written(
     else:
         with file.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(rows[0]), dialect="excel-tab" if suffix == ".tsv" else "excel")
-            writer.lineterminator = end  # type: ignore[attr-defined]
             writer.writeheader()
             writer.writerows(rows)
         file.write_bytes(mark + file.read_bytes())

@@ -194,7 +194,7 @@ def _prepared(rows: DatasetSpec, builder: Any) -> datasets.Dataset:
         builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
     except Exception as error:
         cause = error.__cause__ or error
-        if is_out_of_memory(cause) or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if _is_the_machines(cause):
             raise cause from None
         # The libraries' own words may quote a row.
         problem = f"its files cannot be read as {_builder_name(builder)} ({type(cause).__name__})"
@@ -224,14 +224,20 @@ def _translated(asked: ModelSpec | DatasetSpec) -> Iterator[None]:
         problem = f"the hub does not answer ({type(error).__name__})"
         raise StorageError(f"{asked.source}: {problem}; try again", source=asked.source) from error
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
+        if _is_the_machines(error):
             raise
         raise invalid(asked.source, " ".join(str(error).split())[:300]) from error
     except EngineError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if _is_the_machines(error):
             raise
         # A description may break the library anywhere, and its words name folders of this machine.
-        problem = f"the library datasets finds no rows in it ({type(error).__name__})"
+        finding = "cannot load it" if isinstance(asked, ModelSpec) else "finds no rows in it"
+        problem = f"the hub's library {finding} ({type(error).__name__})"
         raise invalid(asked.source, problem) from error
+
+
+def _is_the_machines(error: BaseException) -> bool:
+    """Want of memory or of room: no fault of the input, and told as what it is elsewhere."""
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
