@@ -18,8 +18,20 @@ from redis import Redis
 
 from app.embedded_redis import EmbeddedRedis
 from tests.tiny import tiny_checkpoint, write_rows
+from worker.engine.catalog.report import MergeResult, Timings
 
 REPOSITORY = Path(__file__).parent.parent
+RESULT = MergeResult(
+    models=[],
+    metrics=None,
+    mean_retention=None,
+    min_retention=None,
+    method={},
+    timings=Timings(),
+    peak_memory_bytes=1,
+    device="cpu",
+    notes=[],
+)
 
 
 @pytest.fixture(scope="session")

@@ -19,22 +19,11 @@ from app.main import create_app
 from app.storage.connection import connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import PROGRESS_KEPT, JobStore
-from tests.conftest import wait_until
-from worker.engine.catalog.report import MergeResult, Timings
+from tests.conftest import RESULT, wait_until
 
 MAX_LOSSES = 3
 NOTES = ["2 of 200 rows of local:rows.jsonl are longer than 48 tokens and were truncated", "another"]
-RESULT = MergeResult(
-    models=[],
-    metrics=None,
-    mean_retention=None,
-    min_retention=None,
-    method={},
-    timings=Timings(),
-    peak_memory_bytes=1,
-    device="cpu",
-    notes=NOTES,
-)
+NOTED = RESULT.model_copy(update={"notes": NOTES})
 FAILURE = JobError(
     code=ErrorCode.INVALID_DATASET, message="rows.jsonl: line 3 has no 'text'\nreally", detail={"line": 3}
 )
@@ -168,7 +157,7 @@ def test_events_tell_the_whole_way_of_a_job_and_are_numbered_by_its_revision(sto
     store.release(claimed(store, task), lost=False)
     attempt = claimed(store, task)
     store.renew(attempt, halfway())
-    store.succeed(attempt, RESULT, "folder")
+    store.succeed(attempt, NOTED, "folder")
     events = read(task.job)
     start = ["running", "attempt_started", "loading 0"]
     again = ["queued", "queued 0"]
@@ -220,7 +209,7 @@ def test_a_call_that_is_repeated_because_its_answer_got_lost_adds_no_event(
         store.renew(attempt, halfway())
     store.renew(attempt)
     for _ in range(2):
-        assert store.succeed(attempt, RESULT, "folder")
+        assert store.succeed(attempt, NOTED, "folder")
     ending = ["scoring 1", "note", "note", "done 1", "succeeded"]
     assert told(read(task.job)) == ["queued", "running", "attempt_started", "loading 0", *ending]
 
@@ -236,7 +225,7 @@ def test_a_write_that_is_refused_adds_no_event(store: JobStore, read: Read) -> N
     for late in (old, attempt):
         store.renew(late, halfway())
         store.fail(late, FAILURE)
-        store.succeed(late, RESULT, "folder")
+        store.succeed(late, NOTED, "folder")
         store.release(late, lost=True)
     store.cancel(task.job)
     assert store.claim(task, "machine-2") is None
@@ -284,7 +273,7 @@ def test_a_retry_goes_on_in_the_same_log_and_the_earlier_end_does_not_end_the_st
     assert api.get(f"/jobs/{task.job}/events", headers={"Last-Event-ID": str(seen)}).status_code == 204
     store.retry(task.job)
     attempt = claimed(store, task)
-    store.succeed(attempt, RESULT, "folder")
+    store.succeed(attempt, NOTED, "folder")
     start = ["running", "attempt_started", "loading 0"]
     second = ["queued", "queued 0", *start, "note", "note", "done 1", "succeeded"]
     assert told(read(task.job)) == ["queued", *start, "failed", *second]

@@ -20,21 +20,10 @@ from app.storage.connection import connect_for_rq
 from app.storage.jobs import JobStore
 from app.storage.queue import GRACE_MS, TaskQueue
 from app.storage.reaper import Reaper
-from worker.engine.catalog.report import MergeResult, Timings
+from tests.conftest import RESULT
 
 LEASE_S = 10
 MAX_LOSSES = 3
-RESULT = MergeResult(
-    models=[],
-    metrics=None,
-    mean_retention=None,
-    min_retention=None,
-    method={},
-    timings=Timings(),
-    peak_memory_bytes=1,
-    device="cpu",
-    notes=[],
-)
 FAILURE = JobError(code=ErrorCode.INTERNAL, message="broken")
 
 
