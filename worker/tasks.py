@@ -275,7 +275,7 @@ def phases_of(spec: MergeSpec) -> list[Phase]:
     """The phases that this merge goes through."""
     phases = [Phase.DOWNLOADING] if spec.names_the_hub else []
     phases.append(Phase.LOADING)
-    if spec.method.needs_scores:
+    if spec.method.statistics:
         phases.append(Phase.SCORING)
     phases.append(Phase.MERGING)
     if spec.evaluates:

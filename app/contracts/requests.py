@@ -138,7 +138,7 @@ class MergeRequest(Strict):
         if not any(model.weight > 0 for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")
         for model in self.models:
-            if self.method.needs_scores and model.weight > 0 and model.dataset is None:
+            if self.method.statistics and model.weight > 0 and model.dataset is None:
                 raise ValueError(f"method {self.method.name} scores every model; model '{model.name}' has no dataset")
             if self.method.needs_labels and model.weight > 0 and model.dataset and model.dataset.label is None:
                 raise ValueError(f"this estimator reads labels; the dataset of model '{model.name}' names no label")

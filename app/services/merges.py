@@ -130,12 +130,12 @@ class Merges:
     def plan(self, request: MergeRequest) -> Plan:
         accepted, plan = self._check(request)
         heads = ("kept as it is" if request.output.heads == "per_model" else "merged") + " in models/"
-        examples = getattr(request.method, "examples", 0) if request.method.needs_scores else 0
+        examples = getattr(request.method, "examples", 0) if request.method.statistics else 0
         return Plan(
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
             peak_memory_bytes=plan.peak_memory_bytes(
-                scored=request.method.needs_scores,
+                scored=bool(request.method.statistics),
                 evaluated=request.evaluate and any(model.evaluation for model in request.models),
                 batch_rows=request.method.batch_rows,
             ),

@@ -31,7 +31,7 @@ from tests.tiny import (
 from worker.engine.catalog.families import Kind, Nodes
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import MaskFisherParameters
-from worker.engine.methods import BUILDERS, ScoredModel
+from worker.engine.methods import BUILDERS, MeasuredModel
 from worker.engine.pipeline import Engine
 
 Scores = Mapping[str, Tensor]
@@ -186,7 +186,7 @@ def test_mask_fisher_is_the_dense_computation(
     versions = [backbone(path) for path in checkpoints]
     scores = [random_scores(seed, scale=10.0 ** (seed - 1)) for seed in range(len(versions))]
     parameters = MaskFisherParameters(normalize=normalize, rest=rest, floor=floor)
-    models = [ScoredModel(weight, of_model) for weight, of_model in zip(weights, scores, strict=True)]
+    models = [MeasuredModel(weight, of_model) for weight, of_model in zip(weights, scores, strict=True)]
     merger = BUILDERS["mask_fisher"](parameters, models)
     found = {}
     for name in versions[0]:
@@ -220,7 +220,7 @@ def test_a_layer_that_is_dead_in_one_model_does_not_outvote_the_others(normalize
     alive = {f"layers.{i}.{kind}": torch.full((n,), 1e-6).double() for i in range(LAYERS) for kind, n in COUNTS.items()}
     dead = {**alive, "layers.0.neurons": torch.zeros(NEURONS, dtype=torch.float64)}
     merger = BUILDERS["mask_fisher"](
-        MaskFisherParameters(normalize=normalize), [ScoredModel(1.0, alive), ScoredModel(1.0, dead)]
+        MaskFisherParameters(normalize=normalize), [MeasuredModel(1.0, alive), MeasuredModel(1.0, dead)]
     )
     share_of_the_dead = merger(slot, [torch.zeros(NEURONS), torch.ones(NEURONS)])
     assert float(share_of_the_dead.max()) < 0.01

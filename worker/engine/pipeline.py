@@ -29,7 +29,7 @@ from worker.engine.device import Precision, best_device, peak_memory_bytes, rese
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import interval, likely_permutation, metric_for
 from worker.engine.inputs import Inputs
-from worker.engine.methods import BUILDERS, Merger, ScoredModel
+from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
@@ -94,7 +94,7 @@ class Engine:
             longest = max((e.length for run in runs for e in (*run.examples, *run.evaluation)), default=1)
             self._require_memory(plan, spec, precision, longest)
 
-        if spec.method.needs_scores:
+        if spec.method.statistics:
             with clock.measure("score_seconds"):
                 self._score(spec.method, runs, precision, on_progress)
 
@@ -137,7 +137,7 @@ class Engine:
         """Of this machine; on a GPU, activations take none of it. Models of earlier merges make room."""
         needed = plan.peak_memory_bytes(
             longest_row,
-            scored=spec.method.needs_scores,
+            scored=bool(spec.method.statistics),
             evaluated=spec.evaluates,
             batch_rows=spec.method.batch_rows,
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
@@ -192,7 +192,7 @@ class Engine:
 
     def _merger(self, method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, list[float]]:
         """The method over the models that take part, and every model's mean merge weight."""
-        models = [ScoredModel(run.spec.weight, run.scores) for run in runs if run.takes_part]
+        models = [MeasuredModel(run.spec.weight, run.scores) for run in runs if run.takes_part]
         if isinstance(method, MaskFisherParameters):
             shares = iter(weight_shares(models, node_weights(models, method.normalize, method.floor)))
         else:
@@ -262,7 +262,7 @@ class Engine:
 
     def _plain_average(self, plan: MergePlan, runs: list[ModelRun]) -> dict[str, Tensor]:
         """The unweighted average of the models that take part, as a state to load."""
-        equal = [ScoredModel(1.0) for run in runs if run.takes_part]
+        equal = [MeasuredModel(1.0) for run in runs if run.takes_part]
         merger = BUILDERS["average"](AverageParameters(), equal)
         with Backbone(plan, [run.takes_part for run in runs], merger) as backbone:
             return {tensor.slot.name: backbone.tensor(tensor) for tensor in plan.backbone}

@@ -95,7 +95,7 @@ class MergeSpec(Strict):
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
         """Data sets to score on, of models that take part, and evaluations to make."""
-        scored = [m.dataset for m in self.models if m.dataset and m.weight > 0 and self.method.needs_scores]
+        scored = [m.dataset for m in self.models if m.dataset and m.weight > 0 and self.method.statistics]
         return [*scored, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
 
     @property

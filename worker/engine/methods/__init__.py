@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 
 from worker.engine.catalog.methods import METHODS, MethodParameters
 from worker.engine.methods import average, mask_fisher
-from worker.engine.methods.combine import Merger, ScoredModel
+from worker.engine.methods.combine import MeasuredModel, Merger
 
-Build = Callable[[MethodParameters, list[ScoredModel]], Merger]
+Build = Callable[[MethodParameters, list[MeasuredModel]], Merger]
 
 BUILDERS: Mapping[str, Build] = {"average": average.build, "mask_fisher": mask_fisher.build}
 
 if BUILDERS.keys() != METHODS.keys():
     raise ImportError(f"catalog and arithmetic disagree on the methods: {BUILDERS.keys() ^ METHODS.keys()}")
 
-__all__ = ["BUILDERS", "Build", "Merger", "ScoredModel"]
+__all__ = ["BUILDERS", "Build", "MeasuredModel", "Merger"]

@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.methods import MethodParameters
-from worker.engine.methods.combine import Merger, ScoredModel, combine
+from worker.engine.methods.combine import MeasuredModel, Merger, combine, model_weights
 
 
-def build(parameters: MethodParameters, models: list[ScoredModel]) -> Merger:
-    weights = torch.tensor([[model.weight] for model in models], dtype=torch.float64)
+def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
+    weights = model_weights(models)[:, None]
     weights /= weights.sum()
 
-    def merge(slot: Slot, versions: Sequence[Tensor]) -> Tensor:
+    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         return combine(versions, weights)
 
     return merge

@@ -1,23 +1,40 @@
 """Convex combination of the versions of a tensor, slice by slice: what every weighted method ends in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Slot
 
-Merger = Callable[[Slot, Sequence[Tensor]], Tensor]
-"""From a tensor's place and its versions, one per model in order, to the merged tensor."""
+
+class Merger(Protocol):
+    """A method over its models. `versions` is one tensor's, one per model in order; `base` is the ancestor's."""
+
+    def __call__(self, slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class ScoredModel:
-    """A model as a method sees it: its weight lambda, and its scores, (nodes,) float64 by score name."""
+class MeasuredModel:
+    """A model as a method sees it: its weight lambda, and what was measured of it, where the method needs it.
+
+    `grams` and `fisher` may be on disk and read when they are asked for.
+    """
 
     weight: float
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of mask nodes: (nodes,), float64, by score name."""
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
+    """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""
+    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
+
+
+def model_weights(models: Sequence[MeasuredModel]) -> Tensor:
+    """The weights of the models, (models,), float64, as given."""
+    return torch.tensor([model.weight for model in models], dtype=torch.float64)
 
 
 def normalized(weights: Tensor, fallback: Tensor) -> Tensor:

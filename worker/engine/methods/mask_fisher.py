@@ -14,13 +14,13 @@ from torch import Tensor
 from worker.engine.catalog.families import Nodes, Slot
 from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters
 from worker.engine.methods import paper
-from worker.engine.methods.combine import Merger, ScoredModel, combine, normalized
+from worker.engine.methods.combine import MeasuredModel, Merger, combine, model_weights, normalized
 
 Normalize = Literal["layer", "model", "none"]
 Scores = Mapping[str, Tensor]
 
 
-def build(parameters: MethodParameters, models: list[ScoredModel]) -> Merger:
+def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, MaskFisherParameters):
         raise TypeError(f"parameters of mask_fisher expected, got {type(parameters).__name__}")
     if parameters.preset == "paper":
@@ -28,7 +28,7 @@ def build(parameters: MethodParameters, models: list[ScoredModel]) -> Merger:
     owned = node_weights(models, parameters.normalize, parameters.floor)
     rest = rest_weights(models, parameters.rest)
 
-    def merge(slot: Slot, versions: Sequence[Tensor]) -> Tensor:
+    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         owner = slot.owner
         if owner is not None:
             return combine(versions, owned[owner.score], owner.axis)
@@ -37,9 +37,9 @@ def build(parameters: MethodParameters, models: list[ScoredModel]) -> Merger:
     return merge
 
 
-def node_weights(models: list[ScoredModel], normalize: Normalize, floor: float) -> dict[str, Tensor]:
+def node_weights(models: list[MeasuredModel], normalize: Normalize, floor: float) -> dict[str, Tensor]:
     """Merge weights of every node: by score name, (models, nodes), float64, summing to 1 over models."""
-    lambdas = _lambdas(models)
+    lambdas = model_weights(models)
     scores = [floored(normalize_scores(model.scores, normalize), floor) for model in models]
     return {
         site: normalized(torch.stack([lam * s[site] for lam, s in zip(lambdas, scores, strict=True)]), lambdas)
@@ -47,13 +47,13 @@ def node_weights(models: list[ScoredModel], normalize: Normalize, floor: float) 
     }
 
 
-def rest_weights(models: list[ScoredModel], rest: Literal["uniform", "model"]) -> dict[int | None, Tensor]:
+def rest_weights(models: list[MeasuredModel], rest: Literal["uniform", "model"]) -> dict[int | None, Tensor]:
     """Merge weights of what no node owns: by layer, and None for outside the layers; (models, 1), float64.
 
     `uniform`: lambda alone. `model`: lambda times the sum over both kinds of the mean model-normalised score, of the
     layer, or for what lies outside the layers of the model.
     """
-    lambdas = _lambdas(models)
+    lambdas = model_weights(models)
     if rest == "uniform":
         return {None: (lambdas / lambdas.sum())[:, None]}
     by_model = []
@@ -91,13 +91,9 @@ def floored(scores: Scores, floor: float) -> dict[str, Tensor]:
     return {site: score.clamp_min(floor * float(score.mean())) for site, score in scores.items()}
 
 
-def weight_shares(models: list[ScoredModel], weights: Mapping[str, Tensor]) -> list[float]:
+def weight_shares(models: list[MeasuredModel], weights: Mapping[str, Tensor]) -> list[float]:
     """Each model's mean merge weight over all nodes."""
     return torch.cat(list(weights.values()), dim=1).mean(1).tolist()
-
-
-def _lambdas(models: list[ScoredModel]) -> Tensor:
-    return torch.tensor([model.weight for model in models], dtype=torch.float64)
 
 
 def _or_one(value: Tensor) -> Tensor:

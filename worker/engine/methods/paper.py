@@ -12,9 +12,9 @@ from torch import Tensor
 
 from worker.engine.catalog.families import Kind, Nodes, Slot
 from worker.engine.catalog.families.table import score_name
-from worker.engine.methods.combine import Merger, ScoredModel, combine, normalized
+from worker.engine.methods.combine import MeasuredModel, Merger, combine, model_weights, normalized
 
-BY_NODE = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
+BY_NODE = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.POSITION: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
 BY_LAYER_MEAN = {
     Kind.VALUE: Nodes.HEADS,
     Kind.ATTENTION_OUTPUT: Nodes.HEADS,
@@ -24,8 +24,8 @@ BY_LAYER_MEAN = {
 }
 
 
-def build(models: list[ScoredModel]) -> Merger:
-    lambdas = torch.tensor([model.weight for model in models], dtype=torch.float64)
+def build(models: list[MeasuredModel]) -> Merger:
+    lambdas = model_weights(models)
     layers = len(models[0].scores) // len(Nodes)
 
     def stacked(layer: int, nodes: Nodes) -> Tensor:
@@ -36,7 +36,7 @@ def build(models: list[ScoredModel]) -> Merger:
     def weights(scores: Tensor) -> Tensor:
         return normalized(lambdas[:, None] * scores, lambdas)
 
-    def merge(slot: Slot, versions: Sequence[Tensor]) -> Tensor:
+    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         if slot.layer is None:
             return combine(versions, weights(overall[:, None]))
         if slot.kind in BY_NODE:

@@ -14,8 +14,8 @@ DEBERTA_V2 = Family(
         "attention.self.key_proj": Kind.KEY,
         "attention.self.value_proj": Kind.VALUE,
         # A head's own view of the relative positions, where share_att_key is false.
-        "attention.self.pos_query_proj": Kind.QUERY,
-        "attention.self.pos_key_proj": Kind.KEY,
+        "attention.self.pos_query_proj": Kind.POSITION,
+        "attention.self.pos_key_proj": Kind.POSITION,
         "attention.output.dense": Kind.ATTENTION_OUTPUT,
         "attention.output.LayerNorm": Kind.ATTENTION_NORM,
         "intermediate.dense": Kind.UP,
@@ -26,7 +26,7 @@ DEBERTA_V2 = Family(
         "embeddings.word_embeddings": Kind.EMBEDDING,
         "embeddings.position_embeddings": Kind.EMBEDDING,
         "embeddings.token_type_embeddings": Kind.EMBEDDING,
-        "embeddings.embed_proj": Kind.EMBEDDING,
+        "embeddings.embed_proj": Kind.EMBEDDING_PROJECTION,
         "embeddings.LayerNorm": Kind.EMBEDDING,
         "encoder.rel_embeddings": Kind.EMBEDDING,
         "encoder.LayerNorm": Kind.EMBEDDING,  # of the relative positions, not of a layer

@@ -15,7 +15,7 @@ ELECTRA = Family(
         "embeddings.position_embeddings": Kind.EMBEDDING,
         "embeddings.token_type_embeddings": Kind.EMBEDDING,
         "embeddings.LayerNorm": Kind.EMBEDDING,
-        "embeddings_project": Kind.EMBEDDING,  # where embedding_size is not hidden_size
+        "embeddings_project": Kind.EMBEDDING_PROJECTION,  # where embedding_size is not hidden_size
     },
     heads=("classifier.dense", "classifier.out_proj"),
     unread=("embeddings.position_ids",),

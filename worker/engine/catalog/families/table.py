@@ -19,9 +19,11 @@ class Kind(StrEnum):
     """What a module's tensors are for."""
 
     EMBEDDING = "embedding"
+    EMBEDDING_PROJECTION = "embedding_projection"  # from the embeddings' size to the hidden size
     QUERY = "query"
     KEY = "key"
     VALUE = "value"
+    POSITION = "position"  # a head's own view of relative positions
     ATTENTION_OUTPUT = "attention_output"
     ATTENTION_NORM = "attention_norm"
     UP = "up"
@@ -33,8 +35,25 @@ class Kind(StrEnum):
     UNREAD = "unread"
 
 
-ROW_OWNERS = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.VALUE: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
+ROW_OWNERS = {
+    Kind.QUERY: Nodes.HEADS,
+    Kind.KEY: Nodes.HEADS,
+    Kind.VALUE: Nodes.HEADS,
+    Kind.POSITION: Nodes.HEADS,
+    Kind.UP: Nodes.NEURONS,
+}
 COLUMN_OWNERS = {Kind.ATTENTION_OUTPUT: Nodes.HEADS, Kind.DOWN: Nodes.NEURONS}
+
+# What a linear layer reads.
+LAYER_INPUTS = {
+    Kind.QUERY: "attention",
+    Kind.KEY: "attention",
+    Kind.VALUE: "attention",
+    Kind.ATTENTION_OUTPUT: str(Nodes.HEADS),
+    Kind.UP: "feed_forward",
+    Kind.DOWN: str(Nodes.NEURONS),
+}
+OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler"}
 
 OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
 """How norms converted from TensorFlow spell the last part of a name."""
@@ -72,6 +91,20 @@ class Slot:
         if self.kind in COLUMN_OWNERS and not self.is_bias:
             return Owner(COLUMN_OWNERS[self.kind], self.layer, axis=1)
         return None
+
+    @property
+    def input(self) -> str | None:
+        """Name of what the tensor multiplies; None where it is no matrix of a linear layer."""
+        if self.is_bias:
+            return None
+        if self.layer is None:
+            return OUTER_INPUTS.get(self.kind)
+        return f"layers.{self.layer}.{LAYER_INPUTS[self.kind]}" if self.kind in LAYER_INPUTS else None
+
+    @property
+    def shows_input(self) -> bool:
+        """Whether the module is where to see `input`: query and key share value's, and may run on positions too."""
+        return self.input is not None and self.kind not in (Kind.QUERY, Kind.KEY)
 
 
 @dataclass(frozen=True)

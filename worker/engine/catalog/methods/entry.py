@@ -1,9 +1,25 @@
 """What is known of a method without running it."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from worker.engine.catalog.strict import Strict
+
+Weight = Annotated[float, Field(ge=0, le=1)]
+
+
+class Statistic(StrEnum):
+    """What a method may need to know of every model, measured on its own rows."""
+
+    MASK_FISHER = "mask_fisher"
+    """Fisher information of the mask nodes."""
+    GRAM = "gram"
+    """Gram matrices of the inputs of linear layers."""
+    FISHER = "fisher"
+    """Fisher information of every parameter."""
 
 
 class MethodParameters(Strict):
@@ -12,16 +28,20 @@ class MethodParameters(Strict):
     name: str
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Forward and backward passes: bfloat16 where the device has matrix units for it, else float32."""
-    scale: float = 1.0
+    scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
     """The merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; other than 1 it needs a base."""
 
     @property
-    def needs_scores(self) -> bool:
-        return False
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    @property
+    def needs_base(self) -> bool:
+        return self.scale != 1
 
     @property
     def needs_labels(self) -> bool:
-        """Whether computing the scores reads the data set's labels."""
+        """Whether computing the statistics reads the data set's labels."""
         return False
 
     @property
@@ -30,12 +50,21 @@ class MethodParameters(Strict):
         return None
 
 
+class MeasuringParameters(MethodParameters):
+    """Parameters of methods that measure every model on its rows."""
+
+    examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
+    """Rows of each data set that are measured."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Draws the labels of the estimator `sampled`."""
+
+
 @dataclass(frozen=True)
 class MethodEntry:
     name: str
     formula: str
     source: str
-    needs: tuple[str, ...]
+    needs: tuple[Literal["dataset", "base"], ...]
     parameters: type[MethodParameters]
 
     def describe(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Statistic
 
 # The published rule in this method's own terms; see worker/engine/methods/paper.py for who owns what under it.
 PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
@@ -12,10 +12,9 @@ PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", 
 PAPER_BATCH_ROWS = 32
 
 
-class MaskFisherParameters(MethodParameters):
-    name: Literal["mask_fisher"] = "mask_fisher"
-    preset: Literal["paper"] | None = None
-    """`paper` reproduces the published code number for number and fixes estimator, normalize, rest and floor."""
+class ScoringParameters(MeasuringParameters):
+    """Parameters of methods that weight slices by the scores of mask nodes."""
+
     estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
     """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 2048
@@ -28,8 +27,20 @@ class MaskFisherParameters(MethodParameters):
     """Weights of what no node owns: lambda alone, or the mean model-normalised score of its block (or of the model)."""
     floor: Annotated[float, Field(ge=0, le=1)] = 1e-3
     """Least score of a node, as a share of its layer's mean."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Draws the labels of `sampled`."""
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset({Statistic.MASK_FISHER})
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.estimator == "empirical"
+
+
+class MaskFisherParameters(ScoringParameters):
+    name: Literal["mask_fisher"] = "mask_fisher"
+    preset: Literal["paper"] | None = None
+    """`paper` reproduces the published code number for number and fixes estimator, normalize, rest and floor."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,14 +53,6 @@ class MaskFisherParameters(MethodParameters):
                 raise ValueError("preset 'paper' has its own rule for what no node owns; leave rest out")
             return {**data, **PAPER}
         return data
-
-    @property
-    def needs_scores(self) -> bool:
-        return True
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.estimator == "empirical"
 
     @property
     def batch_rows(self) -> int | None:
