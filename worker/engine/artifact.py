@@ -6,31 +6,19 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 from safetensors.torch import save_file
-from torch import Tensor
 
+from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MANIFEST, MergeResult
-from worker.engine.catalog.spec import MergeSpec, ModelSpec
+from worker.engine.catalog.spec import MergeSpec
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import write_json
-from worker.engine.scoring.data import Example
+from worker.engine.scoring.measure import Measured
 
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
-
-
-class Scored(Protocol):
-    """A model whose scores are known, (nodes,) float64 by name."""
-
-    spec: ModelSpec
-    digest: str
-    examples: list[Example]
-    estimator: str | None
-    scores: dict[str, Tensor]
-    standard_errors: dict[str, Tensor]
 
 
 def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -41,14 +29,15 @@ def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def write_scores(folder: Path, run: Scored) -> None:
+def write_scores(folder: Path, name: str, digest: str, measured: Measured, examples: int) -> None:
     """`scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
-    tensors = {site: score.contiguous() for site, score in run.scores.items()}
-    tensors |= {f"{site}.stderr": error.contiguous() for site, error in run.standard_errors.items()}
+    scores = measured.of(Statistic.MASK_FISHER)
+    if not scores:
+        return
     (folder / "scores").mkdir(exist_ok=True)
-    about = {"estimator": run.estimator, "examples": len(run.examples), "checkpoint": run.digest}
-    path = folder / "scores" / f"{run.spec.name}.safetensors"
-    save_file(tensors, path, {"maskmerge": json.dumps(about)})  # one key: the library writes several in any order
+    about = {"estimator": measured.estimator, "examples": examples, "checkpoint": digest}
+    path = folder / "scores" / f"{name}.safetensors"
+    save_file(dict(scores), path, {"maskmerge": json.dumps(about)})  # one key: the library writes several in any order
     path.chmod(0o644)  # the library makes files that only their owner reads
 
 

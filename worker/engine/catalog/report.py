@@ -18,11 +18,14 @@ class ModelResult(Strict):
     digest: str
     """sha256 over the names and sha256 of the checkpoint's weight files and config."""
     examples: int
-    """Rows that were scored."""
+    """Rows that were measured."""
+    aligned_examples: int
+    """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float
     """Mean merge weight over all owned slices."""
     score_seconds: float
     score_cached: bool
+    """Whether all of its statistics were there from an earlier merge."""
 
 
 class MetricResult(Strict):
@@ -45,6 +48,7 @@ class Timings(Strict):
     load_seconds: float = 0.0
     score_seconds: float = 0.0
     merge_seconds: float = 0.0
+    align_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     publish_seconds: float = 0.0
 
