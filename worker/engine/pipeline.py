@@ -1,7 +1,6 @@
 """One merge, from checkpoints and rows to a folder that can be published."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 from worker.engine import artifact
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, NumericalError
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters, MethodParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
-from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings
+from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings, Version
 from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
@@ -27,7 +26,7 @@ from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
 from worker.engine.checkpoints.writer import write_models
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
 from worker.engine.evaluation.evaluate import predict
-from worker.engine.evaluation.metrics import interval, likely_permutation, metric_for
+from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
 from worker.engine.methods import BUILDERS, Merger, ScoredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
@@ -232,7 +231,6 @@ class Engine:
         if evaluation is None:
             raise TypeError(f"{run.spec.name} has no evaluation")
         loaded = self._models.get(run.info)
-        metric = metric_for(evaluation.metric, loaded.task)
         labels = np.array([e.label for e in examples], dtype=np.float64)
         expert_predictions = predict(loaded, examples, precision, evaluating.advance)
         if loaded.task.problem == "classification":
@@ -246,19 +244,13 @@ class Engine:
         merged_predictions = predict(merged, examples, precision, evaluating.advance)
         merged.model.load_state_dict(average, strict=False)  # the head stays the expert's own
         average_predictions = predict(merged, examples, precision, evaluating.advance)
-        expert, value = metric(labels, expert_predictions), metric(labels, merged_predictions)
-        if not (math.isfinite(expert) and math.isfinite(value)):
-            raise NumericalError(f"{evaluation.metric} of {evaluation.source} is not finite; are its labels too large?")
-        return MetricResult(
-            metric=evaluation.metric,
-            examples=len(examples),
-            expert=expert,
-            average=metric(labels, average_predictions),
-            merged=value,
-            merged_kept_head=value,
-            retention=value / expert if expert > 0 else None,
-            interval=interval(metric, labels, merged_predictions, evaluation.seed),
-        )
+        predictions: dict[Version, Array] = {
+            "expert": expert_predictions,
+            "average": average_predictions,
+            "merged_kept_head": merged_predictions,
+            "merged": merged_predictions,
+        }
+        return compare(evaluation, loaded.task, labels, predictions)
 
     def _plain_average(self, plan: MergePlan, runs: list[ModelRun]) -> dict[str, Tensor]:
         """The unweighted average of the models that take part, as a state to load."""
