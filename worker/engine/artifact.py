@@ -80,23 +80,42 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+METRIC_COLUMNS = [
+    "model",
+    "metric",
+    "expert",
+    "plain average",
+    "merged, kept head",
+    "merged (95 % interval)",
+    "merged minus average (95 % interval)",
+    "retention",
+    "rows",
+]
+ABOUT_METRICS = (
+    "All versions predict the same rows. The plain average and the merge with kept head use the expert's head as it "
+    "was; merged is the model as published here. Retention is merged over expert. Intervals are bootstrap percentile "
+    "intervals over rows; for the difference, both versions are resampled together."
+)
+
+
 def _metric_rows(result: MergeResult) -> list[list[str]]:
-    return [
-        [
-            name,
-            m.metric,
-            _number(m.expert),
-            _number(m.average),
-            _number(m.merged),
-            f"{m.interval[0]:.4f} to {m.interval[1]:.4f}",
-            _number(m.retention, 3),
-            str(m.examples),
-        ]
-        for name, m in (result.metrics or {}).items()
-    ]
-
-
-METRIC_COLUMNS = ["model", "metric", "expert", "plain average", "merged", "95 % interval", "retention", "rows"]
+    rows = []
+    for name, m in (result.metrics or {}).items():
+        gain = m.differences["average"]
+        rows.append(
+            [
+                name,
+                m.metric,
+                _number(m.expert),
+                _number(m.average),
+                _number(m.merged_kept_head),
+                f"{m.merged:.4f} ({m.interval[0]:.4f} to {m.interval[1]:.4f})",
+                f"{gain.value:+z.4f} ({gain.interval[0]:+z.4f} to {gain.interval[1]:+z.4f})",
+                _number(m.retention, 3),
+                str(m.examples),
+            ]
+        )
+    return rows
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
@@ -113,6 +132,7 @@ def _report_page(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         parts.append(
             f"<p>Mean retention {_number(result.mean_retention, 3)}, lowest {_number(result.min_retention, 3)}.</p>"
         )
+        parts.append(f"<p>{escape(ABOUT_METRICS)}</p>")
     models = [
         [m.name, m.checkpoint, str(m.examples), _number(m.weight_share, 3), _number(m.score_seconds, 1), m.digest[:19]]
         for m in result.models
@@ -146,6 +166,7 @@ table {{ border-collapse: collapse; margin: 1rem 0; }}
 caption {{ text-align: left; font-weight: 600; padding: .5rem 0; white-space: nowrap; }}
 th, td {{ text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #8886; white-space: nowrap;
   font-variant-numeric: tabular-nums; }}
+thead th {{ white-space: normal; vertical-align: bottom; }}
 pre {{ overflow-x: auto; padding: 1rem; border: 1px solid #8886; }}
 </style>
 </head>
@@ -184,7 +205,7 @@ def _model_card(spec: MergeSpec, result: MergeResult) -> str:
         "",
     ]
     if result.metrics:
-        lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), ""]
+        lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), "", ABOUT_METRICS, ""]
     lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]
     return "\n".join(lines)
 

@@ -1,7 +1,5 @@
 """One merge, from checkpoints and rows to a folder that can be published."""
 
-import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,26 +14,26 @@ from torch import Tensor
 
 from worker.engine import artifact
 from worker.engine.alignment import align_head
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, NumericalError
+from worker.engine.backbone import Backbone, plain_average
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import (
-    AverageParameters,
     MeasuringParameters,
     MethodParameters,
     ScoringParameters,
     Statistic,
 )
-from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
-from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings
+from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings, Version
 from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec, StoreSpec
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
-from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
+from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.checkpoints.writer import rewrite_head, write_models
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
-from worker.engine.evaluation.metrics import interval, likely_permutation, metric_for
+from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
@@ -44,8 +42,6 @@ from worker.engine.resources import available_memory, require_memory, require_sp
 from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.measure import Measured, Measurer, Sample
 from worker.engine.store import StatisticsStore
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -240,7 +236,7 @@ class Engine:
     ) -> dict[str, MetricResult]:
         """Expert, plain average and merge (loaded from the artifact, as its user will) on the same rows."""
         evaluating = Phase("evaluating", 3 * sum(len(run.evaluation) for run in runs), "examples", on_progress)
-        average = self._plain_average(plan, runs)
+        average = plain_average(plan, [run.takes_part for run in runs])
         return {
             run.spec.name: self._compare(run, folders[run.spec.name], average, precision, evaluating, notes)
             for run in runs
@@ -261,7 +257,6 @@ class Engine:
         if evaluation is None:
             raise TypeError(f"{run.spec.name} has no evaluation")
         loaded = self._models.get(run.info)
-        metric = metric_for(evaluation.metric, loaded.task)
         labels = np.array([e.label for e in examples], dtype=np.float64)
         expert_predictions = predict(loaded, examples, precision, evaluating.advance)
         if loaded.task.problem == "classification":
@@ -277,63 +272,13 @@ class Engine:
         merged.model.load_state_dict(average, strict=False)
         head_of(merged).load_state_dict(kept.state_dict())
         average_predictions = predict(merged, examples, precision, evaluating.advance)
-        expert, value = metric(labels, expert_predictions), metric(labels, merged_predictions)
-        if not (math.isfinite(expert) and math.isfinite(value)):
-            raise NumericalError(f"{evaluation.metric} of {evaluation.source} is not finite; are its labels too large?")
-        return MetricResult(
-            metric=evaluation.metric,
-            examples=len(examples),
-            expert=expert,
-            average=metric(labels, average_predictions),
-            merged=value,
-            merged_kept_head=metric(labels, kept_predictions),
-            retention=value / expert if expert > 0 else None,
-            interval=interval(metric, labels, merged_predictions, evaluation.seed),
-        )
-
-    def _plain_average(self, plan: MergePlan, runs: list[ModelRun]) -> dict[str, Tensor]:
-        """The unweighted average of the models that take part, as a state to load."""
-        equal = [MeasuredModel(1.0) for run in runs if run.takes_part]
-        merger = BUILDERS["average"](AverageParameters(), equal)
-        with Backbone(plan, [run.takes_part for run in runs], merger) as backbone:
-            return {tensor.slot.name: backbone.tensor(tensor) for tensor in plan.backbone}
-
-
-class Backbone:
-    """Merged backbone tensors, computed one at a time from lazily read inputs of the models that take part.
-
-    Args:
-        scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives.
-    """
-
-    def __init__(self, plan: MergePlan, takes_part: Sequence[bool], merger: Merger, scale: float = 1.0) -> None:
-        self._plan = plan
-        self._taking_part = [index for index, takes in enumerate(takes_part) if takes]
-        self._merger = merger
-        self._scale = scale
-        self._stack = ExitStack()
-        self._readers: dict[int, TensorReader] = {}
-        self._base: TensorReader | None = None
-
-    def __enter__(self) -> "Backbone":
-        for index in self._taking_part:
-            self._readers[index] = self._stack.enter_context(TensorReader(self._plan.checkpoints[index]))
-        if self._plan.base is not None:
-            self._base = self._stack.enter_context(TensorReader(self._plan.base))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def tensor(self, planned: PlannedTensor) -> Tensor:
-        versions = [self._readers[index].read(planned.sources[index]) for index in self._taking_part]
-        base = self._base.read(planned.base) if self._base and planned.base else None
-        merged = self._merger(planned.slot, versions, base)
-        if self._scale == 1:
-            return merged
-        if base is None:
-            raise TypeError("scale needs a base")
-        return base.to(merged.dtype) + self._scale * (merged - base.to(merged.dtype))
+        predictions: dict[Version, Array] = {
+            "expert": expert_predictions,
+            "average": average_predictions,
+            "merged_kept_head": kept_predictions,
+            "merged": merged_predictions,
+        }
+        return compare(evaluation, loaded.task, labels, predictions)
 
 
 class Stopwatch:
