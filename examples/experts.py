@@ -45,10 +45,11 @@ Progress = Callable[[str, int, int], None]
 
 
 class Row(NamedTuple):
-    """One text and the id of its label."""
+    """One text, or two of which the second may be empty, and the id of the label."""
 
     text: str
     label: int
+    text_pair: str = ""
 
 
 # --- data ---------------------------------------------------------------------------------------------
@@ -90,9 +91,9 @@ def read_sentiment() -> Iterator[tuple[str, str]]:
                 yield repair_tweet(row["text"]), row["sentiment"]
 
 
-def shorten(text: str) -> str:
+def shorten(text: str, characters: int = MAX_CHARACTERS) -> str:
     """The first words of a text."""
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rsplit(" ", 1)[0]
+    return text if len(text) <= characters else text[:characters].rsplit(" ", 1)[0]
 
 
 # The file went through several wrong encodings before it was published, with losses: no decoding gives
@@ -148,13 +149,18 @@ def write_task(folder: Path, task: str, train: int, validation: int, seed: int) 
     parts = dict(zip(("train", "validation"), split(texts, train, validation, seed), strict=True))
     folder.mkdir(parents=True)
     for part, rows in parts.items():
-        lines = (json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(folder / f"{part}.jsonl", rows)
     return list(texts), {part: len(rows) for part, rows in parts.items()}
 
 
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """JSON lines; a row of one text has no text_pair."""
+    lines = ({key: value for key, value in row._asdict().items() if key != "text_pair" or value} for row in rows)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that write_task wrote."""
+    """The rows of a file that write_rows wrote."""
     with path.open(encoding="utf-8") as file:
         return [Row(**json.loads(line)) for line in file]
 
@@ -166,12 +172,19 @@ def make_batches(tokenizer: Any, rows: list[Row]) -> list[Any]:
     """Padded batches of texts of like length."""
     import torch
 
-    rows = sorted(rows, key=lambda row: len(row.text))
+    rows = sorted(rows, key=lambda row: len(row.text) + len(row.text_pair))
     batches = []
     for start in range(0, len(rows), BATCH_ROWS):
         chosen = rows[start : start + BATCH_ROWS]
-        texts = [row.text for row in chosen]
-        batch = tokenizer(texts, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+        texts, pairs = [row.text for row in chosen], [row.text_pair for row in chosen]
+        batch = tokenizer(
+            texts,
+            pairs if any(pairs) else None,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            padding=True,
+            return_tensors="pt",
+        )
         batch["labels"] = torch.tensor([row.label for row in chosen])
         batches.append(batch)
     return batches
@@ -185,7 +198,7 @@ def bfloat16_autocast() -> Any:
     return torch.autocast("cpu", torch.bfloat16, enabled=any(found.get(name) for name in ("amx_bf16", "avx512_bf16")))
 
 
-def fit(model: Any, batches: list[Any], seed: int, on_step: Callable[[int, int], None]) -> None:
+def fit(model: Any, batches: list[Any], epochs: int, seed: int, on_step: Callable[[int, int], None]) -> None:
     """Train all of the model but its embeddings."""
     import torch
     from transformers import get_linear_schedule_with_warmup
@@ -196,10 +209,10 @@ def fit(model: Any, batches: list[Any], seed: int, on_step: Callable[[int, int],
     model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    steps = EPOCHS * len(batches)
+    steps = epochs * len(batches)
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     rng = random.Random(seed)
-    order = [batch for _ in range(EPOCHS) for batch in rng.sample(batches, len(batches))]
+    order = [batch for _ in range(epochs) for batch in rng.sample(batches, len(batches))]
     for done, batch in enumerate(order, start=1):
         with bfloat16_autocast():
             loss = model(**batch).loss
@@ -224,7 +237,9 @@ def share_right(model: Any, batches: list[Any]) -> float:
     return right / rows
 
 
-def train_expert(task: str, labels: list[str], build: Path, seed: int, emit: Callable[..., None]) -> None:
+def train_expert(
+    task: str, labels: list[str], build: Path, seed: int, emit: Callable[..., None], epochs: int = EPOCHS
+) -> None:
     """Make one expert from the task's files in the build folder."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -243,7 +258,7 @@ def train_expert(task: str, labels: list[str], build: Path, seed: int, emit: Cal
     )
     data = build / "tasks" / task
     batches = make_batches(tokenizer, read_rows(data / "train.jsonl"))
-    fit(model, batches, seed, on_step=lambda done, total: emit("step", done, total))
+    fit(model, batches, epochs, seed, on_step=lambda done, total: emit("step", done, total))
     model.save_pretrained(folder)
     emit("accuracy", share_right(model, make_batches(tokenizer, read_rows(data / "validation.jsonl"))))
 
