@@ -23,6 +23,7 @@ from app.storage.inputs import LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
+from worker.engine.catalog.spec import StoreSpec
 from worker.engine_process import EngineProcess
 from worker.tasks import TaskRunner
 
@@ -100,6 +101,9 @@ def run(settings: Settings) -> int:
         artifacts=artifacts,
         inputs=LocalInputs(settings.local_roots),
         engine=engine,
+        statistics=StoreSpec(
+            folder=settings.data_dir.resolve() / "statistics", max_bytes=settings.max_statistics_bytes
+        ),
         lease_seconds=settings.lease_seconds,
         max_engine_bytes=settings.max_worker_bytes,
         is_stopping=lambda: worker.is_stopping,

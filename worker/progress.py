@@ -12,6 +12,7 @@ SHARES = {
     Phase.LOADING: 5,
     Phase.SCORING: 60,
     Phase.MERGING: 5,
+    Phase.ALIGNING: 12,
     Phase.EVALUATING: 28,
     Phase.PUBLISHING: 2,
 }

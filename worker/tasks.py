@@ -17,7 +17,7 @@ from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
 from app.storage.jobs import JobStore
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import Columns, MergeSpec
+from worker.engine.catalog.spec import Columns, MergeSpec, OutputSpec, StoreSpec
 from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
 from worker.progress import ProgressMeter
 
@@ -50,6 +50,7 @@ class TaskRunner:
         artifacts: ArtifactFolder,
         inputs: LocalInputs,
         engine: EngineProcess,
+        statistics: StoreSpec,
         lease_seconds: float,
         max_engine_bytes: int,
         is_stopping: Callable[[], bool],
@@ -59,6 +60,7 @@ class TaskRunner:
         self._artifacts = artifacts
         self._inputs = inputs
         self._engine = engine
+        self._statistics = statistics
         self._renew_interval = min(lease_seconds / 4, LONGEST_RENEWAL_S)
         self._max_engine_bytes = max_engine_bytes
         self._is_stopping = is_stopping
@@ -239,16 +241,22 @@ class TaskRunner:
             }
             for model in request.models
         ]
-        output = {"dtype": request.output.dtype, "max_shard_bytes": request.output.max_shard_bytes}
+        output = request.output.model_dump(include=set(OutputSpec.model_fields))
+        base = None
+        if request.base is not None:
+            where = self._resolve(request.base, InvalidCheckpoint)
+            base = {"source": request.base, **where, "state": record.inputs.get(request.base)}
         return MergeSpec.model_validate(
             {
                 "name": record.name,
                 "models": models,
+                "base": base,
                 "method": request.method.model_dump(),
                 "output": output,
                 "evaluate": request.evaluate,
                 "recipe": record.request,
                 "folder": folder,
+                "store": self._statistics,
             }
         )
 
@@ -278,6 +286,8 @@ def phases_of(spec: MergeSpec) -> list[Phase]:
     if spec.method.statistics:
         phases.append(Phase.SCORING)
     phases.append(Phase.MERGING)
+    if spec.aligns:
+        phases.append(Phase.ALIGNING)
     if spec.evaluates:
         phases.append(Phase.EVALUATING)
     return [*phases, Phase.PUBLISHING]

@@ -44,6 +44,7 @@ class Phase(StrEnum):
     SCORING = "scoring"
     SEARCHING = "searching"
     MERGING = "merging"
+    ALIGNING = "aligning"
     EVALUATING = "evaluating"
     PUBLISHING = "publishing"
     DONE = "done"

@@ -84,7 +84,9 @@ class Output(Strict):
     dtype: Dtype = "auto"
     """Storage of the merged tensors; `auto` keeps the inputs' own."""
     heads: Literal["per_model", "merged"] = "per_model"
-    align_heads: bool = False
+    align_heads: bool = True
+    """Refit each kept head to the merged backbone, on the model's own `dataset` and without labels; the preset `paper`
+    leaves it out unless it is asked for."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     vocabulary: Literal["error", "union", "base"] = "error"
     publish: str | None = None
@@ -107,6 +109,7 @@ class MergeRequest(Strict):
     method: Annotated[Method, BeforeValidator(_known_method)]
     models: Annotated[list[ModelRequest], Field(min_length=1, max_length=64)]
     base: str | None = None
+    """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
     output: Output = Output()
     evaluate: bool = True
     """Compare expert, plain average and merge on each model's evaluation rows."""
@@ -129,17 +132,28 @@ class MergeRequest(Strict):
             ) from None
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published_rule_keeps_heads(cls, data: Any) -> Any:
+        method, output = (data.get("method"), data.get("output", {})) if isinstance(data, dict) else (None, None)
+        if isinstance(method, dict) and method.get("preset") == "paper" and isinstance(output, dict):
+            return {**data, "output": {"align_heads": False, **output}}
+        return data
+
     @model_validator(mode="after")
     def _models_fit_together(self) -> "MergeRequest":
         names = [model.name for model in self.models]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"models have the same name: {', '.join(sorted(twice))}")
+        if self.method.needs_base and self.base is None:
+            why = "a scale other than 1" if self.method.scale != 1 else f"method {self.method.name}"
+            raise ValueError(f"{why} merges differences from the common ancestor; name it as base")
         if not any(model.weight > 0 for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")
         for model in self.models:
             if self.method.statistics and model.weight > 0 and model.dataset is None:
-                raise ValueError(f"method {self.method.name} scores every model; model '{model.name}' has no dataset")
+                raise ValueError(f"method {self.method.name} measures every model; model '{model.name}' has no dataset")
             if self.method.needs_labels and model.weight > 0 and model.dataset and model.dataset.label is None:
                 raise ValueError(f"this estimator reads labels; the dataset of model '{model.name}' names no label")
         return self
@@ -153,16 +167,13 @@ def not_available_yet(request: MergeRequest) -> list[tuple[str, str]]:
     """(field, why) of everything the schema knows and this version cannot do: refused rather than ignored."""
     found = []
     for field, used in (
-        ("method.scale", request.method.scale != 1),
         ("method.examples", getattr(request.method, "examples", None) == "auto"),
         ("method.tolerance", getattr(request.method, "tolerance", None) is not None),
-        ("base", request.base is not None),
         ("webhook", request.webhook is not None),
         ("priority", request.priority != 0),
         ("device", request.device == "cuda"),
         ("deadline_seconds", request.deadline_seconds is not None),
         ("output.heads", request.output.heads != "per_model"),
-        ("output.align_heads", request.output.align_heads),
         ("output.vocabulary", request.output.vocabulary != "error"),
         ("output.publish", request.output.publish is not None),
     ):

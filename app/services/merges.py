@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Record, Stage, TaskId
-from app.contracts.requests import Dataset, Evaluation, MergeRequest, not_available_yet
+from app.contracts.requests import Dataset, Evaluation, MergeRequest, ModelRequest, not_available_yet
 from app.storage.artifacts import ArtifactFolder
 from app.storage.hub import Hub, HubUnavailable
 from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
@@ -53,7 +53,7 @@ class Plan(BaseModel):
     peak_memory_bytes: int
     """An estimate for one worker, in float32 and with rows as long as the model takes."""
     examples: int
-    """Most rows that would be scored, over all models."""
+    """Most rows that would be measured, over all models."""
     tensors: int
     owners: dict[str, int]
     """How many merged tensors are owned by heads, by neurons, and by no node (rest)."""
@@ -125,18 +125,17 @@ class Merges:
     def _states(self, plan: MergePlan) -> dict[str, str]:
         """Of local checkpoints; those of the hub do not change."""
         with _refusing("models"):
-            return {i.source: checkpoint_state(i) for i in plan.checkpoints if hub_reference(i.source) is None}
+            return {i.source: checkpoint_state(i) for i in plan.all_checkpoints if hub_reference(i.source) is None}
 
     def plan(self, request: MergeRequest) -> Plan:
         accepted, plan = self._check(request)
-        heads = ("kept as it is" if request.output.heads == "per_model" else "merged") + " in models/"
         examples = getattr(request.method, "examples", 0) if request.method.statistics else 0
         return Plan(
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
             peak_memory_bytes=plan.peak_memory_bytes(
-                scored=bool(request.method.statistics),
-                evaluated=request.evaluate and any(model.evaluation for model in request.models),
+                statistics=request.method.statistics,
+                models_beside=2 if request.evaluate and any(model.evaluation for model in request.models) else 1,
                 batch_rows=request.method.batch_rows,
             ),
             examples=sum(
@@ -151,7 +150,7 @@ class Merges:
                     name=model.name,
                     architecture=info.architecture,
                     task=f"{task.problem}, {task.outputs} outputs",
-                    head=f"{', '.join(t.slot.name for t in head)}: {heads}{model.name}",
+                    head=f"{', '.join(t.slot.name for t in head)}: {_becomes(request, model)}",
                 )
                 for model, info, task, head in zip(
                     request.models, plan.checkpoints, plan.tasks, plan.heads, strict=True
@@ -171,7 +170,7 @@ class Merges:
     @contextmanager
     def _at_the_hub(self, request: MergeRequest) -> Iterator[None]:
         """A slow hub may hold up some requests that name it, never all that the process can answer."""
-        sources = [model.checkpoint for model in request.models]
+        sources = [*(model.checkpoint for model in request.models), request.base or ""]
         sources += [rows.source for model in request.models for rows in (model.dataset, model.evaluation) if rows]
         if not any(source.startswith("hf:") for source in sources):
             yield
@@ -185,15 +184,19 @@ class Merges:
             self._hub_places.release()
 
     def _checked(self, request: MergeRequest, hub: Hub) -> tuple[dict[str, Any], MergePlan]:
-        checkpoints = [self._checkpoint(f"models.{i}", m.checkpoint, hub) for i, m in enumerate(request.models)]
+        checkpoints = [
+            self._checkpoint(f"models.{i}.checkpoint", m.checkpoint, hub) for i, m in enumerate(request.models)
+        ]
+        base = self._checkpoint("base", request.base, hub) if request.base else None
         with _refusing("models"):
-            plan = plan_merge(checkpoints, request.output.dtype)
+            plan = plan_merge(checkpoints, request.output.dtype, base)
         free = self._artifacts.free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
             raise ProblemError(Problem.NO_SPACE, detail)
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
+        accepted["base"] = None if plan.base is None else plan.base.source
         for index, (model, task) in enumerate(zip(request.models, plan.tasks, strict=True)):
             where = f"models.{index}"
             kept = accepted["models"][index]
@@ -212,7 +215,6 @@ class Merges:
 
     def _checkpoint(self, field: str, reference: str, hub: Hub) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
-        field = f"{field}.checkpoint"
         with _refusing(field):
             on_hub = hub_reference(reference)
             if on_hub is None:
@@ -243,6 +245,15 @@ class Merges:
         with _refusing(field):
             check_first_rows(DatasetSpec(source=rows.source, path=path, **columns), labels if needs_labels else None)
         return rows.source
+
+
+def _becomes(request: MergeRequest, model: ModelRequest) -> str:
+    """What a model's head becomes."""
+    if not request.output.align_heads:
+        return f"kept as it is in models/{model.name}"
+    if model.dataset is None:
+        return f"kept as it is in models/{model.name}, since the model has no dataset to align it on"
+    return f"kept in models/{model.name}, its last layer aligned to the merged backbone"
 
 
 @contextmanager

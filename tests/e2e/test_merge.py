@@ -51,6 +51,8 @@ def test_the_result_has_every_field_of_the_contract(job: dict[str, Any]) -> None
         assert metric["metric"] == "accuracy"
         assert metric["interval"][0] <= metric["merged"] <= metric["interval"][1]
         assert metric["retention"] == pytest.approx(metric["merged"] / metric["expert"])
+        assert set(metric["intervals"]) == {"expert", "average", "merged_kept_head", "merged"}
+        assert set(metric["differences"]) == {"expert", "average", "merged_kept_head"}
     assert result["timings"]["score_seconds"] > 0
     assert result["peak_memory_bytes"] > 100_000_000
     assert job["progress"] == {

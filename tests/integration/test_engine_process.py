@@ -132,6 +132,8 @@ def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str
     finally:
         engine.kill()
     assert isinstance(event, Merged), event
-    planned = plan.peak_memory_bytes(scored="name" not in method, batch_rows=spec.method.batch_rows)
+    planned = plan.peak_memory_bytes(
+        statistics=spec.method.statistics, models_beside=spec.models_beside, batch_rows=spec.method.batch_rows
+    )
     assert event.result.peak_memory_bytes < planned
     assert event.result.peak_memory_bytes - idle > 0.4 * (planned - RUNTIME_BYTES)

@@ -12,6 +12,7 @@ from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import LocalInputs
 from app.storage.jobs import JobStore
 from tests.conftest import tiny_recipe, wait_until
+from worker.engine.catalog.spec import StoreSpec
 from worker.engine_process import EngineProcess
 from worker.tasks import TaskRunner
 
@@ -77,6 +78,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
             artifacts=artifacts,
             inputs=LocalInputs([tiny_inputs]),
             engine=engine,
+            statistics=StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9),
             lease_seconds=LEASE_S,
             max_engine_bytes=2**40,
             is_stopping=lambda: False,

@@ -64,7 +64,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].shape == tensor.shape
-        assert found[name].dtype == torch.float64
+        assert found[name].dtype == torch.float32
         error = float((found[name] - tensor).norm())
         assert error <= max(tolerance * float(tensor.norm()), ROUNDING), name
 

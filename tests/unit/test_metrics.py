@@ -1,5 +1,6 @@
 """Metrics against their closed forms, and predictions and evaluations against the models themselves."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy import stats
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import (
@@ -26,10 +28,18 @@ from tests.tiny import (
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task
+from worker.engine.catalog.report import MetricResult, Version
 from worker.engine.catalog.spec import EvaluationSpec, MetricName
 from worker.engine.checkpoints.loading import load
+from worker.engine.evaluation import metrics as metrics_module
 from worker.engine.evaluation.evaluate import predict
-from worker.engine.evaluation.metrics import Array, interval, likely_permutation, metric_for
+from worker.engine.evaluation.metrics import (
+    Array,
+    bootstrap,
+    compare,
+    likely_permutation,
+    metric_for,
+)
 from worker.engine.pipeline import Engine
 from worker.engine.scoring.data import tokenize
 
@@ -44,7 +54,7 @@ BINARY = ([1, 1, 1, 0, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 TERNARY = ([0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 1, 0, 2, 2, 2])
 
 
-def array(values: Sequence[float]) -> Array:
+def array(values: Any) -> Array:
     return np.array(values, dtype=np.float64)
 
 
@@ -86,34 +96,168 @@ def test_a_perfect_prediction_is_worth_one(task: Task) -> None:
         assert metric_for(name, task)(labels, labels) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("rows", "hits"), [(2000, 1600), (50, 50)])
-def test_the_interval_of_an_accuracy_is_that_of_a_binomial_share(rows: int, hits: int) -> None:
-    labels, predictions = np.ones(rows), array([1] * hits + [0] * (rows - hits))
-    low, high = interval(metric_for("accuracy", TWO), labels, predictions, seed=0)
-    share = hits / rows
-    half = 1.96 * math.sqrt(share * (1 - share) / rows)
-    assert low == pytest.approx(share - half, abs=0.12 * half)
-    assert high == pytest.approx(share + half, abs=0.12 * half)
+def resampled_by_the_libraries(
+    name: MetricName, task: Task, labels: Array, predictions: Sequence[Array], seed: int, resamples: int
+) -> Array:
+    """The bootstrap as one would write it down: draw rows, ask scikit-learn or SciPy, again and again."""
+    rng, metric = np.random.default_rng(seed), metric_for(name, task)
+    draws = [rng.integers(0, len(labels), len(labels)) for _ in range(resamples)]
+    return array([[metric(labels[rows], predicted[rows]) for rows in draws] for predicted in predictions])
 
 
-def test_the_interval_follows_from_its_seed() -> None:
-    metric = metric_for("pearson", REGRESSION)
-    labels, predictions = np.arange(10.0), np.arange(10.0) ** 2
-    assert interval(metric, labels, predictions, seed=1) == interval(metric, labels, predictions, seed=1)
-    assert interval(metric, labels, predictions, seed=1) != interval(metric, labels, predictions, seed=2)
+def random_classes(rows: int, classes: int, accuracies: Sequence[float], seed: int = 0) -> tuple[Array, list[Array]]:
+    """Labels, and predictions that know so large a share of them and guess the others."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, rows)
+    guesses = [np.where(rng.random(rows) < share, labels, rng.integers(0, classes, rows)) for share in accuracies]
+    return array(labels), [array(one) for one in guesses]
+
+
+CLASSES = {
+    "two": (TWO, *random_classes(60, 2, [0.9, 0.5])),
+    "three": (THREE, *random_classes(60, 3, [0.9, 0.5])),
+    "label never seen": (Task("classification", 7, {}), *random_classes(40, 5, [0.7])),
+    "few rows, some resamples of one class": (THREE, *random_classes(4, 3, [0.9, 0.2, 0.0])),
+    "one class in labels": (TWO, array([1] * 9), [array([1] * 9), array([0] * 9), array([1, 0, 0] * 3)]),
+    "one class in predictions": (THREE, array([0, 1, 2] * 4), [array([0] * 12), array([2] * 12)]),
+    "none of label 1": (TWO, array([0] * 5), [array([0] * 5)]),
+    "one row": (TWO, array([1]), [array([1]), array([0])]),
+}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1", "matthews"])
-def test_one_row_has_an_interval_of_one_point(name: MetricName) -> None:
-    low, high = interval(metric_for(name, TWO), array([1]), array([1]), seed=0)
-    assert low == high == metric_for(name, TWO)(array([1]), array([1]))
+@pytest.mark.parametrize("case", CLASSES)
+def test_resampled_metrics_of_classes_are_scikit_learns(name: MetricName, case: str) -> None:
+    task, labels, predictions = CLASSES[case]
+    expected = resampled_by_the_libraries(name, task, labels, predictions, seed=3, resamples=200)
+    found = bootstrap(name, task, labels, predictions, seed=3)[:, :200]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["f1", "matthews"])
-def test_resamples_without_a_label_do_not_disturb(name: MetricName) -> None:
-    labels, predictions = array([0, 0, 0, 0, 1]), array([0, 0, 0, 1, 1])
-    low, high = interval(metric_for(name, TWO), labels, predictions, seed=0)
-    assert -1 <= low <= metric_for(name, TWO)(labels, predictions) <= high <= 1
+def random_values(rows: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(rows)
+    labels = rng.normal(size=rows)
+    return labels, labels + rng.normal(size=rows)
+
+
+VALUES, NOISY = random_values(50)
+NUMBERS = {
+    "no ties": (VALUES, [NOISY, -NOISY]),
+    "ties": (np.round(VALUES), [np.round(NOISY), NOISY]),
+    "far from zero": (VALUES + 1e6, [NOISY, 1e-3 * NOISY - 40]),
+    "huge": (VALUES * 1e150, [NOISY * 1e-150, NOISY]),
+    "an outlier that many resamples miss": (VALUES, [np.append(NOISY[1:], 1e9), NOISY]),
+    "constant predictions": (VALUES, [np.full(50, 0.1), NOISY]),
+    "constant labels": (np.full(50, 0.1), [NOISY]),
+    "constant in many resamples": (array([0.1, 0.1, 0.1, 0.7]), [array([1, 2, 3, 4]), array([0.3, 0.3, 0.3, 0.2])]),
+    "one row": (array([0.1]), [array([0.3])]),
+}
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+@pytest.mark.parametrize("case", NUMBERS)
+def test_resampled_correlations_are_scipys(name: MetricName, case: str) -> None:
+    labels, predictions = NUMBERS[case]
+    expected = resampled_by_the_libraries(name, REGRESSION, labels, predictions, seed=3, resamples=200)
+    found = bootstrap(name, REGRESSION, labels, predictions, seed=3)[:, :200]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews", "pearson", "spearman"])
+@pytest.mark.parametrize("chunk", [1, 200, 7 * 200 + 5])
+def test_resamples_do_not_depend_on_how_many_are_computed_at_once(
+    monkeypatch: pytest.MonkeyPatch, name: MetricName, chunk: int
+) -> None:
+    task = THREE if name in METRICS["classification"] else REGRESSION
+    labels, predictions = random_classes(200, 3, [0.8, 0.6])
+    at_once = bootstrap(name, task, labels, predictions, seed=0)
+    monkeypatch.setattr(metrics_module, "CHUNK_VALUES", chunk)
+    assert np.array_equal(bootstrap(name, task, labels, predictions, seed=0), at_once)
+
+
+def compared(
+    name: MetricName, task: Task, labels: Array, expert: Array, average: Array, merged: Array, seed: int = 0
+) -> MetricResult:
+    """With the head kept as it was."""
+    evaluation = EvaluationSpec(source="local:rows.jsonl", metric=name, seed=seed)
+    predictions: dict[Version, Array] = {
+        "expert": expert,
+        "average": average,
+        "merged_kept_head": merged,
+        "merged": merged,
+    }
+    return compare(evaluation, task, labels, predictions)
+
+
+@pytest.mark.parametrize(("rows", "hits"), [(2000, 1600), (300, 285), (50, 50)])
+def test_the_interval_of_an_accuracy_is_that_of_a_binomial_share(rows: int, hits: int) -> None:
+    labels, predictions = np.ones(rows), array([1] * hits + [0] * (rows - hits))
+    found = compared("accuracy", TWO, labels, labels, labels, predictions)
+    # How many hits a resample draws is binomial; 1,000 resamples know its quantiles to a fifth of a deviation or a row.
+    expected = stats.binom.ppf([0.025, 0.975], rows, hits / rows) / rows
+    deviation = math.sqrt(hits / rows * (1 - hits / rows) / rows)
+    np.testing.assert_allclose(array(found.interval), expected, atol=max(0.2 * deviation, 1 / rows) + 1e-12)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    truth, tries, holds = 0.8, 300, 0
+    for seed in range(tries):
+        labels = np.ones(200)
+        predictions = (np.random.default_rng(seed).random(200) < truth).astype(np.float64)
+        resampled = bootstrap("accuracy", TWO, labels, [predictions], seed)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        holds += bool(low <= truth <= high)
+    # Binomial itself: at 300 tries, 0.95 is told to within 0.025 of two standard errors.
+    assert 0.92 <= holds / tries <= 0.98
+
+
+def test_a_comparison_has_the_metric_and_the_interval_of_each_version() -> None:
+    labels, (expert, average, merged) = random_classes(300, 3, [0.9, 0.5, 0.7])
+    found = compared("accuracy", THREE, labels, expert, average, merged, seed=5)
+    by_library = resampled_by_the_libraries("accuracy", THREE, labels, [expert, average, merged], 5, 1000)
+    quantiles = np.quantile(by_library, [0.025, 0.975], axis=1)
+    values = (found.expert, found.average, found.merged)
+    assert values == tuple(float(np.mean(labels == one)) for one in (expert, average, merged))
+    assert found.merged_kept_head == found.merged
+    assert found.retention == found.merged / found.expert
+    intervals = [found.intervals["expert"], found.intervals["average"], found.intervals["merged"]]
+    np.testing.assert_allclose(np.transpose(intervals), quantiles, atol=1e-12)
+    assert found.interval == found.intervals["merged"] == found.intervals["merged_kept_head"]
+    for index, difference in enumerate((found.differences["expert"], found.differences["average"])):
+        assert difference.value == pytest.approx(values[2] - values[index])
+        expected = np.quantile(by_library[2] - by_library[index], [0.025, 0.975])
+        np.testing.assert_allclose(array(difference.interval), expected, atol=1e-12)
+    kept = found.differences["merged_kept_head"]
+    assert (kept.value, kept.interval) == (0.0, (0.0, 0.0))
+    assert set(found.differences) == {"expert", "average", "merged_kept_head"}
+
+
+def test_a_paired_interval_is_narrower_where_both_fail_on_the_same_rows() -> None:
+    labels = np.ones(1000)
+    expert = array([1] * 700 + [0] * 300)
+    merged = array([0] * 20 + [1] * 690 + [0] * 290)  # 30 rows differ: 20 lost, 10 won
+    found = compared("accuracy", TWO, labels, expert, expert, merged)
+    low, high = found.differences["expert"].interval
+    # Of the difference of two shares on the same rows: McNemar's variance, (b + c) / n^2 - (b - c)^2 / n^3.
+    deviation = math.sqrt(30 / 1000**2 - 10**2 / 1000**3)
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
+    unpaired = math.hypot(*(np.ptp(found.intervals[version]) for version in ("expert", "merged")))
+    assert high - low < unpaired / 3
+
+
+def test_a_comparison_follows_from_its_seed() -> None:
+    labels, predictions = np.arange(10.0), np.arange(10.0) ** 2
+    first, again, other = (
+        compared("pearson", REGRESSION, labels, labels, labels, predictions, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first.interval != other.interval
+
+
+def test_a_metric_that_is_not_finite_is_an_error_that_names_the_rows() -> None:
+    labels = array([1e308, -1e308, 1e308, 1e308])
+    with np.errstate(all="ignore"), pytest.raises(NumericalError, match=r"pearson of local:rows.jsonl is not finite"):
+        compared("pearson", REGRESSION, labels, labels, labels, labels)
 
 
 def own_logits(checkpoint: Path, rows: Path) -> torch.Tensor:
@@ -191,9 +335,18 @@ def test_an_evaluation_compares_expert_average_and_merge_on_the_same_rows(tmp_pa
         assert (found.metric, found.examples) == (metric, 60)
         assert found.retention == (pytest.approx(found.merged / found.expert) if found.expert > 0 else None)
         assert found.interval[0] <= found.merged <= found.interval[1]
+        assert found.differences["average"].value == pytest.approx(found.merged - found.average)
     retentions = [m.retention for m in result.metrics.values() if m.retention is not None]
     assert result.mean_retention == pytest.approx(np.mean(retentions))
     assert result.min_retention == min(retentions)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metrics"] == {name: found.model_dump(mode="json") for name, found in result.metrics.items()}
+    pages = [(tmp_path / "out" / page).read_text() for page in ("README.md", "report.html")]
+    for found in result.metrics.values():
+        gain = found.differences["average"]
+        for page in pages:
+            assert f"{found.merged:.4f} ({found.interval[0]:.4f} to {found.interval[1]:.4f})" in page
+            assert f"{gain.value:+z.4f} ({gain.interval[0]:+z.4f} to {gain.interval[1]:+z.4f})" in page
 
 
 @pytest.mark.parametrize(

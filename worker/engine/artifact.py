@@ -6,31 +6,19 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 from safetensors.torch import save_file
-from torch import Tensor
 
+from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MANIFEST, MergeResult
-from worker.engine.catalog.spec import MergeSpec, ModelSpec
+from worker.engine.catalog.spec import MergeSpec
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import write_json
-from worker.engine.scoring.data import Example
+from worker.engine.scoring.measure import Measured
 
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
-
-
-class Scored(Protocol):
-    """A model whose scores are known, (nodes,) float64 by name."""
-
-    spec: ModelSpec
-    digest: str
-    examples: list[Example]
-    estimator: str | None
-    scores: dict[str, Tensor]
-    standard_errors: dict[str, Tensor]
 
 
 def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -41,14 +29,15 @@ def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def write_scores(folder: Path, run: Scored) -> None:
+def write_scores(folder: Path, name: str, digest: str, measured: Measured, examples: int) -> None:
     """`scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
-    tensors = {site: score.contiguous() for site, score in run.scores.items()}
-    tensors |= {f"{site}.stderr": error.contiguous() for site, error in run.standard_errors.items()}
+    scores = measured.of(Statistic.MASK_FISHER)
+    if not scores:
+        return
     (folder / "scores").mkdir(exist_ok=True)
-    about = {"estimator": run.estimator, "examples": len(run.examples), "checkpoint": run.digest}
-    path = folder / "scores" / f"{run.spec.name}.safetensors"
-    save_file(tensors, path, {"maskmerge": json.dumps(about)})  # one key: the library writes several in any order
+    about = {"estimator": measured.estimator, "examples": examples, "checkpoint": digest}
+    path = folder / "scores" / f"{name}.safetensors"
+    save_file(dict(scores), path, {"maskmerge": json.dumps(about)})  # one key: the library writes several in any order
     path.chmod(0o644)  # the library makes files that only their owner reads
 
 
@@ -91,23 +80,42 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+METRIC_COLUMNS = [
+    "model",
+    "metric",
+    "expert",
+    "plain average",
+    "merged, kept head",
+    "merged (95 % interval)",
+    "merged minus average (95 % interval)",
+    "retention",
+    "rows",
+]
+ABOUT_METRICS = (
+    "All versions predict the same rows. The plain average and the merge with kept head use the expert's head as it "
+    "was; merged is the model as published here. Retention is merged over expert. Intervals are bootstrap percentile "
+    "intervals over rows; for the difference, both versions are resampled together."
+)
+
+
 def _metric_rows(result: MergeResult) -> list[list[str]]:
-    return [
-        [
-            name,
-            m.metric,
-            _number(m.expert),
-            _number(m.average),
-            _number(m.merged),
-            f"{m.interval[0]:.4f} to {m.interval[1]:.4f}",
-            _number(m.retention, 3),
-            str(m.examples),
-        ]
-        for name, m in (result.metrics or {}).items()
-    ]
-
-
-METRIC_COLUMNS = ["model", "metric", "expert", "plain average", "merged", "95 % interval", "retention", "rows"]
+    rows = []
+    for name, m in (result.metrics or {}).items():
+        gain = m.differences["average"]
+        rows.append(
+            [
+                name,
+                m.metric,
+                _number(m.expert),
+                _number(m.average),
+                _number(m.merged_kept_head),
+                f"{m.merged:.4f} ({m.interval[0]:.4f} to {m.interval[1]:.4f})",
+                f"{gain.value:+z.4f} ({gain.interval[0]:+z.4f} to {gain.interval[1]:+z.4f})",
+                _number(m.retention, 3),
+                str(m.examples),
+            ]
+        )
+    return rows
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
@@ -124,6 +132,7 @@ def _report_page(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         parts.append(
             f"<p>Mean retention {_number(result.mean_retention, 3)}, lowest {_number(result.min_retention, 3)}.</p>"
         )
+        parts.append(f"<p>{escape(ABOUT_METRICS)}</p>")
     models = [
         [m.name, m.checkpoint, str(m.examples), _number(m.weight_share, 3), _number(m.score_seconds, 1), m.digest[:19]]
         for m in result.models
@@ -157,6 +166,7 @@ table {{ border-collapse: collapse; margin: 1rem 0; }}
 caption {{ text-align: left; font-weight: 600; padding: .5rem 0; white-space: nowrap; }}
 th, td {{ text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #8886; white-space: nowrap;
   font-variant-numeric: tabular-nums; }}
+thead th {{ white-space: normal; vertical-align: bottom; }}
 pre {{ overflow-x: auto; padding: 1rem; border: 1px solid #8886; }}
 </style>
 </head>
@@ -195,7 +205,7 @@ def _model_card(spec: MergeSpec, result: MergeResult) -> str:
         "",
     ]
     if result.metrics:
-        lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), ""]
+        lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), "", ABOUT_METRICS, ""]
     lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.headers import described_files, weights_among
-from worker.engine.catalog.spec import DatasetSpec, HubSource, MergeSpec, ModelSpec
+from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, HubSource, MergeSpec
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import is_out_of_memory, require_space
 
@@ -69,11 +69,11 @@ def fetch(spec: MergeSpec, on_progress: OnProgress) -> Fetched:
         StorageError: the hub does not answer.
         DiskFull: the cache has no room for it.
     """
-    models = {model.hub: model for model in spec.models if model.hub}
+    checkpoints = {checkpoint.hub: checkpoint for checkpoint in spec.checkpoints if checkpoint.hub}
     tables = {_table_key(rows): rows for rows in spec.rows_to_read if rows.hub}
     files: list[RemoteFile] = []
-    for source, model in models.items():
-        with _translated(model):
+    for source, checkpoint in checkpoints.items():
+        with _translated(checkpoint):
             files += _checkpoint_files(source)
     builders = {}
     for (source, config, _), rows in tables.items():
@@ -88,8 +88,8 @@ def fetch(spec: MergeSpec, on_progress: OnProgress) -> Fetched:
     require_space(cache, total, "the download")
     downloading = Phase("downloading", total, "bytes", on_progress)
     fetched = Fetched()
-    for source, model in models.items():
-        with _translated(model):
+    for source, checkpoint in checkpoints.items():
+        with _translated(checkpoint):
             fetched.checkpoints[source] = _download(files, "model", source, downloading)
     for (source, config, split), rows in tables.items():
         with _translated(rows):
@@ -207,9 +207,9 @@ def _prepared(rows: DatasetSpec, builder: Any) -> datasets.Dataset:
 
 
 @contextmanager
-def _translated(asked: ModelSpec | DatasetSpec) -> Iterator[None]:
+def _translated(asked: CheckpointSpec | DatasetSpec) -> Iterator[None]:
     """Turn the libraries' exceptions into ours."""
-    invalid = InvalidCheckpoint if isinstance(asked, ModelSpec) else InvalidDataset
+    invalid = InvalidCheckpoint if isinstance(asked, CheckpointSpec) else InvalidDataset
     try:
         yield
     except (
@@ -233,7 +233,7 @@ def _translated(asked: ModelSpec | DatasetSpec) -> Iterator[None]:
         if _is_the_machines(error):
             raise
         # A description may break the library anywhere, and its words name folders of this machine.
-        finding = "cannot load it" if isinstance(asked, ModelSpec) else "finds no rows in it"
+        finding = "cannot load it" if isinstance(asked, CheckpointSpec) else "finds no rows in it"
         problem = f"the hub's library {finding} ({type(error).__name__})"
         raise invalid(asked.source, problem) from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.rows import RowFile, Rows, is_parquet
-from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
+from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, MergeSpec
 from worker.engine.phase import OnProgress
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Inputs:
 
             self._fetched = fetch(spec, on_progress)
 
-    def checkpoint(self, model: ModelSpec) -> CheckpointInfo:
+    def checkpoint(self, model: CheckpointSpec) -> CheckpointInfo:
         """Raises InvalidCheckpoint."""
         if model.hub is not None and self._fetched is not None:
             folder = self._fetched.checkpoints[model.hub]

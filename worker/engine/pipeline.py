@@ -1,12 +1,11 @@
 """One merge, from checkpoints and rows to a folder that can be published."""
 
-import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,51 +13,61 @@ import torch
 from torch import Tensor
 
 from worker.engine import artifact
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, NumericalError
+from worker.engine.alignment import align_head
+from worker.engine.backbone import Backbone, plain_average
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters, MethodParameters
-from worker.engine.catalog.planning import MergePlan, PlannedTensor, plan_merge
-from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings
+from worker.engine.catalog.methods import (
+    MeasuringParameters,
+    MethodParameters,
+    ScoringParameters,
+    Statistic,
+)
+from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings, Version
 from worker.engine.catalog.rows import Row, Rows, sample
-from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
+from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec, StoreSpec
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
-from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
-from worker.engine.checkpoints.writer import write_models
+from worker.engine.checkpoints.reader import digest_checkpoint
+from worker.engine.checkpoints.writer import rewrite_head, write_models
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
-from worker.engine.evaluation.evaluate import predict
-from worker.engine.evaluation.metrics import interval, likely_permutation, metric_for
+from worker.engine.evaluation.evaluate import head_of, predict, predict_with
+from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
 from worker.engine.scoring.data import Example, tokenize
-from worker.engine.scoring.estimators import estimator_for
-from worker.engine.scoring.scorer import paper_scores, score
-
-logger = logging.getLogger(__name__)
+from worker.engine.scoring.measure import Measured, Measurer, Sample
+from worker.engine.store import StatisticsStore
 
 
 @dataclass
 class ModelRun:
-    """What one merge knows of one model: its rows, and then its scores."""
+    """What one merge knows of one model: its rows, and then its statistics."""
 
     spec: ModelSpec
     info: CheckpointInfo
     digest: str
-    examples: list[Example]
-    """Rows to score, of `population` in the data set."""
-    population: int
-    evaluation: list[Example]
-    estimator: str | None = None
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    standard_errors: dict[str, Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
+    sample: Sample | None = None
+    """Rows to measure."""
+    alignment: list[Example] = field(default_factory=list)
+    """Rows to align the head on; none of them is in `evaluation`."""
+    evaluation: list[Example] = field(default_factory=list)
+    measured: Measured = field(default_factory=Measured)
 
     @property
     def takes_part(self) -> bool:
         return self.spec.weight > 0
+
+    @property
+    def as_measured(self) -> MeasuredModel:
+        measured = self.measured
+        return MeasuredModel(
+            self.spec.weight, measured.scores, measured.of(Statistic.GRAM), measured.of(Statistic.FISHER)
+        )
 
 
 class Engine:
@@ -76,14 +85,19 @@ class Engine:
         """
         reset_peak_memory()
         spec.folder.mkdir(parents=True, exist_ok=True)
+        with _store(spec) as store:
+            return self._merge(spec, store, on_progress)
+
+    def _merge(self, spec: MergeSpec, store: StatisticsStore, on_progress: OnProgress) -> MergeResult:
         notes: list[str] = []
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
 
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
-            plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype)
-            states = [checkpoint_state(info) for info in plan.checkpoints]
+            base = inputs.checkpoint(spec.base) if spec.base else None
+            plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype, base)
+            states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
             loading = Phase("loading", len(spec.models), "models", on_progress)
@@ -91,27 +105,30 @@ class Engine:
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
                 runs.append(self._prepare(spec, model, info, inputs, notes))
                 loading.advance()
-            longest = max((e.length for run in runs for e in (*run.examples, *run.evaluation)), default=1)
-            self._require_memory(plan, spec, precision, longest)
+            self._require_memory(plan, spec, precision, max(map(_longest, runs)))
 
-        if spec.method.statistics:
+        if isinstance(spec.method, MeasuringParameters):
             with clock.measure("score_seconds"):
-                self._score(spec.method, runs, precision, on_progress)
+                self._measure(plan, Measurer(spec.method, plan.linear_inputs, precision, store), runs, on_progress)
 
         with clock.measure("merge_seconds"):
-            merger, shares = self._merger(spec.method, runs)
+            merger, shares = _merger(spec.method, runs)
             folders = artifact.model_folders(spec.folder, [m.name for m in spec.models])
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
             merging = Phase("merging", tensors, "tensors", on_progress)
-            with Backbone(plan, [run.takes_part for run in runs], merger) as backbone:
+            with Backbone(plan, [run.takes_part for run in runs], merger, spec.method.scale) as backbone:
                 digests = write_models(plan, folders, backbone.tensor, spec.output.max_shard_bytes, merging.advance)
+
+        if spec.aligns:
+            with clock.measure("align_seconds"):
+                digests |= self._align(plan, runs, folders, precision, on_progress, notes)
 
         metrics = None
         if any(run.evaluation for run in runs):
             with clock.measure("evaluate_seconds"):
                 metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
-        for info, state in zip(plan.checkpoints, states, strict=True):
+        for info, state in states:
             if checkpoint_state(info) != state:
                 raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
 
@@ -128,8 +145,7 @@ class Engine:
             notes=list(dict.fromkeys(notes)),
         )
         for run in runs:
-            if run.scores:
-                artifact.write_scores(spec.folder, run)
+            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured, _rows_measured(run))
         artifact.write_documents(spec, plan, result, digests)
         return result
 
@@ -137,8 +153,8 @@ class Engine:
         """Of this machine; on a GPU, activations take none of it. Models of earlier merges make room."""
         needed = plan.peak_memory_bytes(
             longest_row,
-            scored=bool(spec.method.statistics),
-            evaluated=spec.evaluates,
+            statistics=spec.method.statistics,
+            models_beside=spec.models_beside,
             batch_rows=spec.method.batch_rows,
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
         )
@@ -150,55 +166,64 @@ class Engine:
         self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, inputs: Inputs, notes: list[str]
     ) -> ModelRun:
         """Check a model's weights and read its rows: whatever is wrong with them is found before any work is spent."""
-        run = ModelRun(model, info, digest_checkpoint(info), [], 0, [])
+        run = ModelRun(model, info, digest_checkpoint(info))
         loaded = self._models.get(info)
-        method = spec.method
-        if isinstance(method, MaskFisherParameters) and run.takes_part:
-            dataset = _required(model)
-            rows = inputs.rows(dataset)
-            run.population = min(len(rows), dataset.limit or len(rows))
-            count = None if method.examples == "auto" else method.examples
-            shuffle = method.preset != "paper"
-            labels = _label_map(loaded, dataset, rows, notes) if method.needs_labels else None
-            run.examples = _examples(loaded, dataset, sample(rows, dataset, count, shuffle=shuffle), labels, notes)
+        held_out: set[tuple[str, str | None]] = set()
         if spec.evaluate and model.evaluation is not None:
             rows = inputs.rows(model.evaluation)
             labels = _label_map(loaded, model.evaluation, rows, notes)
-            run.evaluation = _examples(loaded, model.evaluation, sample(rows, model.evaluation, None), labels, notes)
+            read = sample(rows, model.evaluation, None)
+            run.evaluation = _examples(loaded, model.evaluation, read, labels, notes)
+            held_out = {(row.text, row.text_pair) for row in read}
+        method, dataset = spec.method, model.dataset
+        measured, aligned_on = spec.rows_wanted(model)
+        if measured or aligned_on:
+            dataset = _required(model)
+            rows = inputs.rows(dataset)
+            needed = _label_map(loaded, dataset, rows, notes) if measured and method.needs_labels else None
+            read = sample(rows, dataset, max(measured, aligned_on), shuffle=method.batch_rows is None)
+            examples = _examples(loaded, dataset, read, needed, notes)
+            if measured:
+                population = min(len(rows), dataset.limit or len(rows))
+                run.sample = Sample(examples[:measured], population, dataset.source)
+            candidates = list(zip(examples, read, strict=True))[:aligned_on]
+            run.alignment = [e for e, row in candidates if (row.text, row.text_pair) not in held_out]
+            if aligned_on and not run.alignment:
+                problem = f"every row of {dataset.source} that it could be aligned on is one that it is evaluated on"
+                notes.append(f"the head of {model.name} was kept as it was: {problem}")
+        elif spec.output.align_heads and dataset is None:
+            notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
         return run
 
-    def _score(
-        self, method: MethodParameters, runs: list[ModelRun], precision: Precision, on_progress: OnProgress
-    ) -> None:
-        if not isinstance(method, MaskFisherParameters):
-            raise TypeError(f"{method.name} has no scores")
-        scoring = Phase("scoring", sum(len(run.examples) for run in runs), "examples", on_progress)
+    def _measure(self, plan: MergePlan, measurer: Measurer, runs: list[ModelRun], on_progress: OnProgress) -> None:
+        total = measurer.passes * sum(_rows_measured(run) for run in runs)
+        scoring = Phase("scoring", total, "examples", on_progress)
         for run in runs:
-            if not run.takes_part:
-                continue
-            start = time.monotonic()
-            loaded = self._models.get(run.info)
-            source = _required(run.spec).source
-            if method.preset == "paper":
-                run.estimator = "empirical"
-                run.scores = paper_scores(loaded, run.examples, source, scoring.advance)
-            else:
-                estimator = estimator_for(method.estimator, loaded.task, method.seed)
-                statistics = score(loaded, run.examples, estimator, precision, source, scoring.advance)
-                run.estimator = estimator.name
-                run.scores = statistics.scores()
-                run.standard_errors = statistics.standard_errors(run.population)
-            run.seconds = time.monotonic() - start
+            if run.sample is not None:
+                run.measured = measurer.measure(self._models.get(run.info), run.digest, run.sample, scoring.advance)
 
-    def _merger(self, method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, list[float]]:
-        """The method over the models that take part, and every model's mean merge weight."""
-        models = [MeasuredModel(run.spec.weight, run.scores) for run in runs if run.takes_part]
-        if isinstance(method, MaskFisherParameters):
-            shares = iter(weight_shares(models, node_weights(models, method.normalize, method.floor)))
-        else:
-            total = sum(model.weight for model in models)
-            shares = iter([model.weight / total for model in models])
-        return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
+    def _align(
+        self,
+        plan: MergePlan,
+        runs: list[ModelRun],
+        folders: dict[str, Path],
+        precision: Precision,
+        on_progress: OnProgress,
+        notes: list[str],
+    ) -> dict[Path, str]:
+        """Refit every kept head to the merged backbone, in the artifact; the sha256 of what was written anew."""
+        aligning = Phase("aligning", 2 * sum(len(run.alignment) for run in runs), "examples", on_progress)
+        digests = {}
+        for run, planned in zip(runs, plan.heads, strict=True):
+            if not run.alignment:
+                continue
+            folder = folders[run.spec.name]
+            expert = self._models.get(run.info)
+            merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
+            head = align_head(expert, merged, run.alignment, precision, aligning.advance)
+            path, digest = rewrite_head(folder, run.info, planned, head)
+            digests[path] = digest
+        return digests
 
     def _evaluate(
         self,
@@ -211,14 +236,14 @@ class Engine:
     ) -> dict[str, MetricResult]:
         """Expert, plain average and merge (loaded from the artifact, as its user will) on the same rows."""
         evaluating = Phase("evaluating", 3 * sum(len(run.evaluation) for run in runs), "examples", on_progress)
-        average = self._plain_average(plan, runs)
+        average = plain_average(plan, [run.takes_part for run in runs])
         return {
-            run.spec.name: self._measure(run, folders[run.spec.name], average, precision, evaluating, notes)
+            run.spec.name: self._compare(run, folders[run.spec.name], average, precision, evaluating, notes)
             for run in runs
             if run.spec.evaluation is not None
         }
 
-    def _measure(
+    def _compare(
         self,
         run: ModelRun,
         folder: Path,
@@ -232,7 +257,6 @@ class Engine:
         if evaluation is None:
             raise TypeError(f"{run.spec.name} has no evaluation")
         loaded = self._models.get(run.info)
-        metric = metric_for(evaluation.metric, loaded.task)
         labels = np.array([e.label for e in examples], dtype=np.float64)
         expert_predictions = predict(loaded, examples, precision, evaluating.advance)
         if loaded.task.problem == "classification":
@@ -243,52 +267,18 @@ class Engine:
                     f"read as {', '.join(map(str, better))}; do both mean the same by them?"
                 )
         merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
-        merged_predictions = predict(merged, examples, precision, evaluating.advance)
-        merged.model.load_state_dict(average, strict=False)  # the head stays the expert's own
+        kept = head_of(loaded)
+        merged_predictions, kept_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
+        merged.model.load_state_dict(average, strict=False)
+        head_of(merged).load_state_dict(kept.state_dict())
         average_predictions = predict(merged, examples, precision, evaluating.advance)
-        expert, value = metric(labels, expert_predictions), metric(labels, merged_predictions)
-        if not (math.isfinite(expert) and math.isfinite(value)):
-            raise NumericalError(f"{evaluation.metric} of {evaluation.source} is not finite; are its labels too large?")
-        return MetricResult(
-            metric=evaluation.metric,
-            examples=len(examples),
-            expert=expert,
-            average=metric(labels, average_predictions),
-            merged=value,
-            merged_kept_head=value,
-            retention=value / expert if expert > 0 else None,
-            interval=interval(metric, labels, merged_predictions, evaluation.seed),
-        )
-
-    def _plain_average(self, plan: MergePlan, runs: list[ModelRun]) -> dict[str, Tensor]:
-        """The unweighted average of the models that take part, as a state to load."""
-        equal = [MeasuredModel(1.0) for run in runs if run.takes_part]
-        merger = BUILDERS["average"](AverageParameters(), equal)
-        with Backbone(plan, [run.takes_part for run in runs], merger) as backbone:
-            return {tensor.slot.name: backbone.tensor(tensor) for tensor in plan.backbone}
-
-
-class Backbone:
-    """Merged backbone tensors, computed one at a time from lazily read inputs of the models that take part."""
-
-    def __init__(self, plan: MergePlan, takes_part: Sequence[bool], merger: Merger) -> None:
-        self._plan = plan
-        self._taking_part = [index for index, takes in enumerate(takes_part) if takes]
-        self._merger = merger
-        self._stack = ExitStack()
-        self._readers: dict[int, TensorReader] = {}
-
-    def __enter__(self) -> "Backbone":
-        for index in self._taking_part:
-            self._readers[index] = self._stack.enter_context(TensorReader(self._plan.checkpoints[index]))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def tensor(self, planned: PlannedTensor) -> Tensor:
-        versions = [self._readers[index].read(planned.sources[index]) for index in self._taking_part]
-        return self._merger(planned.slot, versions)
+        predictions: dict[Version, Array] = {
+            "expert": expert_predictions,
+            "average": average_predictions,
+            "merged_kept_head": kept_predictions,
+            "merged": merged_predictions,
+        }
+        return compare(evaluation, loaded.task, labels, predictions)
 
 
 class Stopwatch:
@@ -302,6 +292,37 @@ class Stopwatch:
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 3)
+
+
+@contextmanager
+def _store(spec: MergeSpec) -> Iterator[StatisticsStore]:
+    """Where statistics are looked for and kept; without a place for them, until the merge is done."""
+    with ExitStack() as stack:
+        where = spec.store
+        if where is None:
+            where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=0)
+        yield stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
+
+
+def _merger(method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, list[float]]:
+    """The method over the models that take part, and every model's mean merge weight."""
+    models = [run.as_measured for run in runs if run.takes_part]
+    if isinstance(method, ScoringParameters):
+        shares = iter(weight_shares(models, node_weights(models, method.normalize, method.floor)))
+    else:
+        total = sum(model.weight for model in models)
+        shares = iter([model.weight / total for model in models])
+    return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
+
+
+def _longest(run: ModelRun) -> int:
+    """Tokens of the model's longest row."""
+    measured = run.sample.examples if run.sample else ()
+    return max((example.length for example in (*measured, *run.alignment, *run.evaluation)), default=1)
+
+
+def _rows_measured(run: ModelRun) -> int:
+    return len(run.sample.examples) if run.sample else 0
 
 
 def _required(model: ModelSpec) -> DatasetSpec:
@@ -353,16 +374,17 @@ def _model_result(run: ModelRun, weight_share: float) -> ModelResult:
         checkpoint=run.spec.source,
         commit=run.spec.hub.commit if run.spec.hub else None,
         digest=run.digest,
-        examples=len(run.examples),
+        examples=_rows_measured(run),
+        aligned_examples=len(run.alignment),
         weight_share=weight_share,
-        score_seconds=round(run.seconds, 3),
-        score_cached=False,
+        score_seconds=round(run.measured.seconds, 3),
+        score_cached=run.measured.cached,
     )
 
 
 def _estimators(runs: Sequence[ModelRun]) -> dict[str, Any]:
     """The estimator each model was scored by, with `auto` resolved; a string where they agree."""
-    found = {run.spec.name: run.estimator for run in runs if run.estimator}
+    found = {run.spec.name: run.measured.estimator for run in runs if run.measured.estimator}
     if not found:
         return {}
     return {"estimator": next(iter(found.values())) if len(set(found.values())) == 1 else found}

@@ -5,13 +5,14 @@ Whatever can be refused is refused here, before a byte of weights is read.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
 from worker.engine.catalog.headers import DTYPE_BYTES, CheckpointInfo, TensorInfo
 from worker.engine.catalog.labels import Task, task_of
+from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.spec import Dtype
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -19,17 +20,22 @@ FLOATS = tuple(TORCH_NAMES.values())
 BATCH_TOKENS = 4096  # padded tokens of a batch
 CACHE_BYTES = 2_000_000_000  # models kept loaded
 PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
+STORED_BYTES = 4  # statistics are summed in float64 and stored in float32
+GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
+GRAM_MATRICES = 6  # in float64, while a layer is merged: the sum, its factor, one model's, and what is between
+FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and what is between
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor. `sources` has the tensor of each model, in the models' order."""
+    """One output tensor. `sources` has the tensor of each model, in the models' order; `base` the ancestor's."""
 
     slot: Slot
     shape: tuple[int, ...]
     dtype: str
     sources: tuple[TensorInfo, ...]
+    base: TensorInfo | None = None
 
     @property
     def nbytes(self) -> int:
@@ -40,18 +46,50 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class LinearInput:
+    """What linear layers read, (…, width), seen at the input of `module`; see `Slot.input`."""
+
+    name: str
+    module: str
+    width: int
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """Output tensors in the order in which they are written: the backbone once, and each model's own head."""
 
     family: Family
     checkpoints: tuple[CheckpointInfo, ...]
+    base: CheckpointInfo | None
     tasks: tuple[Task, ...]
     backbone: tuple[PlannedTensor, ...]
     heads: tuple[tuple[PlannedTensor, ...], ...]
 
     @property
+    def linear_inputs(self) -> list[LinearInput]:
+        """Of the backbone's linear layers."""
+        return [
+            LinearInput(t.slot.input, t.slot.name.removesuffix(".weight"), t.shape[1])
+            for t in self.backbone
+            if t.slot.input and t.slot.shows_input
+        ]
+
+    def statistics_bytes(self, statistics: Collection[Statistic]) -> int:
+        """Of one model's statistics as stored; mask scores are too small to count."""
+        stored = 0
+        if Statistic.GRAM in statistics:
+            stored += sum(STORED_BYTES * seen.width**2 for seen in self.linear_inputs)
+        if Statistic.FISHER in statistics:
+            stored += sum(STORED_BYTES * math.prod(t.shape) for t in self.backbone)
+        return stored
+
+    @property
+    def all_checkpoints(self) -> list[CheckpointInfo]:
+        return [*self.checkpoints, *([self.base] if self.base else ())]
+
+    @property
     def bytes_to_read(self) -> int:
-        return sum(tensor.nbytes for info in self.checkpoints for tensor in info.tensors.values())
+        return sum(tensor.nbytes for info in self.all_checkpoints for tensor in info.tensors.values())
 
     @property
     def bytes_to_write(self) -> int:
@@ -61,8 +99,8 @@ class MergePlan:
         self,
         longest_row: int | None = None,
         *,
-        scored: bool = True,
-        evaluated: bool = True,
+        statistics: Collection[Statistic] = (),
+        models_beside: int = 0,
         batch_rows: int | None = None,
         value_bytes: int = 4,
     ) -> int:
@@ -73,8 +111,9 @@ class MergePlan:
 
         Args:
             longest_row: tokens; the most that the model takes when it is not known yet.
-            scored: whether there is a backward pass, which keeps the activations of every layer.
-            evaluated: whether merge and plain average are held beside the models.
+            statistics: what is measured; Fisher information takes a backward pass, which keeps the activations of
+                every layer.
+            models_beside: those held beside the experts: the merge, the plain average.
             batch_rows: of a batch that keeps to no budget of tokens.
             value_bytes: of an activation: 4 in float32, 2 in bfloat16.
         """
@@ -83,21 +122,32 @@ class MergePlan:
         longest = self.family.max_tokens(config) if longest_row is None else longest_row
         # Held in float32, whatever they are stored in: the cache's models, and what is evaluated beside them.
         models = [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.checkpoints]
-        held = min(sum(models), CACHE_BYTES + max(models)) + (2 if evaluated else 0) * max(models)
+        held = min(sum(models), CACHE_BYTES + max(models)) + models_beside * max(models)
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention
-        values = (sizes["layers"] if scored else 1) * per_layer + PASSING_ATTENTION_ROWS * attention
         tokens = max(BATCH_TOKENS, longest * (batch_rows or 1))
-        return RUNTIME_BYTES + held + tokens * values * value_bytes
+        passing = PASSING_ATTENTION_ROWS * attention
+        phases = [tokens * (per_layer + passing) * value_bytes]
+        if Statistic.MASK_FISHER in statistics:
+            phases.append(tokens * (sizes["layers"] * per_layer + passing) * value_bytes)
+        if Statistic.FISHER in statistics:
+            phases.append(longest * (sizes["layers"] * per_layer + passing) * 4 + FISHER_VALUE_BYTES * max(models) // 4)
+        if Statistic.GRAM in statistics:
+            matrices = [8 * seen.width**2 for seen in self.linear_inputs]
+            phases[0] += min(sum(matrices), max(GRAM_BYTES, max(matrices)))
+            phases.append(GRAM_MATRICES * max(matrices))
+        return RUNTIME_BYTES + held + max(phases)
 
     def owners(self) -> Mapping[str, int]:
         """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""
         return Counter(str(t.slot.owner.nodes) if t.slot.owner else "rest" for t in self.backbone)
 
 
-def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> MergePlan:
-    """Check that the checkpoints fit each other and lay out the merge.
+def plan_merge(
+    checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto", base: CheckpointInfo | None = None
+) -> MergePlan:
+    """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
 
     Raises:
         InvalidCheckpoint: an unknown architecture, a tensor that no rule owns, a size that contradicts the config.
@@ -115,13 +165,19 @@ def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> 
         _check_sizes(info, family)
         tasks.append(task_of(info))
         _check_settings(first, info, family)
+        _check_vocabulary(first, info)
+    ancestor = _ancestor(first, base, family) if base else {}
     slots = [_slots(info, family) for info in checkpoints]
     backbone = []
     for name, (slot, tensor) in slots[0].items():
         if slot.kind in (Kind.HEAD, Kind.UNREAD):
             continue
         sources = [_counterpart(first, tensor, info, of, name) for info, of in zip(checkpoints, slots, strict=True)]
-        backbone.append(PlannedTensor(slot, tensor.shape, _output_dtype(sources, dtype), tuple(sources)))
+        backbone.append(
+            PlannedTensor(slot, tensor.shape, _output_dtype(sources, dtype), tuple(sources), ancestor.get(slot.name))
+        )
+        if base is not None:
+            _check_base(base, ancestor.get(slot.name), first, tensor)
     for info, of in zip(checkpoints, slots, strict=True):
         for name, (slot, _) in of.items():
             if slot.kind not in (Kind.HEAD, Kind.UNREAD) and name not in slots[0]:
@@ -134,7 +190,7 @@ def plan_merge(checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto") -> 
         )
         for of in slots
     )
-    return MergePlan(family, tuple(checkpoints), tuple(tasks), tuple(backbone), heads)
+    return MergePlan(family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads)
 
 
 def require_tokenizer(info: CheckpointInfo) -> None:
@@ -198,6 +254,9 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family)
         ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
         if ours != theirs:
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}")
+
+
+def _check_vocabulary(first: CheckpointInfo, info: CheckpointInfo) -> None:
     common = first.vocabulary.keys() & info.vocabulary.keys()
     if not common:
         problem = "their tokenizers are stored in different forms; save both as tokenizer.json, by save_pretrained()"
@@ -206,6 +265,38 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family)
         raise IncompatibleCheckpoints(
             first.source, info.source, "their tokenizers have different vocabularies; a merge needs one vocabulary"
         )
+
+
+def _ancestor(first: CheckpointInfo, base: CheckpointInfo, family: Family) -> dict[str, TensorInfo]:
+    """The base's backbone by canonical name. It may have any head or none, and names without the family's prefix."""
+    if base.model_type != family.model_type:
+        raise IncompatibleCheckpoints(
+            first.source, base.source, f"architectures differ: {first.model_type}, {base.model_type}"
+        )
+    if base.config.get("quantization_config"):
+        raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
+    _check_settings(first, base, family)
+    if base.vocabulary:
+        _check_vocabulary(first, base)
+    found = {}
+    for tensor in base.tensors.values():
+        slot = family.slot(tensor.name) or family.slot(family.prefix + tensor.name)
+        if slot is not None and slot.kind not in (Kind.HEAD, Kind.UNREAD):
+            found[slot.name] = tensor
+    return found
+
+
+def _check_base(base: CheckpointInfo, found: TensorInfo | None, first: CheckpointInfo, tensor: TensorInfo) -> None:
+    if found is None:
+        raise IncompatibleCheckpoints(first.source, base.source, f"tensor {tensor.name} is missing in the base")
+    if found.shape != tensor.shape:
+        raise IncompatibleCheckpoints(
+            first.source,
+            base.source,
+            f"tensor {tensor.name} has shape {list(tensor.shape)}, in the base {list(found.shape)}",
+        )
+    if found.dtype not in FLOATS:
+        raise InvalidCheckpoint(base.source, f"tensor {found.name} has dtype {found.dtype}, not a float")
 
 
 def _slots(info: CheckpointInfo, family: Family) -> dict[str, tuple[Slot, TensorInfo]]:

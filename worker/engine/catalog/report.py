@@ -1,6 +1,6 @@
 """What a finished merge says of itself: the job's `result`, and `report.json` in the artifact."""
 
-from typing import Any
+from typing import Any, Literal
 
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import Strict
@@ -18,26 +18,44 @@ class ModelResult(Strict):
     digest: str
     """sha256 over the names and sha256 of the checkpoint's weight files and config."""
     examples: int
-    """Rows that were scored."""
+    """Rows that were measured."""
+    aligned_examples: int
+    """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float
     """Mean merge weight over all owned slices."""
     score_seconds: float
     score_cached: bool
+    """Whether all of its statistics were there from an earlier merge."""
+
+
+Version = Literal["expert", "average", "merged_kept_head", "merged"]
+"""The models whose predictions of the same rows are compared."""
+
+
+class Difference(Strict):
+    value: float
+    interval: tuple[float, float]
 
 
 class MetricResult(Strict):
     metric: MetricName
     examples: int
+    """Rows of the evaluation."""
     expert: float
     average: float
-    """Of the plain average of the same checkpoints."""
+    """Of the plain, unweighted average of the same checkpoints with the expert's own head."""
     merged: float
+    """Of the model in the artifact; its head may have been refitted."""
     merged_kept_head: float
     """Of the merge with the expert's own head as it was."""
     retention: float | None
     """merged / expert; null where the expert's metric is not positive."""
     interval: tuple[float, float]
     """Of `merged`: 95 % bootstrap percentile interval over rows."""
+    intervals: dict[Version, tuple[float, float]]
+    """The same of each version; `merged` has that of `interval`."""
+    differences: dict[Version, Difference]
+    """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
 
 
 class Timings(Strict):
@@ -45,6 +63,7 @@ class Timings(Strict):
     load_seconds: float = 0.0
     score_seconds: float = 0.0
     merge_seconds: float = 0.0
+    align_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     publish_seconds: float = 0.0
 

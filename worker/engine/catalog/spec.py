@@ -18,6 +18,8 @@ from worker.engine.catalog.strict import Strict
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+ALIGNMENT_ROWS = 512
+"""Rows that a head is aligned on, at most."""
 Method = Annotated[
     AverageParameters
     | MaskFisherParameters
@@ -77,8 +79,9 @@ class EvaluationSpec(DatasetSpec):
     metric: MetricName
 
 
-class ModelSpec(Strict):
-    name: str
+class CheckpointSpec(Strict):
+    """A local folder, or a repository of the hub."""
+
     source: str
     path: Path | None = None
     hub: HubSource | None = None
@@ -87,6 +90,10 @@ class ModelSpec(Strict):
     """`checkpoint_state` when the job was accepted."""
     root: Path | None = None
     """Folder that the checkpoint's files must lie under, after following links; None for any."""
+
+
+class ModelSpec(CheckpointSpec):
+    name: str
     weight: float
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
@@ -94,7 +101,15 @@ class ModelSpec(Strict):
 
 class OutputSpec(Strict):
     dtype: Dtype = "auto"
+    align_heads: bool = False
     max_shard_bytes: int = 5_000_000_000
+
+
+class StoreSpec(Strict):
+    """Where statistics are kept for later merges, and how much of them."""
+
+    folder: Path
+    max_bytes: int
 
 
 class MergeSpec(Strict):
@@ -102,18 +117,43 @@ class MergeSpec(Strict):
 
     name: str
     models: list[ModelSpec]
+    base: CheckpointSpec | None = None
+    """The common ancestor, for methods that merge differences from it."""
     method: SerializeAsAny[Method]
     output: OutputSpec
     evaluate: bool
     recipe: dict[str, Any]
     folder: Path
     """Where the artifact is assembled; empty and private to this attempt."""
+    store: StoreSpec | None = None
+    """None: statistics are computed and forgotten."""
+
+    def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
+        """How many of the first rows of the model's data set are measured, and on how many its head is aligned."""
+        asked = getattr(self.method, "examples", ALIGNMENT_ROWS)
+        examples = asked if isinstance(asked, int) else ALIGNMENT_ROWS
+        measured = examples if self.method.statistics and model.weight > 0 else 0
+        aligned = min(examples, ALIGNMENT_ROWS) if self.output.align_heads and model.dataset else 0
+        return measured, aligned
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
-        """Data sets to score on, of models that take part, and evaluations to make."""
-        scored = [m.dataset for m in self.models if m.dataset and m.weight > 0 and self.method.statistics]
-        return [*scored, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
+        """Data sets to measure on, of models that take part, or to align heads on, and evaluations to make."""
+        measured = [m.dataset for m in self.models if m.dataset and any(self.rows_wanted(m))]
+        return [*measured, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
+
+    @property
+    def aligns(self) -> bool:
+        return self.output.align_heads and any(model.dataset for model in self.models)
+
+    @property
+    def checkpoints(self) -> list[CheckpointSpec]:
+        return [*self.models, *([self.base] if self.base else ())]
+
+    @property
+    def models_beside(self) -> int:
+        """Models that are held beside the experts: the merge, and the plain average that it is compared with."""
+        return 2 if self.evaluates else 1 if self.aligns else 0
 
     @property
     def evaluates(self) -> bool:
@@ -121,4 +161,4 @@ class MergeSpec(Strict):
 
     @property
     def names_the_hub(self) -> bool:
-        return any(m.hub for m in self.models) or any(rows.hub for rows in self.rows_to_read)
+        return any(c.hub for c in self.checkpoints) or any(rows.hub for rows in self.rows_to_read)

@@ -118,17 +118,37 @@ def write_models(
         for folder in others:
             os.link(first / name, folder / name)
     for folder, info, head in zip(folders.values(), plan.checkpoints, plan.heads, strict=True):
-        with TensorReader(info) as reader, ShardWriter(folder / names[-1], head) as writer:
-            for tensor in writer.tensors:
-                writer.write(reader.read(tensor.sources[0]))
-                on_tensor()
-        digests[folder / names[-1]] = writer.sha256
+        digests[folder / names[-1]] = _write_head(folder / names[-1], info, head, {}, on_tensor)
         weight_map = {t.slot.name: name for name, shard in zip(names, [*shards, head], strict=True) for t in shard}
         size = sum(t.nbytes for t in (*plan.backbone, *head))
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
         _write_config(info, plan.backbone[0].dtype, folder)
         _copy_tokenizer(info, folder)
     return digests
+
+
+def rewrite_head(
+    folder: Path, info: CheckpointInfo, head: Sequence[PlannedTensor], replaced: Mapping[str, Tensor]
+) -> tuple[Path, str]:
+    """Write a model's own shard anew, with other tensors for some names; the file and its sha256."""
+    path = max(folder.glob("model-*.safetensors"))  # the last shard, see `write_models`
+    path.unlink()
+    return path, _write_head(path, info, head, replaced, lambda: None)
+
+
+def _write_head(
+    path: Path,
+    info: CheckpointInfo,
+    head: Sequence[PlannedTensor],
+    replaced: Mapping[str, Tensor],
+    on_tensor: Callable[[], None],
+) -> str:
+    with TensorReader(info) as reader, ShardWriter(path, head) as writer:
+        for tensor in writer.tensors:
+            name = tensor.slot.name
+            writer.write(replaced[name] if name in replaced else reader.read(tensor.sources[0]))
+            on_tensor()
+    return writer.sha256
 
 
 def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:

@@ -1,29 +1,89 @@
-"""Predictions of a model over rows."""
+"""What a model makes of rows: predictions, and what its head reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.labels import Task
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision, computing_in
 from worker.engine.evaluation.metrics import Array
-from worker.engine.scoring.data import Example, collate, plan_batches
+from worker.engine.scoring.data import Batch, Example, collate, plan_batches
+
+OnRows = Callable[[int], None]
+
+
+def head_of(loaded: LoadedModel) -> nn.Linear:
+    """The linear layer that gives the logits."""
+    module = loaded.model.get_submodule(FAMILIES[loaded.info.model_type].logits)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{loaded.info.architecture} has no linear head")
+    return module
 
 
 def predict(
-    loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: Callable[[int], None]
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    precision: Precision,
+    on_rows: OnRows,
 ) -> Array:
     """Predicted class ids, or values for regression, (rows,), in the order of `examples`."""
     predictions = np.empty(len(examples), dtype=np.float64)
-    with torch.inference_mode():
-        for batch in collate(plan_batches(examples), loaded.padding, loaded.device):
-            with computing_in(precision, loaded.device):
-                logits = loaded.model(**batch.inputs).logits.float()
-            if not bool(torch.isfinite(logits).all()):
-                raise NumericalError(f"{loaded.info.source} gives logits that are NaN or infinite")
-            values = logits[:, 0] if loaded.task.problem == "regression" else logits.argmax(-1)
-            predictions[batch.indices.numpy()] = values.cpu().double().numpy()
-            on_rows(len(batch))
+    for batch, _, logits in _forward(loaded, examples, precision):
+        predictions[batch.indices.numpy()] = _predicted(logits, loaded.task)
+        on_rows(len(batch))
     return predictions
+
+
+def predict_with(
+    loaded: LoadedModel,
+    other: nn.Linear,
+    examples: Sequence[Example],
+    precision: Precision,
+    on_rows: OnRows,
+) -> tuple[Array, Array]:
+    """As `predict`, with the model's own head and with another in its place, by one pass."""
+    own, others = (np.empty(len(examples), dtype=np.float64) for _ in range(2))
+    for batch, features, logits in _forward(loaded, examples, precision):
+        rows = batch.indices.numpy()
+        own[rows] = _predicted(logits, loaded.task)
+        with computing_in(precision, loaded.device):
+            others[rows] = _predicted(other(features).float(), loaded.task)
+        on_rows(len(batch))
+    return own, others
+
+
+def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows) -> Tensor:
+    """What the head's linear layer reads, (rows, width), float64 on the CPU, in the order of `examples`."""
+    inputs = torch.empty(len(examples), head_of(loaded).in_features, dtype=torch.float64)
+    for batch, features, _ in _forward(loaded, examples, precision):
+        inputs[batch.indices] = features.cpu().double()
+        on_rows(len(batch))
+    return inputs
+
+
+def _forward(
+    loaded: LoadedModel, examples: Sequence[Example], precision: Precision
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Batches, what the head reads, (batch, width), and the logits, (batch, outputs), float32."""
+    read: list[Tensor] = []
+    handle = head_of(loaded).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        with torch.inference_mode():
+            for batch in collate(plan_batches(examples), loaded.padding, loaded.device):
+                with computing_in(precision, loaded.device):
+                    logits = loaded.model(**batch.inputs).logits.float()
+                if not bool(torch.isfinite(logits).all()):
+                    raise NumericalError(f"{loaded.info.source} gives logits that are NaN or infinite")
+                yield batch, read.pop(), logits
+    finally:
+        handle.remove()
+
+
+def _predicted(logits: Tensor, task: Task) -> Array:
+    values = logits[:, 0] if task.problem == "regression" else logits.argmax(-1)
+    return values.cpu().double().numpy()

@@ -1,21 +1,28 @@
-"""Metrics, from scikit-learn and SciPy, and their bootstrap intervals."""
+"""Metrics, from scikit-learn and SciPy, and their paired bootstrap over several predictions of the same rows."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, sparse, stats
 from sklearn import metrics as sk
 
+from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.labels import Task
-from worker.engine.catalog.spec import MetricName
+from worker.engine.catalog.report import Difference, MetricResult, Version
+from worker.engine.catalog.spec import EvaluationSpec, MetricName
 
 Array = NDArray[np.float64]
 Metric = Callable[[Array, Array], float]
 """From labels and predictions, each (rows,), to the metric."""
+ResampledMetric = Callable[[Array], Array]
+"""From how often each row was drawn, (rows, resamples), to the metric of each prediction, (predictions, resamples)."""
 
 BOOTSTRAP_RESAMPLES = 1000
+CHUNK_VALUES = 2**17  # counts of rows at a time, 1 MiB: what is computed from them stays in a core's cache
+LOST_TO_CANCELLATION = 1e-6  # of a sum of squares: less is left of it than ten digits
 SUSPICIOUS_GAIN = 0.1  # of accuracy
 CHANCE_ERRORS = 3  # standard errors of a share, at most 1 / sqrt(rows) each, that renaming labels may gain by chance
 
@@ -46,18 +53,173 @@ def metric_for(name: MetricName, task: Task) -> Metric:
     return _SIMPLE[name]
 
 
-def interval(metric: Metric, labels: Array, predictions: Array, seed: int) -> tuple[float, float]:
-    """95 % bootstrap percentile interval of a metric, resampling rows."""
-    if len(labels) < 2:
-        value = metric(labels, predictions)
-        return value, value
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(BOOTSTRAP_RESAMPLES):
-        rows = rng.integers(0, len(labels), len(labels))
-        values.append(metric(labels[rows], predictions[rows]))
-    low, high = np.quantile(values, [0.025, 0.975])
+def compare(
+    evaluation: EvaluationSpec, task: Task, labels: Array, predictions: Mapping[Version, Array]
+) -> MetricResult:
+    """The metric of every version's predictions, and what the merge gains or loses against each other version.
+
+    Intervals are 95 % bootstrap percentile intervals (Efron and Tibshirani 1993, chapter 13). The bootstrap is paired:
+    each resample draws the same rows for all versions, so what makes a row hard for all of them cancels in differences.
+
+    Args:
+        labels: (rows,).
+        predictions: of all versions, (rows,) each. The evaluation's seed draws the rows.
+
+    Raises:
+        NumericalError: a metric is not finite.
+    """
+    metric = metric_for(evaluation.metric, task)
+    values = {version: metric(labels, predicted) for version, predicted in predictions.items()}
+    if not all(map(math.isfinite, values.values())):
+        raise NumericalError(f"{evaluation.metric} of {evaluation.source} is not finite; are its labels too large?")
+    draws = bootstrap(evaluation.metric, task, labels, list(predictions.values()), evaluation.seed)
+    resampled = dict(zip(predictions, draws, strict=True))
+    return MetricResult(
+        metric=evaluation.metric,
+        examples=len(labels),
+        expert=values["expert"],
+        average=values["average"],
+        merged=values["merged"],
+        merged_kept_head=values["merged_kept_head"],
+        retention=values["merged"] / values["expert"] if values["expert"] > 0 else None,
+        interval=_interval(resampled["merged"]),
+        intervals={version: _interval(resampled[version]) for version in predictions},
+        differences={
+            version: Difference(
+                value=values["merged"] - values[version],
+                interval=_interval(resampled["merged"] - resampled[version]),
+            )
+            for version in predictions
+            if version != "merged"
+        },
+    )
+
+
+def _interval(resampled: Array) -> tuple[float, float]:
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return float(low), float(high)
+
+
+def bootstrap(name: MetricName, task: Task, labels: Array, predictions: Sequence[Array], seed: int) -> Array:
+    """The metric of every prediction on resampled rows, (predictions, resamples); all are on the same resamples.
+
+    Args:
+        labels, predictions: (rows,) each.
+    """
+    if name == "pearson":
+        metric = _pearson(labels, predictions)
+    elif name == "spearman":
+        metric = _spearman(labels, predictions)
+    else:
+        metric = _of_classes(name, task.outputs, labels, predictions)
+    return np.concatenate([metric(counts) for counts in _resamples(len(labels), seed)], axis=1)
+
+
+def _resamples(rows: int, seed: int) -> Iterator[Array]:
+    """How often each row is drawn, (rows, resamples), a chunk of resamples at a time."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, CHUNK_VALUES // rows)
+    for start in range(0, BOOTSTRAP_RESAMPLES, chunk):
+        size = min(chunk, BOOTSTRAP_RESAMPLES - start)
+        counts = np.empty((rows, size))
+        for resample in range(size):
+            counts[:, resample] = np.bincount(rng.integers(0, rows, rows), minlength=rows)
+        yield counts
+
+
+def _of_classes(name: MetricName, classes: int, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+    """Accuracy, F1 and Matthews' correlation (Gorodkin 2004) of the confusion tables' diagonals and margins."""
+    of_labels = _indicator(labels, classes)
+    of_predictions = [_indicator(predicted, classes) for predicted in predictions]
+    of_hits = [one.multiply(of_labels).tocsr() for one in of_predictions]
+
+    def values(counts: Array) -> Array:
+        rows = counts[:, 0].sum()
+        found = []
+        for hit, of_prediction in zip(of_hits, of_predictions, strict=True):
+            hits = hit @ counts  # (classes, resamples), as the other two
+            if name == "accuracy":
+                found.append(hits.sum(0) / rows)
+                continue
+            labelled, predicted = of_labels @ counts, of_prediction @ counts
+            if name == "f1":
+                f1 = _ratio(2 * hits, labelled + predicted)
+                present = (labelled + predicted > 0).sum(0)  # the mean is over these alone, as in scikit-learn
+                found.append(f1[1] if classes == 2 else f1.sum(0) / present)
+            else:
+                covariance = hits.sum(0) * rows - (labelled * predicted).sum(0)
+                variances = (rows**2 - (labelled**2).sum(0), rows**2 - (predicted**2).sum(0))
+                found.append(_correlation(covariance, *variances))
+        return np.stack(found)
+
+    return values
+
+
+def _pearson(labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+    """From sums of values, squares and products; where squares cancel to little, from the drawn rows themselves."""
+    versions = np.stack([_standardised(values) for values in (labels, *predictions)])
+    of_values, of_squares = sparse.csr_array(versions), sparse.csr_array(versions**2)
+    of_products = sparse.csr_array(versions[0] * versions[1:])
+
+    def values(counts: Array) -> Array:
+        rows = counts[:, 0].sum()
+        sums, squares = of_values @ counts, of_squares @ counts
+        variances = np.maximum(squares - sums**2 / rows, 0)
+        covariances = of_products @ counts - sums[0] * sums[1:] / rows
+        found = _correlation(covariances, variances[0], variances[1:])
+        cancelled = variances <= LOST_TO_CANCELLATION * squares
+        for version, resample in np.argwhere(cancelled[0] | cancelled[1:]):
+            drawn = np.repeat(np.arange(len(labels)), counts[:, resample].astype(int))
+            found[version, resample] = _SIMPLE["pearson"](labels[drawn], predictions[version][drawn])
+        return found
+
+    return values
+
+
+def _spearman(labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+    """Correlation of average ranks among the drawn rows, all in whole numbers: twice the rank, less its mean."""
+    codes = [np.unique(values, return_inverse=True)[1] for values in (labels, *predictions)]
+    indicators = [_indicator(of_rows, int(of_rows.max()) + 1) for of_rows in codes]
+
+    def values(counts: Array) -> Array:
+        of_labels, variance = _ranks(indicators[0] @ counts)
+        weighted = counts * of_labels[codes[0]]
+        found = []
+        for indicator in indicators[1:]:
+            ranks, own_variance = _ranks(indicator @ counts)
+            covariance = np.einsum("vr,vr->r", indicator @ weighted, ranks)
+            found.append(_correlation(covariance, variance, own_variance))
+        return np.stack(found)
+
+    return values
+
+
+def _ranks(drawn: Array) -> tuple[Array, Array]:
+    """Of each distinct value, ascending, drawn so often: its centred rank, doubled, and the ranks' sum of squares."""
+    through = np.cumsum(drawn, axis=0)
+    ranks = 2 * through - drawn - through[-1]
+    return ranks, np.einsum("vr,vr,vr->r", drawn, ranks, ranks)
+
+
+def _correlation(covariance: Array, first_variance: Array, second_variance: Array) -> Array:
+    return np.clip(_ratio(covariance, np.sqrt(first_variance) * np.sqrt(second_variance)), -1, 1)
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """Zero where the denominator is."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
+
+
+def _indicator(codes: Array, kinds: int) -> sparse.csr_array:
+    """(kinds, rows): 1 where the row is of the kind. Its product with counts says how often each kind was drawn."""
+    rows = np.arange(len(codes))
+    return sparse.csr_array((np.ones(len(codes)), (codes.astype(int), rows)), shape=(kinds, len(codes)))
+
+
+def _standardised(values: Array) -> Array:
+    """Moved and scaled to mean 0 and at most 1 in size, which no correlation notices and no square overflows."""
+    centred: Array = values - values.mean()
+    return centred / (float(np.abs(centred).max()) or 1.0)
 
 
 def likely_permutation(labels: Array, predictions: Array, outputs: int) -> list[int] | None:

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import FAMILIES, Kind
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision, computing_in
 from worker.engine.scoring.data import Batch, Example, collate
 from worker.engine.scoring.estimators import Estimator
-from worker.engine.scoring.scorer import OnRows
+from worker.engine.scoring.scorer import OnRows, not_finite
 
 BLOCK_ROWS = 16  # squares are summed in float32 over so few examples, and the blocks in float64
 
@@ -35,7 +34,7 @@ def fisher(
     has zeros. Memory beside the model's activations: 16 bytes a parameter.
 
     Returns:
-        By `Slot.name`, heads left out: float64, in the tensor's shape, on the CPU.
+        By `Slot.name`, heads left out: float32, in the tensor's shape, on the CPU.
 
     Raises:
         NumericalError: a gradient is NaN or infinite; names the row.
@@ -61,7 +60,7 @@ def fisher(
             for name, squares in block.items():
                 totals[name] += squares.cpu()
                 squares.zero_()
-    return {name: total / len(examples) for name, total in totals.items()}
+    return {name: totals.pop(name).div_(len(examples)).float() for name in shapes}
 
 
 def _add_squares(
@@ -99,12 +98,8 @@ def _check_finite(gradients: dict[str, Tensor], batch: Batch, source: str) -> No
     values = [g.values() if g.is_sparse else g for g in gradients.values()]
     finite = torch.stack([torch.linalg.vector_norm(v) for v in values]).isfinite()
     if not bool(finite.all()):
-        name, place = list(gradients)[int((~finite).nonzero()[0])], batch.places[0]
-        raise NumericalError(
-            f"the gradient of {name} is NaN or infinite at {source}, {place}; try precision float32",
-            source=source,
-            **{place.unit: place.number},
-        )
+        name = list(gradients)[int((~finite).nonzero()[0])]
+        raise not_finite(f"the gradient of {name}", batch.places[0], source)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.errors import NumericalError, Place
 from worker.engine.catalog.families import FAMILIES, Site
 from worker.engine.catalog.methods.mask_fisher import PAPER_BATCH_ROWS
 from worker.engine.checkpoints.loading import LoadedModel
@@ -84,9 +84,12 @@ def _check_finite(values: dict[str, Tensor], batch: Batch, source: str) -> None:
     for site, value in values.items():
         finite = torch.isfinite(value).all(-1)
         if not bool(finite.all()):
-            place = batch.places[int((~finite).nonzero()[0])]
-            raise NumericalError(
-                f"the gradient of {site} is NaN or infinite at {source}, {place}; try precision float32",
-                source=source,
-                **{place.unit: place.number},
-            )
+            raise not_finite(f"the gradient of {site}", batch.places[int((~finite).nonzero()[0])], source)
+
+
+def not_finite(what: str, place: Place, source: str) -> NumericalError:
+    return NumericalError(
+        f"{what} is NaN or infinite at {source}, {place}; try precision float32",
+        source=source,
+        **{place.unit: place.number},
+    )

@@ -1,0 +1,57 @@
+"""Head alignment: a kept head, refitted to the features of the merged backbone that it now reads."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.device import Precision
+from worker.engine.evaluation.evaluate import OnRows, head_inputs, head_of
+from worker.engine.scoring.data import Example
+
+RIDGE = 0.1
+
+
+def aligned(features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The head that gives, on the merged backbone's features, what the expert gave on its own.
+
+    `argmin_W 1/n ||X W^T - Y||^2 + mu tr(X^T X / n) / d ||W - W_expert||^2`, with X augmented by 1 where there is a
+    bias, d its columns and mu = 0.1: one ridge regression towards the expert's head, in float64. Where the features are
+    the expert's own, the head stays as it is.
+
+    Args:
+        features: X, (rows, width): what the head reads in the merged model.
+        outputs: Y, (rows, outputs): what the expert's own head makes of its own features, on the same rows.
+        weight: the expert's, (outputs, width); `bias`: (outputs,).
+
+    Returns:
+        Weight and bias, float64.
+    """
+    x = features.double()
+    head = weight.double()
+    if bias is not None:
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        head = torch.cat([head, bias.double()[:, None]], dim=1)
+    second_moment = x.T @ x / len(x)
+    ridge = RIDGE * second_moment.diagonal().mean()
+    residual = (outputs.double() - x @ head.T).T @ x / len(x)  # (outputs, columns)
+    factor = torch.linalg.cholesky(second_moment + ridge * torch.eye(x.shape[1], dtype=torch.float64))
+    head = head + torch.cholesky_solve(residual.T, factor).T
+    return (head, None) if bias is None else (head[:, :-1], head[:, -1])
+
+
+def align_head(
+    expert: LoadedModel, merged: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows
+) -> dict[str, Tensor]:
+    """The tensors of `merged`'s head, by name, refitted to what `expert` says of the examples; no model is changed."""
+    head = head_of(expert)
+    weight, bias = head.weight.detach().cpu(), None if head.bias is None else head.bias.detach().cpu()
+    outputs = head_inputs(expert, examples, precision, on_rows) @ weight.double().T
+    if bias is not None:
+        outputs += bias.double()
+    features = head_inputs(merged, examples, precision, on_rows)
+    new_weight, new_bias = aligned(features, outputs, weight, bias)
+    name = FAMILIES[expert.info.model_type].logits
+    return {f"{name}.weight": new_weight} | ({} if new_bias is None else {f"{name}.bias": new_bias})

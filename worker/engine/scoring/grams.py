@@ -1,0 +1,113 @@
+"""Gram matrices of what a model's linear layers read, over its rows' tokens."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from worker.engine.catalog.planning import GRAM_BYTES, LinearInput
+from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.device import Precision, computing_in
+from worker.engine.scoring.data import Batch, Example, collate, plan_batches
+from worker.engine.scoring.scorer import OnRows, not_finite
+
+
+def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> list[list[LinearInput]]:
+    """The inputs in runs whose matrices, in float64, are held at once: each takes one pass over the rows."""
+    passes: list[list[LinearInput]] = []
+    held = 0
+    for one in inputs:
+        size = 8 * one.width**2
+        if not passes or held + size > budget_bytes:
+            passes.append([])
+            held = 0
+        passes[-1].append(one)
+        held += size
+    return passes
+
+
+def grams(
+    loaded: LoadedModel,
+    inputs: Sequence[LinearInput],
+    examples: Sequence[Example],
+    precision: Precision,
+    source: str,
+    on_rows: OnRows,
+) -> dict[str, Tensor]:
+    """`G = 1/n sum x x^T` over the n non-padding tokens of all rows (Jin et al. 2023, arXiv 2212.09849, section 3).
+
+    What is read once a row, as the pooler's first token, has one `x` a row. Products of a batch are float32, their sum
+    is float64.
+
+    Returns:
+        By name of the input, (width, width), float32.
+
+    Raises:
+        NumericalError: an input is NaN or infinite; names the row.
+    """
+    with _Sums(loaded.model, inputs, loaded.device, source) as sums, torch.inference_mode():
+        for batch in collate(plan_batches(examples), loaded.padding, loaded.device):
+            with computing_in(precision, loaded.device):
+                sums.add(batch)
+            on_rows(len(batch))
+        return {name: (total / sums.counts[name]).float().cpu() for name, total in sums.totals.items()}
+
+
+class _AllSeen(Exception):
+    """The rest of the forward pass is not needed."""
+
+
+class _Sums:
+    """Sums of `x x^T` over what modules read in forward passes, while in context."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[LinearInput], device: torch.device, source: str) -> None:
+        self.totals = {i.name: torch.zeros(i.width, i.width, dtype=torch.float64, device=device) for i in inputs}
+        self.counts = dict.fromkeys(self.totals, 0)
+        self._model = model
+        self._source = source
+        self._batch: Batch | None = None
+        self._unseen = 0
+        self._handles = [model.get_submodule(i.module).register_forward_pre_hook(self._seer(i.name)) for i in inputs]
+
+    def __enter__(self) -> "_Sums":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, batch: Batch) -> None:
+        self._batch, self._unseen = batch, len(self.totals)
+        with suppress(_AllSeen):
+            self._model(**batch.inputs)
+        if self._unseen:
+            raise RuntimeError(f"{self._unseen} of {len(self.totals)} modules were not run")
+
+    def _seer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._see(name, inputs[0])
+            self._unseen -= 1
+            if not self._unseen:
+                raise _AllSeen
+
+        return before
+
+    def _see(self, name: str, x: Tensor) -> None:
+        """Add `x`, (batch, tokens, width), or (batch, width) of what is read once a row."""
+        if self._batch is None:
+            raise TypeError("no batch")
+        batch = self._batch
+        rows = torch.arange(len(batch), device=x.device)
+        if x.dim() == 3:
+            is_text = batch.inputs["attention_mask"].bool()  # no padding
+            rows = rows[:, None].expand_as(is_text)[is_text]
+            x = x[is_text]
+        x = x.float()  # (tokens, width); `rows` has each token's row
+        finite = torch.isfinite(x).all(-1)
+        if not bool(finite.all()):
+            raise not_finite(f"the input of {name}", batch.places[int(rows[~finite][0])], self._source)
+        with torch.autocast(x.device.type, enabled=False):
+            product = x.T @ x
+        self.totals[name] += product
+        self.counts[name] += len(x)
