@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from tests.parity.test_merging import assert_merged, backbone, merge
+from tests.parity.test_methods import dense_fisher
 from tests.parity.test_scores import Case, make_case
 from tests.tiny import float64_model, silent, tiny_checkpoint
 from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.checkpoints.loading import load
+from worker.engine.methods import MeasuredModel
+from worker.engine.pipeline import Engine
 from worker.engine.scoring.data import Example
 from worker.engine.scoring.estimators import EstimatorName, estimator_for
 from worker.engine.scoring.fisher import fisher
@@ -170,3 +174,10 @@ def test_bfloat16_is_near_float32(cases: dict[int, Case]) -> None:
     for name, exact in found(case).items():
         if not name.endswith("key.bias"):
             assert float((rough[name] - exact).norm() / exact.norm()) < 0.1, name
+
+
+def test_a_merge_is_the_dense_computation_with_the_dense_information(cases: dict[int, Case], tmp_path: Path) -> None:
+    checkpoints, weights = [cases[labels].checkpoint for labels in (2, 3)], (1.0, 2.0)
+    models = [MeasuredModel(w, fisher=dense(cases[labels])) for labels, w in zip((2, 3), weights, strict=True)]
+    expected = dense_fisher(models, [backbone(path) for path in checkpoints], normalize=True, floor=1e-6)
+    assert_merged(merge(Engine(), tmp_path, checkpoints, {"name": "fisher"}, weights), expected, 1e-4)
