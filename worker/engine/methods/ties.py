@@ -50,6 +50,6 @@ def agreeing_mean(trimmed: Tensor, lambdas: Tensor) -> Tensor:
     """
     weighted = lambdas * trimmed
     elected = weighted.sum(0).sign()
-    agrees = (trimmed.sign() == elected) & (elected != 0)
+    agrees = trimmed.sign() == elected
     total = (lambdas * agrees).sum(0)
     return (weighted * agrees).sum(0) / torch.where(total > 0, total, 1.0)
