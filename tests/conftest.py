@@ -17,7 +17,7 @@ import pytest
 from redis import Redis
 
 from app.embedded_redis import EmbeddedRedis
-from tests.tiny import tiny_checkpoint, write_rows
+from tests.tiny import tiny_base, tiny_checkpoint, write_rows
 from worker.engine.catalog.report import MergeResult, Timings
 
 REPOSITORY = Path(__file__).parent.parent
@@ -181,8 +181,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`checkpoints/{a,b,c,grade}` of one ancestor with 2, 3, 2 labels and one number, and `rows/….jsonl` for them."""
+    """`checkpoints/{a,b,c,grade}` of one ancestor with 2, 3, 2 labels and one number, and `rows/….jsonl` for them;
+    the ancestor is `checkpoints/base`."""
     root = tmp_path_factory.mktemp("inputs")
+    tiny_base(root / "checkpoints" / "base")
     for seed, (name, labels) in enumerate({"a": 2, "b": 3, "c": 2, "grade": 1}.items()):
         tiny_checkpoint(root / "checkpoints" / name, labels=labels, seed=seed)
         write_rows(root / "rows" / f"{name}.jsonl", count=200, labels=labels, seed=seed)

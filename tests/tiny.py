@@ -40,19 +40,33 @@ def tiny_checkpoint(
 
     One label, or `problem_type` regression, is a regression head. `names` are the labels' names.
     """
+    named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
+    settings = {**(named or {"num_labels": labels}), "problem_type": problem_type}
+    model = _tiny_model(family, hidden, seed, base_seed, STEP, settings)
+    model.to(dtype).save_pretrained(folder)
+    family.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_base(folder: Path, *, family: TinyFamily = TINY_BERT, base_seed: int = 1000, hidden: int = 16) -> Path:
+    """The ancestor of `tiny_checkpoint`s, without head, as pre-trained models are published."""
+    _tiny_model(family, hidden, 0, base_seed, 0.0, {}).base_model.save_pretrained(folder)
+    return folder
+
+
+def _tiny_model(
+    family: TinyFamily, hidden: int, seed: int, base_seed: int, width: float, settings: Mapping[str, Any]
+) -> Any:
     # Imported late: whoever imports this module may still have to say that the hub is out of reach.
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    tokenizer = family.tokenizer()
-    named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
     config = AutoConfig.for_model(
         family.model_type,
-        vocab_size=len(tokenizer),
+        vocab_size=len(family.tokenizer()),
         **family.sizes(hidden, HEADS, LAYERS, NEURONS),
         max_position_embeddings=POSITIONS + family.reserved_positions,
         **family.settings,
-        **(named or {"num_labels": labels}),
-        problem_type=problem_type,
+        **settings,
     )
     model = AutoModelForSequenceClassification.from_config(config)
     ancestor, fine_tuning = torch.Generator().manual_seed(base_seed), torch.Generator().manual_seed(seed)
@@ -63,11 +77,9 @@ def tiny_checkpoint(
             state[name] = step
         else:
             centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
-            state[name] = centre + SPREAD * torch.randn(tensor.shape, generator=ancestor) + STEP * step
+            state[name] = centre + SPREAD * torch.randn(tensor.shape, generator=ancestor) + width * step
     model.load_state_dict(state)
-    model.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return model
 
 
 def edit_tensors(checkpoint: Path, edit: Callable[[Tensors], Tensors | None]) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.client import Client
 from tests.conftest import Service, tiny_recipe, wait_until
+from tests.tiny import Tensors, read_model
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,8 @@ def test_downloaded_models_load_and_give_the_logits_of_the_merge(
         assert torch.isfinite(logits).all()
         merged[name] = model.state_dict()
         expert = AutoModelForSequenceClassification.from_pretrained(tiny_inputs / "checkpoints" / name)
-        torch.testing.assert_close(merged[name]["classifier.weight"], expert.state_dict()["classifier.weight"])
+        aligned = not torch.equal(merged[name]["classifier.weight"], expert.state_dict()["classifier.weight"])
+        assert aligned == bool(job["result"]["models"][name == "b"]["aligned_examples"]) is True
     for key in merged["a"]:
         if not key.startswith("classifier"):
             assert torch.equal(merged["a"][key], merged["b"][key]), key
@@ -155,6 +157,44 @@ def test_files_answer_ranges_and_conditions(service: Service, job: dict[str, Any
     beyond = service.get(path, headers={"Range": "bytes=999999999-"})
     assert beyond.status_code == 416
     assert beyond.headers["Content-Type"] == "application/problem+json"
+
+
+def heads_and_backbone(service: Service, job: dict[str, Any], folder: Path) -> tuple[Tensors, Tensors]:
+    """Of model `a` of a job's artifact."""
+    with Client(f"http://127.0.0.1:{service.port}") as client:
+        client.download(job["id"], folder)
+    tensors = read_model(folder / "models" / "a")
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith("classifier")}
+    return heads, {name: tensor for name, tensor in tensors.items() if name not in heads}
+
+
+def test_statistics_of_an_earlier_merge_are_used_again_and_heads_are_kept_when_asked(
+    service: Service, job: dict[str, Any], tiny_inputs: Path, tmp_path: Path
+) -> None:
+    recipe = {**tiny_recipe("a", "b"), "output": {"align_heads": False}}
+    again = service.finished(service.submit(recipe))["result"]
+    assert [model["score_cached"] for model in again["models"]] == [True, True]
+    assert [model["aligned_examples"] for model in again["models"]] == [0, 0]
+    for name, metric in again["metrics"].items():
+        assert metric["merged"] == metric["merged_kept_head"] == job["result"]["metrics"][name]["merged_kept_head"]
+    other = service.finished(service.submit(tiny_recipe("a", "b", examples=63)))["result"]
+    assert [model["score_cached"] for model in other["models"]] == [False, False]
+
+
+def test_a_merge_may_go_beyond_or_stay_short_of_the_models_seen_from_the_base(
+    service: Service, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    base = read_model(tiny_inputs / "checkpoints" / "base")
+    found = {}
+    for scale in (1.0, 0.0, 2.0):
+        recipe = {**tiny_recipe("a", "b", name="average", scale=scale), "base": "local:checkpoints/base"}
+        job = service.finished(service.submit(recipe))
+        assert job["status"] == "succeeded", job["error"]
+        _, found[scale] = heads_and_backbone(service, job, tmp_path / str(scale))
+    for name, average in found[1.0].items():
+        ancestor = base[name.removeprefix("bert.")]
+        torch.testing.assert_close(found[0.0][name], ancestor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[2.0][name], 2 * average - ancestor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", [None, "spearman"])
@@ -260,7 +300,8 @@ def test_progress_never_falls_and_names_its_phase(service: Service) -> None:
     wait_until(watch, "the job to end", interval_s=0.02)
     fractions = [fraction for _, fraction in seen]
     assert fractions == sorted(fractions)
-    assert {"queued", "loading", "scoring", "merging", "evaluating", "publishing", "done"} >= {p for p, _ in seen}
+    phases = {"queued", "loading", "scoring", "merging", "aligning", "evaluating", "publishing", "done"}
+    assert phases >= {phase for phase, _ in seen}
 
 
 def test_health_readiness_and_documentation_answer(service: Service) -> None:

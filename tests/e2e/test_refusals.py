@@ -140,7 +140,14 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "parameter out of range": (changed(method__floor=2), 422, "invalid_request", ["method.floor"]),
     "adaptive stopping to come": (changed(method__examples="auto"), 422, "not_available", ["method.examples"]),
     "webhook to come": (changed(webhook={"url": "https://example.org"}), 422, "not_available", ["webhook"]),
-    "head alignment to come": (changed(output={"align_heads": True}), 422, "not_available", ["output.align_heads"]),
+    "scale without a base": (changed(method__scale=1.2), 422, "invalid_request", ["scale", "name it as base"]),
+    "missing base": (changed(base="local:checkpoints/none"), 422, "invalid_request", ["base", "does not exist"]),
+    "truncated base": (
+        changed(base="local:checkpoints/truncated"), 422, "invalid_checkpoint", ["base: ", "is truncated"],
+    ),
+    "base of another family": (
+        changed(base="local:checkpoints/roberta"), 422, "incompatible_checkpoints", ["bert, roberta"],
+    ),
     "missing data set": (without("dataset"), 422, "invalid_request", ["'a'", "no dataset"]),
     "no models": (changed(models=[]), 422, "invalid_request", ["models"]),
     "same name twice": (changed(models__1__name="a"), 422, "invalid_request", ["same name: a"]),

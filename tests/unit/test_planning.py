@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_checkpoint
+from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import Kind, Nodes, Slot
 from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning import MergePlan, plan_merge
 
 LAYER = "bert.encoder.layer.1"
@@ -47,6 +48,64 @@ def test_the_backbone_is_planned_once_and_each_head_per_model(pair: list[Path]) 
     assert [head[0].shape[0] for head in found.heads] == [2, 3]
     assert [task.outputs for task in found.tasks] == [2, 3]
     assert all(len(tensor.sources) == 2 for tensor in found.backbone)
+
+
+def inspected(path: Path) -> CheckpointInfo:
+    return inspect_checkpoint(path, f"local:{path.name}")
+
+
+def with_base(pair: list[Path], base: Path) -> MergePlan:
+    return plan_merge([inspected(path) for path in pair], base=inspected(base))
+
+
+def test_a_base_is_found_under_names_with_and_without_the_familys_prefix(pair: list[Path], tmp_path: Path) -> None:
+    bare, headed = tiny_base(tmp_path / "bare"), tiny_checkpoint(tmp_path / "headed", labels=5)
+    for base, prefix in ((bare, ""), (headed, "bert.")):
+        found = with_base(pair, base)
+        assert found.bytes_to_read == plan(pair).bytes_to_read + inspected(base).nbytes
+        for tensor in found.backbone:
+            assert tensor.base is not None, tensor.slot.name
+            assert tensor.base.name == prefix + tensor.slot.name.removeprefix("bert.")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda base: edit_tensors(base, without_pooler), ["bert.pooler.dense.bias is missing in the base"]),
+        (lambda base: edit_tensors(base, narrow_pooler), ["bert.pooler.dense.bias", "[16]", "in the base [8]"]),
+        (lambda base: edit_json(base / "config.json", hidden_act="relu"), ["hidden_act differs: gelu, relu"]),
+        (lambda base: edit_json(base / "config.json", model_type="roberta"), ["architectures differ", "roberta"]),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_by_name(
+    pair: list[Path], tmp_path: Path, spoil: Callable[[Path], None], words: list[str]
+) -> None:
+    base = tiny_base(tmp_path / "base")
+    spoil(base)
+    with pytest.raises(IncompatibleCheckpoints) as caught:
+        with_base(pair, base)
+    assert all(word in caught.value.message for word in [*words, "local:base"]), caught.value.message
+
+
+def without_pooler(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler")}
+
+
+def narrow_pooler(tensors: Tensors) -> Tensors:
+    return {**tensors, "pooler.dense.bias": torch.zeros(8)}
+
+
+def test_the_plan_says_what_linear_layers_read_and_how_much_their_statistics_take(pair: list[Path]) -> None:
+    found = plan(pair)
+    hidden = 16
+    expected = {f"layers.{layer}.{what}": hidden for layer in range(LAYERS) for what in ("attention", "heads")}
+    expected |= {f"layers.{layer}.feed_forward": hidden for layer in range(LAYERS)}
+    expected |= {f"layers.{layer}.neurons": NEURONS for layer in range(LAYERS)} | {"pooler": hidden}
+    assert {seen.name: seen.width for seen in found.linear_inputs} == expected
+    assert found.statistics_bytes({Statistic.GRAM}) == 4 * sum(width**2 for width in expected.values())
+    assert found.statistics_bytes({Statistic.FISHER}) == sum(t.nbytes for t in found.backbone)
+    for more in ({"statistics": {Statistic.MASK_FISHER}}, {"statistics": {Statistic.GRAM}}, {"models_beside": 2}):
+        assert found.peak_memory_bytes(10, **more) > found.peak_memory_bytes(10)
 
 
 def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:

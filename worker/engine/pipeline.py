@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -187,7 +187,8 @@ class Engine:
                 population = min(len(rows), dataset.limit or len(rows))
                 run.sample = Sample(examples[:measured], population, dataset.source)
             candidates = list(zip(examples, read, strict=True))[:aligned_on]
-            run.alignment = [e for e, row in candidates if (row.text, row.text_pair) not in held_out]
+            unseen = [e for e, row in candidates if (row.text, row.text_pair) not in held_out]
+            run.alignment = [replace(example, index=index) for index, example in enumerate(unseen)]
             if aligned_on and not run.alignment:
                 problem = f"every row of {dataset.source} that it could be aligned on is one that it is evaluated on"
                 notes.append(f"the head of {model.name} was kept as it was: {problem}")

@@ -64,7 +64,8 @@ class ShardWriter:
         if not bool(torch.isfinite(stored).all()):
             problem = f"has values beyond {CONFIG_DTYPES[planned.dtype]}; choose a wider output.dtype"
             raise NumericalError(f"tensor {planned.slot.name} {problem}", tensor=planned.slot.name)
-        self._put(stored.view(-1).view(torch.uint8).numpy().data)
+        flat = stored.as_strided((stored.numel(),), (1,))  # of one element, a contiguous tensor may have any stride
+        self._put(flat.view(torch.uint8).numpy().data)
         self._written += 1
 
     def _put(self, data: bytes | memoryview) -> None:

@@ -1,0 +1,109 @@
+"""Gram matrices of every family's linear layers against a float64 pass over one example at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tiny import dataset_spec, float64_model, read_rows, silent, tiny_checkpoint, write_rows
+from tests.tiny_families import TINY_FAMILIES
+from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.planning import LinearInput, plan_merge
+from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.scoring.data import Example, tokenize
+from worker.engine.scoring.grams import grams, in_passes
+
+ROWS = 10
+TOLERANCE = 1e-5  # in norm, float32 against float64
+
+
+class Case:
+    def __init__(self, name: str, root: Path) -> None:
+        self.tiny = TINY_FAMILIES[name]
+        self.folder = tiny_checkpoint(root / "model", family=self.tiny, labels=2)
+        rows = write_rows(root / "rows.jsonl", count=ROWS)
+        info = inspect_checkpoint(self.folder, "local:model")
+        self.inputs: Sequence[LinearInput] = plan_merge([info]).linear_inputs
+        self.loaded: LoadedModel = load(info, torch.device("cpu"))
+        self.examples: list[Example] = tokenize(
+            read_rows(rows), dataset_spec(rows), self.loaded.tokenizer, self.loaded.max_length, None
+        ).examples
+
+    def measured(self, examples: Sequence[Example], inputs: Sequence[LinearInput] | None = None) -> dict[str, Tensor]:
+        return grams(self.loaded, inputs or self.inputs, examples, "float32", "rows", silent)
+
+
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_a_gram_matrix_is_the_mean_of_outer_products_over_tokens_without_padding(case: Case) -> None:
+    model = float64_model(case.folder)
+    table = FAMILIES[case.tiny.model_type]
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: seen.setdefault(name, []).append(inputs[0]))
+
+    for name, module in model.named_modules():
+        slot = table.slot(f"{name}.weight")
+        if isinstance(module, nn.Linear) and slot is not None and slot.input is not None:
+            watch(name, module)
+    with torch.no_grad():
+        for example in case.examples:  # one at a time: there is no padding
+            model(**{key: torch.tensor([ids]) for key, ids in example.encoding.items()})
+    found = case.measured(case.examples)
+    checked = set()
+    for name, xs in seen.items():
+        slot = table.slot(f"{name}.weight")
+        assert slot is not None
+        assert slot.input is not None
+        # Some run on relative positions as well, which have as many rows whatever the example.
+        x = torch.cat([x.flatten(0, -2) for x in xs[:: len(xs) // ROWS]])
+        expected = x.T @ x / len(x)
+        assert (found[slot.input] - expected).norm() < TOLERANCE * expected.norm(), name
+        checked.add(slot.input)
+    assert checked == set(found)
+
+
+def test_neither_order_nor_batches_nor_passes_matter(case: Case) -> None:
+    whole = case.measured(case.examples)
+    turned = case.measured(case.examples[::-1])
+    one_by_one = [case.measured([example], case.inputs) for example in case.examples]
+    tokens = torch.tensor([float(example.length) for example in case.examples], dtype=torch.float64)
+    smallest = min(8 * one.width**2 for one in case.inputs)
+    passes = in_passes(case.inputs, smallest)
+    assert [one for group in passes for one in group] == list(case.inputs)
+    assert len(passes) > 2
+    in_parts = {name: gram for group in passes for name, gram in case.measured(case.examples, group).items()}
+    for name, gram in whole.items():
+        torch.testing.assert_close(turned[name], gram, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(in_parts[name], gram, rtol=1e-6, atol=1e-6)
+        weights = torch.ones_like(tokens) if name == "pooler" else tokens
+        parts = torch.stack([one[name].double() for one in one_by_one])
+        mean = (parts * weights[:, None, None]).sum(0) / weights.sum()
+        torch.testing.assert_close(mean, gram.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(case: Case) -> None:
+    case.measured(case.examples[:2])
+    assert not any(module._forward_pre_hooks for module in case.loaded.model.modules())
+    assert len(case.loaded.model(**{k: torch.tensor([v]) for k, v in case.examples[0].encoding.items()}).logits) == 1
+
+
+def test_an_overflow_is_named_with_its_row(tmp_path: Path) -> None:
+    case = Case("bert", tmp_path)
+    with torch.no_grad():
+        table = case.loaded.model.get_submodule("bert.embeddings.word_embeddings")
+        assert isinstance(table, nn.Embedding)
+        table.weight[case.examples[3].encoding["input_ids"][1]] = torch.nan
+    with pytest.raises(NumericalError, match=r"NaN or infinite at rows, line \d+") as caught:
+        case.measured(case.examples)
+    ids = case.examples[3].encoding["input_ids"][1]
+    lines = {e.place.number for e in case.examples if ids in e.encoding["input_ids"]}
+    assert caught.value.detail["line"] in lines
