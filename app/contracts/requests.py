@@ -11,8 +11,8 @@ from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName, Name
 from worker.engine.catalog.strict import Strict, did_you_mean
 
 ANNOUNCED_METHODS = (
-    "linear", "slerp", "nuslerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs",
-    "model_stock", "karcher", "sce", "passthrough", "fisher", "regmean", "mask_regmean", "auto",
+    "linear", "slerp", "nuslerp", "dare_linear", "dare_ties", "della", "breadcrumbs", "model_stock", "karcher", "sce",
+    "passthrough", "auto",
 )  # fmt: skip
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")

@@ -39,12 +39,14 @@ Array = NDArray[np.float64]
 
 COUNTS = {"heads": HEADS, "neurons": NEURONS}
 LABELS = (2, 3, 1)
-METHODS: tuple[dict[str, Any], ...] = (
+CONVEX: tuple[dict[str, Any], ...] = (
     {},
     {"normalize": "none", "rest": "model", "floor": 0.0},
     {"preset": "paper"},
     {"name": "average"},
+    {"name": "fisher"},
 )
+METHODS = (*CONVEX, {"name": "regmean"}, {"name": "mask_regmean"})
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +355,7 @@ def test_average_is_the_weighted_mean(engine: Engine, checkpoints: list[Path], t
     assert_merged(merged, means)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", CONVEX, ids=str)
 def test_every_slice_is_between_its_versions(
     engine: Engine, checkpoints: list[Path], tmp_path: Path, method: dict[str, Any]
 ) -> None:

@@ -5,14 +5,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny
 
-from worker.engine.catalog.methods import AverageParameters, MaskFisherParameters
+from worker.engine.catalog.methods import (
+    AverageParameters,
+    FisherParameters,
+    MaskFisherParameters,
+    MaskRegMeanParameters,
+    RegMeanParameters,
+    TaskArithmeticParameters,
+    TiesParameters,
+)
 from worker.engine.catalog.strict import Strict
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
-Method = Annotated[AverageParameters | MaskFisherParameters, Field(discriminator="name")]
+Method = Annotated[
+    AverageParameters
+    | MaskFisherParameters
+    | TaskArithmeticParameters
+    | TiesParameters
+    | FisherParameters
+    | RegMeanParameters
+    | MaskRegMeanParameters,
+    Field(discriminator="name"),
+]
 
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]

@@ -6,12 +6,20 @@ A method is built once per merge by its `build` and then called for each backbon
 from collections.abc import Callable, Mapping
 
 from worker.engine.catalog.methods import METHODS, MethodParameters
-from worker.engine.methods import average, mask_fisher
+from worker.engine.methods import average, fisher, mask_fisher, mask_regmean, regmean, task_arithmetic, ties
 from worker.engine.methods.combine import MeasuredModel, Merger
 
 Build = Callable[[MethodParameters, list[MeasuredModel]], Merger]
 
-BUILDERS: Mapping[str, Build] = {"average": average.build, "mask_fisher": mask_fisher.build}
+BUILDERS: Mapping[str, Build] = {
+    "average": average.build,
+    "mask_fisher": mask_fisher.build,
+    "task_arithmetic": task_arithmetic.build,
+    "ties": ties.build,
+    "fisher": fisher.build,
+    "regmean": regmean.build,
+    "mask_regmean": mask_regmean.build,
+}
 
 if BUILDERS.keys() != METHODS.keys():
     raise ImportError(f"catalog and arithmetic disagree on the methods: {BUILDERS.keys() ^ METHODS.keys()}")

@@ -1,6 +1,6 @@
 """Convex combination of the versions of a tensor, slice by slice: what every weighted method ends in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Slot
+
+CHUNK = 1 << 18  # elements: float64 copies of whole embedding matrices, one per model, would take gigabytes
 
 
 class Merger(Protocol):
@@ -44,6 +46,23 @@ def normalized(weights: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), fallback)
 
 
+def merged_dtype(versions: Sequence[Tensor]) -> torch.dtype:
+    """float32, or float64 where a version is float64."""
+    return torch.float64 if any(v.dtype == torch.float64 for v in versions) else torch.float32
+
+
+def chunks(count: int) -> Iterator[slice]:
+    """Runs of elements that are small enough for float64 copies of every version."""
+    for start in range(0, count, CHUNK):
+        yield slice(start, start + CHUNK)
+
+
+def required_base(base: Tensor | None) -> Tensor:
+    if base is None:
+        raise RuntimeError("the method needs a base; planning should have refused this")
+    return base
+
+
 def combine(versions: Sequence[Tensor], weights: Tensor, axis: int = 0) -> Tensor:
     """`theta_1 + sum_j w_j (theta_j - theta_1)`, exact for identical versions.
 
@@ -55,7 +74,7 @@ def combine(versions: Sequence[Tensor], weights: Tensor, axis: int = 0) -> Tenso
     Returns:
         The merged tensor in float32, or float64 where a version is float64.
     """
-    dtype = torch.float64 if any(v.dtype == torch.float64 for v in versions) else torch.float32
+    dtype = merged_dtype(versions)
     first = versions[0].to(dtype)
     merged = first.clone()
     for version, weight in zip(versions[1:], weights[1:].to(dtype), strict=True):

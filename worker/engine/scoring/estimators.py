@@ -1,12 +1,14 @@
-"""Which label the gradient is of: from logits and mask gradients to each example's squared scores.
+"""Which label the gradient is of: each example's expected squared gradient, as squares of a few derivatives.
 
-Notation: `z` logits (batch, labels), `p` their softmax, `d_y` the derivative of `z_y - z_r` by a node, with `r` the
-likeliest label. The gradient of `log p_y` is `d_y - sum_k p_k d_k`.
+Every estimator says which: with `z` the logits, an example's expected square is the sum over passes of `weight` times
+the squared derivative of `sum_y contrast_y z_y`, one backward pass each. Nothing is subtracted, so nearly certain
+predictions lose no digits.
 """
 
 import hashlib
 import struct
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from worker.engine.catalog.labels import Task
 from worker.engine.scoring.data import Batch
 from worker.engine.scoring.masks import MaskGradients
 
+TINY = torch.finfo(torch.float64).tiny  # instead of 0 where a quotient does not count
 AUTO_EXPECTED_LABELS = 8  # K - 1 backward passes; beyond this, one with a drawn label is the better use of the time
 
 Scores = dict[str, Tensor]
@@ -22,12 +25,32 @@ Scores = dict[str, Tensor]
 EstimatorName = Literal["auto", "expected", "sampled", "empirical"]
 
 
-class Estimator(Protocol):
-    """Each example's squared gradient by every mask node, (batch, nodes) per score name, float64."""
+class Estimator(ABC):
+    """An expectation over labels."""
 
-    name: str
+    name: ClassVar[str]
 
-    def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores: ...
+    @abstractmethod
+    def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What to differentiate.
+
+        Args:
+            logits: (batch, labels).
+
+        Returns:
+            Weights of the squares, (batch, passes), and coefficients of the logits, (batch, passes, labels); float64.
+        """
+
+    def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
+        """Each example's expected squared gradient by every mask node."""
+        weights, contrasts = self.contrasts(logits.detach(), batch)
+        total: Scores = {}
+        for k in range(weights.shape[1]):
+            output = (contrasts[:, k].to(logits.dtype) * logits).sum(-1)
+            for site, g in gradients.of(output, last=k == weights.shape[1] - 1).items():
+                square = weights[:, k, None] * g**2
+                total[site] = total[site] + square if site in total else square
+        return total
 
 
 def estimator_for(name: EstimatorName, task: Task, seed: int) -> Estimator:
@@ -45,35 +68,26 @@ def estimator_for(name: EstimatorName, task: Task, seed: int) -> Estimator:
     return Expected()
 
 
-class Expected:
-    """`sum_y p_y d_y^2 - (sum_y p_y d_y)^2`: the exact expectation over the model's own labels.
+class Expected(Estimator):
+    """Over the model's own labels: `sum_y p_y d_y^2 - (sum_y p_y d_y)^2`, with `d_y` the derivative of `z_y`.
 
-    K labels cost K - 1 backward passes on one graph (`d_r` is zero). Any label may be the reference `r`; with the
-    likeliest, nearly certain predictions lose no digits in the difference.
+    By the law of total variance, label by label from the likeliest on, with `s_k` the sum of `p_k` and all after it and
+    `m_k` their mean of `d`: `sum_k p_k s_k+1 / s_k (d_k - m_k+1)^2`. K labels cost K - 1 backward passes on one graph.
     """
 
     name = "expected"
 
-    def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
-        labels = logits.shape[1]
-        probabilities = logits.detach().double().softmax(-1)  # (batch, labels)
-        mean: Scores = {}
-        square: Scores = {}
-        ranked = probabilities.sort(dim=-1, descending=True, stable=True).indices  # (batch, labels)
-        reference = logits.gather(1, ranked[:, :1])
-        for rank in range(1, labels):
-            y = ranked[:, rank, None]  # each example has its own order, so each pass has a label of its own for each
-            p = probabilities.gather(1, y)
-            margin = (logits.gather(1, y) - reference)[:, 0]
-            for site, d in gradients.of(margin, last=rank == labels - 1).items():
-                weighted = p * d
-                mean[site] = mean[site] + weighted if site in mean else weighted
-                square[site] = square[site] + weighted * d if site in square else weighted * d
-        # Non-negative by Jensen; rounding may leave -1e-20.
-        return {site: (square[site] - mean[site] ** 2).clamp_min(0) for site in square}
+    def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        p, ranked = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
+        sums = p.flip(-1).cumsum(-1).flip(-1)
+        later = sums[:, 1:]
+        weights = p[:, :-1] * later / sums[:, :-1].clamp_min(TINY)
+        mean_of_later = p[:, None] / later.clamp_min(TINY)[:, :, None]  # (batch, labels - 1, labels)
+        contrasts = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:-1] - mean_of_later.triu(1)
+        return weights, torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
 
 
-class Empirical:
+class Empirical(Estimator):
     """The square of the gradient of the log-likelihood of the row's own label."""
 
     name = "empirical"
@@ -81,21 +95,20 @@ class Empirical:
     def __init__(self, task: Task) -> None:
         self._task = task
 
-    def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
-        return {site: g**2 for site, g in self.gradients(logits, batch, gradients).items()}
-
-    def gradients(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
-        """The gradients themselves, for the published rule, which squares their batch mean."""
+    def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.labels is None:
             raise RuntimeError("the empirical estimator needs labels; planning should have refused this")
         if self._task.problem == "regression":
-            likelihood = -0.5 * (logits[:, 0].float() - batch.labels.float()) ** 2
-        else:
-            likelihood = logits.float().log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
-        return gradients.of(likelihood, last=True)
+            return _one_pass(batch.labels.double()[:, None] - logits.double())
+        return _one_pass(_likelihood(logits, batch.labels))
+
+    def gradients(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
+        """The gradients themselves, for the published rule, which squares their batch mean."""
+        _, contrasts = self.contrasts(logits.detach(), batch)
+        return gradients.of((contrasts[:, 0].to(logits.dtype) * logits).sum(-1), last=True)
 
 
-class Sampled:
+class Sampled(Estimator):
     """The square of the gradient of a label drawn from the model, seeded per example."""
 
     name = "sampled"
@@ -103,21 +116,30 @@ class Sampled:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
-        cumulative = logits.detach().double().softmax(-1).cumsum(-1)
+    def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        cumulative = logits.double().softmax(-1).cumsum(-1)
         draws = torch.tensor([uniform(self._seed, int(i)) for i in batch.indices], dtype=torch.float64)
         drawn = (draws[:, None].to(cumulative.device) >= cumulative[:, :-1]).sum(-1)  # (batch,)
-        likelihood = logits.float().log_softmax(-1).gather(1, drawn[:, None])[:, 0]
-        return {site: g**2 for site, g in gradients.of(likelihood, last=True).items()}
+        return _one_pass(_likelihood(logits, drawn))
 
 
-class Regression:
+class Regression(Estimator):
     """Unit-variance Gaussian: the expected squared gradient is the square of the prediction's derivative."""
 
     name = "expected"
 
-    def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
-        return {site: g**2 for site, g in gradients.of(logits[:, 0], last=True).items()}
+    def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return _one_pass(torch.ones_like(logits, dtype=torch.float64))
+
+
+def _likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """The derivative of each example's `log p` of its label by the logits: (batch, labels), float64."""
+    own = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return own - logits.double().softmax(-1)
+
+
+def _one_pass(contrast: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ones(len(contrast), 1, dtype=torch.float64, device=contrast.device), contrast[:, None]
 
 
 def uniform(seed: int, index: int) -> float:

@@ -9,12 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from worker.engine.catalog.methods import MaskFisherParameters, MeasuringParameters, ScoringParameters, Statistic
+from worker.engine.catalog.methods import (
+    FisherParameters,
+    MaskFisherParameters,
+    MeasuringParameters,
+    ScoringParameters,
+    Statistic,
+)
 from worker.engine.catalog.planning import LinearInput
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision
 from worker.engine.scoring.data import Example
-from worker.engine.scoring.estimators import estimator_for
+from worker.engine.scoring.estimators import Estimator, estimator_for
+from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.grams import grams, in_passes
 from worker.engine.scoring.scorer import OnRows, paper_scores, score
 from worker.engine.store import Facts, StatisticsStore
@@ -80,7 +87,8 @@ class Measurer:
             NumericalError: a gradient or an activation is NaN or infinite; names the row.
         """
         start = time.monotonic()
-        measured = Measured(estimator=self._estimator(loaded), cached=True)
+        estimator = self._estimator(loaded)
+        measured = Measured(estimator=estimator.name if estimator else None, cached=True)
         for statistic in sorted(self._method.statistics):
             facts = self._facts(statistic, loaded, digest, sample)
             kept = self._store.get(facts)
@@ -96,10 +104,10 @@ class Measurer:
     def _passes_of(self, statistic: Statistic) -> int:
         return len(self._passes) if statistic is Statistic.GRAM else 1
 
-    def _estimator(self, loaded: LoadedModel) -> str | None:
+    def _estimator(self, loaded: LoadedModel) -> Estimator | None:
         """Which label gradients are of, with `auto` resolved; None where there are none."""
-        if isinstance(self._method, ScoringParameters):
-            return estimator_for(self._method.estimator, loaded.task, self._method.seed).name
+        if isinstance(self._method, ScoringParameters | FisherParameters):
+            return estimator_for(self._method.estimator, loaded.task, self._method.seed)
         return None
 
     def _facts(self, statistic: Statistic, loaded: LoadedModel, digest: str, sample: Sample) -> Facts:
@@ -110,13 +118,11 @@ class Measurer:
             "rows": _digest_rows(sample.examples, with_labels=self._method.needs_labels),
             "precision": self._precision,
         }
+        estimator = self._estimator(loaded)
+        if statistic is not Statistic.GRAM and estimator is not None:
+            facts |= {"estimator": estimator.name, "seed": self._method.seed}
         if statistic is Statistic.MASK_FISHER:
-            facts |= {
-                "estimator": self._estimator(loaded),
-                "population": sample.population,
-                "paper": self._is_paper,
-                "seed": self._method.seed,
-            }
+            facts |= {"population": sample.population, "paper": self._is_paper}
         return facts
 
     @property
@@ -128,13 +134,17 @@ class Measurer:
     ) -> Iterator[Mapping[str, Tensor]]:
         """The statistic in parts, no more than one of which is held."""
         examples, source = sample.examples, sample.source
+        estimator = self._estimator(loaded)
         if statistic is Statistic.GRAM:
             for inputs in self._passes:
                 yield grams(loaded, inputs, examples, self._precision, source, on_rows)
+        elif estimator is None:
+            raise TypeError(f"method {self._method.name} has no estimator to measure {statistic} with")
+        elif statistic is Statistic.FISHER:
+            yield fisher(loaded, examples, estimator, self._precision, source, on_rows)
         elif self._is_paper:
             yield paper_scores(loaded, examples, source, on_rows)
-        elif isinstance(self._method, ScoringParameters):
-            estimator = estimator_for(self._method.estimator, loaded.task, self._method.seed)
+        else:
             sums = score(loaded, examples, estimator, self._precision, source, on_rows)
             errors = sums.standard_errors(sample.population)
             yield sums.scores() | {f"{site}{STANDARD_ERROR}": error for site, error in errors.items()}

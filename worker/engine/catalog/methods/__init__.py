@@ -2,17 +2,29 @@
 
 from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
 from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, MethodParameters, Statistic
+from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
 from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, ScoringParameters
+from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
+from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters
+from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticParameters
+from worker.engine.catalog.methods.ties import TIES, TiesParameters
 
-METHODS: dict[str, MethodEntry] = {entry.name: entry for entry in (AVERAGE, MASK_FISHER)}
+METHODS: dict[str, MethodEntry] = {
+    entry.name: entry for entry in (AVERAGE, MASK_FISHER, TASK_ARITHMETIC, TIES, FISHER, REGMEAN, MASK_REGMEAN)
+}
 
 __all__ = [
     "METHODS",
     "AverageParameters",
+    "FisherParameters",
     "MaskFisherParameters",
+    "MaskRegMeanParameters",
     "MeasuringParameters",
     "MethodEntry",
     "MethodParameters",
+    "RegMeanParameters",
     "ScoringParameters",
     "Statistic",
+    "TaskArithmeticParameters",
+    "TiesParameters",
 ]

@@ -1,0 +1,34 @@
+"""`fisher`: every parameter weighted by its own Fisher information."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Statistic
+
+
+class FisherParameters(MeasuringParameters):
+    name: Literal["fisher"] = "fisher"
+    estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
+    """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
+    normalize: bool = True
+    """Each model's Fisher information is divided by its L2 norm over all merged parameters."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    """Least Fisher information of a parameter, as a share of the mean over all merged parameters and models."""
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset({Statistic.FISHER})
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.estimator == "empirical"
+
+
+FISHER = MethodEntry(
+    name="fisher",
+    formula="theta_i = theta_1,i + sum_j w_j,i (theta_j,i - theta_1,i), w_j,i = lambda_j F_j,i / sum_k lambda_k F_k,i",
+    source="Matena & Raffel 2022, Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832",
+    needs=("dataset",),
+    parameters=FisherParameters,
+)

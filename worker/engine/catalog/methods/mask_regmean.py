@@ -1,0 +1,37 @@
+"""`mask_regmean`: the regression of `regmean`, in which each node's rows have that node's merge weights."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MethodEntry, Statistic
+from worker.engine.catalog.methods.mask_fisher import ScoringParameters
+from worker.engine.catalog.methods.regmean import RIDGE, SHRINK, Ridge, Shrink
+
+
+class MaskRegMeanParameters(ScoringParameters):
+    name: Literal["mask_regmean"] = "mask_regmean"
+    examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
+    """Rows of each data set that are measured."""
+    shrink: Shrink = SHRINK
+    """Multiplies the off-diagonal entries of the Gram matrices."""
+    ridge: Ridge = RIDGE
+    """Added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
+    columns: bool = False
+    """Whether matrices whose columns belong to nodes are weighted by them, inside the regression."""
+    neuron_rows: bool = False
+    """Whether each neuron's row of the first projection is a regression of its own: minutes a layer on a CPU."""
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset({Statistic.MASK_FISHER, Statistic.GRAM})
+
+
+MASK_REGMEAN = MethodEntry(
+    name="mask_regmean",
+    formula="rows of node s: W_s = W_1,s + [sum_j w_j,s (W_j,s - W_1,s) G_j] [sum_j w_j,s G_j]^-1, w and all else as "
+    "mask_fisher; other linear layers as regmean",
+    source="this project's, from arXiv 2403.09891 and 2212.09849",
+    needs=("dataset",),
+    parameters=MaskRegMeanParameters,
+)

@@ -1,0 +1,34 @@
+"""`regmean`: linear layers whose outputs are nearest to every model's own, on the model's own inputs."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Statistic
+
+Shrink = Annotated[float, Field(ge=0, le=1)]
+Ridge = Annotated[float, Field(ge=0, le=1)]
+
+SHRINK = 0.9
+RIDGE = 1e-6
+
+
+class RegMeanParameters(MeasuringParameters):
+    name: Literal["regmean"] = "regmean"
+    shrink: Shrink = SHRINK
+    """Multiplies the off-diagonal entries of the Gram matrices."""
+    ridge: Ridge = RIDGE
+    """Added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset({Statistic.GRAM})
+
+
+REGMEAN = MethodEntry(
+    name="regmean",
+    formula="W = W_1 + [sum_j lambda_j (W_j - W_1) G_j] [sum_j lambda_j G_j]^-1, G_j = mean x x^T; others as average",
+    source="Jin et al. 2023, Dataless Knowledge Fusion by Merging Weights of Language Models, arXiv 2212.09849",
+    needs=("dataset",),
+    parameters=RegMeanParameters,
+)

@@ -1,0 +1,28 @@
+"""`ties`: task vectors trimmed, a sign elected for every parameter, and those averaged that agree with it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+
+
+class TiesParameters(MethodParameters):
+    name: Literal["ties"] = "ties"
+    density: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of each tensor's task vector that is kept: its largest magnitudes."""
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+
+TIES = MethodEntry(
+    name="ties",
+    formula="theta = theta_0 + scale * sum_(j in A) lambda_j t_j / sum_(j in A) lambda_j, "
+    "t_j = trim(theta_j - theta_0), A = {j: sign(t_j) = sign(sum_k lambda_k t_k)}",
+    source="Yadav et al. 2023, TIES-Merging: Resolving Interference When Merging Models, arXiv 2306.01708; "
+    "trimming per tensor is this project's",
+    needs=("base",),
+    parameters=TiesParameters,
+)
