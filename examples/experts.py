@@ -91,9 +91,9 @@ def read_sentiment() -> Iterator[tuple[str, str]]:
                 yield repair_tweet(row["text"]), row["sentiment"]
 
 
-def shorten(text: str, characters: int = MAX_CHARACTERS) -> str:
+def shorten(text: str) -> str:
     """The first words of a text."""
-    return text if len(text) <= characters else text[:characters].rsplit(" ", 1)[0]
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rsplit(" ", 1)[0]
 
 
 # The file went through several wrong encodings before it was published, with losses: no decoding gives

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from worker.engine.catalog.methods import (
-    FisherParameters,
+    GradientParameters,
     MaskFisherParameters,
     MeasuringParameters,
-    ScoringParameters,
     Statistic,
 )
 from worker.engine.catalog.planning import LinearInput
@@ -106,7 +105,7 @@ class Measurer:
 
     def _estimator(self, loaded: LoadedModel) -> Estimator | None:
         """Which label gradients are of, with `auto` resolved; None where there are none."""
-        if isinstance(self._method, ScoringParameters | FisherParameters):
+        if isinstance(self._method, GradientParameters):
             return estimator_for(self._method.estimator, loaded.task, self._method.seed)
         return None
 
@@ -118,8 +117,8 @@ class Measurer:
             "rows": _digest_rows(sample.examples, with_labels=self._method.needs_labels),
             "precision": self._precision,
         }
-        estimator = self._estimator(loaded)
-        if statistic is not Statistic.GRAM and estimator is not None:
+        if statistic is not Statistic.GRAM and isinstance(self._method, GradientParameters):
+            estimator = estimator_for(self._method.estimator, loaded.task, self._method.seed)
             facts |= {"estimator": estimator.name, "seed": self._method.seed}
         if statistic is Statistic.MASK_FISHER:
             facts |= {"population": sample.population, "paper": self._is_paper}

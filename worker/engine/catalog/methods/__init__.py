@@ -1,7 +1,13 @@
 """Every merge method: its parameters, formula, source and needs. The arithmetic is in `worker.engine.methods`."""
 
 from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
-from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, MethodParameters, Statistic
+from worker.engine.catalog.methods.entry import (
+    GradientParameters,
+    MeasuringParameters,
+    MethodEntry,
+    MethodParameters,
+    Statistic,
+)
 from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
 from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, ScoringParameters
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
@@ -17,6 +23,7 @@ __all__ = [
     "METHODS",
     "AverageParameters",
     "FisherParameters",
+    "GradientParameters",
     "MaskFisherParameters",
     "MaskRegMeanParameters",
     "MeasuringParameters",

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from worker.engine.catalog.strict import Strict
 
-Weight = Annotated[float, Field(ge=0, le=1)]
-
 
 class Statistic(StrEnum):
     """What a method may need to know of every model, measured on its own rows."""
@@ -55,8 +53,19 @@ class MeasuringParameters(MethodParameters):
 
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
     """Rows of each data set that are measured."""
+
+
+class GradientParameters(MeasuringParameters):
+    """Parameters of methods that measure Fisher information."""
+
+    estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
+    """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Draws the labels of the estimator `sampled`."""
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.estimator == "empirical"
 
 
 @dataclass(frozen=True)

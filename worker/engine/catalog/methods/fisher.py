@@ -4,13 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Statistic
+from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Statistic
 
 
-class FisherParameters(MeasuringParameters):
+class FisherParameters(GradientParameters):
     name: Literal["fisher"] = "fisher"
-    estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
-    """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
     normalize: bool = True
     """Each model's Fisher information is divided by its L2 norm over all merged parameters."""
     floor: Annotated[float, Field(ge=0, le=1)] = 1e-6
@@ -19,10 +17,6 @@ class FisherParameters(MeasuringParameters):
     @property
     def statistics(self) -> frozenset[Statistic]:
         return frozenset({Statistic.FISHER})
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.estimator == "empirical"
 
 
 FISHER = MethodEntry(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Statistic
+from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Statistic
 
 # The published rule in this method's own terms; see worker/engine/methods/paper.py for who owns what under it.
 PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
@@ -12,11 +12,9 @@ PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", 
 PAPER_BATCH_ROWS = 32
 
 
-class ScoringParameters(MeasuringParameters):
+class ScoringParameters(GradientParameters):
     """Parameters of methods that weight slices by the scores of mask nodes."""
 
-    estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
-    """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 2048
     """Rows of each data set that are scored; `auto` stops when the merge weights are known to `tolerance`."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -31,10 +29,6 @@ class ScoringParameters(MeasuringParameters):
     @property
     def statistics(self) -> frozenset[Statistic]:
         return frozenset({Statistic.MASK_FISHER})
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.estimator == "empirical"
 
 
 class MaskFisherParameters(ScoringParameters):
