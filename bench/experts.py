@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import experts as demo
-from experts import Row
+from experts import Row, base_model_folder
+
+__all__ = ["base_model_folder", "prepare"]
 
 PACKAGED = demo.READERS
 RECIPE = 1  # raise it when the same rows would give other weights

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from app.client import Client
 from tests.conftest import Service, tiny_recipe, wait_until
 from tests.tiny import Tensors, read_model
+from worker.engine.catalog.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,20 @@ def test_statistics_of_an_earlier_merge_are_used_again_and_heads_are_kept_when_a
         assert metric["merged"] == metric["merged_kept_head"] == job["result"]["metrics"][name]["merged_kept_head"]
     other = service.finished(service.submit(tiny_recipe("a", "b", examples=63)))["result"]
     assert [model["score_cached"] for model in other["models"]] == [False, False]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_by_its_defaults(service: Service, method: str) -> None:
+    recipe = {**tiny_recipe("a", "b", "grade", name=method), "base": "local:checkpoints/base"}
+    plan = service.post("/merge/validate", json=recipe).json()
+    assert [model["name"] for model in plan["models"]] == ["a", "b", "grade"]
+    job = service.finished(service.submit(recipe))
+    assert job["status"] == "succeeded", job["error"]
+    result = job["result"]
+    assert result["method"]["name"] == method
+    assert all((model["examples"] > 0) == bool(METHODS[method].parameters(name=method).statistics) for model in result["models"])
+    assert all(model["aligned_examples"] > 0 for model in result["models"])
+    assert sum(model["weight_share"] for model in result["models"]) == pytest.approx(1)
 
 
 def test_a_merge_may_go_beyond_or_stay_short_of_the_models_seen_from_the_base(

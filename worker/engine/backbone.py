@@ -47,9 +47,13 @@ class Backbone:
             raise TypeError("scale needs a base")
         return base.to(merged.dtype) + self._scale * (merged - base.to(merged.dtype))
 
+    def state(self) -> dict[str, Tensor]:
+        """All of it, to be loaded into a model."""
+        return {tensor.slot.name: self.tensor(tensor) for tensor in self._plan.backbone}
+
 
 def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:
-    """The unweighted average of the models that take part, as a state to load."""
+    """The unweighted average of the models that take part, to be loaded into a model."""
     equal = [MeasuredModel(1.0) for takes in takes_part if takes]
     with Backbone(plan, takes_part, BUILDERS["average"](AverageParameters(), equal)) as backbone:
-        return {tensor.slot.name: backbone.tensor(tensor) for tensor in plan.backbone}
+        return backbone.state()
