@@ -9,8 +9,8 @@ from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry
 Shrink = Annotated[float, Field(ge=0, le=1)]
 Ridge = Annotated[float, Field(ge=0, le=1)]
 
-SHRINK = 0.9
-RIDGE = 1e-6
+SHRINK = 1.0
+RIDGE = 1e-3
 
 
 class RegMeanParameters(MeasuringParameters):
