@@ -36,7 +36,7 @@ def recipe() -> dict[str, Any]:
     """What is POSTed: two checkpoints, rows to score them on, rows to compare them on."""
     return {
         "name": "demo",
-        "method": {"name": "mask_fisher", "examples": 1024},
+        "method": {"name": "mask_regmean"},
         "models": [
             {
                 "name": task,
@@ -99,11 +99,11 @@ def finish(bars: Progress) -> None:
 def show(job: dict[str, Any]) -> None:
     """The numbers as they are, also where the plain average wins."""
     table = Table(title="On rows that none of the models has seen in training", title_justify="left")
-    for column in ("task", "metric", "expert", "plain average", "mask_fisher", "retention"):
+    for column in ("task", "metric", "expert", "plain average", "merged, head kept", "merged", "retention"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     better, worse = [], []
     for task, metric in job["result"]["metrics"].items():
-        numbers = [f"{metric[key]:.4f}" for key in ("expert", "average", "merged", "retention")]
+        numbers = [f"{metric[key]:.4f}" for key in ("expert", "average", "merged_kept_head", "merged", "retention")]
         table.add_row(task, metric["metric"], *numbers)
         if metric["merged"] > metric["average"]:
             better.append(task)

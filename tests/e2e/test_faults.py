@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, Service, make_service, tiny_recipe, wait_until
+from tests.conftest import REPOSITORY, Service, make_service, measured_anew, tiny_recipe, wait_until
 from tests.tiny import write_rows
 
 ROWS = 4000  # scored in several seconds, so that there is a middle to kill in
@@ -43,7 +43,7 @@ def long_recipe() -> dict[str, Any]:
     recipe = tiny_recipe("a", "b", examples=ROWS)
     for model in recipe["models"]:
         model["dataset"]["source"] = f"local:rows/many-{model['name']}.jsonl"
-    return recipe
+    return measured_anew(recipe)
 
 
 def scoring(service: Service, job_id: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Service, assert_problem, make_service, tiny_recipe, wait_until
+from tests.conftest import Service, assert_problem, make_service, measured_anew, tiny_recipe, wait_until
 from tests.tiny import tiny_checkpoint, write_rows
 
 ROWS = 3000
@@ -57,7 +57,7 @@ def long_recipe(*names: str) -> dict[str, Any]:
     recipe = tiny_recipe(*names, examples=ROWS)
     for model in recipe["models"]:
         model["dataset"]["source"] = model["evaluation"]["source"] = "local:rows/many.jsonl"
-    return recipe
+    return measured_anew(recipe)
 
 
 def scoring(service: Service, recipe: dict[str, Any]) -> str:

@@ -12,15 +12,14 @@ from worker.engine.evaluation.evaluate import OnRows, head_inputs, head_of
 from worker.engine.scoring.data import Example
 
 RIDGE = 0.1
-RIDGE_ROWS = 512  # from here on the ridge weighs as much as a tenth of so many rows, however many there are
 
 
 def aligned(features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The head that gives, on the merged backbone's features, what the expert gave on its own.
 
     `argmin_W 1/n ||X W^T - Y||^2 + mu tr(X^T X / n) / d ||W - W_expert||^2`, with X augmented by 1 where there is a
-    bias, d its columns, and mu = 0.1, of n > 512 rows 0.1 * 512 / n: one ridge regression towards the expert's head, in
-    float64. Where the features are the expert's own, the head stays as it is.
+    bias, d its columns and mu = 0.1: one ridge regression towards the expert's head, in float64. Where the features are
+    the expert's own, the head stays as it is.
 
     Args:
         features: X, (rows, width): what the head reads in the merged model.
@@ -36,7 +35,7 @@ def aligned(features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | No
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         head = torch.cat([head, bias.double()[:, None]], dim=1)
     second_moment = x.T @ x / len(x)
-    ridge = RIDGE * min(1, RIDGE_ROWS / len(x)) * second_moment.diagonal().mean()
+    ridge = RIDGE * second_moment.diagonal().mean()
     residual = (outputs.double() - x @ head.T).T @ x / len(x)  # (outputs, columns)
     factor = torch.linalg.cholesky(second_moment + ridge * torch.eye(x.shape[1], dtype=torch.float64))
     head = head + torch.cholesky_solve(residual.T, factor).T
