@@ -267,20 +267,18 @@ class Report:
             table.add_row(name, str(len(expert.weight)), str(len(expert.held_out)), f"{expert.accuracy:.4f}")
         console.print(table)
         counts = {n: len({tasks for _, tasks in self.outcomes if len(tasks) == n}) for n in self.sizes}
-        table = Table(title="Mean / lowest retention, heads kept → aligned", title_justify="left")
-        table.add_column("method")
-        for size in self.sizes:
-            table.add_column(f"{size} tasks ({counts[size]})")
-        for label in self.labels:
-            cells = []
+        for head in HEADS:
+            table = Table(title=f"Retention, mean / lowest, heads {head}", title_justify="left")
+            table.add_column("method")
             for size in self.sizes:
-                pairs = [f"{self.mean(label, size, h):.3f} / {self.lowest(label, size, h):.3f}" for h in HEADS]
-                cells.append(" → ".join(pairs))
-            table.add_row(label, *cells)
-        for name in self.controls:
-            both = [(float(np.mean(r)), min(r)) for r in (self.of_control(name, head) for head in HEADS)]
-            table.add_row(f"control: {name}", " → ".join(f"{mean:.3f} / {low:.3f}" for mean, low in both))
-        console.print(table)
+                table.add_column(f"{size} tasks ({counts[size]} combinations)", justify="right")
+            for label in self.labels:
+                both = [(self.mean(label, size, head), self.lowest(label, size, head)) for size in self.sizes]
+                table.add_row(label, *(f"{mean:.3f} / {low:.3f}" for mean, low in both))
+            for name in self.controls:
+                control = self.of_control(name, head)
+                table.add_row(f"control: {name}", f"{np.mean(control):.3f} / {min(control):.3f}")
+            console.print(table)
 
     def rows(self) -> list[dict[str, Any]]:
         """What must be reached, as rows of the bench's JSON."""

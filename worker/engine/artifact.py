@@ -134,10 +134,19 @@ def _report_page(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         )
         parts.append(f"<p>{escape(ABOUT_METRICS)}</p>")
     models = [
-        [m.name, m.checkpoint, str(m.examples), _number(m.weight_share, 3), _number(m.score_seconds, 1), m.digest[:19]]
+        [
+            m.name,
+            m.checkpoint,
+            str(m.examples),
+            str(m.aligned_examples),
+            _number(m.weight_share, 3),
+            _number(m.score_seconds, 1),
+            m.digest[:19],
+        ]
         for m in result.models
     ]
-    columns = ["model", "checkpoint", "rows scored", "mean merge weight", "seconds", "digest"]
+    rows = ["rows measured", "rows the head was aligned on"]
+    columns = ["model", "checkpoint", *rows, "mean merge weight", "seconds", "digest"]
     parts.append(_html_table(columns, models, "What was merged"))
     owners = [[owner, str(count)] for owner, count in sorted(plan.owners().items())]
     parts.append(_html_table(["owner", "tensors"], owners, "Who owns the merged tensors"))

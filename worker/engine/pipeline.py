@@ -99,6 +99,8 @@ class Engine:
             plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype, base)
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
+            measured = sum(model.weight > 0 for model in spec.models)
+            require_space(store.folder, measured * plan.statistics_bytes(spec.method.statistics), "what is measured")
             self._require_memory(plan, spec, precision, longest_row=1)
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []

@@ -55,7 +55,7 @@ class StatisticsStore:
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder = folder
+        self.folder = folder
         self._max_bytes = max_bytes
         self._stack = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class StatisticsStore:
 
     def get(self, facts: Facts) -> Statistics | None:
         """What was kept of these facts; None when there is nothing, or nothing readable."""
-        entry = self._folder / address(facts)
+        entry = self.folder / address(facts)
         if not (entry / ABOUT).exists():
             return None
         try:
@@ -82,7 +82,7 @@ class StatisticsStore:
     def put(self, facts: Facts, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
         """Keep tensors under the facts; each part is written before the next is asked for."""
         self._tidy()
-        assembled = self._folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
+        assembled = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
         assembled.mkdir()
         try:
             for number, part in enumerate(parts):
@@ -94,7 +94,7 @@ class StatisticsStore:
             _flush(assembled / ABOUT)
             kept = Statistics(assembled, self._stack)
             try:
-                assembled.rename(self._folder / address(facts))
+                assembled.rename(self.folder / address(facts))
             except OSError:  # another process was as fast; both are the same
                 shutil.rmtree(assembled)
         except BaseException:
@@ -105,7 +105,7 @@ class StatisticsStore:
     def _tidy(self) -> None:
         """Remove what killed processes left, and what was used longest ago while there is too much."""
         entries = []
-        for entry in self._folder.iterdir():
+        for entry in self.folder.iterdir():
             try:
                 changed = entry.stat().st_mtime
                 size = sum(file.stat().st_size for file in entry.iterdir())
