@@ -29,12 +29,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.experts import base_model_folder, prepare
+from worker.engine import layers
 from worker.engine.alignment import aligned
 from worker.engine.backbone import Backbone
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.methods import MeasuringParameters, MethodParameters, Statistic
-from worker.engine.catalog.planning import plan_merge
+from worker.engine.catalog.methods import AlignedRegMeanParameters, MeasuringParameters, MethodParameters, Statistic
+from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, Method
 from worker.engine.checkpoints.loading import LoadedModel, load
@@ -56,6 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"name": "ties"},
     "regmean": {"name": "regmean"},
     "mask_regmean": {"name": "mask_regmean"},
+    "aligned_regmean": {"name": "aligned_regmean"},
 }
 FEW_ROWS = 96
 FEW = f"regmean, {FEW_ROWS} rows"
@@ -161,7 +163,22 @@ class Bench:
         plan = plan_merge([expert.info for expert in experts], base=self.base)
         merger = BUILDERS[method.name](method, [expert.measured[label] for expert in experts])
         with Backbone(plan, [True] * len(experts), merger, method.scale) as backbone:
-            return backbone.state()
+            start = backbone.state()
+        return self._aligned(method, plan, experts, start) if isinstance(method, AlignedRegMeanParameters) else start
+
+    def _aligned(
+        self, method: AlignedRegMeanParameters, plan: MergePlan, experts: Sequence[Expert], start: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The start with its linear layers refitted."""
+        models = [load(expert.info, self.device) for expert in experts]
+        merged = load(experts[0].info, self.device).model
+        merged.load_state_dict(start, strict=False)
+        sides = [
+            layers.Expert(model, 1.0, expert.rows[: self.rows], expert.name)
+            for model, expert in zip(models, experts, strict=True)
+        ]
+        changes = layers.align_layers(plan, sides, merged, method.hold, self.precision, lambda: None)
+        return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}
 
     def evaluate(self, state: Mapping[str, Tensor], task: str, rows: int | None = None) -> Outcome:
         expert = self.experts[task]

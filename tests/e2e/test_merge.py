@@ -191,7 +191,10 @@ def test_every_method_merges_by_its_defaults(service: Service, method: str) -> N
     assert job["status"] == "succeeded", job["error"]
     result = job["result"]
     assert result["method"]["name"] == method
-    assert all((model["examples"] > 0) == bool(METHODS[method].parameters(name=method).statistics) for model in result["models"])
+    assert all(
+        (model["examples"] > 0) == bool(METHODS[method].parameters(name=method).statistics)
+        for model in result["models"]
+    )
     assert all(model["aligned_examples"] > 0 for model in result["models"])
     assert sum(model["weight_share"] for model in result["models"]) == pytest.approx(1)
 
