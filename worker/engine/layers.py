@@ -208,13 +208,10 @@ class _Comparison:
         for number, batch in enumerate(self._batches):
             x, ours = self._ours.seen(number, group)
             _, theirs = self._theirs.seen(number, group)
-            is_text = batch.inputs["attention_mask"].bool()
-            if x.dim() == 2:
-                is_text = is_text[:, 0]  # the pooler's first token
-            x, e = x[is_text].float(), (theirs.float() - ours.float())[is_text]
-            finite = torch.isfinite(x).all(-1) & torch.isfinite(e).all(-1)
+            e = theirs - ours
+            finite = torch.isfinite(x.sum(-1) + e.sum(-1))  # NaN and infinity stay in a sum
             if not bool(finite.all()):
-                row = int(is_text.nonzero()[~finite][0, 0])
+                row = int(_counted(batch, group).nonzero()[~finite][0, 0])
                 raise not_finite(f"what {group.input} reads or gives", batch.places[row], self.expert.source)
             yield x, e
 
@@ -251,10 +248,11 @@ class _Run:
                 self._hidden[number] = hidden[0] if isinstance(hidden, tuple) else hidden
 
     def seen(self, number: int, group: LinearGroup) -> tuple[Tensor, Tensor]:
-        """What the group's layers read, (batch, tokens, width) or (batch, width), and what they give.
+        """What the group's layers read, (tokens, width), and what they give, (tokens, outputs); float32, no padding.
 
         The latter is the residual sum where they are added to one, and else their outputs, side by side.
         """
+        counted = _counted(self._batches[number], group)
         modules = [self._model.get_submodule(path) for path in (group.reader, group.norm) if path]
         if group.layer is None:
             calls = self._whole(number, modules)
@@ -262,11 +260,11 @@ class _Run:
             block = self._block(number, group.layer)
             with self._computing():
                 calls = _first_calls(block, modules)
-        x = calls[0].args[0]
-        if group.norm:
-            return x, calls[1].args[0]
+        x, *sums = (call.args[0][counted].float() for call in calls)
+        if sums:
+            return x, sums[0]
         with self._computing():
-            return x, torch.cat([self._model.get_submodule(module)(x) for module in group.modules], dim=-1)
+            return x, torch.cat([self._model.get_submodule(module)(x).float() for module in group.modules], dim=-1)
 
     def _whole(self, number: int, modules: Sequence[nn.Module]) -> list["_Call"]:
         """A pass of the whole model, as far as the modules."""
@@ -277,6 +275,12 @@ class _Run:
         """A pass of one block. What blocks take besides hidden states is the same for all of them."""
         [first] = self._whole(number, self._blocks[:1])
         return partial(self._blocks[layer], self._hidden[number], *first.args[1:], **first.kwargs)
+
+
+def _counted(batch: Batch, group: LinearGroup) -> Tensor:
+    """Which of a batch's inputs count: (batch, tokens), without padding; for the pooler, (batch,), the first token."""
+    is_text = batch.inputs["attention_mask"].bool()
+    return is_text[:, 0] if group.layer is None else is_text
 
 
 @dataclass(frozen=True)
