@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.experts import base_model_folder, prepare
+from worker.engine import layers
 from worker.engine.alignment import aligned
 from worker.engine.backbone import Backbone
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.methods import MeasuringParameters, MethodParameters, Statistic
-from worker.engine.catalog.planning import plan_merge
+from worker.engine.catalog.methods import AlignedRegMeanParameters, MeasuringParameters, MethodParameters, Statistic
+from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, Method
 from worker.engine.checkpoints.loading import LoadedModel, load
@@ -56,12 +57,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"name": "ties"},
     "regmean": {"name": "regmean"},
     "mask_regmean": {"name": "mask_regmean"},
+    "aligned_regmean": {"name": "aligned_regmean"},
 }
 FEW_ROWS = 96
 FEW = f"regmean, {FEW_ROWS} rows"
 MOST_TRIPLES = 6
 MOST_FOURS = 3
 SEED = 0
+ANCESTOR = "the ancestor"
+OTHER_EXPERT = "another task's expert"
+REFITTED_ANCESTOR = "the ancestor, its layers refitted to all experts"
 HEADS = ("kept", "aligned")
 Combination = tuple[str, ...]
 METHOD: TypeAdapter[MethodParameters] = TypeAdapter(Method)
@@ -159,9 +164,22 @@ class Bench:
     def merge(self, method: MethodParameters, label: str, tasks: Combination) -> dict[str, Tensor]:
         experts = [self.experts[task] for task in tasks]
         plan = plan_merge([expert.info for expert in experts], base=self.base)
-        merger = BUILDERS[method.name](method, [expert.measured[label] for expert in experts])
-        with Backbone(plan, [True] * len(experts), merger, method.scale) as backbone:
-            return backbone.state()
+        start = self._state(plan, method, [expert.measured[label] for expert in experts])
+        return self._aligned(method, plan, experts, start) if isinstance(method, AlignedRegMeanParameters) else start
+
+    def _aligned(
+        self, method: AlignedRegMeanParameters, plan: MergePlan, experts: Sequence[Expert], start: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The start with its linear layers refitted."""
+        models = [load(expert.info, self.device) for expert in experts]
+        merged = load(experts[0].info, self.device).model
+        merged.load_state_dict(start, strict=False)
+        sides = [
+            layers.Expert(model, 1.0, expert.rows[: self.rows], expert.name)
+            for model, expert in zip(models, experts, strict=True)
+        ]
+        changes = layers.align_layers(plan, sides, merged, method.hold, self.precision, lambda: None)
+        return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}
 
     def evaluate(self, state: Mapping[str, Tensor], task: str, rows: int | None = None) -> Outcome:
         expert = self.experts[task]
@@ -185,12 +203,31 @@ class Bench:
                     state = self.merge(method, label, tasks)
                     outcomes[label, tasks] = {task: self.evaluate(state, task, rows) for task in tasks}
                 console.print(f"{label}: {time.monotonic() - start:.0f} s", highlight=False)
-            controls = {"the ancestor": self._controls(None), "another task's expert": self._controls(1)}
+            controls = {
+                ANCESTOR: self._controls(None),
+                OTHER_EXPERT: self._controls(1),
+                REFITTED_ANCESTOR: self._refitted_ancestor(),
+            }
         return outcomes, controls
 
     def _rows_of(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         measures = asked["name"] not in ("average", "task_arithmetic", "ties")
         return {"examples": self.rows} if measures else {}
+
+    def _refitted_ancestor(self) -> dict[str, Outcome]:
+        """All tasks at once by the refit of `aligned_regmean` alone, which starts from the ancestor instead."""
+        method = METHOD.validate_python({"name": "aligned_regmean", "examples": self.rows})
+        ancestor = METHOD.validate_python({"name": "average", "scale": 0.0})
+        experts = list(self.experts.values())
+        plan = plan_merge([expert.info for expert in experts], base=self.base)
+        start = self._state(plan, ancestor, [MeasuredModel(1.0)] * len(experts))
+        state = self._aligned(method, plan, experts, start)
+        return {task: self.evaluate(state, task) for task in self.experts}
+
+    @staticmethod
+    def _state(plan: MergePlan, method: MethodParameters, models: list[MeasuredModel]) -> dict[str, Tensor]:
+        with Backbone(plan, [True] * len(models), BUILDERS[method.name](method, models), method.scale) as backbone:
+            return backbone.state()
 
     def _controls(self, shift: int | None) -> dict[str, Outcome]:
         """By task, of the ancestor's backbone, or of that of the expert so many places further."""
@@ -309,20 +346,24 @@ class Report:
             console.print(f"{task} loses by alignment: {label}, {'+'.join(tasks)}")
         row("tasks that alignment costs more than their interval", len(losing), checked, "none", not losing)
         lowest = min(float(np.mean(self.retentions(*key, "aligned"))) for key in self.outcomes)
-        for name in self.controls:
+        for name in (ANCESTOR, OTHER_EXPERT):
             control = float(np.mean(self.of_control(name, "aligned")))
             row(f"control: aligned heads on {name}, against the lowest merge", control, lowest, "below",
                 control < lowest)  # fmt: skip
+        refitted = float(np.mean(self.of_control(REFITTED_ANCESTOR, "aligned")))
+        row("aligned_regmean, all tasks, against the same refit of the ancestor",
+            self.mean("aligned_regmean", self.sizes[-1], "aligned"), refitted, "above",
+            self.mean("aligned_regmean", self.sizes[-1], "aligned") > refitted)  # fmt: skip
         targets = {2: 0.99, 4: 0.985} | {size: 0.97 for size in self.sizes if size >= 5}
         for size, target in targets.items():
             if size in self.sizes:
                 best = max(self.labels, key=lambda label: self.mean(label, size, "aligned"))
                 value = self.mean(best, size, "aligned")
                 row(f"best with aligned heads, {size} tasks ({best})", value, target, f"{target}", value >= target)
-        for head in HEADS:
-            ours, reference = (self.overall(label, head) for label in ("mask_regmean", "regmean"))
-            _, high = self.difference("mask_regmean", "regmean", head)
-            row(f"mask_regmean against regmean, heads {head}, all combinations", ours, reference,
+        for method, head in product(("mask_regmean", "aligned_regmean"), HEADS):
+            ours, reference = (self.overall(label, head) for label in (method, "regmean"))
+            _, high = self.difference(method, "regmean", head)
+            row(f"{method} against regmean, heads {head}, all combinations", ours, reference,
                 "within its interval or above", high >= 0)  # fmt: skip
         for size in self.sizes:
             few, many = (self.mean(label, size, "aligned") for label in (FEW, "regmean"))

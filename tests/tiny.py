@@ -34,6 +34,7 @@ def tiny_checkpoint(
     problem_type: str | None = None,
     dtype: torch.dtype = torch.float32,
     hidden: int = 16,
+    layers: int = LAYERS,
     names: Sequence[str] | None = None,
 ) -> Path:
     """A model as `save_pretrained` writes it: the ancestor of `base_seed`, fine-tuned as `seed` says, its own head.
@@ -42,28 +43,31 @@ def tiny_checkpoint(
     """
     named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
     settings = {**(named or {"num_labels": labels}), "problem_type": problem_type}
-    model = _tiny_model(family, hidden, seed, base_seed, STEP, settings)
+    model = _tiny_model(family, (hidden, layers), seed, base_seed, STEP, settings)
     model.to(dtype).save_pretrained(folder)
     family.tokenizer().save_pretrained(folder)
     return folder
 
 
-def tiny_base(folder: Path, *, family: TinyFamily = TINY_BERT, base_seed: int = 1000, hidden: int = 16) -> Path:
+def tiny_base(
+    folder: Path, *, family: TinyFamily = TINY_BERT, base_seed: int = 1000, hidden: int = 16, layers: int = LAYERS
+) -> Path:
     """The ancestor of `tiny_checkpoint`s, without head, as pre-trained models are published."""
-    _tiny_model(family, hidden, 0, base_seed, 0.0, {}).base_model.save_pretrained(folder)
+    _tiny_model(family, (hidden, layers), 0, base_seed, 0.0, {}).base_model.save_pretrained(folder)
     return folder
 
 
 def _tiny_model(
-    family: TinyFamily, hidden: int, seed: int, base_seed: int, width: float, settings: Mapping[str, Any]
+    family: TinyFamily, size: tuple[int, int], seed: int, base_seed: int, width: float, settings: Mapping[str, Any]
 ) -> Any:
     # Imported late: whoever imports this module may still have to say that the hub is out of reach.
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    hidden, layers = size
     config = AutoConfig.for_model(
         family.model_type,
         vocab_size=len(family.tokenizer()),
-        **family.sizes(hidden, HEADS, LAYERS, NEURONS),
+        **family.sizes(hidden, HEADS, layers, NEURONS),
         max_position_embeddings=POSITIONS + family.reserved_positions,
         **family.settings,
         **settings,

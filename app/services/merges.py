@@ -130,12 +130,13 @@ class Merges:
     def plan(self, request: MergeRequest) -> Plan:
         accepted, plan = self._check(request)
         examples = getattr(request.method, "examples", 0) if request.method.statistics else 0
+        evaluates = request.evaluate and any(model.evaluation for model in request.models)
         return Plan(
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
             peak_memory_bytes=plan.peak_memory_bytes(
                 statistics=request.method.statistics,
-                models_beside=2 if request.evaluate and any(model.evaluation for model in request.models) else 1,
+                models_beside=2 if evaluates or request.method.refits_layers else 1,
                 batch_rows=request.method.batch_rows,
             ),
             examples=sum(

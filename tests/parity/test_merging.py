@@ -46,7 +46,7 @@ CONVEX: tuple[dict[str, Any], ...] = (
     {"name": "average"},
     {"name": "fisher"},
 )
-METHODS = (*CONVEX, {"name": "regmean"}, {"name": "mask_regmean"})
+METHODS = (*CONVEX, {"name": "regmean"}, {"name": "mask_regmean"}, {"name": "aligned_regmean"})
 
 
 @pytest.fixture(scope="module")
@@ -315,8 +315,10 @@ def test_the_order_of_the_models_does_not_matter(
 ) -> None:
     first = merge(engine, tmp_path / "first", checkpoints, method, (1.0, 2.0, 3.0))
     other = merge(engine, tmp_path / "other", checkpoints[::-1], method, (3.0, 2.0, 1.0))
+    # A refitted layer reads what float32 layers before it give, so that rounding grows with depth: here to 2e-5.
+    tolerance = 1e-4 if method.get("name") == "aligned_regmean" else 1e-6
     for name in first:
-        torch.testing.assert_close(first[name], other[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(first[name], other[name], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -524,6 +524,7 @@ def test_inputs_are_left_as_they_were(method: str) -> None:
         ("fisher", {Statistic.FISHER}, False, 1.0),
         ("regmean", {Statistic.GRAM}, False, 1.0),
         ("mask_regmean", {Statistic.GRAM, Statistic.MASK_FISHER}, False, 1.0),
+        ("aligned_regmean", {Statistic.GRAM}, False, 1.0),
     ],
 )
 def test_what_a_method_needs(method: str, statistics: set[Statistic], needs_base: bool, scale: float) -> None:

@@ -106,6 +106,7 @@ def test_the_plan_says_what_linear_layers_read_and_how_much_their_statistics_tak
     assert found.statistics_bytes({Statistic.FISHER}) == sum(t.nbytes for t in found.backbone)
     for more in ({"statistics": {Statistic.MASK_FISHER}}, {"statistics": {Statistic.GRAM}}, {"models_beside": 2}):
         assert found.peak_memory_bytes(10, **more) > found.peak_memory_bytes(10)
+    assert found.peak_memory_bytes(10, tokens_held=1000) == found.peak_memory_bytes(10) + 1000 * 2 * 4 * hidden
 
 
 def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:

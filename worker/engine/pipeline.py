@@ -19,6 +19,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import (
+    AlignedRegMeanParameters,
     MeasuringParameters,
     MethodParameters,
     ScoringParameters,
@@ -35,11 +36,12 @@ from worker.engine.device import Precision, best_device, peak_memory_bytes, rese
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
+from worker.engine.layers import Expert, align_layers, linear_groups, with_changes
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
-from worker.engine.scoring.data import Example, tokenize
+from worker.engine.scoring.data import Example, plan_batches, tokenize
 from worker.engine.scoring.measure import Measured, Measurer, Sample
 from worker.engine.store import StatisticsStore
 
@@ -107,7 +109,8 @@ class Engine:
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
                 runs.append(self._prepare(spec, model, info, inputs, notes))
                 loading.advance()
-            self._require_memory(plan, spec, precision, max(map(_longest, runs)))
+            held = sum(map(_padded_tokens, runs)) if spec.method.refits_layers else 0
+            self._require_memory(plan, spec, precision, max(map(_longest, runs)), held)
 
         if isinstance(spec.method, MeasuringParameters):
             with clock.measure("score_seconds"):
@@ -117,8 +120,15 @@ class Engine:
             merger, shares = _merger(spec.method, runs)
             folders = artifact.model_folders(spec.folder, [m.name for m in spec.models])
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
-            merging = Phase("merging", tensors, "tensors", on_progress)
-            with Backbone(plan, [run.takes_part for run in runs], merger, spec.method.scale) as backbone:
+            refits = len(linear_groups(plan)) if spec.method.refits_layers else 0
+            merging = Phase("merging", tensors + refits, "tensors", on_progress)
+            taking_part = [run.takes_part for run in runs]
+            if isinstance(spec.method, AlignedRegMeanParameters):
+                with Backbone(plan, taking_part, merger) as start:
+                    merger = with_changes(
+                        merger, self._changes(plan, start, spec.method.hold, runs, precision, merging)
+                    )
+            with Backbone(plan, taking_part, merger, spec.method.scale) as backbone:
                 digests = write_models(plan, folders, backbone.tensor, spec.output.max_shard_bytes, merging.advance)
 
         if spec.aligns:
@@ -151,12 +161,15 @@ class Engine:
         artifact.write_documents(spec, plan, result, digests)
         return result
 
-    def _require_memory(self, plan: MergePlan, spec: MergeSpec, precision: Precision, longest_row: int) -> None:
+    def _require_memory(
+        self, plan: MergePlan, spec: MergeSpec, precision: Precision, longest_row: int, tokens_held: int = 0
+    ) -> None:
         """Of this machine; on a GPU, activations take none of it. Models of earlier merges make room."""
         needed = plan.peak_memory_bytes(
             longest_row,
             statistics=spec.method.statistics,
             models_beside=spec.models_beside,
+            tokens_held=tokens_held,
             batch_rows=spec.method.batch_rows,
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
         )
@@ -204,6 +217,19 @@ class Engine:
         for run in runs:
             if run.sample is not None:
                 run.measured = measurer.measure(self._models.get(run.info), run.digest, run.sample, scoring.advance)
+
+    def _changes(
+        self, plan: MergePlan, start: Backbone, hold: float, runs: list[ModelRun], precision: Precision, merging: Phase
+    ) -> dict[str, Tensor]:
+        """What refitting its linear layers adds to the start."""
+        experts = [
+            Expert(self._models.get(run.info), run.spec.weight, run.sample.examples, run.sample.source)
+            for run in runs
+            if run.takes_part and run.sample is not None
+        ]
+        merged = load(experts[0].loaded.info, self._device).model
+        merged.load_state_dict(start.state(), strict=False)
+        return align_layers(plan, experts, merged, hold, precision, merging.advance)
 
     def _align(
         self,
@@ -322,6 +348,11 @@ def _longest(run: ModelRun) -> int:
     """Tokens of the model's longest row."""
     measured = run.sample.examples if run.sample else ()
     return max((example.length for example in (*measured, *run.alignment, *run.evaluation)), default=1)
+
+
+def _padded_tokens(run: ModelRun) -> int:
+    """Of the batches of the model's measured rows."""
+    return sum(len(batch) * batch[-1].length for batch in plan_batches(run.sample.examples)) if run.sample else 0
 
 
 def _rows_measured(run: ModelRun) -> int:

@@ -101,6 +101,7 @@ class MergePlan:
         *,
         statistics: Collection[Statistic] = (),
         models_beside: int = 0,
+        tokens_held: int = 0,
         batch_rows: int | None = None,
         value_bytes: int = 4,
     ) -> int:
@@ -114,6 +115,8 @@ class MergePlan:
             statistics: what is measured; Fisher information takes a backward pass, which keeps the activations of
                 every layer.
             models_beside: those held beside the experts: the merge, the plain average.
+            tokens_held: of all rows, with padding, where layers are refitted: that keeps every expert loaded, and the
+                hidden states of every token in the expert and in the merge.
             batch_rows: of a batch that keeps to no budget of tokens.
             value_bytes: of an activation: 4 in float32, 2 in bfloat16.
         """
@@ -122,7 +125,8 @@ class MergePlan:
         longest = self.family.max_tokens(config) if longest_row is None else longest_row
         # Held in float32, whatever they are stored in: the cache's models, and what is evaluated beside them.
         models = [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.checkpoints]
-        held = min(sum(models), CACHE_BYTES + max(models)) + models_beside * max(models)
+        held = sum(models) if tokens_held else min(sum(models), CACHE_BYTES + max(models))
+        held += models_beside * max(models) + tokens_held * 2 * 4 * sizes["hidden"]
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, SerializeAsAny
 
 from worker.engine.catalog.methods import (
+    AlignedRegMeanParameters,
     AverageParameters,
     FisherParameters,
     MaskFisherParameters,
@@ -27,7 +28,8 @@ Method = Annotated[
     | TiesParameters
     | FisherParameters
     | RegMeanParameters
-    | MaskRegMeanParameters,
+    | MaskRegMeanParameters
+    | AlignedRegMeanParameters,
     Field(discriminator="name"),
 ]
 
@@ -152,8 +154,10 @@ class MergeSpec(Strict):
 
     @property
     def models_beside(self) -> int:
-        """Models that are held beside the experts: the merge, and the plain average that it is compared with."""
-        return 2 if self.evaluates else 1 if self.aligns else 0
+        """Models that are held beside the experts: the merge, and the plain average that it is compared with.
+
+        Where layers are refitted: the merge, and what it starts from or, later, its changes."""
+        return 2 if self.evaluates or self.method.refits_layers else 1 if self.aligns else 0
 
     @property
     def evaluates(self) -> bool:

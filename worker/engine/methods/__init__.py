@@ -19,6 +19,7 @@ BUILDERS: Mapping[str, Build] = {
     "fisher": fisher.build,
     "regmean": regmean.build,
     "mask_regmean": mask_regmean.build,
+    "aligned_regmean": regmean.build,  # where it starts
 }
 
 if BUILDERS.keys() != METHODS.keys():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Slot
-from worker.engine.catalog.methods import MethodParameters, RegMeanParameters
+from worker.engine.catalog.methods import MethodParameters, RegressionParameters
 from worker.engine.methods.combine import MeasuredModel, Merger, combine, merged_dtype, model_weights
 
 BATCH_BYTES = 128_000_000  # of the matrices that are factorised at once
@@ -19,7 +19,7 @@ STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
-    if not isinstance(parameters, RegMeanParameters):
+    if not isinstance(parameters, RegressionParameters):
         raise TypeError(f"parameters of regmean expected, got {type(parameters).__name__}")
     weights = model_weights(models)[:, None]
     weights /= weights.sum()

@@ -1,5 +1,6 @@
 """Every merge method: its parameters, formula, source and needs. The arithmetic is in `worker.engine.methods`."""
 
+from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, AlignedRegMeanParameters
 from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
 from worker.engine.catalog.methods.entry import (
     GradientParameters,
@@ -11,16 +12,18 @@ from worker.engine.catalog.methods.entry import (
 from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
 from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, ScoringParameters
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
-from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters
+from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticParameters
 from worker.engine.catalog.methods.ties import TIES, TiesParameters
 
 METHODS: dict[str, MethodEntry] = {
-    entry.name: entry for entry in (AVERAGE, MASK_FISHER, TASK_ARITHMETIC, TIES, FISHER, REGMEAN, MASK_REGMEAN)
+    entry.name: entry
+    for entry in (AVERAGE, MASK_FISHER, TASK_ARITHMETIC, TIES, FISHER, REGMEAN, MASK_REGMEAN, ALIGNED_REGMEAN)
 }
 
 __all__ = [
     "METHODS",
+    "AlignedRegMeanParameters",
     "AverageParameters",
     "FisherParameters",
     "GradientParameters",
@@ -30,6 +33,7 @@ __all__ = [
     "MethodEntry",
     "MethodParameters",
     "RegMeanParameters",
+    "RegressionParameters",
     "ScoringParameters",
     "Statistic",
     "TaskArithmeticParameters",

@@ -43,6 +43,11 @@ class MethodParameters(Strict):
         return False
 
     @property
+    def refits_layers(self) -> bool:
+        """Whether linear layers are refitted to what they read in the merge, which keeps all experts loaded."""
+        return False
+
+    @property
     def batch_rows(self) -> int | None:
         """Rows of a batch where the method prescribes them; None where batches keep to a budget of tokens."""
         return None

@@ -13,8 +13,9 @@ SHRINK = 1.0
 RIDGE = 1e-3
 
 
-class RegMeanParameters(MeasuringParameters):
-    name: Literal["regmean"] = "regmean"
+class RegressionParameters(MeasuringParameters):
+    """Parameters of methods that start from the regression of `regmean`."""
+
     shrink: Shrink = SHRINK
     """Multiplies the off-diagonal entries of the Gram matrices."""
     ridge: Ridge = RIDGE
@@ -23,6 +24,10 @@ class RegMeanParameters(MeasuringParameters):
     @property
     def statistics(self) -> frozenset[Statistic]:
         return frozenset({Statistic.GRAM})
+
+
+class RegMeanParameters(RegressionParameters):
+    name: Literal["regmean"] = "regmean"
 
 
 REGMEAN = MethodEntry(

@@ -1,0 +1,331 @@
+"""Layer alignment: against the same sequence of fits computed another way, and what it does in every family."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm
+
+from tests.tiny import (
+    HEADS,
+    Tensors,
+    dataset_spec,
+    float64_model,
+    merge_spec,
+    model_spec,
+    read_model,
+    read_rows,
+    silent,
+    tiny_base,
+    tiny_checkpoint,
+    write_rows,
+)
+from tests.tiny_families import TINY_FAMILIES
+from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.families import Kind
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.layers import Expert, align_layers, linear_groups, ridge_step
+from worker.engine.pipeline import Engine
+from worker.engine.scoring.data import tokenize
+
+LAYERS = 3  # of which the first two are reached in another way than the rest
+ROWS = 25
+LABELS = {"two": 2, "three": 3}
+WEIGHTS = (1.0, 2.5)
+HOLD = 0.1
+RIDGE = 1e-4
+NORMS = (Kind.ATTENTION_NORM, Kind.FEED_FORWARD_NORM)
+CPU = torch.device("cpu")
+
+
+class Case:
+    """Two experts of one ancestor, of three layers each, and their rows."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.tiny = TINY_FAMILIES[name]
+        self.folders = [root / expert for expert in LABELS]
+        self.base = tiny_base(root / "base", family=self.tiny, layers=LAYERS)
+        for seed, (folder, labels) in enumerate(zip(self.folders, LABELS.values(), strict=True)):
+            tiny_checkpoint(folder, family=self.tiny, labels=labels, seed=seed, layers=LAYERS)
+            write_rows(folder.with_suffix(".jsonl"), count=ROWS + 5 * seed, labels=labels, seed=seed)
+
+    @property
+    def plan(self) -> MergePlan:
+        return plan_merge([inspect_checkpoint(folder, folder.name) for folder in self.folders])
+
+    def loaded(self, folder: Path) -> LoadedModel:
+        return load(inspect_checkpoint(folder, folder.name), CPU)
+
+    def experts(self) -> list[Expert]:
+        return [
+            self.expert(folder, folder.with_suffix(".jsonl"), weight)
+            for folder, weight in zip(self.folders, WEIGHTS, strict=True)
+        ]
+
+    def expert(self, folder: Path, rows: Path, weight: float) -> Expert:
+        loaded, spec = self.loaded(folder), dataset_spec(rows)
+        found = tokenize(read_rows(rows), spec, loaded.tokenizer, loaded.max_length, None)
+        return Expert(loaded, weight, found.examples, rows.name)
+
+    def average(self) -> nn.Module:
+        """A start: the experts' backbones in equal parts."""
+        merged, other = (self.loaded(folder).model for folder in self.folders)
+        theirs = dict(other.named_parameters())
+        with torch.no_grad():
+            for name, parameter in merged.named_parameters():
+                if not name.startswith(self.tiny.head):
+                    parameter.lerp_(theirs[name], 0.5)
+        return merged
+
+    def align(self, experts: Sequence[Expert], merged: nn.Module) -> Tensors:
+        return align_layers(self.plan, experts, merged, HOLD, "float32", lambda: None)
+
+    def merge(self, folder: Path, *, base: bool = False, **method: Any) -> list[Path]:
+        """The merged models' folders."""
+        models = [
+            model_spec(path, path.with_suffix(".jsonl"), weight=weight)
+            for path, weight in zip(self.folders, WEIGHTS, strict=True)
+        ]
+        spec = merge_spec(folder, models, method)
+        if base:
+            spec = type(spec).model_validate({**spec.model_dump(), "base": {"source": "local:base", "path": self.base}})
+        Engine(CPU).merge(spec, silent)
+        return [folder / "models" / path.name for path in self.folders]
+
+
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case("bert", tmp_path_factory.mktemp("bert"))
+
+
+class Dense:
+    """BERT's layers written down, over one example after the other, in float64.
+
+    `hidden` and what its methods return have one tensor (tokens, width) per example.
+    """
+
+    def __init__(self, state: Tensors, examples: Sequence[Tensors]) -> None:
+        self.state = {name.removeprefix("bert."): tensor.double() for name, tensor in state.items()}
+        self.layer = ""
+        words, positions, types = (
+            self.state[f"embeddings.{what}_embeddings.weight"] for what in ("word", "position", "token_type")
+        )
+        self.hidden = [
+            self.norm(
+                words[e["input_ids"]] + types[e["token_type_ids"]] + positions[: len(e["input_ids"])], "embeddings"
+            )
+            for e in examples
+        ]
+
+    def name(self, module: str) -> str:
+        return module if module.startswith(("embeddings", "pooler")) else f"encoder.layer.{self.layer}.{module}"
+
+    def norm(self, x: Tensor, module: str) -> Tensor:
+        name = f"{self.name(module)}.LayerNorm"
+        return layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"], 1e-12)
+
+    def linear(self, xs: Sequence[Tensor], module: str) -> list[Tensor]:
+        name = self.name(module)
+        return [x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"] for x in xs]
+
+    def contexts(self) -> list[Tensor]:
+        found = []
+        for projected in zip(
+            *(self.linear(self.hidden, f"attention.self.{what}") for what in ("query", "key", "value")), strict=True
+        ):
+            q, k, v = (p.view(len(p), HEADS, -1).transpose(0, 1) for p in projected)
+            probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+            found.append((probabilities @ v).transpose(0, 1).flatten(1))
+        return found
+
+    def summed(self, xs: Sequence[Tensor], module: str) -> list[Tensor]:
+        return [y + h for y, h in zip(self.linear(xs, module), self.hidden, strict=True)]
+
+
+def fit(
+    ours: Sequence[Dense], module: str, xs: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]
+) -> None:
+    """Change a layer of the merge, which all of `ours` share, to the least squares solution towards `targets`.
+
+    These are what its outputs should be, per model and example. A ridge is a further row for every coefficient.
+    """
+    state, name = ours[0].state, ours[0].name(module)
+    start = torch.cat([state[f"{name}.weight"], state[f"{name}.bias"][:, None]], dim=1)
+    rows, wanted = [], []
+    for weight, x_by_example, y in zip(WEIGHTS, xs, targets, strict=True):
+        x = torch.cat(list(x_by_example))
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        share = (weight / sum(WEIGHTS) / len(x)) ** 0.5
+        rows.append(share * x)
+        wanted.append(share * (torch.cat(list(y)) - x @ start.T))
+    energy = torch.cat(rows).square().sum(0)
+    held = (HOLD * energy + RIDGE * energy.mean()).sqrt().diag()
+    stacked = torch.cat([*rows, held])
+    step = torch.linalg.lstsq(stacked, torch.cat([*wanted, held.new_zeros(len(held), len(start))])).solution.T
+    for one in ours:
+        one.state[f"{name}.weight"], one.state[f"{name}.bias"] = (start + step)[:, :-1], (start + step)[:, -1]
+
+
+def dense_alignment(start: Tensors, experts: Sequence[Tensors], rows: Sequence[Sequence[Tensors]]) -> dict[str, Tensor]:
+    ours = [Dense(start, examples) for examples in rows]
+    theirs = [Dense(state, examples) for state, examples in zip(experts, rows, strict=True)]
+    everyone = [*ours, *theirs]
+    pairs = list(zip(ours, theirs, strict=True))
+
+    def refit(module: str, our_xs: list[list[Tensor]], their_xs: list[list[Tensor]], residual: bool) -> None:
+        targets = []
+        for (our, their), xs in zip(pairs, their_xs, strict=True):
+            wanted = their.summed(xs, module) if residual else their.linear(xs, module)
+            targets.append([w - h for w, h in zip(wanted, our.hidden, strict=True)] if residual else wanted)
+        fit(ours, module, our_xs, targets)
+
+    for layer in range(LAYERS):
+        for one in everyone:
+            one.layer = str(layer)
+        for what in ("query", "key", "value"):
+            refit(f"attention.self.{what}", [o.hidden for o in ours], [t.hidden for t in theirs], False)
+        contexts = {one: one.contexts() for one in everyone}
+        refit("attention.output.dense", [contexts[o] for o in ours], [contexts[t] for t in theirs], True)
+        for one in everyone:
+            sums = one.summed(contexts[one], "attention.output.dense")
+            one.hidden = [one.norm(x, "attention.output") for x in sums]
+        refit("intermediate.dense", [o.hidden for o in ours], [t.hidden for t in theirs], False)
+        neurons = {one: [gelu(x) for x in one.linear(one.hidden, "intermediate.dense")] for one in everyone}
+        refit("output.dense", [neurons[o] for o in ours], [neurons[t] for t in theirs], True)
+        for one in everyone:
+            one.hidden = [one.norm(x, "output") for x in one.summed(neurons[one], "output.dense")]
+    first = {one: [h[:1] for h in one.hidden] for one in everyone}
+    refit("pooler.dense", [first[o] for o in ours], [first[t] for t in theirs], False)
+    return {f"bert.{name}": tensor for name, tensor in ours[0].state.items()}
+
+
+def test_the_merge_is_the_sequence_of_least_squares_fits(bert: Case) -> None:
+    experts, merged = bert.experts(), bert.average()
+    start = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
+    rows = [[{k: torch.tensor(v) for k, v in e.encoding.items()} for e in expert.examples] for expert in experts]
+    expected = dense_alignment(start, [expert.loaded.model.state_dict() for expert in experts], rows)
+    changes = bert.align(experts, merged)
+    layers = {name for name in start if name.endswith("weight") and (".self." in name or "dense" in name)}
+    assert changes.keys() == layers | {name.replace("weight", "bias") for name in layers}
+    for name, tensor in merged.state_dict().items():
+        if name.startswith("bert."):
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=1e-4, msg=name)
+            torch.testing.assert_close(tensor, start[name] + changes.get(name, 0.0), rtol=0, atol=1e-6, msg=name)
+    moved = max(float(change.abs().max()) for change in changes.values())
+    assert moved > 0.05  # it is not the start that was compared
+
+
+def test_a_step_is_the_ridge_regression_of_the_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, e = (torch.randn(60, width, generator=generator, dtype=torch.float64) for width in (8, 3))
+    x[:, 0] *= 10
+    step = ridge_step(x.T @ x / 60, e.T @ x / 60, HOLD)
+    energy = x.square().mean(0)
+    held = (60 * (HOLD * energy + RIDGE * energy.mean())).sqrt().diag()
+    expected = torch.linalg.lstsq(torch.cat([x, held]), torch.cat([e, e.new_zeros(8, 3)])).solution.T
+    torch.testing.assert_close(step, expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(NumericalError, match="raise hold"):
+        ridge_step(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), e.new_zeros(1, 2), HOLD)
+
+
+def test_every_linear_layer_of_the_blocks_is_refitted_once(case: Case) -> None:
+    groups = linear_groups(case.plan)
+    kinds = {k for k in case.plan.family.layer_modules.values() if k not in (*NORMS, Kind.POSITION)}
+    assert [group.layer for group in groups if group.layer is not None] == [i for i in range(LAYERS) for _ in range(4)]
+    modules = [module for group in groups for module in group.modules]
+    slots = [case.plan.family.slot(f"{module}.weight") for module in modules]
+    assert len(set(modules)) == len(modules) == LAYERS * len(kinds) + any(s and s.kind is Kind.POOLER for s in slots)
+    assert [bool(group.norm) for group in groups[:4]] == [False, True, False, True]
+
+
+def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:
+    first, second = case.folders
+    experts = [case.expert(first, folder.with_suffix(".jsonl"), 1.0) for folder in (first, second)]
+    merged = case.loaded(first).model
+    changes = case.align(experts, merged)
+    assert max(float(change.abs().max()) for change in changes.values()) < 1e-5
+    for model in (merged, *(expert.loaded.model for expert in experts)):
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
+    """Of a model on an expert's rows, one at a time: what each norm reads, (tokens, width), in the order they run."""
+    model = float64_model(folder)
+    seen: dict[nn.Module, list[Tensor]] = {}
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.setdefault(module, []).append(inputs[0].flatten(0, -2))
+
+    for name, module in model.named_modules():
+        slot = case.plan.family.slot(f"{name}.weight")
+        if slot is not None and slot.kind in NORMS:
+            module.register_forward_pre_hook(before)
+    with torch.no_grad():
+        for example in case.expert(expert, expert.with_suffix(".jsonl"), 1.0).examples:
+            model(**{key: torch.tensor([ids]) for key, ids in example.encoding.items()})
+    return [torch.cat(sums) for sums in seen.values()]
+
+
+def residual_errors(case: Case, folder: Path, expert: Path) -> list[float]:
+    """By norm: the mean square of what a merge's residual sum is off the expert's."""
+    pairs = zip(residual_sums(case, folder, expert), residual_sums(case, expert, expert), strict=True)
+    return [float((ours - theirs).square().mean()) for ours, theirs in pairs]
+
+
+def test_residual_sums_come_nearer_to_the_experts_in_every_family(case: Case, tmp_path: Path) -> None:
+    plain = case.merge(tmp_path / "plain", name="regmean")
+    aligned = case.merge(tmp_path / "aligned", name="aligned_regmean")
+    shares = [weight / sum(WEIGHTS) for weight in WEIGHTS]
+    by_method = []
+    for merged in (plain, aligned):
+        errors = [residual_errors(case, folder, expert) for folder, expert in zip(merged, case.folders, strict=True)]
+        assert [len(of_model) for of_model in errors] == [2 * LAYERS] * 2
+        by_method.append([sum(s * e for s, e in zip(shares, pair, strict=True)) for pair in zip(*errors, strict=True)])
+    for before, after in zip(*by_method, strict=True):
+        assert after < before
+
+
+def test_scale_applies_to_the_refitted_layers(bert: Case, tmp_path: Path) -> None:
+    [whole, *_] = bert.merge(tmp_path / "whole", name="aligned_regmean")
+    [half, *_] = bert.merge(tmp_path / "half", name="aligned_regmean", scale=0.5, base=True)
+    base, merged, found = (read_model(folder) for folder in (bert.base, whole, half))
+    for name, ancestor in base.items():
+        expected = ancestor + 0.5 * (merged[f"bert.{name}"] - ancestor)
+        torch.testing.assert_close(found[f"bert.{name}"], expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_progress_counts_every_group_of_layers(bert: Case, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(phase: str, done: int, total: int, unit: str) -> None:
+        if phase == "merging":
+            seen.append((done, total))
+
+    models = [model_spec(path, path.with_suffix(".jsonl")) for path in bert.folders]
+    Engine(CPU).merge(merge_spec(tmp_path, models, {"name": "aligned_regmean"}), watch)
+    tensors = len(bert.plan.backbone) + sum(map(len, bert.plan.heads))
+    total = tensors + 4 * LAYERS + 1
+    assert seen == [(done, total) for done in range(total + 1)]
+
+
+def test_an_overflow_is_named_with_its_row(bert: Case) -> None:
+    experts, merged = bert.experts(), bert.average()
+    word = experts[1].examples[3].encoding["input_ids"][1]
+    with torch.no_grad():
+        merged.get_parameter("bert.embeddings.word_embeddings.weight")[word] = torch.inf
+    with pytest.raises(
+        NumericalError, match=r"layers\.0\.attention .* NaN or infinite at \w+\.jsonl, line \d+"
+    ) as caught:
+        bert.align(experts, merged)
+    examples = [e for expert in experts if expert.source == caught.value.detail["source"] for e in expert.examples]
+    assert caught.value.detail["line"] in {e.place.number for e in examples if word in e.encoding["input_ids"]}
