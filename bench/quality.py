@@ -42,7 +42,7 @@ from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.device import best_device, resolve_precision
 from worker.engine.evaluation.evaluate import head_inputs, head_of
-from worker.engine.evaluation.metrics import Array, bootstrap
+from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, Array, bootstrap
 from worker.engine.methods import BUILDERS, MeasuredModel
 from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.measure import Measurer, Sample
@@ -171,15 +171,11 @@ class Bench:
         self, method: AlignedRegMeanParameters, plan: MergePlan, experts: Sequence[Expert], start: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The start with its linear layers refitted."""
-        models = [load(expert.info, self.device) for expert in experts]
-        merged = load(experts[0].info, self.device).model
-        merged.load_state_dict(start, strict=False)
         sides = [
-            layers.Expert(model, 1.0, expert.rows[: self.rows], expert.name)
-            for model, expert in zip(models, experts, strict=True)
+            layers.Expert(load(expert.info, self.device), 1.0, expert.rows[: self.rows], expert.name)
+            for expert in experts
         ]
-        changes = layers.align_layers(plan, sides, merged, method.hold, self.precision, lambda: None)
-        return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}
+        return layers.refitted(plan, start, sides, method.hold, self.precision, lambda: None)
 
     def evaluate(self, state: Mapping[str, Tensor], task: str, rows: int | None = None) -> Outcome:
         expert = self.experts[task]
@@ -216,7 +212,7 @@ class Bench:
 
     def _refitted_ancestor(self) -> dict[str, Outcome]:
         """All tasks at once by the refit of `aligned_regmean` alone, which starts from the ancestor instead."""
-        method = METHOD.validate_python({"name": "aligned_regmean", "examples": self.rows})
+        method = AlignedRegMeanParameters(examples=self.rows)
         ancestor = METHOD.validate_python({"name": "average", "scale": 0.0})
         experts = list(self.experts.values())
         plan = plan_merge([expert.info for expert in experts], base=self.base)
@@ -380,13 +376,14 @@ class Report:
     def difference(self, ours: str, reference: str, head: str) -> tuple[float, float]:
         """The 95 % interval of the difference of mean retentions over all combinations; the same rows for both, and
         for a task's rows in all combinations."""
-        total = np.zeros(1000)
+        total = np.zeros(BOOTSTRAP_RESAMPLES)
         all_tasks = [tasks for name, tasks in self.outcomes if name == ours]
         for tasks in all_tasks:
             for task in tasks:
                 expert = self.experts[task]
                 both = [getattr(self.outcomes[label, tasks][task], head) for label in (ours, reference)]
-                one, other = bootstrap("accuracy", expert.model.task, expert.labels, both, SEED)
+                seed = list(self.experts).index(task)  # of tasks with as many rows each draws its own
+                one, other = bootstrap("accuracy", expert.model.task, expert.labels, both, seed)
                 total += (one - other) / expert.accuracy / len(tasks) / len(all_tasks)
         low, high = np.quantile(total, [0.025, 0.975])
         return float(low), float(high)

@@ -222,7 +222,7 @@ def _job_error(error: Exception) -> JobError:
     if is_out_of_memory(error):
         error = OutOfMemory("the job needs more memory than there is; use fewer or smaller models, or a larger worker")
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = DiskFull("there is no space left in the data folder for the artifact")
+        error = DiskFull("there is no space left in the data folder")
     if isinstance(error, EngineError):
         detail: dict[str, Any] = json.loads(json.dumps(error.detail, default=str))
         return JobError.model_validate(

@@ -147,7 +147,8 @@ class MergeRequest(Strict):
         if twice:
             raise ValueError(f"models have the same name: {', '.join(sorted(twice))}")
         if self.method.needs_base and self.base is None:
-            why = "a scale other than 1" if self.method.scale != 1 else f"method {self.method.name}"
+            named = "base" in METHODS[self.method.name].needs
+            why = f"method {self.method.name}" if named else "a scale other than 1"
             raise ValueError(f"{why} merges differences from the common ancestor; name it as base")
         if not any(model.weight > 0 for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")

@@ -35,7 +35,8 @@ class Settings(BaseSettings):
     max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
     """An engine process that holds more than this after a job is replaced by a fresh one."""
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
-    """Statistics of models are kept for later merges; beyond this, those that were used longest ago are removed."""
+    """Statistics of models are kept for later merges; before one is added to more than this, those that were used
+    longest ago are removed."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
     """How long an Idempotency-Key is remembered."""
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"

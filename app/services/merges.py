@@ -25,7 +25,7 @@ from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, insp
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
 from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.rows import check_first_rows
-from worker.engine.catalog.spec import Columns, DatasetSpec
+from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
 
 HUB_REQUESTS = 8  # at once, of the 40 threads that answer
 HUB_QUEUE_S = 1.0
@@ -130,20 +130,24 @@ class Merges:
     def plan(self, request: MergeRequest) -> Plan:
         accepted, plan = self._check(request)
         examples = getattr(request.method, "examples", 0) if request.method.statistics else 0
+        measured = sum(
+            min(examples, model.dataset.limit or examples)
+            for model in request.models
+            if model.dataset and model.weight > 0
+        )
         evaluates = request.evaluate and any(model.evaluation for model in request.models)
+        aligns = request.output.align_heads and any(model.dataset for model in request.models)
+        longest = plan.family.max_tokens(plan.checkpoints[0].config)
         return Plan(
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
             peak_memory_bytes=plan.peak_memory_bytes(
                 statistics=request.method.statistics,
-                models_beside=2 if evaluates or request.method.refits_layers else 1,
+                models_beside=models_beside(evaluates, aligns, request.method),
+                tokens_held=measured * longest if request.method.refits_layers else 0,
                 batch_rows=request.method.batch_rows,
             ),
-            examples=sum(
-                min(examples, model.dataset.limit or examples)
-                for model in request.models
-                if model.dataset and model.weight > 0
-            ),
+            examples=measured,
             tensors=len(plan.backbone),
             owners=dict(plan.owners()),
             models=[
@@ -190,7 +194,10 @@ class Merges:
         ]
         base = self._checkpoint("base", request.base, hub) if request.base else None
         with _refusing("models"):
-            plan = plan_merge(checkpoints, request.output.dtype, base)
+            plan = plan_merge(checkpoints, request.output.dtype)
+        if base is not None:
+            with _refusing("base"):
+                plan = plan_merge(checkpoints, request.output.dtype, base)
         free = self._artifacts.free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"

@@ -23,6 +23,7 @@ from tests.tiny import (
     write_rows,
 )
 from worker.engine.alignment import aligned
+from worker.engine.catalog.errors import InvalidDataset
 from worker.engine.catalog.report import MergeResult
 from worker.engine.catalog.spec import EvaluationSpec
 from worker.engine.pipeline import Engine
@@ -183,6 +184,22 @@ def test_no_row_that_is_evaluated_on_is_aligned_on(engine: Engine, experts: dict
     assert result.models[0].aligned_examples == 0
     assert any("every row of two.jsonl" in note for note in result.notes)
     assert torch.equal(head(tmp_path / "every" / "models" / "two"), head(path))
+
+
+def test_rows_after_those_that_are_evaluated_make_up_for_them(
+    engine: Engine, experts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The first rows of the seeded order are evaluated on; as many others are there, and are fitted to."""
+    path = experts["two"]
+    first = evaluated(path, path.with_suffix(".jsonl"), limit=15)
+    options: dict[str, Any] = {"models": [first], "align_heads": True, "evaluate": True}
+    for method in ("regmean", "aligned_regmean"):
+        asked = {"name": method, "examples": 15}
+        result = merge(engine, tmp_path / method, experts, method=asked, **options)
+        assert (result.models[0].examples, result.models[0].aligned_examples) == (15, 15)
+    options["models"] = [evaluated(path, path.with_suffix(".jsonl"))]
+    with pytest.raises(InvalidDataset, match=r"every row of two.jsonl is one that two is evaluated on"):
+        merge(engine, tmp_path / "every", experts, method={"name": "aligned_regmean"}, **options)
 
 
 def test_both_heads_are_measured_on_the_same_rows(engine: Engine, experts: dict[str, Path], tmp_path: Path) -> None:

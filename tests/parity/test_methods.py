@@ -354,7 +354,7 @@ def test_a_model_without_inputs_leaves_the_layer_to_the_others() -> None:
     zero = torch.zeros(HIDDEN, HIDDEN)
     models = with_gram(MODELS, torch.eye(HIDDEN), zero, torch.eye(HIDDEN))
     expected = np.average([float64(VERSIONS[0][QUERY]), float64(VERSIONS[2][QUERY])], axis=0, weights=(1.0, 0.5))
-    np.testing.assert_allclose(float64(merge("regmean", models)[QUERY]), expected, atol=1e-4)
+    np.testing.assert_allclose(float64(merge("regmean", models, ridge=1e-6)[QUERY]), expected, atol=1e-4)
 
 
 def test_gram_matrices_that_are_no_numbers_are_refused_by_name() -> None:
@@ -367,7 +367,7 @@ def test_gram_matrices_that_are_no_numbers_are_refused_by_name() -> None:
 
 
 def dense_mask_regmean(normalize: str, rest: str, columns: bool, neuron_rows: bool) -> dict[str, Array]:
-    """One solve for each row that a node owns; defaults for shrink, ridge and floor."""
+    """One solve for each row that a node owns, with shrink 0.9 and ridge 1e-6; floor's default."""
     lambdas = np.array(LAMBDAS)
     by_node = [normalised(m.scores, normalize) for m in MODELS]
     by_node = [{n: np.maximum(s, 1e-3 * (s.mean() or 1)) for n, s in of_model.items()} for of_model in by_node]
@@ -410,7 +410,8 @@ def dense_mask_regmean(normalize: str, rest: str, columns: bool, neuron_rows: bo
 @pytest.mark.parametrize("rest", ["uniform", "model"])
 @pytest.mark.parametrize(("columns", "neuron_rows"), [(False, False), (True, False), (False, True), (True, True)])
 def test_mask_regmean_solves_for_every_node(normalize: Any, rest: Any, columns: bool, neuron_rows: bool) -> None:
-    found = merge("mask_regmean", normalize=normalize, rest=rest, columns=columns, neuron_rows=neuron_rows)
+    options = {"normalize": normalize, "rest": rest, "columns": columns, "neuron_rows": neuron_rows}
+    found = merge("mask_regmean", shrink=0.9, ridge=1e-6, **options)
     assert_merged(found, dense_mask_regmean(normalize, rest, columns, neuron_rows), 1e-5)
 
 

@@ -95,15 +95,13 @@ def narrow_pooler(tensors: Tensors) -> Tensors:
     return {**tensors, "pooler.dense.bias": torch.zeros(8)}
 
 
-def test_the_plan_says_what_linear_layers_read_and_how_much_their_statistics_take(pair: list[Path]) -> None:
+def test_the_plan_says_what_linear_layers_read_and_counts_what_measuring_them_holds(pair: list[Path]) -> None:
     found = plan(pair)
     hidden = 16
     expected = {f"layers.{layer}.{what}": hidden for layer in range(LAYERS) for what in ("attention", "heads")}
     expected |= {f"layers.{layer}.feed_forward": hidden for layer in range(LAYERS)}
     expected |= {f"layers.{layer}.neurons": NEURONS for layer in range(LAYERS)} | {"pooler": hidden}
     assert {seen.name: seen.width for seen in found.linear_inputs} == expected
-    assert found.statistics_bytes({Statistic.GRAM}) == 4 * sum(width**2 for width in expected.values())
-    assert found.statistics_bytes({Statistic.FISHER}) == sum(t.nbytes for t in found.backbone)
     for more in ({"statistics": {Statistic.MASK_FISHER}}, {"statistics": {Statistic.GRAM}}, {"models_beside": 2}):
         assert found.peak_memory_bytes(10, **more) > found.peak_memory_bytes(10)
     assert found.peak_memory_bytes(10, tokens_held=1000) == found.peak_memory_bytes(10) + 1000 * 2 * 4 * hidden

@@ -1,6 +1,9 @@
 """The store of statistics: what was kept comes back, once, whatever else happens to the folder."""
 
+import errno
 import os
+import resource
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +67,46 @@ def test_a_damaged_entry_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
         found = store.get(FACTS)
         assert found is not None
         assert torch.equal(found["layers.0.heads"], torch.eye(3))
+
+
+def test_an_entry_that_lost_a_part_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
+    with StatisticsStore(tmp_path, 10**9) as store:
+        for lost in ("00001.safetensors", "about.json"):
+            store.put(FACTS, PARTS)
+            (tmp_path / address(FACTS) / lost).unlink()
+            with StatisticsStore(tmp_path, 10**9) as other:
+                assert other.get(FACTS) is None
+                assert len(other.put(FACTS, PARTS)) == 3
+                assert other.get(FACTS) is not None
+    assert [entry.name for entry in tmp_path.iterdir()] == [address(FACTS)]
+
+
+@pytest.mark.parametrize("junk", ["file", "folder"])
+def test_junk_under_an_address_is_replaced(tmp_path: Path, junk: str) -> None:
+    entry = tmp_path / address(FACTS)
+    if junk == "file":
+        entry.write_text("junk")
+    else:
+        (entry / "more").mkdir(parents=True)
+    with StatisticsStore(tmp_path, 10**9) as store:
+        store.put(FACTS, PARTS)
+        found = store.get(FACTS)
+        assert found is not None
+        assert torch.equal(found["layers.0.heads"], torch.eye(3))
+
+
+def test_a_full_disk_is_said_to_be_one(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    received = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with StatisticsStore(tmp_path, 10**9) as store, pytest.raises(OSError, match="too large") as caught:
+            store.put(FACTS, [{"x": torch.zeros(10_000)}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, received)
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_that_measure_the_same_at_once_leave_one_entry(tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MANIFEST, MergeResult
 from worker.engine.catalog.spec import MergeSpec
 from worker.engine.checkpoints.reader import digest_file
-from worker.engine.checkpoints.writer import write_json
+from worker.engine.checkpoints.writer import save_tensors, write_json
 from worker.engine.scoring.measure import Measured
 
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
@@ -36,15 +34,17 @@ def write_scores(folder: Path, name: str, digest: str, measured: Measured, examp
         return
     (folder / "scores").mkdir(exist_ok=True)
     about = {"estimator": measured.estimator, "examples": examples, "checkpoint": digest}
-    path = folder / "scores" / f"{name}.safetensors"
-    save_file(dict(scores), path, {"maskmerge": json.dumps(about)})  # one key: the library writes several in any order
-    path.chmod(0o644)  # the library makes files that only their owner reads
+    # One key: the library writes several in any order.
+    save_tensors(scores, folder / "scores" / f"{name}.safetensors", {"maskmerge": json.dumps(about)})
 
 
-def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult, digests: Mapping[Path, str]) -> None:
+def write_documents(
+    spec: MergeSpec, plan: MergePlan, result: MergeResult, base: str | None, digests: Mapping[Path, str]
+) -> None:
     """Everything for people and programs beside the weights; the manifest names every other file.
 
     Args:
+        base: digest of the plan's base.
         digests: sha256 of files that were digested as they were written, which need not be read again.
     """
     folder = spec.folder
@@ -64,6 +64,7 @@ def write_documents(spec: MergeSpec, plan: MergePlan, result: MergeResult, diges
     manifest = {
         "files": files,
         "inputs": {model.name: {"checkpoint": model.checkpoint, "digest": model.digest} for model in result.models},
+        "base": {"checkpoint": plan.base.source, "digest": base} if plan.base else None,
         "method": result.method,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }

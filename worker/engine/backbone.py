@@ -1,10 +1,13 @@
 """The merged backbone, one tensor at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.families import Slot
 from worker.engine.catalog.methods import AverageParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TensorReader
@@ -39,7 +42,7 @@ class Backbone:
 
     def tensor(self, planned: PlannedTensor) -> Tensor:
         versions = [self._readers[index].read(planned.sources[index]) for index in self._taking_part]
-        base = self._base.read(planned.base) if self._base and planned.base else None
+        base = self._base_of(planned)
         merged = self._merger(planned.slot, versions, base)
         if self._scale == 1:
             return merged
@@ -47,9 +50,30 @@ class Backbone:
             raise TypeError("scale needs a base")
         return base.to(merged.dtype) + self._scale * (merged - base.to(merged.dtype))
 
+    def _base_of(self, planned: PlannedTensor) -> Tensor | None:
+        """Raises InvalidCheckpoint where it has NaN or infinity; the models were checked when they were loaded."""
+        if self._base is None or planned.base is None:
+            return None
+        base = self._base.read(planned.base)
+        if self._plan.base is not None and not bool(torch.isfinite(base).all()):
+            name = planned.base.name
+            raise InvalidCheckpoint(
+                self._plan.base.source, f"tensor {name} has values that are NaN or infinite", tensor=name
+            )
+        return base
+
     def state(self) -> dict[str, Tensor]:
         """All of it, to be loaded into a model."""
         return {tensor.slot.name: self.tensor(tensor) for tensor in self._plan.backbone}
+
+
+def given(state: Mapping[str, Tensor]) -> Merger:
+    """What is merged already, as a method: tensors by `Slot.name`."""
+
+    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        return state[slot.name]
+
+    return merge
 
 
 def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ to a residual, it makes up for what the residual lacks.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +21,8 @@ from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, computing_in
-from worker.engine.methods import Merger
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches
 from worker.engine.scoring.scorer import not_finite
 
@@ -128,14 +127,20 @@ def align_layers(
     return changes
 
 
-def with_changes(merger: Merger, changes: dict[str, Tensor]) -> Merger:
-    """The method `merger`, to whose tensors `changes` are added, by `Slot.name`."""
-
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        merged = merger(slot, versions, base)
-        return merged + changes[slot.name].to(merged.dtype) if slot.name in changes else merged
-
-    return merge
+def refitted(
+    plan: MergePlan,
+    start: Mapping[str, Tensor],
+    experts: Sequence[Expert],
+    hold: float,
+    precision: Precision,
+    on_group: Callable[[], None],
+) -> dict[str, Tensor]:
+    """The merged backbone `start`, by `Slot.name`, after `align_layers`."""
+    first = experts[0].loaded
+    merged = load(first.info, first.device).model
+    merged.load_state_dict(dict(start), strict=False)
+    changes = align_layers(plan, experts, merged, hold, precision, on_group)
+    return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}
 
 
 def ridge_step(moment: Tensor, error: Tensor, hold: float) -> Tensor:

@@ -1,7 +1,7 @@
 """One merge, from checkpoints and rows to a folder that can be published."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from worker.engine import artifact
 from worker.engine.alignment import align_head
-from worker.engine.backbone import Backbone, plain_average
+from worker.engine.backbone import Backbone, given, plain_average
 from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
@@ -36,7 +36,7 @@ from worker.engine.device import Precision, best_device, peak_memory_bytes, rese
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
-from worker.engine.layers import Expert, align_layers, linear_groups, with_changes
+from worker.engine.layers import Expert, linear_groups, refitted
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
@@ -55,6 +55,8 @@ class ModelRun:
     digest: str
     sample: Sample | None = None
     """Rows to measure."""
+    unseen: list[Example] = field(default_factory=list)
+    """Rows to fit layers to; none of them is in `evaluation`."""
     alignment: list[Example] = field(default_factory=list)
     """Rows to align the head on; none of them is in `evaluation`."""
     evaluation: list[Example] = field(default_factory=list)
@@ -101,8 +103,6 @@ class Engine:
             plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype, base)
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
-            measured = sum(model.weight > 0 for model in spec.models)
-            require_space(store.folder, measured * plan.statistics_bytes(spec.method.statistics), "what is measured")
             self._require_memory(plan, spec, precision, longest_row=1)
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []
@@ -114,7 +114,7 @@ class Engine:
 
         if isinstance(spec.method, MeasuringParameters):
             with clock.measure("score_seconds"):
-                self._measure(plan, Measurer(spec.method, plan.linear_inputs, precision, store), runs, on_progress)
+                self._measure(Measurer(spec.method, plan.linear_inputs, precision, store), runs, on_progress)
 
         with clock.measure("merge_seconds"):
             merger, shares = _merger(spec.method, runs)
@@ -125,9 +125,10 @@ class Engine:
             taking_part = [run.takes_part for run in runs]
             if isinstance(spec.method, AlignedRegMeanParameters):
                 with Backbone(plan, taking_part, merger) as start:
-                    merger = with_changes(
-                        merger, self._changes(plan, start, spec.method.hold, runs, precision, merging)
-                    )
+                    started = start.state()
+                merger = given(
+                    refitted(plan, started, self._experts(runs), spec.method.hold, precision, merging.advance)
+                )
             with Backbone(plan, taking_part, merger, spec.method.scale) as backbone:
                 digests = write_models(plan, folders, backbone.tensor, spec.output.max_shard_bytes, merging.advance)
 
@@ -158,7 +159,7 @@ class Engine:
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured, _rows_measured(run))
-        artifact.write_documents(spec, plan, result, digests)
+        artifact.write_documents(spec, plan, result, digest_checkpoint(plan.base) if plan.base else None, digests)
         return result
 
     def _require_memory(
@@ -196,40 +197,37 @@ class Engine:
             dataset = _required(model)
             rows = inputs.rows(dataset)
             needed = _label_map(loaded, dataset, rows, notes) if measured and method.needs_labels else None
-            read = sample(rows, dataset, max(measured, aligned_on), shuffle=method.batch_rows is None)
+            fitted_on = max(aligned_on, measured if method.refits_layers else 0)
+            read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
             examples = _examples(loaded, dataset, read, needed, notes)
             if measured:
                 population = min(len(rows), dataset.limit or len(rows))
                 run.sample = Sample(examples[:measured], population, dataset.source)
-            candidates = list(zip(examples, read, strict=True))[:aligned_on]
-            unseen = [e for e, row in candidates if (row.text, row.text_pair) not in held_out]
-            run.alignment = [replace(example, index=index) for index, example in enumerate(unseen)]
-            if aligned_on and not run.alignment:
-                problem = f"every row of {dataset.source} that it could be aligned on is one that it is evaluated on"
+            run.unseen = [replace(examples[place], index=index) for index, place in enumerate(unseen)]
+            run.alignment = run.unseen[:aligned_on]
+            if fitted_on and not unseen:
+                problem = f"every row of {dataset.source} is one that {model.name} is evaluated on"
+                if measured and method.refits_layers:
+                    raise InvalidDataset(dataset.source, f"{problem}; method {method.name} needs others")
                 notes.append(f"the head of {model.name} was kept as it was: {problem}")
         elif spec.output.align_heads and dataset is None:
             notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
         return run
 
-    def _measure(self, plan: MergePlan, measurer: Measurer, runs: list[ModelRun], on_progress: OnProgress) -> None:
+    def _measure(self, measurer: Measurer, runs: list[ModelRun], on_progress: OnProgress) -> None:
         total = measurer.passes * sum(_rows_measured(run) for run in runs)
         scoring = Phase("scoring", total, "examples", on_progress)
         for run in runs:
             if run.sample is not None:
                 run.measured = measurer.measure(self._models.get(run.info), run.digest, run.sample, scoring.advance)
 
-    def _changes(
-        self, plan: MergePlan, start: Backbone, hold: float, runs: list[ModelRun], precision: Precision, merging: Phase
-    ) -> dict[str, Tensor]:
-        """What refitting its linear layers adds to the start."""
-        experts = [
-            Expert(self._models.get(run.info), run.spec.weight, run.sample.examples, run.sample.source)
+    def _experts(self, runs: list[ModelRun]) -> list[Expert]:
+        """The models that take part, and the rows that layers are fitted to."""
+        return [
+            Expert(self._models.get(run.info), run.spec.weight, run.unseen, _required(run.spec).source)
             for run in runs
-            if run.takes_part and run.sample is not None
+            if run.takes_part
         ]
-        merged = load(experts[0].loaded.info, self._device).model
-        merged.load_state_dict(start.state(), strict=False)
-        return align_layers(plan, experts, merged, hold, precision, merging.advance)
 
     def _align(
         self,
@@ -347,12 +345,12 @@ def _merger(method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, lis
 def _longest(run: ModelRun) -> int:
     """Tokens of the model's longest row."""
     measured = run.sample.examples if run.sample else ()
-    return max((example.length for example in (*measured, *run.alignment, *run.evaluation)), default=1)
+    return max((example.length for example in (*measured, *run.unseen, *run.evaluation)), default=1)
 
 
 def _padded_tokens(run: ModelRun) -> int:
-    """Of the batches of the model's measured rows."""
-    return sum(len(batch) * batch[-1].length for batch in plan_batches(run.sample.examples)) if run.sample else 0
+    """Of the batches of the rows that layers are fitted to."""
+    return sum(len(batch) * batch[-1].length for batch in plan_batches(run.unseen)) if run.takes_part else 0
 
 
 def _rows_measured(run: ModelRun) -> int:
@@ -363,6 +361,25 @@ def _required(model: ModelSpec) -> DatasetSpec:
     if model.dataset is None:
         raise InvalidDataset(model.name, "no data set; the method needs one for every model")
     return model.dataset
+
+
+def _read(
+    rows: Rows,
+    dataset: DatasetSpec,
+    measured: int,
+    fitted_on: int,
+    held_out: Collection[tuple[str, str | None]],
+    *,
+    shuffle: bool,
+) -> tuple[list[Row], list[int]]:
+    """Rows to measure first, and the places of rows to fit to, which are not held out: more are read to have enough."""
+    wanted = max(measured, fitted_on)
+    while True:
+        read = sample(rows, dataset, wanted, shuffle=shuffle)
+        unseen = [place for place, row in enumerate(read) if (row.text, row.text_pair) not in held_out][:fitted_on]
+        if len(unseen) == fitted_on or len(read) < wanted:
+            return read, unseen
+        wanted += max(measured, fitted_on)
 
 
 def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: list[str]) -> LabelMap:

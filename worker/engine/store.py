@@ -1,5 +1,6 @@
 """Statistics kept for later merges, each under the digest of all that its content follows from."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from worker.engine.checkpoints.writer import save_tensors
 
 FORMAT = 1  # raise it when the same facts would give other numbers
 ABOUT = "about.json"
@@ -69,15 +71,20 @@ class StatisticsStore:
     def get(self, facts: Facts) -> Statistics | None:
         """What was kept of these facts; None when there is nothing, or nothing readable."""
         entry = self.folder / address(facts)
-        if not (entry / ABOUT).exists():
+        if not entry.exists():
             return None
         try:
             os.utime(entry)  # it was used now
-            return Statistics(entry, self._stack)
-        except (SafetensorError, OSError) as error:  # removed this moment by another process, or damaged
-            logger.warning("the statistic %s cannot be read and is measured again: %s", entry.name, error)
-            shutil.rmtree(entry, ignore_errors=True)
-            return None
+            found = Statistics(entry, self._stack)
+            about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
+            if sorted(found) == about["tensors"]:
+                return found
+            problem = "tensors are missing"
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            problem = str(error)  # removed this moment by another process, or damaged
+        logger.warning("the statistic %s cannot be read and is measured again: %s", entry.name, problem)
+        self._remove(entry)
+        return None
 
     def put(self, facts: Facts, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
         """Keep tensors under the facts; each part is written before the next is asked for."""
@@ -87,20 +94,37 @@ class StatisticsStore:
         try:
             for number, part in enumerate(parts):
                 path = assembled / f"{number:05d}.safetensors"
-                save_file({name: tensor.contiguous() for name, tensor in part.items()}, path, {"format": "pt"})
-                path.chmod(0o644)  # the library makes files that only their owner reads
+                save_tensors(part, path, {"format": "pt"})
                 _flush(path)
-            (assembled / ABOUT).write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
-            _flush(assembled / ABOUT)
             kept = Statistics(assembled, self._stack)
+            about = {"facts": facts, "tensors": sorted(kept)}
+            (assembled / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
+            _flush(assembled / ABOUT)
             try:
                 assembled.rename(self.folder / address(facts))
-            except OSError:  # another process was as fast; both are the same
-                shutil.rmtree(assembled)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                if self.get(facts) is None:  # what was there is no statistic, and gone now
+                    assembled.rename(self.folder / address(facts))
+                else:  # another process was as fast, and both are the same
+                    shutil.rmtree(assembled)
         except BaseException:
             shutil.rmtree(assembled, ignore_errors=True)
             raise
         return kept
+
+    def _remove(self, entry: Path) -> None:
+        """Out of sight first: a process that is killed meanwhile must not leave half of it under its address."""
+        hidden = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
+        try:
+            entry.rename(hidden)
+        except FileNotFoundError:  # another process was as fast
+            return
+        if hidden.is_dir():
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            hidden.unlink()
 
     def _tidy(self) -> None:
         """Remove what killed processes left, and what was used longest ago while there is too much."""
@@ -119,7 +143,7 @@ class StatisticsStore:
         for _, size, entry in sorted(entries):
             if total <= self._max_bytes:
                 break
-            shutil.rmtree(entry, ignore_errors=True)
+            self._remove(entry)
             total -= size
 
 

@@ -20,10 +20,10 @@ FLOATS = tuple(TORCH_NAMES.values())
 BATCH_TOKENS = 4096  # padded tokens of a batch
 CACHE_BYTES = 2_000_000_000  # models kept loaded
 PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
-STORED_BYTES = 4  # statistics are summed in float64 and stored in float32
 GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
 GRAM_MATRICES = 6  # in float64, while a layer is merged: the sum, its factor, one model's, and what is between
 FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and what is between
+MERGING_COPIES = 6  # of a tensor in float32, beside one for each model, while it is merged
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 
 
@@ -73,15 +73,6 @@ class MergePlan:
             for t in self.backbone
             if t.slot.input and t.slot.shows_input
         ]
-
-    def statistics_bytes(self, statistics: Collection[Statistic]) -> int:
-        """Of one model's statistics as stored; mask scores are too small to count."""
-        stored = 0
-        if Statistic.GRAM in statistics:
-            stored += sum(STORED_BYTES * seen.width**2 for seen in self.linear_inputs)
-        if Statistic.FISHER in statistics:
-            stored += sum(STORED_BYTES * math.prod(t.shape) for t in self.backbone)
-        return stored
 
     @property
     def all_checkpoints(self) -> list[CheckpointInfo]:
@@ -136,11 +127,15 @@ class MergePlan:
         if Statistic.MASK_FISHER in statistics:
             phases.append(tokens * (sizes["layers"] * per_layer + passing) * value_bytes)
         if Statistic.FISHER in statistics:
-            phases.append(longest * (sizes["layers"] * per_layer + passing) * 4 + FISHER_VALUE_BYTES * max(models) // 4)
+            activations = longest * (sizes["layers"] * per_layer + passing) * value_bytes
+            phases.append(activations + FISHER_VALUE_BYTES * max(models) // 4)
         if Statistic.GRAM in statistics:
             matrices = [8 * seen.width**2 for seen in self.linear_inputs]
             phases[0] += min(sum(matrices), max(GRAM_BYTES, max(matrices)))
             phases.append(GRAM_MATRICES * max(matrices))
+        # While a tensor is merged: every model's version of it, the base's, and what methods make of them.
+        largest = max(math.prod(tensor.shape) for tensor in self.backbone)
+        phases.append(4 * largest * (len(self.checkpoints) + MERGING_COPIES))
         return RUNTIME_BYTES + held + max(phases)
 
     def owners(self) -> Mapping[str, int]:

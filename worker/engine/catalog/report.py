@@ -22,7 +22,7 @@ class ModelResult(Strict):
     aligned_examples: int
     """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float
-    """Mean merge weight over all owned slices."""
+    """Mean merge weight over all owned slices; of methods that do not weight slices by scores, lambda's share."""
     score_seconds: float
     score_cached: bool
     """Whether all of its statistics were there from an earlier merge."""

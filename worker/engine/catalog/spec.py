@@ -11,6 +11,7 @@ from worker.engine.catalog.methods import (
     FisherParameters,
     MaskFisherParameters,
     MaskRegMeanParameters,
+    MethodParameters,
     RegMeanParameters,
     TaskArithmeticParameters,
     TiesParameters,
@@ -114,6 +115,14 @@ class StoreSpec(Strict):
     max_bytes: int
 
 
+def models_beside(evaluates: bool, aligns: bool, method: MethodParameters) -> int:
+    """Models that are held beside the experts: the merge, and the plain average that it is compared with.
+
+    Where layers are refitted: the merge, and what it starts from.
+    """
+    return 2 if evaluates or method.refits_layers else 1 if aligns else 0
+
+
 class MergeSpec(Strict):
     """A whole merge. `recipe` is the request that reproduces it, stored in the artifact as it is."""
 
@@ -154,10 +163,7 @@ class MergeSpec(Strict):
 
     @property
     def models_beside(self) -> int:
-        """Models that are held beside the experts: the merge, and the plain average that it is compared with.
-
-        Where layers are refitted: the merge, and what it starts from or, later, its changes."""
-        return 2 if self.evaluates or self.method.refits_layers else 1 if self.aligns else 0
+        return models_beside(self.evaluates, self.aligns, self.method)
 
     @property
     def evaluates(self) -> bool:

@@ -7,6 +7,7 @@ nothing is held longer than one tensor.
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
@@ -163,6 +166,18 @@ def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[li
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file that others may read. Raises OSError where the library has an exception of its own."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    path.chmod(0o644)  # the library makes files that only their owner reads
 
 
 def write_json(path: Path, content: object) -> None:

@@ -38,7 +38,6 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             of_nodes = owned[owner.score]
             weights = torch.ones_like(by_lambda)  # of_nodes has the lambdas in it
             columns = of_nodes.repeat_interleave(versions[0].shape[1] // of_nodes.shape[1], dim=1)
-        grams = [model.grams[source] for model in models]
-        return regress(source, versions, grams, weights, parameters.shrink, parameters.ridge, columns)
+        return regress(source, versions, models, weights, parameters.shrink, parameters.ridge, columns)
 
     return merge

@@ -4,7 +4,8 @@ It is the least-squares solution of `sum_j lambda_j ||X_j W^T - X_j W_j^T||^2` (
 `G_j` the mean instead of the sum over tokens, so that a model with more or longer rows has no more of a say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         if slot.input is None:
             return combine(versions, weights)
-        grams = [model.grams[slot.input] for model in models]
-        return regress(slot.input, versions, grams, weights, parameters.shrink, parameters.ridge)
+        return regress(slot.input, versions, models, weights, parameters.shrink, parameters.ridge)
 
     return merge
 
@@ -36,7 +36,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 def regress(
     source: str,
     versions: Sequence[Tensor],
-    grams: Sequence[Tensor],
+    models: Sequence[MeasuredModel],
     weights: Tensor,
     shrink: float,
     ridge: float,
@@ -45,9 +45,8 @@ def regress(
     """`W_s = W_1,s + [sum_j w_j,s (W_j,s - W_1,s) G_j] [sum_j w_j,s G_j]^-1`, exact for identical versions.
 
     Args:
-        source: the name of the layer's input, for errors.
+        source: the name of the layer's input. No more than one model's Gram matrix of it is held at a time.
         versions: one matrix per model, (outputs, inputs).
-        grams: one per model, (inputs, inputs).
         weights: (models, slices), float64; a factor common to the models does not matter. The rows are cut into
             `slices` equal runs.
         shrink: multiplies what is off the diagonal of each `G_j`.
@@ -62,27 +61,26 @@ def regress(
     Raises:
         NumericalError: a Gram matrix has no finite entries or is far from positive semidefinite.
     """
-    mean = float(torch.stack([gram.diagonal().double().mean() for gram in grams]).mean())
-    if mean == 0:
-        grams = [torch.eye(len(gram)) for gram in grams]
-    for stronger in STRONGER_RIDGES:
-        conditioned = [_conditioned(gram, shrink, (ridge + stronger) * mean) for gram in grams]
+    mean = sum(float(model.grams[source].diagonal().double().mean()) for model in models) / len(models)
+
+    def conditioned(added: float, index: int) -> Tensor:
+        """A model's matrix, off-diagonal entries times `shrink`, `added` on the diagonal; float64."""
+        gram = models[index].grams[source] if mean else torch.eye(versions[0].shape[1])
+        found = shrink * gram.double()
+        found.diagonal().copy_(gram.diagonal() + added)
         if columns is not None:
-            conditioned = [r[:, None] * gram * r for r, gram in zip(columns.sqrt(), conditioned, strict=True)]
-        step = _solve(versions, conditioned, weights)
+            root = columns[index].sqrt()
+            found.mul_(root[:, None]).mul_(root)
+        return found
+
+    for stronger in STRONGER_RIDGES:
+        step = _solve(versions, partial(conditioned, (ridge + stronger) * mean), weights)
         if step is not None:
             return (versions[0].double() + step).to(merged_dtype(versions))
     raise NumericalError(f"the Gram matrices of {source} are not positive semidefinite", input=source)
 
 
-def _conditioned(gram: Tensor, shrink: float, ridge: float) -> Tensor:
-    """Off-diagonal entries times `shrink`, `ridge` added to the diagonal; float64."""
-    conditioned = shrink * gram.double()
-    conditioned.diagonal().copy_(gram.diagonal() + ridge)
-    return conditioned
-
-
-def _solve(versions: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+def _solve(versions: Sequence[Tensor], gram_of: Callable[[int], Tensor], weights: Tensor) -> Tensor | None:
     """The change of the first version, (outputs, inputs); None where a slice's matrix cannot be factorised."""
     first = versions[0].double()
     slices, (outputs, inputs) = weights.shape[1], first.shape
@@ -93,7 +91,8 @@ def _solve(versions: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor)
         chosen = slice(start, start + batch)
         left = torch.zeros(len(step[chosen]), inputs, inputs, dtype=torch.float64)
         right = torch.zeros_like(step[chosen])
-        for version, gram, weight in zip(versions, grams, weights[:, chosen, None, None], strict=True):
+        for index, (version, weight) in enumerate(zip(versions, weights[:, chosen, None, None], strict=True)):
+            gram = gram_of(index)
             left.addcmul_(weight, gram)
             right += (weight * (version.double() - first).view(by_slice)[chosen]) @ gram
         factor, info = torch.linalg.cholesky_ex(left)

@@ -19,7 +19,7 @@ from worker.engine.catalog.planning import LinearInput
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision
 from worker.engine.scoring.data import Example
-from worker.engine.scoring.estimators import Estimator, estimator_for
+from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.grams import grams, in_passes
 from worker.engine.scoring.scorer import OnRows, paper_scores, score
@@ -111,15 +111,18 @@ class Measurer:
 
     def _facts(self, statistic: Statistic, loaded: LoadedModel, digest: str, sample: Sample) -> Facts:
         """All that the statistic follows from. Tokenizer and `max_length` show in the rows."""
+        reads_labels = statistic is not Statistic.GRAM and self._method.needs_labels
         facts: dict[str, Any] = {
             "statistic": statistic,
             "checkpoint": digest,
-            "rows": _digest_rows(sample.examples, with_labels=self._method.needs_labels),
+            "rows": _digest_rows(sample.examples, with_labels=reads_labels),
             "precision": self._precision,
         }
         if statistic is not Statistic.GRAM and isinstance(self._method, GradientParameters):
             estimator = estimator_for(self._method.estimator, loaded.task, self._method.seed)
-            facts |= {"estimator": estimator.name, "seed": self._method.seed}
+            facts["estimator"] = estimator.name
+            if isinstance(estimator, Sampled):
+                facts["seed"] = self._method.seed
         if statistic is Statistic.MASK_FISHER:
             facts |= {"population": sample.population, "paper": self._is_paper}
         return facts

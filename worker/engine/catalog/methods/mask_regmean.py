@@ -20,7 +20,7 @@ class MaskRegMeanParameters(ScoringParameters):
     columns: bool = False
     """Whether matrices whose columns belong to nodes are weighted by them, inside the regression."""
     neuron_rows: bool = False
-    """Whether each neuron's row of the first projection is a regression of its own: minutes a layer on a CPU."""
+    """Whether each neuron's row of the first projection is its own regression: over a minute a layer of BERT-base."""
 
     @property
     def statistics(self) -> frozenset[Statistic]:
