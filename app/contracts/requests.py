@@ -108,7 +108,7 @@ class MergeRequest(Strict):
     """For people; default: the models' names joined by +."""
     method: Annotated[Method, BeforeValidator(_known_method)]
     models: Annotated[list[ModelRequest], Field(min_length=1, max_length=64)]
-    base: str | None = None
+    base: Annotated[str, Field(min_length=1)] | None = None
     """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
     output: Output = Output()
     evaluate: bool = True

@@ -160,17 +160,15 @@ def test_files_answer_ranges_and_conditions(service: Service, job: dict[str, Any
     assert beyond.headers["Content-Type"] == "application/problem+json"
 
 
-def heads_and_backbone(service: Service, job: dict[str, Any], folder: Path) -> tuple[Tensors, Tensors]:
-    """Of model `a` of a job's artifact."""
+def downloaded_backbone(service: Service, job: dict[str, Any], folder: Path) -> Tensors:
     with Client(f"http://127.0.0.1:{service.port}") as client:
         client.download(job["id"], folder)
     tensors = read_model(folder / "models" / "a")
-    heads = {name: tensor for name, tensor in tensors.items() if name.startswith("classifier")}
-    return heads, {name: tensor for name, tensor in tensors.items() if name not in heads}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
 
 
 def test_statistics_of_an_earlier_merge_are_used_again_and_heads_are_kept_when_asked(
-    service: Service, job: dict[str, Any], tiny_inputs: Path, tmp_path: Path
+    service: Service, job: dict[str, Any]
 ) -> None:
     recipe = {**tiny_recipe("a", "b"), "output": {"align_heads": False}}
     again = service.finished(service.submit(recipe))["result"]
@@ -208,7 +206,10 @@ def test_a_merge_may_go_beyond_or_stay_short_of_the_models_seen_from_the_base(
         recipe = {**tiny_recipe("a", "b", name="average", scale=scale), "base": "local:checkpoints/base"}
         job = service.finished(service.submit(recipe))
         assert job["status"] == "succeeded", job["error"]
-        _, found[scale] = heads_and_backbone(service, job, tmp_path / str(scale))
+        found[scale] = downloaded_backbone(service, job, tmp_path / str(scale))
+        manifest = json.loads((tmp_path / str(scale) / "manifest.json").read_text())
+        assert manifest["base"]["checkpoint"] == "local:checkpoints/base"
+        assert manifest["base"]["digest"].startswith("sha256:")
     for name, average in found[1.0].items():
         ancestor = base[name.removeprefix("bert.")]
         torch.testing.assert_close(found[0.0][name], ancestor, rtol=0, atol=1e-6)

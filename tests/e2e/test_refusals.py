@@ -142,8 +142,11 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "webhook to come": (changed(webhook={"url": "https://example.org"}), 422, "not_available", ["webhook"]),
     "scale without a base": (changed(method__scale=1.2), 422, "invalid_request", ["scale", "name it as base"]),
     "missing base": (changed(base="local:checkpoints/none"), 422, "invalid_request", ["base", "does not exist"]),
+    "base of a method that needs one": (
+        changed(method={"name": "ties"}), 422, "invalid_request", ["method ties", "name it as base"],
+    ),
     "truncated base": (
-        changed(base="local:checkpoints/truncated"), 422, "invalid_checkpoint", ["base: ", "is truncated"],
+        changed(base="local:checkpoints/truncated"), 422, "invalid_checkpoint", ["\"field\": \"base\"", "is truncated"],
     ),
     "base of another family": (
         changed(base="local:checkpoints/roberta"), 422, "incompatible_checkpoints", ["bert, roberta"],

@@ -1,6 +1,5 @@
 """The store of statistics: what was kept comes back, once, whatever else happens to the folder."""
 
-import errno
 import os
 import resource
 import signal
@@ -10,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from worker.engine.catalog.errors import StorageError
 from worker.engine.store import ASSEMBLED, StatisticsStore, address
 
 FACTS = {"statistic": "gram", "checkpoint": "sha256:1", "rows": "2"}
@@ -57,6 +58,24 @@ def test_the_longest_unused_go_when_there_is_too_much_and_what_is_open_stays_rea
         assert torch.equal(oldest["x"], torch.zeros(1000))
 
 
+@pytest.mark.parametrize("damage", ["other tensors", "other numbers", "other shapes"])
+def test_an_entry_that_was_written_by_another_hand_counts_as_none(tmp_path: Path, damage: str) -> None:
+    other = {"other tensors": {"x": torch.eye(3)}, "other numbers": {"layers.0.heads": torch.full((3, 3), torch.nan)}}
+    with StatisticsStore(tmp_path, 10**9) as store:
+        store.put(FACTS, PARTS)
+        part = sorted((tmp_path / address(FACTS)).glob("*.safetensors"))[0]
+        save_file(other.get(damage, {"layers.0.heads": torch.eye(2)}), part)
+        assert store.get(FACTS) is None
+
+
+def test_a_folder_that_cannot_be_used_is_told_when_something_is_to_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with StatisticsStore(tmp_path / "file", 10**9) as store:
+        assert store.get(FACTS) is None
+        with pytest.raises(StorageError, match="cannot be used: Not a directory"):
+            store.put(FACTS, PARTS)
+
+
 def test_a_damaged_entry_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
     with StatisticsStore(tmp_path, 10**9) as store:
         store.put(FACTS, PARTS)
@@ -100,12 +119,14 @@ def test_a_full_disk_is_said_to_be_one(tmp_path: Path) -> None:
     received = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with StatisticsStore(tmp_path, 10**9) as store, pytest.raises(OSError, match="too large") as caught:
+        with (
+            StatisticsStore(tmp_path, 10**9) as store,
+            pytest.raises(StorageError, match="cannot be used: File too large"),
+        ):
             store.put(FACTS, [{"x": torch.zeros(10_000)}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, received)
-    assert caught.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
 
 

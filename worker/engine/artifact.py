@@ -50,7 +50,8 @@ def write_documents(
     folder = spec.folder
     write_json(folder / "recipe.json", spec.recipe)
     report = result.model_dump(mode="json", exclude={"timings": NOT_KNOWN_YET})
-    write_json(folder / "report.json", {"name": spec.name, "owners": plan.owners(), **report})
+    ancestor = {"checkpoint": plan.base.source, "digest": base} if plan.base else None
+    write_json(folder / "report.json", {"name": spec.name, "owners": plan.owners(), "base": ancestor, **report})
     (folder / "report.html").write_text(_report_page(spec, plan, result), encoding="utf-8")
     (folder / "README.md").write_text(_model_card(spec, result), encoding="utf-8")
     known = {_inode(path): digest for path, digest in digests.items()}
@@ -64,7 +65,7 @@ def write_documents(
     manifest = {
         "files": files,
         "inputs": {model.name: {"checkpoint": model.checkpoint, "digest": model.digest} for model in result.models},
-        "base": {"checkpoint": plan.base.source, "digest": base} if plan.base else None,
+        "base": ancestor,
         "method": result.method,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -214,6 +215,8 @@ def _model_card(spec: MergeSpec, result: MergeResult) -> str:
         *_markdown_table(["model", "checkpoint", "mean merge weight"], _card_models(result)),
         "",
     ]
+    if spec.base is not None:
+        lines += [f"The base, which they were fine-tuned from, is `{spec.base.source}`.", ""]
     if result.metrics:
         lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), "", ABOUT_METRICS, ""]
     lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]

@@ -28,7 +28,7 @@ from worker.engine.catalog.methods import (
 from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings, Version
 from worker.engine.catalog.rows import Row, Rows, sample
-from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec, StoreSpec
+from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, DatasetSpec, MergeSpec, ModelSpec, StoreSpec
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
 from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.checkpoints.writer import rewrite_head, write_models
@@ -205,11 +205,16 @@ class Engine:
                 run.sample = Sample(examples[:measured], population, dataset.source)
             run.unseen = [replace(examples[place], index=index) for index, place in enumerate(unseen)]
             run.alignment = run.unseen[:aligned_on]
-            if fitted_on and not unseen:
-                problem = f"every row of {dataset.source} is one that {model.name} is evaluated on"
-                if measured and method.refits_layers:
-                    raise InvalidDataset(dataset.source, f"{problem}; method {method.name} needs others")
-                notes.append(f"the head of {model.name} was kept as it was: {problem}")
+            if not unseen and measured and method.refits_layers:
+                problem = f"every row is one that {model.name} is evaluated on; method {method.name} needs others"
+                raise InvalidDataset(dataset.source, problem)
+            distinct = len({(read[place].text, read[place].text_pair) for place in unseen[:aligned_on]})
+            if distinct < min(aligned_on, LEAST_ALIGNMENT_ROWS):
+                run.alignment = []
+                notes.append(
+                    f"the head of {model.name} was kept as it was: {dataset.source} has {distinct} rows that it is not "
+                    f"evaluated on, and {LEAST_ALIGNMENT_ROWS} are needed to align it"
+                )
         elif spec.output.align_heads and dataset is None:
             notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
         return run

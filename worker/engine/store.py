@@ -16,6 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from worker.engine.catalog.errors import DiskFull, StorageError
+from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors
 
 FORMAT = 1  # raise it when the same facts would give other numbers
@@ -60,7 +62,6 @@ class StatisticsStore:
         self.folder = folder
         self._max_bytes = max_bytes
         self._stack = ExitStack()
-        folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "StatisticsStore":
         return self
@@ -75,11 +76,10 @@ class StatisticsStore:
             return None
         try:
             os.utime(entry)  # it was used now
-            found = Statistics(entry, self._stack)
             about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
-            if sorted(found) == about["tensors"]:
-                return found
-            problem = "tensors are missing"
+            if _digests(entry) == about["sha256"]:
+                return Statistics(entry, self._stack)
+            problem = "its files are not those that were written"
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             problem = str(error)  # removed this moment by another process, or damaged
         logger.warning("the statistic %s cannot be read and is measured again: %s", entry.name, problem)
@@ -87,17 +87,21 @@ class StatisticsStore:
         return None
 
     def put(self, facts: Facts, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
-        """Keep tensors under the facts; each part is written before the next is asked for."""
-        self._tidy()
+        """Keep tensors under the facts; each part is written before the next is asked for.
+
+        Raises:
+            DiskFull, StorageError: the folder has no room, or cannot be used.
+        """
         assembled = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
-        assembled.mkdir()
         try:
+            assembled.mkdir(parents=True)
+            self._tidy()
             for number, part in enumerate(parts):
                 path = assembled / f"{number:05d}.safetensors"
                 save_tensors(part, path, {"format": "pt"})
                 _flush(path)
             kept = Statistics(assembled, self._stack)
-            about = {"facts": facts, "tensors": sorted(kept)}
+            about = {"facts": facts, "sha256": _digests(assembled)}
             (assembled / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
             _flush(assembled / ABOUT)
             try:
@@ -109,6 +113,11 @@ class StatisticsStore:
                     assembled.rename(self.folder / address(facts))
                 else:  # another process was as fast, and both are the same
                     shutil.rmtree(assembled)
+        except OSError as error:
+            shutil.rmtree(assembled, ignore_errors=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull("there is no space left for statistics; see MASKMERGE_MAX_STATISTICS_BYTES") from error
+            raise StorageError(f"the folder of statistics cannot be used: {error.strerror}") from error
         except BaseException:
             shutil.rmtree(assembled, ignore_errors=True)
             raise
@@ -119,7 +128,7 @@ class StatisticsStore:
         hidden = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
         try:
             entry.rename(hidden)
-        except FileNotFoundError:  # another process was as fast
+        except OSError:  # another process was as fast, or nobody may: then it is found to be damaged each time
             return
         if hidden.is_dir():
             shutil.rmtree(hidden, ignore_errors=True)
@@ -151,6 +160,10 @@ def address(facts: Facts) -> str:
     """sha256 of the facts, hex."""
     content = {"format": FORMAT, **facts}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _digests(entry: Path) -> dict[str, str]:
+    return {part.name: digest_file(part) for part in sorted(entry.glob("*.safetensors"))}
 
 
 def _flush(path: Path) -> None:

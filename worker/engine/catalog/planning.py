@@ -281,6 +281,8 @@ def _ancestor(first: CheckpointInfo, base: CheckpointInfo, family: Family) -> di
     for tensor in base.tensors.values():
         slot = family.slot(tensor.name) or family.slot(family.prefix + tensor.name)
         if slot is not None and slot.kind not in (Kind.HEAD, Kind.UNREAD):
+            if slot.name in found:
+                raise InvalidCheckpoint(base.source, f"tensor {slot.name} is there under two spellings")
             found[slot.name] = tensor
     return found
 

@@ -22,6 +22,8 @@ MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
+LEAST_ALIGNMENT_ROWS = 16
+"""Distinct rows; on fewer a head is kept as it was."""
 Method = Annotated[
     AverageParameters
     | MaskFisherParameters
@@ -141,11 +143,9 @@ class MergeSpec(Strict):
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         """How many of the first rows of the model's data set are measured, and on how many its head is aligned."""
-        asked = getattr(self.method, "examples", ALIGNMENT_ROWS)
-        examples = asked if isinstance(asked, int) else ALIGNMENT_ROWS
-        measured = examples if self.method.statistics and model.weight > 0 else 0
-        aligned = min(examples, ALIGNMENT_ROWS) if self.output.align_heads and model.dataset else 0
-        return measured, aligned
+        examples = getattr(self.method, "examples", 0)
+        measured = examples if isinstance(examples, int) and model.weight > 0 else 0
+        return measured, ALIGNMENT_ROWS if self.output.align_heads and model.dataset else 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
