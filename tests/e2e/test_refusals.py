@@ -320,6 +320,10 @@ FAILING: dict[str, tuple[Recipe, str, list[str]]] = {
         changed(models__0__checkpoint="local:checkpoints/nan"), "invalid_checkpoint",
         ["local:checkpoints/nan", "bert.encoder.layer.1.output.dense.weight", "NaN"],
     ),
+    "NaN in the base": (
+        {**changed(method={"name": "ties"}), "base": "local:checkpoints/nan"}, "invalid_checkpoint",
+        ["local:checkpoints/nan", "bert.encoder.layer.1.output.dense.weight", "NaN"],
+    ),
     "late label out of range": (
         changed(models__1__evaluation__source="local:rows/late-range.jsonl", models__1__evaluation__limit=None),
         "invalid_dataset", ["local:rows/late-range.jsonl, line 151", "label 7"],

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -19,9 +20,11 @@ from torch import Tensor
 from worker.engine.catalog.errors import DiskFull, StorageError
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors
+from worker.engine.resources import is_out_of_memory
 
 FORMAT = 1  # raise it when the same facts would give other numbers
 ABOUT = "about.json"
+ADDRESS = re.compile("[0-9a-f]{64}")
 ASSEMBLED = ".assembled-"
 ABANDONED_S = 3600.0  # a folder that nobody has written to for so long is of a process that was killed
 
@@ -76,9 +79,10 @@ class StatisticsStore:
             return None
         try:
             os.utime(entry)  # it was used now
+            found = Statistics(entry, self._stack)  # opened first, so that what is checked is what will be read
             about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
             if _digests(entry) == about["sha256"]:
-                return Statistics(entry, self._stack)
+                return found
             problem = "its files are not those that were written"
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             problem = str(error)  # removed this moment by another process, or damaged
@@ -115,6 +119,8 @@ class StatisticsStore:
                     shutil.rmtree(assembled)
         except OSError as error:
             shutil.rmtree(assembled, ignore_errors=True)
+            if is_out_of_memory(error):
+                raise
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull("there is no space left for statistics; see MASKMERGE_MAX_STATISTICS_BYTES") from error
             raise StorageError(f"the folder of statistics cannot be used: {error.strerror}") from error
@@ -144,9 +150,9 @@ class StatisticsStore:
                 size = sum(file.stat().st_size for file in entry.iterdir())
             except OSError:  # removed this moment by another process
                 continue
-            if not entry.name.startswith(ASSEMBLED):
+            if ADDRESS.fullmatch(entry.name):
                 entries.append((changed, size, entry))
-            elif time.time() - changed > ABANDONED_S:
+            elif entry.name.startswith(ASSEMBLED) and time.time() - changed > ABANDONED_S:
                 shutil.rmtree(entry, ignore_errors=True)
         total = sum(size for _, size, _ in entries)
         for _, size, entry in sorted(entries):
