@@ -136,7 +136,7 @@ class Dense:
 
     def linear(self, xs: Sequence[Tensor], module: str) -> list[Tensor]:
         name = self.name(module)
-        return [x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"] for x in xs]
+        return [x @ self.state[f"{name}.weight"].T + self.state.get(f"{name}.bias", torch.zeros(1)) for x in xs]
 
     def contexts(self) -> list[Tensor]:
         found = []
@@ -160,11 +160,15 @@ def fit(
     These are what its outputs should be, per model and example. A ridge is a further row for every coefficient.
     """
     state, name = ours[0].state, ours[0].name(module)
-    start = torch.cat([state[f"{name}.weight"], state[f"{name}.bias"][:, None]], dim=1)
+    has_bias = f"{name}.bias" in state
+    start = state[f"{name}.weight"]
+    if has_bias:
+        start = torch.cat([start, state[f"{name}.bias"][:, None]], dim=1)
     rows, wanted = [], []
     for weight, x_by_example, y in zip(WEIGHTS, xs, targets, strict=True):
         x = torch.cat(list(x_by_example))
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        if has_bias:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         share = (weight / sum(WEIGHTS) / len(x)) ** 0.5
         rows.append(share * x)
         wanted.append(share * (torch.cat(list(y)) - x @ start.T))
@@ -172,8 +176,11 @@ def fit(
     held = (HOLD * energy + RIDGE * energy.mean()).sqrt().diag()
     stacked = torch.cat([*rows, held])
     step = torch.linalg.lstsq(stacked, torch.cat([*wanted, held.new_zeros(len(held), len(start))])).solution.T
+    fitted = start + step
     for one in ours:
-        one.state[f"{name}.weight"], one.state[f"{name}.bias"] = (start + step)[:, :-1], (start + step)[:, -1]
+        one.state[f"{name}.weight"] = fitted[:, :-1] if has_bias else fitted
+        if has_bias:
+            one.state[f"{name}.bias"] = fitted[:, -1]
 
 
 def dense_alignment(start: Tensors, experts: Sequence[Tensors], rows: Sequence[Sequence[Tensors]]) -> dict[str, Tensor]:
@@ -209,14 +216,21 @@ def dense_alignment(start: Tensors, experts: Sequence[Tensors], rows: Sequence[S
     return {f"bert.{name}": tensor for name, tensor in ours[0].state.items()}
 
 
-def test_the_merge_is_the_sequence_of_least_squares_fits(bert: Case) -> None:
+@pytest.mark.parametrize(
+    "without_bias", [(), ("query", "key", "value"), ("intermediate.dense", "output.dense")], ids=str
+)
+def test_the_merge_is_the_sequence_of_least_squares_fits(bert: Case, without_bias: tuple[str, ...]) -> None:
     experts, merged = bert.experts(), bert.average()
+    for model in (merged, *(expert.loaded.model for expert in experts)):
+        for name, module in model.get_submodule("bert.encoder").named_modules():
+            if isinstance(module, nn.Linear) and name.endswith(without_bias):
+                module.register_parameter("bias", None)
     start = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
     rows = [[{k: torch.tensor(v) for k, v in e.encoding.items()} for e in expert.examples] for expert in experts]
     expected = dense_alignment(start, [expert.loaded.model.state_dict() for expert in experts], rows)
     changes = bert.align(experts, merged)
     layers = {name for name in start if name.endswith("weight") and (".self." in name or "dense" in name)}
-    assert changes.keys() == layers | {name.replace("weight", "bias") for name in layers}
+    assert changes.keys() == layers | {name.replace("weight", "bias") for name in layers} & start.keys()
     for name, tensor in merged.state_dict().items():
         if name.startswith("bert."):
             torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=1e-4, msg=name)

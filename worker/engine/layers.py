@@ -163,7 +163,7 @@ def _refit(
     group: LinearGroup, comparisons: Sequence["_Comparison"], merged: nn.Module, hold: float
 ) -> dict[str, Tensor]:
     layers = [_linear(merged, module) for module in group.modules]
-    has_bias = all(layer.bias is not None for layer in layers)
+    has_bias = all(layer.bias is not None for layer in layers)  # as one regression has either a constant or none
     outputs, columns = [layer.out_features for layer in layers], layers[0].in_features + has_bias
     moment = torch.zeros(columns, columns, dtype=torch.float64, device=layers[0].weight.device)
     error = moment.new_zeros(sum(outputs), columns)

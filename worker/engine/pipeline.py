@@ -109,7 +109,8 @@ class Engine:
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
                 runs.append(self._prepare(spec, model, info, inputs, notes))
                 loading.advance()
-            held = sum(map(_padded_tokens, runs)) if spec.method.refits_layers else 0
+            on_cpu = self._device.type == "cpu"
+            held = sum(map(_padded_tokens, runs)) if spec.method.refits_layers and on_cpu else 0
             self._require_memory(plan, spec, precision, max(map(_longest, runs)), held)
 
         if isinstance(spec.method, MeasuringParameters):
