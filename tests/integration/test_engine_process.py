@@ -120,7 +120,8 @@ def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str
     rows = write_rows(tmp_path / "rows.jsonl", count=200)
     checkpoints = [tiny_checkpoint(tmp_path / name, hidden=512, seed=seed) for seed, name in enumerate(names)]
     plan = plan_merge([inspect_checkpoint(folder, folder.name) for folder in checkpoints])
-    evaluation = EvaluationSpec(**dataset_spec(rows).model_dump(), metric="accuracy")
+    held_out = write_rows(tmp_path / "held-out.jsonl", count=200, seed=1)
+    evaluation = EvaluationSpec(**dataset_spec(held_out).model_dump(), metric="accuracy")
     models = [model_spec(folder, rows, evaluation=evaluation) for folder in checkpoints]
     spec = merge_spec(tmp_path / "out", models, method, evaluate=True)
     engine = EngineProcess(threads=1)
