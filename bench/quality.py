@@ -341,10 +341,10 @@ class Report:
         for label, tasks, task in losing:
             console.print(f"{task} loses by alignment: {label}, {'+'.join(tasks)}")
         row("tasks that alignment costs more than their interval", len(losing), checked, "none", not losing)
-        lowest = min(float(np.mean(self.retentions(*key, "aligned"))) for key in self.outcomes)
+        lowest, label = min((float(np.mean(self.retentions(*key, "aligned"))), key[0]) for key in self.outcomes)
         for name in (ANCESTOR, OTHER_EXPERT):
             control = float(np.mean(self.of_control(name, "aligned")))
-            row(f"control: aligned heads on {name}, against the lowest merge", control, lowest, "below",
+            row(f"control: aligned heads on {name}, against the lowest merge ({label})", control, lowest, "below",
                 control < lowest)  # fmt: skip
         refitted = float(np.mean(self.of_control(REFITTED_ANCESTOR, "aligned")))
         row("aligned_regmean, all tasks, against the same refit of the ancestor",
