@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -79,5 +80,6 @@ def given(state: Mapping[str, Tensor]) -> Merger:
 def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:
     """The unweighted average of the models that take part, to be loaded into a model."""
     equal = [MeasuredModel(1.0) for takes in takes_part if takes]
-    with Backbone(plan, takes_part, BUILDERS["average"](AverageParameters(), equal)) as backbone:
+    without_base = replace(plan, base=None)  # an average does not read it
+    with Backbone(without_base, takes_part, BUILDERS["average"](AverageParameters(), equal)) as backbone:
         return backbone.state()

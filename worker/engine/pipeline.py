@@ -135,7 +135,7 @@ class Engine:
 
         if spec.aligns:
             with clock.measure("align_seconds"):
-                digests |= self._align(plan, runs, folders, precision, on_progress, notes)
+                digests |= self._align(plan, runs, folders, precision, on_progress)
 
         metrics = None
         if any(run.evaluation for run in runs):
@@ -242,7 +242,6 @@ class Engine:
         folders: dict[str, Path],
         precision: Precision,
         on_progress: OnProgress,
-        notes: list[str],
     ) -> dict[Path, str]:
         """Refit every kept head to the merged backbone, in the artifact; the sha256 of what was written anew."""
         aligning = Phase("aligning", 2 * sum(len(run.alignment) for run in runs), "examples", on_progress)
