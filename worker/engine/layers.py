@@ -140,6 +140,7 @@ def refitted(
     merged = load(first.info, first.device).model
     merged.load_state_dict(dict(start), strict=False)
     changes = align_layers(plan, experts, merged, hold, precision, on_group)
+    del merged  # the sums take its place
     return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}
 
 

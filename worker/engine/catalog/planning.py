@@ -123,7 +123,9 @@ class MergePlan:
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention
         tokens = max(BATCH_TOKENS, longest * (batch_rows or 1))
         passing = PASSING_ATTENTION_ROWS * attention
-        phases = [tokens * (per_layer + passing) * value_bytes]
+        one_pass = tokens * (per_layer + passing) * value_bytes
+        # Where layers are refitted, a batch's activations in the expert and in the merge are there side by side.
+        phases = [2 * one_pass if tokens_held else one_pass]
         if Statistic.MASK_FISHER in statistics:
             phases.append(tokens * (sizes["layers"] * per_layer + passing) * value_bytes)
         if Statistic.FISHER in statistics:

@@ -120,9 +120,9 @@ class StoreSpec(Strict):
 def models_beside(evaluates: bool, aligns: bool, method: MethodParameters) -> int:
     """Models that are held beside the experts: the merge, and the plain average that it is compared with.
 
-    Where layers are refitted: the merge, and what it starts from.
+    Where layers are refitted: the merge, what it starts from, and what changes.
     """
-    return 2 if evaluates or method.refits_layers else 1 if aligns else 0
+    return 3 if method.refits_layers else 2 if evaluates else 1 if aligns else 0
 
 
 class MergeSpec(Strict):
