@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -33,6 +34,27 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     """Matrix products in `precision`; norms, softmax and reductions stay float32."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield
+
+
+@contextmanager
+def rounded_weights(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Linear layers hold their weights in `precision`; afterwards those that they had, untouched.
+
+    Autocast would round every weight again in every pass, since it remembers only those that require a gradient.
+    """
+    kept: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
+    try:
+        for module in model.modules():
+            if precision == "bfloat16" and isinstance(module, nn.Linear):
+                kept.append((module, dict(module._parameters)))
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        rounded = nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
+                        module._parameters[name] = rounded
+        yield
+    finally:
+        for module, parameters in kept:
+            module._parameters.update(parameters)
 
 
 def reset_peak_memory() -> None:

@@ -15,6 +15,7 @@ from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
+from worker.engine.checkpoints.attention import CPU_ATTENTION
 from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import padding_values
 
@@ -46,11 +47,12 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             info.path,
             use_safetensors=True,
             dtype=torch.float32,
-            # None: fused where the family has it. On a CPU its backward pass is slow at the lengths of classification.
-            attn_implementation=None if device.type == "cuda" else "eager",
+            # None: fused where the family has it.
+            attn_implementation=None if device.type == "cuda" else CPU_ATTENTION,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name
             return_dict=True,
+            output_attentions=False,  # what is asked for here costs time, and not every attention can give it
             chunk_size_feed_forward=0,  # in chunks, the second projection would see parts of its input
             **offline,
         )

@@ -6,27 +6,33 @@ see each other, so keeping the batch axis gives exact per-example gradients, and
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from worker.engine.catalog.families import Site
+
+CHUNK_VALUES = 1 << 17  # of a product that is summed at once, in float32 512 kB: it stays in the cache of a core
 
 
 class MaskGradients:
     """Hooks on a model's mask sites, while in context.
 
+    The graph starts at the first sites that a forward pass reaches: nothing before them is differentiated.
+
     Args:
         model: in eval mode; its parameters' requires_grad is switched off for good.
-        embeddings: module whose output the graph starts at; nothing below it is differentiated.
         sites: where the nodes are seen, see `Family.sites`.
     """
 
-    def __init__(self, model: nn.Module, embeddings: str, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         model.requires_grad_(False)
-        self._root: Tensor | None = None
+        self._roots: list[Tensor] = []
         self._gradients: dict[str, Tensor] = {}
-        self._handles = [model.get_submodule(embeddings).register_forward_hook(self._start_graph)]
+        self._token_sums = TokenSums()
+        self._handles = [model.register_forward_pre_hook(self._forget)]
         for site in sites:
             hook = self._watch(site)
             self._handles.append(model.get_submodule(site.module).register_forward_pre_hook(hook))
@@ -37,7 +43,7 @@ class MaskGradients:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._root = None
+        self._roots.clear()
         self._gradients.clear()
 
     def of(self, outputs: Tensor, *, last: bool) -> dict[str, Tensor]:
@@ -50,29 +56,78 @@ class MaskGradients:
         Returns:
             By score name, (batch, nodes), float64.
         """
-        if self._root is None:
+        if not self._roots:
             raise RuntimeError("no forward pass ran inside the context")
         self._gradients = {}
-        # The derivative by the embeddings themselves is not wanted, but asking for it runs every hook on the way.
-        torch.autograd.grad(outputs.sum(), self._root, retain_graph=not last)
+        # The derivatives by the roots themselves are not wanted, but asking for them runs every hook on the way.
+        torch.autograd.grad(outputs.sum(), self._roots, retain_graph=not last)
         return self._gradients
 
-    def _start_graph(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        self._root = output.detach().requires_grad_()
-        return self._root
+    def _forget(self, module: nn.Module, inputs: object) -> None:
+        self._roots.clear()
 
-    def _watch(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _watch(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not torch.is_grad_enabled():
+                return None
             activation = inputs[0]  # (batch, tokens, nodes * width)
             if not activation.requires_grad:
-                return
-            held = activation.detach()
+                activation = activation.detach().requires_grad_()
+                self._roots.append(activation)
+            kept = _kept(activation)
 
             def contract(gradient: Tensor) -> None:
-                product = held.float() * gradient.float() if held.dtype.itemsize < 4 else held * gradient
-                by_node = product.sum(1, dtype=torch.float64)  # (batch, nodes * width)
-                self._gradients[site.score] = by_node.view(len(by_node), site.nodes, -1).sum(-1)
+                by_value = self._token_sums(kept(), gradient).double()  # (batch, nodes * width)
+                self._gradients[site.score] = by_value.view(len(by_value), site.nodes, -1).sum(-1)
 
             activation.register_hook(contract)  # type: ignore[no-untyped-call]
+            return activation, *inputs[1:]
 
         return before
+
+
+class TokenSums:
+    """`sum_t activation * gradient` of each example: (batch, tokens, values) twice to (batch, values).
+
+    Products and sums are float32 (float64 of float64), also of bfloat16 factors. On a CPU a chunk at a time, which stays
+    in the cache, in buffers that are used again: to read both factors once is then all that it costs.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        if activation.device.type != "cpu":
+            return torch.mul(activation.to(wide), gradient).sum(1)
+        batch, tokens, values = activation.shape
+        result = torch.zeros(batch, values, dtype=wide)
+        rows = max(1, CHUNK_VALUES // (tokens * values))
+        most = min(tokens, max(1, CHUNK_VALUES // values))  # tokens, where one example is more than a chunk
+        for row in range(0, batch, rows):
+            for token in range(0, tokens, most):
+                chunk = slice(row, row + rows), slice(token, token + most)
+                result[row : row + rows] += self._product(activation[chunk], gradient[chunk], wide).sum(1)
+        return result
+
+    def _product(self, activation: Tensor, gradient: Tensor, wide: torch.dtype) -> Tensor:
+        if wide not in self._buffers or self._buffers[wide][0].numel() < activation.numel():
+            size = max(CHUNK_VALUES, activation.numel())
+            self._buffers[wide] = torch.empty(size, dtype=wide), torch.empty(size, dtype=wide)
+        product, other = (buffer[: activation.numel()].view(activation.shape) for buffer in self._buffers[wide])
+        if activation.dtype is wide:
+            return torch.mul(activation, gradient, out=product)
+        return product.copy_(activation).mul_(other.copy_(gradient))
+
+
+def _kept(activation: Tensor) -> Callable[[], Tensor]:
+    """The activation when it is needed: of GELU in float32, computed again from what autograd keeps of it anyway.
+
+    Holding the feed-forward activations adds 47 % to what the graph keeps in float32 and 38 % in bfloat16, where
+    computing them again would cost more of the time.
+    """
+    node: Any = activation.grad_fn
+    if node is not None and node.name() == "GeluBackward0" and activation.dtype is torch.float32:
+        return lambda: gelu(node._saved_self, approximate=node._saved_approximate)
+    held = activation.detach()
+    return lambda: held

@@ -9,7 +9,7 @@ from worker.engine.catalog.errors import NumericalError, Place
 from worker.engine.catalog.families import FAMILIES, Site
 from worker.engine.catalog.methods.mask_fisher import PAPER_BATCH_ROWS
 from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, computing_in
+from worker.engine.device import Precision, computing_in, rounded_weights
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches
 from worker.engine.scoring.estimators import Empirical, Estimator
 from worker.engine.scoring.masks import MaskGradients
@@ -44,7 +44,7 @@ def score(
         NumericalError: a gradient is NaN or infinite; names the row.
     """
     statistics = NodeStatistics()
-    with _gradients(loaded) as gradients:
+    with rounded_weights(loaded.model, precision), _gradients(loaded) as gradients:
         for batch in collate(batches or plan_batches(examples), loaded.padding, loaded.device):
             with computing_in(precision, loaded.device):
                 logits = loaded.model(**batch.inputs).logits
@@ -77,7 +77,7 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
 
 
 def _gradients(loaded: LoadedModel) -> MaskGradients:
-    return MaskGradients(loaded.model, FAMILIES[loaded.info.model_type].embeddings, sites_of(loaded))
+    return MaskGradients(loaded.model, sites_of(loaded))
 
 
 def _check_finite(values: dict[str, Tensor], batch: Batch, source: str) -> None:

@@ -1,0 +1,338 @@
+"""How fast mask nodes are scored, and how much that takes: always against a floor in the same run.
+
+    python bench/scoring.py [--rows N] [--threads N ...] [--models NAME ...] [--json FILE]
+
+Floors are bare passes over the same batches, in the same number format: a forward and one backward pass to the output
+of the embeddings, by the model as transformers loads it (with the faster of its two kinds of attention, found in the
+same run) and by the model as it is scored here. References are the published algorithm and full-scale Fisher
+information. Their times are the least of several rounds, in which all take turns.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in ("examples", "")]
+
+import torch
+from experts import READERS, base_model_folder
+from table import Row, show
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from worker.engine.catalog.errors import Place
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.rows import Row as TextRow
+from worker.engine.catalog.spec import DatasetSpec
+from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.device import Precision, best_device, computing_in, resolve_precision, rounded_weights
+from worker.engine.scoring.data import Batch, Example, collate, plan_batches, tokenize
+from worker.engine.scoring.estimators import EstimatorName, estimator_for
+from worker.engine.scoring.masks import MaskGradients
+from worker.engine.scoring.scorer import score, sites_of
+
+ROUNDS = 3
+PUBLISHED_ROWS = 64  # of the references, which are slow: their time is per row
+FISHER_ROWS = 8
+LABELS = (2, 3, 5, 8)
+WITHIN = 1.10
+
+
+def checkpoint(name: str, labels: int, folder: Path) -> Path:
+    """A BERT of the named size with a fresh head; speed does not depend on what the weights are."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"num_labels": labels, "problem_type": "single_label_classification"}
+    if name == "minilm":
+        model = BertForSequenceClassification.from_pretrained(base_model_folder(), **settings)
+    else:
+        model = BertForSequenceClassification(BertConfig(**settings))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_model_folder()).save_pretrained(folder)
+    return folder
+
+
+def sentences(loaded: LoadedModel, count: int, tokens: int | None) -> list[Example]:
+    """Packaged tweets, about as long as the sentences of SST-2; or text cut to a number of tokens."""
+    read = READERS["sentiment" if tokens is None else "topics"]()
+    texts = [text for text, _ in (next(read) for _ in range(count))]
+    rows = [TextRow(Place("line", i), text, None, i % 2) for i, text in enumerate(texts)]
+    spec = DatasetSpec(source="rows", label="label", max_length=tokens)
+    return tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task)).examples
+
+
+# --- floors and references ----------------------------------------------------------------------------
+
+
+@contextmanager
+def graph_from_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Start the graph at the output of the embeddings; the newest is in the list."""
+    roots: list[Tensor] = []
+
+    def start(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        roots[:] = [output.detach().requires_grad_()]
+        return roots[0]
+
+    model.requires_grad_(False)
+    handle = model.get_submodule("bert.embeddings").register_forward_hook(start)
+    try:
+        yield roots
+    finally:
+        handle.remove()
+
+
+def bare(loaded: LoadedModel, batches: Sequence[Sequence[Example]], precision: Precision) -> None:
+    with graph_from_embeddings(loaded.model) as roots:
+        for batch in collate(batches, loaded.padding, loaded.device):
+            with computing_in(precision, loaded.device):
+                logits = loaded.model(**batch.inputs).logits
+            torch.autograd.grad(logits[:, 0].sum(), roots)
+
+
+def bare_as_scored(loaded: LoadedModel, batches: Sequence[Sequence[Example]], precision: Precision) -> None:
+    with rounded_weights(loaded.model, precision):
+        bare(loaded, batches, precision)
+
+
+@contextmanager
+def attention(loaded: LoadedModel, kind: str) -> Iterator[None]:
+    model: Any = loaded.model
+    before = model.config._attn_implementation
+    model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def multiplied_masks(loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
+    """The published code's masks, of ones, multiplied into the activations that they stand for."""
+    masks: dict[str, Tensor] = {}
+    handles = []
+    for site in sites_of(loaded):
+        masks[site.score] = torch.ones(site.nodes, requires_grad=True, device=loaded.device)
+
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], mask: Tensor = masks[site.score]) -> Tensor:
+            by_node = inputs[0].view(*inputs[0].shape[:2], len(mask), -1)
+            return (by_node * mask[:, None]).view_as(inputs[0])
+
+        handles.append(loaded.model.get_submodule(site.module).register_forward_pre_hook(multiply))
+    try:
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def published(loaded: LoadedModel, examples: Sequence[Example]) -> None:
+    """Eager attention, float32, batches of 32 in the data set's order, the gradient of each batch's mean loss."""
+    totals: dict[str, Tensor] = {}
+    batches = [examples[i : i + 32] for i in range(0, len(examples), 32)]
+    loaded.model.requires_grad_(False)
+    with attention(loaded, "eager"), multiplied_masks(loaded) as masks:
+        for batch in collate(batches, loaded.padding, loaded.device):
+            loss = loaded.model(**batch.inputs, labels=batch.labels).loss
+            for name, g in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
+                totals[name] = totals.get(name, torch.zeros_like(g)) + g**2
+
+
+def full_fisher(loaded: LoadedModel, examples: Sequence[Example]) -> None:
+    """Matena and Raffel: one example and one label at a time, every parameter, weighted by the label's probability."""
+    loaded.model.requires_grad_(True)
+    parameters = [p for n, p in loaded.model.named_parameters() if n.startswith("bert.")]
+    totals = [torch.zeros_like(p) for p in parameters]
+    with attention(loaded, "eager"):
+        for batch in collate([[e] for e in examples], loaded.padding, loaded.device):
+            log_p = loaded.model(**batch.inputs).logits.log_softmax(-1)[0]
+            for y in range(len(log_p)):
+                gradients = torch.autograd.grad(log_p[y], parameters, retain_graph=True)
+                for total, g in zip(totals, gradients, strict=True):
+                    total.addcmul_(g, g, value=float(log_p[y].exp()))
+    loaded.model.requires_grad_(False)
+
+
+# --- measuring ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """Seconds of each work, the least of `ROUNDS` in which all take turns."""
+
+    device: torch.device
+
+    def time(self, works: dict[str, Callable[[], None]]) -> dict[str, float]:
+        best = dict.fromkeys(works, float("inf"))
+        for _ in range(ROUNDS + 1):  # the first warms up
+            for name, work in works.items():
+                self._wait()
+                start = time.perf_counter()
+                work()
+                self._wait()
+                best[name] = min(best[name], time.perf_counter() - start) if _ else best[name]
+        return best
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def kept_bytes(forward: Callable[[], object]) -> int:
+    """Bytes of all tensors that a forward pass leaves behind for its backward pass: what autograd saved, what lives."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    before = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, Tensor)}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = forward()
+    for tensor in (t for t in gc.get_objects() if isinstance(t, Tensor)):
+        note(tensor)
+    del result
+    return sum(size for address, size in saved.items() if address not in before)
+
+
+def memory(loaded: LoadedModel, batch: Batch, precision: Precision) -> tuple[int, int]:
+    """What is kept between the passes: of ours, and of the bare pass of the same model."""
+
+    def forward() -> Tensor:
+        with computing_in(precision, loaded.device):
+            logits: Tensor = loaded.model(**batch.inputs).logits
+        return logits
+
+    with rounded_weights(loaded.model, precision):
+        with MaskGradients(loaded.model, sites_of(loaded)):
+            ours = kept_bytes(forward)
+        with graph_from_embeddings(loaded.model):
+            return ours, kept_bytes(forward)
+
+
+def faster_attention(loaded: LoadedModel, batches: Sequence[Sequence[Example]], precision: Precision) -> str:
+    """The kind with which the bare pass of transformers' own model is faster."""
+
+    def work(kind: str) -> Callable[[], None]:
+        def run() -> None:
+            with attention(loaded, kind):
+                bare(loaded, batches[:2], precision)
+
+        return run
+
+    seconds = Clock(loaded.device).time({kind: work(kind) for kind in ("eager", "sdpa")})
+    return min(seconds, key=seconds.__getitem__)
+
+
+def measure(name: str, precision: Precision, rows: int, tokens: int | None, device: torch.device) -> Iterator[Row]:
+    """All rows of one model in one number format."""
+    what = f"{name}, {precision}" + (f", {tokens} tokens" if tokens else "") + f", {torch.get_num_threads()} threads"
+    clock = Clock(device)
+
+    def scoring(loaded: LoadedModel, examples: Sequence[Example], estimator: EstimatorName) -> Callable[[], None]:
+        asked = estimator_for(estimator, loaded.task, seed=0)
+        return lambda: score(loaded, examples, asked, precision, "rows", lambda _: None) and None
+
+    with TemporaryDirectory() as folder:
+        experts = {
+            k: load(inspect_checkpoint(checkpoint(name, k, Path(folder) / str(k)), name), device)
+            for k in (LABELS if tokens is None and precision == "bfloat16" else LABELS[:1])
+        }
+        two = experts[2]
+        examples = sentences(two, rows, tokens)
+        batches = plan_batches(examples)
+        stock = faster_attention(two, batches, precision)
+
+        def stock_bare() -> None:
+            with attention(two, stock):
+                bare(two, batches, precision)
+
+        works = {"stock": stock_bare, "bare": lambda: bare_as_scored(two, batches, precision)}
+        works["empirical"] = scoring(two, examples, "empirical")
+        for k, loaded in experts.items():
+            works[f"expected {k}"] = scoring(loaded, examples, "expected")
+        seconds = clock.time(works)
+        per_row = {work: 1000 * s / rows for work, s in seconds.items()}
+
+        def against(ours: str, reference: str, factor: float = 1.0) -> Row:
+            floor = {"stock": f"bare pass of transformers, {stock} attention", "bare": "bare pass as scored"}[reference]
+            allowed = factor * WITHIN
+            ratio = per_row[ours] / per_row[reference]
+            return Row(
+                f"{what}: {ours} against {floor}, ms a row",
+                per_row[ours],
+                per_row[reference],
+                ratio,
+                f"<= {allowed:.2f}",
+                ratio <= allowed,
+            )
+
+        for reference in ("stock", "bare"):
+            yield against("empirical", reference)
+            for k in experts:
+                yield against(f"expected {k}", reference, (1 + 2 * (k - 1)) / 3)
+
+        longest = max(batches, key=lambda batch: len(batch) * batch[-1].length)
+        ours, floor = memory(two, next(collate([longest], two.padding, device)), precision)
+        yield Row(
+            f"{what}: kept for the backward pass, MB",
+            ours / 1e6,
+            floor / 1e6,
+            ours / floor,
+            "<= 1.45",
+            ours <= 1.45 * floor,
+        )
+
+        if tokens is None:
+            few = examples[:PUBLISHED_ROWS]
+            fewer = examples[:FISHER_ROWS]
+            slow = clock.time({"published": lambda: published(two, few), "full": lambda: full_fisher(two, fewer)})
+            for label, took, least in (
+                ("published", slow["published"] / len(few), 10 if device.type == "cuda" else 4),
+                ("full", slow["full"] / len(fewer), 321.7 if device.type == "cuda" else 40),
+            ):
+                times = 1000 * took / per_row["expected 2"]
+                against_what = "the published algorithm" if label == "published" else "full-scale Fisher"
+                yield Row(
+                    f"{what}: expected against {against_what}, ms a row; times faster",
+                    per_row["expected 2"],
+                    1000 * took,
+                    times,
+                    f">= {least:g}",
+                    times >= least,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=512, help="of each measurement (%(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU (%(default)s)")
+    parser.add_argument("--models", nargs="+", choices=("minilm", "bert-base"), default=["minilm", "bert-base"])
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    options = parser.parse_args()
+    device = best_device()
+    found: list[Row] = []
+    for threads in options.threads if device.type == "cpu" else [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        for name in options.models:
+            for precision, tokens in (
+                (resolve_precision("auto", device), None),
+                ("float32", None),
+                (resolve_precision("auto", device), 256),
+            ):
+                rows = options.rows if tokens is None else max(16, options.rows // 8)
+                for row in measure(name, precision, rows, tokens, device):
+                    print(*row, flush=True)
+                    found.append(row)
+    show(found, options.json)
+
+
+if __name__ == "__main__":
+    main()
