@@ -10,7 +10,8 @@ merge is evaluated in float32.
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -141,9 +142,10 @@ class Bench:
     def run(self, family: str) -> Family:
         ancestor = self.out / "ancestors" / family
         if not ancestor.exists():
-            difference = write_ancestor(family, ancestor)
-            if difference > MOST_DIFFERENCE:
-                raise RuntimeError(f"{family} is not the packaged BERT: hidden states differ by {difference:g}")
+            with self.whole(ancestor) as build:
+                difference = write_ancestor(family, build)
+                if difference > MOST_DIFFERENCE:
+                    raise RuntimeError(f"{family} is not the packaged BERT: hidden states differ by {difference:g}")
         experts = [self.expert(family, ancestor, name, task) for name, task in self.tasks.items()]
         merges = {
             heads: {precision: self.merge(experts, precision, heads) for precision in PRECISIONS} for heads in HEADS
@@ -158,13 +160,19 @@ class Bench:
         }
         return Family(experts, agreement(*scores), compared)
 
+    @contextmanager
+    def whole(self, folder: Path) -> Iterator[Path]:
+        """A place to write the folder to, which takes its name once it is finished."""
+        with TemporaryDirectory(dir=self.out) as build:
+            yield Path(build) / folder.name
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            (Path(build) / folder.name).rename(folder)
+
     def expert(self, family: str, ancestor: Path, name: str, task: Task) -> Expert:
         folder = self.out / "experts" / family / name
         if not folder.exists():
-            with TemporaryDirectory(dir=self.out) as build:  # whole or not at all
-                fine_tune(ancestor, task.labels, task.train, Path(build) / name, EPOCHS, SEED)
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                (Path(build) / name).rename(folder)
+            with self.whole(folder) as build:
+                fine_tune(ancestor, task.labels, task.train, build, EPOCHS, SEED)
         model = load(inspect_checkpoint(folder, name), self.device)
         spec = DatasetSpec(**self.dataset(name, "validation"))
         found = sample(RowFile(spec), spec, None)
