@@ -31,9 +31,8 @@ def score_recipe(*names: str, **method: Any) -> Recipe:
 
 
 def submit(service: Service, recipe: Recipe) -> str:
-    response = service.post("/scores", json=recipe)
-    assert response.status_code == 202, response.text
-    job_id: str = response.json()["id"]
+    with Client(f"http://127.0.0.1:{service.port}") as client:
+        job_id: str = client.score(recipe)["id"]
     return job_id
 
 
@@ -248,14 +247,8 @@ def test_the_listing_says_what_each_statistic_is(service: Service, job: dict[str
 def test_pages_of_scores_follow_each_other_newest_first(service: Service, job: dict[str, Any]) -> None:
     everything = service.get("/scores", params={"limit": 100}).json()["data"]
     assert [entry["created_at"] for entry in everything] == sorted((e["created_at"] for e in everything), reverse=True)
-    paged: list[dict[str, Any]] = []
-    after: dict[str, str] = {}
-    while True:
-        page = service.get("/scores", params={"limit": 1, **after}).json()
-        paged += page["data"]
-        if page["next"] is None:
-            break
-        after = {"after": page["next"]}
+    with Client(f"http://127.0.0.1:{service.port}") as client:
+        paged = list(client.scores(limit=1))
     assert [entry["digest"] for entry in paged] == [entry["digest"] for entry in everything]
     assert {model["scores"][0]["digest"] for model in job["result"]["models"]} <= {e["digest"] for e in paged}
 
