@@ -63,6 +63,11 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         return self._json("POST", "/merge", json=recipe, headers=headers)
 
+    def score(self, recipe: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
+        """Queue the computation of scores, as `POST /scores` takes it; the job. Raises RequestRefused."""
+        headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+        return self._json("POST", "/scores", json=recipe, headers=headers)
+
     def validate(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """What the merge would do. Raises RequestRefused."""
         return self._json("POST", "/merge/validate", json=recipe)
@@ -72,13 +77,11 @@ class Client:
 
     def jobs(self, **query: Any) -> Iterator[dict[str, Any]]:
         """All jobs, newest first; `query` as `GET /jobs` takes it."""
-        after = None
-        while True:
-            page = self._json("GET", "/jobs", params={**query, **({"after": after} if after else {})})
-            yield from page["data"]
-            after = page["next"]
-            if after is None:
-                return
+        return self._pages("/jobs", query)
+
+    def scores(self, **query: Any) -> Iterator[dict[str, Any]]:
+        """All statistics that are kept, newest first; `query` as `GET /scores` takes it."""
+        return self._pages("/scores", query)
 
     def cancel(self, job_id: str) -> dict[str, Any]:
         """Ask for the job's end. Raises RequestRefused when it has ended already."""
@@ -150,6 +153,15 @@ class Client:
             if digest.hexdigest() != file["sha256"]:
                 raise OSError(f"{file['name']} did not arrive as announced; download it again")
             fetched[file["sha256"]] = path
+
+    def _pages(self, path: str, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        after = None
+        while True:
+            page = self._json("GET", path, params={**query, **({"after": after} if after else {})})
+            yield from page["data"]
+            after = page["next"]
+            if after is None:
+                return
 
     def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         response = self._http.request(method, path, **options)

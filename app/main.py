@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, errors, events, health, jobs, merges, methods
+from app.api import artifacts, errors, events, health, jobs, merges, methods, scores
 from app.api.body_limit import BodyLimit
 from app.contracts.settings import Settings
 from app.services.composition import compose
@@ -34,7 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.services = services
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
-    for module in (merges, jobs, events, artifacts, methods, health):
+    for module in (merges, scores, jobs, events, artifacts, methods, health):
         app.include_router(module.router)
     errors.install(app)
     return app

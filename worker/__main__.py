@@ -24,6 +24,7 @@ from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from worker.engine.catalog.spec import StoreSpec
+from worker.engine.catalog.statistics import FOLDER
 from worker.engine_process import EngineProcess
 from worker.tasks import TaskRunner
 
@@ -101,9 +102,7 @@ def run(settings: Settings) -> int:
         artifacts=artifacts,
         inputs=LocalInputs(settings.local_roots),
         engine=engine,
-        statistics=StoreSpec(
-            folder=settings.data_dir.resolve() / "statistics", max_bytes=settings.max_statistics_bytes
-        ),
+        statistics=StoreSpec(folder=settings.data_dir.resolve() / FOLDER, max_bytes=settings.max_statistics_bytes),
         lease_seconds=settings.lease_seconds,
         max_engine_bytes=settings.max_worker_bytes,
         is_stopping=lambda: worker.is_stopping,

@@ -1,7 +1,7 @@
 """The long-lived process that runs the engine, seen from both ends of its pipes.
 
 Loading torch and transformers takes seconds and CUDA does not survive a fork, so the worker keeps one engine process
-and feeds it merges as JSON lines; events come back the same way. The worker kills it when a merge must stop, and
+and feeds it jobs as JSON lines; events come back the same way. The worker kills it when a job must stop, and
 starts another when it died or grew too large.
 """
 
@@ -21,8 +21,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 from app.contracts.jobs import JobError, Phase
 from app.contracts.lifetime import die_with_parent
 from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory
-from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import MergeSpec
+from worker.engine.catalog.report import MergeResult, ScoreResult
+from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
@@ -43,9 +43,9 @@ class Progressed(BaseModel):
     unit: str
 
 
-class Merged(BaseModel):
-    event: Literal["merged"] = "merged"
-    result: MergeResult
+class Finished(BaseModel):
+    event: Literal["finished"] = "finished"
+    result: MergeResult | ScoreResult
 
 
 class Failed(BaseModel):
@@ -53,8 +53,9 @@ class Failed(BaseModel):
     error: JobError
 
 
-Event = Annotated[Ready | Progressed | Merged | Failed, Field(discriminator="event")]
-EVENT: TypeAdapter[Ready | Progressed | Merged | Failed] = TypeAdapter(Event)
+SPEC: TypeAdapter[MergeSpec | ScoreSpec] = TypeAdapter(Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")])
+Event = Annotated[Ready | Progressed | Finished | Failed, Field(discriminator="event")]
+EVENT: TypeAdapter[Ready | Progressed | Finished | Failed] = TypeAdapter(Event)
 
 
 class EngineDied(Exception):
@@ -104,8 +105,8 @@ class EngineProcess:
         self.kill()
         raise EngineDied(-1, out_of_memory=False)
 
-    def merge(self, spec: MergeSpec) -> None:
-        """Begin a merge; what becomes of it comes from `poll`. Raises EngineDied."""
+    def run(self, spec: JobSpec) -> None:
+        """Begin a job; what becomes of it comes from `poll`. Raises EngineDied."""
         process = self._running()
         try:
             assert process.stdin is not None  # noqa: S101 - it is a pipe, see start
@@ -114,7 +115,7 @@ class EngineProcess:
         except BrokenPipeError:
             raise self._death() from None
 
-    def poll(self, timeout_s: float) -> list[Ready | Progressed | Merged | Failed]:
+    def poll(self, timeout_s: float) -> list[Ready | Progressed | Finished | Failed]:
         """Events since the last call, after waiting at most `timeout_s` for one. Raises EngineDied."""
         self._running()
         with selectors.DefaultSelector() as selector:
@@ -179,7 +180,7 @@ def _oom_kills() -> int:
 
 
 def serve(requests: Iterator[bytes], events: int) -> None:
-    """Run merges one after the other until the worker closes the pipe."""
+    """Run jobs one after the other until the worker closes the pipe."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -189,12 +190,13 @@ def serve(requests: Iterator[bytes], events: int) -> None:
     _send(events, Ready())
     for request in requests:
         try:
-            spec = MergeSpec.model_validate_json(request)
-            result = engine.merge(spec, Throttled(events))
+            spec = SPEC.validate_json(request)
+            told = Throttled(events)
+            result = engine.merge(spec, told) if isinstance(spec, MergeSpec) else engine.score(spec, told)
         except Exception as error:
             _send(events, Failed(error=_job_error(error)))
         else:
-            _send(events, Merged(result=result))
+            _send(events, Finished(result=result))
 
 
 class Throttled:

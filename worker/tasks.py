@@ -10,18 +10,18 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Progress, Record, Stage, Status, TaskId
-from app.contracts.requests import Dataset, Evaluation, MergeRequest
+from app.contracts.jobs import Attempt, ErrorCode, JobError, Kind, Phase, Progress, Record, Stage, Status, TaskId
+from app.contracts.requests import Dataset, Evaluation, MeasuredModelRequest, MergeRequest, ModelRequest, ScoreRequest
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
 from app.storage.jobs import JobStore
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
-from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import Columns, MergeSpec, OutputSpec, StoreSpec
-from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
+from worker.engine.catalog.report import MergeResult, ScoreResult
+from worker.engine.catalog.spec import Columns, JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
+from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed
 from worker.progress import ProgressMeter
 
-TICK_S = 0.2  # how soon a stop, a lost lease or a finished merge is noticed
+TICK_S = 0.2  # how soon a stop, a lost lease or a finished job is noticed
 RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
 REDIS_RETRY_S = 1.0
 LONGEST_RENEWAL_S = 2.0  # renewing is also how the worker hears of a cancel, which is to take effect within 5 s
@@ -68,10 +68,10 @@ class TaskRunner:
     @property
     def functions(self) -> dict[str, Callable[[str], None]]:
         """The fixed table of what a message from the queue may run."""
-        return {Stage.MERGE.value: self.merge}
+        return {Stage.MERGE.value: self.run}
 
-    def merge(self, task_id: str) -> None:
-        """One attempt at a job's merge. Whatever happens, the record says so and the worker lives on."""
+    def run(self, task_id: str) -> None:
+        """One attempt at a job. Whatever happens, the record says so and the worker lives on."""
         attempt = self._store.claim(TaskId.parse(task_id), self._worker)
         if attempt is None:
             logger.info("%s is not waiting any more", task_id)
@@ -106,7 +106,7 @@ class TaskRunner:
         folder = self._keeping(attempt, lambda: self._artifacts.begin(attempt))
         spec = self._spec(record, folder)
         meter = ProgressMeter(phases_of(spec))
-        self._engine.merge(spec)
+        self._engine.run(spec)
         recorded = time.monotonic()
         recorded_progress = meter.current
         while True:
@@ -118,7 +118,7 @@ class TaskRunner:
                         self._engine.kill()  # libraries remember what they could not make
                     self._fail(attempt, event.error)
                     return
-                elif isinstance(event, Merged):
+                elif isinstance(event, Finished):
                     status = self._renew(attempt, meter.update(Phase.PUBLISHING, 0, 1, "artifacts"))
                     if status is Status.RUNNING:
                         self._publish(attempt, record, event.result)
@@ -163,7 +163,7 @@ class TaskRunner:
         else:
             logger.warning("job %s: attempt %d came too late (%s)", attempt.task.job, attempt.number, status)
 
-    def _publish(self, attempt: Attempt, record: Record, result: MergeResult) -> None:
+    def _publish(self, attempt: Attempt, record: Record, result: MergeResult | ScoreResult) -> None:
         start = time.monotonic()
         artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt))
         started = self._insist(lambda: self._store.get(attempt.task.job))
@@ -227,38 +227,33 @@ class TaskRunner:
                     raise Stopping from error
                 time.sleep(REDIS_RETRY_S)
 
-    def _spec(self, record: Record, folder: Path) -> MergeSpec:
+    def _spec(self, record: Record, folder: Path) -> MergeSpec | ScoreSpec:
+        common = {"name": record.name, "recipe": record.request, "folder": folder, "store": self._statistics}
+        if record.kind is Kind.SCORES:
+            wanted = ScoreRequest.model_validate(record.request)
+            models = [self._model(model, record) for model in wanted.models]
+            return ScoreSpec.model_validate({**common, "method": wanted.method.model_dump(), "models": models})
         request = MergeRequest.model_validate(record.request)
-        models = [
-            {
-                "name": model.name,
-                "source": model.checkpoint,
-                **self._resolve(model.checkpoint, InvalidCheckpoint),
-                "state": record.inputs.get(model.checkpoint),
-                "weight": model.weight,
-                "dataset": self._rows(model.dataset),
-                "evaluation": self._rows(model.evaluation),
-            }
-            for model in request.models
-        ]
-        output = request.output.model_dump(include=set(OutputSpec.model_fields))
-        base = None
-        if request.base is not None:
-            where = self._resolve(request.base, InvalidCheckpoint)
-            base = {"source": request.base, **where, "state": record.inputs.get(request.base)}
         return MergeSpec.model_validate(
             {
-                "name": record.name,
-                "models": models,
-                "base": base,
+                **common,
+                "models": [self._model(model, record) for model in request.models],
+                "base": None if request.base is None else self._checkpoint(request.base, record),
                 "method": request.method.model_dump(),
-                "output": output,
+                "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
                 "evaluate": request.evaluate,
-                "recipe": record.request,
-                "folder": folder,
-                "store": self._statistics,
             }
         )
+
+    def _model(self, model: MeasuredModelRequest, record: Record) -> dict[str, object]:
+        spec = {"name": model.name, **self._checkpoint(model.checkpoint, record), "dataset": self._rows(model.dataset)}
+        if isinstance(model, ModelRequest):
+            spec |= {"weight": model.weight, "evaluation": self._rows(model.evaluation)}
+        return spec
+
+    def _checkpoint(self, reference: str, record: Record) -> dict[str, object]:
+        where = self._resolve(reference, InvalidCheckpoint)
+        return {"source": reference, **where, "state": record.inputs.get(reference)}
 
     def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
         if rows is None:
@@ -279,15 +274,16 @@ class TaskRunner:
             raise invalid(reference, str(error)) from error
 
 
-def phases_of(spec: MergeSpec) -> list[Phase]:
-    """The phases that this merge goes through."""
+def phases_of(spec: JobSpec) -> list[Phase]:
+    """The phases that this job goes through."""
     phases = [Phase.DOWNLOADING] if spec.names_the_hub else []
     phases.append(Phase.LOADING)
     if spec.method.statistics:
         phases.append(Phase.SCORING)
-    phases.append(Phase.MERGING)
-    if spec.aligns:
-        phases.append(Phase.ALIGNING)
-    if spec.evaluates:
-        phases.append(Phase.EVALUATING)
+    if isinstance(spec, MergeSpec):
+        phases.append(Phase.MERGING)
+        if spec.aligns:
+            phases.append(Phase.ALIGNING)
+        if spec.evaluates:
+            phases.append(Phase.EVALUATING)
     return [*phases, Phase.PUBLISHING]

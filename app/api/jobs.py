@@ -77,7 +77,7 @@ def cancel(record: RecordOf, services: ServicesOf) -> Job:
 @router.post("/jobs/{job_id}/retry", status_code=202)
 def retry(record: RecordOf, services: ServicesOf) -> Job:
     """Queue a failed or cancelled job again, as a new attempt. 409 when it is neither."""
-    if not services.merges.retry(record.id):
+    if not services.jobs.retry(record.id):
         detail = f"job {record.id} is {record.status.value}; only a failed or cancelled job can be tried again"
         raise ProblemError(Problem.CONFLICT, detail)
     return get_record(record.id, services).public()

@@ -1,15 +1,13 @@
-from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Response
-from fastapi.concurrency import run_in_threadpool
-from redis.exceptions import RedisError
+from fastapi import APIRouter, Body, Response
 
 from app.api.dependencies import ServicesOf
-from app.api.prefer import Wait, applied
+from app.api.prefer import Wait
+from app.api.submitting import IdempotencyKey, submitted
 from app.contracts.jobs import Job
 from app.contracts.requests import MergeRequest
-from app.services.merges import Plan
+from app.services.jobs import Plan
 
 router = APIRouter(tags=["merge"])
 
@@ -26,7 +24,6 @@ EXAMPLE: dict[str, Any] = {
     ],
 }
 MergeBody = Annotated[MergeRequest, Body(openapi_examples={"two experts": {"value": EXAMPLE}})]
-IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 
 
 @router.post("/merge", status_code=202)
@@ -37,17 +34,10 @@ async def merge(
 
     `Prefer: wait=N` waits up to N (at most 60) seconds for the job's end; the status is 202 then too.
     """
-    record = await run_in_threadpool(services.merges.submit, body, idempotency_key)
-    if wait is not None:
-        with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise
-            await services.watcher.end(record.id, record.revision, wait)
-            later = await run_in_threadpool(services.store.get, record.id)
-            record = later or record  # deleted meanwhile
-    response.headers.update({"Location": f"/jobs/{record.id}", **applied(wait)})
-    return record.public()
+    return await submitted(services, body, idempotency_key, wait, response)
 
 
 @router.post("/merge/validate")
 def validate(body: MergeBody, services: ServicesOf) -> Plan:
     """Everything `POST /merge` checks, and what the job would do; nothing is queued."""
-    return services.merges.plan(body)
+    return services.jobs.plan(body)

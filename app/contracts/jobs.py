@@ -6,7 +6,14 @@ from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
-from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.report import MergeResult, ScoreResult
+
+
+class Kind(StrEnum):
+    """What a job makes."""
+
+    MERGE = "merge"
+    SCORES = "scores"
 
 
 class Status(StrEnum):
@@ -96,6 +103,7 @@ class Job(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
+    kind: Kind
     name: str
     status: Status
     attempt: int
@@ -108,7 +116,7 @@ class Job(BaseModel):
     error: JobError | None
     request: dict[str, Any]
     """As accepted, defaults filled in."""
-    result: MergeResult | None
+    result: MergeResult | ScoreResult | None
     labels: dict[str, str]
     links: Links
 
@@ -121,6 +129,7 @@ class Record(BaseModel):
     """
 
     id: str
+    kind: Kind
     name: str
     status: Status
     attempt: int
@@ -131,7 +140,7 @@ class Record(BaseModel):
     progress: Progress
     error: JobError | None
     request: dict[str, Any]
-    result: MergeResult | None
+    result: MergeResult | ScoreResult | None
     labels: dict[str, str]
     inputs: dict[str, str]
     artifact: str | None
@@ -139,6 +148,7 @@ class Record(BaseModel):
     def public(self) -> Job:
         return Job(
             id=self.id,
+            kind=self.kind,
             name=self.name,
             status=self.status,
             attempt=self.attempt,
@@ -165,6 +175,7 @@ class Stage(StrEnum):
     """What a task does; the worker has one function for each."""
 
     MERGE = "merge"
+    """All of a job's work, whatever its kind."""
 
 
 class TaskState(StrEnum):

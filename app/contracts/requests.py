@@ -1,12 +1,13 @@
 """What a caller may ask for: the whole schema, including what is refused as not available yet."""
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import AnyHttpUrl, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.methods import METHODS, MaskFisherParameters
 from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName, Name
 from worker.engine.catalog.strict import Strict, did_you_mean
 
@@ -62,15 +63,14 @@ class Evaluation(Dataset):
     """Default: accuracy for classification, pearson for regression."""
 
 
-class ModelRequest(Strict):
+class MeasuredModelRequest(Strict):
+    """A model as every kind of job names it."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-    """Unique; names the model's folder in the artifact."""
+    """Unique; names the model's folder or file in the artifact."""
     checkpoint: str
     """Reference to a folder written by `save_pretrained`, or to a repository on the hub."""
-    weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
-    """lambda: this model's say in the merge; 0 takes it out."""
     dataset: Dataset | None = None
-    evaluation: Evaluation | None = None
 
     @field_validator("name")
     @classmethod
@@ -78,6 +78,24 @@ class ModelRequest(Strict):
         if set(name) == {"."}:
             raise ValueError("a name of dots alone cannot be a folder")
         return name
+
+    @property
+    def takes_part(self) -> bool:
+        return True
+
+
+class ModelRequest(MeasuredModelRequest):
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """lambda: this model's say in the merge; 0 takes it out."""
+    evaluation: Evaluation | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        return self.weight > 0
+
+
+class ScoredModelRequest(MeasuredModelRequest):
+    dataset: Dataset
 
 
 class Output(Strict):
@@ -101,24 +119,18 @@ LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,64}$")]
 LabelValue = Annotated[str, Field(max_length=256)]
 
 
-class MergeRequest(Strict):
-    """`POST /merge`."""
+RequestedMethod = Annotated[Method, BeforeValidator(_known_method)]
+Model = TypeVar("Model", bound=MeasuredModelRequest)
+
+
+class JobRequest(Strict, Generic[Model]):
+    """What requests for every kind of job have in common."""
 
     name: Annotated[str, Field(max_length=200)] | None = None
     """For people; default: the models' names joined by +."""
-    method: Annotated[Method, BeforeValidator(_known_method)]
-    models: Annotated[list[ModelRequest], Field(min_length=1, max_length=64)]
-    base: Annotated[str, Field(min_length=1)] | None = None
-    """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
-    output: Output = Output()
-    evaluate: bool = True
-    """Compare expert, plain average and merge on each model's evaluation rows."""
+    method: RequestedMethod
+    models: Annotated[list[Model], Field(min_length=1, max_length=64)]
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
-    webhook: Webhook | None = None
-    priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
-    """The job fails with `timeout` when its work takes longer, over all attempts of one run."""
-    device: Literal["cpu", "cuda"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +144,38 @@ class MergeRequest(Strict):
             ) from None
         return data
 
+    @model_validator(mode="after")
+    def _models_can_be_measured(self) -> Self:
+        names = [model.name for model in self.models]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"models have the same name: {', '.join(sorted(twice))}")
+        for model in self.models:
+            if self.method.statistics and model.takes_part and model.dataset is None:
+                raise ValueError(f"method {self.method.name} measures every model; model '{model.name}' has no dataset")
+            if self.method.needs_labels and model.takes_part and model.dataset and model.dataset.label is None:
+                raise ValueError(f"this estimator reads labels; the dataset of model '{model.name}' names no label")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or "+".join(model.name for model in self.models)
+
+
+class MergeRequest(JobRequest[ModelRequest]):
+    """`POST /merge`."""
+
+    base: Annotated[str, Field(min_length=1)] | None = None
+    """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
+    output: Output = Output()
+    evaluate: bool = True
+    """Compare expert, plain average and merge on each model's evaluation rows."""
+    webhook: Webhook | None = None
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    """The job fails with `timeout` when its work takes longer, over all attempts of one run."""
+    device: Literal["cpu", "cuda"] | None = None
+
     @model_validator(mode="before")
     @classmethod
     def _published_rule_keeps_heads(cls, data: Any) -> Any:
@@ -141,48 +185,57 @@ class MergeRequest(Strict):
         return data
 
     @model_validator(mode="after")
-    def _models_fit_together(self) -> "MergeRequest":
-        names = [model.name for model in self.models]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"models have the same name: {', '.join(sorted(twice))}")
+    def _models_can_be_merged(self) -> Self:
         if self.method.needs_base and self.base is None:
             named = "base" in METHODS[self.method.name].needs
             why = f"method {self.method.name}" if named else "a scale other than 1"
             raise ValueError(f"{why} merges differences from the common ancestor; name it as base")
-        if not any(model.weight > 0 for model in self.models):
+        if not any(model.takes_part for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")
-        for model in self.models:
-            if self.method.statistics and model.weight > 0 and model.dataset is None:
-                raise ValueError(f"method {self.method.name} measures every model; model '{model.name}' has no dataset")
-            if self.method.needs_labels and model.weight > 0 and model.dataset and model.dataset.label is None:
-                raise ValueError(f"this estimator reads labels; the dataset of model '{model.name}' names no label")
         return self
 
-    @property
-    def title(self) -> str:
-        return self.name or "+".join(model.name for model in self.models)
+
+class ScoreRequest(JobRequest[ScoredModelRequest]):
+    """`POST /scores`. The models need not fit each other."""
+
+    method: RequestedMethod = MaskFisherParameters()
+    """Whose statistics are computed; parameters that concern merging alone change nothing."""
+
+    @field_validator("method")
+    @classmethod
+    def _measures(cls, method: Method) -> Method:
+        if not method.statistics:
+            measuring = ", ".join(name for name, entry in METHODS.items() if "dataset" in entry.needs)
+            raise ValueError(f"method {method.name} measures nothing of a model; methods that do are {measuring}")
+        return method
 
 
-def not_available_yet(request: MergeRequest) -> list[tuple[str, str]]:
+def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, str]]:
     """(field, why) of everything the schema knows and this version cannot do: refused rather than ignored."""
-    found = []
-    for field, used in (
-        ("method.examples", getattr(request.method, "examples", None) == "auto"),
-        ("method.tolerance", getattr(request.method, "tolerance", None) is not None),
-        ("webhook", request.webhook is not None),
-        ("priority", request.priority != 0),
-        ("device", request.device == "cuda"),
-        ("deadline_seconds", request.deadline_seconds is not None),
-        ("output.heads", request.output.heads != "per_model"),
-        ("output.vocabulary", request.output.vocabulary != "error"),
-        ("output.publish", request.output.publish is not None),
-    ):
-        if used:
-            found.append((field, "is not available yet; leave it out"))
+    return [(field, "is not available yet; leave it out") for field in _later(request)]
+
+
+def _later(request: MergeRequest | ScoreRequest) -> Iterator[str]:
+    used = {
+        "method.examples": getattr(request.method, "examples", None) == "auto",
+        "method.tolerance": getattr(request.method, "tolerance", None) is not None,
+    }
+    if isinstance(request, MergeRequest):
+        used |= {
+            "webhook": request.webhook is not None,
+            "priority": request.priority != 0,
+            "device": request.device == "cuda",
+            "deadline_seconds": request.deadline_seconds is not None,
+            "output.heads": request.output.heads != "per_model",
+            "output.vocabulary": request.output.vocabulary != "error",
+            "output.publish": request.output.publish is not None,
+        }
+    yield from (field for field, is_used in used.items() if is_used)
     for index, model in enumerate(request.models):
-        for part, rows in (("dataset", model.dataset), ("evaluation", model.evaluation)):
+        parts = {"dataset": model.dataset}
+        if isinstance(model, ModelRequest):
+            parts["evaluation"] = model.evaluation
+        for part, rows in parts.items():
             for column in LATER_COLUMNS:
                 if rows is not None and getattr(rows, column) is not None:
-                    found.append((f"models.{index}.{part}.{column}", "is not available yet; leave it out"))
-    return found
+                    yield f"models.{index}.{part}.{column}"

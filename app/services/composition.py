@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from app.contracts.settings import Settings
-from app.services.merges import Merges
+from app.services.jobs import Jobs
 from app.storage.artifacts import ArtifactFolder
 from app.storage.connection import connect, connect_for_rq, connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
@@ -11,6 +11,7 @@ from app.storage.inputs import LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
+from app.storage.statistics import StatisticsFolder
 
 WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
 
@@ -21,7 +22,8 @@ class Services:
     store: JobStore
     watcher: JobWatcher
     artifacts: ArtifactFolder
-    merges: Merges
+    jobs: Jobs
+    statistics: StatisticsFolder
     reaper: Reaper
 
 
@@ -34,7 +36,8 @@ def compose(settings: Settings) -> Services:
     queue = TaskQueue(connect_for_rq(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
-    merges = Merges(store, queue, LocalInputs(settings.local_roots), artifacts, settings.idempotency_seconds)
+    jobs = Jobs(store, queue, LocalInputs(settings.local_roots), artifacts, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.queue)
-    return Services(settings, store, watcher, artifacts, merges, Reaper(store, queue))
+    statistics = StatisticsFolder(settings.data_dir)
+    return Services(settings, store, watcher, artifacts, jobs, statistics, Reaper(store, queue))

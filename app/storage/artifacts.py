@@ -5,21 +5,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from app.contracts.jobs import Attempt, Stage, TaskId
+from app.storage.files import StoredFile
 from worker.engine.catalog.report import MANIFEST
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ArtifactFile:
-    name: str
-    bytes: int
-    sha256: str
-    path: Path
 
 
 class ArtifactFolder:
@@ -75,11 +67,11 @@ class ArtifactFolder:
         """Remove a published artifact."""
         shutil.rmtree(self._published / artifact, ignore_errors=True)
 
-    def files(self, artifact: str) -> list[ArtifactFile]:
+    def files(self, artifact: str) -> list[StoredFile]:
         """Every file of a published artifact, from its manifest."""
         folder = self._published / artifact
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return [ArtifactFile(f["name"], f["bytes"], f["sha256"], folder / f["name"]) for f in manifest["files"]]
+        return [StoredFile(f["name"], f["bytes"], f["sha256"], folder / f["name"]) for f in manifest["files"]]
 
     def manifest(self, artifact: str) -> Path:
         return self._published / artifact / MANIFEST

@@ -25,6 +25,7 @@ from app.contracts.jobs import (
     Attempt,
     ErrorCode,
     JobError,
+    Kind,
     Phase,
     Progress,
     Record,
@@ -33,7 +34,7 @@ from app.contracts.jobs import (
     TaskId,
     TaskState,
 )
-from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.report import MergeResult, ScoreResult
 
 Clock = Callable[[], int]
 """Milliseconds since the epoch."""
@@ -264,6 +265,7 @@ class JobStore:
         idempotency: tuple[str, str] | None = None,
         idempotency_seconds: int = 86_400,
         inputs: Mapping[str, str] | None = None,
+        kind: Kind = Kind.MERGE,
     ) -> Created:
         """A queued job with its task.
 
@@ -275,6 +277,7 @@ class JobStore:
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
         task = TaskId(job=job_id, stage=Stage.MERGE)
         fields = {
+            "kind": kind,
             "name": name,
             "attempt": 0,
             "created_ms": now,
@@ -365,7 +368,7 @@ class JobStore:
         )
         return Status(status) if status else None
 
-    def succeed(self, attempt: Attempt, result: MergeResult, artifact: str) -> bool:
+    def succeed(self, attempt: Attempt, result: MergeResult | ScoreResult, artifact: str) -> bool:
         """Final. False when the attempt is no longer ours; its artifact must go then."""
         return self._end(
             attempt,
@@ -523,8 +526,11 @@ def _record(job_id: str, fields: dict[str, str]) -> Record:
     def number(name: str) -> int | None:
         return int(fields[name]) if name in fields else None
 
+    kind = Kind(fields.get("kind", Kind.MERGE))  # records that were stored before there were kinds have none
+    result = MergeResult if kind is Kind.MERGE else ScoreResult
     return Record(
         id=job_id,
+        kind=kind,
         name=fields["name"],
         status=Status(fields["status"]),
         attempt=int(fields["attempt"]),
@@ -535,7 +541,7 @@ def _record(job_id: str, fields: dict[str, str]) -> Record:
         progress=Progress.model_validate_json(fields["progress"]),
         error=JobError.model_validate_json(fields["error"]) if "error" in fields else None,
         request=json.loads(fields["request"]),
-        result=MergeResult.model_validate_json(fields["result"]) if "result" in fields else None,
+        result=result.model_validate_json(fields["result"]) if "result" in fields else None,
         labels=json.loads(fields["labels"]),
         inputs=json.loads(fields["inputs"]),
         artifact=fields.get("artifact"),

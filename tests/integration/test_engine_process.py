@@ -13,7 +13,7 @@ from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_che
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.planning import RUNTIME_BYTES, plan_merge
 from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
-from worker.engine_process import EngineDied, EngineProcess, Failed, Merged, Progressed
+from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed
 
 
 @pytest.fixture
@@ -41,35 +41,35 @@ def spec(inputs: Path, folder: Path, checkpoint: str = "a") -> MergeSpec:
     )
 
 
-def last_event(engine: EngineProcess) -> Merged | Failed:
-    def ended() -> Merged | Failed | None:
+def last_event(engine: EngineProcess) -> Finished | Failed:
+    def ended() -> Finished | Failed | None:
         for event in engine.poll(0.1):
-            if isinstance(event, Merged | Failed):
+            if isinstance(event, Finished | Failed):
                 return event
             assert isinstance(event, Progressed)
         return None
 
-    event: Merged | Failed = wait_until(ended, "the merge to end")
+    event: Finished | Failed = wait_until(ended, "the merge to end")
     return event
 
 
 def test_one_process_runs_merge_after_merge(engine: EngineProcess, tiny_inputs: Path, tmp_path: Path) -> None:
     pid = engine.pid
     for number in range(3):
-        engine.merge(spec(tiny_inputs, tmp_path / str(number)))
-        assert isinstance(last_event(engine), Merged)
+        engine.run(spec(tiny_inputs, tmp_path / str(number)))
+        assert isinstance(last_event(engine), Finished)
     assert engine.pid == pid
     assert engine.resident_bytes() > 100_000_000
 
 
 def test_a_failed_merge_leaves_the_process_in_place(engine: EngineProcess, tiny_inputs: Path, tmp_path: Path) -> None:
     pid = engine.pid
-    engine.merge(spec(tiny_inputs, tmp_path / "bad", checkpoint="none"))
+    engine.run(spec(tiny_inputs, tmp_path / "bad", checkpoint="none"))
     event = last_event(engine)
     assert isinstance(event, Failed)
     assert event.error.code == "invalid_checkpoint"
-    engine.merge(spec(tiny_inputs, tmp_path / "good"))
-    assert isinstance(last_event(engine), Merged)
+    engine.run(spec(tiny_inputs, tmp_path / "good"))
+    assert isinstance(last_event(engine), Finished)
     assert engine.pid == pid
 
 
@@ -85,8 +85,8 @@ def test_its_death_is_noticed_and_is_not_taken_for_want_of_memory(engine: Engine
 def test_it_can_be_started_again_after_its_death(engine: EngineProcess, tiny_inputs: Path, tmp_path: Path) -> None:
     os.kill(engine.pid, signal.SIGKILL)
     engine.start()
-    engine.merge(spec(tiny_inputs, tmp_path / "again"))
-    assert isinstance(last_event(engine), Merged)
+    engine.run(spec(tiny_inputs, tmp_path / "again"))
+    assert isinstance(last_event(engine), Finished)
 
 
 def test_killing_it_leaves_no_process(engine: EngineProcess) -> None:
@@ -105,7 +105,7 @@ def test_a_merge_that_exceeds_its_memory_is_out_of_memory(tiny_inputs: Path, tmp
     try:
         limit = psutil.Process(engine.pid).memory_info().vms + 1_000_000
         resource.prlimit(engine.pid, resource.RLIMIT_AS, (limit, limit))
-        engine.merge(spec(tiny_inputs, tmp_path / "large"))
+        engine.run(spec(tiny_inputs, tmp_path / "large"))
         event = last_event(engine)
         assert isinstance(event, Failed)
         assert event.error.code == "out_of_memory", event.error
@@ -128,11 +128,11 @@ def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str
     engine.start()
     try:
         idle = engine.resident_bytes()
-        engine.merge(spec)
+        engine.run(spec)
         event = last_event(engine)
     finally:
         engine.kill()
-    assert isinstance(event, Merged), event
+    assert isinstance(event, Finished), event
     planned = plan.peak_memory_bytes(
         statistics=spec.method.statistics,
         models_beside=spec.models_beside,

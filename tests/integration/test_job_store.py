@@ -9,6 +9,7 @@ from app.contracts.jobs import (
     Attempt,
     ErrorCode,
     JobError,
+    Kind,
     Phase,
     Progress,
     Record,
@@ -21,9 +22,11 @@ from app.storage.jobs import JobStore
 from app.storage.queue import GRACE_MS, TaskQueue
 from app.storage.reaper import Reaper
 from tests.conftest import RESULT
+from worker.engine.catalog.report import ScoreResult, Timings
 
 LEASE_S = 10
 MAX_LOSSES = 3
+SCORES = ScoreResult(models=[], method={}, timings=Timings(), peak_memory_bytes=1, device="cpu", notes=[])
 FAILURE = JobError(code=ErrorCode.INTERNAL, message="broken")
 
 
@@ -76,6 +79,17 @@ def test_a_new_job_is_queued_and_waits_to_be_dispatched(store: JobStore) -> None
     assert record.request == {"some": "request"}
     assert record.labels == {"team": "search"}
     assert store.due(0) == [task]
+
+
+def test_a_job_has_its_kind_and_one_stored_before_there_were_kinds_is_a_merge(store: JobStore, redis: Redis) -> None:
+    scores = TaskId(job=store.create({}, "name", {}, kind=Kind.SCORES).job_id, stage=Stage.MERGE)
+    assert record_of(store, scores).kind is Kind.SCORES
+    assert store.succeed(claimed(store, scores), SCORES, "folder")
+    assert record_of(store, scores).result == SCORES
+    merge = new_job(store)
+    assert redis.hdel(f"test:job:{merge.job}", "kind") == 1
+    assert store.succeed(claimed(store, merge), RESULT, "folder")
+    assert (record_of(store, merge).kind, record_of(store, merge).result) == (Kind.MERGE, RESULT)
 
 
 def test_only_one_worker_claims_a_task(store: JobStore) -> None:

@@ -87,7 +87,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
         del recipe["models"][0]["evaluation"]
         request = MergeRequest.model_validate(recipe)
         task = TaskId(job=store.create(request.model_dump(mode="json"), "name", {}).job_id, stage=Stage.MERGE)
-        runner.merge(str(task))
+        runner.run(str(task))
         record = store.get(task.job)
         assert record is not None
         return record

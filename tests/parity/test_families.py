@@ -205,6 +205,23 @@ def test_bfloat16_gives_scores_of_the_same_order(case: Case) -> None:
     assert_same_in_norm(narrow, exact, 0.2)
 
 
+@pytest.mark.parametrize("family", ["xlm-roberta", "camembert"])
+def test_what_is_found_of_roberta_holds_of_those_that_share_its_code(family: str, tmp_path: Path) -> None:
+    """Scores to the bit, so that studies of RoBERTa's rounding need no repetition."""
+    roberta = make_case("roberta", tmp_path).experts["two"]
+    other = Path(shutil.copytree(roberta, tmp_path / "other"))
+    edit_json(other / "config.json", model_type=family, architectures=list(FAMILIES[family].architectures))
+    found = []
+    for checkpoint in (roberta, other):
+        loaded = load(inspect_checkpoint(checkpoint, checkpoint.name), CPU)
+        examples = examples_of(loaded, roberta.with_suffix(".jsonl"))
+        estimator = estimator_for("expected", loaded.task, seed=0)
+        found.append([score(loaded, examples, estimator, p, "rows", silent).scores() for p in ("float32", "bfloat16")])
+    for of_roberta, of_other in zip(*found, strict=True):
+        assert of_roberta.keys() == of_other.keys()
+        assert all(torch.equal(of_roberta[site], of_other[site]) for site in of_roberta)
+
+
 # Ownership
 
 

@@ -1,4 +1,4 @@
-"""The folder that a merge publishes: models, scores, report, card, recipe, and the manifest, which is written last."""
+"""The folder that a job publishes: models, scores, report, card, recipe, and the manifest, which is written last."""
 
 import json
 import platform
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import MANIFEST, MergeResult
-from worker.engine.catalog.spec import MergeSpec
+from worker.engine.catalog.report import MANIFEST, JobResult, MeasuredModel, MergeResult, ScoreResult
+from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors, write_json
 from worker.engine.scoring.measure import Measured
@@ -47,13 +47,29 @@ def write_documents(
         base: digest of the plan's base.
         digests: sha256 of files that were digested as they were written, which need not be read again.
     """
-    folder = spec.folder
-    write_json(folder / "recipe.json", spec.recipe)
-    report = result.model_dump(mode="json", exclude={"timings": NOT_KNOWN_YET})
     ancestor = {"checkpoint": plan.base.source, "digest": base} if plan.base else None
-    write_json(folder / "report.json", {"name": spec.name, "owners": plan.owners(), "base": ancestor, **report})
-    (folder / "report.html").write_text(_report_page(spec, plan, result), encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(spec, result), encoding="utf-8")
+    _write_report(spec, result, _merge_parts(plan, result), owners=plan.owners(), base=ancestor)
+    (spec.folder / "README.md").write_text(_model_card(spec, result), encoding="utf-8")
+    _write_manifest(spec.folder, result, result.models, digests, base=ancestor)
+
+
+def write_score_documents(spec: ScoreSpec, result: ScoreResult) -> None:
+    """Everything for people and programs beside the scores; the manifest names every other file."""
+    _write_report(spec, result, _score_parts(result))
+    _write_manifest(spec.folder, result, result.models, {})
+
+
+def _write_report(spec: JobSpec, result: JobResult, parts: Sequence[str], **more: object) -> None:
+    """Recipe and report; `parts` are the page's tables that are peculiar to the kind of job."""
+    write_json(spec.folder / "recipe.json", spec.recipe)
+    report = result.model_dump(mode="json", exclude={"timings": NOT_KNOWN_YET})
+    write_json(spec.folder / "report.json", {"name": spec.name, **more, **report})
+    (spec.folder / "report.html").write_text(_report_page(spec, result, parts), encoding="utf-8")
+
+
+def _write_manifest(
+    folder: Path, result: JobResult, models: Sequence[MeasuredModel], digests: Mapping[Path, str], **more: object
+) -> None:
     known = {_inode(path): digest for path, digest in digests.items()}
     files = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -64,8 +80,8 @@ def write_documents(
         files.append({"name": name, "bytes": path.stat().st_size, "sha256": known[inode]})
     manifest = {
         "files": files,
-        "inputs": {model.name: {"checkpoint": model.checkpoint, "digest": model.digest} for model in result.models},
-        "base": ancestor,
+        "inputs": {model.name: {"checkpoint": model.checkpoint, "digest": model.digest} for model in models},
+        **more,
         "method": result.method,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -127,7 +143,7 @@ def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: 
     return f"<div><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _report_page(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
+def _merge_parts(plan: MergePlan, result: MergeResult) -> list[str]:
     parts = []
     if result.metrics:
         parts.append(_html_table(METRIC_COLUMNS, _metric_rows(result), "What the merge kept of each expert"))
@@ -152,9 +168,27 @@ def _report_page(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     parts.append(_html_table(columns, models, "What was merged"))
     owners = [[owner, str(count)] for owner, count in sorted(plan.owners().items())]
     parts.append(_html_table(["owner", "tensors"], owners, "Who owns the merged tensors"))
+    return parts
+
+
+def _score_parts(result: ScoreResult) -> list[str]:
+    models = [
+        [m.name, m.checkpoint, str(m.examples), m.estimator or "-", _number(m.score_seconds, 1), m.digest[:19]]
+        for m in result.models
+    ]
+    kept = [[m.name, s.statistic, str(s.bytes), s.digest] for m in result.models for s in m.scores]
+    return [
+        _html_table(
+            ["model", "checkpoint", "rows measured", "estimator", "seconds", "digest"], models, "What was measured"
+        ),
+        _html_table(["model", "statistic", "bytes", "digest"], kept, "What is kept for later jobs"),
+    ]
+
+
+def _report_page(spec: JobSpec, result: JobResult, parts: Sequence[str]) -> str:
     measured = result.timings.model_dump(exclude=NOT_KNOWN_YET)
     timings = [[name.removesuffix("_seconds"), _number(seconds, 2)] for name, seconds in measured.items()]
-    parts.append(_html_table(["phase", "seconds"], timings, "Where the time went"))
+    parts = [*parts, _html_table(["phase", "seconds"], timings, "Where the time went")]
     if result.notes:
         parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in result.notes) + "</ul>")
     for title, content in (("Method as run", result.method), ("Recipe to repeat it", spec.recipe)):
@@ -168,7 +202,7 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} - merge report</title>
+<title>{title} - maskmerge report</title>
 <style>
 :root {{ color-scheme: light dark; font-family: system-ui, sans-serif; line-height: 1.5; }}
 body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}

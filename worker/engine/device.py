@@ -31,7 +31,10 @@ def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: tor
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Matrix products in `precision`; norms, softmax and reductions stay float32."""
+    """Matrix products in `precision`, and what reads one alone: activation functions, on a CPU DeBERTa's softmax.
+
+    Residual streams and norms stay float32, and so does softmax elsewhere.
+    """
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield
 

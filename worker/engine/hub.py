@@ -1,4 +1,4 @@
-"""What a merge names on the Hugging Face hub, brought to this machine before the work begins.
+"""What a job names on the Hugging Face hub, brought to this machine before the work begins.
 
 Files go to the hub library's own cache, which other programs share and where a file of one commit never changes. The
 token, the endpoint and the cache's place are the libraries' own variables: HF_TOKEN, HF_ENDPOINT, HF_HOME.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.headers import described_files, weights_among
-from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, HubSource, MergeSpec
+from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import is_out_of_memory, require_space
 
@@ -49,7 +49,7 @@ class RemoteFile:
 
 @dataclass
 class Fetched:
-    """Everything of a merge that came from the hub."""
+    """Everything of a job that came from the hub."""
 
     checkpoints: dict[HubSource, Path] = field(default_factory=dict)
     """Folders, by repository and commit."""
@@ -60,7 +60,7 @@ class Fetched:
         return self.tables[_table_key(spec)]
 
 
-def fetch(spec: MergeSpec, on_progress: OnProgress) -> Fetched:
+def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
     """Download what is not in the cache yet.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A merge's checkpoints and rows, wherever they come from.
+"""A job's checkpoints and rows, wherever they come from.
 
 The libraries for tables and for the hub cost 110 MB and half a second, so they are loaded when they are needed.
 """
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.rows import RowFile, Rows, is_parquet
-from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, MergeSpec
+from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, JobSpec
 from worker.engine.phase import OnProgress
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Inputs:
     """Downloads what is on the hub when it is made, see `worker.engine.hub.fetch`."""
 
-    def __init__(self, spec: MergeSpec, on_progress: OnProgress) -> None:
+    def __init__(self, spec: JobSpec, on_progress: OnProgress) -> None:
         self._fetched: Fetched | None = None
         if spec.names_the_hub:
             from worker.engine.hub import fetch

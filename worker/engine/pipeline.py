@@ -1,4 +1,4 @@
-"""One merge, from checkpoints and rows to a folder that can be published."""
+"""One job, from checkpoints and rows to a folder that can be published."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -26,9 +26,26 @@ from worker.engine.catalog.methods import (
     Statistic,
 )
 from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings, Version
+from worker.engine.catalog.report import (
+    MergeResult,
+    MetricResult,
+    ModelResult,
+    ScoredModel,
+    ScoreResult,
+    ScoresFile,
+    Timings,
+    Version,
+)
 from worker.engine.catalog.rows import Row, Rows, sample
-from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, DatasetSpec, MergeSpec, ModelSpec, StoreSpec
+from worker.engine.catalog.spec import (
+    LEAST_ALIGNMENT_ROWS,
+    DatasetSpec,
+    JobSpec,
+    MergeSpec,
+    ModelSpec,
+    ScoreSpec,
+    StoreSpec,
+)
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
 from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.checkpoints.writer import rewrite_head, write_models
@@ -48,7 +65,7 @@ from worker.engine.store import StatisticsStore
 
 @dataclass
 class ModelRun:
-    """What one merge knows of one model: its rows, and then its statistics."""
+    """What one job knows of one model: its rows, and then its statistics."""
 
     spec: ModelSpec
     info: CheckpointInfo
@@ -75,7 +92,7 @@ class ModelRun:
 
 
 class Engine:
-    """Runs merges one after the other, keeping models warm between them."""
+    """Runs jobs one after the other, keeping models warm between them."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device or best_device()
@@ -115,7 +132,8 @@ class Engine:
 
         if isinstance(spec.method, MeasuringParameters):
             with clock.measure("score_seconds"):
-                self._measure(Measurer(spec.method, plan.linear_inputs, precision, store), runs, on_progress)
+                measurer = Measurer(spec.method, plan.linear_inputs, precision, store)
+                self._measure([(measurer, run) for run in runs], on_progress)
 
         with clock.measure("merge_seconds"):
             merger, shares = _merger(spec.method, runs)
@@ -142,10 +160,7 @@ class Engine:
             with clock.measure("evaluate_seconds"):
                 metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
-        for info, state in states:
-            if checkpoint_state(info) != state:
-                raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
-
+        _check_unchanged(states)
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
             models=[_model_result(run, share) for run, share in zip(runs, shares, strict=True)],
@@ -163,8 +178,57 @@ class Engine:
         artifact.write_documents(spec, plan, result, digest_checkpoint(plan.base) if plan.base else None, digests)
         return result
 
+    def score(self, spec: ScoreSpec, on_progress: OnProgress) -> ScoreResult:
+        """Compute the method's statistics of every model, keep them, and leave a complete artifact in `spec.folder`.
+
+        Raises:
+            EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
+        """
+        reset_peak_memory()
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        with _store(spec) as store:
+            return self._score(spec, store, on_progress)
+
+    def _score(self, spec: ScoreSpec, store: StatisticsStore, on_progress: OnProgress) -> ScoreResult:
+        notes: list[str] = []
+        clock = Stopwatch()
+        precision = resolve_precision(spec.method.precision, self._device)
+        if not isinstance(spec.method, MeasuringParameters):
+            raise TypeError(f"method {spec.method.name} measures nothing")
+
+        measured = []
+        with clock.measure("load_seconds"):
+            inputs = Inputs(spec, on_progress)
+            plans = [plan_merge([inputs.checkpoint(model)]) for model in spec.models]
+            states = [(info, checkpoint_state(info)) for plan in plans for info in plan.checkpoints]
+            loading = Phase("loading", len(spec.models), "models", on_progress)
+            for model, plan in zip(spec.models, plans, strict=True):
+                self._require_memory(plan, spec, precision, longest_row=1)
+                run = self._prepare(spec, model, plan.checkpoints[0], inputs, notes)
+                self._require_memory(plan, spec, precision, _longest(run))
+                measured.append((Measurer(spec.method, plan.linear_inputs, precision, store), run))
+                loading.advance()
+
+        with clock.measure("score_seconds"):
+            self._measure(measured, on_progress)
+
+        _check_unchanged(states)
+        runs = [run for _, run in measured]
+        result = ScoreResult(
+            models=[_scored_model(run) for run in runs],
+            method={**spec.method.model_dump(), "precision": precision, **_estimators(runs)},
+            timings=Timings(**clock.seconds),
+            peak_memory_bytes=peak_memory_bytes(),
+            device=str(self._device),
+            notes=list(dict.fromkeys(notes)),
+        )
+        for run in runs:
+            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured, _rows_measured(run))
+        artifact.write_score_documents(spec, result)
+        return result
+
     def _require_memory(
-        self, plan: MergePlan, spec: MergeSpec, precision: Precision, longest_row: int, tokens_held: int = 0
+        self, plan: MergePlan, spec: JobSpec, precision: Precision, longest_row: int, tokens_held: int = 0
     ) -> None:
         """Of this machine; on a GPU, activations take none of it. Models of earlier merges make room."""
         needed = plan.peak_memory_bytes(
@@ -180,13 +244,13 @@ class Engine:
         require_memory(needed)
 
     def _prepare(
-        self, spec: MergeSpec, model: ModelSpec, info: CheckpointInfo, inputs: Inputs, notes: list[str]
+        self, spec: JobSpec, model: ModelSpec, info: CheckpointInfo, inputs: Inputs, notes: list[str]
     ) -> ModelRun:
         """Check a model's weights and read its rows: whatever is wrong with them is found before any work is spent."""
         run = ModelRun(model, info, digest_checkpoint(info))
         loaded = self._models.get(info)
         held_out: set[tuple[str, str | None]] = set()
-        if spec.evaluate and model.evaluation is not None:
+        if isinstance(spec, MergeSpec) and spec.evaluate and model.evaluation is not None:
             rows = inputs.rows(model.evaluation)
             labels = _label_map(loaded, model.evaluation, rows, notes)
             read = sample(rows, model.evaluation, None)
@@ -216,14 +280,14 @@ class Engine:
                     f"the head of {model.name} was kept as it was: {dataset.source} has {distinct} rows that it is not "
                     f"evaluated on, and {LEAST_ALIGNMENT_ROWS} are needed to align it"
                 )
-        elif spec.output.align_heads and dataset is None:
+        elif isinstance(spec, MergeSpec) and spec.output.align_heads and dataset is None:
             notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
         return run
 
-    def _measure(self, measurer: Measurer, runs: list[ModelRun], on_progress: OnProgress) -> None:
-        total = measurer.passes * sum(_rows_measured(run) for run in runs)
+    def _measure(self, measured: Sequence[tuple[Measurer, ModelRun]], on_progress: OnProgress) -> None:
+        total = sum(measurer.passes * _rows_measured(run) for measurer, run in measured)
         scoring = Phase("scoring", total, "examples", on_progress)
-        for run in runs:
+        for measurer, run in measured:
             if run.sample is not None:
                 run.measured = measurer.measure(self._models.get(run.info), run.digest, run.sample, scoring.advance)
 
@@ -327,8 +391,8 @@ class Stopwatch:
 
 
 @contextmanager
-def _store(spec: MergeSpec) -> Iterator[StatisticsStore]:
-    """Where statistics are looked for and kept; without a place for them, until the merge is done."""
+def _store(spec: JobSpec) -> Iterator[StatisticsStore]:
+    """Where statistics are looked for and kept; without a place for them, until the job is done."""
     with ExitStack() as stack:
         where = spec.store
         if where is None:
@@ -424,18 +488,40 @@ def _examples(
     return tokenized.examples
 
 
+def _check_unchanged(states: Sequence[tuple[CheckpointInfo, str]]) -> None:
+    for info, state in states:
+        if checkpoint_state(info) != state:
+            raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
+
+
 def _model_result(run: ModelRun, weight_share: float) -> ModelResult:
-    return ModelResult(
-        name=run.spec.name,
-        checkpoint=run.spec.source,
-        commit=run.spec.hub.commit if run.spec.hub else None,
-        digest=run.digest,
-        examples=_rows_measured(run),
-        aligned_examples=len(run.alignment),
-        weight_share=weight_share,
-        score_seconds=round(run.measured.seconds, 3),
-        score_cached=run.measured.cached,
-    )
+    return ModelResult(**_measured_fields(run), aligned_examples=len(run.alignment), weight_share=weight_share)
+
+
+def _scored_model(run: ModelRun) -> ScoredModel:
+    kept = [statistics.about for statistics in run.measured.statistics.values()]
+    scores = [
+        ScoresFile(
+            statistic=about.facts.statistic,
+            digest=about.facts.address,
+            href=f"/scores/{about.facts.address}",
+            bytes=about.bytes,
+        )
+        for about in kept
+    ]
+    return ScoredModel(**_measured_fields(run), estimator=run.measured.estimator, scores=scores)
+
+
+def _measured_fields(run: ModelRun) -> dict[str, Any]:
+    return {
+        "name": run.spec.name,
+        "checkpoint": run.spec.source,
+        "commit": run.spec.hub.commit if run.spec.hub else None,
+        "digest": run.digest,
+        "examples": _rows_measured(run),
+        "score_seconds": round(run.measured.seconds, 3),
+        "score_cached": run.measured.cached,
+    }
 
 
 def _estimators(runs: Sequence[ModelRun]) -> dict[str, Any]:

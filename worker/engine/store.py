@@ -1,35 +1,32 @@
 """Statistics kept for later merges, each under the digest of all that its content follows from."""
 
 import errno
-import hashlib
-import json
+import fcntl
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from worker.engine.catalog.errors import DiskFull, StorageError
+from worker.engine.catalog.statistics import ABOUT, ADDRESS, About, Facts, KeptFile, Origin
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors
 from worker.engine.resources import is_out_of_memory
 
-FORMAT = 1  # raise it when the same facts would give other numbers
-ABOUT = "about.json"
-ADDRESS = re.compile("[0-9a-f]{64}")
 ASSEMBLED = ".assembled-"
+LOCK = ".lock-"
 ABANDONED_S = 3600.0  # a folder that nobody has written to for so long is of a process that was killed
-
-Facts = Mapping[str, Any]
-"""What a statistic was measured of and how, JSON; the same facts are the same statistic."""
+LOCK_POLL_S = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +34,10 @@ logger = logging.getLogger(__name__)
 class Statistics(Mapping[str, Tensor]):
     """Tensors of one kept statistic, each read from disk when it is asked for."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, about: About, stack: ExitStack) -> None:
+        self.about = about
         self._files: dict[str, Any] = {}
-        for part in sorted(folder.glob("*.safetensors")):
+        for part in _parts(folder):
             file = stack.enter_context(safe_open(part, framework="pt"))
             self._files |= dict.fromkeys(file.keys(), file)
 
@@ -74,23 +72,65 @@ class StatisticsStore:
 
     def get(self, facts: Facts) -> Statistics | None:
         """What was kept of these facts; None when there is nothing, or nothing readable."""
-        entry = self.folder / address(facts)
+        entry = self.folder / facts.address
         if not entry.exists():
             return None
         try:
             os.utime(entry)  # it was used now
-            found = Statistics(entry, self._stack)  # opened first, so that what is checked is what will be read
-            about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
-            if _digests(entry) == about["sha256"]:
+            about = About.model_validate_json((entry / ABOUT).read_bytes())
+            found = Statistics(entry, about, self._stack)  # opened first, so that what is checked is what will be read
+            if _files(entry) == about.files:
                 return found
             problem = "its files are not those that were written"
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValidationError) as error:
             problem = str(error)  # removed this moment by another process, or damaged
         logger.warning("the statistic %s cannot be read and is measured again: %s", entry.name, problem)
         self._remove(entry)
         return None
 
-    def put(self, facts: Facts, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
+    def get_or_compute(
+        self, facts: Facts, origin: Origin, parts: Iterable[Mapping[str, Tensor]], on_wait: Callable[[], None]
+    ) -> tuple[Statistics, bool]:
+        """What is kept of the facts, and whether it was there already; else `parts` are computed and kept.
+
+        Of several processes that want the same, one computes; the others wait for it, and one of them takes over when
+        it ends without a result.
+
+        Args:
+            parts: nothing of it is computed before it is iterated over.
+            on_wait: called several times a second while another process computes; may raise to stop.
+
+        Raises:
+            DiskFull, StorageError: the folder has no room, or cannot be used.
+        """
+        found = self.get(facts)
+        if found is not None:
+            return found, True
+        with self._alone_with(facts, on_wait):
+            found = self.get(facts)
+            if found is not None:
+                return found, True
+            return self.put(facts, origin, parts), False
+
+    @contextmanager
+    def _alone_with(self, facts: Facts, on_wait: Callable[[], None]) -> Iterator[None]:
+        """While no other process is in here with the same facts; the kernel frees the place of one that dies."""
+        with _translated():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f"{LOCK}{facts.address}"
+        while True:
+            with _translated():
+                descriptor = _try_lock(lock)
+            if descriptor is not None:
+                break
+            on_wait()
+            time.sleep(LOCK_POLL_S)
+        try:
+            yield
+        finally:
+            _unlock(lock, descriptor)
+
+    def put(self, facts: Facts, origin: Origin, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
         """Keep tensors under the facts; each part is written before the next is asked for.
 
         Raises:
@@ -98,35 +138,33 @@ class StatisticsStore:
         """
         assembled = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
         try:
-            assembled.mkdir(parents=True)
-            self._tidy()
-            for number, part in enumerate(parts):
-                path = assembled / f"{number:05d}.safetensors"
-                save_tensors(part, path, {"format": "pt"})
-                _flush(path)
-            kept = Statistics(assembled, self._stack)
-            about = {"facts": facts, "sha256": _digests(assembled)}
-            (assembled / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
-            _flush(assembled / ABOUT)
-            try:
-                assembled.rename(self.folder / address(facts))
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-                if self.get(facts) is None:  # what was there is no statistic, and gone now
-                    assembled.rename(self.folder / address(facts))
-                else:  # another process was as fast, and both are the same
-                    shutil.rmtree(assembled)
-        except OSError as error:
-            shutil.rmtree(assembled, ignore_errors=True)
-            if is_out_of_memory(error):
-                raise
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull("there is no space left for statistics; see MASKMERGE_MAX_STATISTICS_BYTES") from error
-            raise StorageError(f"the folder of statistics cannot be used: {error.strerror}") from error
+            with _translated():
+                return self._put(assembled, facts, origin, parts)
         except BaseException:
             shutil.rmtree(assembled, ignore_errors=True)
             raise
+
+    def _put(self, assembled: Path, facts: Facts, origin: Origin, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
+        assembled.mkdir(parents=True)
+        self._tidy()
+        for number, part in enumerate(parts):
+            path = assembled / f"{number:05d}.safetensors"
+            save_tensors(part, path, {"format": "pt"})
+            _flush(path)
+        about = About(facts=facts, origin=origin, files=_files(assembled), created_at=datetime.now(UTC))
+        kept = Statistics(assembled, about, self._stack)
+        (assembled / ABOUT).write_text(about.model_dump_json(indent=1), encoding="utf-8")
+        _flush(assembled / ABOUT)
+        entry = self.folder / facts.address
+        try:
+            assembled.rename(entry)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            if self.get(facts) is None:  # what was there is no statistic, and gone now
+                assembled.rename(entry)
+            else:  # another process was as fast, and both are the same
+                shutil.rmtree(assembled)
         return kept
 
     def _remove(self, entry: Path) -> None:
@@ -145,6 +183,9 @@ class StatisticsStore:
         """Remove what killed processes left, and what was used longest ago while there is too much."""
         entries = []
         for entry in self.folder.iterdir():
+            if entry.name.startswith(LOCK):
+                _remove_free_lock(entry)
+                continue
             try:
                 changed = entry.stat().st_mtime
                 size = sum(file.stat().st_size for file in entry.iterdir())
@@ -162,14 +203,58 @@ class StatisticsStore:
             total -= size
 
 
-def address(facts: Facts) -> str:
-    """sha256 of the facts, hex."""
-    content = {"format": FORMAT, **facts}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _parts(entry: Path) -> list[Path]:
+    return sorted(entry.glob("*.safetensors"))
 
 
-def _digests(entry: Path) -> dict[str, str]:
-    return {part.name: digest_file(part) for part in sorted(entry.glob("*.safetensors"))}
+def _files(entry: Path) -> list[KeptFile]:
+    return [KeptFile(name=part.name, bytes=part.stat().st_size, sha256=digest_file(part)) for part in _parts(entry)]
+
+
+def _try_lock(lock: Path) -> int | None:
+    """A descriptor that holds the lock; None while another one does."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # whoever held it last removed it after it was opened here
+
+
+def _unlock(lock: Path, descriptor: int) -> None:
+    """Removed first: who has opened it by now will find that it is not the file of that name any more."""
+    lock.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _remove_free_lock(lock: Path) -> None:
+    """One that is left was a killed process's."""
+    with suppress(OSError):
+        descriptor = _try_lock(lock)
+        if descriptor is not None:
+            _unlock(lock, descriptor)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What the file system says, as errors of the engine."""
+    try:
+        yield
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("there is no space left for statistics; see MASKMERGE_MAX_STATISTICS_BYTES") from error
+        raise StorageError(f"the folder of statistics cannot be used: {error.strerror}") from error
 
 
 def _flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import Strict
 
@@ -9,7 +10,9 @@ MANIFEST = "manifest.json"
 """The artifact's list of all its other files, with bytes and sha256; written last."""
 
 
-class ModelResult(Strict):
+class MeasuredModel(Strict):
+    """What results of every kind say of a model."""
+
     name: str
     checkpoint: str
     """The reference as accepted."""
@@ -19,13 +22,16 @@ class ModelResult(Strict):
     """sha256 over the names and sha256 of the checkpoint's weight files and config."""
     examples: int
     """Rows that were measured."""
+    score_seconds: float
+    score_cached: bool
+    """Whether all of its statistics were there from an earlier job, or from another that ran at the same time."""
+
+
+class ModelResult(MeasuredModel):
     aligned_examples: int
     """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float
     """Mean merge weight over all owned slices; of methods that do not weight slices by scores, lambda's share."""
-    score_seconds: float
-    score_cached: bool
-    """Whether all of its statistics were there from an earlier merge."""
 
 
 Version = Literal["expert", "average", "merged_kept_head", "merged"]
@@ -68,16 +74,41 @@ class Timings(Strict):
     publish_seconds: float = 0.0
 
 
-class MergeResult(Strict):
-    models: list[ModelResult]
-    metrics: dict[str, MetricResult] | None
-    mean_retention: float | None
-    min_retention: float | None
+class JobResult(Strict):
+    """What results of every kind say of the work."""
+
     method: dict[str, Any]
     """As run, with `auto` resolved."""
-    candidates: list[dict[str, Any]] | None = None
     timings: Timings
     peak_memory_bytes: int
     device: str
     notes: list[str]
     """What a reader should know: rows that were truncated, labels that were mapped by name."""
+
+
+class MergeResult(JobResult):
+    models: list[ModelResult]
+    metrics: dict[str, MetricResult] | None
+    mean_retention: float | None
+    min_retention: float | None
+    candidates: list[dict[str, Any]] | None = None
+
+
+class ScoresFile(Strict):
+    """A statistic as it is kept; it can be fetched until the store needs its room for others."""
+
+    statistic: Statistic
+    digest: str
+    """Of all that it follows from, as `GET /scores` lists it."""
+    href: str
+    bytes: int
+
+
+class ScoredModel(MeasuredModel):
+    estimator: str | None
+    """With `auto` resolved; null where the method takes no gradients."""
+    scores: list[ScoresFile]
+
+
+class ScoreResult(JobResult):
+    models: list[ScoredModel]

@@ -1,4 +1,4 @@
-"""The engine's input: a merge with every reference already resolved to a path."""
+"""The engine's input: a job with every reference already resolved to a path."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,7 +99,7 @@ class CheckpointSpec(Strict):
 
 class ModelSpec(CheckpointSpec):
     name: str
-    weight: float
+    weight: float = 1.0
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
 
@@ -125,16 +125,13 @@ def models_beside(evaluates: bool, aligns: bool, method: MethodParameters) -> in
     return 3 if method.refits_layers else 2 if evaluates else 1 if aligns else 0
 
 
-class MergeSpec(Strict):
-    """A whole merge. `recipe` is the request that reproduces it, stored in the artifact as it is."""
+class JobSpec(Strict):
+    """What jobs of every kind have in common. `recipe` is the request that reproduces the job, stored in the artifact
+    as it is."""
 
     name: str
     models: list[ModelSpec]
-    base: CheckpointSpec | None = None
-    """The common ancestor, for methods that merge differences from it."""
     method: SerializeAsAny[Method]
-    output: OutputSpec
-    evaluate: bool
     recipe: dict[str, Any]
     folder: Path
     """Where the artifact is assembled; empty and private to this attempt."""
@@ -144,14 +141,49 @@ class MergeSpec(Strict):
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         """How many of the first rows of the model's data set are measured, and on how many its head is aligned."""
         examples = getattr(self.method, "examples", 0)
-        measured = examples if isinstance(examples, int) and model.weight > 0 else 0
-        return measured, ALIGNMENT_ROWS if self.output.align_heads and model.dataset else 0
+        return examples if isinstance(examples, int) and model.weight > 0 else 0, 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
         """Data sets to measure on, of models that take part, or to align heads on, and evaluations to make."""
-        measured = [m.dataset for m in self.models if m.dataset and any(self.rows_wanted(m))]
-        return [*measured, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
+        return [m.dataset for m in self.models if m.dataset and any(self.rows_wanted(m))]
+
+    @property
+    def checkpoints(self) -> list[CheckpointSpec]:
+        return list(self.models)
+
+    @property
+    def models_beside(self) -> int:
+        """Models that are held beside those that the job names."""
+        return 0
+
+    @property
+    def names_the_hub(self) -> bool:
+        return any(c.hub for c in self.checkpoints) or any(rows.hub for rows in self.rows_to_read)
+
+
+class ScoreSpec(JobSpec):
+    """Statistics of models, each by itself."""
+
+    kind: Literal["scores"] = "scores"
+
+
+class MergeSpec(JobSpec):
+    """A whole merge."""
+
+    kind: Literal["merge"] = "merge"
+    base: CheckpointSpec | None = None
+    """The common ancestor, for methods that merge differences from it."""
+    output: OutputSpec
+    evaluate: bool
+
+    def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
+        measured, _ = super().rows_wanted(model)
+        return measured, ALIGNMENT_ROWS if self.output.align_heads and model.dataset else 0
+
+    @property
+    def rows_to_read(self) -> list[DatasetSpec]:
+        return [*super().rows_to_read, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
 
     @property
     def aligns(self) -> bool:
@@ -159,7 +191,7 @@ class MergeSpec(Strict):
 
     @property
     def checkpoints(self) -> list[CheckpointSpec]:
-        return [*self.models, *([self.base] if self.base else ())]
+        return [*super().checkpoints, *([self.base] if self.base else ())]
 
     @property
     def models_beside(self) -> int:
@@ -168,7 +200,3 @@ class MergeSpec(Strict):
     @property
     def evaluates(self) -> bool:
         return self.evaluate and any(model.evaluation for model in self.models)
-
-    @property
-    def names_the_hub(self) -> bool:
-        return any(c.hub for c in self.checkpoints) or any(rows.hub for rows in self.rows_to_read)

@@ -114,11 +114,11 @@ class Sampled(Estimator):
     name = "sampled"
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
+        self.seed = seed
 
     def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         cumulative = logits.double().softmax(-1).cumsum(-1)
-        draws = torch.tensor([uniform(self._seed, int(i)) for i in batch.indices], dtype=torch.float64)
+        draws = torch.tensor([uniform(self.seed, int(i)) for i in batch.indices], dtype=torch.float64)
         drawn = (draws[:, None].to(cumulative.device) >= cumulative[:, :-1]).sum(-1)  # (batch,)
         return _one_pass(_likelihood(logits, drawn))
 

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from worker.engine.catalog.methods import (
     Statistic,
 )
 from worker.engine.catalog.planning import LinearInput
+from worker.engine.catalog.statistics import Facts, Origin
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision
 from worker.engine.scoring.data import Example
@@ -23,7 +23,7 @@ from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.grams import grams, in_passes
 from worker.engine.scoring.scorer import OnRows, paper_scores, score
-from worker.engine.store import Facts, StatisticsStore
+from worker.engine.store import Statistics, StatisticsStore
 
 STANDARD_ERROR = ".stderr"
 
@@ -41,13 +41,13 @@ class Sample:
 class Measured:
     """A model's statistics. `cached` when all of them were found."""
 
-    statistics: dict[Statistic, Mapping[str, Tensor]] = field(default_factory=dict)
+    statistics: dict[Statistic, Statistics] = field(default_factory=dict)
     estimator: str | None = None
     cached: bool = False
     seconds: float = 0.0
 
     def of(self, statistic: Statistic) -> Mapping[str, Tensor]:
-        return self.statistics.get(statistic, {})
+        return self.statistics.get(statistic) or {}
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -89,13 +89,15 @@ class Measurer:
         estimator = self._estimator(loaded)
         measured = Measured(estimator=estimator.name if estimator else None, cached=True)
         for statistic in sorted(self._method.statistics):
-            facts = self._facts(statistic, loaded, digest, sample)
-            kept = self._store.get(facts)
-            if kept is None:
-                measured.cached = False
-                kept = self._store.put(facts, self._computed(statistic, loaded, sample, on_rows))
-            else:
+            kept, was_there = self._store.get_or_compute(
+                self._facts(statistic, loaded, digest, sample),
+                Origin(checkpoint=loaded.info.source, dataset=sample.source, examples=len(sample.examples)),
+                self._computed(statistic, loaded, sample, on_rows),
+                on_wait=lambda: on_rows(0),
+            )
+            if was_there:
                 on_rows(len(sample.examples) * self._passes_of(statistic))
+            measured.cached &= was_there
             measured.statistics[statistic] = kept
         measured.seconds = time.monotonic() - start
         return measured
@@ -111,21 +113,18 @@ class Measurer:
 
     def _facts(self, statistic: Statistic, loaded: LoadedModel, digest: str, sample: Sample) -> Facts:
         """All that the statistic follows from. Tokenizer and `max_length` show in the rows."""
-        reads_labels = statistic is not Statistic.GRAM and self._method.needs_labels
-        facts: dict[str, Any] = {
-            "statistic": statistic,
-            "checkpoint": digest,
-            "rows": _digest_rows(sample.examples, with_labels=reads_labels),
-            "precision": self._precision,
-        }
-        if statistic is not Statistic.GRAM and isinstance(self._method, GradientParameters):
-            estimator = estimator_for(self._method.estimator, loaded.task, self._method.seed)
-            facts["estimator"] = estimator.name
-            if isinstance(estimator, Sampled):
-                facts["seed"] = self._method.seed
-        if statistic is Statistic.MASK_FISHER:
-            facts |= {"population": sample.population, "paper": self._is_paper}
-        return facts
+        of_nodes = statistic is Statistic.MASK_FISHER
+        estimator = None if statistic is Statistic.GRAM else self._estimator(loaded)
+        return Facts(
+            statistic=statistic,
+            checkpoint=digest,
+            rows=_digest_rows(sample.examples, with_labels=estimator is not None and self._method.needs_labels),
+            precision=self._precision,
+            estimator=estimator.name if estimator else None,
+            seed=estimator.seed if isinstance(estimator, Sampled) else None,
+            population=sample.population if of_nodes else None,
+            paper=self._is_paper if of_nodes else None,
+        )
 
     @property
     def _is_paper(self) -> bool:

@@ -1,9 +1,10 @@
-"""Accepting a merge: every check that needs no weights, then a job."""
+"""Accepting a job: every check that needs no weights, then its record."""
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import BoundedSemaphore
@@ -13,8 +14,15 @@ from pydantic import BaseModel, ConfigDict
 from redis.exceptions import RedisError
 
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.contracts.jobs import Record, Stage, TaskId
-from app.contracts.requests import Dataset, Evaluation, MergeRequest, ModelRequest, not_available_yet
+from app.contracts.jobs import Kind, Record, Stage, TaskId
+from app.contracts.requests import (
+    Dataset,
+    Evaluation,
+    MergeRequest,
+    ModelRequest,
+    ScoreRequest,
+    not_available_yet,
+)
 from app.storage.artifacts import ArtifactFolder
 from app.storage.hub import Hub, HubUnavailable
 from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
@@ -62,8 +70,21 @@ class Plan(BaseModel):
     """As it would be accepted, defaults filled in."""
 
 
-class Merges:
-    """The use cases behind `POST /merge` and `POST /merge/validate`."""
+@dataclass(frozen=True)
+class Accepted:
+    """A request that can be worked on: with its defaults filled in, and its checkpoints as their headers say."""
+
+    request: dict[str, Any]
+    checkpoints: Sequence[CheckpointInfo]
+
+
+@dataclass(frozen=True)
+class AcceptedMerge(Accepted):
+    plan: MergePlan
+
+
+class Jobs:
+    """The use cases behind `POST /merge`, `POST /merge/validate` and `POST /scores`."""
 
     def __init__(
         self,
@@ -80,7 +101,7 @@ class Merges:
         self._hub_places = BoundedSemaphore(HUB_REQUESTS)
         self._idempotency_seconds = idempotency_seconds
 
-    def submit(self, request: MergeRequest, idempotency_key: str | None) -> Record:
+    def submit(self, request: MergeRequest | ScoreRequest, idempotency_key: str | None) -> Record:
         """A queued job, or the one that the same key made before.
 
         Raises:
@@ -89,14 +110,15 @@ class Merges:
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         created = self._store.remembered(idempotency_key, digest) if idempotency_key else None
         if created is None:
-            accepted, plan = self._check(request)
+            accepted = self._check(request)
             created = self._store.create(
-                accepted,
+                accepted.request,
                 request.title,
                 request.labels,
                 (idempotency_key, digest) if idempotency_key else None,
                 self._idempotency_seconds,
-                self._states(plan),
+                _states(accepted.checkpoints),
+                Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
             )
         if created.existing and not created.same_body:
             raise ProblemError(
@@ -122,13 +144,9 @@ class Merges:
         except RedisError as error:  # the job is stored, so it is accepted; the reaper hands it over
             logger.warning("job %s waits for Redis: %s", task.job, error)
 
-    def _states(self, plan: MergePlan) -> dict[str, str]:
-        """Of local checkpoints; those of the hub do not change."""
-        with _refusing("models"):
-            return {i.source: checkpoint_state(i) for i in plan.all_checkpoints if hub_reference(i.source) is None}
-
     def plan(self, request: MergeRequest) -> Plan:
-        accepted, plan = self._check(request)
+        accepted = self._check_merge(request)
+        plan = accepted.plan
         examples = getattr(request.method, "examples", 0) if request.method.statistics else 0
         measured = sum(
             min(examples, model.dataset.limit or examples)
@@ -161,37 +179,51 @@ class Merges:
                     request.models, plan.checkpoints, plan.tasks, plan.heads, strict=True
                 )
             ],
-            request=accepted,
+            request=accepted.request,
         )
 
-    def _check(self, request: MergeRequest) -> tuple[dict[str, Any], MergePlan]:
-        """The request with its defaults filled in, and the plan of the merge."""
+    def _check(self, request: MergeRequest | ScoreRequest) -> Accepted:
+        if isinstance(request, MergeRequest):
+            return self._check_merge(request)
+        with self._hub_for(request) as hub:
+            return self._checked_scores(request, hub)
+
+    def _check_merge(self, request: MergeRequest) -> AcceptedMerge:
+        with self._hub_for(request) as hub:
+            return self._checked_merge(request, hub)
+
+    @contextmanager
+    def _hub_for(self, request: MergeRequest | ScoreRequest) -> Iterator[Hub]:
+        """A slow hub may hold up some requests that name it, never all that the process can answer."""
         later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
         if later:
             raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
-        with self._at_the_hub(request):
-            return self._checked(request, Hub())
-
-    @contextmanager
-    def _at_the_hub(self, request: MergeRequest) -> Iterator[None]:
-        """A slow hub may hold up some requests that name it, never all that the process can answer."""
-        sources = [*(model.checkpoint for model in request.models), request.base or ""]
-        sources += [rows.source for model in request.models for rows in (model.dataset, model.evaluation) if rows]
-        if not any(source.startswith("hf:") for source in sources):
-            yield
+        if not any(source.startswith("hf:") for source in _sources(request)):
+            yield Hub()
             return
         if not self._hub_places.acquire(timeout=HUB_QUEUE_S):
             detail = f"{HUB_REQUESTS} requests are waiting for the hub already"
             raise ProblemError(Problem.HUB_UNAVAILABLE, detail, None, **{"Retry-After": "10"})
         try:
-            yield
+            yield Hub()
         finally:
             self._hub_places.release()
 
-    def _checked(self, request: MergeRequest, hub: Hub) -> tuple[dict[str, Any], MergePlan]:
-        checkpoints = [
-            self._checkpoint(f"models.{i}.checkpoint", m.checkpoint, hub) for i, m in enumerate(request.models)
-        ]
+    def _checked_scores(self, request: ScoreRequest, hub: Hub) -> Accepted:
+        accepted = request.model_dump(mode="json")
+        accepted["name"] = request.title
+        checkpoints = self._checkpoints(request, hub)
+        for index, (model, info) in enumerate(zip(request.models, checkpoints, strict=True)):
+            with _refusing(f"models.{index}.checkpoint"):
+                [task] = plan_merge([info]).tasks
+            kept = accepted["models"][index]
+            kept["checkpoint"] = info.source
+            where = f"models.{index}.dataset"
+            kept["dataset"]["source"] = self._rows(where, model.dataset, task, hub, request.method.needs_labels)
+        return Accepted(accepted, checkpoints)
+
+    def _checked_merge(self, request: MergeRequest, hub: Hub) -> AcceptedMerge:
+        checkpoints = self._checkpoints(request, hub)
         base = self._checkpoint("base", request.base, hub) if request.base else None
         with _refusing("models"):
             plan = plan_merge(checkpoints, request.output.dtype)
@@ -219,7 +251,10 @@ class Merges:
                 kept["evaluation"]["metric"] = metric
                 source = self._rows(f"{where}.evaluation", model.evaluation, task, hub, needs_labels=True)
                 kept["evaluation"]["source"] = source
-        return accepted, plan
+        return AcceptedMerge(accepted, plan.all_checkpoints, plan)
+
+    def _checkpoints(self, request: MergeRequest | ScoreRequest, hub: Hub) -> list[CheckpointInfo]:
+        return [self._checkpoint(f"models.{i}.checkpoint", m.checkpoint, hub) for i, m in enumerate(request.models)]
 
     def _checkpoint(self, field: str, reference: str, hub: Hub) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
@@ -253,6 +288,24 @@ class Merges:
         with _refusing(field):
             check_first_rows(DatasetSpec(source=rows.source, path=path, **columns), labels if needs_labels else None)
         return rows.source
+
+
+def _sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
+    """Every reference in the request."""
+    for model in request.models:
+        yield model.checkpoint
+        if model.dataset is not None:
+            yield model.dataset.source
+        if isinstance(model, ModelRequest) and model.evaluation is not None:
+            yield model.evaluation.source
+    if isinstance(request, MergeRequest) and request.base is not None:
+        yield request.base
+
+
+def _states(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
+    """Of local checkpoints; those of the hub do not change."""
+    with _refusing("models"):
+        return {info.source: checkpoint_state(info) for info in checkpoints if hub_reference(info.source) is None}
 
 
 def _becomes(request: MergeRequest, model: ModelRequest) -> str:

@@ -1,0 +1,133 @@
+"""Files as answers: ranges, conditions, digests, and several of them as one archive."""
+
+import base64
+import mimetypes
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+
+from fastapi import Response
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from app.api.conditional import is_current, not_modified
+from app.contracts.errors import Problem, ProblemError
+from app.storage.files import StoredFile
+
+CHUNK_BYTES = 1 << 20
+CACHING = "private, immutable"
+MEDIA_TYPES = {".safetensors": "application/octet-stream", ".md": "text/markdown; charset=utf-8"}
+TAR_END = 2 * tarfile.BLOCKSIZE  # two empty blocks close an archive
+
+
+class StoredFileResponse(FileResponse):
+    """A file, with ranges; a range that cannot be had is a problem document like every other refusal.
+
+    Args:
+        held: closed when the file is sent.
+    """
+
+    def __init__(self, file: StoredFile, disposition: str, held: ExitStack) -> None:
+        digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
+        super().__init__(
+            file.path,
+            media_type=media_type(file.name),
+            filename=file.name.rpartition("/")[2],
+            content_disposition_type=disposition,
+            headers={"ETag": _etag(file), "Repr-Digest": f"sha-256=:{digest}:", "Cache-Control": CACHING},
+        )
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def refuse_or_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                if message["status"] == 416:
+                    raise ProblemError(
+                        Problem.RANGE_NOT_SATISFIABLE,
+                        f"the file has {self.headers['content-length']} bytes",
+                        None,
+                        **{"Content-Range": f"bytes */{self.headers['content-length']}"},
+                    )
+                raise ProblemError(Problem.MALFORMED, "the Range header is malformed; write bytes=FIRST-LAST")
+            await send(message)
+
+        with self._held:
+            await super().__call__(scope, receive, refuse_or_send)
+
+
+class ArchiveResponse(StreamingResponse):
+    """Files as a tar, made while it is sent; a large file that is there under several names is in it once.
+
+    Args:
+        held: closed when the archive is sent.
+    """
+
+    def __init__(self, files: Sequence[StoredFile], name: str, modified: datetime, held: ExitStack) -> None:
+        entries = list(_tar_entries(files, modified))
+        size = sum(len(header) + _padded(file.bytes if file else 0) for header, file in entries) + TAR_END
+        super().__init__(
+            _tar(entries),
+            media_type="application/x-tar",
+            headers={"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{name}.tar"'},
+        )
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            if scope["method"] == "HEAD":
+                await Response(headers=dict(self.headers)).__call__(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
+
+
+def serve(
+    file: StoredFile, if_none_match: str | None, disposition: str = "attachment", held: ExitStack | None = None
+) -> Response:
+    """The file, or 304 when the caller has it; either way `held` is closed in the end."""
+    held = held or ExitStack()
+    if is_current(if_none_match, _etag(file)):
+        held.close()
+        return not_modified(_etag(file))
+    return StoredFileResponse(file, disposition, held)
+
+
+def media_type(name: str) -> str:
+    suffix = "." + name.rpartition(".")[2]
+    return MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+
+
+def _etag(file: StoredFile) -> str:
+    return f'"{file.sha256}"'
+
+
+def _tar_entries(files: Sequence[StoredFile], modified: datetime) -> Iterator[tuple[bytes, StoredFile | None]]:
+    """(header, file whose bytes follow, or None for a link to an earlier one)."""
+    first: dict[str, str] = {}
+    for file in files:
+        entry = tarfile.TarInfo(file.name)
+        entry.mode = 0o644
+        entry.mtime = int(modified.timestamp())
+        earlier = first.get(file.sha256) if file.name.endswith(".safetensors") else None
+        if earlier is not None:
+            entry.type, entry.linkname = tarfile.LNKTYPE, earlier
+            yield entry.tobuf(tarfile.PAX_FORMAT), None
+            continue
+        first[file.sha256] = file.name
+        entry.size = file.bytes
+        yield entry.tobuf(tarfile.PAX_FORMAT), file
+
+
+def _tar(entries: Sequence[tuple[bytes, StoredFile | None]]) -> Iterator[bytes]:
+    for header, file in entries:
+        yield header
+        if file is not None:
+            with file.path.open("rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    yield chunk
+            yield b"\0" * (_padded(file.bytes) - file.bytes)
+    yield b"\0" * TAR_END
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

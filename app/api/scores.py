@@ -1,0 +1,148 @@
+from itertools import islice
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Header, Path, Query, Response
+from fastapi.responses import FileResponse
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from app.api.dependencies import ServicesOf
+from app.api.files import ArchiveResponse, serve
+from app.api.prefer import Wait
+from app.api.submitting import IdempotencyKey, submitted
+from app.contracts.errors import Problem, ProblemError
+from app.contracts.jobs import Job
+from app.contracts.requests import ScoreRequest
+from app.storage.statistics import KeptStatistic
+from worker.engine.catalog.methods import Statistic
+
+router = APIRouter(tags=["scores"])
+
+EXAMPLE: dict[str, Any] = {
+    "method": {"name": "mask_fisher"},
+    "models": [
+        {
+            "name": "topics",
+            "checkpoint": "local:experts/topics",
+            "dataset": {"source": "local:tasks/topics/train.jsonl", "label": "label"},
+        }
+    ],
+}
+ScoreBody = Annotated[ScoreRequest, Body(openapi_examples={"one expert": {"value": EXAMPLE}})]
+PREFIX = "sha256:"
+DIGEST = r"^(sha256:)?[0-9a-f]{64}$"
+
+
+class ScoresEntry(BaseModel):
+    """One statistic of one model."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    digest: str
+    """Of all that it follows from."""
+    statistic: Statistic
+    checkpoint: str
+    """Digest of the checkpoint."""
+    source: str
+    """The reference that the checkpoint was first measured under."""
+    dataset: str
+    """The reference of the rows that it was first measured on."""
+    examples: int
+    """Rows."""
+    estimator: str | None
+    precision: str
+    seed: int | None
+    """Of the estimator `sampled`; null where none counts."""
+    bytes: int
+    created_at: AwareDatetime
+    used_at: AwareDatetime
+    """When a job last used it; those that were used longest ago make room for others."""
+    href: str
+
+
+class ScoresPage(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    data: list[ScoresEntry]
+    next: str | None
+    """Cursor of the next page, for `after`; null on the last."""
+
+
+@router.post("/scores", status_code=202)
+async def score(
+    body: ScoreBody, response: Response, services: ServicesOf, wait: Wait, idempotency_key: IdempotencyKey = None
+) -> Job:
+    """Queue a job that computes a method's statistics of each model and keeps them; nothing is merged.
+
+    Whatever job needs the same later, a merge or another of these, finds them. `Prefer: wait=N` waits up to N (at most
+    60) seconds for the job's end; the status is 202 then too.
+    """
+    return await submitted(services, body, idempotency_key, wait, response)
+
+
+@router.get("/scores")
+def list_scores(
+    services: ServicesOf,
+    checkpoint: Annotated[
+        str | None, Query(pattern=DIGEST, description="Only of the checkpoint with this digest")
+    ] = None,
+    statistic: Annotated[Statistic | None, Query(description="Only of this kind")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[
+        str | None, Query(pattern=r"^[0-9a-f]{12}-[0-9a-f]{64}$", description="The `next` of the page before")
+    ] = None,
+) -> ScoresPage:
+    """Statistics that are kept, newest first."""
+    wanted = checkpoint and checkpoint.removeprefix(PREFIX)
+
+    def matches(kept: KeptStatistic) -> bool:
+        facts = kept.about.facts
+        is_wanted = wanted is None or facts.checkpoint.removeprefix(PREFIX) == wanted
+        return is_wanted and (statistic is None or facts.statistic is statistic)
+
+    matching = filter(matches, services.statistics.newest(after))
+    present = ((kept, entry) for kept in matching if (entry := _entry(kept)) is not None)
+    found = list(islice(present, limit + 1))
+    page = found[:limit]
+    return ScoresPage(data=[entry for _, entry in page], next=page[-1][0].age_key if len(found) > limit else None)
+
+
+@router.head("/scores/{digest}", include_in_schema=False)
+@router.get("/scores/{digest}", response_class=FileResponse)
+def get_scores(
+    digest: Annotated[str, Path(pattern=DIGEST, description="A statistic's digest")],
+    services: ServicesOf,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """A statistic's safetensors file, with ranges and a strong ETag; one of several parts comes as a tar of them."""
+    address = digest.removeprefix(PREFIX)
+    try:
+        kept = services.statistics.get(address)
+        files, held = kept.open()
+    except FileNotFoundError as error:
+        raise ProblemError(Problem.NOT_FOUND, f"no statistic {address} is kept") from error
+    if len(files) == 1:
+        return serve(files[0], if_none_match, held=held)
+    return ArchiveResponse(files, kept.title, kept.about.created_at, held)
+
+
+def _entry(kept: KeptStatistic) -> ScoresEntry | None:
+    """None when it is gone."""
+    used_at = kept.used_at()
+    if used_at is None:
+        return None
+    facts, origin = kept.about.facts, kept.about.origin
+    return ScoresEntry(
+        digest=kept.address,
+        statistic=facts.statistic,
+        checkpoint=facts.checkpoint,
+        source=origin.checkpoint,
+        dataset=origin.dataset,
+        examples=origin.examples,
+        estimator=facts.estimator,
+        precision=facts.precision,
+        seed=facts.seed,
+        bytes=kept.about.bytes,
+        created_at=kept.about.created_at,
+        used_at=used_at,
+        href=f"/scores/{kept.address}",
+    )

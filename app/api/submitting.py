@@ -1,0 +1,33 @@
+"""What the routes that make jobs have in common."""
+
+from contextlib import suppress
+from typing import Annotated
+
+from fastapi import Header, Response
+from fastapi.concurrency import run_in_threadpool
+from redis.exceptions import RedisError
+
+from app.api.prefer import applied
+from app.contracts.jobs import Job
+from app.contracts.requests import MergeRequest, ScoreRequest
+from app.services.composition import Services
+
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+
+
+async def submitted(
+    services: Services,
+    request: MergeRequest | ScoreRequest,
+    idempotency_key: str | None,
+    wait: int | None,
+    response: Response,
+) -> Job:
+    """The job, after its end or at most `wait` seconds; its place goes into the response's headers."""
+    record = await run_in_threadpool(services.jobs.submit, request, idempotency_key)
+    if wait is not None:
+        with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise
+            await services.watcher.end(record.id, record.revision, wait)
+            later = await run_in_threadpool(services.store.get, record.id)
+            record = later or record  # deleted meanwhile
+    response.headers.update({"Location": f"/jobs/{record.id}", **applied(wait)})
+    return record.public()

@@ -1,0 +1,97 @@
+"""The statistics that workers keep, as they are found in the data folder: any of them may vanish at any moment."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from os import DirEntry, scandir
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from app.storage.files import StoredFile
+from worker.engine.catalog.statistics import ABOUT, ADDRESS, FOLDER, About
+
+
+@dataclass(frozen=True)
+class KeptStatistic:
+    address: str
+    inode: int
+    about: About
+    path: Path
+
+    def open(self) -> tuple[list[StoredFile], ExitStack]:
+        """Its files, which stay readable until the stack is closed, even when the statistic is removed meanwhile.
+
+        Raises FileNotFoundError when it is gone.
+        """
+        files = []
+        with ExitStack() as opened:
+            for number, file in enumerate(self.about.files):
+                stream = opened.enter_context((self.path / file.name).open("rb"))
+                part = f".{number:05d}" if len(self.about.files) > 1 else ""
+                name = f"{self.title}{part}.safetensors"
+                files.append(StoredFile(name, file.bytes, file.sha256, Path(f"/proc/self/fd/{stream.fileno()}")))
+            return files, opened.pop_all()
+
+    @property
+    def title(self) -> str:
+        """Names what is downloaded."""
+        return f"{self.about.facts.statistic}-{self.address[:12]}"
+
+    @property
+    def age_key(self) -> str:
+        """Sorts by time, then by address."""
+        return f"{int(self.about.created_at.timestamp() * 1000):012x}-{self.address}"
+
+    def used_at(self) -> datetime | None:
+        """None when it is gone."""
+        try:
+            return datetime.fromtimestamp(self.path.stat().st_mtime, UTC)
+        except FileNotFoundError:
+            return None
+
+
+class StatisticsFolder:
+    """What is under one address never changes, so each entry is read once."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._folder = data_dir.resolve() / FOLDER
+        self._known: dict[str, KeptStatistic] = {}
+
+    def newest(self, after: str | None = None) -> Iterator[KeptStatistic]:
+        """Newest first, older than the `age_key` given."""
+        found = {entry.name: kept for entry in self._entries() if (kept := self._kept(entry)) is not None}
+        self._known = found
+        for kept in sorted(found.values(), key=lambda kept: kept.age_key, reverse=True):
+            if after is None or kept.age_key < after:
+                yield kept
+
+    def get(self, address: str) -> KeptStatistic:
+        """Raises FileNotFoundError when none is kept there."""
+        path = self._folder / address
+        kept = _read(path, path.stat().st_ino)
+        if kept is None:
+            raise FileNotFoundError(path)
+        return kept
+
+    def _entries(self) -> list[DirEntry[str]]:
+        try:
+            with scandir(self._folder) as entries:
+                return [entry for entry in entries if ADDRESS.fullmatch(entry.name)]
+        except FileNotFoundError:  # nothing was ever kept
+            return []
+
+    def _kept(self, entry: DirEntry[str]) -> KeptStatistic | None:
+        known = self._known.get(entry.name)
+        if known is not None and known.inode == entry.inode():
+            return known
+        return _read(Path(entry.path), entry.inode())
+
+
+def _read(path: Path, inode: int) -> KeptStatistic | None:
+    """None when it is gone, or was not written by a worker of this version."""
+    try:
+        return KeptStatistic(path.name, inode, About.model_validate_json((path / ABOUT).read_bytes()), path)
+    except (OSError, ValidationError):
+        return None

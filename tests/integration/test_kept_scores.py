@@ -1,0 +1,203 @@
+"""Kept statistics: merges that find them compute nothing, and the API reads them while workers write and remove."""
+
+import io
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from safetensors.torch import load
+
+from app.contracts.settings import Settings
+from app.main import create_app
+from app.storage.statistics import StatisticsFolder
+from tests.conftest import free_port
+from tests.tiny import merge_spec, model_spec, silent
+from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.spec import MergeSpec, ScoreSpec, StoreSpec
+from worker.engine.catalog.statistics import ABOUT, FOLDER, About, Facts, Origin
+from worker.engine.pipeline import Engine
+from worker.engine.store import StatisticsStore
+
+CPU = torch.device("cpu")
+FACTS = Facts(statistic=Statistic.GRAM, checkpoint=f"sha256:{'1' * 64}", rows="2", precision="float32")
+ORIGIN = Origin(checkpoint="local:expert", dataset="local:rows.jsonl", examples=7)
+PARTS = [{"layers.0.heads": torch.eye(3)}, {"pooler": torch.ones(2)}]
+
+
+@contextmanager
+def counting_forward_passes() -> Iterator[Callable[[], int]]:
+    """How many forward passes of any module there were."""
+    count = 0
+
+    def forward(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    handle = torch.nn.modules.module.register_module_forward_hook(forward)
+    try:
+        yield lambda: count
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "mask_regmean"])
+def test_a_merge_of_scored_models_runs_no_forward_pass(tiny_inputs: Path, tmp_path: Path, method: str) -> None:
+    """Three models are scored, two in one job and one in another; a control without their statistics runs passes."""
+    store = StoreSpec(folder=tmp_path / "store", max_bytes=10**9)
+    models = [model_spec(tiny_inputs / "checkpoints" / name, tiny_inputs / "rows" / f"{name}.jsonl") for name in "abc"]
+    few = {"name": method, "examples": 40}
+
+    def merge(name: str, store: StoreSpec) -> MergeSpec:
+        spec = merge_spec(tmp_path / name, models, few, align_heads=False)
+        return spec.model_copy(update={"store": store})
+
+    with counting_forward_passes() as passes:
+        for name, chosen in (("two", models[:2]), ("one", models[2:])):
+            spec = ScoreSpec.model_validate(
+                {
+                    "name": name,
+                    "models": chosen,
+                    "method": {"precision": "float32", **few},
+                    "recipe": {},
+                    "folder": tmp_path / name,
+                    "store": store,
+                }
+            )
+            scored = Engine(CPU).score(spec, silent)
+            assert [model.score_cached for model in scored.models] == [False] * len(chosen)
+        to_score = passes()
+        assert to_score > 0
+        merged = Engine(CPU).merge(merge("merged", store), silent)
+        assert passes() == to_score
+        assert [model.score_cached for model in merged.models] == [True] * 3
+        control = Engine(CPU).merge(merge("control", StoreSpec(folder=tmp_path / "empty", max_bytes=10**9)), silent)
+        assert passes() == 2 * to_score
+        assert [model.score_cached for model in control.models] == [False] * 3
+    for file in (tmp_path / "control" / "models").rglob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "merged" / file.relative_to(tmp_path / "control")).read_bytes()
+
+
+# --- the API's side
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[TestClient]:
+    settings = Settings(redis_url=f"redis://127.0.0.1:{free_port()}", data_dir=tmp_path)
+    with TestClient(create_app(settings)) as client:
+        yield client
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[StatisticsStore]:
+    with StatisticsStore(tmp_path / FOLDER, 10**9) as store:
+        yield store
+
+
+def numbered(number: int) -> Facts:
+    return FACTS.model_copy(update={"seed": number})
+
+
+def listed(api: TestClient) -> list[str]:
+    response = api.get("/scores")
+    assert response.status_code == 200, response.text
+    return [entry["digest"] for entry in response.json()["data"]]
+
+
+def test_nothing_is_listed_before_anything_is_kept(api: TestClient) -> None:
+    assert api.get("/scores").json() == {"data": [], "next": None}
+    assert api.get(f"/scores/{FACTS.address}").json()["code"] == "not_found"
+
+
+def test_a_statistic_of_several_parts_is_a_tar_of_them(api: TestClient, store: StatisticsStore) -> None:
+    store.put(FACTS, ORIGIN, PARTS)
+    response = api.get(f"/scores/{FACTS.address}")
+    assert response.headers["Content-Type"] == "application/x-tar"
+    assert response.headers["Content-Disposition"] == f'attachment; filename="gram-{FACTS.address[:12]}.tar"'
+    assert len(response.content) == int(response.headers["Content-Length"])
+    with tarfile.open(fileobj=io.BytesIO(response.content)) as archive:
+        parts = [load(file.read()) for member in archive if (file := archive.extractfile(member))]
+    assert [set(part) for part in parts] == [{"layers.0.heads"}, {"pooler"}]
+    assert torch.equal(parts[0]["layers.0.heads"], torch.eye(3))
+    head = api.head(f"/scores/{FACTS.address}")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Length"] == response.headers["Content-Length"]
+
+
+def test_what_is_being_sent_stays_whole_when_it_is_removed(tmp_path: Path, store: StatisticsStore) -> None:
+    store.put(FACTS, ORIGIN, PARTS)
+    kept = StatisticsFolder(tmp_path).get(FACTS.address)
+    whole = [(kept.path / file.name).read_bytes() for file in kept.about.files]
+    files, held = kept.open()
+    shutil.rmtree(kept.path)
+    with held:
+        assert [file.path.read_bytes() for file in files] == whole
+    assert not any(file.path.exists() for file in files)
+    with pytest.raises(FileNotFoundError):
+        kept.open()
+    assert kept.used_at() is None
+
+
+def test_what_vanishes_while_it_is_listed_is_left_out(tmp_path: Path, store: StatisticsStore, api: TestClient) -> None:
+    for number in range(3):
+        store.put(numbered(number), ORIGIN, PARTS)
+    newest = StatisticsFolder(tmp_path).newest()
+    first = next(newest)
+    shutil.rmtree(tmp_path / FOLDER / numbered(1).address)
+    rest = list(newest)
+    assert [first.address, *(kept.address for kept in rest)] == [numbered(n).address for n in (2, 1, 0)]
+    assert [kept.used_at() is None for kept in rest] == [True, False]
+    assert listed(api) == [numbered(2).address, numbered(0).address]
+
+
+def test_only_what_a_worker_has_kept_is_listed(tmp_path: Path, store: StatisticsStore, api: TestClient) -> None:
+    store.put(FACTS, ORIGIN, PARTS)
+    folder = tmp_path / FOLDER
+    (folder / ("0" * 64)).write_text("no folder")
+    (folder / ("1" * 64)).mkdir()
+    for number, content in enumerate(("{", '{"facts": {}, "sha256": {}}'), start=2):
+        (folder / (str(number) * 64)).mkdir()
+        (folder / (str(number) * 64) / ABOUT).write_text(content)
+    (folder / ".assembled-1").mkdir()
+    assert listed(api) == [FACTS.address]
+    for name in ("0", "1", "2", "3"):
+        assert api.get(f"/scores/{name * 64}").json()["code"] == "not_found"
+
+
+def test_what_was_measured_again_is_listed_as_it_is_now(api: TestClient, store: StatisticsStore) -> None:
+    store.put(FACTS, ORIGIN, PARTS)
+    assert api.get("/scores").json()["data"][0]["source"] == "local:expert"
+    shutil.rmtree(store.folder / FACTS.address)
+    store.put(numbered(1), ORIGIN, PARTS)  # whatever inode is free, it is not that of the same place again
+    store.put(FACTS, ORIGIN.model_copy(update={"checkpoint": "local:other"}), PARTS)
+    assert api.get("/scores").json()["data"][0]["source"] == "local:other"
+
+
+MANY = 10_000
+
+
+def test_ten_thousand_are_listed_soon(tmp_path: Path, api: TestClient, store: StatisticsStore) -> None:
+    about = store.put(FACTS, ORIGIN, PARTS).about
+    for number in range(MANY - 1):
+        facts = FACTS.model_copy(update={"seed": number, "checkpoint": f"sha256:{number % 100:064}"})
+        another = About(
+            facts=facts, origin=ORIGIN, files=about.files, created_at=about.created_at + timedelta(seconds=number + 1)
+        )
+        entry = store.folder / facts.address
+        entry.mkdir()
+        (entry / ABOUT).write_text(another.model_dump_json())
+    seconds = []
+    for query in ({}, {}, {"checkpoint": f"{7:064}", "limit": "100"}):
+        start = time.perf_counter()
+        page = api.get("/scores", params=query).json()
+        seconds.append(time.perf_counter() - start)
+    assert [entry["seed"] % 100 for entry in page["data"]] == [7] * 100
+    assert seconds[0] < 10
+    assert max(seconds[1:]) < 1
