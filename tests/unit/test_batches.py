@@ -16,8 +16,8 @@ from worker.engine.catalog.labels import LabelMap, Task
 from worker.engine.catalog.planning import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
 from worker.engine.scoring.data import (
-    BATCH_ROWS,
     BLOCK_ROWS,
+    SHORT_ROW,
     Example,
     Tokenized,
     collate,
@@ -158,13 +158,13 @@ def random_examples(count: int, longest: int = 200) -> list[Example]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 127, 1024, 1025, 2500])
-@pytest.mark.parametrize(("tokens", "rows"), [(BATCH_TOKENS, BATCH_ROWS), (300, 5), (1, 1)])
-def test_every_row_is_in_one_batch_and_no_batch_is_over_budget(count: int, tokens: int, rows: int) -> None:
+@pytest.mark.parametrize("tokens", [BATCH_TOKENS, 300, 1])
+def test_every_row_is_in_one_batch_and_no_batch_is_over_budget(count: int, tokens: int) -> None:
     examples = random_examples(count)
-    batches = plan_batches(examples, tokens, rows)
+    batches = plan_batches(examples, tokens)
     assert sorted(e.index for batch in batches for e in batch) == list(range(count))
     for batch in batches:
-        assert 1 <= len(batch) <= rows
+        assert 1 <= len(batch) <= max(1, tokens // SHORT_ROW)
         assert len(batch) * max(e.length for e in batch) <= tokens or len(batch) == 1
 
 
@@ -178,9 +178,9 @@ def test_rows_are_sorted_by_length_within_blocks_of_the_given_order_only() -> No
 
 
 def test_batches_are_full() -> None:
-    rows = [example(4, index) for index in range(10)]
-    assert [len(batch) for batch in plan_batches(rows, tokens=12, rows=100)] == [3, 3, 3, 1]
-    assert [len(batch) for batch in plan_batches(rows, tokens=10**6, rows=4)] == [4, 4, 2]
+    long, short = ([example(length, index) for index in range(10)] for length in (2 * SHORT_ROW, SHORT_ROW // 4))
+    assert [len(batch) for batch in plan_batches(long, tokens=6 * SHORT_ROW)] == [3, 3, 3, 1]
+    assert [len(batch) for batch in plan_batches(short, tokens=4 * SHORT_ROW)] == [4, 4, 2]
 
 
 def test_a_row_longer_than_the_budget_is_a_batch_of_its_own() -> None:

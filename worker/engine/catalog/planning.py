@@ -17,7 +17,8 @@ from worker.engine.catalog.spec import Dtype
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(TORCH_NAMES.values())
-BATCH_TOKENS = 4096  # padded tokens of a batch
+BATCH_TOKENS = 2048  # padded tokens of a batch, where no better number is known
+LARGEST_BATCH_TOKENS = 4096  # that is tried on a CPU
 CACHE_BYTES = 2_000_000_000  # models kept loaded
 PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
 GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
@@ -121,7 +122,7 @@ class MergePlan:
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention
-        tokens = max(BATCH_TOKENS, longest * (batch_rows or 1))
+        tokens = max(LARGEST_BATCH_TOKENS, longest * (batch_rows or 1))
         passing = PASSING_ATTENTION_ROWS * attention
         one_pass = tokens * (per_layer + passing) * value_bytes
         # Where layers are refitted, a batch's activations in the expert and in the merge are there side by side.

@@ -15,7 +15,7 @@ from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.resources import is_out_of_memory
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
-BATCH_ROWS = 128
+SHORT_ROW = 16  # tokens; a batch has no more rows than of such fit into it
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,12 @@ def tokenize(
     return Tokenized(examples, overflowing)
 
 
-def plan_batches(
-    examples: Sequence[Example], tokens: int = BATCH_TOKENS, rows: int = BATCH_ROWS
-) -> list[list[Example]]:
+def plan_batches(examples: Sequence[Example], tokens: int = BATCH_TOKENS) -> list[list[Example]]:
     """Batches of similar length within blocks of the given order, each of at most `tokens` padded tokens.
 
     A row longer than the budget is a batch of its own.
     """
+    rows = max(1, tokens // SHORT_ROW)
     batches: list[list[Example]] = []
     for start in range(0, len(examples), BLOCK_ROWS):
         block = sorted(examples[start : start + BLOCK_ROWS], key=lambda example: example.length)

@@ -44,7 +44,7 @@ class MaskGradients:
         for handle in self._handles:
             handle.remove()
         self._roots.clear()
-        self._gradients.clear()
+        self._gradients = {}  # what was given out stays
 
     def of(self, outputs: Tensor, *, last: bool) -> dict[str, Tensor]:
         """Derivatives of each example's output by every mask node.
@@ -89,8 +89,8 @@ class MaskGradients:
 class TokenSums:
     """`sum_t activation * gradient` of each example: (batch, tokens, values) twice to (batch, values).
 
-    Products and sums are float32 (float64 of float64), also of bfloat16 factors. On a CPU a chunk at a time, which stays
-    in the cache, in buffers that are used again: to read both factors once is then all that it costs.
+    Products and sums are float32 (float64 of float64), also of bfloat16 factors. On a CPU a chunk at a time, in buffers
+    that stay in the cache and are used again: to read both factors once is then nearly all that it costs.
     """
 
     def __init__(self) -> None:

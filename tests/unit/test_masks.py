@@ -1,0 +1,86 @@
+"""What mask gradients are made of: sums of products over tokens, and what is kept until they are taken."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from worker.engine.catalog.families import Site
+from worker.engine.scoring.masks import CHUNK_VALUES, MaskGradients, TokenSums, _kept
+
+SHAPES = [(1, 1, 1), (3, 5, 7), (9, 32, 1536), (2, 300, 3072), (1, 2, CHUNK_VALUES + 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+    ids=str,
+)
+def test_sums_over_tokens_are_exact_whatever_the_chunks(
+    shape: tuple[int, int, int], dtype: torch.dtype, result: torch.dtype
+) -> None:
+    """Of bfloat16 too: products are not rounded to it."""
+    generator = torch.Generator().manual_seed(shape[0])
+    sums = TokenSums()
+    for _ in range(2):  # buffers are used again
+        a, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        found = sums(a, g)
+        assert found.dtype is result
+        exact = (a.double() * g.double()).sum(1)
+        size = (a.double() * g.double()).abs().sum(1)
+        assert float(((found.double() - exact).abs() / size).max()) < 1e-6
+
+
+class Network(nn.Module):
+    """Two layers, each of a mask site; the first depends on nothing that was differentiated before."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.activation = activation
+        self.down = nn.Linear(6, 4)
+        self.again = nn.Linear(4, 6)
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.down(self.activation(self.up(x)))
+        logits: Tensor = self.last(self.activation(self.again(hidden))).sum((1, 2))
+        return logits
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_those_of_inserted_masks(activation: nn.Module, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = Network(activation).to(dtype).eval()
+    x = torch.randn(5, 3, 4, dtype=dtype)
+    with MaskGradients(network, [Site("first", "down", 6), Site("second", "last", 3)]) as gradients:
+        output = network(x)
+        twice = [gradients.of(output, last=False), gradients.of(output, last=True)]
+        network(x)  # another pass starts another graph
+        twice.append(gradients.of(network(x), last=True))
+    masks = torch.ones(5, 6, dtype=dtype, requires_grad=True), torch.ones(5, 3, dtype=dtype, requires_grad=True)
+    hidden = network.down(network.activation(network.up(x)) * masks[0][:, None])
+    wide = network.activation(network.again(hidden)) * masks[1].repeat_interleave(2, 1)[:, None]
+    wanted = torch.autograd.grad(network.last(wide).sum(), masks)
+    for found in twice:
+        for name, exact in zip(("first", "second"), wanted, strict=True):
+            torch.testing.assert_close(found[name], exact.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tensors"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_of_gelu_in_float32_nothing_more_is_held_than_autograd_holds(dtype: torch.dtype, tensors: int) -> None:
+    activation = torch.nn.functional.gelu(torch.randn(2, 3, 6, dtype=dtype, requires_grad=True))
+    kept = _kept(activation)
+    assert torch.equal(kept(), activation)
+    held = [cell.cell_contents for cell in kept.__closure__ or ()]
+    assert sum(isinstance(content, Tensor) for content in held) == tensors
+
+
+def test_gradients_need_a_pass() -> None:
+    network = Network(nn.ReLU())
+    with (
+        MaskGradients(network, [Site("first", "down", 6)]) as gradients,
+        pytest.raises(RuntimeError, match="no forward"),
+    ):
+        gradients.of(torch.ones(1), last=True)
