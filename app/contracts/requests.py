@@ -168,8 +168,6 @@ def not_available_yet(request: MergeRequest) -> list[tuple[str, str]]:
     """(field, why) of everything the schema knows and this version cannot do: refused rather than ignored."""
     found = []
     for field, used in (
-        ("method.examples", getattr(request.method, "examples", None) == "auto"),
-        ("method.tolerance", getattr(request.method, "tolerance", None) is not None),
         ("webhook", request.webhook is not None),
         ("priority", request.priority != 0),
         ("device", request.device == "cuda"),

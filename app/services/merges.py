@@ -129,7 +129,7 @@ class Merges:
 
     def plan(self, request: MergeRequest) -> Plan:
         accepted, plan = self._check(request)
-        examples = getattr(request.method, "examples", 0) if request.method.statistics else 0
+        examples = request.method.most_examples
         measured = sum(
             min(examples, model.dataset.limit or examples)
             for model in request.models

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +26,7 @@ from worker.engine.catalog.methods import (
     Statistic,
 )
 from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Timings, Version
+from worker.engine.catalog.report import MergeResult, MetricResult, ModelResult, Stopping, Timings, Version
 from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, DatasetSpec, MergeSpec, ModelSpec, StoreSpec
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
@@ -42,7 +42,9 @@ from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
 from worker.engine.scoring.data import Example, plan_batches, tokenize
-from worker.engine.scoring.measure import Measured, Measurer, Sample
+from worker.engine.scoring.measure import Measured, Measurer
+from worker.engine.scoring.sample import Sample, looks
+from worker.engine.stopping import Scored, errors_of_models, point, stopping
 from worker.engine.store import StatisticsStore
 
 
@@ -57,6 +59,8 @@ class ModelRun:
     """Rows to measure."""
     unseen: list[Example] = field(default_factory=list)
     """Rows to fit layers to; none of them is in `evaluation`."""
+    truncated: list[str] = field(default_factory=list)
+    """A note, where some of `unseen` were."""
     alignment: list[Example] = field(default_factory=list)
     """Rows to align the head on; none of them is in `evaluation`."""
     evaluation: list[Example] = field(default_factory=list)
@@ -72,6 +76,13 @@ class ModelRun:
         return MeasuredModel(
             self.spec.weight, measured.scores, measured.of(Statistic.GRAM), measured.of(Statistic.FISHER)
         )
+
+    @property
+    def scored(self) -> Scored | None:
+        """None when it has no scores with errors."""
+        if self.sample is None or not self.measured.sums:
+            return None
+        return Scored(self.spec.weight, self.measured.sums, self.sample.population)
 
 
 class Engine:
@@ -115,7 +126,10 @@ class Engine:
 
         if isinstance(spec.method, MeasuringParameters):
             with clock.measure("score_seconds"):
-                self._measure(Measurer(spec.method, plan.linear_inputs, precision, store), runs, on_progress)
+                measurer = Measurer(spec.method, plan.linear_inputs, precision, store)
+                self._measure(spec.method, measurer, runs, on_progress)
+            for run in runs:
+                notes += _truncations(run)
 
         with clock.measure("merge_seconds"):
             merger, shares = _merger(spec.method, runs)
@@ -146,12 +160,14 @@ class Engine:
             if checkpoint_state(info) != state:
                 raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
 
+        known, errors = _stopping(spec.method, runs, notes)
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
-            models=[_model_result(run, share) for run, share in zip(runs, shares, strict=True)],
+            models=[_model_result(run, share, error) for run, share, error in zip(runs, shares, errors, strict=True)],
             metrics=metrics,
             mean_retention=sum(retentions) / len(retentions) if retentions else None,
             min_retention=min(retentions, default=None),
+            stopping=known,
             method={**spec.method.model_dump(), "precision": precision, **_estimators(runs)},
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
@@ -159,7 +175,7 @@ class Engine:
             notes=list(dict.fromkeys(notes)),
         )
         for run in runs:
-            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured, _rows_measured(run))
+            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
         artifact.write_documents(spec, plan, result, digest_checkpoint(plan.base) if plan.base else None, digests)
         return result
 
@@ -190,7 +206,8 @@ class Engine:
             rows = inputs.rows(model.evaluation)
             labels = _label_map(loaded, model.evaluation, rows, notes)
             read = sample(rows, model.evaluation, None)
-            run.evaluation = _examples(loaded, model.evaluation, read, labels, notes)
+            run.evaluation, truncated = _examples(loaded, model.evaluation, read, labels)
+            notes += truncated
             held_out = {(row.text, row.text_pair) for row in read}
         method, dataset = spec.method, model.dataset
         measured, aligned_on = spec.rows_wanted(model)
@@ -200,11 +217,10 @@ class Engine:
             needed = _label_map(loaded, dataset, rows, notes) if measured and method.needs_labels else None
             fitted_on = max(aligned_on, measured if method.refits_layers else 0)
             read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
-            examples = _examples(loaded, dataset, read, needed, notes)
             if measured:
                 population = min(len(rows), dataset.limit or len(rows))
-                run.sample = Sample(examples[:measured], population, dataset.source)
-            run.unseen = [replace(examples[place], index=index) for index, place in enumerate(unseen)]
+                run.sample = Sample(read[:measured], population, dataset, loaded, needed)
+            run.unseen, run.truncated = _examples(loaded, dataset, [read[place] for place in unseen], None)
             run.alignment = run.unseen[:aligned_on]
             if not unseen and measured and method.refits_layers:
                 problem = f"every row is one that {model.name} is evaluated on; method {method.name} needs others"
@@ -220,12 +236,31 @@ class Engine:
             notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
         return run
 
-    def _measure(self, measurer: Measurer, runs: list[ModelRun], on_progress: OnProgress) -> None:
-        total = measurer.passes * sum(_rows_measured(run) for run in runs)
-        scoring = Phase("scoring", total, "examples", on_progress)
-        for run in runs:
-            if run.sample is not None:
-                run.measured = measurer.measure(self._models.get(run.info), run.digest, run.sample, scoring.advance)
+    def _measure(
+        self, method: MeasuringParameters, measurer: Measurer, runs: list[ModelRun], on_progress: OnProgress
+    ) -> None:
+        """All statistics of every model that takes part; with `examples: "auto"`, of as many rows as it takes."""
+        samples = [(run, run.sample) for run in runs if run.sample is not None]
+        most = sum(len(sample) for _, sample in samples)
+        scoring = Phase("scoring", measurer.passes * most, "examples", on_progress)
+
+        def extend(run: ModelRun, sample: Sample, rows: int, statistics: Collection[Statistic]) -> None:
+            loaded = self._models.get(run.info)
+            measurer.measure(run.measured, loaded, run.digest, sample, rows, scoring.advance, statistics)
+
+        if not isinstance(method, ScoringParameters) or method.tolerance is None:
+            for run, sample in samples:
+                extend(run, sample, len(sample), method.statistics)
+            return
+        for rows in looks(max(len(sample) for _, sample in samples)):
+            for run, sample in samples:
+                if run.measured.rows < len(sample):
+                    extend(run, sample, min(rows, len(sample)), {Statistic.MASK_FISHER})
+            reached = point(method, _scored(runs), rows)
+            if reached is not None and reached.error <= method.tolerance:
+                break
+        for run, sample in samples:
+            extend(run, sample, run.measured.rows, method.statistics - {Statistic.MASK_FISHER})
 
     def _experts(self, runs: list[ModelRun]) -> list[Expert]:
         """The models that take part, and the rows that layers are fitted to."""
@@ -347,19 +382,36 @@ def _merger(method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, lis
     return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
 
 
+def _scored(runs: Sequence[ModelRun]) -> list[Scored]:
+    return [scored for run in runs if (scored := run.scored) is not None]
+
+
+def _stopping(
+    method: MethodParameters, runs: Sequence[ModelRun], notes: list[str]
+) -> tuple[Stopping | None, list[float | None]]:
+    """How well the merge weights are known, and for each model its weights' error."""
+    models = _scored(runs)
+    if not isinstance(method, ScoringParameters) or not models:
+        return None, [None] * len(runs)
+    found = stopping(method, models)
+    if found.reached is False and found.curve:
+        notes.append(
+            f"after {found.curve[-1].examples} rows of each model the merge weights are known to "
+            f"{found.curve[-1].error:.3f}, not to the tolerance {method.tolerance:g}"
+        )
+    errors = iter(errors_of_models(method, models))
+    return found, [next(errors) if run.scored else None for run in runs]
+
+
 def _longest(run: ModelRun) -> int:
-    """Tokens of the model's longest row."""
-    measured = run.sample.examples if run.sample else ()
-    return max((example.length for example in (*measured, *run.unseen, *run.evaluation)), default=1)
+    """Tokens of the model's longest row, as far as they are known."""
+    lengths = [example.length for example in (*run.unseen, *run.evaluation)]
+    return max([*lengths, run.sample.longest() if run.sample else 1])
 
 
 def _padded_tokens(run: ModelRun) -> int:
     """Of the batches of the rows that layers are fitted to."""
     return sum(len(batch) * batch[-1].length for batch in plan_batches(run.unseen)) if run.takes_part else 0
-
-
-def _rows_measured(run: ModelRun) -> int:
-    return len(run.sample.examples) if run.sample else 0
 
 
 def _required(model: ModelSpec) -> DatasetSpec:
@@ -412,27 +464,39 @@ def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: lis
 
 
 def _examples(
-    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], labels: LabelMap | None, notes: list[str]
-) -> list[Example]:
+    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], labels: LabelMap | None
+) -> tuple[list[Example], list[str]]:
+    """The rows tokenised, and a note where some were truncated."""
+    if not rows:  # tokenizers do not take none
+        return [], []
     tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
-    if tokenized.truncated:
-        limit = min(loaded.max_length, dataset.max_length or loaded.max_length)
-        notes.append(
-            f"{tokenized.truncated} of {len(rows)} rows of {dataset.source} are longer than {limit} tokens "
-            "and were truncated"
-        )
-    return tokenized.examples
+    return tokenized.examples, _truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
 
 
-def _model_result(run: ModelRun, weight_share: float) -> ModelResult:
+def _truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:
+    if not truncated:
+        return []
+    limit = min(max_length, dataset.max_length or max_length)
+    return [f"{truncated} of {rows} rows of {dataset.source} are longer than {limit} tokens and were truncated"]
+
+
+def _truncations(run: ModelRun) -> list[str]:
+    """Of the rows that were measured in this merge, or else of those that the head is aligned on."""
+    measured = run.sample
+    found = [] if measured is None else _truncation(*measured.truncated, measured.spec, measured.max_length)
+    return found or run.truncated
+
+
+def _model_result(run: ModelRun, weight_share: float, weight_error: float | None) -> ModelResult:
     return ModelResult(
         name=run.spec.name,
         checkpoint=run.spec.source,
         commit=run.spec.hub.commit if run.spec.hub else None,
         digest=run.digest,
-        examples=_rows_measured(run),
+        examples=run.measured.rows,
         aligned_examples=len(run.alignment),
         weight_share=weight_share,
+        weight_error=weight_error,
         score_seconds=round(run.measured.seconds, 3),
         score_cached=run.measured.cached,
     )

@@ -23,6 +23,9 @@ class ModelResult(Strict):
     """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float
     """Mean merge weight over all owned slices; of methods that do not weight slices by scores, lambda's share."""
+    weight_error: float | None = None
+    """Root mean square, over all nodes, of the standard error of its merge weights; null where there is none to tell.
+    From fewer than a few hundred rows it is too small to be believed."""
     score_seconds: float
     score_cached: bool
     """Whether all of its statistics were there from an earlier merge."""
@@ -58,6 +61,27 @@ class MetricResult(Strict):
     """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
 
 
+class StoppingPoint(Strict):
+    examples: int
+    """Rows of each model, or all of a model that has fewer."""
+    error: float
+    """The largest of `errors`."""
+    errors: dict[str, float]
+    """By score name: root mean square, over the name's nodes, of the standard error of the merge weights; of the model
+    for which it is largest."""
+
+
+class Stopping(Strict):
+    """How well the merge weights are known."""
+
+    tolerance: float | None
+    """Of `examples: "auto"`; null where the number of rows was given."""
+    reached: bool | None
+    """Whether the last error is within the tolerance; null where there is none."""
+    curve: list[StoppingPoint]
+    """At 256, 512, 1024 rows and so on, as far as it is known, and at the last."""
+
+
 class Timings(Strict):
     queue_seconds: float = 0.0
     load_seconds: float = 0.0
@@ -76,6 +100,8 @@ class MergeResult(Strict):
     method: dict[str, Any]
     """As run, with `auto` resolved."""
     candidates: list[dict[str, Any]] | None = None
+    stopping: Stopping | None = None
+    """Of methods that weight by the scores of mask nodes, but for the preset `paper`."""
     timings: Timings
     peak_memory_bytes: int
     device: str

@@ -142,9 +142,8 @@ class MergeSpec(Strict):
     """None: statistics are computed and forgotten."""
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
-        """How many of the first rows of the model's data set are measured, and on how many its head is aligned."""
-        examples = getattr(self.method, "examples", 0)
-        measured = examples if isinstance(examples, int) and model.weight > 0 else 0
+        """How many of the first rows of the model's data set are measured at most, and its head is aligned on."""
+        measured = self.method.most_examples if model.weight > 0 else 0
         return measured, ALIGNMENT_ROWS if self.output.align_heads and model.dataset else 0
 
     @property
