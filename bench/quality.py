@@ -137,10 +137,10 @@ class Bench:
         return Expert(name, info, model, weight, bias, rows, held_out, outputs, predicted)
 
     def _examples(self, model: LoadedModel, name: str, part: str) -> list[Example]:
-        spec, rows = self._rows(name, part)
+        spec, rows = self.rows_of(name, part)
         return tokenize(rows, spec, model.tokenizer, model.max_length, LabelMap(model.task)).examples
 
-    def _rows(self, name: str, part: str) -> tuple[DatasetSpec, list[Row]]:
+    def rows_of(self, name: str, part: str) -> tuple[DatasetSpec, list[Row]]:
         path = self.out / "tasks" / name / f"{part}.jsonl"
         has_pairs = "text_pair" in json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
         spec = DatasetSpec(
@@ -159,7 +159,7 @@ class Bench:
                 plan = plan_merge([expert.info])
                 measurer = Measurer(method, plan.linear_inputs, self.precision, self.store)
                 model = load(expert.info, self.device)  # the one at hand has another backbone by now
-                spec, read = self._rows(expert.name, "train")
+                spec, read = self.rows_of(expert.name, "train")
                 own = Sample(read[:rows], len(read), spec, model, LabelMap(model.task))
                 found = Measured()
                 measurer.measure(found, model, digest_checkpoint(expert.info), own, len(own), lambda _: None)
@@ -170,7 +170,7 @@ class Bench:
     def merge(self, method: MethodParameters, label: str, tasks: Combination) -> dict[str, Tensor]:
         experts = [self.experts[task] for task in tasks]
         plan = plan_merge([expert.info for expert in experts], base=self.base)
-        start = self._state(plan, method, [expert.measured[label] for expert in experts])
+        start = self.state(plan, method, [expert.measured[label] for expert in experts])
         return self._aligned(method, plan, experts, start) if isinstance(method, AlignedRegMeanParameters) else start
 
     def _aligned(
@@ -194,7 +194,9 @@ class Bench:
 
     def run(self) -> tuple[Outcomes, Controls]:
         outcomes: Outcomes = {}
-        methods = {label: METHOD.validate_python({**asked, **self._rows_of(asked)}) for label, asked in METHODS.items()}
+        methods = {
+            label: METHOD.validate_python({**asked, **self._examples_of(asked)}) for label, asked in METHODS.items()
+        }
         methods[FEW] = METHOD.validate_python({"name": "regmean", "examples": FEW_ROWS})
         with StatisticsStore(self.out / "statistics", 10**11) as self.store:
             for label, method in methods.items():
@@ -212,7 +214,7 @@ class Bench:
             }
         return outcomes, controls
 
-    def _rows_of(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _examples_of(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         measures = asked["name"] not in ("average", "task_arithmetic", "ties")
         return {"examples": self.rows} if measures else {}
 
@@ -222,12 +224,12 @@ class Bench:
         ancestor = METHOD.validate_python({"name": "average", "scale": 0.0})
         experts = list(self.experts.values())
         plan = plan_merge([expert.info for expert in experts], base=self.base)
-        start = self._state(plan, ancestor, [MeasuredModel(1.0)] * len(experts))
+        start = self.state(plan, ancestor, [MeasuredModel(1.0)] * len(experts))
         state = self._aligned(method, plan, experts, start)
         return {task: self.evaluate(state, task) for task in self.experts}
 
     @staticmethod
-    def _state(plan: MergePlan, method: MethodParameters, models: list[MeasuredModel]) -> dict[str, Tensor]:
+    def state(plan: MergePlan, method: MethodParameters, models: list[MeasuredModel]) -> dict[str, Tensor]:
         with Backbone(plan, [True] * len(models), BUILDERS[method.name](method, models), method.scale) as backbone:
             return backbone.state()
 

@@ -72,7 +72,7 @@ class NodeStatistics:
             if normalize == "layer":
                 relative = relative - 2 * _ratio(with_mean, score * mean) + floored
                 floored = torch.zeros_like(floored)
-            unfloored[site] = relative.clamp_min(0).sqrt()
+            unfloored[site] = torch.where(score > 0, relative, 0.0).clamp_min(0).sqrt()
             found[site] = torch.where(score < floor * mean, floored.sqrt(), unfloored[site])
         if normalize == "model":
             for nodes in Nodes:
