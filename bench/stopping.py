@@ -10,7 +10,6 @@ are known there and by those of all rows, and compares both on held-out rows, wi
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from bench.quality import HEADS, SEED, Bench, Combination, Outcome, console, shown
 from worker.engine.catalog.labels import LabelMap
@@ -32,9 +32,10 @@ from worker.engine.checkpoints.loading import load
 from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.evaluation.metrics import Array, bootstrap
 from worker.engine.methods.combine import MeasuredModel
+from worker.engine.methods.mask_fisher import node_weights
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
-from worker.engine.stopping import Scored, point
+from worker.engine.stopping import Scored, errors_at, point
 from worker.engine.store import StatisticsStore
 
 ALIGNMENT_ROWS = 512
@@ -99,6 +100,29 @@ class StoppingBench:
         most = max(model.population for model in models)
         return [found for rows in looks(most) if (found := point(METHOD, models, rows)) is not None]
 
+    def calibration(self, tasks: Combination) -> dict[int, float]:
+        """By look: how far the merge weights are from those of all rows, over how far their errors say they are."""
+        models = [self.scored[task] for task in tasks]
+        most = max(model.population for model in models)
+        final = self._weights(tasks, most)
+        found = {}
+        for rows in looks(most)[:-1]:
+            errors = errors_at(METHOD, models, rows)
+            if errors is not None:
+                weights = self._weights(tasks, rows)
+                actual = torch.cat([(weights[site] - final[site]).flatten() for site in errors])
+                stated = torch.cat([of.flatten() for of in errors.values()])
+                found[rows] = float(actual.norm() / stated.norm())
+        return found
+
+    def _models(self, tasks: Combination, rows: int) -> list[MeasuredModel]:
+        """The experts with the scores of so many rows, or of all where there are fewer."""
+        scored = [self.scored[task] for task in tasks]
+        return [MeasuredModel(1.0, of.sums[min(rows, of.population)].scores()) for of in scored]
+
+    def _weights(self, tasks: Combination, rows: int) -> dict[str, Tensor]:
+        return node_weights(self._models(tasks, rows), METHOD.normalize, METHOD.floor)
+
     def stop(self, tasks: Combination, tolerance: float) -> Stop:
         at = next(found for found in self.curve(tasks) if found.error <= tolerance)
         full = max(model.population for model in self.scored.values())
@@ -116,10 +140,8 @@ class StoppingBench:
         of_each = tuple(min(rows, self.scored[task].population) for task in tasks)
         if (tasks, of_each) not in self._outcomes:
             experts = [self.bench.experts[task] for task in tasks]
-            models = [
-                MeasuredModel(1.0, self.scored[task].sums[n].scores()) for task, n in zip(tasks, of_each, strict=True)
-            ]
-            state = self.bench.state(plan_merge([expert.info for expert in experts]), METHOD, models)
+            plan = plan_merge([expert.info for expert in experts])
+            state = self.bench.state(plan, METHOD, self._models(tasks, rows))
             self._outcomes[tasks, of_each] = {task: self.bench.evaluate(state, task) for task in tasks}
         return self._outcomes[tasks, of_each]
 
@@ -131,10 +153,9 @@ class StoppingBench:
         return Comparison(of_stopped, of_full, (float(low), float(high)))
 
 
-def show_curves(bench: StoppingBench, combinations_: Sequence[Combination]) -> None:
-    curves = {tasks: {at.examples: at.error for at in bench.curve(tasks)} for tasks in combinations_}
+def show_curves(title: str, curves: dict[Combination, dict[int, float]]) -> None:
     columns = sorted({rows for curve in curves.values() for rows in curve})
-    table = Table(title="Largest error of the merge weights, by rows of each model", title_justify="left")
+    table = Table(title=f"{title}, by rows of each model", title_justify="left")
     for column in ("tasks", *map(str, columns)):
         table.add_column(column, justify="left" if column == "tasks" else "right")
     for tasks, curve in curves.items():
@@ -157,6 +178,17 @@ def show_stops(tolerance: float, stops: dict[Combination, Stop]) -> None:
                 "+".join(tasks), str(stop.look), f"{stop.share:.3f}", f"{stop.error:.3f}", head, "\n".join(differences)
             )
     console.print(table)
+
+
+def calibration_targets(calibrated: dict[Combination, dict[int, float]]) -> list[dict[str, Any]]:
+    """Errors must be neither too small nor too large, in the mean over the combinations."""
+    found = []
+    for rows in sorted(set.intersection(*(set(of) for of in calibrated.values()))):
+        ratio = float(np.sqrt(np.mean([of[rows] ** 2 for of in calibrated.values()])))
+        what = f"{rows} rows: what the weights are off by, over what their errors say"
+        target, met = "0.7 to 1.4", 0.7 <= ratio <= 1.4
+        found.append({"what": what, "ours": ratio, "reference": 1.0, "ratio": ratio, "target": target, "met": met})
+    return found
 
 
 def targets(tolerance: float, stops: dict[Combination, Stop]) -> list[dict[str, Any]]:
@@ -194,8 +226,11 @@ def main() -> None:
     bench.score()
     tasks = tuple(bench.bench.experts)
     merged = [*combinations(tasks, 2), *([tasks] if len(tasks) > 2 else [])]
-    show_curves(bench, merged)
-    found = []
+    errors = {of: {at.examples: at.error for at in bench.curve(of)} for of in merged}
+    show_curves("Largest error of the merge weights", errors)
+    calibrated = {of: bench.calibration(of) for of in merged}
+    show_curves("What the weights are off by, over what their errors say", calibrated)
+    found = calibration_targets(calibrated)
     for tolerance in options.tolerances:
         stops = {of: bench.stop(of, tolerance) for of in merged}
         show_stops(tolerance, stops)
