@@ -44,7 +44,7 @@ from worker.engine.methods.combine import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights
 from worker.engine.pipeline import Engine
 from worker.engine.scoring.data import Example, tokenize
-from worker.engine.scoring.measure import STANDARD_ERROR
+from worker.engine.scoring.statistics import STANDARD_ERROR
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HEADS = ("kept", "aligned")

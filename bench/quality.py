@@ -36,7 +36,7 @@ from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import AlignedRegMeanParameters, MeasuringParameters, MethodParameters, Statistic
 from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.rows import RowFile, sample
+from worker.engine.catalog.rows import Row, RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, Method
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.checkpoints.reader import digest_checkpoint
@@ -45,7 +45,8 @@ from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, Array, bootstrap
 from worker.engine.methods import BUILDERS, MeasuredModel
 from worker.engine.scoring.data import Example, tokenize
-from worker.engine.scoring.measure import Measurer, Sample
+from worker.engine.scoring.measure import Measured, Measurer
+from worker.engine.scoring.sample import Sample
 from worker.engine.store import StatisticsStore
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -136,13 +137,16 @@ class Bench:
         return Expert(name, info, model, weight, bias, rows, held_out, outputs, predicted)
 
     def _examples(self, model: LoadedModel, name: str, part: str) -> list[Example]:
+        spec, rows = self.rows_of(name, part)
+        return tokenize(rows, spec, model.tokenizer, model.max_length, LabelMap(model.task)).examples
+
+    def rows_of(self, name: str, part: str) -> tuple[DatasetSpec, list[Row]]:
         path = self.out / "tasks" / name / f"{part}.jsonl"
         has_pairs = "text_pair" in json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
         spec = DatasetSpec(
             source=name, path=path, label="label", text_pair="text_pair" if has_pairs else None, max_length=128
         )
-        found = sample(RowFile(spec), spec, self.rows if part == "train" else None)
-        return tokenize(found, spec, model.tokenizer, model.max_length, LabelMap(model.task)).examples
+        return spec, sample(RowFile(spec), spec, self.rows if part == "train" else None)
 
     def _features(self, model: LoadedModel, examples: Sequence[Example]) -> Tensor:
         return head_inputs(model, examples, self.precision, lambda _: None)
@@ -154,9 +158,11 @@ class Bench:
             if isinstance(method, MeasuringParameters):
                 plan = plan_merge([expert.info])
                 measurer = Measurer(method, plan.linear_inputs, self.precision, self.store)
-                own = Sample(expert.rows[:rows], len(expert.rows), expert.name)
                 model = load(expert.info, self.device)  # the one at hand has another backbone by now
-                found = measurer.measure(model, digest_checkpoint(expert.info), own, lambda _: None)
+                spec, read = self.rows_of(expert.name, "train")
+                own = Sample(read[:rows], len(read), spec, model, LabelMap(model.task))
+                found = Measured()
+                measurer.measure(found, model, digest_checkpoint(expert.info), own, len(own), lambda _: None)
                 expert.measured[label] = MeasuredModel(
                     1.0, found.scores, found.of(Statistic.GRAM), found.of(Statistic.FISHER)
                 )
@@ -164,7 +170,7 @@ class Bench:
     def merge(self, method: MethodParameters, label: str, tasks: Combination) -> dict[str, Tensor]:
         experts = [self.experts[task] for task in tasks]
         plan = plan_merge([expert.info for expert in experts], base=self.base)
-        start = self._state(plan, method, [expert.measured[label] for expert in experts])
+        start = self.state(plan, method, [expert.measured[label] for expert in experts])
         return self._aligned(method, plan, experts, start) if isinstance(method, AlignedRegMeanParameters) else start
 
     def _aligned(
@@ -188,7 +194,9 @@ class Bench:
 
     def run(self) -> tuple[Outcomes, Controls]:
         outcomes: Outcomes = {}
-        methods = {label: METHOD.validate_python({**asked, **self._rows_of(asked)}) for label, asked in METHODS.items()}
+        methods = {
+            label: METHOD.validate_python({**asked, **self._examples_of(asked)}) for label, asked in METHODS.items()
+        }
         methods[FEW] = METHOD.validate_python({"name": "regmean", "examples": FEW_ROWS})
         with StatisticsStore(self.out / "statistics", 10**11) as self.store:
             for label, method in methods.items():
@@ -206,7 +214,7 @@ class Bench:
             }
         return outcomes, controls
 
-    def _rows_of(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _examples_of(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         measures = asked["name"] not in ("average", "task_arithmetic", "ties")
         return {"examples": self.rows} if measures else {}
 
@@ -216,12 +224,12 @@ class Bench:
         ancestor = METHOD.validate_python({"name": "average", "scale": 0.0})
         experts = list(self.experts.values())
         plan = plan_merge([expert.info for expert in experts], base=self.base)
-        start = self._state(plan, ancestor, [MeasuredModel(1.0)] * len(experts))
+        start = self.state(plan, ancestor, [MeasuredModel(1.0)] * len(experts))
         state = self._aligned(method, plan, experts, start)
         return {task: self.evaluate(state, task) for task in self.experts}
 
     @staticmethod
-    def _state(plan: MergePlan, method: MethodParameters, models: list[MeasuredModel]) -> dict[str, Tensor]:
+    def state(plan: MergePlan, method: MethodParameters, models: list[MeasuredModel]) -> dict[str, Tensor]:
         with Backbone(plan, [True] * len(models), BUILDERS[method.name](method, models), method.scale) as backbone:
             return backbone.state()
 

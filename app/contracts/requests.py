@@ -199,7 +199,8 @@ class ScoreRequest(JobRequest[ScoredModelRequest]):
     """`POST /scores`. The models need not fit each other."""
 
     method: RequestedMethod = MaskFisherParameters()
-    """Whose statistics are computed; parameters that concern merging alone change nothing."""
+    """Whose statistics are computed; parameters that concern merging alone change nothing, but for where `examples:
+    "auto"` stops: each model by itself, as if merged with one of the same scores, errors and weight."""
 
     @field_validator("method")
     @classmethod
@@ -216,12 +217,8 @@ def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, s
 
 
 def _later(request: MergeRequest | ScoreRequest) -> Iterator[str]:
-    used = {
-        "method.examples": getattr(request.method, "examples", None) == "auto",
-        "method.tolerance": getattr(request.method, "tolerance", None) is not None,
-    }
     if isinstance(request, MergeRequest):
-        used |= {
+        used = {
             "webhook": request.webhook is not None,
             "priority": request.priority != 0,
             "device": request.device == "cuda",
@@ -230,7 +227,7 @@ def _later(request: MergeRequest | ScoreRequest) -> Iterator[str]:
             "output.vocabulary": request.output.vocabulary != "error",
             "output.publish": request.output.publish is not None,
         }
-    yield from (field for field, is_used in used.items() if is_used)
+        yield from (field for field, is_used in used.items() if is_used)
     for index, model in enumerate(request.models):
         parts = {"dataset": model.dataset}
         if isinstance(model, ModelRequest):

@@ -147,7 +147,7 @@ class Jobs:
     def plan(self, request: MergeRequest) -> Plan:
         accepted = self._check_merge(request)
         plan = accepted.plan
-        examples = getattr(request.method, "examples", 0) if request.method.statistics else 0
+        examples = request.method.most_examples
         measured = sum(
             min(examples, model.dataset.limit or examples)
             for model in request.models

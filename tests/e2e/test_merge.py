@@ -15,8 +15,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.client import Client
 from tests.conftest import Service, tiny_recipe, wait_until
-from tests.tiny import Tensors, read_model
+from tests.tiny import LAYERS, Tensors, read_model, write_rows
 from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,16 @@ def test_a_merge_is_accepted_with_its_location(service: Service) -> None:
 def test_the_result_has_every_field_of_the_contract(job: dict[str, Any]) -> None:
     result = job["result"]
     assert set(result) == {
-        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "timings",
+        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "stopping", "timings",
         "peak_memory_bytes", "device", "notes",
     }  # fmt: skip
     assert [model["name"] for model in result["models"]] == ["a", "b"]
     assert sum(model["weight_share"] for model in result["models"]) == pytest.approx(1)
     assert all(model["examples"] == 64 for model in result["models"])
+    assert all(0 < model["weight_error"] < 0.5 for model in result["models"])
     assert result["method"]["estimator"] == "expected"
+    assert (result["stopping"]["tolerance"], result["stopping"]["reached"]) == (None, None)
+    assert [look["examples"] for look in result["stopping"]["curve"]] == [64]
     assert set(result["metrics"]) == {"a", "b"}
     for metric in result["metrics"].values():
         assert metric["metric"] == "accuracy"
@@ -262,6 +266,35 @@ def test_the_report_page_shows_the_metrics(service: Service, job: dict[str, Any]
     response = service.get(job["links"]["report"])
     assert response.headers["Content-Type"].startswith("text/html")
     assert f"{job['result']['metrics']['a']['merged']:.4f}" in response.text
+
+
+def test_scoring_stops_when_the_merge_weights_are_known(service: Service, tiny_inputs: Path) -> None:
+    recipe = tiny_recipe("a", "b", examples="auto", tolerance=0.5)
+    write_rows(tiny_inputs / "rows" / "more.jsonl", count=600, labels=2)
+    recipe["models"][0]["dataset"]["source"] = "local:rows/more.jsonl"
+    assert service.post("/merge/validate", json=recipe).json()["examples"] == 2 * MOST_AUTO_EXAMPLES
+    job_id = service.submit(recipe)
+    seen = [0.0]
+
+    def watch() -> bool:
+        job = service.job(job_id)
+        seen.append(job["progress"]["fraction"])
+        return bool(job["finished_at"])
+
+    wait_until(watch, "the job to end", interval_s=0.02)
+    job = service.job(job_id)
+    assert job["status"] == "succeeded", job["error"]
+    assert seen == sorted(seen)
+    result = job["result"]
+    assert [model["examples"] for model in result["models"]] == [256, 200]
+    assert (result["stopping"]["tolerance"], result["stopping"]["reached"]) == (0.5, True)
+    (look,) = result["stopping"]["curve"]
+    assert look["examples"] == 256
+    assert 0 < look["error"] <= 0.5
+    assert set(look["errors"]) == {f"layers.{i}.{kind}" for i in range(LAYERS) for kind in ("heads", "neurons")}
+    report = service.get(job["links"]["report"]).text
+    assert "How well the merge weights are known" in report
+    assert f"{look['error']:.4f}" in report
 
 
 def test_validate_answers_with_the_plan_and_queues_nothing(service: Service) -> None:

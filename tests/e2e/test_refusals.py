@@ -138,7 +138,12 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "method to come": (changed(method__name="slerp"), 422, "not_available", ["slerp", "average, mask_fisher"]),
     "unknown parameter": (changed(method__normalise="layer"), 422, "invalid_request", ["did you mean 'normalize'"]),
     "parameter out of range": (changed(method__floor=2), 422, "invalid_request", ["method.floor"]),
-    "adaptive stopping to come": (changed(method__examples="auto"), 422, "not_available", ["method.examples"]),
+    "adaptive stopping without scores": (
+        changed(method={"name": "regmean", "examples": "auto"}), 422, "invalid_request", ["'auto'", "regmean"],
+    ),
+    "tolerance without adaptive stopping": (
+        changed(method__tolerance=0.1), 422, "invalid_request", ["tolerance", "examples 'auto'"],
+    ),
     "webhook to come": (changed(webhook={"url": "https://example.org"}), 422, "not_available", ["webhook"]),
     "scale without a base": (changed(method__scale=1.2), 422, "invalid_request", ["scale", "name it as base"]),
     "missing base": (changed(base="local:checkpoints/none"), 422, "invalid_request", ["base", "does not exist"]),

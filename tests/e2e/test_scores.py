@@ -18,6 +18,7 @@ from app.client import Client
 from tests.conftest import Service, assert_problem, measured_anew, tiny_recipe, wait_until
 from tests.tiny import edit_tensors, tiny_checkpoint, write_rows
 from tests.tiny_families import TINY_FAMILIES
+from worker.engine.scoring.sample import looks
 
 Recipe = dict[str, Any]
 NewService = Callable[..., Service]
@@ -85,7 +86,7 @@ def test_the_result_says_what_was_measured_and_where_it_is_kept(service: Service
     for model, name in zip(result["models"], ("a", "b"), strict=True):
         assert set(model) == {
             "name", "checkpoint", "commit", "digest", "examples", "estimator", "score_seconds", "score_cached",
-            "scores",
+            "stopping", "scores",
         }  # fmt: skip
         assert (model["name"], model["checkpoint"]) == (name, f"local:checkpoints/{name}")
         assert (model["examples"], model["estimator"], model["score_cached"]) == (64, "expected", False)
@@ -116,6 +117,14 @@ def test_scores_are_published_as_those_of_a_merge_are(service: Service, job: dic
     again = scored(service, recipe)["result"]["models"]
     assert [model["score_cached"] for model in again] == [True, True]
     assert [model["scores"] for model in again] == [model["scores"] for model in job["result"]["models"]]
+
+
+def test_each_model_is_scored_until_it_is_known_by_itself(service: Service) -> None:
+    [model] = scored(service, score_recipe("a", examples="auto", tolerance=0.5))["result"]["models"]
+    assert model["examples"] == 200
+    assert (model["stopping"]["tolerance"], model["stopping"]["reached"]) == (0.5, True)
+    [look] = model["stopping"]["curve"]
+    assert look["examples"] == 200
 
 
 def test_models_need_not_fit_each_other(service: Service, other_family: str) -> None:
@@ -181,7 +190,7 @@ def changed(**models: Any) -> Recipe:
         (changed(dataset={"source": "local:rows/a.jsonl", "image": "x"}), "not_available", "models.0.dataset.image"),
         (score_recipe("a", name="mask_fisher", estimator="exact"), "invalid_request", "method.estimator"),
         (score_recipe("a", name="slerp"), "not_available", "method"),
-        (score_recipe("a", examples="auto"), "not_available", "method.examples"),
+        (score_recipe("a", name="regmean", examples="auto"), "invalid_request", "method"),
     ],
     ids=str,
 )
@@ -320,7 +329,8 @@ def test_two_merges_at_once_score_each_model_once(new_service: NewService, many_
     assert [job["status"] for job in jobs] == ["succeeded", "succeeded"]
     first, second = ([model["score_cached"] for model in job["result"]["models"]] for job in jobs)
     assert [sorted(pair) for pair in zip(first, second, strict=True)] == [[False, True], [False, True]]
-    assert len(service.get("/scores").json()["data"]) == 2
+    kept = [entry["examples"] for entry in service.get("/scores").json()["data"]]
+    assert sorted(kept) == sorted(2 * looks(3000))
     assert not list((service.data_dir / "statistics").glob(".*"))
 
 
@@ -329,7 +339,7 @@ def test_when_the_one_that_computes_is_killed_the_other_takes_over(new_service: 
     recipe = long_recipe("a")
     ids = [service.submit({**recipe, "name": name}) for name in ("one", "two")]
     with held_up(service, ids) as holder:
-        assert service.get("/scores").json()["data"] == []
+        assert 3000 not in [entry["examples"] for entry in service.get("/scores").json()["data"]]
         holder.send_signal(signal.SIGKILL)
     jobs = [service.finished(i) for i in ids]
     assert [job["status"] for job in jobs] == ["succeeded", "succeeded"]

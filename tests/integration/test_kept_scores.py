@@ -22,12 +22,13 @@ from tests.conftest import free_port
 from tests.tiny import merge_spec, model_spec, silent
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.spec import MergeSpec, ScoreSpec, StoreSpec
-from worker.engine.catalog.statistics import ABOUT, FOLDER, About, Facts, Origin
+from worker.engine.catalog.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
 from worker.engine.pipeline import Engine
 from worker.engine.store import StatisticsStore
 
 CPU = torch.device("cpu")
-FACTS = Facts(statistic=Statistic.GRAM, checkpoint=f"sha256:{'1' * 64}", rows="2", precision="float32")
+TOKENS = Tokens(tokenizer="3", inputs=["input_ids"], max_length=128, versions={"tokenizers": "1"})
+FACTS = Facts(statistic=Statistic.GRAM, checkpoint=f"sha256:{'1' * 64}", rows="2", tokens=TOKENS, precision="float32")
 ORIGIN = Origin(checkpoint="local:expert", dataset="local:rows.jsonl", examples=7)
 PARTS = [{"layers.0.heads": torch.eye(3)}, {"pooler": torch.ones(2)}]
 

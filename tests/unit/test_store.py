@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from tests.conftest import wait_until
 from worker.engine.catalog.errors import StorageError
 from worker.engine.catalog.methods import Statistic
-from worker.engine.catalog.statistics import Facts, Origin
+from worker.engine.catalog.statistics import Facts, Origin, Tokens
 from worker.engine.store import ASSEMBLED, LOCK, LOCK_POLL_S, StatisticsStore
 
-FACTS = Facts(statistic=Statistic.GRAM, checkpoint="sha256:1", rows="2", precision="float32")
+TOKENS = Tokens(tokenizer="3", inputs=["input_ids"], max_length=128, versions={"tokenizers": "1"})
+FACTS = Facts(statistic=Statistic.GRAM, checkpoint="sha256:1", rows="2", tokens=TOKENS, precision="float32")
 ORIGIN = Origin(checkpoint="local:expert", dataset="local:rows.jsonl", examples=7)
 PARTS = [{"layers.0.heads": torch.eye(3)}, {"layers.1.heads": torch.ones(2, 2), "pooler": torch.zeros(1)}]
 
@@ -39,6 +40,7 @@ def test_what_was_kept_comes_back_by_its_facts_alone(tmp_path: Path) -> None:
             "statistic": Statistic.FISHER,
             "checkpoint": "sha256:2",
             "rows": "3",
+            "tokens": TOKENS.model_copy(update={"max_length": 64}),
             "precision": "bfloat16",
         }
         others |= {"estimator": "expected", "seed": 0, "population": 7, "paper": False}

@@ -7,7 +7,6 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MANIFEST, JobResult, MeasuredModel, MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
@@ -27,13 +26,13 @@ def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def write_scores(folder: Path, name: str, digest: str, measured: Measured, examples: int) -> None:
+def write_scores(folder: Path, name: str, digest: str, measured: Measured) -> None:
     """`scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
-    scores = measured.of(Statistic.MASK_FISHER)
+    scores = measured.scores_and_errors
     if not scores:
         return
     (folder / "scores").mkdir(exist_ok=True)
-    about = {"estimator": measured.estimator, "examples": examples, "checkpoint": digest}
+    about = {"estimator": measured.estimator, "examples": measured.rows, "checkpoint": digest}
     # One key: the library writes several in any order.
     save_tensors(scores, folder / "scores" / f"{name}.safetensors", {"maskmerge": json.dumps(about)})
 
@@ -114,6 +113,10 @@ ABOUT_METRICS = (
     "was; merged is the model as published here. Retention is merged over expert. Intervals are bootstrap percentile "
     "intervals over rows; for the difference, both versions are resampled together."
 )
+ABOUT_ERRORS = (
+    "Standard errors of the merge weights: the root mean square over the nodes of a layer and kind, of the layer, kind "
+    "and model where it is largest. Scores are heavy-tailed: errors from fewer than a few hundred rows are too small."
+)
 
 
 def _metric_rows(result: MergeResult) -> list[list[str]]:
@@ -158,14 +161,20 @@ def _merge_parts(plan: MergePlan, result: MergeResult) -> list[str]:
             str(m.examples),
             str(m.aligned_examples),
             _number(m.weight_share, 3),
+            _number(m.weight_error, 3),
             _number(m.score_seconds, 1),
             m.digest[:19],
         ]
         for m in result.models
     ]
     rows = ["rows measured", "rows the head was aligned on"]
-    columns = ["model", "checkpoint", *rows, "mean merge weight", "seconds", "digest"]
+    columns = ["model", "checkpoint", *rows, "mean merge weight", "its error", "seconds", "digest"]
     parts.append(_html_table(columns, models, "What was merged"))
+    if result.stopping and result.stopping.curve:
+        looks = [[str(look.examples), _number(look.error)] for look in result.stopping.curve]
+        columns = ["rows of each model", "largest error"]
+        parts.append(_html_table(columns, looks, "How well the merge weights are known"))
+        parts.append(f"<p>{escape(ABOUT_ERRORS)}</p>")
     owners = [[owner, str(count)] for owner, count in sorted(plan.owners().items())]
     parts.append(_html_table(["owner", "tensors"], owners, "Who owns the merged tensors"))
     return parts
@@ -176,13 +185,21 @@ def _score_parts(result: ScoreResult) -> list[str]:
         [m.name, m.checkpoint, str(m.examples), m.estimator or "-", _number(m.score_seconds, 1), m.digest[:19]]
         for m in result.models
     ]
-    kept = [[m.name, s.statistic, str(s.bytes), s.digest] for m in result.models for s in m.scores]
-    return [
-        _html_table(
-            ["model", "checkpoint", "rows measured", "estimator", "seconds", "digest"], models, "What was measured"
-        ),
-        _html_table(["model", "statistic", "bytes", "digest"], kept, "What is kept for later jobs"),
+    looks = [
+        [m.name, str(look.examples), _number(look.error)]
+        for m in result.models
+        if m.stopping
+        for look in m.stopping.curve
     ]
+    kept = [[m.name, s.statistic, str(s.bytes), s.digest] for m in result.models for s in m.scores]
+    columns = ["model", "checkpoint", "rows measured", "estimator", "seconds", "digest"]
+    parts = [_html_table(columns, models, "What was measured")]
+    if looks:
+        caption = "How well merge weights would be known, of each model and one as uncertain with the same scores"
+        parts.append(_html_table(["model", "rows", "largest error"], looks, caption))
+        parts.append(f"<p>{escape(ABOUT_ERRORS)}</p>")
+    parts.append(_html_table(["model", "statistic", "bytes", "digest"], kept, "What is kept for later jobs"))
+    return parts
 
 
 def _report_page(spec: JobSpec, result: JobResult, parts: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +33,7 @@ from worker.engine.catalog.report import (
     ScoredModel,
     ScoreResult,
     ScoresFile,
+    Stopping,
     Timings,
     Version,
 )
@@ -59,7 +60,9 @@ from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
 from worker.engine.scoring.data import Example, plan_batches, tokenize
-from worker.engine.scoring.measure import Measured, Measurer, Sample
+from worker.engine.scoring.measure import Measured, Measurer
+from worker.engine.scoring.sample import Sample, looks
+from worker.engine.stopping import Scored, errors_of_models, point, stopping
 from worker.engine.store import StatisticsStore
 
 
@@ -74,6 +77,8 @@ class ModelRun:
     """Rows to measure."""
     unseen: list[Example] = field(default_factory=list)
     """Rows to fit layers to; none of them is in `evaluation`."""
+    truncated: list[str] = field(default_factory=list)
+    """A note, where some of `unseen` were."""
     alignment: list[Example] = field(default_factory=list)
     """Rows to align the head on; none of them is in `evaluation`."""
     evaluation: list[Example] = field(default_factory=list)
@@ -89,6 +94,13 @@ class ModelRun:
         return MeasuredModel(
             self.spec.weight, measured.scores, measured.of(Statistic.GRAM), measured.of(Statistic.FISHER)
         )
+
+    @property
+    def scored(self) -> Scored | None:
+        """None when it has no scores with errors."""
+        if self.sample is None or not self.measured.sums:
+            return None
+        return Scored(self.spec.weight, self.measured.sums, self.sample.population)
 
 
 class Engine:
@@ -133,7 +145,10 @@ class Engine:
         if isinstance(spec.method, MeasuringParameters):
             with clock.measure("score_seconds"):
                 measurer = Measurer(spec.method, plan.linear_inputs, precision, store)
-                self._measure([(measurer, run) for run in runs], on_progress)
+                measured = [(measurer, run) for run in runs]
+                self._measure(spec.method, measured, _scoring(measured, on_progress))
+            for run in runs:
+                notes += _truncations(run)
 
         with clock.measure("merge_seconds"):
             merger, shares = _merger(spec.method, runs)
@@ -161,12 +176,14 @@ class Engine:
                 metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
         _check_unchanged(states)
+        known, errors = _stopping(spec.method, runs, notes)
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
-            models=[_model_result(run, share) for run, share in zip(runs, shares, strict=True)],
+            models=[_model_result(run, share, error) for run, share, error in zip(runs, shares, errors, strict=True)],
             metrics=metrics,
             mean_retention=sum(retentions) / len(retentions) if retentions else None,
             min_retention=min(retentions, default=None),
+            stopping=known,
             method={**spec.method.model_dump(), "precision": precision, **_estimators(runs)},
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
@@ -174,7 +191,7 @@ class Engine:
             notes=list(dict.fromkeys(notes)),
         )
         for run in runs:
-            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured, _rows_measured(run))
+            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
         artifact.write_documents(spec, plan, result, digest_checkpoint(plan.base) if plan.base else None, digests)
         return result
 
@@ -210,12 +227,16 @@ class Engine:
                 loading.advance()
 
         with clock.measure("score_seconds"):
-            self._measure(measured, on_progress)
+            scoring = _scoring(measured, on_progress)
+            for one in measured:
+                self._measure(spec.method, [one], scoring)
 
         _check_unchanged(states)
         runs = [run for _, run in measured]
+        for run in runs:
+            notes += _truncations(run)
         result = ScoreResult(
-            models=[_scored_model(run) for run in runs],
+            models=[_scored_model(run, _stopping(spec.method, [run], notes)[0]) for run in runs],
             method={**spec.method.model_dump(), "precision": precision, **_estimators(runs)},
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
@@ -223,7 +244,7 @@ class Engine:
             notes=list(dict.fromkeys(notes)),
         )
         for run in runs:
-            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured, _rows_measured(run))
+            artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
         artifact.write_score_documents(spec, result)
         return result
 
@@ -254,7 +275,8 @@ class Engine:
             rows = inputs.rows(model.evaluation)
             labels = _label_map(loaded, model.evaluation, rows, notes)
             read = sample(rows, model.evaluation, None)
-            run.evaluation = _examples(loaded, model.evaluation, read, labels, notes)
+            run.evaluation, truncated = _examples(loaded, model.evaluation, read, labels)
+            notes += truncated
             held_out = {(row.text, row.text_pair) for row in read}
         method, dataset = spec.method, model.dataset
         measured, aligned_on = spec.rows_wanted(model)
@@ -264,11 +286,10 @@ class Engine:
             needed = _label_map(loaded, dataset, rows, notes) if measured and method.needs_labels else None
             fitted_on = max(aligned_on, measured if method.refits_layers else 0)
             read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
-            examples = _examples(loaded, dataset, read, needed, notes)
             if measured:
                 population = min(len(rows), dataset.limit or len(rows))
-                run.sample = Sample(examples[:measured], population, dataset.source)
-            run.unseen = [replace(examples[place], index=index) for index, place in enumerate(unseen)]
+                run.sample = Sample(read[:measured], population, dataset, loaded, needed)
+            run.unseen, run.truncated = _examples(loaded, dataset, [read[place] for place in unseen], None)
             run.alignment = run.unseen[:aligned_on]
             if not unseen and measured and method.refits_layers:
                 problem = f"every row is one that {model.name} is evaluated on; method {method.name} needs others"
@@ -284,12 +305,32 @@ class Engine:
             notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
         return run
 
-    def _measure(self, measured: Sequence[tuple[Measurer, ModelRun]], on_progress: OnProgress) -> None:
-        total = sum(measurer.passes * _rows_measured(run) for measurer, run in measured)
-        scoring = Phase("scoring", total, "examples", on_progress)
-        for measurer, run in measured:
-            if run.sample is not None:
-                run.measured = measurer.measure(self._models.get(run.info), run.digest, run.sample, scoring.advance)
+    def _measure(
+        self, method: MeasuringParameters, measured: Sequence[tuple[Measurer, ModelRun]], scoring: Phase
+    ) -> None:
+        """All statistics of every model that takes part; with `examples: "auto"`, of as many rows as it takes to know
+        the weights of their merge."""
+        samples = [(measurer, run, run.sample) for measurer, run in measured if run.sample is not None]
+
+        def extend(
+            measurer: Measurer, run: ModelRun, sample: Sample, rows: int, statistics: Collection[Statistic]
+        ) -> None:
+            loaded = self._models.get(run.info)
+            measurer.measure(run.measured, loaded, run.digest, sample, rows, scoring.advance, statistics)
+
+        if not isinstance(method, ScoringParameters) or method.tolerance is None:
+            for measurer, run, sample in samples:
+                extend(measurer, run, sample, len(sample), method.statistics)
+            return
+        for rows in looks(max(len(sample) for _, _, sample in samples)):
+            for measurer, run, sample in samples:
+                if run.measured.rows < len(sample):
+                    extend(measurer, run, sample, min(rows, len(sample)), {Statistic.MASK_FISHER})
+            reached = point(method, _scored([run for _, run, _ in samples]), rows)
+            if reached is not None and reached.error <= method.tolerance:
+                break
+        for measurer, run, sample in samples:
+            extend(measurer, run, sample, run.measured.rows, method.statistics - {Statistic.MASK_FISHER})
 
     def _experts(self, runs: list[ModelRun]) -> list[Expert]:
         """The models that take part, and the rows that layers are fitted to."""
@@ -411,19 +452,43 @@ def _merger(method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, lis
     return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
 
 
+def _scoring(measured: Sequence[tuple[Measurer, ModelRun]], on_progress: OnProgress) -> Phase:
+    """Begins the phase: its end is where every model is measured on all of its rows."""
+    total = sum(measurer.passes * len(run.sample) for measurer, run in measured if run.sample is not None)
+    return Phase("scoring", total, "examples", on_progress)
+
+
+def _scored(runs: Sequence[ModelRun]) -> list[Scored]:
+    return [scored for run in runs if (scored := run.scored) is not None]
+
+
+def _stopping(
+    method: MethodParameters, runs: Sequence[ModelRun], notes: list[str]
+) -> tuple[Stopping | None, list[float | None]]:
+    """How well the merge weights are known, and for each model its weights' error."""
+    models = _scored(runs)
+    if not isinstance(method, ScoringParameters) or not models:
+        return None, [None] * len(runs)
+    found = stopping(method, models)
+    if found.reached is False and found.curve:
+        whose = "each model" if len(runs) > 1 else runs[0].spec.name
+        notes.append(
+            f"after {found.curve[-1].examples} rows of {whose} the merge weights are known to "
+            f"{found.curve[-1].error:.3f}, not to the tolerance {method.tolerance:g}"
+        )
+    errors = iter(errors_of_models(method, models))
+    return found, [next(errors) if run.scored else None for run in runs]
+
+
 def _longest(run: ModelRun) -> int:
-    """Tokens of the model's longest row."""
-    measured = run.sample.examples if run.sample else ()
-    return max((example.length for example in (*measured, *run.unseen, *run.evaluation)), default=1)
+    """Tokens of the model's longest row, as far as they are known."""
+    lengths = [example.length for example in (*run.unseen, *run.evaluation)]
+    return max([*lengths, run.sample.longest() if run.sample else 1])
 
 
 def _padded_tokens(run: ModelRun) -> int:
     """Of the batches of the rows that layers are fitted to."""
     return sum(len(batch) * batch[-1].length for batch in plan_batches(run.unseen)) if run.takes_part else 0
-
-
-def _rows_measured(run: ModelRun) -> int:
-    return len(run.sample.examples) if run.sample else 0
 
 
 def _required(model: ModelSpec) -> DatasetSpec:
@@ -476,16 +541,27 @@ def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: lis
 
 
 def _examples(
-    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], labels: LabelMap | None, notes: list[str]
-) -> list[Example]:
+    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], labels: LabelMap | None
+) -> tuple[list[Example], list[str]]:
+    """The rows tokenised, and a note where some were truncated."""
+    if not rows:  # tokenizers do not take none
+        return [], []
     tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
-    if tokenized.truncated:
-        limit = min(loaded.max_length, dataset.max_length or loaded.max_length)
-        notes.append(
-            f"{tokenized.truncated} of {len(rows)} rows of {dataset.source} are longer than {limit} tokens "
-            "and were truncated"
-        )
-    return tokenized.examples
+    return tokenized.examples, _truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
+
+
+def _truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:
+    if not truncated:
+        return []
+    limit = min(max_length, dataset.max_length or max_length)
+    return [f"{truncated} of {rows} rows of {dataset.source} are longer than {limit} tokens and were truncated"]
+
+
+def _truncations(run: ModelRun) -> list[str]:
+    """Of the rows that were measured in this job, or else of those that the head is aligned on."""
+    measured = run.sample
+    found = [] if measured is None else _truncation(*measured.truncated, measured.spec, measured.max_length)
+    return found or run.truncated
 
 
 def _check_unchanged(states: Sequence[tuple[CheckpointInfo, str]]) -> None:
@@ -494,22 +570,24 @@ def _check_unchanged(states: Sequence[tuple[CheckpointInfo, str]]) -> None:
             raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
 
 
-def _model_result(run: ModelRun, weight_share: float) -> ModelResult:
-    return ModelResult(**_measured_fields(run), aligned_examples=len(run.alignment), weight_share=weight_share)
+def _model_result(run: ModelRun, weight_share: float, weight_error: float | None) -> ModelResult:
+    return ModelResult(
+        **_measured_fields(run),
+        aligned_examples=len(run.alignment),
+        weight_share=weight_share,
+        weight_error=weight_error,
+    )
 
 
-def _scored_model(run: ModelRun) -> ScoredModel:
-    kept = [statistics.about for statistics in run.measured.statistics.values()]
-    scores = [
-        ScoresFile(
-            statistic=about.facts.statistic,
-            digest=about.facts.address,
-            href=f"/scores/{about.facts.address}",
-            bytes=about.bytes,
+def _scored_model(run: ModelRun, stopping: Stopping | None) -> ScoredModel:
+    scores = []
+    for statistics in run.measured.statistics.values():
+        facts = statistics.about.facts
+        href = f"/scores/{facts.address}"
+        scores.append(
+            ScoresFile(statistic=facts.statistic, digest=facts.address, href=href, bytes=statistics.about.bytes)
         )
-        for about in kept
-    ]
-    return ScoredModel(**_measured_fields(run), estimator=run.measured.estimator, scores=scores)
+    return ScoredModel(**_measured_fields(run), estimator=run.measured.estimator, stopping=stopping, scores=scores)
 
 
 def _measured_fields(run: ModelRun) -> dict[str, Any]:
@@ -518,7 +596,7 @@ def _measured_fields(run: ModelRun) -> dict[str, Any]:
         "checkpoint": run.spec.source,
         "commit": run.spec.hub.commit if run.spec.hub else None,
         "digest": run.digest,
-        "examples": _rows_measured(run),
+        "examples": run.measured.rows,
         "score_seconds": round(run.measured.seconds, 3),
         "score_cached": run.measured.cached,
     }

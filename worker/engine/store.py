@@ -106,15 +106,22 @@ class StatisticsStore:
         found = self.get(facts)
         if found is not None:
             return found, True
-        with self._alone_with(facts, on_wait):
+        with self.alone_with(facts, on_wait):
             found = self.get(facts)
             if found is not None:
                 return found, True
             return self.put(facts, origin, parts), False
 
     @contextmanager
-    def _alone_with(self, facts: Facts, on_wait: Callable[[], None]) -> Iterator[None]:
-        """While no other process is in here with the same facts; the kernel frees the place of one that dies."""
+    def alone_with(self, facts: Facts, on_wait: Callable[[], None]) -> Iterator[None]:
+        """While no other process is in here with the same facts; the kernel frees the place of one that dies.
+
+        Args:
+            on_wait: called several times a second while another one is; may raise to stop.
+
+        Raises:
+            StorageError: the folder cannot be used.
+        """
         with _translated():
             self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / f"{LOCK}{facts.address}"

@@ -32,6 +32,9 @@ class ModelResult(MeasuredModel):
     """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float
     """Mean merge weight over all owned slices; of methods that do not weight slices by scores, lambda's share."""
+    weight_error: float | None = None
+    """Root mean square, over all nodes, of the standard error of its merge weights; null where there is none to tell.
+    From fewer than a few hundred rows it is too small to be believed."""
 
 
 Version = Literal["expert", "average", "merged_kept_head", "merged"]
@@ -64,6 +67,27 @@ class MetricResult(Strict):
     """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
 
 
+class StoppingPoint(Strict):
+    examples: int
+    """Rows of each model, or all of a model that has fewer."""
+    error: float
+    """The largest of `errors`."""
+    errors: dict[str, float]
+    """By score name: root mean square, over the name's nodes, of the standard error of the merge weights; of the model
+    for which it is largest."""
+
+
+class Stopping(Strict):
+    """How well the merge weights are known."""
+
+    tolerance: float | None
+    """Of `examples: "auto"`; null where the number of rows was given."""
+    reached: bool | None
+    """Whether the last error is within the tolerance; null where there is none."""
+    curve: list[StoppingPoint]
+    """At 256, 512, 1024 rows and so on, as far as it is known, and at the last."""
+
+
 class Timings(Strict):
     queue_seconds: float = 0.0
     load_seconds: float = 0.0
@@ -92,6 +116,8 @@ class MergeResult(JobResult):
     mean_retention: float | None
     min_retention: float | None
     candidates: list[dict[str, Any]] | None = None
+    stopping: Stopping | None = None
+    """Of methods that weight by the scores of mask nodes, but for the preset `paper`."""
 
 
 class ScoresFile(Strict):
@@ -107,6 +133,9 @@ class ScoresFile(Strict):
 class ScoredModel(MeasuredModel):
     estimator: str | None
     """With `auto` resolved; null where the method takes no gradients."""
+    stopping: Stopping | None = None
+    """How well the merge weights would be known, were it merged with a model of the same scores, errors and weight; of
+    methods that weight by the scores of mask nodes, but for the preset `paper`."""
     scores: list[ScoresFile]
 
 

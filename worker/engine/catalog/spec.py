@@ -139,9 +139,8 @@ class JobSpec(Strict):
     """None: statistics are computed and forgotten."""
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
-        """How many of the first rows of the model's data set are measured, and on how many its head is aligned."""
-        examples = getattr(self.method, "examples", 0)
-        return examples if isinstance(examples, int) and model.weight > 0 else 0, 0
+        """How many of the first rows of the model's data set are measured at most, and its head is aligned on."""
+        return self.method.most_examples if model.weight > 0 else 0, 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:

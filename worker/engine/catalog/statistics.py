@@ -16,7 +16,19 @@ FOLDER = "statistics"
 """Within the data folder."""
 ABOUT = "about.json"
 ADDRESS = re.compile("[0-9a-f]{64}")
-FORMAT = 1  # raise it when the same facts would give other numbers
+FORMAT = 2  # raise it when the same facts would give other numbers
+
+
+class Tokens(Strict):
+    """All that a row's tokens follow from, beside its texts."""
+
+    tokenizer: str
+    """sha256 over the tokenizer's files."""
+    inputs: list[str]
+    """The tokenizer's outputs that the model takes."""
+    max_length: int
+    versions: dict[str, str]
+    """Of the libraries that make the tokens."""
 
 
 class Facts(Strict):
@@ -26,7 +38,8 @@ class Facts(Strict):
     checkpoint: str
     """Digest of the checkpoint."""
     rows: str
-    """sha256 over the rows' tokens, in order, and over their labels where these are read."""
+    """sha256 over the rows' texts, in order, and over their labels where these are read."""
+    tokens: Tokens
     precision: str
     estimator: str | None = None
     seed: int | None = None

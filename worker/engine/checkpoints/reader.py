@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.headers import TOKENIZER_FILES, CheckpointInfo, TensorInfo
 
 CHUNK_BYTES = 4 << 20
 
@@ -62,3 +62,12 @@ def digest_checkpoint(info: CheckpointInfo) -> str:
     for name in ("config.json", *info.weight_files):
         digest.update(f"{name}\0{digest_file(info.path / name)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def digest_tokenizer(info: CheckpointInfo) -> str:
+    """sha256, hex, over the names and digests of the tokenizer's files."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (info.path / name).exists():
+            digest.update(f"{name}\0{digest_file(info.path / name)}\n".encode())
+    return digest.hexdigest()

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Nodes, Slot
-from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters
+from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize
 from worker.engine.methods import paper
 from worker.engine.methods.combine import MeasuredModel, Merger, combine, model_weights, normalized
 
-Normalize = Literal["layer", "model", "none"]
 Scores = Mapping[str, Tensor]
 
 
@@ -45,6 +44,26 @@ def node_weights(models: list[MeasuredModel], normalize: Normalize, floor: float
         site: normalized(torch.stack([lam * s[site] for lam, s in zip(lambdas, scores, strict=True)]), lambdas)
         for site in scores[0]
     }
+
+
+def weight_errors(weights: Mapping[str, Tensor], relative: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Standard errors of merge weights whose models were measured on rows of their own.
+
+    By the delta method `se(w_j)^2 = w_j^2 [(1 - w_j)^2 rho_j^2 + sum_(k != j) w_k^2 rho_k^2]`, whatever the lambdas.
+
+    Args:
+        weights: of every node, see `node_weights`.
+        relative: `rho` of each model, (nodes,) by score name, see `NodeStatistics.relative_errors`.
+
+    Returns:
+        By score name, (models, nodes).
+    """
+    found = {}
+    for site, w in weights.items():
+        variance = torch.stack([rho[site] for rho in relative]) ** 2
+        of_all = (w**2 * variance).sum(0)
+        found[site] = w * (of_all + (1 - 2 * w) * variance).clamp_min(0).sqrt()
+    return found
 
 
 def rest_weights(models: list[MeasuredModel], rest: Literal["uniform", "model"]) -> dict[int | None, Tensor]:

@@ -53,11 +53,16 @@ class Tokenized:
 
 
 def tokenize(
-    rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap | None
+    rows: Sequence[Row],
+    spec: DatasetSpec,
+    tokenizer: Any,
+    max_length: int,
+    labels: LabelMap | None,
+    first: int = 0,
 ) -> Tokenized:
     """Tokenise `rows`, truncating to `max_length` tokens (and to the data set's own limit).
 
-    Labels are read when `labels` says how.
+    Labels are read when `labels` says how. `first` is the place of the first row in the data set's seeded order.
 
     Raises:
         InvalidDataset: a row without tokens, or a label that the head does not have.
@@ -84,7 +89,7 @@ def tokenize(
         if not encoding["input_ids"]:
             raise InvalidDataset(spec.source, "no tokens", row.place)
         label = None if labels is None or spec.label is None else labels.value(row.label, spec.source, row.place)
-        examples.append(Example(index, row.place, encoding, label))
+        examples.append(Example(first + index, row.place, encoding, label))
     return Tokenized(examples, overflowing)
 
 

@@ -1,9 +1,7 @@
 """What a method needs to know of one model: from the store where it was measured before, or computed and kept."""
 
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,30 +16,23 @@ from worker.engine.catalog.planning import LinearInput
 from worker.engine.catalog.statistics import Facts, Origin
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision
-from worker.engine.scoring.data import Example
 from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.grams import grams, in_passes
+from worker.engine.scoring.sample import Sample, block_ends, looks
 from worker.engine.scoring.scorer import OnRows, paper_scores, score
+from worker.engine.scoring.statistics import STANDARD_ERROR, SUMS, NodeStatistics
 from worker.engine.store import Statistics, StatisticsStore
-
-STANDARD_ERROR = ".stderr"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows of one model to measure it on, of `population` in the data set `source`."""
-
-    examples: Sequence[Example]
-    population: int
-    source: str
 
 
 @dataclass
 class Measured:
-    """A model's statistics. `cached` when all of them were found."""
+    """A model's statistics, of its first `rows` rows. `cached` when all of them were found."""
 
+    rows: int = 0
     statistics: dict[Statistic, Statistics] = field(default_factory=dict)
+    sums: dict[int, NodeStatistics] = field(default_factory=dict)
+    """What the scores of its first rows follow from, by how many these are: at every look that is known."""
     estimator: str | None = None
     cached: bool = False
     seconds: float = 0.0
@@ -52,7 +43,15 @@ class Measured:
     @property
     def scores(self) -> dict[str, Tensor]:
         """Of mask nodes: (nodes,), float64, by score name."""
-        return {k: v for k, v in self.of(Statistic.MASK_FISHER).items() if not k.endswith(STANDARD_ERROR)}
+        return self._scores_but(STANDARD_ERROR, *SUMS)
+
+    @property
+    def scores_and_errors(self) -> dict[str, Tensor]:
+        """Scores, and each one's standard error under its name and `.stderr`."""
+        return self._scores_but(*SUMS)
+
+    def _scores_but(self, *suffixes: str) -> dict[str, Tensor]:
+        return {name: of for name, of in self.of(Statistic.MASK_FISHER).items() if not name.endswith(suffixes)}
 
 
 class Measurer:
@@ -79,28 +78,99 @@ class Measurer:
         """How often each row is gone through."""
         return sum(self._passes_of(statistic) for statistic in self._method.statistics)
 
-    def measure(self, loaded: LoadedModel, digest: str, sample: Sample, on_rows: OnRows) -> Measured:
-        """All of the method's statistics of one model; `digest` is the checkpoint's.
+    def measure(
+        self,
+        measured: Measured,
+        loaded: LoadedModel,
+        digest: str,
+        sample: Sample,
+        rows: int,
+        on_rows: OnRows,
+        statistics: Collection[Statistic] | None = None,
+    ) -> None:
+        """Add statistics of the first `rows` rows to `measured`: all of the method's, or those that are named.
+
+        Mask scores go on from what is known of fewer rows. `digest` is the checkpoint's.
 
         Raises:
             NumericalError: a gradient or an activation is NaN or infinite; names the row.
         """
         start = time.monotonic()
+        measured.cached = measured.cached or not measured.statistics
         estimator = self._estimator(loaded)
-        measured = Measured(estimator=estimator.name if estimator else None, cached=True)
-        for statistic in sorted(self._method.statistics):
+        measured.estimator = estimator.name if estimator else None
+        for statistic in sorted(self._method.statistics if statistics is None else statistics):
+            if statistic is Statistic.MASK_FISHER and estimator is not None and not self._is_paper:
+                self._score(measured, loaded, digest, sample, rows, estimator, on_rows)
+                continue
             kept, was_there = self._store.get_or_compute(
-                self._facts(statistic, loaded, digest, sample),
-                Origin(checkpoint=loaded.info.source, dataset=sample.source, examples=len(sample.examples)),
-                self._computed(statistic, loaded, sample, on_rows),
+                self._facts(statistic, estimator, digest, sample, rows),
+                _origin(loaded, sample, rows),
+                self._computed(statistic, estimator, loaded, sample, rows, on_rows),
                 on_wait=lambda: on_rows(0),
             )
             if was_there:
-                on_rows(len(sample.examples) * self._passes_of(statistic))
+                on_rows(rows * self._passes_of(statistic))
             measured.cached &= was_there
             measured.statistics[statistic] = kept
-        measured.seconds = time.monotonic() - start
-        return measured
+        measured.rows = rows
+        measured.seconds += time.monotonic() - start
+
+    def _score(
+        self,
+        measured: Measured,
+        loaded: LoadedModel,
+        digest: str,
+        sample: Sample,
+        rows: int,
+        estimator: Estimator,
+        on_rows: OnRows,
+    ) -> None:
+        """Scores of the first `rows`, from the longest run of whole blocks whose sums are known; every look is kept.
+
+        Of several processes that want the same, one goes through the rows; the others wait for it.
+        """
+
+        def facts(end: int) -> Facts:
+            return self._facts(Statistic.MASK_FISHER, estimator, digest, sample, end)
+
+        counted = max(measured.sums, default=0)
+        known = self._find(measured, facts, rows)
+        if known == rows:
+            on_rows(known - counted)
+            return
+        with self._store.alone_with(facts(rows), lambda: on_rows(0)):
+            known = self._find(measured, facts, rows)
+            on_rows(known - counted)
+            sums = NodeStatistics()
+            if known:
+                sums.merge(measured.sums[known])
+            for look in [look for look in looks(rows) if look > known]:
+                measured.cached = False
+                for block in sample.blocks(sums.examples, look):
+                    sums.merge(score(loaded, block, estimator, self._precision, sample.source, on_rows))
+                errors = sums.standard_errors(sample.population)
+                named = {f"{site}{STANDARD_ERROR}": error for site, error in errors.items()}
+                parts = [sums.scores() | named | sums.named()]
+                kept = self._store.put(facts(look), _origin(loaded, sample, look), parts)
+                measured.sums[look] = NodeStatistics.from_named(look, kept)
+                measured.statistics[Statistic.MASK_FISHER] = kept
+
+    def _find(self, measured: Measured, facts: Callable[[int], Facts], rows: int) -> int:
+        """Add the longest run of whole blocks that is kept, and the looks before it; how many rows are known then."""
+        known = max(measured.sums, default=0)
+        for end in reversed([end for end in block_ends(rows) if end > known]):
+            kept = self._store.get(facts(end))
+            if kept is not None:
+                measured.sums[end] = NodeStatistics.from_named(end, kept)
+                measured.statistics[Statistic.MASK_FISHER] = kept
+                known = end
+                break
+        for look in [look for look in looks(known) if look > 0 and look not in measured.sums]:
+            kept = self._store.get(facts(look))
+            if kept is not None:
+                measured.sums[look] = NodeStatistics.from_named(look, kept)
+        return known
 
     def _passes_of(self, statistic: Statistic) -> int:
         return len(self._passes) if statistic is Statistic.GRAM else 1
@@ -111,14 +181,18 @@ class Measurer:
             return estimator_for(self._method.estimator, loaded.task, self._method.seed)
         return None
 
-    def _facts(self, statistic: Statistic, loaded: LoadedModel, digest: str, sample: Sample) -> Facts:
-        """All that the statistic follows from. Tokenizer and `max_length` show in the rows."""
+    def _facts(
+        self, statistic: Statistic, estimator: Estimator | None, digest: str, sample: Sample, rows: int
+    ) -> Facts:
+        """All that the statistic of the first `rows` follows from."""
+        if statistic is Statistic.GRAM:
+            estimator = None
         of_nodes = statistic is Statistic.MASK_FISHER
-        estimator = None if statistic is Statistic.GRAM else self._estimator(loaded)
         return Facts(
             statistic=statistic,
             checkpoint=digest,
-            rows=_digest_rows(sample.examples, with_labels=estimator is not None and self._method.needs_labels),
+            rows=sample.digest(rows, with_labels=estimator is not None and self._method.needs_labels),
+            tokens=sample.tokens,
             precision=self._precision,
             estimator=estimator.name if estimator else None,
             seed=estimator.seed if isinstance(estimator, Sampled) else None,
@@ -131,30 +205,26 @@ class Measurer:
         return isinstance(self._method, MaskFisherParameters) and self._method.preset == "paper"
 
     def _computed(
-        self, statistic: Statistic, loaded: LoadedModel, sample: Sample, on_rows: OnRows
+        self,
+        statistic: Statistic,
+        estimator: Estimator | None,
+        loaded: LoadedModel,
+        sample: Sample,
+        rows: int,
+        on_rows: OnRows,
     ) -> Iterator[Mapping[str, Tensor]]:
         """The statistic in parts, no more than one of which is held."""
-        examples, source = sample.examples, sample.source
-        estimator = self._estimator(loaded)
+        examples = [example for block in sample.blocks(0, rows) for example in block]
         if statistic is Statistic.GRAM:
             for inputs in self._passes:
-                yield grams(loaded, inputs, examples, self._precision, source, on_rows)
+                yield grams(loaded, inputs, examples, self._precision, sample.source, on_rows)
         elif estimator is None:
             raise TypeError(f"method {self._method.name} has no estimator to measure {statistic} with")
         elif statistic is Statistic.FISHER:
-            yield fisher(loaded, examples, estimator, self._precision, source, on_rows)
-        elif self._is_paper:
-            yield paper_scores(loaded, examples, source, on_rows)
+            yield fisher(loaded, examples, estimator, self._precision, sample.source, on_rows)
         else:
-            sums = score(loaded, examples, estimator, self._precision, source, on_rows)
-            errors = sums.standard_errors(sample.population)
-            yield sums.scores() | {f"{site}{STANDARD_ERROR}": error for site, error in errors.items()}
+            yield paper_scores(loaded, examples, sample.source, on_rows)
 
 
-def _digest_rows(examples: Sequence[Example], *, with_labels: bool) -> str:
-    """sha256 over the rows' tokens, in order, and over their labels where these are read."""
-    digest = hashlib.sha256()
-    for example in examples:
-        row = [example.encoding, example.label if with_labels else None]
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
+def _origin(loaded: LoadedModel, sample: Sample, rows: int) -> Origin:
+    return Origin(checkpoint=loaded.info.source, dataset=sample.source, examples=rows)

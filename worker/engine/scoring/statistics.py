@@ -1,30 +1,44 @@
 """Sums over examples from which scores and their standard errors follow. Sums add, so shards do."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.families import Nodes
+from worker.engine.catalog.methods import Normalize
+from worker.engine.scoring.estimators import TINY
+
+STANDARD_ERROR = ".stderr"
+SUMS = (".sum", ".sum_squares", ".sum_products")
+
 
 @dataclass
 class NodeStatistics:
-    """Running sums of `q`, each example's squared mask gradient, per score name; float64, (nodes,)."""
+    """Running sums over examples, per score name; float64, (nodes,).
+
+    With `q` an example's squared mask gradients and `m` their mean over the name's nodes: the sums of `q`, `q^2` and
+    `q m`. The sums of `m` and `m^2` are the means over nodes of the first and the third.
+    """
 
     examples: int = 0
     total: dict[str, Tensor] = field(default_factory=dict)
     total_squares: dict[str, Tensor] = field(default_factory=dict)
+    total_products: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, squares: dict[str, Tensor]) -> None:
         """Add a batch: `squares` by score name, (batch, nodes)."""
         for site, q in squares.items():
             q = q.detach().to("cpu", torch.float64)
-            self._accumulate(site, q.sum(0), (q**2).sum(0))
+            self._accumulate(site, q.sum(0), (q**2).sum(0), (q * q.mean(1, keepdim=True)).sum(0))
         self.examples += len(next(iter(squares.values())))
 
     def merge(self, other: "NodeStatistics") -> None:
         """Add another shard's sums."""
         for site in other.total:
-            self._accumulate(site, other.total[site], other.total_squares[site])
+            self._accumulate(site, other.total[site], other.total_squares[site], other.total_products[site])
         self.examples += other.examples
 
     def scores(self) -> dict[str, Tensor]:
@@ -36,18 +50,67 @@ class NodeStatistics:
 
         Scores are heavy-tailed; below a few hundred examples these are too small.
         """
-        n = self.examples
-        if n < 2 or population <= n:
-            return {site: torch.zeros_like(total) for site, total in self.total.items()}
-        errors = {}
-        for site, total in self.total.items():
-            variance = (self.total_squares[site] - total**2 / n).clamp_min(0) / (n - 1)
-            errors[site] = (variance / n * (1 - n / population)).sqrt()
-        return errors
+        return {site: variance.sqrt() for site, variance, _, _ in self._covariances(population)}
 
-    def _accumulate(self, site: str, total: Tensor, squares: Tensor) -> None:
-        if site in self.total:
-            self.total[site] = self.total[site] + total
-            self.total_squares[site] = self.total_squares[site] + squares
-        else:
-            self.total[site], self.total_squares[site] = total, squares
+    def relative_errors(self, population: int, normalize: Normalize = "layer", floor: float = 0.0) -> dict[str, Tensor]:
+        """`rho_i`: standard error of the score after normalisation and floor, over that score; 0 where the score is 0.
+
+        - `layer`: `F' = F_i / M` with `M` the mean over the name's nodes. By the delta method its variance is that of
+          the mean of `u = (q_i - F' m) / M`, so that what makes an example's gradients large at all nodes cancels.
+        - `none`: that of `F_i` itself.
+        - `model`: an upper bound, `rho_i + sum_k F_k^2 rho_k / sum_k F_k^2`, whose second part bounds the norm's error
+          by the triangle inequality: the sums do not tell how a node varies together with the nodes of other layers.
+
+        A node at the floor has the error of its layer's mean, which normalisation by layer makes a constant.
+        """
+        scores = self.scores()
+        found, unfloored = {}, {}
+        for site, variance, with_mean, of_mean in self._covariances(population):
+            score = scores[site]
+            mean = score.mean()
+            relative, floored = _ratio(variance, score**2), _ratio(of_mean, mean**2)
+            if normalize == "layer":
+                relative = relative - 2 * _ratio(with_mean, score * mean) + floored
+                floored = torch.zeros_like(floored)
+            unfloored[site] = torch.where(score > 0, relative, 0.0).clamp_min(0).sqrt()
+            found[site] = torch.where(score < floor * mean, floored.sqrt(), unfloored[site])
+        if normalize == "model":
+            for nodes in Nodes:
+                sites = [site for site in found if site.endswith(f".{nodes}")]
+                squares = torch.cat([scores[site] ** 2 for site in sites])
+                of_norm = _ratio((squares * torch.cat([unfloored[site] for site in sites])).sum(), squares.sum())
+                found |= {site: found[site] + of_norm for site in sites}
+        return found
+
+    def named(self) -> dict[str, Tensor]:
+        """The sums under `<score name>.sum`, `.sum_squares` and `.sum_products`, to be kept."""
+        sums = (self.total, self.total_squares, self.total_products)
+        return {f"{site}{suffix}": of[site] for suffix, of in zip(SUMS, sums, strict=True) for site in of}
+
+    @classmethod
+    def from_named(cls, examples: int, tensors: Mapping[str, Tensor]) -> Self:
+        """What `named` gave, among other tensors."""
+        sums = [{n.removesuffix(suffix): tensors[n] for n in tensors if n.endswith(suffix)} for suffix in SUMS]
+        return cls(examples, *sums)
+
+    def _covariances(self, population: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Per score name: of the mean over examples of `q` the variance, its covariance with that of `m`, and the
+        latter's variance; of a sample without replacement. Zero from one example alone, or from all of them."""
+        n = self.examples
+        nothing_to_tell = n < 2 or population <= n
+        factor = 0.0 if nothing_to_tell else (1 - n / population) / n / (n - 1)
+        for site, total in self.total.items():
+            products = self.total_products[site]
+            mean = total.mean()
+            variance = (self.total_squares[site] - total**2 / n).clamp_min(0)
+            of_mean = (products.mean() - mean**2 / n).clamp_min(0)
+            yield site, factor * variance, factor * (products - total * mean / n), factor * of_mean
+
+    def _accumulate(self, site: str, total: Tensor, squares: Tensor, products: Tensor) -> None:
+        for of, new in ((self.total, total), (self.total_squares, squares), (self.total_products, products)):
+            of[site] = of[site] + new if site in of else new
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where the denominator is."""
+    return torch.where(denominator > 0, numerator / denominator.clamp_min(TINY), 0.0)

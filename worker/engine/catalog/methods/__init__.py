@@ -10,7 +10,7 @@ from worker.engine.catalog.methods.entry import (
     Statistic,
 )
 from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
-from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, ScoringParameters
+from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, Normalize, ScoringParameters
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
 from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticParameters
@@ -32,6 +32,7 @@ __all__ = [
     "MeasuringParameters",
     "MethodEntry",
     "MethodParameters",
+    "Normalize",
     "RegMeanParameters",
     "RegressionParameters",
     "ScoringParameters",

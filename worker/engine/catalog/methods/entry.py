@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from worker.engine.catalog.strict import Strict
 
@@ -20,6 +20,10 @@ class Statistic(StrEnum):
     """Fisher information of every parameter."""
 
 
+MOST_AUTO_EXAMPLES = 16_384
+"""Rows of each data set beyond which `examples: "auto"` does not go on."""
+
+
 class MethodParameters(Strict):
     """Parameters common to all methods."""
 
@@ -32,6 +36,11 @@ class MethodParameters(Strict):
     @property
     def statistics(self) -> frozenset[Statistic]:
         return frozenset()
+
+    @property
+    def most_examples(self) -> int:
+        """Rows of each data set that are measured at most."""
+        return 0
 
     @property
     def needs_base(self) -> bool:
@@ -58,6 +67,16 @@ class MeasuringParameters(MethodParameters):
 
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
     """Rows of each data set that are measured."""
+
+    @model_validator(mode="after")
+    def _auto_stops_by_scores(self) -> Self:
+        if self.examples == "auto" and Statistic.MASK_FISHER not in self.statistics:
+            raise ValueError(f"examples 'auto' stops by scores of mask nodes, and {self.name} has none; give a number")
+        return self
+
+    @property
+    def most_examples(self) -> int:
+        return MOST_AUTO_EXAMPLES if self.examples == "auto" else self.examples
 
 
 class GradientParameters(MeasuringParameters):

@@ -10,6 +10,9 @@ from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry,
 PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
 
 PAPER_BATCH_ROWS = 32
+TOLERANCE = 0.1
+
+Normalize = Literal["layer", "model", "none"]
 
 
 class ScoringParameters(GradientParameters):
@@ -18,13 +21,25 @@ class ScoringParameters(GradientParameters):
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 2048
     """Rows of each data set that are scored; `auto` stops when the merge weights are known to `tolerance`."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Standard error of the merge weights at which `examples: "auto"` stops."""
-    normalize: Literal["layer", "model", "none"] = "layer"
+    """Standard error of the merge weights, in the root mean square over a layer's nodes, at which `examples: "auto"`
+    stops; 0.1 when absent."""
+    normalize: Normalize = "layer"
     """Scores are divided by their layer's mean, or by their L2 norm over the model, per kind of node."""
     rest: Literal["uniform", "model"] = "uniform"
     """Weights of what no node owns: lambda alone, or the mean model-normalised score of its block (or of the model)."""
     floor: Annotated[float, Field(ge=0, le=1)] = 1e-3
     """Least score of a node, as a share of its layer's mean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_has_a_tolerance(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            tolerance = data.get("tolerance")
+            if data.get("examples") == "auto":
+                return {**data, "tolerance": TOLERANCE if tolerance is None else tolerance}
+            if tolerance is not None:
+                raise ValueError("tolerance says when examples 'auto' stops; ask for that, or leave tolerance out")
+        return data
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -43,6 +58,8 @@ class MaskFisherParameters(ScoringParameters):
             for name, value in PAPER.items():
                 if data.get(name, value) != value:
                     raise ValueError(f"preset 'paper' fixes {name} to {value!r}; leave it out")
+            if data.get("examples") == "auto":
+                raise ValueError("preset 'paper' sums squares of batch means, which have no error bars to stop by")
             if data.get("rest", "uniform") != "uniform":
                 raise ValueError("preset 'paper' has its own rule for what no node owns; leave rest out")
             return {**data, **PAPER}

@@ -1,0 +1,122 @@
+"""The rows that a model is measured on: known by their texts, tokenised when they are needed."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from itertools import pairwise
+
+from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.rows import Row
+from worker.engine.catalog.spec import DatasetSpec
+from worker.engine.catalog.statistics import Tokens
+from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.checkpoints.reader import digest_tokenizer
+from worker.engine.scoring.data import BLOCK_ROWS, Example, tokenize
+
+FIRST_BLOCK_ROWS = 256
+PROBED_ROWS = 32
+
+
+class Sample:
+    """Rows of one model to measure it on, of `population` in the data set.
+
+    Args:
+        rows: in the data set's seeded order.
+        loaded: whose tokenizer the rows are for.
+        labels: how labels are read; None when they are not.
+
+    Raises:
+        InvalidDataset: a label that the head does not have; names the row.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], population: int, spec: DatasetSpec, loaded: LoadedModel, labels: LabelMap | None
+    ) -> None:
+        self.population = population
+        self.spec = spec
+        self._rows = rows
+        self._tokenizer = loaded.tokenizer
+        self.max_length = loaded.max_length
+        self._labels = labels
+        self._tokenized: dict[int, tuple[int, int]] = {}  # truncated, and all, by first row of the block
+        self.tokens = Tokens(
+            tokenizer=digest_tokenizer(loaded.info),
+            inputs=loaded.tokenizer.model_input_names,
+            max_length=min(loaded.max_length, spec.max_length or loaded.max_length),
+            versions={name: version(name) for name in ("tokenizers", "transformers")},
+        )
+        self._digests = {with_labels: self._digested(with_labels) for with_labels in (False, True)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def source(self) -> str:
+        return self.spec.source
+
+    def digest(self, rows: int, *, with_labels: bool) -> str:
+        """sha256, hex, over the texts of the first `rows`, and their labels; `rows` is the end of a block."""
+        return self._digests[with_labels][rows]
+
+    def blocks(self, start: int, stop: int) -> Iterator[list[Example]]:
+        """The rows in these places, block by block; the next is tokenised while the caller is busy with one."""
+        bounds = list(pairwise([start, *(end for end in block_ends(stop) if end > start)]))
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self._tokenize, *bounds[0])
+            for following in bounds[1:]:
+                block = coming.result()
+                coming = pool.submit(self._tokenize, *following)
+                yield block
+            yield coming.result()
+
+    @property
+    def truncated(self) -> tuple[int, int]:
+        """Rows that were cut because they were too long, and rows that were tokenised to be measured at all."""
+        found = self._tokenized.values()
+        return sum(cut for cut, _ in found), sum(count for _, count in found)
+
+    def longest(self) -> int:
+        """Tokens of the longest among the rows of most bytes, which is about that of all."""
+        by_bytes = sorted(self._rows, key=lambda row: len(row.text.encode()) + len((row.text_pair or "").encode()))
+        found = tokenize(by_bytes[-PROBED_ROWS:], self.spec, self._tokenizer, self.max_length, None)
+        return max(example.length for example in found.examples)
+
+    def _tokenize(self, start: int, stop: int) -> list[Example]:
+        found = tokenize(self._rows[start:stop], self.spec, self._tokenizer, self.max_length, self._labels, start)
+        self._tokenized[start] = (found.truncated, len(found.examples))
+        return found.examples
+
+    def _digested(self, with_labels: bool) -> dict[int, str]:
+        """sha256 of the rows up to the end of every block."""
+        digest = hashlib.sha256()
+        found = {}
+        for start, stop in pairwise([0, *block_ends(len(self))]):
+            for row in self._rows[start:stop]:
+                label = None
+                if with_labels and self._labels is not None and self.spec.label is not None:
+                    label = self._labels.value(row.label, self.source, row.place)
+                digest.update(json.dumps([row.text, row.text_pair, label]).encode() + b"\n")
+            found[stop] = digest.copy().hexdigest()
+        return found
+
+
+def block_ends(rows: int) -> list[int]:
+    """Where blocks of `rows` end: at 256, 512, 1024, then after every further 1024, and at the last row.
+
+    Rows are sorted by length and computed together within a block only, so that the sums up to the end of a block are
+    the same bits wherever scoring stops or goes on.
+    """
+    ends = [FIRST_BLOCK_ROWS, 2 * FIRST_BLOCK_ROWS, *range(BLOCK_ROWS, rows, BLOCK_ROWS)]
+    return [*(end for end in ends if end < rows), *([rows] if rows else [])]
+
+
+def looks(rows: int) -> list[int]:
+    """After how many rows the error is looked at: 256, 512, 1024 and so on, each time twice as many, and at the end."""
+    ends = []
+    end = FIRST_BLOCK_ROWS
+    while end < rows:
+        ends.append(end)
+        end *= 2
+    return [*ends, rows]
