@@ -44,6 +44,7 @@ from worker.engine.device import best_device, resolve_precision
 from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, Array, bootstrap
 from worker.engine.methods import BUILDERS, MeasuredModel
+from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample
@@ -157,7 +158,7 @@ class Bench:
             expert.measured[label] = MeasuredModel(1.0)
             if isinstance(method, MeasuringParameters):
                 plan = plan_merge([expert.info])
-                measurer = Measurer(method, plan.linear_inputs, self.precision, self.store)
+                measurer = Measurer(method, plan.linear_inputs, self.precision, self.store, BatchSizes())
                 model = load(expert.info, self.device)  # the one at hand has another backbone by now
                 spec, read = self.rows_of(expert.name, "train")
                 own = Sample(read[:rows], len(read), spec, model, LabelMap(model.task))

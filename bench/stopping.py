@@ -33,6 +33,7 @@ from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.evaluation.metrics import Array, bootstrap
 from worker.engine.methods.combine import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights
+from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
 from worker.engine.stopping import Scored, errors_at, point
@@ -96,7 +97,8 @@ class StoppingBench:
                 rows = sample(RowFile(spec), spec, None)
                 model = load(expert.info, self.bench.device)
                 own = Sample(rows, len(rows), spec, model, LabelMap(model.task))
-                measurer = Measurer(METHOD, plan_merge([expert.info]).linear_inputs, self.bench.precision, store)
+                inputs = plan_merge([expert.info]).linear_inputs
+                measurer = Measurer(METHOD, inputs, self.bench.precision, store, BatchSizes())
                 found = Measured()
                 measurer.measure(found, model, digest_checkpoint(expert.info), own, len(own), lambda _: None)
                 self.scored[name] = Scored(1.0, found.sums, len(own))

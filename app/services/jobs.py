@@ -164,6 +164,7 @@ class Jobs:
                 models_beside=models_beside(evaluates, aligns, request.method),
                 tokens_held=measured * longest if request.method.refits_layers else 0,
                 batch_rows=request.method.batch_rows,
+                batch_tokens=request.method.most_batch_tokens,
             ),
             examples=measured,
             tensors=len(plan.backbone),

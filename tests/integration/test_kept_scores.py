@@ -1,6 +1,7 @@
 """Kept statistics: merges that find them compute nothing, and the API reads them while workers write and remove."""
 
 import io
+import json
 import shutil
 import tarfile
 import time
@@ -21,6 +22,7 @@ from app.storage.statistics import StatisticsFolder
 from tests.conftest import free_port
 from tests.tiny import merge_spec, model_spec, silent
 from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.report import MANIFEST
 from worker.engine.catalog.spec import MergeSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
 from worker.engine.pipeline import Engine
@@ -202,3 +204,29 @@ def test_ten_thousand_are_listed_soon(tmp_path: Path, api: TestClient, store: St
     assert [entry["seed"] % 100 for entry in page["data"]] == [7] * 100
     assert seconds[0] < 10
     assert max(seconds[1:]) < 1
+
+
+def test_the_manifest_says_what_the_same_bits_need(tiny_inputs: Path, tmp_path: Path) -> None:
+    """A merge whose tokens of a batch were found by trying, and another elsewhere that names their number."""
+    models = [model_spec(tiny_inputs / "checkpoints" / name, tiny_inputs / "rows" / f"{name}.jsonl") for name in "ab"]
+
+    def merged(name: str, **method: Any) -> tuple[dict[str, Any], Path]:
+        spec = merge_spec(tmp_path / name, models, {"name": "mask_fisher", "examples": 40, **method}, align_heads=False)
+        result = Engine(CPU).merge(spec, silent)
+        manifest = json.loads((tmp_path / name / MANIFEST).read_text())
+        assert [m.batch_tokens for m in result.models] == [m["batch_tokens"] for m in manifest["inputs"].values()]
+        return manifest, tmp_path / name
+
+    manifest, first = merged("first")
+    assert manifest["threads"] == torch.get_num_threads()
+    assert manifest["device"] == "cpu"
+    [tokens] = {model["batch_tokens"] for model in manifest["inputs"].values()}
+    again, second = merged("second", batch_tokens=tokens)
+    other, third = merged("third", batch_tokens=64)
+    assert {model["batch_tokens"] for model in other["inputs"].values()} == {64}
+    for path in sorted((first / "scores").iterdir()):
+        assert path.read_bytes() == (second / "scores" / path.name).read_bytes()
+        assert path.read_bytes() != (third / "scores" / path.name).read_bytes()
+    assert [f for f in again["files"] if f["name"].endswith("safetensors")] == [
+        f for f in manifest["files"] if f["name"].endswith("safetensors")
+    ]

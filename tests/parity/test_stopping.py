@@ -35,6 +35,7 @@ from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.methods.combine import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_errors
 from worker.engine.pipeline import Engine
+from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, block_ends, looks
 from worker.engine.scoring.statistics import NodeStatistics
@@ -228,7 +229,7 @@ class Case:
         method: ScoringParameters | None = None,
     ) -> tuple[Measured, Sample]:
         """Scores of the first rows; the sample says how many of them were tokenised for it."""
-        measurer = Measurer(method or MaskFisherParameters(), [], "float32", store)
+        measurer = Measurer(method or MaskFisherParameters(), [], "float32", store, BatchSizes())
         own, found = self.sample(rows), measured or Measured()
         measurer.measure(found, self.loaded, "digest", own, rows, silent)
         return found, own

@@ -9,7 +9,7 @@ import torch
 from tests.tiny import dataset_spec, silent, tiny_checkpoint, write_rows
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.planning import BATCH_TOKENS
+from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.scoring.batching import CPU_CANDIDATES, BatchSizes, _fastest

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.tiny import POSITIONS, dataset_spec, edit_json, tiny_checkpoint
 from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.labels import LabelMap, Task
-from worker.engine.catalog.planning import BATCH_TOKENS
+from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
 from worker.engine.scoring.data import (
     BLOCK_ROWS,

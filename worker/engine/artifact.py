@@ -7,6 +7,8 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MANIFEST, JobResult, MeasuredModel, MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
@@ -15,6 +17,7 @@ from worker.engine.checkpoints.writer import save_tensors, write_json
 from worker.engine.scoring.measure import Measured
 
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
+REPEATING = {"checkpoint", "digest", "examples", "batch_tokens"}  # what the same bits need, of each model
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
 
 
@@ -79,9 +82,11 @@ def _write_manifest(
         files.append({"name": name, "bytes": path.stat().st_size, "sha256": known[inode]})
     manifest = {
         "files": files,
-        "inputs": {model.name: {"checkpoint": model.checkpoint, "digest": model.digest} for model in models},
+        "inputs": {model.name: model.model_dump(include=REPEATING) for model in models},
         **more,
         "method": result.method,
+        "device": result.device,
+        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     write_json(folder / MANIFEST, manifest)

@@ -59,6 +59,7 @@ from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
+from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.data import Example, plan_batches, tokenize
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
@@ -109,6 +110,7 @@ class Engine:
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device or best_device()
         self._models = ModelCache(self._device)
+        self._batches = BatchSizes()
 
     def merge(self, spec: MergeSpec, on_progress: OnProgress) -> MergeResult:
         """Run the whole merge and leave a complete artifact in `spec.folder`.
@@ -144,7 +146,7 @@ class Engine:
 
         if isinstance(spec.method, MeasuringParameters):
             with clock.measure("score_seconds"):
-                measurer = Measurer(spec.method, plan.linear_inputs, precision, store)
+                measurer = Measurer(spec.method, plan.linear_inputs, precision, store, self._batches)
                 measured = [(measurer, run) for run in runs]
                 self._measure(spec.method, measured, _scoring(measured, on_progress))
             for run in runs:
@@ -223,7 +225,7 @@ class Engine:
                 self._require_memory(plan, spec, precision, longest_row=1)
                 run = self._prepare(spec, model, plan.checkpoints[0], inputs, notes)
                 self._require_memory(plan, spec, precision, _longest(run))
-                measured.append((Measurer(spec.method, plan.linear_inputs, precision, store), run))
+                measured.append((Measurer(spec.method, plan.linear_inputs, precision, store, self._batches), run))
                 loading.advance()
 
         with clock.measure("score_seconds"):
@@ -258,6 +260,7 @@ class Engine:
             models_beside=spec.models_beside,
             tokens_held=tokens_held,
             batch_rows=spec.method.batch_rows,
+            batch_tokens=spec.method.most_batch_tokens,
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
         )
         if needed + self._models.bytes_besides(plan.checkpoints) > available_memory():
@@ -597,6 +600,7 @@ def _measured_fields(run: ModelRun) -> dict[str, Any]:
         "commit": run.spec.hub.commit if run.spec.hub else None,
         "digest": run.digest,
         "examples": run.measured.rows,
+        "batch_tokens": run.measured.batch_tokens,
         "score_seconds": round(run.measured.seconds, 3),
         "score_cached": run.measured.cached,
     }

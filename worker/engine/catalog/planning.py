@@ -12,13 +12,11 @@ from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpo
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
 from worker.engine.catalog.headers import DTYPE_BYTES, CheckpointInfo, TensorInfo
 from worker.engine.catalog.labels import Task, task_of
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
 from worker.engine.catalog.spec import Dtype
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(TORCH_NAMES.values())
-BATCH_TOKENS = 2048  # padded tokens of a batch, where no better number is known
-LARGEST_BATCH_TOKENS = 4096  # that is tried on a CPU
 CACHE_BYTES = 2_000_000_000  # models kept loaded
 PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
 GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
@@ -95,6 +93,7 @@ class MergePlan:
         models_beside: int = 0,
         tokens_held: int = 0,
         batch_rows: int | None = None,
+        batch_tokens: int = LARGEST_BATCH_TOKENS,
         value_bytes: int = 4,
     ) -> int:
         """An estimate for one worker on a CPU: its libraries, the models it holds, and one batch's activations.
@@ -110,6 +109,7 @@ class MergePlan:
             tokens_held: of all rows, with padding, where layers are refitted: that keeps every expert loaded, and the
                 hidden states of every token in the expert and in the merge.
             batch_rows: of a batch that keeps to no budget of tokens.
+            batch_tokens: with padding, of any other batch; a longer row is one of its own.
             value_bytes: of an activation: 4 in float32, 2 in bfloat16.
         """
         config = self.checkpoints[0].config
@@ -122,7 +122,7 @@ class MergePlan:
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention
-        tokens = max(LARGEST_BATCH_TOKENS, longest * (batch_rows or 1))
+        tokens = max(batch_tokens, longest * (batch_rows or 1))
         passing = PASSING_ATTENTION_ROWS * attention
         one_pass = tokens * (per_layer + passing) * value_bytes
         # Where layers are refitted, a batch's activations in the expert and in the merge are there side by side.

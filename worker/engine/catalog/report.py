@@ -22,6 +22,8 @@ class MeasuredModel(Strict):
     """sha256 over the names and sha256 of the checkpoint's weight files and config."""
     examples: int
     """Rows that were measured."""
+    batch_tokens: int | None = None
+    """Padded tokens that were computed together for its scores; null where the method has none."""
     score_seconds: float
     score_cached: bool
     """Whether all of its statistics were there from an earlier job, or from another that ran at the same time."""

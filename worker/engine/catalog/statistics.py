@@ -65,6 +65,8 @@ class Origin(Strict):
     """Reference of the data set."""
     examples: int
     """Rows."""
+    batch_tokens: int | None = None
+    """Padded tokens that were computed together, of scores of mask nodes."""
 
 
 class KeptFile(Strict):

@@ -7,7 +7,7 @@ from itertools import cycle, islice
 
 import torch
 
-from worker.engine.catalog.planning import BATCH_TOKENS, LARGEST_BATCH_TOKENS
+from worker.engine.catalog.methods import BATCH_TOKENS, LARGEST_BATCH_TOKENS
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision
 from worker.engine.resources import is_out_of_memory

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.planning import BATCH_TOKENS
+from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.resources import is_out_of_memory

@@ -10,12 +10,15 @@ from worker.engine.catalog.methods import (
     GradientParameters,
     MaskFisherParameters,
     MeasuringParameters,
+    ScoringParameters,
     Statistic,
 )
 from worker.engine.catalog.planning import LinearInput
 from worker.engine.catalog.statistics import Facts, Origin
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision
+from worker.engine.scoring.batching import BatchSizes
+from worker.engine.scoring.data import Example, plan_batches
 from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.grams import grams, in_passes
@@ -34,6 +37,8 @@ class Measured:
     sums: dict[int, NodeStatistics] = field(default_factory=dict)
     """What the scores of its first rows follow from, by how many these are: at every look that is known."""
     estimator: str | None = None
+    batch_tokens: int | None = None
+    """Padded tokens that were computed together for the scores."""
     cached: bool = False
     seconds: float = 0.0
 
@@ -59,6 +64,7 @@ class Measurer:
 
     Args:
         inputs: of the backbone's linear layers.
+        batches: knows how many tokens are best computed together.
     """
 
     def __init__(
@@ -67,11 +73,13 @@ class Measurer:
         inputs: Sequence[LinearInput],
         precision: Precision,
         store: StatisticsStore,
+        batches: BatchSizes,
     ) -> None:
         self._method = method
         self._passes = in_passes(inputs)
         self._precision = precision
         self._store = store
+        self._batches = batches
 
     @property
     def passes(self) -> int:
@@ -148,11 +156,17 @@ class Measurer:
             for look in [look for look in looks(rows) if look > known]:
                 measured.cached = False
                 for block in sample.blocks(sums.examples, look):
-                    sums.merge(score(loaded, block, estimator, self._precision, sample.source, on_rows))
+                    tokens = measured.batch_tokens or self._tokens(
+                        loaded, block, rows - known, estimator, sample, on_rows
+                    )
+                    measured.batch_tokens = tokens
+                    batches = plan_batches(block, tokens)
+                    sums.merge(score(loaded, block, estimator, self._precision, sample.source, on_rows, batches))
                 errors = sums.standard_errors(sample.population)
                 named = {f"{site}{STANDARD_ERROR}": error for site, error in errors.items()}
                 parts = [sums.scores() | named | sums.named()]
-                kept = self._store.put(facts(look), _origin(loaded, sample, look), parts)
+                origin = _origin(loaded, sample, look, measured.batch_tokens)
+                kept = self._store.put(facts(look), origin, parts)
                 measured.sums[look] = NodeStatistics.from_named(look, kept)
                 measured.statistics[Statistic.MASK_FISHER] = kept
 
@@ -164,6 +178,7 @@ class Measurer:
             if kept is not None:
                 measured.sums[end] = NodeStatistics.from_named(end, kept)
                 measured.statistics[Statistic.MASK_FISHER] = kept
+                measured.batch_tokens = kept.about.origin.batch_tokens
                 known = end
                 break
         for look in [look for look in looks(known) if look > 0 and look not in measured.sums]:
@@ -171,6 +186,21 @@ class Measurer:
             if kept is not None:
                 measured.sums[look] = NodeStatistics.from_named(look, kept)
         return known
+
+    def _tokens(
+        self,
+        loaded: LoadedModel,
+        block: Sequence[Example],
+        rows: int,
+        estimator: Estimator,
+        sample: Sample,
+        on_rows: OnRows,
+    ) -> int:
+        """That are computed together, with padding: of `rows` rows like those of the block."""
+        asked = self._method.batch_tokens if isinstance(self._method, ScoringParameters) else "auto"
+        if asked != "auto":
+            return asked
+        return self._batches.find(loaded, block, rows, estimator, self._precision, sample.source, on_rows)
 
     def _passes_of(self, statistic: Statistic) -> int:
         return len(self._passes) if statistic is Statistic.GRAM else 1
@@ -226,5 +256,5 @@ class Measurer:
             yield paper_scores(loaded, examples, sample.source, on_rows)
 
 
-def _origin(loaded: LoadedModel, sample: Sample, rows: int) -> Origin:
-    return Origin(checkpoint=loaded.info.source, dataset=sample.source, examples=rows)
+def _origin(loaded: LoadedModel, sample: Sample, rows: int, batch_tokens: int | None = None) -> Origin:
+    return Origin(checkpoint=loaded.info.source, dataset=sample.source, examples=rows, batch_tokens=batch_tokens)

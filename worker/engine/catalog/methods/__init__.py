@@ -3,6 +3,8 @@
 from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, AlignedRegMeanParameters
 from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
 from worker.engine.catalog.methods.entry import (
+    BATCH_TOKENS,
+    LARGEST_BATCH_TOKENS,
     GradientParameters,
     MeasuringParameters,
     MethodEntry,
@@ -22,6 +24,8 @@ METHODS: dict[str, MethodEntry] = {
 }
 
 __all__ = [
+    "BATCH_TOKENS",
+    "LARGEST_BATCH_TOKENS",
     "METHODS",
     "AlignedRegMeanParameters",
     "AverageParameters",

@@ -8,6 +8,11 @@ from pydantic import Field, model_validator
 
 from worker.engine.catalog.strict import Strict
 
+BATCH_TOKENS = 2048
+"""Padded tokens of a batch, where no better number is known."""
+LARGEST_BATCH_TOKENS = 4096
+"""That is tried on a CPU."""
+
 
 class Statistic(StrEnum):
     """What a method may need to know of every model, measured on its own rows."""
@@ -55,6 +60,11 @@ class MethodParameters(Strict):
     def refits_layers(self) -> bool:
         """Whether linear layers are refitted to what they read in the merge, which keeps all experts loaded."""
         return False
+
+    @property
+    def most_batch_tokens(self) -> int:
+        """Padded tokens of the largest batch on a CPU, if no row is longer."""
+        return LARGEST_BATCH_TOKENS
 
     @property
     def batch_rows(self) -> int | None:

@@ -23,6 +23,9 @@ class ScoringParameters(GradientParameters):
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Standard error of the merge weights, in the root mean square over a layer's nodes, at which `examples: "auto"`
     stops; 0.1 when absent."""
+    batch_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
+    """Padded tokens that are computed together; `auto` finds the fastest by trying. It changes scores by rounding only;
+    the number that is in the manifest gives the same bits again."""
     normalize: Normalize = "layer"
     """Scores are divided by their layer's mean, or by their L2 norm over the model, per kind of node."""
     rest: Literal["uniform", "model"] = "uniform"
@@ -45,6 +48,10 @@ class ScoringParameters(GradientParameters):
     def statistics(self) -> frozenset[Statistic]:
         return frozenset({Statistic.MASK_FISHER})
 
+    @property
+    def most_batch_tokens(self) -> int:
+        return super().most_batch_tokens if self.batch_tokens == "auto" else self.batch_tokens
+
 
 class MaskFisherParameters(ScoringParameters):
     name: Literal["mask_fisher"] = "mask_fisher"
@@ -60,6 +67,8 @@ class MaskFisherParameters(ScoringParameters):
                     raise ValueError(f"preset 'paper' fixes {name} to {value!r}; leave it out")
             if data.get("examples") == "auto":
                 raise ValueError("preset 'paper' sums squares of batch means, which have no error bars to stop by")
+            if data.get("batch_tokens", "auto") != "auto":
+                raise ValueError(f"preset 'paper' computes {PAPER_BATCH_ROWS} rows together; leave batch_tokens out")
             if data.get("rest", "uniform") != "uniform":
                 raise ValueError("preset 'paper' has its own rule for what no node owns; leave rest out")
             return {**data, **PAPER}
