@@ -128,7 +128,9 @@ class MergePlan:
         # Where layers are refitted, a batch's activations in the expert and in the merge are there side by side.
         phases = [2 * one_pass if tokens_held else one_pass]
         if Statistic.MASK_FISHER in statistics:
-            phases.append(tokens * (sizes["layers"] * per_layer + passing) * value_bytes)
+            # In bfloat16 beside the model's weights, rounded.
+            rounded = max(models) // 2 if value_bytes == 2 else 0
+            phases.append(tokens * (sizes["layers"] * per_layer + passing) * value_bytes + rounded)
         if Statistic.FISHER in statistics:
             activations = longest * (sizes["layers"] * per_layer + passing) * value_bytes
             phases.append(activations + FISHER_VALUE_BYTES * max(models) // 4)
