@@ -8,7 +8,6 @@ merge is evaluated in float32.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
@@ -30,6 +28,7 @@ from transformers.utils import logging
 
 from bench.experts import Task, make_tasks
 from bench.families import fine_tune, write_ancestor, write_rows
+from bench.table import console, shown
 from worker.engine.catalog.families import FAMILIES, Nodes
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
@@ -57,7 +56,6 @@ MOST_DIFFERENCE = 1e-4  # of a hidden state from BERT's: rounding
 SEED = 0
 METHOD = MaskFisherParameters()
 Scores = dict[str, Tensor]
-console = Console(width=150)
 
 
 @dataclass
@@ -315,8 +313,7 @@ def main() -> None:
     bench = Bench(options.out, options.rows)
     found = {name: bench.run(name) for name in options.family or FAMILIES}
     show(found)
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows_of(found), indent=1) + "\n", encoding="utf-8")
+    shown(options.json, rows_of(found))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from bench.experts import base_model_folder, prepare
+from bench.table import console, shown
 from worker.engine import layers
 from worker.engine.alignment import aligned
 from worker.engine.backbone import Backbone
@@ -72,7 +72,6 @@ REFITTED_ANCESTOR = "the ancestor, its layers refitted to all experts"
 HEADS = ("kept", "aligned")
 Combination = tuple[str, ...]
 METHOD: TypeAdapter[MethodParameters] = TypeAdapter(Method)
-console = Console(width=150)
 
 
 @dataclass
@@ -254,17 +253,6 @@ def combinations_of(tasks: Sequence[str]) -> Iterator[Combination]:
         step = 1 if most is None else math.ceil(len(every) / most)
         yield from every[::step] if step else ()
     yield tuple(tasks)
-
-
-def shown(path: Path | None, found: list[dict[str, Any]]) -> None:
-    table = Table(title="Targets", title_justify="left")
-    for column in ("what", "ours", "reference", "ratio", "target", "met"):
-        table.add_column(column, justify="left" if column in ("what", "target") else "right")
-    for row in found:
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-    if path is not None:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 class Report:

@@ -22,7 +22,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bench.quality import HEADS, SEED, Bench, Combination, Outcome, console, shown
+from bench.quality import HEADS, SEED, Bench, Combination, Outcome
+from bench.table import console, shown
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.catalog.planning import plan_merge

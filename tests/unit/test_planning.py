@@ -104,8 +104,8 @@ def test_the_plan_says_what_linear_layers_read_and_counts_what_measuring_them_ho
     assert {seen.name: seen.width for seen in found.linear_inputs} == expected
     for more in ({"statistics": {Statistic.MASK_FISHER}}, {"statistics": {Statistic.GRAM}}, {"models_beside": 2}):
         assert found.peak_memory_bytes(10, **more) > found.peak_memory_bytes(10)
-    more = found.peak_memory_bytes(10, tokens_held=1000) - found.peak_memory_bytes(10, tokens_held=400)
-    assert more == 600 * 2 * 4 * hidden
+    held = found.peak_memory_bytes(10, tokens_held=1000) - found.peak_memory_bytes(10, tokens_held=400)
+    assert held == 600 * 2 * 4 * hidden
 
 
 def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:
