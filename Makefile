@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint docs clean
+.PHONY: help install demo serve bench test lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ demo: install  ## train two experts, merge them through the service, show the re
 serve: install  ## the whole service on http://127.0.0.1:8000, its data in .demo
 	@mkdir -p .demo/inputs
 	$(BIN)/maskmerge serve --data-dir .demo/data --local-root .demo/inputs --port 8000
+
+bench: install  ## how fast scoring is, against bare passes (about 15 minutes on an idle machine)
+	$(BIN)/python bench/scoring.py
 
 lint: install
 	$(BIN)/ruff format --check .
