@@ -60,7 +60,7 @@ class Evaluation(Dataset):
 
     label: Name = "label"
     metric: MetricName | None = None
-    """Default: accuracy for classification, pearson for regression."""
+    """Default: accuracy for classification, f1 for several labels at once, pearson for regression."""
 
 
 class MeasuredModelRequest(Strict):

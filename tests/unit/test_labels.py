@@ -59,7 +59,6 @@ def test_default_names_of_labels_are_known() -> None:
     [
         ({"id2label": NAMES}, 2, ["3 labels", "classifier.weight has shape [2, 16]"]),
         ({}, 3, ["2 labels", "[3, 16]"]),
-        ({"id2label": NAMES, "problem_type": "multi_label_classification"}, 3, ["multi_label_classification"]),
         ({"id2label": NAMES, "problem_type": "regression"}, 3, ["regression with 3 outputs"]),
         ({"id2label": 5}, 2, ["id2label"]),
         ({"id2label": NAMES, "label2id": list(IDS)}, 3, ["label2id"]),

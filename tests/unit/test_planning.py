@@ -229,7 +229,6 @@ BAD: dict[str, tuple[Spoiling, list[str]]] = {
         config(id2label={str(i): f"l{i}" for i in range(4)}),
         ["4 labels", "classifier.weight"],
     ),
-    "several labels at once": (config(problem_type="multi_label_classification"), ["multi_label_classification"]),
     "regression of several": (config(problem_type="regression"), ["regression", "outputs"]),
 }
 

@@ -11,6 +11,8 @@ from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import did_you_mean
 
+Label = int | float | tuple[float, ...]
+"""A class id, a number, or, of a multi-label head, 1 for each label that applies and 0 for each other."""
 NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,3})?", re.ASCII)
 
 
@@ -18,7 +20,7 @@ NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,3})?", re.ASCII
 class Task:
     """A head's task. `outputs` is the width of the logits."""
 
-    problem: Literal["classification", "regression"]
+    problem: Literal["classification", "multi_label", "regression"]
     outputs: int
     label_ids: dict[str, int]
 
@@ -26,10 +28,10 @@ class Task:
 def task_of(info: CheckpointInfo) -> Task:
     """The task of a sequence classification checkpoint, from its configuration.
 
-    As in transformers: one output, or `problem_type` regression, is regression.
+    As in transformers: what `problem_type` says; without it, one output is regression.
 
     Raises:
-        InvalidCheckpoint: multi-label heads and regression with several outputs are not available.
+        InvalidCheckpoint: regression with several outputs is not available.
     """
     config, family = info.config, FAMILIES[info.model_type]
     names = _labels(info, "id2label")
@@ -44,7 +46,7 @@ def task_of(info: CheckpointInfo) -> Task:
         )
     problem = config.get("problem_type")
     if problem == "multi_label_classification":
-        raise InvalidCheckpoint(info.source, "problem_type multi_label_classification is not available yet")
+        return Task("multi_label", outputs, _label_ids(info, names, outputs))
     if outputs == 1 or problem == "regression":
         if outputs != 1:
             raise InvalidCheckpoint(info.source, f"regression with {outputs} outputs is not available yet")
@@ -79,6 +81,7 @@ def _label_ids(info: CheckpointInfo, names: dict[str, Any], outputs: int) -> dic
 
 METRICS: dict[str, tuple[MetricName, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
+    "multi_label": ("f1", "accuracy"),
     "regression": ("pearson", "spearman"),
 }
 
@@ -92,16 +95,17 @@ def check_metric(metric: MetricName, task: Task, source: str) -> None:
 
 @dataclass(frozen=True)
 class LabelMap:
-    """From a row's label to the head's: a class id, or a number for regression.
+    """From a row's label to the head's.
 
     Integers are the checkpoint's own ids, unless `names` says what the data set calls them: then a label, number or
-    name, is looked up by name in the checkpoint's label2id.
+    name, is looked up by name in the checkpoint's label2id. Of a multi-label head a row has a list of ids or names, of
+    those that apply, or else 0.0 or 1.0 (or false or true) for every label.
     """
 
     task: Task
     names: tuple[str, ...] | None = None
 
-    def value(self, label: Any, source: str, place: Place) -> int | float:
+    def value(self, label: Any, source: str, place: Place) -> Label:
         """The head's value of a row's `label`. Text that is no name counts as the number that it spells, as in CSV.
 
         Raises:
@@ -109,6 +113,11 @@ class LabelMap:
         """
         if self.task.problem == "regression":
             return self._number(label, source, place)
+        if self.task.problem == "multi_label":
+            return self._those_that_apply(label, source, place)
+        return self._id(label, source, place)
+
+    def _id(self, label: Any, source: str, place: Place) -> int:
         if isinstance(label, str) and NUMBER.fullmatch(label.strip()) and not self._names_are_numbers:
             label = float(label)
         if isinstance(label, float) and label.is_integer():
@@ -121,6 +130,18 @@ class LabelMap:
         if not 0 <= label < count:
             raise InvalidDataset(source, f"label {str(label)[:20]} is out of range: ids are 0 to {count - 1}", place)
         return int(label) if self.names is None else self._by_name(self.names[label], source, place)
+
+    def _those_that_apply(self, label: Any, source: str, place: Place) -> tuple[float, ...]:
+        if not isinstance(label, list | tuple):
+            problem = f"the label is {type(label).__name__}, not a list of the labels that apply"
+            raise InvalidDataset(source, problem, place)
+        count = self.task.outputs if self.names is None else len(self.names)
+        if all(isinstance(one, float | bool) for one in label) and label:
+            if len(label) != count or not set(label) <= {0.0, 1.0}:
+                raise InvalidDataset(source, f"the label is not {count} times 0.0 or 1.0", place)
+            label = [index for index, applies in enumerate(label) if applies]
+        ids = {self._id(one, source, place) for one in label}
+        return tuple(float(index in ids) for index in range(self.task.outputs))
 
     @property
     def _names_are_numbers(self) -> bool:

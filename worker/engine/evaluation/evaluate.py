@@ -31,8 +31,11 @@ def predict(
     precision: Precision,
     on_rows: OnRows,
 ) -> Array:
-    """Predicted class ids, or values for regression, (rows,), in the order of `examples`."""
-    predictions = np.empty(len(examples), dtype=np.float64)
+    """Predicted class ids, or values for regression, (rows,), in the order of `examples`.
+
+    Of a multi-label head (rows, labels): 1 for what is more likely than not to apply, else 0.
+    """
+    predictions = _unknown(loaded, examples)
     for batch, _, logits in _forward(loaded, examples, precision):
         predictions[batch.indices.numpy()] = _predicted(logits, loaded.task)
         on_rows(len(batch))
@@ -47,7 +50,7 @@ def predict_with(
     on_rows: OnRows,
 ) -> tuple[Array, Array]:
     """As `predict`, with the model's own head and with another in its place, by one pass."""
-    own, others = (np.empty(len(examples), dtype=np.float64) for _ in range(2))
+    own, others = (_unknown(loaded, examples) for _ in range(2))
     for batch, features, logits in _forward(loaded, examples, precision):
         rows = batch.indices.numpy()
         own[rows] = _predicted(logits, loaded.task)
@@ -84,6 +87,18 @@ def _forward(
         handle.remove()
 
 
+def _unknown(loaded: LoadedModel, examples: Sequence[Example]) -> Array:
+    """Room for the predictions."""
+    of_each = (loaded.task.outputs,) if loaded.task.problem == "multi_label" else ()
+    return np.full((len(examples), *of_each), np.nan)
+
+
 def _predicted(logits: Tensor, task: Task) -> Array:
-    values = logits[:, 0] if task.problem == "regression" else logits.argmax(-1)
+    match task.problem:
+        case "regression":
+            values = logits[:, 0]
+        case "multi_label":
+            values = logits > 0
+        case _:
+            values = logits.argmax(-1)
     return values.cpu().double().numpy()

@@ -16,7 +16,7 @@ from worker.engine.catalog.spec import EvaluationSpec, MetricName
 
 Array = NDArray[np.float64]
 Metric = Callable[[Array, Array], float]
-"""From labels and predictions, each (rows,), to the metric."""
+"""From labels and predictions, each (rows,), or of a multi-label head (rows, labels), to the metric."""
 ResampledMetric = Callable[[Array], Array]
 """From how often each row was drawn, (rows, resamples), to the metric of each prediction, (predictions, resamples)."""
 
@@ -27,7 +27,7 @@ SUSPICIOUS_GAIN = 0.1  # of accuracy
 CHANCE_ERRORS = 3  # standard errors of a share, at most 1 / sqrt(rows) each, that renaming labels may gain by chance
 
 
-def _f1(average: Literal["binary", "macro"]) -> Metric:
+def _f1(average: Literal["binary", "macro", "micro"]) -> Metric:
     return lambda labels, predictions: float(sk.f1_score(labels, predictions, average=average, zero_division=0))
 
 
@@ -47,7 +47,13 @@ _SIMPLE: dict[MetricName, Metric] = {
 
 
 def metric_for(name: MetricName, task: Task) -> Metric:
-    """The metric of a head's task; f1 is of label 1 with two labels, the unweighted mean over labels with more."""
+    """The metric of a head's task.
+
+    f1 is of label 1 with two labels, the unweighted mean over labels with more, and of a multi-label head that of all
+    its yes or no decisions together; accuracy is the share of rows of which all of these are right.
+    """
+    if name == "f1" and task.problem == "multi_label":
+        return _f1("micro")
     if name == "f1":
         return _f1("binary" if task.outputs == 2 else "macro")
     return _SIMPLE[name]
@@ -62,8 +68,8 @@ def compare(
     each resample draws the same rows for all versions, so what makes a row hard for all of them cancels in differences.
 
     Args:
-        labels: (rows,).
-        predictions: of all versions, (rows,) each. The evaluation's seed draws the rows.
+        labels: (rows,), or of a multi-label head (rows, labels).
+        predictions: of all versions, in the same shape. The evaluation's seed draws the rows.
 
     Raises:
         NumericalError: a metric is not finite.
@@ -104,9 +110,11 @@ def bootstrap(name: MetricName, task: Task, labels: Array, predictions: Sequence
     """The metric of every prediction on resampled rows, (predictions, resamples); all are on the same resamples.
 
     Args:
-        labels, predictions: (rows,) each.
+        labels, predictions: (rows,) each, or of a multi-label head (rows, labels).
     """
-    if name == "pearson":
+    if task.problem == "multi_label":
+        metric = _of_decisions(name, labels, predictions)
+    elif name == "pearson":
         metric = _pearson(labels, predictions)
     elif name == "spearman":
         metric = _spearman(labels, predictions)
@@ -150,6 +158,21 @@ def _of_classes(name: MetricName, classes: int, labels: Array, predictions: Sequ
                 covariance = hits.sum(0) * rows - (labelled * predicted).sum(0)
                 variances = (rows**2 - (labelled**2).sum(0), rows**2 - (predicted**2).sum(0))
                 found.append(_correlation(covariance, *variances))
+        return np.stack(found)
+
+    return values
+
+
+def _of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+    """Of a multi-label head: accuracy of whole rows, or F1 of all decisions together, from sums over rows."""
+
+    def values(counts: Array) -> Array:
+        found = []
+        for predicted in predictions:
+            if name == "accuracy":
+                found.append((predicted == labels).all(1) @ counts / counts[:, 0].sum())
+            else:
+                found.append(_ratio(2 * (predicted * labels).sum(1) @ counts, (predicted + labels).sum(1) @ counts))
         return np.stack(found)
 
     return values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidDataset, Place
-from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.labels import Label, LabelMap
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import DatasetSpec
@@ -25,7 +25,7 @@ class Example:
     index: int
     place: Place
     encoding: Mapping[str, list[int]]
-    label: int | float | None
+    label: Label | None
 
     @property
     def length(self) -> int:
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded token tensors, each (batch, tokens), on the device; labels (batch,) where there are any."""
+    """Padded tensors on the device: tokens, each (batch, tokens), and labels, (batch,) or (batch, labels), if any."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None

@@ -63,9 +63,10 @@ def estimator_for(name: EstimatorName, task: Task, seed: int) -> Estimator:
         return Empirical(task)
     if task.problem == "regression":
         return Regression()
+    several = task.problem == "multi_label"
     if name == "sampled" or (name == "auto" and task.outputs > AUTO_EXPECTED_LABELS):
-        return Sampled(seed)
-    return Expected()
+        return SampledDecisions(seed) if several else Sampled(seed)
+    return ExpectedDecisions() if several else Expected()
 
 
 class Expected(Estimator):
@@ -87,6 +88,20 @@ class Expected(Estimator):
         return weights, torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
 
 
+class ExpectedDecisions(Estimator):
+    """Of a multi-label head, whose labels apply independently of each other: `sum_k p_k (1 - p_k) d_k^2`.
+
+    K labels cost K backward passes on one graph.
+    """
+
+    name = "expected"
+
+    def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        z = logits.double()
+        each = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        return z.sigmoid() * (-z).sigmoid(), each.expand(len(z), -1, -1)  # 1 - p without cancellation
+
+
 class Empirical(Estimator):
     """The square of the gradient of the log-likelihood of the row's own label."""
 
@@ -100,6 +115,8 @@ class Empirical(Estimator):
             raise RuntimeError("the empirical estimator needs labels; planning should have refused this")
         if self._task.problem == "regression":
             return _one_pass(batch.labels.double()[:, None] - logits.double())
+        if self._task.problem == "multi_label":
+            return _one_pass(batch.labels.double() - logits.double().sigmoid())
         return _one_pass(_likelihood(logits, batch.labels))
 
     def gradients(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
@@ -123,6 +140,16 @@ class Sampled(Estimator):
         return _one_pass(_likelihood(logits, drawn))
 
 
+class SampledDecisions(Sampled):
+    """The same of a multi-label head: whether each label applies is drawn by itself."""
+
+    def contrasts(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        p = logits.double().sigmoid()
+        draws = [[uniform(self.seed, int(i), label) for label in range(p.shape[1])] for i in batch.indices]
+        drawn = torch.tensor(draws, dtype=torch.float64).to(p.device) < p
+        return _one_pass(drawn.double() - p)
+
+
 class Regression(Estimator):
     """Unit-variance Gaussian: the expected squared gradient is the square of the prediction's derivative."""
 
@@ -142,7 +169,7 @@ def _one_pass(contrast: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ones(len(contrast), 1, dtype=torch.float64, device=contrast.device), contrast[:, None]
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for one example: the same however rows are batched or sharded."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, index), digest_size=8).digest()
+def uniform(seed: int, index: int, label: int = 0) -> float:
+    """A number in [0, 1) for one example (and label): the same however rows are batched or sharded."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, index, label), digest_size=8).digest()
     return float(struct.unpack("<Q", digest)[0] >> 11) / 2**53

@@ -59,9 +59,10 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
     """The published code's scores: the gradient of each batch's mean loss, squared, summed over batches.
 
     Batches of 32 rows in the data set's order, padded to their longest row; float32; a partial last batch as it is.
-    The loss is the model's own: cross entropy, or for regression the squared error, twice the Gaussian's.
+    The loss is the model's own: cross entropy, its mean over the labels of a multi-label head, or for regression the
+    squared error, twice the Gaussian's.
     """
-    loss_per_likelihood = 2.0 if loaded.task.problem == "regression" else 1.0
+    loss_per_likelihood = {"regression": 2.0, "multi_label": 1 / loaded.task.outputs}.get(loaded.task.problem, 1.0)
     empirical = Empirical(loaded.task)
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
     totals: dict[str, Tensor] = {}
