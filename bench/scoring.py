@@ -35,6 +35,7 @@ from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, best_device, computing_in, resolve_precision, rounded_weights
+from worker.engine.scoring.batching import UNTRIED
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches, tokenize
 from worker.engine.scoring.estimators import EstimatorName, estimator_for
 from worker.engine.scoring.masks import MaskGradients
@@ -178,13 +179,12 @@ class Clock:
 
     def time(self, works: dict[str, Callable[[], None]]) -> dict[str, float]:
         best = dict.fromkeys(works, float("inf"))
-        for _ in range(ROUNDS + 1):  # the first warms up
-            for name, work in works.items():
-                self._wait()
-                start = time.perf_counter()
-                work()
-                self._wait()
-                best[name] = min(best[name], time.perf_counter() - start) if _ else best[name]
+        for name, work in [*works.items()] * (ROUNDS + 1):
+            self._wait()
+            start = time.perf_counter()
+            work()
+            self._wait()
+            best[name] = min(best[name], time.perf_counter() - start)
         return best
 
     def _wait(self) -> None:
@@ -250,7 +250,7 @@ def measure(
         asked = estimator_for(estimator, loaded.task, seed=0)
 
         def run() -> None:
-            score(loaded, examples, asked, precision, "rows", lambda _: None)
+            score(loaded, examples, asked, precision, "rows", lambda _: None, batches)
 
         return run
 
@@ -261,7 +261,7 @@ def measure(
         }
         two = experts[2]
         examples = sentences(two, rows, tokens)
-        batches = plan_batches(examples)
+        batches = plan_batches(examples, UNTRIED[device.type])
         stock = faster_attention(two, batches, precision)
 
         def stock_bare() -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -136,10 +137,11 @@ class EngineProcess:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+            process, self._process = self._process, None
             os.close(self._events)
-            self._process = None
+            if process.stdin is not None:
+                with suppress(BrokenPipeError):  # closing sends what a process that died before did not take
+                    process.stdin.close()
 
     @property
     def pid(self) -> int:

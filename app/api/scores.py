@@ -52,6 +52,14 @@ class ScoresEntry(BaseModel):
     precision: str
     seed: int | None
     """Of the estimator `sampled`; null where none counts."""
+    paper: bool
+    """Whether it was computed by the published rule."""
+    population: int | None
+    """Rows of the data set, which standard errors depend on; null where there are none."""
+    max_length: int
+    """Tokens that a row was cut to."""
+    batch_tokens: int | None
+    """Padded tokens that were computed together; null where that does not count."""
     bytes: int
     created_at: AwareDatetime
     used_at: AwareDatetime
@@ -141,6 +149,10 @@ def _entry(kept: KeptStatistic) -> ScoresEntry | None:
         estimator=facts.estimator,
         precision=facts.precision,
         seed=facts.seed,
+        paper=bool(facts.paper),
+        population=facts.population,
+        max_length=facts.tokens.max_length,
+        batch_tokens=origin.batch_tokens,
         bytes=kept.about.bytes,
         created_at=kept.about.created_at,
         used_at=used_at,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from os import DirEntry, scandir
+from os import DirEntry, fstat, scandir
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -23,12 +23,14 @@ class KeptStatistic:
     def open(self) -> tuple[list[StoredFile], ExitStack]:
         """Its files, which stay readable until the stack is closed, even when the statistic is removed meanwhile.
 
-        Raises FileNotFoundError when it is gone.
+        Raises FileNotFoundError when it is gone, or not as long as it was.
         """
         files = []
         with ExitStack() as opened:
             for number, file in enumerate(self.about.files):
                 stream = opened.enter_context((self.path / file.name).open("rb"))
+                if fstat(stream.fileno()).st_size != file.bytes:  # damaged; who needs it measures it again
+                    raise FileNotFoundError(self.path / file.name)
                 part = f".{number:05d}" if len(self.about.files) > 1 else ""
                 name = f"{self.title}{part}.safetensors"
                 files.append(StoredFile(name, file.bytes, file.sha256, Path(f"/proc/self/fd/{stream.fileno()}")))

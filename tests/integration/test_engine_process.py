@@ -89,6 +89,21 @@ def test_it_can_be_started_again_after_its_death(engine: EngineProcess, tiny_inp
     assert isinstance(last_event(engine), Finished)
 
 
+def test_a_death_while_it_is_idle_is_noticed_by_the_next_merge(tiny_inputs: Path, tmp_path: Path) -> None:
+    engine = EngineProcess(threads=1)
+    engine.start()
+    os.kill(engine.pid, signal.SIGKILL)
+    psutil.Process(engine.pid).wait(10)
+    with pytest.raises(EngineDied):
+        engine.run(spec(tiny_inputs, tmp_path / "never"))
+    engine.start()
+    try:
+        engine.run(spec(tiny_inputs, tmp_path / "then"))
+        assert isinstance(last_event(engine), Finished)
+    finally:
+        engine.kill()
+
+
 def test_killing_it_leaves_no_process(engine: EngineProcess) -> None:
     process = psutil.Process(engine.pid)
     engine.kill()
@@ -113,7 +128,17 @@ def test_a_merge_that_exceeds_its_memory_is_out_of_memory(tiny_inputs: Path, tmp
         engine.kill()
 
 
-@pytest.mark.parametrize("method", [{}, {"preset": "paper"}, {"name": "average"}, {"name": "aligned_regmean"}], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"precision": "float32"},
+        {"precision": "bfloat16"},
+        {"preset": "paper"},
+        {"name": "average"},
+        {"name": "aligned_regmean"},
+    ],
+    ids=str,
+)
 def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str, str]) -> None:
     """No less is announced than is taken; and beyond what the libraries take, not much more."""
     names = ("x", "y", "z")
@@ -138,6 +163,7 @@ def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str
         models_beside=spec.models_beside,
         tokens_held=len(names) * 200 * POSITIONS if spec.method.refits_layers else 0,
         batch_rows=spec.method.batch_rows,
+        value_bytes=2 if spec.method.precision == "bfloat16" else 4,
     )
     assert event.result.peak_memory_bytes < planned
     assert event.result.peak_memory_bytes - idle > 0.4 * (planned - RUNTIME_BYTES)

@@ -20,7 +20,7 @@ from app.contracts.settings import Settings
 from app.main import create_app
 from app.storage.statistics import StatisticsFolder
 from tests.conftest import free_port
-from tests.tiny import merge_spec, model_spec, silent
+from tests.tiny import merge_spec, model_spec, silent, write_rows
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.report import MANIFEST
 from worker.engine.catalog.spec import MergeSpec, ScoreSpec, StoreSpec
@@ -230,3 +230,26 @@ def test_the_manifest_says_what_the_same_bits_need(tiny_inputs: Path, tmp_path: 
     assert [f for f in again["files"] if f["name"].endswith("safetensors")] == [
         f for f in manifest["files"] if f["name"].endswith("safetensors")
     ]
+
+
+def test_tokens_of_a_batch_are_those_that_were_asked_for_whatever_is_kept(tiny_inputs: Path, tmp_path: Path) -> None:
+    """What another job kept by a larger number, perhaps on a larger machine, is no reason to compute by it here."""
+    store = StoreSpec(folder=tmp_path / "store", max_bytes=10**9)
+    rows = write_rows(tmp_path / "rows.jsonl", count=600)
+    models = [model_spec(tiny_inputs / "checkpoints" / "a", rows)]
+
+    def scored(name: str, examples: int, **method: Any) -> tuple[int | None, bool]:
+        asked = {"name": "mask_fisher", "examples": examples, **method}
+        spec = merge_spec(tmp_path / name, models, asked, align_heads=False)
+        spec = spec.model_copy(update={"store": store})
+        [model] = Engine(CPU).merge(spec, silent).models
+        return model.batch_tokens, model.score_cached
+
+    assert scored("large", 256, batch_tokens=100_000) == (100_000, False)
+    assert scored("same", 256) == (100_000, True)
+    assert scored("on", 512) == (
+        None,
+        False,
+    )  # parts differ: the plan did not count that many
+    assert scored("named", 600, batch_tokens=64) == (64, False)
+    assert scored("again", 256, batch_tokens=100_000) == (100_000, True)

@@ -12,7 +12,7 @@ from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.scoring.batching import CPU_CANDIDATES, BatchSizes, _fastest
+from worker.engine.scoring.batching import CANDIDATES, BatchSizes, _fastest
 from worker.engine.scoring.data import Example, plan_batches, tokenize
 from worker.engine.scoring.estimators import Expected
 from worker.engine.scoring.scorer import score
@@ -58,8 +58,8 @@ def test_it_is_tried_once_and_remembered(loaded: LoadedModel, examples: list[Exa
     sizes = BatchSizes()
     with Passes(loaded) as first:
         found = find(sizes, loaded, examples)
-    assert found in CPU_CANDIDATES
-    assert first.count == len(CPU_CANDIDATES) + 1
+    assert found in CANDIDATES["cpu"]
+    assert first.count == len(CANDIDATES["cpu"]) + 1
     with Passes(loaded) as again:
         assert find(sizes, loaded, examples) == found
     assert again.count == 0

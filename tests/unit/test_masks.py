@@ -1,5 +1,8 @@
 """What mask gradients are made of: sums of products over tokens, and what is kept until they are taken."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,13 +71,31 @@ def test_gradients_are_those_of_inserted_masks(activation: nn.Module, dtype: tor
             torch.testing.assert_close(found[name], exact.double(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tensors"), [(torch.float32, 0), (torch.bfloat16, 1)])
-def test_of_gelu_in_float32_nothing_more_is_held_than_autograd_holds(dtype: torch.dtype, tensors: int) -> None:
-    activation = torch.nn.functional.gelu(torch.randn(2, 3, 6, dtype=dtype, requires_grad=True))
+@pytest.mark.parametrize(("dtype", "shares"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_of_gelu_in_float32_what_is_held_is_what_autograd_holds(dtype: torch.dtype, shares: bool) -> None:
+    source = torch.randn(2, 3, 6, dtype=dtype, requires_grad=True)
+    activation = torch.nn.functional.gelu(source)
     kept = _kept(activation)
     assert torch.equal(kept(), activation)
-    held = [cell.cell_contents for cell in kept.__closure__ or ()]
-    assert sum(isinstance(content, Tensor) for content in held) == tensors
+    [held] = [cell.cell_contents for cell in kept.__closure__ or () if isinstance(cell.cell_contents, Tensor)]
+    assert held.data_ptr() == (source if shares else activation).data_ptr()
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU()], ids=str)
+def test_no_graph_outlives_its_pass(activation: nn.Module) -> None:
+    """Without the help of Python's collector of cycles, which cannot see through autograd's nodes."""
+    network = Network(activation).eval()
+    alive: list[weakref.ref[Tensor]] = []
+    network.last.register_forward_hook(lambda _, inputs, output: alive.extend(map(weakref.ref, (*inputs, output))))
+    gc.disable()
+    try:
+        with MaskGradients(network, [Site("first", "down", 6), Site("second", "last", 3)]) as gradients:
+            for _ in range(3):
+                gradients.of(network(torch.randn(5, 3, 4)), last=True)
+        assert len(alive) == 6
+        assert all(tensor() is None for tensor in alive)
+    finally:
+        gc.enable()
 
 
 def test_gradients_need_a_pass() -> None:

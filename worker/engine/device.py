@@ -43,7 +43,7 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 def rounded_weights(model: nn.Module, precision: Precision) -> Iterator[None]:
     """Linear layers hold their weights in `precision`; afterwards those that they had, untouched.
 
-    Autocast would round every weight again in every pass, since it remembers only those that require a gradient.
+    Autocast would round every weight again in every pass.
     """
     kept: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
     try:

@@ -186,7 +186,7 @@ class Engine:
             mean_retention=sum(retentions) / len(retentions) if retentions else None,
             min_retention=min(retentions, default=None),
             stopping=known,
-            method={**spec.method.model_dump(), "precision": precision, **_estimators(runs)},
+            method={**spec.method.model_dump(), "precision": precision, **_as_run(runs)},
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
@@ -239,7 +239,7 @@ class Engine:
             notes += _truncations(run)
         result = ScoreResult(
             models=[_scored_model(run, _stopping(spec.method, [run], notes)[0]) for run in runs],
-            method={**spec.method.model_dump(), "precision": precision, **_estimators(runs)},
+            method={**spec.method.model_dump(), "precision": precision, **_as_run(runs)},
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
@@ -606,9 +606,12 @@ def _measured_fields(run: ModelRun) -> dict[str, Any]:
     }
 
 
-def _estimators(runs: Sequence[ModelRun]) -> dict[str, Any]:
-    """The estimator each model was scored by, with `auto` resolved; a string where they agree."""
-    found = {run.spec.name: run.measured.estimator for run in runs if run.measured.estimator}
-    if not found:
-        return {}
-    return {"estimator": next(iter(found.values())) if len(set(found.values())) == 1 else found}
+def _as_run(runs: Sequence[ModelRun]) -> dict[str, Any]:
+    """Parameters with `auto` resolved: one value where the models agree, else by model."""
+    resolved: dict[str, Any] = {}
+    for parameter in ("estimator", "batch_tokens"):
+        found = {run.spec.name: getattr(run.measured, parameter) for run in runs}
+        found = {name: value for name, value in found.items() if value is not None}
+        if found:
+            resolved[parameter] = next(iter(found.values())) if len(set(found.values())) == 1 else found
+    return resolved

@@ -23,7 +23,7 @@ class MeasuredModel(Strict):
     examples: int
     """Rows that were measured."""
     batch_tokens: int | None = None
-    """Padded tokens that were computed together for its scores; null where the method has none."""
+    """Padded tokens that were computed together for its scores; null where the method has none, or parts differ."""
     score_seconds: float
     score_cached: bool
     """Whether all of its statistics were there from an earlier job, or from another that ran at the same time."""

@@ -6,8 +6,9 @@ The worker writes them, the API lists them and hands them out.
 import hashlib
 import json
 import re
+from typing import Annotated
 
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, Field
 
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.strict import Strict
@@ -70,7 +71,7 @@ class Origin(Strict):
 
 
 class KeptFile(Strict):
-    name: str
+    name: Annotated[str, Field(pattern=r"^\d{5}\.safetensors$")]
     bytes: int
     sha256: str
 

@@ -23,7 +23,9 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """`softmax(scaling q k^T + mask) v`, in eval mode, as `transformers.AttentionInterface` wants it.
 
@@ -33,7 +35,13 @@ def attention(
 
     Returns:
         (batch, tokens, heads, head_dim); the second is the probabilities, which nobody reads.
+
+    Raises:
+        TypeError: a family wants more of its attention than is computed here.
     """
+    wanted = [name for name, value in {"dropout": dropout, "is_causal": is_causal, **others}.items() if value]
+    if wanted:
+        raise TypeError(f"attention has no {', '.join(wanted)}; load this family with another implementation")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.dtype is not torch.bfloat16 and query.shape[2] >= FUSED_FROM_TOKENS:
         fused = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)

@@ -9,14 +9,17 @@ import torch
 
 from worker.engine.catalog.methods import BATCH_TOKENS, LARGEST_BATCH_TOKENS
 from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision
+from worker.engine.device import Precision, rounded_weights
 from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import Example
 from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import OnRows, score
 
-CPU_CANDIDATES = (1024, BATCH_TOKENS, LARGEST_BATCH_TOKENS)
-GPU_CANDIDATES = (4096, 8192, 16384, 32768, 65536, 131072)
+CANDIDATES = {
+    "cpu": (1024, BATCH_TOKENS, LARGEST_BATCH_TOKENS),
+    "cuda": (4096, 8192, 16384, 32768, 65536, 131072),
+}
+UNTRIED = {"cpu": BATCH_TOKENS, "cuda": 16384}
 TRIAL_SHARE = 0.05  # of the work to come; where trying would take more, it is not worth what it finds
 WORTH = 0.03  # less time by more than this speaks for a larger batch
 
@@ -43,15 +46,16 @@ class BatchSizes:
         longest = max(example.length for example in examples)
         key = _situation(loaded, longest, estimator, precision)
         if key not in self._found:
-            candidates = CPU_CANDIDATES if loaded.device.type == "cpu" else GPU_CANDIDATES
+            candidates = CANDIDATES[loaded.device.type]
             to_come = rows * sum(example.length for example in examples) / len(examples)
             if sum(candidates) + candidates[0] > TRIAL_SHARE * to_come:
-                return BATCH_TOKENS
+                return UNTRIED[loaded.device.type]
 
             def attempt(batch: Sequence[Example]) -> None:
                 score(loaded, batch, estimator, precision, source, lambda _: on_rows(0), batches=[batch])
 
-            self._found[key] = _fastest(attempt, examples, candidates)
+            with rounded_weights(loaded.model, precision):  # that each trial would else do for itself
+                self._found[key] = _fastest(attempt, examples, candidates)
             logger.info("%d tokens at once are the fastest for %s", self._found[key], loaded.info.architecture)
         return self._found[key]
 
@@ -83,8 +87,8 @@ def _fastest(
         except RuntimeError as error:
             if tokens == candidates[0] or not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
             break
         if seconds < least * (1 - WORTH):
             best, least = tokens, seconds
+    torch.cuda.empty_cache()  # after the exception, which holds what did not fit
     return best

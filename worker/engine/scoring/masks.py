@@ -128,6 +128,8 @@ def _kept(activation: Tensor) -> Callable[[], Tensor]:
     """
     node: Any = activation.grad_fn
     if node is not None and node.name() == "GeluBackward0" and activation.dtype is torch.float32:
-        return lambda: gelu(node._saved_self, approximate=node._saved_approximate)
+        # Not the node itself: it holds its hooks, so a hook that held it would keep the whole graph alive.
+        source, approximate = node._saved_self.detach(), node._saved_approximate
+        return lambda: gelu(source, approximate=approximate)
     held = activation.detach()
     return lambda: held

@@ -17,7 +17,7 @@ from worker.engine.catalog.planning import LinearInput
 from worker.engine.catalog.statistics import Facts, Origin
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.device import Precision
-from worker.engine.scoring.batching import BatchSizes
+from worker.engine.scoring.batching import CANDIDATES, BatchSizes
 from worker.engine.scoring.data import Example, plan_batches
 from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
 from worker.engine.scoring.fisher import fisher
@@ -38,7 +38,7 @@ class Measured:
     """What the scores of its first rows follow from, by how many these are: at every look that is known."""
     estimator: str | None = None
     batch_tokens: int | None = None
-    """Padded tokens that were computed together for the scores."""
+    """Padded tokens that were computed together for the scores; None where parts were computed by different numbers."""
     cached: bool = False
     seconds: float = 0.0
 
@@ -151,15 +151,15 @@ class Measurer:
             known = self._find(measured, facts, rows)
             on_rows(known - counted)
             sums = NodeStatistics()
+            tokens = 0
             if known:
                 sums.merge(measured.sums[known])
             for look in [look for look in looks(rows) if look > known]:
                 measured.cached = False
                 for block in sample.blocks(sums.examples, look):
-                    tokens = measured.batch_tokens or self._tokens(
-                        loaded, block, rows - known, estimator, sample, on_rows
-                    )
-                    measured.batch_tokens = tokens
+                    if not tokens:
+                        tokens = self._tokens(measured, loaded, block, rows - known, estimator, sample, on_rows)
+                        measured.batch_tokens = tokens if measured.batch_tokens == tokens or not known else None
                     batches = plan_batches(block, tokens)
                     sums.merge(score(loaded, block, estimator, self._precision, sample.source, on_rows, batches))
                 errors = sums.standard_errors(sample.population)
@@ -171,11 +171,15 @@ class Measurer:
                 measured.statistics[Statistic.MASK_FISHER] = kept
 
     def _find(self, measured: Measured, facts: Callable[[int], Facts], rows: int) -> int:
-        """Add the longest run of whole blocks that is kept, and the looks before it; how many rows are known then."""
+        """Add the longest run of whole blocks that is kept, and the looks before it; how many rows are known then.
+
+        Where the method names the tokens of a batch, only what was computed by so many counts as kept.
+        """
         known = max(measured.sums, default=0)
+        asked = self._asked_tokens
         for end in reversed([end for end in block_ends(rows) if end > known]):
             kept = self._store.get(facts(end))
-            if kept is not None:
+            if kept is not None and asked in (None, kept.about.origin.batch_tokens):
                 measured.sums[end] = NodeStatistics.from_named(end, kept)
                 measured.statistics[Statistic.MASK_FISHER] = kept
                 measured.batch_tokens = kept.about.origin.batch_tokens
@@ -187,8 +191,15 @@ class Measurer:
                 measured.sums[look] = NodeStatistics.from_named(look, kept)
         return known
 
+    @property
+    def _asked_tokens(self) -> int | None:
+        """Of a batch, where the method names their number."""
+        asked = self._method.batch_tokens if isinstance(self._method, ScoringParameters) else "auto"
+        return None if asked == "auto" else asked
+
     def _tokens(
         self,
+        measured: Measured,
         loaded: LoadedModel,
         block: Sequence[Example],
         rows: int,
@@ -196,10 +207,14 @@ class Measurer:
         sample: Sample,
         on_rows: OnRows,
     ) -> int:
-        """That are computed together, with padding: of `rows` rows like those of the block."""
-        asked = self._method.batch_tokens if isinstance(self._method, ScoringParameters) else "auto"
-        if asked != "auto":
-            return asked
+        """That are computed together, with padding, of `rows` rows like those of the block.
+
+        What was begun goes on by the same number, if that is none that only another device can hold.
+        """
+        if self._asked_tokens is not None:
+            return self._asked_tokens
+        if measured.batch_tokens in CANDIDATES[loaded.device.type]:
+            return measured.batch_tokens
         return self._batches.find(loaded, block, rows, estimator, self._precision, sample.source, on_rows)
 
     def _passes_of(self, statistic: Statistic) -> int:
