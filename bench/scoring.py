@@ -1,6 +1,6 @@
 """How fast mask nodes are scored, and how much that takes: always against a floor in the same run.
 
-    python bench/scoring.py [--rows N] [--threads N ...] [--models NAME ...] [--json FILE]
+    python bench/scoring.py [--rows N] [--threads N ...] [--models NAME ...] [--data FILE] [--json FILE]
 
 Floors are bare passes over the same batches, in the same number format: a forward and one backward pass to the output
 of the embeddings, by the model as transformers loads it (with the faster of its two kinds of attention, found in the
@@ -10,6 +10,8 @@ information. Their times are the least of several rounds, in which all take turn
 
 import argparse
 import gc
+import json
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,11 +64,20 @@ def checkpoint(name: str, labels: int, folder: Path) -> Path:
     return folder
 
 
-def sentences(loaded: LoadedModel, count: int, tokens: int | None) -> list[Example]:
-    """Packaged tweets, about as long as the sentences of SST-2; or so many in a row that each has `tokens` tokens."""
-    read = PACKAGED["sentiment"]()
+def texts_of(path: Path | None) -> Iterator[str]:
+    """Packaged tweets, or the column `text` of JSON lines, in an order drawn from a seed."""
+    if path is None:
+        return (text for text, _ in PACKAGED["sentiment"]())
+    lines = path.read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(lines)
+    return (json.loads(line)["text"] for line in lines)
+
+
+def sentences(loaded: LoadedModel, path: Path | None, count: int, tokens: int | None) -> list[Example]:
+    """`count` texts; or so many in a row that each has `tokens` tokens."""
+    read = texts_of(path)
     together = 1 if tokens is None else tokens // 4
-    texts = [" ".join(text for text, _ in islice(read, together)) for _ in range(count)]
+    texts = [" ".join(islice(read, together)) for _ in range(count)]
     rows = [Row(Place("line", i), text, None, i % 2) for i, text in enumerate(texts)]
     spec = DatasetSpec(source="rows", label="label", max_length=tokens)
     return tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task)).examples
@@ -159,7 +170,7 @@ def full_fisher(loaded: LoadedModel, examples: Sequence[Example]) -> None:
             for y in range(len(log_p)):
                 gradients = torch.autograd.grad(log_p[y], parameters, retain_graph=True)
                 for total, g in zip(totals, gradients, strict=True):
-                    total.addcmul_(g, g, value=float(log_p[y].detach().exp()))
+                    total += log_p[y].detach().exp() * g.square()
     loaded.model.requires_grad_(False)
 
 
@@ -240,7 +251,7 @@ def faster_attention(loaded: LoadedModel, batches: Sequence[Sequence[Example]], 
 
 
 def measure(
-    name: str, precision: Precision, rows: int, tokens: int | None, device: torch.device
+    name: str, precision: Precision, path: Path | None, rows: int, tokens: int | None, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """All rows of one model in one number format."""
     what = f"{name}, {precision}" + (f", {tokens} tokens" if tokens else "") + f", {torch.get_num_threads()} threads"
@@ -260,7 +271,7 @@ def measure(
             for k in (LABELS if tokens is None and precision == "bfloat16" else LABELS[:1])
         }
         two = experts[2]
-        examples = sentences(two, rows, tokens)
+        examples = sentences(two, path, rows, tokens)
         batches = plan_batches(examples, UNTRIED[device.type])
         stock = faster_attention(two, batches, precision)
 
@@ -304,6 +315,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512, help="of each measurement (%(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU (%(default)s)")
     parser.add_argument("--models", nargs="+", choices=("minilm", "bert-base"), default=["minilm", "bert-base"])
+    parser.add_argument("--data", type=Path, help="JSON lines with a column text instead of the packaged tweets")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
     device = best_device()
@@ -317,7 +329,7 @@ def main() -> None:
                 (resolve_precision("auto", device), 256),
             ):
                 rows = options.rows if tokens is None else max(16, options.rows // 8)
-                for measured in measure(name, precision, rows, tokens, device):
+                for measured in measure(name, precision, options.data, rows, tokens, device):
                     print(*measured.values(), flush=True)
                     found.append(measured)
     shown(options.json, found)

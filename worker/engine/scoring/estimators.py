@@ -48,7 +48,7 @@ class Estimator(ABC):
         for k in range(weights.shape[1]):
             output = (contrasts[:, k].to(logits.dtype) * logits).sum(-1)
             for site, g in gradients.of(output, last=k == weights.shape[1] - 1).items():
-                square = weights[:, k, None] * g**2
+                square = g.square().mul_(weights[:, k, None])
                 total[site] = total[site] + square if site in total else square
         return total
 

@@ -32,7 +32,7 @@ class NodeStatistics:
         """Add a batch: `squares` by score name, (batch, nodes)."""
         for site, q in squares.items():
             q = q.detach().to("cpu", torch.float64)
-            self._accumulate(site, q.sum(0), (q**2).sum(0), (q * q.mean(1, keepdim=True)).sum(0))
+            self._accumulate(site, q.sum(0), q.square().sum(0), q.mean(1) @ q)
         self.examples += len(next(iter(squares.values())))
 
     def merge(self, other: "NodeStatistics") -> None:
