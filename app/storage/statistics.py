@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from os import DirEntry, fstat, scandir
+from os import DirEntry, fstat, scandir, stat_result
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -16,7 +16,8 @@ from worker.engine.catalog.statistics import ABOUT, ADDRESS, FOLDER, About
 @dataclass(frozen=True)
 class KeptStatistic:
     address: str
-    inode: int
+    state: tuple[int, int]
+    """Of its folder: one that takes another's place may have its inode, but not its time of change too."""
     about: About
     path: Path
 
@@ -72,7 +73,7 @@ class StatisticsFolder:
     def get(self, address: str) -> KeptStatistic:
         """Raises FileNotFoundError when none is kept there."""
         path = self._folder / address
-        kept = _read(path, path.stat().st_ino)
+        kept = _read(path, _state(path.stat()))
         if kept is None:
             raise FileNotFoundError(path)
         return kept
@@ -86,14 +87,22 @@ class StatisticsFolder:
 
     def _kept(self, entry: DirEntry[str]) -> KeptStatistic | None:
         known = self._known.get(entry.name)
-        if known is not None and known.inode == entry.inode():
+        try:
+            state = _state(entry.stat())
+        except FileNotFoundError:
+            return None
+        if known is not None and known.state == state:
             return known
-        return _read(Path(entry.path), entry.inode())
+        return _read(Path(entry.path), state)
 
 
-def _read(path: Path, inode: int) -> KeptStatistic | None:
+def _state(stat: stat_result) -> tuple[int, int]:
+    return stat.st_ino, stat.st_ctime_ns
+
+
+def _read(path: Path, state: tuple[int, int]) -> KeptStatistic | None:
     """None when it is gone, or was not written by a worker of this version."""
     try:
-        return KeptStatistic(path.name, inode, About.model_validate_json((path / ABOUT).read_bytes()), path)
+        return KeptStatistic(path.name, state, About.model_validate_json((path / ABOUT).read_bytes()), path)
     except (OSError, ValidationError):
         return None

@@ -85,8 +85,8 @@ def test_the_result_says_what_was_measured_and_where_it_is_kept(service: Service
     assert result["timings"]["score_seconds"] > 0
     for model, name in zip(result["models"], ("a", "b"), strict=True):
         assert set(model) == {
-            "name", "checkpoint", "commit", "digest", "examples", "estimator", "score_seconds", "score_cached",
-            "stopping", "scores",
+            "name", "checkpoint", "commit", "digest", "examples", "batch_tokens", "estimator", "score_seconds",
+            "score_cached", "stopping", "scores",
         }  # fmt: skip
         assert (model["name"], model["checkpoint"]) == (name, f"local:checkpoints/{name}")
         assert (model["examples"], model["estimator"], model["score_cached"]) == (64, "expected", False)
@@ -244,6 +244,10 @@ def test_the_listing_says_what_each_statistic_is(service: Service, job: dict[str
             "estimator": "expected",
             "precision": job["result"]["method"]["precision"],
             "seed": None,
+            "paper": False,
+            "population": 200,
+            "max_length": 48,
+            "batch_tokens": 2048,
             "bytes": model["scores"][0]["bytes"],
             "href": f"/scores/{digest}",
         }

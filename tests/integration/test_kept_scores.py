@@ -178,7 +178,6 @@ def test_what_was_measured_again_is_listed_as_it_is_now(api: TestClient, store: 
     store.put(FACTS, ORIGIN, PARTS)
     assert api.get("/scores").json()["data"][0]["source"] == "local:expert"
     shutil.rmtree(store.folder / FACTS.address)
-    store.put(numbered(1), ORIGIN, PARTS)  # whatever inode is free, it is not that of the same place again
     store.put(FACTS, ORIGIN.model_copy(update={"checkpoint": "local:other"}), PARTS)
     assert api.get("/scores").json()["data"][0]["source"] == "local:other"
 
