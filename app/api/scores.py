@@ -96,7 +96,7 @@ def list_scores(
     statistic: Annotated[Statistic | None, Query(description="Only of this kind")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[
-        str | None, Query(pattern=r"^[0-9a-f]{12}-[0-9a-f]{64}$", description="The `next` of the page before")
+        str | None, Query(pattern=r"^[0-9a-f]{14}-[0-9a-f]{64}$", description="The `next` of the page before")
     ] = None,
 ) -> ScoresPage:
     """Statistics that are kept, newest first."""

@@ -45,7 +45,7 @@ class KeptStatistic:
     @property
     def age_key(self) -> str:
         """Sorts by time, then by address."""
-        return f"{int(self.about.created_at.timestamp() * 1000):012x}-{self.address}"
+        return f"{int(self.about.created_at.timestamp() * 1_000_000):014x}-{self.address}"
 
     def used_at(self) -> datetime | None:
         """None when it is gone."""

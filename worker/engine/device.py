@@ -31,9 +31,9 @@ def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: tor
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Matrix products in `precision`, and what reads one alone: activation functions, on a CPU DeBERTa's softmax.
+    """Matrix products in `precision`, and what reads one alone: activation functions, on a CPU attention's softmax.
 
-    Residual streams and norms stay float32, and so does softmax elsewhere.
+    Residual streams and norms stay float32, and so does softmax on a GPU.
     """
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield

@@ -118,9 +118,7 @@ class Engine:
         Raises:
             EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
         """
-        reset_peak_memory()
-        spec.folder.mkdir(parents=True, exist_ok=True)
-        with _store(spec) as store:
+        with _begun(spec) as store:
             return self._merge(spec, store, on_progress)
 
     def _merge(self, spec: MergeSpec, store: StatisticsStore, on_progress: OnProgress) -> MergeResult:
@@ -203,9 +201,7 @@ class Engine:
         Raises:
             EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
         """
-        reset_peak_memory()
-        spec.folder.mkdir(parents=True, exist_ok=True)
-        with _store(spec) as store:
+        with _begun(spec) as store:
             return self._score(spec, store, on_progress)
 
     def _score(self, spec: ScoreSpec, store: StatisticsStore, on_progress: OnProgress) -> ScoreResult:
@@ -435,8 +431,10 @@ class Stopwatch:
 
 
 @contextmanager
-def _store(spec: JobSpec) -> Iterator[StatisticsStore]:
-    """Where statistics are looked for and kept; without a place for them, until the job is done."""
+def _begun(spec: JobSpec) -> Iterator[StatisticsStore]:
+    """A job with its folder; statistics are looked for and kept, without a place for them until the job is done."""
+    reset_peak_memory()
+    spec.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         where = spec.store
         if where is None:

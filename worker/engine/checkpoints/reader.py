@@ -1,6 +1,7 @@
 """Tensors of a checkpoint, read one at a time."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,16 @@ def digest_file(path: Path) -> str:
 
 def digest_checkpoint(info: CheckpointInfo) -> str:
     """`sha256:` over the names and digests of config and weight files."""
-    digest = hashlib.sha256()
-    for name in ("config.json", *info.weight_files):
-        digest.update(f"{name}\0{digest_file(info.path / name)}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{_digest_files(info, ['config.json', *info.weight_files])}"
 
 
 def digest_tokenizer(info: CheckpointInfo) -> str:
     """sha256, hex, over the names and digests of the tokenizer's files."""
+    return _digest_files(info, [name for name in TOKENIZER_FILES if (info.path / name).exists()])
+
+
+def _digest_files(info: CheckpointInfo, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (info.path / name).exists():
-            digest.update(f"{name}\0{digest_file(info.path / name)}\n".encode())
+    for name in names:
+        digest.update(f"{name}\0{digest_file(info.path / name)}\n".encode())
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from worker.engine.catalog.methods import (
 from worker.engine.catalog.planning import LinearInput
 from worker.engine.catalog.statistics import Facts, Origin
 from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision
+from worker.engine.device import Precision, rounded_weights
 from worker.engine.scoring.batching import CANDIDATES, BatchSizes
 from worker.engine.scoring.data import Example, plan_batches
 from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
@@ -147,7 +147,8 @@ class Measurer:
         if known == rows:
             on_rows(known - counted)
             return
-        with self._store.alone_with(facts(rows), lambda: on_rows(0)):
+        # Weights are rounded here once, and not anew for every block.
+        with self._store.alone_with(facts(rows), lambda: on_rows(0)), rounded_weights(loaded.model, self._precision):
             known = self._find(measured, facts, rows)
             on_rows(known - counted)
             sums = NodeStatistics()
