@@ -40,8 +40,7 @@ from worker.engine.device import Precision, best_device, computing_in, resolve_p
 from worker.engine.scoring.batching import UNTRIED
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches, tokenize
 from worker.engine.scoring.estimators import EstimatorName, estimator_for
-from worker.engine.scoring.masks import MaskGradients
-from worker.engine.scoring.scorer import score, sites_of
+from worker.engine.scoring.scorer import mask_gradients, score, sites_of
 
 ROUNDS = 3
 PUBLISHED_ROWS = 64  # of the references, which are slow: their time is per row
@@ -230,7 +229,7 @@ def memory(loaded: LoadedModel, batch: Batch, precision: Precision) -> tuple[int
         return logits
 
     with rounded_weights(loaded.model, precision):
-        with MaskGradients(loaded.model, sites_of(loaded)):
+        with mask_gradients(loaded):
             ours = kept_bytes(forward)
         with graph_from_embeddings(loaded.model):
             return ours, kept_bytes(forward)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import (
@@ -193,6 +193,26 @@ def test_scores_do_not_depend_on_batches_or_padding(case: Case) -> None:
     alone = scores([[example] for example in examples])
     assert_same_in_norm(scores([examples]), alone, INVARIANCE)
     assert_same_in_norm(scores([examples[::-1][i : i + 5] for i in range(0, ROWS, 5)]), alone, INVARIANCE)
+
+
+def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case) -> None:
+    loaded = load(inspect_checkpoint(case.experts["three"], "three"), CPU)
+    examples = examples_of(loaded, case.root / "three.jsonl")
+    seen: dict[str, list[int]] = {}
+    for site in case.table.sites(loaded.info.config):
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = site.score) -> None:
+            seen.setdefault(name, []).append(inputs[0].shape[1])
+
+        loaded.model.get_submodule(site.module).register_forward_hook(note)
+
+    score(loaded, examples, estimator_for("expected", loaded.task, seed=0), "float32", "rows", silent, [examples])
+
+    longest = max(example.length for example in examples)
+    last = [f"layers.{LAYERS - 1}.{nodes}" for nodes in Nodes]
+    assert longest > 1
+    assert seen == {name: [1 if name in last else longest] for name in seen}
+    assert set(last) < seen.keys()
 
 
 def test_bfloat16_gives_scores_of_the_same_order(case: Case) -> None:

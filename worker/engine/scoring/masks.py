@@ -20,19 +20,23 @@ CHUNK_VALUES = 1 << 17  # of a product that is summed at once, in float32 512 kB
 class MaskGradients:
     """Hooks on a model's mask sites, while in context.
 
-    The graph starts at the first sites that a forward pass reaches: nothing before them is differentiated.
+    The graph starts at the first sites that a forward pass reaches: nothing before them is differentiated. Nor is
+    anything computed of tokens that the head does not read, where that is known.
 
     Args:
         model: in eval mode; its parameters' requires_grad is switched off for good.
         sites: where the nodes are seen, see `Family.sites`.
+        narrowing: modules from whose input on the first token is enough, see `Family.narrowing`.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], narrowing: Sequence[str] = ()) -> None:
         model.requires_grad_(False)
         self._roots: list[Tensor] = []
         self._gradients: dict[str, Tensor] = {}
         self._token_sums = TokenSums()
         self._handles = [model.register_forward_pre_hook(self._forget)]
+        for module in narrowing:  # before the sites' own hooks, which are then to see one token
+            self._handles.append(model.get_submodule(module).register_forward_pre_hook(_first_token))
         for site in sites:
             hook = self._watch(site)
             self._handles.append(model.get_submodule(site.module).register_forward_pre_hook(hook))
@@ -84,6 +88,11 @@ class MaskGradients:
             return activation, *inputs[1:]
 
         return before
+
+
+def _first_token(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(batch, tokens, values) to (batch, 1, values); added to a residual of all tokens, it is right at the first."""
+    return inputs[0][:, :1], *inputs[1:]
 
 
 class TokenSums:

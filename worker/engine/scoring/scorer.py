@@ -44,7 +44,7 @@ def score(
         NumericalError: a gradient is NaN or infinite; names the row.
     """
     statistics = NodeStatistics()
-    with rounded_weights(loaded.model, precision), _gradients(loaded) as gradients:
+    with rounded_weights(loaded.model, precision), mask_gradients(loaded) as gradients:
         for batch in collate(batches or plan_batches(examples), loaded.padding, loaded.device):
             with computing_in(precision, loaded.device):
                 logits = loaded.model(**batch.inputs).logits
@@ -66,7 +66,7 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
     empirical = Empirical(loaded.task)
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
     totals: dict[str, Tensor] = {}
-    with _gradients(loaded) as gradients:
+    with mask_gradients(loaded) as gradients:
         for batch in collate(ordered, loaded.padding, loaded.device):
             logits = loaded.model(**batch.inputs).logits
             by_example = empirical.gradients(logits, batch, gradients)
@@ -77,8 +77,9 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
     return totals
 
 
-def _gradients(loaded: LoadedModel) -> MaskGradients:
-    return MaskGradients(loaded.model, sites_of(loaded))
+def mask_gradients(loaded: LoadedModel) -> MaskGradients:
+    family, config = FAMILIES[loaded.info.model_type], loaded.info.config
+    return MaskGradients(loaded.model, sites_of(loaded), family.narrowing(config))
 
 
 def _check_finite(values: dict[str, Tensor], batch: Batch, source: str) -> None:

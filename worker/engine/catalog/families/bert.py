@@ -36,4 +36,5 @@ BERT = Family(
     },
     settings={"vocab_size": 30522, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
     supported={"position_embedding_type": "absolute"},
+    reads_first_token=True,
 )

@@ -56,4 +56,5 @@ DEBERTA_V2 = Family(
     },
     supported={},
     attention_rows=5,  # with what tokens say to positions, and positions to tokens
+    reads_first_token=True,
 )

@@ -35,4 +35,5 @@ DISTILBERT = Family(
     # Sinusoidal positions are only another start: the matrix is saved, and loaded, like a learned one.
     settings={"vocab_size": 30522, "activation": "gelu"},
     supported={},
+    reads_first_token=True,
 )

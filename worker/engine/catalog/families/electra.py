@@ -22,4 +22,5 @@ ELECTRA = Family(
     config_names=BERT.config_names,
     settings={"vocab_size": 30522, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
     supported={"position_embedding_type": "absolute"},
+    reads_first_token=True,
 )

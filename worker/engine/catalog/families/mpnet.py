@@ -32,4 +32,5 @@ MPNET = Family(
     # transformers computes with these two whatever the configuration says.
     supported={"pad_token_id": 1, "relative_attention_num_buckets": 32},
     padding_position="pad_token_id",
+    reads_first_token=True,
 )

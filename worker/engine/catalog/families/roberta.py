@@ -23,4 +23,5 @@ ROBERTA = Family(
     settings={"vocab_size": 50265, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 1},
     supported={"position_embedding_type": "absolute"},
     padding_position="pad_token_id",
+    reads_first_token=True,
 )

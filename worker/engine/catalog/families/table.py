@@ -55,6 +55,9 @@ LAYER_INPUTS = {
 }
 OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler"}
 
+AFTER_ATTENTION = (Kind.ATTENTION_OUTPUT, Kind.ATTENTION_NORM, Kind.UP)
+"""What lies after a layer's attention and reads what still has all tokens: its output, or a residual."""
+
 OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
 """How norms converted from TensorFlow spell the last part of a name."""
 
@@ -147,6 +150,8 @@ class Family:
     """Keys for which one value alone is available; absence means it."""
     padding_position: str | None = None
     """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
+    reads_first_token: bool = False
+    """Whether the head reads the first token of the last layer alone: of the others no more than attention matters."""
     attention_rows: int = 1
     """Rows as long as the sequence that the backward pass keeps in each layer, per token and head."""
 
@@ -213,6 +218,14 @@ class Family:
                 nodes = COLUMN_OWNERS.get(kind)
                 if nodes is not None:
                     yield Site(score_name(layer, nodes), self.layer_path(layer) + module, counts[nodes])
+
+    def narrowing(self, config: Mapping[str, Any]) -> list[str]:
+        """Modules of the last layer from whose input on one token is enough, the first: outputs that are read, and
+        their gradients, stay what they are."""
+        if not self.reads_first_token:
+            return []
+        last = self.layer_path(self.size(config, "layers") - 1)
+        return [last + module for module, kind in self.layer_modules.items() if kind in AFTER_ATTENTION]
 
     def layer_path(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""
