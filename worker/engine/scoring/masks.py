@@ -91,8 +91,11 @@ class MaskGradients:
 
 
 def _first_token(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """(batch, tokens, values) to (batch, 1, values); added to a residual of all tokens, it is right at the first."""
-    return inputs[0][:, :1], *inputs[1:]
+    """(batch, tokens, values) to (batch, 1, values); added to a residual of all tokens, it is right at the first.
+
+    In one piece: of a view, PyTorch multiplies every example by a copy of the weights of its own.
+    """
+    return inputs[0][:, :1].contiguous(), *inputs[1:]
 
 
 class TokenSums:
