@@ -39,7 +39,7 @@ from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, best_device
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import Array, bootstrap
-from worker.engine.methods.combine import MeasuredModel
+from worker.engine.methods import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights
 from worker.engine.pipeline import Engine
 from worker.engine.scoring.data import Example, tokenize

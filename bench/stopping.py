@@ -32,7 +32,7 @@ from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.checkpoints.loading import load
 from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.evaluation.metrics import Array, bootstrap
-from worker.engine.methods.combine import MeasuredModel
+from worker.engine.methods import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer

@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.tiny_families import TINY_BERT, WORDS, TinyFamily
+from worker.engine.catalog.families import Slot
 from worker.engine.catalog.rows import Row, RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
+from worker.engine.catalog.values import Place
+from worker.engine.methods.blocks import Block, Merger, Versions, merged_whole
 
 LAYERS = 2
 HEADS = 4
@@ -150,6 +153,28 @@ def merge_spec(
     method = {"name": "mask_fisher", "precision": "float32", **(method or {})}
     fields = {"models": list(models), "method": method, "output": output, "folder": folder}
     return MergeSpec.model_validate({"name": "tiny", "evaluate": evaluate, "recipe": {"method": method}, **fields})
+
+
+def versions_of(
+    slot: Slot,
+    versions: Sequence[Tensor],
+    base: Tensor | None = None,
+    place: Place | None = None,
+    block_elements: int = 64,
+) -> Versions:
+    """Versions of one tensor in memory, in blocks so small that most tensors have several."""
+
+    def read(rows: slice) -> Block:
+        if not versions[0].dim():
+            return Block.of(rows, versions, base)
+        return Block.of(rows, [v[rows] for v in versions], None if base is None else base[rows])
+
+    return Versions(slot, place or Place(slot.name, 0.0), versions[0].shape, read, block_elements)
+
+
+def merged_of(merger: Merger, slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None, **how: Any) -> Tensor:
+    """What a method makes of versions in memory."""
+    return merged_whole(merger, versions_of(slot, versions, base, **how))
 
 
 def float64_model(checkpoint: Path) -> Any:

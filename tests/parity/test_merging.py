@@ -22,6 +22,7 @@ from tests.tiny import (
     float64_model,
     insert_masks,
     merge_spec,
+    merged_of,
     model_spec,
     read_model,
     silent,
@@ -194,7 +195,7 @@ def test_mask_fisher_is_the_dense_computation(
     for name in versions[0]:
         slot = BERT.slot(name)
         assert slot is not None, name
-        found[name] = merger(slot, [version[name] for version in versions])
+        found[name] = merged_of(merger, slot, [version[name] for version in versions])
     assert_merged(found, dense_merge(versions, scores, weights, normalize, rest, floor))
 
 
@@ -224,7 +225,7 @@ def test_a_layer_that_is_dead_in_one_model_does_not_outvote_the_others(normalize
     merger = BUILDERS["mask_fisher"](
         MaskFisherParameters(normalize=normalize), [MeasuredModel(1.0, alive), MeasuredModel(1.0, dead)]
     )
-    share_of_the_dead = merger(slot, [torch.zeros(NEURONS), torch.ones(NEURONS)])
+    share_of_the_dead = merged_of(merger, slot, [torch.zeros(NEURONS), torch.ones(NEURONS)])
     assert float(share_of_the_dead.max()) < 0.01
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.parity.test_merging import normalised, owner_of, shares
+from tests.tiny import merged_of
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
@@ -133,7 +134,7 @@ def merge(
     **parameters: Any,
 ) -> dict[str, Tensor]:
     merger = BUILDERS[method](METHODS[method].parameters(name=method, **parameters), list(models))
-    return {name: merger(slot_of(name), [v[name] for v in versions], base[name]) for name in versions[0]}
+    return {name: merged_of(merger, slot_of(name), [v[name] for v in versions], base[name]) for name in versions[0]}
 
 
 def float64(tensor: Tensor) -> Array:
@@ -231,7 +232,7 @@ def test_task_vectors_of_zero_leave_the_base(method: str) -> None:
 def test_task_vectors_need_a_base(method: str) -> None:
     merger = BUILDERS[method](METHODS[method].parameters(name=method), MODELS[:1])
     with pytest.raises(RuntimeError, match="needs a base"):
-        merger(slot_of(QUERY), [VERSIONS[0][QUERY]])
+        merged_of(merger, slot_of(QUERY), [VERSIONS[0][QUERY]])
 
 
 # --- Fisher ------------------------------------------------------------------------------------------
@@ -447,7 +448,8 @@ def test_a_heads_view_of_positions_is_no_linear_layer_of_regmean() -> None:
     versions = [v[QUERY] for v in VERSIONS]
     for method, same_as in (("regmean", "average"), ("mask_regmean", "mask_fisher")):
         found, expected = (
-            BUILDERS[name](METHODS[name].parameters(name=name), MODELS)(slot, versions) for name in (method, same_as)
+            merged_of(BUILDERS[name](METHODS[name].parameters(name=name), MODELS), slot, versions)
+            for name in (method, same_as)
         )
         assert torch.equal(found, expected)
 

@@ -32,7 +32,7 @@ from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.catalog.spec import ScoreSpec, StoreSpec
 from worker.engine.catalog.statistics import Facts
 from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.methods.combine import MeasuredModel
+from worker.engine.methods import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_errors
 from worker.engine.pipeline import Engine
 from worker.engine.scoring.batching import BatchSizes

@@ -20,7 +20,7 @@ IDS = {name: int(index) for index, name in NAMES.items()}
 def checkpoint(config: Mapping[str, Any], rows: int | None = None) -> CheckpointInfo:
     tensors = {}
     if rows is not None:
-        tensors["classifier.weight"] = TensorInfo("classifier.weight", "x", "F32", (rows, 16), 64 * rows)
+        tensors["classifier.weight"] = TensorInfo("local:expert", "classifier.weight", Path("x"), 8, "F32", (rows, 16))
     return CheckpointInfo("local:expert", Path("expert"), {"model_type": "bert", **config}, tensors, {})
 
 

@@ -1,22 +1,22 @@
-"""The merged backbone, one tensor at a time."""
+"""The merged backbone, a run of rows at a time."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.families import Slot
+from worker.engine.catalog.headers import TensorInfo
 from worker.engine.catalog.methods import AverageParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
+from worker.engine.methods.blocks import Block, BlockMerge, Versions, is_finite, required_base
 
 
 class Backbone:
-    """Merged backbone tensors, computed one at a time from lazily read inputs of the models that take part.
+    """Merged backbone tensors, computed from lazily read inputs of the models that take part. Threads may share it.
 
     Args:
         scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives.
@@ -27,54 +27,75 @@ class Backbone:
         self._taking_part = [index for index, takes in enumerate(takes_part) if takes]
         self._merger = merger
         self._scale = scale
-        self._stack = ExitStack()
-        self._readers: dict[int, TensorReader] = {}
-        self._base: TensorReader | None = None
+        self._reader = TensorReader()
 
     def __enter__(self) -> "Backbone":
-        for index in self._taking_part:
-            self._readers[index] = self._stack.enter_context(TensorReader(self._plan.checkpoints[index]))
-        if self._plan.base is not None:
-            self._base = self._stack.enter_context(TensorReader(self._plan.base))
+        self._reader.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._reader.__exit__(None)
 
-    def tensor(self, planned: PlannedTensor) -> Tensor:
-        versions = [self._readers[index].read(planned.sources[index]) for index in self._taking_part]
-        base = self._base_of(planned)
-        merged = self._merger(planned.slot, versions, base)
-        if self._scale == 1:
-            return merged
-        if base is None:
-            raise TypeError("scale needs a base")
-        return base.to(merged.dtype) + self._scale * (merged - base.to(merged.dtype))
+    def blocks(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows, and the merged tensor's values there, float32 or better.
 
-    def _base_of(self, planned: PlannedTensor) -> Tensor | None:
-        """Raises InvalidCheckpoint where it has NaN or infinity; the models were checked when they were loaded."""
-        if self._base is None or planned.base is None:
-            return None
-        base = self._base.read(planned.base)
-        if self._plan.base is not None and not bool(torch.isfinite(base).all()):
-            name = planned.base.name
-            raise InvalidCheckpoint(
-                self._plan.base.source, f"tensor {name} has values that are NaN or infinite", tensor=name
-            )
-        return base
+        Raises:
+            InvalidCheckpoint: an input has NaN or infinity.
+        """
+        sources = [planned.sources[index] for index in self._taking_part]
+        versions = self._versions(planned, sources)
+        merge = self._scaled(self._merger(versions))
+        for block in versions.blocks():
+            merged = merge(block)
+            if not is_finite(merged):
+                _blame(block, sources, planned.base)
+            yield block.rows, merged
 
     def state(self) -> dict[str, Tensor]:
         """All of it, to be loaded into a model."""
-        return {tensor.slot.name: self.tensor(tensor) for tensor in self._plan.backbone}
+        return {tensor.slot.name: self._whole(tensor) for tensor in self._plan.backbone}
+
+    def _whole(self, planned: PlannedTensor) -> Tensor:
+        parts = [part for _, part in self.blocks(planned)]
+        return torch.cat(parts) if planned.shape else parts[0]
+
+    def _versions(self, planned: PlannedTensor, sources: Sequence[TensorInfo]) -> Versions:
+        origin = planned.base if self._plan.base is not None else None
+
+        def read(rows: slice) -> Block:
+            some = rows if planned.shape else None
+            versions = [self._reader.read(source, some) for source in sources]
+            return Block.of(rows, versions, self._reader.read(origin, some) if origin else None)
+
+        return Versions(planned.slot, planned.place, planned.shape, read)
+
+    def _scaled(self, merge: BlockMerge) -> BlockMerge:
+        if self._scale == 1:
+            return merge
+
+        def scaled(block: Block) -> Tensor:
+            base = required_base(block.base)
+            return torch.add(base, merge(block) - base, alpha=self._scale)
+
+        return scaled
+
+
+def _blame(block: Block, sources: Sequence[TensorInfo], base: TensorInfo | None) -> None:
+    """Raises InvalidCheckpoint where a version has NaN or infinity; else the method or the dtype is at fault."""
+    for source, values in [*zip(sources, block.versions, strict=True), (base, block.base)]:
+        if source is not None and values is not None and not is_finite(values):
+            problem = f"tensor {source.name} has values that are NaN or infinite"
+            raise InvalidCheckpoint(source.source, problem, tensor=source.name)
 
 
 def given(state: Mapping[str, Tensor]) -> Merger:
     """What is merged already, as a method: tensors by `Slot.name`."""
 
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        return state[slot.name]
+    def prepare(versions: Versions) -> BlockMerge:
+        merged = state[versions.slot.name]
+        return lambda block: merged[block.rows] if merged.dim() else merged
 
-    return merge
+    return prepare
 
 
 def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ from worker.engine.catalog.spec import (
     ScoreSpec,
     StoreSpec,
 )
-from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
-from worker.engine.checkpoints.reader import digest_checkpoint
+from worker.engine.checkpoints.loading import LoadedModel, ModelCache, check_layout, load
+from worker.engine.checkpoints.reader import Digests
 from worker.engine.checkpoints.writer import rewrite_head, write_models
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
@@ -111,6 +111,7 @@ class Engine:
         self._device = device or best_device()
         self._models = ModelCache(self._device)
         self._batches = BatchSizes()
+        self._digests = Digests()
 
     def merge(self, spec: MergeSpec, on_progress: OnProgress) -> MergeResult:
         """Run the whole merge and leave a complete artifact in `spec.folder`.
@@ -164,7 +165,11 @@ class Engine:
                     refitted(plan, started, self._experts(runs), spec.method.hold, precision, merging.advance)
                 )
             with Backbone(plan, taking_part, merger, spec.method.scale) as backbone:
-                digests = write_models(plan, folders, backbone.tensor, spec.output.max_shard_bytes, merging.advance)
+                # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
+                threads = torch.get_num_threads() if spec.method.merges_rows else None
+                digests = write_models(
+                    plan, folders, backbone.blocks, spec.output.max_shard_bytes, threads, merging.advance
+                )
 
         if spec.aligns:
             with clock.measure("align_seconds"):
@@ -192,7 +197,9 @@ class Engine:
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
-        artifact.write_documents(spec, plan, result, digest_checkpoint(plan.base) if plan.base else None, digests)
+        artifact.write_documents(
+            spec, plan, result, self._digests.of_checkpoint(plan.base) if plan.base else None, digests
+        )
         return result
 
     def score(self, spec: ScoreSpec, on_progress: OnProgress) -> ScoreResult:
@@ -267,7 +274,13 @@ class Engine:
         self, spec: JobSpec, model: ModelSpec, info: CheckpointInfo, inputs: Inputs, notes: list[str]
     ) -> ModelRun:
         """Check a model's weights and read its rows: whatever is wrong with them is found before any work is spent."""
-        run = ModelRun(model, info, digest_checkpoint(info))
+        run = ModelRun(model, info, self._digests.of_checkpoint(info))
+        evaluates = isinstance(spec, MergeSpec) and spec.evaluate and model.evaluation is not None
+        if not evaluates and not any(spec.rows_wanted(model)):
+            check_layout(info)
+            if isinstance(spec, MergeSpec) and spec.output.align_heads:
+                notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
+            return run
         loaded = self._models.get(info)
         held_out: set[tuple[str, str | None]] = set()
         if isinstance(spec, MergeSpec) and spec.evaluate and model.evaluation is not None:
@@ -300,7 +313,7 @@ class Engine:
                     f"the head of {model.name} was kept as it was: {dataset.source} has {distinct} rows that it is not "
                     f"evaluated on, and {LEAST_ALIGNMENT_ROWS} are needed to align it"
                 )
-        elif isinstance(spec, MergeSpec) and spec.output.align_heads and dataset is None:
+        elif isinstance(spec, MergeSpec) and spec.output.align_heads:
             notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
         return run
 
@@ -357,7 +370,7 @@ class Engine:
             expert = self._models.get(run.info)
             merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
             head = align_head(expert, merged, run.alignment, precision, aligning.advance)
-            path, digest = rewrite_head(folder, run.info, planned, head)
+            path, digest = rewrite_head(folder, planned, head)
             digests[path] = digest
         return digests
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from worker.engine.catalog.methods import ScoringParameters
 from worker.engine.catalog.report import Stopping, StoppingPoint
-from worker.engine.methods.combine import MeasuredModel
+from worker.engine.methods import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_errors
 from worker.engine.scoring.statistics import NodeStatistics
 

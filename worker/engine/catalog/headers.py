@@ -44,13 +44,23 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mod
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor on disk: where it is and what it is."""
+    """One tensor on disk: where it is and what it is. `source` is its checkpoint's, for messages."""
 
+    source: str
     name: str
-    file: str
+    path: Path
+    offset: int
+    """Of its first byte in the file."""
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
+
+    @property
+    def file(self) -> str:
+        return self.path.name
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,8 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
         raise InvalidCheckpoint(source, f"{name} is truncated inside its header", file=name)
     try:
         header = json.loads(raw)
-        entries = [_tensor(name, key, entry) for key, entry in header.items() if key != "__metadata__"]
+        data = 8 + header_bytes
+        entries = [_tensor(source, file, data, key, entry) for key, entry in header.items() if key != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidCheckpoint(source, f"{name} has a malformed header: {error}", file=name) from error
     if len(entries) > MAX_TENSORS:
@@ -186,14 +197,14 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     return [tensor for tensor, _, _ in entries]
 
 
-def _tensor(file: str, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
+def _tensor(source: str, file: Path, data: int, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a negative or non-integer shape or offset")
-    return TensorInfo(name, file, dtype, shape, math.prod(shape) * DTYPE_BYTES[dtype]), begin, end
+    return TensorInfo(source, name, file, data + begin, dtype, shape), begin, end
 
 
 def checkpoint_state(info: CheckpointInfo) -> str:

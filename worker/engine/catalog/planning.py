@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
@@ -14,6 +15,7 @@ from worker.engine.catalog.headers import DTYPE_BYTES, CheckpointInfo, TensorInf
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
 from worker.engine.catalog.spec import Dtype
+from worker.engine.catalog.values import Place
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(TORCH_NAMES.values())
@@ -31,6 +33,7 @@ class PlannedTensor:
     """One output tensor. `sources` has the tensor of each model, in the models' order; `base` the ancestor's."""
 
     slot: Slot
+    place: Place
     shape: tuple[int, ...]
     dtype: str
     sources: tuple[TensorInfo, ...]
@@ -138,7 +141,7 @@ class MergePlan:
             matrices = [8 * seen.width**2 for seen in self.linear_inputs]
             phases[0] += min(sum(matrices), max(GRAM_BYTES, max(matrices)))
             phases.append(GRAM_MATRICES * max(matrices))
-        # While a tensor is merged: every model's version of it, the base's, and what methods make of them.
+        # While a tensor is merged as a whole: every model's version, the base's, and what methods make of them.
         largest = max(math.prod(tensor.shape) for tensor in self.backbone)
         phases.append(4 * largest * (len(self.checkpoints) + MERGING_COPIES))
         return RUNTIME_BYTES + held + max(phases)
@@ -171,6 +174,7 @@ def plan_merge(
         _check_settings(first, info, family)
         _check_vocabulary(first, info)
     ancestor = _ancestor(first, base, family) if base else {}
+    place = partial(_place, family.size(first.config, "layers"))
     slots = [_slots(info, family) for info in checkpoints]
     backbone = []
     for name, (slot, tensor) in slots[0].items():
@@ -178,7 +182,9 @@ def plan_merge(
             continue
         sources = [_counterpart(first, tensor, info, of, name) for info, of in zip(checkpoints, slots, strict=True)]
         backbone.append(
-            PlannedTensor(slot, tensor.shape, _output_dtype(sources, dtype), tuple(sources), ancestor.get(slot.name))
+            PlannedTensor(
+                slot, place(slot), tensor.shape, _output_dtype(sources, dtype), tuple(sources), ancestor.get(slot.name)
+            )
         )
         if base is not None:
             _check_base(base, ancestor.get(slot.name), first, tensor)
@@ -188,7 +194,7 @@ def plan_merge(
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     heads = tuple(
         tuple(
-            PlannedTensor(slot, tensor.shape, _output_dtype([tensor], dtype), (tensor,))
+            PlannedTensor(slot, place(slot), tensor.shape, _output_dtype([tensor], dtype), (tensor,))
             for slot, tensor in of.values()
             if slot.kind is Kind.HEAD
         )
@@ -338,6 +344,12 @@ def _counterpart(
             f"tensor {name} has shape {list(tensor.shape)} in the first, {list(found.shape)} in the second",
         )
     return found
+
+
+def _place(layers: int, slot: Slot) -> Place:
+    if slot.layer is not None:
+        return Place(slot.name, slot.layer / max(1, layers - 1))
+    return Place(slot.name, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
 
 
 def _output_dtype(sources: Sequence[TensorInfo], dtype: Dtype) -> str:

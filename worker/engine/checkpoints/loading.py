@@ -1,14 +1,16 @@
 """Checkpoints as running models: loaded once, kept warm within a memory budget."""
 
 import inspect
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
@@ -86,6 +88,37 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         max_length=min(positions, _length_limit(tokenizer, positions)),
         padding=padding_values(tokenizer),
     )
+
+
+def check_layout(info: CheckpointInfo) -> None:
+    """Whether the model that transformers makes of the configuration has the checkpoint's tensors; reads no weights.
+
+    Raises:
+        InvalidCheckpoint: transformers takes no such configuration, or a tensor is missing or has another shape.
+    """
+    shapes = _layout(json.dumps(info.config, sort_keys=True), info.source)
+    family = FAMILIES[info.model_type]
+    found = {slot.name: tensor.shape for tensor in info.tensors.values() if (slot := family.slot(tensor.name))}
+    for name, shape in shapes.items():
+        if name not in found:
+            raise InvalidCheckpoint(info.source, f"no tensor {name}, which {info.architecture} needs")
+        if found[name] != shape:
+            problem = f"tensor {name} has shape {list(found[name])}, by its configuration it would have {list(shape)}"
+            raise InvalidCheckpoint(info.source, problem, tensor=name)
+
+
+@lru_cache(maxsize=64)
+def _layout(config: str, source: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters, by name."""
+    values = json.loads(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(
+                AutoConfig.for_model(**values), trust_remote_code=False
+            )
+    except Exception as error:  # whatever transformers thinks of the configuration
+        raise InvalidCheckpoint(source, f"transformers cannot load it: {_first_line(error)}") from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _inputs(tokenizer: Any, model: Any) -> list[str]:

@@ -1,51 +1,112 @@
-"""Tensors of a checkpoint, read one at a time."""
+"""Tensors of checkpoints, read where they lie, a run of rows at a time."""
 
 import hashlib
+import math
+import os
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import TOKENIZER_FILES, CheckpointInfo, TensorInfo
 
 CHUNK_BYTES = 4 << 20
+CLOCK_TICK_NS = 1_000_000_000  # a file that was written just now may be written again and have the same times
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorReader:
-    """Opens each weight file once, memory-mapped, while in context."""
+    """Opens each weight file once, while in context. Threads may share it.
 
-    def __init__(self, info: CheckpointInfo) -> None:
-        self._info = info
-        self._files: dict[str, Any] = {}
-        self._stack = ExitStack()
+    Files are read, not mapped: what is read counts as memory of the process no longer than it is held.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = Lock()
 
     def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._files.clear()
-        self._stack.close()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
-    def read(self, tensor: TensorInfo) -> Tensor:
-        """The tensor in its own dtype.
+    def read(self, tensor: TensorInfo, rows: slice | None = None) -> Tensor:
+        """The tensor in its own dtype, or some of its rows: (rows, *tensor.shape[1:]).
+
+        Args:
+            rows: start and stop along the first axis, of a tensor that has one.
 
         Raises:
             InvalidCheckpoint: the file is no longer what its header said.
         """
+        shape, start = tensor.shape, 0
+        if rows is not None:
+            width = math.prod(shape[1:])
+            shape, start = (rows.stop - rows.start, *shape[1:]), rows.start * width
+        found = torch.empty(shape, dtype=TORCH_DTYPES[tensor.dtype])
+        left = as_bytes(found)
+        position = tensor.offset + start * found.element_size()
         try:
-            if tensor.file not in self._files:
-                path = self._info.path / tensor.file
-                self._files[tensor.file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            found: Tensor = self._files[tensor.file].get_tensor(tensor.name)
-        except (SafetensorError, OSError) as error:
-            raise InvalidCheckpoint(self._info.source, f"{tensor.file} cannot be read: {error}") from error
-        if tuple(found.shape) != tensor.shape:
-            raise InvalidCheckpoint(self._info.source, f"tensor {tensor.name} changed while the job ran")
+            descriptor = self._open(tensor.path)
+            while left:
+                count = os.preadv(descriptor, [left], position)
+                if count == 0:
+                    raise InvalidCheckpoint(tensor.source, f"{tensor.file} became shorter while the job ran")
+                left, position = left[count:], position + count
+        except OSError as error:
+            raise InvalidCheckpoint(tensor.source, f"{tensor.file} cannot be read: {error.strerror}") from error
         return found
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # of one element, a contiguous tensor may have any stride
+    return flat.view(torch.uint8).numpy().data
+
+
+class Digests:
+    """sha256 of files, hex. Each is computed once while size and times of the file stay what they are."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], str] = {}
+
+    def of_checkpoint(self, info: CheckpointInfo) -> str:
+        """`sha256:` over the names and digests of config and weight files."""
+        return f"sha256:{_joined({name: self._of_file(info.path / name) for name in _files(info)})}"
+
+    def _of_file(self, path: Path) -> str:
+        stat = path.stat()
+        key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if key in self._known:
+            return self._known[key]
+        digest = digest_file(path)
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > CLOCK_TICK_NS:
+            self._known[key] = digest
+        return digest
 
 
 def digest_file(path: Path) -> str:
@@ -59,16 +120,19 @@ def digest_file(path: Path) -> str:
 
 def digest_checkpoint(info: CheckpointInfo) -> str:
     """`sha256:` over the names and digests of config and weight files."""
-    return f"sha256:{_digest_files(info, ['config.json', *info.weight_files])}"
+    return Digests().of_checkpoint(info)
 
 
 def digest_tokenizer(info: CheckpointInfo) -> str:
     """sha256, hex, over the names and digests of the tokenizer's files."""
-    return _digest_files(info, [name for name in TOKENIZER_FILES if (info.path / name).exists()])
+    names = [name for name in TOKENIZER_FILES if (info.path / name).exists()]
+    return _joined({name: digest_file(info.path / name) for name in names})
 
 
-def _digest_files(info: CheckpointInfo, names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(f"{name}\0{digest_file(info.path / name)}\n".encode())
-    return digest.hexdigest()
+def _files(info: CheckpointInfo) -> Sequence[str]:
+    return ["config.json", *info.weight_files]
+
+
+def _joined(digests: dict[str, str]) -> str:
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Writing checkpoints: each tensor once, at its place, in one pass over the inputs.
 
-The layout is known from the plan, so a shard's header is written first and its tensors follow as they are computed;
-nothing is held longer than one tensor.
+The layout is known from the plan, so a shard has its header and its size before any tensor is computed, and tensors may
+come in any order. Nothing is held longer than a run of rows.
 """
 
 import hashlib
@@ -10,11 +10,14 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,80 +25,144 @@ from torch import Tensor
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, TOKENIZER_FILES, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
-from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
+from worker.engine.methods.blocks import is_finite, row_blocks
+from worker.engine.threads import in_threads
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DIGEST_BYTES = 1 << 20
+
+Rows = Iterable[tuple[slice, Tensor]]
+"""Runs of rows along a tensor's first axis, and the values there."""
 
 
 class ShardWriter:
-    """One safetensors file, written from its first byte to its last; closing it early leaves no file behind."""
+    """One safetensors file whose tensors are written at their places, in any order and from several threads.
+
+    The file is there from the first tensor on, has its whole size from then on, and is closed after the last. Leaving
+    the context earlier leaves no file behind. It is not flushed to the disk.
+    """
 
     def __init__(self, path: Path, tensors: Sequence[PlannedTensor]) -> None:
-        self._path = path
+        self.path = path
         # Wider dtypes first keeps every tensor aligned, as the format's own library does.
         self.tensors = sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])
-        self._written = 0
+        self._header = _header(self.tensors)
+        ends = [*accumulate((t.nbytes for t in self.tensors), initial=len(self._header))]
+        self._places = {t.slot.name: place for t, place in zip(self.tensors, pairwise(ends), strict=True)}
+        self._size = ends[-1]
+        self._complete: set[str] = set()
         self._digest = hashlib.sha256()
-        self._stream = path.open("xb")
-        self._put(self._header())
+        self._digested = self._following = 0
+        self._descriptor: int | None = None
+        self._opening, self._digesting = Lock(), Lock()
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        complete = self._written == len(self.tensors)
-        if kind is None and complete:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        self._stream.close()
-        if kind is not None or not complete:
-            self._path.unlink()
+        complete = self._is_complete()
+        if self._descriptor is not None and not complete:
+            os.close(self._descriptor)
+        if self._descriptor is not None and (kind or not complete):
+            self.path.unlink()
         if kind is None and not complete:
-            raise RuntimeError(f"{self._path.name}: {self._written} of {len(self.tensors)} tensors were written")
+            raise RuntimeError(f"{self.path.name}: {len(self._complete)} of {len(self.tensors)} tensors were written")
 
     @property
     def sha256(self) -> str:
+        """Of the whole file, once it is complete."""
         return self._digest.hexdigest()
 
-    def write(self, tensor: Tensor) -> None:
-        """The next of `tensors`, cast to its planned dtype."""
-        planned = self.tensors[self._written]
-        if tuple(tensor.shape) != planned.shape:
-            raise ValueError(f"{planned.slot.name} has shape {tuple(tensor.shape)}, planned was {planned.shape}")
-        stored = tensor.to(TORCH_DTYPES[planned.dtype]).contiguous()
-        if not bool(torch.isfinite(stored).all()):
-            problem = f"has values beyond {CONFIG_DTYPES[planned.dtype]}; choose a wider output.dtype"
-            raise NumericalError(f"tensor {planned.slot.name} {problem}", tensor=planned.slot.name)
-        flat = stored.as_strided((stored.numel(),), (1,))  # of one element, a contiguous tensor may have any stride
-        self._put(flat.view(torch.uint8).numpy().data)
-        self._written += 1
+    def write(self, planned: PlannedTensor, rows: Rows) -> None:
+        """One of `tensors`, whole, cast to its planned dtype.
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        self._stream.write(data)
+        Raises:
+            NumericalError: a value is NaN or beyond the dtype.
+        """
+        descriptor = self._open()
+        position, end = self._places[planned.slot.name]
+        for _, values in rows:
+            if tuple(values.shape[1:]) != planned.shape[1:] or values.dim() != len(planned.shape):
+                raise ValueError(f"{planned.slot.name} has rows of {tuple(values.shape)}, planned was {planned.shape}")
+            stored = values.to(TORCH_DTYPES[planned.dtype]).contiguous()
+            if not is_finite(stored):
+                problem = f"has values beyond {CONFIG_DTYPES[planned.dtype]}; choose a wider output.dtype"
+                raise NumericalError(f"tensor {planned.slot.name} {problem}", tensor=planned.slot.name)
+            position = _write_at(descriptor, as_bytes(stored), position)
+        if position != end:
+            missing = end - position
+            raise ValueError(f"{planned.slot.name}, planned as {planned.shape}, lacks {missing} bytes")
+        self._complete.add(planned.slot.name)
+        self._follow(descriptor)
 
-    def _header(self) -> bytes:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for tensor in self.tensors:
-            end = position + tensor.nbytes
-            header[tensor.slot.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
-            position = end
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        return struct.pack("<Q", len(raw)) + raw
+    def _is_complete(self) -> bool:
+        return self._following == len(self.tensors)
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                os.truncate(self._descriptor, self._size)
+                _write_at(self._descriptor, memoryview(self._header), 0)
+            return self._descriptor
+
+    def _follow(self, descriptor: int) -> None:
+        """Digest what is complete from the file's start on, and close the file at its end.
+
+        One thread does it at a time. Another that completes a tensor meanwhile leaves it to that one, which looks again
+        once it has let go.
+        """
+        while self._next_is_complete() and self._digesting.acquire(blocking=False):
+            try:
+                while self._next_is_complete():
+                    self._digest_to(descriptor, self._places[self.tensors[self._following].slot.name][1])
+                    self._following += 1
+                if self._is_complete():
+                    os.close(descriptor)
+            finally:
+                self._digesting.release()
+
+    def _next_is_complete(self) -> bool:
+        return not self._is_complete() and self.tensors[self._following].slot.name in self._complete
+
+    def _digest_to(self, descriptor: int, end: int) -> None:
+        while self._digested < end:
+            found = os.pread(descriptor, min(DIGEST_BYTES, end - self._digested), self._digested)
+            self._digest.update(found)
+            self._digested += len(found)
+
+
+def _header(tensors: Sequence[PlannedTensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        header[tensor.slot.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _write_at(descriptor: int, data: memoryview, position: int) -> int:
+    """The position after it."""
+    while data:
+        count = os.pwrite(descriptor, data, position)
+        data, position = data[count:], position + count
+    return position
 
 
 def write_models(
     plan: MergePlan,
     folders: Mapping[str, Path],
-    merged: Callable[[PlannedTensor], Tensor],
+    merged: Callable[[PlannedTensor], Rows],
     max_shard_bytes: int,
+    threads: int | None,
     on_tensor: Callable[[], None],
 ) -> dict[Path, str]:
     """Write every model's folder: the shared backbone once, hard-linked, and each model's own head.
@@ -103,56 +170,56 @@ def write_models(
     Args:
         folders: existing, by model, in the plan's order.
         merged: computes a backbone tensor.
+        threads: on which tensors are computed, each by one; None: one after the other in this thread, with all cores.
         on_tensor: called after each tensor; may raise to stop.
 
     Returns:
         The sha256 of every shard, taken while it was written; of a shared one under its first name.
     """
-    digests: dict[Path, str] = {}
     shards = cut_into_shards(plan.backbone, max_shard_bytes)
     count = len(shards) + 1  # each model's head is one more
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     first, *others = folders.values()
-    for name, shard in zip(names, shards, strict=False):
-        with ShardWriter(first / name, shard) as writer:
-            for tensor in writer.tensors:
-                writer.write(merged(tensor))
-                on_tensor()
-        digests[first / name] = writer.sha256
+    with ExitStack() as stack, TensorReader() as reader:
+        own = partial(_own_rows, reader)
+
+        def writer(path: Path, tensors: Sequence[PlannedTensor]) -> ShardWriter:
+            return stack.enter_context(ShardWriter(path, tensors))
+
+        backbone = [writer(first / name, shard) for name, shard in zip(names, shards, strict=False)]
+        heads = [writer(folder / names[-1], head) for folder, head in zip(folders.values(), plan.heads, strict=True)]
+        work = [(shard, tensor, merged) for shard in backbone for tensor in shard.tensors]
+        work += [(head, tensor, own) for head in heads for tensor in head.tensors]
+        in_threads(lambda item: item[0].write(item[1], item[2](item[1])), work, threads, on_tensor)
+    for name in names[:-1]:
         for folder in others:
             os.link(first / name, folder / name)
     for folder, info, head in zip(folders.values(), plan.checkpoints, plan.heads, strict=True):
-        digests[folder / names[-1]] = _write_head(folder / names[-1], info, head, {}, on_tensor)
         weight_map = {t.slot.name: name for name, shard in zip(names, [*shards, head], strict=True) for t in shard}
         size = sum(t.nbytes for t in (*plan.backbone, *head))
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
         _write_config(info, plan.backbone[0].dtype, folder)
         _copy_tokenizer(info, folder)
-    return digests
+    return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
 
 
-def rewrite_head(
-    folder: Path, info: CheckpointInfo, head: Sequence[PlannedTensor], replaced: Mapping[str, Tensor]
-) -> tuple[Path, str]:
+def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[str, Tensor]) -> tuple[Path, str]:
     """Write a model's own shard anew, with other tensors for some names; the file and its sha256."""
     path = max(folder.glob("model-*.safetensors"))  # the last shard, see `write_models`
     path.unlink()
-    return path, _write_head(path, info, head, replaced, lambda: None)
-
-
-def _write_head(
-    path: Path,
-    info: CheckpointInfo,
-    head: Sequence[PlannedTensor],
-    replaced: Mapping[str, Tensor],
-    on_tensor: Callable[[], None],
-) -> str:
-    with TensorReader(info) as reader, ShardWriter(path, head) as writer:
+    with TensorReader() as reader, ShardWriter(path, head) as writer:
         for tensor in writer.tensors:
-            name = tensor.slot.name
-            writer.write(replaced[name] if name in replaced else reader.read(tensor.sources[0]))
-            on_tensor()
-    return writer.sha256
+            new = replaced.get(tensor.slot.name)
+            rows = _own_rows(reader, tensor) if new is None else [(slice(0, len(new)), new)]
+            writer.write(tensor, rows)
+    return path, writer.sha256
+
+
+def _own_rows(reader: TensorReader, planned: PlannedTensor) -> Rows:
+    """Of a tensor that one model alone has."""
+    [source] = planned.sources
+    for rows in row_blocks(planned.shape):
+        yield rows, reader.read(source, rows if planned.shape else None)
 
 
 def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:

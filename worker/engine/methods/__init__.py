@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from worker.engine.catalog.methods import METHODS, MethodParameters
 from worker.engine.methods import average, fisher, mask_fisher, mask_regmean, regmean, task_arithmetic, ties
-from worker.engine.methods.combine import MeasuredModel, Merger
+from worker.engine.methods.blocks import MeasuredModel, Merger
 
 Build = Callable[[MethodParameters, list[MeasuredModel]], Merger]
 

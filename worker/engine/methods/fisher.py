@@ -5,22 +5,12 @@ favours, above 1e-6 before the division. Here no model is favoured and the floor
 scale of the model's confidence, and 1e-6 of the norm would be more than nearly all of a real model's parameters have.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Slot
 from worker.engine.catalog.methods import FisherParameters, MethodParameters
-from worker.engine.methods.combine import (
-    MeasuredModel,
-    Merger,
-    chunks,
-    combine,
-    merged_dtype,
-    model_weights,
-    normalized,
-)
+from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.methods.combine import combine, model_weights, normalized
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -32,21 +22,21 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     # One floor for all: where no model has information, none has more of a say than its lambda gives it.
     floor = parameters.floor * sum(scale * mean for scale, mean in zip(scales, means, strict=True)) / len(models)
 
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        flat = [version.to(merged_dtype(versions)).flatten() for version in versions]
-        information = [model.fisher[slot.name].flatten() for model in models]
-        merged = torch.empty_like(flat[0])
-        for chunk in chunks(len(merged)):
+    def prepare(versions: Versions) -> BlockMerge:
+        information = [model.fisher[versions.slot.name] for model in models]
+
+        def merge(block: Block) -> Tensor:
             weights = torch.stack(
                 [
-                    lam * (scale * f[chunk].double()).clamp_min(floor)
+                    lam * (scale * f[block.rows].double()).clamp_min(floor).flatten()
                     for lam, scale, f in zip(lambdas, scales, information, strict=True)
                 ]
             )
-            merged[chunk] = combine([version[chunk] for version in flat], normalized(weights, lambdas))
-        return merged.view_as(versions[0])
+            return combine(block.versions, normalized(weights, lambdas).view(len(models), *block.versions[0].shape))
 
-    return merge
+        return merge
+
+    return prepare
 
 
 def _norm_and_mean(model: MeasuredModel) -> tuple[float, float]:

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Nodes, Slot
+from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize
 from worker.engine.methods import paper
-from worker.engine.methods.combine import MeasuredModel, Merger, combine, model_weights, normalized
+from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.methods.combine import by_slices, model_weights, normalized
 
 Scores = Mapping[str, Tensor]
 
@@ -27,13 +28,13 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     owned = node_weights(models, parameters.normalize, parameters.floor)
     rest = rest_weights(models, parameters.rest)
 
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        owner = slot.owner
+    def prepare(versions: Versions) -> BlockMerge:
+        owner = versions.slot.owner
         if owner is not None:
-            return combine(versions, owned[owner.score], owner.axis)
-        return combine(versions, rest.get(slot.layer, rest[None]))
+            return by_slices(versions, owned[owner.score], owner.axis)
+        return by_slices(versions, rest.get(versions.slot.layer, rest[None]))
 
-    return merge
+    return prepare
 
 
 def node_weights(models: list[MeasuredModel], normalize: Normalize, floor: float) -> dict[str, Tensor]:

@@ -4,14 +4,14 @@ A row o of a node minimises `sum_j w_j,o (w - w_j,o) G_j (w - w_j,o)^T`. With eq
 `regmean`, with Gram matrices that are the identity it is `mask_fisher`.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Nodes, Slot
+from worker.engine.catalog.families import Nodes
+from worker.engine.catalog.families.table import Owner
 from worker.engine.catalog.methods import MaskRegMeanParameters, MethodParameters
-from worker.engine.methods.combine import MeasuredModel, Merger, combine, model_weights
+from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.methods.combine import by_slices, model_weights
 from worker.engine.methods.mask_fisher import node_weights, rest_weights
 from worker.engine.methods.regmean import regress
 
@@ -24,11 +24,18 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     by_lambda = model_weights(models)[:, None]
     by_lambda /= by_lambda.sum()
 
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+    def prepare(versions: Versions) -> BlockMerge:
+        slot = versions.slot
         owner, source = slot.owner, slot.input
         by_rest = rest.get(slot.layer, rest[None])
         if source is None:
-            return combine(versions, by_rest) if owner is None else combine(versions, owned[owner.score], owner.axis)
+            return (
+                by_slices(versions, by_rest) if owner is None else by_slices(versions, owned[owner.score], owner.axis)
+            )
+        return regression(versions, source, owner, by_rest)
+
+    def regression(versions: Versions, source: str, owner: Owner | None, by_rest: Tensor) -> BlockMerge:
+        whole = versions.whole().versions
         weights, columns = by_lambda, None
         if owner is None:
             weights = by_rest
@@ -37,7 +44,8 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         elif owner.axis == 1 and parameters.columns:
             of_nodes = owned[owner.score]
             weights = torch.ones_like(by_lambda)  # of_nodes has the lambdas in it
-            columns = of_nodes.repeat_interleave(versions[0].shape[1] // of_nodes.shape[1], dim=1)
-        return regress(source, versions, models, weights, parameters.shrink, parameters.ridge, columns)
+            columns = of_nodes.repeat_interleave(versions.shape[1] // of_nodes.shape[1], dim=1)
+        merged = regress(source, whole, models, weights, parameters.shrink, parameters.ridge, columns)
+        return lambda block: merged[block.rows]
 
-    return merge
+    return prepare

@@ -5,14 +5,13 @@ norm follow the layer's mean head score; the second projection and its norm the 
 and pooler the mean over layers of both. Raw sums, no normalisation; a sum of zero is split evenly.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Kind, Nodes, Slot
+from worker.engine.catalog.families import Kind, Nodes
 from worker.engine.catalog.families.table import score_name
-from worker.engine.methods.combine import MeasuredModel, Merger, combine, model_weights, normalized
+from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.methods.combine import by_slices, model_weights, normalized
 
 BY_NODE = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.POSITION: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
 BY_LAYER_MEAN = {
@@ -36,11 +35,12 @@ def build(models: list[MeasuredModel]) -> Merger:
     def weights(scores: Tensor) -> Tensor:
         return normalized(lambdas[:, None] * scores, lambdas)
 
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+    def prepare(versions: Versions) -> BlockMerge:
+        slot = versions.slot
         if slot.layer is None:
-            return combine(versions, weights(overall[:, None]))
+            return by_slices(versions, weights(overall[:, None]))
         if slot.kind in BY_NODE:
-            return combine(versions, weights(stacked(slot.layer, BY_NODE[slot.kind])))
-        return combine(versions, weights(stacked(slot.layer, BY_LAYER_MEAN[slot.kind]).mean(1, keepdim=True)))
+            return by_slices(versions, weights(stacked(slot.layer, BY_NODE[slot.kind])))
+        return by_slices(versions, weights(stacked(slot.layer, BY_LAYER_MEAN[slot.kind]).mean(1, keepdim=True)))
 
-    return merge
+    return prepare

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.families import Slot
 from worker.engine.catalog.methods import MethodParameters, RegressionParameters
-from worker.engine.methods.combine import MeasuredModel, Merger, combine, merged_dtype, model_weights
+from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.methods.combine import by_slices, model_weights
 
 BATCH_BYTES = 128_000_000  # of the matrices that are factorised at once
 STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves a matrix that is not positive definite
@@ -25,12 +25,15 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     weights = model_weights(models)[:, None]
     weights /= weights.sum()
 
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        if slot.input is None:
-            return combine(versions, weights)
-        return regress(slot.input, versions, models, weights, parameters.shrink, parameters.ridge)
+    def prepare(versions: Versions) -> BlockMerge:
+        source = versions.slot.input
+        if source is None:
+            return by_slices(versions, weights)
+        whole = versions.whole().versions
+        merged = regress(source, whole, models, weights, parameters.shrink, parameters.ridge)
+        return lambda block: merged[block.rows]
 
-    return merge
+    return prepare
 
 
 def regress(
@@ -56,7 +59,7 @@ def regress(
             diagonal matrix of their square roots.
 
     Returns:
-        The merged matrix in float32, or float64 where a version is float64; solved in float64.
+        The merged matrix in the versions' dtype; solved in float64.
 
     Raises:
         NumericalError: a Gram matrix has no finite entries or is far from positive semidefinite.
@@ -76,7 +79,7 @@ def regress(
     for stronger in STRONGER_RIDGES:
         step = _solve(versions, partial(conditioned, (ridge + stronger) * mean), weights)
         if step is not None:
-            return (versions[0].double() + step).to(merged_dtype(versions))
+            return (versions[0].double() + step).to(versions[0].dtype)
     raise NumericalError(f"the Gram matrices of {source} are not positive semidefinite", input=source)
 
 

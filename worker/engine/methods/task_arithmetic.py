@@ -1,21 +1,19 @@
 """`task_arithmetic`, see its catalog entry. Its `scale` is applied as every method's is, by the caller."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from worker.engine.catalog.families import Slot
 from worker.engine.catalog.methods import MethodParameters
-from worker.engine.methods.combine import MeasuredModel, Merger, merged_dtype, required_base
+from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        dtype = merged_dtype(versions)
-        origin = required_base(base).to(dtype)
-        merged = origin.clone()
-        for model, version in zip(models, versions, strict=True):
-            merged += model.weight * (version.to(dtype) - origin)
+    def merge(block: Block) -> Tensor:
+        merged = required_base(block.base).clone()
+        for model, delta in zip(models, block.deltas, strict=True):
+            merged.add_(delta, alpha=model.weight)
         return merged
 
-    return merge
+    def prepare(versions: Versions) -> BlockMerge:
+        return merge
+
+    return prepare

@@ -4,14 +4,12 @@ As in the authors' code the mean is over the models that agree; with weights it 
 them, which for equal weights is the same. `scale` is the paper's lambda, applied by the caller.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Slot
 from worker.engine.catalog.methods import MethodParameters, TiesParameters
-from worker.engine.methods.combine import MeasuredModel, Merger, chunks, merged_dtype, model_weights, required_base
+from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
+from worker.engine.methods.combine import model_weights
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -20,19 +18,18 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     lambdas = model_weights(models)[:, None]
     density = parameters.density
 
-    def merge(slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        dtype = merged_dtype(versions)
-        origin = required_base(base).to(dtype)
-        flat = [version.to(dtype).flatten() for version in versions]
-        merged = origin.flatten().clone()
-        thresholds = torch.stack([magnitude_threshold(version - merged, density) for version in flat]).double()
-        for chunk in chunks(merged.numel()):
-            part = merged[chunk]  # a view: the merge replaces the base in it
-            deltas = torch.stack([version[chunk] - part for version in flat]).double()
-            part += agreeing_mean(deltas * (deltas.abs() >= thresholds[:, None]), lambdas).to(dtype)
-        return merged.view_as(origin)
+    def prepare(versions: Versions) -> BlockMerge:
+        thresholds = [magnitude_threshold(delta.flatten(), density) for delta in versions.whole().deltas]
 
-    return merge
+        def merge(block: Block) -> Tensor:
+            trimmed = [delta * (delta.abs() >= least) for delta, least in zip(block.deltas, thresholds, strict=True)]
+            base = required_base(block.base)
+            mean = agreeing_mean(torch.stack(trimmed).flatten(1).double(), lambdas)
+            return base + mean.view_as(base).to(base.dtype)
+
+        return merge
+
+    return prepare
 
 
 def magnitude_threshold(delta: Tensor, density: float) -> Tensor:

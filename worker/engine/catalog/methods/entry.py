@@ -57,6 +57,11 @@ class MethodParameters(Strict):
         return False
 
     @property
+    def merges_rows(self) -> bool:
+        """Whether some rows of a tensor can be merged without the others; else, all of it is held at once."""
+        return Statistic.GRAM not in self.statistics
+
+    @property
     def refits_layers(self) -> bool:
         """Whether linear layers are refitted to what they read in the merge, which keeps all experts loaded."""
         return False

@@ -1,0 +1,130 @@
+"""What the executor gives a method, and what it wants back: a tensor's versions, a run of rows at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.families import Slot
+from worker.engine.catalog.values import Place
+
+BLOCK_ELEMENTS = 1 << 19  # of one version: in float32 2 MB
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of every version of a tensor, (rows, *rest of the tensor's shape), float32, or float64 where one is.
+
+    A tensor without axes is one block of no axes. Nobody else reads these tensors, but a method may be given the same
+    block twice, so it leaves them as they are.
+    """
+
+    rows: slice
+    versions: Sequence[Tensor]
+    base: Tensor | None
+
+    @classmethod
+    def of(cls, rows: slice, versions: Sequence[Tensor], base: Tensor | None) -> "Block":
+        """As they are stored, in whichever formats."""
+        wide = any(values.dtype == torch.float64 for values in (*versions, *([] if base is None else [base])))
+        dtype = torch.float64 if wide else torch.float32
+        return cls(rows, [version.to(dtype) for version in versions], None if base is None else base.to(dtype))
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """Task vectors: what each version has more than the base."""
+        base = required_base(self.base)
+        return [version - base for version in self.versions]
+
+
+class Versions:
+    """The versions of one tensor, one per model that takes part, read when they are asked for.
+
+    Going through the blocks reads the files again, unless the tensor is a single block: then it is held.
+
+    Args:
+        shape: of the tensor; its rows run along the first axis.
+        read: the block of these rows.
+        block_elements: of one version, in a block.
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        place: Place,
+        shape: Sequence[int],
+        read: Callable[[slice], Block],
+        block_elements: int = BLOCK_ELEMENTS,
+    ) -> None:
+        self.slot = slot
+        self.place = place
+        self.shape = tuple(shape)
+        self._read = read
+        self._runs = row_blocks(self.shape, block_elements)
+        self._held: Block | None = None
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in order; always the same ones, so that sums over them are the same sums."""
+        if len(self._runs) == 1:
+            yield self.whole()
+            return
+        for rows in self._runs:
+            yield self._read(rows)
+
+    def whole(self) -> Block:
+        """All rows at once, for methods that cannot do with less."""
+        if self._held is None:
+            self._held = self._read(slice(0, self.shape[0] if self.shape else 1))
+        return self._held
+
+
+def row_blocks(shape: Sequence[int], block_elements: int = BLOCK_ELEMENTS) -> list[slice]:
+    """Runs of rows of at most so many elements; a longer row is a run of its own."""
+    rows = shape[0] if shape else 1
+    step = max(1, block_elements // max(1, math.prod(shape[1:])))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)] or [slice(0, 0)]
+
+
+BlockMerge = Callable[[Block], Tensor]
+"""The merged rows of a block, in its dtype and shape."""
+Merger = Callable[[Versions], BlockMerge]
+"""A method over its models. What it needs to know of a whole tensor, as norms or thresholds, it finds out here.
+
+It is called from several threads, for different tensors, in which PyTorch computes on one thread alone.
+"""
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model as a method sees it: its weight lambda, and what was measured of it, where the method needs it.
+
+    `grams` and `fisher` may be on disk and read when they are asked for.
+    """
+
+    weight: float
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of mask nodes: (nodes,), float64, by score name."""
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
+    """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""
+    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
+
+
+def required_base(base: Tensor | None) -> Tensor:
+    if base is None:
+        raise RuntimeError("the method needs a base; planning should have refused this")
+    return base
+
+
+def merged_whole(merger: Merger, versions: Versions) -> Tensor:
+    """All rows of the merged tensor, in memory."""
+    merge = merger(versions)
+    parts = [merge(block) for block in versions.blocks()]
+    return torch.cat(parts) if versions.shape else parts[0]
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: both stay in a sum, which takes an eighth of looking at every value."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
