@@ -56,6 +56,7 @@ from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
 from worker.engine.layers import Expert, linear_groups, refitted
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
+from worker.engine.methods.combine import EVERYWHERE, model_weights
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
@@ -461,8 +462,8 @@ def _merger(method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, lis
     if isinstance(method, ScoringParameters):
         shares = iter(weight_shares(models, node_weights(models, method.normalize, method.floor)))
     else:
-        total = sum(model.weight for model in models)
-        shares = iter([model.weight / total for model in models])
+        weights = model_weights(models, EVERYWHERE)
+        shares = iter((weights / weights.sum()).tolist())
     return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
 
 

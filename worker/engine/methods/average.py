@@ -6,10 +6,8 @@ from worker.engine.methods.combine import by_slices, model_weights
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
-    weights = model_weights(models)[:, None]
-    weights /= weights.sum()
-
     def prepare(versions: Versions) -> BlockMerge:
-        return by_slices(versions, weights)
+        weights = model_weights(models, versions.place)[:, None]
+        return by_slices(versions, weights / weights.sum())
 
     return prepare

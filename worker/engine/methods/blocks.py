@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Slot
-from worker.engine.catalog.values import Place
+from worker.engine.catalog.values import PerTensor, Place
 
 BLOCK_ELEMENTS = 1 << 19  # of one version: in float32 2 MB
 
@@ -103,7 +103,8 @@ class MeasuredModel:
     `grams` and `fisher` may be on disk and read when they are asked for.
     """
 
-    weight: float
+    weight: PerTensor[float]
+    """See `model_weights`."""
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     """Of mask nodes: (nodes,), float64, by score name."""
     grams: Mapping[str, Tensor] = field(default_factory=dict)

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.values import Place, value_at
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
 
+EVERYWHERE = Place("", 0.0)
+DEFAULT_WEIGHT = 1.0  # of a model, for tensors that none of its filters names
 
-def model_weights(models: Sequence[MeasuredModel]) -> Tensor:
-    """The weights of the models, (models,), float64, as given."""
-    return torch.tensor([model.weight for model in models], dtype=torch.float64)
+
+def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:
+    """The weights of the models for one tensor, (models,), float64, as given."""
+    return torch.tensor([value_at(model.weight, place, DEFAULT_WEIGHT) for model in models], dtype=torch.float64)
 
 
 def normalized(weights: Tensor, fallback: Tensor) -> Tensor:

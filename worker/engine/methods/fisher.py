@@ -10,13 +10,13 @@ from torch import Tensor
 
 from worker.engine.catalog.methods import FisherParameters, MethodParameters
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import combine, model_weights, normalized
+from worker.engine.methods.combine import EVERYWHERE, combine, model_weights, normalized
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, FisherParameters):
         raise TypeError(f"parameters of fisher expected, got {type(parameters).__name__}")
-    lambdas = model_weights(models)
+    lambdas = model_weights(models, EVERYWHERE)
     norms, means = zip(*(_norm_and_mean(model) for model in models), strict=True)
     scales = [1 / norm if parameters.normalize and norm > 0 else 1.0 for norm in norms]
     # One floor for all: where no model has information, none has more of a say than its lambda gives it.

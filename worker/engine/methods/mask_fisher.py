@@ -15,7 +15,7 @@ from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize
 from worker.engine.methods import paper
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import by_slices, model_weights, normalized
+from worker.engine.methods.combine import EVERYWHERE, by_slices, model_weights, normalized
 
 Scores = Mapping[str, Tensor]
 
@@ -39,7 +39,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 def node_weights(models: list[MeasuredModel], normalize: Normalize, floor: float) -> dict[str, Tensor]:
     """Merge weights of every node: by score name, (models, nodes), float64, summing to 1 over models."""
-    lambdas = model_weights(models)
+    lambdas = model_weights(models, EVERYWHERE)
     scores = [floored(normalize_scores(model.scores, normalize), floor) for model in models]
     return {
         site: normalized(torch.stack([lam * s[site] for lam, s in zip(lambdas, scores, strict=True)]), lambdas)
@@ -73,7 +73,7 @@ def rest_weights(models: list[MeasuredModel], rest: Literal["uniform", "model"])
     `uniform`: lambda alone. `model`: lambda times the sum over both kinds of the mean model-normalised score, of the
     layer, or for what lies outside the layers of the model.
     """
-    lambdas = model_weights(models)
+    lambdas = model_weights(models, EVERYWHERE)
     if rest == "uniform":
         return {None: (lambdas / lambdas.sum())[:, None]}
     by_model = []

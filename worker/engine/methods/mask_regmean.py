@@ -11,7 +11,7 @@ from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.families.table import Owner
 from worker.engine.catalog.methods import MaskRegMeanParameters, MethodParameters
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import by_slices, model_weights
+from worker.engine.methods.combine import EVERYWHERE, by_slices, model_weights
 from worker.engine.methods.mask_fisher import node_weights, rest_weights
 from worker.engine.methods.regmean import regress
 
@@ -21,7 +21,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         raise TypeError(f"parameters of mask_regmean expected, got {type(parameters).__name__}")
     owned = node_weights(models, parameters.normalize, parameters.floor)
     rest = rest_weights(models, parameters.rest)
-    by_lambda = model_weights(models)[:, None]
+    by_lambda = model_weights(models, EVERYWHERE)[:, None]
     by_lambda /= by_lambda.sum()
 
     def prepare(versions: Versions) -> BlockMerge:

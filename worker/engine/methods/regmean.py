@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.methods import MethodParameters, RegressionParameters
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import by_slices, model_weights
+from worker.engine.methods.combine import EVERYWHERE, by_slices, model_weights
 
 BATCH_BYTES = 128_000_000  # of the matrices that are factorised at once
 STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves a matrix that is not positive definite
@@ -22,7 +22,7 @@ STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, RegressionParameters):
         raise TypeError(f"parameters of regmean expected, got {type(parameters).__name__}")
-    weights = model_weights(models)[:, None]
+    weights = model_weights(models, EVERYWHERE)[:, None]
     weights /= weights.sum()
 
     def prepare(versions: Versions) -> BlockMerge:

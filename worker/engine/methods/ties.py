@@ -15,10 +15,10 @@ from worker.engine.methods.combine import model_weights
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, TiesParameters):
         raise TypeError(f"parameters of ties expected, got {type(parameters).__name__}")
-    lambdas = model_weights(models)[:, None]
     density = parameters.density
 
     def prepare(versions: Versions) -> BlockMerge:
+        lambdas = model_weights(models, versions.place)[:, None]
         thresholds = [magnitude_threshold(delta.flatten(), density) for delta in versions.whole().deltas]
 
         def merge(block: Block) -> Tensor:
