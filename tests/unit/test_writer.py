@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -344,6 +345,29 @@ def test_a_listener_can_stop_a_merge_and_no_manifest_is_left(checkpoints: dict[s
         Engine().merge(merge_spec(tmp_path, models, {"name": "average"}), stop)
     assert list(tmp_path.rglob("*.safetensors")) == []
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_leaves_nothing_of_it(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The limit on a process's files stands for the disk: writes beyond it fail from then on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    started: list[Path] = []
+
+    def fill(phase: str, done: int, *_: object) -> None:
+        if phase == "merging" and done == 3:
+            started.extend(tmp_path.rglob("*.safetensors"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+
+    models = [model_spec(path, path.with_suffix(".jsonl")) for path in checkpoints.values()]
+    one_by_one = {"name": "regmean", "examples": 8}  # so that the limit comes after the third tensor for sure
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Engine().merge(merge_spec(tmp_path, models, one_by_one), fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert started
+    assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 @pytest.fixture
