@@ -118,8 +118,8 @@ class ShardWriter:
                 while self._next_is_complete():
                     self._digest_to(descriptor, self._places[self.tensors[self._following].slot.name][1])
                     self._following += 1
-                if self._is_complete():
-                    os.close(descriptor)
+                    if self._is_complete():
+                        os.close(descriptor)
             finally:
                 self._digesting.release()
 
