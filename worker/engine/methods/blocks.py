@@ -34,7 +34,7 @@ class Block:
 
     @property
     def deltas(self) -> list[Tensor]:
-        """Task vectors: what each version has more than the base."""
+        """Task vectors: what each version has more than the base; computed anew, so that they may be changed."""
         base = required_base(self.base)
         return [version - base for version in self.versions]
 
@@ -61,6 +61,7 @@ class Versions:
         self.slot = slot
         self.place = place
         self.shape = tuple(shape)
+        self.block_elements = block_elements
         self._read = read
         self._runs = row_blocks(self.shape, block_elements)
         self._held: Block | None = None
