@@ -66,12 +66,17 @@ class Versions:
         self._runs = row_blocks(self.shape, block_elements)
         self._held: Block | None = None
 
-    def blocks(self) -> Iterator[Block]:
-        """All blocks in order; always the same ones, so that sums over them are the same sums."""
+    @property
+    def count(self) -> int:
+        """Of the blocks."""
+        return len(self._runs)
+
+    def blocks(self, every: int = 1) -> Iterator[Block]:
+        """All blocks in order, or every so many; always the same ones, so that sums over them are the same sums."""
         if len(self._runs) == 1:
             yield self.whole()
             return
-        for rows in self._runs:
+        for rows in self._runs[::every]:
             yield self._read(rows)
 
     def whole(self) -> Block:

@@ -59,4 +59,6 @@ def draw(random: np.random.Generator, count: int, probability: float) -> NDArray
 def raw_bits(random: np.random.Generator, count: int, dtype: Any) -> NDArray[Any]:
     """Numbers from the generator's own stream, which stays the same in every version of NumPy."""
     size = np.dtype(dtype).itemsize
-    return random.bit_generator.random_raw(-(-count * size // 8)).view(dtype)[:count]
+    raw: NDArray[np.uint64] = random.bit_generator.random_raw(-(-count * size // 8))
+    view: NDArray[Any] = raw.view(dtype)
+    return view[:count]

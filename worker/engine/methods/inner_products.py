@@ -18,7 +18,7 @@ def inner_products(versions: Versions, vectors: Callable[[Block], Sequence[Tenso
 def _products(vectors: Sequence[Tensor]) -> Tensor:
     total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
     chunk = torch.empty(len(vectors), min(CHUNK_ELEMENTS, vectors[0].numel()), dtype=torch.float64)
-    for parts in zip(*(vector.split(CHUNK_ELEMENTS) for vector in vectors), strict=True):
+    for parts in zip(*(torch.split(vector, CHUNK_ELEMENTS) for vector in vectors), strict=True):
         some = chunk[:, : parts[0].numel()]
         for row, part in zip(some, parts, strict=True):
             row.copy_(part)

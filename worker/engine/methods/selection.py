@@ -12,6 +12,7 @@ from torch import Tensor
 from worker.engine.methods.blocks import Block, Versions
 
 HELD_BLOCKS = 8  # of values, for each rank: of a tensor of no more, all are
+SAMPLED_BLOCKS = 8
 SAMPLE_ELEMENTS = 1 << 16
 MARGIN = 0.01  # of the sample, to both sides of the rank; its standard error there is at most 0.2 %
 
@@ -41,12 +42,14 @@ def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]],
     """
     limit = HELD_BLOCKS * versions.block_elements
     searches = [_Search(rank, math.prod(versions.shape)) for rank in ranks]
+    first = True
     while searching := [(index, search) for index, search in enumerate(searches) if search.found is None]:
         if any(search.between > limit for _, search in searching):
-            for block in versions.blocks():
+            every = max(1, versions.count // SAMPLED_BLOCKS) if first else 1  # later, what is left may be anywhere
+            for block in versions.blocks(every):
                 arrays = [_flat(series) for series in values(block)]
                 for index, search in searching:
-                    search.sample(arrays[index])
+                    search.sample(arrays[index], every)
         for _, search in searching:
             search.bracket(limit)
         for block in versions.blocks():
@@ -55,6 +58,7 @@ def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]],
                 search.count(arrays[index], limit)
         for _, search in searching:
             search.narrow()
+        first = False
     return [math.nan if search.found is None else search.found for search in searches]
 
 
@@ -79,9 +83,9 @@ class _Search:
     def between(self) -> int:
         return self.above_low - self.above_high
 
-    def sample(self, values: Array) -> None:
+    def sample(self, values: Array, every: int) -> None:
         inside = _between(values, self.low, self.high)
-        self.sampled.append(inside[:: max(1, self.between // SAMPLE_ELEMENTS)].copy())
+        self.sampled.append(inside[:: max(1, self.between // (every * SAMPLE_ELEMENTS))].copy())
 
     def bracket(self, limit: int) -> None:
         """What the next pass gathers: all that is left where that is little."""
@@ -100,13 +104,13 @@ class _Search:
     def count(self, values: Array, limit: int) -> None:
         low, high = self.inner
         if self.inner == ANY:
-            inside, ends = values, (0, 0, 0)
+            inside, found = values, (0, 0, values.size, 0)
         else:
             near = values[(values >= low) & (values <= high)]
             inside = _between(near, low, high)
-            ends = (np.count_nonzero(values > high), np.count_nonzero(near == high), np.count_nonzero(near == low))
-        above, at_high, at_low = ends
-        self.counts = [n + more for n, more in zip(self.counts, (above, at_high, inside.size, at_low), strict=True)]
+            above, at_high, at_low = (int(np.count_nonzero(a)) for a in (values > high, near == high, near == low))
+            found = (above, at_high, inside.size, at_low)
+        self.counts = [count + more for count, more in zip(self.counts, found, strict=True)]
         if self.counts[2] <= limit:
             self.gathered.append(inside)
 
