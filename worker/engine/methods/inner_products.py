@@ -28,6 +28,5 @@ def _products(vectors: Sequence[Tensor]) -> Tensor:
 
 def products_along(vectors: Sequence[Tensor], axis: int) -> Tensor:
     """Of each row (`axis` 1) or column (0) of matrices: (vectors, vectors, rows or columns), float64."""
-    return torch.stack(
-        [torch.stack([(one * other).sum(axis, dtype=torch.float64) for other in vectors]) for one in vectors]
-    )
+    exact = [vector.double() for vector in vectors]
+    return torch.stack([torch.stack([(one * other).sum(axis) for other in exact]) for one in exact])

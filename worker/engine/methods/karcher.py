@@ -13,6 +13,7 @@ from worker.engine.methods.combine import combination, model_weights
 from worker.engine.methods.inner_products import inner_products
 
 NO_DIRECTION = 1e-6  # length of a mean of unit vectors; there rounding decides where it points
+COLINEAR = 1e-7  # sine of an angle; there rounding decides which way is the shorter
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -57,7 +58,7 @@ def mean_coefficients(products: Tensor, weights: Tensor, max_iter: int, tol: flo
         cosine = (cosines @ mean).clamp(-1, 1)
         angle, sine = cosine.acos(), (1 - cosine**2).sqrt()
         # The logarithm of each at the mean; opposite to it, every way is as short.
-        pull = shares * torch.where(sine > 0, angle / sine, (cosine > 0).double())
+        pull = shares * torch.where(sine > COLINEAR, angle / sine, (cosine > 0).double())
         step = pull - (pull * cosine).sum() * mean
         size = _length(step, cosines)
         if not size >= tol:

@@ -108,7 +108,8 @@ class _Search:
         else:
             near = values[(values >= low) & (values <= high)]
             inside = _between(near, low, high)
-            above, at_high, at_low = (int(np.count_nonzero(a)) for a in (values > high, near == high, near == low))
+            above, at_high = int(np.count_nonzero(values > high)), int(np.count_nonzero(near == high))
+            at_low = near.size - inside.size - at_high
             found = (above, at_high, inside.size, at_low)
         self.counts = [count + more for count, more in zip(self.counts, found, strict=True)]
         if self.counts[2] <= limit:
