@@ -11,10 +11,7 @@ from worker.engine.catalog.methods import METHODS, MaskFisherParameters
 from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName, Name
 from worker.engine.catalog.strict import Strict, did_you_mean
 
-ANNOUNCED_METHODS = (
-    "linear", "slerp", "nuslerp", "dare_linear", "dare_ties", "della", "breadcrumbs", "model_stock", "karcher", "sce",
-    "passthrough", "auto",
-)  # fmt: skip
+ANNOUNCED_METHODS = ("passthrough", "auto")
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
 
@@ -192,6 +189,20 @@ class MergeRequest(JobRequest[ModelRequest]):
             raise ValueError(f"{why} merges differences from the common ancestor; name it as base")
         if not any(model.takes_part for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")
+        return self
+
+    @model_validator(mode="after")
+    def _models_suit_the_method(self) -> Self:
+        method = self.method
+        weights = [model.weight for model in self.models if model.takes_part]
+        least, most = METHODS[method.name].models
+        if len(weights) < least or (most is not None and len(weights) > most):
+            wanted = f"exactly {least}" if least == most else f"at least {least}"
+            raise ValueError(
+                f"method {method.name} merges {wanted} models; {len(weights)} take part, those of weight 0 left out"
+            )
+        if not method.weighs_models and any(weight != weights[0] for weight in weights):
+            raise ValueError(f"method {method.name} gives the models no weights of yours; leave them out of models")
         return self
 
 

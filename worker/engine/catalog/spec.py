@@ -8,11 +8,23 @@ from pydantic import AfterValidator, Field, SerializeAsAny
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
     AverageParameters,
+    BreadcrumbsParameters,
+    BreadcrumbsTiesParameters,
+    DareLinearParameters,
+    DareTiesParameters,
+    DellaLinearParameters,
+    DellaParameters,
     FisherParameters,
+    KarcherParameters,
+    LinearParameters,
     MaskFisherParameters,
     MaskRegMeanParameters,
     MethodParameters,
+    ModelStockParameters,
+    NuSlerpParameters,
     RegMeanParameters,
+    SceParameters,
+    SlerpParameters,
     TaskArithmeticParameters,
     TiesParameters,
 )
@@ -32,7 +44,19 @@ Method = Annotated[
     | FisherParameters
     | RegMeanParameters
     | MaskRegMeanParameters
-    | AlignedRegMeanParameters,
+    | AlignedRegMeanParameters
+    | BreadcrumbsParameters
+    | BreadcrumbsTiesParameters
+    | DareLinearParameters
+    | DareTiesParameters
+    | DellaLinearParameters
+    | DellaParameters
+    | KarcherParameters
+    | LinearParameters
+    | ModelStockParameters
+    | NuSlerpParameters
+    | SceParameters
+    | SlerpParameters,
     Field(discriminator="name"),
 ]
 

@@ -42,6 +42,17 @@ def combine(versions: Sequence[Tensor], weights: Tensor) -> Tensor:
     return merged
 
 
+def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """`sum_j c_j theta_j`, computed as `combine` does, so that it is exact for identical versions and a sum of 1.
+
+    Args:
+        coefficients: as the weights of `combine`, but for their sum.
+    """
+    merged = combine(versions, coefficients)
+    beyond = (coefficients.sum(0) - 1).to(merged.dtype)
+    return merged.addcmul_(versions[0], beyond) if bool(beyond.any()) else merged
+
+
 def by_slices(versions: Versions, weights: Tensor, axis: int = 0) -> BlockMerge:
     """`combine` with a weight for every slice.
 

@@ -52,6 +52,11 @@ class MethodParameters(Strict):
         return self.scale != 1
 
     @property
+    def weighs_models(self) -> bool:
+        """Whether the models' weights have a say; else they must be equal."""
+        return True
+
+    @property
     def needs_labels(self) -> bool:
         """Whether computing the statistics reads the data set's labels."""
         return False
@@ -103,6 +108,11 @@ class GradientParameters(MeasuringParameters):
     """Draws the labels of the estimator `sampled`."""
 
     @property
+    def weighs_models(self) -> bool:
+        """Whether the models' weights have a say; else they must be equal."""
+        return True
+
+    @property
     def needs_labels(self) -> bool:
         return self.estimator == "empirical"
 
@@ -114,6 +124,8 @@ class MethodEntry:
     source: str
     needs: tuple[Literal["dataset", "base"], ...]
     parameters: type[MethodParameters]
+    models: tuple[int, int | None] = (1, None)
+    """Fewest and most that can take part; None: any number."""
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -121,5 +133,6 @@ class MethodEntry:
             "formula": self.formula,
             "source": self.source,
             "needs": list(self.needs),
+            "models": {"least": self.models[0], "most": self.models[1]},
             "parameters": self.parameters.model_json_schema(),
         }
