@@ -91,7 +91,7 @@ def _is_wrong_media_type(request: Request, found: Sequence[Any]) -> bool:
 
 def _path(location: Sequence[object]) -> str:
     """`models.0.checkpoint`: without the word body, and without the tag that a union puts in the way."""
-    parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal["))]
+    parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal[", "<"))]
     if len(parts) > 1 and parts[0] == "method":
         parts.pop(1)
     return ".".join(parts)

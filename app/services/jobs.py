@@ -151,7 +151,7 @@ class Jobs:
         measured = sum(
             min(examples, model.dataset.limit or examples)
             for model in request.models
-            if model.dataset and model.weight > 0
+            if model.dataset and model.takes_part
         )
         evaluates = request.evaluate and any(model.evaluation for model in request.models)
         aligns = request.output.align_heads and any(model.dataset for model in request.models)

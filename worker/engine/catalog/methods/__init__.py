@@ -1,6 +1,6 @@
 """Every merge method: its parameters, formula, source and needs. The arithmetic is in `worker.engine.methods`."""
 
-from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, AlignedRegMeanParameters
+from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, HOLD, AlignedRegMeanParameters
 from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
 from worker.engine.catalog.methods.entry import (
     BATCH_TOKENS,
@@ -11,10 +11,16 @@ from worker.engine.catalog.methods.entry import (
     MethodParameters,
     Statistic,
 )
-from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
-from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, Normalize, ScoringParameters
+from worker.engine.catalog.methods.fisher import FISHER, FISHER_FLOOR, FisherParameters
+from worker.engine.catalog.methods.mask_fisher import (
+    FLOOR,
+    MASK_FISHER,
+    MaskFisherParameters,
+    Normalize,
+    ScoringParameters,
+)
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
-from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters, RegressionParameters
+from worker.engine.catalog.methods.regmean import REGMEAN, RIDGE, SHRINK, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticParameters
 from worker.engine.catalog.methods.ties import TIES, TiesParameters
 
@@ -25,8 +31,13 @@ METHODS: dict[str, MethodEntry] = {
 
 __all__ = [
     "BATCH_TOKENS",
+    "FISHER_FLOOR",
+    "FLOOR",
+    "HOLD",
     "LARGEST_BATCH_TOKENS",
     "METHODS",
+    "RIDGE",
+    "SHRINK",
     "AlignedRegMeanParameters",
     "AverageParameters",
     "FisherParameters",

@@ -1,15 +1,14 @@
 """`task_arithmetic`: the base plus the scaled sum of the task vectors."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Scale
+from worker.engine.catalog.values import PerTensor
 
 
 class TaskArithmeticParameters(MethodParameters):
     name: Literal["task_arithmetic"] = "task_arithmetic"
-    scale: Annotated[float, Field(ge=-10, le=10)] = 0.4
+    scale: PerTensor[Scale] = 0.4
     """Multiplies the sum of the task vectors. The paper finds 0.3 to 0.5 close to optimal in many cases."""
 
     @property
