@@ -168,6 +168,8 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     base: Annotated[str, Field(min_length=1)] | None = None
     """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """How many layers the models must have; null: any number. Recipes that name all layers of a model say it."""
     output: Output = Output()
     evaluate: bool = True
     """Compare expert, plain average and merge on each model's evaluation rows."""

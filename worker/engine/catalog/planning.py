@@ -147,6 +147,10 @@ class MergePlan:
         return RUNTIME_BYTES + held + max(phases)
 
     @property
+    def layers(self) -> int:
+        return len({tensor.slot.layer for tensor in self.backbone if tensor.slot.layer is not None})
+
+    @property
     def owned(self) -> Mapping[str, Sequence[Place]]:
         """By score name, the places of the tensors that its nodes own slices of."""
         places: dict[str, list[Place]] = {}
