@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters
 from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName, Name
 from worker.engine.catalog.strict import Strict, did_you_mean
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, is_ever_positive
 
 ANNOUNCED_METHODS = ("passthrough", "auto")
 
@@ -82,13 +83,13 @@ class MeasuredModelRequest(Strict):
 
 
 class ModelRequest(MeasuredModelRequest):
-    weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    weight: PerTensor[Weight] = DEFAULT_WEIGHT
     """lambda: this model's say in the merge; 0 takes it out."""
     evaluation: Evaluation | None = None
 
     @property
     def takes_part(self) -> bool:
-        return self.weight > 0
+        return is_ever_positive(self.weight)
 
 
 class ScoredModelRequest(MeasuredModelRequest):
@@ -164,6 +165,8 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     base: Annotated[str, Field(min_length=1)] | None = None
     """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """How many layers the models must have; null: any number. Recipes that name all layers of a model say it."""
     output: Output = Output()
     evaluate: bool = True
     """Compare expert, plain average and merge on each model's evaluation rows."""

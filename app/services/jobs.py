@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from app.storage.queue import TaskQueue
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
+from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.rows import check_first_rows
 from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
@@ -151,7 +152,7 @@ class Jobs:
         measured = sum(
             min(examples, model.dataset.limit or examples)
             for model in request.models
-            if model.dataset and model.weight > 0
+            if model.dataset and model.takes_part
         )
         evaluates = request.evaluate and any(model.evaluation for model in request.models)
         aligns = request.output.align_heads and any(model.dataset for model in request.models)
@@ -216,7 +217,9 @@ class Jobs:
         checkpoints = self._checkpoints(request, hub)
         for index, (model, info) in enumerate(zip(request.models, checkpoints, strict=True)):
             with _refusing(f"models.{index}.checkpoint"):
-                [task] = plan_merge([info]).tasks
+                plan = plan_merge([info])
+            _refuse(parameter_problems(plan, request.method))
+            [task] = plan.tasks
             kept = accepted["models"][index]
             kept["checkpoint"] = info.source
             where = f"models.{index}.dataset"
@@ -231,6 +234,9 @@ class Jobs:
         if base is not None:
             with _refusing("base"):
                 plan = plan_merge(checkpoints, request.output.dtype, base)
+        if request.layers is not None and plan.layers != request.layers:
+            _refuse([("layers", f"the models have {plan.layers} layers, the recipe says {request.layers}")])
+        _refuse(parameter_problems(plan, request.method, [model.weight for model in request.models]))
         free = self._artifacts.free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
@@ -333,6 +339,13 @@ def _refusing(field: str) -> Iterator[None]:
     except EngineError as error:
         problem = next(p for p in Problem if p.code == error.code)
         raise ProblemError(problem, error.message, [FieldError(field=field, message=error.message)]) from error
+
+
+def _refuse(problems: Iterable[tuple[str, str]]) -> None:
+    """Raises ProblemError for what is wrong with the request, as (field, why), if anything is."""
+    errors = [FieldError(field=field, message=message) for field, message in problems]
+    if errors:
+        raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
 
 
 def _sentence(errors: list[FieldError]) -> str:

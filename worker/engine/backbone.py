@@ -1,6 +1,6 @@
 """The merged backbone, a run of rows at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import TensorInfo
 from worker.engine.catalog.methods import AverageParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
+from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.blocks import Block, BlockMerge, Versions, is_finite, required_base
@@ -19,10 +20,17 @@ class Backbone:
     """Merged backbone tensors, computed from lazily read inputs of the models that take part. Threads may share it.
 
     Args:
-        scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives.
+        scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives; of
+            one tensor.
     """
 
-    def __init__(self, plan: MergePlan, takes_part: Sequence[bool], merger: Merger, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        takes_part: Sequence[bool],
+        merger: Merger,
+        scale: Callable[[Place], float] = lambda place: 1.0,
+    ) -> None:
         self._plan = plan
         self._taking_part = [index for index, takes in enumerate(takes_part) if takes]
         self._merger = merger
@@ -44,7 +52,7 @@ class Backbone:
         """
         sources = [planned.sources[index] for index in self._taking_part]
         versions = self._versions(planned, sources)
-        merge = self._scaled(self._merger(versions))
+        merge = self._scaled(self._merger(versions), self._scale(planned.place))
         for block in versions.blocks():
             merged = merge(block)
             if not is_finite(merged):
@@ -69,13 +77,14 @@ class Backbone:
 
         return Versions(planned.slot, planned.place, planned.shape, read)
 
-    def _scaled(self, merge: BlockMerge) -> BlockMerge:
-        if self._scale == 1:
+    @staticmethod
+    def _scaled(merge: BlockMerge, scale: float) -> BlockMerge:
+        if scale == 1:
             return merge
 
         def scaled(block: Block) -> Tensor:
             base = required_base(block.base)
-            return torch.add(base, merge(block) - base, alpha=self._scale)
+            return torch.add(base, merge(block) - base, alpha=scale)
 
         return scaled
 

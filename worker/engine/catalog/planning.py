@@ -146,6 +146,19 @@ class MergePlan:
         phases.append(4 * largest * (len(self.checkpoints) + MERGING_COPIES))
         return RUNTIME_BYTES + held + max(phases)
 
+    @property
+    def layers(self) -> int:
+        return len({tensor.slot.layer for tensor in self.backbone if tensor.slot.layer is not None})
+
+    @property
+    def owned(self) -> Mapping[str, Sequence[Place]]:
+        """By score name, the places of the tensors that its nodes own slices of."""
+        places: dict[str, list[Place]] = {}
+        for tensor in self.backbone:
+            if tensor.slot.owner is not None:
+                places.setdefault(tensor.slot.owner.score, []).append(tensor.place)
+        return places
+
     def owners(self) -> Mapping[str, int]:
         """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""
         return Counter(str(t.slot.owner.nodes) if t.slot.owner else "rest" for t in self.backbone)

@@ -29,6 +29,7 @@ from worker.engine.catalog.methods import (
     TiesParameters,
 )
 from worker.engine.catalog.strict import Strict
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, is_ever_positive
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
@@ -123,9 +124,14 @@ class CheckpointSpec(Strict):
 
 class ModelSpec(CheckpointSpec):
     name: str
-    weight: float = 1.0
+    weight: PerTensor[float] = DEFAULT_WEIGHT
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether its weight is positive for any tensor."""
+        return is_ever_positive(self.weight)
 
 
 class OutputSpec(Strict):
@@ -164,7 +170,7 @@ class JobSpec(Strict):
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         """How many of the first rows of the model's data set are measured at most, and its head is aligned on."""
-        return self.method.most_examples if model.weight > 0 else 0, 0
+        return self.method.most_examples if model.takes_part else 0, 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:

@@ -5,11 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.values import Place, value_at
+from worker.engine.catalog.values import DEFAULT_WEIGHT, Place, value_at
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
-
-EVERYWHERE = Place("", 0.0)
-DEFAULT_WEIGHT = 1.0  # of a model, for tensors that none of its filters names
 
 
 def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:

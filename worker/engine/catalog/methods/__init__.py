@@ -1,6 +1,6 @@
 """Every merge method: its parameters, formula, source and needs. The arithmetic is in `worker.engine.methods`."""
 
-from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, AlignedRegMeanParameters
+from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, HOLD, AlignedRegMeanParameters
 from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
 from worker.engine.catalog.methods.breadcrumbs import (
     BREADCRUMBS,
@@ -29,14 +29,20 @@ from worker.engine.catalog.methods.entry import (
     MethodParameters,
     Statistic,
 )
-from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
+from worker.engine.catalog.methods.fisher import FISHER, FISHER_FLOOR, FisherParameters
 from worker.engine.catalog.methods.karcher import KARCHER, KarcherParameters
 from worker.engine.catalog.methods.linear import LINEAR, LinearParameters
-from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, Normalize, ScoringParameters
+from worker.engine.catalog.methods.mask_fisher import (
+    FLOOR,
+    MASK_FISHER,
+    MaskFisherParameters,
+    Normalize,
+    ScoringParameters,
+)
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
 from worker.engine.catalog.methods.model_stock import MODEL_STOCK, ModelStockParameters
 from worker.engine.catalog.methods.nuslerp import NUSLERP, NuSlerpParameters
-from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters, RegressionParameters
+from worker.engine.catalog.methods.regmean import REGMEAN, RIDGE, SHRINK, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.sce import SCE, SELECT_TOPK, SceParameters
 from worker.engine.catalog.methods.slerp import SLERP, SLERP_T, SlerpParameters
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticParameters
@@ -80,10 +86,15 @@ __all__ = [
     "BREADCRUMBS_DENSITY",
     "DELLA_EPSILON",
     "DROPPING_DENSITY",
+    "FISHER_FLOOR",
+    "FLOOR",
     "GAMMA",
+    "HOLD",
     "LARGEST_BATCH_TOKENS",
     "METHODS",
+    "RIDGE",
     "SELECT_TOPK",
+    "SHRINK",
     "SLERP_T",
     "TIES_DENSITY",
     "AlignedRegMeanParameters",

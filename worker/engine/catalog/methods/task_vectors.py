@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodParameters
+from worker.engine.catalog.methods.entry import MethodParameters, Scale
 from worker.engine.catalog.values import PerTensor
 
 DROPPING_DENSITY = 0.5
@@ -23,7 +23,7 @@ class TaskVectorParameters(MethodParameters):
 class SumParameters(TaskVectorParameters):
     """Parameters of methods that add task vectors up."""
 
-    scale: Annotated[float, Field(ge=-10, le=10)] = 0.4
+    scale: PerTensor[Scale] = 0.4
     """Multiplies the sum of the task vectors. Ilharco et al. find 0.3 to 0.5 close to optimal in many cases."""
     normalize: bool = False
     """The sum is divided by the sum of the weights, and so is a mean."""
