@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from app.contracts.jobs import Attempt, ErrorCode, JobError, Kind, Phase, Progress, Record, Stage, Status, TaskId
 from app.contracts.requests import Dataset, Evaluation, MeasuredModelRequest, MergeRequest, ModelRequest, ScoreRequest
 from app.storage.artifacts import ArtifactFolder
-from app.storage.inputs import JobInputs, LocalInputs, ReferenceError, hub_reference, job_reference
+from app.storage.inputs import JobInputs, JobReference, LocalInputs, ReferenceError, hub_reference, job_reference
 from app.storage.jobs import JobStore
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.report import MergeResult, ScoreResult
@@ -271,13 +271,16 @@ class TaskRunner:
             if on_hub is not None:
                 return {"hub": {"repository": on_hub.repository, "commit": on_hub.revision}}
             of_job = job_reference(reference)
-            if of_job is not None:
-                path, root = self._insist(lambda: self._job_inputs.resolve(of_job))
-            else:
-                path, root = self._inputs.resolve(reference)
+            path, root = self._inputs.resolve(reference) if of_job is None else self._of_job(of_job)
             return {"path": path, "root": root}
         except ReferenceError as error:
             raise invalid(reference, str(error)) from error
+
+    def _of_job(self, reference: JobReference) -> tuple[Path, Path]:
+        try:
+            return self._insist(lambda: self._job_inputs.resolve(reference))
+        except ReferenceError as error:  # a job that succeeded once does not change
+            raise ReferenceError(f"job {reference.job} was deleted after this one was accepted") from error
 
 
 def phases_of(spec: JobSpec) -> list[Phase]:

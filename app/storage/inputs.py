@@ -82,7 +82,7 @@ class JobInputs:
         """
         record = self._store.get(reference.job)
         if record is None:
-            raise ReferenceError(f"'{reference}': there is no job {reference.job}; was it deleted?")
+            raise ReferenceError(f"'{reference}': there is no job {reference.job}")
         if record.status is not Status.SUCCEEDED or record.artifact is None:
             raise ReferenceError(
                 f"'{reference}': job {reference.job} is {record.status}, and has no models before it succeeded"

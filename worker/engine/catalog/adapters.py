@@ -7,13 +7,11 @@ trained biases) replaces the base's.
 
 import math
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
@@ -36,6 +34,7 @@ from worker.engine.catalog.headers import (
     refuse_code,
     vocabulary_of,
 )
+from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
 FACTORS = {
@@ -62,12 +61,8 @@ TIED = ("lm_head", "embed_tokens", "wte", "word_embeddings", "shared", "embed_in
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 FLOATS = ("F64", "F32", "BF16", "F16")
 LABELS = ("id2label", "label2id", "problem_type")
-MATCHING_S = 5.0  # for all patterns on all names: patterns of usual kinds take microseconds
 
 MERGE_IT = "merge it into its base with PEFT (merge_and_unload) and name the result"
-
-
-Pattern = Annotated[str, Field(max_length=1000)]
 
 
 class AdapterConfig(BaseModel):
@@ -80,8 +75,8 @@ class AdapterConfig(BaseModel):
     base_model_name_or_path: str | None = None
     r: Annotated[int, Field(ge=1)]
     lora_alpha: float
-    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] | None = None
-    alpha_pattern: dict[Pattern, float] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     bias: str = "none"
@@ -114,9 +109,8 @@ def inspect_model(path: Path, source: str, root: Path | None, base: CheckpointIn
         adapter = _adapter(path, source)
         if base is None:
             of = adapter.config.base_model_name_or_path
-            raise InvalidCheckpoint(
-                source, f"it is an adapter of {of or 'a model that it does not name'}; name it as base"
-            )
+            of = of[:200] if of else "a model that it does not name"
+            raise InvalidCheckpoint(source, f"it is an adapter of {of}; name that as base")
         return _adapted(adapter, path, base)
 
 
@@ -143,6 +137,8 @@ def _adapter(path: Path, source: str) -> Adapter:
             raise InvalidCheckpoint(source, f"tensor {tensor.name} has no name of PEFT's, which begin with {PREFIX}")
         if tensor.dtype not in FLOATS:
             raise InvalidCheckpoint(source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
+        if ".original_module." in tensor.name:  # what modules_to_save replaces; with its biases, PEFT saves these too
+            continue
         name = re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", tensor.name.removeprefix(PREFIX))
         end = next((end for end in FACTORS if name.endswith(f".{end}")), None)
         if end is not None:
@@ -266,36 +262,16 @@ def _target(name: str, tensors: Mapping[str, TensorInfo], family: Family | None)
 
 
 def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
-    """alpha and rank of every adapted module: by the first pattern that matches the end of its name, as in PEFT."""
+    """alpha and rank of every adapted module."""
     config = adapter.config
-    alphas, ranks = (_compiled(adapter, patterns) for patterns in (config.alpha_pattern, config.rank_pattern))
-    deadline = time.monotonic() + MATCHING_S
-    found = {}
     try:
-        for module in adapter.factors:
-            alpha = _first_match(alphas, module, config.lora_alpha, deadline)
-            found[module] = alpha, int(_first_match(ranks, module, config.r, deadline))
-    except TimeoutError as error:
-        raise InvalidCheckpoint(adapter.source, f"the patterns of {ADAPTER_CONFIG} take too long to match") from error
-    return found
-
-
-def _compiled(adapter: Adapter, patterns: Mapping[str, float] | None) -> list[tuple[Any, float]]:
-    try:
-        return [(regex.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in (patterns or {}).items()]
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise InvalidCheckpoint(adapter.source, f"{ADAPTER_CONFIG} has a malformed pattern: {error}") from error
-
-
-def _first_match(patterns: list[tuple[Any, float]], name: str, default: float, deadline: float) -> float:
-    """Raises TimeoutError: patterns are untrusted, and some would match for ever."""
-    for pattern, value in patterns:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if pattern.match(name, timeout=left, concurrent=True):
-            return value
-    return default
+        alphas, ranks = ModulePatterns(config.alpha_pattern or {}), ModulePatterns(config.rank_pattern or {})
+        return {
+            module: (alphas.value(module, config.lora_alpha), int(ranks.value(module, config.r)))
+            for module in adapter.factors
+        }
+    except ValueError as error:
+        raise InvalidCheckpoint(adapter.source, f"{ADAPTER_CONFIG}: {error}; {MERGE_IT}") from error
 
 
 def _is_transposed(adapter: Adapter, base: CheckpointInfo, matrix: TensorInfo, a: TensorInfo, b: TensorInfo) -> bool:
