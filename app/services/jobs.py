@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import BoundedSemaphore
@@ -25,9 +26,10 @@ from app.contracts.requests import (
 )
 from app.storage.artifacts import ArtifactFolder
 from app.storage.hub import Hub, HubUnavailable
-from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
+from app.storage.inputs import JobInputs, LocalInputs, ReferenceError, hub_reference, job_reference
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
+from worker.engine.catalog.adapters import inspect_model
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
@@ -39,6 +41,7 @@ from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
 HUB_REQUESTS = 8  # at once, of the 40 threads that answer
 HUB_QUEUE_S = 1.0
 
+Inspect = Callable[[Path, str, Path | None], CheckpointInfo]
 logger = logging.getLogger(__name__)
 
 
@@ -92,12 +95,14 @@ class Jobs:
         store: JobStore,
         queue: TaskQueue,
         inputs: LocalInputs,
+        job_inputs: JobInputs,
         artifacts: ArtifactFolder,
         idempotency_seconds: int,
     ) -> None:
         self._store = store
         self._queue = queue
         self._inputs = inputs
+        self._job_inputs = job_inputs
         self._artifacts = artifacts
         self._hub_places = BoundedSemaphore(HUB_REQUESTS)
         self._idempotency_seconds = idempotency_seconds
@@ -214,9 +219,9 @@ class Jobs:
     def _checked_scores(self, request: ScoreRequest, hub: Hub) -> Accepted:
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
-        checkpoints = self._checkpoints(request, hub)
+        checkpoints = [self._checkpoint(_checkpoint_field(i), m.checkpoint, hub) for i, m in enumerate(request.models)]
         for index, (model, info) in enumerate(zip(request.models, checkpoints, strict=True)):
-            with _refusing(f"models.{index}.checkpoint"):
+            with _refusing(_checkpoint_field(index)):
                 plan = plan_merge([info])
             _refuse(parameter_problems(plan, request.method))
             [task] = plan.tasks
@@ -227,8 +232,12 @@ class Jobs:
         return Accepted(accepted, checkpoints)
 
     def _checked_merge(self, request: MergeRequest, hub: Hub) -> AcceptedMerge:
-        checkpoints = self._checkpoints(request, hub)
         base = self._checkpoint("base", request.base, hub) if request.base else None
+        inspect = partial(inspect_model, base=base)
+        checkpoints = [
+            self._checkpoint(_checkpoint_field(index), model.checkpoint, hub, inspect)
+            for index, model in enumerate(request.models)
+        ]
         with _refusing("models"):
             plan = plan_merge(checkpoints, request.output.dtype)
         if base is not None:
@@ -260,20 +269,19 @@ class Jobs:
                 kept["evaluation"]["source"] = source
         return AcceptedMerge(accepted, plan.all_checkpoints, plan)
 
-    def _checkpoints(self, request: MergeRequest | ScoreRequest, hub: Hub) -> list[CheckpointInfo]:
-        return [self._checkpoint(f"models.{i}.checkpoint", m.checkpoint, hub) for i, m in enumerate(request.models)]
-
-    def _checkpoint(self, field: str, reference: str, hub: Hub) -> CheckpointInfo:
+    def _checkpoint(
+        self, field: str, reference: str, hub: Hub, inspect: Inspect = inspect_checkpoint
+    ) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
         with _refusing(field):
-            on_hub = hub_reference(reference)
+            on_hub, of_job = hub_reference(reference), job_reference(reference)
             if on_hub is None:
-                path, root = self._inputs.resolve(reference)
-                return inspect_checkpoint(path, reference, root)
+                path, root = self._inputs.resolve(reference) if of_job is None else self._job_inputs.resolve(of_job)
+                return inspect(path, reference, root)
             pinned = hub.pinned(on_hub, "model")
             with TemporaryDirectory(prefix="maskmerge-") as folder:
                 hub.outline(pinned, Path(folder))
-                return inspect_checkpoint(Path(folder), str(pinned))
+                return inspect(Path(folder), str(pinned), Path(folder))
 
     def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
@@ -295,6 +303,10 @@ class Jobs:
         with _refusing(field):
             check_first_rows(DatasetSpec(source=rows.source, path=path, **columns), labels if needs_labels else None)
         return rows.source
+
+
+def _checkpoint_field(index: int) -> str:
+    return f"models.{index}.checkpoint"
 
 
 def _sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:

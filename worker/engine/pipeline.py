@@ -132,7 +132,7 @@ class Engine:
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
             base = inputs.checkpoint(spec.base) if spec.base else None
-            plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype, base)
+            plan = plan_merge([inputs.checkpoint(model, base) for model in spec.models], spec.output.dtype, base)
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)

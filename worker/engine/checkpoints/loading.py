@@ -18,8 +18,15 @@ from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.checkpoints.attention import CPU_ATTENTION
+from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import padding_values
+
+SETTINGS = {
+    "return_dict": True,
+    "output_attentions": False,  # what is asked for here costs time, and not every attention can give it
+    "chunk_size_feed_forward": 0,  # in chunks, the second projection would see parts of its input
+}
 
 
 @dataclass(frozen=True)
@@ -44,21 +51,27 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     family = FAMILIES[info.model_type]
     require_tokenizer(info)
     offline = {"local_files_only": True, "trust_remote_code": False}
+    # None: fused where the family has it.
+    attention = None if device.type == "cuda" else CPU_ATTENTION
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            info.path,
-            use_safetensors=True,
-            dtype=torch.float32,
-            # None: fused where the family has it.
-            attn_implementation=None if device.type == "cuda" else CPU_ATTENTION,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, by name
-            return_dict=True,
-            output_attentions=False,  # what is asked for here costs time, and not every attention can give it
-            chunk_size_feed_forward=0,  # in chunks, the second projection would see parts of its input
-            **offline,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(info.path, **offline)
+        if info.base is None:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                info.path,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, by name
+                **SETTINGS,
+                **offline,
+            )
+        else:
+            check_layout(info)
+            model, report = _adapted(info, attention), {"mismatched_keys": (), "missing_keys": ()}
+        # Without a tokenizer_config.json, its class is that of the model's type.
+        tokenizer = AutoTokenizer.from_pretrained(info.tokenizer_path, config=model.config, **offline)
+    except InvalidCheckpoint:
+        raise
     except Exception as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
         if is_out_of_memory(error):
             raise
@@ -88,6 +101,19 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         max_length=min(positions, _length_limit(tokenizer, positions)),
         padding=padding_values(tokenizer),
     )
+
+
+def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
+    """The model that an adapter makes of its base, whose layout was checked."""
+    config = AutoConfig.for_model(**{**info.config, **SETTINGS})
+    model: nn.Module = AutoModelForSequenceClassification.from_config(
+        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
+    family = FAMILIES[info.model_type]
+    with TensorReader() as reader:
+        read = {slot.name: reader.read(tensor) for name, tensor in info.tensors.items() if (slot := family.slot(name))}
+    model.load_state_dict(read, strict=False)
+    return model
 
 
 def check_layout(info: CheckpointInfo) -> None:
@@ -173,7 +199,8 @@ class ModelCache:
 def _state(info: CheckpointInfo) -> tuple[object, ...]:
     """Of every file, since tokenizer and configuration count as much as the weights."""
     stats = sorted((file.name, file.stat()) for file in info.path.iterdir())
-    return (info.path, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+    own = (info.path, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+    return own if info.base is None else (own, _state(info.base))
 
 
 def _bytes(loaded: LoadedModel) -> int:

@@ -259,5 +259,5 @@ def _write_config(info: CheckpointInfo, dtype: str, folder: Path) -> None:
 
 def _copy_tokenizer(info: CheckpointInfo, folder: Path) -> None:
     for name in TOKENIZER_FILES:
-        if (info.path / name).is_file():
-            shutil.copyfile(info.path / name, folder / name)
+        if (info.tokenizer_path / name).is_file():
+            shutil.copyfile(info.tokenizer_path / name, folder / name)
