@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
-from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.planning import MergePlan, required_family
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, computing_in
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches
@@ -112,8 +112,9 @@ def align_layers(
         NumericalError: an input or an output is NaN or infinite; names the row.
     """
     by_layer = groupby(linear_groups(plan), key=lambda group: group.layer)
-    layers = plan.family.size(plan.checkpoints[0].config, "layers")
-    blocks = [plan.family.layer_path(layer).removesuffix(".") for layer in range(layers)]
+    family = required_family(plan)
+    layers = family.size(plan.checkpoints[0].config, "layers")
+    blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
     changes: dict[str, Tensor] = {}
     with torch.inference_mode():
         comparisons = [_Comparison(expert, merged, blocks, precision) for expert in experts]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
 
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
@@ -26,7 +27,12 @@ MAX_WEIGHT_FILES = 1000
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model")
+FLOATS = ("F64", "F32", "BF16", "F16")
+# What quantised weights are stored in, by the format's names.
+QUANTISED = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E4M3FNUZ": "float8", "F8_E5M2FNUZ": "float8"}
+QUANTISED |= {"F8_E8M0": "float8", "F6_E2M3": "float6", "F6_E3M2": "float6", "F4": "float4"}
+QUANTISED |= dict.fromkeys(("U16", "U32", "U64"), "packed")
+SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model", "tokenizer.model")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,6 +44,8 @@ TOKENIZER_FILES = (
     "bpe.codes",
     *SENTENCEPIECE,
 )
+COMPANIONS = ("chat_template.jinja", "generation_config.json")
+"""Of language models, published beside the tokenizer and read by nobody here."""
 LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
@@ -80,8 +88,7 @@ class CheckpointInfo:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else ""
+        return architecture_of(self.config)
 
     @property
     def weight_files(self) -> list[str]:
@@ -132,7 +139,7 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
                 source, f"{name} has auto_map, which would run code from the checkpoint; this service never does"
             )
     tensors: dict[str, TensorInfo] = {}
-    for file_name in _weight_files(path, source):
+    for file_name in _weight_files(path, source, config):
         for tensor in read_header(path / file_name, source):
             if tensor.name in tensors:
                 raise InvalidCheckpoint(
@@ -200,6 +207,10 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
 def _tensor(source: str, file: Path, data: int, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    if dtype in QUANTISED:
+        kind = QUANTISED[dtype]
+        problem = f"tensor {name} is {kind} ({dtype}); {kind} weights are quantised: merge the originals, then quantise"
+        raise InvalidCheckpoint(source, problem, tensor=name)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
@@ -224,8 +235,8 @@ def checkpoint_state(info: CheckpointInfo) -> str:
 
 
 def described_files(names: Collection[str]) -> list[str]:
-    """Those of a checkpoint's files that are read whole: configuration, tokenizer, index."""
-    return [name for name in ("config.json", *TOKENIZER_FILES, INDEX) if name in names]
+    """Those of a checkpoint's files that are needed whole: configurations, tokenizer, index."""
+    return [name for name in ("config.json", *TOKENIZER_FILES, *COMPANIONS, INDEX) if name in names]
 
 
 def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[str]:
@@ -239,7 +250,7 @@ def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[
     return [WEIGHTS] if WEIGHTS in names else []
 
 
-def _weight_files(path: Path, source: str) -> list[str]:
+def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> list[str]:
     if (path / INDEX).exists():
         weight_map = _read_json(path / INDEX, source, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -258,7 +269,7 @@ def _weight_files(path: Path, source: str) -> list[str]:
             raise InvalidCheckpoint(
                 source,
                 f"{pickle} is there but no {WEIGHTS}; pickle files are not opened. Convert it where you trust it: "
-                'python -c "from transformers import AutoModelForSequenceClassification as A; '
+                f'python -c "from transformers import {use_of(config).auto_class} as A; '
                 "A.from_pretrained('IN').save_pretrained('OUT')\"",
             )
     raise InvalidCheckpoint(source, f"neither {WEIGHTS} nor {INDEX} is there")

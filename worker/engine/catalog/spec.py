@@ -12,6 +12,7 @@ from worker.engine.catalog.methods import (
     MaskFisherParameters,
     MaskRegMeanParameters,
     MethodParameters,
+    PassthroughParameters,
     RegMeanParameters,
     TaskArithmeticParameters,
     TiesParameters,
@@ -20,6 +21,7 @@ from worker.engine.catalog.strict import Strict
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+Heads = Literal["per_model", "merged"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
 LEAST_ALIGNMENT_ROWS = 16
@@ -32,7 +34,8 @@ Method = Annotated[
     | FisherParameters
     | RegMeanParameters
     | MaskRegMeanParameters
-    | AlignedRegMeanParameters,
+    | AlignedRegMeanParameters
+    | PassthroughParameters,
     Field(discriminator="name"),
 ]
 
@@ -106,6 +109,8 @@ class ModelSpec(CheckpointSpec):
 
 class OutputSpec(Strict):
     dtype: Dtype = "auto"
+    heads: Heads | None = None
+    """None: by kind, see `plan_merge`."""
     align_heads: bool = False
     max_shard_bytes: int = 5_000_000_000
 
@@ -146,6 +151,10 @@ class JobSpec(Strict):
     def rows_to_read(self) -> list[DatasetSpec]:
         """Data sets to measure on, of models that take part, or to align heads on, and evaluations to make."""
         return [m.dataset for m in self.models if m.dataset and any(self.rows_wanted(m))]
+
+    @property
+    def loads_models(self) -> bool:
+        return bool(self.rows_to_read)
 
     @property
     def checkpoints(self) -> list[CheckpointSpec]:

@@ -6,7 +6,16 @@ A method is built once per merge by its `build` and then called for each backbon
 from collections.abc import Callable, Mapping
 
 from worker.engine.catalog.methods import METHODS, MethodParameters
-from worker.engine.methods import average, fisher, mask_fisher, mask_regmean, regmean, task_arithmetic, ties
+from worker.engine.methods import (
+    average,
+    fisher,
+    mask_fisher,
+    mask_regmean,
+    passthrough,
+    regmean,
+    task_arithmetic,
+    ties,
+)
 from worker.engine.methods.blocks import MeasuredModel, Merger
 
 Build = Callable[[MethodParameters, list[MeasuredModel]], Merger]
@@ -20,6 +29,7 @@ BUILDERS: Mapping[str, Build] = {
     "regmean": regmean.build,
     "mask_regmean": mask_regmean.build,
     "aligned_regmean": regmean.build,  # where it starts
+    "passthrough": passthrough.build,
 }
 
 if BUILDERS.keys() != METHODS.keys():

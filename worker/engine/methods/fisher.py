@@ -8,9 +8,10 @@ scale of the model's confidence, and 1e-6 of the norm would be more than nearly 
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.families import Kind
 from worker.engine.catalog.methods import FisherParameters, MethodParameters
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import EVERYWHERE, combine, model_weights, normalized
+from worker.engine.methods.combine import EVERYWHERE, by_slices, combine, model_weights, normalized
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -23,6 +24,8 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     floor = parameters.floor * sum(scale * mean for scale, mean in zip(scales, means, strict=True)) / len(models)
 
     def prepare(versions: Versions) -> BlockMerge:
+        if versions.slot.kind is Kind.HEAD:  # merged, it is averaged: heads are not measured
+            return by_slices(versions, (lambdas / lambdas.sum())[:, None])
         information = [model.fisher[versions.slot.name] for model in models]
 
         def merge(block: Block) -> Tensor:

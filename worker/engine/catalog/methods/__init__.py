@@ -14,13 +14,24 @@ from worker.engine.catalog.methods.entry import (
 from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
 from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, Normalize, ScoringParameters
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
+from worker.engine.catalog.methods.passthrough import PASSTHROUGH, PassthroughParameters
 from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticParameters
 from worker.engine.catalog.methods.ties import TIES, TiesParameters
 
 METHODS: dict[str, MethodEntry] = {
     entry.name: entry
-    for entry in (AVERAGE, MASK_FISHER, TASK_ARITHMETIC, TIES, FISHER, REGMEAN, MASK_REGMEAN, ALIGNED_REGMEAN)
+    for entry in (
+        AVERAGE,
+        MASK_FISHER,
+        TASK_ARITHMETIC,
+        TIES,
+        FISHER,
+        REGMEAN,
+        MASK_REGMEAN,
+        ALIGNED_REGMEAN,
+        PASSTHROUGH,
+    )
 }
 
 __all__ = [
@@ -37,6 +48,7 @@ __all__ = [
     "MethodEntry",
     "MethodParameters",
     "Normalize",
+    "PassthroughParameters",
     "RegMeanParameters",
     "RegressionParameters",
     "ScoringParameters",
