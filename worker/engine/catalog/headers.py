@@ -209,8 +209,8 @@ def _tensor(source: str, file: Path, data: int, name: str, entry: dict[str, Any]
     begin, end = entry["data_offsets"]
     if dtype in QUANTISED:
         kind = QUANTISED[dtype]
-        problem = f"tensor {name} is {kind} ({dtype}); {kind} weights are quantised: merge the originals, then quantise"
-        raise InvalidCheckpoint(source, problem, tensor=name)
+        problem = f"{file.name}: tensor {name} has dtype {dtype}; {kind} weights are quantised"
+        raise InvalidCheckpoint(source, f"{problem}: merge the originals, then quantise", tensor=name)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):

@@ -210,9 +210,8 @@ def check_checkpoint(info: CheckpointInfo) -> None:
     Raises:
         InvalidCheckpoint: it has no model_type, is quantised, or has fewer layers or another head than it says.
     """
-    if not info.model_type:
-        raise InvalidCheckpoint(info.source, "config.json has no model_type; save the model by save_pretrained()")
-    packed = next((name for name in info.tensors if PACKED.search(name)), None)
+    _require_kind(info)
+    packed = next((name for name, tensor in info.tensors.items() if _is_packed(tensor)), None)
     if info.config.get("quantization_config") or packed:
         seen = f" (tensor {packed})" if packed else ""
         raise InvalidCheckpoint(info.source, f"its weights are quantised{seen}; merge the originals, then quantise")
@@ -228,6 +227,18 @@ def check_checkpoint(info: CheckpointInfo) -> None:
             raise InvalidCheckpoint(info.source, f"{max(stacks.values())} layers are there, config.json says {said}")
     if _ties(info.config) is False and use_of(info.config).pipeline_tag in ("text-generation", "text2text-generation"):
         _check_has_logits(info)
+
+
+def _require_kind(info: CheckpointInfo) -> None:
+    if not info.model_type:
+        raise InvalidCheckpoint(info.source, "config.json has no model_type; save the model by save_pretrained()")
+
+
+def _is_packed(tensor: TensorInfo) -> bool:
+    """Whether it is a part of quantised weights: integers that are called a weight, or what belongs to such."""
+    return PACKED.search(tensor.name) is not None or (
+        tensor.dtype not in FLOATS and (tensor.name == "weight" or tensor.name.endswith(".weight"))
+    )
 
 
 def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -249,7 +260,9 @@ def _check_has_logits(info: CheckpointInfo) -> None:
 
 
 def check_architectures(first: CheckpointInfo, info: CheckpointInfo) -> None:
-    """Raises IncompatibleCheckpoints."""
+    """Raises InvalidCheckpoint where one names no architecture at all, IncompatibleCheckpoints where they differ."""
+    for one in (first, info):
+        _require_kind(one)
     ours, theirs = first.model_type, info.model_type
     if ours == theirs:
         ours, theirs = first.architecture, info.architecture
@@ -305,6 +318,8 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """With rotary positions as newer versions of transformers write them: one object of all their parameters."""
     known = dict(config)
+    if "rope_type" in known:  # that object itself
+        return known
     theta, scaling = known.pop("rope_theta", None), known.pop("rope_scaling", None)
     if "rope_parameters" not in known and (theta is not None or scaling):
         scaling = dict(scaling) if isinstance(scaling, Mapping) else {}
