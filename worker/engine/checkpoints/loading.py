@@ -136,9 +136,9 @@ def _shapes(info: CheckpointInfo, layout: _Layout) -> dict[str, tuple[int, ...]]
     """By the names that the model gives them."""
     family = FAMILIES.get(info.model_type)
     found = {}
-    for tensor in info.tensors.values():
-        slot = family.slot(tensor.name) if family else None
-        name = slot.name if slot else tensor.name
+    for name, tensor in info.tensors.items():
+        slot = family.slot(name) if family else None
+        name = slot.name if slot else name
         if name not in layout.shapes and f"{layout.prefix}.{name}" in layout.shapes:
             name = f"{layout.prefix}.{name}"
         found[name] = tensor.shape
