@@ -29,7 +29,7 @@ from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.values import PerTensor
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.layers import Expert, align_layers, linear_groups, ridge_step
@@ -291,10 +291,10 @@ def test_a_step_is_the_ridge_regression_of_the_errors() -> None:
 
 def test_every_linear_layer_of_the_blocks_is_refitted_once(case: Case) -> None:
     groups = linear_groups(case.plan)
-    kinds = {k for k in case.plan.family.layer_modules.values() if k not in (*NORMS, Kind.POSITION)}
+    kinds = {k for k in required_family(case.plan).layer_modules.values() if k not in (*NORMS, Kind.POSITION)}
     assert [group.layer for group in groups if group.layer is not None] == [i for i in range(LAYERS) for _ in range(4)]
     modules = [module for group in groups for module in group.modules]
-    slots = [case.plan.family.slot(f"{module}.weight") for module in modules]
+    slots = [required_family(case.plan).slot(f"{module}.weight") for module in modules]
     assert len(set(modules)) == len(modules) == LAYERS * len(kinds) + any(s and s.kind is Kind.POOLER for s in slots)
     assert [bool(group.norm) for group in groups[:4]] == [False, True, False, True]
 
@@ -318,7 +318,7 @@ def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
         seen.setdefault(module, []).append(inputs[0].flatten(0, -2))
 
     for name, module in model.named_modules():
-        slot = case.plan.family.slot(f"{name}.weight")
+        slot = required_family(case.plan).slot(f"{name}.weight")
         if slot is not None and slot.kind in NORMS:
             module.register_forward_pre_hook(before)
     with torch.no_grad():

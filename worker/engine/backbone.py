@@ -13,7 +13,7 @@ from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
-from worker.engine.methods.blocks import Block, BlockMerge, Versions, is_finite, required_base
+from worker.engine.methods.blocks import Block, BlockMerge, Versions, is_finite, required_base, row_blocks
 
 
 class Backbone:
@@ -45,11 +45,14 @@ class Backbone:
         self._reader.__exit__(None)
 
     def blocks(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of rows, and the merged tensor's values there, float32 or better.
+        """Runs of rows, and the merged tensor's values there, float32 or better; of one that is copied, as stored.
 
         Raises:
             InvalidCheckpoint: an input has NaN or infinity.
         """
+        if planned.is_copied:
+            yield from self._copied(planned)
+            return
         sources = [planned.sources[index] for index in self._taking_part]
         versions = self._versions(planned, sources)
         merge = self._scaled(self._merger(versions), self._scale(planned.place))
@@ -66,6 +69,14 @@ class Backbone:
     def _whole(self, planned: PlannedTensor) -> Tensor:
         parts = [part for _, part in self.blocks(planned)]
         return torch.cat(parts) if planned.shape else parts[0]
+
+    def _copied(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
+        [source] = planned.sources
+        for rows in row_blocks(planned.shape):
+            values = self._reader.read(source, rows if planned.shape else None)
+            if not is_finite(values):
+                raise _not_finite(source)
+            yield rows, values
 
     def _versions(self, planned: PlannedTensor, sources: Sequence[TensorInfo]) -> Versions:
         origin = planned.base if self._plan.base is not None else None
@@ -93,8 +104,12 @@ def _blame(block: Block, sources: Sequence[TensorInfo], base: TensorInfo | None)
     """Raises InvalidCheckpoint where a version has NaN or infinity; else the method or the dtype is at fault."""
     for source, values in [*zip(sources, block.versions, strict=True), (base, block.base)]:
         if source is not None and values is not None and not is_finite(values):
-            problem = f"tensor {source.name} has values that are NaN or infinite"
-            raise InvalidCheckpoint(source.source, problem, tensor=source.name)
+            raise _not_finite(source)
+
+
+def _not_finite(source: TensorInfo) -> InvalidCheckpoint:
+    problem = f"tensor {source.name} has values that are NaN or infinite"
+    return InvalidCheckpoint(source.source, problem, tensor=source.name)
 
 
 def given(state: Mapping[str, Tensor]) -> Merger:

@@ -21,7 +21,7 @@ from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
 from worker.engine.catalog.methods import HOLD
-from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.planning import MergePlan, required_family
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, value_at
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, computing_in
@@ -115,7 +115,8 @@ def align_layers(
         NumericalError: an input or an output is NaN or infinite; names the row.
     """
     by_layer = groupby(linear_groups(plan), key=lambda group: group.layer)
-    layers = plan.family.size(plan.checkpoints[0].config, "layers")
+    family = required_family(plan)
+    layers = family.size(plan.checkpoints[0].config, "layers")
     places = {tensor.slot.name: tensor.place for tensor in plan.backbone}
 
     def settings(module: str) -> _Settings:
@@ -123,7 +124,7 @@ def align_layers(
         lambdas = tuple(value_at(expert.weight, place, DEFAULT_WEIGHT) for expert in experts)
         return _Settings(lambdas, value_at(hold, place, HOLD))
 
-    blocks = [plan.family.layer_path(layer).removesuffix(".") for layer in range(layers)]
+    blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
     changes: dict[str, Tensor] = {}
     with torch.inference_mode():
         comparisons = [_Comparison(expert, merged, blocks, precision) for expert in experts]

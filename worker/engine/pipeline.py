@@ -23,10 +23,11 @@ from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
     MeasuringParameters,
     MethodParameters,
+    PassthroughParameters,
     ScoringParameters,
     Statistic,
 )
-from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.report import (
     MergeResult,
     MetricResult,
@@ -48,6 +49,8 @@ from worker.engine.catalog.spec import (
     ScoreSpec,
     StoreSpec,
 )
+from worker.engine.catalog.stacking import copied_shares, plan_job
+from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, check_layout, load
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.checkpoints.writer import rewrite_head, write_models
@@ -132,10 +135,13 @@ class Engine:
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
             base = inputs.checkpoint(spec.base) if spec.base else None
-            plan = plan_merge([inputs.checkpoint(model, base) for model in spec.models], spec.output.dtype, base)
+            checkpoints = [inputs.checkpoint(model, base) for model in spec.models]
+            names = [model.name for model in spec.models]
+            plan = plan_job(spec.method, names, checkpoints, spec.output.dtype, base, spec.output.heads)
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
+            check_plan(plan, is_stacked=isinstance(spec.method, PassthroughParameters))
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
@@ -155,7 +161,7 @@ class Engine:
 
         with clock.measure("merge_seconds"):
             merger, shares = _merger(spec.method, runs, plan)
-            folders = artifact.model_folders(spec.folder, [m.name for m in spec.models])
+            folders = artifact.model_folders(spec.folder, names, is_one=plan.merges_heads)
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
             refits = len(linear_groups(plan)) if spec.method.refits_layers else 0
             merging = Phase("merging", tensors + refits, "tensors", on_progress)
@@ -170,7 +176,12 @@ class Engine:
                 # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
                 threads = torch.get_num_threads() if spec.method.merges_rows else None
                 digests = write_models(
-                    plan, folders, backbone.blocks, spec.output.max_shard_bytes, threads, merging.advance
+                    plan,
+                    list(dict.fromkeys(folders.values())),
+                    backbone.blocks,
+                    spec.output.max_shard_bytes,
+                    threads,
+                    merging.advance,
                 )
 
         if spec.aligns:
@@ -224,6 +235,8 @@ class Engine:
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
             plans = [plan_merge([inputs.checkpoint(model)]) for model in spec.models]
+            for plan in plans:
+                required_family(plan)
             states = [(info, checkpoint_state(info)) for plan in plans for info in plan.checkpoints]
             loading = Phase("loading", len(spec.models), "models", on_progress)
             for model, plan in zip(spec.models, plans, strict=True):
@@ -270,9 +283,13 @@ class Engine:
             batch_rows=spec.method.batch_rows,
             batch_tokens=spec.method.most_batch_tokens,
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
+            loads_models=spec.loads_models,
+            merges_rows=spec.method.merges_rows,
+            threads=torch.get_num_threads(),
         )
-        if needed + self._models.bytes_besides(plan.checkpoints) > available_memory():
-            self._models.keep_only(plan.checkpoints)
+        loaded = plan.checkpoints if spec.loads_models else []
+        if needed + self._models.bytes_besides(loaded) > available_memory():
+            self._models.keep_only(loaded)
         require_memory(needed)
 
     def _prepare(
@@ -396,13 +413,14 @@ class Engine:
         evaluating = Phase("evaluating", 3 * sum(len(run.evaluation) for run in runs), "examples", on_progress)
         average = plain_average(plan, [run.takes_part for run in runs])
         return {
-            run.spec.name: self._compare(run, folders[run.spec.name], average, precision, evaluating, notes)
+            run.spec.name: self._compare(plan, run, folders[run.spec.name], average, precision, evaluating, notes)
             for run in runs
             if run.spec.evaluation is not None
         }
 
     def _compare(
         self,
+        plan: MergePlan,
         run: ModelRun,
         folder: Path,
         average: dict[str, Tensor],
@@ -424,7 +442,8 @@ class Engine:
                     f"{run.spec.source} fits {evaluation.source} far better when its labels 0 to {len(better) - 1} are "
                     f"read as {', '.join(map(str, better))}; do both mean the same by them?"
                 )
-        merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
+        published = "model" if plan.merges_heads else f"models/{run.spec.name}"
+        merged = load(inspect_checkpoint(folder, published), self._device)
         kept = head_of(loaded)
         merged_predictions, kept_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
         merged.model.load_state_dict(average, strict=False)
@@ -469,6 +488,8 @@ def _merger(method: MethodParameters, runs: list[ModelRun], plan: MergePlan) -> 
     models = [run.as_measured for run in runs if run.takes_part]
     if isinstance(method, ScoringParameters):
         shares = iter(weight_shares(node_weights(models, method.normalize, method.floor), plan.owned))
+    elif isinstance(method, PassthroughParameters):
+        shares = iter(copied_shares(plan))
     else:
         weights = torch.stack([model_weights(models, tensor.place) for tensor in plan.backbone])
         sizes = torch.tensor([math.prod(tensor.shape) for tensor in plan.backbone], dtype=torch.float64)

@@ -22,6 +22,7 @@ from worker.engine.catalog.methods import (
     MethodParameters,
     ModelStockParameters,
     NuSlerpParameters,
+    PassthroughParameters,
     RegMeanParameters,
     SceParameters,
     SlerpParameters,
@@ -33,6 +34,7 @@ from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, is_ever_posi
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+Heads = Literal["per_model", "merged"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
 LEAST_ALIGNMENT_ROWS = 16
@@ -57,7 +59,8 @@ Method = Annotated[
     | ModelStockParameters
     | NuSlerpParameters
     | SceParameters
-    | SlerpParameters,
+    | SlerpParameters
+    | PassthroughParameters,
     Field(discriminator="name"),
 ]
 
@@ -136,6 +139,8 @@ class ModelSpec(CheckpointSpec):
 
 class OutputSpec(Strict):
     dtype: Dtype = "auto"
+    heads: Heads | None = None
+    """None: by kind, see `plan_merge`."""
     align_heads: bool = False
     max_shard_bytes: int = 5_000_000_000
 
@@ -176,6 +181,10 @@ class JobSpec(Strict):
     def rows_to_read(self) -> list[DatasetSpec]:
         """Data sets to measure on, of models that take part, or to align heads on, and evaluations to make."""
         return [m.dataset for m in self.models if m.dataset and any(self.rows_wanted(m))]
+
+    @property
+    def loads_models(self) -> bool:
+        return bool(self.rows_to_read)
 
     @property
     def checkpoints(self) -> list[CheckpointSpec]:

@@ -18,6 +18,7 @@ from worker.engine.methods import (
     mask_regmean,
     model_stock,
     nuslerp,
+    passthrough,
     regmean,
     sce,
     slerp,
@@ -49,6 +50,7 @@ BUILDERS: Mapping[str, Build] = {
     "regmean": regmean.build,
     "mask_regmean": mask_regmean.build,
     "aligned_regmean": regmean.build,  # where it starts
+    "passthrough": passthrough.build,
 }
 
 if BUILDERS.keys() != METHODS.keys():

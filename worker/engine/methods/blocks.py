@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Slot
+from worker.engine.catalog.planning import BLOCK_ELEMENTS
 from worker.engine.catalog.values import PerTensor, Place
-
-BLOCK_ELEMENTS = 1 << 19  # of one version: in float32 2 MB
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from worker.engine.catalog.methods.mask_fisher import (
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMeanParameters
 from worker.engine.catalog.methods.model_stock import MODEL_STOCK, ModelStockParameters
 from worker.engine.catalog.methods.nuslerp import NUSLERP, NuSlerpParameters
+from worker.engine.catalog.methods.passthrough import PASSTHROUGH, PassthroughParameters
 from worker.engine.catalog.methods.regmean import REGMEAN, RIDGE, SHRINK, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.sce import SCE, SELECT_TOPK, SceParameters
 from worker.engine.catalog.methods.slerp import SLERP, SLERP_T, SlerpParameters
@@ -78,6 +79,7 @@ METHODS: dict[str, MethodEntry] = {
         BREADCRUMBS_TIES,
         MODEL_STOCK,
         SCE,
+        PASSTHROUGH,
     )
 }
 
@@ -121,6 +123,7 @@ __all__ = [
     "ModelStockParameters",
     "Normalize",
     "NuSlerpParameters",
+    "PassthroughParameters",
     "RegMeanParameters",
     "RegressionParameters",
     "SceParameters",
