@@ -203,14 +203,17 @@ class MergeRequest(JobRequest[ModelRequest]):
     def _models_suit_the_method(self) -> Self:
         method = self.method
         weights = [model.weight for model in self.models if model.takes_part]
-        least, most = METHODS[method.name].models
+        entry = METHODS[method.name]
+        least, most = entry.models
         if len(weights) < least or (most is not None and len(weights) > most):
-            wanted = f"exactly {least}" if least == most else f"at least {least}"
             raise ValueError(
-                f"method {method.name} merges {wanted} models; {len(weights)} take part, those of weight 0 left out"
+                f"method {method.name} merges {entry.models_wanted} models; {len(weights)} take part, "
+                "as those of weight 0 do not"
             )
         if not method.weighs_models and any(weight != weights[0] for weight in weights):
-            raise ValueError(f"method {method.name} gives the models no weights of yours; leave them out of models")
+            raise ValueError(
+                f"method {method.name} does not go by the models' weights; leave them out, or make them equal"
+            )
         return self
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from app.contracts.requests import MergeRequest
-from tests.tiny import merged_of
+from tests.tiny import merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.spec import CheckpointSpec
 from worker.engine.catalog.values import Place
 from worker.engine.methods import BUILDERS, MeasuredModel
+from worker.engine.pipeline import Engine
 
 Array = NDArray[np.float64]
 Dense = Callable[[Array, Sequence[Array], Sequence[float]], Array]
@@ -247,6 +250,16 @@ def model_stock(base: Array, versions: Sequence[Array], weights: Sequence[float]
 @pytest.mark.parametrize("models", [2, 3, 5])
 def test_model_stock_goes_as_far_as_the_models_agree(models: int) -> None:
     assert_dense("model_stock", model_stock, [1.0] * models)
+
+
+@pytest.mark.parametrize("models", [2, 3])
+def test_model_stock_of_every_slice_by_itself(models: int) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        if base.ndim < 2:
+            return model_stock(base, versions, weights)
+        return np.stack([model_stock(row, [v[i] for v in versions], weights) for i, row in enumerate(base)])
+
+    assert_dense("model_stock", dense, [1.0] * models, filter_wise=True)
 
 
 def test_model_stock_of_orthogonal_or_opposite_models_is_the_base() -> None:
@@ -527,6 +540,31 @@ def test_a_parameter_may_differ_between_tensors(method: str, parameter: str, low
     assert torch.equal(merged([elsewhere, {"filter": "*.intermediate.*", "value": (low + high) / 2}]), middle)
     assert torch.equal(merged([elsewhere]), merge(method, versions, base))
     assert not torch.equal(merged(low), middle)
+
+
+@pytest.fixture(scope="module")
+def drifted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A base and two models."""
+    root = tmp_path_factory.mktemp("drifted")
+    return tiny_base(root / "base"), [tiny_checkpoint(root / f"m{seed}", seed=seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_threads_change_no_bit(method: str, drifted: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, checkpoints = drifted
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            models = [model_spec(checkpoint) for checkpoint in checkpoints]
+            spec = merge_spec(tmp_path / str(threads), models, METHODS[method].parameters(name=method).model_dump())
+            origin = CheckpointSpec(source="local:base", path=base)
+            Engine(torch.device("cpu")).merge(spec.model_copy(update={"base": origin}), silent)
+            found.append(read_model(spec.folder / "models" / "m0"))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 # --- what is refused ---------------------------------------------------------------------------------

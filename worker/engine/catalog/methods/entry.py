@@ -139,6 +139,11 @@ class MethodEntry:
     models: tuple[int, int | None] = (1, None)
     """Fewest and most that can take part; None: any number."""
 
+    @property
+    def models_wanted(self) -> str:
+        least, most = self.models
+        return f"exactly {least}" if least == most else f"at least {least}"
+
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,

@@ -7,6 +7,9 @@ from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
 
 class ModelStockParameters(MethodParameters):
     name: Literal["model_stock"] = "model_stock"
+    filter_wise: bool = False
+    """How far to go is found for each slice of a tensor along its first axis, instead of for the whole; tensors of one
+    axis or none are one slice."""
 
     @property
     def needs_base(self) -> bool:
