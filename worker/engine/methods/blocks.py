@@ -10,7 +10,9 @@ from torch import Tensor
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.values import PerTensor, Place
 
-BLOCK_ELEMENTS = 1 << 19  # of one version: in float32 2 MB
+BLOCK_ELEMENTS = (
+    1 << 17
+)  # of one version: in float32 512 kB, so that those of two models and their merge stay in a cache
 
 
 @dataclass(frozen=True)
@@ -128,4 +130,4 @@ def merged_whole(merger: Merger, versions: Versions) -> Tensor:
 
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite: both stay in a sum, which takes an eighth of looking at every value."""
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
