@@ -325,7 +325,7 @@ def test_an_idempotency_key_makes_one_job(service: Service) -> None:
 def test_methods_describe_their_parameters(service: Service) -> None:
     methods = {entry["name"]: entry for entry in service.get("/methods").json()["data"]}
     averages = {"average", "mask_fisher", "task_arithmetic", "ties", "fisher"}
-    assert set(methods) == averages | {"regmean", "mask_regmean", "aligned_regmean"}
+    assert set(methods) == averages | {"regmean", "mask_regmean", "aligned_regmean", "passthrough"}
     floor = methods["mask_fisher"]["parameters"]["properties"]["floor"]
     assert floor["default"] == 0.001
     assert "description" in floor

@@ -356,7 +356,7 @@ def copy_without_head(folder: Path, to: Path) -> Path:
 
 def test_classifiers_without_a_table_need_equal_labels(tmp_path: Path) -> None:
     model = TinyModel("LlamaForSequenceClassification", "llama", LLAMA.settings)
-    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    labels: dict[str, Any] = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     first, second = (tiny_model(tmp_path / f"c{seed}", model, seed=seed, pad_token_id=2, **labels) for seed in (1, 2))
     assert "score.weight" in {tensor.slot.name for tensor in plan(first, second).backbone}
     config(id2label={"0": "yes", "1": "no"})(second)
