@@ -161,6 +161,23 @@ def test_buffers_are_copied_bit_by_bit(engine: Engine, tmp_path: Path) -> None:
         assert logits_of(loaded_model(tmp_path / f"out-{name}" / "model", "GPT2LMHeadModel")).isfinite().all()
 
 
+def test_names_of_older_checkpoints_merge_and_load(engine: Engine, tmp_path: Path) -> None:
+    def older(name: str) -> str:
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        return name.removeprefix("transformer.")
+
+    for model in (MASKED_BERT, GPT2):
+        root = tmp_path / model.model_type
+        folders = [tiny_model(root / name, model, seed=seed) for seed, name in enumerate("ab", 1)]
+        merged(engine, root / "newer", folders, {"name": "average"})
+        for name, changed in (("second", folders[1:]), ("both", folders[:1])):
+            for folder in changed:
+                edit_tensors(folder, lambda tensors: {older(n): t for n, t in tensors.items()})
+            merged(engine, root / name, folders, {"name": "average"})
+            logits = [logits_of(loaded_model(root / one / "model", model.architecture)) for one in ("newer", name)]
+            assert torch.equal(*logits), (model.model_type, name)
+
+
 def store_copies(folder: Path, model: TinyModel, change: float = 0.0) -> None:
     def add(tensors: Tensors) -> Tensors:
         return {**tensors, **{copy: tensors[of] + change for copy, of in model.tied.items()}}

@@ -203,6 +203,19 @@ def test_names_may_lack_the_prefix_of_what_lies_under_the_head(copied: Copied) -
         plan(first, second)
 
 
+def test_norms_may_be_spelt_as_they_were_before(copied: Copied) -> None:
+    first, second = copied(MASKED_BERT, 1), copied(MASKED_BERT, 2)
+    expected = {tensor.slot.name for tensor in plan(first, second).backbone}
+    renamed(lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"))(
+        second
+    )
+    found = {tensor.slot.name: tensor for tensor in plan(first, second).backbone}
+    assert found.keys() == expected
+    assert [s.name for s in found["bert.embeddings.LayerNorm.weight"].sources] == [
+        "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.gamma",
+    ]  # fmt: skip
+
+
 def test_the_plans_dtype_is_that_of_most_numbers(copied: Copied) -> None:
     folder = copied(LLAMA, 1)
     norm = "model.norm.weight"
