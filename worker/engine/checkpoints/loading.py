@@ -25,6 +25,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
+from worker.engine.catalog.layouts import spellings
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.checkpoints.attention import CPU_ATTENTION
 from worker.engine.checkpoints.reader import TensorReader
@@ -165,9 +166,8 @@ def _shapes(info: CheckpointInfo, layout: _Layout) -> dict[str, tuple[int, ...]]
     for name, tensor in info.tensors.items():
         slot = family.slot(name) if family else None
         name = slot.name if slot else name
-        if name not in layout.shapes and f"{layout.prefix}.{name}" in layout.shapes:
-            name = f"{layout.prefix}.{name}"
-        found[name] = tensor.shape
+        names = [known for one in spellings(name) for known in (one, f"{layout.prefix}.{one}")]
+        found[next((known for known in names if known in layout.shapes), name)] = tensor.shape
     return found
 
 
