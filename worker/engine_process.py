@@ -227,6 +227,11 @@ def _job_error(error: Exception) -> JobError:
         error = OutOfMemory("the job needs more memory than there is; use fewer or smaller models, or a larger worker")
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = DiskFull("there is no space left in the data folder")
+    elif isinstance(error, OSError) and error.errno == errno.EFBIG:
+        error = DiskFull(
+            "a file became larger than the disk of the data folder or the worker's limit on files (ulimit -f) allows; "
+            "ask for a smaller output.max_shard_bytes"
+        )
     if isinstance(error, EngineError):
         detail: dict[str, Any] = json.loads(json.dumps(error.detail, default=str))
         return JobError.model_validate(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, Service, make_service, measured_anew, tiny_recipe, wait_until
-from tests.tiny import write_rows
+from tests.tiny import tiny_checkpoint, write_rows
+from worker.engine.checkpoints.reader import digest_file
 
 ROWS = 4000  # scored in several seconds, so that there is a middle to kill in
 NewService = Callable[..., Service]
@@ -189,3 +191,73 @@ def test_two_workers_share_the_queue_and_survive_the_loss_of_one(new_service: Ne
     assert sorted(service.job(job_id)["attempt"] for job_id in jobs) == [1, 2]
     assert len(list((service.data_dir / "artifacts").iterdir())) == 2
     assert service.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def large(inputs: Path) -> dict[str, Any]:
+    """A merge whose backbone of 100 MB is written in so long a time that there is a middle to kill in."""
+    for seed in range(2):
+        tiny_checkpoint(inputs / "checkpoints" / f"large{seed}", seed=seed, hidden=1024, layers=6)
+    models = [{"name": f"m{seed}", "checkpoint": f"local:checkpoints/large{seed}"} for seed in range(2)]
+    return {"method": {"name": "average"}, "models": models}
+
+
+def written(service: Service, job_id: str, attempt: int) -> float:
+    """The share of its first shard that an attempt has written; 0 while there is none, 1 once it is published."""
+    name = "models/m0/model-00001-of-00002.safetensors"
+    if (service.data_dir / "artifacts" / f"{job_id}.{attempt}").exists():
+        return 1.0
+    try:
+        stat = (service.data_dir / "work" / f"{job_id}.{attempt}" / name).stat()
+    except FileNotFoundError:
+        return 0.0
+    return stat.st_blocks * 512 / stat.st_size
+
+
+def wait_written(service: Service, job_id: str, attempt: int, share: float) -> None:
+    what = f"attempt {attempt} to write {share} of its shard"
+    wait_until(lambda: written(service, job_id, attempt) >= share, what, interval_s=0.0005)
+
+
+def test_killed_at_any_byte_of_the_write_nothing_is_published_and_the_job_is_done_again(
+    new_service: NewService, large: dict[str, Any]
+) -> None:
+    service = new_service(MASKMERGE_MAX_LOSSES="100", MASKMERGE_LEASE_SECONDS="3")
+    service.start()
+    job_id = service.submit(large)
+    kills = (("engine", 0.001), ("worker", 0.2), ("engine", 0.5), ("everything", 0.8))
+    for attempt, (role, share) in enumerate(kills, start=1):
+        wait_written(service, job_id, attempt, 0.001)
+        victims = service.processes()
+        wait_written(service, job_id, attempt, share)
+        for victim in victims.values() if role == "everything" else [victims[role]]:
+            victim.send_signal(signal.SIGKILL)
+        wait_gone(*(victims.values() if role == "everything" else [victims["engine"]]))
+        assert list((service.data_dir / "artifacts").iterdir()) == [], f"attempt {attempt} came to its end"
+        if role == "everything":
+            assert service.process is not None
+            service.process.wait()
+            service.start()
+        assert service.get(f"/jobs/{job_id}/artifacts").status_code == 409
+    check_one_result(service, job_id)
+    files = service.get(f"/jobs/{job_id}/artifacts").json()["files"]
+    folder = service.data_dir / "artifacts" / f"{job_id}.{service.job(job_id)['attempt']}"
+    assert {file["name"]: file["sha256"] for file in files if file["name"].startswith("models/")} == {
+        path.relative_to(folder).as_posix(): digest_file(path) for path in folder.glob("models/*/*")
+    }
+    assert service.stop() == 0
+
+
+def test_a_limit_on_files_fails_the_job_by_its_name_and_leaves_nothing(service: Service) -> None:
+    recipe = tiny_recipe("a", "c", name="average")
+    engine = service.processes()["engine"]
+    before = resource.prlimit(engine.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(engine.pid, resource.RLIMIT_FSIZE, (10_000, before[1]))
+    job = service.finished(service.submit(recipe))
+    assert (job["status"], job["error"]["code"], job["error"]["retryable"]) == ("failed", "disk_full", True)
+    assert "ulimit -f" in job["error"]["message"]
+    for folder in ("work", "artifacts"):
+        assert list((service.data_dir / folder).iterdir()) == []
+    resource.prlimit(engine.pid, resource.RLIMIT_FSIZE, before)
+    assert service.post(f"/jobs/{job['id']}/retry").status_code == 202
+    assert service.finished(job["id"])["status"] == "succeeded"

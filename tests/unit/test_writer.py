@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import random
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -35,6 +38,7 @@ from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint, digest_file
 from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards
 from worker.engine.pipeline import Engine
+from worker.engine.threads import in_threads
 
 CPU = torch.device("cpu")
 LABELS = {"two": 2, "three": 3, "one": 1}
@@ -114,6 +118,73 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write(tmp_path / "x", [planned("a")], torch.zeros(2, 3))
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def many_tensors() -> dict[str, Tensor]:
+    """Of several dtypes' widths, of none, one and many rows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (0, 4), (1,), (7,), (5, 3), (40, 11), (1, 600)]
+    return {f"t{i:03d}": torch.randn(shapes[i % len(shapes)], generator=generator) for i in range(150)}
+
+
+def shard_of(values: Tensors) -> list[PlannedTensor]:
+    dtypes = ("F64", "F32", "BF16", "F16")
+    return [planned(name, tuple(value.shape), dtypes[i % 4]) for i, (name, value) in enumerate(values.items())]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tensors_in_any_order_from_several_threads_are_the_same_file(tmp_path: Path, seed: int) -> None:
+    values = many_tensors()
+    shard = shard_of(values)
+    in_order, mixed = tmp_path / "in_order", tmp_path / "mixed"
+    write(in_order, shard, *(values[tensor.slot.name] for tensor in ShardWriter(in_order, shard).tensors))
+    with ShardWriter(mixed, shard) as writer:
+        tensors = random.Random(seed).sample(writer.tensors, len(shard))
+        in_threads(lambda t: writer.write(t, rows_of(values[t.slot.name])), tensors, 8, lambda: None)
+    assert mixed.read_bytes() == in_order.read_bytes()
+    assert writer.sha256 == hashlib.sha256(mixed.read_bytes()).hexdigest()
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_an_error_in_one_of_several_threads_leaves_no_file_and_no_descriptor(tmp_path: Path) -> None:
+    values = many_tensors()
+    values["t077"].view(-1)[-1:] = float("nan")
+    before = descriptors()
+
+    def merge_into(path: Path) -> None:
+        with ShardWriter(path, shard_of(values)) as writer:
+            in_threads(lambda t: writer.write(t, rows_of(values[t.slot.name])), writer.tensors, 4, lambda: None)
+
+    with pytest.raises(NumericalError, match="t077"):
+        merge_into(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+    assert descriptors() == before
+
+
+def test_a_thread_that_is_overtaken_does_not_close_the_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second time would close whatever file has been given the number since."""
+    lock = Lock()
+
+    class Overtaken:
+        """Between the look at what is complete and this lock, another thread does all that there is to do."""
+
+        def acquire(self, blocking: bool) -> bool:
+            monkeypatch.setattr(writer, "_digesting", lock)
+            writer._follow(writer._open())
+            return lock.acquire(blocking)
+
+        def release(self) -> None:
+            lock.release()
+
+    with ShardWriter(tmp_path / "x", [planned("a")]) as writer:
+        monkeypatch.setattr(writer, "_digesting", Overtaken())
+        writer.write(writer.tensors[0], rows_of(torch.zeros(2, 3)))
+    assert writer.sha256 == digest_file(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -274,6 +345,29 @@ def test_a_listener_can_stop_a_merge_and_no_manifest_is_left(checkpoints: dict[s
         Engine().merge(merge_spec(tmp_path, models, {"name": "average"}), stop)
     assert list(tmp_path.rglob("*.safetensors")) == []
     assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_leaves_nothing_of_it(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The limit on a process's files stands for the disk: writes beyond it fail from then on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    started: list[Path] = []
+
+    def fill(phase: str, done: int, *_: object) -> None:
+        if phase == "merging" and done == 3:
+            started.extend(tmp_path.rglob("*.safetensors"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+
+    models = [model_spec(path, path.with_suffix(".jsonl")) for path in checkpoints.values()]
+    one_by_one = {"name": "regmean", "examples": 8}  # so that the limit comes after the third tensor for sure
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Engine().merge(merge_spec(tmp_path, models, one_by_one), fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert started
+    assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ def in_threads(
     stopped = False
 
     def run() -> None:
+        nonlocal stopped
         torch.set_num_threads(1)
         try:
             while not stopped:
@@ -46,6 +47,7 @@ def in_threads(
                 work(item)  # type: ignore[arg-type]
                 events.put(True)
         except BaseException as error:
+            stopped = True  # at once: the calling thread may be long in hearing of it
             events.put(error)
         events.put(False)
 

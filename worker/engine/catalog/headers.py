@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
 
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
@@ -30,7 +31,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model")
+FLOATS = ("F64", "F32", "BF16", "F16")
+# What quantised weights are stored in, by the format's names.
+QUANTISED = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E4M3FNUZ": "float8", "F8_E5M2FNUZ": "float8"}
+QUANTISED |= {"F8_E8M0": "float8", "F6_E2M3": "float6", "F6_E3M2": "float6", "F4": "float4"}
+QUANTISED |= dict.fromkeys(("U16", "U32", "U64"), "packed")
+SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model", "tokenizer.model")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,6 +48,8 @@ TOKENIZER_FILES = (
     "bpe.codes",
     *SENTENCEPIECE,
 )
+COMPANIONS = ("chat_template.jinja", "generation_config.json")
+"""Of language models, published beside the tokenizer and read by nobody here."""
 LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
 
@@ -105,8 +113,7 @@ class CheckpointInfo:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else ""
+        return architecture_of(self.config)
 
     @property
     def weight_files(self) -> list[str]:
@@ -179,7 +186,7 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
     config = read_json(path / "config.json", source, MAX_CONFIG_BYTES)
     refuse_code("config.json", config, source)
     tensors: dict[str, TensorInfo] = {}
-    for file_name in _weight_files(path, source):
+    for file_name in _weight_files(path, source, config):
         for tensor in read_header(path / file_name, source):
             if tensor.name in tensors:
                 raise InvalidCheckpoint(
@@ -247,6 +254,10 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
 def _tensor(source: str, file: Path, data: int, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    if dtype in QUANTISED:
+        kind = QUANTISED[dtype]
+        problem = f"{file.name}: tensor {name} has dtype {dtype}; {kind} weights are quantised"
+        raise InvalidCheckpoint(source, f"{problem}: merge the originals, then quantise", tensor=name)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
@@ -271,8 +282,9 @@ def checkpoint_state(info: CheckpointInfo) -> str:
 
 
 def described_files(names: Collection[str]) -> list[str]:
-    """Those of a checkpoint's files that are read whole: configuration, tokenizer, index."""
-    return [name for name in ("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, INDEX) if name in names]
+    """Those of a checkpoint's files that are needed whole: configurations, tokenizer, index."""
+    wanted = ("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, *COMPANIONS, INDEX)
+    return [name for name in wanted if name in names]
 
 
 def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[str]:
@@ -286,7 +298,7 @@ def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[
     return [name for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in names]
 
 
-def _weight_files(path: Path, source: str) -> list[str]:
+def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> list[str]:
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX, source, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -305,7 +317,7 @@ def _weight_files(path: Path, source: str) -> list[str]:
             raise InvalidCheckpoint(
                 source,
                 f"{pickle} is there but no {WEIGHTS}; pickle files are not opened. Convert it where you trust it: "
-                'python -c "from transformers import AutoModelForSequenceClassification as A; '
+                f'python -c "from transformers import {use_of(config).auto_class} as A; '
                 "A.from_pretrained('IN').save_pretrained('OUT')\"",
             )
     raise InvalidCheckpoint(source, f"neither {WEIGHTS} nor {INDEX} is there")
