@@ -20,6 +20,7 @@ from worker.engine.catalog.headers import (
     ADAPTER_CONFIG,
     ADAPTER_PICKLE,
     ADAPTER_WEIGHTS,
+    FLOATS,
     INDEX,
     MAX_CONFIG_BYTES,
     WEIGHTS,
@@ -34,6 +35,7 @@ from worker.engine.catalog.headers import (
     refuse_code,
     vocabulary_of,
 )
+from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS
 from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
@@ -56,11 +58,7 @@ HARMLESS = {
 """Keys of `adapter_config.json` that say how it was trained, or what its tensors say as well."""
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Whose linear layers are stored as (inputs, outputs)."""
-TIED = ("lm_head", "embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
-"""Last parts of the names of modules that a language model may tie to each other."""
-OUTPUTS = ("lm_head.weight", "embed_out.weight")
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-FLOATS = ("F64", "F32", "BF16", "F16")
 MAX_LABELS = 100_000  # that get names: a header may claim any number
 LABELS = ("id2label", "label2id", "problem_type")
 
@@ -290,12 +288,12 @@ def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
 
 def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
     """An adapter of one of two tied matrices unties them, which a merge of files cannot show."""
-    has_output = any(name.endswith(OUTPUTS) for name in base.tensors)
+    has_output = any(name.endswith(OUTPUT_EMBEDDINGS) for name in base.tensors)
     if not base.architecture.endswith(GENERATES) or not base.config.get("tie_word_embeddings", not has_output):
         return
-    for module in [*adapter.factors, *(name.removesuffix(".weight") for name in adapter.whole)]:
-        if module.rpartition(".")[2] in TIED:
-            problem = f"it adapts {module}, which the base ties to another matrix (tie_word_embeddings)"
+    for name in [*(f"{module}.weight" for module in adapter.factors), *adapter.whole]:
+        if name.endswith((*EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
+            problem = f"it adapts {name}, which the base ties to another matrix (tie_word_embeddings)"
             raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
 
 
