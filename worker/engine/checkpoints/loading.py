@@ -119,10 +119,12 @@ def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
     model: nn.Module = AutoModelForSequenceClassification.from_config(
         config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
-    family = FAMILIES[info.model_type]
-    with TensorReader() as reader:
-        read = {slot.name: reader.read(tensor) for name, tensor in info.tensors.items() if (slot := family.slot(name))}
-    model.load_state_dict(read, strict=False)
+    family, parameters = FAMILIES[info.model_type], dict(model.named_parameters())
+    with TensorReader() as reader, torch.no_grad():
+        for tensor in info.tensors.values():
+            slot = family.slot(tensor.name)
+            if slot is not None and slot.name in parameters:
+                parameters[slot.name].copy_(reader.read(tensor))
     return model
 
 

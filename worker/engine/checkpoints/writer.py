@@ -260,6 +260,9 @@ def _write_config(info: CheckpointInfo, dtype: str, folder: Path) -> None:
 
 
 def _copy_tokenizer(info: CheckpointInfo, folder: Path) -> None:
-    for name in (*TOKENIZER_FILES, *COMPANIONS):
-        if (info.tokenizer_path / name).is_file():
-            shutil.copyfile(info.tokenizer_path / name, folder / name)
+    files = [info.tokenizer_path / name for name in (*TOKENIZER_FILES, *COMPANIONS)]
+    if info.base is not None:  # beside an adapter's tokenizer there is none of these, as a rule
+        files.insert(0, info.base.path / "generation_config.json")
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
