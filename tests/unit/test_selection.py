@@ -106,3 +106,8 @@ def test_not_a_number_ends_the_search(share: float) -> None:
     found, _ = found_and_reads(tensors, [ROWS * COLUMNS, 1400])
     assert math.isnan(found[0])
     assert found[1:] == expected(tensors[1:], [1400])
+
+
+def test_many_series_share_what_is_held() -> None:
+    tensors, ranks = list(CASES.values()) * 3, list(range(1, 6001, 200))
+    assert found_and_reads(tensors, ranks)[0] == expected(tensors, ranks)

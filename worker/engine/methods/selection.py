@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.engine.methods.blocks import Block, Versions
 
-HELD_BLOCKS = 8  # of values, for each rank: of a tensor of no more, all are
+HELD_BLOCKS = 16  # of values, of all series together: of two models' tensors of no more than half, all are
 SAMPLED_BLOCKS = 8
 SAMPLE_ELEMENTS = 1 << 16
 MARGIN = 0.01  # of the sample, to both sides of the rank; its standard error there is at most 0.2 %
@@ -40,7 +40,7 @@ def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]],
     Returns:
         NaN for a series that has a NaN where it matters.
     """
-    limit = HELD_BLOCKS * versions.block_elements
+    limit = max(1, HELD_BLOCKS * versions.block_elements // len(ranks))
     searches = [_Search(rank, math.prod(versions.shape)) for rank in ranks]
     first = True
     while searching := [(index, search) for index, search in enumerate(searches) if search.found is None]:
@@ -138,6 +138,7 @@ class _Search:
             self.high, self.above_high = low, from_high + inside + at_low
         if everything and self.found is None:
             self.found = math.nan  # NaN is neither above nor below
+        self.gathered = []
 
 
 def _flat(values: Tensor) -> Array:
