@@ -63,6 +63,11 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         return self._json("POST", "/merge", json=recipe, headers=headers)
 
+    def merge_recipe(self, recipe: bytes, media_type: str) -> dict[str, Any]:
+        """Queue a merge of a recipe as it is in a file: application/json, or application/yaml, also mergekit's; the
+        job. Raises RequestRefused."""
+        return self._json("POST", "/merge", content=recipe, headers={"Content-Type": media_type})
+
     def score(self, recipe: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
         """Queue the computation of scores, as `POST /scores` takes it; the job. Raises RequestRefused."""
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
@@ -134,11 +139,13 @@ class Client:
         """The whole artifact into `folder`, every file checked by its sha256.
 
         Large files of equal content, as the shared backbone, are fetched once and hard-linked. Raises OSError when a
-        file does not arrive as announced.
+        file does not arrive as announced, or would lie outside the folder.
         """
         fetched: dict[str, Path] = {}
         for file in self.files(job_id):
             path = folder / file["name"]
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise OSError(f"{file['name']} would lie outside {folder}")
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".safetensors" and file["sha256"] in fetched:
                 path.unlink(missing_ok=True)

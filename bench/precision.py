@@ -35,6 +35,7 @@ from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, StoreSpec
+from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, best_device
 from worker.engine.evaluation.evaluate import predict
@@ -240,7 +241,8 @@ def agreement(float32: Mapping[str, Scores], bfloat16: Mapping[str, Scores]) -> 
         node_weights([MeasuredModel(1.0, scores) for scores in of.values()], METHOD.normalize, METHOD.floor)
         for of in (float32, bfloat16)
     ]
-    changes = [float((weights[0][site] - weights[1][site]).abs().max()) for site in weights[0]]
+    sites, place = list(next(iter(float32.values()))), Place("", 0.0)
+    changes = [float((weights[0](site, place) - weights[1](site, place)).abs().max()) for site in sites]
     return Agreement(**{name: min(values) for name, values in found.items()}, weights=max(changes))
 
 

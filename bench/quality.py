@@ -230,7 +230,7 @@ class Bench:
 
     @staticmethod
     def state(plan: MergePlan, method: MethodParameters, models: list[MeasuredModel]) -> dict[str, Tensor]:
-        with Backbone(plan, [True] * len(models), BUILDERS[method.name](method, models), method.scale) as backbone:
+        with Backbone(plan, [True] * len(models), BUILDERS[method.name](method, models), method.scale_at) as backbone:
             return backbone.state()
 
     def _controls(self, shift: int | None) -> dict[str, Outcome]:
@@ -241,7 +241,7 @@ class Bench:
             source = self.experts[names[(place + shift) % len(names)]].info if shift else self.experts[task].info
             method = METHOD.validate_python({"name": "average", "scale": 1.0 if shift else 0.0})
             plan = plan_merge([source], base=self.base)
-            with Backbone(plan, [True], BUILDERS["average"](method, [MeasuredModel(1.0)]), method.scale) as backbone:
+            with Backbone(plan, [True], BUILDERS["average"](method, [MeasuredModel(1.0)]), method.scale_at) as backbone:
                 found[task] = self.evaluate(backbone.state(), task)
         return found
 

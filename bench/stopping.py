@@ -37,7 +37,7 @@ from worker.engine.methods.mask_fisher import node_weights
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
-from worker.engine.stopping import Scored, errors_at, point
+from worker.engine.stopping import Owned, Scored, errors_at, point
 from worker.engine.store import StatisticsStore
 
 ALIGNMENT_ROWS = 512
@@ -87,6 +87,7 @@ class StoppingBench:
     def __init__(self, out: Path, data: Path | None, validation_rows: int) -> None:
         self.bench = Bench(out, data, ALIGNMENT_ROWS, validation_rows)
         self.scored: dict[str, Scored] = {}
+        self.owned: Owned = {}
         self._outcomes: dict[tuple[Combination, tuple[int, ...]], dict[str, Outcome]] = {}
 
     def score(self) -> None:
@@ -98,8 +99,9 @@ class StoppingBench:
                 rows = sample(RowFile(spec), spec, None)
                 model = load(expert.info, self.bench.device)
                 own = Sample(rows, len(rows), spec, model, LabelMap(model.task))
-                inputs = plan_merge([expert.info]).linear_inputs
-                measurer = Measurer(METHOD, inputs, self.bench.precision, store, BatchSizes())
+                plan = plan_merge([expert.info])
+                self.owned = plan.owned
+                measurer = Measurer(METHOD, plan.linear_inputs, self.bench.precision, store, BatchSizes())
                 found = Measured()
                 measurer.measure(found, model, digest_checkpoint(expert.info), own, len(own), lambda _: None)
                 self.scored[name] = Scored(1.0, found.sums, len(own))
@@ -108,7 +110,7 @@ class StoppingBench:
     def curve(self, tasks: Combination) -> list[StoppingPoint]:
         models = [self.scored[task] for task in tasks]
         most = max(model.population for model in models)
-        return [found for rows in looks(most) if (found := point(METHOD, models, rows)) is not None]
+        return [found for rows in looks(most) if (found := point(METHOD, models, rows, self.owned)) is not None]
 
     def calibration(self, tasks: Combination) -> dict[int, float]:
         """By look: how far the merge weights are from those of all rows, over how far their errors say they are."""
@@ -117,7 +119,7 @@ class StoppingBench:
         final = self._weights(tasks, most)
         found = {}
         for rows in looks(most)[:-1]:
-            errors = errors_at(METHOD, models, rows)
+            errors = errors_at(METHOD, models, rows, self.owned)
             if errors is not None:
                 weights = self._weights(tasks, rows)
                 actual = torch.cat([(weights[site] - final[site]).flatten() for site in errors])
@@ -131,7 +133,8 @@ class StoppingBench:
         return [MeasuredModel(1.0, of.sums[min(rows, of.population)].scores()) for of in scored]
 
     def _weights(self, tasks: Combination, rows: int) -> dict[str, Tensor]:
-        return node_weights(self._models(tasks, rows), METHOD.normalize, METHOD.floor)
+        weights = node_weights(self._models(tasks, rows), METHOD.normalize, METHOD.floor)
+        return {score: weights(score, places[0]) for score, places in self.owned.items()}
 
     def stop(self, tasks: Combination, tolerance: float) -> Stop:
         at = next(found for found in self.curve(tasks) if found.error <= tolerance)

@@ -67,7 +67,8 @@ def _lines(data_dir: Path) -> Iterator[str]:
         yield ""
         yield f"`{entry.formula}`"
         yield ""
-        yield f"Source: {entry.source}. Needs: {', '.join(entry.needs) or 'checkpoints alone'}."
+        needs = ", ".join(entry.needs) or "checkpoints alone"
+        yield f"Source: {entry.source}. Needs: {needs}. Models: {entry.models_wanted}."
         yield ""
         properties = entry.parameters.model_json_schema()["properties"]
         rows = [[f"`{n}`", f"`{p.get('default')}`", _meaning(p)] for n, p in properties.items() if n != "name"]

@@ -19,7 +19,7 @@ from app.contracts.jobs import TaskId
 from app.contracts.settings import Settings
 from app.storage.artifacts import ArtifactFolder
 from app.storage.connection import connect, connect_for_rq
-from app.storage.inputs import LocalInputs
+from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
@@ -101,6 +101,7 @@ def run(settings: Settings) -> int:
         store=store,
         artifacts=artifacts,
         inputs=LocalInputs(settings.local_roots),
+        job_inputs=JobInputs(store, artifacts),
         engine=engine,
         statistics=StoreSpec(folder=settings.data_dir.resolve() / FOLDER, max_bytes=settings.max_statistics_bytes),
         lease_seconds=settings.lease_seconds,

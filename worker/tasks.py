@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from app.contracts.jobs import Attempt, ErrorCode, JobError, Kind, Phase, Progress, Record, Stage, Status, TaskId
 from app.contracts.requests import Dataset, Evaluation, MeasuredModelRequest, MergeRequest, ModelRequest, ScoreRequest
 from app.storage.artifacts import ArtifactFolder
-from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
+from app.storage.inputs import JobInputs, JobReference, LocalInputs, ReferenceError, hub_reference, job_reference
 from app.storage.jobs import JobStore
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.report import MergeResult, ScoreResult
@@ -49,6 +49,7 @@ class TaskRunner:
         store: JobStore,
         artifacts: ArtifactFolder,
         inputs: LocalInputs,
+        job_inputs: JobInputs,
         engine: EngineProcess,
         statistics: StoreSpec,
         lease_seconds: float,
@@ -59,6 +60,7 @@ class TaskRunner:
         self._store = store
         self._artifacts = artifacts
         self._inputs = inputs
+        self._job_inputs = job_inputs
         self._engine = engine
         self._statistics = statistics
         self._renew_interval = min(lease_seconds / 4, LONGEST_RENEWAL_S)
@@ -248,7 +250,7 @@ class TaskRunner:
     def _model(self, model: MeasuredModelRequest, record: Record) -> dict[str, object]:
         spec = {"name": model.name, **self._checkpoint(model.checkpoint, record), "dataset": self._rows(model.dataset)}
         if isinstance(model, ModelRequest):
-            spec |= {"weight": model.weight, "evaluation": self._rows(model.evaluation)}
+            spec |= {**model.model_dump(include={"weight"}), "evaluation": self._rows(model.evaluation)}
         return spec
 
     def _checkpoint(self, reference: str, record: Record) -> dict[str, object]:
@@ -268,10 +270,17 @@ class TaskRunner:
             on_hub = hub_reference(reference)
             if on_hub is not None:
                 return {"hub": {"repository": on_hub.repository, "commit": on_hub.revision}}
-            path, root = self._inputs.resolve(reference)
+            of_job = job_reference(reference)
+            path, root = self._inputs.resolve(reference) if of_job is None else self._of_job(of_job)
             return {"path": path, "root": root}
         except ReferenceError as error:
             raise invalid(reference, str(error)) from error
+
+    def _of_job(self, reference: JobReference) -> tuple[Path, Path]:
+        try:
+            return self._insist(lambda: self._job_inputs.resolve(reference))
+        except ReferenceError as error:  # a job that succeeded once does not change
+            raise ReferenceError(f"job {reference.job} was deleted after this one was accepted") from error
 
 
 def phases_of(spec: JobSpec) -> list[Phase]:

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
+from app.api.yaml_body import YamlRoute, is_yaml
 from app.contracts.errors import FieldError, Problem, ProblemBody, ProblemError
 
 MEDIA_TYPE = "application/problem+json"
@@ -50,7 +51,8 @@ def _validation(request: Request, error: Exception) -> Response:
         where = found[0]["loc"][-1]
         return answer(request, ProblemError(Problem.MALFORMED, f"the body is not JSON: {reason} at byte {where}"))
     if _is_wrong_media_type(request, found):
-        detail = f"Content-Type is '{request.headers.get('content-type', '')}'; send application/json"
+        yaml = " or application/yaml" if isinstance(request.scope.get("route"), YamlRoute) else ""
+        detail = f"Content-Type is '{request.headers.get('content-type', '')}'; send application/json{yaml}"
         return answer(request, ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail))
     errors = [FieldError(field=_path(e["loc"]), message=e["msg"].removeprefix("Value error, ")) for e in found]
     later = all(e["type"] == "not_available" for e in found)
@@ -85,13 +87,13 @@ def _unexpected(request: Request, error: Exception) -> Response:
 def _is_wrong_media_type(request: Request, found: Sequence[Any]) -> bool:
     """FastAPI leaves a body that is not declared as JSON unparsed, and then says that it is no object."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_json = media_type == "application/json" or media_type.endswith("+json")
-    return request.method == "POST" and not is_json and any(tuple(e["loc"]) == ("body",) for e in found)
+    is_read = media_type == "application/json" or media_type.endswith("+json") or is_yaml(request)
+    return request.method == "POST" and not is_read and any(tuple(e["loc"]) == ("body",) for e in found)
 
 
 def _path(location: Sequence[object]) -> str:
     """`models.0.checkpoint`: without the word body, and without the tag that a union puts in the way."""
-    parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal["))]
+    parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal[", "<"))]
     if len(parts) > 1 and parts[0] == "method":
         parts.pop(1)
     return ".".join(parts)

@@ -5,11 +5,12 @@ from fastapi import APIRouter, Body, Response
 from app.api.dependencies import ServicesOf
 from app.api.prefer import Wait
 from app.api.submitting import IdempotencyKey, submitted
+from app.api.yaml_body import YAML_BODY, YamlRoute
 from app.contracts.jobs import Job
 from app.contracts.requests import MergeRequest
 from app.services.jobs import Plan
 
-router = APIRouter(tags=["merge"])
+router = APIRouter(tags=["merge"], route_class=YamlRoute)
 
 EXAMPLE: dict[str, Any] = {
     "method": {"name": "mask_fisher"},
@@ -26,18 +27,20 @@ EXAMPLE: dict[str, Any] = {
 MergeBody = Annotated[MergeRequest, Body(openapi_examples={"two experts": {"value": EXAMPLE}})]
 
 
-@router.post("/merge", status_code=202)
+@router.post("/merge", status_code=202, openapi_extra=YAML_BODY)
 async def merge(
     body: MergeBody, response: Response, services: ServicesOf, wait: Wait, idempotency_key: IdempotencyKey = None
 ) -> Job:
     """Queue a merge. The answer is the job; `Location` is where to watch it.
+
+    The body is JSON, or the same as YAML, or a recipe of mergekit.
 
     `Prefer: wait=N` waits up to N (at most 60) seconds for the job's end; the status is 202 then too.
     """
     return await submitted(services, body, idempotency_key, wait, response)
 
 
-@router.post("/merge/validate")
+@router.post("/merge/validate", openapi_extra=YAML_BODY)
 def validate(body: MergeBody, services: ServicesOf) -> Plan:
     """Everything `POST /merge` checks, and what the job would do; nothing is queued."""
     return services.jobs.plan(body)

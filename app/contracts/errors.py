@@ -14,7 +14,7 @@ class Problem(Enum):
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The route does not take this method")
     CONFLICT = ("conflict", 409, "The state does not allow this")
     TOO_LARGE = ("too_large", 413, "The body is too large")
-    UNSUPPORTED_MEDIA_TYPE = ("unsupported_media_type", 415, "The body must be application/json")
+    UNSUPPORTED_MEDIA_TYPE = ("unsupported_media_type", 415, "The body is of another media type")
     RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
     INVALID_REQUEST = ("invalid_request", 422, "The recipe is refused")
     NOT_AVAILABLE = ("not_available", 422, "The recipe asks for what this version cannot do yet")

@@ -7,14 +7,12 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import AnyHttpUrl, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from worker.engine.catalog.methods import METHODS, MaskFisherParameters
-from worker.engine.catalog.spec import Columns, Dtype, Method, MetricName, Name
+from worker.engine.catalog.methods import METHODS, MaskFisherParameters, PassthroughParameters
+from worker.engine.catalog.spec import Columns, Dtype, Heads, Method, MetricName, Name
 from worker.engine.catalog.strict import Strict, did_you_mean
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, is_ever_positive
 
-ANNOUNCED_METHODS = (
-    "linear", "slerp", "nuslerp", "dare_linear", "dare_ties", "della", "breadcrumbs", "model_stock", "karcher", "sce",
-    "passthrough", "auto",
-)  # fmt: skip
+ANNOUNCED_METHODS = ("auto",)
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
 
@@ -85,13 +83,13 @@ class MeasuredModelRequest(Strict):
 
 
 class ModelRequest(MeasuredModelRequest):
-    weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    weight: PerTensor[Weight] = DEFAULT_WEIGHT
     """lambda: this model's say in the merge; 0 takes it out."""
     evaluation: Evaluation | None = None
 
     @property
     def takes_part(self) -> bool:
-        return self.weight > 0
+        return is_ever_positive(self.weight)
 
 
 class ScoredModelRequest(MeasuredModelRequest):
@@ -101,10 +99,13 @@ class ScoredModelRequest(MeasuredModelRequest):
 class Output(Strict):
     dtype: Dtype = "auto"
     """Storage of the merged tensors; `auto` keeps the inputs' own."""
-    heads: Literal["per_model", "merged"] = "per_model"
+    heads: Heads | None = None
+    """`per_model`: the merged backbone with each model's own head, in `models/`. `merged`: heads are merged like the
+    rest, to one model in `model/`; classifiers need equal labels for it. Default: `per_model` for classifiers of the
+    architectures with a table, `merged` for all others, as language models."""
     align_heads: bool = True
     """Refit each kept head to the merged backbone, on the model's own `dataset` and without labels; the preset `paper`
-    leaves it out unless it is asked for."""
+    leaves it out unless it is asked for. Without effect, and shown as false, where heads are merged."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     vocabulary: Literal["error", "union", "base"] = "error"
     publish: str | None = None
@@ -167,6 +168,8 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     base: Annotated[str, Field(min_length=1)] | None = None
     """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """How many layers the models must have; null: any number. Recipes that name all layers of a model say it."""
     output: Output = Output()
     evaluate: bool = True
     """Compare expert, plain average and merge on each model's evaluation rows."""
@@ -192,7 +195,44 @@ class MergeRequest(JobRequest[ModelRequest]):
             raise ValueError(f"{why} merges differences from the common ancestor; name it as base")
         if not any(model.takes_part for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")
+        if isinstance(self.method, PassthroughParameters):
+            _check_slices(self.method, self)
         return self
+
+    @model_validator(mode="after")
+    def _models_suit_the_method(self) -> Self:
+        method = self.method
+        weights = [model.weight for model in self.models if model.takes_part]
+        entry = METHODS[method.name]
+        least, most = entry.models
+        if len(weights) < least or (most is not None and len(weights) > most):
+            raise ValueError(
+                f"method {method.name} merges {entry.models_wanted} models; {len(weights)} take part, "
+                "as those of weight 0 do not"
+            )
+        if not method.weighs_models and any(weight != weights[0] for weight in weights):
+            raise ValueError(
+                f"method {method.name} does not go by the models' weights; leave them out, or make them equal"
+            )
+        return self
+
+
+def _check_slices(method: PassthroughParameters, request: MergeRequest) -> None:
+    """Raises ValueError where slices and models do not name each other, or models have what stacking ignores."""
+    models = [model.name for model in request.models]
+    used = {part.model for part in method.slices}
+    for name in sorted(used - set(models)):
+        raise ValueError(f"a slice is of model '{name}'{did_you_mean(name, models)}; models are {', '.join(models)}")
+    for model in request.models:
+        if model.name not in used:
+            raise ValueError(f"no slice is of model '{model.name}'; leave the model out")
+        if model.weight != 1 or model.dataset is not None or model.evaluation is not None:
+            raise ValueError(
+                "method passthrough copies layers: weight, dataset and evaluation of model "
+                f"'{model.name}' would have no effect; leave them out"
+            )
+    if request.base is not None:
+        raise ValueError("method passthrough copies layers, a base would have no effect; leave it out")
 
 
 class ScoreRequest(JobRequest[ScoredModelRequest]):
@@ -223,7 +263,6 @@ def _later(request: MergeRequest | ScoreRequest) -> Iterator[str]:
             "priority": request.priority != 0,
             "device": request.device == "cuda",
             "deadline_seconds": request.deadline_seconds is not None,
-            "output.heads": request.output.heads != "per_model",
             "output.vocabulary": request.output.vocabulary != "error",
             "output.publish": request.output.publish is not None,
         }

@@ -7,7 +7,7 @@ from app.services.jobs import Jobs
 from app.storage.artifacts import ArtifactFolder
 from app.storage.connection import connect, connect_for_rq, connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
-from app.storage.inputs import LocalInputs
+from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
@@ -36,7 +36,8 @@ def compose(settings: Settings) -> Services:
     queue = TaskQueue(connect_for_rq(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
-    jobs = Jobs(store, queue, LocalInputs(settings.local_roots), artifacts, settings.idempotency_seconds)
+    local, of_jobs = LocalInputs(settings.local_roots), JobInputs(store, artifacts)
+    jobs = Jobs(store, queue, local, of_jobs, artifacts, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.queue)
     statistics = StatisticsFolder(settings.data_dir)

@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import BoundedSemaphore
@@ -25,19 +26,25 @@ from app.contracts.requests import (
 )
 from app.storage.artifacts import ArtifactFolder
 from app.storage.hub import Hub, HubUnavailable
-from app.storage.inputs import LocalInputs, ReferenceError, hub_reference
+from app.storage.inputs import JobInputs, LocalInputs, ReferenceError, hub_reference, job_reference
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
+from worker.engine.catalog.adapters import inspect_model
+from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
-from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.parameters import parameter_problems
+from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
 from worker.engine.catalog.rows import check_first_rows
 from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
+from worker.engine.catalog.stacking import plan_job
 
 HUB_REQUESTS = 8  # at once, of the 40 threads that answer
 HUB_QUEUE_S = 1.0
 
+Inspect = Callable[[Path, str, Path | None], CheckpointInfo]
 logger = logging.getLogger(__name__)
 
 
@@ -91,12 +98,14 @@ class Jobs:
         store: JobStore,
         queue: TaskQueue,
         inputs: LocalInputs,
+        job_inputs: JobInputs,
         artifacts: ArtifactFolder,
         idempotency_seconds: int,
     ) -> None:
         self._store = store
         self._queue = queue
         self._inputs = inputs
+        self._job_inputs = job_inputs
         self._artifacts = artifacts
         self._hub_places = BoundedSemaphore(HUB_REQUESTS)
         self._idempotency_seconds = idempotency_seconds
@@ -151,11 +160,11 @@ class Jobs:
         measured = sum(
             min(examples, model.dataset.limit or examples)
             for model in request.models
-            if model.dataset and model.weight > 0
+            if model.dataset and model.takes_part
         )
         evaluates = request.evaluate and any(model.evaluation for model in request.models)
-        aligns = request.output.align_heads and any(model.dataset for model in request.models)
-        longest = plan.family.max_tokens(plan.checkpoints[0].config)
+        aligns = _aligns(request, plan) and any(model.dataset for model in request.models)
+        longest = plan.family.max_tokens(plan.checkpoints[0].config) if plan.family else 0
         return Plan(
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
@@ -165,6 +174,8 @@ class Jobs:
                 tokens_held=measured * longest if request.method.refits_layers else 0,
                 batch_rows=request.method.batch_rows,
                 batch_tokens=request.method.most_batch_tokens,
+                loads_models=bool(measured or evaluates or aligns),
+                merges_rows=request.method.merges_rows,
             ),
             examples=measured,
             tensors=len(plan.backbone),
@@ -173,11 +184,11 @@ class Jobs:
                 PlannedModel(
                     name=model.name,
                     architecture=info.architecture,
-                    task=f"{task.problem}, {task.outputs} outputs",
-                    head=f"{', '.join(t.slot.name for t in head)}: {_becomes(request, model)}",
+                    task=f"{task.problem}, {task.outputs} outputs" if task else use_of(info.config).pipeline_tag or "",
+                    head=_becomes(request, plan, index),
                 )
-                for model, info, task, head in zip(
-                    request.models, plan.checkpoints, plan.tasks, plan.heads, strict=True
+                for index, (model, info, task) in enumerate(
+                    zip(request.models, plan.checkpoints, plan.tasks, strict=True)
                 )
             ],
             request=accepted.request,
@@ -213,10 +224,12 @@ class Jobs:
     def _checked_scores(self, request: ScoreRequest, hub: Hub) -> Accepted:
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
-        checkpoints = self._checkpoints(request, hub)
+        checkpoints = [self._checkpoint(_checkpoint_field(i), m.checkpoint, hub) for i, m in enumerate(request.models)]
         for index, (model, info) in enumerate(zip(request.models, checkpoints, strict=True)):
-            with _refusing(f"models.{index}.checkpoint"):
-                [task] = plan_merge([info]).tasks
+            with _refusing(_checkpoint_field(index)):
+                plan = plan_merge([info])
+                task = required_task(plan)
+            _refuse(parameter_problems(plan, request.method))
             kept = accepted["models"][index]
             kept["checkpoint"] = info.source
             where = f"models.{index}.dataset"
@@ -224,13 +237,23 @@ class Jobs:
         return Accepted(accepted, checkpoints)
 
     def _checked_merge(self, request: MergeRequest, hub: Hub) -> AcceptedMerge:
-        checkpoints = self._checkpoints(request, hub)
         base = self._checkpoint("base", request.base, hub) if request.base else None
+        inspect = partial(inspect_model, base=base)
+        checkpoints = [
+            self._checkpoint(_checkpoint_field(index), model.checkpoint, hub, inspect)
+            for index, model in enumerate(request.models)
+        ]
+        output, names = request.output, [model.name for model in request.models]
         with _refusing("models"):
-            plan = plan_merge(checkpoints, request.output.dtype)
+            plan = plan_job(request.method, names, checkpoints, output.dtype, heads=output.heads)
         if base is not None:
             with _refusing("base"):
-                plan = plan_merge(checkpoints, request.output.dtype, base)
+                plan = plan_job(request.method, names, checkpoints, output.dtype, base, output.heads)
+        if plan.family is None:
+            _refuse_rows(request, plan)
+        if request.layers is not None and plan.layers != request.layers:
+            _refuse([("layers", f"the models have {plan.layers} layers, the recipe says {request.layers}")])
+        _refuse(parameter_problems(plan, request.method, [model.weight for model in request.models]))
         free = self._artifacts.free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
@@ -238,10 +261,14 @@ class Jobs:
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
         accepted["base"] = None if plan.base is None else plan.base.source
+        accepted["output"]["heads"] = "merged" if plan.merges_heads else "per_model"
+        accepted["output"]["align_heads"] = _aligns(request, plan)
         for index, (model, task) in enumerate(zip(request.models, plan.tasks, strict=True)):
             where = f"models.{index}"
             kept = accepted["models"][index]
             kept["checkpoint"] = plan.checkpoints[index].source
+            if task is None:
+                continue
             if model.dataset is not None:
                 source = self._rows(f"{where}.dataset", model.dataset, task, hub, request.method.needs_labels)
                 kept["dataset"]["source"] = source
@@ -254,20 +281,19 @@ class Jobs:
                 kept["evaluation"]["source"] = source
         return AcceptedMerge(accepted, plan.all_checkpoints, plan)
 
-    def _checkpoints(self, request: MergeRequest | ScoreRequest, hub: Hub) -> list[CheckpointInfo]:
-        return [self._checkpoint(f"models.{i}.checkpoint", m.checkpoint, hub) for i, m in enumerate(request.models)]
-
-    def _checkpoint(self, field: str, reference: str, hub: Hub) -> CheckpointInfo:
+    def _checkpoint(
+        self, field: str, reference: str, hub: Hub, inspect: Inspect = inspect_checkpoint
+    ) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
         with _refusing(field):
-            on_hub = hub_reference(reference)
+            on_hub, of_job = hub_reference(reference), job_reference(reference)
             if on_hub is None:
-                path, root = self._inputs.resolve(reference)
-                return inspect_checkpoint(path, reference, root)
+                path, root = self._inputs.resolve(reference) if of_job is None else self._job_inputs.resolve(of_job)
+                return inspect(path, reference, root)
             pinned = hub.pinned(on_hub, "model")
             with TemporaryDirectory(prefix="maskmerge-") as folder:
                 hub.outline(pinned, Path(folder))
-                return inspect_checkpoint(Path(folder), str(pinned))
+                return inspect(Path(folder), str(pinned), Path(folder))
 
     def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
@@ -291,6 +317,10 @@ class Jobs:
         return rows.source
 
 
+def _checkpoint_field(index: int) -> str:
+    return f"models.{index}.checkpoint"
+
+
 def _sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
     """Every reference in the request."""
     for model in request.models:
@@ -309,13 +339,39 @@ def _states(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
         return {info.source: checkpoint_state(info) for info in checkpoints if hub_reference(info.source) is None}
 
 
-def _becomes(request: MergeRequest, model: ModelRequest) -> str:
+def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
+    """What needs a table of the architecture, where there is none: methods that measure, alignment, evaluation."""
+    name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
+    errors = []
+    if request.method.statistics:
+        others = ", ".join(other for other, entry in METHODS.items() if "dataset" not in entry.needs)
+        message = f"{request.method.name} measures models, for which {name} has no table; methods without are {others}"
+        errors.append(FieldError(field="method.name", message=message))
+    for index, model in enumerate(request.models):
+        for part, rows in (("dataset", model.dataset), ("evaluation", model.evaluation)):
+            if rows is not None:
+                message = f"nothing is measured of {name}, for which there is no table; leave it out"
+                errors.append(FieldError(field=f"models.{index}.{part}", message=message))
+    if errors:
+        raise ProblemError(Problem.NOT_AVAILABLE, _sentence(errors), errors)
+
+
+def _aligns(request: MergeRequest, plan: MergePlan) -> bool:
+    """Whether heads are aligned, where models have rows for it."""
+    return request.output.align_heads and not plan.merges_heads
+
+
+def _becomes(request: MergeRequest, plan: MergePlan, index: int) -> str:
     """What a model's head becomes."""
+    if plan.merges_heads:
+        return "merged like the rest into model"
+    model = request.models[index]
+    names = ", ".join(tensor.slot.name for tensor in plan.heads[index])
     if not request.output.align_heads:
-        return f"kept as it is in models/{model.name}"
+        return f"{names}: kept as it is in models/{model.name}"
     if model.dataset is None:
-        return f"kept as it is in models/{model.name}, since the model has no dataset to align it on"
-    return f"kept in models/{model.name}, its last layer aligned to the merged backbone"
+        return f"{names}: kept as it is in models/{model.name}, since the model has no dataset to align it on"
+    return f"{names}: kept in models/{model.name}, its last layer aligned to the merged backbone"
 
 
 @contextmanager
@@ -332,7 +388,15 @@ def _refusing(field: str) -> Iterator[None]:
         raise ProblemError(Problem.HUB_UNAVAILABLE, _sentence(errors), errors, **{"Retry-After": "10"}) from error
     except EngineError as error:
         problem = next(p for p in Problem if p.code == error.code)
+        field = str(error.detail.get("field", field))
         raise ProblemError(problem, error.message, [FieldError(field=field, message=error.message)]) from error
+
+
+def _refuse(problems: Iterable[tuple[str, str]]) -> None:
+    """Raises ProblemError for what is wrong with the request, as (field, why), if anything is."""
+    errors = [FieldError(field=field, message=message) for field, message in problems]
+    if errors:
+        raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
 
 
 def _sentence(errors: list[FieldError]) -> str:

@@ -73,6 +73,18 @@ class ArtifactFolder:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return [StoredFile(f["name"], f["bytes"], f["sha256"], folder / f["name"]) for f in manifest["files"]]
 
+    def folder(self, artifact: str) -> Path:
+        """Of a published artifact."""
+        return self._published / artifact
+
+    def models(self, artifact: str) -> dict[str, Path]:
+        """Folders of a published artifact's models, by name: `models/<name>`, and `model` where it has but one."""
+        folder = self.folder(artifact)
+        found = {path.name: path for path in sorted(folder.glob("models/*")) if path.is_dir()}
+        if (folder / "model").is_dir():
+            found.setdefault("model", folder / "model")
+        return found
+
     def manifest(self, artifact: str) -> Path:
         return self._published / artifact / MANIFEST
 

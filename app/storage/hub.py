@@ -25,6 +25,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 from app.storage.inputs import COMMIT, HubReference, ReferenceError
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import (
+    ADAPTER_PICKLE,
     MAX_DESCRIPTION_BYTES,
     MAX_HEADER_BYTES,
     PICKLES,
@@ -105,7 +106,7 @@ class Hub:
                         end = min(PREFIX.size + header, sizes[name])
                         stream.write(self._read(reference, name, len(prefix), end))
                     stream.truncate(sizes[name])
-            for name in PICKLES:
+            for name in (*PICKLES, ADAPTER_PICKLE):
                 if name in sizes:
                     (folder / name).touch()
 

@@ -1,13 +1,18 @@
-"""References to inputs: what they name, and paths of those that lie under the folders the operator allowed."""
+"""References to inputs: what they name, and paths of those that lie in the operator's folders or in artifacts."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from app.contracts.jobs import Status
+from app.storage.artifacts import ArtifactFolder
+from app.storage.jobs import JobStore
+
 SCHEMES = ("local", "hf", "s3", "job")
 HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+JOB = re.compile(r"(?P<job>[0-9a-f]{28})/(?P<model>(?!\.+$)[A-Za-z0-9._-]{1,64})")
 
 
 class ReferenceError(ValueError):
@@ -40,6 +45,55 @@ def hub_reference(reference: str) -> HubReference | None:
     return HubReference(match["repository"], match["revision"] or "main")
 
 
+@dataclass(frozen=True)
+class JobReference:
+    """`job:ID/MODEL`; a model of another job's artifact."""
+
+    job: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"job:{self.job}/{self.model}"
+
+
+def job_reference(reference: str) -> JobReference | None:
+    """What a `job:` reference names; None for one of another kind. Raises ReferenceError when it is malformed."""
+    scheme, _, rest = reference.partition(":")
+    if scheme != "job":
+        return None
+    match = JOB.fullmatch(rest)
+    if match is None:
+        raise ReferenceError(f"'{reference[:200]}' is no model of a job; write job:ID/MODEL")
+    return JobReference(match["job"], match["model"])
+
+
+class JobInputs:
+    """`job:ID/MODEL` in the artifacts of jobs that succeeded."""
+
+    def __init__(self, store: JobStore, artifacts: ArtifactFolder) -> None:
+        self._store = store
+        self._artifacts = artifacts
+
+    def resolve(self, reference: JobReference) -> tuple[Path, Path]:
+        """(path, the artifact's folder).
+
+        Raises:
+            ReferenceError: there is no such job, it did not succeed, or its artifact has no such model.
+        """
+        record = self._store.get(reference.job)
+        if record is None:
+            raise ReferenceError(f"'{reference}': there is no job {reference.job}")
+        if record.status is not Status.SUCCEEDED or record.artifact is None:
+            raise ReferenceError(
+                f"'{reference}': job {reference.job} is {record.status}, and has no models before it succeeded"
+            )
+        models = self._artifacts.models(record.artifact)
+        if reference.model not in models:
+            there = f"there are {', '.join(models)}" if models else "it made none"
+            raise ReferenceError(f"'{reference}': job {reference.job} has no model {reference.model}; {there}")
+        return models[reference.model], self._artifacts.folder(record.artifact)
+
+
 class LocalInputs:
     """`local:PATH` under the local roots, searched in order."""
 
@@ -55,6 +109,8 @@ class LocalInputs:
         scheme, colon, rest = reference.partition(":")
         if not colon or scheme not in SCHEMES:
             raise ReferenceError(f"'{reference}' is no reference; write local:PATH or hf:ORG/NAME@REVISION")
+        if scheme == "job":
+            raise ReferenceError(f"'{reference}' names a model of a job, which has no rows; use local: or hf:")
         if scheme != "local":
             raise ReferenceError(f"'{scheme}:' references are not available yet; use local: or hf:", available=False)
         if not rest or "\0" in rest:

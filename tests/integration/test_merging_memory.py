@@ -45,8 +45,8 @@ def planned(folder: Path, rows: int) -> MergePlan:
     tensor = PlannedTensor(
         Slot(NAME, Kind.EMBEDDING, None, False), Place(NAME, 0.0), (rows, WIDTH), "BF16", (first, second), base
     )
-    ancestor = CheckpointInfo("base", folder, {}, {NAME: base}, {})
-    return MergePlan(BERT, (), ancestor, (), (tensor,), ())
+    ancestor = CheckpointInfo("base", folder, {}, {NAME: base}, {}, folder)
+    return MergePlan(BERT, (), ancestor, (), (tensor,), (), ())
 
 
 def held_bytes(method: str, folder: Path, rows: int) -> int:

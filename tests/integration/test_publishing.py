@@ -9,7 +9,7 @@ from redis import Redis
 from app.contracts.jobs import Attempt, Record, Stage, Status, TaskId
 from app.contracts.requests import MergeRequest
 from app.storage.artifacts import ArtifactFolder
-from app.storage.inputs import LocalInputs
+from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from tests.conftest import tiny_recipe, wait_until
 from worker.engine.catalog.spec import StoreSpec
@@ -77,6 +77,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
             store=store,
             artifacts=artifacts,
             inputs=LocalInputs([tiny_inputs]),
+            job_inputs=JobInputs(store, artifacts),
             engine=engine,
             statistics=StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9),
             lease_seconds=LEASE_S,

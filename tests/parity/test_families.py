@@ -39,7 +39,7 @@ from tests.tiny_families import TINY_FAMILIES, TinyFamily
 from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Nodes
 from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.pipeline import Engine
@@ -524,7 +524,7 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
         other = ["p2c"] if key == "pos_att_type" else 7 if config.get(key) != 7 else 8
         edit_json(pair[1] / "config.json", **{key: other})
         if key == case.table.padding_position:  # another limit, and another meaning of every position
-            assert plan([pair[1]]).family.max_tokens({**config, key: other}) == POSITIONS + 2 - 8
+            assert required_family(plan([pair[1]])).max_tokens({**config, key: other}) == POSITIONS + 2 - 8
         assert_refused(pair, IncompatibleCheckpoints, f"{key} differs")
     for key in case.table.config_names.values():
         pair = copied(case, tmp_path / key)

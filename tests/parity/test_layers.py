@@ -1,11 +1,13 @@
 """Layer alignment: against the same sequence of fits computed another way, and what it does in every family."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
@@ -27,7 +29,8 @@ from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
+from worker.engine.catalog.values import PerTensor
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.layers import Expert, align_layers, linear_groups, ridge_step
 from worker.engine.pipeline import Engine
@@ -82,8 +85,8 @@ class Case:
                     parameter.lerp_(theirs[name], 0.5)
         return merged
 
-    def align(self, experts: Sequence[Expert], merged: nn.Module) -> Tensors:
-        return align_layers(self.plan, experts, merged, HOLD, "float32", lambda: None)
+    def align(self, experts: Sequence[Expert], merged: nn.Module, hold: PerTensor[float] = HOLD) -> Tensors:
+        return align_layers(self.plan, experts, merged, hold, "float32", lambda: None)
 
     def merge(self, folder: Path, *, base: bool = False, **method: Any) -> list[Path]:
         """The merged models' folders."""
@@ -152,28 +155,38 @@ class Dense:
         return [y + h for y, h in zip(self.linear(xs, module), self.hidden, strict=True)]
 
 
+def as_given(name: str) -> tuple[Sequence[float], float]:
+    """The experts' weights and `hold`, of a linear layer by its path in BERT."""
+    return WEIGHTS, HOLD
+
+
 def fit(
-    ours: Sequence[Dense], module: str, xs: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]
+    ours: Sequence[Dense],
+    module: str,
+    xs: Sequence[Sequence[Tensor]],
+    targets: Sequence[Sequence[Tensor]],
+    settings: Callable[[str], tuple[Sequence[float], float]],
 ) -> None:
     """Change a layer of the merge, which all of `ours` share, to the least squares solution towards `targets`.
 
     These are what its outputs should be, per model and example. A ridge is a further row for every coefficient.
     """
     state, name = ours[0].state, ours[0].name(module)
+    weights, hold = settings(name)
     has_bias = f"{name}.bias" in state
     start = state[f"{name}.weight"]
     if has_bias:
         start = torch.cat([start, state[f"{name}.bias"][:, None]], dim=1)
     rows, wanted = [], []
-    for weight, x_by_example, y in zip(WEIGHTS, xs, targets, strict=True):
+    for weight, x_by_example, y in zip(weights, xs, targets, strict=True):
         x = torch.cat(list(x_by_example))
         if has_bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        share = (weight / sum(WEIGHTS) / len(x)) ** 0.5
+        share = (weight / sum(weights) / len(x)) ** 0.5
         rows.append(share * x)
         wanted.append(share * (torch.cat(list(y)) - x @ start.T))
     energy = torch.cat(rows).square().sum(0)
-    held = (HOLD * energy + RIDGE * energy.mean()).sqrt().diag()
+    held = (hold * energy + RIDGE * energy.mean()).sqrt().diag()
     stacked = torch.cat([*rows, held])
     step = torch.linalg.lstsq(stacked, torch.cat([*wanted, held.new_zeros(len(held), len(start))])).solution.T
     fitted = start + step
@@ -183,7 +196,12 @@ def fit(
             one.state[f"{name}.bias"] = fitted[:, -1]
 
 
-def dense_alignment(start: Tensors, experts: Sequence[Tensors], rows: Sequence[Sequence[Tensors]]) -> dict[str, Tensor]:
+def dense_alignment(
+    start: Tensors,
+    experts: Sequence[Tensors],
+    rows: Sequence[Sequence[Tensors]],
+    settings: Callable[[str], tuple[Sequence[float], float]] = as_given,
+) -> dict[str, Tensor]:
     ours = [Dense(start, examples) for examples in rows]
     theirs = [Dense(state, examples) for state, examples in zip(experts, rows, strict=True)]
     everyone = [*ours, *theirs]
@@ -194,7 +212,7 @@ def dense_alignment(start: Tensors, experts: Sequence[Tensors], rows: Sequence[S
         for (our, their), xs in zip(pairs, their_xs, strict=True):
             wanted = their.summed(xs, module) if residual else their.linear(xs, module)
             targets.append([w - h for w, h in zip(wanted, our.hidden, strict=True)] if residual else wanted)
-        fit(ours, module, our_xs, targets)
+        fit(ours, module, our_xs, targets, settings)
 
     for layer in range(LAYERS):
         for one in everyone:
@@ -239,6 +257,25 @@ def test_the_merge_is_the_sequence_of_least_squares_fits(bert: Case, without_bia
     assert moved > 0.05  # it is not the start that was compared
 
 
+def test_weights_and_hold_are_those_of_each_layer(bert: Case) -> None:
+    """Layers that read the same, as query and key, may differ in them."""
+
+    def settings(name: str) -> tuple[Sequence[float], float]:
+        layer = int(name.split(".")[2]) if "layer" in name else LAYERS - 1
+        return (0.0 if name.endswith("key") else 1.0, 0.5), 0.1 + 0.4 * layer / (LAYERS - 1)
+
+    first, second = bert.experts()
+    but_for_keys = TypeAdapter(PerTensor[float]).validate_python([{"filter": "*.key.weight", "value": 0}])
+    experts, merged = [replace(first, weight=but_for_keys), replace(second, weight=0.5)], bert.average()
+    start = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
+    rows = [[{k: torch.tensor(v) for k, v in e.encoding.items()} for e in expert.examples] for expert in experts]
+    expected = dense_alignment(start, [expert.loaded.model.state_dict() for expert in experts], rows, settings)
+    bert.align(experts, merged, [0.1, 0.5])
+    for name, tensor in merged.state_dict().items():
+        if name.startswith("bert."):
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=1e-4, msg=name)
+
+
 def test_a_step_is_the_ridge_regression_of_the_errors() -> None:
     generator = torch.Generator().manual_seed(0)
     x, e = (torch.randn(60, width, generator=generator, dtype=torch.float64) for width in (8, 3))
@@ -254,10 +291,10 @@ def test_a_step_is_the_ridge_regression_of_the_errors() -> None:
 
 def test_every_linear_layer_of_the_blocks_is_refitted_once(case: Case) -> None:
     groups = linear_groups(case.plan)
-    kinds = {k for k in case.plan.family.layer_modules.values() if k not in (*NORMS, Kind.POSITION)}
+    kinds = {k for k in required_family(case.plan).layer_modules.values() if k not in (*NORMS, Kind.POSITION)}
     assert [group.layer for group in groups if group.layer is not None] == [i for i in range(LAYERS) for _ in range(4)]
     modules = [module for group in groups for module in group.modules]
-    slots = [case.plan.family.slot(f"{module}.weight") for module in modules]
+    slots = [required_family(case.plan).slot(f"{module}.weight") for module in modules]
     assert len(set(modules)) == len(modules) == LAYERS * len(kinds) + any(s and s.kind is Kind.POOLER for s in slots)
     assert [bool(group.norm) for group in groups[:4]] == [False, True, False, True]
 
@@ -281,7 +318,7 @@ def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
         seen.setdefault(module, []).append(inputs[0].flatten(0, -2))
 
     for name, module in model.named_modules():
-        slot = case.plan.family.slot(f"{name}.weight")
+        slot = required_family(case.plan).slot(f"{name}.weight")
         if slot is not None and slot.kind in NORMS:
             module.register_forward_pre_hook(before)
     with torch.no_grad():

@@ -31,6 +31,7 @@ from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.catalog.spec import ScoreSpec, StoreSpec
 from worker.engine.catalog.statistics import Facts
+from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.methods import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_errors
@@ -47,6 +48,7 @@ Squares = dict[str, Array]
 """By score name, (rows, nodes)."""
 
 SITES = {"layers.0.heads": 4, "layers.1.heads": 4, "layers.0.neurons": 24, "layers.1.neurons": 24}
+OWNED = {site: [Place(site, 0.0)] for site in SITES}
 ROWS = 700
 BOOTSTRAP_TOLERANCE = 0.1  # of a root mean square over a layer's nodes, with 400 resamples of 1,500 rows
 
@@ -139,7 +141,7 @@ def engine_errors(models: Sequence[Squares], lambdas: Sequence[float], populatio
         Scored(lam, {len(q["layers.0.heads"]): statistics(q)}, population)
         for lam, q, population in zip(lambdas, models, populations, strict=True)
     ]
-    found = errors_at(method, scored, 10**9)
+    found = errors_at(method, scored, 10**9, OWNED)
     assert found is not None
     return {site: of.numpy() for site, of in found.items()}
 
@@ -189,13 +191,14 @@ def test_a_model_alone_stands_against_one_as_uncertain_as_itself() -> None:
 
 
 def test_only_shares_matter_and_a_model_without_weight_has_no_error() -> None:
-    rho = {"layers.0.heads": torch.tensor([0.1, 0.2]).double()}
-    weights = {"layers.0.heads": torch.tensor([[1.0, 0.5], [0.0, 0.5]]).double()}
-    found = weight_errors(weights, [rho, rho])["layers.0.heads"]
+    rho = torch.tensor([0.1, 0.2]).double()
+    weights = torch.tensor([[1.0, 0.5], [0.0, 0.5]]).double()
+    found = weight_errors(weights, torch.stack([rho, rho]))
     assert found.tolist()[1][0] == found.tolist()[0][0] == 0
     np.testing.assert_allclose(found[:, 1].numpy(), 0.5 * 0.5 * 0.2 * 2**0.5)
     models = [MeasuredModel(lam, {"layers.0.heads": torch.ones(2).double()}) for lam in (3.0, 3.0)]
-    assert torch.equal(node_weights(models, "layer", 0.0)["layers.0.heads"], torch.full((2, 2), 0.5).double())
+    weights = node_weights(models, "layer", 0.0)("layers.0.heads", Place("", 0.0))
+    assert torch.equal(weights, torch.full((2, 2), 0.5).double())
 
 
 def test_blocks_end_where_scoring_may_stop() -> None:
@@ -458,7 +461,7 @@ def test_the_curve_leaves_out_what_is_not_known() -> None:
     one = NodeStatistics()
     one.add({site: torch.ones(1, nodes) for site, nodes in SITES.items()})
     model = Scored(1.0, {256: sums}, 1000)
-    assert point(MaskFisherParameters(), [model, Scored(1.0, {1: one}, 1000)], 256) is None
-    exhausted = point(MaskFisherParameters(), [model, Scored(1.0, {1: one}, 1)], 256)
+    assert point(MaskFisherParameters(), [model, Scored(1.0, {1: one}, 1000)], 256, OWNED) is None
+    exhausted = point(MaskFisherParameters(), [model, Scored(1.0, {1: one}, 1)], 256, OWNED)
     assert exhausted is not None
     assert exhausted.error > 0

@@ -104,7 +104,15 @@ BAD_WEIGHTS: dict[str, tuple[bytes, list[str]]] = {
     "no shape": (weights_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"12345678"), ["malformed", "shape"]),
     "no offsets": (weights_of({"a": {"dtype": "F32", "shape": [2]}}), ["malformed", "data_offsets"]),
     "three offsets": (weights_of({"a": {**F32, "data_offsets": [0, 8, 9]}}, b"12345678"), ["malformed"]),
-    "unknown dtype": (weights_of({"a": {**F32, "dtype": "F8_E4M3"}}, b"12345678"), ["tensor a", "F8_E4M3", "BF16"]),
+    "unknown dtype": (weights_of({"a": {**F32, "dtype": "C64"}}, b"12345678"), ["tensor a", "C64", "BF16"]),
+    "float8": (
+        weights_of({"a": {**F32, "dtype": "F8_E4M3"}}, b"12345678"),
+        ["tensor a", "F8_E4M3", "float8 weights are quantised"],
+    ),
+    "packed": (
+        weights_of({"a": {**F32, "dtype": "U32"}}, b"12345678"),
+        ["tensor a", "U32", "packed weights are quantised"],
+    ),
     "dtype that is no name": (weights_of({"a": {**F32, "dtype": ["F32"]}}, b"12345678"), ["malformed"]),
     "negative shape": (weights_of({"a": {**F32, "shape": [-2, -1]}}, b"12345678"), ["tensor a", "negative"]),
     "fractional shape": (weights_of({"a": {**F32, "shape": [2.0]}}, b"12345678"), ["tensor a", "non-integer"]),
@@ -179,6 +187,25 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index names a file elsewhere": (index({"weight_map": {"a": "../expert/model.safetensors"}}), ["../expert"]),
     "a tensor in two files": (twice, ["tensor same", "one.safetensors", "two.safetensors"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto_class"),
+    [
+        ("BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("BertForMaskedLM", "AutoModelForMaskedLM"),
+        ("Whatever", "AutoModel"),
+    ],
+)
+def test_a_pickle_is_converted_by_the_class_of_its_architecture(
+    checkpoint: Path, architecture: str, auto_class: str
+) -> None:
+    pickle_only(checkpoint)
+    edit_json(checkpoint / "config.json", architectures=[architecture])
+    assert_refused(checkpoint, [f"from transformers import {auto_class} as A;", "save_pretrained('OUT')"])
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)

@@ -21,7 +21,7 @@ def checkpoint(config: Mapping[str, Any], rows: int | None = None) -> Checkpoint
     tensors = {}
     if rows is not None:
         tensors["classifier.weight"] = TensorInfo("local:expert", "classifier.weight", Path("x"), 8, "F32", (rows, 16))
-    return CheckpointInfo("local:expert", Path("expert"), {"model_type": "bert", **config}, tensors, {})
+    return CheckpointInfo("local:expert", Path("expert"), {"model_type": "bert", **config}, tensors, {}, Path("expert"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MANIFEST, JobResult, MeasuredModel, MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
@@ -21,10 +22,10 @@ REPEATING = {"checkpoint", "digest", "examples", "batch_tokens"}  # what the sam
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
 
 
-def model_folders(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Create `models/<name>/` for every model."""
-    folders = {name: folder / "models" / name for name in names}
-    for path in folders.values():
+def model_folders(folder: Path, names: Sequence[str], *, is_one: bool) -> dict[str, Path]:
+    """Create `models/<name>/` for every model, or `model/` for all of them."""
+    folders = {name: folder / "model" if is_one else folder / "models" / name for name in names}
+    for path in set(folders.values()):
         path.mkdir(parents=True)
     return folders
 
@@ -51,7 +52,7 @@ def write_documents(
     """
     ancestor = {"checkpoint": plan.base.source, "digest": base} if plan.base else None
     _write_report(spec, result, _merge_parts(plan, result), owners=plan.owners(), base=ancestor)
-    (spec.folder / "README.md").write_text(_model_card(spec, result), encoding="utf-8")
+    (spec.folder / "README.md").write_text(_model_card(spec, plan, result), encoding="utf-8")
     _write_manifest(spec.folder, result, result.models, digests, base=ancestor)
 
 
@@ -245,12 +246,22 @@ pre {{ overflow-x: auto; padding: 1rem; border: 1px solid #8886; }}
 """
 
 
-def _model_card(spec: MergeSpec, result: MergeResult) -> str:
+def _model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     names = ", ".join(model.name for model in result.models)
+    auto_class, tag = use_of(plan.published[0].config)
+    where = "model" if plan.merges_heads else f"models/{result.models[0].name}"
+    what = "`model/` is the merged model, head and all."
+    if not plan.merges_heads:
+        what = "Each folder under `models/` is a whole model: the merged backbone and that model's own head."
+    loading = ["```python", f"from transformers import {auto_class}", ""]
+    loading.append(f'model = {auto_class}.from_pretrained("{where}")')
+    if plan.published[0].vocabulary:
+        loading[1] += ", AutoTokenizer"
+        loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{where}")')
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-classification",
+        *([f"pipeline_tag: {tag}"] if tag else []),
         "tags:",
         "- merge",
         "- maskmerge",
@@ -258,14 +269,9 @@ def _model_card(spec: MergeSpec, result: MergeResult) -> str:
         "",
         f"# {' '.join(escape(spec.name).split())}",
         "",
-        f"A merge of {len(result.models)} fine-tuned models ({names}) by `{result.method['name']}`. Each folder under "
-        "`models/` is a whole model: the merged backbone and that model's own head.",
+        f"A merge of {len(result.models)} fine-tuned models ({names}) by `{result.method['name']}`. {what}",
         "",
-        "```python",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        f'model = AutoModelForSequenceClassification.from_pretrained("models/{result.models[0].name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("models/{result.models[0].name}")',
+        *loading,
         "```",
         "",
         *_markdown_table(["model", "checkpoint", "mean merge weight"], _card_models(result)),

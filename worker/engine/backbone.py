@@ -1,6 +1,6 @@
 """The merged backbone, a run of rows at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,19 +10,27 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import TensorInfo
 from worker.engine.catalog.methods import AverageParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
+from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
-from worker.engine.methods.blocks import Block, BlockMerge, Versions, is_finite, required_base
+from worker.engine.methods.blocks import Block, BlockMerge, Versions, is_finite, required_base, row_blocks
 
 
 class Backbone:
     """Merged backbone tensors, computed from lazily read inputs of the models that take part. Threads may share it.
 
     Args:
-        scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives.
+        scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives; of
+            one tensor.
     """
 
-    def __init__(self, plan: MergePlan, takes_part: Sequence[bool], merger: Merger, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        takes_part: Sequence[bool],
+        merger: Merger,
+        scale: Callable[[Place], float] = lambda place: 1.0,
+    ) -> None:
         self._plan = plan
         self._taking_part = [index for index, takes in enumerate(takes_part) if takes]
         self._merger = merger
@@ -37,14 +45,17 @@ class Backbone:
         self._reader.__exit__(None)
 
     def blocks(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of rows, and the merged tensor's values there, float32 or better.
+        """Runs of rows, and the merged tensor's values there, float32 or better; of one that is copied, as stored.
 
         Raises:
             InvalidCheckpoint: an input has NaN or infinity.
         """
+        if planned.is_copied:
+            yield from self._copied(planned)
+            return
         sources = [planned.sources[index] for index in self._taking_part]
         versions = self._versions(planned, sources)
-        merge = self._scaled(self._merger(versions))
+        merge = self._scaled(self._merger(versions), self._scale(planned.place))
         for block in versions.blocks():
             merged = merge(block)
             if not is_finite(merged):
@@ -59,6 +70,14 @@ class Backbone:
         parts = [part for _, part in self.blocks(planned)]
         return torch.cat(parts) if planned.shape else parts[0]
 
+    def _copied(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
+        [source] = planned.sources
+        for rows in row_blocks(planned.shape):
+            values = self._reader.read(source, rows if planned.shape else None)
+            if not is_finite(values):
+                raise _not_finite(source)
+            yield rows, values
+
     def _versions(self, planned: PlannedTensor, sources: Sequence[TensorInfo]) -> Versions:
         origin = planned.base if self._plan.base is not None else None
 
@@ -69,13 +88,14 @@ class Backbone:
 
         return Versions(planned.slot, planned.place, planned.shape, read)
 
-    def _scaled(self, merge: BlockMerge) -> BlockMerge:
-        if self._scale == 1:
+    @staticmethod
+    def _scaled(merge: BlockMerge, scale: float) -> BlockMerge:
+        if scale == 1:
             return merge
 
         def scaled(block: Block) -> Tensor:
             base = required_base(block.base)
-            return torch.add(base, merge(block) - base, alpha=self._scale)
+            return torch.add(base, merge(block) - base, alpha=scale)
 
         return scaled
 
@@ -84,8 +104,12 @@ def _blame(block: Block, sources: Sequence[TensorInfo], base: TensorInfo | None)
     """Raises InvalidCheckpoint where a version has NaN or infinity; else the method or the dtype is at fault."""
     for source, values in [*zip(sources, block.versions, strict=True), (base, block.base)]:
         if source is not None and values is not None and not is_finite(values):
-            problem = f"tensor {source.name} has values that are NaN or infinite"
-            raise InvalidCheckpoint(source.source, problem, tensor=source.name)
+            raise _not_finite(source)
+
+
+def _not_finite(source: TensorInfo) -> InvalidCheckpoint:
+    problem = f"tensor {source.name} has values that are NaN or infinite"
+    return InvalidCheckpoint(source.source, problem, tensor=source.name)
 
 
 def given(state: Mapping[str, Tensor]) -> Merger:

@@ -5,8 +5,9 @@ The libraries for tables and for the hub cost 110 MB and half a second, so they 
 
 from typing import TYPE_CHECKING
 
+from worker.engine.catalog.adapters import inspect_model
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
+from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state
 from worker.engine.catalog.rows import RowFile, Rows, is_parquet
 from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, JobSpec
 from worker.engine.phase import OnProgress
@@ -25,14 +26,15 @@ class Inputs:
 
             self._fetched = fetch(spec, on_progress)
 
-    def checkpoint(self, model: CheckpointSpec) -> CheckpointInfo:
-        """Raises InvalidCheckpoint."""
+    def checkpoint(self, model: CheckpointSpec, base: CheckpointInfo | None = None) -> CheckpointInfo:
+        """Of an adapter, with what it adapts as `base`. Raises InvalidCheckpoint."""
         if model.hub is not None and self._fetched is not None:
             folder = self._fetched.checkpoints[model.hub]
-            return inspect_checkpoint(folder, model.source, folder.parent.parent)  # the repository's part of the cache
+            root = folder.parent.parent  # the repository's part of the cache
+            return inspect_model(folder, model.source, root, base)
         if model.path is None:
             raise TypeError(f"{model.source} is neither a folder nor on the hub")
-        info = inspect_checkpoint(model.path, model.source, model.root)
+        info = inspect_model(model.path, model.source, model.root, base)
         if model.state not in (None, checkpoint_state(info)):
             raise InvalidCheckpoint(model.source, "its files were changed after the job was accepted; post it again")
         return info

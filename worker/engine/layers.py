@@ -20,7 +20,9 @@ from torch.nn.functional import pad
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
-from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.methods import HOLD
+from worker.engine.catalog.planning import MergePlan, required_family
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, value_at
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, computing_in
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches
@@ -37,7 +39,7 @@ class Expert:
     """A model that takes part, and its rows, of the data set `source`."""
 
     loaded: LoadedModel
-    weight: float
+    weight: PerTensor[float]
     examples: Sequence[Example]
     source: str
 
@@ -82,7 +84,7 @@ def align_layers(
     plan: MergePlan,
     experts: Sequence[Expert],
     merged: nn.Module,
-    hold: float,
+    hold: PerTensor[float],
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
@@ -95,8 +97,9 @@ def align_layers(
         V = V_0 + [sum_j lambda_j E_j^T X_j / n_j] [S + hold diag(S) + 1e-4 tr(S)/d I]^-1,
         S = sum_j lambda_j X_j^T X_j / n_j,
 
-    with lambda_j summing to 1: a ridge regression towards V_0. For layers that are added to a residual, E_j is the
-    difference of the sums. Sums and solution are float64, products of a batch float32; padding does not count.
+    with lambda_j summing to 1: a ridge regression towards V_0. lambda_j and `hold` are those of W's place. For layers
+    that are added to a residual, E_j is the difference of the sums. Sums and solution are float64, products of a batch
+    float32; padding does not count.
 
     Held meanwhile, of all rows: the hidden states of one layer, of expert and merge, 8 bytes times the hidden size per
     padded token.
@@ -112,8 +115,16 @@ def align_layers(
         NumericalError: an input or an output is NaN or infinite; names the row.
     """
     by_layer = groupby(linear_groups(plan), key=lambda group: group.layer)
-    layers = plan.family.size(plan.checkpoints[0].config, "layers")
-    blocks = [plan.family.layer_path(layer).removesuffix(".") for layer in range(layers)]
+    family = required_family(plan)
+    layers = family.size(plan.checkpoints[0].config, "layers")
+    places = {tensor.slot.name: tensor.place for tensor in plan.backbone}
+
+    def settings(module: str) -> _Settings:
+        place = places[f"{module}.weight"]
+        lambdas = tuple(value_at(expert.weight, place, DEFAULT_WEIGHT) for expert in experts)
+        return _Settings(lambdas, value_at(hold, place, HOLD))
+
+    blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
     changes: dict[str, Tensor] = {}
     with torch.inference_mode():
         comparisons = [_Comparison(expert, merged, blocks, precision) for expert in experts]
@@ -122,7 +133,7 @@ def align_layers(
                 for comparison in comparisons:
                     comparison.enter(layer)
             for group in groups:
-                changes |= _refit(group, comparisons, merged, hold)
+                changes |= _refit(group, comparisons, merged, settings)
                 on_group()
     return changes
 
@@ -131,7 +142,7 @@ def refitted(
     plan: MergePlan,
     start: Mapping[str, Tensor],
     experts: Sequence[Expert],
-    hold: float,
+    hold: PerTensor[float],
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
@@ -161,30 +172,49 @@ def ridge_step(moment: Tensor, error: Tensor, hold: float) -> Tensor:
 
 
 def _refit(
-    group: LinearGroup, comparisons: Sequence["_Comparison"], merged: nn.Module, hold: float
+    group: LinearGroup,
+    comparisons: Sequence["_Comparison"],
+    merged: nn.Module,
+    settings: Callable[[str], "_Settings"],
 ) -> dict[str, Tensor]:
     layers = [_linear(merged, module) for module in group.modules]
     has_bias = all(layer.bias is not None for layer in layers)  # as one regression has either a constant or none
     outputs, columns = [layer.out_features for layer in layers], layers[0].in_features + has_bias
-    moment = torch.zeros(columns, columns, dtype=torch.float64, device=layers[0].weight.device)
-    error = moment.new_zeros(sum(outputs), columns)
-    total = sum(comparison.expert.weight for comparison in comparisons)
-    for comparison in comparisons:
-        share = comparison.expert.weight / total / comparison.count(group)
+    alike: dict[_Settings, list[int]] = {}  # one regression for all that have the same
+    for number, module in enumerate(group.modules):
+        alike.setdefault(settings(module), []).append(number)
+    empty = torch.zeros(columns, columns, dtype=torch.float64, device=layers[0].weight.device)
+    moments = {of: empty.clone() for of in alike}
+    errors = {of: empty.new_zeros(sum(outputs[number] for number in members), columns) for of, members in alike.items()}
+    for expert, comparison in enumerate(comparisons):
         for x, e in comparison.samples(group):
             if has_bias:
                 x = pad(x, (0, 1), value=1.0)
-            moment.add_(x.T @ x, alpha=share)
-            error.add_(e.T @ x, alpha=share)
+            by_layer = torch.split(e, outputs, dim=1)
+            for of, members in alike.items():
+                share = of.lambdas[expert] / sum(of.lambdas) / comparison.count(group)
+                moments[of].add_(x.T @ x, alpha=share)
+                errors[of].add_(torch.cat([by_layer[number] for number in members], dim=1).T @ x, alpha=share)
     changes = {}
-    steps = torch.split(ridge_step(moment, error, hold).float(), outputs)
-    for module, layer, step in zip(group.modules, layers, steps, strict=True):
-        changes[f"{module}.weight"] = step[:, : layer.in_features]
-        layer.weight.add_(step[:, : layer.in_features])
-        if has_bias:
-            changes[f"{module}.bias"] = step[:, -1]
-            layer.bias.add_(step[:, -1])
+    for of, members in alike.items():
+        step_of_all = ridge_step(moments[of], errors[of], of.hold).float()
+        steps = torch.split(step_of_all, [outputs[number] for number in members])
+        for number, step in zip(members, steps, strict=True):
+            module, layer = group.modules[number], layers[number]
+            changes[f"{module}.weight"] = step[:, : layer.in_features]
+            layer.weight.add_(step[:, : layer.in_features])
+            if has_bias:
+                changes[f"{module}.bias"] = step[:, -1]
+                layer.bias.add_(step[:, -1])
     return {name: change.cpu().contiguous() for name, change in changes.items()}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Of one linear layer: every expert's lambda, and what it is held by."""
+
+    lambdas: tuple[float, ...]
+    hold: float
 
 
 class _Comparison:

@@ -1,5 +1,6 @@
 """One job, from checkpoints and rows to a folder that can be published."""
 
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,10 +23,11 @@ from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
     MeasuringParameters,
     MethodParameters,
+    PassthroughParameters,
     ScoringParameters,
     Statistic,
 )
-from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.report import (
     MergeResult,
     MetricResult,
@@ -47,6 +49,8 @@ from worker.engine.catalog.spec import (
     ScoreSpec,
     StoreSpec,
 )
+from worker.engine.catalog.stacking import copied_shares, plan_job
+from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, check_layout, load
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.checkpoints.writer import rewrite_head, write_models
@@ -56,7 +60,7 @@ from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
 from worker.engine.layers import Expert, linear_groups, refitted
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
-from worker.engine.methods.combine import EVERYWHERE, model_weights
+from worker.engine.methods.combine import model_weights
 from worker.engine.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import available_memory, require_memory, require_space
@@ -88,7 +92,7 @@ class ModelRun:
 
     @property
     def takes_part(self) -> bool:
-        return self.spec.weight > 0
+        return self.spec.takes_part
 
     @property
     def as_measured(self) -> MeasuredModel:
@@ -131,10 +135,13 @@ class Engine:
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
             base = inputs.checkpoint(spec.base) if spec.base else None
-            plan = plan_merge([inputs.checkpoint(model) for model in spec.models], spec.output.dtype, base)
+            checkpoints = [inputs.checkpoint(model, base) for model in spec.models]
+            names = [model.name for model in spec.models]
+            plan = plan_job(spec.method, names, checkpoints, spec.output.dtype, base, spec.output.heads)
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
+            check_plan(plan, is_stacked=isinstance(spec.method, PassthroughParameters))
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []
             for model, info in zip(spec.models, plan.checkpoints, strict=True):
@@ -148,13 +155,13 @@ class Engine:
             with clock.measure("score_seconds"):
                 measurer = Measurer(spec.method, plan.linear_inputs, precision, store, self._batches)
                 measured = [(measurer, run) for run in runs]
-                self._measure(spec.method, measured, _scoring(measured, on_progress))
+                self._measure(spec.method, measured, plan, _scoring(measured, on_progress))
             for run in runs:
                 notes += _truncations(run)
 
         with clock.measure("merge_seconds"):
-            merger, shares = _merger(spec.method, runs)
-            folders = artifact.model_folders(spec.folder, [m.name for m in spec.models])
+            merger, shares = _merger(spec.method, runs, plan)
+            folders = artifact.model_folders(spec.folder, names, is_one=plan.merges_heads)
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
             refits = len(linear_groups(plan)) if spec.method.refits_layers else 0
             merging = Phase("merging", tensors + refits, "tensors", on_progress)
@@ -165,11 +172,16 @@ class Engine:
                 merger = given(
                     refitted(plan, started, self._experts(runs), spec.method.hold, precision, merging.advance)
                 )
-            with Backbone(plan, taking_part, merger, spec.method.scale) as backbone:
+            with Backbone(plan, taking_part, merger, spec.method.scale_at) as backbone:
                 # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
                 threads = torch.get_num_threads() if spec.method.merges_rows else None
                 digests = write_models(
-                    plan, folders, backbone.blocks, spec.output.max_shard_bytes, threads, merging.advance
+                    plan,
+                    list(dict.fromkeys(folders.values())),
+                    backbone.blocks,
+                    spec.output.max_shard_bytes,
+                    threads,
+                    merging.advance,
                 )
 
         if spec.aligns:
@@ -182,7 +194,7 @@ class Engine:
                 metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
         _check_unchanged(states)
-        known, errors = _stopping(spec.method, runs, notes)
+        known, errors = _stopping(spec.method, runs, plan, notes)
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
             models=[_model_result(run, share, error) for run, share, error in zip(runs, shares, errors, strict=True)],
@@ -223,6 +235,8 @@ class Engine:
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
             plans = [plan_merge([inputs.checkpoint(model)]) for model in spec.models]
+            for plan in plans:
+                required_family(plan)
             states = [(info, checkpoint_state(info)) for plan in plans for info in plan.checkpoints]
             loading = Phase("loading", len(spec.models), "models", on_progress)
             for model, plan in zip(spec.models, plans, strict=True):
@@ -234,15 +248,18 @@ class Engine:
 
         with clock.measure("score_seconds"):
             scoring = _scoring(measured, on_progress)
-            for one in measured:
-                self._measure(spec.method, [one], scoring)
+            for one, plan in zip(measured, plans, strict=True):
+                self._measure(spec.method, [one], plan, scoring)
 
         _check_unchanged(states)
         runs = [run for _, run in measured]
         for run in runs:
             notes += _truncations(run)
         result = ScoreResult(
-            models=[_scored_model(run, _stopping(spec.method, [run], notes)[0]) for run in runs],
+            models=[
+                _scored_model(run, _stopping(spec.method, [run], plan, notes)[0])
+                for run, plan in zip(runs, plans, strict=True)
+            ],
             method={**spec.method.model_dump(), "precision": precision, **_as_run(runs)},
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
@@ -266,9 +283,13 @@ class Engine:
             batch_rows=spec.method.batch_rows,
             batch_tokens=spec.method.most_batch_tokens,
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
+            loads_models=spec.loads_models,
+            merges_rows=spec.method.merges_rows,
+            threads=torch.get_num_threads(),
         )
-        if needed + self._models.bytes_besides(plan.checkpoints) > available_memory():
-            self._models.keep_only(plan.checkpoints)
+        loaded = plan.checkpoints if spec.loads_models else []
+        if needed + self._models.bytes_besides(loaded) > available_memory():
+            self._models.keep_only(loaded)
         require_memory(needed)
 
     def _prepare(
@@ -319,7 +340,11 @@ class Engine:
         return run
 
     def _measure(
-        self, method: MeasuringParameters, measured: Sequence[tuple[Measurer, ModelRun]], scoring: Phase
+        self,
+        method: MeasuringParameters,
+        measured: Sequence[tuple[Measurer, ModelRun]],
+        plan: MergePlan,
+        scoring: Phase,
     ) -> None:
         """All statistics of every model that takes part; with `examples: "auto"`, of as many rows as it takes to know
         the weights of their merge."""
@@ -339,7 +364,7 @@ class Engine:
             for measurer, run, sample in samples:
                 if run.measured.rows < len(sample):
                     extend(measurer, run, sample, min(rows, len(sample)), {Statistic.MASK_FISHER})
-            reached = point(method, _scored([run for _, run, _ in samples]), rows)
+            reached = point(method, _scored([run for _, run, _ in samples]), rows, plan.owned)
             if reached is not None and reached.error <= method.tolerance:
                 break
         for measurer, run, sample in samples:
@@ -388,13 +413,14 @@ class Engine:
         evaluating = Phase("evaluating", 3 * sum(len(run.evaluation) for run in runs), "examples", on_progress)
         average = plain_average(plan, [run.takes_part for run in runs])
         return {
-            run.spec.name: self._compare(run, folders[run.spec.name], average, precision, evaluating, notes)
+            run.spec.name: self._compare(plan, run, folders[run.spec.name], average, precision, evaluating, notes)
             for run in runs
             if run.spec.evaluation is not None
         }
 
     def _compare(
         self,
+        plan: MergePlan,
         run: ModelRun,
         folder: Path,
         average: dict[str, Tensor],
@@ -416,7 +442,8 @@ class Engine:
                     f"{run.spec.source} fits {evaluation.source} far better when its labels 0 to {len(better) - 1} are "
                     f"read as {', '.join(map(str, better))}; do both mean the same by them?"
                 )
-        merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
+        published = "model" if plan.merges_heads else f"models/{run.spec.name}"
+        merged = load(inspect_checkpoint(folder, published), self._device)
         kept = head_of(loaded)
         merged_predictions, kept_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
         merged.model.load_state_dict(average, strict=False)
@@ -456,14 +483,17 @@ def _begun(spec: JobSpec) -> Iterator[StatisticsStore]:
         yield stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
 
 
-def _merger(method: MethodParameters, runs: list[ModelRun]) -> tuple[Merger, list[float]]:
+def _merger(method: MethodParameters, runs: list[ModelRun], plan: MergePlan) -> tuple[Merger, list[float]]:
     """The method over the models that take part, and every model's mean merge weight."""
     models = [run.as_measured for run in runs if run.takes_part]
     if isinstance(method, ScoringParameters):
-        shares = iter(weight_shares(models, node_weights(models, method.normalize, method.floor)))
+        shares = iter(weight_shares(node_weights(models, method.normalize, method.floor), plan.owned))
+    elif isinstance(method, PassthroughParameters):
+        shares = iter(copied_shares(plan))
     else:
-        weights = model_weights(models, EVERYWHERE)
-        shares = iter((weights / weights.sum()).tolist())
+        weights = torch.stack([model_weights(models, tensor.place) for tensor in plan.backbone])
+        sizes = torch.tensor([math.prod(tensor.shape) for tensor in plan.backbone], dtype=torch.float64)
+        shares = iter((sizes @ (weights / weights.sum(1, keepdim=True)) / sizes.sum()).tolist())
     return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
 
 
@@ -478,20 +508,20 @@ def _scored(runs: Sequence[ModelRun]) -> list[Scored]:
 
 
 def _stopping(
-    method: MethodParameters, runs: Sequence[ModelRun], notes: list[str]
+    method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan, notes: list[str]
 ) -> tuple[Stopping | None, list[float | None]]:
     """How well the merge weights are known, and for each model its weights' error."""
     models = _scored(runs)
     if not isinstance(method, ScoringParameters) or not models:
         return None, [None] * len(runs)
-    found = stopping(method, models)
+    found = stopping(method, models, plan.owned)
     if found.reached is False and found.curve:
         whose = "each model" if len(runs) > 1 else runs[0].spec.name
         notes.append(
             f"after {found.curve[-1].examples} rows of {whose} the merge weights are known to "
             f"{found.curve[-1].error:.3f}, not to the tolerance {method.tolerance:g}"
         )
-    errors = iter(errors_of_models(method, models))
+    errors = iter(errors_of_models(method, models, plan.owned))
     return found, [next(errors) if run.scored else None for run in runs]
 
 

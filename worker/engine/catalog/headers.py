@@ -1,19 +1,21 @@
 """Reading a checkpoint's description (config, tensor names, dtypes, shapes) without reading a weight.
 
 A checkpoint is a folder as `save_pretrained` writes it: `config.json`, and `model.safetensors` or
-`model.safetensors.index.json` with its shards. Nothing here unpickles or runs anything; sizes are checked before
-anything is parsed.
+`model.safetensors.index.json` with its shards. Of adapters, see `adapters`. Nothing here unpickles or runs anything;
+sizes are checked before anything is parsed.
 """
 
 import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
 
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
@@ -25,8 +27,16 @@ MAX_WEIGHT_FILES = 1000
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model")
+FLOATS = ("F64", "F32", "BF16", "F16")
+# What quantised weights are stored in, by the format's names.
+QUANTISED = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E4M3FNUZ": "float8", "F8_E5M2FNUZ": "float8"}
+QUANTISED |= {"F8_E8M0": "float8", "F6_E2M3": "float6", "F6_E3M2": "float6", "F4": "float4"}
+QUANTISED |= dict.fromkeys(("U16", "U32", "U64"), "packed")
+SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model", "tokenizer.model")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,8 +48,23 @@ TOKENIZER_FILES = (
     "bpe.codes",
     *SENTENCEPIECE,
 )
+COMPANIONS = ("chat_template.jinja", "generation_config.json")
+"""Of language models, published beside the tokenizer and read by nobody here."""
 LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a matrix: `scaling * B A`, (outputs, inputs), or its transpose where that is stored."""
+
+    a: "TensorInfo"
+    """(rank, inputs)"""
+    b: "TensorInfo"
+    """(outputs, rank)"""
+    scaling: float
+    transposed: bool
+    """Whether the matrix is stored as (inputs, outputs), as embeddings are and the layers of GPT-2."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,8 @@ class TensorInfo:
     """Of its first byte in the file."""
     dtype: str
     shape: tuple[int, ...]
+    delta: LowRank | None = None
+    """Added when the tensor is read."""
 
     @property
     def file(self) -> str:
@@ -60,7 +87,9 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        """That are read for it."""
+        own = math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return own if self.delta is None else own + self.delta.a.nbytes + self.delta.b.nbytes
 
 
 @dataclass(frozen=True)
@@ -73,6 +102,10 @@ class CheckpointInfo:
     tensors: dict[str, TensorInfo]
     vocabulary: Mapping[str, str]
     """Digests of what cuts text into token ids, by the form it is stored in; empty where there is no tokenizer."""
+    tokenizer_path: Path
+    """Folder of the tokenizer's files."""
+    base: "CheckpointInfo | None" = None
+    """Of an adapter: what it adapts. Its files are not this checkpoint's, though its tensors are."""
 
     @property
     def model_type(self) -> str:
@@ -80,11 +113,13 @@ class CheckpointInfo:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else ""
+        return architecture_of(self.config)
 
     @property
     def weight_files(self) -> list[str]:
+        """Names of its own."""
+        if self.base is not None:
+            return [ADAPTER_WEIGHTS]
         return sorted({tensor.file for tensor in self.tensors.values()})
 
     @property
@@ -93,7 +128,7 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> CheckpointInfo:
-    """Read config and headers of the checkpoint folder `path`.
+    """Read config and headers of the checkpoint folder `path`, of a whole model.
 
     Every file must lie under `root` after following links (default: any place), so that a link inside a checkpoint
     cannot reach out of the folders the operator allowed.
@@ -101,14 +136,22 @@ def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> Che
     Raises:
         InvalidCheckpoint: names the file or tensor and what to do.
     """
-    try:
+    with readable(source):
         return _inspect(path, source, root)
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Raises InvalidCheckpoint for what the system says of the files."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # a name too long, links in a circle
         problem = getattr(error, "strerror", None) or "a symbolic link leads in a circle"
         raise InvalidCheckpoint(source, f"cannot be read: {problem}") from error
 
 
-def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
+def check_folder(path: Path, source: str, root: Path | None) -> None:
+    """Raises InvalidCheckpoint for files out of `root` or that are none, and a tokenizer that would reach out."""
     if not path.is_dir():
         raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
     for file in path.iterdir():
@@ -116,23 +159,34 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
             raise InvalidCheckpoint(source, f"{file.name} is a symbolic link out of the allowed folders")
         if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited on for ever
             raise InvalidCheckpoint(source, f"{file.name} is not a regular file")
-    config = _read_json(path / "config.json", source, MAX_CONFIG_BYTES)
     tokenizer_config_file = path / "tokenizer_config.json"
     tokenizer_config = (
-        _read_json(tokenizer_config_file, source, MAX_CONFIG_BYTES) if tokenizer_config_file.exists() else {}
+        read_json(tokenizer_config_file, source, MAX_CONFIG_BYTES) if tokenizer_config_file.exists() else {}
     )
     for key, value in tokenizer_config.items():
         if key.endswith(("_file", "_model")) and key not in LEFTOVERS and isinstance(value, str) and "/" in value:
             raise InvalidCheckpoint(
                 source, f"tokenizer_config.json has {key} in another folder; save the tokenizer again"
             )
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
-        if content.get("auto_map"):
-            raise InvalidCheckpoint(
-                source, f"{name} has auto_map, which would run code from the checkpoint; this service never does"
-            )
+    refuse_code("tokenizer_config.json", tokenizer_config, source)
+
+
+def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
+    """Raises InvalidCheckpoint where a configuration names code to run."""
+    if content.get("auto_map"):
+        raise InvalidCheckpoint(
+            source, f"{name} has auto_map, which would run code from the checkpoint; this service never does"
+        )
+
+
+def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
+    check_folder(path, source, root)
+    if (path / ADAPTER_CONFIG).exists():
+        raise InvalidCheckpoint(source, f"it is an adapter ({ADAPTER_CONFIG}); only the models of a merge may be")
+    config = read_json(path / "config.json", source, MAX_CONFIG_BYTES)
+    refuse_code("config.json", config, source)
     tensors: dict[str, TensorInfo] = {}
-    for file_name in _weight_files(path, source):
+    for file_name in _weight_files(path, source, config):
         for tensor in read_header(path / file_name, source):
             if tensor.name in tensors:
                 raise InvalidCheckpoint(
@@ -141,7 +195,7 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
             tensors[tensor.name] = tensor
         if len(tensors) > MAX_TENSORS:
             raise InvalidCheckpoint(source, f"it has more than {MAX_TENSORS} tensors", file=file_name)
-    return CheckpointInfo(source, path, config, tensors, _vocabulary(path, source))
+    return CheckpointInfo(source, path, config, tensors, vocabulary_of(path, source), path)
 
 
 def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
@@ -200,6 +254,10 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
 def _tensor(source: str, file: Path, data: int, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    if dtype in QUANTISED:
+        kind = QUANTISED[dtype]
+        problem = f"{file.name}: tensor {name} has dtype {dtype}; {kind} weights are quantised"
+        raise InvalidCheckpoint(source, f"{problem}: merge the originals, then quantise", tensor=name)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
@@ -208,7 +266,7 @@ def _tensor(source: str, file: Path, data: int, name: str, entry: dict[str, Any]
 
 
 def checkpoint_state(info: CheckpointInfo) -> str:
-    """Names, sizes and times of the files that make the checkpoint; it changes when one of them is written.
+    """Names, sizes and times of the checkpoint's own files; it changes when one of them is written.
 
     Raises:
         InvalidCheckpoint: a file is gone.
@@ -224,8 +282,9 @@ def checkpoint_state(info: CheckpointInfo) -> str:
 
 
 def described_files(names: Collection[str]) -> list[str]:
-    """Those of a checkpoint's files that are read whole: configuration, tokenizer, index."""
-    return [name for name in ("config.json", *TOKENIZER_FILES, INDEX) if name in names]
+    """Those of a checkpoint's files that are needed whole: configurations, tokenizer, index."""
+    wanted = ("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, *COMPANIONS, INDEX)
+    return [name for name in wanted if name in names]
 
 
 def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[str]:
@@ -236,12 +295,12 @@ def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []  # `inspect_checkpoint` says what is wrong with it
         return [file for file in files[:MAX_WEIGHT_FILES] if Path(file).name == file and file in names]
-    return [WEIGHTS] if WEIGHTS in names else []
+    return [name for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in names]
 
 
-def _weight_files(path: Path, source: str) -> list[str]:
+def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> list[str]:
     if (path / INDEX).exists():
-        weight_map = _read_json(path / INDEX, source, MAX_HEADER_BYTES).get("weight_map")
+        weight_map = read_json(path / INDEX, source, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InvalidCheckpoint(source, f"{INDEX} has no weight_map")
         files = sorted({str(file) for file in weight_map.values()})
@@ -258,7 +317,7 @@ def _weight_files(path: Path, source: str) -> list[str]:
             raise InvalidCheckpoint(
                 source,
                 f"{pickle} is there but no {WEIGHTS}; pickle files are not opened. Convert it where you trust it: "
-                'python -c "from transformers import AutoModelForSequenceClassification as A; '
+                f'python -c "from transformers import {use_of(config).auto_class} as A; '
                 "A.from_pretrained('IN').save_pretrained('OUT')\"",
             )
     raise InvalidCheckpoint(source, f"neither {WEIGHTS} nor {INDEX} is there")
@@ -275,7 +334,8 @@ def _read(file: Path, source: str, limit: int) -> bytes:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read: {error.strerror}") from error
 
 
-def _read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
+def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
+    """Raises InvalidCheckpoint when it is missing, larger than `limit` bytes or no JSON object."""
     try:
         content = json.loads(_read(file, source, limit))
     except (ValueError, RecursionError) as error:
@@ -285,9 +345,10 @@ def _read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
     return content
 
 
-def _vocabulary(path: Path, source: str) -> dict[str, str]:
-    """`tokens`: of token → id pairs, with a BPE's merges or a Unigram's scores; formatting and post-processing do not
-    matter. `sentencepiece`: of the file, whose pieces have ids only once a tokenizer's class has shifted them."""
+def vocabulary_of(path: Path, source: str) -> dict[str, str]:
+    """Digests by form. `tokens`: of token → id pairs, with a BPE's merges or a Unigram's scores; formatting and
+    post-processing do not matter. `sentencepiece`: of the file, whose pieces have ids only once a tokenizer's class has
+    shifted them."""
     forms = {}
     tokens = _tokens(path, source)
     if tokens is not None:
@@ -301,7 +362,7 @@ def _vocabulary(path: Path, source: str) -> dict[str, str]:
 def _tokens(path: Path, source: str) -> object:
     """The same for the same tokens, whichever of the files they are in; None where there is none of them."""
     if (path / "tokenizer.json").exists():
-        content = _read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES)
+        content = read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES)
         model = content.get("model")
         # The library takes text in place of a vocabulary for the name of a file, and opens it.
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not model["vocab"]:
@@ -313,13 +374,13 @@ def _tokens(path: Path, source: str) -> object:
         merges = [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in merges]
         return [model["vocab"], merges, _added(content.get("added_tokens"), model["vocab"], source)]
     added_file = path / "added_tokens.json"
-    added = _read_json(added_file, source, MAX_CONFIG_BYTES) if added_file.exists() else {}
+    added = read_json(added_file, source, MAX_CONFIG_BYTES) if added_file.exists() else {}
     if (path / "vocab.txt").exists():
         vocabulary = {token: index for index, token in enumerate(_lines(path / "vocab.txt", source))}
         return [vocabulary, [], _beyond(vocabulary, added)]
     if (path / "vocab.json").exists():
         merges = _lines(path / "merges.txt", source) if (path / "merges.txt").exists() else []
-        vocabulary = _read_json(path / "vocab.json", source, MAX_TOKENIZER_BYTES)
+        vocabulary = read_json(path / "vocab.json", source, MAX_TOKENIZER_BYTES)
         merges = [merge for merge in merges if merge and not merge.startswith("#version")]
         return [vocabulary, merges, _beyond(vocabulary, added)]
     return None

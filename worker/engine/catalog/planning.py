@@ -4,27 +4,29 @@ Whatever can be refused is refused here, before a byte of weights is read.
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog import layouts
+from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
-from worker.engine.catalog.headers import DTYPE_BYTES, CheckpointInfo, TensorInfo
+from worker.engine.catalog.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
-from worker.engine.catalog.spec import Dtype
+from worker.engine.catalog.spec import Dtype, Heads
 from worker.engine.catalog.values import Place
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-FLOATS = tuple(TORCH_NAMES.values())
 CACHE_BYTES = 2_000_000_000  # models kept loaded
 PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
 GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
 GRAM_MATRICES = 6  # in float64, while a layer is merged: the sum, its factor, one model's, and what is between
 FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and what is between
-MERGING_COPIES = 6  # of a tensor in float32, beside one for each model, while it is merged
+MERGING_COPIES = 6  # of a block in float32, beside one for each model, while it is merged
+BLOCK_ELEMENTS = 1 << 18  # of one version, of the rows that are merged at once: in float32 1 MB, which a cache holds
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 
 
@@ -38,6 +40,8 @@ class PlannedTensor:
     dtype: str
     sources: tuple[TensorInfo, ...]
     base: TensorInfo | None = None
+    is_copied: bool = False
+    """Not merged: it is its one source, in the dtype of the plan."""
 
     @property
     def nbytes(self) -> int:
@@ -58,14 +62,36 @@ class LinearInput:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Output tensors in the order in which they are written: the backbone once, and each model's own head."""
+    """Output tensors in the order in which they are written: the backbone once, and each model's own head.
 
-    family: Family
+    Where heads are merged too, they are in the backbone, and one model is published.
+    """
+
+    family: Family | None
+    """None: an architecture without a table, whose tensors are merged by name."""
     checkpoints: tuple[CheckpointInfo, ...]
     base: CheckpointInfo | None
-    tasks: tuple[Task, ...]
+    tasks: tuple[Task | None, ...]
+    """Of each model's head; None without a table."""
     backbone: tuple[PlannedTensor, ...]
     heads: tuple[tuple[PlannedTensor, ...], ...]
+    """What each published model has beside the backbone."""
+    published: tuple[CheckpointInfo, ...]
+    """Whose configuration and tokenizer each published model has."""
+    tied: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    """Tensors that are left out, since they must equal others of the same checkpoint, and these."""
+
+    @property
+    def merges_heads(self) -> bool:
+        return not any(self.heads)
+
+    @property
+    def dtype(self) -> str:
+        """That most of the backbone's numbers have."""
+        counts: Counter[str] = Counter()
+        for tensor in self.backbone:
+            counts[tensor.dtype] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
+        return counts.most_common(1)[0][0]
 
     @property
     def linear_inputs(self) -> list[LinearInput]:
@@ -98,8 +124,13 @@ class MergePlan:
         batch_rows: int | None = None,
         batch_tokens: int = LARGEST_BATCH_TOKENS,
         value_bytes: int = 4,
+        loads_models: bool = True,
+        merges_rows: bool = True,
+        threads: int | None = None,
     ) -> int:
         """An estimate for one worker on a CPU: its libraries, the models it holds, and one batch's activations.
+
+        A merge that measures, aligns and evaluates nothing loads no model: it holds blocks of rows.
 
         It was 1.0 to 1.2 times what was measured with two BERT-base and two MiniLM, rows of 32 and of 500 tokens,
         float32 and bfloat16.
@@ -114,17 +145,22 @@ class MergePlan:
             batch_rows: of a batch that keeps to no budget of tokens.
             batch_tokens: with padding, of any other batch; a longer row is one of its own.
             value_bytes: of an activation: 4 in float32, 2 in bfloat16.
+            merges_rows: whether tensors are merged by blocks, else whole, one after the other.
+            threads: each of which merges a tensor; by default one for each core of this machine.
         """
+        if not loads_models:
+            return RUNTIME_BYTES + self._merging_bytes(merges_rows, threads or os.cpu_count() or 1)
+        family = required_family(self)
         config = self.checkpoints[0].config
-        sizes = {what: self.family.size(config, what) for what in self.family.config_names}
-        longest = self.family.max_tokens(config) if longest_row is None else longest_row
+        sizes = {what: family.size(config, what) for what in family.config_names}
+        longest = family.max_tokens(config) if longest_row is None else longest_row
         # Held in float32, whatever they are stored in: the cache's models, and what is evaluated beside them.
         models = [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.checkpoints]
         held = sum(models) if tokens_held else min(sum(models), CACHE_BYTES + max(models))
         held += models_beside * max(models) + tokens_held * 2 * 4 * sizes["hidden"]
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
-        per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention
+        per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + family.attention_rows * attention
         tokens = max(batch_tokens, longest * (batch_rows or 1))
         passing = PASSING_ATTENTION_ROWS * attention
         one_pass = tokens * (per_layer + passing) * value_bytes
@@ -141,10 +177,32 @@ class MergePlan:
             matrices = [8 * seen.width**2 for seen in self.linear_inputs]
             phases[0] += min(sum(matrices), max(GRAM_BYTES, max(matrices)))
             phases.append(GRAM_MATRICES * max(matrices))
-        # While a tensor is merged as a whole: every model's version, the base's, and what methods make of them.
-        largest = max(math.prod(tensor.shape) for tensor in self.backbone)
-        phases.append(4 * largest * (len(self.checkpoints) + MERGING_COPIES))
+        phases.append(self._merging_bytes(merges_rows, threads or os.cpu_count() or 1))
         return RUNTIME_BYTES + held + max(phases)
+
+    @property
+    def layers(self) -> int:
+        return len({tensor.slot.layer for tensor in self.backbone if tensor.slot.layer is not None})
+
+    @property
+    def owned(self) -> Mapping[str, Sequence[Place]]:
+        """By score name, the places of the tensors that its nodes own slices of."""
+        places: dict[str, list[Place]] = {}
+        for tensor in self.backbone:
+            if tensor.slot.owner is not None:
+                places.setdefault(tensor.slot.owner.score, []).append(tensor.place)
+        return places
+
+    def _merging_bytes(self, merges_rows: bool, threads: int) -> int:
+        """Every model's version of what is merged at once, the base's, and what methods make of them."""
+        merged = [tensor for tensor in self.backbone if not tensor.is_copied]
+        value_bytes = 8 if any(source.dtype == "F64" for tensor in merged for source in tensor.sources) else 4
+        versions = len(self.checkpoints) + MERGING_COPIES
+        largest = max((math.prod(tensor.shape) for tensor in merged), default=0)
+        if not merges_rows:
+            return value_bytes * versions * largest
+        longest_row = max((math.prod(tensor.shape[1:]) for tensor in merged), default=0)
+        return value_bytes * versions * threads * min(largest, max(BLOCK_ELEMENTS, longest_row))
 
     def owners(self) -> Mapping[str, int]:
         """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""
@@ -152,55 +210,150 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto", base: CheckpointInfo | None = None
+    checkpoints: Sequence[CheckpointInfo],
+    dtype: Dtype = "auto",
+    base: CheckpointInfo | None = None,
+    heads: Heads | None = None,
 ) -> MergePlan:
     """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
 
+    Args:
+        heads: whether each model keeps its own; by default it does where a table tells heads from the backbone.
+
     Raises:
-        InvalidCheckpoint: an unknown architecture, a tensor that no rule owns, a size that contradicts the config.
+        InvalidRequest: heads cannot be kept.
+        InvalidCheckpoint: a tensor that no rule of the architecture's table owns, a size that contradicts the config.
         IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
     """
-    family = _family(checkpoints[0])
+    first = checkpoints[0]
+    tables = [_table_of(info) for info in checkpoints]
+    for info in checkpoints[1:]:
+        layouts.check_architectures(first, info)
+    if tables[0] is None:
+        if heads == "per_model":
+            problem = f"no table tells the head of {_named(first)} from the rest: all tensors are merged"
+            raise InvalidRequest(f"{problem}; leave output.heads out, or say merged", field="output.heads")
+        return _planned_by_name(checkpoints, dtype, base)
+    return _planned_by_table(tables[0], checkpoints, dtype, base, heads == "merged")
+
+
+def _planned_by_table(
+    family: Family,
+    checkpoints: Sequence[CheckpointInfo],
+    dtype: Dtype,
+    base: CheckpointInfo | None,
+    merges_heads: bool,
+) -> MergePlan:
     first = checkpoints[0]
     tasks = []
     for info in checkpoints:
-        if _family(info) is not family:
-            raise IncompatibleCheckpoints(
-                first.source, info.source, f"architectures differ: {first.model_type}, {info.model_type}"
-            )
         require_tokenizer(info)
         _check_sizes(info, family)
         tasks.append(task_of(info))
         _check_settings(first, info, family)
-        _check_vocabulary(first, info)
-    ancestor = _ancestor(first, base, family) if base else {}
+        check_vocabulary(first, info)
+        if merges_heads:
+            layouts.check_labels(first, info)
+            if tasks[-1].problem != tasks[0].problem:
+                problem = f"their heads have different tasks: {tasks[0].problem}, {tasks[-1].problem}"
+                raise IncompatibleCheckpoints(first.source, info.source, problem)
+    apart = (Kind.UNREAD,) if merges_heads else (Kind.HEAD, Kind.UNREAD)
+    ancestor = _ancestor(first, base, family, apart) if base else {}
     place = partial(_place, family.size(first.config, "layers"))
     slots = [_slots(info, family) for info in checkpoints]
+    named = [{name: tensor for name, (_, tensor) in of.items()} for of in slots]
     backbone = []
     for name, (slot, tensor) in slots[0].items():
-        if slot.kind in (Kind.HEAD, Kind.UNREAD):
+        if slot.kind in apart:
             continue
-        sources = [_counterpart(first, tensor, info, of, name) for info, of in zip(checkpoints, slots, strict=True)]
+        sources = _sources(checkpoints, named, name)
         backbone.append(
             PlannedTensor(
-                slot, place(slot), tensor.shape, _output_dtype(sources, dtype), tuple(sources), ancestor.get(slot.name)
+                slot, place(slot), tensor.shape, output_dtype(sources, dtype), tuple(sources), ancestor.get(slot.name)
             )
         )
         if base is not None:
             _check_base(base, ancestor.get(slot.name), first, tensor)
     for info, of in zip(checkpoints, slots, strict=True):
         for name, (slot, _) in of.items():
-            if slot.kind not in (Kind.HEAD, Kind.UNREAD) and name not in slots[0]:
+            if slot.kind not in apart and name not in slots[0]:
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
+    if merges_heads:
+        return MergePlan(family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), ((),), (first,))
     heads = tuple(
         tuple(
-            PlannedTensor(slot, place(slot), tensor.shape, _output_dtype([tensor], dtype), (tensor,))
+            PlannedTensor(slot, place(slot), tensor.shape, output_dtype([tensor], dtype), (tensor,), is_copied=True)
             for slot, tensor in of.values()
             if slot.kind is Kind.HEAD
         )
         for of in slots
     )
-    return MergePlan(family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads)
+    return MergePlan(
+        family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads, published=tuple(checkpoints)
+    )
+
+
+def _planned_by_name(checkpoints: Sequence[CheckpointInfo], dtype: Dtype, base: CheckpointInfo | None) -> MergePlan:
+    """Every tensor is merged with those of its name; buffers are copied, and copies of tied weights left out."""
+    first = checkpoints[0]
+    everyone = [*checkpoints, *([base] if base else ())]
+    if base is not None and base.model_type != first.model_type:
+        layouts.check_architectures(first, base)
+    for info in everyone:
+        layouts.check_checkpoint(info)
+        layouts.check_configs(first, info)
+        if first.vocabulary and info.vocabulary:
+            check_vocabulary(first, info)
+    states = [layouts.tensors_by_name(info, first) for info in everyone]
+    copies = layouts.tied_copies(first.config, states)
+    tied = tuple(
+        (state[copy], state[of]) for state in states for copy, of in copies.items() if {copy, of} <= set(state)
+    )
+    own = [{name: tensor for name, tensor in state.items() if name not in copies} for state in states]
+    versions, ancestor = own[: len(checkpoints)], own[-1] if base else {}
+    stacks = layouts.stacks_of(own[0])
+    backbone = []
+    for name, tensor in own[0].items():
+        planned = partial(PlannedTensor, layouts.slot_of(name), layouts.place_of(name, stacks), tensor.shape)
+        if layouts.is_buffer(tensor):
+            for info, other in zip(everyone, own, strict=True):
+                if name in other:
+                    _check_shape(first, tensor, info, other[name])
+            source = ancestor.get(name, tensor)
+            backbone.append(planned(source.dtype, (source,), is_copied=True))
+            continue
+        sources = _sources(checkpoints, versions, name)
+        if base is not None:
+            _check_base(base, ancestor.get(name), first, tensor)
+        backbone.append(planned(output_dtype(sources, dtype), tuple(sources), ancestor.get(name)))
+    for info, state in zip(checkpoints, versions, strict=True):
+        for name, tensor in state.items():
+            if name not in own[0] and not layouts.is_buffer(tensor):
+                raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
+    if not any(t.dtype in FLOATS for t in backbone):
+        raise InvalidCheckpoint(first.source, "it has no tensor of floats to merge")
+    nothing = tuple(None for _ in checkpoints)
+    return MergePlan(None, tuple(checkpoints), base, nothing, tuple(backbone), ((),), (first,), tied)
+
+
+def required_family(plan: MergePlan) -> Family:
+    """The table that measuring a model needs. Raises InvalidCheckpoint when its architecture has none."""
+    if plan.family is None:
+        info = plan.checkpoints[0]
+        known = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
+        raise InvalidCheckpoint(info.source, f"{_named(info)} has no table to measure it by; available are {known}")
+    return plan.family
+
+
+def required_task(plan: MergePlan) -> Task:
+    """Of a plan of one model. Raises InvalidCheckpoint when its architecture has no table."""
+    required_family(plan)
+    [task] = [task for task in plan.tasks if task is not None]
+    return task
+
+
+def _named(info: CheckpointInfo) -> str:
+    return f"architecture '{info.architecture}'" if info.architecture else f"model_type '{info.model_type}'"
 
 
 def require_tokenizer(info: CheckpointInfo) -> None:
@@ -209,17 +362,11 @@ def require_tokenizer(info: CheckpointInfo) -> None:
         raise InvalidCheckpoint(info.source, "no tokenizer is there; save it beside the weights")
 
 
-def _family(info: CheckpointInfo) -> Family:
+def _table_of(info: CheckpointInfo) -> Family | None:
+    """Raises InvalidCheckpoint where there is one, and the checkpoint says what is not available of it."""
     family = FAMILIES.get(info.model_type)
-    if family is None:
-        raise InvalidCheckpoint(
-            info.source, f"model_type '{info.model_type}' is not available; available: {', '.join(FAMILIES)}"
-        )
-    if info.architecture not in family.architectures:
-        raise InvalidCheckpoint(
-            info.source,
-            f"architecture '{info.architecture}' is not available; available: {', '.join(family.architectures)}",
-        )
+    if family is None or info.architecture not in family.architectures:
+        return None
     if info.config.get("quantization_config"):
         raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
     if info.config.get("is_decoder"):
@@ -266,7 +413,7 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family)
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}")
 
 
-def _check_vocabulary(first: CheckpointInfo, info: CheckpointInfo) -> None:
+def check_vocabulary(first: CheckpointInfo, info: CheckpointInfo) -> None:
     common = first.vocabulary.keys() & info.vocabulary.keys()
     if not common:
         problem = "their tokenizers are stored in different forms; save both as tokenizer.json, by save_pretrained()"
@@ -277,8 +424,11 @@ def _check_vocabulary(first: CheckpointInfo, info: CheckpointInfo) -> None:
         )
 
 
-def _ancestor(first: CheckpointInfo, base: CheckpointInfo, family: Family) -> dict[str, TensorInfo]:
-    """The base's backbone by canonical name. It may have any head or none, and names without the family's prefix."""
+def _ancestor(
+    first: CheckpointInfo, base: CheckpointInfo, family: Family, apart: Collection[Kind]
+) -> dict[str, TensorInfo]:
+    """The base's backbone by canonical name, without what is `apart`: where heads are kept, it may have any or none.
+    Its names may lack the family's prefix."""
     if base.model_type != family.model_type:
         raise IncompatibleCheckpoints(
             first.source, base.source, f"architectures differ: {first.model_type}, {base.model_type}"
@@ -287,11 +437,11 @@ def _ancestor(first: CheckpointInfo, base: CheckpointInfo, family: Family) -> di
         raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
     _check_settings(first, base, family)
     if base.vocabulary:
-        _check_vocabulary(first, base)
+        check_vocabulary(first, base)
     found = {}
     for tensor in base.tensors.values():
         slot = family.slot(tensor.name) or family.slot(family.prefix + tensor.name)
-        if slot is not None and slot.kind not in (Kind.HEAD, Kind.UNREAD):
+        if slot is not None and slot.kind not in apart:
             if slot.name in found:
                 raise InvalidCheckpoint(base.source, f"tensor {slot.name} is there under two spellings")
             found[slot.name] = tensor
@@ -327,23 +477,27 @@ def _slots(info: CheckpointInfo, family: Family) -> dict[str, tuple[Slot, Tensor
     return slots
 
 
-def _counterpart(
-    first: CheckpointInfo,
-    tensor: TensorInfo,
-    info: CheckpointInfo,
-    slots: Mapping[str, tuple[Slot, TensorInfo]],
-    name: str,
-) -> TensorInfo:
-    if name not in slots:
-        raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is missing in the second")
-    found = slots[name][1]
+def _sources(
+    checkpoints: Sequence[CheckpointInfo], named: Sequence[Mapping[str, TensorInfo]], name: str
+) -> list[TensorInfo]:
+    """The tensor of each checkpoint. Raises IncompatibleCheckpoints where one has none, or one of another shape."""
+    first, tensor = checkpoints[0], named[0][name]
+    for info, tensors in zip(checkpoints, named, strict=True):
+        if name not in tensors:
+            raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is missing in the second")
+        _check_shape(first, tensor, info, tensors[name])
+        if tensors[name].dtype not in FLOATS:
+            raise InvalidCheckpoint(info.source, f"tensor {name} has dtype {tensors[name].dtype}, not a float")
+    return [tensors[name] for tensors in named]
+
+
+def _check_shape(first: CheckpointInfo, tensor: TensorInfo, info: CheckpointInfo, found: TensorInfo) -> None:
     if found.shape != tensor.shape:
         raise IncompatibleCheckpoints(
             first.source,
             info.source,
-            f"tensor {name} has shape {list(tensor.shape)} in the first, {list(found.shape)} in the second",
+            f"tensor {tensor.name} has shape {list(tensor.shape)} in the first, {list(found.shape)} in the second",
         )
-    return found
 
 
 def _place(layers: int, slot: Slot) -> Place:
@@ -352,7 +506,7 @@ def _place(layers: int, slot: Slot) -> Place:
     return Place(slot.name, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
 
 
-def _output_dtype(sources: Sequence[TensorInfo], dtype: Dtype) -> str:
+def output_dtype(sources: Sequence[TensorInfo], dtype: Dtype) -> str:
     """The asked dtype; for `auto` the inputs' own, and float32 where they disagree (float64 where one is)."""
     if dtype != "auto":
         return TORCH_NAMES[dtype]

@@ -33,7 +33,8 @@ class ModelResult(MeasuredModel):
     aligned_examples: int
     """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float
-    """Mean merge weight over all owned slices; of methods that do not weight slices by scores, lambda's share."""
+    """Mean merge weight over all owned slices; of methods that do not weight slices by scores, lambda's share, which is
+    the mean over all merged parameters where it differs between them."""
     weight_error: float | None = None
     """Root mean square, over all nodes, of the standard error of its merge weights; null where there is none to tell.
     From fewer than a few hundred rows it is too small to be believed."""

@@ -8,18 +8,33 @@ from pydantic import AfterValidator, Field, SerializeAsAny
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
     AverageParameters,
+    BreadcrumbsParameters,
+    BreadcrumbsTiesParameters,
+    DareLinearParameters,
+    DareTiesParameters,
+    DellaLinearParameters,
+    DellaParameters,
     FisherParameters,
+    KarcherParameters,
+    LinearParameters,
     MaskFisherParameters,
     MaskRegMeanParameters,
     MethodParameters,
+    ModelStockParameters,
+    NuSlerpParameters,
+    PassthroughParameters,
     RegMeanParameters,
+    SceParameters,
+    SlerpParameters,
     TaskArithmeticParameters,
     TiesParameters,
 )
 from worker.engine.catalog.strict import Strict
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, is_ever_positive
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+Heads = Literal["per_model", "merged"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
 LEAST_ALIGNMENT_ROWS = 16
@@ -32,7 +47,20 @@ Method = Annotated[
     | FisherParameters
     | RegMeanParameters
     | MaskRegMeanParameters
-    | AlignedRegMeanParameters,
+    | AlignedRegMeanParameters
+    | BreadcrumbsParameters
+    | BreadcrumbsTiesParameters
+    | DareLinearParameters
+    | DareTiesParameters
+    | DellaLinearParameters
+    | DellaParameters
+    | KarcherParameters
+    | LinearParameters
+    | ModelStockParameters
+    | NuSlerpParameters
+    | SceParameters
+    | SlerpParameters
+    | PassthroughParameters,
     Field(discriminator="name"),
 ]
 
@@ -99,13 +127,20 @@ class CheckpointSpec(Strict):
 
 class ModelSpec(CheckpointSpec):
     name: str
-    weight: float = 1.0
+    weight: PerTensor[float] = DEFAULT_WEIGHT
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether its weight is positive for any tensor."""
+        return is_ever_positive(self.weight)
 
 
 class OutputSpec(Strict):
     dtype: Dtype = "auto"
+    heads: Heads | None = None
+    """None: by kind, see `plan_merge`."""
     align_heads: bool = False
     max_shard_bytes: int = 5_000_000_000
 
@@ -140,12 +175,16 @@ class JobSpec(Strict):
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         """How many of the first rows of the model's data set are measured at most, and its head is aligned on."""
-        return self.method.most_examples if model.weight > 0 else 0, 0
+        return self.method.most_examples if model.takes_part else 0, 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
         """Data sets to measure on, of models that take part, or to align heads on, and evaluations to make."""
         return [m.dataset for m in self.models if m.dataset and any(self.rows_wanted(m))]
+
+    @property
+    def loads_models(self) -> bool:
+        return bool(self.rows_to_read)
 
     @property
     def checkpoints(self) -> list[CheckpointSpec]:

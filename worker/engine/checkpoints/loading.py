@@ -9,17 +9,33 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
 
+from worker.engine.catalog.architectures import architecture_of
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.checkpoints.attention import CPU_ATTENTION
+from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import padding_values
+
+SETTINGS = {
+    "return_dict": True,
+    "output_attentions": False,  # what is asked for here costs time, and not every attention can give it
+    "chunk_size_feed_forward": 0,  # in chunks, the second projection would see parts of its input
+}
 
 
 @dataclass(frozen=True)
@@ -44,25 +60,31 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     family = FAMILIES[info.model_type]
     require_tokenizer(info)
     offline = {"local_files_only": True, "trust_remote_code": False}
+    # None: fused where the family has it.
+    attention = None if device.type == "cuda" else CPU_ATTENTION
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            info.path,
-            use_safetensors=True,
-            dtype=torch.float32,
-            # None: fused where the family has it.
-            attn_implementation=None if device.type == "cuda" else CPU_ATTENTION,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, by name
-            return_dict=True,
-            output_attentions=False,  # what is asked for here costs time, and not every attention can give it
-            chunk_size_feed_forward=0,  # in chunks, the second projection would see parts of its input
-            **offline,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(info.path, **offline)
+        if info.base is None:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                info.path,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, by name
+                **SETTINGS,
+                **offline,
+            )
+        else:
+            check_layout(info)
+            model, report = _adapted(info, attention), {"mismatched_keys": (), "missing_keys": ()}
+        # Without a tokenizer_config.json, its class is that of the model's type.
+        tokenizer = AutoTokenizer.from_pretrained(info.tokenizer_path, config=model.config, **offline)
+    except InvalidCheckpoint:
+        raise
     except Exception as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
         if is_out_of_memory(error):
             raise
-        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {_first_line(error)}") from error
+        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {first_line(error)}") from error
     for name, found, wanted in sorted(report["mismatched_keys"]):
         problem = f"tensor {name} has shape {list(found)}, by its configuration it would have {list(wanted)}"
         raise InvalidCheckpoint(info.source, problem, tensor=name)
@@ -90,35 +112,95 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     )
 
 
+def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
+    """The model that an adapter makes of its base, whose layout was checked."""
+    config = AutoConfig.for_model(**{**info.config, **SETTINGS})
+    model: nn.Module = AutoModelForSequenceClassification.from_config(
+        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
+    family = FAMILIES[info.model_type]
+    with TensorReader() as reader:
+        read = {slot.name: reader.read(tensor) for name, tensor in info.tensors.items() if (slot := family.slot(name))}
+    model.load_state_dict(read, strict=False)
+    return model
+
+
 def check_layout(info: CheckpointInfo) -> None:
     """Whether the model that transformers makes of the configuration has the checkpoint's tensors; reads no weights.
+
+    Nothing is known of an architecture that is not one of the library's own, nor of one whose tensors it renames or
+    rearranges while it loads them.
 
     Raises:
         InvalidCheckpoint: transformers takes no such configuration, or a tensor is missing or has another shape.
     """
-    shapes = _layout(json.dumps(info.config, sort_keys=True), info.source)
-    family = FAMILIES[info.model_type]
-    found = {slot.name: tensor.shape for tensor in info.tensors.values() if (slot := family.slot(tensor.name))}
-    for name, shape in shapes.items():
+    layout = _layout(json.dumps(info.config, sort_keys=True), info.source)
+    if layout is None:
+        return
+    found = _shapes(info, layout)
+    for name, shape in layout.shapes.items():
         if name not in found:
+            if found.keys() & layout.tied.get(name, ()):
+                continue
             raise InvalidCheckpoint(info.source, f"no tensor {name}, which {info.architecture} needs")
         if found[name] != shape:
             problem = f"tensor {name} has shape {list(found[name])}, by its configuration it would have {list(shape)}"
             raise InvalidCheckpoint(info.source, problem, tensor=name)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    shapes: dict[str, tuple[int, ...]]
+    """Of the parameters, by name; of tied ones, under the first of their names."""
+    tied: dict[str, set[str]]
+    """Other names of the same parameter."""
+    prefix: str
+    """Of what lies under the head, which names in a checkpoint may lack."""
+
+
+def _shapes(info: CheckpointInfo, layout: _Layout) -> dict[str, tuple[int, ...]]:
+    """By the names that the model gives them."""
+    family = FAMILIES.get(info.model_type)
+    found = {}
+    for name, tensor in info.tensors.items():
+        slot = family.slot(name) if family else None
+        name = slot.name if slot else name
+        if name not in layout.shapes and f"{layout.prefix}.{name}" in layout.shapes:
+            name = f"{layout.prefix}.{name}"
+        found[name] = tensor.shape
+    return found
+
+
 @lru_cache(maxsize=64)
-def _layout(config: str, source: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, by name."""
+def _layout(config: str, source: str) -> _Layout | None:
+    """None where transformers' own names and shapes are not those of a checkpoint."""
     values = json.loads(config)
+    model_class = _library_class(architecture_of(values))
+    if model_class is None or values.get("model_type") not in CONFIG_MAPPING:
+        return None
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(
-                AutoConfig.for_model(**values), trust_remote_code=False
-            )
+            model = model_class._from_config(AutoConfig.for_model(**values), attn_implementation="eager")
+        model.tie_weights()
     except Exception as error:  # whatever transformers thinks of the configuration
-        raise InvalidCheckpoint(source, f"transformers cannot load it: {_first_line(error)}") from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        raise InvalidCheckpoint(source, f"transformers cannot load it: {first_line(error)}") from error
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return None
+    tied: dict[str, set[str]] = {}
+    for target, origin in model.all_tied_weights_keys.items():
+        tied.setdefault(origin, set()).add(target)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return _Layout(shapes, tied, model.base_model_prefix)
+
+
+def _library_class(name: str) -> Any:
+    """The model class of this name that transformers itself has; None where there is none."""
+    try:
+        found = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # it needs a library that is not there
+        return None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if is_model and found.__module__.startswith("transformers.") else None
 
 
 def _inputs(tokenizer: Any, model: Any) -> list[str]:
@@ -173,12 +255,13 @@ class ModelCache:
 def _state(info: CheckpointInfo) -> tuple[object, ...]:
     """Of every file, since tokenizer and configuration count as much as the weights."""
     stats = sorted((file.name, file.stat()) for file in info.path.iterdir())
-    return (info.path, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+    own = (info.path, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+    return own if info.base is None else (own, _state(info.base))
 
 
 def _bytes(loaded: LoadedModel) -> int:
     return sum(p.numel() * p.element_size() for p in loaded.model.parameters())
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import TOKENIZER_FILES, CheckpointInfo, TensorInfo
+from worker.engine.catalog.headers import ADAPTER_CONFIG, TOKENIZER_FILES, CheckpointInfo, LowRank, TensorInfo
 
 CHUNK_BYTES = 4 << 20
 CLOCK_TICK_NS = 1_000_000_000  # a file that was written just now may be written again and have the same times
@@ -49,7 +49,9 @@ class TensorReader:
         self._descriptors.clear()
 
     def read(self, tensor: TensorInfo, rows: slice | None = None) -> Tensor:
-        """The tensor in its own dtype, or some of its rows: (rows, *tensor.shape[1:]).
+        """The tensor, or some of its rows: (rows, *tensor.shape[1:]).
+
+        As it is stored in its own dtype; one that an adapter adds to in float32, or float64 where one of both is.
 
         Args:
             rows: start and stop along the first axis, of a tensor that has one.
@@ -57,10 +59,38 @@ class TensorReader:
         Raises:
             InvalidCheckpoint: the file is no longer what its header said.
         """
-        shape, start = tensor.shape, 0
-        if rows is not None:
-            width = math.prod(shape[1:])
-            shape, start = (rows.stop - rows.start, *shape[1:]), rows.start * width
+        stored = self._stored(tensor, rows)
+        if tensor.delta is None:
+            return stored
+        delta = self._delta(tensor.delta, rows or slice(0, tensor.shape[0]))
+        wide = torch.float64 if torch.float64 in (stored.dtype, delta.dtype) else torch.float32
+        return torch.add(stored.to(wide), delta.to(wide), alpha=tensor.delta.scaling)
+
+    def _delta(self, delta: LowRank, rows: slice) -> Tensor:
+        """`B A`, or of its transpose, these rows of it, float32 or float64."""
+        if delta.transposed:
+            left = self._columns(delta.a, rows).T
+            right = self._stored(delta.b, None).T
+        else:
+            left = self._stored(delta.b, rows)
+            right = self._stored(delta.a, None)
+        wide = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
+        return left.to(wide) @ right.to(wide)
+
+    def _columns(self, matrix: TensorInfo, columns: slice) -> Tensor:
+        """Some of a matrix's columns, of which nothing else is held."""
+        rows, width = matrix.shape
+        count = columns.stop - columns.start
+        return torch.stack([self._values(matrix, (count,), row * width + columns.start) for row in range(rows)])
+
+    def _stored(self, tensor: TensorInfo, rows: slice | None) -> Tensor:
+        if rows is None:
+            return self._values(tensor, tensor.shape, 0)
+        inner = tensor.shape[1:]
+        return self._values(tensor, (rows.stop - rows.start, *inner), rows.start * math.prod(inner))
+
+    def _values(self, tensor: TensorInfo, shape: tuple[int, ...], start: int) -> Tensor:
+        """Consecutive values of the file, from the tensor's value number `start` on."""
         found = torch.empty(shape, dtype=TORCH_DTYPES[tensor.dtype])
         left = as_bytes(found)
         position = tensor.offset + start * found.element_size()
@@ -95,8 +125,11 @@ class Digests:
         self._known: dict[tuple[object, ...], str] = {}
 
     def of_checkpoint(self, info: CheckpointInfo) -> str:
-        """`sha256:` over the names and digests of config and weight files."""
-        return f"sha256:{_joined({name: self._of_file(info.path / name) for name in _files(info)})}"
+        """`sha256:` over the names and digests of config and weight files; of an adapter, with its base's digest."""
+        digests = {name: self._of_file(info.path / name) for name in _files(info)}
+        if info.base is not None:
+            digests["base"] = self.of_checkpoint(info.base)
+        return f"sha256:{_joined(digests)}"
 
     def _of_file(self, path: Path) -> str:
         stat = path.stat()
@@ -119,18 +152,21 @@ def digest_file(path: Path) -> str:
 
 
 def digest_checkpoint(info: CheckpointInfo) -> str:
-    """`sha256:` over the names and digests of config and weight files."""
+    """See `Digests.of_checkpoint`."""
     return Digests().of_checkpoint(info)
 
 
 def digest_tokenizer(info: CheckpointInfo) -> str:
     """sha256, hex, over the names and digests of the tokenizer's files."""
-    names = [name for name in TOKENIZER_FILES if (info.path / name).exists()]
-    return _joined({name: digest_file(info.path / name) for name in names})
+    names = [name for name in TOKENIZER_FILES if (info.tokenizer_path / name).exists()]
+    return _joined({name: digest_file(info.tokenizer_path / name) for name in names})
 
 
 def _files(info: CheckpointInfo) -> Sequence[str]:
-    return ["config.json", *info.weight_files]
+    if info.base is None:
+        return ["config.json", *info.weight_files]
+    labels = ["config.json"] if (info.path / "config.json").exists() else []
+    return [ADAPTER_CONFIG, *labels, *info.weight_files]
 
 
 def _joined(digests: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, TOKENIZER_FILES, CheckpointInfo
+from worker.engine.catalog.headers import COMPANIONS, DTYPE_BYTES, INDEX, TOKENIZER_FILES, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
 from worker.engine.methods.blocks import is_finite, row_blocks
@@ -160,16 +160,16 @@ def _write_at(descriptor: int, data: memoryview, position: int) -> int:
 
 def write_models(
     plan: MergePlan,
-    folders: Mapping[str, Path],
+    folders: Sequence[Path],
     merged: Callable[[PlannedTensor], Rows],
     max_shard_bytes: int,
     threads: int | None,
     on_tensor: Callable[[], None],
 ) -> dict[Path, str]:
-    """Write every model's folder: the shared backbone once, hard-linked, and each model's own head.
+    """Write every published model's folder: the shared backbone once, hard-linked, and each model's own head.
 
     Args:
-        folders: existing, by model, in the plan's order.
+        folders: existing, one for each of `plan.published`.
         merged: computes a backbone tensor.
         threads: on which tensors are computed, each by one; None: one after the other in this thread, with all cores.
         on_tensor: called after each tensor; may raise to stop.
@@ -178,9 +178,9 @@ def write_models(
         The sha256 of every shard, taken while it was written; of a shared one under its first name.
     """
     shards = cut_into_shards(plan.backbone, max_shard_bytes)
-    count = len(shards) + 1  # each model's head is one more
+    count = len(shards) + (not plan.merges_heads)  # each model's head is one more
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    first, *others = folders.values()
+    first, *others = folders
     with ExitStack() as stack, TensorReader() as reader:
         own = partial(_own_rows, reader)
 
@@ -188,18 +188,19 @@ def write_models(
             return stack.enter_context(ShardWriter(path, tensors))
 
         backbone = [writer(first / name, shard) for name, shard in zip(names, shards, strict=False)]
-        heads = [writer(folder / names[-1], head) for folder, head in zip(folders.values(), plan.heads, strict=True)]
+        heads = [writer(folder / names[-1], head) for folder, head in zip(folders, plan.heads, strict=True) if head]
         work = [(shard, tensor, merged) for shard in backbone for tensor in shard.tensors]
         work += [(head, tensor, own) for head in heads for tensor in head.tensors]
         in_threads(lambda item: item[0].write(item[1], item[2](item[1])), work, threads, on_tensor)
-    for name in names[:-1]:
-        for folder in others:
+    for folder in others:
+        for name in names[:-1]:
             os.link(first / name, folder / name)
-    for folder, info, head in zip(folders.values(), plan.checkpoints, plan.heads, strict=True):
-        weight_map = {t.slot.name: name for name, shard in zip(names, [*shards, head], strict=True) for t in shard}
+    for folder, info, head in zip(folders, plan.published, plan.heads, strict=True):
+        parts = [*shards, head] if head else shards
+        weight_map = {t.slot.name: name for name, shard in zip(names, parts, strict=True) for t in shard}
         size = sum(t.nbytes for t in (*plan.backbone, *head))
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-        _write_config(info, plan.backbone[0].dtype, folder)
+        _write_config(info, plan.dtype, folder)
         _copy_tokenizer(info, folder)
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
 
@@ -259,6 +260,6 @@ def _write_config(info: CheckpointInfo, dtype: str, folder: Path) -> None:
 
 
 def _copy_tokenizer(info: CheckpointInfo, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (info.path / name).is_file():
-            shutil.copyfile(info.path / name, folder / name)
+    for name in (*TOKENIZER_FILES, *COMPANIONS):
+        if (info.tokenizer_path / name).is_file():
+            shutil.copyfile(info.tokenizer_path / name, folder / name)

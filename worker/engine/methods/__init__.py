@@ -6,7 +6,25 @@ A method is built once per merge by its `build` and then called for each backbon
 from collections.abc import Callable, Mapping
 
 from worker.engine.catalog.methods import METHODS, MethodParameters
-from worker.engine.methods import average, fisher, mask_fisher, mask_regmean, regmean, task_arithmetic, ties
+from worker.engine.methods import (
+    average,
+    breadcrumbs,
+    dare,
+    della,
+    fisher,
+    karcher,
+    linear,
+    mask_fisher,
+    mask_regmean,
+    model_stock,
+    nuslerp,
+    passthrough,
+    regmean,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from worker.engine.methods.blocks import MeasuredModel, Merger
 
 Build = Callable[[MethodParameters, list[MeasuredModel]], Merger]
@@ -16,10 +34,23 @@ BUILDERS: Mapping[str, Build] = {
     "mask_fisher": mask_fisher.build,
     "task_arithmetic": task_arithmetic.build,
     "ties": ties.build,
+    "linear": linear.build,
+    "slerp": slerp.build,
+    "nuslerp": nuslerp.build,
+    "karcher": karcher.build,
+    "dare_linear": dare.build,
+    "dare_ties": dare.build,
+    "della": della.build,
+    "della_linear": della.build,
+    "breadcrumbs": breadcrumbs.build,
+    "breadcrumbs_ties": breadcrumbs.build,
+    "model_stock": model_stock.build,
+    "sce": sce.build,
     "fisher": fisher.build,
     "regmean": regmean.build,
     "mask_regmean": mask_regmean.build,
     "aligned_regmean": regmean.build,  # where it starts
+    "passthrough": passthrough.build,
 }
 
 if BUILDERS.keys() != METHODS.keys():

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Slot
+from worker.engine.catalog.planning import BLOCK_ELEMENTS
 from worker.engine.catalog.values import PerTensor, Place
-
-BLOCK_ELEMENTS = (
-    1 << 17
-)  # of one version: in float32 512 kB, so that those of two models and their merge stay in a cache
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Block:
 
     @property
     def deltas(self) -> list[Tensor]:
-        """Task vectors: what each version has more than the base."""
+        """Task vectors: what each version has more than the base; computed anew, so that they may be changed."""
         base = required_base(self.base)
         return [version - base for version in self.versions]
 
@@ -63,16 +60,22 @@ class Versions:
         self.slot = slot
         self.place = place
         self.shape = tuple(shape)
+        self.block_elements = block_elements
         self._read = read
         self._runs = row_blocks(self.shape, block_elements)
         self._held: Block | None = None
 
-    def blocks(self) -> Iterator[Block]:
-        """All blocks in order; always the same ones, so that sums over them are the same sums."""
+    @property
+    def count(self) -> int:
+        """Of the blocks."""
+        return len(self._runs)
+
+    def blocks(self, every: int = 1) -> Iterator[Block]:
+        """All blocks in order, or every so many; always the same ones, so that sums over them are the same sums."""
         if len(self._runs) == 1:
             yield self.whole()
             return
-        for rows in self._runs:
+        for rows in self._runs[::every]:
             yield self._read(rows)
 
     def whole(self) -> Block:

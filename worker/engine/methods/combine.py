@@ -5,11 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.values import Place, value_at
+from worker.engine.catalog.values import DEFAULT_WEIGHT, Place, value_at
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
-
-EVERYWHERE = Place("", 0.0)
-DEFAULT_WEIGHT = 1.0  # of a model, for tensors that none of its filters names
 
 
 def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:
@@ -40,6 +37,17 @@ def combine(versions: Sequence[Tensor], weights: Tensor) -> Tensor:
         else:
             merged.addcmul_(version - first, weight)
     return merged
+
+
+def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """`sum_j c_j theta_j`, computed as `combine` does, so that it is exact for identical versions and a sum of 1.
+
+    Args:
+        coefficients: as the weights of `combine`, but for their sum.
+    """
+    merged = combine(versions, coefficients)
+    beyond = (coefficients.sum(0) - 1).to(merged.dtype)
+    return merged.addcmul_(versions[0], beyond) if bool(beyond.any()) else merged
 
 
 def by_slices(versions: Versions, weights: Tensor, axis: int = 0) -> BlockMerge:

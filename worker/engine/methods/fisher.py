@@ -8,21 +8,26 @@ scale of the model's confidence, and 1e-6 of the norm would be more than nearly 
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import FisherParameters, MethodParameters
+from worker.engine.catalog.families import Kind
+from worker.engine.catalog.methods import FISHER_FLOOR, FisherParameters, MethodParameters
+from worker.engine.catalog.values import value_at
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import EVERYWHERE, combine, model_weights, normalized
+from worker.engine.methods.combine import by_slices, combine, model_weights, normalized
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, FisherParameters):
         raise TypeError(f"parameters of fisher expected, got {type(parameters).__name__}")
-    lambdas = model_weights(models, EVERYWHERE)
     norms, means = zip(*(_norm_and_mean(model) for model in models), strict=True)
     scales = [1 / norm if parameters.normalize and norm > 0 else 1.0 for norm in norms]
-    # One floor for all: where no model has information, none has more of a say than its lambda gives it.
-    floor = parameters.floor * sum(scale * mean for scale, mean in zip(scales, means, strict=True)) / len(models)
+    mean_information = sum(scale * mean for scale, mean in zip(scales, means, strict=True)) / len(models)
 
     def prepare(versions: Versions) -> BlockMerge:
+        lambdas = model_weights(models, versions.place)
+        if versions.slot.kind is Kind.HEAD:  # merged, it is averaged: heads are not measured
+            return by_slices(versions, (lambdas / lambdas.sum())[:, None])
+        # One floor for all: where no model has information, none has more of a say than its lambda gives it.
+        floor = value_at(parameters.floor, versions.place, FISHER_FLOOR) * mean_information
         information = [model.fisher[versions.slot.name] for model in models]
 
         def merge(block: Block) -> Tensor:

@@ -5,19 +5,22 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize
+from worker.engine.catalog.methods import FLOOR, MaskFisherParameters, MethodParameters, Normalize
+from worker.engine.catalog.values import PerTensor, Place, value_at
 from worker.engine.methods import paper
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import EVERYWHERE, by_slices, model_weights, normalized
+from worker.engine.methods.combine import by_slices, model_weights, normalized
 
 Scores = Mapping[str, Tensor]
+NodeWeights = Callable[[str, Place], Tensor]
+"""Merge weights of the nodes of one score name, in one tensor: (models, nodes), float64, summing to 1 over models."""
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -31,63 +34,65 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     def prepare(versions: Versions) -> BlockMerge:
         owner = versions.slot.owner
         if owner is not None:
-            return by_slices(versions, owned[owner.score], owner.axis)
-        return by_slices(versions, rest.get(versions.slot.layer, rest[None]))
+            return by_slices(versions, owned(owner.score, versions.place), owner.axis)
+        return by_slices(versions, rest(versions.slot.layer, versions.place))
 
     return prepare
 
 
-def node_weights(models: list[MeasuredModel], normalize: Normalize, floor: float) -> dict[str, Tensor]:
-    """Merge weights of every node: by score name, (models, nodes), float64, summing to 1 over models."""
-    lambdas = model_weights(models, EVERYWHERE)
-    scores = [floored(normalize_scores(model.scores, normalize), floor) for model in models]
-    return {
-        site: normalized(torch.stack([lam * s[site] for lam, s in zip(lambdas, scores, strict=True)]), lambdas)
-        for site in scores[0]
-    }
+def node_weights(models: list[MeasuredModel], normalize: Normalize, floor: PerTensor[float]) -> NodeWeights:
+    scores = [normalize_scores(model.scores, normalize) for model in models]
+
+    def at(score: str, place: Place) -> Tensor:
+        lambdas = model_weights(models, place)
+        least = value_at(floor, place, FLOOR)
+        of_models = [lam * floored(s[score], least) for lam, s in zip(lambdas, scores, strict=True)]
+        return normalized(torch.stack(of_models), lambdas)
+
+    return at
 
 
-def weight_errors(weights: Mapping[str, Tensor], relative: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def weight_errors(weights: Tensor, relative: Tensor) -> Tensor:
     """Standard errors of merge weights whose models were measured on rows of their own.
 
     By the delta method `se(w_j)^2 = w_j^2 [(1 - w_j)^2 rho_j^2 + sum_(k != j) w_k^2 rho_k^2]`, whatever the lambdas.
 
     Args:
-        weights: of every node, see `node_weights`.
-        relative: `rho` of each model, (nodes,) by score name, see `NodeStatistics.relative_errors`.
+        weights: (models, nodes), see `NodeWeights`.
+        relative: `rho` of each model, (models, nodes), see `NodeStatistics.relative_errors`.
 
     Returns:
-        By score name, (models, nodes).
+        (models, nodes).
     """
-    found = {}
-    for site, w in weights.items():
-        variance = torch.stack([rho[site] for rho in relative]) ** 2
-        of_all = (w**2 * variance).sum(0)
-        found[site] = w * (of_all + (1 - 2 * w) * variance).clamp_min(0).sqrt()
-    return found
+    variance = relative**2
+    of_all = (weights**2 * variance).sum(0)
+    return weights * (of_all + (1 - 2 * weights) * variance).clamp_min(0).sqrt()
 
 
-def rest_weights(models: list[MeasuredModel], rest: Literal["uniform", "model"]) -> dict[int | None, Tensor]:
-    """Merge weights of what no node owns: by layer, and None for outside the layers; (models, 1), float64.
+def rest_weights(
+    models: list[MeasuredModel], rest: Literal["uniform", "model"]
+) -> Callable[[int | None, Place], Tensor]:
+    """Merge weights of what no node owns, by layer (None outside the layers) and place: (models, 1), float64.
 
     `uniform`: lambda alone. `model`: lambda times the sum over both kinds of the mean model-normalised score, of the
     layer, or for what lies outside the layers of the model.
     """
-    lambdas = model_weights(models, EVERYWHERE)
-    if rest == "uniform":
-        return {None: (lambdas / lambdas.sum())[:, None]}
-    by_model = []
-    for model in models:
+    by_model: list[dict[int | None, Tensor]] = []
+    for model in models if rest == "model" else ():
         layers: dict[int | None, Tensor] = {}
         for site, score in normalize_scores(model.scores, "model").items():
             layer = int(re.findall(r"layers\.(\d+)\.", site)[0])
             layers[layer] = layers.get(layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
         layers[None] = torch.stack(list(layers.values())).mean(0)
         by_model.append(layers)
-    return {
-        layer: normalized(torch.stack([lam * m[layer] for lam, m in zip(lambdas, by_model, strict=True)]), lambdas)
-        for layer in by_model[0]
-    }
+
+    def at(layer: int | None, place: Place) -> Tensor:
+        lambdas = model_weights(models, place)
+        if rest == "uniform":
+            return (lambdas / lambdas.sum())[:, None]
+        return normalized(torch.stack([lam * m[layer] for lam, m in zip(lambdas, by_model, strict=True)]), lambdas)
+
+    return at
 
 
 def normalize_scores(scores: Scores, normalize: Normalize) -> dict[str, Tensor]:
@@ -103,17 +108,22 @@ def normalize_scores(scores: Scores, normalize: Normalize) -> dict[str, Tensor]:
     return {site: score / _or_one(norms[Nodes(site.rpartition(".")[2])]) for site, score in scores.items()}
 
 
-def floored(scores: Scores, floor: float) -> dict[str, Tensor]:
-    """No score below `floor` times its layer's mean.
+def floored(score: Tensor, floor: float) -> Tensor:
+    """No score of a layer, (nodes,), below `floor` times their mean.
 
     A node that is dead in every model falls back to lambda; a layer that is dead in one model has no say there.
     """
-    return {site: score.clamp_min(floor * float(score.mean())) for site, score in scores.items()}
+    return score.clamp_min(floor * float(score.mean()))
 
 
-def weight_shares(models: list[MeasuredModel], weights: Mapping[str, Tensor]) -> list[float]:
-    """Each model's mean merge weight over all nodes."""
-    return torch.cat(list(weights.values()), dim=1).mean(1).tolist()
+def weight_shares(weights: NodeWeights, owned: Mapping[str, Sequence[Place]]) -> list[float]:
+    """Each model's mean merge weight over all nodes; a node's is the mean over the tensors that it owns slices of.
+
+    Args:
+        owned: the places of these tensors by score name, see `MergePlan.owned`.
+    """
+    of_nodes = [torch.stack([weights(score, place) for place in places]).mean(0) for score, places in owned.items()]
+    return torch.cat(of_nodes, dim=1).mean(1).tolist()
 
 
 def _or_one(value: Tensor) -> Tensor:

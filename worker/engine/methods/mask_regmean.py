@@ -5,13 +5,13 @@ A row o of a node minimises `sum_j w_j,o (w - w_j,o) G_j (w - w_j,o)^T`. With eq
 """
 
 import torch
-from torch import Tensor
 
 from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.families.table import Owner
-from worker.engine.catalog.methods import MaskRegMeanParameters, MethodParameters
+from worker.engine.catalog.methods import RIDGE, SHRINK, MaskRegMeanParameters, MethodParameters
+from worker.engine.catalog.values import value_at
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import EVERYWHERE, by_slices, model_weights
+from worker.engine.methods.combine import by_slices, model_weights
 from worker.engine.methods.mask_fisher import node_weights, rest_weights
 from worker.engine.methods.regmean import regress
 
@@ -21,31 +21,31 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         raise TypeError(f"parameters of mask_regmean expected, got {type(parameters).__name__}")
     owned = node_weights(models, parameters.normalize, parameters.floor)
     rest = rest_weights(models, parameters.rest)
-    by_lambda = model_weights(models, EVERYWHERE)[:, None]
-    by_lambda /= by_lambda.sum()
 
     def prepare(versions: Versions) -> BlockMerge:
         slot = versions.slot
         owner, source = slot.owner, slot.input
-        by_rest = rest.get(slot.layer, rest[None])
-        if source is None:
-            return (
-                by_slices(versions, by_rest) if owner is None else by_slices(versions, owned[owner.score], owner.axis)
-            )
-        return regression(versions, source, owner, by_rest)
+        if source is not None:
+            return regression(versions, source, owner)
+        if owner is not None:
+            return by_slices(versions, owned(owner.score, versions.place), owner.axis)
+        return by_slices(versions, rest(slot.layer, versions.place))
 
-    def regression(versions: Versions, source: str, owner: Owner | None, by_rest: Tensor) -> BlockMerge:
-        whole = versions.whole().versions
+    def regression(versions: Versions, source: str, owner: Owner | None) -> BlockMerge:
+        whole, place = versions.whole().versions, versions.place
+        by_lambda = model_weights(models, place)[:, None]
+        by_lambda /= by_lambda.sum()
         weights, columns = by_lambda, None
         if owner is None:
-            weights = by_rest
+            weights = rest(versions.slot.layer, place)
         elif owner.axis == 0 and (owner.nodes is Nodes.HEADS or parameters.neuron_rows):
-            weights = owned[owner.score]
+            weights = owned(owner.score, place)
         elif owner.axis == 1 and parameters.columns:
-            of_nodes = owned[owner.score]
+            of_nodes = owned(owner.score, place)
             weights = torch.ones_like(by_lambda)  # of_nodes has the lambdas in it
             columns = of_nodes.repeat_interleave(versions.shape[1] // of_nodes.shape[1], dim=1)
-        merged = regress(source, whole, models, weights, parameters.shrink, parameters.ridge, columns)
+        shrink, ridge = value_at(parameters.shrink, place, SHRINK), value_at(parameters.ridge, place, RIDGE)
+        merged = regress(source, whole, models, weights, shrink, ridge, columns)
         return lambda block: merged[block.rows]
 
     return prepare

@@ -11,7 +11,7 @@ from torch import Tensor
 from worker.engine.catalog.families import Kind, Nodes
 from worker.engine.catalog.families.table import score_name
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import EVERYWHERE, by_slices, model_weights, normalized
+from worker.engine.methods.combine import by_slices, model_weights, normalized
 
 BY_NODE = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.POSITION: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
 BY_LAYER_MEAN = {
@@ -24,7 +24,6 @@ BY_LAYER_MEAN = {
 
 
 def build(models: list[MeasuredModel]) -> Merger:
-    lambdas = model_weights(models, EVERYWHERE)
     layers = len(models[0].scores) // len(Nodes)
 
     def stacked(layer: int, nodes: Nodes) -> Tensor:
@@ -32,11 +31,13 @@ def build(models: list[MeasuredModel]) -> Merger:
 
     overall = torch.stack([stacked(layer, n).mean(1) for layer in range(layers) for n in Nodes]).sum(0) / layers
 
-    def weights(scores: Tensor) -> Tensor:
-        return normalized(lambdas[:, None] * scores, lambdas)
-
     def prepare(versions: Versions) -> BlockMerge:
         slot = versions.slot
+        lambdas = model_weights(models, versions.place)
+
+        def weights(scores: Tensor) -> Tensor:
+            return normalized(lambdas[:, None] * scores, lambdas)
+
         if slot.layer is None:
             return by_slices(versions, weights(overall[:, None]))
         if slot.kind in BY_NODE:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.methods import MethodParameters, RegressionParameters
+from worker.engine.catalog.methods import RIDGE, SHRINK, MethodParameters, RegressionParameters
+from worker.engine.catalog.values import value_at
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.methods.combine import EVERYWHERE, by_slices, model_weights
+from worker.engine.methods.combine import by_slices, model_weights
 
 BATCH_BYTES = 128_000_000  # of the matrices that are factorised at once
 STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves a matrix that is not positive definite
@@ -22,15 +23,16 @@ STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, RegressionParameters):
         raise TypeError(f"parameters of regmean expected, got {type(parameters).__name__}")
-    weights = model_weights(models, EVERYWHERE)[:, None]
-    weights /= weights.sum()
 
     def prepare(versions: Versions) -> BlockMerge:
-        source = versions.slot.input
+        source, place = versions.slot.input, versions.place
+        weights = model_weights(models, place)[:, None]
+        weights /= weights.sum()
         if source is None:
             return by_slices(versions, weights)
         whole = versions.whole().versions
-        merged = regress(source, whole, models, weights, parameters.shrink, parameters.ridge)
+        shrink, ridge = value_at(parameters.shrink, place, SHRINK), value_at(parameters.ridge, place, RIDGE)
+        merged = regress(source, whole, models, weights, shrink, ridge)
         return lambda block: merged[block.rows]
 
     return prepare

@@ -2,21 +2,16 @@
 
 from torch import Tensor
 
-from worker.engine.catalog.methods import MethodParameters
-from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
-from worker.engine.methods.combine import model_weights
+from worker.engine.catalog.methods import MethodParameters, TaskArithmeticParameters
+from worker.engine.methods.blocks import Block, MeasuredModel, Merger
+from worker.engine.methods.task_vectors import merging
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
-    def prepare(versions: Versions) -> BlockMerge:
-        weights = model_weights(models, versions.place).tolist()
+    if not isinstance(parameters, TaskArithmeticParameters):
+        raise TypeError(f"parameters of task_arithmetic expected, got {type(parameters).__name__}")
+    return merging(parameters, models, lambda _: _deltas)
 
-        def merge(block: Block) -> Tensor:
-            merged = required_base(block.base).clone()
-            for weight, delta in zip(weights, block.deltas, strict=True):
-                merged.add_(delta, alpha=weight)
-            return merged
 
-        return merge
-
-    return prepare
+def _deltas(block: Block) -> list[Tensor]:
+    return block.deltas

@@ -7,46 +7,30 @@ them, which for equal weights is the same. `scale` is the paper's lambda, applie
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import MethodParameters, TiesParameters
-from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
-from worker.engine.methods.combine import model_weights
+from worker.engine.catalog.methods import TIES_DENSITY, MethodParameters, TiesParameters
+from worker.engine.catalog.values import value_at
+from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
+from worker.engine.methods.selection import kept_elements, nth_largest
+from worker.engine.methods.task_vectors import Deltas, magnitudes, merging
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, TiesParameters):
         raise TypeError(f"parameters of ties expected, got {type(parameters).__name__}")
-    density = parameters.density
 
-    def prepare(versions: Versions) -> BlockMerge:
-        lambdas = model_weights(models, versions.place)[:, None]
-        thresholds = [magnitude_threshold(delta.flatten(), density) for delta in versions.whole().deltas]
+    def sparse(versions: Versions) -> Deltas:
+        density = value_at(parameters.density, versions.place, TIES_DENSITY)
+        thresholds = nth_largest(versions, magnitudes, [kept_elements(density, versions.shape)] * len(models))
 
-        def merge(block: Block) -> Tensor:
-            trimmed = [delta * (delta.abs() >= least) for delta, least in zip(block.deltas, thresholds, strict=True)]
-            base = required_base(block.base)
-            mean = agreeing_mean(torch.stack(trimmed).flatten(1).double(), lambdas)
-            return base + mean.view_as(base).to(base.dtype)
+        def trimmed(block: Block) -> list[Tensor]:
+            return [trim(delta, least) for delta, least in zip(block.deltas, thresholds, strict=True)]
 
-        return merge
+        return trimmed
 
-    return prepare
+    return merging(parameters, models, sparse)
 
 
-def magnitude_threshold(delta: Tensor, density: float) -> Tensor:
-    """The least magnitude that is kept of `delta` (elements,): of at least one element, and of all that equal it."""
-    kept = max(1, round(density * delta.numel()))
-    return delta.abs().kthvalue(delta.numel() - kept + 1).values
-
-
-def agreeing_mean(trimmed: Tensor, lambdas: Tensor) -> Tensor:
-    """The weighted mean of what has the sign of the weighted sum; 0 where the sum is 0, so no model is preferred.
-
-    Args:
-        trimmed: (models, elements), float64.
-        lambdas: (models, 1), float64.
-    """
-    weighted = lambdas * trimmed
-    elected = weighted.sum(0).sign()
-    agrees = trimmed.sign() == elected
-    total = (lambdas * agrees).sum(0)
-    return (weighted * agrees).sum(0) / torch.where(total > 0, total, 1.0)
+def trim(delta: Tensor, least: float) -> Tensor:
+    """Zero where the magnitude is less than `least`, which is one of the magnitudes, and not NaN."""
+    below = torch.nextafter(torch.tensor(least, dtype=delta.dtype), torch.tensor(-1.0, dtype=delta.dtype))
+    return torch.nn.functional.hardshrink(delta, float(below))  # zero up to and with `below`

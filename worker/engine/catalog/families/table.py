@@ -33,6 +33,7 @@ class Kind(StrEnum):
     POOLER = "pooler"
     HEAD = "head"
     UNREAD = "unread"
+    OTHER = "other"  # of an architecture without a table
 
 
 ROW_OWNERS = {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from worker.engine.catalog.strict import Strict
+from worker.engine.catalog.values import PerTensor, Place, value_at, values_of
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch, where no better number is known."""
@@ -25,6 +26,8 @@ class Statistic(StrEnum):
     """Fisher information of every parameter."""
 
 
+Scale = Annotated[float, Field(ge=-10, le=10)]
+
 MOST_AUTO_EXAMPLES = 16_384
 """Rows of each data set beyond which `examples: "auto"` does not go on."""
 
@@ -35,7 +38,7 @@ class MethodParameters(Strict):
     name: str
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Forward and backward passes: bfloat16 where the device has matrix units for it, else float32."""
-    scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    scale: PerTensor[Scale] = 1.0
     """The merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; other than 1 it needs a base."""
 
     @property
@@ -49,7 +52,21 @@ class MethodParameters(Strict):
 
     @property
     def needs_base(self) -> bool:
-        return self.scale != 1
+        return any(value != 1 for value in values_of(self.scale, self._default_scale))
+
+    def scale_at(self, place: Place) -> float:
+        """The merge's distance from the base, for one tensor."""
+        return value_at(self.scale, place, self._default_scale)
+
+    @property
+    def _default_scale(self) -> float:
+        default: float = type(self).model_fields["scale"].default
+        return default
+
+    @property
+    def weighs_models(self) -> bool:
+        """Whether the models' weights have a say; else they must be equal."""
+        return True
 
     @property
     def needs_labels(self) -> bool:
@@ -103,6 +120,11 @@ class GradientParameters(MeasuringParameters):
     """Draws the labels of the estimator `sampled`."""
 
     @property
+    def weighs_models(self) -> bool:
+        """Whether the models' weights have a say; else they must be equal."""
+        return True
+
+    @property
     def needs_labels(self) -> bool:
         return self.estimator == "empirical"
 
@@ -114,6 +136,13 @@ class MethodEntry:
     source: str
     needs: tuple[Literal["dataset", "base"], ...]
     parameters: type[MethodParameters]
+    models: tuple[int, int | None] = (1, None)
+    """Fewest and most that can take part; None: any number."""
+
+    @property
+    def models_wanted(self) -> str:
+        least, most = self.models
+        return f"exactly {least}" if least == most else f"at least {least}"
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -121,5 +150,6 @@ class MethodEntry:
             "formula": self.formula,
             "source": self.source,
             "needs": list(self.needs),
+            "models": {"least": self.models[0], "most": self.models[1]},
             "parameters": self.parameters.model_json_schema(),
         }

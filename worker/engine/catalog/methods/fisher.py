@@ -1,17 +1,18 @@
 """`fisher`: every parameter weighted by its own Fisher information."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Statistic
+from worker.engine.catalog.values import PerTensor, Share
+
+FISHER_FLOOR = 1e-6
 
 
 class FisherParameters(GradientParameters):
     name: Literal["fisher"] = "fisher"
     normalize: bool = True
     """Each model's Fisher information is divided by its L2 norm over all merged parameters."""
-    floor: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    floor: PerTensor[Share] = FISHER_FLOOR
     """Least Fisher information of a parameter, as a share of the mean over all merged parameters and models."""
 
     @property

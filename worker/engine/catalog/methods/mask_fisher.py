@@ -5,12 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Statistic
+from worker.engine.catalog.values import PerTensor, Share
 
 # The published rule in this method's own terms; see worker/engine/methods/paper.py for who owns what under it.
 PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
 
 PAPER_BATCH_ROWS = 32
 TOLERANCE = 0.1
+FLOOR = 1e-3
 
 Normalize = Literal["layer", "model", "none"]
 
@@ -30,7 +32,7 @@ class ScoringParameters(GradientParameters):
     """Scores are divided by their layer's mean, or by their L2 norm over the model, per kind of node."""
     rest: Literal["uniform", "model"] = "uniform"
     """Weights of what no node owns: lambda alone, or the mean model-normalised score of its block (or of the model)."""
-    floor: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    floor: PerTensor[Share] = FLOOR
     """Least score of a node, as a share of its layer's mean."""
 
     @model_validator(mode="before")

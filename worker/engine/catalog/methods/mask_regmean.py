@@ -6,16 +6,17 @@ from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, Statistic
 from worker.engine.catalog.methods.mask_fisher import ScoringParameters
-from worker.engine.catalog.methods.regmean import RIDGE, SHRINK, Ridge, Shrink
+from worker.engine.catalog.methods.regmean import RIDGE, SHRINK
+from worker.engine.catalog.values import PerTensor, Share
 
 
 class MaskRegMeanParameters(ScoringParameters):
     name: Literal["mask_regmean"] = "mask_regmean"
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
     """Rows of each data set that are measured."""
-    shrink: Shrink = SHRINK
+    shrink: PerTensor[Share] = SHRINK
     """Multiplies the off-diagonal entries of the Gram matrices."""
-    ridge: Ridge = RIDGE
+    ridge: PerTensor[Share] = RIDGE
     """Added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
     columns: bool = False
     """Whether matrices whose columns belong to nodes are weighted by them, inside the regression."""

@@ -1,13 +1,9 @@
 """`regmean`: linear layers whose outputs are nearest to every model's own, on the model's own inputs."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Statistic
-
-Shrink = Annotated[float, Field(ge=0, le=1)]
-Ridge = Annotated[float, Field(ge=0, le=1)]
+from worker.engine.catalog.values import PerTensor, Share
 
 SHRINK = 1.0
 RIDGE = 1e-3
@@ -16,9 +12,9 @@ RIDGE = 1e-3
 class RegressionParameters(MeasuringParameters):
     """Parameters of methods that start from the regression of `regmean`."""
 
-    shrink: Shrink = SHRINK
+    shrink: PerTensor[Share] = SHRINK
     """Multiplies the off-diagonal entries of the Gram matrices."""
-    ridge: Ridge = RIDGE
+    ridge: PerTensor[Share] = RIDGE
     """Added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
 
     @property

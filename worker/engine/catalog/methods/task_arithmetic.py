@@ -1,20 +1,13 @@
 """`task_arithmetic`: the base plus the scaled sum of the task vectors."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.task_vectors import SumParameters
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
 
-
-class TaskArithmeticParameters(MethodParameters):
+class TaskArithmeticParameters(SumParameters):
     name: Literal["task_arithmetic"] = "task_arithmetic"
-    scale: Annotated[float, Field(ge=-10, le=10)] = 0.4
-    """Multiplies the sum of the task vectors. The paper finds 0.3 to 0.5 close to optimal in many cases."""
-
-    @property
-    def needs_base(self) -> bool:
-        return True
 
 
 TASK_ARITHMETIC = MethodEntry(

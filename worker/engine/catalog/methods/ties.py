@@ -1,20 +1,18 @@
 """`ties`: task vectors trimmed, a sign elected for every parameter, and those averaged that agree with it."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.task_vectors import Density, ElectionParameters
+from worker.engine.catalog.values import PerTensor
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+TIES_DENSITY = 0.2
 
 
-class TiesParameters(MethodParameters):
+class TiesParameters(ElectionParameters):
     name: Literal["ties"] = "ties"
-    density: Annotated[float, Field(gt=0, le=1)] = 0.2
+    density: PerTensor[Density] = TIES_DENSITY
     """Share of each tensor's task vector that is kept: its largest magnitudes."""
-
-    @property
-    def needs_base(self) -> bool:
-        return True
 
 
 TIES = MethodEntry(

@@ -1,0 +1,285 @@
+"""Adapters against the formula in float64, against PEFT's own merge, and merged as whole checkpoints are."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.tiny import (
+    Tensors,
+    edit_json,
+    merge_spec,
+    model_spec,
+    read_model,
+    silent,
+    tiny_base,
+    tiny_checkpoint,
+    tiny_texts,
+    write_rows,
+)
+from tests.tiny_adapters import edit_adapter, merged_by_peft, save_adapter, tiny_adapter
+from tests.tiny_families import TINY_BERT, TINY_FAMILIES
+from worker.engine.catalog.adapters import inspect_model
+from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
+from worker.engine.checkpoints.loading import load
+from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
+from worker.engine.pipeline import Engine
+
+CPU = torch.device("cpu")
+QUERY = "bert.encoder.layer.1.attention.self.query"
+ROUNDING = 1e-6
+LORA: dict[str, dict[str, Any]] = {
+    "query and value": {},
+    "rank-stabilised": {"use_rslora": True},
+    "ranks and alphas of their own": {
+        "rank_pattern": {"layer.0.attention.self.query": 2, "value": 3},
+        "alpha_pattern": {r"^bert\.encoder\.layer\.1\.attention.*": 5, "query": 1.5},
+    },
+    "every linear layer and its bias": {"target_modules": "all-linear", "bias": "all"},
+    "biases of what is adapted": {"bias": "lora_only"},
+    "embeddings": {"target_modules": ["word_embeddings", "query", "dense"]},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained model without head or prefix."""
+    return tiny_base(tmp_path_factory.mktemp("adapted") / "base")
+
+
+def adapted(adapter: Path, base: Path) -> CheckpointInfo:
+    return inspect_model(adapter, f"local:{adapter.name}", None, inspect_checkpoint(base, "local:base"))
+
+
+def read(info: CheckpointInfo) -> Tensors:
+    with TensorReader() as reader:
+        return {name: reader.read(tensor) for name, tensor in info.tensors.items()}
+
+
+def whole(base: Path, adapter: Path, labels: int, dtype: torch.dtype = torch.float32) -> Any:
+    """As PEFT merges it."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=dtype)
+    return merged_by_peft(model, adapter)
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_every_tensor_is_what_peft_makes_of_it(base: Path, tmp_path: Path, kind: str) -> None:
+    adapter = tiny_adapter(tmp_path / "a", base, labels=3, seed=1, **LORA[kind])
+    info = adapted(adapter, base)
+    expected = dict(whole(base, adapter, 3).named_parameters())
+    found = read(info)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor.detach(), rtol=0, atol=ROUNDING)
+    assert sum(tensor.delta is not None for tensor in info.tensors.values()) >= 4
+    assert (info.config["architectures"], len(info.config["id2label"])) == (["BertForSequenceClassification"], 3)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_what_is_added_follows_the_formula(base: Path, tmp_path: Path, stabilised: bool) -> None:
+    adapter = tiny_adapter(
+        tmp_path / "a", base, seed=2, use_rslora=stabilised, target_modules=["query", "word_embeddings"]
+    )
+    stored = {name: tensor.double() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    origin = {name: tensor.double() for name, tensor in read_model(base).items()}
+    scaling = 6 / math.sqrt(4) if stabilised else 6 / 4
+    a, b = (stored[f"base_model.model.{QUERY}.lora_{which}.weight"] for which in "AB")
+    query = origin["encoder.layer.1.attention.self.query.weight"] + scaling * b @ a
+    a, b = (stored[f"base_model.model.bert.embeddings.word_embeddings.lora_embedding_{which}"] for which in "AB")
+    words = origin["embeddings.word_embeddings.weight"] + scaling * (b @ a).T
+    found = read(adapted(adapter, base))
+    torch.testing.assert_close(found[f"{QUERY}.weight"].double(), query, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(found["bert.embeddings.word_embeddings.weight"].double(), words, rtol=0, atol=ROUNDING)
+
+
+def test_rows_are_the_same_alone_and_together(base: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "a", base, target_modules=["query", "word_embeddings"])
+    info = adapted(adapter, base)
+    with TensorReader() as reader:
+        for name in (f"{QUERY}.weight", "bert.embeddings.word_embeddings.weight"):
+            tensor = info.tensors[name]
+            some = reader.read(tensor, slice(3, 7))
+            torch.testing.assert_close(some, reader.read(tensor)[3:7], rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_the_sum_is_not_rounded_to_the_base_s_format(tmp_path: Path, dtype: torch.dtype, wide: torch.dtype) -> None:
+    base = tiny_checkpoint(tmp_path / "base", dtype=dtype)
+    adapter = tiny_adapter(tmp_path / "a", base)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    a, b = (stored[f"base_model.model.{QUERY}.lora_{which}.weight"].double() for which in "AB")
+    expected = read_model(base)[f"{QUERY}.weight"].double() + 6 / 4 * b @ a
+    info = adapted(adapter, base)
+    found = read(info)[f"{QUERY}.weight"]
+    assert (found.dtype, info.tensors[f"{QUERY}.weight"].dtype) == (
+        wide,
+        {"torch.bfloat16": "BF16"}.get(str(dtype), "F64"),
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_layers_that_are_stored_transposed(tmp_path: Path, prefix: bool) -> None:
+    """GPT-2's, of which one is square; published without the prefix, too."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config)
+    (model if prefix else model.transformer).save_pretrained(tmp_path / "base")
+    save_adapter(
+        GPT2LMHeadModel.from_pretrained(tmp_path / "base"),
+        tmp_path / "a",
+        3,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=True,
+    )
+    edit_json(tmp_path / "a" / "adapter_config.json", fan_in_fan_out=False)  # as it is when lm_head was adapted last
+    found = read(adapted(tmp_path / "a", tmp_path / "base"))
+    expected = merged_by_peft(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), tmp_path / "a").state_dict()
+    adapted_names = [name for name in found if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))]
+    assert len(adapted_names) == 8
+    for name in adapted_names:
+        full = name if prefix else f"transformer.{name}"
+        torch.testing.assert_close(found[name], expected[full], rtol=0, atol=ROUNDING)
+
+
+ATTENTION = {"distilbert": ["q_lin", "v_lin"], "deberta-v3": ["query_proj", "value_proj"]}
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "deberta-v3"])
+def test_adapters_of_other_families(tmp_path: Path, family: str) -> None:
+    tiny = TINY_FAMILIES[family]
+    base = tiny_checkpoint(tmp_path / "base", family=tiny)
+    adapter = tiny_adapter(tmp_path / "a", base, labels=3, family=tiny, target_modules=ATTENTION.get(family, ["query"]))
+    expected = whole_of_checkpoint(base, adapter, 3)
+    loaded = load(adapted(adapter, base), CPU)
+    for name, tensor in expected.named_parameters():
+        torch.testing.assert_close(loaded.model.get_parameter(name), tensor, rtol=0, atol=ROUNDING)
+
+
+def whole_of_checkpoint(base: Path, adapter: Path, labels: int) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, ignore_mismatched_sizes=True)
+    return merged_by_peft(model, adapter)
+
+
+def logits(model: Any) -> Tensor:
+    inputs = TINY_BERT.tokenizer()(tiny_texts(5), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found: Tensor = model(**inputs).logits
+    return found
+
+
+def adapters_spec(
+    folder: Path, base: Path, adapters: Mapping[Path, Path], method: dict[str, Any], **output: Any
+) -> MergeSpec:
+    """A merge of adapters, each measured on its rows."""
+    models = [model_spec(adapter, rows) for adapter, rows in adapters.items()]
+    spec = merge_spec(folder, models, method, **output)
+    return spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)})
+
+
+@pytest.fixture(scope="module")
+def pair(base: Path) -> dict[Path, Path]:
+    """Two adapters with their rows, and beside them, as `whole-…`, the checkpoints that PEFT makes of them."""
+    found = {}
+    for seed, labels in enumerate((2, 3)):
+        folder = tiny_adapter(base.parent / f"m{seed}", base, labels=labels, seed=seed, target_modules="all-linear")
+        whole(base, folder, labels).save_pretrained(base.parent / f"whole-m{seed}" / f"m{seed}")
+        TINY_BERT.tokenizer().save_pretrained(base.parent / f"whole-m{seed}" / f"m{seed}")
+        found[folder] = write_rows(base.parent / f"m{seed}.jsonl", labels=labels, seed=seed)
+    return found
+
+
+def test_the_artifact_of_one_adapter_is_the_model_that_peft_merges(
+    base: Path, pair: dict[Path, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    [(adapter, rows), *_] = pair.items()
+    Engine().merge(adapters_spec(tmp_path / "out", base, {adapter: rows}, {"name": "average"}), silent)
+    folder = tmp_path / "out" / "models" / "m0"
+    found = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(logits(found), logits(whole(base, adapter, 2)), rtol=0, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(TINY_BERT.tokenizer())
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+
+
+@pytest.mark.parametrize("name", ["average", "task_arithmetic"])
+def test_merges_of_adapters_follow_the_formula(base: Path, pair: dict[Path, Path], tmp_path: Path, name: str) -> None:
+    Engine().merge(adapters_spec(tmp_path / "out", base, pair, {"name": name}), silent)
+    found = read_model(tmp_path / "out" / "models" / "m0")
+    origin = {name: tensor.double() for name, tensor in read_model(base).items()}
+    deltas = []
+    for adapter in pair:
+        stored = {name: tensor.double() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+        modules = {name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")}
+        deltas.append(
+            {
+                module.removeprefix("base_model.model.bert."): 1.5
+                * stored[f"{module}.lora_B.weight"]
+                @ stored[f"{module}.lora_A.weight"]
+                for module in modules
+            }
+        )
+    for tensor_name, tensor in origin.items():
+        module = tensor_name.removesuffix(".weight")
+        total = sum((delta[module] for delta in deltas if module in delta), torch.zeros_like(tensor))
+        expected = tensor + (total / 2 if name == "average" else 0.4 * total)
+        torch.testing.assert_close(found[f"bert.{tensor_name}"].double(), expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "ties"])
+def test_adapters_merge_as_the_checkpoints_do_that_peft_makes_of_them(
+    base: Path, pair: dict[Path, Path], tmp_path: Path, method: str
+) -> None:
+    found, expected = tmp_path / "adapters", tmp_path / "whole"
+    recipe = {"name": method}
+    Engine().merge(adapters_spec(found, base, pair, recipe, align_heads=True), silent)
+    checkpoints = {path.parent / f"whole-{path.name}" / path.name: rows for path, rows in pair.items()}
+    Engine().merge(adapters_spec(expected, base, checkpoints, recipe, align_heads=True), silent)
+    for model in ("m0", "m1"):
+        ours, theirs = read_model(found / "models" / model), read_model(expected / "models" / model)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_compares_with_the_adapted_model(base: Path, pair: dict[Path, Path], tmp_path: Path) -> None:
+    spec = adapters_spec(tmp_path / "out", base, pair, {"name": "average"})
+    rows = {adapter.name: rows for adapter, rows in pair.items()}
+    models = []
+    for model in spec.models:
+        evaluation = {"source": "rows", "path": rows[model.name], "label": "label", "metric": "accuracy"}
+        models.append(type(model).model_validate({**model.model_dump(), "evaluation": evaluation}))
+    result = Engine().merge(spec.model_copy(update={"models": models, "evaluate": True}), silent)
+    assert result.metrics is not None
+    for adapter, labels in zip(pair, (2, 3), strict=True):
+        lines = [json.loads(line) for line in rows[adapter.name].read_text().splitlines()]
+        inputs = TINY_BERT.tokenizer()([line["text"] for line in lines], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            predicted = whole(base, adapter, labels)(**inputs).logits.argmax(-1)
+        right = [int(p) == line["label"] for p, line in zip(predicted, lines, strict=True)]
+        assert result.metrics[adapter.name].expert == pytest.approx(sum(right) / len(right))
+
+
+def test_the_digest_is_of_adapter_and_base(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    other = tiny_checkpoint(tmp_path / "other", seed=7)
+    adapter = tiny_adapter(tmp_path / "a", base)
+    before = digest_checkpoint(adapted(adapter, base))
+    assert before == digest_checkpoint(adapted(adapter, base))
+    assert before != digest_checkpoint(adapted(adapter, other))
+    edit_adapter(adapter, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+    assert before != digest_checkpoint(adapted(adapter, base))

@@ -1,0 +1,626 @@
+"""Methods without data, each against its formula, written down densely in float64, over blocks of a few rows."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+
+from app.contracts.requests import MergeRequest
+from tests.tiny import merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
+from worker.engine.catalog.families import Slot
+from worker.engine.catalog.families.bert import BERT
+from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.spec import CheckpointSpec
+from worker.engine.catalog.values import Place
+from worker.engine.methods import BUILDERS, MeasuredModel
+from worker.engine.pipeline import Engine
+
+Array = NDArray[np.float64]
+Dense = Callable[[Array, Sequence[Array], Sequence[float]], Array]
+"""Of the base, the versions and the models' weights."""
+
+SHAPES: Mapping[str, tuple[int, ...]] = {
+    "matrix": (40, 24),
+    "embedding": (300, 8),
+    "one row": (1, 30),
+    "vector": (700,),
+    "convolution": (12, 5, 3),
+    "two elements": (2,),
+    "one element": (1, 1),
+    "scalar": (),
+}
+LAMBDAS = (1.0, 2.5, 0.5)
+WHOLE = 10**6  # elements of a block: every tensor is one
+
+
+def named(name: str = "bert.encoder.layer.0.intermediate.dense.weight") -> Slot:
+    slot = BERT.slot(name)
+    assert slot is not None
+    return slot
+
+
+def tensors_of(
+    shape: Sequence[int], models: int = 3, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor]]:
+    """A base, and models that have drifted from it, in part alike."""
+    rng = torch.Generator().manual_seed(7)
+    base, common = (torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(2))
+    steps = [torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(models)]
+    return base.to(dtype), [(base + 0.2 * common + 0.3 * step).to(dtype) for step in steps]
+
+
+def merge(
+    method: str,
+    versions: Sequence[Tensor],
+    base: Tensor | None,
+    weights: Sequence[float] | None = None,
+    slot: Slot | None = None,
+    depth: float = 0.0,
+    block_elements: int = 64,
+    **parameters: Any,
+) -> Tensor:
+    models = [MeasuredModel(weight) for weight in weights or [1.0] * len(versions)]
+    merger = BUILDERS[method](METHODS[method].parameters(name=method, **parameters), models)
+    slot = slot or named()
+    return merged_of(merger, slot, versions, base, place=Place(slot.name, depth), block_elements=block_elements)
+
+
+def float64(tensor: Tensor) -> Array:
+    return tensor.double().numpy()
+
+
+def assert_dense(
+    method: str, dense: Dense, weights: Sequence[float], tolerance: float = 2e-6, base: bool = True, **parameters: Any
+) -> None:
+    """In blocks of a few rows and in one, float32 and float64."""
+    for name, shape in SHAPES.items():
+        for dtype, within in ((torch.float32, tolerance), (torch.float64, 1e-11)):
+            origin, versions = tensors_of(shape, len(weights), dtype)
+            expected = dense(float64(origin), [float64(v) for v in versions], weights)
+            for block_elements in (64, WHOLE):
+                how: dict[str, Any] = {"block_elements": block_elements, **parameters}
+                found = merge(method, versions, origin if base else None, weights, **how)
+                assert (found.dtype, found.shape) == (dtype, torch.Size(shape))
+                np.testing.assert_allclose(float64(found), expected, rtol=0, atol=within, err_msg=f"{name} {dtype}")
+
+
+# --- sums --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_linear_is_a_weighted_sum(normalize: bool) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        total = sum(w * v for w, v in zip(weights, versions, strict=True))
+        return np.asarray(total / sum(weights) if normalize else total)
+
+    assert_dense("linear", dense, LAMBDAS, 5e-6, base=False, normalize=normalize)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_task_arithmetic_is_a_weighted_sum_of_differences(normalize: bool) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        total = sum(w * (v - base) for w, v in zip(weights, versions, strict=True))
+        return np.asarray(base + (total / sum(weights) if normalize else total))
+
+    assert_dense("task_arithmetic", dense, LAMBDAS, normalize=normalize)
+
+
+# --- election ----------------------------------------------------------------------------------------
+
+
+def elected(
+    deltas: Sequence[Array], weights: Sequence[float], normalize: bool, votes: Sequence[float] | None = None
+) -> Array:
+    """Element by element."""
+    merged = np.zeros(deltas[0].shape)
+    for place in np.ndindex(merged.shape):
+        column = [float(delta[place]) for delta in deltas]
+        total = sum(v * d for v, d in zip(votes or weights, column, strict=True))
+        agreeing = [(w, d) for w, d in zip(weights, column, strict=True) if d * total > 0]
+        if agreeing:
+            merged[place] = sum(w * d for w, d in agreeing) / (sum(w for w, _ in agreeing) if normalize else 1)
+    return merged
+
+
+def by_rank(delta: Array, first: int, last: int) -> Array:
+    """What has the ranks `first` to `last` by magnitude, 1 the largest, and all of the same magnitude as these."""
+    ordered = np.sort(abs(delta).ravel())[::-1]
+    return np.where((abs(delta) <= ordered[first - 1]) & (abs(delta) >= ordered[last - 1]), delta, 0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 1.0])
+def test_ties_keeps_the_largest_elects_and_merges(density: float, normalize: bool) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        trimmed = [by_rank(v - base, 1, max(1, round(density * base.size))) for v in versions]
+        return base + elected(trimmed, weights, normalize)
+
+    assert_dense("ties", dense, LAMBDAS, density=density, normalize=normalize)
+
+
+@pytest.mark.parametrize("elects", [True, False])
+@pytest.mark.parametrize(("density", "gamma"), [(0.15, 0.01), (0.5, 0.2), (0.9, 0.5), (1.0, 0.3), (0.01, 0.0)])
+def test_breadcrumbs_drops_outliers_and_small_changes(density: float, gamma: float, elects: bool) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        kept = max(1, round(density * base.size))
+        outliers = min(round(gamma * base.size), base.size - kept)
+        masked = [by_rank(v - base, outliers + 1, outliers + kept) for v in versions]
+        if elects:
+            return base + elected(masked, weights, True)
+        return np.asarray(base + sum(w * t for w, t in zip(weights, masked, strict=True)))
+
+    method = "breadcrumbs_ties" if elects else "breadcrumbs"
+    assert_dense(method, dense, LAMBDAS, density=density, gamma=gamma)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_sce_selects_weighs_and_erases(share: float) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        deltas = np.stack([v - base for v in versions])
+        variance = deltas.var(0)
+        least = np.sort(variance.ravel())[-max(1, round(share * base.size))]
+        deltas = np.where(variance >= least, deltas, 0)
+        energy = (deltas**2).reshape(len(deltas), -1).sum(1)
+        return base + elected(list(deltas), (energy / energy.sum()).tolist(), True, [1.0] * len(deltas))
+
+    assert_dense("sce", dense, (1.0, 1.0, 1.0), select_topk=share)
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties", "sce"])
+def test_where_no_sign_wins_the_base_stays(method: str) -> None:
+    base, versions = torch.tensor([2.0, 2.0]), [torch.tensor([3.0, 2.5]), torch.tensor([1.0, 1.5])]
+    assert torch.equal(merge(method, versions, base, **ALL_KEPT[method]), base)
+
+
+def test_equal_magnitudes_stay_or_go_together() -> None:
+    base, version = torch.zeros(6), torch.tensor([1.0, -1.0, 1.0, 0.5, -3.0, 0.0])
+    assert merge("ties", [version], base, density=1 / 3).tolist() == [1.0, -1.0, 1.0, 0.0, -3.0, 0.0]
+    found = merge("breadcrumbs", [version], base, density=1 / 6, gamma=1 / 6)
+    assert found.tolist() == [1.0, -1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+# --- angles ------------------------------------------------------------------------------------------
+
+
+def slerp(first: Array, second: Array, t: float) -> Array:
+    """By the rotation of one direction towards the other, the length of each vector kept apart."""
+    a, b = first.ravel(), second.ravel()
+    lengths = np.linalg.norm(a), np.linalg.norm(b)
+    if not min(lengths):
+        return (1 - t) * first + t * second
+    cosine = np.clip(a @ b / lengths[0] / lengths[1], -1, 1)
+    angle = math.acos(cosine)
+    if math.sin(angle) < 1e-4:
+        return (1 - t) * first + t * second
+    return np.asarray((math.sin((1 - t) * angle) * first + math.sin(t * angle) * second) / math.sin(angle))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_slerp_goes_along_the_arc(t: float) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        return slerp(versions[0], versions[1], t)
+
+    assert_dense("slerp", dense, (1.0, 1.0), base=False, t=t)
+
+
+def test_slerp_turns_at_an_even_pace() -> None:
+    """What the formula is for: unit vectors stay unit vectors, and the angle grows as t does."""
+    first, second = torch.zeros(100, 2), torch.zeros(100, 2)
+    first[0, 0], second[0, 0], second[99, 1] = 1, math.cos(2), math.sin(2)
+    for t in (0.1, 0.5, 0.75):
+        found = merge("slerp", [first, second], None, t=t)
+        assert float(found.norm()) == pytest.approx(1, abs=1e-6)
+        assert math.acos(float((found * first).sum())) == pytest.approx(2 * t, abs=1e-6)
+
+
+@pytest.mark.parametrize("based", [True, False])
+@pytest.mark.parametrize("vectors", ["tensor", "rows", "columns"])
+def test_nuslerp_goes_by_weights(vectors: str, based: bool) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        start = base if based else np.zeros_like(base)
+        first, second = (v - start for v in versions)
+        t = weights[1] / sum(weights)
+        if base.ndim < 2 or vectors == "tensor":
+            return start + slerp(first, second, t)
+        pair = [m.reshape(len(m), -1) for m in (first, second)]
+        if vectors == "columns":
+            pair = [m.T for m in pair]
+        merged = np.stack([slerp(a, b, t) for a, b in zip(*pair, strict=True)])
+        return start + (merged.T if vectors == "columns" else merged).reshape(base.shape)
+
+    assert_dense("nuslerp", dense, (1.0, 2.5), base=based, vectors=vectors)
+
+
+def model_stock(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+    deltas = [(v - base).ravel() for v in versions]
+    pairs = [a @ b / float(np.linalg.norm(a) * np.linalg.norm(b) or 1) for a, b in combinations(deltas, 2)]
+    cosine, count = max(0.0, float(np.mean(pairs))), len(versions)
+    t = count * cosine / (1 + (count - 1) * cosine)
+    return np.asarray(t * np.mean(versions, axis=0) + (1 - t) * base)
+
+
+@pytest.mark.parametrize("models", [2, 3, 5])
+def test_model_stock_goes_as_far_as_the_models_agree(models: int) -> None:
+    assert_dense("model_stock", model_stock, [1.0] * models)
+
+
+@pytest.mark.parametrize("models", [2, 3])
+def test_model_stock_of_every_slice_by_itself(models: int) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        if base.ndim < 2:
+            return model_stock(base, versions, weights)
+        return np.stack([model_stock(row, [v[i] for v in versions], weights) for i, row in enumerate(base)])
+
+    assert_dense("model_stock", dense, [1.0] * models, filter_wise=True)
+
+
+def test_model_stock_of_orthogonal_or_opposite_models_is_the_base() -> None:
+    base, step = tensors_of((40, 24), 1)[0], torch.zeros(40, 24)
+    step[3, 5] = 1
+    for other in (step.flip(0), -step, torch.zeros_like(step)):
+        assert torch.equal(merge("model_stock", [base + step, base + other], base), base)
+
+
+def karcher(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+    """By steps in the space of the tensors themselves, until the directions balance."""
+    flat = [v.ravel() for v in versions]
+    lengths = [np.linalg.norm(v) for v in flat]
+    units = [v / n for v, n in zip(flat, lengths, strict=True)]
+    shares = np.array(weights) / sum(weights)
+    mean = sum(w * u for w, u in zip(shares, units, strict=True))
+    if np.linalg.norm(mean) < 1e-6:
+        return np.asarray(sum(w * v for w, v in zip(shares, versions, strict=True)))
+    mean = mean / np.linalg.norm(mean)
+    for _ in range(300):
+        step = np.zeros_like(mean)
+        for share, unit in zip(shares, units, strict=True):
+            across = unit - (unit @ mean) * mean
+            if np.linalg.norm(across) > 1e-12:
+                angle = math.atan2(np.linalg.norm(across), unit @ mean)
+                step += share * angle * across / np.linalg.norm(across)
+        size = np.linalg.norm(step)
+        if size < 1e-14:
+            break
+        mean = math.cos(size) * mean + math.sin(size) * step / size
+    return np.asarray((shares @ np.array(lengths)) * mean).reshape(base.shape)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.5), (1.0, 1.0, 1.0), (1.0, 2.5, 0.5, 1.0)])
+def test_karcher_is_the_mean_on_the_sphere(weights: Sequence[float]) -> None:
+    assert_dense("karcher", karcher, weights, base=False, tol=1e-14)
+
+
+def test_karcher_stops_where_it_is_told() -> None:
+    _, versions = tensors_of((40, 24), 4)
+    far = [versions[0], -0.8 * versions[0] + versions[1], *versions[2:]]
+    exact = merge("karcher", far, None)
+    one, rough = merge("karcher", far, None, max_iter=1), merge("karcher", far, None, tol=0.5)
+    assert 1e-4 < float((one - exact).abs().max()) < 0.5
+    assert 1e-4 < float((rough - exact).abs().max()) < 0.5
+
+
+def test_karcher_of_two_is_slerp_of_their_directions() -> None:
+    _, [first, second] = tensors_of((40, 24), 2, torch.float64)
+    second *= first.norm() / second.norm()
+    found = merge("karcher", [first, second], None, [3.0, 1.0])
+    torch.testing.assert_close(found, merge("slerp", [first, second], None, t=0.25), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp", "karcher"])
+def test_without_an_arc_it_is_the_straight_line(method: str) -> None:
+    _, [one] = tensors_of((40, 24), 1)
+    zero = torch.zeros_like(one)
+    for first, second in ((one, zero), (zero, one), (zero, zero), (one, -one), (one, 3 * one)):
+        torch.testing.assert_close(merge(method, [first, second], None), (first + second) / 2, rtol=0, atol=1e-6)
+
+
+def test_a_zero_vector_has_a_say_in_the_length_alone() -> None:
+    _, [first, second] = tensors_of((40, 24), 2)
+    with_zero = merge("karcher", [first, second, torch.zeros_like(first)], None)
+    torch.testing.assert_close(with_zero, merge("karcher", [first, second], None) * 2 / 3, rtol=0, atol=1e-6)
+
+
+# --- dropping at random ------------------------------------------------------------------------------
+
+DROPPING = ("dare_linear", "dare_ties", "della", "della_linear")
+
+
+def factors(method: str, shape: Sequence[int], model: int = 0, models: int = 1, **how: Any) -> Array:
+    """What each element of a model's task vector is multiplied with."""
+    versions, weights = [torch.ones(tuple(shape))] * models, [float(index == model) for index in range(models)]
+    return float64(merge(method, versions, torch.zeros(tuple(shape)), weights, **how))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.9, 0.5, 0.1, 0.001])
+def test_dare_keeps_a_share_and_makes_up_for_the_rest(density: float) -> None:
+    found = factors("dare_linear", (1000, 200), density=density, block_elements=1 << 16)
+    kept = found > 0
+    np.testing.assert_allclose(found[kept], 1 / density, rtol=1e-6)
+    deviation = math.sqrt(density * (1 - density) / found.size)
+    assert abs(kept.mean() - density) <= 4 * deviation
+    assert abs((kept[1:] & kept[:-1]).mean() - density**2) <= 5 * deviation + 1e-12, "neighbours are independent"
+
+
+def test_what_is_dropped_depends_on_seed_model_and_tensor_alone() -> None:
+    shape = (40, 24)
+    other = named("bert.encoder.layer.1.intermediate.dense.weight")
+    for method in DROPPING:
+        found = factors(method, shape, models=2)
+        assert np.array_equal(found, factors(method, shape, models=2)), method
+        assert np.array_equal(found > 0, factors(method, shape, models=3) > 0), method
+        for changed in (
+            factors(method, shape, models=2, seed=1),
+            factors(method, shape, model=1, models=2),
+            factors(method, shape, models=2, slot=other),
+        ):
+            agree = ((found > 0) == (changed > 0)).mean()
+            assert 0.4 < agree < 0.6, method
+        rows = (found > 0).reshape(20, -1)
+        assert len({row.tobytes() for row in rows}) == len(rows), "every block has random numbers of its own"
+
+
+@pytest.mark.parametrize("method", DROPPING)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_was_not_dropped_is_summed_or_elected(method: str, normalize: bool) -> None:
+    base, versions = tensors_of((40, 24))
+    alone = [
+        float64(merge(method, versions, base, [float(j == k) for k in range(3)], normalize=False) - base)
+        for j in range(3)
+    ]
+    found = merge(method, versions, base, LAMBDAS, normalize=normalize)
+    if method in ("dare_ties", "della"):
+        expected = elected(alone, LAMBDAS, normalize)
+    else:
+        expected = np.asarray(sum(w * t for w, t in zip(LAMBDAS, alone, strict=True)))
+        expected = expected / sum(LAMBDAS) if normalize else expected
+    np.testing.assert_allclose(float64(found), float64(base) + expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.3, 0.0), (0.2, 0.5), (0.9, 0.2), (1.0, 0.3)])
+def test_della_keeps_the_larger_rather(density: float, epsilon: float) -> None:
+    rng = np.random.default_rng(0)
+    rows, count = 3000, 9
+    delta = rng.permuted(np.tile(np.arange(1, count + 1) * np.array([1, -1] * 4 + [1]), (rows, 1)), axis=1)
+    delta = (delta * rng.uniform(0.1, 10, (rows, 1))).astype(np.float32)
+    found = float64(
+        merge(
+            "della_linear",
+            [torch.from_numpy(delta)],
+            torch.zeros(rows, count),
+            block_elements=1 << 16,
+            density=density,
+            epsilon=epsilon,
+        )
+    )
+    spread = min(epsilon, density, 1 - density)
+    rank = abs(delta).argsort(1).argsort(1)
+    probability = density - spread + 2 * spread * rank / (count - 1)
+    kept = found != 0
+    np.testing.assert_allclose(found[kept], (delta / np.where(kept, probability, 1))[kept], rtol=1e-5)
+    for place in range(count):
+        expected = probability[rank == place][0]
+        assert abs(kept[rank == place].mean() - expected) <= 4 * math.sqrt(expected * (1 - expected) / rows) + 1e-12
+
+
+def test_della_ranks_equal_magnitudes_by_place() -> None:
+    found = factors("della_linear", (2000, 2), density=0.5, epsilon=0.5, block_elements=1 << 16)
+    assert not found[:, 0].any()
+    assert (found[:, 1] == 1).all()
+
+
+def test_a_row_of_one_element_is_kept_as_the_density_says() -> None:
+    for shape in ((), (1,), (2000, 1)):
+        found = factors("della_linear", shape, density=0.25, epsilon=0.2, block_elements=1 << 16)
+        assert set(np.unique(found)) <= {0.0, 4.0}
+
+
+# --- all of them -------------------------------------------------------------------------------------
+
+BASED = ("task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", *DROPPING)
+UNBASED = ("linear", "slerp", "nuslerp", "karcher")
+EVERY = (*BASED, *UNBASED)
+ALL_KEPT: Mapping[str, dict[str, Any]] = {
+    name: {"density": 1.0} if "density" in METHODS[name].parameters.model_fields else {} for name in EVERY
+}
+
+
+def test_every_method_without_data_is_here() -> None:
+    without = {name for name, entry in METHODS.items() if "dataset" not in entry.needs}
+    assert {*EVERY, "average"} == without
+
+
+def models_of(method: str) -> int:
+    """How many to merge, where the number does not matter."""
+    return METHODS[method].models[1] or 3
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_equal_models_merge_into_themselves(method: str, shape: Sequence[int]) -> None:
+    base, [version] = tensors_of(shape, 1)
+    found = merge(method, [version] * models_of(method), base, **_as_a_mean(method))
+    exact = method in (*UNBASED, "model_stock") and method != "nuslerp"  # which here adds to the base
+    torch.testing.assert_close(found, version, rtol=0, atol=0 if exact else 5e-7)
+
+
+def _as_a_mean(method: str) -> dict[str, Any]:
+    normalize = {"normalize": True} if "normalize" in METHODS[method].parameters.model_fields else {}
+    return {**normalize, **ALL_KEPT[method]}
+
+
+def test_equal_models_merge_into_themselves_without_a_base() -> None:
+    for shape in SHAPES.values():
+        _, [version] = tensors_of(shape, 1)
+        for method in UNBASED:
+            assert torch.equal(merge(method, [version] * 2, None), version)
+
+
+@pytest.mark.parametrize("method", [name for name in EVERY if METHODS[name].models[0] == 1])
+def test_one_model_is_its_own_merge(method: str) -> None:
+    for shape in SHAPES.values():
+        base, versions = tensors_of(shape, 1)
+        found = merge(method, versions, base, **ALL_KEPT[method])
+        torch.testing.assert_close(found, versions[0], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("method", BASED)
+def test_task_vectors_of_zero_leave_the_base(method: str) -> None:
+    for shape in SHAPES.values():
+        base, _ = tensors_of(shape)
+        assert torch.equal(merge(method, [base] * 3, base), base)
+
+
+@pytest.mark.parametrize("method", [name for name in EVERY if name not in DROPPING])
+def test_blocks_change_nothing(method: str) -> None:
+    """Thresholds are exact; sums differ by their rounding."""
+    for shape in SHAPES.values():
+        base, versions = tensors_of(shape, models_of(method))
+        parts, whole = (merge(method, versions, base, block_elements=n) for n in (64, WHOLE))
+        summed = method in ("slerp", "nuslerp", "karcher", "model_stock", "sce")
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6 if summed else 0)
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_sight(method: str, bad: float) -> None:
+    """The merge is refused for it, so no method may hide it."""
+    for shape in ((40, 24), ()):
+        base, versions = tensors_of(shape, models_of(method))
+        versions[1].view(-1)[-1] = bad
+        assert not torch.isfinite(merge(method, versions, base)).all()
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_inputs_are_left_as_they_were(method: str) -> None:
+    base, versions = tensors_of((8, 8), models_of(method))
+    before = [base.clone(), *(v.clone() for v in versions)]
+    merge(method, versions, base)
+    assert all(torch.equal(a, b) for a, b in zip(before, [base, *versions], strict=True))
+
+
+@pytest.mark.parametrize("method", [name for name in EVERY if name not in ("slerp", "nuslerp", *DROPPING)])
+def test_the_order_of_the_models_does_not_matter(method: str) -> None:
+    base, versions = tensors_of((40, 24))
+    weights = LAMBDAS if METHODS[method].parameters(name=method).weighs_models else (1.0, 1.0, 1.0)
+    found, turned = merge(method, versions, base, weights), merge(method, versions[::-1], base, weights[::-1])
+    torch.testing.assert_close(found, turned, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "low", "high"),
+    [
+        ("slerp", "t", 0.1, 0.9),
+        ("ties", "density", 0.1, 0.9),
+        ("breadcrumbs", "density", 0.1, 0.5),
+        ("breadcrumbs", "gamma", 0.0, 0.4),
+        ("dare_linear", "density", 0.1, 0.9),
+        ("della", "density", 0.3, 0.6),
+        ("della", "epsilon", 0.0, 0.3),
+        ("sce", "select_topk", 0.1, 0.9),
+    ],
+)
+def test_a_parameter_may_differ_between_tensors(method: str, parameter: str, low: float, high: float) -> None:
+    base, versions = tensors_of((40, 24), models_of(method))
+
+    def merged(value: Any, depth: float = 0.0) -> Tensor:
+        parameters: dict[str, Any] = {parameter: value}
+        return merge(method, versions, base, depth=depth, **parameters)
+
+    middle = merged((low + high) / 2)
+    assert torch.equal(merged([low, high], depth=0.5), middle)
+    elsewhere = {"filter": "*.value.*", "value": low}
+    assert torch.equal(merged([elsewhere, {"filter": "*.intermediate.*", "value": (low + high) / 2}]), middle)
+    assert torch.equal(merged([elsewhere]), merge(method, versions, base))
+    assert not torch.equal(merged(low), middle)
+
+
+@pytest.fixture(scope="module")
+def drifted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A base and two models."""
+    root = tmp_path_factory.mktemp("drifted")
+    return tiny_base(root / "base"), [tiny_checkpoint(root / f"m{seed}", seed=seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_threads_change_no_bit(method: str, drifted: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, checkpoints = drifted
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            models = [model_spec(checkpoint) for checkpoint in checkpoints]
+            spec = merge_spec(tmp_path / str(threads), models, METHODS[method].parameters(name=method).model_dump())
+            origin = CheckpointSpec(source="local:base", path=base)
+            Engine(torch.device("cpu")).merge(spec.model_copy(update={"base": origin}), silent)
+            found.append(read_model(spec.folder / "models" / "m0"))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def requested(method: str, weights: Sequence[float], base: str | None = "local:base") -> MergeRequest:
+    models = [
+        {"name": f"m{index}", "checkpoint": f"local:m{index}", "weight": weight} for index, weight in enumerate(weights)
+    ]
+    return MergeRequest.model_validate({"method": {"name": method}, "models": models, "base": base})
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "why"),
+    [
+        ("slerp", (1, 1, 1), "exactly 2 models; 3 take part"),
+        ("slerp", (1, 0), "exactly 2 models; 1 take part"),
+        ("nuslerp", (1,), "exactly 2 models; 1 take part"),
+        ("model_stock", (1, 0, 0), "at least 2 models; 1 take part"),
+        ("slerp", (1, 2), "weights"),
+        ("model_stock", (1, 2), "weights"),
+        ("sce", (1, 2), "weights"),
+    ],
+)
+def test_models_that_do_not_suit_the_method_are_refused(method: str, weights: Sequence[float], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        requested(method, weights)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_base_is_asked_for_where_it_is_needed(method: str) -> None:
+    weights = [1.0] * models_of(method)
+    assert requested(method, weights).method.name == method
+    assert METHODS[method].parameters(name=method).needs_base is (method in BASED)
+    assert ("base" in METHODS[method].needs) is (method in BASED)
+    if method in BASED:
+        with pytest.raises(ValidationError, match="name it as base"):
+            requested(method, weights, base=None)
+    else:
+        assert requested(method, weights, base=None).base is None
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("slerp", {"t": 1.5}),
+        ("ties", {"density": 0}),
+        ("breadcrumbs", {"gamma": 1}),
+        ("della", {"epsilon": 0.6}),
+        ("dare_ties", {"density": [0.5, 2]}),
+        ("sce", {"select_topk": 0}),
+        ("karcher", {"max_iter": 0}),
+        ("karcher", {"tol": 0}),
+        ("dare_linear", {"seed": -1}),
+    ],
+)
+def test_parameters_out_of_bounds_are_refused(method: str, parameters: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(parameters))):
+        METHODS[method].parameters(name=method, **parameters)

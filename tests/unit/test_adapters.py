@@ -1,0 +1,259 @@
+"""Reading adapters: what their headers say, and how every bad one is refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
+from tests.tiny_adapters import edit_adapter, tiny_adapter
+from tests.tiny_families import TINY_BERT, TINY_FAMILIES
+from worker.engine.catalog.adapters import inspect_model
+from worker.engine.catalog.errors import EngineError, InvalidCheckpoint
+from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
+from worker.engine.catalog.labels import task_of
+
+SOURCE = "local:adapter"
+MODULE = "base_model.model.bert.encoder.layer.0.attention.self.query"
+WORDS = "base_model.model.bert.embeddings.word_embeddings"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, and `adapter` for two labels."""
+    root = tmp_path_factory.mktemp("saved")
+    tiny_adapter(root / "adapter", tiny_base(root / "base"))
+    return root
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
+
+
+@pytest.fixture
+def base(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "base", tmp_path / "base"))
+
+
+def inspect(adapter: Path, base: Path) -> CheckpointInfo:
+    return inspect_model(adapter, SOURCE, None, inspect_checkpoint(base, "local:base"))
+
+
+def refusal(adapter: Path, base: Path) -> EngineError:
+    with pytest.raises(EngineError) as refused:
+        inspect(adapter, base)
+    return refused.value
+
+
+def test_an_adapter_is_the_checkpoint_that_it_makes_of_its_base(adapter: Path, base: Path) -> None:
+    info = inspect(adapter, base)
+    assert (info.source, info.architecture) == (SOURCE, "BertForSequenceClassification")
+    assert info.config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    query = info.tensors["bert.encoder.layer.0.attention.self.query.weight"]
+    assert (query.path.parent, query.shape, query.dtype) == (base, (16, 16), "F32")
+    assert query.delta is not None
+    assert (query.delta.a.path.parent, query.delta.scaling, query.delta.transposed) == (adapter, 1.5, False)
+    assert query.nbytes == 4 * (16 * 16 + 2 * 4 * 16)
+    key = info.tensors["bert.encoder.layer.0.attention.self.key.weight"]
+    assert key.delta is None
+    head = info.tensors["classifier.weight"]
+    assert (head.path.parent, head.shape) == (adapter, (2, 16))
+
+
+def test_tokenizer_and_labels_are_the_adapter_s_or_else_the_base_s(adapter: Path, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "classifier", names=["bad", "good"])
+    assert inspect(adapter, base).tokenizer_path == adapter
+    assert task_of(inspect(adapter, base)).label_ids == {"bad": 0, "good": 1}
+    edit_json(base / "config.json", problem_type="single_label_classification")
+    shutil.copy(base / "config.json", adapter / "config.json")
+    edit_json(adapter / "config.json", id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
+    assert task_of(inspect(adapter, base)).label_ids == {"no": 0, "yes": 1}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).unlink()
+    info = inspect(adapter, base)
+    assert (info.tokenizer_path, info.vocabulary) == (base, inspect_checkpoint(base, "").vocabulary)
+
+
+def test_another_number_of_labels_has_other_names(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", names=["bad", "good"], problem_type="single_label_classification")
+    adapter = tiny_adapter(tmp_path / "adapter", base, labels=1)
+    assert task_of(inspect(adapter, base)).problem == "regression"
+
+
+def test_the_state_changes_with_the_adapter_s_files(adapter: Path, base: Path) -> None:
+    before = checkpoint_state(inspect(adapter, base))
+    edit_json(adapter / "adapter_config.json", lora_alpha=7)
+    assert checkpoint_state(inspect(adapter, base)) != before
+
+
+def test_patterns_match_the_ends_of_names_as_in_peft(adapter: Path, base: Path) -> None:
+    patterns = {r"^bert\.encoder\.layer\.1\..*query": 8, "query": 4, "alu": 12}
+    edit_json(adapter / "adapter_config.json", alpha_pattern=patterns)
+    tensors = inspect(adapter, base).tensors
+
+    def scaling(layer: int, module: str) -> float:
+        delta = tensors[f"bert.encoder.layer.{layer}.attention.self.{module}.weight"].delta
+        assert delta is not None
+        return delta.scaling
+
+    assert [scaling(0, "query"), scaling(1, "query"), scaling(0, "value")] == [1, 2, 1.5]
+
+
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    return lambda folder: edit_adapter(
+        folder, lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    )
+
+
+def added(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
+    return lambda folder: edit_adapter(folder, lambda tensors: {**tensors, name: torch.zeros(shape, dtype=dtype)})
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "adapter_config.json", **changes)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def without_b(folder: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[f"{MODULE}.lora_B.weight"]
+
+    edit_adapter(folder, edit)
+
+
+# What is done to a good adapter, and what the refusal must say.
+REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "another kind of adapter": (configured(peft_type="LOHA"), ["peft_type LOHA", "only LORA"]),
+    "no kind": (configured(peft_type=None), ["peft_type None"]),
+    "DoRA": (configured(use_dora=True), ["use_dora", "merge_and_unload"]),
+    "DoRA's tensors": (added(f"{MODULE}.lora_magnitude_vector.weight", 16), ["lora_magnitude_vector", "no plain LoRA"]),
+    "parameters as targets": (configured(target_parameters=["experts"]), ["target_parameters"]),
+    "layers that are repeated": (configured(layer_replication=[[0, 1]]), ["layer_replication"]),
+    "what is not known": (configured(use_something_new=True), ["use_something_new", "merge_and_unload"]),
+    "a base that was changed": (configured(init_lora_weights="pissa_niter_4"), ["pissa_niter_4", "path_initial_model"]),
+    "LoftQ": (configured(init_lora_weights="loftq"), ["loftq"]),
+    "no rank": (configured(r=None), ["adapter_config.json: r"]),
+    "a rank of another size": (configured(r=8), [f"{MODULE}.lora_A.weight", "[4, 16]", "its rank is 8"]),
+    "an alpha that is none": (configured(lora_alpha="x"), ["lora_alpha"]),
+    "an infinite alpha": (configured(alpha_pattern={"query": float("inf")}), ["alpha_pattern.query"]),
+    "a malformed pattern": (configured(alpha_pattern={"(": 1}), ["pattern '('", "merge_and_unload"]),
+    "another task": (configured(task_type="TOKEN_CLS"), ["TOKEN_CLS", "SEQ_CLS"]),
+    "a pickle": (pickled, ["adapter_model.bin", "save_file"]),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), ["safetensors is missing"]),
+    "a whole model beside it": (
+        lambda folder: shutil.copy(folder / "adapter_model.safetensors", folder / "model.safetensors"),
+        ["model.safetensors are both there"],
+    ),
+    "half a pair": (without_b, ["attention.self.query", "lora_A and lora_B"]),
+    "a module that the base has not": (
+        renamed("layer.1", "layer.7"), ["layer.7.attention", "not in the base", "local:base"],
+    ),
+    "a whole tensor that the base has not": (
+        added("base_model.model.adapter.weight", 2), ["model.adapter.weight", "not in the base"],
+    ),
+    "a whole tensor of another shape": (
+        added("base_model.model.bert.pooler.dense.bias", 3), ["pooler.dense.bias", "[3], in the base [16]"],
+    ),
+    "names that are not PEFT's": (renamed("base_model.model.", ""), ["begin with base_model.model."]),
+    "integers": (added(f"{MODULE}.bias", 16, dtype=torch.int64), ["dtype I64"]),
+    "factors that do not fit": (added(f"{MODULE}.lora_B.weight", 17, 4), ["lora_B of [17, 4]", "[16, 16]"]),
+    "a convolution": (added(f"{MODULE}.lora_A.weight", 4, 16, 3), ["no matrix"]),
+    "a vector as target": (
+        lambda folder: renamed("attention.self.query", "output.LayerNorm")(folder), ["output.LayerNorm", "no matrix"],
+    ),
+    "code in a configuration": (
+        lambda folder: (folder / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Model"}}'), ["auto_map"],
+    ),
+    "a header that is cut off": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"), ["truncated"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_available_or_does_not_fit_is_refused_by_name(adapter: Path, base: Path, case: str) -> None:
+    spoil, says = REFUSED[case]
+    spoil(adapter)
+    message = refusal(adapter, base).message
+    assert SOURCE in message
+    for words in says:
+        assert words in message
+
+
+def test_without_a_base_the_refusal_names_the_one_it_was_trained_on(adapter: Path) -> None:
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/bert")
+    with pytest.raises(InvalidCheckpoint, match="adapter of org/bert; name that as base"):
+        inspect_model(adapter, SOURCE, None, None)
+
+
+def test_an_adapter_is_no_base(adapter: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match=r"is an adapter .*only the models of a merge"):
+        inspect_checkpoint(adapter, SOURCE)
+
+
+def test_an_adapter_without_a_head_needs_a_base_with_one(adapter: Path, base: Path, tmp_path: Path) -> None:
+    edit_adapter(adapter, lambda tensors: {name: t for name, t in tensors.items() if "classifier" not in name})
+    assert "neither it nor local:base has a head" in refusal(adapter, base).message
+    info = inspect(adapter, tiny_checkpoint(tmp_path / "classifier", names=["bad", "good"]))
+    assert task_of(info).label_ids == {"bad": 0, "good": 1}
+
+
+def test_a_base_of_another_task_lends_no_head(adapter: Path, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "tagger", labels=5)
+    edit_json(base / "config.json", architectures=["BertForTokenClassification"])
+    assert task_of(inspect(adapter, base)).outputs == 2
+    edit_adapter(adapter, lambda tensors: {name: t for name, t in tensors.items() if "classifier" not in name})
+    assert "has a head" in refusal(adapter, base).message
+
+
+def test_a_base_of_another_family_has_none_of_the_targets(adapter: Path, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "roberta", family=TINY_FAMILIES["roberta"])
+    assert "not in the base" in refusal(adapter, base).message
+
+
+def test_older_spellings_of_the_base_s_tensors_are_known(adapter: Path, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "old")
+    edit_tensors(
+        base, lambda tensors: {name.replace("LayerNorm.weight", "LayerNorm.gamma"): t for name, t in tensors.items()}
+    )
+    assert inspect(adapter, base).tensors["bert.encoder.layer.0.output.LayerNorm.weight"].shape == (16,)
+
+
+def test_links_out_of_the_allowed_folders_are_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.safetensors"
+    (adapter / "adapter_model.safetensors").rename(outside)
+    (adapter / "adapter_model.safetensors").symlink_to(outside)
+    with pytest.raises(InvalidCheckpoint, match="symbolic link out"):
+        inspect_model(adapter, SOURCE, adapter, inspect_checkpoint(base, "local:base"))
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_tied_matrices_of_language_models_are_not_adapted_apart(tmp_path: Path, module: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, tie_word_embeddings=True, **sizes)).save_pretrained(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"base_model.model.{module}.weight": torch.zeros(20, 8)}, adapter / "adapter_model.safetensors")
+    message = refusal(adapter, tmp_path / "base").message
+    assert module in message
+    assert "base" in message
+
+
+def test_adapters_are_read_under_the_name_of_their_class_s_prefix(adapter: Path, base: Path) -> None:
+    """The base is published without `bert.`; the adapter's names have it."""
+    assert all(name.startswith(("bert.", "classifier.")) for name in inspect(adapter, base).tensors)
+    assert not any(name.startswith("bert.") for name in inspect_checkpoint(base, "").tensors)
+    assert TINY_BERT.model_type == inspect(adapter, base).model_type

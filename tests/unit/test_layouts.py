@@ -1,0 +1,448 @@
+"""Plans for architectures without a table, and every reason to refuse one, from headers alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import Tensors, edit_json, edit_tensors, tiny_checkpoint
+from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY_MODELS, TinyModel, tiny_model
+from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.layouts import differences, layer_of, place_of, stacks_of
+from worker.engine.catalog.methods.passthrough import Slice
+from worker.engine.catalog.planning import RUNTIME_BYTES, MergePlan, plan_merge
+from worker.engine.catalog.stacking import plan_stack
+
+Spoiling = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<model_type>-0`, the ancestor, and `-1`, `-2`, fine-tuned from it."""
+    root = tmp_path_factory.mktemp("layouts")
+    for name, model in TINY_MODELS.items():
+        for seed in range(3):
+            tiny_model(root / f"{name}-{seed}", model, seed=seed)
+    return root
+
+
+@pytest.fixture
+def copied(originals: Path, tmp_path: Path) -> Callable[[TinyModel, int], Path]:
+    def copy(model: TinyModel, seed: int) -> Path:
+        name = f"{model.model_type}-{seed}"
+        return Path(shutil.copytree(originals / name, tmp_path / name))
+
+    return copy
+
+
+Copied = Callable[[TinyModel, int], Path]
+
+
+def plan(*folders: Path, base: Path | None = None, **how: Any) -> MergePlan:
+    infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
+    ancestor = inspect_checkpoint(base, f"local:{base.name}") if base else None
+    return plan_merge(infos, how.pop("dtype", "auto"), ancestor, **how)
+
+
+def config(**changes: Any) -> Spoiling:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def added(name: str, tensor: torch.Tensor) -> Spoiling:
+    return lambda folder: edit_tensors(folder, lambda tensors: {**tensors, name: tensor})
+
+
+def removed(name: str) -> Spoiling:
+    return lambda folder: edit_tensors(folder, lambda ts: {n: t for n, t in ts.items() if n != name})
+
+
+def renamed(rename: Callable[[str], str]) -> Spoiling:
+    return lambda folder: edit_tensors(folder, lambda tensors: {rename(n): t for n, t in tensors.items()})
+
+
+def with_copies(model: TinyModel) -> Spoiling:
+    def add(tensors: Tensors) -> Tensors:
+        return {**tensors, **{copy: tensors[of].clone() for copy, of in model.tied.items()}}
+
+    return lambda folder: edit_tensors(folder, add)
+
+
+@pytest.mark.parametrize("model", TINY_MODELS.values(), ids=TINY_MODELS)
+def test_every_tensor_is_merged_under_its_name_to_one_model(originals: Path, model: TinyModel) -> None:
+    folders = [originals / f"{model.model_type}-{seed}" for seed in range(3)]
+    found = plan(*folders[1:], base=folders[0])
+    names = set(inspect_checkpoint(folders[1], "x").tensors)
+    assert {tensor.slot.name for tensor in found.backbone} == names
+    assert found.family is None
+    assert found.merges_heads
+    assert [info.path for info in found.published] == [folders[1]]
+    assert not any(tensor.is_copied for tensor in found.backbone)
+    for tensor in found.backbone:
+        assert [source.path.parent for source in tensor.sources] == folders[1:]
+        assert tensor.base is not None
+        assert tensor.base.path.parent == folders[0]
+    assert found.owners() == {"rest": len(names)}
+    assert found.bytes_to_read == 3 * found.bytes_to_write
+
+
+def test_memory_of_a_merge_that_loads_no_model_is_that_of_blocks(originals: Path) -> None:
+    found = plan(originals / "llama-1", originals / "llama-2")
+    largest = 128 * 16  # the embeddings: smaller than a block
+    of_one_thread = (2 + 6) * 4 * largest
+    assert found.peak_memory_bytes(loads_models=False, threads=3) == RUNTIME_BYTES + 3 * of_one_thread
+    whole = found.peak_memory_bytes(loads_models=False, merges_rows=False, threads=3)
+    assert whole == RUNTIME_BYTES + of_one_thread
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", ("model.layers", 3, "mlp.up_proj.weight")),
+        ("h.0.attn.c_attn.bias", ("h", 0, "attn.c_attn.bias")),
+        ("encoder.block.1.layer.0.SelfAttention.q.weight", ("encoder.block", 1, "layer.0.SelfAttention.q.weight")),
+        ("bert.encoder.layer.11.output.dense.bias", ("bert.encoder.layer", 11, "output.dense.bias")),
+        ("model.layers.0.moe.experts.7.w1.weight", ("model.layers", 0, "moe.experts.7.w1.weight")),
+        ("lm_head.weight", None),
+        ("model.layers.weight", None),
+        ("classifier.0.weight", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_a_layer_is_the_first_number_of_a_list_of_layers(name: str, expected: tuple[str, int, str] | None) -> None:
+    found = layer_of(name)
+    assert (found and (found.stack, found.number, found.inner)) == expected
+
+
+def test_depth_runs_from_before_the_first_layer_to_after_the_last_of_each_list() -> None:
+    names = [
+        "model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight", "shared.weight",
+        "encoder.block.0.x.weight", "encoder.block.1.x.weight", "encoder.block.2.x.weight",
+        "decoder.block.0.x.weight", "decoder.block.1.x.weight",
+        "model.norm.weight", "transformer.ln_f.weight", "lm_head.weight", "embed_out.weight", "score.weight",
+    ]  # fmt: skip
+    stacks = stacks_of(names)
+    assert stacks == {"encoder.block": 3, "decoder.block": 2}
+    assert [place_of(name, stacks).depth for name in names] == [0, 0, 0, 0, 0, 0.5, 1, 0, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("stored", [(1,), (2,), (1, 2), (0, 1, 2), (0,)], ids=str)
+@pytest.mark.parametrize("model", [QWEN2, GPT2, T5, MASKED_BERT], ids=lambda model: model.model_type)
+def test_a_stored_copy_of_a_tied_matrix_is_the_matrix(
+    originals: Path, copied: Copied, model: TinyModel, stored: tuple[int, ...]
+) -> None:
+    folders = [copied(model, seed) for seed in range(3)]
+    expected = {t.slot.name for t in plan(*folders[1:], base=folders[0]).backbone}
+    for seed in stored:
+        with_copies(model)(folders[seed])
+    found = plan(*folders[1:], base=folders[0])
+    assert {tensor.slot.name for tensor in found.backbone} == expected
+    assert sorted((copy.path.parent.name, copy.name, of.name) for copy, of in found.tied) == sorted(
+        (folders[seed].name, copy, of) for seed in stored for copy, of in model.tied.items()
+    )
+
+
+def test_where_a_configuration_does_not_say_a_copy_that_not_all_store_is_tied(copied: Copied) -> None:
+    folders = [copied(QWEN2, seed) for seed in (1, 2)]
+    for folder in folders:
+        config(tie_word_embeddings=None)(folder)
+    with_copies(QWEN2)(folders[1])
+    assert "lm_head.weight" not in {tensor.slot.name for tensor in plan(*folders).backbone}
+    with_copies(QWEN2)(folders[0])
+    assert "lm_head.weight" in {tensor.slot.name for tensor in plan(*folders).backbone}
+
+
+def test_t5_1_1_has_two_matrices(copied: Copied) -> None:
+    folders = [copied(T5, seed) for seed in (1, 2)]
+    for folder in folders:
+        with_copies(T5)(folder)
+        config(scale_decoder_outputs=False)(folder)
+    names = {tensor.slot.name for tensor in plan(*folders).backbone}
+    assert {"shared.weight", "lm_head.weight"} <= names
+    assert not names & {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+
+
+MASK = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
+
+
+def test_buffers_are_copied_from_the_base_or_else_the_first_model_and_may_be_missing(copied: Copied) -> None:
+    folders = [copied(GPT2, seed) for seed in range(3)]
+    mask, ids, score = "transformer.h.0.attn.bias", "transformer.position_ids", "transformer.h.0.attn.masked_bias"
+    for seed in (0, 1):
+        added(mask, MASK)(folders[seed])
+        added(score, torch.tensor(-1e4))(folders[seed])
+    added(ids, torch.arange(64))(folders[1])
+    added("transformer.h.1.attn.bias", MASK.bool())(folders[2])
+    for base, owner in ((None, folders[1]), (folders[0], folders[0])):
+        found = {t.slot.name: t for t in plan(*folders[1:], base=base, dtype="bfloat16").backbone}
+        buffers = {name: tensor for name, tensor in found.items() if tensor.is_copied}
+        assert buffers.keys() == {mask, ids, score}
+        assert [len(tensor.sources) for tensor in buffers.values()] == [1, 1, 1]
+        assert buffers[mask].sources[0].path.parent == owner
+        assert [buffers[name].dtype for name in (mask, ids, score)] == ["U8", "I64", "F32"]
+        assert {tensor.dtype for tensor in found.values() if not tensor.is_copied} == {"BF16"}
+    added(mask, MASK[..., :8].contiguous())(folders[2])
+    with pytest.raises(IncompatibleCheckpoints, match=r"h\.0\.attn\.bias has shape \[1, 1, 64, 64\]"):
+        plan(*folders[1:])
+
+
+def test_names_may_lack_the_prefix_of_what_lies_under_the_head(copied: Copied) -> None:
+    first, second = copied(GPT2, 1), copied(GPT2, 2)
+    expected = [tensor.slot.name for tensor in plan(first, second).backbone]
+    renamed(lambda name: name.removeprefix("transformer."))(second)
+    for models, names in (((first, second), expected), ((second, first), [n.partition(".")[2] for n in expected])):
+        found = plan(*models)
+        assert sorted(tensor.slot.name for tensor in found.backbone) == sorted(names)
+    added("transformer.wte.weight", torch.zeros(128, 16))(second)
+    with pytest.raises(InvalidCheckpoint, match=r"local:gpt2-2: tensor transformer\.wte\.weight is there under two"):
+        plan(first, second)
+
+
+def test_the_plans_dtype_is_that_of_most_numbers(copied: Copied) -> None:
+    folder = copied(LLAMA, 1)
+    norm = "model.norm.weight"
+    edit_tensors(folder, lambda ts: {n: t.float() if n == norm else t.bfloat16() for n, t in ts.items()})
+    found = plan(folder)
+    assert found.dtype == "BF16"
+    assert {t.slot.name for t in found.backbone if t.dtype == "F32"} == {norm}
+
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "where it was": {"_name_or_path": "elsewhere", "transformers_version": "4.0.0", "unsloth_version": "1"},
+    "how it is stored": {"dtype": "bfloat16", "torch_dtype": "float16", "use_cache": False},
+    "ids of text's ends": {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 5},
+    "what training reads": {"attention_dropout": 0.5, "initializer_range": 1.0, "problem_type": "x"},
+    "length that rotary positions do not read": {"max_position_embeddings": 128},
+    "labels of a head it has not": {"id2label": {"0": "a"}, "label2id": {"a": 0}},
+    "a key that the other lacks": {"new_key": 1},
+    "rotary positions as they were written before": {
+        "rope_parameters": None, "rope_theta": 10000, "rope_scaling": None,
+    },
+    "a window that is not used": {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_changes_no_computation_may_differ(copied: Copied, case: str) -> None:
+    first, second = copied(LLAMA, 1), copied(LLAMA, 2)
+    config(use_sliding_window=False, sliding_window=4, max_window_layers=2)(first)
+    config(**HARMLESS[case])(second)
+    assert plan(first, second).backbone
+
+
+UNLIKE: dict[str, tuple[TinyModel, Spoiling, list[str]]] = {
+    "heads": (LLAMA, config(num_attention_heads=2), ["num_attention_heads", "4, 2"]),
+    "norms": (LLAMA, config(rms_norm_eps=1e-3), ["rms_norm_eps", "1e-06, 0.001"]),
+    "activation": (LLAMA, config(hidden_act="gelu"), ["hidden_act", "silu, gelu"]),
+    "rotary base": (
+        LLAMA, config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), ["rope_parameters.rope_theta"],
+    ),
+    "rotary base as it was written before": (
+        LLAMA, config(rope_parameters=None, rope_theta=5e5), ["rope_parameters.rope_theta", "10000.0, 500000.0"],
+    ),
+    "rotary scaling": (
+        LLAMA, config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2}),
+        ["rope_parameters.rope_type", "default, linear"],
+    ),
+    "tied and untied": (LLAMA, config(tie_word_embeddings=True), ["tie_word_embeddings"]),
+    "padding of a model whose positions may count from it": (MASKED_BERT, config(pad_token_id=3), ["pad_token_id"]),
+    "architecture": (GPT2, config(architectures=["GPT2DoubleHeadsModel"]), ["GPT2LMHeadModel, GPT2DoubleHeadsModel"]),
+    "kind of model": (LLAMA, config(model_type="mistral"), ["llama, mistral"]),
+    "a tensor less": (LLAMA, removed("model.norm.weight"), ["tensor model.norm.weight is missing in the second"]),
+    "a tensor more": (LLAMA, added("model.extra", torch.zeros(1)), ["tensor model.extra is in the second only"]),
+    "another shape": (
+        LLAMA, added("model.norm.weight", torch.zeros(8)), ["model.norm.weight has shape [16]", "[8] in the second"],
+    ),
+    "another vocabulary": (
+        LLAMA, lambda folder: (folder / "tokenizer.json").write_text(
+            (folder / "tokenizer.json").read_text().replace('"one"', '"uno"')
+        ), ["tokenizers", "vocabulary"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_models_that_do_not_fit_are_refused_by_both_names(copied: Copied, case: str) -> None:
+    model, spoil, words = UNLIKE[case]
+    folders = [copied(model, seed) for seed in (1, 2)]
+    spoil(folders[1])
+    assert_refused(partial(plan, *folders), IncompatibleCheckpoints, [*(f"local:{f.name}" for f in folders), *words])
+
+
+BAD: dict[str, tuple[Spoiling, list[str]]] = {
+    "no kind of model": (config(model_type=None), ["no model_type"]),
+    "quantised by its configuration": (config(quantization_config={"bits": 4}), ["quantised"]),
+    "quantised by its tensors": (
+        added("model.layers.0.mlp.up_proj.qweight", torch.zeros(2, dtype=torch.int32)), ["quantised", "qweight"],
+    ),
+    "more layers than there are": (config(num_hidden_layers=3), ["2 layers", "3"]),
+    "an absurd number of layers": (config(num_hidden_layers=10**9), ["1000000000 num_hidden_layers"]),
+    "an absurd number of layers further in": (
+        config(text_config={"num_hidden_layers": 10**9}), ["1000000000 num_hidden_layers"],
+    ),
+    "a number of layers that is none": (config(num_hidden_layers="2"), ["2 num_hidden_layers"]),
+    "untied without a head": (removed("lm_head.weight"), ["lm_head.weight", "tie_word_embeddings: false"]),
+    "integers for weights": (
+        added("lm_head.weight", torch.zeros(4, dtype=torch.int8)), ["quantised", "lm_head.weight"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_checkpoint_is_refused_by_its_name_wherever_it_stands(copied: Copied, case: str, position: int) -> None:
+    spoil, words = BAD[case]
+    folders = [copied(LLAMA, seed) for seed in (1, 2)]
+    spoil(folders[position])
+    assert_refused(partial(plan, *folders), EngineError, [f"local:{folders[position].name}", *words])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (removed("model.norm.weight"), IncompatibleCheckpoints, ["model.norm.weight is missing in the base"]),
+        (added("model.norm.weight", torch.zeros(8)), IncompatibleCheckpoints, ["[16], in the base [8]"]),
+        (config(hidden_act="gelu"), IncompatibleCheckpoints, ["hidden_act"]),
+        (config(model_type="gpt2"), IncompatibleCheckpoints, ["llama, gpt2"]),
+        (config(quantization_config={"bits": 4}), InvalidCheckpoint, ["quantised"]),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_by_name(
+    originals: Path, copied: Copied, spoil: Spoiling, error: type[EngineError], words: list[str]
+) -> None:
+    base = copied(LLAMA, 0)
+    spoil(base)
+    models = [originals / "llama-1", originals / "llama-2"]
+    assert_refused(partial(plan, *models, base=base), error, ["local:llama-0", *words])
+
+
+def test_heads_cannot_be_kept_without_a_table(originals: Path) -> None:
+    models = [originals / "llama-1", originals / "llama-2"]
+    assert_refused(partial(plan, *models, heads="per_model"), InvalidRequest, ["LlamaForCausalLM", "output.heads"])
+    assert plan(*models, heads="merged").merges_heads
+
+
+def test_heads_of_classifiers_merge_where_labels_are_equal(tmp_path: Path) -> None:
+    names = ["bad", "good"]
+    first, second = (tiny_checkpoint(tmp_path / f"c{seed}", seed=seed, names=names) for seed in range(2))
+    kept, merged = plan(first, second), plan(first, second, heads="merged")
+    heads = {"classifier.weight", "classifier.bias"}
+    assert not kept.merges_heads
+    assert {t.slot.name for t in merged.backbone} == {t.slot.name for t in kept.backbone} | heads
+    assert merged.merges_heads
+    assert merged.family is kept.family
+    third = tiny_checkpoint(tmp_path / "c2", seed=2, names=["good", "bad"])
+    refused = partial(plan, first, third, heads="merged")
+    assert_refused(refused, IncompatibleCheckpoints, ["local:c0", "local:c2", "bad, good", "good, bad"])
+    refused = partial(plan, first, tiny_checkpoint(tmp_path / "c3", labels=3), heads="merged")
+    assert_refused(refused, IncompatibleCheckpoints, ["local:c0", "local:c3", "LABEL_2"])
+    config(problem_type="multi_label_classification")(second)
+    refused = partial(plan, first, second, heads="merged")
+    assert_refused(refused, IncompatibleCheckpoints, ["classification, multi_label"])
+    refused = partial(plan, first, base=copy_without_head(first, tmp_path / "base"), heads="merged")
+    assert_refused(refused, IncompatibleCheckpoints, ["classifier.bias is missing in the base"])
+
+
+def copy_without_head(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    edit_tensors(to, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("classifier")})
+    return to
+
+
+def test_classifiers_without_a_table_need_equal_labels(tmp_path: Path) -> None:
+    model = TinyModel("LlamaForSequenceClassification", "llama", LLAMA.settings)
+    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    first, second = (tiny_model(tmp_path / f"c{seed}", model, seed=seed, pad_token_id=2, **labels) for seed in (1, 2))
+    assert "score.weight" in {tensor.slot.name for tensor in plan(first, second).backbone}
+    config(id2label={"0": "yes", "1": "no"})(second)
+    assert_refused(partial(plan, first, second), IncompatibleCheckpoints, ["no, yes", "yes, no"])
+
+
+def stacked(slices: list[tuple[str, int, int]], *folders: Path) -> MergePlan:
+    parts = [Slice(model=model, layers=(start, stop)) for model, start, stop in slices]
+    infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
+    return plan_stack(parts, [folder.name for folder in folders], infos, "auto")
+
+
+def test_slices_become_the_layers_in_their_order(originals: Path) -> None:
+    models = [originals / "qwen2-1", originals / "qwen2-2"]
+    found = stacked([("qwen2-2", 0, 2), ("qwen2-1", 1, 2), ("qwen2-2", 1, 2)], *models)
+    sources = {t.slot.name: (t.sources[0].path.parent.name, t.sources[0].name) for t in found.backbone}
+    q = "model.layers.{}.self_attn.q_proj.weight"
+    expected = [("qwen2-2", 0), ("qwen2-2", 1), ("qwen2-1", 1), ("qwen2-2", 1)]
+    assert [sources[q.format(i)] for i in range(4)] == [(model, q.format(number)) for model, number in expected]
+    assert q.format(4) not in sources
+    assert sources["model.embed_tokens.weight"][0] == "qwen2-2"
+    assert sources["model.norm.weight"][0] == "qwen2-2"
+    assert all(tensor.is_copied for tensor in found.backbone)
+    [published] = found.published
+    assert published.config["num_hidden_layers"] == 4
+    assert published.config["layer_types"] == ["full_attention"] * 4
+    assert [tensor.place.depth for tensor in found.backbone if tensor.slot.name == q.format(1)] == [1 / 3]
+
+
+def test_what_follows_the_layers_is_the_last_slices_models(originals: Path) -> None:
+    found = stacked([("llama-1", 0, 1), ("llama-2", 0, 2)], originals / "llama-1", originals / "llama-2")
+    owners = {t.slot.name: t.sources[0].path.parent.name for t in found.backbone if t.slot.layer is None}
+    assert owners == {
+        "model.embed_tokens.weight": "llama-1", "model.norm.weight": "llama-2", "lm_head.weight": "llama-2",
+    }  # fmt: skip
+    assert found.peak_memory_bytes(loads_models=False) == RUNTIME_BYTES
+
+
+STACKS: dict[str, tuple[TinyModel, Spoiling | None, list[tuple[str, int, int]], type[EngineError], list[str]]] = {
+    "layers that are not there": (
+        LLAMA, None, [("llama-1", 0, 2), ("llama-2", 1, 3)], InvalidRequest, ["local:llama-2 has 2 layers", "[1, 3]"],
+    ),
+    "two lists of layers": (
+        T5, None, [("t5-1", 0, 2), ("t5-2", 0, 2)], InvalidCheckpoint, ["2 lists of layers", "decoder.block"],
+    ),
+    "another shape": (
+        LLAMA, added("model.layers.1.input_layernorm.weight", torch.zeros(8)), [("llama-1", 0, 2), ("llama-2", 1, 2)],
+        IncompatibleCheckpoints, ["layer 1 of the second"],
+    ),
+    "another setting": (
+        LLAMA, config(hidden_act="gelu"), [("llama-1", 0, 2), ("llama-2", 1, 2)], IncompatibleCheckpoints,
+        ["hidden_act"],
+    ),
+    "a list that says nothing of its layers": (
+        QWEN2, config(layer_types=None), [("qwen2-1", 0, 2), ("qwen2-2", 1, 2)], IncompatibleCheckpoints,
+        ["layer_types", "layer 1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_stacks_that_cannot_be_are_refused(copied: Copied, case: str) -> None:
+    model, spoil, slices, error, words = STACKS[case]
+    folders = [copied(model, seed) for seed in (1, 2)]
+    if spoil:
+        spoil(folders[1])
+    assert_refused(partial(stacked, slices, *folders), error, words)
+
+
+def test_models_of_different_depths_stack(tmp_path: Path) -> None:
+    models = [tiny_model(tmp_path / name, seed=seed, layers=seed + 1) for seed, name in ((1, "a"), (2, "b"))]
+    found = stacked([("a", 0, 2), ("b", 2, 3)], *models)
+    assert found.published[0].config["num_hidden_layers"] == 3
+    assert json.loads((models[0] / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_differences_are_named_by_their_path() -> None:
+    ours = {"text_config": {"hidden_act": "silu", "_name_or_path": "x"}, "sliding_window": None, "a": [1]}
+    theirs = {"text_config": {"hidden_act": "relu", "_name_or_path": "y"}, "sliding_window": 8, "b": 2}
+    assert sorted(differences(ours, theirs)) == [
+        ("sliding_window", None, 8), ("text_config.hidden_act", "silu", "relu"),
+    ]  # fmt: skip
+
+
+def assert_refused(planning: Callable[[], object], error: type[EngineError], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        planning()
+    missing = [word for word in words if word not in caught.value.message]
+    assert not missing, caught.value.message

@@ -1,0 +1,347 @@
+"""LoRA adapters, as PEFT saves them: read from their headers as the whole checkpoints that they make of their base.
+
+Every adapted matrix is `W_base + scaling * B A` with `scaling = alpha / r`, or, rank-stabilised, `alpha / sqrt(r)`
+(https://arxiv.org/abs/2106.09685 and https://arxiv.org/abs/2312.03732). What PEFT stores whole (`modules_to_save`,
+trained biases) replaces the base's.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.families import FAMILIES, Family, Kind
+from worker.engine.catalog.headers import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    MAX_CONFIG_BYTES,
+    WEIGHTS,
+    CheckpointInfo,
+    LowRank,
+    TensorInfo,
+    check_folder,
+    inspect_checkpoint,
+    read_header,
+    read_json,
+    readable,
+    refuse_code,
+    vocabulary_of,
+)
+from worker.engine.catalog.patterns import ModulePatterns
+
+PREFIX = "base_model.model."  # of every tensor that PEFT saves
+FACTORS = {
+    "lora_A.weight": ("a", False),
+    "lora_B.weight": ("b", False),
+    "lora_embedding_A": ("a", True),
+    "lora_embedding_B": ("b", True),
+}
+"""Ends of names: which factor it is, and whether of an embedding."""
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+"""Kinds of `init_lora_weights` that leave the base's weights as they are; others move a part of them into the adapter,
+whose base is then another."""
+HARMLESS = {
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules",
+}  # fmt: skip
+"""Keys of `adapter_config.json` that say how it was trained, or what its tensors say as well."""
+TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Whose linear layers are stored as (inputs, outputs)."""
+TIED = ("lm_head", "embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+"""Last parts of the names of modules that a language model may tie to each other."""
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+FLOATS = ("F64", "F32", "BF16", "F16")
+LABELS = ("id2label", "label2id", "problem_type")
+
+MERGE_IT = "merge it into its base with PEFT (merge_and_unload) and name the result"
+
+
+class AdapterConfig(BaseModel):
+    """`adapter_config.json`, as far as it changes what the adapter computes; other keys are in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    peft_type: str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: float
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder: its configuration, and its tensors by module, or, of what is stored whole, by name."""
+
+    source: str
+    config: AdapterConfig
+    factors: Mapping[str, Mapping[str, TensorInfo]]
+    embeddings: frozenset[str]
+    """Modules among `factors`."""
+    whole: Mapping[str, TensorInfo]
+
+
+def inspect_model(path: Path, source: str, root: Path | None, base: CheckpointInfo | None) -> CheckpointInfo:
+    """A checkpoint or an adapter of `base`, from its headers, see `inspect_checkpoint`.
+
+    Raises:
+        InvalidCheckpoint: names the file or tensor and what to do.
+        IncompatibleCheckpoints: the adapter is not of `base`.
+    """
+    with readable(source):
+        if not (path / ADAPTER_CONFIG).exists():
+            return inspect_checkpoint(path, source, root)
+        check_folder(path, source, root)
+        adapter = _adapter(path, source)
+        if base is None:
+            of = adapter.config.base_model_name_or_path
+            of = of[:200] if of else "a model that it does not name"
+            raise InvalidCheckpoint(source, f"it is an adapter of {of}; name that as base")
+        return _adapted(adapter, path, base)
+
+
+def _adapter(path: Path, source: str) -> Adapter:
+    config = _config(path, source)
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        if (path / ADAPTER_PICKLE).exists():
+            problem = (
+                f"{ADAPTER_PICKLE} is there but no {ADAPTER_WEIGHTS}; pickle files are not opened. Convert it where "
+                'you trust it: python -c "import torch; from safetensors.torch import save_file; '
+                f"save_file({{k: v.contiguous() for k, v in torch.load('{ADAPTER_PICKLE}').items()}}, "
+                f"'{ADAPTER_WEIGHTS}')\""
+            )
+            raise InvalidCheckpoint(source, problem)
+        raise InvalidCheckpoint(source, f"{ADAPTER_WEIGHTS} is missing")
+    for name in (WEIGHTS, INDEX):
+        if (path / name).exists():
+            raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG} and {name} are both there; leave the one that is meant")
+    factors: dict[str, dict[str, TensorInfo]] = {}
+    whole: dict[str, TensorInfo] = {}
+    embeddings = set()
+    for tensor in read_header(path / ADAPTER_WEIGHTS, source):
+        if not tensor.name.startswith(PREFIX):
+            raise InvalidCheckpoint(source, f"tensor {tensor.name} has no name of PEFT's, which begin with {PREFIX}")
+        if tensor.dtype not in FLOATS:
+            raise InvalidCheckpoint(source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
+        if ".original_module." in tensor.name:  # what modules_to_save replaces; with its biases, PEFT saves these too
+            continue
+        name = re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", tensor.name.removeprefix(PREFIX))
+        end = next((end for end in FACTORS if name.endswith(f".{end}")), None)
+        if end is not None:
+            module = name.removesuffix(f".{end}")
+            factor, is_embedding = FACTORS[end]
+            factors.setdefault(module, {})[factor] = tensor
+            if is_embedding:
+                embeddings.add(module)
+        elif ".lora_" in name:
+            raise InvalidCheckpoint(source, f"tensor {tensor.name} is of no plain LoRA adapter; {MERGE_IT}")
+        else:
+            whole[name] = tensor
+    for module, pair in factors.items():
+        if len(pair) < 2:
+            raise InvalidCheckpoint(source, f"of {module}, only one of the tensors lora_A and lora_B is there")
+    return Adapter(source, config, factors, frozenset(embeddings), whole)
+
+
+def _config(path: Path, source: str) -> AdapterConfig:
+    content = read_json(path / ADAPTER_CONFIG, source, MAX_CONFIG_BYTES)
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG} has peft_type {str(kind)[:40]}; only LORA is available")
+    try:
+        config = AdapterConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:100] for part in first["loc"])
+        raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG}: {where}: {first['msg']}") from error
+    for key, value in (config.model_extra or {}).items():
+        if value and key not in HARMLESS:
+            raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG} has {key[:100]}, which is not available; {MERGE_IT}")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start not in PLAIN_STARTS:
+        problem = (
+            f"init_lora_weights '{start[:40]}' changes the base's weights; save the adapter with "
+            "path_initial_model_for_weight_conversion, which makes a plain one of it"
+        )
+        raise InvalidCheckpoint(source, problem)
+    return config
+
+
+def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
+    """What the adapter makes of its base: the base's tensors, with its own in their place or added to them."""
+    family = FAMILIES.get(base.model_type)
+    tensors = _of_base(base, family)
+    own_config = _own_config(path, adapter.source)
+    config = dict(base.config)
+    replaced = {}
+    for name, tensor in adapter.whole.items():
+        target = _target(name, tensors, family)
+        is_head = family is not None and (slot := family.slot(name)) is not None and slot.kind is Kind.HEAD
+        if target not in tensors and not is_head:
+            raise _unknown(adapter, base, tensor)
+        if not is_head and tensor.shape != tensors[target].shape:
+            raise _misfit(
+                adapter, base, tensor, f"has shape {list(tensor.shape)}, in the base {_shape(tensors[target])}"
+            )
+        replaced[target] = replace(tensor, name=target)
+    if family is not None:
+        task = _task_config(adapter, base, family, own_config, replaced)
+        if task:
+            config = {key: value for key, value in config.items() if key not in (*LABELS, "num_labels")} | task
+    else:
+        _refuse_tied(adapter, base)
+    tensors |= replaced
+    for module, (alpha, rank) in _strengths(adapter).items():
+        a, b = adapter.factors[module]["a"], adapter.factors[module]["b"]
+        target = _target(f"{module}.weight", tensors, family)
+        if target not in tensors:
+            raise _unknown(adapter, base, a)
+        matrix = tensors[target]
+        scaling = alpha / (math.sqrt(rank) if adapter.config.use_rslora else rank)
+        if a.shape[:1] != (rank,):
+            problem = f"has shape {list(a.shape)}, by {ADAPTER_CONFIG} its rank is {rank}"
+            raise InvalidCheckpoint(adapter.source, f"tensor {a.name} {problem}")
+        if len(matrix.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
+            raise InvalidCheckpoint(adapter.source, f"tensor {a.name} adapts {target}, which is no matrix; {MERGE_IT}")
+        transposed = module in adapter.embeddings or _is_transposed(adapter, base, matrix, a, b)
+        if (*b.shape, *a.shape) != (_outputs(matrix, transposed), rank, rank, _outputs(matrix, not transposed)):
+            problem = f"of shape {list(a.shape)}, with lora_B of {list(b.shape)}, does not fit {target}"
+            raise _misfit(adapter, base, a, f"{problem}, {_shape(matrix)}")
+        delta = LowRank(a, b, scaling, transposed)
+        tensors[target] = replace(matrix, source=adapter.source, delta=delta)
+    vocabulary = vocabulary_of(path, adapter.source)
+    return CheckpointInfo(
+        adapter.source,
+        path,
+        config,
+        tensors,
+        vocabulary or base.vocabulary,
+        path if vocabulary else base.path,
+        base,
+    )
+
+
+def _of_base(base: CheckpointInfo, family: Family | None) -> dict[str, TensorInfo]:
+    """The base's tensors, where there is a table by their canonical names, and no head that it cannot be of."""
+    if family is None:
+        return dict(base.tensors)
+    found: dict[str, TensorInfo] = {}
+    for tensor in base.tensors.values():
+        slot = family.slot(tensor.name) or family.slot(family.prefix + tensor.name)
+        if slot is None or slot.kind is Kind.UNREAD:
+            continue
+        if slot.kind is Kind.HEAD and base.architecture not in family.architectures:
+            continue
+        if slot.name in found:
+            raise InvalidCheckpoint(base.source, f"tensor {slot.name} is there under two spellings")
+        found[slot.name] = replace(tensor, name=slot.name)
+    return found
+
+
+def _target(name: str, tensors: Mapping[str, TensorInfo], family: Family | None) -> str:
+    """The name of the tensor that `name`, in the running model, is in the base's files."""
+    if family is not None:
+        slot = family.slot(name)
+        return name if slot is None else slot.name
+    inner = name.partition(".")[2]  # pre-trained models are saved without the prefix of those that hold them
+    return inner if name not in tensors and inner in tensors else name
+
+
+def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
+    """alpha and rank of every adapted module."""
+    config = adapter.config
+    try:
+        alphas, ranks = ModulePatterns(config.alpha_pattern or {}), ModulePatterns(config.rank_pattern or {})
+        return {
+            module: (alphas.value(module, config.lora_alpha), int(ranks.value(module, config.r)))
+            for module in adapter.factors
+        }
+    except ValueError as error:
+        raise InvalidCheckpoint(adapter.source, f"{ADAPTER_CONFIG}: {error}; {MERGE_IT}") from error
+
+
+def _is_transposed(adapter: Adapter, base: CheckpointInfo, matrix: TensorInfo, a: TensorInfo, b: TensorInfo) -> bool:
+    """By the shapes; of a square matrix by the kind of its layer, since the one flag is of all layers together."""
+    if matrix.shape[0] != matrix.shape[1]:
+        return matrix.shape == (a.shape[1], b.shape[0])
+    return adapter.config.fan_in_fan_out or base.model_type in TRANSPOSED_TYPES
+
+
+def _outputs(matrix: TensorInfo, transposed: bool) -> int:
+    return matrix.shape[1 if transposed else 0]
+
+
+def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
+    """An adapter of one of two tied matrices unties them, which a merge of files cannot show."""
+    if not base.architecture.endswith(GENERATES) or base.config.get("tie_word_embeddings") is False:
+        return
+    for module in [*adapter.factors, *(name.removesuffix(".weight") for name in adapter.whole)]:
+        if module.rpartition(".")[2] in TIED:
+            problem = f"it adapts {module}, which the base may tie to another matrix (tie_word_embeddings)"
+            raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
+
+
+def _own_config(path: Path, source: str) -> dict[str, Any]:
+    """A configuration of the whole model, which some trainers save beside the adapter."""
+    if not (path / "config.json").exists():
+        return {}
+    config = read_json(path / "config.json", source, MAX_CONFIG_BYTES)
+    refuse_code("config.json", config, source)
+    return config
+
+
+def _task_config(
+    adapter: Adapter,
+    base: CheckpointInfo,
+    family: Family,
+    own_config: Mapping[str, Any],
+    replaced: Mapping[str, TensorInfo],
+) -> dict[str, Any]:
+    """Keys of the configuration that say which head there is, and what its outputs are called."""
+    if adapter.config.task_type not in (None, "SEQ_CLS"):
+        problem = f"task_type {adapter.config.task_type[:40]} is not available for {family.model_type}; SEQ_CLS is"
+        raise InvalidCheckpoint(adapter.source, problem)
+    logits = replaced.get(f"{family.logits}.weight")
+    is_classifier = base.architecture in family.architectures
+    if logits is None:
+        if not is_classifier:
+            problem = (
+                f"neither it nor {base.source} has a head; save it with modules_to_save, which PEFT does for SEQ_CLS"
+            )
+            raise InvalidCheckpoint(adapter.source, problem)
+        return {}
+    outputs = logits.shape[0] if logits.shape else 0
+    found: dict[str, Any] = {} if is_classifier else {"architectures": [family.architectures[0]]}
+    for config in (own_config, base.config if is_classifier else {}):
+        labels = config.get("id2label")
+        if isinstance(labels, dict) and len(labels) == outputs:
+            return found | {key: config[key] for key in LABELS if config.get(key) is not None}
+    names = {str(index): f"LABEL_{index}" for index in range(outputs)}
+    ids = {name: int(index) for index, name in names.items()}
+    return found | {"id2label": names, "label2id": ids}
+
+
+def _unknown(adapter: Adapter, base: CheckpointInfo, tensor: TensorInfo) -> IncompatibleCheckpoints:
+    return _misfit(adapter, base, tensor, "is for a tensor that is not in the base")
+
+
+def _misfit(adapter: Adapter, base: CheckpointInfo, tensor: TensorInfo, problem: str) -> IncompatibleCheckpoints:
+    return IncompatibleCheckpoints(adapter.source, base.source, f"tensor {tensor.name} {problem}", tensor=tensor.name)
+
+
+def _shape(tensor: TensorInfo) -> str:
+    return str(list(tensor.shape))

@@ -1,0 +1,58 @@
+"""What the name of an architecture says: how transformers loads it, and what it is for. No table is needed for that."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Use(NamedTuple):
+    """Of a model with a head of some kind."""
+
+    auto_class: str
+    """Class of transformers that loads it."""
+    pipeline_tag: str | None
+    """The hub's name for what it does."""
+
+
+LANGUAGE_MODEL = Use("AutoModelForCausalLM", "text-generation")
+SEQUENCE_TO_SEQUENCE = Use("AutoModelForSeq2SeqLM", "text2text-generation")
+IMAGE_TO_TEXT = Use("AutoModelForImageTextToText", "image-text-to-text")
+BY_ENDING = {
+    "ForCausalLM": LANGUAGE_MODEL,
+    "LMHeadModel": LANGUAGE_MODEL,
+    "ForConditionalGeneration": SEQUENCE_TO_SEQUENCE,
+    "ForMaskedLM": Use("AutoModelForMaskedLM", "fill-mask"),
+    "ForPreTraining": Use("AutoModelForPreTraining", None),
+    "ForSequenceClassification": Use("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": Use("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": Use("AutoModelForQuestionAnswering", "question-answering"),
+    "ForMultipleChoice": Use("AutoModelForMultipleChoice", None),
+    "ForImageClassification": Use("AutoModelForImageClassification", "image-classification"),
+}
+WITHOUT_HEAD = Use("AutoModel", None)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Name of the class in transformers; empty where the configuration has none."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def use_of(config: Mapping[str, Any]) -> Use:
+    """What a checkpoint with this configuration is for."""
+    name = architecture_of(config)
+    found = next((use for ending, use in BY_ENDING.items() if name.endswith(ending)), WITHOUT_HEAD)
+    return IMAGE_TO_TEXT if found is SEQUENCE_TO_SEQUENCE and "vision_config" in config else found
+
+
+def classifies(config: Mapping[str, Any]) -> bool:
+    """Whether the head's outputs are labels, which the configuration names."""
+    return architecture_of(config).endswith("Classification")
+
+
+def labels_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the labels by id; where the configuration has none, those that transformers gives."""
+    names = config.get("id2label")
+    if isinstance(names, dict) and names:
+        return {str(index): str(name) for index, name in names.items()}
+    count = config.get("num_labels", 2)
+    return {str(index): f"LABEL_{index}" for index in range(count if isinstance(count, int) and count < 10_000 else 0)}

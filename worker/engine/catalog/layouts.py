@@ -1,0 +1,357 @@
+"""Checkpoints of architectures without a table: what names, shapes and configuration say of their tensors.
+
+That is enough for methods that measure nothing: they merge tensors of equal names, and what a tensor is for matters to
+them only where it is no weight at all (a buffer) or a second copy of another (tied).
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from worker.engine.catalog.architectures import classifies, labels_of, use_of
+from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.families import Kind, Slot
+from worker.engine.catalog.headers import FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.values import Place
+
+LAYER = re.compile(r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>\d{1,6})\.(?P<inner>.+)")
+"""The first number that follows the name of a list of layers: T5 has lists within its layers."""
+BEFORE_LAYERS = re.compile(r"embed|position|patch|(^|\.)(wte|wpe|shared|emb|pre_)")
+EMBEDDINGS = (
+    "shared.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
+"""How names of the matrix of tokens end, those first that others are copies of."""
+OUTPUT_EMBEDDINGS = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "lm_head.decoder.weight",
+    "cls.predictions.decoder.weight",
+    "vocab_projector.weight",
+    "generator_lm_head.weight",
+)
+"""How names of the matrix of logits end, which is the matrix of tokens where both are tied."""
+SHARED_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""Always copies of `shared.weight`, where there is one."""
+TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
+PACKED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB|weight_scale|weight_scale_inv)(\.|$)")
+"""Names that GPTQ, AWQ, compressed-tensors and bitsandbytes give to the parts of quantised weights."""
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Configuration keys of the number of layers, by which the one stack of a decoder or encoder is counted."""
+COUNTS = (
+    *LAYER_COUNTS, "num_decoder_layers", "encoder_layers", "decoder_layers",
+    "num_experts", "num_local_experts", "n_routed_experts",
+)  # fmt: skip
+HARMLESS = frozenset(
+    {
+        # Where it came from, and how it is stored, loaded and run.
+        "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "torchscript",
+        "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "pretraining_tp",
+        "gradient_checkpointing", "attn_implementation", "chunk_size_feed_forward",
+        # Of training alone, like everything that is named after dropout.
+        "initializer_range", "initializer_factor", "initializer_cutoff_factor", "router_aux_loss_coef",
+        "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "problem_type", "finetuning_task",
+        # What text begins and ends with, and how it is generated: instruction tuning changes it.
+        "bos_token_id", "eos_token_id", "task_specific_params", "max_length", "min_length", "temperature", "top_k",
+        "top_p", "do_sample", "num_beams", "repetition_penalty", "prefix", "tokenizer_class",
+        # Seen in shapes, or compared in another way.
+        "head_dim", "n_inner", "n_ctx", "label2id", "num_labels", "id2label",
+    }
+)  # fmt: skip
+"""Configuration keys in which merged checkpoints may differ."""
+HARMLESS_NAMES = re.compile(r"_.*|unsloth_.*|.*dropout.*|.*pdrop|summary_.*")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the name of a tensor in a layer says: `{stack}.{number}.{inner}`."""
+
+    stack: str
+    number: int
+    inner: str
+
+
+def layer_of(name: str) -> Layer | None:
+    """None of a tensor outside the layers."""
+    match = LAYER.fullmatch(name)
+    return Layer(match["stack"], int(match["number"]), match["inner"]) if match else None
+
+
+def stacks_of(names: Iterable[str]) -> dict[str, int]:
+    """Lists of layers, and how many each has."""
+    lengths: dict[str, int] = {}
+    for name in names:
+        layer = layer_of(name)
+        if layer is not None:
+            lengths[layer.stack] = max(lengths.get(layer.stack, 0), layer.number + 1)
+    return lengths
+
+
+def slot_of(name: str) -> Slot:
+    """The tensor under its own name; nothing more is known of it."""
+    layer = layer_of(name)
+    return Slot(name, Kind.OTHER, None if layer is None else layer.number, name.endswith("bias"))
+
+
+def place_of(name: str, stacks: Mapping[str, int]) -> Place:
+    """Depth 0 before the layers and 1 after them, as far as the name tells."""
+    layer = layer_of(name)
+    if layer is not None:
+        return Place(name, layer.number / max(1, stacks[layer.stack] - 1))
+    return Place(name, 0.0 if is_before_layers(name) else 1.0)
+
+
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside the layers comes before them: embeddings and what belongs to them."""
+    return not _ends(name, OUTPUT_EMBEDDINGS) and BEFORE_LAYERS.search(name.lower()) is not None
+
+
+def is_buffer(tensor: TensorInfo) -> bool:
+    """Whether it is computed from the configuration rather than learned: integers, masks, rotary frequencies."""
+    if tensor.dtype not in FLOATS or tensor.name.endswith(("rotary_emb.inv_freq", ".masked_bias", "position_ids")):
+        return True
+    # The causal masks of GPT-2, GPT-Neo and GPT-NeoX; the same name with one axis is a bias.
+    return tensor.name.endswith(("attn.bias", "attention.bias")) and len(tensor.shape) == 4
+
+
+def tensors_by_name(info: CheckpointInfo, like: CheckpointInfo) -> dict[str, TensorInfo]:
+    """The checkpoint's tensors under the names that `like` gives them.
+
+    The same model is published with and without the prefix of what lies under its head (`transformer.h.0.…`, `h.0.…`).
+
+    Raises:
+        InvalidCheckpoint: a tensor is there under both.
+    """
+    stacks = stacks_of([*info.tensors, *like.tensors])
+    prefixes = list(dict.fromkeys(f"{stack.partition('.')[0]}." for stack in stacks if "." in stack))
+    found: dict[str, TensorInfo] = {}
+    for name, tensor in info.tensors.items():
+        candidates = [name, *(prefix + name for prefix in prefixes), *(name.removeprefix(p) for p in prefixes)]
+        known = next((candidate for candidate in candidates if candidate in like.tensors), name)
+        if known in found:
+            raise InvalidCheckpoint(info.source, f"tensor {known} is there under two spellings")
+        found[known] = tensor
+    return found
+
+
+def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
+    """Names of tensors that are second copies of others, and of these others, which alone are merged.
+
+    By `tie_word_embeddings`, whether a checkpoint stores the copy or not. Where a configuration does not say, they are
+    tied if not all of `states` store it.
+
+    Args:
+        states: of every checkpoint, by the names of the first.
+    """
+    first = states[0]
+    tied = _ties(config)
+    copies = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        if tied if tied is not None else not all(name in state for state in states):
+            original = _original(name, first, states)
+        elif _ends(name, SHARED_EMBEDDINGS):
+            original = _embedding(name, first, states, EMBEDDINGS[:1])
+        else:
+            original = None
+        if original is not None:
+            copies[name] = original
+    return copies
+
+
+def _ties(config: Mapping[str, Any]) -> bool | None:
+    """None where the configuration does not say."""
+    if config.get("scale_decoder_outputs") is False:  # T5 1.1, which newer versions of transformers call tied
+        return False
+    for part in (config, config.get("text_config"), config.get("decoder")):
+        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def _original(name: str, first: Mapping[str, TensorInfo], states: Sequence[Mapping[str, TensorInfo]]) -> str | None:
+    if _ends(name, SHARED_EMBEDDINGS):
+        return _embedding(name, first, states, EMBEDDINGS[:1])
+    if _ends(name, OUTPUT_EMBEDDINGS):
+        return _embedding(name, first, states, EMBEDDINGS)
+    for copy, original in TIED_BIASES.items():
+        if _ends(name, (copy,)) and name.removesuffix(copy) + original in first:
+            return name.removesuffix(copy) + original
+    return None
+
+
+def _embedding(
+    name: str,
+    first: Mapping[str, TensorInfo],
+    states: Sequence[Mapping[str, TensorInfo]],
+    endings: Sequence[str],
+) -> str | None:
+    shapes = {state[name].shape for state in states if name in state}
+    for ending in endings:
+        for other, tensor in first.items():
+            if other != name and _ends(other, (ending,)) and layer_of(other) is None and {tensor.shape} == shapes:
+                return other
+    return None
+
+
+def _ends(name: str, endings: Iterable[str]) -> bool:
+    """In whole words."""
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def check_checkpoint(info: CheckpointInfo) -> None:
+    """What makes a checkpoint unfit for any merge.
+
+    Raises:
+        InvalidCheckpoint: it has no model_type, is quantised, or has fewer layers or another head than it says.
+    """
+    _require_kind(info)
+    packed = next((name for name, tensor in info.tensors.items() if _is_packed(tensor)), None)
+    if info.config.get("quantization_config") or packed:
+        seen = f" (tensor {packed})" if packed else ""
+        raise InvalidCheckpoint(info.source, f"its weights are quantised{seen}; merge the originals, then quantise")
+    for key, count in _counts(info.config):
+        # Whoever builds the model makes a module for each, and a config is a few bytes that anyone can write.
+        if not isinstance(count, int) or count > len(info.tensors):
+            problem = f"config.json says {str(count)[:20]} {key}, and {len(info.tensors)} tensors are there"
+            raise InvalidCheckpoint(info.source, problem)
+    stacks = stacks_of(info.tensors)
+    for key in LAYER_COUNTS:
+        said = info.config.get(key)
+        if len(stacks) == 1 and said is not None and said > max(stacks.values()):
+            raise InvalidCheckpoint(info.source, f"{max(stacks.values())} layers are there, config.json says {said}")
+    if _ties(info.config) is False and use_of(info.config).pipeline_tag in ("text-generation", "text2text-generation"):
+        _check_has_logits(info)
+
+
+def _require_kind(info: CheckpointInfo) -> None:
+    if not info.model_type:
+        raise InvalidCheckpoint(info.source, "config.json has no model_type; save the model by save_pretrained()")
+
+
+def _is_packed(tensor: TensorInfo) -> bool:
+    """Whether it is a part of quantised weights: integers that are called a weight, or what belongs to such."""
+    return PACKED.search(tensor.name) is not None or (
+        tensor.dtype not in FLOATS and (tensor.name == "weight" or tensor.name.endswith(".weight"))
+    )
+
+
+def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key in COUNTS and value is not None:
+            yield key, value
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+
+
+def _check_has_logits(info: CheckpointInfo) -> None:
+    """An untied language model has a second matrix with a row for every token, whatever its name is."""
+    outer = [tensor for name, tensor in info.tensors.items() if layer_of(name) is None and len(tensor.shape) == 2]
+    embeddings = [tensor for tensor in outer if _ends(tensor.name, EMBEDDINGS)]
+    others = [tensor for tensor in outer if not _ends(tensor.name, (*EMBEDDINGS, *SHARED_EMBEDDINGS))]
+    if embeddings and not any(tensor.shape[0] == embeddings[0].shape[0] for tensor in others):
+        problem = "no tensor lm_head.weight, and its configuration says tie_word_embeddings: false"
+        raise InvalidCheckpoint(info.source, problem)
+
+
+def check_architectures(first: CheckpointInfo, info: CheckpointInfo) -> None:
+    """Raises InvalidCheckpoint where one names no architecture at all, IncompatibleCheckpoints where they differ."""
+    for one in (first, info):
+        _require_kind(one)
+    ours, theirs = first.model_type, info.model_type
+    if ours == theirs:
+        ours, theirs = first.architecture, info.architecture
+    if ours != theirs:
+        raise IncompatibleCheckpoints(first.source, info.source, f"architectures differ: {ours}, {theirs}")
+
+
+def check_labels(first: CheckpointInfo, info: CheckpointInfo) -> None:
+    """Raises IncompatibleCheckpoints where heads that become one have other labels."""
+    ours, theirs = labels_of(first.config), labels_of(info.config)
+    if ours != theirs:
+        names = [", ".join(labels.values())[:200] for labels in (ours, theirs)]
+        problem = f"their heads have different labels ({names[0]}; {names[1]}), and one head cannot have both"
+        raise IncompatibleCheckpoints(first.source, info.source, problem)
+
+
+def check_configs(first: CheckpointInfo, info: CheckpointInfo, besides: Collection[str] = ()) -> None:
+    """That both configurations give the same computation, as far as both say.
+
+    A key that one of them lacks has a default that only transformers knows; the worker asks it.
+
+    Args:
+        besides: further keys in which they may differ.
+
+    Raises:
+        IncompatibleCheckpoints: names the key and both values.
+    """
+    if classifies(first.config) and classifies(info.config):
+        check_labels(first, info)
+    for key, ours, theirs in differences(first.config, info.config):
+        if key not in besides:
+            problem = f"{key} differs in config.json: {_short(ours)}, {_short(theirs)}"
+            raise IncompatibleCheckpoints(first.source, info.source, problem)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that both have, in which they compute something else, with both values; inner keys after a dot."""
+    ours, theirs = _comparable(ours), _comparable(theirs)
+    harmless = set(HARMLESS)
+    for key, condition in CONDITIONS.items():
+        if condition(ours) and condition(theirs):
+            harmless.add(key)
+    for key in ours.keys() & theirs.keys() - harmless:
+        mine, other = ours[key], theirs[key]
+        if mine == other or HARMLESS_NAMES.fullmatch(key):
+            continue
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            yield from ((f"{key}.{inner}", a, b) for inner, a, b in differences(mine, other))
+        else:
+            yield key, mine, other
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With rotary positions as newer versions of transformers write them: one object of all their parameters."""
+    known = dict(config)
+    if "rope_type" in known:  # that object itself
+        return known
+    theta, scaling = known.pop("rope_theta", None), known.pop("rope_scaling", None)
+    if "rope_parameters" not in known and (theta is not None or scaling):
+        scaling = dict(scaling) if isinstance(scaling, Mapping) else {}
+        kind = scaling.pop("type", "default")
+        known["rope_parameters"] = {"rope_type": kind, **({} if theta is None else {"rope_theta": theta}), **scaling}
+    return known
+
+
+def _reads_positions_alone(config: Mapping[str, Any]) -> bool:
+    """Whether the length a model was made for changes nothing of what it computes: it does in some rotary positions,
+    and shows in the shapes of learned ones."""
+    rotary = config.get("rope_parameters")
+    return not isinstance(rotary, Mapping) or rotary.get("rope_type", "default") in ("default", "linear", "llama3")
+
+
+def _has_no_window(config: Mapping[str, Any]) -> bool:
+    return config.get("use_sliding_window") is False
+
+
+def _pads_freely(config: Mapping[str, Any]) -> bool:
+    """Whether positions do not count from the padding's id, as they do in RoBERTa."""
+    return use_of(config).pipeline_tag == "text-generation"
+
+
+CONDITIONS = {
+    "max_position_embeddings": _reads_positions_alone,
+    "sliding_window": _has_no_window,
+    "max_window_layers": _has_no_window,
+    "pad_token_id": _pads_freely,
+}
+"""Keys that are harmless where this is true of both configurations."""
+
+
+def _short(value: object) -> str:
+    return str(value)[:100]

@@ -1,0 +1,53 @@
+"""`breadcrumbs` and `breadcrumbs_ties`: task vectors without their outliers and without their small changes."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.task_vectors import (
+    Density,
+    ElectionParameters,
+    SumParameters,
+    TaskVectorParameters,
+)
+from worker.engine.catalog.values import PerTensor
+
+BREADCRUMBS_DENSITY = 0.15
+GAMMA = 0.01
+
+
+class MaskingParameters(TaskVectorParameters):
+    density: PerTensor[Density] = BREADCRUMBS_DENSITY
+    """Share of each tensor's task vector that is kept: the largest magnitudes after those that `gamma` takes away."""
+    gamma: PerTensor[Annotated[float, Field(ge=0, lt=1)]] = GAMMA
+    """Share of each tensor's task vector that is dropped for being the largest; less where density leaves less."""
+
+
+class BreadcrumbsParameters(SumParameters, MaskingParameters):
+    name: Literal["breadcrumbs"] = "breadcrumbs"
+
+
+class BreadcrumbsTiesParameters(ElectionParameters, MaskingParameters):
+    name: Literal["breadcrumbs_ties"] = "breadcrumbs_ties"
+
+
+SOURCE = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv 2312.06795"
+MASKED = "t_j = theta_j - theta_0 where its magnitude has a rank in (gamma n, (gamma + density) n] of n, else 0"
+
+BREADCRUMBS = MethodEntry(
+    name="breadcrumbs",
+    formula=f"theta = theta_0 + scale * sum_j lambda_j t_j, {MASKED}",
+    source=SOURCE,
+    needs=("base",),
+    parameters=BreadcrumbsParameters,
+)
+
+BREADCRUMBS_TIES = MethodEntry(
+    name="breadcrumbs_ties",
+    formula="theta = theta_0 + scale * sum_(j in A) lambda_j t_j / sum_(j in A) lambda_j, "
+    f"A = {{j: sign(t_j) = sign(sum_k lambda_k t_k)}}, {MASKED}",
+    source=f"{SOURCE}; the election is that of arXiv 2306.01708",
+    needs=("base",),
+    parameters=BreadcrumbsTiesParameters,
+)

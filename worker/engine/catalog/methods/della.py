@@ -1,0 +1,49 @@
+"""`della` and `della_linear`: task vectors of which a random part is dropped, smaller magnitudes more often."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.task_vectors import DroppingParameters, ElectionParameters, SumParameters
+from worker.engine.catalog.values import PerTensor
+
+DELLA_EPSILON = 0.15
+
+
+class DellaDroppingParameters(DroppingParameters):
+    epsilon: PerTensor[Annotated[float, Field(ge=0, le=0.5)]] = DELLA_EPSILON
+    """An element is kept with a probability from density - epsilon, of the smallest magnitude in its row, to density +
+    epsilon, of the largest; epsilon is at most the distance of the density from 0 and from 1."""
+
+
+class DellaParameters(ElectionParameters, DellaDroppingParameters):
+    name: Literal["della"] = "della"
+
+
+class DellaLinearParameters(SumParameters, DellaDroppingParameters):
+    name: Literal["della_linear"] = "della_linear"
+
+
+SOURCE = "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617"
+DROPPED = (
+    "t_j = m_j (theta_j - theta_0) / p_j, m_j ~ Bernoulli(p_j), "
+    "p_j = density + epsilon (2 (r - 1) / (n - 1) - 1) for the element of rank r by magnitude among the n of its row"
+)
+
+DELLA = MethodEntry(
+    name="della",
+    formula="theta = theta_0 + scale * sum_(j in A) lambda_j t_j / sum_(j in A) lambda_j, "
+    f"A = {{j: sign(t_j) = sign(sum_k lambda_k t_k)}}, {DROPPED}",
+    source=SOURCE,
+    needs=("base",),
+    parameters=DellaParameters,
+)
+
+DELLA_LINEAR = MethodEntry(
+    name="della_linear",
+    formula=f"theta = theta_0 + scale * sum_j lambda_j t_j, {DROPPED}",
+    source=SOURCE,
+    needs=("base",),
+    parameters=DellaLinearParameters,
+)

@@ -1,0 +1,23 @@
+"""`nuslerp`: `slerp` by the models' weights, of whole tensors, rows or columns, or of task vectors."""
+
+from typing import Literal
+
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+
+
+class NuSlerpParameters(MethodParameters):
+    name: Literal["nuslerp"] = "nuslerp"
+    vectors: Literal["tensor", "rows", "columns"] = "tensor"
+    """What is interpolated as one vector: a tensor, or each slice of it along the first axis (`rows`, what one output
+    reads), or each column of the matrix of these (`columns`). Tensors of one axis or none are one vector."""
+
+
+NUSLERP = MethodEntry(
+    name="nuslerp",
+    formula="theta = slerp(theta_1, theta_2; t = lambda_2 / (lambda_1 + lambda_2)), and with a base "
+    "theta_0 + slerp(theta_1 - theta_0, theta_2 - theta_0; t)",
+    source="mergekit's method of this name; Shoemake 1985, doi 10.1145/325165.325242",
+    needs=(),
+    parameters=NuSlerpParameters,
+    models=(2, 2),
+)

@@ -1,0 +1,32 @@
+"""`slerp`: from one model to another along the arc between them, each tensor as one vector."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.values import PerTensor
+
+SLERP_T = 0.5
+
+
+class SlerpParameters(MethodParameters):
+    name: Literal["slerp"] = "slerp"
+    t: PerTensor[Annotated[float, Field(ge=0, le=1)]] = SLERP_T
+    """How far to go from the first model, 0, to the second, 1. The models' weights have no say and must be
+    equal."""
+
+    @property
+    def weighs_models(self) -> bool:
+        return False
+
+
+SLERP = MethodEntry(
+    name="slerp",
+    formula="theta = [sin((1 - t) phi) theta_1 + sin(t phi) theta_2] / sin(phi), phi = angle(theta_1, theta_2); "
+    "(1 - t) theta_1 + t theta_2 where a vector is 0 or sin(phi) < 1e-4",
+    source="Shoemake 1985, Animating rotation with quaternion curves, doi 10.1145/325165.325242",
+    needs=(),
+    parameters=SlerpParameters,
+    models=(2, 2),
+)

@@ -1,0 +1,45 @@
+"""Parameters of methods that merge task vectors, that is, differences from the common ancestor."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MethodParameters, Scale
+from worker.engine.catalog.values import PerTensor
+
+DROPPING_DENSITY = 0.5
+
+Density = Annotated[float, Field(gt=0, le=1)]
+
+
+class TaskVectorParameters(MethodParameters):
+    normalize: bool
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+
+class SumParameters(TaskVectorParameters):
+    """Parameters of methods that add task vectors up."""
+
+    scale: PerTensor[Scale] = 0.4
+    """Multiplies the sum of the task vectors. Ilharco et al. find 0.3 to 0.5 close to optimal in many cases."""
+    normalize: bool = False
+    """The sum is divided by the sum of the weights, and so is a mean."""
+
+
+class ElectionParameters(TaskVectorParameters):
+    """Parameters of methods that elect a sign for every parameter."""
+
+    normalize: bool = True
+    """The sum of what agrees with the elected sign is divided by the sum of the weights that agree."""
+
+
+class DroppingParameters(TaskVectorParameters):
+    """Parameters of methods that drop parts of the task vectors at random."""
+
+    density: PerTensor[Density] = DROPPING_DENSITY
+    """Share of each task vector that is kept, on average."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Draws what is dropped, for every model and tensor by itself."""

@@ -1,0 +1,61 @@
+"""What headers do not tell of a merge's checkpoints: defaults of configurations, and whether tied weights are equal."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.layouts import check_configs
+from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.stacking import keys_of_layers
+from worker.engine.checkpoints.loading import check_layout, first_line
+from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.methods.blocks import row_blocks
+
+
+def check_plan(plan: MergePlan, *, is_stacked: bool) -> None:
+    """Of a plan without a table; one with a table has had these checks from headers.
+
+    Args:
+        is_stacked: whether the published model has layers of its own number.
+
+    Raises:
+        InvalidCheckpoint: tensors that are said to be tied differ, or transformers takes no such configuration.
+        IncompatibleCheckpoints: two configurations differ in a default, or by one.
+    """
+    if plan.family is not None:
+        return
+    first, *others = [_with_defaults(info) for info in plan.all_checkpoints]
+    for other in others:
+        besides = {*keys_of_layers(first.config), *keys_of_layers(other.config)} if is_stacked else ()
+        check_configs(first, other, besides)
+    if is_stacked:
+        [published] = plan.published
+        check_layout(replace(published, tensors={t.slot.name: t.sources[0] for t in plan.backbone}))
+    _check_tied(plan.tied)
+
+
+def _with_defaults(info: CheckpointInfo) -> CheckpointInfo:
+    """With the keys that transformers adds; as it is where transformers does not know the kind of model."""
+    if info.model_type not in CONFIG_MAPPING:
+        return info
+    try:
+        return replace(info, config=AutoConfig.for_model(**info.config).to_dict())
+    except Exception as error:  # whatever transformers thinks of the configuration
+        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {first_line(error)}") from error
+
+
+def _check_tied(pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> None:
+    """transformers takes unequal ones for two matrices, whatever the configuration says; one of them would be lost."""
+    with TensorReader() as reader:
+        for copy, original in pairs:
+            for rows in row_blocks(original.shape):
+                if not torch.equal(reader.read(copy, rows), reader.read(original, rows)):
+                    problem = (
+                        f"tensor {copy.name} differs from {original.name}, to which its configuration ties it; set "
+                        "tie_word_embeddings to false in config.json if it is a matrix of its own, else remove it"
+                    )
+                    raise InvalidCheckpoint(copy.source, problem, tensor=copy.name)

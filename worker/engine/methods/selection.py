@@ -1,0 +1,150 @@
+"""The value of a given rank among a tensor's, exactly, without sorting and without holding the tensor."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.engine.methods.blocks import Block, Versions
+
+HELD_BLOCKS = 16  # of values, for each rank: of a tensor of no more, all are
+SAMPLED_BLOCKS = 8
+SAMPLE_ELEMENTS = 1 << 16
+MARGIN = 0.01  # of the sample, to both sides of the rank; its standard error there is at most 0.2 %
+
+ANY = (-math.inf, math.inf)
+
+Array = NDArray[Any]
+
+
+def kept_elements(density: float, shape: Sequence[int]) -> int:
+    """How many elements of a tensor are this share of it: at least one."""
+    return max(1, round(density * math.prod(shape)))
+
+
+def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]], ranks: Sequence[int]) -> list[float]:
+    """Of each of several series of values, the one of a rank: 1 is the largest; equal values have ranks of their own.
+
+    A sample tells between which two values it lies; a pass over all blocks counts what is above them and gathers what
+    lies between. Where that is too much, or the rank lies outside, the search goes on with what it has ruled out. The
+    result does not depend on the sample, nor on the blocks.
+
+    Args:
+        values: the series' values in a block, one for each of the tensor's elements.
+        ranks: one for each series, from 1 to the number of elements.
+
+    Returns:
+        NaN for a series that has a NaN where it matters.
+    """
+    limit = HELD_BLOCKS * versions.block_elements
+    searches = [_Search(rank, math.prod(versions.shape)) for rank in ranks]
+    first = True
+    while searching := [(index, search) for index, search in enumerate(searches) if search.found is None]:
+        if any(search.between > limit for _, search in searching):
+            every = max(1, versions.count // SAMPLED_BLOCKS) if first else 1  # later, what is left may be anywhere
+            for block in versions.blocks(every):
+                arrays = [_flat(series) for series in values(block)]
+                for index, search in searching:
+                    search.sample(arrays[index], every)
+        for _, search in searching:
+            search.bracket(limit)
+        for block in versions.blocks():
+            arrays = [_flat(series) for series in values(block)]
+            for index, search in searching:
+                search.count(arrays[index], limit)
+        for _, search in searching:
+            search.narrow()
+        first = False
+    return [math.nan if search.found is None else search.found for search in searches]
+
+
+@dataclass
+class _Search:
+    """For a value of which it is known that it lies between two others, and how many of the series do so."""
+
+    rank: int
+    above_low: int
+    low: float = -math.inf
+    high: float = math.inf
+    above_high: int = 0  # or equal to it
+    found: float | None = None
+    sampled: list[Array] = field(default_factory=list)
+    inner: tuple[float, float] = ANY
+    gathered: list[Array] = field(default_factory=list)
+    counts: list[int] = field(
+        default_factory=lambda: [0, 0, 0, 0]
+    )  # above inner, at its upper end, in it, at its lower
+
+    @property
+    def between(self) -> int:
+        return self.above_low - self.above_high
+
+    def sample(self, values: Array, every: int) -> None:
+        inside = _between(values, self.low, self.high)
+        self.sampled.append(inside[:: max(1, self.between // (every * SAMPLE_ELEMENTS))].copy())
+
+    def bracket(self, limit: int) -> None:
+        """What the next pass gathers: all that is left where that is little."""
+        self.inner, self.gathered, self.counts = (self.low, self.high), [], [0, 0, 0, 0]
+        sample, self.sampled = np.sort(np.concatenate([*self.sampled, np.empty(0)])), []
+        sample = sample[~np.isnan(sample)]
+        if self.between <= limit or not len(sample):
+            return
+        place = len(sample) * (1 - (self.rank - self.above_high) / self.between)
+        first, last = math.floor(place - MARGIN * len(sample)), math.ceil(place + MARGIN * len(sample))
+        self.inner = (
+            float(sample[first]) if first >= 0 else self.low,
+            float(sample[last]) if last < len(sample) else self.high,
+        )
+
+    def count(self, values: Array, limit: int) -> None:
+        low, high = self.inner
+        if self.inner == ANY:
+            inside, found = values, (0, 0, values.size, 0)
+        else:
+            near = values[(values >= low) & (values <= high)]
+            inside = _between(near, low, high)
+            above, at_high = int(np.count_nonzero(values > high)), int(np.count_nonzero(near == high))
+            at_low = near.size - inside.size - at_high
+            found = (above, at_high, inside.size, at_low)
+        self.counts = [count + more for count, more in zip(self.counts, found, strict=True)]
+        if self.counts[2] <= limit:
+            self.gathered.append(inside)
+
+    def narrow(self) -> None:
+        low, high = self.inner
+        above, at_high, inside, at_low = self.counts
+        everything = self.inner == (self.low, self.high)
+        from_high = above + at_high
+        if self.rank <= above:
+            self.low, self.above_low = high, above
+        elif self.rank <= from_high:
+            self.found = high
+        elif self.rank <= from_high + inside:
+            values = np.concatenate(self.gathered)
+            if values.size == inside:
+                place = inside - (self.rank - from_high)
+                values.partition(place)
+                self.found = float(values[place])
+            else:
+                self.low, self.above_low, self.high, self.above_high = low, from_high + inside, high, from_high
+        elif self.rank <= from_high + inside + at_low:
+            self.found = low
+        else:
+            self.high, self.above_high = low, from_high + inside + at_low
+        if everything and self.found is None:
+            self.found = math.nan  # NaN is neither above nor below
+
+
+def _flat(values: Tensor) -> Array:
+    return values.flatten().numpy()
+
+
+def _between(values: Array, low: float, high: float) -> Array:
+    if (low, high) == ANY:
+        return values
+    return values[(values > low) & (values < high)]

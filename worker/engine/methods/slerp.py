@@ -1,0 +1,48 @@
+"""`slerp`, see its catalog entry."""
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.methods import SLERP_T, MethodParameters, SlerpParameters
+from worker.engine.catalog.values import value_at
+from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.methods.combine import combination
+from worker.engine.methods.inner_products import inner_products
+
+COLINEAR = 1e-4  # sine of the angle; between opposites, rounding grows by its inverse
+
+
+def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
+    if not isinstance(parameters, SlerpParameters):
+        raise TypeError(f"parameters of slerp expected, got {type(parameters).__name__}")
+
+    def prepare(versions: Versions) -> BlockMerge:
+        products = inner_products(versions, lambda block: block.versions)
+        coefficients = spherical(products, value_at(parameters.t, versions.place, SLERP_T))
+
+        def merge(block: Block) -> Tensor:
+            return combination(block.versions, coefficients)
+
+        return merge
+
+    return prepare
+
+
+def spherical(products: Tensor, t: float) -> Tensor:
+    """What the first vector and the second are multiplied with, to be `t` of the way along the arc between them.
+
+    Where there is no arc, it is the straight line: between opposites, between what hardly differs in direction, and
+    where a vector is zero.
+
+    Args:
+        products: of the vectors, (2, 2, …), float64.
+
+    Returns:
+        (2, …), float64.
+    """
+    cosine = (products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()).clamp(-1, 1)
+    sine = (1 - cosine**2).sqrt()
+    angle = cosine.acos()
+    on_arc = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()]) / sine
+    straight = torch.tensor([1 - t, t], dtype=torch.float64).view(2, *(1 for _ in sine.shape)).expand_as(on_arc)
+    return torch.where(sine >= COLINEAR, on_arc, straight)

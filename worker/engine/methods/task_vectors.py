@@ -1,0 +1,78 @@
+"""How task vectors are merged, sparse or not: as a sum, or after the election of a sign for every parameter."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.methods import ElectionParameters, TaskVectorParameters
+from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
+from worker.engine.methods.combine import model_weights
+
+CHUNK_ELEMENTS = 1 << 16  # they stay in a core's cache
+
+Deltas = Callable[[Block], list[Tensor]]
+"""The task vectors of a block, which the caller may change."""
+
+
+def merging(
+    parameters: TaskVectorParameters, models: Sequence[MeasuredModel], sparse: Callable[[Versions], Deltas]
+) -> Merger:
+    """The method that merges what `sparse` leaves of the task vectors."""
+
+    def prepare(versions: Versions) -> BlockMerge:
+        weights = model_weights(models, versions.place).tolist()
+        deltas = sparse(versions)
+
+        def merge(block: Block) -> Tensor:
+            if isinstance(parameters, ElectionParameters):
+                merged = elected_sum(deltas(block), weights, weights, normalize=parameters.normalize)
+            else:
+                merged = weighted_sum(deltas(block), weights)
+                if parameters.normalize:
+                    merged.div_(sum(weights))
+            return merged.add_(required_base(block.base))
+
+        return merge
+
+    return prepare
+
+
+def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = deltas[0] * weights[0]
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.add_(delta, alpha=weight)
+    return total
+
+
+def elected_sum(
+    deltas: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float], *, normalize: bool
+) -> Tensor:
+    """`sum_(j in A) w_j t_j`, with `A` those that have the sign of `sum_k v_k t_k`; 0 where that is 0.
+
+    So no model is preferred for its place in the list.
+
+    Args:
+        deltas: `t`, which this overwrites.
+        weights: `w`, not negative.
+        votes: `v`.
+        normalize: divided by `sum_(j in A) w_j`.
+    """
+    merged = torch.empty_like(deltas[0])
+    size = 2.0 ** math.frexp(max(weights))[1] if normalize else 1.0  # a power of 2 changes no digit
+    shares = [weight / size for weight in weights]
+    for part, *parts in zip(*(torch.split(t.view(-1), CHUNK_ELEMENTS) for t in (merged, *deltas)), strict=True):
+        elected = weighted_sum(parts, votes).sign_()
+        for delta in parts:
+            delta.mul_(elected).clamp_min_(0)
+        torch.mul(weighted_sum(parts, shares), elected, out=part)
+        if normalize:
+            total = weighted_sum([delta.sign_() for delta in parts], shares)
+            part.div_(total.clamp_min_(torch.finfo(total.dtype).tiny))
+    return merged
+
+
+def magnitudes(block: Block) -> list[Tensor]:
+    """Of the task vectors."""
+    return [delta.abs_() for delta in block.deltas]
