@@ -514,7 +514,7 @@ def test_another_family_is_refused_by_both_names(case: Case, tmp_path: Path) -> 
 def test_another_architecture_of_the_family_is_refused(case: Case, tmp_path: Path) -> None:
     pair = copied(case, tmp_path)
     edit_json(pair[0] / "config.json", architectures=["SomethingForTokenClassification"])
-    assert_refused(pair, InvalidCheckpoint, "SomethingForTokenClassification", case.table.architectures[0])
+    assert_refused(pair, IncompatibleCheckpoints, "SomethingForTokenClassification", case.table.architectures[0])
 
 
 def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> None:

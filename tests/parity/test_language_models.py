@@ -332,6 +332,21 @@ def test_stacked_layers_are_the_sources_bit_by_bit(engine: Engine, tmp_path: Pat
     assert shares[0] == pytest.approx(of_a / sum(t.numel() for t in wanted.values()))
 
 
+def test_encoders_with_a_table_stack_with_the_last_ones_head(engine: Engine, tmp_path: Path) -> None:
+    a, b = (tiny_checkpoint(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
+    slices = [{"model": "a", "layers": [0, 2]}, {"model": "b", "layers": [0, 2]}]
+    spec = merge_spec(tmp_path / "out", [model_spec(a), model_spec(b)], {"name": "passthrough", "slices": slices})
+    engine.merge(spec, silent)
+    found, states = read_model(tmp_path / "out" / "model"), [read_model(folder) for folder in (a, b)]
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):
+        assert torch.equal(found[name], states[1][name])
+    inner = "bert.encoder.layer.{}.output.dense.weight"
+    assert torch.equal(found[inner.format(3)], states[1][inner.format(1)])
+    stacked = loaded_model(tmp_path / "out" / "model", "AutoModelForSequenceClassification")
+    assert len(stacked.bert.encoder.layer) == 4
+    assert logits_of(stacked).shape == (2, 2)
+
+
 def test_models_of_different_depths_stack(engine: Engine, tmp_path: Path) -> None:
     a, b = (tiny_model(tmp_path / name, QWEN2, seed=seed, layers=seed + 1) for seed, name in enumerate("ab", 1))
     slices = [{"model": "a", "layers": [0, 2]}, {"model": "b", "layers": [2, 3]}]

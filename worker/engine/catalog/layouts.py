@@ -325,9 +325,9 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
     for key, condition in CONDITIONS.items():
         if condition(ours) and condition(theirs):
             harmless.add(key)
-    for key in ours.keys() & theirs.keys() - harmless:
-        mine, other = ours[key], theirs[key]
-        if mine == other or HARMLESS_NAMES.fullmatch(key):
+    for key, mine in ours.items():
+        other = theirs.get(key, mine)
+        if mine == other or key in harmless or HARMLESS_NAMES.fullmatch(key):
             continue
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             yield from ((f"{key}.{inner}", a, b) for inner, a, b in differences(mine, other))

@@ -1,5 +1,6 @@
 """The plan of `passthrough`: which layer of which model becomes which layer of the result."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -105,12 +106,12 @@ def keys_of_layers(config: Mapping[str, Any]) -> list[str]:
 
 
 def copied_shares(plan: MergePlan) -> list[float]:
-    """The part of the result's bytes that each checkpoint gives."""
-    given = {info.source: 0 for info in plan.checkpoints}
+    """The part of the result's bytes that each model gives; models of the same checkpoint have equal parts of its."""
+    given: Counter[str] = Counter()
     for tensor in plan.backbone:
         given[tensor.sources[0].source] += tensor.nbytes
-    total = sum(given.values())
-    return [given[info.source] / total for info in plan.checkpoints]
+    models = Counter(info.source for info in plan.checkpoints)
+    return [given[info.source] / given.total() / models[info.source] for info in plan.checkpoints]
 
 
 def _only_stack(info: CheckpointInfo, state: Mapping[str, TensorInfo]) -> str:
