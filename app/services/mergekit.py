@@ -193,9 +193,10 @@ def _stacked(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, 
     runs = []
     for place, entry in _entries(recipe, "slices"):
         _check_keys(entry, ("sources",), place)
-        [*_, (inner, source)] = found = list(_entries(entry, "sources", place))
+        found = list(_entries(entry, "sources", place))
         if len(found) != 1:
             raise MergekitError(f"{place}.sources", "passthrough takes one model in each slice")
+        [(inner, source)] = found
         _check_keys(source, ("model", "layer_range"), inner)
         runs.append((_reference(source, inner), _layer_range(source, inner)))
     references = list(dict.fromkeys(reference for reference, _ in runs))

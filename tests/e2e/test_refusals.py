@@ -400,7 +400,7 @@ REQUESTS: dict[str, tuple[Callable[[httpx.Client], httpx.Response], int, str]] =
         lambda http: http.post("/merge", content="{", headers={"Content-Type": "application/json"}), 400, "malformed",
     ),
     "other content type": (
-        lambda http: http.post("/merge", content="a: b", headers={"Content-Type": "application/yaml"}),
+        lambda http: http.post("/merge", content="a: b", headers={"Content-Type": "application/toml"}),
         415, "unsupported_media_type",
     ),
     "no content type": (lambda http: http.post("/merge", content=b"{}"), 415, "unsupported_media_type"),
