@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +49,10 @@ class PlannedModel(BaseModel):
     task: str
     head: str
     """What the model's task head becomes."""
+    tokens: int | None
+    """Those of the output's vocabulary that it has, where `output.vocabulary` is not `error`."""
+    new_tokens: int | None
+    """Of these, those that `union` appends for it: the base and the models before it lack them."""
 
 
 class Plan(BaseModel):
@@ -66,6 +70,8 @@ class Plan(BaseModel):
     owners: dict[str, int]
     """How many merged tensors are owned by heads, by neurons, and by no node (rest)."""
     models: list[PlannedModel]
+    tokens: int | None
+    """Of the output's tokenizer, where `output.vocabulary` is not `error`."""
     request: dict[str, Any]
     """As it would be accepted, defaults filled in."""
 
@@ -146,7 +152,7 @@ class Jobs:
 
     def plan(self, request: MergeRequest) -> Plan:
         accepted = self._check_merge(request)
-        plan = accepted.plan
+        plan, vocabulary = accepted.plan, accepted.plan.vocabulary
         examples = request.method.most_examples
         measured = sum(
             min(examples, model.dataset.limit or examples)
@@ -175,11 +181,14 @@ class Jobs:
                     architecture=info.architecture,
                     task=f"{task.problem}, {task.outputs} outputs",
                     head=f"{', '.join(t.slot.name for t in head)}: {_becomes(request, model)}",
+                    tokens=vocabulary and vocabulary.shared[index],
+                    new_tokens=vocabulary and vocabulary.introduced[index],
                 )
-                for model, info, task, head in zip(
-                    request.models, plan.checkpoints, plan.tasks, plan.heads, strict=True
+                for index, (model, info, task, head) in enumerate(
+                    zip(request.models, plan.checkpoints, plan.tasks, plan.heads, strict=True)
                 )
             ],
+            tokens=vocabulary and vocabulary.tokens,
             request=accepted.request,
         )
 
@@ -199,14 +208,16 @@ class Jobs:
         later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
         if later:
             raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
+        hub = Hub()
         if not any(source.startswith("hf:") for source in _sources(request)):
-            yield Hub()
+            yield hub
             return
         if not self._hub_places.acquire(timeout=HUB_QUEUE_S):
             detail = f"{HUB_REQUESTS} requests are waiting for the hub already"
             raise ProblemError(Problem.HUB_UNAVAILABLE, detail, None, **{"Retry-After": "10"})
         try:
-            yield Hub()
+            with hub.outlines:
+                yield hub
         finally:
             self._hub_places.release()
 
@@ -225,12 +236,18 @@ class Jobs:
 
     def _checked_merge(self, request: MergeRequest, hub: Hub) -> AcceptedMerge:
         checkpoints = self._checkpoints(request, hub)
-        base = self._checkpoint("base", request.base, hub) if request.base else None
-        with _refusing("models"):
-            plan = plan_merge(checkpoints, request.output.dtype)
-        if base is not None:
-            with _refusing("base"):
-                plan = plan_merge(checkpoints, request.output.dtype, base)
+        aligns = _aligns_vocabularies(request)
+        base = self._checkpoint("base", request.base, hub, aligns) if request.base else None
+        dtype, vocabulary = request.output.dtype, request.output.vocabulary
+        if aligns:  # by the base's, if it is there: without it, others would be refused
+            with _refusing("models"):
+                plan = plan_merge(checkpoints, dtype, base, vocabulary)
+        else:
+            with _refusing("models"):
+                plan = plan_merge(checkpoints, dtype)
+            if base is not None:
+                with _refusing("base"):
+                    plan = plan_merge(checkpoints, dtype, base)
         free = self._artifacts.free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
@@ -255,9 +272,11 @@ class Jobs:
         return AcceptedMerge(accepted, plan.all_checkpoints, plan)
 
     def _checkpoints(self, request: MergeRequest | ScoreRequest, hub: Hub) -> list[CheckpointInfo]:
-        return [self._checkpoint(f"models.{i}.checkpoint", m.checkpoint, hub) for i, m in enumerate(request.models)]
+        aligns = _aligns_vocabularies(request)
+        fields = [(f"models.{i}.checkpoint", model.checkpoint) for i, model in enumerate(request.models)]
+        return [self._checkpoint(field, reference, hub, aligns) for field, reference in fields]
 
-    def _checkpoint(self, field: str, reference: str, hub: Hub) -> CheckpointInfo:
+    def _checkpoint(self, field: str, reference: str, hub: Hub, keep_outline: bool) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
         with _refusing(field):
             on_hub = hub_reference(reference)
@@ -265,9 +284,11 @@ class Jobs:
                 path, root = self._inputs.resolve(reference)
                 return inspect_checkpoint(path, reference, root)
             pinned = hub.pinned(on_hub, "model")
-            with TemporaryDirectory(prefix="maskmerge-") as folder:
-                hub.outline(pinned, Path(folder))
-                return inspect_checkpoint(Path(folder), str(pinned))
+            with ExitStack() as inspecting:
+                outlines = hub.outlines if keep_outline else inspecting
+                folder = Path(outlines.enter_context(TemporaryDirectory(prefix="maskmerge-")))
+                hub.outline(pinned, folder)
+                return inspect_checkpoint(folder, str(pinned))
 
     def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
@@ -289,6 +310,11 @@ class Jobs:
         with _refusing(field):
             check_first_rows(DatasetSpec(source=rows.source, path=path, **columns), labels if needs_labels else None)
         return rows.source
+
+
+def _aligns_vocabularies(request: MergeRequest | ScoreRequest) -> bool:
+    """Whether tokenizers are read after the checkpoints' headers."""
+    return isinstance(request, MergeRequest) and request.output.vocabulary != "error"
 
 
 def _sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:

@@ -14,8 +14,9 @@ from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
 from worker.engine.catalog.headers import DTYPE_BYTES, CheckpointInfo, TensorInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
-from worker.engine.catalog.spec import Dtype
+from worker.engine.catalog.spec import Dtype, VocabularyPolicy
 from worker.engine.catalog.values import Place
+from worker.engine.catalog.vocabulary import TokenRows, Vocabulary, align_vocabularies, is_token_indexed
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATS = tuple(TORCH_NAMES.values())
@@ -38,6 +39,8 @@ class PlannedTensor:
     dtype: str
     sources: tuple[TensorInfo, ...]
     base: TensorInfo | None = None
+    token_rows: TokenRows | None = None
+    """Of a tensor with a row for each token, where vocabularies differ: its rows in `sources` and `base`."""
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +69,8 @@ class MergePlan:
     tasks: tuple[Task, ...]
     backbone: tuple[PlannedTensor, ...]
     heads: tuple[tuple[PlannedTensor, ...], ...]
+    vocabulary: Vocabulary | None = None
+    """None where all models have the same."""
 
     @property
     def linear_inputs(self) -> list[LinearInput]:
@@ -121,7 +126,8 @@ class MergePlan:
         # Held in float32, whatever they are stored in: the cache's models, and what is evaluated beside them.
         models = [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.checkpoints]
         held = sum(models) if tokens_held else min(sum(models), CACHE_BYTES + max(models))
-        held += models_beside * max(models) + tokens_held * 2 * 4 * sizes["hidden"]
+        merged = 4 * sum(math.prod(tensor.shape) for tensor in self.backbone)
+        held += models_beside * max(*models, merged) + tokens_held * 2 * 4 * sizes["hidden"]
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + self.family.attention_rows * attention
@@ -152,9 +158,15 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoints: Sequence[CheckpointInfo], dtype: Dtype = "auto", base: CheckpointInfo | None = None
+    checkpoints: Sequence[CheckpointInfo],
+    dtype: Dtype = "auto",
+    base: CheckpointInfo | None = None,
+    vocabulary: VocabularyPolicy = "error",
 ) -> MergePlan:
     """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
+
+    Args:
+        vocabulary: of the output, where the tokenizers differ; `error` refuses that.
 
     Raises:
         InvalidCheckpoint: an unknown architecture, a tensor that no rule owns, a size that contradicts the config.
@@ -171,23 +183,30 @@ def plan_merge(
         require_tokenizer(info)
         _check_sizes(info, family)
         tasks.append(task_of(info))
-        _check_settings(first, info, family)
-        _check_vocabulary(first, info)
-    ancestor = _ancestor(first, base, family) if base else {}
+        _check_settings(first, info, family, vocabulary)
+        if vocabulary == "error":
+            _check_vocabulary(first, info)
+    ancestor = _ancestor(first, base, family, vocabulary) if base else {}
+    aligned = align_vocabularies(vocabulary, checkpoints, base) if vocabulary != "error" else None
     place = partial(_place, family.size(first.config, "layers"))
     slots = [_slots(info, family) for info in checkpoints]
     backbone = []
     for name, (slot, tensor) in slots[0].items():
         if slot.kind in (Kind.HEAD, Kind.UNREAD):
             continue
-        sources = [_counterpart(first, tensor, info, of, name) for info, of in zip(checkpoints, slots, strict=True)]
-        backbone.append(
-            PlannedTensor(
-                slot, place(slot), tensor.shape, _output_dtype(sources, dtype), tuple(sources), ancestor.get(slot.name)
-            )
-        )
+        by_token = aligned is not None and is_token_indexed(name)
+        sources = [
+            _counterpart(first, tensor, info, of, name, by_token) for info, of in zip(checkpoints, slots, strict=True)
+        ]
         if base is not None:
-            _check_base(base, ancestor.get(slot.name), first, tensor)
+            _check_base(base, ancestor.get(slot.name), first, tensor, by_token)
+        shape, rows = tensor.shape, None
+        if aligned is not None and by_token:
+            shape, rows = (aligned.rows, *shape[1:]), aligned.token_rows
+        output_dtype = _output_dtype(sources, dtype)
+        backbone.append(
+            PlannedTensor(slot, place(slot), shape, output_dtype, tuple(sources), ancestor.get(slot.name), rows)
+        )
     for info, of in zip(checkpoints, slots, strict=True):
         for name, (slot, _) in of.items():
             if slot.kind not in (Kind.HEAD, Kind.UNREAD) and name not in slots[0]:
@@ -200,7 +219,7 @@ def plan_merge(
         )
         for of in slots
     )
-    return MergePlan(family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads)
+    return MergePlan(family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads, aligned)
 
 
 def require_tokenizer(info: CheckpointInfo) -> None:
@@ -259,8 +278,10 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
             raise InvalidCheckpoint(info.source, f"no tensor {family.layer_path(layer)}{name}; other layers have it")
 
 
-def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family) -> None:
+def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, vocabulary: VocabularyPolicy) -> None:
     for key in (*family.config_names.values(), *family.settings):
+        if key == "vocab_size" and vocabulary != "error":
+            continue
         ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
         if ours != theirs:
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}")
@@ -273,11 +294,15 @@ def _check_vocabulary(first: CheckpointInfo, info: CheckpointInfo) -> None:
         raise IncompatibleCheckpoints(first.source, info.source, problem)
     if all(first.vocabulary[form] != info.vocabulary[form] for form in common):
         raise IncompatibleCheckpoints(
-            first.source, info.source, "their tokenizers have different vocabularies; a merge needs one vocabulary"
+            first.source,
+            info.source,
+            "their tokenizers have different vocabularies; output.vocabulary 'base' or 'union' merges them by token",
         )
 
 
-def _ancestor(first: CheckpointInfo, base: CheckpointInfo, family: Family) -> dict[str, TensorInfo]:
+def _ancestor(
+    first: CheckpointInfo, base: CheckpointInfo, family: Family, vocabulary: VocabularyPolicy
+) -> dict[str, TensorInfo]:
     """The base's backbone by canonical name. It may have any head or none, and names without the family's prefix."""
     if base.model_type != family.model_type:
         raise IncompatibleCheckpoints(
@@ -285,8 +310,8 @@ def _ancestor(first: CheckpointInfo, base: CheckpointInfo, family: Family) -> di
         )
     if base.config.get("quantization_config"):
         raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
-    _check_settings(first, base, family)
-    if base.vocabulary:
+    _check_settings(first, base, family, vocabulary)
+    if base.vocabulary and vocabulary == "error":
         _check_vocabulary(first, base)
     found = {}
     for tensor in base.tensors.values():
@@ -298,10 +323,12 @@ def _ancestor(first: CheckpointInfo, base: CheckpointInfo, family: Family) -> di
     return found
 
 
-def _check_base(base: CheckpointInfo, found: TensorInfo | None, first: CheckpointInfo, tensor: TensorInfo) -> None:
+def _check_base(
+    base: CheckpointInfo, found: TensorInfo | None, first: CheckpointInfo, tensor: TensorInfo, by_token: bool
+) -> None:
     if found is None:
         raise IncompatibleCheckpoints(first.source, base.source, f"tensor {tensor.name} is missing in the base")
-    if found.shape != tensor.shape:
+    if found.shape[by_token:] != tensor.shape[by_token:]:  # a vocabulary may have any number of rows
         raise IncompatibleCheckpoints(
             first.source,
             base.source,
@@ -333,11 +360,12 @@ def _counterpart(
     info: CheckpointInfo,
     slots: Mapping[str, tuple[Slot, TensorInfo]],
     name: str,
+    by_token: bool,
 ) -> TensorInfo:
     if name not in slots:
         raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is missing in the second")
     found = slots[name][1]
-    if found.shape != tensor.shape:
+    if found.shape[by_token:] != tensor.shape[by_token:]:
         raise IncompatibleCheckpoints(
             first.source,
             info.source,

@@ -20,6 +20,7 @@ from worker.engine.catalog.strict import Strict
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+VocabularyPolicy = Literal["error", "union", "base"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
 LEAST_ALIGNMENT_ROWS = 16
@@ -108,6 +109,7 @@ class OutputSpec(Strict):
     dtype: Dtype = "auto"
     align_heads: bool = False
     max_shard_bytes: int = 5_000_000_000
+    vocabulary: VocabularyPolicy = "error"
 
 
 class StoreSpec(Strict):

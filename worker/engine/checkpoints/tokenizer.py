@@ -1,0 +1,65 @@
+"""The tokenizer's files of a merged model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from worker.engine.catalog.headers import TOKENIZER_FILES, CheckpointInfo
+from worker.engine.catalog.vocabulary import NewToken, Vocabulary
+
+FLAGS: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+EXTENDED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:
+    """The model's own files where all models have the same vocabulary; else its owner's, with new tokens.
+
+    New tokens are in tokenizer.json alone, which is what is read first; older files of the same are left out.
+    """
+    if vocabulary is None or not vocabulary.new:
+        of = info if vocabulary is None else vocabulary.owner
+        _copy(of, TOKENIZER_FILES, folder)
+        return
+    owner = vocabulary.owner.path
+    _copy(vocabulary.owner, EXTENDED, folder)
+    content = json.loads((owner / "tokenizer.json").read_bytes())
+    _write(folder / "tokenizer.json", _extended(content, vocabulary))
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+    if "added_tokens_decoder" in config:
+        more = {str(token.id): _entry(token) for token in vocabulary.new if token.entry is not None}
+        config["added_tokens_decoder"].update(more)
+        _write(config_file, config)
+
+
+def _extended(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """tokenizer.json with the new tokens at their ids.
+
+    Added tokens, the owner's too, are then in the model's vocabulary where it has ids: of others, the library makes up
+    ids itself, by the vocabulary's size.
+    """
+    model = dict(content["model"])
+    before = content.get("added_tokens") or []
+    if isinstance(model["vocab"], dict):
+        more = {token.content: token.id for token in vocabulary.new}
+        model["vocab"] = {**{entry["content"]: entry["id"] for entry in before}, **model["vocab"], **more}
+    if vocabulary.merges:
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [*pairs, *map(list, vocabulary.merges)]
+    added = [{"id": token.id, **_entry(token)} for token in vocabulary.new if token.entry is not None]
+    return {**content, "added_tokens": [*before, *added], "model": model}
+
+
+def _entry(token: NewToken) -> dict[str, Any]:
+    return {"content": token.content, **{flag: (token.entry or {}).get(flag, value) for flag, value in FLAGS.items()}}
+
+
+def _copy(info: CheckpointInfo, names: tuple[str, ...], folder: Path) -> None:
+    for name in names:
+        if (info.path / name).is_file():
+            shutil.copyfile(info.path / name, folder / name)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
