@@ -332,14 +332,17 @@ def _fast_tokenizer(path: Path, source: str) -> Tokenizer:
     known = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
     added = {entry["content"]: entry for entry in content.get("added_tokens") or ()}
     unknown = model.get("unk_token")
+    kind = str(model.get("type") or by_kind.get(True, "WordPiece"))  # older files do not say
+    absent = {"continuing_subword_prefix": "##"} if kind == "WordPiece" else {}
+    affixes = [model.get(key, absent.get(key)) for key in ("continuing_subword_prefix", "end_of_word_suffix")]
     return Tokenizer(
-        kind=model.get("type") or by_kind.get(True, "WordPiece"),  # older files do not say
+        kind=kind,
         ids=_ids({**{token: entry["id"] for token, entry in added.items()}, **known}),
         added=added,
         merges=tuple((str(left), str(right)) for left, right in pairs),
         scores=scores,
         special={**({"unk_token": unknown} if isinstance(unknown, str) else {}), **_special_tokens(path, source)},
-        affixes=(model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""),
+        affixes=(affixes[0] or "", affixes[1] or ""),
     )
 
 
@@ -364,6 +367,7 @@ def _ids(ids: dict[Any, Any]) -> dict[str, int]:
     for token, index in ids.items():
         if not isinstance(token, str) or type(index) is not int or index < 0:
             raise ValueError(f"token {token!r} has the id {index!r}")
+    "".join(ids).encode()  # half a surrogate pair is no character, and no file could hold it
     return ids
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from worker.engine.catalog.headers import TOKENIZER_FILES, CheckpointInfo
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
 
-FLAGS: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 EXTENDED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -27,10 +27,10 @@ def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder:
     _write(folder / "tokenizer.json", _extended(content, vocabulary))
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
-    if "added_tokens_decoder" in config:
+    decoder = config.get("added_tokens_decoder")  # what transformers saved before its version 5, and still reads
+    if isinstance(decoder, dict):
         more = {str(token.id): _entry(token) for token in vocabulary.new if token.entry is not None}
-        config["added_tokens_decoder"].update(more)
-        _write(config_file, config)
+        _write(config_file, {**config, "added_tokens_decoder": {**decoder, **more}})
 
 
 def _extended(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def _extended(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]
 
 
 def _entry(token: NewToken) -> dict[str, Any]:
-    return {"content": token.content, **{flag: (token.entry or {}).get(flag, value) for flag, value in FLAGS.items()}}
+    entry = token.entry or {}
+    return {"content": token.content, **{flag: bool(entry.get(flag)) for flag in FLAGS}}
 
 
 def _copy(info: CheckpointInfo, names: tuple[str, ...], folder: Path) -> None:
