@@ -1,5 +1,6 @@
 """Merges of models whose tokenizers differ, against a computation by token, dense and in float64."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -223,10 +224,8 @@ def test_heads_are_aligned_and_models_compared_in_the_tokens_of_each(tmp_path: P
             evaluation = {"source": "local:rows", "path": write_rows(tmp_path / f"{name}-e.jsonl", seed=seed + 9)}
             evaluation |= {"label": "label", "metric": "accuracy"}
             chosen.append(model_spec(path, rows, evaluation=evaluation))
-        fields = {"vocabulary": policy, "align_heads": True, "evaluate": True}
-        results[policy] = Engine().merge(
-            merge_spec(tmp_path / f"out-{policy}", chosen, {"name": "average"}, **fields), silent
-        )
+        out, output = tmp_path / f"out-{policy}", {"vocabulary": policy, "align_heads": True}
+        results[policy] = Engine().merge(merge_spec(out, chosen, {"name": "average"}, evaluate=True, **output), silent)
     assert results["base"].metrics == results["error"].metrics
     assert all(model.aligned_examples for model in results["base"].models)
     for name in "xy":
@@ -265,7 +264,11 @@ def test_a_row_that_is_no_number_is_blamed_on_its_model(models: dict[str, Path],
         Engine().merge(spec(spoilt, tmp_path / "out", "union", {"name": "average"}, based=False), silent)
 
 
-def test_new_tokens_are_found_in_text_as_in_the_model_that_has_them(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [False, True])
+def test_new_tokens_are_found_in_text_as_in_the_model_that_has_them(
+    models: dict[str, Path], tmp_path: Path, older: bool
+) -> None:
+    """Also where transformers before version 5 wrote the files."""
     pair = {name: Path(shutil.copytree(models[name], tmp_path / "in" / name)) for name in ("x", "y")}
     for name in pair:
         shutil.copy(models[name].parent / f"{name}.jsonl", tmp_path / "in")
@@ -275,8 +278,16 @@ def test_new_tokens_are_found_in_text_as_in_the_model_that_has_them(models: dict
     tokenizer.save_pretrained(pair["y"])
     edit_tensors(pair["y"], lambda tensors: {n: padded(n, t, 2, 5) for n, t in tensors.items()})
     edit_json(pair["y"] / "config.json", vocab_size=len(tokenizer))
+    if older:
+        for folder in pair.values():
+            entries = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+            edit_json(folder / "tokenizer_config.json", added_tokens_decoder={str(e.pop("id")): e for e in entries})
     Engine().merge(spec(pair, tmp_path / "out", "union", {"name": "average"}, based=False), silent)
-    found = AutoTokenizer.from_pretrained(tmp_path / "out" / "models" / "x")
+    out = tmp_path / "out" / "models" / "x"
+    found = AutoTokenizer.from_pretrained(out)
+    decoder = json.loads((out / "tokenizer_config.json").read_text()).get("added_tokens_decoder", {})
+    ids = [str(found.convert_tokens_to_ids(token)) for token in ("<Special>", "Plain")]
+    assert [decoder[i]["special"] for i in ids if older] == [True, False][: 2 * older]
     text = "one blue<Special>two Plain plain green"
     assert found.tokenize(text) == tokenizer.tokenize(text)
     assert found.tokenize("redish reds") == ["red", "##ish", "[UNK]"]
@@ -315,3 +326,33 @@ def test_families_of_other_tokenizers_take_added_tokens(name: str, tmp_path: Pat
     extra = [t.convert_tokens_to_ids("<extra>") for t in (*own, found)]
     mean = (matrices[0][extra[0]].double() + matrices[1][extra[1]].double()) / 2
     torch.testing.assert_close(matrices[2][extra[2]].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_union_of_bpe_merges_text_as_the_longer_of_both(tmp_path: Path) -> None:
+    from transformers import RobertaTokenizer
+
+    family = TINY_FAMILIES["roberta"]
+    family.tokenizer().save_pretrained(tmp_path / "whole")
+    model = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    chosen = []
+    for seed, left_out in enumerate((10, 0)):
+        kept = merges[: len(merges) - left_out]
+        made = {"".join(merge) for merge in merges[len(kept) :]}
+        vocabulary = {token: i for token, i in model["vocab"].items() if token not in made}
+
+        def tokenizer(vocabulary: Mapping[str, int] = vocabulary, kept: Sequence[Any] = kept) -> Any:
+            return RobertaTokenizer(vocab=dict(vocabulary), merges=list(kept))
+
+        folder = tmp_path / f"m{seed}"
+        tiny_checkpoint(folder, family=replace(family, tokenizer=tokenizer), seed=seed)
+        chosen.append(folder)
+    for policy, like in (("union", 1), ("base", 0)):
+        out = tmp_path / policy
+        specs = [model_spec(path) for path in chosen]
+        Engine().merge(merge_spec(out, specs, {"name": "average"}, vocabulary=policy), silent)
+        found = AutoTokenizer.from_pretrained(out / "models" / "m0")
+        expected = AutoTokenizer.from_pretrained(chosen[like])
+        assert found.get_vocab() == expected.get_vocab()
+        text = " ".join(WORDS)
+        assert found.tokenize(text) == expected.tokenize(text)

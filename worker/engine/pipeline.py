@@ -378,7 +378,7 @@ class Engine:
             folder = folders[run.spec.name]
             expert = self._models.get(run.info)
             merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
-            by_merge = _examples_of(plan, merged, _required(run.spec), run.alignment_rows, run.alignment)
+            by_merge, _ = _examples_of(plan, merged, _required(run.spec), run.alignment_rows, run.alignment)
             head = align_head(expert, merged, run.alignment, precision, aligning.advance, by_merge)
             path, digest = rewrite_head(folder, planned, head)
             digests[path] = digest
@@ -427,7 +427,8 @@ class Engine:
                     f"read as {', '.join(map(str, better))}; do both mean the same by them?"
                 )
         merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
-        examples = _examples_of(plan, merged, evaluation, run.evaluation_rows, examples)
+        examples, truncated = _examples_of(plan, merged, evaluation, run.evaluation_rows, examples)
+        notes += truncated
         kept = head_of(loaded)
         merged_predictions, kept_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
         merged.model.load_state_dict(average, strict=False)
@@ -584,9 +585,9 @@ def _examples(
 
 def _examples_of(
     plan: MergePlan, merged: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], examples: list[Example]
-) -> list[Example]:
-    """An expert's examples as the merged model reads them: the same, unless vocabularies differ."""
-    return examples if plan.vocabulary is None else _examples(merged, dataset, rows, None)[0]
+) -> tuple[list[Example], list[str]]:
+    """An expert's examples as the merged model reads them, the same unless vocabularies differ; and notes."""
+    return (examples, []) if plan.vocabulary is None else _examples(merged, dataset, rows, None)
 
 
 def _vocabulary_notes(plan: MergePlan) -> list[str]:
