@@ -88,6 +88,7 @@ class ModelRun:
     """The texts of `alignment`, for a merge with another tokenizer."""
     evaluation: list[Example] = field(default_factory=list)
     evaluation_rows: list[Row] = field(default_factory=list)
+    """The same of `evaluation`, where vocabularies may differ."""
     measured: Measured = field(default_factory=Measured)
 
     @property
@@ -295,7 +296,8 @@ class Engine:
             labels = _label_map(loaded, model.evaluation, rows, notes)
             read = sample(rows, model.evaluation, None)
             run.evaluation, truncated = _examples(loaded, model.evaluation, read, labels)
-            run.evaluation_rows = read
+            if spec.output.vocabulary != "error":
+                run.evaluation_rows = read
             notes += truncated
             held_out = {(row.text, row.text_pair) for row in read}
         method, dataset = spec.method, model.dataset

@@ -26,7 +26,7 @@ GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a large
 GRAM_MATRICES = 6  # in float64, while a layer is merged: the sum, its factor, one model's, and what is between
 FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and what is between
 MERGING_COPIES = 6  # of a tensor in float32, beside one for each model, while it is merged
-ONE_BY_ONE = "output.vocabulary 'base' or 'union' merges them token by token"
+VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 
 
@@ -285,7 +285,7 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family,
             continue
         ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
         if ours != theirs:
-            what_to_do = f"; {ONE_BY_ONE}" if key == "vocab_size" else ""
+            what_to_do = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}{what_to_do}")
 
 
@@ -295,7 +295,7 @@ def _check_vocabulary(first: CheckpointInfo, info: CheckpointInfo) -> None:
         problem = "their tokenizers are stored in different forms; save both as tokenizer.json, by save_pretrained()"
         raise IncompatibleCheckpoints(first.source, info.source, problem)
     if all(first.vocabulary[form] != info.vocabulary[form] for form in common):
-        problem = f"their tokenizers have different vocabularies; {ONE_BY_ONE}"
+        problem = f"their tokenizers have different vocabularies; {VOCABULARY_ADVICE}"
         raise IncompatibleCheckpoints(first.source, info.source, problem)
 
 

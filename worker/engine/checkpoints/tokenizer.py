@@ -2,27 +2,28 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worker.engine.catalog.headers import TOKENIZER_FILES, CheckpointInfo
+from worker.engine.catalog.headers import SENTENCEPIECE, TOKENIZER_FILES, CheckpointInfo
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-EXTENDED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OLDER_FORMS = ("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", *SENTENCEPIECE)
 
 
 def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:
     """The model's own files where all models have the same vocabulary; else its owner's, with new tokens.
 
-    New tokens are in tokenizer.json alone, which is what is read first; older files of the same are left out.
+    New tokens are in tokenizer.json alone, which is what is read first; other files with tokens are left out.
     """
     if vocabulary is None or not vocabulary.new:
         of = info if vocabulary is None else vocabulary.owner
         _copy(of, TOKENIZER_FILES, folder)
         return
     owner = vocabulary.owner.path
-    _copy(vocabulary.owner, EXTENDED, folder)
+    _copy(vocabulary.owner, [name for name in TOKENIZER_FILES if name not in OLDER_FORMS], folder)
     content = json.loads((owner / "tokenizer.json").read_bytes())
     _write(folder / "tokenizer.json", _extended(content, vocabulary))
     config_file = folder / "tokenizer_config.json"
@@ -56,7 +57,7 @@ def _entry(token: NewToken) -> dict[str, Any]:
     return {"content": token.content, **{flag: bool(entry.get(flag)) for flag in FLAGS}}
 
 
-def _copy(info: CheckpointInfo, names: tuple[str, ...], folder: Path) -> None:
+def _copy(info: CheckpointInfo, names: Sequence[str], folder: Path) -> None:
     for name in names:
         if (info.path / name).is_file():
             shutil.copyfile(info.path / name, folder / name)
