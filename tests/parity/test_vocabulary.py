@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import (
@@ -27,8 +29,15 @@ from tests.tiny import (
 )
 from tests.tiny_families import TINY_BERT, TINY_FAMILIES, WORDS, numbered
 from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.families import Kind, Slot
+from worker.engine.catalog.headers import TensorInfo, inspect_checkpoint, read_header
+from worker.engine.catalog.planning import PlannedTensor, plan_merge
 from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
+from worker.engine.catalog.values import Place
+from worker.engine.catalog.vocabulary import TokenRows
+from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.pipeline import Engine
+from worker.engine.token_rows import read_by_token
 
 Array = NDArray[np.float64]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -231,6 +240,41 @@ def test_heads_are_aligned_and_models_compared_in_the_tokens_of_each(tmp_path: P
     for name in "xy":
         heads = [read_model(tmp_path / f"out-{p}" / "models" / name)["classifier.weight"] for p in ("error", "base")]
         torch.testing.assert_close(heads[0], heads[1])
+
+
+def test_rows_are_the_same_in_blocks_of_any_size(models: dict[str, Path]) -> None:
+    infos = {name: inspect_checkpoint(path, name) for name, path in models.items()}
+    base = infos.pop("base")
+    plan = plan_merge(list(infos.values()), base=base, vocabulary="union")
+    [planned] = [tensor for tensor in plan.backbone if tensor.token_rows is not None]
+    rows = planned.shape[0]
+    with TensorReader() as reader:
+        whole = read_by_token(reader, planned, [0, 2], slice(0, rows))
+        for step in (1, 7):
+            cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+            blocks = [read_by_token(reader, planned, [0, 2], cut) for cut in cuts]
+            for index, version in enumerate(whole.versions):
+                assert torch.equal(torch.cat([block.versions[index] for block in blocks]), version)
+            bases = [block.base for block in blocks if block.base is not None]
+            assert whole.base is not None
+            assert torch.equal(torch.cat(bases), whole.base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_biases_of_a_language_models_head_follow_their_tokens(tmp_path: Path, dtype: torch.dtype) -> None:
+    own = [torch.tensor([1.0, 2.0, 3.0], dtype=dtype), torch.tensor([4.0, 6.0])]
+    sources: list[TensorInfo] = []
+    for index, bias in enumerate(own):
+        save_file({"lm_head.bias": bias}, tmp_path / f"{index}.safetensors")
+        sources += read_header(tmp_path / f"{index}.safetensors", f"m{index}")
+    places = TokenRows((array("i", [0, 1, 2, -1]), array("i", [1, -1, -1, 0])), None)
+    slot = Slot("lm_head.bias", Kind.HEAD, None, True)
+    planned = PlannedTensor(slot, Place("lm_head.bias", 1.0), (4,), "F32", tuple(sources), None, places)
+    with TensorReader() as reader:
+        found = read_by_token(reader, planned, [0, 1], slice(0, 4))
+    assert [version.tolist() for version in found.versions] == [[1, 2, 3, 4], [6, 2, 3, 4]]
+    assert {version.dtype for version in found.versions} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert found.base is None
 
 
 def test_fisher_information_is_of_tokens_and_none_of_those_a_model_lacks(
