@@ -122,9 +122,12 @@ def _merge(recipe: Path, url: str, waits: bool, output: Path | None) -> int:
     except RequestRefused as error:
         print(f"maskmerge: {error.problem.get('detail')}", file=sys.stderr)
         return 2
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         print(f"maskmerge: {url}: {error}; `maskmerge serve` starts a service", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("maskmerge: not waiting any longer; the job goes on", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:  # of the recipe's file or the output's; an answer that is no JSON
         print(f"maskmerge: {error}", file=sys.stderr)
         return 2

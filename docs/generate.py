@@ -61,6 +61,12 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield from _table(["code of a log event", "meaning"], [[f"`{code.value}`", LOG_CODES[code]] for code in LogCode])
     yield ""
     yield "## Methods"
+    yield ""
+    yield (
+        "A parameter that goes by tensor is a number, a list of numbers from the first layer to the last, or a list of "
+        "filters with values: see [Weights and parameters by tensor](method.md#weights-and-parameters-by-tensor). So "
+        "is `weight` of a model."
+    )
     for entry in METHODS.values():
         yield ""
         yield f"### {entry.name}"
@@ -71,8 +77,12 @@ def _lines(data_dir: Path) -> Iterator[str]:
         yield f"Source: {entry.source}. Needs: {needs}. Models: {entry.models_wanted}."
         yield ""
         properties = entry.parameters.model_json_schema()["properties"]
-        rows = [[f"`{n}`", f"`{p.get('default')}`", _meaning(p)] for n, p in properties.items() if n != "name"]
-        yield from _table(["parameter", "default", "meaning"], rows)
+        rows = [
+            [f"`{n}`", f"`{p.get('default')}`", "yes" if "oneOf" in p else "", _meaning(p)]
+            for n, p in properties.items()
+            if n != "name"
+        ]
+        yield from _table(["parameter", "default", "by tensor", "meaning"], rows)
     yield ""
     yield "## Architectures"
     yield ""

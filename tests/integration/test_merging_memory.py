@@ -75,7 +75,8 @@ def process() -> Iterator[Executor]:
 
 
 def without_statistics() -> list[str]:
-    made = {name: entry.parameters.model_validate({"name": name}) for name, entry in METHODS.items()}
+    merging = METHODS.keys() - {"passthrough"}  # which copies rows, and is tested to copy every bit
+    made = {name: METHODS[name].parameters.model_validate({"name": name}) for name in sorted(merging)}
     return [name for name, parameters in made.items() if parameters.merges_rows and not parameters.statistics]
 
 

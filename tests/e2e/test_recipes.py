@@ -1,0 +1,264 @@
+"""Recipes as YAML, recipes of mergekit, and the command line that posts them, on the running service."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import yaml
+
+from tests.conftest import REPOSITORY, Service, assert_problem, tiny_recipe
+from tests.tiny import LAYERS, Tensors, read_model
+
+MERGEKIT = """
+merge_method: task_arithmetic
+base_model: local:checkpoints/base
+models:
+  - model: local:checkpoints/base
+  - model: local:checkpoints/a
+    parameters:
+      weight: [0.2, 1.0]
+  - model: local:checkpoints/b
+    parameters:
+      weight:
+        - filter: attention.self
+          value: 0
+        - value: 0.5
+parameters:
+  lambda:
+    - filter: output.dense
+      value: 0.5
+  normalize: false
+dtype: float32
+"""
+
+
+def post(
+    service: Service, text: str | bytes, path: str = "/merge", media_type: str = "application/yaml"
+) -> httpx.Response:
+    return service.post(path, content=text, headers={"Content-Type": media_type})
+
+
+def run(service: Service, recipe: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "app.cli", "merge", str(recipe), "--url", f"http://127.0.0.1:{service.port}"]
+    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+
+
+@pytest.mark.parametrize("media_type", ["application/yaml", "application/x-yaml", "text/yaml; charset=utf-8"])
+def test_our_own_requests_may_be_yaml(service: Service, media_type: str) -> None:
+    recipe = tiny_recipe("a", "b", name="average")
+    plan = post(service, yaml.safe_dump(recipe), "/merge/validate", media_type)
+    assert plan.status_code == 200, plan.text
+    assert plan.json() == service.post("/merge/validate", json=recipe).json()
+
+
+def test_the_same_recipe_is_the_same_request_in_both(service: Service) -> None:
+    recipe = tiny_recipe("a", "b", name="average")
+    headers = {"Idempotency-Key": "json or yaml", "Content-Type": "text/yaml"}
+    first = service.post("/merge", content=yaml.safe_dump(recipe), headers=headers).json()
+    second = service.post("/merge", json=recipe, headers={"Idempotency-Key": "json or yaml"}).json()
+    assert first["id"] == second["id"]
+
+
+@pytest.fixture(scope="module")
+def downloaded(service: Service, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The artifact of mergekit's recipe, fetched by the command line, and what that printed."""
+    folder = tmp_path_factory.mktemp("recipes")
+    recipe = folder / "recipe.yml"
+    recipe.write_text(MERGEKIT)
+    done = run(service, recipe, "--output", str(folder / "artifact"))
+    assert done.returncode == 0, done.stderr
+    return folder / "artifact", done.stdout
+
+
+def test_the_command_line_shows_what_happens(downloaded: tuple[Path, str]) -> None:
+    _, printed = downloaded
+    first, *lines = printed.splitlines()
+    assert first.startswith("job ")
+    assert lines[0] == "queued"
+    assert any(line.endswith(" %") for line in lines)
+    assert lines[-2:] == ["succeeded", f"downloaded to {downloaded[0]}"]
+
+
+def test_a_merge_by_mergekits_recipe_is_what_mergekit_would_make(
+    downloaded: tuple[Path, str], tiny_inputs: Path
+) -> None:
+    """Its formula, in float64, with its rules for parameters."""
+    base, a, b = (read_model(tiny_inputs / "checkpoints" / name) for name in ("base", "a", "b"))
+    merged: Tensors = read_model(downloaded[0] / "models" / "a")
+    for name, found in merged.items():
+        if name.startswith("classifier"):
+            continue  # a head is its model's own here
+        origin = base[name] if name in base else base[name.removeprefix("bert.")]
+        layer = int(name.split(".layer.")[1].split(".")[0]) if ".layer." in name else None
+        depth = 1.0 if "pooler" in name else 0.0 if layer is None else layer / (LAYERS - 1)
+        of_a, of_b = 0.2 + 0.8 * depth, 0.0 if "attention.self" in name else 0.5
+        scale = 0.5 if "output.dense" in name else 1.0
+        deltas = of_a * (a[name].double() - origin.double()) + of_b * (b[name].double() - origin.double())
+        torch.testing.assert_close(found.double(), origin.double() + scale * deltas, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_accepted_recipe_is_ours(service: Service, downloaded: tuple[Path, str]) -> None:
+    recipe = json.loads((downloaded[0] / "recipe.json").read_text())
+    assert recipe["method"]["scale"] == [{"filter": "*output.dense*", "value": 0.5}, {"filter": "*", "value": 1.0}]
+    assert [model["weight"] for model in recipe["models"]] == [
+        [0.2, 1.0], [{"filter": "*attention.self*", "value": 0.0}, {"filter": "*", "value": 0.5}],
+    ]  # fmt: skip
+    again = service.post("/merge/validate", json=recipe)
+    assert again.status_code == 200, again.text
+    assert again.json()["request"] == recipe
+
+
+def test_shares_of_weights_are_means_over_what_is_merged(service: Service, downloaded: tuple[Path, str]) -> None:
+    job = service.get(f"/jobs/{downloaded[1].split()[1]}").json()
+    first, second = (model["weight_share"] for model in job["result"]["models"])
+    assert first + second == pytest.approx(1)
+    assert 0.2 < second < 0.7
+    assert job["result"]["method"]["scale"] == job["request"]["method"]["scale"]
+
+
+BAD_BODIES: dict[str, tuple[str | bytes, int, str, list[str]]] = {
+    "not YAML": ("a: [", 400, "malformed", ["not YAML"]),
+    "a key twice": ("method: 1\nmethod: 2", 400, "malformed", ["'method' is there twice, line 2"]),
+    "too long": ("x" * 200_000, 400, "malformed", ["at most 100000"]),
+    "another encoding": (b"a: \xff", 400, "malformed", ["not UTF-8"]),
+    "an alias bomb": (
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "\n".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 8)}]"
+        for p, c in zip("abcdefg", "bcdefgh", strict=True)), 400, "malformed", ["more than"],
+    ),
+    "nothing": ("", 422, "invalid_request", []),
+    "a list": ("[1, 2]", 422, "invalid_request", []),
+    "neither kind of recipe": ("models: []", 422, "invalid_request", ["method"]),
+    "both kinds": ("method: {name: average}\nmerge_method: ties", 422, "invalid_request", ["merge_method"]),
+    "a method of mergekit alone": ("merge_method: nearswap", 422, "invalid_request", ["merge_method", "nearswap"]),
+    "a path in mergekit's recipe": (
+        MERGEKIT.replace("local:checkpoints/a", "/checkpoints/a"), 422, "invalid_request",
+        ["models.1.model", "local root"],
+    ),
+    "a filter that matches nothing": (
+        MERGEKIT.replace("attention.self", "self_attn"), 422, "invalid_request",
+        ["models.1.weight.0.filter", "'*self_attn*' matches no tensor", "bert."],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "code", "says"), BAD_BODIES.values(), ids=BAD_BODIES)
+def test_bad_yaml_is_refused_by_name(service: Service, body: str, status: int, code: str, says: list[str]) -> None:
+    for path in ("/merge", "/merge/validate"):
+        response = post(service, body, path)
+        assert_problem(response, status, code)
+        assert all(word in response.text.encode().decode("unicode_escape") for word in says), response.text
+
+
+def test_other_routes_take_no_yaml(service: Service) -> None:
+    response = post(service, yaml.safe_dump(tiny_recipe("a")), "/scores")
+    assert_problem(response, 415, "unsupported_media_type")
+    response = post(service, "x", media_type="text/plain")
+    assert_problem(response, 415, "unsupported_media_type")
+    assert "application/json or application/yaml" in response.json()["detail"]
+
+
+def layered(**fields: Any) -> dict[str, Any]:
+    recipe = tiny_recipe("a", "b", **fields.pop("method", {"name": "average"}))
+    recipe["models"][0] |= fields.pop("first", {})
+    recipe["models"][1] |= fields.pop("second", {})
+    return {**recipe, **fields}
+
+
+NO_QUERY = [{"filter": "*query*", "value": 0}]
+REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "a weight that is none": (
+        layered(first={"weight": {"*": 1}}), "models.0.weight", ["give a number, a list of numbers"],
+    ),
+    "a weight below 0": (layered(first={"weight": [1, -1]}), "models.0.weight.1", ["greater than or equal to 0"]),
+    "a value of a filter": (
+        layered(first={"weight": [{"filter": "*", "value": [1, -1]}]}), "models.0.weight.0.value.1",
+        ["greater than or equal to 0"],
+    ),
+    "a filter with a typo": (
+        layered(first={"weight": [{"filter": "*qeury*", "value": 1}]}), "models.0.weight.0.filter",
+        ["'*qeury*' matches no tensor that is merged", "bert."],
+    ),
+    "a filter of heads, which are not merged": (
+        layered(first={"weight": [{"filter": "classifier*", "value": 1}]}), "models.0.weight.0.filter",
+        ["that is merged"],
+    ),
+    "a filter of a parameter": (
+        layered(method={"name": "mask_fisher", "floor": [{"filter": "*", "value": 0}, {"filter": "x", "value": 1}]}),
+        "method.floor.1.filter", ["'x' matches no tensor"],
+    ),
+    "no weight for some tensors": (
+        layered(first={"weight": NO_QUERY}, second={"weight": NO_QUERY}), "models",
+        ["are 0 for tensor bert.encoder.layer.0.attention.self.query"],
+    ),
+    "no weight at one end": (
+        layered(first={"weight": [0, 1]}, second={"weight": [0, 0.5]}), "models", ["are 0 for tensor bert.embeddings"],
+    ),
+    "another number of layers": (layered(layers=7), "layers", [f"the models have {LAYERS} layers, the recipe says 7"]),
+    "a scale by layer without a base": (
+        layered(method={"name": "average", "scale": [1, 0.5]}), "", ["scale other than 1", "name it as base"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "field", "says"), REFUSED.values(), ids=REFUSED)
+def test_parameters_that_fit_no_tensor_are_refused_at_the_door(
+    service: Service, recipe: dict[str, Any], field: str, says: list[str]
+) -> None:
+    response = service.post("/merge/validate", json=recipe)
+    assert_problem(response, 422, "invalid_request")
+    [error] = response.json()["errors"]
+    assert error["field"] == field
+    assert all(word in error["message"] for word in says), error
+
+
+def test_filters_of_scores_are_checked_too(service: Service) -> None:
+    recipe = tiny_recipe("a", floor=[{"filter": "x", "value": 0}])
+    del recipe["models"][0]["evaluation"]
+    response = service.post("/scores", json=recipe)
+    assert_problem(response, 422, "invalid_request")
+    assert response.json()["errors"][0]["field"] == "method.floor.0.filter"
+
+
+def test_scores_weights_and_stopping_by_tensor(service: Service) -> None:
+    recipe = tiny_recipe("a", "b", floor=[0.0, 0.1])
+    recipe["models"][0]["weight"] = [{"filter": "*query*", "value": [3, 1]}, {"filter": "*", "value": 1.5}]
+    job = service.finished(service.submit(recipe))
+    assert job["status"] == "succeeded", job["error"]
+    assert job["request"]["models"][0]["weight"] == recipe["models"][0]["weight"]
+    first, second = job["result"]["models"]
+    assert first["weight_share"] + second["weight_share"] == pytest.approx(1)
+    assert first["weight_share"] > 0.5
+    assert 0 < first["weight_error"] < 0.5
+
+
+def test_the_command_line_does_not_wait_unless_it_is_asked_to(service: Service, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(tiny_recipe("a", "b", name="average")))
+    done = run(service, recipe)
+    assert (done.returncode, done.stderr) == (0, "")
+    [line] = done.stdout.splitlines()
+    assert service.finished(line.removeprefix("job "))["status"] == "succeeded"
+
+
+def test_the_command_line_says_what_was_refused(service: Service, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(MERGEKIT.replace("0.5", "-0.5"))
+    done = run(service, recipe, "--wait")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "models.2.parameters.weight.1.value: negative weights" in done.stderr
+    done = run(service, tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr
+
+
+def test_the_command_line_says_that_no_service_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from app.cli import main
+
+    (tmp_path / "recipe.json").write_text("{}")
+    assert main(["merge", str(tmp_path / "recipe.json"), "--url", "http://127.0.0.1:1"]) == 2
+    assert "`maskmerge serve` starts a service" in capsys.readouterr().err

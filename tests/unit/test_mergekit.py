@@ -1,0 +1,407 @@
+"""Recipes of mergekit, as its documentation and its users write them, in our own terms."""
+
+from typing import Any
+
+import pytest
+
+from app.contracts.requests import MergeRequest
+from app.services.mergekit import TRANSLATED, MergekitError, names_of, translated
+from app.services.yaml_text import parse_yaml
+from worker.engine.catalog.methods import METHODS
+
+# All that mergekit 0.1.5 registers.
+OF_MERGEKIT = {
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear", "karcher",
+    "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp",
+    "task_arithmetic", "ties",
+}  # fmt: skip
+
+
+def test_every_method_that_mergekit_has_too_can_be_translated() -> None:
+    assert METHODS.keys() & OF_MERGEKIT <= TRANSLATED.keys() <= OF_MERGEKIT
+
+
+TIES = """
+models:
+  - model: psmathur/orca_mini_v3_13b
+    parameters:
+      weight: 1.0
+  - model: garage-bAInd/Platypus2-13B
+    parameters:
+      weight: [0, 0.3, 0.7, 1] # weight gradient
+  - model: WizardLM/WizardMath-13B-V1.0
+    parameters:
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: TheBloke/Llama-2-13B-fp16
+parameters:
+  density: 0.5
+  normalize: true
+  int8_mask: true
+dtype: float16
+"""
+TASK_ARITHMETIC = """
+merge_method: task_arithmetic
+base_model: local:base
+models:
+  - model: local:base
+  - model: local:some/where/a
+    parameters: {weight: 0.5}
+  - model: job:1234/b
+    parameters: {weight: "1e-1"}
+parameters:
+  lambda: 0.7
+tokenizer_source: base
+out_dtype: torch.bfloat16
+dtype: float32
+"""
+SLERP = """
+slices:
+  - sources:
+      - model: garage-bAInd/Platypus2-13B
+        layer_range: [0, 40]
+      - model: psmathur/orca_mini_v3_13b
+        layer_range: [0, 40]
+merge_method: slerp
+base_model: psmathur/orca_mini_v3_13b
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5 # fallback for rest of tensors
+dtype: float16
+"""
+LINEAR = """
+models:
+  - model: psmathur/orca_mini_v3_13b
+    parameters:
+      weight: 1.0
+  - model: WizardLM/WizardLM-13B-V1.2
+    parameters:
+      weight: 0.3
+  - model: garage-bAInd/Platypus2-13B@refs/pr/1
+    parameters:
+      weight: 0.5
+merge_method: linear
+dtype: float16
+"""
+DARE_TIES = """
+models:
+  - model: mistralai/Mistral-7B-v0.1
+    # no parameters necessary for base model
+  - model: samir-fama/SamirGPT-v1
+    parameters: {density: 0.53, weight: 0.4}
+  - model: abacusai/Slerp-CM-mist-dpo
+    parameters: {density: 0.53, weight: 0.3}
+merge_method: dare_ties
+base_model: mistralai/Mistral-7B-v0.1
+parameters:
+  int8_mask: true
+dtype: bfloat16
+tokenizer: {source: union}
+"""
+DELLA = """
+models:
+  - model: a/one
+    parameters: {weight: 0.7, density: 0.6}
+  - model: a/two
+    parameters: {weight: 0.3, density: 0.6}
+merge_method: della
+base_model: a/base
+parameters: {epsilon: 0.05, lambda: 1.1}
+"""
+NUSLERP = """
+models:
+  - {model: a/one, parameters: {weight: 0.7}}
+  - {model: a/two, parameters: {weight: 0.3}}
+merge_method: nuslerp
+parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
+"""
+MODEL_STOCK = """
+models: [{model: a/one}, {model: a/two}, {model: b/two}]
+merge_method: model_stock
+base_model: a/base
+"""
+KARCHER = "{models: [{model: a/one}, {model: a/two}], merge_method: karcher, parameters: {max_iter: 20}}"
+SCE = """
+models: [{model: a/one}, {model: a/two}]
+merge_method: sce
+base_model: a/base
+parameters: {select_topk: 0.1}
+"""
+BREADCRUMBS = """
+models:
+  - {model: a/one, parameters: {weight: 0.7, density: 0.9, gamma: 0.02}}
+  - {model: a/two, parameters: {weight: 0.3, density: 0.9, gamma: 0.02}}
+merge_method: breadcrumbs
+base_model: a/base
+"""
+PASSTHROUGH = """
+slices:
+  - sources: [{model: a/one, layer_range: [0, 32]}]
+  - sources: [{model: b/one, layer_range: [24, 32]}]
+  - sources: [{model: a/one, layer_range: [8, 16]}]
+merge_method: passthrough
+dtype: bfloat16
+"""
+RECIPES = {
+    parse_yaml(text.encode())["merge_method"]: text
+    for text in (
+        TIES, TASK_ARITHMETIC, SLERP, LINEAR, DARE_TIES, DELLA, NUSLERP, MODEL_STOCK, KARCHER, SCE, BREADCRUMBS,
+        PASSTHROUGH,
+    )
+}  # fmt: skip
+
+
+def model(name: str, checkpoint: str, weight: Any = 1.0) -> dict[str, Any]:
+    return {"name": name, "checkpoint": checkpoint, "weight": weight}
+
+
+ONE_TWO = [model("one", "hf:a/one"), model("two", "hf:a/two")]
+WEIGHTED = [model("one", "hf:a/one", 0.7), model("two", "hf:a/two", 0.3)]
+MEANT: dict[str, dict[str, Any]] = {
+    "ties": {
+        "method": {"scale": 1.0, "density": 0.5},
+        "models": [
+            model("orca_mini_v3_13b", "hf:psmathur/orca_mini_v3_13b"),
+            model("Platypus2-13B", "hf:garage-bAInd/Platypus2-13B", [0.0, 0.3, 0.7, 1.0]),
+            model(
+                "WizardMath-13B-V1.0",
+                "hf:WizardLM/WizardMath-13B-V1.0",
+                [{"filter": "*mlp*", "value": 0.5}, {"filter": "*", "value": 0.0}],
+            ),
+        ],
+        "base": "hf:TheBloke/Llama-2-13B-fp16",
+        "output": {"dtype": "float16", "vocabulary": "error"},
+    },
+    "task_arithmetic": {
+        "method": {"scale": 0.7},
+        "models": [model("a", "local:some/where/a", 0.5), model("b", "job:1234/b", 0.1)],
+        "base": "local:base",
+        "output": {"dtype": "bfloat16", "vocabulary": "base"},
+    },
+    "slerp": {
+        "method": {
+            "t": [
+                {"filter": "*self_attn*", "value": [0.0, 0.5, 0.3, 0.7, 1.0]},
+                {"filter": "*mlp*", "value": [1.0, 0.5, 0.7, 0.3, 0.0]},
+                {"filter": "*", "value": 0.5},
+            ]
+        },
+        "models": [
+            model("orca_mini_v3_13b", "hf:psmathur/orca_mini_v3_13b"),
+            model("Platypus2-13B", "hf:garage-bAInd/Platypus2-13B"),
+        ],
+        "layers": 40,
+        "output": {"dtype": "float16", "vocabulary": "error"},
+    },
+    "linear": {
+        "method": {"normalize": True},
+        "models": [
+            model("orca_mini_v3_13b", "hf:psmathur/orca_mini_v3_13b"),
+            model("WizardLM-13B-V1.2", "hf:WizardLM/WizardLM-13B-V1.2", 0.3),
+            model("Platypus2-13B", "hf:garage-bAInd/Platypus2-13B@refs/pr/1", 0.5),
+        ],
+        "output": {"dtype": "float16", "vocabulary": "error"},
+    },
+    "dare_ties": {
+        "method": {"scale": 1.0, "density": 0.53, "normalize": False},
+        "models": [
+            model("SamirGPT-v1", "hf:samir-fama/SamirGPT-v1", 0.4),
+            model("Slerp-CM-mist-dpo", "hf:abacusai/Slerp-CM-mist-dpo", 0.3),
+        ],
+        "base": "hf:mistralai/Mistral-7B-v0.1",
+        "output": {"dtype": "bfloat16", "vocabulary": "union"},
+    },
+    "della": {
+        "method": {"scale": 1.1, "density": 0.6, "epsilon": 0.05, "normalize": True},
+        "models": WEIGHTED,
+        "base": "hf:a/base",
+    },
+    "nuslerp": {"method": {"vectors": "columns"}, "models": WEIGHTED},
+    "model_stock": {"method": {}, "models": [*ONE_TWO, model("two-2", "hf:b/two")], "base": "hf:a/base"},
+    "karcher": {"method": {"max_iter": 20, "tol": 1e-5}, "models": ONE_TWO},
+    "sce": {"method": {"select_topk": 0.1}, "models": ONE_TWO, "base": "hf:a/base"},
+    "breadcrumbs": {
+        "method": {"scale": 1.0, "density": 0.9, "gamma": 0.02, "normalize": False},
+        "models": WEIGHTED,
+        "base": "hf:a/base",
+    },
+    "passthrough": {
+        "method": {
+            "slices": [
+                {"model": "one", "layers": [0, 32]},
+                {"model": "one-2", "layers": [24, 32]},
+                {"model": "one", "layers": [8, 16]},
+            ]
+        },
+        "models": [model("one", "hf:a/one"), model("one-2", "hf:b/one")],
+        "output": {"dtype": "bfloat16", "vocabulary": "error"},
+    },
+}
+HERE = [name for name in RECIPES if name in METHODS]  # a method that is added here is tested from then on
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_recipe_says_here_what_it_says_there(name: str) -> None:
+    found = translated(parse_yaml(RECIPES[name].encode()))
+    meant = {"output": {"dtype": "auto", "vocabulary": "error"}, **MEANT[name]}
+    assert found.pop("method") | meant["method"] | {"name": name} == meant["method"] | {"name": name, **own(name)}
+    assert found.pop("output") == meant["output"] | {"align_heads": False}
+    assert found == {key: value for key, value in meant.items() if key not in ("method", "output")}
+
+
+def own(name: str) -> dict[str, Any]:
+    """What the translation says further, of methods that have it here."""
+    normalizes = {"ties": True, "task_arithmetic": False}
+    has = "normalize" in METHODS[name].parameters.model_fields
+    return {"normalize": normalizes[name]} if name in normalizes and has else {}
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_translation_is_a_request_that_leaves_no_default_to_us(name: str) -> None:
+    found = translated(parse_yaml(RECIPES[name].encode()))
+    request = MergeRequest.model_validate(found)
+    ours = request.method.model_fields_set
+    assert ours >= METHODS[name].parameters.model_fields.keys() - {"precision", "seed", "scale"}
+    assert "scale" in ours or not request.method.needs_base or name in ("sce", "model_stock")
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """A good recipe with other values; None takes a key away."""
+    recipe: dict[str, Any] = parse_yaml(TIES.encode())
+    return {key: value for key, value in (recipe | changes).items() if value is not None}
+
+
+def with_model(entry: Any, **changes: Any) -> dict[str, Any]:
+    return changed(models=[{"model": "a/one", "parameters": {"weight": 1}}, entry], **changes)
+
+
+def weights(first: Any, shared: Any) -> Any:
+    """Of a model with `first` as its own weight and `shared` as everyone's."""
+    parameters = {} if first is None else {"weight": first}
+    recipe = changed(models=[{"model": "a/one", "parameters": parameters}], parameters={"weight": shared})
+    return translated(recipe)["models"][0]["weight"]
+
+
+@pytest.mark.parametrize(
+    ("first", "shared", "expected"),
+    [
+        (0.5, 0.7, 0.5),
+        (None, 0.7, 0.7),
+        ([0.5, 1], 0.7, [0.5, 1.0]),
+        ({"filter": "mlp", "value": 1}, 0.7, [{"filter": "*mlp*", "value": 1.0}, {"filter": "*", "value": 0.7}]),
+        ({"value": 1}, 0.7, [{"filter": "*", "value": 1.0}]),
+        (
+            [{"filter": "a", "value": 1}],
+            [{"filter": "b", "value": [2, 3]}, {"filter": "*", "value": 4}, {"filter": "c", "value": 5}],
+            [
+                {"filter": "*a*", "value": 1.0},
+                {"filter": "*b*", "value": [2.0, 3.0]},
+                {"filter": "*", "value": 4.0},
+            ],
+        ),
+        ([{"filter": "x[0]*?", "value": "1e-3"}, {"value": 0}], 9, [
+            {"filter": "*x[[]0][*][?]*", "value": 0.001}, {"filter": "*", "value": 0.0},
+        ]),
+    ],
+)  # fmt: skip
+def test_where_no_filter_of_a_model_matches_everyones_setting_counts(first: Any, shared: Any, expected: Any) -> None:
+    assert weights(first, shared) == expected
+
+
+def test_a_list_within_the_slice_goes_before_that_of_all() -> None:
+    sources = [{"model": f"a/{name}", "layer_range": [0, 12]} for name in ("one", "two")]
+    one = {"sources": sources, "base_model": "a/other", "parameters": {"weight": 0.25}}
+    found = translated(changed(models=None, slices=[one], parameters={"weight": 0.5, "density": [1, 0.5]}))
+    assert [m["weight"] for m in found["models"]] == [0.25, 0.25]
+    assert (found["base"], found["layers"], found["method"]["density"]) == ("hf:a/other", 12, [1.0, 0.5])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a method of theirs alone": (changed(merge_method="nearswap"), "merge_method", "'nearswap' has no counterpart"),
+    "a method with a typo": (changed(merge_method="tie"), "merge_method", "did you mean 'ties'?"),
+    "a key with a typo": (changed(base_modle="a/b"), "base_modle", "did you mean 'base_model'?"),
+    "modules": (changed(modules={}), "modules", "no counterpart"),
+    "a chat template": (changed(chat_template="auto"), "chat_template", "no counterpart"),
+    "no base": (changed(base_model=None), "base_model", "ties needs it"),
+    "models and slices": (changed(slices=[]), "models", "either models or slices"),
+    "neither": (changed(models=None), "models", "either models or slices"),
+    "an adapter": (with_model({"model": "a/two+b/lora"}), "models.1.model", "adapter"),
+    "an absolute path": (with_model({"model": "/models/two"}), "models.1.model", "put it under a local root"),
+    "a relative path": (with_model({"model": "./two"}), "models.1.model", "put it under a local root"),
+    "a bare name": (with_model({"model": "gpt2"}), "models.1.model", "no ORG/NAME"),
+    "a base that is a path": (changed(base_model="~/base"), "base_model", "put it under a local root"),
+    "a model twice": (with_model({"model": "a/one", "parameters": {"weight": 1}}), "models.0.model", "there twice"),
+    "no model": (with_model({"parameters": {}}), "models.1.model", "is missing"),
+    "no weight": (with_model({"model": "a/two"}), "models.1.weight", "needed for every tensor"),
+    "no weight for some": (
+        with_model({"model": "a/two", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}),
+        "models.1.weight",
+        "needed for every tensor",
+    ),
+    "a negative weight": (
+        with_model({"model": "a/two", "parameters": {"weight": [0.5, -1]}}),
+        "models.1.parameters.weight.1",
+        "negative weights",
+    ),
+    "a weight that is none": (
+        with_model({"model": "a/two", "parameters": {"weight": "much"}}), "models.1.parameters.weight", "give a number",
+    ),
+    "numbers and filters": (
+        with_model({"model": "a/two", "parameters": {"weight": [{"value": 1}, 2]}}),
+        "models.1.parameters.weight.1",
+        "give an entry",
+    ),
+    "a parameter of another method": (changed(parameters={"t": 0.5}), "parameters.t", "known are"),
+    "densities that differ": (
+        with_model({"model": "a/two", "parameters": {"weight": 1, "density": 0.5}}, parameters={"density": 0.4}),
+        "models.1.parameters.density",
+        "differs between models",
+    ),
+    "a flag that is none": (changed(parameters={"normalize": [True, False]}), "parameters.normalize", "true or false"),
+    "ties that rescales": (changed(parameters={"rescale": True}), "parameters.rescale", "as with rescale: false"),
+    "a format that is none": (changed(dtype="int8"), "dtype", "float64, float32, bfloat16, float16"),
+    "a tokenizer of one model": (changed(tokenizer_source="a/one"), "tokenizer_source", "give base or union"),
+    "tokens of a tokenizer": (
+        changed(tokenizer={"source": "union", "tokens": {}}), "tokenizer.tokens", "no counterpart",
+    ),
+    "two tokenizers": (changed(tokenizer={}, tokenizer_source="base"), "tokenizer", "either this or tokenizer_source"),
+    "several slices": (changed(models=None, slices=[{}, {}]), "slices", "but in passthrough"),
+    "a residual weight": (
+        changed(models=None, slices=[{"sources": [], "residual_weight": 1}]), "slices.0.residual_weight", "no counter",
+    ),
+    "different layers": (
+        changed(
+            models=None,
+            slices=[{"sources": [{"model": f"a/{i}", "layer_range": [i, 12 + i]} for i in range(2)]}],
+        ),
+        "slices.0",
+        "all that the models have",
+    ),
+    "layers that are none": (
+        changed(models=None, slices=[{"sources": [{"model": "a/b", "layer_range": [3, 3]}]}]),
+        "slices.0.sources.0.layer_range",
+        "as [0, 12]",
+    ),
+    "models that are none": (changed(models="a/b"), "models", "a list"),
+    "parameters that are none": (changed(parameters=[1]), "parameters", "a mapping"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "field", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_has_no_counterpart_is_refused_by_its_name_there(recipe: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(MergekitError) as refused:
+        translated(recipe)
+    assert refused.value.field == field
+    assert says in refused.value.message
+
+
+def test_names_are_short_and_unique() -> None:
+    references = ["hf:a/model@main", "hf:b/model", "local:x/model/", "local:ä ö", "job:1/..", "local:" + "x" * 100]
+    assert names_of(references) == ["model", "model-2", "model-3", "---", "model-4", "x" * 60]
