@@ -157,11 +157,12 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 def token_keys(config: Mapping[str, Any]) -> Iterator[str]:
     """Keys that follow from the vocabulary, inner keys after a dot; not the id of padding, from which positions may be
     counted."""
-    for key, value in config.items():
+    for key in config:
         if key == "vocab_size" or (key.endswith("_token_id") and key != "pad_token_id"):
             yield key
-        elif isinstance(value, Mapping):
-            yield from (f"{key}.{inner}" for inner in token_keys(value))
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        yield from (f"text_config.{key}" for key in token_keys(inner))
 
 
 def _with_tokens(config: Mapping[str, Any], owner: Mapping[str, Any], rows: int) -> dict[str, Any]:
