@@ -67,7 +67,8 @@ class MeasuredModelRequest(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     """Unique; names the model's folder or file in the artifact."""
     checkpoint: str
-    """Reference to a folder written by `save_pretrained`, or to a repository on the hub."""
+    """Reference to a folder written by `save_pretrained`, to a repository on the hub, or to a model of an earlier job;
+    in a merge also to a LoRA adapter of `base`."""
     dataset: Dataset | None = None
 
     @field_validator("name")
@@ -169,7 +170,7 @@ class MergeRequest(JobRequest[ModelRequest]):
     """`POST /merge`."""
 
     base: Annotated[str, Field(min_length=1)] | None = None
-    """Reference to the checkpoint that all models were fine-tuned from, with any head or none."""
+    """Reference to the checkpoint that all models were fine-tuned from, adapters too, with any head or none."""
     layers: Annotated[int, Field(ge=1)] | None = None
     """How many layers the models must have; null: any number. Recipes that name all layers of a model say it."""
     output: Output = Output()

@@ -164,8 +164,7 @@ def _merged(method: Method, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], 
     elif base is not None:
         if all(source.reference != base for source in sources) and "models" in recipe:
             sources.append(Source("base_model", base, shared))
-        if method.base is Base.FIRST:
-            sources.sort(key=lambda source: source.reference != base)
+        sources.sort(key=lambda source: source.reference != base)  # config and tokenizer are those of the first
     known = {*method.parameters, *method.without_effect, *(["weight"] if method.weighs_models else [])}
     for where, parameters in [*shared, *(pair for source in sources for pair in source.parameters)]:
         _check_keys(parameters, tuple(known), where)

@@ -108,7 +108,9 @@ class LocalInputs:
         """
         scheme, colon, rest = reference.partition(":")
         if not colon or scheme not in SCHEMES:
-            raise ReferenceError(f"'{reference}' is no reference; write local:PATH or hf:ORG/NAME@REVISION")
+            raise ReferenceError(
+                f"'{reference}' is no reference; write local:PATH, hf:ORG/NAME@REVISION or job:ID/MODEL"
+            )
         if scheme == "job":
             raise ReferenceError(f"'{reference}' names a model of a job, which has no rows; use local: or hf:")
         if scheme != "local":

@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.conftest import Service, assert_problem, free_port, make_service, tiny_recipe, wait_until
 from tests.hub import Hub
-from tests.tiny import edit_json, read_model, tiny_checkpoint, tiny_texts, write_lines
+from tests.tiny import edit_json, read_model, tiny_base, tiny_checkpoint, tiny_texts, write_lines
+from tests.tiny_adapters import merged_by_peft, tiny_adapter
 
 CANCEL_S = 5
 NAMES = ["bad", "good"]
@@ -36,6 +37,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> It
     hub.add("model", "org/a", tiny_checkpoint(root / "a", seed=1, names=NAMES))
     hub.add("model", "org/b", tiny_checkpoint(root / "b", labels=3, seed=2), private=True)
     hub.add("model", "org/large", tiny_checkpoint(root / "large", seed=3, hidden=1024))
+    hub.add("model", "org/base", tiny_base(root / "base"))
+    hub.add("model", "org/lora", tiny_adapter(root / "lora", root / "base", seed=5))
     folder = tiny_checkpoint(root / "pickle", seed=4)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     hub.add("model", "org/pickle", folder)
@@ -222,6 +225,34 @@ def test_a_checkpoint_of_the_hub_merges_as_the_same_folder_does(service: Service
         assert job["result"]["models"][0]["digest"].startswith("sha256:"), number
     assert merged[0].keys() == merged[1].keys()
     assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+
+
+def test_an_adapter_of_the_hub_is_merged_into_its_base(service: Service, hub: Hub) -> None:
+    asked = {
+        "method": {"name": "average"},
+        "models": [{"name": "lora", "checkpoint": "hf:org/lora"}],
+        "base": "hf:org/base",
+    }
+    response = service.post("/merge", json=asked)
+    assert response.status_code == 202, response.text
+    lora, base = (hub.repositories["model", name] for name in ("org/lora", "org/base"))
+    accepted = response.json()["request"]
+    assert [accepted["models"][0]["checkpoint"], accepted["base"]] == [
+        f"hf:org/lora@{lora.newest}",
+        f"hf:org/base@{base.newest}",
+    ]
+    job = service.finished(response.json()["id"])
+    assert job["status"] == "succeeded", job["error"]
+    found = read_model(next((service.data_dir / "artifacts").glob(f"{job['id']}.*")) / "models" / "lora")
+    whole = AutoModelForSequenceClassification.from_pretrained(base.commits[base.newest])
+    expected = dict(merged_by_peft(whole, lora.commits[lora.newest]).named_parameters())
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name].detach(), rtol=0, atol=1e-6)
+    del asked["base"]
+    refused = service.post("/merge", json=asked)
+    assert_problem(refused, 422, "invalid_checkpoint")
+    assert "name that as base" in refused.json()["detail"]
 
 
 def test_what_is_pushed_after_the_request_does_not_count(service: Service, hub: Hub, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Recipes as YAML, recipes of mergekit, and the command line that posts them, on the running service."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from tests.conftest import REPOSITORY, Service, assert_problem, tiny_recipe
-from tests.tiny import LAYERS, Tensors, read_model
+from tests.tiny import LAYERS, Tensors, edit_tensors, read_model
 
 MERGEKIT = """
 merge_method: task_arithmetic
@@ -125,6 +126,7 @@ BAD_BODIES: dict[str, tuple[str | bytes, int, str, list[str]]] = {
     "not YAML": ("a: [", 400, "malformed", ["not YAML"]),
     "a key twice": ("method: 1\nmethod: 2", 400, "malformed", ["'method' is there twice, line 2"]),
     "too long": ("x" * 200_000, 400, "malformed", ["at most 100000"]),
+    "too long for any body": ("x" * 2_000_000, 413, "too_large", ["1000000"]),
     "another encoding": (b"a: \xff", 400, "malformed", ["not UTF-8"]),
     "an alias bomb": (
         "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "\n".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 8)}]"
@@ -254,6 +256,21 @@ def test_the_command_line_says_what_was_refused(service: Service, tmp_path: Path
     done = run(service, tmp_path / "none.yaml")
     assert done.returncode == 2
     assert "none.yaml" in done.stderr
+
+
+def test_the_command_line_says_that_the_job_failed(service: Service, tmp_path: Path) -> None:
+    spoilt = service.inputs / "checkpoints" / tmp_path.name
+    shutil.copytree(service.inputs / "checkpoints" / "a", spoilt)
+    bias = "bert.pooler.dense.bias"
+    edit_tensors(spoilt, lambda tensors: {**tensors, bias: torch.full_like(tensors[bias], torch.nan)})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(MERGEKIT.replace("local:checkpoints/a", f"local:checkpoints/{tmp_path.name}"))
+    done = run(service, recipe, "--output", str(tmp_path / "artifact"))
+    shutil.rmtree(spoilt)
+    assert done.returncode == 1
+    assert done.stderr.startswith("maskmerge: invalid_checkpoint: ")
+    assert bias in done.stderr
+    assert not (tmp_path / "artifact").exists()
 
 
 def test_the_command_line_says_that_no_service_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

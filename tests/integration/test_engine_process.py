@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
+from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.planning import RUNTIME_BYTES, plan_merge
 from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
@@ -126,6 +127,25 @@ def test_a_merge_that_exceeds_its_memory_is_out_of_memory(tiny_inputs: Path, tmp
         assert event.error.code == "out_of_memory", event.error
     finally:
         engine.kill()
+
+
+def test_a_merge_that_loads_no_model_holds_rows_alone(tmp_path: Path) -> None:
+    models = [tiny_model(tmp_path / n, seed=s, vocab_size=400_000, layers=1) for s, n in enumerate("ab", 1)]
+    plan = plan_merge([inspect_checkpoint(folder, folder.name) for folder in models])
+    size = plan.checkpoints[0].nbytes
+    assert size > 50_000_000
+    engine = EngineProcess(threads=1)
+    engine.start()
+    try:
+        idle = engine.resident_bytes()
+        engine.run(merge_spec(tmp_path / "out", [model_spec(folder) for folder in models], {"name": "average"}))
+        event = last_event(engine)
+    finally:
+        engine.kill()
+    assert isinstance(event, Finished), event
+    planned = plan.peak_memory_bytes(loads_models=False, threads=1)
+    assert event.result.peak_memory_bytes < planned < RUNTIME_BYTES + size
+    assert event.result.peak_memory_bytes - idle < size
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,15 @@ from tests.tiny import (
 )
 from tests.tiny_adapters import edit_adapter, merged_by_peft, save_adapter, tiny_adapter
 from tests.tiny_families import TINY_BERT, TINY_FAMILIES
+from tests.tiny_language_models import (
+    GPT2,
+    LLAMA,
+    QWEN2,
+    TinyModel,
+    loaded_model,
+    tiny_model,
+    word_level_tokenizer,
+)
 from worker.engine.catalog.adapters import inspect_model
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
@@ -254,6 +263,30 @@ def test_adapters_merge_as_the_checkpoints_do_that_peft_makes_of_them(
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "modules"),
+    [(LLAMA, ["q_proj", "down_proj"]), (QWEN2, ["k_proj", "up_proj"]), (GPT2, ["c_attn", "c_proj"])],
+    ids=lambda value: value.model_type if isinstance(value, TinyModel) else "",
+)
+def test_adapters_of_language_models_merge_into_one(tmp_path: Path, model: TinyModel, modules: list[str]) -> None:
+    base = tiny_model(tmp_path / "base", model)
+    (base / "generation_config.json").write_text('{"top_k": 7}')
+    folders = [tmp_path / name for name in ("a", "b")]
+    for seed, folder in enumerate(folders):
+        started = loaded_model(base, model.architecture, torch.float32)
+        save_adapter(started, folder, seed, target_modules=modules, task_type="CAUSAL_LM")
+    word_level_tokenizer().save_pretrained(folders[0])
+    models = [model_spec(folder) for folder in folders]
+    spec = merge_spec(tmp_path / "out", models, {"name": "average"}, heads="merged")
+    Engine().merge(spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)}), silent)
+    found = loaded_model(tmp_path / "out" / "model", model.architecture)
+    a, b = (merged_by_peft(loaded_model(base, model.architecture), folder).state_dict() for folder in folders)
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, (a[name] + b[name]) / 2, rtol=0, atol=ROUNDING)
+    assert json.loads((tmp_path / "out" / "model" / "generation_config.json").read_text()) == {"top_k": 7}
+    assert (tmp_path / "out" / "model" / "tokenizer.json").exists()
 
 
 def test_evaluation_compares_with_the_adapted_model(base: Path, pair: dict[Path, Path], tmp_path: Path) -> None:

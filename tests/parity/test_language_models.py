@@ -161,6 +161,23 @@ def test_buffers_are_copied_bit_by_bit(engine: Engine, tmp_path: Path) -> None:
         assert logits_of(loaded_model(tmp_path / f"out-{name}" / "model", "GPT2LMHeadModel")).isfinite().all()
 
 
+def test_names_of_older_checkpoints_merge_and_load(engine: Engine, tmp_path: Path) -> None:
+    def older(name: str) -> str:
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        return name.removeprefix("transformer.")
+
+    for model in (MASKED_BERT, GPT2):
+        root = tmp_path / model.model_type
+        folders = [tiny_model(root / name, model, seed=seed) for seed, name in enumerate("ab", 1)]
+        merged(engine, root / "newer", folders, {"name": "average"})
+        for name, changed in (("second", folders[1:]), ("both", folders[:1])):
+            for folder in changed:
+                edit_tensors(folder, lambda tensors: {older(n): t for n, t in tensors.items()})
+            merged(engine, root / name, folders, {"name": "average"})
+            logits = [logits_of(loaded_model(root / one / "model", model.architecture)) for one in ("newer", name)]
+            assert torch.equal(*logits), (model.model_type, name)
+
+
 def store_copies(folder: Path, model: TinyModel, change: float = 0.0) -> None:
     def add(tensors: Tensors) -> Tensors:
         return {**tensors, **{copy: tensors[of] + change for copy, of in model.tied.items()}}
@@ -183,7 +200,11 @@ def test_a_stored_copy_of_a_tied_matrix_changes_nothing(engine: Engine, tmp_path
 
 
 def in_all(**changes: Any) -> Callable[[list[Path]], None]:
-    return lambda folders: [edit_json(folder / "config.json", **changes) for folder in folders] and None
+    def edit(folders: list[Path]) -> None:
+        for folder in folders:
+            edit_json(folder / "config.json", **changes)
+
+    return edit
 
 
 def in_second(**changes: Any) -> Callable[[list[Path]], None]:
@@ -275,8 +296,8 @@ def test_the_card_says_how_to_load_it(engine: Engine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [LLAMA, QWEN2, GPT2, MASKED_BERT], ids=lambda model: model.model_type)
 def test_stacked_layers_are_the_sources_bit_by_bit(engine: Engine, tmp_path: Path, model: TinyModel) -> None:
-    settings = {"dtype": torch.bfloat16, "layers": 3}
-    a, b = (tiny_model(tmp_path / name, model, seed=seed, **settings) for seed, name in enumerate("ab", 1))
+    bfloat16 = torch.bfloat16
+    a, b = (tiny_model(tmp_path / n, model, seed=s, layers=3, dtype=bfloat16) for s, n in enumerate("ab", 1))
     slices = [{"model": "a", "layers": [0, 2]}, {"model": "b", "layers": [1, 3]}, {"model": "b", "layers": [2, 3]}]
     spec = merge_spec(
         tmp_path / "out",

@@ -21,6 +21,7 @@ from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.spec import CheckpointSpec
 from worker.engine.catalog.values import Place
 from worker.engine.methods import BUILDERS, MeasuredModel
+from worker.engine.methods.blocks import Block
 from worker.engine.pipeline import Engine
 
 Array = NDArray[np.float64]
@@ -486,6 +487,21 @@ def test_blocks_change_nothing(method: str) -> None:
         parts, whole = (merge(method, versions, base, block_elements=n) for n in (64, WHOLE))
         summed = method in ("slerp", "nuslerp", "karcher", "model_stock", "sce")
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6 if summed else 0)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_no_method_holds_a_whole_tensor(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest, read = 0, Block.of
+
+    def watched(rows: slice, versions: Sequence[Tensor], base: Tensor | None) -> Block:
+        nonlocal longest
+        longest = max(longest, rows.stop - rows.start)
+        return read(rows, versions, base)
+
+    monkeypatch.setattr(Block, "of", watched)
+    base, versions = tensors_of(SHAPES["embedding"], models_of(method))
+    merge(method, versions, base)
+    assert longest == 64 // 8
 
 
 @pytest.mark.parametrize("method", EVERY)

@@ -241,13 +241,18 @@ def test_tied_matrices_of_language_models_are_not_adapted_apart(tmp_path: Path, 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=20, tie_word_embeddings=True, **sizes)).save_pretrained(tmp_path / "base")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     save_file({f"base_model.model.{module}.weight": torch.zeros(20, 8)}, adapter / "adapter_model.safetensors")
-    message = refusal(adapter, tmp_path / "base").message
+    for tied in (True, False):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=20, tie_word_embeddings=tied, **sizes))
+        model.save_pretrained(tmp_path / str(tied))
+    apart = inspect(adapter, tmp_path / "False")
+    assert apart.tensors[f"{module}.weight"].path.parent == adapter
+    assert apart.config == inspect_checkpoint(tmp_path / "False", "").config
+    message = refusal(adapter, tmp_path / "True").message
     assert module in message
     assert "base" in message
 

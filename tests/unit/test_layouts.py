@@ -203,6 +203,19 @@ def test_names_may_lack_the_prefix_of_what_lies_under_the_head(copied: Copied) -
         plan(first, second)
 
 
+def test_norms_may_be_spelt_as_they_were_before(copied: Copied) -> None:
+    first, second = copied(MASKED_BERT, 1), copied(MASKED_BERT, 2)
+    expected = {tensor.slot.name for tensor in plan(first, second).backbone}
+    renamed(lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"))(
+        second
+    )
+    found = {tensor.slot.name: tensor for tensor in plan(first, second).backbone}
+    assert found.keys() == expected
+    assert [s.name for s in found["bert.embeddings.LayerNorm.weight"].sources] == [
+        "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.gamma",
+    ]  # fmt: skip
+
+
 def test_the_plans_dtype_is_that_of_most_numbers(copied: Copied) -> None:
     folder = copied(LLAMA, 1)
     norm = "model.norm.weight"
@@ -356,7 +369,7 @@ def copy_without_head(folder: Path, to: Path) -> Path:
 
 def test_classifiers_without_a_table_need_equal_labels(tmp_path: Path) -> None:
     model = TinyModel("LlamaForSequenceClassification", "llama", LLAMA.settings)
-    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    labels: dict[str, Any] = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     first, second = (tiny_model(tmp_path / f"c{seed}", model, seed=seed, pad_token_id=2, **labels) for seed in (1, 2))
     assert "score.weight" in {tensor.slot.name for tensor in plan(first, second).backbone}
     config(id2label={"0": "yes", "1": "no"})(second)

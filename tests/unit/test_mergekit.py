@@ -166,7 +166,7 @@ ONE_TWO = [model("one", "hf:a/one"), model("two", "hf:a/two")]
 WEIGHTED = [model("one", "hf:a/one", 0.7), model("two", "hf:a/two", 0.3)]
 MEANT: dict[str, dict[str, Any]] = {
     "ties": {
-        "method": {"scale": 1.0, "density": 0.5},
+        "method": {"scale": 1.0, "density": 0.5, "normalize": True},
         "models": [
             model("orca_mini_v3_13b", "hf:psmathur/orca_mini_v3_13b"),
             model("Platypus2-13B", "hf:garage-bAInd/Platypus2-13B", [0.0, 0.3, 0.7, 1.0]),
@@ -180,7 +180,7 @@ MEANT: dict[str, dict[str, Any]] = {
         "output": {"dtype": "float16", "vocabulary": "error"},
     },
     "task_arithmetic": {
-        "method": {"scale": 0.7},
+        "method": {"scale": 0.7, "normalize": False},
         "models": [model("a", "local:some/where/a", 0.5), model("b", "job:1234/b", 0.1)],
         "base": "local:base",
         "output": {"dtype": "bfloat16", "vocabulary": "base"},
@@ -224,7 +224,11 @@ MEANT: dict[str, dict[str, Any]] = {
         "base": "hf:a/base",
     },
     "nuslerp": {"method": {"vectors": "columns"}, "models": WEIGHTED},
-    "model_stock": {"method": {}, "models": [*ONE_TWO, model("two-2", "hf:b/two")], "base": "hf:a/base"},
+    "model_stock": {
+        "method": {"filter_wise": False},
+        "models": [*ONE_TWO, model("two-2", "hf:b/two")],
+        "base": "hf:a/base",
+    },
     "karcher": {"method": {"max_iter": 20, "tol": 1e-5}, "models": ONE_TWO},
     "sce": {"method": {"select_topk": 0.1}, "models": ONE_TWO, "base": "hf:a/base"},
     "breadcrumbs": {
@@ -251,16 +255,10 @@ HERE = [name for name in RECIPES if name in METHODS]  # a method that is added h
 def test_a_recipe_says_here_what_it_says_there(name: str) -> None:
     found = translated(parse_yaml(RECIPES[name].encode()))
     meant = {"output": {"dtype": "auto", "vocabulary": "error"}, **MEANT[name]}
-    assert found.pop("method") | meant["method"] | {"name": name} == meant["method"] | {"name": name, **own(name)}
+    fields = METHODS[name].parameters.model_fields
+    assert found.pop("method") == {"name": name, **{k: v for k, v in meant["method"].items() if k in fields}}
     assert found.pop("output") == meant["output"] | {"align_heads": False}
     assert found == {key: value for key, value in meant.items() if key not in ("method", "output")}
-
-
-def own(name: str) -> dict[str, Any]:
-    """What the translation says further, of methods that have it here."""
-    normalizes = {"ties": True, "task_arithmetic": False}
-    has = "normalize" in METHODS[name].parameters.model_fields
-    return {"normalize": normalizes[name]} if name in normalizes and has else {}
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -321,6 +319,19 @@ def test_a_list_within_the_slice_goes_before_that_of_all() -> None:
     found = translated(changed(models=None, slices=[one], parameters={"weight": 0.5, "density": [1, 0.5]}))
     assert [m["weight"] for m in found["models"]] == [0.25, 0.25]
     assert (found["base"], found["layers"], found["method"]["density"]) == ("hf:a/other", 12, [1.0, 0.5])
+
+
+def test_a_base_that_is_a_model_like_others_comes_first() -> None:
+    """Of methods that do not go from it: mergekit merges it too."""
+    models = [{"model": "a/one"}, {"model": "a/two"}]
+    recipe = {"base_model": "a/base", "models": models, "parameters": {"weight": 0.5}}
+    for name in METHODS.keys() & {"linear"}:
+        found = translated({"merge_method": name, **recipe})
+        assert [m["checkpoint"] for m in found["models"]] == ["hf:a/base", "hf:a/one", "hf:a/two"]
+        assert "base" not in found
+    found = translated({"merge_method": "ties", **recipe})
+    assert [m["checkpoint"] for m in found["models"]] == ["hf:a/one", "hf:a/two"]
+    assert found["base"] == "hf:a/base"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {

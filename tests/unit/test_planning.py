@@ -50,6 +50,19 @@ def test_the_backbone_is_planned_once_and_each_head_per_model(pair: list[Path]) 
     assert all(len(tensor.sources) == 2 for tensor in found.backbone)
 
 
+def test_places_run_from_the_first_layer_to_the_last(pair: list[Path], tmp_path: Path) -> None:
+    found = plan(pair)
+    depths = {tensor.slot.name: tensor.place.depth for tensor in found.backbone}
+    assert {depths[name] for name in depths if "embeddings" in name or ".layer.0." in name} == {0.0}
+    assert {depths[name] for name in depths if "pooler" in name or ".layer.1." in name} == {1.0}
+    assert found.layers == LAYERS == 2
+    [query] = [t for t in found.backbone if t.slot.name == f"{LAYER}.attention.self.query.bias"]
+    assert query.place in found.owned["layers.1.heads"]
+    assert {len(places) for name, places in found.owned.items() if "heads" in name} == {7}
+    one = plan([tiny_checkpoint(tmp_path / "one", layers=1)])
+    assert {t.place.depth for t in one.backbone if t.slot.layer is not None} == {0.0}
+
+
 def inspected(path: Path) -> CheckpointInfo:
     return inspect_checkpoint(path, f"local:{path.name}")
 

@@ -20,6 +20,7 @@ from worker.engine.catalog.headers import (
     ADAPTER_CONFIG,
     ADAPTER_PICKLE,
     ADAPTER_WEIGHTS,
+    FLOATS,
     INDEX,
     MAX_CONFIG_BYTES,
     WEIGHTS,
@@ -34,6 +35,7 @@ from worker.engine.catalog.headers import (
     refuse_code,
     vocabulary_of,
 )
+from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS
 from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
@@ -48,7 +50,7 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 """Kinds of `init_lora_weights` that leave the base's weights as they are; others move a part of them into the adapter,
 whose base is then another."""
 HARMLESS = {
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
+    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules",
@@ -56,13 +58,14 @@ HARMLESS = {
 """Keys of `adapter_config.json` that say how it was trained, or what its tensors say as well."""
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Whose linear layers are stored as (inputs, outputs)."""
-TIED = ("lm_head", "embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
-"""Last parts of the names of modules that a language model may tie to each other."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-FLOATS = ("F64", "F32", "BF16", "F16")
+MAX_LABELS = 100_000  # that get names: a header may claim any number
 LABELS = ("id2label", "label2id", "problem_type")
 
 MERGE_IT = "merge it into its base with PEFT (merge_and_unload) and name the result"
+
+
+Rank = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class AdapterConfig(BaseModel):
@@ -73,13 +76,12 @@ class AdapterConfig(BaseModel):
     peft_type: str
     task_type: str | None = None
     base_model_name_or_path: str | None = None
-    r: Annotated[int, Field(ge=1)]
+    r: Rank
     lora_alpha: float
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     fan_in_fan_out: bool = False
-    bias: str = "none"
     init_lora_weights: bool | str | None = True
 
 
@@ -184,55 +186,65 @@ def _config(path: Path, source: str) -> AdapterConfig:
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
     """What the adapter makes of its base: the base's tensors, with its own in their place or added to them."""
     family = FAMILIES.get(base.model_type)
-    tensors = _of_base(base, family)
-    own_config = _own_config(path, adapter.source)
-    config = dict(base.config)
+    config, tensors = base.config, _of_base(base, family)
+    replaced = _replaced(adapter, base, family, tensors)
+    if family is None:
+        _refuse_tied(adapter, base)
+    else:
+        config = _task_config(adapter, path, base, family, replaced)
+    tensors |= replaced
+    for module, (alpha, rank) in _strengths(adapter).items():
+        target = _target(f"{module}.weight", tensors, family)
+        if target not in tensors:
+            raise _unknown(adapter, base, adapter.factors[module]["a"])
+        scaling = alpha / (math.sqrt(rank) if adapter.config.use_rslora else rank)
+        delta = _low_rank(adapter, module, rank, scaling, base, tensors[target])
+        tensors[target] = replace(tensors[target], source=adapter.source, delta=delta)
+    vocabulary = vocabulary_of(path, adapter.source)
+    tokenizer = (vocabulary, path) if vocabulary else (base.vocabulary, base.tokenizer_path)
+    return CheckpointInfo(adapter.source, path, config, tensors, *tokenizer, base)
+
+
+def _replaced(
+    adapter: Adapter, base: CheckpointInfo, family: Family | None, tensors: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """What is stored whole, under the names of what it replaces; a head need not be in the base."""
     replaced = {}
     for name, tensor in adapter.whole.items():
         target = _target(name, tensors, family)
-        is_head = family is not None and (slot := family.slot(name)) is not None and slot.kind is Kind.HEAD
-        if target not in tensors and not is_head:
-            raise _unknown(adapter, base, tensor)
-        if not is_head and tensor.shape != tensors[target].shape:
-            raise _misfit(
-                adapter, base, tensor, f"has shape {list(tensor.shape)}, in the base {_shape(tensors[target])}"
-            )
+        slot = family.slot(name) if family is not None else None
+        if slot is None or slot.kind is not Kind.HEAD:
+            if target not in tensors:
+                raise _unknown(adapter, base, tensor)
+            if tensor.shape != tensors[target].shape:
+                problem = f"has shape {list(tensor.shape)}, in the base {list(tensors[target].shape)}"
+                raise _misfit(adapter, base, tensor, problem)
         replaced[target] = replace(tensor, name=target)
-    if family is not None:
-        task = _task_config(adapter, base, family, own_config, replaced)
-        if task:
-            config = {key: value for key, value in config.items() if key not in (*LABELS, "num_labels")} | task
-    else:
-        _refuse_tied(adapter, base)
-    tensors |= replaced
-    for module, (alpha, rank) in _strengths(adapter).items():
-        a, b = adapter.factors[module]["a"], adapter.factors[module]["b"]
-        target = _target(f"{module}.weight", tensors, family)
-        if target not in tensors:
-            raise _unknown(adapter, base, a)
-        matrix = tensors[target]
-        scaling = alpha / (math.sqrt(rank) if adapter.config.use_rslora else rank)
-        if a.shape[:1] != (rank,):
-            problem = f"has shape {list(a.shape)}, by {ADAPTER_CONFIG} its rank is {rank}"
-            raise InvalidCheckpoint(adapter.source, f"tensor {a.name} {problem}")
-        if len(matrix.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
-            raise InvalidCheckpoint(adapter.source, f"tensor {a.name} adapts {target}, which is no matrix; {MERGE_IT}")
-        transposed = module in adapter.embeddings or _is_transposed(adapter, base, matrix, a, b)
-        if (*b.shape, *a.shape) != (_outputs(matrix, transposed), rank, rank, _outputs(matrix, not transposed)):
-            problem = f"of shape {list(a.shape)}, with lora_B of {list(b.shape)}, does not fit {target}"
-            raise _misfit(adapter, base, a, f"{problem}, {_shape(matrix)}")
-        delta = LowRank(a, b, scaling, transposed)
-        tensors[target] = replace(matrix, source=adapter.source, delta=delta)
-    vocabulary = vocabulary_of(path, adapter.source)
-    return CheckpointInfo(
-        adapter.source,
-        path,
-        config,
-        tensors,
-        vocabulary or base.vocabulary,
-        path if vocabulary else base.path,
-        base,
-    )
+    return replaced
+
+
+def _low_rank(
+    adapter: Adapter, module: str, rank: int, scaling: float, base: CheckpointInfo, matrix: TensorInfo
+) -> LowRank:
+    """What is added to `matrix`, whose shape it fits."""
+    a, b = adapter.factors[module]["a"], adapter.factors[module]["b"]
+    if a.shape[:1] != (rank,):
+        problem = f"has shape {list(a.shape)}, by {ADAPTER_CONFIG} its rank is {rank}"
+        raise InvalidCheckpoint(adapter.source, f"tensor {a.name} {problem}")
+    if len(matrix.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
+        problem = f"tensor {a.name} adapts {matrix.name}, which is no matrix; {MERGE_IT}"
+        raise InvalidCheckpoint(adapter.source, problem)
+    adds = (b.shape[0], a.shape[1])
+    if module in adapter.embeddings:
+        transposed = True
+    elif adds[0] != adds[1]:
+        transposed = matrix.shape != adds
+    else:  # square: by the kind of its layer, since the one flag is of all layers together
+        transposed = adapter.config.fan_in_fan_out or base.model_type in TRANSPOSED_TYPES
+    if b.shape[1] != rank or matrix.shape != (adds[::-1] if transposed else adds):
+        problem = f"of shape {list(a.shape)}, with lora_B of {list(b.shape)}, does not fit {matrix.name}"
+        raise _misfit(adapter, base, a, f"{problem}, {list(matrix.shape)}")
+    return LowRank(a, b, scaling, transposed)
 
 
 def _of_base(base: CheckpointInfo, family: Family | None) -> dict[str, TensorInfo]:
@@ -274,24 +286,14 @@ def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
         raise InvalidCheckpoint(adapter.source, f"{ADAPTER_CONFIG}: {error}; {MERGE_IT}") from error
 
 
-def _is_transposed(adapter: Adapter, base: CheckpointInfo, matrix: TensorInfo, a: TensorInfo, b: TensorInfo) -> bool:
-    """By the shapes; of a square matrix by the kind of its layer, since the one flag is of all layers together."""
-    if matrix.shape[0] != matrix.shape[1]:
-        return matrix.shape == (a.shape[1], b.shape[0])
-    return adapter.config.fan_in_fan_out or base.model_type in TRANSPOSED_TYPES
-
-
-def _outputs(matrix: TensorInfo, transposed: bool) -> int:
-    return matrix.shape[1 if transposed else 0]
-
-
 def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
     """An adapter of one of two tied matrices unties them, which a merge of files cannot show."""
-    if not base.architecture.endswith(GENERATES) or base.config.get("tie_word_embeddings") is False:
+    has_output = any(name.endswith(OUTPUT_EMBEDDINGS) for name in base.tensors)
+    if not base.architecture.endswith(GENERATES) or not base.config.get("tie_word_embeddings", not has_output):
         return
-    for module in [*adapter.factors, *(name.removesuffix(".weight") for name in adapter.whole)]:
-        if module.rpartition(".")[2] in TIED:
-            problem = f"it adapts {module}, which the base may tie to another matrix (tie_word_embeddings)"
+    for name in [*(f"{module}.weight" for module in adapter.factors), *adapter.whole]:
+        if name.endswith((*EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
+            problem = f"it adapts {name}, which the base ties to another matrix (tie_word_embeddings)"
             raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
 
 
@@ -305,34 +307,30 @@ def _own_config(path: Path, source: str) -> dict[str, Any]:
 
 
 def _task_config(
-    adapter: Adapter,
-    base: CheckpointInfo,
-    family: Family,
-    own_config: Mapping[str, Any],
-    replaced: Mapping[str, TensorInfo],
+    adapter: Adapter, path: Path, base: CheckpointInfo, family: Family, replaced: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
-    """Keys of the configuration that say which head there is, and what its outputs are called."""
-    if adapter.config.task_type not in (None, "SEQ_CLS"):
-        problem = f"task_type {adapter.config.task_type[:40]} is not available for {family.model_type}; SEQ_CLS is"
+    """The base's configuration, with what says which head there is and what its outputs are called."""
+    task_type, is_classifier = adapter.config.task_type, base.architecture in family.architectures
+    if task_type not in (None, "SEQ_CLS"):
+        problem = f"task_type {task_type[:40]} is not available for {family.model_type}; SEQ_CLS is"
         raise InvalidCheckpoint(adapter.source, problem)
     logits = replaced.get(f"{family.logits}.weight")
-    is_classifier = base.architecture in family.architectures
+    if logits is None and not is_classifier:
+        problem = f"neither it nor {base.source} has a head; save it with modules_to_save, as PEFT does for SEQ_CLS"
+        raise InvalidCheckpoint(adapter.source, problem)
     if logits is None:
-        if not is_classifier:
-            problem = (
-                f"neither it nor {base.source} has a head; save it with modules_to_save, which PEFT does for SEQ_CLS"
-            )
-            raise InvalidCheckpoint(adapter.source, problem)
-        return {}
+        return base.config
     outputs = logits.shape[0] if logits.shape else 0
-    found: dict[str, Any] = {} if is_classifier else {"architectures": [family.architectures[0]]}
-    for config in (own_config, base.config if is_classifier else {}):
-        labels = config.get("id2label")
-        if isinstance(labels, dict) and len(labels) == outputs:
-            return found | {key: config[key] for key in LABELS if config.get(key) is not None}
-    names = {str(index): f"LABEL_{index}" for index in range(outputs)}
-    ids = {name: int(index) for index, name in names.items()}
-    return found | {"id2label": names, "label2id": ids}
+    names = {str(index): f"LABEL_{index}" for index in range(min(outputs, MAX_LABELS))}
+    labels: dict[str, Any] = {"id2label": names, "label2id": {name: int(index) for index, name in names.items()}}
+    for config in (_own_config(path, adapter.source), base.config if is_classifier else {}):
+        named = config.get("id2label")
+        if isinstance(named, dict) and len(named) == outputs:
+            labels = {key: config[key] for key in LABELS if config.get(key) is not None}
+            break
+    rest = {key: value for key, value in base.config.items() if key not in (*LABELS, "num_labels")}
+    architectures = base.config["architectures"] if is_classifier else [family.architectures[0]]
+    return {**rest, "architectures": architectures} | labels
 
 
 def _unknown(adapter: Adapter, base: CheckpointInfo, tensor: TensorInfo) -> IncompatibleCheckpoints:
@@ -341,7 +339,3 @@ def _unknown(adapter: Adapter, base: CheckpointInfo, tensor: TensorInfo) -> Inco
 
 def _misfit(adapter: Adapter, base: CheckpointInfo, tensor: TensorInfo, problem: str) -> IncompatibleCheckpoints:
     return IncompatibleCheckpoints(adapter.source, base.source, f"tensor {tensor.name} {problem}", tensor=tensor.name)
-
-
-def _shape(tensor: TensorInfo) -> str:
-    return str(list(tensor.shape))

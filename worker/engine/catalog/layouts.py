@@ -12,12 +12,13 @@ from typing import Any
 from worker.engine.catalog.architectures import classifies, labels_of, use_of
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import Kind, Slot
+from worker.engine.catalog.families.table import OLDER_PARTS
 from worker.engine.catalog.headers import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.values import Place
 
 LAYER = re.compile(r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>\d{1,6})\.(?P<inner>.+)")
 """The first number that follows the name of a list of layers: T5 has lists within its layers."""
-BEFORE_LAYERS = re.compile(r"embed|position|patch|(^|\.)(wte|wpe|shared|emb|pre_)")
+BEFORE_LAYERS = re.compile(r"embed|position|patch|conv|(^|\.)(wte|wpe|shared|emb|pre_)")
 EMBEDDINGS = (
     "shared.weight",
     "embed_tokens.weight",
@@ -25,15 +26,16 @@ EMBEDDINGS = (
     "word_embeddings.weight",
     "embed_in.weight",
     "tok_embeddings.weight",
+    "embeddings.weight",
 )
 """How names of the matrix of tokens end, those first that others are copies of."""
 OUTPUT_EMBEDDINGS = (
     "lm_head.weight",
     "embed_out.weight",
-    "lm_head.decoder.weight",
-    "cls.predictions.decoder.weight",
+    "decoder.weight",
     "vocab_projector.weight",
     "generator_lm_head.weight",
+    "proj_out.weight",
 )
 """How names of the matrix of logits end, which is the matrix of tokens where both are tied."""
 SHARED_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -123,7 +125,8 @@ def is_buffer(tensor: TensorInfo) -> bool:
 def tensors_by_name(info: CheckpointInfo, like: CheckpointInfo) -> dict[str, TensorInfo]:
     """The checkpoint's tensors under the names that `like` gives them.
 
-    The same model is published with and without the prefix of what lies under its head (`transformer.h.0.…`, `h.0.…`).
+    The same model is published with and without the prefix of what lies under its head (`transformer.h.0.…`, `h.0.…`),
+    and norms have two spellings.
 
     Raises:
         InvalidCheckpoint: a tensor is there under both.
@@ -132,12 +135,29 @@ def tensors_by_name(info: CheckpointInfo, like: CheckpointInfo) -> dict[str, Ten
     prefixes = list(dict.fromkeys(f"{stack.partition('.')[0]}." for stack in stacks if "." in stack))
     found: dict[str, TensorInfo] = {}
     for name, tensor in info.tensors.items():
-        candidates = [name, *(prefix + name for prefix in prefixes), *(name.removeprefix(p) for p in prefixes)]
+        candidates = [
+            candidate
+            for spelling in spellings(name)
+            for candidate in (
+                spelling,
+                *(p + spelling for p in prefixes),
+                *(spelling.removeprefix(p) for p in prefixes),
+            )
+        ]
         known = next((candidate for candidate in candidates if candidate in like.tensors), name)
         if known in found:
             raise InvalidCheckpoint(info.source, f"tensor {known} is there under two spellings")
         found[known] = tensor
     return found
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A tensor's name, and the other that norms of models converted from TensorFlow have, or would have."""
+    module, _, part = name.rpartition(".")
+    if not module.endswith("LayerNorm"):
+        return (name,)
+    others = {**OLDER_PARTS, **{new: old for old, new in OLDER_PARTS.items()}}
+    return (name, f"{module}.{others[part]}") if part in others else (name,)
 
 
 def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:

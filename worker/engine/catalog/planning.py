@@ -34,7 +34,7 @@ GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a large
 GRAM_MATRICES = 6  # in float64, while a layer is merged: the sum, its factor, one model's, and what is between
 FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and what is between
 MERGING_COPIES = 6  # of a block in float32, beside one for each model, while it is merged
-BLOCK_ELEMENTS = 1 << 19  # of one version, of the rows that are merged at once: in float32 2 MB
+BLOCK_ELEMENTS = 1 << 17  # of one version, of the rows that are merged at once: in float32 512 kB, to stay in a cache
 VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 

@@ -36,11 +36,13 @@ def _form(setting: object) -> str | None:
 
 
 def _spells_a_number(setting: object) -> bool:
-    """YAML's 1e-3 is a text."""
+    if not isinstance(setting, str):
+        return isinstance(setting, int | float)
     try:
-        return isinstance(setting, int | float) or (isinstance(setting, str) and float(setting) is not None)
+        float(setting)  # as 1e-3, which YAML takes for a text
     except ValueError:
         return False
+    return True
 
 
 NumberOrLayers = Annotated[

@@ -24,13 +24,13 @@ TOKEN_INDEXED = (
     "embed_tokens_per_layer.weight",
 )
 """How names of tensors with a row for each token end."""
-TURN_ROLES = ("bos_token", "eos_token", "pad_token")
+TUNED_TOKENS = ("bos_token", "eos_token", "pad_token")
 """Special tokens that instruction tuning changes; to a decoder they are tokens like all others."""
 
 
 def is_token_indexed(name: str) -> bool:
     """Whether the tensor has a row for each token: an input embedding, or a language model's head."""
-    return f".{name}".endswith(tuple(f".{end}" for end in TOKEN_INDEXED))
+    return layer_of(name) is None and f".{name}".endswith(tuple(f".{end}" for end in TOKEN_INDEXED))
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _check_same_kind(owner: CheckpointInfo, of_owner: Tokenizer, info: Checkpoin
         problem = f"their tokenizers mark pieces of words differently: {of_owner.affixes}, {tokenizer.affixes}"
     is_decoder = use_of(owner.config).pipeline_tag == "text-generation"
     for role, ours in of_owner.special.items():
-        if is_decoder and role in TURN_ROLES:
+        if is_decoder and role in TUNED_TOKENS:
             continue
         theirs = tokenizer.special.get(role, ours)
         if ours != theirs:

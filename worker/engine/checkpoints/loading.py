@@ -25,6 +25,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import Task, task_of
+from worker.engine.catalog.layouts import spellings
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.checkpoints.attention import CPU_ATTENTION
 from worker.engine.checkpoints.reader import TensorReader
@@ -118,10 +119,12 @@ def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
     model: nn.Module = AutoModelForSequenceClassification.from_config(
         config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
-    family = FAMILIES[info.model_type]
-    with TensorReader() as reader:
-        read = {slot.name: reader.read(tensor) for name, tensor in info.tensors.items() if (slot := family.slot(name))}
-    model.load_state_dict(read, strict=False)
+    family, parameters = FAMILIES[info.model_type], dict(model.named_parameters())
+    with TensorReader() as reader, torch.no_grad():
+        for tensor in info.tensors.values():
+            slot = family.slot(tensor.name)
+            if slot is not None and slot.name in parameters:
+                parameters[slot.name].copy_(reader.read(tensor))
     return model
 
 
@@ -165,9 +168,8 @@ def _shapes(info: CheckpointInfo, layout: _Layout) -> dict[str, tuple[int, ...]]
     for name, tensor in info.tensors.items():
         slot = family.slot(name) if family else None
         name = slot.name if slot else name
-        if name not in layout.shapes and f"{layout.prefix}.{name}" in layout.shapes:
-            name = f"{layout.prefix}.{name}"
-        found[name] = tensor.shape
+        names = [known for one in spellings(name) for known in (one, f"{layout.prefix}.{one}")]
+        found[next((known for known in names if known in layout.shapes), name)] = tensor.shape
     return found
 
 

@@ -62,20 +62,15 @@ class TensorReader:
         stored = self._stored(tensor, rows)
         if tensor.delta is None:
             return stored
-        delta = self._delta(tensor.delta, rows or slice(0, tensor.shape[0]))
-        wide = torch.float64 if torch.float64 in (stored.dtype, delta.dtype) else torch.float32
-        return torch.add(stored.to(wide), delta.to(wide), alpha=tensor.delta.scaling)
+        left, right = self._factors(tensor.delta, rows or slice(0, tensor.shape[0]))
+        wide = torch.float64 if torch.float64 in (stored.dtype, left.dtype, right.dtype) else torch.float32
+        return stored.to(wide).addmm_(left.to(wide), right.to(wide), alpha=tensor.delta.scaling)
 
-    def _delta(self, delta: LowRank, rows: slice) -> Tensor:
-        """`B A`, or of its transpose, these rows of it, float32 or float64."""
+    def _factors(self, delta: LowRank, rows: slice) -> tuple[Tensor, Tensor]:
+        """Whose product is these rows of `B A`, or of its transpose."""
         if delta.transposed:
-            left = self._columns(delta.a, rows).T
-            right = self._stored(delta.b, None).T
-        else:
-            left = self._stored(delta.b, rows)
-            right = self._stored(delta.a, None)
-        wide = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
-        return left.to(wide) @ right.to(wide)
+            return self._columns(delta.a, rows).T, self._stored(delta.b, None).T
+        return self._stored(delta.b, rows), self._stored(delta.a, None)
 
     def _columns(self, matrix: TensorInfo, columns: slice) -> Tensor:
         """Some of a matrix's columns, of which nothing else is held."""

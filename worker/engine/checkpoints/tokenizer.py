@@ -58,9 +58,12 @@ def _entry(token: NewToken) -> dict[str, Any]:
 
 
 def _copy(info: CheckpointInfo, names: Sequence[str], folder: Path) -> None:
-    for name in names:
-        if (info.tokenizer_path / name).is_file():
-            shutil.copyfile(info.tokenizer_path / name, folder / name)
+    files = [info.tokenizer_path / name for name in names]
+    if info.base is not None:  # beside an adapter's tokenizer there is none of these, as a rule
+        files.insert(0, info.base.path / "generation_config.json")
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from worker.engine.methods.blocks import is_finite, row_blocks
 from worker.engine.threads import in_threads
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-DIGEST_BYTES = 1 << 20
+DIGEST_BYTES = 1 << 18  # read again into the same memory, which stays in a cache
 
 Rows = Iterable[tuple[slice, Tensor]]
 """Runs of rows along a tensor's first axis, and the values there."""
@@ -127,10 +127,11 @@ class ShardWriter:
         return not self._is_complete() and self.tensors[self._following].slot.name in self._complete
 
     def _digest_to(self, descriptor: int, end: int) -> None:
+        buffer = memoryview(bytearray(min(DIGEST_BYTES, end - self._digested)))
         while self._digested < end:
-            found = os.pread(descriptor, min(DIGEST_BYTES, end - self._digested), self._digested)
-            self._digest.update(found)
-            self._digested += len(found)
+            count = os.preadv(descriptor, [buffer[: end - self._digested]], self._digested)
+            self._digest.update(buffer[:count])
+            self._digested += count
 
 
 def _header(tensors: Sequence[PlannedTensor]) -> bytes:

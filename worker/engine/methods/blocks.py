@@ -133,4 +133,4 @@ def merged_whole(merger: Merger, versions: Versions) -> Tensor:
 
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite: both stay in a sum, which takes an eighth of looking at every value."""
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

@@ -16,6 +16,9 @@ from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.dare import generator, raw_bits
 from worker.engine.methods.task_vectors import Deltas, merging
 
+CHUNK_ELEMENTS = 1 << 16  # they stay in a core's cache
+LEAST = 2.0**-32  # probability that an element is kept with
+
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, DellaDroppingParameters):
@@ -29,11 +32,8 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             deltas = block.deltas
             for model, delta in enumerate(deltas):
                 rows = delta.numpy().reshape(len(delta) if delta.dim() > 1 else 1, -1)
-                probabilities = keep_probabilities(rows, density, epsilon)
-                bits = raw_bits(generator(parameters.seed, model, versions.slot.name, block), rows.size, np.uint32)
-                kept = bits.reshape(rows.shape) < probabilities * 2.0**32
-                factors = np.divide(1, probabilities, out=np.zeros_like(probabilities), where=kept)
-                delta.mul_(torch.from_numpy(factors).view_as(delta))
+                random = generator(parameters.seed, model, versions.slot.name, block)
+                delta.mul_(torch.from_numpy(keep_factors(random, rows, density, epsilon)).view_as(delta))
             return deltas
 
         return dropped
@@ -41,21 +41,33 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     return merging(parameters, models, sparse)
 
 
-def keep_probabilities(rows: NDArray[np.floating], density: float, epsilon: float) -> NDArray[np.float64]:
-    """By rank of magnitude in its row, the smallest first; of equal ones, compared in float32, the first has the lower.
+def keep_factors(
+    random: np.random.Generator, rows: NDArray[np.floating], density: float, epsilon: float
+) -> NDArray[np.float32]:
+    """What to multiply each element with: 0, or 1 over the probability that it is not 0.
+
+    That rises with the rank of its magnitude in its row; of equal ones, compared in float32, the first has the lower.
 
     Args:
         rows: (rows, elements). The only element of a row has the probability `density`.
     """
     count = rows.shape[1]
     spread = min(epsilon, density, 1 - density)
-    by_rank = density + spread * (np.linspace(-1, 1, count) if count > 1 else np.zeros(count))
-    # The bits of what is not negative are in its own order; with the place behind them, sorting keeps that too.
-    keys = np.abs(rows).astype(np.float32).view(np.uint32).astype(np.uint64)
-    keys <<= 32
-    keys |= np.arange(count, dtype=np.uint64)
-    keys.sort(axis=1)
-    places = (keys & 0xFFFFFFFF).astype(np.int64)
-    probabilities = np.empty(rows.shape)
-    np.put_along_axis(probabilities, places, by_rank[None].repeat(len(rows), 0), axis=1)
-    return probabilities
+    probabilities = density + spread * (np.linspace(-1, 1, count) if count > 1 else np.zeros(count))
+    limits = (probabilities * 2.0**32).astype(np.uint64)
+    inverse = (1 / np.maximum(probabilities, LEAST)).astype(np.float32)
+    columns = np.arange(count, dtype=np.uint64)
+    factors = np.empty(rows.shape, np.float32)
+    step = max(1, CHUNK_ELEMENTS // max(1, count))
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        # The bits of what is not negative are in its own order; with the place behind them, sorting keeps that too.
+        keys = np.abs(some).astype(np.float32).view(np.uint32).astype(np.uint64)
+        keys <<= 32
+        keys |= columns
+        keys.sort(axis=1)
+        keys &= 0xFFFFFFFF
+        keys += np.arange(len(some), dtype=np.uint64)[:, None] * count
+        by_rank = np.where(raw_bits(random, some.size, np.uint32).reshape(some.shape) < limits, inverse, 0)
+        factors[start : start + step].reshape(-1)[keys.view(np.int64)] = by_rank
+    return factors

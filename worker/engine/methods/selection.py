@@ -74,10 +74,10 @@ class _Search:
     found: float | None = None
     sampled: list[Array] = field(default_factory=list)
     inner: tuple[float, float] = ANY
+    """What the pass at work gathers is between these."""
     gathered: list[Array] = field(default_factory=list)
-    counts: list[int] = field(
-        default_factory=lambda: [0, 0, 0, 0]
-    )  # above inner, at its upper end, in it, at its lower
+    counts: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    """Above `inner`, at its upper end, inside, at its lower end."""
 
     @property
     def between(self) -> int:
