@@ -1,6 +1,6 @@
 """Models of architectures without a table at tiny size: language models, and others that transformers loads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ GPT2 = TinyModel(
     {"n_embd": 16, "n_head": 4, "n_positions": 64, **MARKS},
     layers="n_layer",
     tied={"lm_head.weight": "transformer.wte.weight"},
+)
+NEOX = TinyModel(
+    "GPTNeoXForCausalLM",
+    "gpt_neox",
+    {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "max_position_embeddings": 64, **MARKS},
 )
 T5 = TinyModel(
     "T5ForConditionalGeneration",
@@ -101,12 +106,12 @@ def tiny_model(
     return folder
 
 
-def word_level_tokenizer() -> Any:
+def word_level_tokenizer(words: Sequence[str] = WORDS) -> Any:
     """One token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(numbered("<s>", "</s>", "<unk>", *WORDS), unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(numbered("<s>", "</s>", "<unk>", *words), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 

@@ -8,7 +8,7 @@ from pydantic import AnyHttpUrl, BeforeValidator, Field, field_validator, model_
 from pydantic_core import PydanticCustomError
 
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters, PassthroughParameters
-from worker.engine.catalog.spec import Columns, Dtype, Heads, Method, MetricName, Name
+from worker.engine.catalog.spec import Columns, Dtype, Heads, Method, MetricName, Name, VocabularyPolicy
 from worker.engine.catalog.strict import Strict, did_you_mean
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, is_ever_positive
 
@@ -108,7 +108,9 @@ class Output(Strict):
     """Refit each kept head to the merged backbone, on the model's own `dataset` and without labels; the preset `paper`
     leaves it out unless it is asked for. Without effect, and shown as false, where heads are merged."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
-    vocabulary: Literal["error", "union", "base"] = "error"
+    vocabulary: VocabularyPolicy = "error"
+    """Of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of the first
+    model where no base is named; `union` appends the other models' further tokens to that."""
     publish: str | None = None
 
 
@@ -194,6 +196,11 @@ class MergeRequest(JobRequest[ModelRequest]):
             named = "base" in METHODS[self.method.name].needs
             why = f"method {self.method.name}" if named else "a scale other than 1"
             raise ValueError(f"{why} merges differences from the common ancestor; name it as base")
+        if self.method.refits_layers and self.output.vocabulary != "error":
+            raise ValueError(
+                f"method {self.method.name} compares experts and merge token by token, so they need one vocabulary; "
+                "leave out output.vocabulary"
+            )
         if not any(model.takes_part for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")
         if isinstance(self.method, PassthroughParameters):
@@ -264,7 +271,6 @@ def _later(request: MergeRequest | ScoreRequest) -> Iterator[str]:
             "priority": request.priority != 0,
             "device": request.device == "cuda",
             "deadline_seconds": request.deadline_seconds is not None,
-            "output.vocabulary": request.output.vocabulary != "error",
             "output.publish": request.output.publish is not None,
         }
         yield from (field for field, is_used in used.items() if is_used)

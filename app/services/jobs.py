@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,10 @@ class PlannedModel(BaseModel):
     task: str
     head: str
     """What the model's task head becomes."""
+    tokens: int | None
+    """Those of the output's vocabulary that it has, where `output.vocabulary` is not `error`."""
+    new_tokens: int | None
+    """Of these, those that `union` appends for it: the base and the models before it lack them."""
 
 
 class Plan(BaseModel):
@@ -73,6 +77,8 @@ class Plan(BaseModel):
     owners: dict[str, int]
     """How many merged tensors are owned by heads, by neurons, and by no node (rest)."""
     models: list[PlannedModel]
+    tokens: int | None
+    """Of the output's tokenizer, where `output.vocabulary` is not `error`."""
     request: dict[str, Any]
     """As it would be accepted, defaults filled in."""
 
@@ -155,7 +161,7 @@ class Jobs:
 
     def plan(self, request: MergeRequest) -> Plan:
         accepted = self._check_merge(request)
-        plan = accepted.plan
+        plan, vocabulary = accepted.plan, accepted.plan.vocabulary
         examples = request.method.most_examples
         measured = sum(
             min(examples, model.dataset.limit or examples)
@@ -186,11 +192,14 @@ class Jobs:
                     architecture=info.architecture,
                     task=f"{task.problem}, {task.outputs} outputs" if task else use_of(info.config).pipeline_tag or "",
                     head=_becomes(request, plan, index),
+                    tokens=vocabulary and vocabulary.shared[index],
+                    new_tokens=vocabulary and vocabulary.introduced[index],
                 )
                 for index, (model, info, task) in enumerate(
                     zip(request.models, plan.checkpoints, plan.tasks, strict=True)
                 )
             ],
+            tokens=vocabulary and vocabulary.tokens,
             request=accepted.request,
         )
 
@@ -210,14 +219,16 @@ class Jobs:
         later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
         if later:
             raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
+        hub = Hub()
         if not any(source.startswith("hf:") for source in _sources(request)):
-            yield Hub()
+            yield hub
             return
         if not self._hub_places.acquire(timeout=HUB_QUEUE_S):
             detail = f"{HUB_REQUESTS} requests are waiting for the hub already"
             raise ProblemError(Problem.HUB_UNAVAILABLE, detail, None, **{"Retry-After": "10"})
         try:
-            yield Hub()
+            with hub.outlines:
+                yield hub
         finally:
             self._hub_places.release()
 
@@ -237,18 +248,28 @@ class Jobs:
         return Accepted(accepted, checkpoints)
 
     def _checked_merge(self, request: MergeRequest, hub: Hub) -> AcceptedMerge:
-        base = self._checkpoint("base", request.base, hub) if request.base else None
+        output, names = request.output, [model.name for model in request.models]
+        aligns = output.vocabulary != "error"
+        base = self._checkpoint("base", request.base, hub, keeps_outline=aligns) if request.base else None
         inspect = partial(inspect_model, base=base)
         checkpoints = [
-            self._checkpoint(_checkpoint_field(index), model.checkpoint, hub, inspect)
+            self._checkpoint(_checkpoint_field(index), model.checkpoint, hub, inspect, keeps_outline=aligns)
             for index, model in enumerate(request.models)
         ]
-        output, names = request.output, [model.name for model in request.models]
-        with _refusing("models"):
-            plan = plan_job(request.method, names, checkpoints, output.dtype, heads=output.heads)
-        if base is not None:
+        planned = partial(
+            plan_job,
+            request.method,
+            names,
+            checkpoints,
+            output.dtype,
+            heads=output.heads,
+            vocabulary=output.vocabulary,
+        )
+        with _refusing("models"):  # vocabularies are aligned to the base's; without it, others would be refused
+            plan = planned(base=base if aligns else None)
+        if base is not None and not aligns:
             with _refusing("base"):
-                plan = plan_job(request.method, names, checkpoints, output.dtype, base, output.heads)
+                plan = planned(base=base)
         if plan.family is None:
             _refuse_rows(request, plan)
         if request.layers is not None and plan.layers != request.layers:
@@ -282,7 +303,13 @@ class Jobs:
         return AcceptedMerge(accepted, plan.all_checkpoints, plan)
 
     def _checkpoint(
-        self, field: str, reference: str, hub: Hub, inspect: Inspect = inspect_checkpoint
+        self,
+        field: str,
+        reference: str,
+        hub: Hub,
+        inspect: Inspect = inspect_checkpoint,
+        *,
+        keeps_outline: bool = False,
     ) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
         with _refusing(field):
@@ -291,9 +318,11 @@ class Jobs:
                 path, root = self._inputs.resolve(reference) if of_job is None else self._job_inputs.resolve(of_job)
                 return inspect(path, reference, root)
             pinned = hub.pinned(on_hub, "model")
-            with TemporaryDirectory(prefix="maskmerge-") as folder:
-                hub.outline(pinned, Path(folder))
-                return inspect(Path(folder), str(pinned), Path(folder))
+            with ExitStack() as inspecting:
+                outlines = hub.outlines if keeps_outline else inspecting
+                folder = Path(outlines.enter_context(TemporaryDirectory(prefix="maskmerge-")))
+                hub.outline(pinned, folder)
+                return inspect(folder, str(pinned), folder)
 
     def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""

@@ -6,7 +6,7 @@ Endpoint and token are the hub library's own variables, HF_ENDPOINT and HF_TOKEN
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,8 @@ class Hub:
     """What one request asks of the hub, each thing once and all within `DEADLINE_S`."""
 
     def __init__(self) -> None:
+        self.outlines = ExitStack()
+        """Folders of outlines that are read again while the request is checked."""
         self._deadline = time.monotonic() + DEADLINE_S
         self._pinned: dict[tuple[HubReference, Kind], HubReference] = {}
 

@@ -175,6 +175,13 @@ def test_a_merge_that_names_no_hub_asks_none(service: Service, hub: Hub) -> None
     assert hub.requests[before:] == []
 
 
+def test_vocabularies_of_the_hub_are_aligned_before_a_job_is_accepted(service: Service) -> None:
+    response = service.post("/merge/validate", json=recipe(output={"vocabulary": "union"}))
+    assert response.status_code == 200, response.text
+    plan = response.json()
+    assert [(model["tokens"], model["new_tokens"]) for model in plan["models"]] == [(plan["tokens"], 0)] * 2
+
+
 def test_models_and_data_sets_of_the_hub_are_merged_at_the_commit_of_the_request(
     service: Service, hub: Hub, tmp_path: Path
 ) -> None:

@@ -43,15 +43,24 @@ def aligned(features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def align_head(
-    expert: LoadedModel, merged: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows
+    expert: LoadedModel,
+    merged: LoadedModel,
+    examples: Sequence[Example],
+    precision: Precision,
+    on_rows: OnRows,
+    merged_examples: Sequence[Example] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of `merged`'s head, by name, refitted to what `expert` says of the examples; no model is changed."""
+    """The tensors of `merged`'s head, by name, refitted to what `expert` says of the examples; no model is changed.
+
+    Args:
+        merged_examples: the same rows in the tokens of `merged`, where these are others than the expert's.
+    """
     head = head_of(expert)
     weight, bias = head.weight.detach().cpu(), None if head.bias is None else head.bias.detach().cpu()
     outputs = head_inputs(expert, examples, precision, on_rows) @ weight.double().T
     if bias is not None:
         outputs += bias.double()
-    features = head_inputs(merged, examples, precision, on_rows)
+    features = head_inputs(merged, examples if merged_examples is None else merged_examples, precision, on_rows)
     new_weight, new_bias = aligned(features, outputs, weight, bias)
     name = FAMILIES[expert.info.model_type].logits
     return {f"{name}.weight": new_weight} | ({} if new_bias is None else {f"{name}.bias": new_bias})

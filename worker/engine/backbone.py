@@ -14,6 +14,7 @@ from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.methods import BUILDERS, MeasuredModel, Merger
 from worker.engine.methods.blocks import Block, BlockMerge, Versions, is_finite, required_base, row_blocks
+from worker.engine.token_rows import read_by_token
 
 
 class Backbone:
@@ -82,6 +83,8 @@ class Backbone:
         origin = planned.base if self._plan.base is not None else None
 
         def read(rows: slice) -> Block:
+            if planned.token_rows is not None:
+                return read_by_token(self._reader, planned, self._taking_part, rows)
             some = rows if planned.shape else None
             versions = [self._reader.read(source, some) for source in sources]
             return Block.of(rows, versions, self._reader.read(origin, some) if origin else None)

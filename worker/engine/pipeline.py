@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,6 +70,7 @@ from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
 from worker.engine.stopping import Scored, errors_of_models, point, stopping
 from worker.engine.store import StatisticsStore
+from worker.engine.token_rows import ByToken
 
 
 @dataclass
@@ -87,7 +88,11 @@ class ModelRun:
     """A note, where some of `unseen` were."""
     alignment: list[Example] = field(default_factory=list)
     """Rows to align the head on; none of them is in `evaluation`."""
+    alignment_rows: list[Row] = field(default_factory=list)
+    """The texts of `alignment`, for a merge with another tokenizer."""
     evaluation: list[Example] = field(default_factory=list)
+    evaluation_rows: list[Row] = field(default_factory=list)
+    """The same of `evaluation`, where vocabularies may differ."""
     measured: Measured = field(default_factory=Measured)
 
     @property
@@ -137,7 +142,9 @@ class Engine:
             base = inputs.checkpoint(spec.base) if spec.base else None
             checkpoints = [inputs.checkpoint(model, base) for model in spec.models]
             names = [model.name for model in spec.models]
-            plan = plan_job(spec.method, names, checkpoints, spec.output.dtype, base, spec.output.heads)
+            output = spec.output
+            plan = plan_job(spec.method, names, checkpoints, output.dtype, base, output.heads, output.vocabulary)
+            notes += _vocabulary_notes(plan)
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
@@ -310,6 +317,8 @@ class Engine:
             labels = _label_map(loaded, model.evaluation, rows, notes)
             read = sample(rows, model.evaluation, None)
             run.evaluation, truncated = _examples(loaded, model.evaluation, read, labels)
+            if spec.output.vocabulary != "error":
+                run.evaluation_rows = read
             notes += truncated
             held_out = {(row.text, row.text_pair) for row in read}
         method, dataset = spec.method, model.dataset
@@ -325,6 +334,7 @@ class Engine:
                 run.sample = Sample(read[:measured], population, dataset, loaded, needed)
             run.unseen, run.truncated = _examples(loaded, dataset, [read[place] for place in unseen], None)
             run.alignment = run.unseen[:aligned_on]
+            run.alignment_rows = [read[place] for place in unseen[:aligned_on]]
             if not unseen and measured and method.refits_layers:
                 problem = f"every row is one that {model.name} is evaluated on; method {method.name} needs others"
                 raise InvalidDataset(dataset.source, problem)
@@ -395,7 +405,8 @@ class Engine:
             folder = folders[run.spec.name]
             expert = self._models.get(run.info)
             merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
-            head = align_head(expert, merged, run.alignment, precision, aligning.advance)
+            by_merge, _ = _examples_of(plan, merged, _required(run.spec), run.alignment_rows, run.alignment)
+            head = align_head(expert, merged, run.alignment, precision, aligning.advance, by_merge)
             path, digest = rewrite_head(folder, planned, head)
             digests[path] = digest
         return digests
@@ -444,6 +455,8 @@ class Engine:
                 )
         published = "model" if plan.merges_heads else f"models/{run.spec.name}"
         merged = load(inspect_checkpoint(folder, published), self._device)
+        examples, truncated = _examples_of(plan, merged, evaluation, run.evaluation_rows, examples)
+        notes += truncated
         kept = head_of(loaded)
         merged_predictions, kept_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
         merged.model.load_state_dict(average, strict=False)
@@ -485,7 +498,7 @@ def _begun(spec: JobSpec) -> Iterator[StatisticsStore]:
 
 def _merger(method: MethodParameters, runs: list[ModelRun], plan: MergePlan) -> tuple[Merger, list[float]]:
     """The method over the models that take part, and every model's mean merge weight."""
-    models = [run.as_measured for run in runs if run.takes_part]
+    models = [_by_token(run.as_measured, index, plan) for index, run in enumerate(runs) if run.takes_part]
     if isinstance(method, ScoringParameters):
         shares = iter(weight_shares(node_weights(models, method.normalize, method.floor), plan.owned))
     elif isinstance(method, PassthroughParameters):
@@ -495,6 +508,12 @@ def _merger(method: MethodParameters, runs: list[ModelRun], plan: MergePlan) -> 
         sizes = torch.tensor([math.prod(tensor.shape) for tensor in plan.backbone], dtype=torch.float64)
         shares = iter((sizes @ (weights / weights.sum(1, keepdim=True)) / sizes.sum()).tolist())
     return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
+
+
+def _by_token(model: MeasuredModel, index: int, plan: MergePlan) -> MeasuredModel:
+    """What was measured of the plan's model `index`, at the output's rows."""
+    places = {t.slot.name: t.token_rows.models[index] for t in plan.backbone if t.token_rows is not None}
+    return replace(model, fisher=ByToken(model.fisher, places))
 
 
 def _scoring(measured: Sequence[tuple[Measurer, ModelRun]], on_progress: OnProgress) -> Phase:
@@ -593,6 +612,21 @@ def _examples(
         return [], []
     tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
     return tokenized.examples, _truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
+
+
+def _examples_of(
+    plan: MergePlan, merged: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], examples: list[Example]
+) -> tuple[list[Example], list[str]]:
+    """An expert's examples as the merged model reads them, the same unless vocabularies differ; and notes."""
+    return (examples, []) if plan.vocabulary is None else _examples(merged, dataset, rows, None)
+
+
+def _vocabulary_notes(plan: MergePlan) -> list[str]:
+    vocabulary = plan.vocabulary
+    if vocabulary is None:
+        return []
+    more = f" and {len(vocabulary.new)} further tokens" if vocabulary.new else ""
+    return [f"the merged models have the tokenizer of {vocabulary.owner.source}{more}, {vocabulary.rows} rows in all"]
 
 
 def _truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:

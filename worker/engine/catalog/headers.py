@@ -50,6 +50,7 @@ TOKENIZER_FILES = (
 )
 COMPANIONS = ("chat_template.jinja", "generation_config.json")
 """Of language models, published beside the tokenizer and read by nobody here."""
+SPECIAL_TOKENS = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
 LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
 
@@ -125,6 +126,25 @@ class CheckpointInfo:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer's tokens, and what has to agree for the tokens of two to mean the same."""
+
+    kind: str
+    """`BPE`, `WordPiece`, `Unigram` or `WordLevel`."""
+    ids: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]]
+    """By token: how it is found in text, as an entry of tokenizer.json's `added_tokens`."""
+    merges: tuple[tuple[str, str], ...]
+    """Of a BPE, the first ones first."""
+    scores: Mapping[str, float]
+    """Of a Unigram's pieces."""
+    special: Mapping[str, str]
+    """By role, as `pad_token`; without those that no file names."""
+    affixes: tuple[str, str]
+    """What tells a piece that continues a word, and one that ends it."""
 
 
 def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> CheckpointInfo:
@@ -343,6 +363,84 @@ def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidCheckpoint(source, f"{file.name} is not a JSON object")
     return content
+
+
+def read_tokenizer(info: CheckpointInfo) -> Tokenizer | None:
+    """From the files that `CheckpointInfo.vocabulary` is of; None where no file has tokens with their ids.
+
+    Raises:
+        InvalidCheckpoint: a file is malformed.
+    """
+    path, source = info.tokenizer_path, info.source
+    try:
+        if (path / "tokenizer.json").exists():
+            return _fast_tokenizer(path, source)
+        return _slow_tokenizer(path, source)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise InvalidCheckpoint(source, f"its tokenizer's files are malformed: {error}") from error
+
+
+def _fast_tokenizer(path: Path, source: str) -> Tokenizer:
+    content = read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES)
+    model = content["model"]
+    vocabulary, merges = model["vocab"], model.get("merges") or []
+    by_kind = {isinstance(vocabulary, list): "Unigram", "merges" in model: "BPE"}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("tokenizer.json has a merge that is no pair")
+    scores = {} if isinstance(vocabulary, dict) else {token: float(score) for token, score in vocabulary}
+    known = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
+    added = {entry["content"]: entry for entry in content.get("added_tokens") or ()}
+    unknown = model.get("unk_token")
+    kind = str(model.get("type") or by_kind.get(True, "WordPiece"))  # older files do not say
+    absent = {"continuing_subword_prefix": "##"} if kind == "WordPiece" else {}
+    affixes = [model.get(key, absent.get(key)) for key in ("continuing_subword_prefix", "end_of_word_suffix")]
+    return Tokenizer(
+        kind=kind,
+        ids=_ids({**{token: entry["id"] for token, entry in added.items()}, **known}),
+        added=added,
+        merges=tuple((str(left), str(right)) for left, right in pairs),
+        scores=scores,
+        special={**({"unk_token": unknown} if isinstance(unknown, str) else {}), **_special_tokens(path, source)},
+        affixes=(affixes[0] or "", affixes[1] or ""),
+    )
+
+
+def _slow_tokenizer(path: Path, source: str) -> Tokenizer | None:
+    tokens = _tokens(path, source)
+    if not isinstance(tokens, list):
+        return None
+    vocabulary, merges, added = tokens
+    is_bpe = (path / "merges.txt").exists() and not (path / "vocab.txt").exists()
+    return Tokenizer(
+        kind="BPE" if is_bpe else "WordPiece",
+        ids=_ids({**added, **vocabulary}),
+        added={token: {"content": token} for token in added},
+        merges=tuple((left, right) for left, right in (merge.split(" ") for merge in merges)),
+        scores={},
+        special=_special_tokens(path, source),
+        affixes=("" if is_bpe else "##", ""),
+    )
+
+
+def _ids(ids: dict[Any, Any]) -> dict[str, int]:
+    for token, index in ids.items():
+        if not isinstance(token, str) or type(index) is not int or index < 0:
+            raise ValueError(f"token {token!r} has the id {index!r}")
+    "".join(ids).encode()  # half a surrogate pair is no character, and no file could hold it
+    return ids
+
+
+def _special_tokens(path: Path, source: str) -> dict[str, str]:
+    found = {}
+    for file in (path / "special_tokens_map.json", path / "tokenizer_config.json"):
+        content = read_json(file, source, MAX_CONFIG_BYTES) if file.exists() else {}
+        for role in SPECIAL_TOKENS:
+            token = content.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[role] = token
+    return found
 
 
 def vocabulary_of(path: Path, source: str) -> dict[str, str]:

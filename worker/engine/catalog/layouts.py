@@ -211,10 +211,12 @@ def _embedding(
     states: Sequence[Mapping[str, TensorInfo]],
     endings: Sequence[str],
 ) -> str | None:
-    shapes = {state[name].shape for state in states if name in state}
+    storing = [state for state in states if name in state]
     for ending in endings:
         for other, tensor in first.items():
-            if other != name and _ends(other, (ending,)) and layer_of(other) is None and {tensor.shape} == shapes:
+            if other == name or not _ends(other, (ending,)) or layer_of(other) is not None:
+                continue
+            if all(state[name].shape == state.get(other, tensor).shape for state in storing):
                 return other
     return None
 

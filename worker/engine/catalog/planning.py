@@ -16,8 +16,16 @@ from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
 from worker.engine.catalog.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
-from worker.engine.catalog.spec import Dtype, Heads
+from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
 from worker.engine.catalog.values import Place
+from worker.engine.catalog.vocabulary import (
+    TokenRows,
+    Vocabulary,
+    align_vocabularies,
+    is_token_indexed,
+    token_keys,
+    vocabulary_size,
+)
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CACHE_BYTES = 2_000_000_000  # models kept loaded
@@ -27,6 +35,7 @@ GRAM_MATRICES = 6  # in float64, while a layer is merged: the sum, its factor, o
 FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and what is between
 MERGING_COPIES = 6  # of a block in float32, beside one for each model, while it is merged
 BLOCK_ELEMENTS = 1 << 18  # of one version, of the rows that are merged at once: in float32 1 MB, which a cache holds
+VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 
 
@@ -42,6 +51,8 @@ class PlannedTensor:
     base: TensorInfo | None = None
     is_copied: bool = False
     """Not merged: it is its one source, in the dtype of the plan."""
+    token_rows: TokenRows | None = None
+    """Of a tensor with a row for each token, where vocabularies differ: its rows in `sources` and `base`."""
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +103,9 @@ class MergePlan:
         for tensor in self.backbone:
             counts[tensor.dtype] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
         return counts.most_common(1)[0][0]
+
+    vocabulary: Vocabulary | None = None
+    """None where all models have the same."""
 
     @property
     def linear_inputs(self) -> list[LinearInput]:
@@ -157,7 +171,8 @@ class MergePlan:
         # Held in float32, whatever they are stored in: the cache's models, and what is evaluated beside them.
         models = [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.checkpoints]
         held = sum(models) if tokens_held else min(sum(models), CACHE_BYTES + max(models))
-        held += models_beside * max(models) + tokens_held * 2 * 4 * sizes["hidden"]
+        merged = 4 * sum(math.prod(tensor.shape) for tensor in self.backbone)
+        held += models_beside * max(*models, merged) + tokens_held * 2 * 4 * sizes["hidden"]
         # Per token and layer about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of attention.
         attention = sizes["heads"] * longest
         per_layer = 16 * sizes["hidden"] + 4 * sizes["neurons"] + family.attention_rows * attention
@@ -214,11 +229,13 @@ def plan_merge(
     dtype: Dtype = "auto",
     base: CheckpointInfo | None = None,
     heads: Heads | None = None,
+    vocabulary: VocabularyPolicy = "error",
 ) -> MergePlan:
     """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
 
     Args:
         heads: whether each model keeps its own; by default it does where a table tells heads from the backbone.
+        vocabulary: of the output, where the tokenizers differ; `error` refuses that.
 
     Raises:
         InvalidRequest: heads cannot be kept.
@@ -233,8 +250,8 @@ def plan_merge(
         if heads == "per_model":
             problem = f"no table tells the head of {_named(first)} from the rest: all tensors are merged"
             raise InvalidRequest(f"{problem}; leave output.heads out, or say merged", field="output.heads")
-        return _planned_by_name(checkpoints, dtype, base)
-    return _planned_by_table(tables[0], checkpoints, dtype, base, heads == "merged")
+        return _planned_by_name(checkpoints, dtype, base, vocabulary)
+    return _planned_by_table(tables[0], checkpoints, dtype, base, heads == "merged", vocabulary)
 
 
 def _planned_by_table(
@@ -243,6 +260,7 @@ def _planned_by_table(
     dtype: Dtype,
     base: CheckpointInfo | None,
     merges_heads: bool,
+    vocabulary: VocabularyPolicy,
 ) -> MergePlan:
     first = checkpoints[0]
     tasks = []
@@ -250,36 +268,34 @@ def _planned_by_table(
         require_tokenizer(info)
         _check_sizes(info, family)
         tasks.append(task_of(info))
-        _check_settings(first, info, family)
-        check_vocabulary(first, info)
+        _check_settings(first, info, family, vocabulary)
+        if vocabulary == "error":
+            check_vocabulary(first, info)
         if merges_heads:
             layouts.check_labels(first, info)
             if tasks[-1].problem != tasks[0].problem:
                 problem = f"their heads have different tasks: {tasks[0].problem}, {tasks[-1].problem}"
                 raise IncompatibleCheckpoints(first.source, info.source, problem)
     apart = (Kind.UNREAD,) if merges_heads else (Kind.HEAD, Kind.UNREAD)
-    ancestor = _ancestor(first, base, family, apart) if base else {}
+    ancestor = _ancestor(first, base, family, apart, vocabulary) if base else {}
+    aligned = align_vocabularies(vocabulary, checkpoints, base) if vocabulary != "error" else None
     place = partial(_place, family.size(first.config, "layers"))
     slots = [_slots(info, family) for info in checkpoints]
     named = [{name: tensor for name, (_, tensor) in of.items()} for of in slots]
     backbone = []
-    for name, (slot, tensor) in slots[0].items():
+    for name, (slot, _) in slots[0].items():
         if slot.kind in apart:
             continue
-        sources = _sources(checkpoints, named, name)
-        backbone.append(
-            PlannedTensor(
-                slot, place(slot), tensor.shape, output_dtype(sources, dtype), tuple(sources), ancestor.get(slot.name)
-            )
-        )
-        if base is not None:
-            _check_base(base, ancestor.get(slot.name), first, tensor)
+        origin = (base, ancestor.get(slot.name)) if base else None
+        backbone.append(_merged(slot, place(slot), checkpoints, named, name, origin, dtype, aligned))
     for info, of in zip(checkpoints, slots, strict=True):
         for name, (slot, _) in of.items():
             if slot.kind not in apart and name not in slots[0]:
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     if merges_heads:
-        return MergePlan(family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), ((),), (first,))
+        return MergePlan(
+            family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), ((),), (first,), vocabulary=aligned
+        )
     heads = tuple(
         tuple(
             PlannedTensor(slot, place(slot), tensor.shape, output_dtype([tensor], dtype), (tensor,), is_copied=True)
@@ -289,11 +305,13 @@ def _planned_by_table(
         for of in slots
     )
     return MergePlan(
-        family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads, published=tuple(checkpoints)
+        family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads, tuple(checkpoints), vocabulary=aligned
     )
 
 
-def _planned_by_name(checkpoints: Sequence[CheckpointInfo], dtype: Dtype, base: CheckpointInfo | None) -> MergePlan:
+def _planned_by_name(
+    checkpoints: Sequence[CheckpointInfo], dtype: Dtype, base: CheckpointInfo | None, vocabulary: VocabularyPolicy
+) -> MergePlan:
     """Every tensor is merged with those of its name; buffers are copied, and copies of tied weights left out."""
     first = checkpoints[0]
     everyone = [*checkpoints, *([base] if base else ())]
@@ -301,9 +319,13 @@ def _planned_by_name(checkpoints: Sequence[CheckpointInfo], dtype: Dtype, base: 
         layouts.check_architectures(first, base)
     for info in everyone:
         layouts.check_checkpoint(info)
-        layouts.check_configs(first, info)
-        if first.vocabulary and info.vocabulary:
-            check_vocabulary(first, info)
+        if vocabulary == "error":
+            _check_vocabulary_size(first, info)
+            if first.vocabulary and info.vocabulary:
+                check_vocabulary(first, info)
+        of_tokens = {*token_keys(first.config), *token_keys(info.config)} if vocabulary != "error" else ()
+        layouts.check_configs(first, info, of_tokens)
+    aligned = align_vocabularies(vocabulary, checkpoints, base) if vocabulary != "error" else None
     states = [layouts.tensors_by_name(info, first) for info in everyone]
     copies = layouts.tied_copies(first.config, states)
     tied = tuple(
@@ -314,18 +336,16 @@ def _planned_by_name(checkpoints: Sequence[CheckpointInfo], dtype: Dtype, base: 
     stacks = layouts.stacks_of(own[0])
     backbone = []
     for name, tensor in own[0].items():
-        planned = partial(PlannedTensor, layouts.slot_of(name), layouts.place_of(name, stacks), tensor.shape)
+        slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
         if layouts.is_buffer(tensor):
             for info, other in zip(everyone, own, strict=True):
                 if name in other:
                     _check_shape(first, tensor, info, other[name])
             source = ancestor.get(name, tensor)
-            backbone.append(planned(source.dtype, (source,), is_copied=True))
+            backbone.append(PlannedTensor(slot, place, tensor.shape, source.dtype, (source,), is_copied=True))
             continue
-        sources = _sources(checkpoints, versions, name)
-        if base is not None:
-            _check_base(base, ancestor.get(name), first, tensor)
-        backbone.append(planned(output_dtype(sources, dtype), tuple(sources), ancestor.get(name)))
+        origin = (base, ancestor.get(name)) if base else None
+        backbone.append(_merged(slot, place, checkpoints, versions, name, origin, dtype, aligned))
     for info, state in zip(checkpoints, versions, strict=True):
         for name, tensor in state.items():
             if name not in own[0] and not layouts.is_buffer(tensor):
@@ -333,7 +353,36 @@ def _planned_by_name(checkpoints: Sequence[CheckpointInfo], dtype: Dtype, base: 
     if not any(t.dtype in FLOATS for t in backbone):
         raise InvalidCheckpoint(first.source, "it has no tensor of floats to merge")
     nothing = tuple(None for _ in checkpoints)
-    return MergePlan(None, tuple(checkpoints), base, nothing, tuple(backbone), ((),), (first,), tied)
+    return MergePlan(None, tuple(checkpoints), base, nothing, tuple(backbone), ((),), (first,), tied, aligned)
+
+
+def _merged(
+    slot: Slot,
+    place: Place,
+    checkpoints: Sequence[CheckpointInfo],
+    named: Sequence[Mapping[str, TensorInfo]],
+    name: str,
+    origin: tuple[CheckpointInfo, TensorInfo | None] | None,
+    dtype: Dtype,
+    vocabulary: Vocabulary | None,
+) -> PlannedTensor:
+    """The tensor `name` of every checkpoint, with the base's.
+
+    Args:
+        named: tensors of each checkpoint.
+        origin: the base, and the tensor in it.
+    """
+    tensor = named[0][name]
+    shape, rows = tensor.shape, None
+    if vocabulary is not None and is_token_indexed(name):
+        shape, rows = (vocabulary.rows, *shape[1:]), vocabulary.token_rows
+    by_token = rows is not None
+    sources = _sources(checkpoints, named, name, by_token)
+    if origin is None:
+        return PlannedTensor(slot, place, shape, output_dtype(sources, dtype), tuple(sources), token_rows=rows)
+    base, found = origin
+    _check_base(base, found, checkpoints[0], tensor, by_token)
+    return PlannedTensor(slot, place, shape, output_dtype(sources, dtype), tuple(sources), found, token_rows=rows)
 
 
 def required_family(plan: MergePlan) -> Family:
@@ -406,26 +455,40 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
             raise InvalidCheckpoint(info.source, f"no tensor {family.layer_path(layer)}{name}; other layers have it")
 
 
-def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family) -> None:
+def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, vocabulary: VocabularyPolicy) -> None:
     for key in (*family.config_names.values(), *family.settings):
+        if key == "vocab_size" and vocabulary != "error":
+            continue
         ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
         if ours != theirs:
-            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}")
+            what_to_do = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
+            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}{what_to_do}")
 
 
-def check_vocabulary(first: CheckpointInfo, info: CheckpointInfo) -> None:
+def _check_vocabulary_size(first: CheckpointInfo, info: CheckpointInfo) -> None:
+    ours, theirs = vocabulary_size(first.config), vocabulary_size(info.config)
+    if None not in (ours, theirs) and ours != theirs:
+        problem = f"vocab_size differs: {ours}, {theirs}; {VOCABULARY_ADVICE}"
+        raise IncompatibleCheckpoints(first.source, info.source, problem)
+
+
+def check_vocabulary(first: CheckpointInfo, info: CheckpointInfo, advice: str = VOCABULARY_ADVICE) -> None:
+    """Raises IncompatibleCheckpoints where their tokenizers have other tokens, or other ids of them."""
     common = first.vocabulary.keys() & info.vocabulary.keys()
     if not common:
         problem = "their tokenizers are stored in different forms; save both as tokenizer.json, by save_pretrained()"
         raise IncompatibleCheckpoints(first.source, info.source, problem)
     if all(first.vocabulary[form] != info.vocabulary[form] for form in common):
-        raise IncompatibleCheckpoints(
-            first.source, info.source, "their tokenizers have different vocabularies; a merge needs one vocabulary"
-        )
+        problem = f"their tokenizers have different vocabularies; {advice}"
+        raise IncompatibleCheckpoints(first.source, info.source, problem)
 
 
 def _ancestor(
-    first: CheckpointInfo, base: CheckpointInfo, family: Family, apart: Collection[Kind]
+    first: CheckpointInfo,
+    base: CheckpointInfo,
+    family: Family,
+    apart: Collection[Kind],
+    vocabulary: VocabularyPolicy,
 ) -> dict[str, TensorInfo]:
     """The base's backbone by canonical name, without what is `apart`: where heads are kept, it may have any or none.
     Its names may lack the family's prefix."""
@@ -435,8 +498,8 @@ def _ancestor(
         )
     if base.config.get("quantization_config"):
         raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
-    _check_settings(first, base, family)
-    if base.vocabulary:
+    _check_settings(first, base, family, vocabulary)
+    if base.vocabulary and vocabulary == "error":
         check_vocabulary(first, base)
     found = {}
     for tensor in base.tensors.values():
@@ -448,10 +511,12 @@ def _ancestor(
     return found
 
 
-def _check_base(base: CheckpointInfo, found: TensorInfo | None, first: CheckpointInfo, tensor: TensorInfo) -> None:
+def _check_base(
+    base: CheckpointInfo, found: TensorInfo | None, first: CheckpointInfo, tensor: TensorInfo, by_token: bool
+) -> None:
     if found is None:
         raise IncompatibleCheckpoints(first.source, base.source, f"tensor {tensor.name} is missing in the base")
-    if found.shape != tensor.shape:
+    if found.shape[by_token:] != tensor.shape[by_token:]:
         raise IncompatibleCheckpoints(
             first.source,
             base.source,
@@ -478,21 +543,23 @@ def _slots(info: CheckpointInfo, family: Family) -> dict[str, tuple[Slot, Tensor
 
 
 def _sources(
-    checkpoints: Sequence[CheckpointInfo], named: Sequence[Mapping[str, TensorInfo]], name: str
+    checkpoints: Sequence[CheckpointInfo], named: Sequence[Mapping[str, TensorInfo]], name: str, by_token: bool
 ) -> list[TensorInfo]:
     """The tensor of each checkpoint. Raises IncompatibleCheckpoints where one has none, or one of another shape."""
     first, tensor = checkpoints[0], named[0][name]
     for info, tensors in zip(checkpoints, named, strict=True):
         if name not in tensors:
             raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is missing in the second")
-        _check_shape(first, tensor, info, tensors[name])
+        _check_shape(first, tensor, info, tensors[name], by_token)
         if tensors[name].dtype not in FLOATS:
             raise InvalidCheckpoint(info.source, f"tensor {name} has dtype {tensors[name].dtype}, not a float")
     return [tensors[name] for tensors in named]
 
 
-def _check_shape(first: CheckpointInfo, tensor: TensorInfo, info: CheckpointInfo, found: TensorInfo) -> None:
-    if found.shape != tensor.shape:
+def _check_shape(
+    first: CheckpointInfo, tensor: TensorInfo, info: CheckpointInfo, found: TensorInfo, by_token: bool = False
+) -> None:
+    if found.shape[by_token:] != tensor.shape[by_token:]:  # a vocabulary may have any number of rows
         raise IncompatibleCheckpoints(
             first.source,
             info.source,

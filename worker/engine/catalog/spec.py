@@ -35,6 +35,7 @@ from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, is_ever_posi
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Heads = Literal["per_model", "merged"]
+VocabularyPolicy = Literal["error", "union", "base"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
 LEAST_ALIGNMENT_ROWS = 16
@@ -143,6 +144,7 @@ class OutputSpec(Strict):
     """None: by kind, see `plan_merge`."""
     align_heads: bool = False
     max_shard_bytes: int = 5_000_000_000
+    vocabulary: VocabularyPolicy = "error"
 
 
 class StoreSpec(Strict):

@@ -12,8 +12,9 @@ from worker.engine.catalog.layouts import HARMLESS, LAYER_COUNTS
 from worker.engine.catalog.methods import MethodParameters, PassthroughParameters
 from worker.engine.catalog.methods.passthrough import Slice
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, output_dtype, plan_merge
-from worker.engine.catalog.spec import Dtype, Heads
+from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
 
+ONE_VOCABULARY = "method passthrough copies layers and merges no rows, so its models need one vocabulary"
 Source = tuple[int, int]
 """A checkpoint, by its position, and the number of one of its layers."""
 
@@ -25,13 +26,17 @@ def plan_job(
     dtype: Dtype,
     base: CheckpointInfo | None = None,
     heads: Heads | None = None,
+    vocabulary: VocabularyPolicy = "error",
 ) -> MergePlan:
     """The plan of a merge by any method. See `plan_merge` and `plan_stack`."""
     if isinstance(method, PassthroughParameters):
         if heads == "per_model":
             raise InvalidRequest("method passthrough makes one model with one head", field="output.heads")
+        if vocabulary != "error":
+            problem = f"{ONE_VOCABULARY}; leave output.vocabulary out"
+            raise InvalidRequest(problem, field="output.vocabulary")
         return plan_stack(method.slices, names, checkpoints, dtype)
-    return plan_merge(checkpoints, dtype, base, heads)
+    return plan_merge(checkpoints, dtype, base, heads, vocabulary)
 
 
 def plan_stack(
@@ -55,7 +60,7 @@ def plan_stack(
         layouts.check_checkpoint(info)
         layouts.check_configs(first, info, {*keys_of_layers(first.config), *keys_of_layers(info.config)})
         if first.vocabulary and info.vocabulary:
-            check_vocabulary(first, info)
+            check_vocabulary(first, info, ONE_VOCABULARY)
         states.append(layouts.tensors_by_name(info, first))
     copies = layouts.tied_copies(first.config, [states[order[0]], *states])
     tied = tuple(

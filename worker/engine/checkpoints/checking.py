@@ -11,6 +11,7 @@ from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
 from worker.engine.catalog.layouts import check_configs
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.stacking import keys_of_layers
+from worker.engine.catalog.vocabulary import token_keys
 from worker.engine.checkpoints.loading import check_layout, first_line
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.methods.blocks import row_blocks
@@ -30,7 +31,11 @@ def check_plan(plan: MergePlan, *, is_stacked: bool) -> None:
         return
     first, *others = [_with_defaults(info) for info in plan.all_checkpoints]
     for other in others:
-        besides = {*keys_of_layers(first.config), *keys_of_layers(other.config)} if is_stacked else ()
+        besides = set[str]()
+        if is_stacked:
+            besides |= {*keys_of_layers(first.config), *keys_of_layers(other.config)}
+        if plan.vocabulary is not None:
+            besides |= {*token_keys(first.config), *token_keys(other.config)}
         check_configs(first, other, besides)
     if is_stacked:
         [published] = plan.published

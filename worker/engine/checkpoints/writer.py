@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.headers import COMPANIONS, DTYPE_BYTES, INDEX, TOKENIZER_FILES, CheckpointInfo
+from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
+from worker.engine.checkpoints.tokenizer import write_tokenizer
 from worker.engine.methods.blocks import is_finite, row_blocks
 from worker.engine.threads import in_threads
 
@@ -200,8 +200,8 @@ def write_models(
         weight_map = {t.slot.name: name for name, shard in zip(names, parts, strict=True) for t in shard}
         size = sum(t.nbytes for t in (*plan.backbone, *head))
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-        _write_config(info, plan.dtype, folder)
-        _copy_tokenizer(info, folder)
+        _write_config(info, plan, folder)
+        write_tokenizer(info, plan.vocabulary, folder)
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
 
 
@@ -253,16 +253,9 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_config(info: CheckpointInfo, dtype: str, folder: Path) -> None:
+def _write_config(info: CheckpointInfo, plan: MergePlan, folder: Path) -> None:
     # Where the input lay is nobody's business, and `dtype` replaces the older key.
     config = {key: value for key, value in info.config.items() if key not in ("_name_or_path", "torch_dtype")}
-    write_json(folder / "config.json", {**config, "dtype": CONFIG_DTYPES[dtype]})
-
-
-def _copy_tokenizer(info: CheckpointInfo, folder: Path) -> None:
-    files = [info.tokenizer_path / name for name in (*TOKENIZER_FILES, *COMPANIONS)]
-    if info.base is not None:  # beside an adapter's tokenizer there is none of these, as a rule
-        files.insert(0, info.base.path / "generation_config.json")
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    if plan.vocabulary is not None:
+        config = plan.vocabulary.config(config)
+    write_json(folder / "config.json", {**config, "dtype": CONFIG_DTYPES[plan.dtype]})

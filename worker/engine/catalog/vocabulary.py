@@ -1,0 +1,261 @@
+"""Vocabularies that differ: which rows of each model's matrices are which token of the output.
+
+A row of an embedding matrix, or of a language model's head, stands for a token. Where tokenizers number their tokens
+differently, rows are merged by token.
+"""
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from worker.engine.catalog.architectures import use_of
+from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.headers import CheckpointInfo, Tokenizer, read_tokenizer
+from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, is_buffer, layer_of
+
+MAX_ROWS = 1_000_000  # of the output; the largest real vocabularies have 260,000 tokens
+KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
+TOKEN_INDEXED = (
+    *EMBEDDINGS,
+    *OUTPUT_EMBEDDINGS,
+    *(f"{name.removesuffix('.weight')}.bias" for name in OUTPUT_EMBEDDINGS),
+    "cls.predictions.bias",
+    "embed_tokens_per_layer.weight",
+)
+"""How names of tensors with a row for each token end."""
+TUNED_TOKENS = ("bos_token", "eos_token", "pad_token")
+"""Special tokens that instruction tuning changes; to a decoder they are tokens like all others."""
+
+
+def is_token_indexed(name: str) -> bool:
+    """Whether the tensor has a row for each token: an input embedding, or a language model's head."""
+    return layer_of(name) is None and f".{name}".endswith(tuple(f".{end}" for end in TOKEN_INDEXED))
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """By row of the output, the row of the same token in each model and in the base; -1 where it has none."""
+
+    models: tuple["array[int]", ...]
+    base: "array[int] | None"
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token that `union` appends. `entry` is that of `added_tokens`, for one that is found in text as it is."""
+
+    content: str
+    id: int
+    entry: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The output's: that of `owner`, and new tokens after its last row."""
+
+    owner: CheckpointInfo
+    """The base, or the first model where there is none."""
+    rows: int
+    """Of the output's matrices, with those of no token."""
+    tokens: int
+    new: tuple[NewToken, ...]
+    merges: tuple[tuple[str, str], ...]
+    """Of a BPE, those that new tokens are made by, after the owner's."""
+    token_rows: TokenRows
+    shared: tuple[int, ...]
+    """By model: how many of the output's tokens it has."""
+    introduced: tuple[int, ...]
+    """By model: how many new tokens come from it, as the first that has them."""
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A model's configuration, with the output's number of rows and the owner's ids of special tokens."""
+        return _with_tokens(config, self.owner.config, self.rows)
+
+
+def align_vocabularies(
+    policy: Literal["union", "base"], checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None
+) -> Vocabulary:
+    """The output's vocabulary, and where its tokens are in the models.
+
+    The owner's rows stay where they are, also those of no token, which no other model has. `union` appends the other
+    models' further tokens in the order of the models and of their ids.
+
+    Raises:
+        InvalidCheckpoint: a tokenizer has no ids to align by, or an id beyond its embedding matrix.
+        IncompatibleCheckpoints: tokens of the two do not mean the same, or one tokenizer cannot have both's.
+    """
+    owner = base or checkpoints[0]
+    of_owner, rows = _tokenizer(owner), _matrix_rows(owner)
+    places = dict(of_owner.ids)
+    new: list[NewToken] = []
+    merges = of_owner.merges
+    maps, shared, introduced = [], [], []
+    for info in checkpoints:
+        tokenizer = of_owner if info is owner else _tokenizer(info)
+        _check_same_kind(owner, of_owner, info, tokenizer)
+        first = merges if policy == "union" else of_owner.merges
+        longer, shorter = (tokenizer.merges, first) if len(tokenizer.merges) > len(first) else (first, tokenizer.merges)
+        if longer[: len(shorter)] != shorter:
+            problem = "their tokenizers merge characters in different orders (BPE), so their tokens are not the same"
+            raise IncompatibleCheckpoints(owner.source, info.source, problem)
+        before = len(new)
+        if policy == "union":
+            merges = longer
+            for token, _ in sorted(tokenizer.ids.items(), key=lambda item: item[1]):
+                if token not in places:
+                    places[token] = rows + len(new)
+                    new.append(NewToken(token, places[token], tokenizer.added.get(token)))
+            _check_room(owner, of_owner, info, rows, new)
+        introduced.append(len(new) - before)
+        own = array("i", range(rows)) if info is owner else array("i", [-1]) * (rows + len(new))
+        common = 0
+        for token, index in tokenizer.ids.items():
+            if token in places:
+                common += 1
+                if info is not owner:
+                    own[places[token]] = index
+        maps.append(own)
+        shared.append(common)
+    total = rows + len(new)
+    # A token that came from a later model is in none before it.
+    models = tuple(own + array("i", [-1]) * (total - len(own)) for own in maps)
+    of_base = array("i", range(rows)) + array("i", [-1]) * len(new) if base else None
+    return Vocabulary(
+        owner,
+        total,
+        len(places),
+        tuple(new),
+        merges[len(of_owner.merges) :],
+        TokenRows(models, of_base),
+        tuple(shared),
+        tuple(introduced),
+    )
+
+
+def runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(row, own row, length) of every stretch that is contiguous on both sides; what is -1 is left out."""
+    start = 0
+    while start < len(places):
+        stop = start + 1
+        while places[start] >= 0 and stop < len(places) and places[stop] == places[start] + stop - start:
+            stop += 1
+        if places[start] >= 0:
+            yield start, places[start], stop - start
+        start = stop
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the embedding matrix; None where the configuration does not say."""
+    for part in (config, config.get("text_config")):
+        rows = part.get("vocab_size") if isinstance(part, Mapping) else None
+        if type(rows) is int and rows > 0:
+            return rows
+    return None
+
+
+def token_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that follow from the vocabulary, inner keys after a dot; not the id of padding, from which positions may be
+    counted."""
+    for key in config:
+        if key == "vocab_size" or (key.endswith("_token_id") and key != "pad_token_id"):
+            yield key
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        yield from (f"text_config.{key}" for key in token_keys(inner))
+
+
+def _with_tokens(config: Mapping[str, Any], owner: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    found = {key: value for key, value in config.items() if not key.endswith("_token_id")}
+    found |= {key: value for key, value in owner.items() if key.endswith("_token_id")}
+    if "vocab_size" in found:
+        found["vocab_size"] = rows
+    inner, of_owner = config.get("text_config"), owner.get("text_config")
+    if isinstance(inner, Mapping) and isinstance(of_owner, Mapping):
+        found["text_config"] = _with_tokens(inner, of_owner, rows)
+    return found
+
+
+def _matrix_rows(info: CheckpointInfo) -> int:
+    rows = vocabulary_size(info.config)
+    if rows is None:
+        raise InvalidCheckpoint(info.source, "config.json has no usable vocab_size")
+    for tensor in info.tensors.values():
+        problem = None
+        if is_token_indexed(tensor.name):
+            if tensor.shape[:1] != (rows,):
+                problem = f"has shape {list(tensor.shape)}, config.json says vocab_size {rows}"
+        elif rows in tensor.shape and layer_of(tensor.name) is None and not is_buffer(tensor):
+            problem = (
+                f"of shape {list(tensor.shape)} may have a value for each token, by a name that is not known for it"
+            )
+        if problem:
+            raise InvalidCheckpoint(info.source, f"tensor {tensor.name} {problem}", tensor=tensor.name)
+    return rows
+
+
+def _tokenizer(info: CheckpointInfo) -> Tokenizer:
+    tokenizer = read_tokenizer(info)
+    if tokenizer is None:
+        problem = (
+            "output.vocabulary needs its tokens' ids, and neither tokenizer.json, vocab.txt nor vocab.json is there; "
+            "save the tokenizer by AutoTokenizer.from_pretrained('IN').save_pretrained('OUT')"
+        )
+        raise InvalidCheckpoint(info.source, problem)
+    if tokenizer.kind not in KINDS:
+        problem = f"its tokenizer is of kind '{tokenizer.kind}'; output.vocabulary takes {', '.join(KINDS)}"
+        raise InvalidCheckpoint(info.source, problem)
+    rows, last = _matrix_rows(info), max(tokenizer.ids.values(), default=0)
+    if last >= rows:
+        raise InvalidCheckpoint(info.source, f"its tokenizer has ids up to {last}, its embedding matrix {rows} rows")
+    if rows > MAX_ROWS:
+        raise InvalidCheckpoint(info.source, f"its embedding matrix has {rows} rows; {MAX_ROWS} are allowed")
+    return tokenizer
+
+
+def _check_same_kind(owner: CheckpointInfo, of_owner: Tokenizer, info: CheckpointInfo, tokenizer: Tokenizer) -> None:
+    """Whether tokens that are spelt the same are the same."""
+    problem = None
+    if tokenizer.kind != of_owner.kind:
+        problem = f"their tokenizers are of different kinds: {of_owner.kind}, {tokenizer.kind}"
+    elif tokenizer.affixes != of_owner.affixes:
+        problem = f"their tokenizers mark pieces of words differently: {of_owner.affixes}, {tokenizer.affixes}"
+    is_decoder = use_of(owner.config).pipeline_tag == "text-generation"
+    for role, ours in of_owner.special.items():
+        if is_decoder and role in TUNED_TOKENS:
+            continue
+        theirs = tokenizer.special.get(role, ours)
+        if ours != theirs:
+            problem = f"{role} differs: {ours!r}, {theirs!r}"
+    unlike = (piece for piece, score in of_owner.scores.items() if tokenizer.scores.get(piece, score) != score)
+    piece = next(unlike, None)
+    if piece is not None:
+        problem = f"their tokenizers (Unigram) give the piece {piece!r} different scores, so they cut text differently"
+    if problem:
+        raise IncompatibleCheckpoints(owner.source, info.source, problem)
+
+
+def _check_room(
+    owner: CheckpointInfo, of_owner: Tokenizer, info: CheckpointInfo, rows: int, new: Sequence[NewToken]
+) -> None:
+    """Whether the owner's tokenizer can have the new tokens at their rows."""
+    if not new:
+        return
+    if not (owner.tokenizer_path / "tokenizer.json").exists():
+        problem = "output.vocabulary 'union' adds to its tokenizer.json, which is not there; save the tokenizer again"
+        raise InvalidCheckpoint(owner.source, problem)
+    if rows + len(new) > MAX_ROWS:
+        problem = f"the union of their vocabularies has more than {MAX_ROWS} rows; use output.vocabulary 'base'"
+        raise IncompatibleCheckpoints(owner.source, info.source, problem)
+    if of_owner.kind != "Unigram":
+        return
+    pieces = [token.content for token in new if token.entry is None]
+    if pieces:
+        problem = (
+            f"the second has pieces (Unigram) that the first lacks, as {pieces[0]!r}, and no score tells their use"
+        )
+    elif rows != len(of_owner.ids):  # the library numbers the added tokens of such a tokenizer, without gaps
+        problem = f"the first has {len(of_owner.ids)} tokens and {rows} rows; new tokens would not be at the rows' end"
+    else:
+        return
+    raise IncompatibleCheckpoints(owner.source, info.source, f"{problem}; use output.vocabulary 'base'")

@@ -1,0 +1,70 @@
+"""The tokenizer's files of a merged model."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from worker.engine.catalog.headers import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, CheckpointInfo
+from worker.engine.catalog.vocabulary import NewToken, Vocabulary
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+OLDER_FORMS = ("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", *SENTENCEPIECE)
+
+
+def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:
+    """The model's own files where all models have the same vocabulary; else its owner's, with new tokens.
+
+    New tokens are in tokenizer.json alone, which is what is read first; other files with tokens are left out.
+    """
+    if vocabulary is None or not vocabulary.new:
+        of = info if vocabulary is None else vocabulary.owner
+        _copy(of, (*TOKENIZER_FILES, *COMPANIONS), folder)
+        return
+    owner = vocabulary.owner
+    _copy(owner, [name for name in (*TOKENIZER_FILES, *COMPANIONS) if name not in OLDER_FORMS], folder)
+    content = json.loads((owner.tokenizer_path / "tokenizer.json").read_bytes())
+    _write(folder / "tokenizer.json", _extended(content, vocabulary))
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+    decoder = config.get("added_tokens_decoder")  # what transformers saved before its version 5, and still reads
+    if isinstance(decoder, dict):
+        more = {str(token.id): _entry(token) for token in vocabulary.new if token.entry is not None}
+        _write(config_file, {**config, "added_tokens_decoder": {**decoder, **more}})
+
+
+def _extended(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """tokenizer.json with the new tokens at their ids.
+
+    Added tokens, the owner's too, are then in the model's vocabulary where it has ids: of others, the library makes up
+    ids itself, by the vocabulary's size.
+    """
+    model = dict(content["model"])
+    before = content.get("added_tokens") or []
+    if isinstance(model["vocab"], dict):
+        more = {token.content: token.id for token in vocabulary.new}
+        model["vocab"] = {**{entry["content"]: entry["id"] for entry in before}, **model["vocab"], **more}
+    if vocabulary.merges:
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [*pairs, *map(list, vocabulary.merges)]
+    added = [{"id": token.id, **_entry(token)} for token in vocabulary.new if token.entry is not None]
+    return {**content, "added_tokens": [*before, *added], "model": model}
+
+
+def _entry(token: NewToken) -> dict[str, Any]:
+    entry = token.entry or {}
+    return {"content": token.content, **{flag: bool(entry.get(flag)) for flag in FLAGS}}
+
+
+def _copy(info: CheckpointInfo, names: Sequence[str], folder: Path) -> None:
+    files = [info.tokenizer_path / name for name in names]
+    if info.base is not None:  # beside an adapter's tokenizer there is none of these, as a rule
+        files.insert(0, info.base.path / "generation_config.json")
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
