@@ -82,7 +82,7 @@ def test_the_plan_of_a_merge_that_loads_no_model(service: Service, inputs: Path)
     assert plan["owners"] == {"rest": len(names)}
     assert plan["models"][0] == {
         "name": "lm-1", "architecture": "LlamaForCausalLM", "task": "text-generation",
-        "head": "merged like the rest into model",
+        "head": "merged like the rest into model", "tokens": None, "new_tokens": None,
     }  # fmt: skip
     assert plan["request"]["output"]["heads"] == "merged"
 

@@ -12,11 +12,17 @@ from pydantic import ValidationError
 
 from app.contracts.requests import MergeRequest
 from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
+from tests.tiny_families import WORDS
+from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model, word_level_tokenizer
 from worker.engine.catalog import vocabulary as catalog
-from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint, read_tokenizer
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.catalog.vocabulary import Vocabulary, align_vocabularies, is_token_indexed, runs
+from worker.engine.catalog.methods import PassthroughParameters
+from worker.engine.catalog.methods.passthrough import Slice
+from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.spec import VocabularyPolicy
+from worker.engine.catalog.stacking import plan_job
+from worker.engine.catalog.vocabulary import Vocabulary, align_vocabularies, is_token_indexed, runs, vocabulary_size
 
 ROWS = 12
 MATRIX = "bert.embeddings.word_embeddings.weight"
@@ -116,6 +122,11 @@ def test_runs_are_contiguous_on_both_sides(rows: list[int], expected: list[tuple
         ("transformer.wte.weight", True),
         ("lm_head.weight", True),
         ("shared.weight", True),
+        ("gpt_neox.embed_in.weight", True),
+        ("embed_out.weight", True),
+        ("cls.predictions.bias", True),
+        ("lm_head.bias", True),
+        ("model.layers.0.mlp.shared.weight", False),
         ("bert.embeddings.position_embeddings.weight", False),
         ("transformer.notwte.weight", False),
         ("classifier.weight", False),
@@ -293,3 +304,140 @@ def test_layers_are_not_refitted_where_tokens_differ() -> None:
     request = {"method": {"name": "aligned_regmean"}, "models": [model], "output": {"vocabulary": "base"}}
     with pytest.raises(ValidationError, match=r"token by token.*output\.vocabulary"):
         MergeRequest.model_validate(request)
+
+
+Edit = Callable[[Path], None]
+
+
+def language_models(root: Path, model: TinyModel, second: Edit, both: Edit = lambda folder: None) -> list[Path]:
+    """Two models, the second with 12 rows and 3 words less."""
+    folders = [tiny_model(root / "a", model, seed=1), tiny_model(root / "b", model, seed=2, vocab_size=116)]
+    word_level_tokenizer(WORDS[:-3]).save_pretrained(folders[1])
+    for folder in folders:
+        both(folder)
+    second(folders[1])
+    return folders
+
+
+def planned(folders: Sequence[Path], policy: VocabularyPolicy) -> MergePlan:
+    return plan_merge([inspect_checkpoint(path, f"local:{path.name}") for path in folders], vocabulary=policy)
+
+
+def config(**changes: Any) -> Edit:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def special(**tokens: str) -> Edit:
+    return lambda folder: edit_json(folder / "tokenizer_config.json", **tokens)
+
+
+def with_tensor(name: str, *shape: int) -> Edit:
+    return lambda folder: edit_tensors(folder, lambda tensors: {**tensors, name: torch.zeros(shape)})
+
+
+def with_inner_config(folder: Path) -> None:
+    """As models of images and text have it."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    inner = {key: content.pop(key) for key in ("vocab_size", "eos_token_id")}
+    file.write_text(json.dumps({**content, "text_config": inner}))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def test_a_language_models_vocabulary_is_refused_with_advice_or_planned_by_token(tmp_path: Path) -> None:
+    folders = language_models(tmp_path, LLAMA, nothing)
+    with pytest.raises(IncompatibleCheckpoints, match=r"vocab_size differs: 128, 116; output\.vocabulary"):
+        planned(folders, "error")
+    edit_tensors(folders[1], lambda ts: {n: padded(t) if n.endswith(BY_TOKEN) else t for n, t in ts.items()})
+    edit_json(folders[1] / "config.json", vocab_size=128)
+    with pytest.raises(IncompatibleCheckpoints, match=r"different vocabularies; output\.vocabulary"):
+        planned(folders, "error")
+    plan = planned(folders[::-1], "union")
+    assert plan.merges_heads
+    assert plan.vocabulary is not None
+    assert [token.content for token in plan.vocabulary.new] == list(WORDS[-3:])
+    by_token = {tensor.slot.name: tensor.shape for tensor in plan.backbone if tensor.token_rows is not None}
+    assert by_token == {"model.embed_tokens.weight": (131, 16), "lm_head.weight": (131, 16)}
+
+
+BY_TOKEN = ("embed_tokens.weight", "lm_head.weight")
+
+
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, torch.zeros(128 - len(tensor), 16)])
+
+
+@pytest.mark.parametrize("model", [QWEN2, T5, MASKED_BERT], ids=lambda model: model.model_type)
+def test_copies_of_tied_matrices_are_left_out_whichever_rows_they_have(tmp_path: Path, model: TinyModel) -> None:
+    def store_copies(folder: Path) -> None:
+        edit_tensors(folder, lambda ts: {**ts, **{copy: ts[of].clone() for copy, of in model.tied.items()}})
+
+    plan = planned(language_models(tmp_path, model, store_copies), "base")
+    assert not {tensor.slot.name for tensor in plan.backbone} & set(model.tied)
+    assert {(copy.name, of.name) for copy, of in plan.tied} == set(model.tied.items())
+
+
+TAKEN: dict[str, tuple[TinyModel, Edit, Edit]] = {
+    "other ends of text and padding of a decoder": (
+        LLAMA, config(eos_token_id=4, pad_token_id=5), special(eos_token="two", pad_token="three"),
+    ),
+    "other ids of tokens": (T5, config(eos_token_id=4, decoder_start_token_id=5), nothing),
+    "a configuration of the text within": (GPT2, nothing, with_inner_config),
+    "positions as many as tokens": (GPT2, with_tensor("transformer.wpe.weight", 116, 16), nothing),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_follows_from_the_vocabulary_may_differ(tmp_path: Path, case: str) -> None:
+    model, second, also = TAKEN[case]
+    folders = language_models(tmp_path, model, second, also)
+    if "positions" in case:
+        with_tensor("transformer.wpe.weight", 116, 16)(folders[0])
+    found = planned(folders, "base").vocabulary
+    assert found is not None
+    assert found.rows == 128
+    published = found.config(inspect_checkpoint(folders[1], "local:b").config)
+    assert vocabulary_size(published) == 128
+    of_owner = json.loads((folders[0] / "config.json").read_text())
+    part, owner = (c.get("text_config", c) for c in (published, of_owner))
+    assert part.get("eos_token_id") == owner.get("eos_token_id")
+
+
+REFUSED: dict[str, tuple[TinyModel, Edit, list[str]]] = {
+    "padding from which positions may be counted": (
+        MASKED_BERT, config(pad_token_id=5), ["pad_token_id differs", "0, 5"],
+    ),
+    "a padding token that a decoder begins with": (
+        T5, special(pad_token="two"), ["pad_token differs", "'<s>', 'two'"],
+    ),
+    "another unknown token": (LLAMA, special(unk_token="two"), ["unk_token differs", "'<unk>', 'two'"]),
+    "another setting": (LLAMA, config(hidden_act="gelu"), ["hidden_act differs"]),
+    "values by token of an unknown name": (
+        GPT2, with_tensor("final_logits_bias", 1, 116), ["local:b", "final_logits_bias", "each of 116 tokens"],
+    ),
+    "no tokenizer": (LLAMA, lambda folder: (folder / "tokenizer.json").unlink(), ["local:b", "tokenizer.json"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_of_language_models_is_refused(tmp_path: Path, case: str) -> None:
+    model, second, problem = REFUSED[case]
+    folders = language_models(tmp_path, model, second)
+    if "decoder begins" in case:
+        special(pad_token="<s>")(folders[0])
+    with pytest.raises(EngineError) as caught:
+        planned(folders, "union")
+    assert all(word in caught.value.message for word in problem), caught.value.message
+
+
+def test_stacked_layers_need_one_vocabulary(tmp_path: Path) -> None:
+    folders = language_models(tmp_path, LLAMA, nothing)
+    infos = [inspect_checkpoint(path, f"local:{path.name}") for path in folders]
+    slices = [Slice(model=name, layers=(0, 2)) for name in "ab"]
+    method = PassthroughParameters(slices=slices)
+    with pytest.raises(InvalidRequest, match=r"passthrough copies.*leave output\.vocabulary out") as caught:
+        plan_job(method, ["a", "b"], infos, "auto", vocabulary="union")
+    assert caught.value.detail["field"] == "output.vocabulary"

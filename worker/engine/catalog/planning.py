@@ -22,6 +22,7 @@ from worker.engine.catalog.vocabulary import (
     TokenRows,
     Vocabulary,
     align_vocabularies,
+    check_names_tell_tokens,
     is_token_indexed,
     token_keys,
     vocabulary_size,
@@ -323,8 +324,10 @@ def _planned_by_name(
             _check_vocabulary_size(first, info)
             if first.vocabulary and info.vocabulary:
                 check_vocabulary(first, info)
-        of_tokens = {*token_keys(first.config), *token_keys(info.config)} if vocabulary != "error" else ()
-        layouts.check_configs(first, info, of_tokens)
+            layouts.check_configs(first, info)
+        else:
+            check_names_tell_tokens(info)
+            layouts.check_configs(first, info, {*token_keys(first.config), *token_keys(info.config)})
     aligned = align_vocabularies(vocabulary, checkpoints, base) if vocabulary != "error" else None
     states = [layouts.tensors_by_name(info, first) for info in everyone]
     copies = layouts.tied_copies(first.config, states)

@@ -4,6 +4,7 @@ A row of an embedding matrix, or of a language model's head, stands for a token.
 differently, rows are merged by token.
 """
 
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, Tokenizer, read_tokenizer
-from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, is_buffer, layer_of
+from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, layer_of
 
 MAX_ROWS = 1_000_000  # of the output; the largest real vocabularies have 260,000 tokens
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
@@ -24,6 +25,7 @@ TOKEN_INDEXED = (
     "embed_tokens_per_layer.weight",
 )
 """How names of tensors with a row for each token end."""
+POSITIONS = re.compile(r"position|wpe")
 TUNED_TOKENS = ("bos_token", "eos_token", "pad_token")
 """Special tokens that instruction tuning changes; to a decoder they are tokens like all others."""
 
@@ -145,6 +147,21 @@ def runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         start = stop
 
 
+def check_names_tell_tokens(info: CheckpointInfo) -> None:
+    """Of an architecture without a table, whose tensors are known by their names.
+
+    Raises:
+        InvalidCheckpoint: another tensor may have a value for each token, which would be merged with that of others.
+    """
+    rows = vocabulary_size(info.config)
+    for tensor in info.tensors.values():
+        name, shape = tensor.name, list(tensor.shape)
+        if rows not in shape or is_token_indexed(name) or layer_of(name) is not None or POSITIONS.search(name):
+            continue
+        problem = f"tensor {name} of shape {shape} seems to have a value for each of {rows} tokens, by an unknown name"
+        raise InvalidCheckpoint(info.source, f"{problem}; its vocabulary must be that of the others", tensor=name)
+
+
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """Rows of the embedding matrix; None where the configuration does not say."""
     for part in (config, config.get("text_config")):
@@ -181,16 +198,9 @@ def _matrix_rows(info: CheckpointInfo) -> int:
     if rows is None:
         raise InvalidCheckpoint(info.source, "config.json has no usable vocab_size")
     for tensor in info.tensors.values():
-        problem = None
-        if is_token_indexed(tensor.name):
-            if tensor.shape[:1] != (rows,):
-                problem = f"has shape {list(tensor.shape)}, config.json says vocab_size {rows}"
-        elif rows in tensor.shape and layer_of(tensor.name) is None and not is_buffer(tensor):
-            problem = (
-                f"of shape {list(tensor.shape)} may have a value for each token, by a name that is not known for it"
-            )
-        if problem:
-            raise InvalidCheckpoint(info.source, f"tensor {tensor.name} {problem}", tensor=tensor.name)
+        if is_token_indexed(tensor.name) and tensor.shape[:1] != (rows,):
+            problem = f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says vocab_size {rows}"
+            raise InvalidCheckpoint(info.source, problem, tensor=tensor.name)
     return rows
 
 
