@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from worker.engine.catalog.methods import MethodParameters, NuSlerpParameters
