@@ -509,7 +509,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the shapes have, to try this out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the engine (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="where there is room; 19 GB are taken, without llama-7b 14")
+    parser.add_argument("--folder", type=Path, help="where there is room: up to 14 GB are taken, without llama-7b 11")
     parser.add_argument("--mergekit", type=Path, help="the Python of an environment that has it")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--spec", type=MergeSpec.model_validate_json, help=argparse.SUPPRESS)
@@ -530,7 +530,7 @@ def main() -> None:
                     found.append(measured)
         finally:
             engine.close()
-    shown(options.json, found)
+            shown(options.json, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Inner products of versions, or of their task vectors: all that angles and norms are made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,13 @@ CHUNK_ELEMENTS = 1 << 16  # in float64, of one vector: they stay in a core's cac
 
 def inner_products(versions: Versions, vectors: Callable[[Block], Sequence[Tensor]]) -> Tensor:
     """Of whole tensors, each as one vector: (vectors, vectors), float64, summed in the order of the blocks."""
-    return torch.stack([_products([v.flatten() for v in vectors(block)]) for block in versions.blocks()]).sum(0)
+    of_blocks = (_products([v.flatten() for v in vectors(block)]) for block in versions.blocks())
+    return summed(of_blocks)
+
+
+def summed(of_blocks: Iterable[Tensor]) -> Tensor:
+    """One after the other: small tensors that are kept from every block would lie in the room of the next ones."""
+    return sum(of_blocks, start=torch.zeros((), dtype=torch.float64))
 
 
 def _products(vectors: Sequence[Tensor]) -> Tensor:

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from worker.engine.catalog.methods import MethodParameters, NuSlerpParameters
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.methods.combine import combination, model_weights
-from worker.engine.methods.inner_products import inner_products, products_along
+from worker.engine.methods.inner_products import inner_products, products_along, summed
 from worker.engine.methods.slerp import spherical
 
 
@@ -23,8 +22,8 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             coefficients = spherical(inner_products(versions, _vectors), t)
             return lambda block: _based(block, combination(_vectors(block), coefficients))
         if parameters.vectors == "columns":
-            parts = [products_along(_matrices(block), 0) for block in versions.blocks()]
-            columns = spherical(torch.stack(parts).sum(0), t)[:, None]
+            products = summed(products_along(_matrices(block), 0) for block in versions.blocks())
+            columns = spherical(products, t)[:, None]
             return lambda block: _of_matrices(block, columns)
         return lambda block: _of_matrices(block, spherical(products_along(_matrices(block), 1), t)[:, :, None])
 
