@@ -242,6 +242,35 @@ def test_heads_are_aligned_and_models_compared_in_the_tokens_of_each(tmp_path: P
         torch.testing.assert_close(heads[0], heads[1])
 
 
+def test_merged_heads_read_the_tokens_of_the_output(models: dict[str, Path], tmp_path: Path) -> None:
+    """Every row is in the tokens of the one model that is published, whichever model it was for."""
+    pair = {name: models[name] for name in ("x", "y")}
+    chosen = []
+    for seed, (name, path) in enumerate(pair.items()):
+        evaluation = {"source": "local:rows", "path": write_rows(tmp_path / f"{name}.jsonl", seed=seed)}
+        evaluation |= {"label": "label", "metric": "accuracy"}
+        chosen.append(model_spec(path, weight=WEIGHTS[name], evaluation=evaluation))
+    output = {"vocabulary": "union", "heads": "merged"}
+    made = merge_spec(tmp_path / "out", chosen, {"name": "average"}, evaluate=True, **output)
+    metrics = Engine().merge(made, silent).metrics
+    merged = read_model(tmp_path / "out" / "model")
+    states = {name: read_model(path) for name, path in pair.items()}
+    for key in ("classifier.weight", "classifier.bias"):
+        dense = weighted({name: state[key].double().numpy() for name, state in states.items()}, {"x": 1.0, "y": 3.0})
+        np.testing.assert_allclose(merged[key].numpy(), dense, rtol=1e-5, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model").eval()
+    assert len(merged[MATRIX]) == len(tokenizer) + PADDING["x"]
+    assert metrics is not None
+    for name in pair:
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        right = 0
+        for row in rows:
+            inputs = tokenizer(row["text"], return_tensors="pt", truncation=True, max_length=48)
+            right += int(model(**inputs).logits.argmax()) == row["label"]
+        assert metrics[name].merged == pytest.approx(right / len(rows))
+
+
 def test_rows_are_the_same_in_blocks_of_any_size(models: dict[str, Path]) -> None:
     infos = {name: inspect_checkpoint(path, name) for name, path in models.items()}
     base = infos.pop("base")
