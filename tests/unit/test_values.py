@@ -123,9 +123,9 @@ def test_a_scale_needs_a_base_if_it_is_not_1_anywhere(scale: Any, needs_base: bo
 
 def test_a_tensor_that_no_filter_names_has_the_methods_own_scale() -> None:
     named = [{"filter": "*query*", "value": 2}]
-    assert MaskFisherParameters(scale=named).scale_at(Place(QUERY, 0.0)) == 2
-    assert MaskFisherParameters(scale=named).scale_at(Place("other", 0.0)) == 1
-    assert TaskArithmeticParameters(scale=named).scale_at(Place("other", 0.0)) == 0.4
+    assert MaskFisherParameters(scale=named).at("scale", Place(QUERY, 0.0)) == 2
+    assert MaskFisherParameters(scale=named).at("scale", Place("other", 0.0)) == 1
+    assert TaskArithmeticParameters(scale=named).at("scale", Place("other", 0.0)) == 0.4
 
 
 def test_the_schema_of_a_parameter_shows_its_three_forms_with_their_bounds() -> None:

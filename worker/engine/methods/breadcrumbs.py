@@ -4,8 +4,7 @@ import math
 
 from torch import Tensor
 
-from worker.engine.catalog.methods import BREADCRUMBS_DENSITY, GAMMA, MaskingParameters, MethodParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import MaskingParameters, MethodParameters
 from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.selection import kept_elements, nth_largest
 from worker.engine.methods.task_vectors import Deltas, magnitudes, merging
@@ -17,8 +16,8 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         raise TypeError(f"parameters of breadcrumbs expected, got {type(parameters).__name__}")
 
     def sparse(versions: Versions) -> Deltas:
-        density = value_at(parameters.density, versions.place, BREADCRUMBS_DENSITY)
-        gamma = value_at(parameters.gamma, versions.place, GAMMA)
+        density = parameters.at("density", versions.place)
+        gamma = parameters.at("gamma", versions.place)
         elements, kept = math.prod(versions.shape), kept_elements(density, versions.shape)
         outliers = max(0, min(round(gamma * elements), elements - kept))
         ranks = [outliers + kept] * len(models) + [outliers + 1] * len(models)

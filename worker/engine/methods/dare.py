@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.catalog.methods import DROPPING_DENSITY, DroppingParameters, MethodParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import DroppingParameters, MethodParameters
 from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.task_vectors import Deltas, merging
 
@@ -20,7 +19,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         raise TypeError(f"parameters of DARE expected, got {type(parameters).__name__}")
 
     def sparse(versions: Versions) -> Deltas:
-        density = value_at(parameters.density, versions.place, DROPPING_DENSITY)
+        density = parameters.at("density", versions.place)
 
         def dropped(block: Block) -> list[Tensor]:
             deltas = block.deltas

@@ -5,13 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.catalog.methods import (
-    DELLA_EPSILON,
-    DROPPING_DENSITY,
-    DellaDroppingParameters,
-    MethodParameters,
-)
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import DellaDroppingParameters, MethodParameters
 from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.dare import generator, raw_bits
 from worker.engine.methods.task_vectors import Deltas, merging
@@ -25,8 +19,8 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         raise TypeError(f"parameters of DELLA expected, got {type(parameters).__name__}")
 
     def sparse(versions: Versions) -> Deltas:
-        density = value_at(parameters.density, versions.place, DROPPING_DENSITY)
-        epsilon = value_at(parameters.epsilon, versions.place, DELLA_EPSILON)
+        density = parameters.at("density", versions.place)
+        epsilon = parameters.at("epsilon", versions.place)
 
         def dropped(block: Block) -> list[Tensor]:
             deltas = block.deltas

@@ -52,16 +52,11 @@ class MethodParameters(Strict):
 
     @property
     def needs_base(self) -> bool:
-        return any(value != 1 for value in values_of(self.scale, self._default_scale))
+        return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
 
-    def scale_at(self, place: Place) -> float:
-        """The merge's distance from the base, for one tensor."""
-        return value_at(self.scale, place, self._default_scale)
-
-    @property
-    def _default_scale(self) -> float:
-        default: float = type(self).model_fields["scale"].default
-        return default
+    def at(self, name: str, place: Place) -> float:
+        """The value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
+        return value_at(getattr(self, name), place, type(self).model_fields[name].default)
 
     @property
     def weighs_models(self) -> bool:

@@ -6,12 +6,10 @@ from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.task_vectors import Density, ElectionParameters
 from worker.engine.catalog.values import PerTensor
 
-TIES_DENSITY = 0.2
-
 
 class TiesParameters(ElectionParameters):
     name: Literal["ties"] = "ties"
-    density: PerTensor[Density] = TIES_DENSITY
+    density: PerTensor[Density] = 0.2
     """Share of each tensor's task vector that is kept: its largest magnitudes."""
 
 
