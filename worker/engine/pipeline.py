@@ -104,7 +104,11 @@ class ModelRun:
     def as_measured(self) -> MeasuredModel:
         measured = self.measured
         return MeasuredModel(
-            self.spec.weight, measured.scores, measured.of(Statistic.GRAM), measured.of(Statistic.FISHER)
+            self.spec.weight,
+            measured.scores,
+            measured.of(Statistic.GRAM),
+            measured.of(Statistic.FISHER),
+            self.spec.parameters,
         )
 
     @property
@@ -654,6 +658,7 @@ def _model_result(run: ModelRun, weight_share: float, weight_error: float | None
         aligned_examples=len(run.alignment),
         weight_share=weight_share,
         weight_error=weight_error,
+        parameters=run.spec.parameters,
     )
 
 

@@ -16,10 +16,11 @@ from worker.engine.methods.task_vectors import Deltas, magnitudes, merging
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, TiesParameters):
         raise TypeError(f"parameters of ties expected, got {type(parameters).__name__}")
+    of_models = [parameters.of_model(model.parameters) for model in models]
 
     def sparse(versions: Versions) -> Deltas:
-        density = parameters.at("density", versions.place)
-        thresholds = nth_largest(versions, magnitudes, [kept_elements(density, versions.shape)] * len(models))
+        kept = [kept_elements(own.at("density", versions.place), versions.shape) for own in of_models]
+        thresholds = nth_largest(versions, magnitudes, kept)
 
         def trimmed(block: Block) -> list[Tensor]:
             return [trim(delta, least) for delta, least in zip(block.deltas, thresholds, strict=True)]

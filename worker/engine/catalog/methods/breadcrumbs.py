@@ -1,6 +1,6 @@
 """`breadcrumbs` and `breadcrumbs_ties`: task vectors without their outliers and without their small changes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from worker.engine.catalog.values import PerTensor
 
 
 class MaskingParameters(TaskVectorParameters):
+    per_model: ClassVar[tuple[str, ...]] = ("density", "gamma")
+
     density: PerTensor[Density] = 0.15
     """Share of each tensor's task vector that is kept: the largest magnitudes after those that `gamma` takes away."""
     gamma: PerTensor[Annotated[float, Field(ge=0, lt=1)]] = 0.01

@@ -1,6 +1,6 @@
 """Parameters of methods that merge task vectors, that is, differences from the common ancestor."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -36,6 +36,8 @@ class ElectionParameters(TaskVectorParameters):
 
 class DroppingParameters(TaskVectorParameters):
     """Parameters of methods that drop parts of the task vectors at random."""
+
+    per_model: ClassVar[tuple[str, ...]] = ("density",)
 
     density: PerTensor[Density] = 0.5
     """Share of each task vector that is kept, on average."""

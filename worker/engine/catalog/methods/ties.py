@@ -1,6 +1,6 @@
 """`ties`: task vectors trimmed, a sign elected for every parameter, and those averaged that agree with it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.task_vectors import Density, ElectionParameters
@@ -8,6 +8,8 @@ from worker.engine.catalog.values import PerTensor
 
 
 class TiesParameters(ElectionParameters):
+    per_model: ClassVar[tuple[str, ...]] = ("density",)
+
     name: Literal["ties"] = "ties"
     density: PerTensor[Density] = 0.2
     """Share of each tensor's task vector that is kept: its largest magnitudes."""
