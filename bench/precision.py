@@ -238,8 +238,7 @@ def agreement(float32: Mapping[str, Scores], bfloat16: Mapping[str, Scores]) -> 
             if nodes is Nodes.NEURONS:
                 found["layer"].append(min(rank_correlation(exact, bfloat16[task], [site]) for site in sites))
     weights = [
-        node_weights([MeasuredModel(1.0, scores) for scores in of.values()], METHOD.normalize, METHOD.floor)
-        for of in (float32, bfloat16)
+        node_weights([MeasuredModel(1.0, scores) for scores in of.values()], METHOD) for of in (float32, bfloat16)
     ]
     sites, place = list(next(iter(float32.values()))), Place("", 0.0)
     changes = [float((weights[0](site, place) - weights[1](site, place)).abs().max()) for site in sites]

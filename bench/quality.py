@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ class Bench:
             layers.Expert(load(expert.info, self.device), 1.0, expert.rows[: self.rows], expert.name)
             for expert in experts
         ]
-        return layers.refitted(plan, start, sides, method.hold, self.precision, lambda: None)
+        return layers.refitted(plan, start, sides, method, self.precision, lambda: None)
 
     def evaluate(self, state: Mapping[str, Tensor], task: str, rows: int | None = None) -> Outcome:
         expert = self.experts[task]
@@ -230,7 +231,9 @@ class Bench:
 
     @staticmethod
     def state(plan: MergePlan, method: MethodParameters, models: list[MeasuredModel]) -> dict[str, Tensor]:
-        with Backbone(plan, [True] * len(models), BUILDERS[method.name](method, models), method.scale_at) as backbone:
+        with Backbone(
+            plan, [True] * len(models), BUILDERS[method.name](method, models), partial(method.at, "scale")
+        ) as backbone:
             return backbone.state()
 
     def _controls(self, shift: int | None) -> dict[str, Outcome]:
@@ -241,7 +244,9 @@ class Bench:
             source = self.experts[names[(place + shift) % len(names)]].info if shift else self.experts[task].info
             method = METHOD.validate_python({"name": "average", "scale": 1.0 if shift else 0.0})
             plan = plan_merge([source], base=self.base)
-            with Backbone(plan, [True], BUILDERS["average"](method, [MeasuredModel(1.0)]), method.scale_at) as backbone:
+            with Backbone(
+                plan, [True], BUILDERS["average"](method, [MeasuredModel(1.0)]), partial(method.at, "scale")
+            ) as backbone:
                 found[task] = self.evaluate(backbone.state(), task)
         return found
 

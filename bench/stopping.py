@@ -133,7 +133,7 @@ class StoppingBench:
         return [MeasuredModel(1.0, of.sums[min(rows, of.population)].scores()) for of in scored]
 
     def _weights(self, tasks: Combination, rows: int) -> dict[str, Tensor]:
-        weights = node_weights(self._models(tasks, rows), METHOD.normalize, METHOD.floor)
+        weights = node_weights(self._models(tasks, rows), METHOD)
         return {score: weights(score, places[0]) for score, places in self.owned.items()}
 
     def stop(self, tasks: Combination, tolerance: float) -> Stop:

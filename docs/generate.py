@@ -1,6 +1,6 @@
 """Write docs/reference.md from the code, so that it cannot say anything else. A test holds it up to date."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -65,7 +65,7 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield (
         "A parameter that goes by tensor is a number, a list of numbers from the first layer to the last, or a list of "
         "filters with values: see [Weights and parameters by tensor](method.md#weights-and-parameters-by-tensor). So "
-        "is `weight` of a model."
+        "is `weight` of a model. One that goes by model too can be in `parameters` of a model."
     )
     for entry in METHODS.values():
         yield ""
@@ -78,11 +78,11 @@ def _lines(data_dir: Path) -> Iterator[str]:
         yield ""
         properties = entry.parameters.model_json_schema()["properties"]
         rows = [
-            [f"`{n}`", f"`{p.get('default')}`", "yes" if "oneOf" in p else "", _meaning(p)]
+            [f"`{n}`", f"`{p.get('default')}`", _differs(n, "oneOf" in p, entry.parameters.per_model), _meaning(p)]
             for n, p in properties.items()
             if n != "name"
         ]
-        yield from _table(["parameter", "default", "by tensor", "meaning"], rows)
+        yield from _table(["parameter", "default", "differs by", "meaning"], rows)
     yield ""
     yield "## Architectures"
     yield ""
@@ -121,6 +121,10 @@ def _routes(data_dir: Path) -> list[list[str]]:
 
 def _fields(model: type[BaseModel]) -> str:
     return ", ".join(f"`{name}`" for name in model.model_fields)
+
+
+def _differs(name: str, by_tensor: bool, per_model: Collection[str]) -> str:
+    return "tensor, model" if name in per_model else "tensor" if by_tensor else ""
 
 
 def _meaning(schema: dict[str, object]) -> str:

@@ -250,7 +250,7 @@ class TaskRunner:
     def _model(self, model: MeasuredModelRequest, record: Record) -> dict[str, object]:
         spec = {"name": model.name, **self._checkpoint(model.checkpoint, record), "dataset": self._rows(model.dataset)}
         if isinstance(model, ModelRequest):
-            spec |= {**model.model_dump(include={"weight"}), "evaluation": self._rows(model.evaluation)}
+            spec |= {**model.model_dump(include={"weight", "parameters"}), "evaluation": self._rows(model.evaluation)}
         return spec
 
     def _checkpoint(self, reference: str, record: Record) -> dict[str, object]:

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import AnyHttpUrl, BeforeValidator, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AnyHttpUrl, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from worker.engine.catalog.methods import METHODS, MaskFisherParameters, PassthroughParameters
+from worker.engine.catalog.methods import METHODS, MaskFisherParameters, MethodParameters, PassthroughParameters
 from worker.engine.catalog.spec import Columns, Dtype, Heads, Method, MetricName, Name, VocabularyPolicy
-from worker.engine.catalog.strict import Strict, did_you_mean
+from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, is_ever_positive
 
 ANNOUNCED_METHODS = ("auto",)
@@ -86,6 +87,9 @@ class MeasuredModelRequest(Strict):
 class ModelRequest(MeasuredModelRequest):
     weight: PerTensor[Weight] = DEFAULT_WEIGHT
     """lambda: this model's say in the merge; 0 takes it out."""
+    parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
+    """This model's own values of the method's parameters that `per_model` of `GET /methods` names. Where none of its
+    filters matches a tensor, the method's value counts."""
     evaluation: Evaluation | None = None
 
     @property
@@ -208,6 +212,13 @@ class MergeRequest(JobRequest[ModelRequest]):
         return self
 
     @model_validator(mode="after")
+    def _own_parameters_suit_the_method(self) -> Self:
+        errors = [e for i, model in enumerate(self.models) for e in _own_parameter_errors(self.method, i, model)]
+        if errors:
+            raise ValidationError.from_exception_data(type(self).__name__, errors)
+        return self
+
+    @model_validator(mode="after")
     def _models_suit_the_method(self) -> Self:
         method = self.method
         weights = [model.weight for model in self.models if model.takes_part]
@@ -223,6 +234,30 @@ class MergeRequest(JobRequest[ModelRequest]):
                 f"method {method.name} does not go by the models' weights; leave them out, or make them equal"
             )
         return self
+
+
+def _own_parameter_errors(method: MethodParameters, index: int, model: ModelRequest) -> Iterator[InitErrorDetails]:
+    """What is wrong with the own parameters of the model `index`."""
+    where = ("models", index, "parameters")
+    unknown = [name for name in model.parameters if name not in method.per_model]
+    for name in unknown:
+        short = name[:LONGEST_NAME]
+        why = f"a model has no parameters of its own in method {method.name}; leave it out"
+        if method.per_model:
+            near = get_close_matches(short, method.per_model, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            listed = " and ".join(method.per_model)
+            why = f"in method {method.name} a model can have its own {listed}, not '{short}'{hint}"
+        error = PydanticCustomError("unknown_parameter", "{why}", {"why": why})
+        yield InitErrorDetails(type=error, loc=(*where, short), input=model.parameters[name])
+    if unknown:
+        return
+    try:
+        method.of_model(model.parameters)
+    except ValidationError as invalid:
+        for found in invalid.errors():
+            error = PydanticCustomError("invalid_parameter", "{why}", {"why": found["msg"]})
+            yield InitErrorDetails(type=error, loc=(*where, *found["loc"]), input=found["input"])
 
 
 def _check_slices(method: PassthroughParameters, request: MergeRequest) -> None:

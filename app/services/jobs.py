@@ -274,7 +274,8 @@ class Jobs:
             _refuse_rows(request, plan)
         if request.layers is not None and plan.layers != request.layers:
             _refuse([("layers", f"the models have {plan.layers} layers, the recipe says {request.layers}")])
-        _refuse(parameter_problems(plan, request.method, [model.weight for model in request.models]))
+        weights, own = [m.weight for m in request.models], [m.parameters for m in request.models]
+        _refuse(parameter_problems(plan, request.method, weights, own))
         free = self._artifacts.free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"

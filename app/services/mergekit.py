@@ -53,8 +53,6 @@ class Parameter:
     default: Any = REQUIRED
     kind: Literal["number", "flag", "count"] = "number"
     ours: str | None = None
-    of_models: bool = False
-    """Whether mergekit lets it differ between models; here it does not."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,9 @@ def flag(default: bool, ours: str | None = None) -> Parameter:
     return Parameter(default, "flag", ours)
 
 
-def of_models(default: float) -> Parameter:
-    return Parameter(default, of_models=True)
-
-
 def _task_vectors(normalize: bool, rescale: bool, **more: Parameter) -> Method:
     given = {"normalize": flag(normalize), "rescale": flag(rescale), "lambda": Parameter(1.0, ours="scale")}
-    parameters = {**given, "density": of_models(1.0), **more}
+    parameters = {**given, "density": Parameter(1.0), **more}
     return Method(Base.ORIGIN, parameters, weighs_models=True, without_effect=frozenset({"int8_mask"}))
 
 
@@ -97,10 +91,10 @@ TRANSLATED: dict[str, Method] = {
     "ties": _task_vectors(normalize=True, rescale=False),
     "dare_linear": _task_vectors(normalize=False, rescale=True),
     "dare_ties": _task_vectors(normalize=False, rescale=True),
-    "della": _task_vectors(normalize=True, rescale=True, epsilon=of_models(0.15)),
-    "della_linear": _task_vectors(normalize=False, rescale=True, epsilon=of_models(0.15)),
-    "breadcrumbs": _task_vectors(normalize=False, rescale=False, gamma=of_models(0.01)),
-    "breadcrumbs_ties": _task_vectors(normalize=False, rescale=False, gamma=of_models(0.01)),
+    "della": _task_vectors(normalize=True, rescale=True, epsilon=Parameter(0.15)),
+    "della_linear": _task_vectors(normalize=False, rescale=True, epsilon=Parameter(0.15)),
+    "breadcrumbs": _task_vectors(normalize=False, rescale=False, gamma=Parameter(0.01)),
+    "breadcrumbs_ties": _task_vectors(normalize=False, rescale=False, gamma=Parameter(0.01)),
     "model_stock": Method(Base.ORIGIN, {"filter_wise": flag(False)}),
     "karcher": Method(Base.MODEL, {"max_iter": Parameter(10, "count"), "tol": Parameter(1e-5)}),
     "sce": Method(Base.ORIGIN, {"select_topk": Parameter(1.0)}, without_effect=frozenset({"int8_mask"})),
@@ -168,7 +162,7 @@ def _merged(method: Method, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], 
     known = {*method.parameters, *method.without_effect, *(["weight"] if method.weighs_models else [])}
     for where, parameters in [*shared, *(pair for source in sources for pair in source.parameters)]:
         _check_keys(parameters, tuple(known), where)
-    models = []
+    models: list[dict[str, Any]] = []
     for source, short in zip(sources, names_of([source.reference for source in sources]), strict=True):
         weight = _number(source.parameters, "weight", REQUIRED, source.place) if method.weighs_models else 1.0
         models.append({"name": short, "checkpoint": source.reference, "weight": weight})
@@ -176,8 +170,15 @@ def _merged(method: Method, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], 
         return {"vectors": _vectors(shared)}, models, rest
     ours = {}
     for key, parameter in method.parameters.items():
-        value = _value(key, parameter, sources, shared)
+        value = _value(key, parameter, shared)
         called = parameter.ours or key
+        if key in METHODS[name].parameters.per_model:
+            own = [_number(source.parameters, key, parameter.default, source.place) for source in sources]
+            if own and all(one == own[0] for one in own):
+                value = own[0]
+            for model, one in zip(models, own, strict=True):
+                if one != value:
+                    model.setdefault("parameters", {})[key] = one
         if called in METHODS[name].parameters.model_fields:
             ours[called] = value
         elif value != parameter.default:
@@ -238,16 +239,10 @@ def _sources(recipe: Mapping[str, Any]) -> tuple[list[Source], Chain, str | None
     return sources, shared, base, ranges.pop()[1] if ranges else None
 
 
-def _value(name: str, parameter: Parameter, sources: Sequence[Source], shared: Chain) -> Any:
-    if parameter.kind != "number":
-        return _one_value(name, parameter, shared)
-    if not parameter.of_models:
+def _value(name: str, parameter: Parameter, shared: Chain) -> Any:
+    if parameter.kind == "number":
         return _number(shared, name, parameter.default, "parameters")
-    values = [_number(source.parameters, name, parameter.default, source.place) for source in sources]
-    for source, value in zip(sources, values, strict=True):
-        if value != values[0]:
-            raise MergekitError(f"{source.place}.parameters.{name}", "differs between models; here it is one for all")
-    return values[0] if values else parameter.default
+    return _one_value(name, parameter, shared)
 
 
 def _one_value(name: str, parameter: Parameter, chain: Chain) -> Any:

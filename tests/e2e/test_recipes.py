@@ -103,6 +103,59 @@ def test_a_merge_by_mergekits_recipe_is_what_mergekit_would_make(
         torch.testing.assert_close(found.double(), origin.double() + scale * deltas, rtol=0, atol=1e-6, msg=name)
 
 
+TIES = """
+merge_method: ties
+base_model: local:checkpoints/base
+models:
+  - model: local:checkpoints/base
+  - model: local:checkpoints/a
+    parameters: {density: [0.9, 0.2], weight: 0.7}
+  - model: local:checkpoints/b
+    parameters:
+      density:
+        - filter: attention.self
+          value: 0.6
+      weight: 0.3
+parameters: {density: 0.3}
+dtype: float32
+"""
+
+
+def test_every_model_has_the_density_that_its_recipe_gives_it(service: Service, tiny_inputs: Path) -> None:
+    """mergekit's recipe, its formula in float64."""
+    response = post(service, TIES)
+    assert response.status_code == 202, response.text
+    job = service.finished(response.json()["id"])
+    assert job["status"] == "succeeded", job["error"]
+    own = [
+        {"density": [0.9, 0.2]},
+        {"density": [{"filter": "*attention.self*", "value": 0.6}, {"filter": "*", "value": 0.3}]},
+    ]
+    assert job["request"]["method"]["density"] == 0.3
+    assert [model["parameters"] for model in job["request"]["models"]] == own
+    assert [model["parameters"] for model in job["result"]["models"]] == own
+
+    artifact = next((service.data_dir / "artifacts").glob(f"{job['id']}.*"))
+    base, a, b = (read_model(tiny_inputs / "checkpoints" / name) for name in ("base", "a", "b"))
+    for name, found in read_model(artifact / "models" / "a").items():
+        if name.startswith("classifier"):
+            continue
+        origin = (base[name] if name in base else base[name.removeprefix("bert.")]).double()
+        layer = int(name.split(".layer.")[1].split(".")[0]) if ".layer." in name else None
+        depth = 1.0 if "pooler" in name else 0.0 if layer is None else layer / (LAYERS - 1)
+        densities = (0.9 - 0.7 * depth, 0.6 if "attention.self" in name else 0.3)
+        parts = []
+        for model, density in zip((a, b), densities, strict=True):
+            delta = model[name].double() - origin
+            least = delta.abs().flatten().sort(descending=True).values[max(1, round(density * delta.numel())) - 1]
+            parts.append(delta.where(delta.abs() >= least, 0))
+        sign = (0.7 * parts[0] + 0.3 * parts[1]).sign()
+        agree = [(part.sign() == sign) & (sign != 0) for part in parts]
+        total = 0.7 * agree[0].double() + 0.3 * agree[1].double()
+        merged = (0.7 * parts[0] * agree[0] + 0.3 * parts[1] * agree[1]) / total.where(total > 0, 1)
+        torch.testing.assert_close(found.double(), origin + merged, rtol=0, atol=1e-6, msg=name)
+
+
 def test_the_accepted_recipe_is_ours(service: Service, downloaded: tuple[Path, str]) -> None:
     recipe = json.loads((downloaded[0] / "recipe.json").read_text())
     assert recipe["method"]["scale"] == [{"filter": "*output.dense*", "value": 0.5}, {"filter": "*", "value": 1.0}]
@@ -192,6 +245,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "a filter of a parameter": (
         layered(method={"name": "mask_fisher", "floor": [{"filter": "*", "value": 0}, {"filter": "x", "value": 1}]}),
         "method.floor.1.filter", ["'x' matches no tensor"],
+    ),
+    "a filter of a model's own parameter": (
+        layered(
+            method={"name": "ties"}, base="local:checkpoints/base",
+            second={"parameters": {"density": [{"filter": "*", "value": 0.5}, {"filter": "x", "value": 1}]}},
+        ),
+        "models.1.parameters.density.1.filter", ["'x' matches no tensor"],
+    ),
+    "a model's own parameter beyond its bounds": (
+        layered(method={"name": "ties"}, base="local:checkpoints/base", second={"parameters": {"density": [0.5, 2]}}),
+        "models.1.parameters.density.1", ["less than or equal to 1"],
+    ),
+    "a parameter that no model can have of its own": (
+        layered(method={"name": "breadcrumbs"}, base="local:checkpoints/base", first={"parameters": {"gama": 0}}),
+        "models.0.parameters.gama", ["density and gamma", "did you mean 'gamma'?"],
     ),
     "no weight for some tensors": (
         layered(first={"weight": NO_QUERY}, second={"weight": NO_QUERY}), "models",

@@ -29,6 +29,7 @@ from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.methods import AlignedRegMeanParameters
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.values import PerTensor
 from worker.engine.checkpoints.loading import LoadedModel, load
@@ -86,7 +87,7 @@ class Case:
         return merged
 
     def align(self, experts: Sequence[Expert], merged: nn.Module, hold: PerTensor[float] = HOLD) -> Tensors:
-        return align_layers(self.plan, experts, merged, hold, "float32", lambda: None)
+        return align_layers(self.plan, experts, merged, AlignedRegMeanParameters(hold=hold), "float32", lambda: None)
 
     def merge(self, folder: Path, *, base: bool = False, **method: Any) -> list[Path]:
         """The merged models' folders."""

@@ -66,9 +66,14 @@ def merge(
     slot: Slot | None = None,
     depth: float = 0.0,
     block_elements: int = 64,
+    own: Sequence[Mapping[str, Any]] | None = None,
     **parameters: Any,
 ) -> Tensor:
-    models = [MeasuredModel(weight) for weight in weights or [1.0] * len(versions)]
+    """`own`: each model's own parameters."""
+    models = [
+        MeasuredModel(weight, parameters=of_model)
+        for weight, of_model in zip(weights or [1.0] * len(versions), own or [{}] * len(versions), strict=True)
+    ]
     merger = BUILDERS[method](METHODS[method].parameters(name=method, **parameters), models)
     slot = slot or named()
     return merged_of(merger, slot, versions, base, place=Place(slot.name, depth), block_elements=block_elements)
@@ -160,6 +165,33 @@ def test_breadcrumbs_drops_outliers_and_small_changes(density: float, gamma: flo
 
     method = "breadcrumbs_ties" if elects else "breadcrumbs"
     assert_dense(method, dense, LAMBDAS, density=density, gamma=gamma)
+
+
+@pytest.mark.parametrize("elects", [True, False])
+def test_every_model_may_have_shares_of_its_own(elects: bool) -> None:
+    """A number, a list of which these tensors have the first value, and the method's where there is none."""
+    densities, gammas = (0.2, 0.7, 0.5), (0.1, 0.3, 0.0)
+    own: list[dict[str, Any]] = [{"density": 0.2}, {"density": [0.7, 0.1], "gamma": 0.3}, {"gamma": [0.0, 0.9]}]
+
+    def trimmed(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        deltas = [v - base for v in versions]
+        kept = [max(1, round(density * base.size)) for density in densities]
+        return base + elected([by_rank(d, 1, n) for d, n in zip(deltas, kept, strict=True)], weights, True)
+
+    def masked(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        parts = []
+        for version, density, gamma in zip(versions, densities, gammas, strict=True):
+            kept = max(1, round(density * base.size))
+            outliers = min(round(gamma * base.size), base.size - kept)
+            parts.append(by_rank(version - base, outliers + 1, outliers + kept))
+        if elects:
+            return base + elected(parts, weights, True)
+        return np.asarray(base + sum(w * t for w, t in zip(weights, parts, strict=True)))
+
+    if elects:
+        of_ties = [{name: value for name, value in of_model.items() if name == "density"} for of_model in own]
+        assert_dense("ties", trimmed, LAMBDAS, density=0.5, own=of_ties)
+    assert_dense("breadcrumbs_ties" if elects else "breadcrumbs", masked, LAMBDAS, density=0.5, gamma=0.1, own=own)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
@@ -385,6 +417,26 @@ def test_what_was_not_dropped_is_summed_or_elected(method: str, normalize: bool)
     np.testing.assert_allclose(float64(found), float64(base) + expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("method", DROPPING)
+def test_every_model_may_keep_a_share_of_its_own(method: str) -> None:
+    """Of a task vector of ones: in a row, the rank is the place."""
+    rows, count = 4000, 9
+    densities, epsilons = (0.9, 0.2, 0.6), (0.1, 0.15, 0.25)
+    own: list[dict[str, Any]] = [{"density": 0.9}, {"density": [0.2, 1.0]}, {}]
+    parameters: dict[str, Any] = {"density": 0.6, "normalize": False}
+    if method.startswith("della"):
+        own = [{**own[0], "epsilon": [0.1, 0.5]}, {**own[1], "epsilon": 0.15}, {}]
+        parameters["epsilon"] = 0.25
+    for model, (density, epsilon) in enumerate(zip(densities, epsilons, strict=True)):
+        found = factors(method, (rows, count), model, 3, own=own, block_elements=1 << 16, **parameters)
+        spread = min(epsilon, density, 1 - density) if method.startswith("della") else 0.0
+        for place in range(count):
+            probability = density - spread + 2 * spread * place / (count - 1)
+            kept = found[:, place] != 0
+            np.testing.assert_allclose(found[kept, place], 1 / probability, rtol=1e-6)
+            assert abs(kept.mean() - probability) <= 4 * math.sqrt(probability * (1 - probability) / rows) + 1e-12
+
+
 @pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.3, 0.0), (0.2, 0.5), (0.9, 0.2), (1.0, 0.3)])
 def test_della_keeps_the_larger_rather(density: float, epsilon: float) -> None:
     rng = np.random.default_rng(0)
@@ -586,11 +638,58 @@ def test_threads_change_no_bit(method: str, drifted: tuple[Path, list[Path]], tm
 # --- what is refused ---------------------------------------------------------------------------------
 
 
-def requested(method: str, weights: Sequence[float], base: str | None = "local:base") -> MergeRequest:
-    models = [
+def requested(
+    method: str, weights: Sequence[float], base: str | None = "local:base", own: Mapping[str, Any] | None = None
+) -> MergeRequest:
+    """`own`: the first model's own parameters."""
+    models: list[dict[str, Any]] = [
         {"name": f"m{index}", "checkpoint": f"local:m{index}", "weight": weight} for index, weight in enumerate(weights)
     ]
+    models[0]["parameters"] = own or {}
     return MergeRequest.model_validate({"method": {"name": method}, "models": models, "base": base})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_model_may_have_of_its_own_goes_by_tensor(method: str) -> None:
+    entry = METHODS[method]
+    expected = {
+        "ties": ["density"], "dare_linear": ["density"], "dare_ties": ["density"], "della": ["density", "epsilon"],
+        "della_linear": ["density", "epsilon"], "breadcrumbs": ["density", "gamma"],
+        "breadcrumbs_ties": ["density", "gamma"],
+    }  # fmt: skip
+    described = entry.describe()
+    assert described["per_model"] == expected.get(method, [])
+    assert all("oneOf" in described["parameters"]["properties"][name] for name in described["per_model"])
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "place", "why"),
+    [
+        ("ties", {"densty": 0.5}, ("densty",), "its own density, not 'densty'; did you mean 'density'?"),
+        ("ties", {"weight": 0.5}, ("weight",), "its own density, not 'weight'"),
+        ("della", {"epsilom": 0}, ("epsilom",), "its own density and epsilon, not 'epsilom'; did you mean 'epsilon'?"),
+        ("dare_ties", {"epsilon": 0.1}, ("epsilon",), "its own density, not 'epsilon'"),
+        ("linear", {"density": 0.5}, ("density",), "no parameters of its own in method linear"),
+        ("ties", {"density": 1.5}, ("density", "<number>"), "less than or equal to 1"),
+        ("breadcrumbs", {"gamma": [0.1, 1]}, ("gamma", "<layers>", 1), "less than 1"),
+        ("dare_ties", {"density": "much"}, ("density",), "give a number, a list of numbers"),
+        ("della", {"epsilon": math.inf}, ("epsilon", "<number>"), "finite"),
+        (
+            "della",
+            {"epsilon": [{"filter": "*", "value": [0.1, 0.6]}]},
+            ("epsilon", "<filters>", 0, "value", "<layers>", 1),
+            "less than or equal to 0.5",
+        ),
+    ],
+)
+def test_own_parameters_that_do_not_suit_the_method_are_refused_by_name(
+    method: str, own: dict[str, Any], place: tuple[object, ...], why: str
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        requested(method, (1, 1), own=own)
+    [error] = refused.value.errors()
+    assert error["loc"] == ("models", 0, "parameters", *place)
+    assert why in error["msg"]
 
 
 @pytest.mark.parametrize(

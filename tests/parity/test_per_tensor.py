@@ -31,7 +31,7 @@ from tests.parity.test_methods import (
     solved,
 )
 from tests.tiny import merged_of
-from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.methods import METHODS, MaskFisherParameters
 from worker.engine.catalog.values import PerTensor, Place
 from worker.engine.methods import BUILDERS
 from worker.engine.methods.mask_fisher import node_weights, weight_errors, weight_shares
@@ -171,7 +171,8 @@ def test_weight_shares_are_means_over_the_tensors_that_nodes_own() -> None:
         "layers.0.heads": [place_of(f"bert.encoder.layer.0.attention.self.{what}.weight") for what in ("query", "key")]
     }
     even = [replace(m, scores={"layers.0.heads": torch.ones(4).double()}) for m in models]
-    assert weight_shares(node_weights(even, "layer", 0.0), places) == pytest.approx([(0.75 + 0.5) / 2, 0.375])
+    shares = weight_shares(node_weights(even, MaskFisherParameters(floor=0.0)), places)
+    assert shares == pytest.approx([(0.75 + 0.5) / 2, 0.375])
 
 
 def test_errors_of_merge_weights_are_root_mean_squares_over_tensors() -> None:

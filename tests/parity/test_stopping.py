@@ -197,7 +197,7 @@ def test_only_shares_matter_and_a_model_without_weight_has_no_error() -> None:
     assert found.tolist()[1][0] == found.tolist()[0][0] == 0
     np.testing.assert_allclose(found[:, 1].numpy(), 0.5 * 0.5 * 0.2 * 2**0.5)
     models = [MeasuredModel(lam, {"layers.0.heads": torch.ones(2).double()}) for lam in (3.0, 3.0)]
-    weights = node_weights(models, "layer", 0.0)("layers.0.heads", Place("", 0.0))
+    weights = node_weights(models, MaskFisherParameters(floor=0.0))("layers.0.heads", Place("", 0.0))
     assert torch.equal(weights, torch.full((2, 2), 0.5).double())
 
 

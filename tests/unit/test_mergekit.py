@@ -313,6 +313,66 @@ def test_where_no_filter_of_a_model_matches_everyones_setting_counts(first: Any,
     assert weights(first, shared) == expected
 
 
+CANONICAL_TIES = """
+models:
+  - model: psmathur/orca_mini_v3_13b
+    parameters:
+      density: [1, 0.7, 0.1] # density gradient
+      weight: 1.0
+  - model: garage-bAInd/Platypus2-13B
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1] # weight gradient
+  - model: WizardLM/WizardMath-13B-V1.0
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: TheBloke/Llama-2-13B-fp16
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+"""
+
+
+def test_models_have_densities_of_their_own() -> None:
+    found = translated(parse_yaml(CANONICAL_TIES.encode()))
+    assert found["method"] == {"name": "ties", "density": 1.0, "normalize": True, "scale": 1.0}
+    own = [{"density": [1.0, 0.7, 0.1]}, {"density": 0.5}, {"density": 0.33}]
+    assert [model["parameters"] for model in found["models"]] == own
+    assert [model.parameters for model in MergeRequest.model_validate(found).models] == own
+
+
+@pytest.mark.parametrize(
+    ("first", "shared", "of_all", "own"),
+    [
+        ({}, {"density": 0.4}, 0.4, [None, {"density": 0.5}]),
+        ({"density": 0.5}, {"density": 0.4}, 0.5, [None, None]),
+        ({"density": 0.4}, {}, 1.0, [{"density": 0.4}, {"density": 0.5}]),
+        (
+            {"density": {"filter": "mlp", "value": 1}},
+            {"density": 0.4},
+            0.4,
+            [{"density": [{"filter": "*mlp*", "value": 1.0}, {"filter": "*", "value": 0.4}]}, {"density": 0.5}],
+        ),
+    ],
+)
+def test_a_model_has_its_own_value_where_it_is_another(
+    first: dict[str, Any], shared: dict[str, Any], of_all: Any, own: list[Any]
+) -> None:
+    models = [
+        {"model": "a/one", "parameters": {"weight": 1, **first}},
+        {"model": "a/two", "parameters": {"weight": 1, "density": 0.5}},
+    ]
+    found = translated(changed(models=models, parameters=shared))
+    assert found["method"]["density"] == of_all
+    assert [model.get("parameters") for model in found["models"]] == own
+
+
 def test_a_list_within_the_slice_goes_before_that_of_all() -> None:
     sources = [{"model": f"a/{name}", "layer_range": [0, 12]} for name in ("one", "two")]
     one = {"sources": sources, "base_model": "a/other", "parameters": {"weight": 0.25}}
@@ -370,11 +430,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "give an entry",
     ),
     "a parameter of another method": (changed(parameters={"t": 0.5}), "parameters.t", "known are"),
-    "densities that differ": (
-        with_model({"model": "a/two", "parameters": {"weight": 1, "density": 0.5}}, parameters={"density": 0.4}),
-        "models.1.parameters.density",
-        "differs between models",
-    ),
     "a flag that is none": (changed(parameters={"normalize": [True, False]}), "parameters.normalize", "true or false"),
     "ties that rescales": (changed(parameters={"rescale": True}), "parameters.rescale", "as with rescale: false"),
     "a format that is none": (changed(dtype="int8"), "dtype", "float64, float32, bfloat16, float16"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from worker.engine.catalog.methods import METHODS, MaskFisherParameters, TaskArithmeticParameters
+from worker.engine.catalog.methods import METHODS, MaskFisherParameters, TaskArithmeticParameters, TiesParameters
 from worker.engine.catalog.values import Filtered, PerTensor, Place, Share, is_ever_positive, value_at, values_of
 
 SHARE: TypeAdapter[Any] = TypeAdapter(PerTensor[Share])
@@ -123,9 +123,29 @@ def test_a_scale_needs_a_base_if_it_is_not_1_anywhere(scale: Any, needs_base: bo
 
 def test_a_tensor_that_no_filter_names_has_the_methods_own_scale() -> None:
     named = [{"filter": "*query*", "value": 2}]
-    assert MaskFisherParameters(scale=named).scale_at(Place(QUERY, 0.0)) == 2
-    assert MaskFisherParameters(scale=named).scale_at(Place("other", 0.0)) == 1
-    assert TaskArithmeticParameters(scale=named).scale_at(Place("other", 0.0)) == 0.4
+    assert MaskFisherParameters(scale=named).at("scale", Place(QUERY, 0.0)) == 2
+    assert MaskFisherParameters(scale=named).at("scale", Place("other", 0.0)) == 1
+    assert TaskArithmeticParameters(scale=named).at("scale", Place("other", 0.0)) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("of_all", "own", "of_query", "elsewhere"),
+    [
+        (0.3, 0.7, 0.7, 0.7),
+        (0.3, [0.75, 0.25], 0.25, 0.25),
+        (0.3, [{"filter": "*query*", "value": 0.7}], 0.7, 0.3),
+        ([0.5, 0.3], [{"filter": "*query*", "value": 0.7}], 0.7, 0.3),
+        ([{"filter": "*", "value": 0.3}], [{"filter": "*query*", "value": 0.7}], 0.7, 0.3),
+        ([{"filter": "*query*", "value": 0.3}], [{"filter": "*query*", "value": 0.7}], 0.7, 0.2),
+        ([{"filter": "*query*", "value": 0.3}], [{"filter": "*key*", "value": 0.7}], 0.3, 0.2),
+    ],
+)
+def test_where_no_filter_of_a_model_matches_the_methods_value_counts(
+    of_all: Any, own: Any, of_query: float, elsewhere: float
+) -> None:
+    parameters = TiesParameters(density=of_all).of_model({"density": SHARE.validate_python(own)})
+    assert parameters.at("density", Place(QUERY, 1.0)) == of_query
+    assert parameters.at("density", Place("other", 1.0)) == elsewhere
 
 
 def test_the_schema_of_a_parameter_shows_its_three_forms_with_their_bounds() -> None:

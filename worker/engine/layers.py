@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
-from worker.engine.catalog.methods import HOLD
+from worker.engine.catalog.methods import AlignedRegMeanParameters
 from worker.engine.catalog.planning import MergePlan, required_family
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, value_at
 from worker.engine.checkpoints.loading import LoadedModel, load
@@ -84,7 +84,7 @@ def align_layers(
     plan: MergePlan,
     experts: Sequence[Expert],
     merged: nn.Module,
-    hold: PerTensor[float],
+    parameters: AlignedRegMeanParameters,
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def align_layers(
     def settings(module: str) -> _Settings:
         place = places[f"{module}.weight"]
         lambdas = tuple(value_at(expert.weight, place, DEFAULT_WEIGHT) for expert in experts)
-        return _Settings(lambdas, value_at(hold, place, HOLD))
+        return _Settings(lambdas, parameters.at("hold", place))
 
     blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
     changes: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ def refitted(
     plan: MergePlan,
     start: Mapping[str, Tensor],
     experts: Sequence[Expert],
-    hold: PerTensor[float],
+    parameters: AlignedRegMeanParameters,
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def refitted(
     first = experts[0].loaded
     merged = load(first.info, first.device).model
     merged.load_state_dict(dict(start), strict=False)
-    changes = align_layers(plan, experts, merged, hold, precision, on_group)
+    changes = align_layers(plan, experts, merged, parameters, precision, on_group)
     del merged  # the sums take its place
     return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}
 

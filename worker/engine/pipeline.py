@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -103,7 +104,11 @@ class ModelRun:
     def as_measured(self) -> MeasuredModel:
         measured = self.measured
         return MeasuredModel(
-            self.spec.weight, measured.scores, measured.of(Statistic.GRAM), measured.of(Statistic.FISHER)
+            self.spec.weight,
+            measured.scores,
+            measured.of(Statistic.GRAM),
+            measured.of(Statistic.FISHER),
+            self.spec.parameters,
         )
 
     @property
@@ -176,10 +181,8 @@ class Engine:
             if isinstance(spec.method, AlignedRegMeanParameters):
                 with Backbone(plan, taking_part, merger) as start:
                     started = start.state()
-                merger = given(
-                    refitted(plan, started, self._experts(runs), spec.method.hold, precision, merging.advance)
-                )
-            with Backbone(plan, taking_part, merger, spec.method.scale_at) as backbone:
+                merger = given(refitted(plan, started, self._experts(runs), spec.method, precision, merging.advance))
+            with Backbone(plan, taking_part, merger, partial(spec.method.at, "scale")) as backbone:
                 # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
                 threads = torch.get_num_threads() if spec.method.merges_rows else None
                 digests = write_models(
@@ -500,7 +503,7 @@ def _merger(method: MethodParameters, runs: list[ModelRun], plan: MergePlan) -> 
     """The method over the models that take part, and every model's mean merge weight."""
     models = [_by_token(run.as_measured, index, plan) for index, run in enumerate(runs) if run.takes_part]
     if isinstance(method, ScoringParameters):
-        shares = iter(weight_shares(node_weights(models, method.normalize, method.floor), plan.owned))
+        shares = iter(weight_shares(node_weights(models, method), plan.owned))
     elif isinstance(method, PassthroughParameters):
         shares = iter(copied_shares(plan))
     else:
@@ -655,6 +658,7 @@ def _model_result(run: ModelRun, weight_share: float, weight_error: float | None
         aligned_examples=len(run.alignment),
         weight_share=weight_share,
         weight_error=weight_error,
+        parameters=run.spec.parameters,
     )
 
 

@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import FLOOR, ScoringParameters
+from worker.engine.catalog.methods import ScoringParameters
 from worker.engine.catalog.report import Stopping, StoppingPoint
-from worker.engine.catalog.values import PerTensor, Place, value_at
+from worker.engine.catalog.values import PerTensor, Place
 from worker.engine.methods import MeasuredModel
 from worker.engine.methods.mask_fisher import node_weights, weight_errors
 from worker.engine.scoring.statistics import NodeStatistics
@@ -46,16 +46,14 @@ def errors_at(method: ScoringParameters, models: Sequence[Scored], rows: int, ow
         if sums is None or sums.examples < min(LEAST_ROWS, model.population):
             return None
         found.append((model, sums))
-    weights = node_weights(
-        [MeasuredModel(m.weight, sums.scores()) for m, sums in found], method.normalize, method.floor
-    )
+    weights = node_weights([MeasuredModel(m.weight, sums.scores()) for m, sums in found], method)
 
     @cache
     def relative(floor: float) -> list[dict[str, Tensor]]:
         return [sums.relative_errors(m.population, method.normalize, floor) for m, sums in found]
 
     def errors(score: str, place: Place) -> Tensor:
-        of_models = relative(value_at(method.floor, place, FLOOR))
+        of_models = relative(method.at("floor", place))
         return weight_errors(weights(score, place), torch.stack([rho[score] for rho in of_models]))
 
     return {

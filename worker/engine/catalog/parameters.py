@@ -1,6 +1,6 @@
 """What a plan's tensors say against a recipe's parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from worker.engine.catalog.methods import MethodParameters
@@ -18,13 +18,23 @@ def unmatched_filters(plan: MergePlan, field: str, setting: object) -> Iterator[
 
 
 def parameter_problems(
-    plan: MergePlan, method: MethodParameters, weights: Sequence[PerTensor[float]] = ()
+    plan: MergePlan,
+    method: MethodParameters,
+    weights: Sequence[PerTensor[float]] = (),
+    of_models: Sequence[Mapping[str, PerTensor[float]]] = (),
 ) -> Iterator[tuple[str, str]]:
-    """(field of the request, problem): filters that match nothing, and a tensor for which all `weights` are 0."""
+    """(field of the request, problem): filters that match nothing, and a tensor for which all `weights` are 0.
+
+    Args:
+        of_models: each model's own values of the method's parameters.
+    """
     for name in type(method).model_fields:
         yield from unmatched_filters(plan, f"method.{name}", getattr(method, name))
     for index, weight in enumerate(weights):
         yield from unmatched_filters(plan, f"models.{index}.weight", weight)
+    for index, own in enumerate(of_models):
+        for name, setting in own.items():
+            yield from unmatched_filters(plan, f"models.{index}.parameters.{name}", setting)
     for tensor in plan.backbone if weights else ():
         if not any(value_at(weight, tensor.place, DEFAULT_WEIGHT) > 0 for weight in weights):
             yield "models", f"the weights of all models are 0 for tensor {tensor.slot.name}; one must be positive"

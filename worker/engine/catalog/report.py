@@ -1,10 +1,13 @@
 """What a finished merge says of itself: the job's `result`, and `report.json` in the artifact."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import Strict
+from worker.engine.catalog.values import PerTensor
 
 MANIFEST = "manifest.json"
 """The artifact's list of all its other files, with bytes and sha256; written last."""
@@ -38,6 +41,8 @@ class ModelResult(MeasuredModel):
     weight_error: float | None = None
     """Root mean square, over all nodes, of the standard error of its merge weights; null where there is none to tell.
     From fewer than a few hundred rows it is too small to be believed."""
+    parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
+    """Its own values of the method's parameters."""
 
 
 Version = Literal["expert", "average", "merged_kept_head", "merged"]

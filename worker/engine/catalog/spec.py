@@ -129,6 +129,8 @@ class CheckpointSpec(Strict):
 class ModelSpec(CheckpointSpec):
     name: str
     weight: PerTensor[float] = DEFAULT_WEIGHT
+    parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
+    """Its own values of the method's, see `MethodParameters.of_model`."""
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
 

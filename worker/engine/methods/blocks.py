@@ -103,7 +103,7 @@ It is called from several threads, for different tensors, in which PyTorch compu
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model as a method sees it: its weight lambda, and what was measured of it, where the method needs it.
+    """A model as a method sees it: its weight lambda, its own parameters, and what was measured of it.
 
     `grams` and `fisher` may be on disk and read when they are asked for.
     """
@@ -116,6 +116,8 @@ class MeasuredModel:
     """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
+    parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
+    """Its own values of the method's, see `MethodParameters.of_model`."""
 
 
 def required_base(base: Tensor | None) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.catalog.methods import DROPPING_DENSITY, DroppingParameters, MethodParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import DroppingParameters, MethodParameters
 from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.task_vectors import Deltas, merging
 
@@ -18,13 +17,14 @@ from worker.engine.methods.task_vectors import Deltas, merging
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, DroppingParameters):
         raise TypeError(f"parameters of DARE expected, got {type(parameters).__name__}")
+    of_models = [parameters.of_model(model.parameters) for model in models]
 
     def sparse(versions: Versions) -> Deltas:
-        density = value_at(parameters.density, versions.place, DROPPING_DENSITY)
+        densities = [own.at("density", versions.place) for own in of_models]
 
         def dropped(block: Block) -> list[Tensor]:
             deltas = block.deltas
-            for model, delta in enumerate(deltas):
+            for model, (delta, density) in enumerate(zip(deltas, densities, strict=True)):
                 kept = draw(generator(parameters.seed, model, versions.slot.name, block), delta.numel(), density)
                 delta.mul_(torch.from_numpy(kept).view_as(delta)).div_(density)
             return deltas

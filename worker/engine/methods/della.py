@@ -5,13 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.catalog.methods import (
-    DELLA_EPSILON,
-    DROPPING_DENSITY,
-    DellaDroppingParameters,
-    MethodParameters,
-)
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import DellaDroppingParameters, MethodParameters
 from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.dare import generator, raw_bits
 from worker.engine.methods.task_vectors import Deltas, merging
@@ -23,14 +17,15 @@ LEAST = 2.0**-32  # probability that an element is kept with
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, DellaDroppingParameters):
         raise TypeError(f"parameters of DELLA expected, got {type(parameters).__name__}")
+    of_models = [parameters.of_model(model.parameters) for model in models]
 
     def sparse(versions: Versions) -> Deltas:
-        density = value_at(parameters.density, versions.place, DROPPING_DENSITY)
-        epsilon = value_at(parameters.epsilon, versions.place, DELLA_EPSILON)
+        place = versions.place
+        settings = [(own.at("density", place), own.at("epsilon", place)) for own in of_models]
 
         def dropped(block: Block) -> list[Tensor]:
             deltas = block.deltas
-            for model, delta in enumerate(deltas):
+            for model, (delta, (density, epsilon)) in enumerate(zip(deltas, settings, strict=True)):
                 rows = delta.numpy().reshape(len(delta) if delta.dim() > 1 else 1, -1)
                 random = generator(parameters.seed, model, versions.slot.name, block)
                 delta.mul_(torch.from_numpy(keep_factors(random, rows, density, epsilon)).view_as(delta))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Kind
-from worker.engine.catalog.methods import FISHER_FLOOR, FisherParameters, MethodParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import FisherParameters, MethodParameters
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.methods.combine import by_slices, combine, model_weights, normalized
 
@@ -27,7 +26,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         if versions.slot.kind is Kind.HEAD:  # merged, it is averaged: heads are not measured
             return by_slices(versions, (lambdas / lambdas.sum())[:, None])
         # One floor for all: where no model has information, none has more of a say than its lambda gives it.
-        floor = value_at(parameters.floor, versions.place, FISHER_FLOOR) * mean_information
+        floor = parameters.at("floor", versions.place) * mean_information
         information = [model.fisher[versions.slot.name] for model in models]
 
         def merge(block: Block) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.methods import FLOOR, MaskFisherParameters, MethodParameters, Normalize
-from worker.engine.catalog.values import PerTensor, Place, value_at
+from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize, ScoringParameters
+from worker.engine.catalog.values import Place
 from worker.engine.methods import paper
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.methods.combine import by_slices, model_weights, normalized
@@ -28,7 +28,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         raise TypeError(f"parameters of mask_fisher expected, got {type(parameters).__name__}")
     if parameters.preset == "paper":
         return paper.build(models)
-    owned = node_weights(models, parameters.normalize, parameters.floor)
+    owned = node_weights(models, parameters)
     rest = rest_weights(models, parameters.rest)
 
     def prepare(versions: Versions) -> BlockMerge:
@@ -40,12 +40,12 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     return prepare
 
 
-def node_weights(models: list[MeasuredModel], normalize: Normalize, floor: PerTensor[float]) -> NodeWeights:
-    scores = [normalize_scores(model.scores, normalize) for model in models]
+def node_weights(models: list[MeasuredModel], parameters: ScoringParameters) -> NodeWeights:
+    scores = [normalize_scores(model.scores, parameters.normalize) for model in models]
 
     def at(score: str, place: Place) -> Tensor:
         lambdas = model_weights(models, place)
-        least = value_at(floor, place, FLOOR)
+        least = parameters.at("floor", place)
         of_models = [lam * floored(s[score], least) for lam, s in zip(lambdas, scores, strict=True)]
         return normalized(torch.stack(of_models), lambdas)
 

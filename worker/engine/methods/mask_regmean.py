@@ -8,8 +8,7 @@ import torch
 
 from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.families.table import Owner
-from worker.engine.catalog.methods import RIDGE, SHRINK, MaskRegMeanParameters, MethodParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import MaskRegMeanParameters, MethodParameters
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.methods.combine import by_slices, model_weights
 from worker.engine.methods.mask_fisher import node_weights, rest_weights
@@ -19,7 +18,7 @@ from worker.engine.methods.regmean import regress
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, MaskRegMeanParameters):
         raise TypeError(f"parameters of mask_regmean expected, got {type(parameters).__name__}")
-    owned = node_weights(models, parameters.normalize, parameters.floor)
+    owned = node_weights(models, parameters)
     rest = rest_weights(models, parameters.rest)
 
     def prepare(versions: Versions) -> BlockMerge:
@@ -44,7 +43,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             of_nodes = owned(owner.score, place)
             weights = torch.ones_like(by_lambda)  # of_nodes has the lambdas in it
             columns = of_nodes.repeat_interleave(versions.shape[1] // of_nodes.shape[1], dim=1)
-        shrink, ridge = value_at(parameters.shrink, place, SHRINK), value_at(parameters.ridge, place, RIDGE)
+        shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
         merged = regress(source, whole, models, weights, shrink, ridge, columns)
         return lambda block: merged[block.rows]
 

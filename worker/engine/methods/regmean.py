@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.methods import RIDGE, SHRINK, MethodParameters, RegressionParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import MethodParameters, RegressionParameters
 from worker.engine.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.methods.combine import by_slices, model_weights
 
@@ -31,7 +30,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         if source is None:
             return by_slices(versions, weights)
         whole = versions.whole().versions
-        shrink, ridge = value_at(parameters.shrink, place, SHRINK), value_at(parameters.ridge, place, RIDGE)
+        shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
         merged = regress(source, whole, models, weights, shrink, ridge)
         return lambda block: merged[block.rows]
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import SELECT_TOPK, MethodParameters, SceParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import MethodParameters, SceParameters
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
 from worker.engine.methods.inner_products import inner_products
 from worker.engine.methods.selection import kept_elements, nth_largest
@@ -17,7 +16,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     even = [1.0] * len(models)
 
     def prepare(versions: Versions) -> BlockMerge:
-        share = value_at(parameters.select_topk, versions.place, SELECT_TOPK)
+        share = parameters.at("select_topk", versions.place)
         least = 0.0
         if share < 1:
             [least] = nth_largest(versions, lambda b: [variance(b.deltas)], [kept_elements(share, versions.shape)])

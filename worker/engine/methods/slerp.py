@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import SLERP_T, MethodParameters, SlerpParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import MethodParameters, SlerpParameters
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.methods.combine import combination
 from worker.engine.methods.inner_products import inner_products
@@ -18,7 +17,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
     def prepare(versions: Versions) -> BlockMerge:
         products = inner_products(versions, lambda block: block.versions)
-        coefficients = spherical(products, value_at(parameters.t, versions.place, SLERP_T))
+        coefficients = spherical(products, parameters.at("t", versions.place))
 
         def merge(block: Block) -> Tensor:
             return combination(block.versions, coefficients)

@@ -7,8 +7,7 @@ them, which for equal weights is the same. `scale` is the paper's lambda, applie
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import TIES_DENSITY, MethodParameters, TiesParameters
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.methods import MethodParameters, TiesParameters
 from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.selection import kept_elements, nth_largest
 from worker.engine.methods.task_vectors import Deltas, magnitudes, merging
@@ -17,10 +16,11 @@ from worker.engine.methods.task_vectors import Deltas, magnitudes, merging
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, TiesParameters):
         raise TypeError(f"parameters of ties expected, got {type(parameters).__name__}")
+    of_models = [parameters.of_model(model.parameters) for model in models]
 
     def sparse(versions: Versions) -> Deltas:
-        density = value_at(parameters.density, versions.place, TIES_DENSITY)
-        thresholds = nth_largest(versions, magnitudes, [kept_elements(density, versions.shape)] * len(models))
+        kept = [kept_elements(own.at("density", versions.place), versions.shape) for own in of_models]
+        thresholds = nth_largest(versions, magnitudes, kept)
 
         def trimmed(block: Block) -> list[Tensor]:
             return [trim(delta, least) for delta, least in zip(block.deltas, thresholds, strict=True)]

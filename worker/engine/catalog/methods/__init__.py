@@ -1,12 +1,10 @@
 """Every merge method: its parameters, formula, source and needs. The arithmetic is in `worker.engine.methods`."""
 
-from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, HOLD, AlignedRegMeanParameters
+from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN, AlignedRegMeanParameters
 from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
 from worker.engine.catalog.methods.breadcrumbs import (
     BREADCRUMBS,
-    BREADCRUMBS_DENSITY,
     BREADCRUMBS_TIES,
-    GAMMA,
     BreadcrumbsParameters,
     BreadcrumbsTiesParameters,
     MaskingParameters,
@@ -14,7 +12,6 @@ from worker.engine.catalog.methods.breadcrumbs import (
 from worker.engine.catalog.methods.dare import DARE_LINEAR, DARE_TIES, DareLinearParameters, DareTiesParameters
 from worker.engine.catalog.methods.della import (
     DELLA,
-    DELLA_EPSILON,
     DELLA_LINEAR,
     DellaDroppingParameters,
     DellaLinearParameters,
@@ -29,11 +26,10 @@ from worker.engine.catalog.methods.entry import (
     MethodParameters,
     Statistic,
 )
-from worker.engine.catalog.methods.fisher import FISHER, FISHER_FLOOR, FisherParameters
+from worker.engine.catalog.methods.fisher import FISHER, FisherParameters
 from worker.engine.catalog.methods.karcher import KARCHER, KarcherParameters
 from worker.engine.catalog.methods.linear import LINEAR, LinearParameters
 from worker.engine.catalog.methods.mask_fisher import (
-    FLOOR,
     MASK_FISHER,
     MaskFisherParameters,
     Normalize,
@@ -43,18 +39,17 @@ from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN, MaskRegMean
 from worker.engine.catalog.methods.model_stock import MODEL_STOCK, ModelStockParameters
 from worker.engine.catalog.methods.nuslerp import NUSLERP, NuSlerpParameters
 from worker.engine.catalog.methods.passthrough import PASSTHROUGH, PassthroughParameters
-from worker.engine.catalog.methods.regmean import REGMEAN, RIDGE, SHRINK, RegMeanParameters, RegressionParameters
-from worker.engine.catalog.methods.sce import SCE, SELECT_TOPK, SceParameters
-from worker.engine.catalog.methods.slerp import SLERP, SLERP_T, SlerpParameters
+from worker.engine.catalog.methods.regmean import REGMEAN, RegMeanParameters, RegressionParameters
+from worker.engine.catalog.methods.sce import SCE, SceParameters
+from worker.engine.catalog.methods.slerp import SLERP, SlerpParameters
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticParameters
 from worker.engine.catalog.methods.task_vectors import (
-    DROPPING_DENSITY,
     DroppingParameters,
     ElectionParameters,
     SumParameters,
     TaskVectorParameters,
 )
-from worker.engine.catalog.methods.ties import TIES, TIES_DENSITY, TiesParameters
+from worker.engine.catalog.methods.ties import TIES, TiesParameters
 
 METHODS: dict[str, MethodEntry] = {
     entry.name: entry
@@ -85,20 +80,8 @@ METHODS: dict[str, MethodEntry] = {
 
 __all__ = [
     "BATCH_TOKENS",
-    "BREADCRUMBS_DENSITY",
-    "DELLA_EPSILON",
-    "DROPPING_DENSITY",
-    "FISHER_FLOOR",
-    "FLOOR",
-    "GAMMA",
-    "HOLD",
     "LARGEST_BATCH_TOKENS",
     "METHODS",
-    "RIDGE",
-    "SELECT_TOPK",
-    "SHRINK",
-    "SLERP_T",
-    "TIES_DENSITY",
     "AlignedRegMeanParameters",
     "AverageParameters",
     "BreadcrumbsParameters",

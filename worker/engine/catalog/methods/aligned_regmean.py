@@ -8,12 +8,10 @@ from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.regmean import RegressionParameters
 from worker.engine.catalog.values import PerTensor
 
-HOLD = 0.1
-
 
 class AlignedRegMeanParameters(RegressionParameters):
     name: Literal["aligned_regmean"] = "aligned_regmean"
-    hold: PerTensor[Annotated[float, Field(gt=0, le=1)]] = HOLD
+    hold: PerTensor[Annotated[float, Field(gt=0, le=1)]] = 0.1
     """How strongly a weight is held to RegMean's, as a share of the mean square of the input that it multiplies. A bias
     has that of its weight."""
 

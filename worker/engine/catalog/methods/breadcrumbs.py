@@ -1,6 +1,6 @@
 """`breadcrumbs` and `breadcrumbs_ties`: task vectors without their outliers and without their small changes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,14 +13,13 @@ from worker.engine.catalog.methods.task_vectors import (
 )
 from worker.engine.catalog.values import PerTensor
 
-BREADCRUMBS_DENSITY = 0.15
-GAMMA = 0.01
-
 
 class MaskingParameters(TaskVectorParameters):
-    density: PerTensor[Density] = BREADCRUMBS_DENSITY
+    per_model: ClassVar[tuple[str, ...]] = ("density", "gamma")
+
+    density: PerTensor[Density] = 0.15
     """Share of each tensor's task vector that is kept: the largest magnitudes after those that `gamma` takes away."""
-    gamma: PerTensor[Annotated[float, Field(ge=0, lt=1)]] = GAMMA
+    gamma: PerTensor[Annotated[float, Field(ge=0, lt=1)]] = 0.01
     """Share of each tensor's task vector that is dropped for being the largest; less where density leaves less."""
 
 

@@ -1,6 +1,6 @@
 """`della` and `della_linear`: task vectors of which a random part is dropped, smaller magnitudes more often."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -8,11 +8,11 @@ from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.task_vectors import DroppingParameters, ElectionParameters, SumParameters
 from worker.engine.catalog.values import PerTensor
 
-DELLA_EPSILON = 0.15
-
 
 class DellaDroppingParameters(DroppingParameters):
-    epsilon: PerTensor[Annotated[float, Field(ge=0, le=0.5)]] = DELLA_EPSILON
+    per_model: ClassVar[tuple[str, ...]] = ("density", "epsilon")
+
+    epsilon: PerTensor[Annotated[float, Field(ge=0, le=0.5)]] = 0.15
     """An element is kept with a probability from density - epsilon, of the smallest magnitude in its row, to density +
     epsilon, of the largest; epsilon is at most the distance of the density from 0 and from 1."""
 

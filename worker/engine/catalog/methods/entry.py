@@ -1,13 +1,14 @@
 """What is known of a method without running it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from worker.engine.catalog.strict import Strict
-from worker.engine.catalog.values import PerTensor, Place, value_at, values_of
+from worker.engine.catalog.values import EVERY_NAME, PerTensor, Place, filters_of, value_at, values_of
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch, where no better number is known."""
@@ -35,6 +36,9 @@ MOST_AUTO_EXAMPLES = 16_384
 class MethodParameters(Strict):
     """Parameters common to all methods."""
 
+    per_model: ClassVar[tuple[str, ...]] = ()
+    """Names of the `PerTensor` parameters of which a model may have values of its own."""
+
     name: str
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Forward and backward passes: bfloat16 where the device has matrix units for it, else float32."""
@@ -52,16 +56,29 @@ class MethodParameters(Strict):
 
     @property
     def needs_base(self) -> bool:
-        return any(value != 1 for value in values_of(self.scale, self._default_scale))
+        return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
 
-    def scale_at(self, place: Place) -> float:
-        """The merge's distance from the base, for one tensor."""
-        return value_at(self.scale, place, self._default_scale)
+    def at(self, name: str, place: Place) -> float:
+        """The value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
+        return value_at(getattr(self, name), place, type(self).model_fields[name].default)
 
-    @property
-    def _default_scale(self) -> float:
-        default: float = type(self).model_fields["scale"].default
-        return default
+    def of_model(self, own: Mapping[str, PerTensor[float]]) -> Self:
+        """The parameters of a model that has some values of its own; where none of its filters matches, these count.
+
+        Args:
+            own: by names in `per_model`.
+
+        Raises:
+            ValidationError: a value is out of the parameter's bounds.
+        """
+        if not own:
+            return self
+        given = self.model_dump()
+        for name, value in own.items():
+            of_all = given[name] if filters_of(getattr(self, name)) else [{"filter": EVERY_NAME, "value": given[name]}]
+            filters = [entry.model_dump() for entry in filters_of(value)]
+            given[name] = [*filters, *of_all] if filters else value
+        return type(self).model_validate(given)
 
     @property
     def weighs_models(self) -> bool:
@@ -151,5 +168,6 @@ class MethodEntry:
             "source": self.source,
             "needs": list(self.needs),
             "models": {"least": self.models[0], "most": self.models[1]},
+            "per_model": list(self.parameters.per_model),
             "parameters": self.parameters.model_json_schema(),
         }

@@ -5,14 +5,12 @@ from typing import Literal
 from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Statistic
 from worker.engine.catalog.values import PerTensor, Share
 
-FISHER_FLOOR = 1e-6
-
 
 class FisherParameters(GradientParameters):
     name: Literal["fisher"] = "fisher"
     normalize: bool = True
     """Each model's Fisher information is divided by its L2 norm over all merged parameters."""
-    floor: PerTensor[Share] = FISHER_FLOOR
+    floor: PerTensor[Share] = 1e-6
     """Least Fisher information of a parameter, as a share of the mean over all merged parameters and models."""
 
     @property

@@ -12,7 +12,6 @@ PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", 
 
 PAPER_BATCH_ROWS = 32
 TOLERANCE = 0.1
-FLOOR = 1e-3
 
 Normalize = Literal["layer", "model", "none"]
 
@@ -32,7 +31,7 @@ class ScoringParameters(GradientParameters):
     """Scores are divided by their layer's mean, or by their L2 norm over the model, per kind of node."""
     rest: Literal["uniform", "model"] = "uniform"
     """Weights of what no node owns: lambda alone, or the mean model-normalised score of its block (or of the model)."""
-    floor: PerTensor[Share] = FLOOR
+    floor: PerTensor[Share] = 1e-3
     """Least score of a node, as a share of its layer's mean."""
 
     @model_validator(mode="before")

@@ -7,12 +7,10 @@ from pydantic import Field
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
 from worker.engine.catalog.values import PerTensor
 
-SELECT_TOPK = 1.0
-
 
 class SceParameters(MethodParameters):
     name: Literal["sce"] = "sce"
-    select_topk: PerTensor[Annotated[float, Field(gt=0, le=1)]] = SELECT_TOPK
+    select_topk: PerTensor[Annotated[float, Field(gt=0, le=1)]] = 1.0
     """Share of each tensor's elements that are merged: those that vary most between the models' task vectors."""
 
     @property

@@ -7,12 +7,10 @@ from pydantic import Field
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
 from worker.engine.catalog.values import PerTensor
 
-SLERP_T = 0.5
-
 
 class SlerpParameters(MethodParameters):
     name: Literal["slerp"] = "slerp"
-    t: PerTensor[Annotated[float, Field(ge=0, le=1)]] = SLERP_T
+    t: PerTensor[Annotated[float, Field(ge=0, le=1)]] = 0.5
     """How far to go from the first model, 0, to the second, 1. The models' weights have no say and must be
     equal."""
 

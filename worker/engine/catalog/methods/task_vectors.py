@@ -1,13 +1,11 @@
 """Parameters of methods that merge task vectors, that is, differences from the common ancestor."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodParameters, Scale
 from worker.engine.catalog.values import PerTensor
-
-DROPPING_DENSITY = 0.5
 
 Density = Annotated[float, Field(gt=0, le=1)]
 
@@ -39,7 +37,9 @@ class ElectionParameters(TaskVectorParameters):
 class DroppingParameters(TaskVectorParameters):
     """Parameters of methods that drop parts of the task vectors at random."""
 
-    density: PerTensor[Density] = DROPPING_DENSITY
+    per_model: ClassVar[tuple[str, ...]] = ("density",)
+
+    density: PerTensor[Density] = 0.5
     """Share of each task vector that is kept, on average."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Draws what is dropped, for every model and tensor by itself."""

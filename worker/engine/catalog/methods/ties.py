@@ -1,17 +1,17 @@
 """`ties`: task vectors trimmed, a sign elected for every parameter, and those averaged that agree with it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.task_vectors import Density, ElectionParameters
 from worker.engine.catalog.values import PerTensor
 
-TIES_DENSITY = 0.2
-
 
 class TiesParameters(ElectionParameters):
+    per_model: ClassVar[tuple[str, ...]] = ("density",)
+
     name: Literal["ties"] = "ties"
-    density: PerTensor[Density] = TIES_DENSITY
+    density: PerTensor[Density] = 0.2
     """Share of each tensor's task vector that is kept: its largest magnitudes."""
 
 
