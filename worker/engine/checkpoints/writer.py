@@ -11,7 +11,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from threading import Lock
@@ -26,7 +25,7 @@ from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
 from worker.engine.checkpoints.tokenizer import write_tokenizer
-from worker.engine.methods.blocks import is_finite, row_blocks
+from worker.engine.methods.blocks import is_finite
 from worker.engine.threads import in_threads
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -161,7 +160,7 @@ def _write_at(descriptor: int, data: memoryview, position: int) -> int:
 def write_models(
     plan: MergePlan,
     folders: Sequence[Path],
-    merged: Callable[[PlannedTensor], Rows],
+    rows_of: Callable[[PlannedTensor], Rows],
     max_shard_bytes: int,
     threads: int | None,
     on_tensor: Callable[[], None],
@@ -170,7 +169,7 @@ def write_models(
 
     Args:
         folders: existing, one for each of `plan.published`.
-        merged: computes a backbone tensor.
+        rows_of: computes a tensor, or reads it where it is copied.
         threads: on which tensors are computed, each by one; None: one after the other in this thread, with all cores.
         on_tensor: called after each tensor; may raise to stop.
 
@@ -181,17 +180,15 @@ def write_models(
     count = len(shards) + (not plan.merges_heads)  # each model's head is one more
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     first, *others = folders
-    with ExitStack() as stack, TensorReader() as reader:
-        own = partial(_own_rows, reader)
+    with ExitStack() as stack:
 
         def writer(path: Path, tensors: Sequence[PlannedTensor]) -> ShardWriter:
             return stack.enter_context(ShardWriter(path, tensors))
 
         backbone = [writer(first / name, shard) for name, shard in zip(names, shards, strict=False)]
         heads = [writer(folder / names[-1], head) for folder, head in zip(folders, plan.heads, strict=True) if head]
-        work = [(shard, tensor, merged) for shard in backbone for tensor in shard.tensors]
-        work += [(head, tensor, own) for head in heads for tensor in head.tensors]
-        in_threads(lambda item: item[0].write(item[1], item[2](item[1])), work, threads, on_tensor)
+        work = [(shard, tensor) for shard in (*backbone, *heads) for tensor in shard.tensors]
+        in_threads(lambda item: item[0].write(item[1], rows_of(item[1])), work, threads, on_tensor)
     for folder in others:
         for name in names[:-1]:
             os.link(first / name, folder / name)
@@ -212,16 +209,9 @@ def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[
     with TensorReader() as reader, ShardWriter(path, head) as writer:
         for tensor in writer.tensors:
             new = replaced.get(tensor.slot.name)
-            rows = _own_rows(reader, tensor) if new is None else [(slice(0, len(new)), new)]
-            writer.write(tensor, rows)
+            values = reader.read(tensor.sources[0]) if new is None else new
+            writer.write(tensor, [(slice(0, len(values)), values)])
     return path, writer.sha256
-
-
-def _own_rows(reader: TensorReader, planned: PlannedTensor) -> Rows:
-    """Of a tensor that one model alone has."""
-    [source] = planned.sources
-    for rows in row_blocks(planned.shape):
-        yield rows, reader.read(source, rows if planned.shape else None)
 
 
 def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
