@@ -12,7 +12,7 @@ from torch import Tensor
 from worker.engine.methods.blocks import Block, Versions
 
 HELD_BLOCKS = 16  # of values, of all series together: of two models' tensors of no more than half, all are
-SAMPLED_BLOCKS = 8
+SAMPLED_BLOCKS = 3
 SAMPLE_ELEMENTS = 1 << 16
 MARGIN = 0.01  # of the sample, to both sides of the rank; its standard error there is at most 0.2 %
 
