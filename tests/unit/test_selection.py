@@ -53,7 +53,7 @@ CASES = {
     "sorted": torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS),
     "rows of different sizes": torch.randn(ROWS, COLUMNS, generator=rng()) * torch.logspace(-6, 6, ROWS)[:, None],
     "infinite in part": torch.randn(ROWS, COLUMNS, generator=rng()).masked_fill(
-        torch.rand(ROWS, COLUMNS) < 0.3, -math.inf
+        torch.rand(ROWS, COLUMNS, generator=rng(1)) < 0.3, -math.inf
     ),
     "beside the sample": torch.randn(ROWS, COLUMNS, generator=rng()) + 100 * (torch.arange(ROWS) % 7 > 0)[:, None],
 }
@@ -112,3 +112,12 @@ def test_not_a_number_ends_the_search(share: float) -> None:
 def test_many_series_share_what_is_held() -> None:
     tensors, ranks = list(CASES.values()) * 3, list(range(1, 6001, 200))
     assert found_and_reads(tensors, ranks)[0] == expected(tensors, ranks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_infinite_values_have_ranks_too(seed: int) -> None:
+    infinite = torch.rand(ROWS, COLUMNS, generator=rng(seed)) < 0.3
+    tensor = torch.randn(ROWS, COLUMNS, generator=rng(seed)).masked_fill(infinite, -math.inf)
+    count = int(infinite.sum())
+    for rank in (1, count - 1, count, count + 1, count + 30, ROWS * COLUMNS):
+        assert found_and_reads([tensor], [rank])[0] == expected([tensor], [rank])

@@ -83,8 +83,13 @@ class _Search:
     def between(self) -> int:
         return self.above_low - self.above_high
 
+    @property
+    def _is_unbounded(self) -> bool:
+        """Whether nothing is ruled out yet, of infinite values neither."""
+        return (self.low, self.high) == ANY and self.above_high == 0
+
     def sample(self, values: Array, every: int) -> None:
-        inside = _between(values, self.low, self.high)
+        inside = values if self._is_unbounded else _between(values, self.low, self.high)
         self.sampled.append(inside[:: max(1, self.between // (every * SAMPLE_ELEMENTS))].copy())
 
     def bracket(self, limit: int) -> None:
@@ -103,7 +108,7 @@ class _Search:
 
     def count(self, values: Array, limit: int) -> None:
         low, high = self.inner
-        if self.inner == ANY:
+        if self.inner == ANY and self._is_unbounded:
             inside, found = values, (0, 0, values.size, 0)
         else:
             near = values[(values >= low) & (values <= high)]
@@ -146,6 +151,4 @@ def _flat(values: Tensor) -> Array:
 
 
 def _between(values: Array, low: float, high: float) -> Array:
-    if (low, high) == ANY:
-        return values
     return values[(values > low) & (values < high)]
