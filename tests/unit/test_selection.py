@@ -53,7 +53,7 @@ CASES = {
     "sorted": torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS),
     "rows of different sizes": torch.randn(ROWS, COLUMNS, generator=rng()) * torch.logspace(-6, 6, ROWS)[:, None],
     "infinite in part": torch.randn(ROWS, COLUMNS, generator=rng()).masked_fill(
-        torch.rand(ROWS, COLUMNS) < 0.3, -math.inf
+        torch.rand(ROWS, COLUMNS, generator=rng(1)) < 0.3, -math.inf
     ),
     "beside the sample": torch.randn(ROWS, COLUMNS, generator=rng()) + 100 * (torch.arange(ROWS) % 7 > 0)[:, None],
 }
