@@ -25,7 +25,7 @@ JOB_ERRORS = {
     ErrorCode.DISK_FULL: "no space is left for the artifact",
     ErrorCode.TIMEOUT: "the job's deadline passed",
     ErrorCode.WORKER_LOST: "the job lost its worker too often; a retry may succeed",
-    ErrorCode.STORAGE_ERROR: "the data folder cannot be written",
+    ErrorCode.STORAGE_ERROR: "the hub does not answer, the data folder cannot be used, or too many files are open",
     ErrorCode.INTERNAL: "a fault of the service; its log has the trace",
 }
 

@@ -8,6 +8,7 @@ starts another when it died or grew too large.
 import json
 import logging
 import os
+import resource
 import selectors
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from app.contracts.jobs import JobError, Phase
 from app.contracts.lifetime import die_with_parent
-from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory
+from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory, StorageError
 from worker.engine.catalog.report import MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 
@@ -232,6 +233,11 @@ def _job_error(error: Exception) -> JobError:
             "a file became larger than the disk of the data folder or the worker's limit on files (ulimit -f) allows; "
             "ask for a smaller output.max_shard_bytes"
         )
+    elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        error = StorageError(
+            "as many files are open as the worker may have; raise its limit on open files (ulimit -n), or use "
+            "checkpoints of fewer files"
+        )
     if isinstance(error, EngineError):
         detail: dict[str, Any] = json.loads(json.dumps(error.detail, default=str))
         return JobError.model_validate(
@@ -243,6 +249,12 @@ def _job_error(error: Exception) -> JobError:
     return JobError.model_validate({"code": "internal", "message": message})
 
 
+def _open_as_many_files_as_allowed() -> None:
+    """A merge holds every weight file of every model open; the usual limit is there for programs that use select."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _send(events: int, event: BaseModel) -> None:
     data = event.model_dump_json().encode() + b"\n"
     while data:
@@ -251,5 +263,6 @@ def _send(events: int, event: BaseModel) -> None:
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
+    _open_as_many_files_as_allowed()
     logging.basicConfig(level=os.environ.get("MASKMERGE_LOG_LEVEL", "INFO"), stream=sys.stderr)
     serve(iter(sys.stdin.buffer), int(sys.argv[2]))

@@ -200,7 +200,11 @@ def test_every_method_merges_by_its_defaults(service: Service, method: str) -> N
         for model in result["models"]
     )
     assert all(model["aligned_examples"] > 0 for model in result["models"])
-    assert sum(model["weight_share"] for model in result["models"]) == pytest.approx(1)
+    shares = [model["weight_share"] for model in result["models"]]
+    if method in ("model_stock", "sce"):
+        assert shares == [None] * len(models), "the data decide"
+    else:
+        assert sum(shares) == pytest.approx(1)
 
 
 def test_a_merge_may_go_beyond_or_stay_short_of_the_models_seen_from_the_base(

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -103,6 +104,24 @@ def test_a_death_while_it_is_idle_is_noticed_by_the_next_merge(tiny_inputs: Path
         assert isinstance(last_event(engine), Finished)
     finally:
         engine.kill()
+
+
+def test_it_may_open_as_many_files_as_allowed_and_says_when_that_is_too_few(
+    engine: EngineProcess, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    process = psutil.Process(engine.pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == hard
+    engine.run(spec(tiny_inputs, tmp_path / "enough"))
+    assert isinstance(last_event(engine), Finished)
+    is_open = {int(name) for name in os.listdir(f"/proc/{engine.pid}/fd")}
+    free = next(number for number in count() if number not in is_open)
+    process.rlimit(psutil.RLIMIT_NOFILE, (free + 1, hard))  # one at a time: input and output are two
+    engine.run(spec(tiny_inputs, tmp_path / "few"))
+    event = last_event(engine)
+    assert isinstance(event, Failed)
+    assert (event.error.code, event.error.retryable) == ("storage_error", True), event.error
+    assert "ulimit -n" in event.error.message
 
 
 def test_killing_it_leaves_no_process(engine: EngineProcess) -> None:

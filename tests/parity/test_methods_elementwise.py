@@ -1,5 +1,6 @@
 """Methods without data, each against its formula, written down densely in float64, over blocks of a few rows."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from app.contracts.requests import MergeRequest
-from tests.tiny import merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
+from tests.tiny import LAYERS, merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS
@@ -37,6 +38,9 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "two elements": (2,),
     "one element": (1, 1),
     "scalar": (),
+    "no rows": (0, 5),
+    "empty rows": (5, 0),
+    "no elements": (0,),
 }
 LAMBDAS = (1.0, 2.5, 0.5)
 WHOLE = 10**6  # elements of a block: every tensor is one
@@ -90,7 +94,8 @@ def assert_dense(
     for name, shape in SHAPES.items():
         for dtype, within in ((torch.float32, tolerance), (torch.float64, 1e-11)):
             origin, versions = tensors_of(shape, len(weights), dtype)
-            expected = dense(float64(origin), [float64(v) for v in versions], weights)
+            empty = not origin.numel()  # ranks and angles of nothing are no numbers
+            expected = float64(origin) if empty else dense(float64(origin), [float64(v) for v in versions], weights)
             for block_elements in (64, WHOLE):
                 how: dict[str, Any] = {"block_elements": block_elements, **parameters}
                 found = merge(method, versions, origin if base else None, weights, **how)
@@ -511,9 +516,12 @@ def _as_a_mean(method: str) -> dict[str, Any]:
 
 def test_equal_models_merge_into_themselves_without_a_base() -> None:
     for shape in SHAPES.values():
-        _, [version] = tensors_of(shape, 1)
-        for method in UNBASED:
-            assert torch.equal(merge(method, [version] * 2, None), version)
+        for dtype in (torch.float32, torch.float64):
+            _, [version] = tensors_of(shape, 1, dtype)
+            for method in UNBASED:
+                models = models_of(method)
+                found = merge(method, [version] * models, None, LAMBDAS[:models])
+                assert torch.equal(found, version), (method, dtype)
 
 
 @pytest.mark.parametrize("method", [name for name in EVERY if METHODS[name].models[0] == 1])
@@ -633,6 +641,53 @@ def test_threads_change_no_bit(method: str, drifted: tuple[Path, list[Path]], tm
         torch.set_num_threads(before)
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+# --- what results say of it --------------------------------------------------------------------------
+
+
+def merged_models(folder: Path, drifted: tuple[Path, list[Path]], weights: Sequence[float], **method: Any) -> Any:
+    base, checkpoints = drifted
+    models = [model_spec(checkpoints[i % 2], weight=w, name=f"m{i}") for i, w in enumerate(weights)]
+    spec = merge_spec(folder, models, method)
+    origin = CheckpointSpec(source="local:base", path=base)
+    return Engine(torch.device("cpu")).merge(spec.model_copy(update={"base": origin}), silent).models
+
+
+def test_shares_of_slerp_are_means_of_t_over_all_merged_parameters(
+    drifted: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    t = [{"filter": "*.attention.*", "value": [0.25, 1.0]}, {"filter": "*.intermediate.*", "value": 0.1}]
+    gone = total = 0.0
+    for name, tensor in read_model(drifted[1][0]).items():
+        if name.startswith("classifier"):
+            continue
+        layer = int(name.split(".")[3]) if ".layer." in name else 0
+        at = 0.5
+        if ".intermediate." in name:
+            at = 0.1
+        elif ".attention." in name:
+            at = 0.25 + 0.75 * layer / (LAYERS - 1)
+        gone, total = gone + at * tensor.numel(), total + tensor.numel()
+    first, second = merged_models(tmp_path, drifted, (1.0, 1.0), name="slerp", t=t)
+    assert second.weight_share == pytest.approx(gone / total, rel=1e-9)
+    assert first.weight_share == pytest.approx(1 - gone / total, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["sce", "model_stock"])
+def test_where_the_data_decide_there_are_no_shares(
+    method: str, drifted: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    models = merged_models(tmp_path, drifted, (1.0, 0.0, 1.0), name=method)
+    assert [model.weight_share for model in models] == [None, 0.0, None]
+    card = (tmp_path / "README.md").read_text()
+    assert [line.rsplit("|")[-2].strip() for line in card.splitlines() if line.startswith("| m")][1:] == [
+        "-",
+        "0.000",
+        "-",
+    ]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [model["weight_share"] for model in report["models"]] == [None, 0.0, None]
 
 
 # --- what is refused ---------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from threading import Barrier, current_thread, main_thread
+from threading import Barrier, Thread, current_thread, main_thread
 
 import pytest
 import torch
@@ -93,6 +93,20 @@ def test_a_listener_that_raises_stops_the_rest(threads: int | None) -> None:
 
     with pytest.raises(TimeoutError):
         in_threads(lambda _: None, count(), threads, stop)
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_and_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no end of items: the first thread is at them when the second is refused."""
+    start, starts = Thread.start, count(1)
+
+    def refuse_the_second(thread: Thread) -> None:
+        if next(starts) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(Thread, "start", refuse_the_second)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        in_threads(lambda _: None, count(), 3, nothing)
 
 
 def failing_items() -> Iterator[int]:

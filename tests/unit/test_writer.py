@@ -187,6 +187,42 @@ def test_a_thread_that_is_overtaken_does_not_close_the_file_again(
     assert writer.sha256 == digest_file(tmp_path / "x")
 
 
+def test_a_thread_may_be_overtaken_while_it_looks_at_what_is_complete(tmp_path: Path) -> None:
+    class Overtaken(list[PlannedTensor]):
+        """When it is first asked for its length, another thread does all that there is to do."""
+
+        asked = False
+
+        def __len__(self) -> int:
+            if not self.asked:
+                self.asked = True
+                writer._follow(writer._open())
+            return super().__len__()
+
+    with ShardWriter(tmp_path / "x", [planned("a")]) as writer:
+        writer.tensors = Overtaken(writer.tensors)
+        writer.write(writer.tensors[0], rows_of(torch.zeros(2, 3)))
+    assert writer.tensors.asked
+    assert writer.sha256 == digest_file(tmp_path / "x")
+
+
+def test_a_file_that_somebody_else_cuts_short_is_an_error(tmp_path: Path) -> None:
+    """Its digest is of what it holds, and would wait for the rest for ever."""
+    path = tmp_path / "x"
+
+    def cut_between() -> None:
+        with ShardWriter(path, [planned("a"), planned("b")]) as writer:
+            first, second = writer.tensors
+            writer.write(second, rows_of(torch.ones(2, 3)))
+            os.truncate(path, 8)
+            writer.write(first, rows_of(torch.ones(2, 3)))
+
+    with pytest.raises(OSError, match="became shorter") as caught:
+        cut_between()
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("max_bytes", "cuts"), [(1, [1] * 5), (24, [1] * 5), (48, [2, 2, 1]), (60, [2, 2, 1]), (10**9, [5])]
 )
@@ -487,6 +523,19 @@ def test_a_file_that_changes_under_a_reader_is_refused_by_name(checkpoint: Path)
     file.unlink()
     with TensorReader() as reader, pytest.raises(InvalidCheckpoint, match=r"model\.safetensors cannot be read"):
         reader.read(info.tensors["classifier.bias"])
+
+
+def test_a_file_is_not_blamed_for_too_many_that_are_open(checkpoint: Path) -> None:
+    tensor = inspect_checkpoint(checkpoint, "local:expert").tensors["classifier.bias"]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with TensorReader() as reader:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                reader.read(tensor)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert reader.read(tensor).shape == tensor.shape
 
 
 def test_the_digest_of_a_checkpoint_is_of_its_weights_and_config(checkpoint: Path) -> None:

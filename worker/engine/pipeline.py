@@ -499,18 +499,27 @@ def _begun(spec: JobSpec) -> Iterator[StatisticsStore]:
         yield stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
 
 
-def _merger(method: MethodParameters, runs: list[ModelRun], plan: MergePlan) -> tuple[Merger, list[float]]:
-    """The method over the models that take part, and every model's mean merge weight."""
+def _merger(method: MethodParameters, runs: list[ModelRun], plan: MergePlan) -> tuple[Merger, list[float | None]]:
+    """The method over the models that take part, and every model's mean merge weight; None where it is not known."""
     models = [_by_token(run.as_measured, index, plan) for index, run in enumerate(runs) if run.takes_part]
-    if isinstance(method, ScoringParameters):
-        shares = iter(weight_shares(node_weights(models, method), plan.owned))
-    elif isinstance(method, PassthroughParameters):
-        shares = iter(copied_shares(plan))
-    else:
-        weights = torch.stack([model_weights(models, tensor.place) for tensor in plan.backbone])
-        sizes = torch.tensor([math.prod(tensor.shape) for tensor in plan.backbone], dtype=torch.float64)
-        shares = iter((sizes @ (weights / weights.sum(1, keepdim=True)) / sizes.sum()).tolist())
+    shares = iter(_mean_shares(method, models, plan))
     return BUILDERS[method.name](method, models), [next(shares) if run.takes_part else 0.0 for run in runs]
+
+
+def _mean_shares(method: MethodParameters, models: list[MeasuredModel], plan: MergePlan) -> Sequence[float | None]:
+    if isinstance(method, ScoringParameters):  # by what was measured
+        return weight_shares(node_weights(models, method), plan.owned)
+    if isinstance(method, PassthroughParameters):  # by the tensors' sources
+        return copied_shares(plan)
+    of_tensors = []
+    for tensor in plan.backbone:
+        shares = method.shares(model_weights(models, tensor.place).tolist(), tensor.place)
+        if shares is None:
+            return [None] * len(models)
+        of_tensors.append(shares)
+    sizes = torch.tensor([math.prod(tensor.shape) for tensor in plan.backbone], dtype=torch.float64)
+    mean: list[float] = (sizes @ torch.tensor(of_tensors, dtype=torch.float64) / sizes.sum()).tolist()
+    return mean
 
 
 def _by_token(model: MeasuredModel, index: int, plan: MergePlan) -> MeasuredModel:
@@ -652,7 +661,7 @@ def _check_unchanged(states: Sequence[tuple[CheckpointInfo, str]]) -> None:
             raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
 
 
-def _model_result(run: ModelRun, weight_share: float, weight_error: float | None) -> ModelResult:
+def _model_result(run: ModelRun, weight_share: float | None, weight_error: float | None) -> ModelResult:
     return ModelResult(
         **_measured_fields(run),
         aligned_examples=len(run.alignment),

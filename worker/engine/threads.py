@@ -23,7 +23,8 @@ def in_threads(
         on_done: called in this thread after each item; may raise to stop.
 
     Raises:
-        What the first `work` to fail raises, or `on_done`; nothing is at work any more then.
+        What the first `work` to fail raises, or `on_done`; RuntimeError where no thread can be started. Nothing is at
+        work any more then.
     """
     if threads is None:
         for item in items:
@@ -55,9 +56,9 @@ def in_threads(
     running = threads
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for _ in range(threads):
-                pool.submit(run)
             try:
+                for _ in range(threads):
+                    pool.submit(run)
                 while running:
                     event = events.get()
                     if isinstance(event, BaseException):

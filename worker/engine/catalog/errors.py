@@ -8,7 +8,7 @@ EngineError
 ├── NumericalError          the arithmetic left the finite numbers
 ├── OutOfMemory
 ├── DiskFull
-└── StorageError            the hub or the cache of what was downloaded
+└── StorageError            the hub, the cache of what was downloaded, a folder, or the limit on open files
 """
 
 from typing import ClassVar, Literal, NamedTuple

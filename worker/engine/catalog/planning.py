@@ -57,10 +57,7 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,8 @@ class MergePlan:
     """Whose configuration and tokenizer each published model has."""
     tied: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
     """Tensors that are left out, since they must equal others of the same checkpoint, and these."""
+    vocabulary: Vocabulary | None = None
+    """None where all models have the same."""
 
     @property
     def merges_heads(self) -> bool:
@@ -104,9 +103,6 @@ class MergePlan:
         for tensor in self.backbone:
             counts[tensor.dtype] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
         return counts.most_common(1)[0][0]
-
-    vocabulary: Vocabulary | None = None
-    """None where all models have the same."""
 
     @property
     def linear_inputs(self) -> list[LinearInput]:

@@ -35,9 +35,10 @@ class MeasuredModel(Strict):
 class ModelResult(MeasuredModel):
     aligned_examples: int
     """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
-    weight_share: float
-    """Mean merge weight over all owned slices; of methods that do not weight slices by scores, lambda's share, which is
-    the mean over all merged parameters where it differs between them."""
+    weight_share: float | None
+    """Mean merge weight over all owned slices. Of methods that do not weight slices by scores, lambda's share, and of
+    slerp t's, which is the mean over all merged parameters where it differs between them. Null where only the data tell
+    what a model weighs: model_stock, sce."""
     weight_error: float | None = None
     """Root mean square, over all nodes, of the standard error of its merge weights; null where there is none to tell.
     From fewer than a few hundred rows it is too small to be believed."""

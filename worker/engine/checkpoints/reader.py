@@ -1,5 +1,6 @@
 """Tensors of checkpoints, read where they lie, a run of rows at a time."""
 
+import errno
 import hashlib
 import math
 import os
@@ -58,6 +59,7 @@ class TensorReader:
 
         Raises:
             InvalidCheckpoint: the file is no longer what its header said.
+            OSError: as many files are open as this process may have.
         """
         stored = self._stored(tensor, rows)
         if tensor.delta is None:
@@ -97,6 +99,8 @@ class TensorReader:
                     raise InvalidCheckpoint(tensor.source, f"{tensor.file} became shorter while the job ran")
                 left, position = left[count:], position + count
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
+                raise
             raise InvalidCheckpoint(tensor.source, f"{tensor.file} cannot be read: {error.strerror}") from error
         return found
 

@@ -4,6 +4,7 @@ The layout is known from the plan, so a shard has its header and its size before
 come in any order. Nothing is held longer than a run of rows.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -123,12 +124,15 @@ class ShardWriter:
                 self._digesting.release()
 
     def _next_is_complete(self) -> bool:
-        return not self._is_complete() and self.tensors[self._following].slot.name in self._complete
+        at = self._following  # another thread may be moving it on
+        return at < len(self.tensors) and self.tensors[at].slot.name in self._complete
 
     def _digest_to(self, descriptor: int, end: int) -> None:
         buffer = memoryview(bytearray(min(DIGEST_BYTES, end - self._digested)))
         while self._digested < end:
             count = os.preadv(descriptor, [buffer[: end - self._digested]], self._digested)
+            if count == 0:
+                raise OSError(errno.EIO, "it became shorter while it was written", str(self.path))
             self._digest.update(buffer[:count])
             self._digested += count
 

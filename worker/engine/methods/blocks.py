@@ -11,6 +11,8 @@ from worker.engine.catalog.families import Slot
 from worker.engine.catalog.planning import BLOCK_ELEMENTS
 from worker.engine.catalog.values import PerTensor, Place
 
+CHUNK_ELEMENTS = 1 << 16  # of one version, that several steps go through at once: they stay in a core's cache
+
 
 @dataclass(frozen=True)
 class Block:

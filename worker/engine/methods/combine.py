@@ -8,6 +8,8 @@ from torch import Tensor
 from worker.engine.catalog.values import DEFAULT_WEIGHT, Place, value_at
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
 
+SUM_ROUNDING = 1e-12  # how far from 1 rounding may leave a sum of coefficients
+
 
 def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:
     """The weights of the models for one tensor, (models,), float64, as given."""
@@ -46,7 +48,8 @@ def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
         coefficients: as the weights of `combine`, but for their sum.
     """
     merged = combine(versions, coefficients)
-    beyond = (coefficients.sum(0) - 1).to(merged.dtype)
+    beyond = coefficients.sum(0) - 1
+    beyond = torch.where(beyond.abs() < SUM_ROUNDING, 0.0, beyond).to(merged.dtype)
     return merged.addcmul_(versions[0], beyond) if bool(beyond.any()) else merged
 
 

@@ -35,7 +35,13 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def generator(seed: int, model: int, tensor: str, block: Block) -> np.random.Generator:
-    """Of a model's random numbers in a block: the same whatever else is merged, in whichever order and thread.
+    """Of a model's random numbers in a block: the same in whichever order and thread blocks are merged.
+
+    They depend on the rows where the block begins, and so on its size, and on nothing of the models but `model`.
+
+    Args:
+        model: its place, from 0, among those that take part: one of weight 0 before it makes no difference.
+        tensor: name in the merged model.
 
     PyTorch's own would take longer than all the rest of a merge.
     """

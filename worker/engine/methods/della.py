@@ -6,11 +6,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.catalog.methods import DellaDroppingParameters, MethodParameters
-from worker.engine.methods.blocks import Block, MeasuredModel, Merger, Versions
+from worker.engine.methods.blocks import CHUNK_ELEMENTS, Block, MeasuredModel, Merger, Versions
 from worker.engine.methods.dare import generator, raw_bits
 from worker.engine.methods.task_vectors import Deltas, merging
 
-CHUNK_ELEMENTS = 1 << 16  # they stay in a core's cache
 LEAST = 2.0**-32  # probability that an element is kept with
 
 
@@ -26,7 +25,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         def dropped(block: Block) -> list[Tensor]:
             deltas = block.deltas
             for model, (delta, (density, epsilon)) in enumerate(zip(deltas, settings, strict=True)):
-                rows = delta.numpy().reshape(len(delta) if delta.dim() > 1 else 1, -1)
+                rows = (delta.flatten(1) if delta.dim() > 1 else delta.view(1, -1)).numpy()
                 random = generator(parameters.seed, model, versions.slot.name, block)
                 delta.mul_(torch.from_numpy(keep_factors(random, rows, density, epsilon)).view_as(delta))
             return deltas

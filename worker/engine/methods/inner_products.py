@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.methods.blocks import Block, Versions
-
-CHUNK_ELEMENTS = 1 << 16  # in float64, of one vector: they stay in a core's cache
+from worker.engine.methods.blocks import CHUNK_ELEMENTS, Block, Versions
 
 
 def inner_products(versions: Versions, vectors: Callable[[Block], Sequence[Tensor]]) -> Tensor:

@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.methods import ElectionParameters, TaskVectorParameters
-from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
+from worker.engine.methods.blocks import (
+    CHUNK_ELEMENTS,
+    Block,
+    BlockMerge,
+    MeasuredModel,
+    Merger,
+    Versions,
+    required_base,
+)
 from worker.engine.methods.combine import model_weights
-
-CHUNK_ELEMENTS = 1 << 16  # they stay in a core's cache
 
 Deltas = Callable[[Block], list[Tensor]]
 """The task vectors of a block, which the caller may change."""

@@ -1,6 +1,6 @@
 """What is known of a method without running it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -85,6 +85,15 @@ class MethodParameters(Strict):
         """Whether the models' weights have a say; else they must be equal."""
         return True
 
+    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
+        """Each model's share in the merge of one tensor, summing to 1; None: only the data tell.
+
+        Args:
+            weights: of the models that take part, not all 0.
+        """
+        total = sum(weights)
+        return [weight / total for weight in weights]
+
     @property
     def needs_labels(self) -> bool:
         """Whether computing the statistics reads the data set's labels."""
@@ -135,11 +144,6 @@ class GradientParameters(MeasuringParameters):
     """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Draws the labels of the estimator `sampled`."""
-
-    @property
-    def weighs_models(self) -> bool:
-        """Whether the models' weights have a say; else they must be equal."""
-        return True
 
     @property
     def needs_labels(self) -> bool:

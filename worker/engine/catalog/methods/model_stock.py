@@ -1,8 +1,10 @@
 """`model_stock`: between the base and the models' mean, the nearer to the mean the more the models agree."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.values import Place
 
 
 class ModelStockParameters(MethodParameters):
@@ -18,6 +20,9 @@ class ModelStockParameters(MethodParameters):
     @property
     def weighs_models(self) -> bool:
         return False
+
+    def shares(self, weights: Sequence[float], place: Place) -> None:
+        return None
 
 
 MODEL_STOCK = MethodEntry(

@@ -1,11 +1,12 @@
 """`sce`: task vectors where they differ most between models, weighted by their size, without minority signs."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.values import PerTensor, Place
 
 
 class SceParameters(MethodParameters):
@@ -20,6 +21,9 @@ class SceParameters(MethodParameters):
     @property
     def weighs_models(self) -> bool:
         return False
+
+    def shares(self, weights: Sequence[float], place: Place) -> None:
+        return None
 
 
 SCE = MethodEntry(

@@ -1,11 +1,12 @@
 """`slerp`: from one model to another along the arc between them, each tensor as one vector."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.values import PerTensor, Place
 
 
 class SlerpParameters(MethodParameters):
@@ -17,6 +18,10 @@ class SlerpParameters(MethodParameters):
     @property
     def weighs_models(self) -> bool:
         return False
+
+    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float]:
+        t = self.at("t", place)
+        return [1 - t, t]
 
 
 SLERP = MethodEntry(
