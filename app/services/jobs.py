@@ -34,7 +34,7 @@ from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
-from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.methods import METHODS, PassthroughParameters
 from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
 from worker.engine.catalog.rows import check_first_rows
@@ -43,6 +43,7 @@ from worker.engine.catalog.stacking import plan_job
 
 HUB_REQUESTS = 8  # at once, of the 40 threads that answer
 HUB_QUEUE_S = 1.0
+NO_ADAPTERS = "method passthrough takes no adapters; merge it into its base first (method average with one model)"
 
 Inspect = Callable[[Path, str, Path | None], CheckpointInfo]
 logger = logging.getLogger(__name__)
@@ -252,6 +253,8 @@ class Jobs:
         aligns = output.vocabulary != "error"
         base = self._checkpoint("base", request.base, hub, keeps_outline=aligns) if request.base else None
         inspect = partial(inspect_model, base=base)
+        if isinstance(request.method, PassthroughParameters):
+            inspect = partial(inspect, without_base=NO_ADAPTERS)
         checkpoints = [
             self._checkpoint(_checkpoint_field(index), model.checkpoint, hub, inspect, keeps_outline=aligns)
             for index, model in enumerate(request.models)

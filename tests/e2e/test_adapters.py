@@ -77,6 +77,17 @@ def test_an_adapter_without_its_base_is_refused_with_its_name(service: Service, 
     assert "adapter of org/tiny-bert; name that as base" in response.json()["detail"]
 
 
+def test_adapters_are_no_models_of_a_stack(service: Service, inputs: Path) -> None:
+    slices = [{"model": "lora-a", "layers": [0, 1]}]
+    models = [{"name": "lora-a", "checkpoint": "local:checkpoints/lora-a"}]
+    asked = {"models": models, "method": {"name": "passthrough", "slices": slices}}
+    response = service.post("/merge/validate", json=asked)
+    assert_problem(response, 422, "invalid_checkpoint")
+    detail = response.json()["detail"]
+    assert "method passthrough takes no adapters; merge it into its base first" in detail
+    assert "as base" not in detail
+
+
 def test_adapters_are_neither_bases_nor_scored(service: Service, inputs: Path) -> None:
     response = service.post("/merge", json={**recipe("a"), "base": "local:checkpoints/lora-a"})
     assert_problem(response, 422, "invalid_checkpoint")

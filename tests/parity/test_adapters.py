@@ -273,6 +273,7 @@ def test_adapters_merge_as_the_checkpoints_do_that_peft_makes_of_them(
 def test_adapters_of_language_models_merge_into_one(tmp_path: Path, model: TinyModel, modules: list[str]) -> None:
     base = tiny_model(tmp_path / "base", model)
     (base / "generation_config.json").write_text('{"top_k": 7}')
+    (base / "processor_config.json").write_text('{"of": "base"}')
     folders = [tmp_path / name for name in ("a", "b")]
     for seed, folder in enumerate(folders):
         started = loaded_model(base, model.architecture, torch.float32)
@@ -286,6 +287,7 @@ def test_adapters_of_language_models_merge_into_one(tmp_path: Path, model: TinyM
     for name, tensor in found.state_dict().items():
         torch.testing.assert_close(tensor, (a[name] + b[name]) / 2, rtol=0, atol=ROUNDING)
     assert json.loads((tmp_path / "out" / "model" / "generation_config.json").read_text()) == {"top_k": 7}
+    assert json.loads((tmp_path / "out" / "model" / "processor_config.json").read_text()) == {"of": "base"}
     assert (tmp_path / "out" / "model" / "tokenizer.json").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,25 @@ REFUSED: dict[str, tuple[Callable[[list[Path]], None], type[EngineError], list[s
     "a configuration that transformers does not take": (
         in_all(hidden_act="no such"), InvalidCheckpoint, ["transformers cannot load it"],
     ),
+    "a class that is no model": (
+        in_all(architectures=["LlamaPreTrainedModel"]), InvalidCheckpoint, ["LlamaPreTrainedModel", "own class"],
+    ),
+    "the class of all models": (
+        in_all(architectures=["PreTrainedModel"]), InvalidCheckpoint, ["PreTrainedModel", "own class"],
+    ),
+    "settings that do not fit each other": (
+        in_all(layer_types=["full_attention"]), InvalidCheckpoint, ["num_hidden_layers", "`layer_types` (1)"],
+    ),
+    "a tokenizer that no library reads": (
+        lambda folders: edit_json(folders[0] / "tokenizer.json", pre_tokenizer={"type": "no such"}),
+        InvalidCheckpoint, ["local:a", "tokenizer.json cannot be loaded"],
+    ),
+    "a tokenizer at which the library panics": (
+        lambda folders: edit_json(
+            folders[0] / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+        ),
+        InvalidCheckpoint, ["local:a", "tokenizer.json cannot be loaded", "precompiled_charsmap"],
+    ),
     "numbers that are none": (
         lambda folders: edit_tensors(folders[1], lambda ts: {**ts, "lm_head.weight": ts["lm_head.weight"] / 0}),
         InvalidCheckpoint, ["local:b", "lm_head.weight", "NaN or infinite"],
@@ -279,15 +299,33 @@ def test_what_transformers_does_not_know_is_merged_by_names_alone(
     torch.testing.assert_close(found.double(), expected("average", [first[name], second[name]], first[name]))
 
 
+def test_what_transformers_does_not_read_is_merged_and_noted(engine: Engine, tmp_path: Path) -> None:
+    folders = [tiny_model(tmp_path / name, GPT2, seed=seed) for seed, name in enumerate("ab", 1)]
+    assert merged(engine, tmp_path / "plain", folders, {"name": "average"}).notes == []
+
+    def extend(tensors: Tensors, value: int) -> None:
+        tensors |= {"extra.weight": torch.full((3,), float(value)), "extra.bias": torch.zeros(3)}
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()  # a buffer
+
+    for value, folder in enumerate(folders):
+        edit_tensors(folder, partial(extend, value=value))
+    [note] = merged(engine, tmp_path / "out", folders, {"name": "average"}).notes
+    assert note.startswith("tensor extra.")
+    assert "(like 1 more) is not one that GPT2LMHeadModel reads; it was merged all the same" in note
+    assert read_model(tmp_path / "out" / "model")["extra.weight"].tolist() == [0.75] * 3
+
+
 def test_the_card_says_how_to_load_it(engine: Engine, tmp_path: Path) -> None:
     folders = [tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1)]
     (folders[0] / "chat_template.jinja").write_text("{{ messages }}")
+    (folders[0] / "preprocessor_config.json").write_text("{}")
     merged(engine, tmp_path / "out", folders, {"name": "average"})
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: text-generation\n" in card
     assert 'AutoModelForCausalLM.from_pretrained("model")' in card
     assert {path.name for path in (tmp_path / "out" / "model").iterdir()} == {
         "config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+        "preprocessor_config.json",
         "model.safetensors.index.json", "model-00001-of-00001.safetensors",
     }  # fmt: skip
     files = {file["name"]: file for file in json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]}

@@ -23,6 +23,7 @@ from worker.engine.catalog.spec import CheckpointSpec
 from worker.engine.catalog.values import Place
 from worker.engine.methods import BUILDERS, MeasuredModel
 from worker.engine.methods.blocks import Block
+from worker.engine.methods.combine import combine
 from worker.engine.pipeline import Engine
 
 Array = NDArray[np.float64]
@@ -113,6 +114,17 @@ def test_linear_is_a_weighted_sum(normalize: bool) -> None:
         return np.asarray(total / sum(weights) if normalize else total)
 
     assert_dense("linear", dense, LAMBDAS, 5e-6, base=False, normalize=normalize)
+
+
+def test_a_model_with_all_the_weight_is_the_merge_itself() -> None:
+    _, versions = tensors_of((6, 5), 3, torch.float32)
+    assert torch.equal(combine(versions, torch.tensor([0.0, 0.0, 1.0])), versions[2])
+    rows = torch.tensor([[0.0, 1, -1, 0.5, 0, 0], [1.0, 0, 1, 0.5, 0, 0], [0.0, 0, 1, 0, 1, 1]])[:, :, None]
+    found = combine(versions, rows)
+    for row, only in ((0, 1), (1, 0), (4, 2), (5, 2)):
+        assert torch.equal(found[row], versions[only][row])
+    dense = sum(w.double() * v.double() for w, v in zip(rows, versions, strict=True))
+    torch.testing.assert_close(found.double(), dense, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -247,6 +259,13 @@ def test_slerp_goes_along_the_arc(t: float) -> None:
         return slerp(versions[0], versions[1], t)
 
     assert_dense("slerp", dense, (1.0, 1.0), base=False, t=t)
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_slerp_ends_at_the_very_model(t: int) -> None:
+    for shape in SHAPES.values():
+        _, versions = tensors_of(shape, 2, torch.float32)
+        assert torch.equal(merge("slerp", versions, None, t=t), versions[t])
 
 
 def test_slerp_turns_at_an_even_pace() -> None:

@@ -123,11 +123,14 @@ def pickled(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
-def without_b(folder: Path) -> None:
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors[f"{MODULE}.lora_B.weight"]
+def without(*parts: str) -> Callable[[Path], None]:
+    """Without the tensors whose names have one of these in them."""
 
-    edit_adapter(folder, edit)
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if any(part in name for part in parts)]:
+            del tensors[name]
+
+    return lambda folder: edit_adapter(folder, edit)
 
 
 # What is done to a good adapter, and what the refusal must say.
@@ -153,7 +156,17 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda folder: shutil.copy(folder / "adapter_model.safetensors", folder / "model.safetensors"),
         ["model.safetensors are both there"],
     ),
-    "half a pair": (without_b, ["attention.self.query", "lora_A and lora_B"]),
+    "no tensors": (without(""), ["adapter_model.safetensors has no tensor"]),
+    "no matrices in one layer": (
+        without("layer.1.attention.self.query"), ["bert.encoder.layer.1.attention.self.query", "target_modules names"],
+    ),
+    "no matrices of one kind": (without("query"), ["encoder.layer.0.attention.self.query", "target_modules names"]),
+    "no matrices at all": (without("lora_"), ["attention.self.", "target_modules names"]),
+    "a scaling beyond float32": (configured(lora_alpha=1e300), ["lora_alpha", "2.5e+299", "float32"]),
+    "a scaling of one module beyond float32": (
+        configured(alpha_pattern={"query": -1e300}), ["alpha_pattern", "attention.self.query", "float32"],
+    ),
+    "half a pair": (without(f"{MODULE}.lora_B"), ["attention.self.query", "lora_A and lora_B"]),
     "a module that the base has not": (
         renamed("layer.1", "layer.7"), ["layer.7.attention", "not in the base", "local:base"],
     ),
@@ -187,6 +200,17 @@ def test_what_is_not_available_or_does_not_fit_is_refused_by_name(adapter: Path,
     assert SOURCE in message
     for words in says:
         assert words in message
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layers_to_transform": [0]}, {"layers_to_transform": 0}, {"exclude_modules": ".*1.*"}], ids=str
+)
+def test_layers_may_be_chosen(adapter: Path, base: Path, settings: dict[str, Any]) -> None:
+    without("layer.1.attention.self")(adapter)
+    configured(**settings)(adapter)
+    tensors = inspect(adapter, base).tensors
+    deltas = [tensors[f"bert.encoder.layer.{layer}.attention.self.query.weight"].delta for layer in (0, 1)]
+    assert [delta is None for delta in deltas] == [False, True]
 
 
 def test_without_a_base_the_refusal_names_the_one_it_was_trained_on(adapter: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.tiny import edit_json, tiny_checkpoint
+from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import (
     INDEX,
@@ -99,11 +100,17 @@ BAD_WEIGHTS: dict[str, tuple[bytes, list[str]]] = {
     "not JSON": (weights_of(b"{oops"), ["malformed header"]),
     "not UTF-8": (weights_of(b'{"\xff": 1}'), ["malformed header"]),
     "deeply nested": (weights_of(b'{"a":' * 200_000), ["malformed header"]),
-    "not an object": (weights_of([1]), ["malformed header"]),
-    "an entry that is no object": (weights_of({"a": 3}), ["malformed header"]),
-    "no shape": (weights_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"12345678"), ["malformed", "shape"]),
-    "no offsets": (weights_of({"a": {"dtype": "F32", "shape": [2]}}), ["malformed", "data_offsets"]),
-    "three offsets": (weights_of({"a": {**F32, "data_offsets": [0, 8, 9]}}, b"12345678"), ["malformed"]),
+    "not an object": (weights_of([1]), ["malformed header: it is no JSON object"]),
+    "an entry that is no object": (weights_of({"a": 3}), ["malformed header", "tensor a is no JSON object"]),
+    "a name that is no text": (weights_of(b'{"\\ud800": 1}'), ["malformed header", "surrogate"]),
+    "no shape": (
+        weights_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"12345678"),
+        ["malformed", "tensor a has no shape"],
+    ),
+    "no offsets": (weights_of({"a": {"dtype": "F32", "shape": [2]}}), ["malformed", "tensor a has no data_offsets"]),
+    "three offsets": (weights_of({"a": {**F32, "data_offsets": [0, 8, 9]}}, b"12345678"), ["tensor a", "list of two"]),
+    "a shape that is no list": (weights_of({"a": {**F32, "shape": 2}}, b"12345678"), ["tensor a", "shape", "no list"]),
+    "a shape of booleans": (weights_of({"a": {**F32, "shape": [2, True]}}, b"12345678"), ["tensor a", "non-integer"]),
     "unknown dtype": (weights_of({"a": {**F32, "dtype": "C64"}}, b"12345678"), ["tensor a", "C64", "BF16"]),
     "float8": (
         weights_of({"a": {**F32, "dtype": "F8_E4M3"}}, b"12345678"),
@@ -113,7 +120,10 @@ BAD_WEIGHTS: dict[str, tuple[bytes, list[str]]] = {
         weights_of({"a": {**F32, "dtype": "U32"}}, b"12345678"),
         ["tensor a", "U32", "packed weights are quantised"],
     ),
-    "dtype that is no name": (weights_of({"a": {**F32, "dtype": ["F32"]}}, b"12345678"), ["malformed"]),
+    "dtype that is no name": (
+        weights_of({"a": {**F32, "dtype": ["F32"]}}, b"12345678"),
+        ["tensor a", "dtype", "string"],
+    ),
     "negative shape": (weights_of({"a": {**F32, "shape": [-2, -1]}}, b"12345678"), ["tensor a", "negative"]),
     "fractional shape": (weights_of({"a": {**F32, "shape": [2.0]}}, b"12345678"), ["tensor a", "non-integer"]),
     "negative offset": (weights_of({"a": {**F32, "data_offsets": [-8, 0]}}), ["tensor a", "negative"]),
@@ -166,6 +176,9 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (without("config.json"), ["config.json is missing"]),
     "config not JSON": (text("config.json", "{oops"), ["config.json cannot be read as JSON"]),
     "config deeply nested": (text("config.json", "[" * 200_000), ["config.json cannot be read as JSON"]),
+    "config with half a surrogate pair": (
+        text("config.json", '{"architectures": ["\\ud800"]}'), ["config.json", "surrogate"],
+    ),
     "config a list": (text("config.json", "[]"), ["config.json is not a JSON object"]),
     "config too large": (text("config.json", " " * (MAX_CONFIG_BYTES + 1)), ["config.json", str(MAX_CONFIG_BYTES)]),
     "code in config": (
@@ -185,8 +198,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "index with a list": (index({"weight_map": ["x"]}), [INDEX, "no weight_map"]),
     "index names a missing file": (index({"weight_map": {"a": "gone.safetensors"}}), ["gone.safetensors", "not in"]),
     "index names a file elsewhere": (index({"weight_map": {"a": "../expert/model.safetensors"}}), ["../expert"]),
+    "index names a tensor that is nowhere": (
+        index({"weight_map": {"lost.weight": WEIGHTS}}), [INDEX, "lost.weight", "no weight file has it"],
+    ),
     "a tensor in two files": (twice, ["tensor same", "one.safetensors", "two.safetensors"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -206,6 +222,19 @@ def test_a_pickle_is_converted_by_the_class_of_its_architecture(
     pickle_only(checkpoint)
     edit_json(checkpoint / "config.json", architectures=[architecture])
     assert_refused(checkpoint, [f"from transformers import {auto_class} as A;", "save_pretrained('OUT')"])
+
+
+def test_what_turns_speech_into_text_is_told_by_its_kind() -> None:
+    whisper = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    assert use_of(whisper) == ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition")
+    assert use_of({**whisper, "model_type": "t5"}).pipeline_tag == "text2text-generation"
+    assert use_of({**whisper, "model_type": "llava", "vision_config": {}}).pipeline_tag == "image-text-to-text"
+
+
+def test_characters_may_be_escaped_as_whole_surrogate_pairs(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", _name_or_path="\U0001f600")
+    assert "\\ud83d" in (checkpoint / "config.json").read_text()
+    assert inspect_checkpoint(checkpoint, SOURCE).config["_name_or_path"] == "\U0001f600"
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
@@ -317,6 +346,7 @@ BROKEN_TOKENIZERS: dict[str, tuple[str, bytes]] = {
     "model is null": ("tokenizer.json", b'{"model": null}'),
     "merges are a number": ("tokenizer.json", b'{"model": {"vocab": {"a": 0}, "merges": 5}}'),
     "model is a list": ("tokenizer.json", b'{"model": []}'),
+    "half a surrogate pair": ("tokenizer.json", b'{"model": {"vocab": {"\\ud800": 0}}}'),
     "BPE vocabulary is a list": ("vocab.json", b"[]"),
     "vocabulary not UTF-8": ("vocab.txt", "é\n".encode("latin-1")),
 }

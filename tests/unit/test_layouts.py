@@ -293,12 +293,14 @@ BAD: dict[str, tuple[Spoiling, list[str]]] = {
     "quantised by its tensors": (
         added("model.layers.0.mlp.up_proj.qweight", torch.zeros(2, dtype=torch.int32)), ["quantised", "qweight"],
     ),
-    "more layers than there are": (config(num_hidden_layers=3), ["2 layers", "3"]),
+    "more layers than there are": (config(num_hidden_layers=3), ["2 layers", "says 3 num_hidden_layers"]),
+    "fewer layers than there are": (config(num_hidden_layers=1), ["2 layers", "says 1 num_hidden_layers"]),
     "an absurd number of layers": (config(num_hidden_layers=10**9), ["1000000000 num_hidden_layers"]),
     "an absurd number of layers further in": (
         config(text_config={"num_hidden_layers": 10**9}), ["1000000000 num_hidden_layers"],
     ),
-    "a number of layers that is none": (config(num_hidden_layers="2"), ["2 num_hidden_layers"]),
+    "a number of layers that is none": (config(num_hidden_layers="2"), ["num_hidden_layers", "no number", "type str"]),
+    "a number of layers that is a truth": (config(num_hidden_layers=True), ["num_hidden_layers", "type bool"]),
     "untied without a head": (removed("lm_head.weight"), ["lm_head.weight", "tie_word_embeddings: false"]),
     "integers for weights": (
         added("lm_head.weight", torch.zeros(4, dtype=torch.int8)), ["quantised", "lm_head.weight"],
@@ -313,6 +315,13 @@ def test_a_bad_checkpoint_is_refused_by_its_name_wherever_it_stands(copied: Copi
     folders = [copied(LLAMA, seed) for seed in (1, 2)]
     spoil(folders[position])
     assert_refused(partial(plan, *folders), EngineError, [f"local:{folders[position].name}", *words])
+
+
+def test_layers_that_predict_further_tokens_are_beyond_those_that_are_counted(copied: Copied) -> None:
+    folders = [copied(LLAMA, seed) for seed in (1, 2)]
+    for folder in folders:
+        config(num_hidden_layers=1, num_nextn_predict_layers=1)(folder)
+    assert plan(*folders).layers == 2
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,6 @@ BAD: dict[str, tuple[Files, list[str]]] = {
     "a negative id": (fast({"x": -1}, type="WordPiece"), ["'x' has the id -1"]),
     "an id that is text": (fast({"x": "0"}, type="WordPiece"), ["'x' has the id '0'"]),
     "a merge of three": (fast(BPE, type="BPE", merges=["a b c"]), ["no pair"]),
-    "half a surrogate pair": (fast({"\ud800": 0}, type="WordPiece"), ["surrogates"]),
 }
 
 

@@ -54,6 +54,7 @@ from worker.engine.catalog.stacking import copied_shares, plan_job
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache, check_layout, load
 from worker.engine.checkpoints.reader import Digests
+from worker.engine.checkpoints.tokenizer import check_tokenizers
 from worker.engine.checkpoints.writer import rewrite_head, write_models
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
@@ -153,7 +154,9 @@ class Engine:
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
-            check_plan(plan, is_stacked=isinstance(spec.method, PassthroughParameters))
+            notes += check_plan(plan, is_stacked=isinstance(spec.method, PassthroughParameters))
+            if not spec.loads_models:
+                check_tokenizers(plan)
             loading = Phase("loading", len(spec.models), "models", on_progress)
             runs = []
             for model, info in zip(spec.models, plan.checkpoints, strict=True):

@@ -35,7 +35,7 @@ from worker.engine.catalog.headers import (
     refuse_code,
     vocabulary_of,
 )
-from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS
+from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, layer_count, layer_of
 from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
@@ -59,6 +59,7 @@ HARMLESS = {
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Whose linear layers are stored as (inputs, outputs)."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+LARGEST_SCALING = 3.4e38  # of float32, in which it is multiplied
 MAX_LABELS = 100_000  # that get names: a header may claim any number
 LABELS = ("id2label", "label2id", "problem_type")
 
@@ -97,8 +98,18 @@ class Adapter:
     whole: Mapping[str, TensorInfo]
 
 
-def inspect_model(path: Path, source: str, root: Path | None, base: CheckpointInfo | None) -> CheckpointInfo:
+def inspect_model(
+    path: Path,
+    source: str,
+    root: Path | None,
+    base: CheckpointInfo | None,
+    *,
+    without_base: str = "name that as base",
+) -> CheckpointInfo:
     """A checkpoint or an adapter of `base`, from its headers, see `inspect_checkpoint`.
+
+    Args:
+        without_base: what to do with an adapter where there is no base.
 
     Raises:
         InvalidCheckpoint: names the file or tensor and what to do.
@@ -112,7 +123,7 @@ def inspect_model(path: Path, source: str, root: Path | None, base: CheckpointIn
         if base is None:
             of = adapter.config.base_model_name_or_path
             of = of[:200] if of else "a model that it does not name"
-            raise InvalidCheckpoint(source, f"it is an adapter of {of}; name that as base")
+            raise InvalidCheckpoint(source, f"it is an adapter of {of}; {without_base}")
         return _adapted(adapter, path, base)
 
 
@@ -153,6 +164,8 @@ def _adapter(path: Path, source: str) -> Adapter:
             raise InvalidCheckpoint(source, f"tensor {tensor.name} is of no plain LoRA adapter; {MERGE_IT}")
         else:
             whole[name] = tensor
+    if not factors and not whole:
+        raise InvalidCheckpoint(source, f"{ADAPTER_WEIGHTS} has no tensor of an adapter; save it again")
     for module, pair in factors.items():
         if len(pair) < 2:
             raise InvalidCheckpoint(source, f"of {module}, only one of the tensors lora_A and lora_B is there")
@@ -198,8 +211,12 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
         if target not in tensors:
             raise _unknown(adapter, base, adapter.factors[module]["a"])
         scaling = alpha / (math.sqrt(rank) if adapter.config.use_rslora else rank)
+        if not abs(scaling) <= LARGEST_SCALING:
+            problem = f"{ADAPTER_CONFIG}: lora_alpha or alpha_pattern gives {module} the scaling {scaling:.3g}"
+            raise InvalidCheckpoint(adapter.source, f"{problem}, which float32 cannot hold")
         delta = _low_rank(adapter, module, rank, scaling, base, tensors[target])
         tensors[target] = replace(tensors[target], source=adapter.source, delta=delta)
+    _check_complete(adapter, base, tensors)
     vocabulary = vocabulary_of(path, adapter.source)
     tokenizer = (vocabulary, path) if vocabulary else (base.vocabulary, base.tokenizer_path)
     return CheckpointInfo(adapter.source, path, config, tensors, *tokenizer, base)
@@ -295,6 +312,35 @@ def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
         if name.endswith((*EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
             problem = f"it adapts {name}, which the base ties to another matrix (tie_word_embeddings)"
             raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
+
+
+def _check_complete(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises InvalidCheckpoint where a layer's matrix is not adapted though `target_modules` names it.
+
+    What is outside the layers, in layers beyond those of the configuration, and in whole lists of layers of which other
+    lists are adapted may not have been in the model that was trained. Experts are not looked for: transformers holds
+    those of a layer as one tensor, which plain names do not adapt.
+    """
+    said = adapter.config.model_extra or {}
+    targets = said.get("target_modules")
+    chosen = [said.get(key) for key in ("layers_to_transform", "exclude_modules")]
+    if not isinstance(targets, list) or any(value not in (None, []) for value in chosen):
+        return
+    layers = {name: layer for name in tensors if (layer := layer_of(name)) and ".experts." not in name}
+    adapted = {name for name, tensor in tensors.items() if tensor.delta is not None}
+    places = {(layers[name].stack, layers[name].inner) for name in adapted & layers.keys()}
+    endings = tuple(f".{target}.weight" for target in targets)
+    met = tuple(ending for ending in endings if any(name.endswith(ending) for name in adapted))
+    count = layer_count(base.config)
+    for name, layer in layers.items():
+        if not name.endswith(endings) or (count is not None and layer.number >= count):
+            continue
+        is_wanted = (layer.stack, layer.inner) in places or not name.endswith(met)
+        if is_wanted and tensors[name].source != adapter.source:
+            problem = (
+                f"{ADAPTER_WEIGHTS} has no matrices for {name.removesuffix('.weight')}, which target_modules names"
+            )
+            raise InvalidCheckpoint(adapter.source, f"{problem}; save it again", tensor=name)
 
 
 def _own_config(path: Path, source: str) -> dict[str, Any]:

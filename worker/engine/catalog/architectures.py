@@ -16,6 +16,9 @@ class Use(NamedTuple):
 LANGUAGE_MODEL = Use("AutoModelForCausalLM", "text-generation")
 SEQUENCE_TO_SEQUENCE = Use("AutoModelForSeq2SeqLM", "text2text-generation")
 IMAGE_TO_TEXT = Use("AutoModelForImageTextToText", "image-text-to-text")
+SPEECH_TO_TEXT = Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition")
+SPEECH_TYPES = ("whisper", "speech_to_text", "moonshine", "moonshine_streaming")
+"""Whose architectures end as those from text to text do."""
 BY_ENDING = {
     "ForCausalLM": LANGUAGE_MODEL,
     "LMHeadModel": LANGUAGE_MODEL,
@@ -41,7 +44,11 @@ def use_of(config: Mapping[str, Any]) -> Use:
     """What a checkpoint with this configuration is for."""
     name = architecture_of(config)
     found = next((use for ending, use in BY_ENDING.items() if name.endswith(ending)), WITHOUT_HEAD)
-    return IMAGE_TO_TEXT if found is SEQUENCE_TO_SEQUENCE and "vision_config" in config else found
+    if found is not SEQUENCE_TO_SEQUENCE:
+        return found
+    if config.get("model_type") in SPEECH_TYPES:
+        return SPEECH_TO_TEXT
+    return IMAGE_TO_TEXT if "vision_config" in config else found
 
 
 def classifies(config: Mapping[str, Any]) -> bool:

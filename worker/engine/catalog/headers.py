@@ -48,8 +48,10 @@ TOKENIZER_FILES = (
     "bpe.codes",
     *SENTENCEPIECE,
 )
-COMPANIONS = ("chat_template.jinja", "generation_config.json")
-"""Of language models, published beside the tokenizer and read by nobody here."""
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""How images and sound become a model's inputs."""
+COMPANIONS = ("chat_template.jinja", "generation_config.json", *PROCESSORS)
+"""Published beside the tokenizer and read by nobody here."""
 SPECIAL_TOKENS = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
 LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
@@ -206,7 +208,8 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
     config = read_json(path / "config.json", source, MAX_CONFIG_BYTES)
     refuse_code("config.json", config, source)
     tensors: dict[str, TensorInfo] = {}
-    for file_name in _weight_files(path, source, config):
+    files, indexed = _weight_files(path, source, config)
+    for file_name in files:
         for tensor in read_header(path / file_name, source):
             if tensor.name in tensors:
                 raise InvalidCheckpoint(
@@ -215,6 +218,10 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
             tensors[tensor.name] = tensor
         if len(tensors) > MAX_TENSORS:
             raise InvalidCheckpoint(source, f"it has more than {MAX_TENSORS} tensors", file=file_name)
+    for name, file_of in indexed.items():
+        if name not in tensors:
+            problem = f"{INDEX} says that tensor {name} is in {file_of}, and no weight file has it"
+            raise InvalidCheckpoint(source, problem, tensor=name)
     return CheckpointInfo(source, path, config, tensors, vocabulary_of(path, source), path)
 
 
@@ -245,10 +252,12 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     if len(raw) < header_bytes:
         raise InvalidCheckpoint(source, f"{name} is truncated inside its header", file=name)
     try:
-        header = json.loads(raw)
+        header = _parsed(raw)
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
         data = 8 + header_bytes
         entries = [_tensor(source, file, data, key, entry) for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(source, f"{name} has a malformed header: {error}", file=name) from error
     if len(entries) > MAX_TENSORS:
         raise InvalidCheckpoint(source, f"{name} has {len(entries)} tensors; {MAX_TENSORS} are allowed", file=name)
@@ -271,18 +280,28 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     return [tensor for tensor, _, _ in entries]
 
 
-def _tensor(source: str, file: Path, data: int, name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
+def _tensor(source: str, file: Path, data: int, name: str, entry: object) -> tuple[TensorInfo, int, int]:
+    """Raises ValueError for what the format does not have."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"what it says of tensor {name} is no JSON object")
+    for key in ("dtype", "shape", "data_offsets"):
+        if key not in entry:
+            raise ValueError(f"tensor {name} has no {key}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"tensor {name} has a dtype that is no string")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"tensor {name} has a shape that is no list, or data_offsets that are not a list of two")
     if dtype in QUANTISED:
         kind = QUANTISED[dtype]
         problem = f"{file.name}: tensor {name} has dtype {dtype}; {kind} weights are quantised"
         raise InvalidCheckpoint(source, f"{problem}: merge the originals, then quantise", tensor=name)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+    if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):  # True is an instance of int
         raise ValueError(f"tensor {name} has a negative or non-integer shape or offset")
-    return TensorInfo(source, name, file, data + begin, dtype, shape), begin, end
+    begin, end = offsets
+    return TensorInfo(source, name, file, data + begin, dtype, tuple(shape)), begin, end
 
 
 def checkpoint_state(info: CheckpointInfo) -> str:
@@ -318,7 +337,8 @@ def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[
     return [name for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in names]
 
 
-def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> list[str]:
+def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[list[str], Mapping[str, object]]:
+    """Names of the files, and by tensor the file in which an index says that it is."""
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX, source, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -329,9 +349,9 @@ def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> list[st
         for file in files:
             if Path(file).name != file or not (path / file).is_file():
                 raise InvalidCheckpoint(source, f"{INDEX} names {file}, which is not in the folder")
-        return files
+        return files, weight_map
     if (path / WEIGHTS).is_file():
-        return [WEIGHTS]
+        return [WEIGHTS], {}
     for pickle in PICKLES:
         if (path / pickle).exists():
             raise InvalidCheckpoint(
@@ -354,10 +374,21 @@ def _read(file: Path, source: str, limit: int) -> bytes:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read: {error.strerror}") from error
 
 
+def _parsed(raw: bytes) -> Any:
+    """Raises ValueError for what is no JSON, and for half a surrogate pair, which no file could hold as UTF-8."""
+    content = json.loads(raw)
+    if b"\\u" in raw:  # in no other way can there be one
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half a surrogate pair, which is no character") from error
+    return content
+
+
 def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
     """Raises InvalidCheckpoint when it is missing, larger than `limit` bytes or no JSON object."""
     try:
-        content = json.loads(_read(file, source, limit))
+        content = _parsed(_read(file, source, limit))
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -427,7 +458,6 @@ def _ids(ids: dict[Any, Any]) -> dict[str, int]:
     for token, index in ids.items():
         if not isinstance(token, str) or type(index) is not int or index < 0:
             raise ValueError(f"token {token!r} has the id {index!r}")
-    "".join(ids).encode()  # half a surrogate pair is no character, and no file could hold it
     return ids
 
 

@@ -44,6 +44,7 @@ TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.
 PACKED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB|weight_scale|weight_scale_inv)(\.|$)")
 """Names that GPTQ, AWQ, compressed-tensors and bitsandbytes give to the parts of quantised weights."""
 
+GENERATING = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys of the number of layers, by which the one stack of a decoder or encoder is counted."""
 COUNTS = (
@@ -93,6 +94,11 @@ def stacks_of(names: Iterable[str]) -> dict[str, int]:
         if layer is not None:
             lengths[layer.stack] = max(lengths.get(layer.stack, 0), layer.number + 1)
     return lengths
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """What the configuration says of its one list of layers; None where it says nothing."""
+    return next((config[key] for key in LAYER_COUNTS if type(config.get(key)) is int), None)
 
 
 def slot_of(name: str) -> Slot:
@@ -239,15 +245,22 @@ def check_checkpoint(info: CheckpointInfo) -> None:
         raise InvalidCheckpoint(info.source, f"its weights are quantised{seen}; merge the originals, then quantise")
     for key, count in _counts(info.config):
         # Whoever builds the model makes a module for each, and a config is a few bytes that anyone can write.
-        if not isinstance(count, int) or count > len(info.tensors):
+        if type(count) is not int:
+            problem = f"{key} in config.json is no number but of type {type(count).__name__}"
+            raise InvalidCheckpoint(info.source, problem)
+        if count > len(info.tensors):
             problem = f"config.json says {str(count)[:20]} {key}, and {len(info.tensors)} tensors are there"
             raise InvalidCheckpoint(info.source, problem)
     stacks = stacks_of(info.tensors)
+    # Layers that predict further tokens are stored after the others, which alone are counted.
+    predicting = info.config.get("num_nextn_predict_layers")
+    beyond = predicting if type(predicting) is int else 0
     for key in LAYER_COUNTS:
         said = info.config.get(key)
-        if len(stacks) == 1 and said is not None and said > max(stacks.values()):
-            raise InvalidCheckpoint(info.source, f"{max(stacks.values())} layers are there, config.json says {said}")
-    if _ties(info.config) is False and use_of(info.config).pipeline_tag in ("text-generation", "text2text-generation"):
+        if len(stacks) == 1 and said is not None and not said <= max(stacks.values()) <= said + beyond:
+            problem = f"{max(stacks.values())} layers are there, config.json says {said} {key}"
+            raise InvalidCheckpoint(info.source, problem)
+    if _ties(info.config) is False and use_of(info.config).pipeline_tag in GENERATING:
         _check_has_logits(info)
 
 

@@ -8,27 +8,30 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.layouts import check_configs
+from worker.engine.catalog.layouts import check_configs, is_buffer
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.stacking import keys_of_layers
 from worker.engine.catalog.vocabulary import token_keys
-from worker.engine.checkpoints.loading import check_layout, first_line
+from worker.engine.checkpoints.loading import check_layout, in_one_line, unread_tensors
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.methods.blocks import row_blocks
 
 
-def check_plan(plan: MergePlan, *, is_stacked: bool) -> None:
+def check_plan(plan: MergePlan, *, is_stacked: bool) -> list[str]:
     """Of a plan without a table; one with a table has had these checks from headers.
 
     Args:
         is_stacked: whether the published model has layers of its own number.
+
+    Returns:
+        Notes of what is merged though transformers does not read it.
 
     Raises:
         InvalidCheckpoint: tensors that are said to be tied differ, or transformers takes no such configuration.
         IncompatibleCheckpoints: two configurations differ in a default, or by one.
     """
     if plan.family is not None:
-        return
+        return []
     first, *others = [_with_defaults(info) for info in plan.all_checkpoints]
     for other in others:
         besides = set[str]()
@@ -37,10 +40,21 @@ def check_plan(plan: MergePlan, *, is_stacked: bool) -> None:
         if plan.vocabulary is not None:
             besides |= {*token_keys(first.config), *token_keys(other.config)}
         check_configs(first, other, besides)
+    [published] = plan.published
+    merged = {t.slot.name: t.sources[0] for t in plan.backbone}
     if is_stacked:
-        [published] = plan.published
-        check_layout(replace(published, tensors={t.slot.name: t.sources[0] for t in plan.backbone}))
+        check_layout(replace(published, tensors=merged))
     _check_tied(plan.tied)
+    learned = {name: tensor for name, tensor in merged.items() if not is_buffer(tensor)}
+    return _notes_of_unread(replace(published, tensors=learned))
+
+
+def _notes_of_unread(published: CheckpointInfo) -> list[str]:
+    unread = unread_tensors(published)
+    if not unread:
+        return []
+    more = f" (like {len(unread) - 1} more)" if len(unread) > 1 else ""
+    return [f"tensor {unread[0]}{more} is not one that {published.architecture} reads; it was merged all the same"]
 
 
 def _with_defaults(info: CheckpointInfo) -> CheckpointInfo:
@@ -50,7 +64,7 @@ def _with_defaults(info: CheckpointInfo) -> CheckpointInfo:
     try:
         return replace(info, config=AutoConfig.for_model(**info.config).to_dict())
     except Exception as error:  # whatever transformers thinks of the configuration
-        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {first_line(error)}") from error
+        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {in_one_line(error)}") from error
 
 
 def _check_tied(pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> None:

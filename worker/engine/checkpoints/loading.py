@@ -82,10 +82,10 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(info.tokenizer_path, config=model.config, **offline)
     except InvalidCheckpoint:
         raise
-    except Exception as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
-        if is_out_of_memory(error):
+    except BaseException as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
+        if is_out_of_memory(error) or not is_of_library(error):
             raise
-        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {first_line(error)}") from error
+        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {in_one_line(error)}") from error
     for name, found, wanted in sorted(report["mismatched_keys"]):
         problem = f"tensor {name} has shape {list(found)}, by its configuration it would have {list(wanted)}"
         raise InvalidCheckpoint(info.source, problem, tensor=name)
@@ -151,12 +151,22 @@ def check_layout(info: CheckpointInfo) -> None:
             raise InvalidCheckpoint(info.source, problem, tensor=name)
 
 
+def unread_tensors(info: CheckpointInfo) -> list[str]:
+    """Names of the tensors that transformers does not read; none where `check_layout` knows nothing either."""
+    layout = _layout(json.dumps(info.config, sort_keys=True), info.source)
+    if layout is None:
+        return []
+    known = {*layout.shapes, *layout.buffers, *(name for names in layout.tied.values() for name in names)}
+    return [name for name in _shapes(info, layout) if name not in known]
+
+
 @dataclass(frozen=True)
 class _Layout:
     shapes: dict[str, tuple[int, ...]]
     """Of the parameters, by name; of tied ones, under the first of their names."""
     tied: dict[str, set[str]]
     """Other names of the same parameter."""
+    buffers: frozenset[str]
     prefix: str
     """Of what lies under the head, which names in a checkpoint may lack."""
 
@@ -169,7 +179,8 @@ def _shapes(info: CheckpointInfo, layout: _Layout) -> dict[str, tuple[int, ...]]
         slot = family.slot(name) if family else None
         name = slot.name if slot else name
         names = [known for one in spellings(name) for known in (one, f"{layout.prefix}.{one}")]
-        found[next((known for known in names if known in layout.shapes), name)] = tensor.shape
+        own = (one for one in names if one in layout.shapes or one in layout.buffers)
+        found[next(own, name)] = tensor.shape
     return found
 
 
@@ -180,19 +191,23 @@ def _layout(config: str, source: str) -> _Layout | None:
     model_class = _library_class(architecture_of(values))
     if model_class is None or values.get("model_type") not in CONFIG_MAPPING:
         return None
+    if model_class.forward is nn.Module.forward:
+        problem = f"architectures in config.json names {model_class.__name__}, which computes nothing by itself"
+        raise InvalidCheckpoint(source, f"{problem}; name the model's own class")
     try:
         with torch.device("meta"):
             model = model_class._from_config(AutoConfig.for_model(**values), attn_implementation="eager")
         model.tie_weights()
+        if get_model_conversion_mapping(model, add_legacy=False):
+            return None
+        tied: dict[str, set[str]] = {}
+        for target, origin in model.all_tied_weights_keys.items():
+            tied.setdefault(origin, set()).add(target)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        buffers = frozenset(name for name, _ in model.named_buffers())
+        return _Layout(shapes, tied, buffers, model.base_model_prefix)
     except Exception as error:  # whatever transformers thinks of the configuration
-        raise InvalidCheckpoint(source, f"transformers cannot load it: {first_line(error)}") from error
-    if get_model_conversion_mapping(model, add_legacy=False):
-        return None
-    tied: dict[str, set[str]] = {}
-    for target, origin in model.all_tied_weights_keys.items():
-        tied.setdefault(origin, set()).add(target)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return _Layout(shapes, tied, model.base_model_prefix)
+        raise InvalidCheckpoint(source, f"transformers cannot load it: {in_one_line(error)}") from error
 
 
 def _library_class(name: str) -> Any:
@@ -265,5 +280,11 @@ def _bytes(loaded: LoadedModel) -> int:
     return sum(p.numel() * p.element_size() for p in loaded.model.parameters())
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def is_of_library(error: BaseException) -> bool:
+    """Whether it is an error, or a panic of compiled code, as tokenizers has at some files; no signal to stop."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def in_one_line(error: BaseException) -> str:
+    """What it says, which may be on several lines; at most 300 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

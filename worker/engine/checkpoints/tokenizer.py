@@ -6,11 +6,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worker.engine.catalog.headers import COMPANIONS, SENTENCEPIECE, TOKENIZER_FILES, CheckpointInfo
+import tokenizers
+
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.headers import COMPANIONS, PROCESSORS, SENTENCEPIECE, TOKENIZER_FILES, CheckpointInfo
+from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
+from worker.engine.checkpoints.loading import in_one_line, is_of_library
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 OLDER_FORMS = ("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", *SENTENCEPIECE)
+
+
+def check_tokenizers(plan: MergePlan) -> None:
+    """Whether the library reads every tokenizer.json that is published; a merge that loads models has seen that.
+
+    Raises:
+        InvalidCheckpoint: it does not.
+    """
+    owners = plan.published if plan.vocabulary is None else (plan.vocabulary.owner,)
+    for folder, info in {info.tokenizer_path: info for info in owners}.items():
+        if not (folder / "tokenizer.json").exists():
+            continue
+        try:
+            tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except BaseException as error:  # the library has no class of its own for what it does not read
+            if not is_of_library(error):
+                raise
+            problem = f"tokenizer.json cannot be loaded: {in_one_line(error)}"
+            raise InvalidCheckpoint(info.source, problem, file="tokenizer.json") from error
 
 
 def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:
@@ -60,7 +84,7 @@ def _entry(token: NewToken) -> dict[str, Any]:
 def _copy(info: CheckpointInfo, names: Sequence[str], folder: Path) -> None:
     files = [info.tokenizer_path / name for name in names]
     if info.base is not None:  # beside an adapter's tokenizer there is none of these, as a rule
-        files.insert(0, info.base.path / "generation_config.json")
+        files = [*(info.base.path / name for name in ("generation_config.json", *PROCESSORS)), *files]
     for file in files:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)

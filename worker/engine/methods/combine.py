@@ -24,7 +24,7 @@ def normalized(weights: Tensor, fallback: Tensor) -> Tensor:
 
 
 def combine(versions: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """`theta_1 + sum_j w_j (theta_j - theta_1)`, exact for identical versions.
+    """`theta_1 + sum_j w_j (theta_j - theta_1)`, exact for identical versions and where one has all the weight.
 
     Args:
         versions: one tensor per model, of the same shape and dtype.
@@ -38,6 +38,10 @@ def combine(versions: Sequence[Tensor], weights: Tensor) -> Tensor:
             merged.add_(version - first, alpha=float(weight))
         else:
             merged.addcmul_(version - first, weight)
+    alone = (weights == 1) & ((weights != 0).sum(0) == 1)
+    for version, is_alone in zip(versions[1:], alone[1:], strict=True):
+        if bool(is_alone.any()):
+            merged = torch.where(is_alone, version, merged)
     return merged
 
 

@@ -31,7 +31,7 @@ def spherical(products: Tensor, t: float) -> Tensor:
     """What the first vector and the second are multiplied with, to be `t` of the way along the arc between them.
 
     Where there is no arc, it is the straight line: between opposites, between what hardly differs in direction, and
-    where a vector is zero.
+    where a vector is zero. At both ends it is that vector alone, without rounding.
 
     Args:
         products: of the vectors, (2, 2, …), float64.
@@ -44,4 +44,4 @@ def spherical(products: Tensor, t: float) -> Tensor:
     angle = cosine.acos()
     on_arc = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()]) / sine
     straight = torch.tensor([1 - t, t], dtype=torch.float64).view(2, *(1 for _ in sine.shape)).expand_as(on_arc)
-    return torch.where(sine >= COLINEAR, on_arc, straight)
+    return straight if t in (0, 1) else torch.where(sine >= COLINEAR, on_arc, straight)
