@@ -454,6 +454,20 @@ def test_differences_are_named_by_their_path() -> None:
     ]  # fmt: skip
 
 
+def test_nan_equals_itself() -> None:
+    nan = float("nan")
+    assert not list(differences({"scale": nan, "scales": [1, nan]}, {"scale": float("nan"), "scales": [1, -nan]}))
+    assert [key for key, *_ in differences({"scale": nan}, {"scale": 1.0})] == ["scale"]
+
+
+def test_values_of_other_types_show_it(tmp_path: Path) -> None:
+    folders = [tiny_model(tmp_path / name) for name in "ab"]
+    edit_json(folders[1] / "config.json", rms_norm_eps="1e-06")
+    infos = [inspect_checkpoint(folder, folder.name) for folder in folders]
+    with pytest.raises(IncompatibleCheckpoints, match=r"rms_norm_eps differs in config\.json: 1e-06, '1e-06'"):
+        plan_merge(infos)
+
+
 def assert_refused(planning: Callable[[], object], error: type[EngineError], words: list[str]) -> None:
     with pytest.raises(error) as caught:
         planning()
