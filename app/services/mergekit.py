@@ -157,7 +157,8 @@ def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[
     if recipe["merge_method"] == "passthrough":
         stacked = [next(_entries(entry, "sources", place)) for place, entry in _entries(recipe, "slices")]
         fields |= {f"method.slices.{index}": f"{place}.layer_range" for index, (place, _) in enumerate(stacked)}
-        sources = [Source(place, _reference(source, place), []) for place, source in stacked]
+        shared: Chain = []
+        sources = [Source(place, _reference(source, place), shared) for place, source in stacked]
     else:
         sources, shared, _, _ = _sources(recipe)
         everywhere = [*shared, *(pair for source in sources for pair in source.parameters)]
@@ -167,12 +168,9 @@ def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[
             fields["layers"] = f"{sources[0].place}.layer_range"
     found = {source.reference: source for source in reversed(sources)}
     for index, model in enumerate(request["models"]):
-        source = found.get(model["checkpoint"])
-        if source is None:
-            fields[f"models.{index}"] = fields[f"models.{index}.checkpoint"] = "base_model"
-            continue
+        source = found.get(model["checkpoint"], Source("base_model", model["checkpoint"], shared))
         fields[f"models.{index}"] = source.place
-        fields[f"models.{index}.checkpoint"] = f"{source.place}.model"
+        fields[f"models.{index}.checkpoint"] = f"{source.place}.model" if source in sources else source.place
         fields[f"models.{index}.weight"] = _place_of("weight", source.parameters)
         for key in model.get("parameters", {}):
             fields[f"models.{index}.parameters.{key}"] = _place_of(key, source.parameters)

@@ -210,14 +210,14 @@ BAD_BODIES: dict[str, tuple[str | bytes, int, str, list[str]]] = {
     ),
     "a parameter of mergekit's recipe": (
         TIES.replace("{density: 0.3}", "{density: 1.5}"), 422, "invalid_request",
-        ['"field":"parameters.density"', "parameters.density: ", "less than or equal to 1"],
+        ['"field": "parameters.density"', "parameters.density: ", "less than or equal to 1"],
     ),
     "a model's own parameter in mergekit's recipe": (
         TIES.replace("[0.9, 0.2]", "[0.9, 1.2]"), 422, "invalid_request",
-        ['"field":"models.1.parameters.density.1"', "models.1.parameters.density.1: "],
+        ['"field": "models.1.parameters.density.1"', "models.1.parameters.density.1: "],
     ),
     "a model of mergekit's recipe": (
-        MERGEKIT.replace("local:checkpoints/b", "local:checkpoints/none"), 422, "invalid_request",
+        MERGEKIT.replace("local:checkpoints/b\n", "local:checkpoints/none\n"), 422, "invalid_request",
         ["models.2.model: 'local:checkpoints/none' does not exist"],
     ),
     "the base of mergekit's recipe": (
@@ -413,7 +413,7 @@ def test_a_job_is_fetched_later_and_what_is_there_is_kept(service: Service, tmp_
     assert done.returncode == 2
     assert f"{kept} is there with other content" in done.stderr
     assert kept.read_text() == "{}"
-    assert "there is no job" in fetched(service, "01NONE", part).stderr
+    assert "there is no job" in fetched(service, "0" * 28, part).stderr
 
 
 def test_a_file_that_arrives_otherwise_than_announced_has_no_name(service: Service, tmp_path: Path) -> None:

@@ -501,7 +501,7 @@ def test_fields_of_the_translation_are_known_by_their_names_there() -> None:
     assert found["models.0.checkpoint"] == "slices.0.sources.1.model"
     assert found["layers"] == "slices.0.sources.0.layer_range"
 
-    found = known({"merge_method": "linear", "base_model": "a/base", "models": [one], "parameters": {"weight": 1}})
+    found = known({"merge_method": "linear", "base_model": "a/base", "models": [two], "parameters": {"weight": 1}})
     assert found["models.0.checkpoint"] == "base_model"
     assert found["models.0.weight"] == "parameters.weight"
 

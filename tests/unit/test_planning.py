@@ -255,7 +255,6 @@ UNLIKE: dict[str, tuple[Spoiling, list[str]]] = {
         ["architectures differ: BertForSequenceClassification, BertForMaskedLM"],
     ),
     "vocabulary size": (config(vocab_size=101), ["vocab_size differs: 100, 101"]),
-    "a setting that is a text": (config(hidden_act=None), ["hidden_act differs: 'gelu', None"]),
     "head count": (config(num_attention_heads=8), ["num_attention_heads differs: 4, 8"]),
     "activation": (config(hidden_act="relu"), ["hidden_act differs: 'gelu', 'relu'"]),
     "tokenizer": (another_vocabulary, ["tokenizers", "vocabulary"]),
