@@ -289,7 +289,7 @@ def _model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     if result.metrics:
         lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), "", ABOUT_METRICS, ""]
     if result.notes:
-        lines += [*(f"- {' '.join(escape(note).split())}" for note in result.notes), ""]
+        lines += [*(f"- {' '.join(escape(note, quote=False).split())}" for note in result.notes), ""]
     lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]
     return "\n".join(lines)
 
