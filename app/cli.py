@@ -1,11 +1,11 @@
-"""The command line: `maskmerge serve | api | worker | merge | settings`."""
+"""The command line: `maskmerge serve | api | worker | merge | download | settings`."""
 
 import argparse
 import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,20 @@ from pydantic import ValidationError
 from app.contracts.settings import Settings
 
 if TYPE_CHECKING:
-    from app.client import Event
+    from app.client import Client, Event
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.command == "merge":
-        return _merge(options.recipe, options.url, options.wait or options.output is not None, options.output)
+    try:
+        if options.command == "merge":
+            return _merge(options.recipe, options.url, options.wait or options.output is not None, options.output)
+        if options.command == "download":
+            return _download(options.job, options.url, options.output)
+    except _Stop as stop:
+        print(f"maskmerge: {stop}", file=sys.stderr)
+        return stop.status
     given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
     try:
         settings = Settings(**given)
@@ -53,9 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("worker", help="one worker, against MASKMERGE_REDIS_URL")
     merge = commands.add_parser("merge", help="queue a merge on a running service")
     merge.add_argument("recipe", type=Path, metavar="RECIPE", help="what to post: JSON, YAML, or a recipe of mergekit")
-    merge.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is; default: %(default)s")
     merge.add_argument("--wait", action="store_true", help="wait for the end, showing progress")
-    merge.add_argument("--output", type=Path, metavar="DIR", help="wait, and download the artifact to this folder")
+    merge.add_argument("--output", type=Path, metavar="DIR", help="wait, and download the artifact to this new folder")
+    download = commands.add_parser("download", help="fetch what a job made, or what is missing of it")
+    download.add_argument("job", metavar="JOB", help="the job's id")
+    download.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the artifact")
+    for client in (merge, download):
+        client.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is; default: %(default)s")
     commands.add_parser("settings", help="every setting with its value and meaning")
     return parser
 
@@ -96,41 +106,78 @@ def _worker(settings: Settings) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "worker"])  # noqa: S606
 
 
+class _Stop(Exception):
+    """Ends the command with a message and an exit status."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextmanager
+def _service(url: str) -> Iterator["Client"]:
+    """A client of which every error ends the command."""
+    import httpx
+
+    from app.client import Client, NoService, RequestRefused
+
+    try:
+        with Client(url) as client:
+            yield client
+    except RequestRefused as error:
+        raise _Stop(str(error.problem.get("detail"))) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _Stop(f"{url}: {error}; `maskmerge serve` starts a service") from error
+    except (NoService, OSError, ValueError) as error:  # of the recipe's file or the output's
+        raise _Stop(str(error)) from error
+
+
+@contextmanager
+def _interruptible(message: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise _Stop(message, 130) from error
+
+
 def _merge(recipe: Path, url: str, waits: bool, output: Path | None) -> int:
     """0: accepted or succeeded; 1: the job failed; 2: it was refused, or a file or the service is not there."""
     import httpx
 
-    from app.client import Client, RequestRefused
-
-    try:
-        with Client(url) as client:
-            is_json = recipe.suffix == ".json"
-            job = client.merge_recipe(recipe.read_bytes(), "application/json" if is_json else "application/yaml")
-            print(f"job {job['id']}", flush=True)
-            if not waits:
-                return 0
+    with _service(url) as client:
+        if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise _Stop(f"{output} is there already; --output takes a new folder, or an empty one")
+        content, is_json = recipe.read_bytes(), recipe.suffix == ".json"
+        unknown = "no answer came; the job may be queued all the same, see GET /jobs before posting it again"
+        try:
+            with _interruptible(unknown):
+                job = client.merge_recipe(content, "application/json" if is_json else "application/yaml")
+        except (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError) as error:
+            raise _Stop(f"{url}: {unknown}") from error
+        print(f"job {job['id']}", flush=True)
+        if not waits:
+            return 0
+        fetching = f"`maskmerge download {job['id']} --output {output or 'DIR'} --url {url}` fetches"
+        with _interruptible(f"not waiting any longer; the job goes on, and {fetching} what it has made then"):
             for line in _news(client.events(job["id"])):
                 print(line, flush=True)
             job = client.job(job["id"])
-            if job["error"] is not None:
-                print(f"maskmerge: {job['error']['code']}: {job['error']['message']}", file=sys.stderr)
-            if job["status"] != "succeeded":
-                return 1
-            if output is not None:
+        if job["error"] is not None:
+            print(f"maskmerge: {job['error']['code']}: {job['error']['message']}", file=sys.stderr)
+        if job["status"] != "succeeded":
+            return 1
+        if output is not None:
+            with _interruptible(f"the job succeeded; {fetching} what is missing"):
                 client.download(job["id"], output)
-                print(f"downloaded to {output}")
-    except RequestRefused as error:
-        print(f"maskmerge: {error.problem.get('detail')}", file=sys.stderr)
-        return 2
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        print(f"maskmerge: {url}: {error}; `maskmerge serve` starts a service", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("maskmerge: not waiting any longer; the job goes on", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:  # of the recipe's file or the output's; an answer that is no JSON
-        print(f"maskmerge: {error}", file=sys.stderr)
-        return 2
+            print(f"downloaded to {output}")
+    return 0
+
+
+def _download(job: str, url: str, output: Path) -> int:
+    """0: everything is there; 2: the job has made nothing, or a file or the service is not there."""
+    with _service(url) as client, _interruptible("not all is there; the same command fetches what is missing"):
+        client.download(job, output)
+    print(f"downloaded to {output}")
     return 0
 
 

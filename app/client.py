@@ -25,6 +25,15 @@ class RequestRefused(Exception):
         self.problem = problem
 
 
+class NoService(Exception):
+    """What answered is no maskmerge service, or something between it and here."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        kind = response.headers.get("content-type", "nothing").partition(";")[0]
+        address = f"{response.url.scheme}://{response.url.netloc.decode()}"
+        super().__init__(f"{address} is no maskmerge service: it answers {response.status_code}, {kind}")
+
+
 @dataclass(frozen=True)
 class Event:
     """`kind` is status, progress or log; the reference says what `data` holds."""
@@ -35,7 +44,7 @@ class Event:
 
 
 class Client:
-    """Talks to one service.
+    """Talks to one service; every method raises NoService where something else answers.
 
     Args:
         base_url: as `http://127.0.0.1:8000`.
@@ -112,7 +121,7 @@ class Client:
                         return
                     if response.is_error:
                         response.read()
-                        raise RequestRefused(response.json())
+                        raise RequestRefused(_content(response))
                     away_since = None
                     for event in _parse(response.iter_text()):
                         is_news, last_event_id = True, event.id
@@ -136,10 +145,11 @@ class Client:
         return files
 
     def download(self, job_id: str, folder: Path) -> None:
-        """The whole artifact into `folder`, every file checked by its sha256.
+        """The whole artifact into `folder`, every file checked by its sha256 before it has its name.
 
-        Large files of equal content, as the shared backbone, are fetched once and hard-linked. Raises OSError when a
-        file does not arrive as announced, or would lie outside the folder.
+        Files that are there already, as an earlier download left them, are kept. Large files of equal content, as the
+        shared backbone, are fetched once and hard-linked. Raises OSError when a file does not arrive as announced,
+        would lie outside the folder, or is there with other content.
         """
         fetched: dict[str, Path] = {}
         for file in self.files(job_id):
@@ -147,19 +157,30 @@ class Client:
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise OSError(f"{file['name']} would lie outside {folder}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".safetensors" and file["sha256"] in fetched:
-                path.unlink(missing_ok=True)
+            if path.exists():
+                with path.open("rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
+                        raise OSError(f"{path} is there with other content; download to another folder")
+            elif path.suffix == ".safetensors" and file["sha256"] in fetched:
                 os.link(fetched[file["sha256"]], path)
-                continue
-            digest = hashlib.sha256()
-            with self._http.stream("GET", file["href"]) as response, path.open("wb") as stream:
+            else:
+                self._fetch(file, path)
+            fetched[file["sha256"]] = path
+
+    def _fetch(self, file: dict[str, Any], path: Path) -> None:
+        partial = path.with_name(f"{path.name}.partial")
+        digest = hashlib.sha256()
+        try:
+            with self._http.stream("GET", file["href"]) as response, partial.open("wb") as stream:
                 response.raise_for_status()
                 for chunk in response.iter_bytes(CHUNK_BYTES):
                     digest.update(chunk)
                     stream.write(chunk)
             if digest.hexdigest() != file["sha256"]:
                 raise OSError(f"{file['name']} did not arrive as announced; download it again")
-            fetched[file["sha256"]] = path
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _pages(self, path: str, query: dict[str, Any]) -> Iterator[dict[str, Any]]:
         after = None
@@ -172,10 +193,21 @@ class Client:
 
     def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         response = self._http.request(method, path, **options)
-        content: dict[str, Any] = response.json()
+        content = _content(response)
         if response.is_error:
             raise RequestRefused(content)
         return content
+
+
+def _content(response: httpx.Response) -> dict[str, Any]:
+    """The answer's object, of an error the problem document. Raises NoService where it is none."""
+    try:
+        content = response.json()
+    except ValueError as error:
+        raise NoService(response) from error
+    if not isinstance(content, dict) or (response.is_error and "code" not in content):
+        raise NoService(response)
+    return content
 
 
 def _parse(chunks: Iterable[str]) -> Iterator[Event]:

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
-from app.api.yaml_body import YamlRoute, is_yaml
+from app.api.yaml_body import YamlRoute, as_sent, is_yaml
 from app.contracts.errors import FieldError, Problem, ProblemBody, ProblemError
 
 MEDIA_TYPE = "application/problem+json"
@@ -40,7 +40,12 @@ def answer(request: Request, error: ProblemError) -> Response:
 
 def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)  # noqa: S101 - for the type checker; the table above is the guarantee
-    return answer(request, error)
+    detail, errors = error.detail, []
+    for found in error.errors:
+        field = as_sent(request, found.field)
+        detail = detail.replace(f"{found.field}: {found.message}", f"{field}: {found.message}", 1)
+        errors.append(FieldError(field=field, message=found.message))
+    return answer(request, ProblemError(error.problem, detail, errors, **error.headers))
 
 
 def _validation(request: Request, error: Exception) -> Response:
@@ -54,7 +59,10 @@ def _validation(request: Request, error: Exception) -> Response:
         yaml = " or application/yaml" if isinstance(request.scope.get("route"), YamlRoute) else ""
         detail = f"Content-Type is '{request.headers.get('content-type', '')}'; send application/json{yaml}"
         return answer(request, ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail))
-    errors = [FieldError(field=_path(e["loc"]), message=e["msg"].removeprefix("Value error, ")) for e in found]
+    errors = [
+        FieldError(field=as_sent(request, _path(e["loc"])), message=e["msg"].removeprefix("Value error, "))
+        for e in found
+    ]
     later = all(e["type"] == "not_available" for e in found)
     outside = any(e["loc"][0] != "body" for e in found)
     problem = Problem.NOT_AVAILABLE if later else Problem.MALFORMED if outside else Problem.INVALID_REQUEST

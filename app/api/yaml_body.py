@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Message
 
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.services.mergekit import MergekitError, translated
+from app.services.mergekit import MergekitError, fields_there, translated
 from app.services.yaml_text import NotYaml, parse_yaml
 
 MEDIA_TYPES = ("application/yaml", "application/x-yaml", "text/yaml")
@@ -36,7 +36,7 @@ class YamlRoute(APIRoute):
         async def handler(request: Request) -> Response:
             if not is_yaml(request):
                 return await handle(request)
-            content = await run_in_threadpool(_request_in, await request.body())
+            content, request.state.fields_there = await run_in_threadpool(_request_in, await request.body())
             sent = json.dumps(content).encode()
 
             async def receive() -> Message:
@@ -49,15 +49,27 @@ class YamlRoute(APIRoute):
         return handler
 
 
-def _request_in(body: bytes) -> Any:
-    """Of a recipe of mergekit its translation, of any other what it says."""
+def as_sent(request: Request, field: str) -> str:
+    """What a field of the request is called in the body: of mergekit's recipes, there. Without an index into filters,
+    since the translation's are of several mappings."""
+    fields: dict[str, str] = getattr(request.state, "fields_there", {})
+    known = max((ours for ours in fields if field == ours or field.startswith(f"{ours}.")), key=len, default=None)
+    if known is None:
+        return field
+    rest = field.removeprefix(known)
+    return fields[known] + (rest if rest.removeprefix(".").isdecimal() else "")
+
+
+def _request_in(body: bytes) -> tuple[Any, dict[str, str]]:
+    """Of a recipe of mergekit its translation, and what its fields are called there; of any other what it says."""
     try:
         content = parse_yaml(body)
         if isinstance(content, dict) and "merge_method" in content and "method" not in content:
-            return translated(content)
+            request = translated(content)
+            return request, fields_there(content, request)
     except NotYaml as error:
         raise ProblemError(Problem.MALFORMED, f"the body is not YAML as it is taken here: {error}") from error
     except MergekitError as error:
         errors = [FieldError(field=error.field, message=error.message)]
         raise ProblemError(Problem.INVALID_REQUEST, str(error), errors) from error
-    return content
+    return content, {}

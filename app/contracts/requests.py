@@ -14,6 +14,7 @@ from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, is_ever_positive
 
 ANNOUNCED_METHODS = ("auto",)
+LONGEST_TITLE = 200
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
 
@@ -134,8 +135,8 @@ Model = TypeVar("Model", bound=MeasuredModelRequest)
 class JobRequest(Strict, Generic[Model]):
     """What requests for every kind of job have in common."""
 
-    name: Annotated[str, Field(max_length=200)] | None = None
-    """For people; default: the models' names joined by +."""
+    name: Annotated[str, Field(max_length=LONGEST_TITLE)] | None = None
+    """For people; default: the models' names joined by +, as far as there is room."""
     method: RequestedMethod
     models: Annotated[list[Model], Field(min_length=1, max_length=64)]
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
@@ -167,7 +168,8 @@ class JobRequest(Strict, Generic[Model]):
 
     @property
     def title(self) -> str:
-        return self.name or "+".join(model.name for model in self.models)
+        joined = "+".join(model.name for model in self.models)
+        return self.name or (joined if len(joined) <= LONGEST_TITLE else joined[: LONGEST_TITLE - 1] + "…")
 
 
 class MergeRequest(JobRequest[ModelRequest]):

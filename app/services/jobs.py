@@ -39,7 +39,7 @@ from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
 from worker.engine.catalog.rows import check_first_rows
 from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
-from worker.engine.catalog.stacking import plan_job
+from worker.engine.catalog.stacking import layers_of_models, plan_job
 
 HUB_REQUESTS = 8  # at once, of the 40 threads that answer
 HUB_QUEUE_S = 1.0
@@ -275,8 +275,11 @@ class Jobs:
                 plan = planned(base=base)
         if plan.family is None:
             _refuse_rows(request, plan)
-        if request.layers is not None and plan.layers != request.layers:
-            _refuse([("layers", f"the models have {plan.layers} layers, the recipe says {request.layers}")])
+        if request.layers is not None:
+            counts = layers_of_models(plan) if request.method.name == "passthrough" else [plan.layers]
+            if set(counts) != {request.layers}:
+                found = " and ".join(map(str, sorted(set(counts))))
+                _refuse([("layers", f"the models have {found} layers, the recipe says {request.layers}")])
         weights, own = [m.weight for m in request.models], [m.parameters for m in request.models]
         _refuse(parameter_problems(plan, request.method, weights, own))
         free = self._artifacts.free_bytes()

@@ -145,6 +145,38 @@ def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, str]:
+    """By field of `request`, the translation of `recipe`, the field of the recipe that it comes from."""
+    fields = {
+        "base": "base_model",
+        "method": "parameters",
+        "method.name": "merge_method",
+        "output.dtype": "dtype" if recipe.get("out_dtype") is None else "out_dtype",
+        "output.vocabulary": "tokenizer_source" if recipe.get("tokenizer") is None else "tokenizer.source",
+    }
+    if recipe["merge_method"] == "passthrough":
+        stacked = [next(_entries(entry, "sources", place)) for place, entry in _entries(recipe, "slices")]
+        fields |= {f"method.slices.{index}": f"{place}.layer_range" for index, (place, _) in enumerate(stacked)}
+        shared: Chain = []
+        sources = [Source(place, _reference(source, place), shared) for place, source in stacked]
+    else:
+        sources, shared, _, _ = _sources(recipe)
+        everywhere = [*shared, *(pair for source in sources for pair in source.parameters)]
+        for key, parameter in TRANSLATED[recipe["merge_method"]].parameters.items():
+            fields[f"method.{parameter.ours or key}"] = _place_of(key, everywhere)
+        if "layers" in request:
+            fields["layers"] = f"{sources[0].place}.layer_range"
+    found = {source.reference: source for source in reversed(sources)}
+    for index, model in enumerate(request["models"]):
+        source = found.get(model["checkpoint"], Source("base_model", model["checkpoint"], shared))
+        fields[f"models.{index}"] = source.place
+        fields[f"models.{index}.checkpoint"] = f"{source.place}.model" if source in sources else source.place
+        fields[f"models.{index}.weight"] = _place_of("weight", source.parameters)
+        for key in model.get("parameters", {}):
+            fields[f"models.{index}.parameters.{key}"] = _place_of(key, source.parameters)
+    return fields
+
+
 def _merged(method: Method, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """The method's parameters, the models, and what else the request says."""
     name = recipe["merge_method"]

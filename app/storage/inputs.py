@@ -114,7 +114,8 @@ class LocalInputs:
         if scheme == "job":
             raise ReferenceError(f"'{reference}' names a model of a job, which has no rows; use local: or hf:")
         if scheme != "local":
-            raise ReferenceError(f"'{scheme}:' references are not available yet; use local: or hf:", available=False)
+            others = "use local: or hf:, or job: for a model"
+            raise ReferenceError(f"'{scheme}:' references are not available yet; {others}", available=False)
         if not rest or "\0" in rest:
             raise ReferenceError(f"'{reference}' names no path")
         relative = PurePosixPath(rest)

@@ -1,5 +1,6 @@
 """Checkpoints and data sets from a hub: pinned, downloaded, refused, cancelled; and no call where none is named."""
 
+import html
 import json
 import shutil
 import socket
@@ -203,6 +204,9 @@ def test_models_and_data_sets_of_the_hub_are_merged_at_the_commit_of_the_request
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(service.get(f"{job['links']['artifacts']}/{name}").content)
     assert json.loads((tmp_path / "recipe.json").read_text()) == job["request"]
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model:\n- org/a\n- org/b\nbase_model_relation: merge\n" in card
+    assert all(" ".join(note.split()) in html.unescape(card) for note in job["result"]["notes"])
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "models" / "b")
     again = service.finished(service.submit(job["request"]))
     assert [m["weight_share"] for m in again["result"]["models"]] == [

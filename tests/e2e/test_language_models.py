@@ -89,7 +89,10 @@ def test_the_plan_of_a_merge_that_loads_no_model(service: Service, inputs: Path)
 
 def test_layers_stack(service: Service, inputs: Path, tmp_path: Path) -> None:
     slices = [{"model": "lm-1", "layers": [0, 2]}, {"model": "lm-2", "layers": [1, 2]}]
-    stacking = recipe(method={"name": "passthrough", "slices": slices})
+    stacking = recipe(method={"name": "passthrough", "slices": slices}, layers=2)
+    refused = service.post("/merge/validate", json={**stacking, "layers": 3})
+    assert_problem(refused, 422, "invalid_request")
+    assert "the models have 2 layers, the recipe says 3" in refused.json()["detail"]
     assert service.post("/merge/validate", json=stacking).json()["tensors"] == 3 * 9 + 3
     job = service.finished(service.submit(stacking))
     folder = downloaded(service, job, tmp_path)

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -12,6 +16,8 @@ import pytest
 import torch
 import yaml
 
+from app.cli import main
+from app.client import Client
 from tests.conftest import REPOSITORY, Service, assert_problem, tiny_recipe
 from tests.tiny import LAYERS, Tensors, edit_tensors, read_model
 
@@ -196,7 +202,27 @@ BAD_BODIES: dict[str, tuple[str | bytes, int, str, list[str]]] = {
     ),
     "a filter that matches nothing": (
         MERGEKIT.replace("attention.self", "self_attn"), 422, "invalid_request",
-        ["models.1.weight.0.filter", "'*self_attn*' matches no tensor", "bert."],
+        ["models.2.parameters.weight: '*self_attn*' matches no tensor", "bert."],
+    ),
+    "a number of mergekit's recipe": (
+        MERGEKIT.replace("[0.2, 1.0]", "[0.2, 2000000.0]"), 422, "invalid_request",
+        ["models.1.parameters.weight.1: ", "less than or equal to 1000000"],
+    ),
+    "a parameter of mergekit's recipe": (
+        TIES.replace("{density: 0.3}", "{density: 1.5}"), 422, "invalid_request",
+        ['"field": "parameters.density"', "parameters.density: ", "less than or equal to 1"],
+    ),
+    "a model's own parameter in mergekit's recipe": (
+        TIES.replace("[0.9, 0.2]", "[0.9, 1.2]"), 422, "invalid_request",
+        ['"field": "models.1.parameters.density.1"', "models.1.parameters.density.1: "],
+    ),
+    "a model of mergekit's recipe": (
+        MERGEKIT.replace("local:checkpoints/b\n", "local:checkpoints/none\n"), 422, "invalid_request",
+        ["models.2.model: 'local:checkpoints/none' does not exist"],
+    ),
+    "the base of mergekit's recipe": (
+        MERGEKIT.replace("local:checkpoints/base", "local:checkpoints/none"), 422, "invalid_request",
+        ["base_model: 'local:checkpoints/none' does not exist"],
     ),
 }  # fmt: skip
 
@@ -342,8 +368,126 @@ def test_the_command_line_says_that_the_job_failed(service: Service, tmp_path: P
 
 
 def test_the_command_line_says_that_no_service_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from app.cli import main
-
     (tmp_path / "recipe.json").write_text("{}")
     assert main(["merge", str(tmp_path / "recipe.json"), "--url", "http://127.0.0.1:1"]) == 2
     assert "`maskmerge serve` starts a service" in capsys.readouterr().err
+
+
+def fetched(service: Service, job_id: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "app.cli", "download", job_id, "--output", str(folder)]
+    command += ["--url", f"http://127.0.0.1:{service.port}"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+
+
+def jobs_of(service: Service) -> set[str]:
+    with Client(f"http://127.0.0.1:{service.port}") as client:
+        return {job["id"] for job in client.jobs()}
+
+
+def test_an_output_that_is_taken_is_refused_before_anything_is_posted(service: Service, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(MERGEKIT)
+    before = jobs_of(service)
+    for taken in (tmp_path, recipe):
+        done = run(service, recipe, "--output", str(taken))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{taken} is there already" in done.stderr
+    assert jobs_of(service) == before
+
+
+def test_a_job_is_fetched_later_and_what_is_there_is_kept(service: Service, tmp_path: Path) -> None:
+    job = service.finished(service.submit(tiny_recipe("a", "b", name="average")))
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    done = fetched(service, job["id"], whole)
+    assert (done.returncode, done.stderr) == (0, "")
+    shutil.copytree(whole, part)
+    (part / "recipe.json").unlink()
+    kept = part / "models" / "a" / "config.json"
+    inode = kept.stat().st_ino
+    assert fetched(service, job["id"], part).returncode == 0
+    files = {path.relative_to(part): path.read_bytes() for path in part.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert kept.stat().st_ino == inode
+    kept.write_text("{}")
+    done = fetched(service, job["id"], part)
+    assert done.returncode == 2
+    assert f"{kept} is there with other content" in done.stderr
+    assert kept.read_text() == "{}"
+    assert "there is no job" in fetched(service, "0" * 28, part).stderr
+
+
+def test_a_file_that_arrives_otherwise_than_announced_has_no_name(service: Service, tmp_path: Path) -> None:
+    job = service.finished(service.submit(tiny_recipe("a", "b", name="average")))
+    folder = next((service.data_dir / "artifacts").glob(f"{job['id']}.*"))
+    report = folder / "report.html"
+    report.write_bytes(report.read_bytes().replace(b"maskmerge", b"MASKMERGE"))
+    done = fetched(service, job["id"], tmp_path / "out")
+    assert done.returncode == 2
+    assert "report.html did not arrive as announced" in done.stderr
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert "recipe.json" in names
+    assert not [name for name in names if name.startswith("report.html")]
+
+
+def test_an_interrupted_download_says_how_to_go_on(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe, url = tmp_path / "recipe.yaml", f"http://127.0.0.1:{service.port}"
+    recipe.write_text(MERGEKIT)
+    monkeypatch.setattr(Client, "_fetch", interrupted)
+    assert main(["merge", str(recipe), "--url", url, "--output", str(tmp_path / "out")]) == 130
+    printed = capsys.readouterr()
+    job = printed.out.splitlines()[0].removeprefix("job ")
+    command = f"maskmerge download {job} --output {tmp_path / 'out'} --url {url}"
+    assert f"the job succeeded; `{command}` fetches what is missing" in printed.err
+    monkeypatch.undo()
+    assert main(command.split()[1:]) == 0
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of what answers so to whatever it is asked, once."""
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>", "is no maskmerge service: it answers 200"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\n\r\n{}", "is no maskmerge service"),
+        (b"", "the job may be queued all the same"),
+    ],
+    ids=["a page", "another service", "nothing"],
+)  # fmt: skip
+def test_the_command_line_says_what_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: bytes, says: str
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text("{}")
+    with answering(answer) as url:
+        assert main(["merge", str(recipe), "--url", url]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_models_with_long_names_give_a_job_that_runs(service: Service) -> None:
+    recipe = tiny_recipe("a", "a", "a", "a", name="average")
+    for number, model in enumerate(recipe["models"]):
+        model["name"] = f"{number:060}"
+    job = service.finished(service.submit(recipe))
+    assert job["status"] == "succeeded", job["error"]
+    assert len(job["name"]) == 200

@@ -332,6 +332,40 @@ def test_the_card_says_how_to_load_it(engine: Engine, tmp_path: Path) -> None:
     assert "model/config.json" in files
 
 
+def pages(folder: Path) -> tuple[str, str]:
+    return (folder / "README.md").read_text(), (folder / "report.html").read_text()
+
+
+def test_card_and_report_of_a_merge_without_rows_say_what_was_done(engine: Engine, tmp_path: Path) -> None:
+    base, *folders = [tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("base", "a", "b"))]
+    specs = [model_spec(folder) for folder in folders]
+    specs[1] = specs[1].model_copy(update={"parameters": {"density": 0.7}})
+    ancestor = CheckpointSpec(source="local:base", path=base)
+    spec = merge_spec(tmp_path / "out", specs, {"name": "ties", "density": 0.4}).model_copy(update={"base": ancestor})
+    result = engine.merge(spec, silent)
+    assert "precision" not in result.method
+    assert "precision" not in json.loads((tmp_path / "out" / "manifest.json").read_text())["method"]
+    card, report = pages(tmp_path / "out")
+    assert "A merge of 2 models (a, b) by `ties`." in card
+    assert "density `0.4`" in card
+    assert "| b | `local:b` | 0.500 | density `0.7` |" in card
+    assert "<td>base</td><td>local:base</td>" in report
+    for other in ("rows measured", "aligned", "its error", "<td>score</td>", "<td>align</td>", "Who owns"):
+        assert other not in report
+    assert "<td>merge</td>" in report
+
+
+def test_card_and_report_of_a_stack_show_its_slices(engine: Engine, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "a")
+    slices = [{"model": "a", "layers": [0, 2]}, {"model": "a", "layers": [1, 2]}]
+    engine.merge(merge_spec(tmp_path / "out", [model_spec(folder)], {"name": "passthrough", "slices": slices}), silent)
+    card, report = pages(tmp_path / "out")
+    assert "Layers of one model (a), stacked by `passthrough`." in card
+    assert "| 0 to 1 | a | 0 to 1 |\n| 2 to 2 | a | 1 to 1 |\n" in card
+    assert "mean merge weight" not in card + report
+    assert "base_model" not in card
+
+
 @pytest.mark.parametrize("model", [LLAMA, QWEN2, GPT2, MASKED_BERT], ids=lambda model: model.model_type)
 def test_stacked_layers_are_the_sources_bit_by_bit(engine: Engine, tmp_path: Path, model: TinyModel) -> None:
     bfloat16 = torch.bfloat16

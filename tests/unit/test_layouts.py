@@ -251,7 +251,7 @@ def test_what_changes_no_computation_may_differ(copied: Copied, case: str) -> No
 UNLIKE: dict[str, tuple[TinyModel, Spoiling, list[str]]] = {
     "heads": (LLAMA, config(num_attention_heads=2), ["num_attention_heads", "4, 2"]),
     "norms": (LLAMA, config(rms_norm_eps=1e-3), ["rms_norm_eps", "1e-06, 0.001"]),
-    "activation": (LLAMA, config(hidden_act="gelu"), ["hidden_act", "silu, gelu"]),
+    "activation": (LLAMA, config(hidden_act="gelu"), ["hidden_act", "'silu', 'gelu'"]),
     "rotary base": (
         LLAMA, config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), ["rope_parameters.rope_theta"],
     ),
@@ -260,7 +260,7 @@ UNLIKE: dict[str, tuple[TinyModel, Spoiling, list[str]]] = {
     ),
     "rotary scaling": (
         LLAMA, config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2}),
-        ["rope_parameters.rope_type", "default, linear"],
+        ["rope_parameters.rope_type", "'default', 'linear'"],
     ),
     "tied and untied": (LLAMA, config(tie_word_embeddings=True), ["tie_word_embeddings"]),
     "padding of a model whose positions may count from it": (MASKED_BERT, config(pad_token_id=3), ["pad_token_id"]),
@@ -461,6 +461,20 @@ def test_differences_are_named_by_their_path() -> None:
     assert sorted(differences(ours, theirs)) == [
         ("sliding_window", None, 8), ("text_config.hidden_act", "silu", "relu"),
     ]  # fmt: skip
+
+
+def test_nan_equals_itself() -> None:
+    nan = float("nan")
+    assert not list(differences({"scale": nan, "scales": [1, nan]}, {"scale": float("nan"), "scales": [1, -nan]}))
+    assert [key for key, *_ in differences({"scale": nan}, {"scale": 1.0})] == ["scale"]
+
+
+def test_values_of_other_types_show_it(tmp_path: Path) -> None:
+    folders = [tiny_model(tmp_path / name) for name in "ab"]
+    edit_json(folders[1] / "config.json", rms_norm_eps="1e-06")
+    infos = [inspect_checkpoint(folder, folder.name) for folder in folders]
+    with pytest.raises(IncompatibleCheckpoints, match=r"rms_norm_eps differs in config\.json: 1e-06, '1e-06'"):
+        plan_merge(infos)
 
 
 def assert_refused(planning: Callable[[], object], error: type[EngineError], words: list[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from app.contracts.requests import MergeRequest
-from app.services.mergekit import TRANSLATED, MergekitError, names_of, translated
+from app.services.mergekit import TRANSLATED, MergekitError, fields_there, names_of, translated
 from app.services.yaml_text import parse_yaml
 from worker.engine.catalog.methods import METHODS
 
@@ -466,6 +466,49 @@ def test_what_has_no_counterpart_is_refused_by_its_name_there(recipe: dict[str, 
         translated(recipe)
     assert refused.value.field == field
     assert says in refused.value.message
+
+
+def test_fields_of_the_translation_are_known_by_their_names_there() -> None:
+    def known(recipe: dict[str, Any]) -> dict[str, str]:
+        return fields_there(recipe, translated(recipe))
+
+    base, one, two = ({"model": f"a/{name}", "parameters": {"weight": 1}} for name in ("base", "one", "two"))
+    one["parameters"] = {"weight": 1, "density": 0.5}
+    recipe = {
+        "merge_method": "ties",
+        "base_model": "a/base",
+        "models": [base, one, two],
+        "parameters": {"density": 0.3, "lambda": 2},
+        "out_dtype": "float16",
+    }
+    found = known(recipe)
+    assert found["base"] == "base_model"
+    assert found["method.density"] == "parameters.density"
+    assert found["method.scale"] == "parameters.lambda"
+    assert found["output.dtype"] == "out_dtype"
+    assert found["models.0.checkpoint"] == "models.1.model"
+    assert found["models.0.parameters.density"] == "models.1.parameters.density"
+    assert found["models.1.weight"] == "models.2.parameters.weight"
+
+    sources = [{"model": f"a/{name}", "layer_range": [0, 12]} for name in ("two", "one")]
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": "a/one",
+        "slices": [{"sources": sources}],
+        "parameters": {"t": 0.5},
+    }
+    found = known(recipe)
+    assert found["models.0.checkpoint"] == "slices.0.sources.1.model"
+    assert found["layers"] == "slices.0.sources.0.layer_range"
+
+    found = known({"merge_method": "linear", "base_model": "a/base", "models": [two], "parameters": {"weight": 1}})
+    assert found["models.0.checkpoint"] == "base_model"
+    assert found["models.0.weight"] == "parameters.weight"
+
+    stack = [{"sources": [{"model": f"a/{name}", "layer_range": [0, 2]}]} for name in ("two", "one", "two")]
+    found = known({"merge_method": "passthrough", "slices": stack})
+    assert found["method.slices.2"] == "slices.2.sources.0.layer_range"
+    assert found["models.1.checkpoint"] == "slices.1.sources.0.model"
 
 
 def test_names_are_short_and_unique() -> None:

@@ -86,7 +86,7 @@ def test_a_base_is_found_under_names_with_and_without_the_familys_prefix(pair: l
     [
         (lambda base: edit_tensors(base, without_pooler), ["bert.pooler.dense.bias is missing in the base"]),
         (lambda base: edit_tensors(base, narrow_pooler), ["bert.pooler.dense.bias", "[16]", "in the base [8]"]),
-        (lambda base: edit_json(base / "config.json", hidden_act="relu"), ["hidden_act differs: gelu, relu"]),
+        (lambda base: edit_json(base / "config.json", hidden_act="relu"), ["hidden_act differs: 'gelu', 'relu'"]),
         (lambda base: edit_json(base / "config.json", model_type="roberta"), ["architectures differ", "roberta"]),
     ],
 )
@@ -256,7 +256,7 @@ UNLIKE: dict[str, tuple[Spoiling, list[str]]] = {
     ),
     "vocabulary size": (config(vocab_size=101), ["vocab_size differs: 100, 101"]),
     "head count": (config(num_attention_heads=8), ["num_attention_heads differs: 4, 8"]),
-    "activation": (config(hidden_act="relu"), ["hidden_act differs: gelu, relu"]),
+    "activation": (config(hidden_act="relu"), ["hidden_act differs: 'gelu', 'relu'"]),
     "tokenizer": (another_vocabulary, ["tokenizers", "vocabulary"]),
     "a tensor less": (removed("bert.pooler.dense.bias"), ["tensor bert.pooler.dense.bias is missing in the second"]),
     "another shape": (

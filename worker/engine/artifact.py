@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from worker.engine.catalog.architectures import use_of
+from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MANIFEST, JobResult, MeasuredModel, MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
@@ -51,7 +53,7 @@ def write_documents(
         digests: sha256 of files that were digested as they were written, which need not be read again.
     """
     ancestor = {"checkpoint": plan.base.source, "digest": base} if plan.base else None
-    _write_report(spec, result, _merge_parts(plan, result), owners=plan.owners(), base=ancestor)
+    _write_report(spec, result, _merge_parts(spec, plan, result, base), owners=plan.owners(), base=ancestor)
     (spec.folder / "README.md").write_text(_model_card(spec, plan, result), encoding="utf-8")
     _write_manifest(spec.folder, result, result.models, digests, base=ancestor)
 
@@ -152,7 +154,8 @@ def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: 
     return f"<div><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _merge_parts(plan: MergePlan, result: MergeResult) -> list[str]:
+def _merge_parts(spec: MergeSpec, plan: MergePlan, result: MergeResult, base: str | None) -> list[str]:
+    """`base` is the digest of the plan's base."""
     parts = []
     if result.metrics:
         parts.append(_html_table(METRIC_COLUMNS, _metric_rows(result), "What the merge kept of each expert"))
@@ -160,29 +163,32 @@ def _merge_parts(plan: MergePlan, result: MergeResult) -> list[str]:
             f"<p>Mean retention {_number(result.mean_retention, 3)}, lowest {_number(result.min_retention, 3)}.</p>"
         )
         parts.append(f"<p>{escape(ABOUT_METRICS)}</p>")
-    models = [
-        [
-            m.name,
-            m.checkpoint,
-            str(m.examples),
-            str(m.aligned_examples),
-            _number(m.weight_share, 3),
-            _number(m.weight_error, 3),
-            _number(m.score_seconds, 1),
-            m.digest[:19],
-        ]
-        for m in result.models
-    ]
-    rows = ["rows measured", "rows the head was aligned on"]
-    columns = ["model", "checkpoint", *rows, "mean merge weight", "its error", "seconds", "digest"]
-    parts.append(_html_table(columns, models, "What was merged"))
+    is_stack = isinstance(spec.method, PassthroughParameters)
+    measured = any(m.examples for m in result.models)
+    columns = {
+        "model": [m.name for m in result.models],
+        "checkpoint": [m.checkpoint for m in result.models],
+        "rows measured": [str(m.examples) if measured else "-" for m in result.models],
+        "rows the head was aligned on": [str(m.aligned_examples) if spec.aligns else "-" for m in result.models],
+        "share of the bytes" if is_stack else "mean merge weight": [_number(m.weight_share, 3) for m in result.models],
+        "its error": [_number(m.weight_error, 3) for m in result.models],
+        "seconds": [_number(m.score_seconds, 1) if measured else "-" for m in result.models],
+        "digest": [m.digest[:19] for m in result.models],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    if plan.base is not None and base is not None:
+        of_base = {"model": "base", "checkpoint": plan.base.source, "digest": base[:19]}
+        columns = {name: [*cells, of_base.get(name, "-")] for name, cells in columns.items()}
+    rows = list(zip(*columns.values(), strict=True))
+    parts.append(_html_table(list(columns), rows, "What was merged"))
     if result.stopping and result.stopping.curve:
         looks = [[str(look.examples), _number(look.error)] for look in result.stopping.curve]
-        columns = ["rows of each model", "largest error"]
-        parts.append(_html_table(columns, looks, "How well the merge weights are known"))
+        named = ["rows of each model", "largest error"]
+        parts.append(_html_table(named, looks, "How well the merge weights are known"))
         parts.append(f"<p>{escape(ABOUT_ERRORS)}</p>")
     owners = [[owner, str(count)] for owner, count in sorted(plan.owners().items())]
-    parts.append(_html_table(["owner", "tensors"], owners, "Who owns the merged tensors"))
+    if len(owners) > 1:
+        parts.append(_html_table(["owner", "tensors"], owners, "Who owns the merged tensors"))
     return parts
 
 
@@ -210,7 +216,7 @@ def _score_parts(result: ScoreResult) -> list[str]:
 
 def _report_page(spec: JobSpec, result: JobResult, parts: Sequence[str]) -> str:
     measured = result.timings.model_dump(exclude=NOT_KNOWN_YET)
-    timings = [[name.removesuffix("_seconds"), _number(seconds, 2)] for name, seconds in measured.items()]
+    timings = [[name.removesuffix("_seconds"), _number(seconds, 2)] for name, seconds in measured.items() if seconds]
     parts = [*parts, _html_table(["phase", "seconds"], timings, "Where the time went")]
     if result.notes:
         parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in result.notes) + "</ul>")
@@ -247,7 +253,6 @@ pre {{ overflow-x: auto; padding: 1rem; border: 1px solid #8886; }}
 
 
 def _model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
-    names = ", ".join(model.name for model in result.models)
     auto_class, tag = use_of(plan.published[0].config)
     where = "model" if plan.merges_heads else f"models/{result.models[0].name}"
     what = "`model/` is the merged model, head and all."
@@ -262,6 +267,7 @@ def _model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         "---",
         "library_name: transformers",
         *([f"pipeline_tag: {tag}"] if tag else []),
+        *_card_origins(spec),
         "tags:",
         "- merge",
         "- maskmerge",
@@ -269,24 +275,70 @@ def _model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         "",
         f"# {' '.join(escape(spec.name).split())}",
         "",
-        f"A merge of {len(result.models)} fine-tuned models ({names}) by `{result.method['name']}`. {what}",
+        f"{_card_summary(spec)} {what}",
         "",
         *loading,
         "```",
         "",
-        *_markdown_table(["model", "checkpoint", "mean merge weight"], _card_models(result)),
+        *_card_models(spec, result),
         "",
+        *_card_parameters(spec, result),
     ]
     if spec.base is not None:
         lines += [f"The base, which they were fine-tuned from, is `{spec.base.source}`.", ""]
     if result.metrics:
         lines += [*_markdown_table(METRIC_COLUMNS, _metric_rows(result)), "", ABOUT_METRICS, ""]
+    if result.notes:
+        lines += [*(f"- {' '.join(escape(note, quote=False).split())}" for note in result.notes), ""]
     lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]
     return "\n".join(lines)
 
 
-def _card_models(result: MergeResult) -> list[list[str]]:
-    return [[m.name, f"`{m.checkpoint}`", _number(m.weight_share, 3)] for m in result.models]
+def _card_origins(spec: MergeSpec) -> list[str]:
+    """The lines by which the hub links a model to those that it was made of, as far as they are there."""
+    repositories = dict.fromkeys(c.hub.repository for c in spec.checkpoints if c.hub)
+    if not repositories:
+        return []
+    return ["base_model:", *(f"- {name}" for name in repositories), "base_model_relation: merge"]
+
+
+def _card_summary(spec: MergeSpec) -> str:
+    names = ", ".join(model.name for model in spec.models)
+    models = f"{len(spec.models)} models ({names})" if len(spec.models) > 1 else f"one model ({names})"
+    if isinstance(spec.method, PassthroughParameters):
+        return f"Layers of {models}, stacked by `passthrough`."
+    return f"A merge of {models} by `{spec.method.name}`."
+
+
+def _card_models(spec: MergeSpec, result: MergeResult) -> list[str]:
+    models = [[m.name, f"`{m.checkpoint}`"] for m in result.models]
+    if isinstance(spec.method, PassthroughParameters):
+        slices, first = [], 0
+        for part in spec.method.slices:
+            start, stop = part.layers
+            slices.append([f"{first} to {first + stop - start - 1}", part.model, f"{start} to {stop - 1}"])
+            first += stop - start
+        stack = _markdown_table(["layers here", "model", "its layers"], slices)
+        return [*_markdown_table(["model", "checkpoint"], models), "", *stack]
+    columns = ["model", "checkpoint", "mean merge weight"]
+    rows = [[*row, _number(m.weight_share, 3)] for row, m in zip(models, result.models, strict=True)]
+    if any(m.parameters for m in result.models):
+        columns.append("its own parameters")
+        given = [m.model_dump(mode="json")["parameters"] for m in result.models]
+        rows = [[*row, _card_values(own)] for row, own in zip(rows, given, strict=True)]
+    return _markdown_table(columns, rows)
+
+
+def _card_parameters(spec: MergeSpec, result: MergeResult) -> list[str]:
+    if isinstance(spec.method, PassthroughParameters):  # they are its slices
+        return []
+    given = {key: value for key, value in result.method.items() if key != "name" and value is not None}
+    return [f"Parameters of the method: {_card_values(given)}.", ""]
+
+
+def _card_values(values: Mapping[str, Any]) -> str:
+    texts = {key: json.dumps(value, ensure_ascii=False).replace("`", "'") for key, value in values.items()}
+    return ", ".join(f"{key} `{text if len(text) <= 200 else text[:199] + '…'}`" for key, text in texts.items())
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

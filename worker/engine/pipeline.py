@@ -215,7 +215,7 @@ class Engine:
             mean_retention=sum(retentions) / len(retentions) if retentions else None,
             min_retention=min(retentions, default=None),
             stopping=known,
-            method={**spec.method.model_dump(), "precision": precision, **_as_run(runs)},
+            method=_as_run(spec, precision, runs),
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
@@ -273,7 +273,7 @@ class Engine:
                 _scored_model(run, _stopping(spec.method, [run], plan, notes)[0])
                 for run, plan in zip(runs, plans, strict=True)
             ],
-            method={**spec.method.model_dump(), "precision": precision, **_as_run(runs)},
+            method=_as_run(spec, precision, runs),
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
@@ -698,9 +698,14 @@ def _measured_fields(run: ModelRun) -> dict[str, Any]:
     }
 
 
-def _as_run(runs: Sequence[ModelRun]) -> dict[str, Any]:
-    """Parameters with `auto` resolved: one value where the models agree, else by model."""
-    resolved: dict[str, Any] = {}
+def _as_run(spec: JobSpec, precision: Precision, runs: Sequence[ModelRun]) -> dict[str, Any]:
+    """The method with `auto` resolved: one value where the models agree, else by model.
+
+    Precision is that of forward and backward passes, and left out where there are none.
+    """
+    resolved = spec.method.model_dump(exclude={"precision"})
+    if spec.loads_models:
+        resolved["precision"] = precision
     for parameter in ("estimator", "batch_tokens"):
         found = {run.spec.name: getattr(run.measured, parameter) for run in runs}
         found = {name: value for name, value in found.items() if value is not None}

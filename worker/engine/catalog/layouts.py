@@ -342,12 +342,17 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
             harmless.add(key)
     for key, mine in ours.items():
         other = theirs.get(key, mine)
-        if mine == other or key in harmless or HARMLESS_NAMES.fullmatch(key):
+        if same(mine, other) or key in harmless or HARMLESS_NAMES.fullmatch(key):
             continue
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             yield from ((f"{key}.{inner}", a, b) for inner, a, b in differences(mine, other))
         else:
             yield key, mine, other
+
+
+def same(ours: object, theirs: object) -> bool:
+    """Whether two values of a configuration are equal; NaN, which JSON of Python may have, is equal to itself."""
+    return ours == theirs or repr(ours) == repr(theirs)
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,4 +394,4 @@ CONDITIONS = {
 
 
 def _short(value: object) -> str:
-    return str(value)[:100]
+    return repr(value)[:100]

@@ -459,15 +459,15 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family,
         if key == "vocab_size" and vocabulary != "error":
             continue
         ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
-        if ours != theirs:
+        if not layouts.same(ours, theirs):
             what_to_do = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
-            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours}, {theirs}{what_to_do}")
+            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours!r}, {theirs!r}{what_to_do}")
 
 
 def _check_vocabulary_size(first: CheckpointInfo, info: CheckpointInfo) -> None:
     ours, theirs = vocabulary_size(first.config), vocabulary_size(info.config)
     if None not in (ours, theirs) and ours != theirs:
-        problem = f"vocab_size differs: {ours}, {theirs}; {VOCABULARY_ADVICE}"
+        problem = f"vocab_size differs: {ours!r}, {theirs!r}; {VOCABULARY_ADVICE}"
         raise IncompatibleCheckpoints(first.source, info.source, problem)
 
 

@@ -111,7 +111,7 @@ class JobResult(Strict):
     """What results of every kind say of the work."""
 
     method: dict[str, Any]
-    """As run, with `auto` resolved."""
+    """As run, with `auto` resolved; without `precision` where no model was run."""
     timings: Timings
     peak_memory_bytes: int
     device: str

@@ -110,6 +110,13 @@ def keys_of_layers(config: Mapping[str, Any]) -> list[str]:
     return [*LAYER_COUNTS, *_lists_of_layers(config)]
 
 
+def layers_of_models(plan: MergePlan) -> list[int]:
+    """How many layers each model of a stack has, whatever of them the result has."""
+    first = plan.checkpoints[0]
+    stacks = [layouts.stacks_of(layouts.tensors_by_name(info, first)) for info in plan.checkpoints]
+    return [max(counts.values(), default=0) for counts in stacks]
+
+
 def copied_shares(plan: MergePlan) -> list[float]:
     """The part of the result's bytes that each model gives; models of the same checkpoint have equal parts of its."""
     given: Counter[str] = Counter()
