@@ -11,10 +11,11 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters, MethodParameters, PassthroughParameters
 from worker.engine.catalog.spec import Columns, Dtype, Heads, Method, MetricName, Name, VocabularyPolicy
 from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
-from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, is_ever_positive
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_positive
 
 ANNOUNCED_METHODS = ("auto",)
 LONGEST_TITLE = 200
+MOST_FILTERS = 1000  # of a request; each is matched against the names of all tensors
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
 
@@ -211,6 +212,16 @@ class MergeRequest(JobRequest[ModelRequest]):
             raise ValueError("the weights of all models are 0; at least one must be positive")
         if isinstance(self.method, PassthroughParameters):
             _check_slices(self.method, self)
+        return self
+
+    @model_validator(mode="after")
+    def _filters_are_few(self) -> Self:
+        settings = [getattr(self.method, name) for name in type(self.method).model_fields]
+        for model in self.models:
+            settings += [model.weight, *model.parameters.values()]
+        count = sum(len(filters_of(setting)) for setting in settings)
+        if count > MOST_FILTERS:
+            raise ValueError(f"there are {count} filters, in the method and the models; {MOST_FILTERS} are allowed")
         return self
 
     @model_validator(mode="after")

@@ -183,6 +183,7 @@ class Jobs:
                 batch_tokens=request.method.most_batch_tokens,
                 loads_models=bool(measured or evaluates or aligns),
                 merges_rows=request.method.merges_rows,
+                selects_by_rank=request.method.selects_by_rank,
             ),
             examples=measured,
             tensors=len(plan.backbone),

@@ -115,6 +115,8 @@ class Source:
     place: str
     reference: str
     parameters: Chain
+    is_adapter: bool = False
+    """Of the base."""
 
 
 def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +193,7 @@ def _merged(method: Method, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], 
         if all(source.reference != base for source in sources) and "models" in recipe:
             sources.append(Source("base_model", base, shared))
         sources.sort(key=lambda source: source.reference != base)  # config and tokenizer are those of the first
+        rest |= {"base": base} if any(source.is_adapter for source in sources) else {}
     known = {*method.parameters, *method.without_effect, *(["weight"] if method.weighs_models else [])}
     for where, parameters in [*shared, *(pair for source in sources for pair in source.parameters)]:
         _check_keys(parameters, tuple(known), where)
@@ -263,7 +266,8 @@ def _sources(recipe: Mapping[str, Any]) -> tuple[list[Source], Chain, str | None
     for where, entry in entries:
         _check_keys(entry, allowed, where)
         own = (f"{where}.parameters", _mapping(entry, "parameters", f"{where}.parameters"))
-        sources.append(Source(where, _reference(entry, where), [own, *shared]))
+        reference = _reference(entry, where, base)
+        sources.append(Source(where, reference, [own, *shared], _adapter_of(base, entry["model"]) is not None))
     references = [source.reference for source in sources]
     for source in sources:
         if references.count(source.reference) > 1:
@@ -366,11 +370,21 @@ def names_of(references: Sequence[str]) -> list[str]:
     return names
 
 
-def _reference(entry: Mapping[str, Any], place: str) -> str:
-    reference = _optional_reference(entry, "model", f"{place}.model")
+def _reference(entry: Mapping[str, Any], place: str, base: str | None = None) -> str:
+    """Of the model, or of the adapter in `BASE+ADAPTER`."""
+    adapter = _adapter_of(base, entry.get("model"))
+    known = entry if adapter is None else {"model": adapter}
+    reference = _optional_reference(known, "model", f"{place}.model")
     if reference is None:
         raise MergekitError(f"{place}.model", "is missing")
     return reference
+
+
+def _adapter_of(base: str | None, name: object) -> str | None:
+    if base is None or not isinstance(name, str):
+        return None
+    start = next((f"{b}+" for b in (base, base.removeprefix("hf:")) if name.startswith(f"{b}+")), None)
+    return None if start is None else name.removeprefix(start)
 
 
 def _optional_reference(entry: Mapping[str, Any], key: str, place: str) -> str | None:
@@ -382,9 +396,9 @@ def _optional_reference(entry: Mapping[str, Any], key: str, place: str) -> str |
     if name.startswith(OWN_SCHEMES):
         return name
     if "+" in name:
-        raise MergekitError(
-            place, f"'{name[:100]}': adapters are not merged in here; save the model with its adapter in it"
-        )
+        of, _, adapter = name[:200].partition("+")
+        problem = f"'{adapter}' is an adapter of '{of}', and a recipe can name those of base_model, but in passthrough"
+        raise MergekitError(place, f"{problem}; in a request, name the adapter as the model and '{of}' as base")
     if name.startswith(("/", ".", "~")) or "\\" in name:
         raise MergekitError(place, f"'{name[:100]}' is a path; put it under a local root and write local:PATH")
     if not HUB_NAME.fullmatch(name):

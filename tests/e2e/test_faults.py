@@ -225,7 +225,8 @@ def test_killed_at_any_byte_of_the_write_nothing_is_published_and_the_job_is_don
     service = new_service(MASKMERGE_MAX_LOSSES="100", MASKMERGE_LEASE_SECONDS="3")
     service.start()
     job_id = service.submit(large)
-    kills = (("engine", 0.001), ("worker", 0.2), ("engine", 0.5), ("everything", 0.8))
+    # Not nearer to the end: on a busy machine it may come between what is seen and the kill.
+    kills = (("engine", 0.001), ("worker", 0.2), ("engine", 0.35), ("everything", 0.5))
     for attempt, (role, share) in enumerate(kills, start=1):
         wait_written(service, job_id, attempt, 0.001)
         victims = service.processes()

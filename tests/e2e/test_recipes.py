@@ -279,6 +279,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         ),
         "models.1.parameters.density.1.filter", ["'x' matches no tensor"],
     ),
+    "filters without end": (
+        layered(
+            first={"weight": [{"filter": "*", "value": 1}] * 600},
+            second={"weight": [{"filter": "*", "value": 1}] * 600},
+        ),
+        "", ["1200 filters", "1000 are allowed"],
+    ),
     "a model's own parameter beyond its bounds": (
         layered(method={"name": "ties"}, base="local:checkpoints/base", second={"parameters": {"density": [0.5, 2]}}),
         "models.1.parameters.density.1", ["less than or equal to 1"],

@@ -14,8 +14,8 @@ from worker.engine.backbone import Backbone
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.headers import CheckpointInfo, read_header
-from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.planning import MergePlan, PlannedTensor
+from worker.engine.catalog.methods import METHODS, MethodParameters
+from worker.engine.catalog.planning import RUNTIME_BYTES, MergePlan, PlannedTensor
 from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.writer import ShardWriter
 from worker.engine.device import peak_memory_bytes, reset_peak_memory
@@ -24,49 +24,55 @@ from worker.engine.methods import BUILDERS, MeasuredModel
 WIDTH = 1000
 TINY_ROWS, SMALL_ROWS, LARGE_ROWS = 20, 3_000, 30_000  # in float32 80 kB, 12 MB and 120 MB
 MOST_GROWTH = 30_000_000  # bytes, a quarter of the large tensor in one model
+MODELS, MANY_ROWS = 16, 3000  # 12 blocks of each
 NAME = "bert.embeddings.word_embeddings.weight"
 
 
-def sparse_file(folder: Path, name: str, rows: int) -> Path:
-    """One tensor of float32, almost all of it a hole that takes no room and reads as zeros."""
+def sparse_file(folder: Path, name: str, rows: int, drawn: int = 20) -> Path:
+    """One tensor of float32, beyond the rows that are drawn a hole that takes no room and reads as zeros."""
     size = 4 * rows * WIDTH
     header = json.dumps({NAME: {"dtype": "F32", "shape": [rows, WIDTH], "data_offsets": [0, size]}}).encode()
     path = folder / f"{name}.{rows}.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        file.write(torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(rows)).numpy().tobytes())
+        file.write(torch.randn(drawn, WIDTH, generator=torch.Generator().manual_seed(rows)).numpy().tobytes())
         file.truncate(8 + len(header) + size)
     return path
 
 
-def planned(folder: Path, rows: int) -> MergePlan:
-    """Of two models and their base."""
-    first, second, base = (next(iter(read_header(sparse_file(folder, n, rows), n))) for n in ("a", "b", "base"))
-    tensor = PlannedTensor(
-        Slot(NAME, Kind.EMBEDDING, None, False), Place(NAME, 0.0), (rows, WIDTH), "BF16", (first, second), base
-    )
-    ancestor = CheckpointInfo("base", folder, {}, {NAME: base}, {}, folder)
-    return MergePlan(BERT, (), ancestor, (), (tensor,), (), ())
+def planned(folder: Path, rows: int, models: int = 2, drawn: int = 20) -> MergePlan:
+    """Of models and their base."""
+    names = [*map(str, range(models)), "base"]
+    tensors = [next(iter(read_header(sparse_file(folder, n, rows, drawn), n))) for n in names]
+    slot, place = Slot(NAME, Kind.EMBEDDING, None, False), Place(NAME, 0.0)
+    tensor = PlannedTensor(slot, place, (rows, WIDTH), "BF16", tuple(tensors[:-1]), tensors[-1])
+    infos = [CheckpointInfo(n, folder, {}, {NAME: t}, {}, folder) for n, t in zip(names, tensors, strict=True)]
+    return MergePlan(BERT, tuple(infos[:-1]), infos[-1], (), (tensor,), (), ())
 
 
-def peak_bytes(method: dict[str, Any], folder: Path, rows: int) -> int:
-    """The most that this process holds while it merges and writes the tensor."""
-    plan = planned(folder, rows)
-    entry = METHODS[method["name"]]
-    merger = BUILDERS[entry.name](entry.parameters.model_validate(method), [MeasuredModel(1.0), MeasuredModel(2.0)])
+def merge_parameters(method: str, **given: float) -> MethodParameters:
+    return METHODS[method].parameters.model_validate({"name": method, **given})
+
+
+def peak_bytes(plan: MergePlan, parameters: MethodParameters, folder: Path) -> tuple[int, int]:
+    """What this process holds before it merges and writes the tensor, and the most that it holds then."""
+    torch.set_num_threads(1)
+    models = [MeasuredModel(1.0 + index) for index in range(len(plan.checkpoints))]
+    merger = BUILDERS[parameters.name](parameters, models)
     reset_peak_memory()
+    before = peak_memory_bytes()
     [tensor] = plan.backbone
     file = folder / "merged.safetensors"
-    with Backbone(plan, (True, True), merger) as merged, ShardWriter(file, plan.backbone) as writer:
+    with Backbone(plan, [True] * len(models), merger) as merged, ShardWriter(file, plan.backbone) as writer:
         writer.write(tensor, merged.blocks(tensor))
     file.unlink()
-    return peak_memory_bytes()
+    return before, peak_memory_bytes()
 
 
-def growth(method: dict[str, Any], folder: Path) -> int:
+def growth(parameters: MethodParameters, folder: Path) -> int:
     """How much more the large tensor takes than the small one, once all that a first merge loads is there."""
-    torch.set_num_threads(1)
-    _, small, large = (peak_bytes(method, folder, rows) for rows in (TINY_ROWS, SMALL_ROWS, LARGE_ROWS))
+    plans = [planned(folder, rows) for rows in (TINY_ROWS, SMALL_ROWS, LARGE_ROWS)]
+    _, (_, small), (_, large) = (peak_bytes(plan, parameters, folder) for plan in plans)
     return large - small
 
 
@@ -88,4 +94,28 @@ VARIANTS: list[dict[str, Any]] = [
 def test_what_is_held_does_not_grow_with_the_tensor(tmp_path: Path, method: dict[str, Any]) -> None:
     """In a process of its own: memory that another merge gave back would hide what this one takes."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(growth, method, tmp_path).result() < MOST_GROWTH
+        assert (
+            pool.submit(growth, METHODS[method["name"]].parameters.model_validate(method), tmp_path).result()
+            < MOST_GROWTH
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("average", {}),
+        ("ties", {"density": 0.3}),
+        ("breadcrumbs", {"density": 0.3, "gamma": 0.1}),
+        ("sce", {"select_topk": 0.3}),
+        ("della", {}),
+        ("model_stock", {}),
+    ],
+)
+def test_no_less_is_announced_than_many_models_take(tmp_path: Path, method: str, given: dict[str, float]) -> None:
+    """Of one tensor of several blocks, in a process that has no memory of others to use again."""
+    parameters = merge_parameters(method, **given)
+    plan = planned(tmp_path, MANY_ROWS, models=MODELS, drawn=MANY_ROWS)
+    announced = plan.peak_memory_bytes(loads_models=False, selects_by_rank=parameters.selects_by_rank, threads=1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        before, peak = process.submit(peak_bytes, plan, parameters, tmp_path).result()
+    assert 0.2 * (announced - RUNTIME_BYTES) < peak - before < announced - RUNTIME_BYTES

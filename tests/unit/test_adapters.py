@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_adapters import edit_adapter, tiny_adapter
@@ -279,6 +279,23 @@ def test_tied_matrices_of_language_models_are_not_adapted_apart(tmp_path: Path, 
     message = refusal(adapter, tmp_path / "True").message
     assert module in message
     assert "base" in message
+
+
+def test_matrices_whose_names_end_alike_are_not_tied(tmp_path: Path) -> None:
+    """GPT-2 ties `wte`; what it knows of positions is another matrix."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=6, n_embd=8, n_layer=1, n_head=2)).save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    weights["transformer.position_embeddings.weight"] = weights.pop("transformer.wpe.weight")
+    save_file(weights, base / "model.safetensors")
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    name = "transformer.position_embeddings.weight"
+    save_file({f"base_model.model.{name}": torch.zeros(6, 8)}, adapter / "adapter_model.safetensors")
+    assert inspect(adapter, base).tensors[name].path.parent == adapter
 
 
 def test_adapters_are_read_under_the_name_of_their_class_s_prefix(adapter: Path, base: Path) -> None:

@@ -14,7 +14,7 @@ from tests.tiny import Tensors, edit_json, edit_tensors, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY_MODELS, TinyModel, tiny_model
 from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.layouts import differences, layer_of, place_of, stacks_of
+from worker.engine.catalog.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
 from worker.engine.catalog.methods.passthrough import Slice
 from worker.engine.catalog.planning import RUNTIME_BYTES, MergePlan, plan_merge
 from worker.engine.catalog.stacking import plan_stack
@@ -94,7 +94,7 @@ def test_every_tensor_is_merged_under_its_name_to_one_model(originals: Path, mod
 def test_memory_of_a_merge_that_loads_no_model_is_that_of_blocks(originals: Path) -> None:
     found = plan(originals / "llama-1", originals / "llama-2")
     largest = 128 * 16  # the embeddings: smaller than a block
-    of_one_thread = (2 + 6) * 4 * largest
+    of_one_thread = (4 * 2 + 6) * 4 * largest
     assert found.peak_memory_bytes(loads_models=False, threads=3) == RUNTIME_BYTES + 3 * of_one_thread
     whole = found.peak_memory_bytes(loads_models=False, merges_rows=False, threads=3)
     assert whole == RUNTIME_BYTES + of_one_thread
@@ -129,6 +129,25 @@ def test_depth_runs_from_before_the_first_layer_to_after_the_last_of_each_list()
     stacks = stacks_of(names)
     assert stacks == {"encoder.block": 3, "decoder.block": 2}
     assert [place_of(name, stacks).depth for name in names] == [0, 0, 0, 0, 0, 0.5, 1, 0, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_before"),
+    [
+        ("model.encoder.conv1.weight", True),  # Whisper
+        ("feature_extractor.conv_layers.0.conv.weight", True),  # wav2vec 2.0
+        ("encoder.pos_conv_embed.conv.bias", True),
+        ("embeddings.position_embeddings.weight", True),
+        ("vision.patch_embed.proj.weight", True),
+        ("perceiver.input_preprocessor.position_encoding.weight", True),
+        ("conv_head.weight", False),
+        ("classifier.conv.weight", False),
+        ("position_predictor.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_what_is_before_the_layers_is_told_by_whole_words(name: str, is_before: bool) -> None:
+    assert is_before_layers(name) is is_before
 
 
 @pytest.mark.parametrize("stored", [(1,), (2,), (1, 2), (0, 1, 2), (0,)], ids=str)

@@ -394,6 +394,17 @@ def test_a_base_that_is_a_model_like_others_comes_first() -> None:
     assert found["base"] == "hf:a/base"
 
 
+@pytest.mark.parametrize("base", ["a/base", "local:some+where/base"])
+def test_a_base_with_an_adapter_is_the_adapter(base: str) -> None:
+    models = [{"model": f"{base}+b/lora"}, {"model": f"{base}+local:lora"}, {"model": "a/two"}]
+    recipe = {"base_model": base, "models": models, "parameters": {"weight": 0.5}}
+    adapters, of = ["hf:b/lora", "local:lora", "hf:a/two"], base if ":" in base else f"hf:{base}"
+    found = translated({"merge_method": "ties", **recipe})
+    assert ([m["checkpoint"] for m in found["models"]], found["base"]) == (adapters, of)
+    found = translated({"merge_method": "linear", **recipe})
+    assert ([m["checkpoint"] for m in found["models"]], found["base"]) == ([of, *adapters], of)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a method of theirs alone": (changed(merge_method="nearswap"), "merge_method", "'nearswap' has no counterpart"),
     "a method with a typo": (changed(merge_method="tie"), "merge_method", "did you mean 'ties'?"),
@@ -403,7 +414,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no base": (changed(base_model=None), "base_model", "ties needs it"),
     "models and slices": (changed(slices=[]), "models", "either models or slices"),
     "neither": (changed(models=None), "models", "either models or slices"),
-    "an adapter": (with_model({"model": "a/two+b/lora"}), "models.1.model", "adapter"),
+    "an adapter": (with_model({"model": "a/two+b/lora"}), "models.1.model", "the model and 'a/two' as base"),
     "an absolute path": (with_model({"model": "/models/two"}), "models.1.model", "put it under a local root"),
     "a relative path": (with_model({"model": "./two"}), "models.1.model", "put it under a local root"),
     "a bare name": (with_model({"model": "gpt2"}), "models.1.model", "no ORG/NAME"),

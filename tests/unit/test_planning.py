@@ -16,8 +16,10 @@ from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, I
 from worker.engine.catalog.families import Kind, Nodes, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import AverageParameters, Statistic, TiesParameters
+from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.values import Filtered
 
 LAYER = "bert.encoder.layer.1"
 
@@ -119,6 +121,16 @@ def test_the_plan_says_what_linear_layers_read_and_counts_what_measuring_them_ho
         assert found.peak_memory_bytes(10, **more) > found.peak_memory_bytes(10)
     held = found.peak_memory_bytes(10, tokens_held=1000) - found.peak_memory_bytes(10, tokens_held=400)
     assert held == 600 * 2 * 4 * hidden
+
+
+def test_of_many_filters_that_match_nothing_some_are_told(pair: list[Path]) -> None:
+    weights: list[Any] = [[Filtered(filter=f"no{n}", value=0.0) for n in range(500)], 0.0]
+    problems = list(parameter_problems(plan(pair), AverageParameters(), weights))
+    assert [field for field, _ in problems] == [f"models.0.weight.{n}.filter" for n in range(10)]
+    assert "'no9' matches no tensor" in problems[-1][1]
+    own: list[Any] = [{"density": [Filtered(filter="no", value=0.5)]}, {"density": [Filtered(filter="*", value=0.5)]}]
+    one = list(parameter_problems(plan(pair), TiesParameters(), [0.0, 0.0], own))
+    assert [field for field, _ in one] == ["models.0.parameters.density.0.filter", "models"]
 
 
 def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.tiny import versions_of
 from worker.engine.catalog.families.bert import BERT
+from worker.engine.catalog.planning import HELD_BLOCKS
 from worker.engine.methods import selection
 from worker.engine.methods.blocks import Block
 from worker.engine.methods.selection import nth_largest
@@ -97,7 +98,7 @@ def test_values_are_not_held_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(selection._Search, "narrow", watched)
     for case, tensor in CASES.items():
         assert found_and_reads([tensor], [3500])[0] == expected([tensor], [3500]), case
-    assert 0 < held <= selection.HELD_BLOCKS * 64
+    assert 0 < held <= HELD_BLOCKS * 64
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 1.0])

@@ -6,7 +6,16 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters, TaskArithmeticParameters, TiesParameters
-from worker.engine.catalog.values import Filtered, PerTensor, Place, Share, is_ever_positive, value_at, values_of
+from worker.engine.catalog.values import (
+    Filtered,
+    PerTensor,
+    Place,
+    Share,
+    is_ever_positive,
+    value_at,
+    values_at,
+    values_of,
+)
 
 SHARE: TypeAdapter[Any] = TypeAdapter(PerTensor[Share])
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
@@ -42,6 +51,14 @@ def test_a_tensor_has_the_value_of_its_place(setting: Any, depth: float, expecte
     assert at(setting, depth) == pytest.approx(expected)
 
 
+def test_several_settings_have_the_values_that_each_has() -> None:
+    query = "*query*"
+    written = [0.1, [0, 1], [{"filter": query, "value": 0.2}], [{"filter": query, "value": [0.4, 0.6]}]]
+    settings = [SHARE.validate_python(setting) for setting in written]
+    assert values_at(settings, Place(QUERY, 0.5), 0.9) == [0.1, 0.5, 0.2, 0.5]
+    assert values_at(settings, Place("other", 1.0), 0.9) == [0.1, 1, 0.9, 0.9]
+
+
 FORMS = 'give a number, a list of numbers from the first layer to the last, or a list of {"filter": glob, '
 BAD: dict[str, tuple[Any, str]] = {
     "too large": (1.5, "less than or equal to 1"),
@@ -50,6 +67,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "too large in a list in a filter": ([{"filter": "*", "value": [0, -1]}], "greater than or equal to 0"),
     "no number": ("much", FORMS),
     "null": (None, FORMS),
+    "true": (True, FORMS),
+    "an underscore": ("1_0", FORMS),
+    "true in a list": ([0.5, True], "give a number"),
+    "an underscore in a list": ([0.5, "0_1"], "give a number"),
+    "true in a filter": ([{"filter": "*", "value": True}], "give a number, or a list of numbers"),
+    "true in a list in a filter": ([{"filter": "*", "value": [True]}], "give a number"),
     "one filter without its list": ({"filter": "*", "value": 1}, FORMS),
     "numbers and filters": ([0.5, {"filter": "*", "value": 1}], FORMS),
     "nothing": ([], "at least 1 item"),

@@ -130,10 +130,20 @@ def test_runs_are_contiguous_on_both_sides(rows: list[int], expected: list[tuple
         ("bert.embeddings.position_embeddings.weight", False),
         ("transformer.notwte.weight", False),
         ("classifier.weight", False),
+        ("cls.predictions.decoder.weight", True),
+        ("embeddings.weight", True),
     ],
 )
 def test_token_indexed_tensors_are_known_by_name(name: str, indexed: bool) -> None:
-    assert is_token_indexed(name) is indexed
+    assert is_token_indexed(name, (20, 8), 20) is indexed
+
+
+@pytest.mark.parametrize("name", ["vae.decoder.weight", "box.embeddings.weight", "proj_out.bias"])
+def test_a_name_that_others_have_too_is_of_tokens_where_there_is_a_row_for_each(name: str) -> None:
+    assert is_token_indexed(name, (20, 8), 20)
+    assert not is_token_indexed(name, (16, 8), 20)
+    assert not is_token_indexed(name, (), 20)
+    assert is_token_indexed("lm_head.weight", (16, 8), 20), "it is refused for its rows"
 
 
 BPE = {"a": 0, "b": 1, "c": 2, "ab": 3}

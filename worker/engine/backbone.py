@@ -62,6 +62,7 @@ class Backbone:
             if not is_finite(merged):
                 _blame(block, sources, planned.base)
             yield block.rows, merged
+            del block, merged  # before the next is read
 
     def state(self) -> dict[str, Tensor]:
         """All of it, to be loaded into a model."""

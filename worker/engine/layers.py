@@ -22,7 +22,7 @@ from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
 from worker.engine.catalog.methods import AlignedRegMeanParameters
 from worker.engine.catalog.planning import MergePlan, required_family
-from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, value_at
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, values_at
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.device import Precision, computing_in
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches
@@ -121,7 +121,7 @@ def align_layers(
 
     def settings(module: str) -> _Settings:
         place = places[f"{module}.weight"]
-        lambdas = tuple(value_at(expert.weight, place, DEFAULT_WEIGHT) for expert in experts)
+        lambdas = tuple(values_at((expert.weight for expert in experts), place, DEFAULT_WEIGHT))
         return _Settings(lambdas, parameters.at("hold", place))
 
     blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]

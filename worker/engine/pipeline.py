@@ -298,6 +298,7 @@ class Engine:
             value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
             loads_models=spec.loads_models,
             merges_rows=spec.method.merges_rows,
+            selects_by_rank=spec.method.selects_by_rank,
             threads=torch.get_num_threads(),
         )
         loaded = plan.checkpoints if spec.loads_models else []

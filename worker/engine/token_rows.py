@@ -56,8 +56,10 @@ def _read(reader: TensorReader, source: TensorInfo, places: Sequence[int]) -> tu
     stored = [source] if source.delta is None else [source, source.delta.a, source.delta.b]
     wide = torch.float64 if any(tensor.dtype == "F64" for tensor in stored) else torch.float32
     values = torch.zeros(len(places), *source.shape[1:], dtype=wide)
-    for row, own, length in runs(places):
-        values[row : row + length] = reader.read(source, slice(own, own + length))
+    stretches = list(runs(places))
+    read = reader.read_runs(source, (slice(own, own + length) for _, own, length in stretches))
+    for (row, _, length), found in zip(stretches, read, strict=True):
+        values[row : row + length] = found
     if not is_finite(values):
         problem = f"tensor {source.name} has values that are NaN or infinite"
         raise InvalidCheckpoint(source.source, problem, tensor=source.name)

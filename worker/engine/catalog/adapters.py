@@ -35,7 +35,7 @@ from worker.engine.catalog.headers import (
     refuse_code,
     vocabulary_of,
 )
-from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, layer_count, layer_of
+from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_count, layer_of
 from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
@@ -305,11 +305,11 @@ def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
 
 def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
     """An adapter of one of two tied matrices unties them, which a merge of files cannot show."""
-    has_output = any(name.endswith(OUTPUT_EMBEDDINGS) for name in base.tensors)
+    has_output = any(ends_with(name, OUTPUT_EMBEDDINGS) for name in base.tensors)
     if not base.architecture.endswith(GENERATES) or not base.config.get("tie_word_embeddings", not has_output):
         return
     for name in [*(f"{module}.weight" for module in adapter.factors), *adapter.whole]:
-        if name.endswith((*EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
+        if ends_with(name, (*EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
             problem = f"it adapts {name}, which the base ties to another matrix (tie_word_embeddings)"
             raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
 

@@ -18,7 +18,9 @@ from worker.engine.catalog.values import Place
 
 LAYER = re.compile(r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>\d{1,6})\.(?P<inner>.+)")
 """The first number that follows the name of a list of layers: T5 has lists within its layers."""
-BEFORE_LAYERS = re.compile(r"embed|position|patch|conv|(^|\.)(wte|wpe|shared|emb|pre_)")
+BEFORE_LAYERS = re.compile(
+    r"embed|patch|position(al)?_enc|(^|\.)(wte|wpe|shared|emb|pre_|positions?\.|conv(\d|_layers|_stem|_in\.))"
+)
 EMBEDDINGS = (
     "shared.weight",
     "embed_tokens.weight",
@@ -117,7 +119,7 @@ def place_of(name: str, stacks: Mapping[str, int]) -> Place:
 
 def is_before_layers(name: str) -> bool:
     """Whether a tensor outside the layers comes before them: embeddings and what belongs to them."""
-    return not _ends(name, OUTPUT_EMBEDDINGS) and BEFORE_LAYERS.search(name.lower()) is not None
+    return not ends_with(name, OUTPUT_EMBEDDINGS) and BEFORE_LAYERS.search(name.lower()) is not None
 
 
 def is_buffer(tensor: TensorInfo) -> bool:
@@ -181,7 +183,7 @@ def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorI
     for name in dict.fromkeys(name for state in states for name in state):
         if tied if tied is not None else not all(name in state for state in states):
             original = _original(name, first, states)
-        elif _ends(name, SHARED_EMBEDDINGS):
+        elif ends_with(name, SHARED_EMBEDDINGS):
             original = _embedding(name, first, states, EMBEDDINGS[:1])
         else:
             original = None
@@ -201,12 +203,12 @@ def _ties(config: Mapping[str, Any]) -> bool | None:
 
 
 def _original(name: str, first: Mapping[str, TensorInfo], states: Sequence[Mapping[str, TensorInfo]]) -> str | None:
-    if _ends(name, SHARED_EMBEDDINGS):
+    if ends_with(name, SHARED_EMBEDDINGS):
         return _embedding(name, first, states, EMBEDDINGS[:1])
-    if _ends(name, OUTPUT_EMBEDDINGS):
+    if ends_with(name, OUTPUT_EMBEDDINGS):
         return _embedding(name, first, states, EMBEDDINGS)
     for copy, original in TIED_BIASES.items():
-        if _ends(name, (copy,)) and name.removesuffix(copy) + original in first:
+        if ends_with(name, (copy,)) and name.removesuffix(copy) + original in first:
             return name.removesuffix(copy) + original
     return None
 
@@ -220,15 +222,15 @@ def _embedding(
     storing = [state for state in states if name in state]
     for ending in endings:
         for other, tensor in first.items():
-            if other == name or not _ends(other, (ending,)) or layer_of(other) is not None:
+            if other == name or not ends_with(other, (ending,)) or layer_of(other) is not None:
                 continue
             if all(state[name].shape == state.get(other, tensor).shape for state in storing):
                 return other
     return None
 
 
-def _ends(name: str, endings: Iterable[str]) -> bool:
-    """In whole words."""
+def ends_with(name: str, endings: Iterable[str]) -> bool:
+    """Whether a tensor's name ends with one of these, in whole words."""
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
@@ -287,8 +289,8 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _check_has_logits(info: CheckpointInfo) -> None:
     """An untied language model has a second matrix with a row for every token, whatever its name is."""
     outer = [tensor for name, tensor in info.tensors.items() if layer_of(name) is None and len(tensor.shape) == 2]
-    embeddings = [tensor for tensor in outer if _ends(tensor.name, EMBEDDINGS)]
-    others = [tensor for tensor in outer if not _ends(tensor.name, (*EMBEDDINGS, *SHARED_EMBEDDINGS))]
+    embeddings = [tensor for tensor in outer if ends_with(tensor.name, EMBEDDINGS)]
+    others = [tensor for tensor in outer if not ends_with(tensor.name, (*EMBEDDINGS, *SHARED_EMBEDDINGS))]
     if embeddings and not any(tensor.shape[0] == embeddings[0].shape[0] for tensor in others):
         problem = "no tensor lm_head.weight, and its configuration says tie_word_embeddings: false"
         raise InvalidCheckpoint(info.source, problem)

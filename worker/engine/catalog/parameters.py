@@ -2,19 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain, islice
 
 from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, filters_of, value_at
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, filters_of, values_at
 
-
-def unmatched_filters(plan: MergePlan, field: str, setting: object) -> Iterator[tuple[str, str]]:
-    """(field, problem) of every filter of what may be a `PerTensor` parameter that no merged tensor matches."""
-    names = [tensor.slot.name for tensor in plan.backbone]
-    for index, entry in enumerate(filters_of(setting)):
-        if not any(fnmatchcase(name, entry.filter) for name in names):
-            problem = f"'{entry.filter}' matches no tensor that is merged; one of them is {names[len(names) // 2]}"
-            yield f"{field}.{index}.filter", problem
+MOST_PROBLEMS = 10  # that are told at once
 
 
 def parameter_problems(
@@ -25,17 +19,35 @@ def parameter_problems(
 ) -> Iterator[tuple[str, str]]:
     """(field of the request, problem): filters that match nothing, and a tensor for which all `weights` are 0.
 
+    At most `MOST_PROBLEMS` of them.
+
     Args:
         of_models: each model's own values of the method's parameters.
     """
-    for name in type(method).model_fields:
-        yield from unmatched_filters(plan, f"method.{name}", getattr(method, name))
-    for index, weight in enumerate(weights):
-        yield from unmatched_filters(plan, f"models.{index}.weight", weight)
+    settings: dict[str, object] = {f"method.{name}": getattr(method, name) for name in type(method).model_fields}
+    settings |= {f"models.{index}.weight": weight for index, weight in enumerate(weights)}
     for index, own in enumerate(of_models):
-        for name, setting in own.items():
-            yield from unmatched_filters(plan, f"models.{index}.parameters.{name}", setting)
+        settings |= {f"models.{index}.parameters.{name}": setting for name, setting in own.items()}
+    yield from islice(chain(_unmatched(plan, settings), _weightless(plan, weights)), MOST_PROBLEMS)
+
+
+def _unmatched(plan: MergePlan, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """(field, problem) of every filter, in what may be `PerTensor` parameters by field, that matches no tensor."""
+    names = [tensor.slot.name for tensor in plan.backbone]
+    matched: dict[str, bool] = {}
+    for field, setting in settings.items():
+        for index, entry in enumerate(filters_of(setting)):
+            pattern = entry.filter
+            if pattern not in matched:
+                matched[pattern] = any(fnmatchcase(name, pattern) for name in names)
+            if not matched[pattern]:
+                problem = f"'{pattern}' matches no tensor that is merged; one of them is {names[len(names) // 2]}"
+                yield f"{field}.{index}.filter", problem
+
+
+def _weightless(plan: MergePlan, weights: Sequence[PerTensor[float]]) -> Iterator[tuple[str, str]]:
+    """The first tensor for which all weights are 0."""
     for tensor in plan.backbone if weights else ():
-        if not any(value_at(weight, tensor.place, DEFAULT_WEIGHT) > 0 for weight in weights):
+        if not any(weight > 0 for weight in values_at(weights, tensor.place, DEFAULT_WEIGHT)):
             yield "models", f"the weights of all models are 0 for tensor {tensor.slot.name}; one must be positive"
             return

@@ -23,6 +23,7 @@ from worker.engine.catalog.vocabulary import (
     Vocabulary,
     align_vocabularies,
     check_names_tell_tokens,
+    check_rows,
     is_token_indexed,
     token_keys,
     vocabulary_size,
@@ -34,8 +35,10 @@ PASSING_ATTENTION_ROWS = 2  # those that only the layer at work holds
 GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
 GRAM_MATRICES = 6  # in float64, while a layer is merged: the sum, its factor, one model's, and what is between
 FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and what is between
-MERGING_COPIES = 6  # of a block in float32, beside one for each model, while it is merged
+VERSIONS_HELD = 4  # of every model's block and the base's: as read, and what methods make of it; measured up to 3.6
+MERGING_COPIES = 6  # of a block in float32, beside these, while it is merged
 BLOCK_ELEMENTS = 1 << 18  # of one version, of the rows that are merged at once: in float32 1 MB, which a cache holds
+HELD_BLOCKS = 16  # of values among which one of a rank is found: of two models' tensors of no more than half, all are
 VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
 RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
 
@@ -137,6 +140,7 @@ class MergePlan:
         value_bytes: int = 4,
         loads_models: bool = True,
         merges_rows: bool = True,
+        selects_by_rank: bool = False,
         threads: int | None = None,
     ) -> int:
         """An estimate for one worker on a CPU: its libraries, the models it holds, and one batch's activations.
@@ -157,10 +161,11 @@ class MergePlan:
             batch_tokens: with padding, of any other batch; a longer row is one of its own.
             value_bytes: of an activation: 4 in float32, 2 in bfloat16.
             merges_rows: whether tensors are merged by blocks, else whole, one after the other.
+            selects_by_rank: whether the method looks for values of a rank among a tensor's.
             threads: each of which merges a tensor; by default one for each core of this machine.
         """
         if not loads_models:
-            return RUNTIME_BYTES + self._merging_bytes(merges_rows, threads or os.cpu_count() or 1)
+            return RUNTIME_BYTES + self._merging_bytes(merges_rows, selects_by_rank, threads or os.cpu_count() or 1)
         family = required_family(self)
         config = self.checkpoints[0].config
         sizes = {what: family.size(config, what) for what in family.config_names}
@@ -189,7 +194,7 @@ class MergePlan:
             matrices = [8 * seen.width**2 for seen in self.linear_inputs]
             phases[0] += min(sum(matrices), max(GRAM_BYTES, max(matrices)))
             phases.append(GRAM_MATRICES * max(matrices))
-        phases.append(self._merging_bytes(merges_rows, threads or os.cpu_count() or 1))
+        phases.append(self._merging_bytes(merges_rows, selects_by_rank, threads or os.cpu_count() or 1))
         return RUNTIME_BYTES + held + max(phases)
 
     @property
@@ -205,16 +210,20 @@ class MergePlan:
                 places.setdefault(tensor.slot.owner.score, []).append(tensor.place)
         return places
 
-    def _merging_bytes(self, merges_rows: bool, threads: int) -> int:
+    def _merging_bytes(self, merges_rows: bool, selects_by_rank: bool, threads: int) -> int:
         """Every model's version of what is merged at once, the base's, and what methods make of them."""
         merged = [tensor for tensor in self.backbone if not tensor.is_copied]
         value_bytes = 8 if any(source.dtype == "F64" for tensor in merged for source in tensor.sources) else 4
-        versions = len(self.checkpoints) + MERGING_COPIES
+        of_each = VERSIONS_HELD + selects_by_rank  # its samples
+        versions = of_each * len(self.all_checkpoints) + MERGING_COPIES
         largest = max((math.prod(tensor.shape) for tensor in merged), default=0)
         if not merges_rows:
             return value_bytes * versions * largest
         longest_row = max((math.prod(tensor.shape[1:]) for tensor in merged), default=0)
-        return value_bytes * versions * threads * min(largest, max(BLOCK_ELEMENTS, longest_row))
+        held = versions * min(largest, max(BLOCK_ELEMENTS, longest_row))
+        if selects_by_rank:  # what is held is put together
+            held += 2 * HELD_BLOCKS * min(largest, BLOCK_ELEMENTS)
+        return value_bytes * threads * held
 
     def owners(self) -> Mapping[str, int]:
         """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""
@@ -373,14 +382,20 @@ def _merged(
     """
     tensor = named[0][name]
     shape, rows = tensor.shape, None
-    if vocabulary is not None and is_token_indexed(name):
+    of_first = vocabulary_size(checkpoints[0].config)
+    if vocabulary is not None and of_first is not None and is_token_indexed(name, shape, of_first):
         shape, rows = (vocabulary.rows, *shape[1:]), vocabulary.token_rows
     by_token = rows is not None
     sources = _sources(checkpoints, named, name, by_token)
+    if by_token:
+        for info, source in zip(checkpoints, sources, strict=True):
+            check_rows(info, source)
     if origin is None:
         return PlannedTensor(slot, place, shape, output_dtype(sources, dtype), tuple(sources), token_rows=rows)
     base, found = origin
     _check_base(base, found, checkpoints[0], tensor, by_token)
+    if by_token and found is not None:
+        check_rows(base, found)
     return PlannedTensor(slot, place, shape, output_dtype(sources, dtype), tuple(sources), found, token_rows=rows)
 
 

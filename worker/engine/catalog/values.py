@@ -1,13 +1,14 @@
 """Numeric parameters that may differ between layers and tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
 
-from pydantic import ConfigDict, Discriminator, Field, GetJsonSchemaHandler, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, GetJsonSchemaHandler, Tag
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from worker.engine.catalog.strict import Strict
 
@@ -36,6 +37,8 @@ def _form(setting: object) -> str | None:
 
 
 def _spells_a_number(setting: object) -> bool:
+    if _is_misread(setting):
+        return False
     if not isinstance(setting, str):
         return isinstance(setting, int | float)
     try:
@@ -45,10 +48,23 @@ def _spells_a_number(setting: object) -> bool:
     return True
 
 
+def _is_misread(setting: object) -> bool:
+    """Whether Python takes it for a number, but nobody who writes JSON or YAML does: true, yes, 1_0."""
+    return isinstance(setting, bool) or (isinstance(setting, str) and "_" in setting)
+
+
+def _plain(number: Any) -> Any:
+    if _is_misread(number):
+        raise PydanticCustomError("not_a_number", "give a number")
+    return number
+
+
+PLAIN = BeforeValidator(_plain)
+
 NumberOrLayers = Annotated[
     Union[  # noqa: UP007 - mypy takes no type variable on the left of |
         Annotated[Number, Tag("<number>")],
-        Annotated[list[Number], Field(min_length=1, max_length=1000), Tag("<layers>")],
+        Annotated[list[Annotated[Number, PLAIN]], Field(min_length=1, max_length=1000), Tag("<layers>")],
     ],
     Discriminator(
         _form,
@@ -88,7 +104,7 @@ else:
         def __class_getitem__(cls, number: Any) -> Any:
             return Annotated[
                 Annotated[number, Tag("<number>")]
-                | Annotated[list[number], Field(min_length=1, max_length=1000), Tag("<layers>")]
+                | Annotated[list[Annotated[number, PLAIN]], Field(min_length=1, max_length=1000), Tag("<layers>")]
                 | Annotated[list[Filtered[number]], Field(min_length=1, max_length=1000), Tag("<filters>")],
                 Discriminator(
                     _form,
@@ -107,7 +123,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
-def value_at(setting: PerTensor[float], place: Place, default: float) -> float:
+def value_at(
+    setting: PerTensor[float],
+    place: Place,
+    default: float,
+    matches: Callable[[str, str], bool] = fnmatchcase,
+) -> float:
     """The value of a `PerTensor` parameter for one tensor."""
     if not isinstance(setting, list):
         return setting
@@ -115,9 +136,15 @@ def value_at(setting: PerTensor[float], place: Place, default: float) -> float:
     if len(numbers) == len(setting):
         return _interpolated(numbers, place.depth)
     for entry in filters_of(setting):
-        if fnmatchcase(place.name, entry.filter):
+        if matches(place.name, entry.filter):
             return _interpolated(entry.value, place.depth) if isinstance(entry.value, list) else entry.value
     return default
+
+
+def values_at(settings: Iterable[PerTensor[float]], place: Place, default: float) -> list[float]:
+    """`value_at` of several parameters; a filter that several of them have is matched once."""
+    matches = cache(fnmatchcase)
+    return [value_at(setting, place, default, matches) for setting in settings]
 
 
 def filters_of(setting: Any) -> list[Filtered[float]]:

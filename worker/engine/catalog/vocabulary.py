@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.catalog.headers import CheckpointInfo, Tokenizer, read_tokenizer
-from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, layer_of
+from worker.engine.catalog.headers import CheckpointInfo, TensorInfo, Tokenizer, read_tokenizer
+from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
 
 MAX_ROWS = 1_000_000  # of the output; the largest real vocabularies have 260,000 tokens
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
@@ -25,14 +25,31 @@ TOKEN_INDEXED = (
     "embed_tokens_per_layer.weight",
 )
 """How names of tensors with a row for each token end."""
+COMMON_NAMES = ("embeddings.weight", "decoder.weight", "decoder.bias", "proj_out.weight", "proj_out.bias")
+"""Those among them that tensors have too which know of no tokens."""
 POSITIONS = re.compile(r"position|wpe")
 TUNED_TOKENS = ("bos_token", "eos_token", "pad_token")
 """Special tokens that instruction tuning changes; to a decoder they are tokens like all others."""
 
 
-def is_token_indexed(name: str) -> bool:
-    """Whether the tensor has a row for each token: an input embedding, or a language model's head."""
-    return layer_of(name) is None and f".{name}".endswith(tuple(f".{end}" for end in TOKEN_INDEXED))
+def is_token_indexed(name: str, shape: Sequence[int], rows: int) -> bool:
+    """Whether the tensor has a row for each token: an input embedding, or a language model's head.
+
+    Args:
+        rows: of the model's embedding matrix. A tensor of another number that goes by a name that others have too is
+            none.
+    """
+    if layer_of(name) is not None or not ends_with(name, TOKEN_INDEXED):
+        return False
+    return tuple(shape[:1]) == (rows,) or not ends_with(name, COMMON_NAMES)
+
+
+def check_rows(info: CheckpointInfo, tensor: TensorInfo) -> None:
+    """Raises InvalidCheckpoint where a token-indexed tensor has not the rows that the configuration says."""
+    rows = vocabulary_size(info.config)
+    if tensor.shape[:1] != (rows,):
+        problem = f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says vocab_size {rows}"
+        raise InvalidCheckpoint(info.source, problem, tensor=tensor.name)
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,9 @@ def check_names_tell_tokens(info: CheckpointInfo) -> None:
     rows = vocabulary_size(info.config)
     for tensor in info.tensors.values():
         name, shape = tensor.name, list(tensor.shape)
-        if rows not in shape or is_token_indexed(name) or layer_of(name) is not None or POSITIONS.search(name):
+        if rows is None or rows not in shape or is_token_indexed(name, shape, rows):
+            continue
+        if layer_of(name) is not None or POSITIONS.search(name):
             continue
         problem = f"tensor {name} of shape {shape} seems to have a value for each of {rows} tokens, by an unknown name"
         raise InvalidCheckpoint(info.source, f"{problem}; its vocabulary must be that of the others", tensor=name)
@@ -198,9 +217,8 @@ def _matrix_rows(info: CheckpointInfo) -> int:
     if rows is None:
         raise InvalidCheckpoint(info.source, "config.json has no usable vocab_size")
     for tensor in info.tensors.values():
-        if is_token_indexed(tensor.name) and tensor.shape[:1] != (rows,):
-            problem = f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says vocab_size {rows}"
-            raise InvalidCheckpoint(info.source, problem, tensor=tensor.name)
+        if is_token_indexed(tensor.name, tensor.shape, rows):
+            check_rows(info, tensor)
     return rows
 
 

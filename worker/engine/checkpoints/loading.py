@@ -3,7 +3,8 @@
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -37,6 +42,8 @@ SETTINGS = {
     "output_attentions": False,  # what is asked for here costs time, and not every attention can give it
     "chunk_size_feed_forward": 0,  # in chunks, the second projection would see parts of its input
 }
+
+PARTS_PER_TENSOR, PARTS_BESIDE = 10, 1000  # modules and parameters; in BERT there are 2.2 for each tensor
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             raise
         raise InvalidCheckpoint(info.source, f"transformers cannot load it: {in_one_line(error)}") from error
     for name, found, wanted in sorted(report["mismatched_keys"]):
-        problem = f"tensor {name} has shape {list(found)}, by its configuration it would have {list(wanted)}"
-        raise InvalidCheckpoint(info.source, problem, tensor=name)
+        raise _misshapen(info, name, found, wanted)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InvalidCheckpoint(info.source, f"no tensor {missing[0]}, which {info.architecture} needs")
@@ -123,8 +129,14 @@ def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
     with TensorReader() as reader, torch.no_grad():
         for tensor in info.tensors.values():
             slot = family.slot(tensor.name)
-            if slot is not None and slot.name in parameters:
-                parameters[slot.name].copy_(reader.read(tensor))
+            parameter = None if slot is None else parameters.pop(slot.name, None)
+            if parameter is None:
+                continue
+            if parameter.shape != tensor.shape:  # which copying would stretch, where it has an axis of 1
+                raise _misshapen(info, tensor.name, tensor.shape, parameter.shape)
+            parameter.copy_(reader.read(tensor))
+    if parameters:
+        raise InvalidCheckpoint(info.source, f"no tensor {next(iter(parameters))}, which {info.architecture} needs")
     return model
 
 
@@ -137,7 +149,7 @@ def check_layout(info: CheckpointInfo) -> None:
     Raises:
         InvalidCheckpoint: transformers takes no such configuration, or a tensor is missing or has another shape.
     """
-    layout = _layout(json.dumps(info.config, sort_keys=True), info.source)
+    layout = _layout_of(info)
     if layout is None:
         return
     found = _shapes(info, layout)
@@ -147,13 +159,17 @@ def check_layout(info: CheckpointInfo) -> None:
                 continue
             raise InvalidCheckpoint(info.source, f"no tensor {name}, which {info.architecture} needs")
         if found[name] != shape:
-            problem = f"tensor {name} has shape {list(found[name])}, by its configuration it would have {list(shape)}"
-            raise InvalidCheckpoint(info.source, problem, tensor=name)
+            raise _misshapen(info, name, found[name], shape)
+
+
+def _misshapen(info: CheckpointInfo, name: str, found: Sequence[int], wanted: Sequence[int]) -> InvalidCheckpoint:
+    problem = f"tensor {name} has shape {list(found)}, by its configuration it would have {list(wanted)}"
+    return InvalidCheckpoint(info.source, problem, tensor=name)
 
 
 def unread_tensors(info: CheckpointInfo) -> list[str]:
     """Names of the tensors that transformers does not read; none where `check_layout` knows nothing either."""
-    layout = _layout(json.dumps(info.config, sort_keys=True), info.source)
+    layout = _layout_of(info)
     if layout is None:
         return []
     known = {*layout.shapes, *layout.buffers, *(name for names in layout.tied.values() for name in names)}
@@ -184,8 +200,12 @@ def _shapes(info: CheckpointInfo, layout: _Layout) -> dict[str, tuple[int, ...]]
     return found
 
 
+def _layout_of(info: CheckpointInfo) -> _Layout | None:
+    return _layout(json.dumps(info.config, sort_keys=True), info.source, len(info.tensors))
+
+
 @lru_cache(maxsize=64)
-def _layout(config: str, source: str) -> _Layout | None:
+def _layout(config: str, source: str, tensors: int) -> _Layout | None:
     """None where transformers' own names and shapes are not those of a checkpoint."""
     values = json.loads(config)
     model_class = _library_class(architecture_of(values))
@@ -195,7 +215,7 @@ def _layout(config: str, source: str) -> _Layout | None:
         problem = f"architectures in config.json names {model_class.__name__}, which computes nothing by itself"
         raise InvalidCheckpoint(source, f"{problem}; name the model's own class")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _built_for(tensors, source):
             model = model_class._from_config(AutoConfig.for_model(**values), attn_implementation="eager")
         model.tie_weights()
         if get_model_conversion_mapping(model, add_legacy=False):
@@ -206,8 +226,32 @@ def _layout(config: str, source: str) -> _Layout | None:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         buffers = frozenset(name for name, _ in model.named_buffers())
         return _Layout(shapes, tied, buffers, model.base_model_prefix)
+    except InvalidCheckpoint:
+        raise
     except Exception as error:  # whatever transformers thinks of the configuration
         raise InvalidCheckpoint(source, f"transformers cannot load it: {in_one_line(error)}") from error
+
+
+@contextmanager
+def _built_for(tensors: int, source: str) -> Iterator[None]:
+    """Stops building a model that is far larger than a checkpoint of so many tensors.
+
+    How many layers it gets is for a few bytes of its configuration to say, under a key of any name.
+    """
+    left = PARTS_PER_TENSOR * tensors + PARTS_BESIDE
+
+    def count(module: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            problem = f"by its configuration it would have many more than the {tensors} tensors that are there"
+            raise InvalidCheckpoint(source, f"{problem} (at {name} of a {type(module).__name__})")
+
+    with (
+        register_module_module_registration_hook(count),
+        register_module_parameter_registration_hook(count),
+    ):
+        yield
 
 
 def _library_class(name: str) -> Any:

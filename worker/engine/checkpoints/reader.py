@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import ADAPTER_CONFIG, TOKENIZER_FILES, CheckpointInfo, LowRank, TensorInfo
+from worker.engine.catalog.headers import ADAPTER_CONFIG, TOKENIZER_FILES, CheckpointInfo, TensorInfo
 
 CHUNK_BYTES = 4 << 20
 CLOCK_TICK_NS = 1_000_000_000  # a file that was written just now may be written again and have the same times
@@ -61,18 +61,22 @@ class TensorReader:
             InvalidCheckpoint: the file is no longer what its header said.
             OSError: as many files are open as this process may have.
         """
-        stored = self._stored(tensor, rows)
         if tensor.delta is None:
-            return stored
-        left, right = self._factors(tensor.delta, rows or slice(0, tensor.shape[0]))
-        wide = torch.float64 if torch.float64 in (stored.dtype, left.dtype, right.dtype) else torch.float32
-        return stored.to(wide).addmm_(left.to(wide), right.to(wide), alpha=tensor.delta.scaling)
+            return self._stored(tensor, rows)
+        [found] = self.read_runs(tensor, [rows or slice(0, tensor.shape[0])])
+        return found
 
-    def _factors(self, delta: LowRank, rows: slice) -> tuple[Tensor, Tensor]:
-        """Whose product is these rows of `B A`, or of its transpose."""
-        if delta.transposed:
-            return self._columns(delta.a, rows).T, self._stored(delta.b, None).T
-        return self._stored(delta.b, rows), self._stored(delta.a, None)
+    def read_runs(self, tensor: TensorInfo, runs: Iterable[slice]) -> Iterator[Tensor]:
+        """`read` of each run of rows; the factor that all of them share is read once."""
+        delta = tensor.delta
+        if delta is None:
+            yield from (self._stored(tensor, rows) for rows in runs)
+            return
+        wide = torch.float64 if "F64" in (tensor.dtype, delta.a.dtype, delta.b.dtype) else torch.float32
+        shared = (self._stored(delta.b, None).T if delta.transposed else self._stored(delta.a, None)).to(wide)
+        for rows in runs:
+            own = self._columns(delta.a, rows).T if delta.transposed else self._stored(delta.b, rows)
+            yield self._stored(tensor, rows).to(wide).addmm_(own.to(wide), shared, alpha=delta.scaling)
 
     def _columns(self, matrix: TensorInfo, columns: slice) -> Tensor:
         """Some of a matrix's columns, of which nothing else is held."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.values import DEFAULT_WEIGHT, Place, value_at
+from worker.engine.catalog.values import DEFAULT_WEIGHT, Place, values_at
 from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
 
 SUM_ROUNDING = 1e-12  # how far from 1 rounding may leave a sum of coefficients
@@ -13,7 +13,8 @@ SUM_ROUNDING = 1e-12  # how far from 1 rounding may leave a sum of coefficients
 
 def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:
     """The weights of the models for one tensor, (models,), float64, as given."""
-    return torch.tensor([value_at(model.weight, place, DEFAULT_WEIGHT) for model in models], dtype=torch.float64)
+    weights = values_at((model.weight for model in models), place, DEFAULT_WEIGHT)
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def normalized(weights: Tensor, fallback: Tensor) -> Tensor:

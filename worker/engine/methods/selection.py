@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worker.engine.catalog.planning import HELD_BLOCKS
 from worker.engine.methods.blocks import Block, Versions
 
-HELD_BLOCKS = 16  # of values, of all series together: of two models' tensors of no more than half, all are
 SAMPLED_BLOCKS = 3
 SAMPLE_ELEMENTS = 1 << 16
 MARGIN = 0.01  # of the sample, to both sides of the rank; its standard error there is at most 0.2 %
@@ -50,12 +50,14 @@ def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]],
                 arrays = [_flat(series) for series in values(block)]
                 for index, search in searching:
                     search.sample(arrays[index], every)
+                del block, arrays  # before the next is read
         for _, search in searching:
             search.bracket(limit)
         for block in versions.blocks():
             arrays = [_flat(series) for series in values(block)]
             for index, search in searching:
                 search.count(arrays[index], limit)
+            del block, arrays
         for _, search in searching:
             search.narrow()
         first = False

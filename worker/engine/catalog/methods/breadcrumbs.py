@@ -22,6 +22,10 @@ class MaskingParameters(TaskVectorParameters):
     gamma: PerTensor[Annotated[float, Field(ge=0, lt=1)]] = 0.01
     """Share of each tensor's task vector that is dropped for being the largest; less where density leaves less."""
 
+    @property
+    def selects_by_rank(self) -> bool:
+        return True
+
 
 class BreadcrumbsParameters(SumParameters, MaskingParameters):
     name: Literal["breadcrumbs"] = "breadcrumbs"

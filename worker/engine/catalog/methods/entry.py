@@ -105,6 +105,11 @@ class MethodParameters(Strict):
         return Statistic.GRAM not in self.statistics
 
     @property
+    def selects_by_rank(self) -> bool:
+        """Whether values of a rank are looked for among a tensor's."""
+        return False
+
+    @property
     def refits_layers(self) -> bool:
         """Whether linear layers are refitted to what they read in the merge, which keeps all experts loaded."""
         return False

@@ -19,6 +19,10 @@ class SceParameters(MethodParameters):
         return True
 
     @property
+    def selects_by_rank(self) -> bool:
+        return True
+
+    @property
     def weighs_models(self) -> bool:
         return False
 

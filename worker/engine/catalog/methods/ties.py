@@ -14,6 +14,10 @@ class TiesParameters(ElectionParameters):
     density: PerTensor[Density] = 0.2
     """Share of each tensor's task vector that is kept: its largest magnitudes."""
 
+    @property
+    def selects_by_rank(self) -> bool:
+        return True
+
 
 TIES = MethodEntry(
     name="ties",

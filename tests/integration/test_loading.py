@@ -1,0 +1,97 @@
+"""Checkpoints as running models: what is not built, and what is not left to chance."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AlbertConfig, AlbertForMaskedLM
+
+from tests.tiny import tiny_checkpoint
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.headers import LowRank, TensorInfo, inspect_checkpoint, read_header
+from worker.engine.checkpoints.loading import _adapted, check_layout
+from worker.engine.checkpoints.reader import TensorReader
+
+
+def albert(folder: Path) -> Path:
+    sizes = {"hidden_size": 8, "embedding_size": 4, "intermediate_size": 12, "num_attention_heads": 2}
+    AlbertForMaskedLM(AlbertConfig(vocab_size=20, num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def configured(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("key", ["inner_group_num", "num_hidden_groups"])
+def test_a_configuration_of_endless_layers_is_refused_while_they_are_built(tmp_path: Path, key: str) -> None:
+    folder = albert(tmp_path / "model")
+    info = inspect_checkpoint(folder, "local:model")
+    check_layout(info)
+    configured(folder, **{key: 10**9})
+    with pytest.raises(InvalidCheckpoint) as refused:
+        check_layout(inspect_checkpoint(folder, "local:model"))
+    assert "by its configuration it would have many more than the 28 tensors" in refused.value.message
+    configured(folder, **{key: 2})  # a few layers more are missing by name
+    with pytest.raises(InvalidCheckpoint, match=r"no tensor albert\.encoder"):
+        check_layout(inspect_checkpoint(folder, "local:model"))
+
+
+def test_no_weight_of_an_adapted_model_is_drawn_at_random(tmp_path: Path) -> None:
+    info = inspect_checkpoint(tiny_checkpoint(tmp_path / "model"), "local:model")
+    model = _adapted(info, None)
+    name = "bert.encoder.layer.1.output.dense.bias"
+    with TensorReader() as reader:
+        assert torch.equal(model.get_parameter(name), reader.read(info.tensors[name]))
+    others = {key: tensor for key, tensor in info.tensors.items() if key != name}
+    with pytest.raises(InvalidCheckpoint, match=f"no tensor {name}, which BertForSequenceClassification needs"):
+        _adapted(replace(info, tensors=others), None)
+    with pytest.raises(InvalidCheckpoint, match=f"tensor {name} has shape"):
+        _adapted(replace(info, tensors={**others, name: narrowed(tmp_path, name)}), None)
+
+
+def narrowed(folder: Path, name: str) -> TensorInfo:
+    """Of one value, which fits any axis when it is copied."""
+    save_file({name: torch.ones(1)}, folder / "narrow.safetensors")
+    [tensor] = read_header(folder / "narrow.safetensors", "local:model")
+    return tensor
+
+
+class Watched(TensorReader):
+    """Counts how often each tensor's values are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: dict[str, int] = {}
+
+    def _values(self, tensor: TensorInfo, shape: tuple[int, ...], start: int) -> Tensor:
+        self.reads[tensor.name] = self.reads.get(tensor.name, 0) + 1
+        return super()._values(tensor, shape, start)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_factor_that_runs_of_rows_share_is_read_once(tmp_path: Path, transposed: bool) -> None:
+    """Rows of a vocabulary that differs are read in many runs."""
+    rng = torch.Generator().manual_seed(0)
+    matrix = torch.randn(12, 5, generator=rng)
+    a, b = (torch.randn(shape, generator=rng) for shape in (((2, 12), (5, 2)) if transposed else ((2, 5), (12, 2))))
+    save_file({"matrix": matrix, "a": a, "b": b}, tmp_path / "all.safetensors")
+    found = {tensor.name: tensor for tensor in read_header(tmp_path / "all.safetensors", "local:model")}
+    adapted = replace(found["matrix"], delta=LowRank(found["a"], found["b"], 0.5, transposed))
+    product = b.double() @ a.double()
+    dense = matrix.double() + 0.5 * (product.T if transposed else product)
+    runs: Sequence[slice] = [slice(9, 12), slice(0, 1), slice(4, 6)]
+    with (reader := Watched()):
+        rows = list(reader.read_runs(adapted, runs))
+        reads = dict(reader.reads)
+        for some, values in zip(runs, rows, strict=True):
+            torch.testing.assert_close(values.double(), dense[some], rtol=1e-6, atol=1e-6)
+            assert torch.equal(values, reader.read(adapted, some))
+    assert reads["b" if transposed else "a"] == 1
+    assert reads["matrix"] == len(runs)
