@@ -32,9 +32,9 @@ lint: install
 	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
-# Two at once, since most of the time goes into waiting for services to start, to be killed and to recover.
+# Three at once, since most of the time goes into waiting for services to start, to be killed and to recover.
 test: install lint  ## linters, types, import contracts and every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile
 
 docs: install  ## write docs/reference.md from the code
 	$(BIN)/python docs/generate.py

@@ -211,7 +211,7 @@ def written(service: Service, job_id: str, attempt: int) -> float:
         stat = (service.data_dir / "work" / f"{job_id}.{attempt}" / name).stat()
     except FileNotFoundError:
         return 0.0
-    return stat.st_blocks * 512 / stat.st_size
+    return stat.st_blocks * 512 / max(1, stat.st_size)  # the moment it is made, it has no size yet
 
 
 def wait_written(service: Service, job_id: str, attempt: int, share: float) -> None:
