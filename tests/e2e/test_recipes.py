@@ -464,6 +464,9 @@ def answering(answer: bytes) -> Iterator[str]:
         with connection:
             connection.recv(1 << 16)
             connection.sendall(answer)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 16):  # closed before all was read, it would take the answer back
+                pass
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = Thread(target=serve)
