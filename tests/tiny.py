@@ -15,7 +15,7 @@ from worker.engine.catalog.families import Slot
 from worker.engine.catalog.rows import Row, RowFile, sample
 from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
 from worker.engine.catalog.values import Place
-from worker.engine.methods.blocks import Block, Merger, Versions, merged_whole
+from worker.engine.methods.blocks import Block, Merger, Versions
 
 LAYERS = 2
 HEADS = 4
@@ -174,7 +174,10 @@ def versions_of(
 
 def merged_of(merger: Merger, slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None, **how: Any) -> Tensor:
     """What a method makes of versions in memory."""
-    return merged_whole(merger, versions_of(slot, versions, base, **how))
+    given = versions_of(slot, versions, base, **how)
+    merge = merger(given)
+    parts = [merge(block) for block in given.blocks()]
+    return torch.cat(parts) if given.shape else parts[0]
 
 
 def float64_model(checkpoint: Path) -> Any:

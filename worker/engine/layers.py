@@ -191,9 +191,10 @@ def _refit(
             if has_bias:
                 x = pad(x, (0, 1), value=1.0)
             by_layer = torch.split(e, outputs, dim=1)
+            products = x.T @ x
             for of, members in alike.items():
                 share = of.lambdas[expert] / sum(of.lambdas) / comparison.count(group)
-                moments[of].add_(x.T @ x, alpha=share)
+                moments[of].add_(products, alpha=share)
                 errors[of].add_(torch.cat([by_layer[number] for number in members], dim=1).T @ x, alpha=share)
     changes = {}
     for of, members in alike.items():

@@ -128,13 +128,6 @@ def required_base(base: Tensor | None) -> Tensor:
     return base
 
 
-def merged_whole(merger: Merger, versions: Versions) -> Tensor:
-    """All rows of the merged tensor, in memory."""
-    merge = merger(versions)
-    parts = [merge(block) for block in versions.blocks()]
-    return torch.cat(parts) if versions.shape else parts[0]
-
-
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite: both stay in a sum, which takes an eighth of looking at every value."""
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

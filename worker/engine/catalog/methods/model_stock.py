@@ -1,28 +1,16 @@
 """`model_stock`: between the base and the models' mean, the nearer to the mean the more the models agree."""
 
-from collections.abc import Sequence
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
-from worker.engine.catalog.values import Place
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.task_vectors import DataDecidesParameters
 
 
-class ModelStockParameters(MethodParameters):
+class ModelStockParameters(DataDecidesParameters):
     name: Literal["model_stock"] = "model_stock"
     filter_wise: bool = False
     """How far to go is found for each slice of a tensor along its first axis, instead of for the whole; tensors of one
     axis or none are one slice."""
-
-    @property
-    def needs_base(self) -> bool:
-        return True
-
-    @property
-    def weighs_models(self) -> bool:
-        return False
-
-    def shares(self, weights: Sequence[float], place: Place) -> None:
-        return None
 
 
 MODEL_STOCK = MethodEntry(

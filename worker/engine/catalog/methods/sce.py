@@ -1,33 +1,22 @@
 """`sce`: task vectors where they differ most between models, weighted by their size, without minority signs."""
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
-from worker.engine.catalog.values import PerTensor, Place
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.task_vectors import DataDecidesParameters
+from worker.engine.catalog.values import PerTensor
 
 
-class SceParameters(MethodParameters):
+class SceParameters(DataDecidesParameters):
     name: Literal["sce"] = "sce"
     select_topk: PerTensor[Annotated[float, Field(gt=0, le=1)]] = 1.0
     """Share of each tensor's elements that are merged: those that vary most between the models' task vectors."""
 
     @property
-    def needs_base(self) -> bool:
-        return True
-
-    @property
     def selects_by_rank(self) -> bool:
         return True
-
-    @property
-    def weighs_models(self) -> bool:
-        return False
-
-    def shares(self, weights: Sequence[float], place: Place) -> None:
-        return None
 
 
 SCE = MethodEntry(

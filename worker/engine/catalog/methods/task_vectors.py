@@ -1,11 +1,12 @@
 """Parameters of methods that merge task vectors, that is, differences from the common ancestor."""
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodParameters, Scale
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.values import PerTensor, Place
 
 Density = Annotated[float, Field(gt=0, le=1)]
 
@@ -16,6 +17,21 @@ class TaskVectorParameters(MethodParameters):
     @property
     def needs_base(self) -> bool:
         return True
+
+
+class DataDecidesParameters(MethodParameters):
+    """Parameters of methods that find each model's share in its task vectors alone."""
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def weighs_models(self) -> bool:
+        return False
+
+    def shares(self, weights: Sequence[float], place: Place) -> None:
+        return None
 
 
 class SumParameters(TaskVectorParameters):
