@@ -76,6 +76,74 @@ class MetricResult(Strict):
     """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
 
 
+class CandidateMetric(Strict):
+    """What a candidate keeps of one expert, on the held-out rows."""
+
+    metric: MetricName
+    value: float
+    interval: tuple[float, float]
+    """95 % bootstrap percentile interval over rows; all candidates are on the same resamples."""
+    retention: float | None
+    """value / the expert's own; null where that is not positive."""
+
+
+class Candidate(Strict):
+    """A line of the table of `auto`: a model that could have been published, on the held-out rows."""
+
+    name: str
+    """Unique: the method's, `average` for the plain one, `expert NAME` for a backbone that nobody merged."""
+    kind: Literal["method", "average", "expert"]
+    method: dict[str, Any] | None
+    """All parameters, of the method's best trial; null for an expert."""
+    weights: dict[str, float]
+    """lambda of each model."""
+    align_ridge: float | None
+    """Of head alignment; null where no head was aligned."""
+    trial: int | None
+    """Its number; null for what is not searched for."""
+    metrics: dict[str, CandidateMetric]
+    """By model."""
+    mean_retention: float | None
+    min_retention: float | None
+    chosen: bool
+    """Whether the artifact has this one."""
+
+
+class Trial(Strict):
+    """One merge that was tried."""
+
+    number: int
+    candidate: str
+    """Name of its line in the table."""
+    parameters: dict[str, Any]
+    """What was tried; weights as `weight NAME`."""
+    rows: int
+    """Search rows of the model that has most, on which it was evaluated."""
+    retentions: dict[str, float]
+    """By model, on these rows."""
+    objective: float
+    """Lower by what the models lack to their `min_retention`."""
+    pruned: bool
+    """Whether it was given up before all search rows."""
+    seconds: float
+
+
+class Search(Strict):
+    """How `auto` found what it chose."""
+
+    objective: Literal["mean_retention", "min_retention"]
+    search_rows: dict[str, int]
+    held_out_rows: dict[str, int]
+    """By model, of its evaluation; no row is in both."""
+    min_retention: dict[str, float]
+    """The floors that were asked for, by model."""
+    feasible: bool
+    """Whether the chosen one reaches them on the search rows."""
+    chosen: int
+    """Number of the trial."""
+    trials: list[Trial]
+
+
 class StoppingPoint(Strict):
     examples: int
     """Rows of each model, or all of a model that has fewer."""
@@ -124,7 +192,10 @@ class MergeResult(JobResult):
     metrics: dict[str, MetricResult] | None
     mean_retention: float | None
     min_retention: float | None
-    candidates: list[dict[str, Any]] | None = None
+    candidates: list[Candidate] | None = None
+    """Of `auto`: each method's best, the plain average and the single experts, all on the same held-out rows."""
+    search: Search | None = None
+    """Of `auto`."""
     stopping: Stopping | None = None
     """Of methods that weight by the scores of mask nodes, but for the preset `paper`."""
 
