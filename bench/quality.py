@@ -35,10 +35,16 @@ from worker.engine.alignment import aligned
 from worker.engine.backbone import Backbone
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.methods import AlignedRegMeanParameters, MeasuringParameters, MethodParameters, Statistic
+from worker.engine.catalog.methods import (
+    AlignedRegMeanParameters,
+    MeasuringParameters,
+    Method,
+    MethodParameters,
+    Statistic,
+)
 from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.rows import Row, RowFile, sample
-from worker.engine.catalog.spec import DatasetSpec, Method
+from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.checkpoints.loading import LoadedModel, load
 from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.device import best_device, resolve_precision

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import AnyHttpUrl, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from worker.engine.catalog.methods import METHODS, MaskFisherParameters, MethodParameters, PassthroughParameters
-from worker.engine.catalog.spec import Columns, Dtype, Heads, Method, MetricName, Name, VocabularyPolicy
+from worker.engine.catalog.methods import METHODS, MaskFisherParameters, Method, MethodParameters, PassthroughParameters
+from worker.engine.catalog.spec import Columns, Dtype, Heads, MetricName, Name, VocabularyPolicy
 from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_positive
 

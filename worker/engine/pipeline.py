@@ -22,6 +22,7 @@ from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, insp
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
+    AutoParameters,
     MeasuringParameters,
     MethodParameters,
     PassthroughParameters,
@@ -142,6 +143,9 @@ class Engine:
         notes: list[str] = []
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
+        method = spec.method
+        if isinstance(method, AutoParameters):
+            raise TypeError("method auto is searched with, not merged by")
 
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
@@ -175,7 +179,7 @@ class Engine:
                 notes += _truncations(run)
 
         with clock.measure("merge_seconds"):
-            merger, shares = _merger(spec.method, runs, plan)
+            merger, shares = _merger(method, runs, plan)
             folders = artifact.model_folders(spec.folder, names, is_one=plan.merges_heads)
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
             refits = len(linear_groups(plan)) if spec.method.refits_layers else 0
@@ -185,7 +189,7 @@ class Engine:
                 with Backbone(plan, taking_part, merger) as start:
                     started = start.state()
                 merger = given(refitted(plan, started, self._experts(runs), spec.method, precision, merging.advance))
-            with Backbone(plan, taking_part, merger, partial(spec.method.at, "scale")) as backbone:
+            with Backbone(plan, taking_part, merger, partial(method.at, "scale")) as backbone:
                 # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
                 threads = torch.get_num_threads() if spec.method.merges_rows else None
                 digests = write_models(
@@ -199,7 +203,7 @@ class Engine:
 
         if spec.aligns:
             with clock.measure("align_seconds"):
-                digests |= self._align(plan, runs, folders, precision, on_progress)
+                digests |= self._align(plan, runs, folders, precision, spec.output.align_ridge, on_progress)
 
         metrics = None
         if any(run.evaluation for run in runs):
@@ -207,7 +211,7 @@ class Engine:
                 metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
         _check_unchanged(states)
-        known, errors = _stopping(spec.method, runs, plan, notes)
+        known, errors = _stopping(method, runs, plan, notes)
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
         result = MergeResult(
             models=[_model_result(run, share, error) for run, share, error in zip(runs, shares, errors, strict=True)],
@@ -401,6 +405,7 @@ class Engine:
         runs: list[ModelRun],
         folders: dict[str, Path],
         precision: Precision,
+        ridge: float,
         on_progress: OnProgress,
     ) -> dict[Path, str]:
         """Refit every kept head to the merged backbone, in the artifact; the sha256 of what was written anew."""
@@ -413,7 +418,7 @@ class Engine:
             expert = self._models.get(run.info)
             merged = load(inspect_checkpoint(folder, f"models/{run.spec.name}"), self._device)
             by_merge, _ = _examples_of(plan, merged, _required(run.spec), run.alignment_rows, run.alignment)
-            head = align_head(expert, merged, run.alignment, precision, aligning.advance, by_merge)
+            head = align_head(expert, merged, run.alignment, precision, aligning.advance, ridge, by_merge)
             path, digest = rewrite_head(folder, planned, head)
             digests[path] = digest
         return digests

@@ -5,30 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny
 
-from worker.engine.catalog.methods import (
-    AlignedRegMeanParameters,
-    AverageParameters,
-    BreadcrumbsParameters,
-    BreadcrumbsTiesParameters,
-    DareLinearParameters,
-    DareTiesParameters,
-    DellaLinearParameters,
-    DellaParameters,
-    FisherParameters,
-    KarcherParameters,
-    LinearParameters,
-    MaskFisherParameters,
-    MaskRegMeanParameters,
-    MethodParameters,
-    ModelStockParameters,
-    NuSlerpParameters,
-    PassthroughParameters,
-    RegMeanParameters,
-    SceParameters,
-    SlerpParameters,
-    TaskArithmeticParameters,
-    TiesParameters,
-)
+from worker.engine.catalog.methods import AutoParameters, BaseParameters, Method
 from worker.engine.catalog.strict import Strict
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, is_ever_positive
 
@@ -38,34 +15,10 @@ Heads = Literal["per_model", "merged"]
 VocabularyPolicy = Literal["error", "union", "base"]
 ALIGNMENT_ROWS = 512
 """Rows that a head is aligned on, at most."""
+ALIGN_RIDGE = 0.1
+"""How strongly an aligned head is held to what it was, in units of the mean square of its inputs."""
 LEAST_ALIGNMENT_ROWS = 16
 """Distinct rows; on fewer a head is kept as it was."""
-Method = Annotated[
-    AverageParameters
-    | MaskFisherParameters
-    | TaskArithmeticParameters
-    | TiesParameters
-    | FisherParameters
-    | RegMeanParameters
-    | MaskRegMeanParameters
-    | AlignedRegMeanParameters
-    | BreadcrumbsParameters
-    | BreadcrumbsTiesParameters
-    | DareLinearParameters
-    | DareTiesParameters
-    | DellaLinearParameters
-    | DellaParameters
-    | KarcherParameters
-    | LinearParameters
-    | ModelStockParameters
-    | NuSlerpParameters
-    | SceParameters
-    | SlerpParameters
-    | PassthroughParameters,
-    Field(discriminator="name"),
-]
-
-
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -133,6 +86,8 @@ class ModelSpec(CheckpointSpec):
     """Its own values of the method's, see `MethodParameters.of_model`."""
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
+    min_retention: float | None = None
+    """What the merge that `auto` chooses must keep of it."""
 
     @property
     def takes_part(self) -> bool:
@@ -145,6 +100,7 @@ class OutputSpec(Strict):
     heads: Heads | None = None
     """None: by kind, see `plan_merge`."""
     align_heads: bool = False
+    align_ridge: float = ALIGN_RIDGE
     max_shard_bytes: int = 5_000_000_000
     vocabulary: VocabularyPolicy = "error"
 
@@ -156,7 +112,7 @@ class StoreSpec(Strict):
     max_bytes: int
 
 
-def models_beside(evaluates: bool, aligns: bool, method: MethodParameters) -> int:
+def models_beside(evaluates: bool, aligns: bool, method: BaseParameters) -> int:
     """Models that are held beside the experts: the merge, and the plain average that it is compared with.
 
     Where layers are refitted: the merge, what it starts from, and what changes.
@@ -170,7 +126,7 @@ class JobSpec(Strict):
 
     name: str
     models: list[ModelSpec]
-    method: SerializeAsAny[Method]
+    method: SerializeAsAny[Annotated[Method | AutoParameters, Field(discriminator="name")]]
     recipe: dict[str, Any]
     folder: Path
     """Where the artifact is assembled; empty and private to this attempt."""
@@ -218,6 +174,8 @@ class MergeSpec(JobSpec):
     """The common ancestor, for methods that merge differences from it."""
     output: OutputSpec
     evaluate: bool
+    journal: Path | None = None
+    """Where `auto` keeps what it tried, for an attempt after this one; None: it is forgotten."""
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         measured, _ = super().rows_wanted(model)

@@ -9,7 +9,7 @@ from worker.engine.catalog import layouts
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.layouts import HARMLESS, LAYER_COUNTS
-from worker.engine.catalog.methods import MethodParameters, PassthroughParameters
+from worker.engine.catalog.methods import BaseParameters, PassthroughParameters
 from worker.engine.catalog.methods.passthrough import Slice
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, output_dtype, plan_merge
 from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
@@ -20,7 +20,7 @@ Source = tuple[int, int]
 
 
 def plan_job(
-    method: MethodParameters,
+    method: BaseParameters,
     names: Sequence[str],
     checkpoints: Sequence[CheckpointInfo],
     dtype: Dtype,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
 
 
 class AverageParameters(MethodParameters):
@@ -15,4 +15,5 @@ AVERAGE = MethodEntry(
     source="Wortsman et al. 2022, Model soups, arXiv 2203.05482",
     needs=(),
     parameters=AverageParameters,
+    search={"scale": Range(0.8, 1.25)},
 )

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import (
     Density,
     ElectionParameters,
@@ -44,6 +44,7 @@ BREADCRUMBS = MethodEntry(
     source=SOURCE,
     needs=("base",),
     parameters=BreadcrumbsParameters,
+    search={"density": Range(0.1, 0.95), "scale": Range(0.15, 1.0)},
 )
 
 BREADCRUMBS_TIES = MethodEntry(
@@ -53,4 +54,5 @@ BREADCRUMBS_TIES = MethodEntry(
     source=f"{SOURCE}; the election is that of arXiv 2306.01708",
     needs=("base",),
     parameters=BreadcrumbsTiesParameters,
+    search={"density": Range(0.1, 0.95), "scale": Range(0.5, 2.0)},
 )

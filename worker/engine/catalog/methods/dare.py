@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import DroppingParameters, ElectionParameters, SumParameters
 
 
@@ -22,6 +22,7 @@ DARE_LINEAR = MethodEntry(
     source=SOURCE,
     needs=("base",),
     parameters=DareLinearParameters,
+    search={"density": Range(0.2, 0.95), "scale": Range(0.15, 1.0)},
 )
 
 DARE_TIES = MethodEntry(
@@ -31,4 +32,5 @@ DARE_TIES = MethodEntry(
     source=f"{SOURCE}; the election is that of arXiv 2306.01708",
     needs=("base",),
     parameters=DareTiesParameters,
+    search={"density": Range(0.2, 0.95), "scale": Range(0.5, 2.0)},
 )

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import DroppingParameters, ElectionParameters, SumParameters
 from worker.engine.catalog.values import PerTensor
 
@@ -38,6 +38,7 @@ DELLA = MethodEntry(
     source=SOURCE,
     needs=("base",),
     parameters=DellaParameters,
+    search={"density": Range(0.3, 0.85), "scale": Range(0.5, 2.0)},
 )
 
 DELLA_LINEAR = MethodEntry(
@@ -46,4 +47,5 @@ DELLA_LINEAR = MethodEntry(
     source=SOURCE,
     needs=("base",),
     parameters=DellaLinearParameters,
+    search={"density": Range(0.3, 0.85), "scale": Range(0.15, 1.0)},
 )

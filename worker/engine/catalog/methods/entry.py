@@ -1,9 +1,9 @@
 """What is known of a method without running it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -33,8 +33,8 @@ MOST_AUTO_EXAMPLES = 16_384
 """Rows of each data set beyond which `examples: "auto"` does not go on."""
 
 
-class MethodParameters(Strict):
-    """Parameters common to all methods."""
+class BaseParameters(Strict):
+    """What a method asks of a job: of one that merges, and of `auto`, which tries several of them."""
 
     per_model: ClassVar[tuple[str, ...]] = ()
     """Names of the `PerTensor` parameters of which a model may have values of its own."""
@@ -42,8 +42,11 @@ class MethodParameters(Strict):
     name: str
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Forward and backward passes: bfloat16 where the device has matrix units for it, else float32."""
-    scale: PerTensor[Scale] = 1.0
-    """The merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; other than 1 it needs a base."""
+
+    @property
+    def methods(self) -> "Sequence[MethodParameters]":
+        """Those that are run: itself, or the candidates of `auto`."""
+        raise NotImplementedError
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -56,43 +59,12 @@ class MethodParameters(Strict):
 
     @property
     def needs_base(self) -> bool:
-        return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
-
-    def at(self, name: str, place: Place) -> float:
-        """The value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
-        return value_at(getattr(self, name), place, type(self).model_fields[name].default)
-
-    def of_model(self, own: Mapping[str, PerTensor[float]]) -> Self:
-        """The parameters of a model that has some values of its own; where none of its filters matches, these count.
-
-        Args:
-            own: by names in `per_model`.
-
-        Raises:
-            ValidationError: a value is out of the parameter's bounds.
-        """
-        if not own:
-            return self
-        given = self.model_dump()
-        for name, value in own.items():
-            of_all = given[name] if filters_of(getattr(self, name)) else [{"filter": EVERY_NAME, "value": given[name]}]
-            filters = [entry.model_dump() for entry in filters_of(value)]
-            given[name] = [*filters, *of_all] if filters else value
-        return type(self).model_validate(given)
+        return False
 
     @property
     def weighs_models(self) -> bool:
         """Whether the models' weights have a say; else they must be equal."""
         return True
-
-    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
-        """Each model's share in the merge of one tensor, summing to 1; None: only the data tell.
-
-        Args:
-            weights: of the models that take part, not all 0.
-        """
-        total = sum(weights)
-        return [weight / total for weight in weights]
 
     @property
     def needs_labels(self) -> bool:
@@ -123,6 +95,52 @@ class MethodParameters(Strict):
     def batch_rows(self) -> int | None:
         """Rows of a batch where the method prescribes them; None where batches keep to a budget of tokens."""
         return None
+
+
+class MethodParameters(BaseParameters):
+    """Parameters common to all methods."""
+
+    scale: PerTensor[Scale] = 1.0
+    """The merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; other than 1 it needs a base."""
+
+    @property
+    def methods(self) -> "Sequence[MethodParameters]":
+        return [self]
+
+    @property
+    def needs_base(self) -> bool:
+        return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
+
+    def at(self, name: str, place: Place) -> float:
+        """The value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
+        return value_at(getattr(self, name), place, type(self).model_fields[name].default)
+
+    def of_model(self, own: Mapping[str, PerTensor[float]]) -> Self:
+        """The parameters of a model that has some values of its own; where none of its filters matches, these count.
+
+        Args:
+            own: by names in `per_model`.
+
+        Raises:
+            ValidationError: a value is out of the parameter's bounds.
+        """
+        if not own:
+            return self
+        given = self.model_dump()
+        for name, value in own.items():
+            of_all = given[name] if filters_of(getattr(self, name)) else [{"filter": EVERY_NAME, "value": given[name]}]
+            filters = [entry.model_dump() for entry in filters_of(value)]
+            given[name] = [*filters, *of_all] if filters else value
+        return type(self).model_validate(given)
+
+    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
+        """Each model's share in the merge of one tensor, summing to 1; None: only the data tell.
+
+        Args:
+            weights: of the models that take part, not all 0.
+        """
+        total = sum(weights)
+        return [weight / total for weight in weights]
 
 
 class MeasuringParameters(MethodParameters):
@@ -156,14 +174,40 @@ class GradientParameters(MeasuringParameters):
 
 
 @dataclass(frozen=True)
-class MethodEntry:
+class Range:
+    """Numbers that `auto` tries for a parameter."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Whether equal ratios count alike, not equal distances."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values that `auto` tries for a parameter."""
+
+    values: tuple[str | float | bool, ...]
+
+
+SearchSpace = Mapping[str, Range | Choice]
+"""By parameter."""
+
+
+Parameters = TypeVar("Parameters", bound=BaseParameters, covariant=True)
+
+
+@dataclass(frozen=True)
+class MethodEntry(Generic[Parameters]):
     name: str
     formula: str
     source: str
-    needs: tuple[Literal["dataset", "base"], ...]
-    parameters: type[MethodParameters]
+    needs: tuple[Literal["dataset", "base", "evaluation"], ...]
+    parameters: type[Parameters]
     models: tuple[int, int | None] = (1, None)
     """Fewest and most that can take part; None: any number."""
+    search: SearchSpace = field(default_factory=dict)
+    """What `auto` tries of it where a candidate leaves it open; `scale` only where there is a base."""
 
     @property
     def models_wanted(self) -> str:
@@ -178,5 +222,6 @@ class MethodEntry:
             "needs": list(self.needs),
             "models": {"least": self.models[0], "most": self.models[1]},
             "per_model": list(self.parameters.per_model),
+            "search": {name: asdict(space) for name, space in self.search.items()},
             "parameters": self.parameters.model_json_schema(),
         }

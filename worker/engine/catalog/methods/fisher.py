@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Statistic
+from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Range, Statistic
 from worker.engine.catalog.values import PerTensor, Share
 
 
@@ -24,4 +24,5 @@ FISHER = MethodEntry(
     source="Matena & Raffel 2022, Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832",
     needs=("dataset",),
     parameters=FisherParameters,
+    search={"scale": Range(0.8, 1.25)},
 )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
 
 
 class KarcherParameters(MethodParameters):
@@ -23,4 +23,5 @@ KARCHER = MethodEntry(
     "Buss & Fillmore 2001, Spherical averages, doi 10.1145/502122.502124",
     needs=(),
     parameters=KarcherParameters,
+    search={"scale": Range(0.8, 1.25)},
 )

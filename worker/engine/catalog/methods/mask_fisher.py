@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Statistic
+from worker.engine.catalog.methods.entry import Choice, GradientParameters, MethodEntry, Range, Statistic
 from worker.engine.catalog.values import PerTensor, Share
 
 # The published rule in this method's own terms; see worker/engine/methods/paper.py for who owns what under it.
@@ -87,4 +87,10 @@ MASK_FISHER = MethodEntry(
     "ownership per node and normalisation per layer are this project's",
     needs=("dataset",),
     parameters=MaskFisherParameters,
+    search={
+        "normalize": Choice(("layer", "model")),
+        "rest": Choice(("uniform", "model")),
+        "floor": Range(1e-3, 1.0, log=True),
+        "scale": Range(0.8, 1.25),
+    },
 )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, Statistic
+from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, Statistic
 from worker.engine.catalog.methods.mask_fisher import ScoringParameters
 from worker.engine.catalog.methods.regmean import RIDGE, SHRINK
 from worker.engine.catalog.values import PerTensor, Share
@@ -35,4 +35,13 @@ MASK_REGMEAN = MethodEntry(
     source="this project's, from arXiv 2403.09891 and 2212.09849",
     needs=("dataset",),
     parameters=MaskRegMeanParameters,
+    search={
+        "normalize": Choice(("layer", "model")),
+        "rest": Choice(("uniform", "model")),
+        "shrink": Range(0.8, 1.0),
+        "ridge": Range(1e-4, 1e-1, log=True),
+        "columns": Choice((False, True)),
+        "neuron_rows": Choice((False, True)),
+        "scale": Range(0.8, 1.25),
+    },
 )

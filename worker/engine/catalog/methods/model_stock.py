@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import DataDecidesParameters
 
 
@@ -21,4 +21,5 @@ MODEL_STOCK = MethodEntry(
     needs=("base",),
     parameters=ModelStockParameters,
     models=(2, None),
+    search={"scale": Range(0.8, 1.25)},
 )

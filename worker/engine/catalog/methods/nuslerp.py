@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
 
 
 class NuSlerpParameters(MethodParameters):
@@ -20,4 +20,5 @@ NUSLERP = MethodEntry(
     needs=(),
     parameters=NuSlerpParameters,
     models=(2, 2),
+    search={"scale": Range(0.8, 1.25)},
 )

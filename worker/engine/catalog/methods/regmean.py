@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Statistic
+from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Range, Statistic
 from worker.engine.catalog.values import PerTensor, Share
 
 SHRINK = 1.0
@@ -32,4 +32,5 @@ REGMEAN = MethodEntry(
     source="Jin et al. 2023, Dataless Knowledge Fusion by Merging Weights of Language Models, arXiv 2212.09849",
     needs=("dataset",),
     parameters=RegMeanParameters,
+    search={"shrink": Range(0.8, 1.0), "ridge": Range(1e-4, 1e-1, log=True), "scale": Range(0.8, 1.25)},
 )

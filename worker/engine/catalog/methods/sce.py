@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import DataDecidesParameters
 from worker.engine.catalog.values import PerTensor
 
@@ -26,4 +26,5 @@ SCE = MethodEntry(
     source="Wan et al. 2024, FuseChat: Knowledge Fusion of Chat Models, arXiv 2408.07990",
     needs=("base",),
     parameters=SceParameters,
+    search={"scale": Range(0.5, 2.0)},
 )

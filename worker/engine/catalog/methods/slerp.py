@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
 from worker.engine.catalog.values import PerTensor, Place
 
 
@@ -32,4 +32,5 @@ SLERP = MethodEntry(
     needs=(),
     parameters=SlerpParameters,
     models=(2, 2),
+    search={"t": Range(0.2, 0.8)},
 )

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import SumParameters
 
 
@@ -16,4 +16,5 @@ TASK_ARITHMETIC = MethodEntry(
     source="Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089",
     needs=("base",),
     parameters=TaskArithmeticParameters,
+    search={"scale": Range(0.15, 1.0)},
 )

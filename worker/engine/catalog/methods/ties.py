@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import Density, ElectionParameters
 from worker.engine.catalog.values import PerTensor
 
@@ -27,4 +27,5 @@ TIES = MethodEntry(
     "trimming per tensor is this project's",
     needs=("base",),
     parameters=TiesParameters,
+    search={"density": Range(0.05, 0.9, log=True), "scale": Range(0.5, 2.0)},
 )

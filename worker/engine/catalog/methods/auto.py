@@ -1,0 +1,166 @@
+"""`auto`: several methods and their coefficients are tried on rows that each model names, and the best is published."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_serializer, field_validator, model_validator
+
+from worker.engine.catalog.methods.entry import (
+    BaseParameters,
+    Choice,
+    MeasuringParameters,
+    MethodEntry,
+    MethodParameters,
+    Range,
+    SearchSpace,
+    Statistic,
+)
+from worker.engine.catalog.methods.merging import METHODS, Method
+
+MOST_CANDIDATES = 50
+DEFAULT_CANDIDATES = (
+    "average",
+    "mask_fisher",
+    "task_arithmetic",
+    "ties",
+    "regmean",
+    "mask_regmean",
+    "aligned_regmean",
+)
+"""As far as the models name what they need. Each is the best of its kind on some set of tasks (docs/quality.md), and a
+trial of it takes seconds; `fisher` is left out, since measuring every parameter takes minutes."""
+WEIGHTS = Range(1 / 3, 3, log=True)
+"""Times the weight that the recipe gives."""
+ALIGN_RIDGE = Range(0.01, 1.0, log=True)
+
+
+def _as_recipe(candidate: Any) -> Any:
+    return {"name": candidate} if isinstance(candidate, str) else candidate
+
+
+Candidate = Annotated[Method, BeforeValidator(_as_recipe)]
+"""A method by its name, or as it would be in a recipe: what is given is kept, the rest is searched for."""
+
+
+class AutoParameters(BaseParameters):
+    name: Literal["auto"] = "auto"
+    candidates: Annotated[list[Candidate], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
+    """Methods, by name or with parameters that are to be kept as they are given; null: those that are good at most
+    tasks and that the models name enough for."""
+    trials: Annotated[int, Field(ge=1, le=10_000)] = 40
+    """Merges that are tried; each candidate's defaults come first."""
+    objective: Literal["mean_retention", "min_retention"] = "mean_retention"
+    """Over the models: what is to be as large as possible."""
+    examples: Annotated[int, Field(ge=1, le=10_000_000)] = 512
+    """Rows of each data set that are measured for candidates that name no number of their own."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Splits the evaluation rows and draws what is tried."""
+
+    @field_validator("candidates")
+    @classmethod
+    def _can_be_searched(cls, candidates: list[MethodParameters] | None) -> list[MethodParameters] | None:
+        for index, candidate in enumerate(candidates or ()):
+            _check_candidate(index, candidate)
+        return candidates
+
+    @model_validator(mode="after")
+    def _each_is_tried(self) -> "AutoParameters":
+        if self.candidates is not None and self.trials < len(self.candidates):
+            raise ValueError(
+                f"{len(self.candidates)} candidates need as many trials at least, and trials is {self.trials}"
+            )
+        return self
+
+    @field_serializer("candidates")
+    def _as_given(self, candidates: list[MethodParameters] | None) -> list[dict[str, Any]] | None:
+        """Without defaults, since these are what is searched for."""
+        if candidates is None:
+            return None
+        return [{"name": c.name, **c.model_dump(mode="json", exclude_unset=True)} for c in candidates]
+
+    @property
+    def methods(self) -> Sequence[MethodParameters]:
+        """With `examples` and `precision` where a candidate leaves them open."""
+        return [with_values(candidate, self._common(candidate)) for candidate in self.candidates or ()]
+
+    def _common(self, candidate: MethodParameters) -> dict[str, Any]:
+        common: dict[str, Any] = {"precision": self.precision}
+        if isinstance(candidate, MeasuringParameters):
+            common["examples"] = self.examples
+        return {name: value for name, value in common.items() if name not in candidate.model_fields_set}
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset().union(*(method.statistics for method in self.methods))
+
+    @property
+    def most_examples(self) -> int:
+        return max((method.most_examples for method in self.methods), default=0)
+
+    @property
+    def needs_base(self) -> bool:
+        return any(method.needs_base for method in self.methods)
+
+    @property
+    def needs_labels(self) -> bool:
+        return any(method.needs_labels for method in self.methods)
+
+    @property
+    def selects_by_rank(self) -> bool:
+        return any(method.selects_by_rank for method in self.methods)
+
+    @property
+    def refits_layers(self) -> bool:
+        return any(method.refits_layers for method in self.methods)
+
+    @property
+    def most_batch_tokens(self) -> int:
+        return max((method.most_batch_tokens for method in self.methods), default=super().most_batch_tokens)
+
+
+def with_values(method: MethodParameters, values: dict[str, Any]) -> MethodParameters:
+    """The method with further parameters set. Raises ValidationError."""
+    return type(method).model_validate({"name": method.name, **method.model_dump(exclude_unset=True), **values})
+
+
+def default_candidates(*, has_base: bool, has_datasets: bool, models: int) -> list[str]:
+    """Names of those that can be run with what a recipe names."""
+    given = {"base": has_base, "dataset": has_datasets, "evaluation": True}
+    entries = [METHODS[name] for name in DEFAULT_CANDIDATES]
+    return [e.name for e in entries if e.models[0] <= models and all(given[need] for need in e.needs)]
+
+
+def space_of(candidate: MethodParameters, *, has_base: bool) -> SearchSpace:
+    """What is searched for of a candidate, by parameter, in a fixed order."""
+    space = METHODS[candidate.name].search
+    open_ = {name: tried for name, tried in space.items() if name not in candidate.model_fields_set}
+    return {name: tried for name, tried in open_.items() if name != "scale" or has_base}
+
+
+def _check_candidate(index: int, candidate: MethodParameters) -> None:
+    name = candidate.name
+    if name == "passthrough":
+        raise ValueError("passthrough stacks layers, which has no evaluation to be searched by; leave it out")
+    if getattr(candidate, "preset", None) is not None:
+        raise ValueError("a preset reads rows in an order of its own, so it cannot be a candidate; leave it out")
+    for parameter, tried in space_of(candidate, has_base=True).items():
+        ends = tried.values if isinstance(tried, Choice) else (tried.low, tried.high)
+        for value in ends:
+            try:
+                with_values(candidate, {parameter: value})
+            except ValidationError as invalid:
+                why = invalid.errors()[0]["msg"]
+                raise ValueError(
+                    f"candidate {index} ({name}) leaves {parameter} open, and {value:g} does not suit what it gives "
+                    f"({why}); give {parameter} too"
+                ) from invalid
+
+
+AUTO = MethodEntry(
+    name="auto",
+    formula="argmax over candidates and their coefficients of the mean (or least) retention on the search rows",
+    source="this project's; candidates are proposed by Bergstra et al. 2011, Algorithms for Hyper-Parameter "
+    "Optimization (TPE), and given up by Jamieson & Talwalkar 2016, arXiv 1502.07943 (successive halving)",
+    needs=("evaluation",),
+    parameters=AutoParameters,
+)

@@ -1,0 +1,60 @@
+"""All methods that merge, in the order in which they are listed."""
+
+from typing import TYPE_CHECKING, Annotated, Union
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN
+from worker.engine.catalog.methods.average import AVERAGE
+from worker.engine.catalog.methods.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
+from worker.engine.catalog.methods.dare import DARE_LINEAR, DARE_TIES
+from worker.engine.catalog.methods.della import DELLA, DELLA_LINEAR
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.fisher import FISHER
+from worker.engine.catalog.methods.karcher import KARCHER
+from worker.engine.catalog.methods.linear import LINEAR
+from worker.engine.catalog.methods.mask_fisher import MASK_FISHER
+from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN
+from worker.engine.catalog.methods.model_stock import MODEL_STOCK
+from worker.engine.catalog.methods.nuslerp import NUSLERP
+from worker.engine.catalog.methods.passthrough import PASSTHROUGH
+from worker.engine.catalog.methods.regmean import REGMEAN
+from worker.engine.catalog.methods.sce import SCE
+from worker.engine.catalog.methods.slerp import SLERP
+from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC
+from worker.engine.catalog.methods.ties import TIES
+
+METHODS: dict[str, MethodEntry[MethodParameters]] = {
+    entry.name: entry
+    for entry in (
+        AVERAGE,
+        MASK_FISHER,
+        TASK_ARITHMETIC,
+        TIES,
+        FISHER,
+        REGMEAN,
+        MASK_REGMEAN,
+        ALIGNED_REGMEAN,
+        LINEAR,
+        SLERP,
+        NUSLERP,
+        KARCHER,
+        DARE_LINEAR,
+        DARE_TIES,
+        DELLA,
+        DELLA_LINEAR,
+        BREADCRUMBS,
+        BREADCRUMBS_TIES,
+        MODEL_STOCK,
+        SCE,
+        PASSTHROUGH,
+    )
+}
+
+if TYPE_CHECKING:
+    Method = MethodParameters
+else:
+    Method = Annotated[
+        Union[tuple(entry.parameters for entry in METHODS.values())],  # noqa: UP007 - made of a tuple
+        Field(discriminator="name"),
+    ]
