@@ -79,7 +79,7 @@ from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.data import Example, plan_batches, tokenize
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
-from worker.engine.search.bench import Bench, Side
+from worker.engine.search.bench import Bench, Side, Tryout
 from worker.engine.search.journal import Journal
 from worker.engine.search.search import Found, search
 from worker.engine.search.space import Proposal, Space
@@ -488,6 +488,16 @@ class Engine:
         space = Space(spec, auto, aligns=any(run.alignment for run in runs))
         searching = Phase("searching", auto.trials + len(space) + 1 + len(runs), "merges", on_progress)
 
+        refitted: dict[str, Tryout] = {}
+
+        def made(proposal: Proposal) -> Tryout:
+            if not proposal.method.refits_layers:
+                return Tryout(bench, merged(proposal))
+            key = proposal.method.model_dump_json()
+            if key not in refitted:  # it takes as long as dozens of other merges, and trials may differ in heads alone
+                refitted[key] = Tryout(bench, merged(proposal))
+            return refitted[key]
+
         def merged(proposal: Proposal) -> dict[str, Tensor]:
             own = by_method[proposal.candidate]
             weighed = [
@@ -496,8 +506,11 @@ class Engine:
             ]
             return self._state(proposal.method, weighed, plan, precision)
 
+        def averaged(takes_part: Sequence[bool]) -> Tryout:
+            return Tryout(bench, plain_average(plan, takes_part))
+
         identity = _identity(spec, auto, runs, precision)
-        found = search(spec, auto, space, bench, merged, Journal(spec.journal, identity), searching.advance)
+        found = search(spec, auto, space, sides, made, Journal(spec.journal, identity), searching.advance)
         names = [run.spec.name for run in runs]
         lines = [
             Line(
@@ -507,7 +520,7 @@ class Engine:
                 weights=dict(zip(names, proposal.weights, strict=True)),
                 align_ridge=proposal.align_ridge,
                 trial=number,
-                merge=partial(merged, proposal),
+                tryout=partial(made, proposal),
             )
             for candidate, (number, proposal) in found.best.items()
         ]
@@ -522,11 +535,11 @@ class Engine:
                 weights={model: float(takes) for model, takes in zip(names, takes_part, strict=True)},
                 align_ridge=ridge,
                 trial=None,
-                merge=partial(plain_average, plan, takes_part),
+                tryout=partial(averaged, takes_part),
             )
             for name, takes_part in backbones.items()
         ]
-        return found, table(lines, bench, found.search.chosen, searching.advance)
+        return found, table(lines, sides, found.search.chosen, searching.advance)
 
     def _align(
         self,

@@ -3,8 +3,8 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -84,37 +84,40 @@ class Seen:
         return torch.cat(self._known)[:rows]
 
 
-@dataclass
 class Tryout:
-    """A merge that is on the bench."""
+    """A merge, with what each expert's head makes of its rows with it."""
 
-    sides: Sequence[Side]
-    searched: Sequence[Seen]
-    alignment: Sequence[Seen]
-    held_out: Sequence[Seen]
-    ridge: float
+    def __init__(self, bench: "Bench", state: State) -> None:
+        self._sides = bench.sides
 
-    def retentions(self, share: float) -> dict[str, float]:
+        def seen(index: int, rows: Sequence[Example]) -> Seen:
+            return Seen(partial(bench.read, state, index, rows))
+
+        self._searched = [seen(index, side.searched) for index, side in enumerate(bench.sides)]
+        self._alignment = [seen(index, side.alignment) for index, side in enumerate(bench.sides)]
+        self._held_out = [seen(index, side.held_out) for index, side in enumerate(bench.sides)]
+
+    def retentions(self, share: float, ridge: float) -> dict[str, float]:
         """Every model's on this share of its search rows, its head aligned on the same share of its rows for that."""
         found = {}
-        for index, side in enumerate(self.sides):
-            features = self.searched[index].first(part(side.searched, share))
-            found[side.name] = side.retention(side.predicted(features, self._head(index, share)))
+        for index, side in enumerate(self._sides):
+            features = self._searched[index].first(part(side.searched, share))
+            found[side.name] = side.retention(side.predicted(features, self._head(index, share, ridge)))
         return found
 
-    def judged(self) -> dict[str, Array]:
+    def judged(self, ridge: float) -> dict[str, Array]:
         """Every model's predictions of its held-out rows."""
         return {
-            side.name: side.predicted(self.held_out[i].first(len(side.held_out)), self._head(i, 1.0))
-            for i, side in enumerate(self.sides)
+            side.name: side.predicted(self._held_out[index].first(len(side.held_out)), self._head(index, 1.0, ridge))
+            for index, side in enumerate(self._sides)
         }
 
-    def _head(self, index: int, share: float) -> Head:
-        side = self.sides[index]
+    def _head(self, index: int, share: float, ridge: float) -> Head:
+        side = self._sides[index]
         if not side.alignment:
             return side.head
         rows = min(len(side.alignment), max(LEAST_ALIGNMENT_ROWS, part(side.alignment, share)))
-        return aligned(self.alignment[index].first(rows), side.targets[:rows], *side.head, self.ridge)
+        return aligned(self._alignment[index].first(rows), side.targets[:rows], *side.head, ridge)
 
 
 class Bench:
@@ -134,28 +137,18 @@ class Bench:
             if name in names
         }
         self._models = [self._with_backbone(side.loaded) for side in sides]
+        self._present: State | None = None
 
-    def put(self, state: State, ridge: float) -> Tryout:
-        """The merge that is looked at from now on; another's `Tryout` must not be asked any more."""
-        with torch.no_grad():
-            for name, parameter in self._backbone.items():
-                parameter.copy_(state[name])
-
-        def seen(rows_of: Callable[[Side], Sequence[Example]]) -> list[Seen]:
-            return [self._seen(index, rows_of(side)) for index, side in enumerate(self.sides)]
-
-        return Tryout(
-            self.sides, seen(lambda s: s.searched), seen(lambda s: s.alignment), seen(lambda s: s.held_out), ridge
-        )
-
-    def _seen(self, index: int, rows: Sequence[Example]) -> Seen:
+    def read(self, state: State, index: int, rows: Sequence[Example], wanted: slice) -> Tensor:
+        """What the head of the expert `index` reads of some rows with a merge, (rows, width), float64."""
+        if state is not self._present:
+            with torch.no_grad():
+                for name, parameter in self._backbone.items():
+                    parameter.copy_(state[name])
+            self._present = state
         model = self._models[index]
-
-        def read(wanted: slice) -> Tensor:
-            with rounded_weights(model.model, self._precision):
-                return _read(model, rows[wanted], self._precision)
-
-        return Seen(read)
+        with rounded_weights(model.model, self._precision):
+            return _read(model, rows[wanted], self._precision)
 
     def _with_backbone(self, loaded: LoadedModel) -> LoadedModel:
         """A copy of the expert that has the bench's backbone in place of its own."""

@@ -11,7 +11,7 @@ from worker.engine.catalog.errors import InvalidDataset, NumericalError
 from worker.engine.catalog.methods import AutoParameters
 from worker.engine.catalog.report import Search, Trial
 from worker.engine.catalog.spec import MergeSpec
-from worker.engine.search.bench import Bench, Side, State, part
+from worker.engine.search.bench import Side, Tryout, part
 from worker.engine.search.journal import Journal, Tried
 from worker.engine.search.space import Proposal, Space
 
@@ -22,7 +22,7 @@ REDUCTION = 2
 LEAST_ROWS = 32
 """Of each model, at a look that is not the last: with fewer, chance would decide."""
 
-Merge = Callable[[Proposal], State]
+MakeTryout = Callable[[Proposal], Tryout]
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def search(
     spec: MergeSpec,
     auto: AutoParameters,
     space: Space,
-    bench: Bench,
-    merge: Merge,
+    sides: Sequence[Side],
+    make: MakeTryout,
     journal: Journal,
     on_trial: Callable[[], None],
 ) -> Found:
@@ -78,16 +78,16 @@ def search(
     halving, Li et al. 2020, arXiv 1810.05934). All of it follows from the seed, as long as merges and predictions do.
 
     Args:
-        merge: makes a proposal's backbone.
+        make: merges as proposed.
         on_trial: called after each trial; may raise to stop.
 
     Raises:
         InvalidDataset: an expert is no better than nothing on its search rows, so that there is nothing to retain.
         NumericalError: no merge could be made.
     """
-    _check_experts(bench.sides)
+    _check_experts(sides)
     goal = Goal(auto.objective, {m.name: m.min_retention for m in spec.models if m.min_retention is not None})
-    shares = shares_looked_at(bench.sides)
+    shares = shares_looked_at(sides)
     study = _study(auto.seed)
     for candidate in range(len(space)):
         study.enqueue_trial(space.first(candidate))
@@ -103,12 +103,12 @@ def search(
 
         tried = journal.found(number, proposal.parameters)
         if tried is None:
-            tried = _try(proposal, shares, bench, merge, is_given_up)
+            tried = _try(proposal, shares, make, is_given_up)
             journal.add(number, tried)
         else:
             for look, retentions in enumerate(tried.looks):
                 is_given_up(look, retentions)
-        trial = _trial(number, space.names[proposal.candidate], tried, shares, bench.sides, goal)
+        trial = _trial(number, space.names[proposal.candidate], tried, shares, sides, goal)
         _tell(study, asked, trial)
         trials.append(trial)
         proposals.append(proposal)
@@ -125,8 +125,8 @@ def search(
         chosen=proposals[chosen.number],
         search=Search(
             objective=auto.objective,
-            search_rows={side.name: len(side.searched) for side in bench.sides},
-            held_out_rows={side.name: len(side.held_out) for side in bench.sides},
+            search_rows={side.name: len(side.searched) for side in sides},
+            held_out_rows={side.name: len(side.held_out) for side in sides},
             min_retention=dict(goal.floors),
             feasible=goal.lack(chosen.retentions) == 0,
             chosen=chosen.number,
@@ -164,17 +164,16 @@ def _study(seed: int) -> optuna.Study:
 def _try(
     proposal: Proposal,
     shares: Sequence[float],
-    bench: Bench,
-    merge: Merge,
+    make: MakeTryout,
     is_given_up: Callable[[int, Mapping[str, float]], bool],
 ) -> Tried:
     start = time.monotonic()
     looks: list[dict[str, float]] = []
     error = None
     try:
-        tryout = bench.put(merge(proposal), proposal.align_ridge)
+        tryout = make(proposal)
         for look, share in enumerate(shares):
-            looks.append(tryout.retentions(share))
+            looks.append(tryout.retentions(share, proposal.align_ridge))
             if is_given_up(look, looks[-1]):
                 break
     except NumericalError as failed:

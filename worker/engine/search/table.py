@@ -10,7 +10,7 @@ from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.report import Candidate, CandidateMetric, Difference
 from worker.engine.catalog.values import PerTensor
 from worker.engine.evaluation.metrics import Array, bootstrap, interval, metric_for
-from worker.engine.search.bench import Bench, Side, State
+from worker.engine.search.bench import Side, Tryout
 
 PLAIN_AVERAGE = "plain average"
 
@@ -25,7 +25,7 @@ class Line:
     weights: Mapping[str, PerTensor[float]]
     align_ridge: float
     trial: int | None
-    merge: Callable[[], State]
+    tryout: Callable[[], Tryout]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Judged:
     retentions: Array | None
 
 
-def table(lines: Sequence[Line], bench: Bench, chosen: int, on_line: Callable[[], None]) -> list[Candidate]:
+def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Callable[[], None]) -> list[Candidate]:
     """Metrics and retention of every line on the held-out rows; each model's resamples are the same for all lines.
 
     Args:
@@ -44,9 +44,9 @@ def table(lines: Sequence[Line], bench: Bench, chosen: int, on_line: Callable[[]
     """
     predictions: list[dict[str, Array]] = []
     for line in lines:
-        predictions.append(bench.put(line.merge(), line.align_ridge).judged())
+        predictions.append(line.tryout().judged(line.align_ridge))
         on_line()
-    by_model = {side.name: _judged(side, [of_line[side.name] for of_line in predictions]) for side in bench.sides}
+    by_model = {side.name: _judged(side, [of_line[side.name] for of_line in predictions]) for side in sides}
     [published] = [index for index, line in enumerate(lines) if line.trial == chosen]
     found = []
     for index, line in enumerate(lines):
@@ -58,7 +58,7 @@ def table(lines: Sequence[Line], bench: Bench, chosen: int, on_line: Callable[[]
                 kind=line.kind,
                 method=None if line.method is None else line.method.model_dump(mode="json"),
                 weights=dict(line.weights),
-                align_ridge=line.align_ridge if any(side.alignment for side in bench.sides) else None,
+                align_ridge=line.align_ridge if any(side.alignment for side in sides) else None,
                 trial=line.trial,
                 metrics=metrics,
                 mean_retention=sum(retentions) / len(retentions) if retentions else None,

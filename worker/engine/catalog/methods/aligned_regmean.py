@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, Range
+from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.regmean import RegressionParameters
 from worker.engine.catalog.values import PerTensor
 
@@ -27,9 +27,4 @@ ALIGNED_REGMEAN = MethodEntry(
     source="this project's, from arXiv 2212.09849",
     needs=("dataset",),
     parameters=AlignedRegMeanParameters,
-    search={
-        "shrink": Range(0.8, 1.0),
-        "ridge": Range(1e-4, 1e-1, log=True),
-        "hold": Range(0.01, 1.0, log=True),
-    },
 )
