@@ -4,7 +4,6 @@ import re
 import runpy
 from pathlib import Path
 
-from app.contracts.requests import ANNOUNCED_METHODS
 from tests.conftest import REPOSITORY
 from worker.engine.catalog.methods import METHODS
 from worker.engine.methods import BUILDERS
@@ -28,4 +27,3 @@ def test_every_link_in_the_documentation_leads_somewhere() -> None:
 
 def test_catalog_and_arithmetic_have_the_same_methods() -> None:
     assert set(BUILDERS) == set(METHODS)
-    assert set(METHODS).isdisjoint(ANNOUNCED_METHODS)

@@ -15,7 +15,7 @@ from worker.engine.catalog.methods.entry import (
     SearchSpace,
     Statistic,
 )
-from worker.engine.catalog.methods.merging import METHODS, Method
+from worker.engine.catalog.methods.merging import METHODS, Method, check_name
 
 MOST_CANDIDATES = 50
 DEFAULT_CANDIDATES = (
@@ -35,10 +35,14 @@ ALIGN_RIDGE = Range(0.01, 1.0, log=True)
 
 
 def _as_recipe(candidate: Any) -> Any:
-    return {"name": candidate} if isinstance(candidate, str) else candidate
+    recipe = {"name": candidate} if isinstance(candidate, str) else candidate
+    if isinstance(recipe, dict) and recipe.get("name") == "passthrough":
+        raise ValueError("passthrough stacks layers, which has no evaluation to be searched by; leave it out")
+    return check_name(recipe, CANDIDATES)
 
 
-Candidate = Annotated[Method, BeforeValidator(_as_recipe)]
+CANDIDATES = tuple(name for name in METHODS if name != "passthrough")
+Candidate = Annotated[Method, BeforeValidator(_as_recipe, json_schema_input_type=Literal[CANDIDATES] | Method)]
 """A method by its name, or as it would be in a recipe: what is given is kept, the rest is searched for."""
 
 
@@ -139,8 +143,6 @@ def space_of(candidate: MethodParameters, *, has_base: bool) -> SearchSpace:
 
 def _check_candidate(index: int, candidate: MethodParameters) -> None:
     name = candidate.name
-    if name == "passthrough":
-        raise ValueError("passthrough stacks layers, which has no evaluation to be searched by; leave it out")
     if getattr(candidate, "preset", None) is not None:
         raise ValueError("a preset reads rows in an order of its own, so it cannot be a candidate; leave it out")
     for parameter, tried in space_of(candidate, has_base=True).items():
