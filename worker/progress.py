@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from app.contracts.jobs import Phase, Progress
 
 # Seconds the phases took on two MiniLM experts with 1,024 rows each on two cores, as shares.
-# Downloading, which only merges from the hub do, depends on the line; searching, which merges, aligns and evaluates many
-# times over, on the number of trials.
+# Downloading, which only merges from the hub do, depends on the line; searching, which merges, aligns and evaluates
+# many times over, on the number of trials.
 SHARES = {
     Phase.DOWNLOADING: 50,
     Phase.LOADING: 5,
