@@ -1,11 +1,14 @@
 """One job, from checkpoints and rows to a folder that can be published."""
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +26,7 @@ from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
     AutoParameters,
+    AverageParameters,
     MeasuringParameters,
     MethodParameters,
     PassthroughParameters,
@@ -31,12 +35,15 @@ from worker.engine.catalog.methods import (
 )
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.report import (
+    Candidate,
+    CandidateMetric,
     MergeResult,
     MetricResult,
     ModelResult,
     ScoredModel,
     ScoreResult,
     ScoresFile,
+    Search,
     Stopping,
     Timings,
     Version,
@@ -45,6 +52,7 @@ from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import (
     LEAST_ALIGNMENT_ROWS,
     DatasetSpec,
+    EvaluationSpec,
     JobSpec,
     MergeSpec,
     ModelSpec,
@@ -71,6 +79,12 @@ from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.data import Example, plan_batches, tokenize
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
+from worker.engine.search.bench import Bench, Side
+from worker.engine.search.journal import Journal
+from worker.engine.search.search import Found, search
+from worker.engine.search.space import Proposal, Space
+from worker.engine.search.splitting import halves
+from worker.engine.search.table import PLAIN_AVERAGE, Line, table
 from worker.engine.stopping import Scored, errors_of_models, point, stopping
 from worker.engine.store import StatisticsStore
 from worker.engine.token_rows import ByToken
@@ -93,7 +107,10 @@ class ModelRun:
     """Rows to align the head on; none of them is in `evaluation`."""
     alignment_rows: list[Row] = field(default_factory=list)
     """The texts of `alignment`, for a merge with another tokenizer."""
+    searched: list[Example] = field(default_factory=list)
+    """Rows of the evaluation that `auto` searches on; none of them is in `evaluation`."""
     evaluation: list[Example] = field(default_factory=list)
+    """Those that the result is judged by."""
     evaluation_rows: list[Row] = field(default_factory=list)
     """The same of `evaluation`, where vocabularies may differ."""
     measured: Measured = field(default_factory=Measured)
@@ -143,10 +160,6 @@ class Engine:
         notes: list[str] = []
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
-        method = spec.method
-        if isinstance(method, AutoParameters):
-            raise TypeError("method auto is searched with, not merged by")
-
         with clock.measure("load_seconds"):
             inputs = Inputs(spec, on_progress)
             base = inputs.checkpoint(spec.base) if spec.base else None
@@ -170,28 +183,48 @@ class Engine:
             held = sum(map(_padded_tokens, runs)) if spec.method.refits_layers and on_cpu else 0
             self._require_memory(plan, spec, precision, max(map(_longest, runs)), held)
 
-        if isinstance(spec.method, MeasuringParameters):
+        by_method = [[_measured_by(method, run) for run in runs] for method in spec.method.methods]
+        if spec.method.statistics:
             with clock.measure("score_seconds"):
-                measurer = Measurer(spec.method, plan.linear_inputs, precision, store, self._batches)
-                measured = [(measurer, run) for run in runs]
-                self._measure(spec.method, measured, plan, _scoring(measured, on_progress))
-            for run in runs:
-                notes += _truncations(run)
+                work = [
+                    (
+                        method,
+                        [(Measurer(method, plan.linear_inputs, precision, store, self._batches), run) for run in own],
+                    )
+                    for method, own in zip(spec.method.methods, by_method, strict=True)
+                    if isinstance(method, MeasuringParameters)
+                ]
+                scoring = _scoring([one for _, measured in work for one in measured], on_progress)
+                for method, measured in work:
+                    self._measure(method, measured, plan, scoring)
+            for own in by_method:
+                for run in own:
+                    notes += _truncations(run)
+
+        found, candidates = None, None
+        if isinstance(spec.method, AutoParameters):
+            with clock.measure("search_seconds"):
+                found, candidates = self._search(spec, spec.method, plan, by_method, precision, on_progress)
+            runs = by_method[found.chosen.candidate]
+            spec = _with_chosen(spec, found.chosen)
+            runs = [replace(run, spec=model) for run, model in zip(runs, spec.models, strict=True)]
+            notes += _floor_notes(found.search)
+        else:
+            [runs] = by_method
+        [method] = spec.method.methods
 
         with clock.measure("merge_seconds"):
             merger, shares = _merger(method, runs, plan)
             folders = artifact.model_folders(spec.folder, names, is_one=plan.merges_heads)
             tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
-            refits = len(linear_groups(plan)) if spec.method.refits_layers else 0
+            refits = len(linear_groups(plan)) if method.refits_layers else 0
             merging = Phase("merging", tensors + refits, "tensors", on_progress)
             taking_part = [run.takes_part for run in runs]
-            if isinstance(spec.method, AlignedRegMeanParameters):
-                with Backbone(plan, taking_part, merger) as start:
-                    started = start.state()
-                merger = given(refitted(plan, started, self._experts(runs), spec.method, precision, merging.advance))
+            if isinstance(method, AlignedRegMeanParameters):
+                merger = given(self._refitted(method, merger, runs, plan, precision, merging.advance))
             with Backbone(plan, taking_part, merger, partial(method.at, "scale")) as backbone:
                 # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
-                threads = torch.get_num_threads() if spec.method.merges_rows else None
+                threads = torch.get_num_threads() if method.merges_rows else None
                 digests = write_models(
                     plan,
                     list(dict.fromkeys(folders.values())),
@@ -218,6 +251,8 @@ class Engine:
             metrics=metrics,
             mean_retention=sum(retentions) / len(retentions) if retentions else None,
             min_retention=min(retentions, default=None),
+            candidates=candidates and _with_published(candidates, metrics),
+            search=found and found.search,
             stopping=known,
             method=_as_run(spec, precision, runs),
             timings=Timings(**clock.seconds),
@@ -332,6 +367,10 @@ class Engine:
                 run.evaluation_rows = read
             notes += truncated
             held_out = {(row.text, row.text_pair) for row in read}
+            if isinstance(spec.method, AutoParameters):
+                searched, judged = halves(read, spec.method.seed, model.evaluation.source)
+                examples = run.evaluation
+                run.searched, run.evaluation = [examples[i] for i in searched], [examples[i] for i in judged]
         method, dataset = spec.method, model.dataset
         measured, aligned_on = spec.rows_wanted(model)
         if measured or aligned_on:
@@ -391,13 +430,106 @@ class Engine:
         for measurer, run, sample in samples:
             extend(measurer, run, sample, run.measured.rows, method.statistics - {Statistic.MASK_FISHER})
 
-    def _experts(self, runs: list[ModelRun]) -> list[Expert]:
-        """The models that take part, and the rows that layers are fitted to."""
-        return [
-            Expert(self._models.get(run.info), run.spec.weight, run.unseen, _required(run.spec).source)
+    def _refitted(
+        self,
+        method: AlignedRegMeanParameters,
+        start: Merger,
+        runs: list[ModelRun],
+        plan: MergePlan,
+        precision: Precision,
+        on_group: Callable[[], None],
+    ) -> dict[str, Tensor]:
+        """The backbone that `start` makes, with its layers refitted to the models that take part."""
+        experts = [
+            Expert(
+                self._models.get(run.info),
+                run.spec.weight,
+                run.unseen[: method.most_examples],
+                _required(run.spec).source,
+            )
             for run in runs
             if run.takes_part
         ]
+        with Backbone(plan, [run.takes_part for run in runs], start) as backbone:
+            started = backbone.state()
+        return refitted(plan, started, experts, method, precision, on_group)
+
+    def _state(
+        self, method: MethodParameters, runs: list[ModelRun], plan: MergePlan, precision: Precision
+    ) -> dict[str, Tensor]:
+        """The merged backbone, in memory."""
+        merger, _ = _merger(method, runs, plan)
+        if isinstance(method, AlignedRegMeanParameters):
+            merger = given(self._refitted(method, merger, runs, plan, precision, lambda: None))
+        with Backbone(plan, [run.takes_part for run in runs], merger, partial(method.at, "scale")) as backbone:
+            return backbone.state()
+
+    def _search(
+        self,
+        spec: MergeSpec,
+        auto: AutoParameters,
+        plan: MergePlan,
+        by_method: Sequence[list[ModelRun]],
+        precision: Precision,
+        on_progress: OnProgress,
+    ) -> tuple[Found, list[Candidate]]:
+        """What came of all trials, and the table of what they are worth on the held-out rows."""
+        [runs, *_] = by_method  # rows are the same for all
+        sides = [
+            Side(
+                run.spec.name,
+                self._models.get(run.info),
+                _required_evaluation(run.spec),
+                run.searched,
+                run.evaluation,
+                run.alignment,
+                precision,
+            )
+            for run in runs
+        ]
+        bench = Bench(plan, sides, precision)
+        space = Space(spec, auto, aligns=any(run.alignment for run in runs))
+        searching = Phase("searching", auto.trials + len(space) + 1 + len(runs), "merges", on_progress)
+
+        def merged(proposal: Proposal) -> dict[str, Tensor]:
+            own = by_method[proposal.candidate]
+            weighed = [
+                replace(run, spec=run.spec.model_copy(update={"weight": weight}))
+                for run, weight in zip(own, proposal.weights, strict=True)
+            ]
+            return self._state(proposal.method, weighed, plan, precision)
+
+        identity = _identity(spec, auto, runs, precision)
+        found = search(spec, auto, space, bench, merged, Journal(spec.journal, identity), searching.advance)
+        names = [run.spec.name for run in runs]
+        lines = [
+            Line(
+                name=space.names[candidate],
+                kind="method",
+                method=proposal.method,
+                weights=dict(zip(names, proposal.weights, strict=True)),
+                align_ridge=proposal.align_ridge,
+                trial=number,
+                merge=partial(merged, proposal),
+            )
+            for candidate, (number, proposal) in found.best.items()
+        ]
+        ridge = spec.output.align_ridge
+        backbones = {PLAIN_AVERAGE: [run.takes_part for run in runs]}
+        backbones |= {f"expert {name}": [name == other for other in names] for name in names}
+        lines += [
+            Line(
+                name=name,
+                kind="average" if name == PLAIN_AVERAGE else "expert",
+                method=AverageParameters() if name == PLAIN_AVERAGE else None,
+                weights={model: float(takes) for model, takes in zip(names, takes_part, strict=True)},
+                align_ridge=ridge,
+                trial=None,
+                merge=partial(plain_average, plan, takes_part),
+            )
+            for name, takes_part in backbones.items()
+        ]
+        return found, table(lines, bench, found.search.chosen, searching.advance)
 
     def _align(
         self,
@@ -535,6 +667,83 @@ def _by_token(model: MeasuredModel, index: int, plan: MergePlan) -> MeasuredMode
     """What was measured of the plan's model `index`, at the output's rows."""
     places = {t.slot.name: t.token_rows.models[index] for t in plan.backbone if t.token_rows is not None}
     return replace(model, fisher=ByToken(model.fisher, places))
+
+
+def _measured_by(method: MethodParameters, run: ModelRun) -> ModelRun:
+    """The model with what one method knows of it: as yet, the rows that it measures."""
+    rows = method.most_examples
+    return replace(run, sample=run.sample.first(rows) if run.sample and rows else None, measured=Measured())
+
+
+def _with_chosen(spec: MergeSpec, chosen: Proposal) -> MergeSpec:
+    """The job as if what `auto` chose had been asked for."""
+    models = [
+        model.model_copy(update={"weight": weight}) for model, weight in zip(spec.models, chosen.weights, strict=True)
+    ]
+    output = spec.output.model_copy(update={"align_ridge": chosen.align_ridge})
+    return spec.model_copy(update={"method": chosen.method, "models": models, "output": output})
+
+
+def _identity(spec: MergeSpec, auto: AutoParameters, runs: Sequence[ModelRun], precision: Precision) -> str:
+    """Of all that the outcomes of trials follow from: a digest."""
+    facts: dict[str, Any] = {
+        "method": auto.model_dump(mode="json"),
+        "models": [run.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for run in runs],
+        "checkpoints": [run.digest for run in runs],
+        "base": spec.base and spec.base.state,
+        "align_ridge": spec.output.align_ridge,
+        "precision": precision,
+        "versions": {name: version(name) for name in ("maskmerge", "optuna", "torch", "transformers")},
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for run in runs:
+        for examples in (run.searched, run.alignment, run.unseen):
+            for example in examples:
+                digest.update(json.dumps([dict(example.encoding), example.label]).encode())
+        if run.sample is not None:
+            digest.update(run.sample.digest(len(run.sample), with_labels=True).encode())
+    return digest.hexdigest()
+
+
+def _floor_notes(found: Search) -> list[str]:
+    if found.feasible:
+        return []
+    lacking = found.trials[found.chosen].retentions
+    names = [
+        f"{name} {lacking[name]:.3f} of {floor:g}"
+        for name, floor in found.min_retention.items()
+        if lacking[name] < floor
+    ]
+    return [
+        f"no merge of {len(found.trials)} kept what min_retention asks for; the nearest keeps of {', of '.join(names)}"
+    ]
+
+
+def _with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:
+    """The chosen one with the numbers of what was published, whose storage may round."""
+    found = []
+    for candidate in candidates:
+        if candidate.chosen and metrics is not None:
+            published = {
+                name: CandidateMetric(metric=m.metric, value=m.merged, interval=m.interval, retention=m.retention)
+                for name, m in metrics.items()
+            }
+            retentions = [m.retention for m in metrics.values() if m.retention is not None]
+            candidate = candidate.model_copy(
+                update={
+                    "metrics": published,
+                    "mean_retention": sum(retentions) / len(retentions) if retentions else None,
+                    "min_retention": min(retentions, default=None),
+                }
+            )
+        found.append(candidate)
+    return found
+
+
+def _required_evaluation(model: ModelSpec) -> EvaluationSpec:
+    if model.evaluation is None:
+        raise InvalidDataset(model.name, "no evaluation; method auto needs one for every model")
+    return model.evaluation
 
 
 def _scoring(measured: Sequence[tuple[Measurer, ModelRun]], on_progress: OnProgress) -> Phase:

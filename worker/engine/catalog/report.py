@@ -95,7 +95,7 @@ class Candidate(Strict):
     kind: Literal["method", "average", "expert"]
     method: dict[str, Any] | None
     """All parameters, of the method's best trial; null for an expert."""
-    weights: dict[str, float]
+    weights: dict[str, PerTensor[float]]
     """lambda of each model."""
     align_ridge: float | None
     """Of head alignment; null where no head was aligned."""
@@ -121,11 +121,13 @@ class Trial(Strict):
     """Search rows of the model that has most, on which it was evaluated."""
     retentions: dict[str, float]
     """By model, on these rows."""
-    objective: float
-    """Lower by what the models lack to their `min_retention`."""
+    objective: float | None
+    """Lower by what the models lack to their `min_retention`; null where it failed."""
     pruned: bool
     """Whether it was given up before all search rows."""
     seconds: float
+    error: str | None = None
+    """Why it failed: numbers that are not finite, or a matrix that cannot be solved for."""
 
 
 class Search(Strict):
@@ -169,6 +171,7 @@ class Timings(Strict):
     queue_seconds: float = 0.0
     load_seconds: float = 0.0
     score_seconds: float = 0.0
+    search_seconds: float = 0.0
     merge_seconds: float = 0.0
     align_seconds: float = 0.0
     evaluate_seconds: float = 0.0

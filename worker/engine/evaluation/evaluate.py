@@ -37,7 +37,7 @@ def predict(
     """
     predictions = _unknown(loaded, examples)
     for batch, _, logits in _forward(loaded, examples, precision):
-        predictions[batch.indices.numpy()] = _predicted(logits, loaded.task)
+        predictions[batch.indices.numpy()] = predicted(logits, loaded.task)
         on_rows(len(batch))
     return predictions
 
@@ -53,9 +53,9 @@ def predict_with(
     own, others = (_unknown(loaded, examples) for _ in range(2))
     for batch, features, logits in _forward(loaded, examples, precision):
         rows = batch.indices.numpy()
-        own[rows] = _predicted(logits, loaded.task)
+        own[rows] = predicted(logits, loaded.task)
         with computing_in(precision, loaded.device):
-            others[rows] = _predicted(other(features).float(), loaded.task)
+            others[rows] = predicted(other(features).float(), loaded.task)
         on_rows(len(batch))
     return own, others
 
@@ -93,7 +93,8 @@ def _unknown(loaded: LoadedModel, examples: Sequence[Example]) -> Array:
     return np.full((len(examples), *of_each), np.nan)
 
 
-def _predicted(logits: Tensor, task: Task) -> Array:
+def predicted(logits: Tensor, task: Task) -> Array:
+    """Class ids, values, or 1 and 0 for every label, as the head's task has it: (rows,), or (rows, labels)."""
     match task.problem:
         case "regression":
             values = logits[:, 0]

@@ -88,12 +88,12 @@ def compare(
         merged=values["merged"],
         merged_kept_head=values["merged_kept_head"],
         retention=values["merged"] / values["expert"] if values["expert"] > 0 else None,
-        interval=_interval(resampled["merged"]),
-        intervals={version: _interval(resampled[version]) for version in predictions},
+        interval=interval(resampled["merged"]),
+        intervals={version: interval(resampled[version]) for version in predictions},
         differences={
             version: Difference(
                 value=values["merged"] - values[version],
-                interval=_interval(resampled["merged"] - resampled[version]),
+                interval=interval(resampled["merged"] - resampled[version]),
             )
             for version in predictions
             if version != "merged"
@@ -101,7 +101,8 @@ def compare(
     )
 
 
-def _interval(resampled: Array) -> tuple[float, float]:
+def interval(resampled: Array) -> tuple[float, float]:
+    """95 %, percentiles."""
     low, high = np.quantile(resampled, [0.025, 0.975])
     return float(low), float(high)
 

@@ -1,5 +1,6 @@
 """The rows that a model is measured on: known by their texts, tokenised when they are needed."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,16 @@ class Sample:
             versions={name: version(name) for name in ("tokenizers", "transformers")},
         )
         self._digests = {with_labels: self._digested(with_labels) for with_labels in (False, True)}
+
+    def first(self, rows: int) -> "Sample":
+        """The first so many of them."""
+        if rows >= len(self):
+            return self
+        first = copy.copy(self)
+        first._rows = self._rows[:rows]
+        first._tokenized = {}
+        first._digests = {with_labels: first._digested(with_labels) for with_labels in (False, True)}
+        return first
 
     def __len__(self) -> int:
         return len(self._rows)

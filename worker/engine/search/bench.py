@@ -1,0 +1,186 @@
+"""Merges in memory, one after the other, and what experts' heads make of rows with each."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from worker.engine.alignment import aligned
+from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec
+from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.device import Precision, rounded_weights
+from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
+from worker.engine.evaluation.metrics import Array, metric_for
+from worker.engine.scoring.data import Example
+
+State = Mapping[str, Tensor]
+"""A backbone, by `Slot.name`."""
+Head = tuple[Tensor, Tensor | None]
+"""Weight, (outputs, width), and bias, (outputs,), float64."""
+
+
+class Side:
+    """An expert, and its rows: to search on, to judge by, and to align its head on, where it is aligned."""
+
+    def __init__(
+        self,
+        name: str,
+        loaded: LoadedModel,
+        evaluation: EvaluationSpec,
+        searched: Sequence[Example],
+        held_out: Sequence[Example],
+        alignment: Sequence[Example],
+        precision: Precision,
+    ) -> None:
+        self.name = name
+        self.loaded = loaded
+        self.evaluation = evaluation
+        self.searched, self.held_out, self.alignment = searched, held_out, alignment
+        self.labels, self.held_out_labels = _labels(searched), _labels(held_out)
+        self._metric = metric_for(evaluation.metric, loaded.task)
+        head = head_of(loaded)
+        bias = None if head.bias is None else head.bias.detach().cpu().double()
+        self.head: Head = (head.weight.detach().cpu().double(), bias)
+        with rounded_weights(loaded.model, precision):
+            own, self.targets = (_outputs(_read(loaded, rows, precision), self.head) for rows in (searched, alignment))
+            self.held_out_predicted = self.predicted(_read(loaded, held_out, precision), self.head)
+        self._predicted = predicted(own, loaded.task)
+
+    def predicted(self, features: Tensor, head: Head) -> Array:
+        return predicted(_outputs(features, head), self.loaded.task)
+
+    @cached_property
+    def expert(self) -> float:
+        """The expert's metric on all search rows."""
+        return self._metric(self.labels, self._predicted)
+
+    def retention(self, found: Array) -> float:
+        """The metric of predictions of the first search rows over the expert's own on these.
+
+        Of so few rows that the expert is no better than nothing there, it is over the expert's on all search rows.
+        """
+        labels, own = self.labels[: len(found)], self._predicted[: len(found)]
+        expert = self._metric(labels, own)
+        return self._metric(labels, found) / (expert if expert > 0 else self.expert)
+
+
+class Seen:
+    """What the heads read of rows with one merge, (rows, width), computed as far as it is asked for."""
+
+    def __init__(self, read: Callable[[slice], Tensor]) -> None:
+        self._read = read
+        self._known: list[Tensor] = []
+
+    def first(self, rows: int) -> Tensor:
+        known = sum(map(len, self._known))
+        if rows > known:
+            self._known.append(self._read(slice(known, rows)))
+        return torch.cat(self._known)[:rows]
+
+
+@dataclass
+class Tryout:
+    """A merge that is on the bench."""
+
+    sides: Sequence[Side]
+    searched: Sequence[Seen]
+    alignment: Sequence[Seen]
+    held_out: Sequence[Seen]
+    ridge: float
+
+    def retentions(self, share: float) -> dict[str, float]:
+        """Every model's on this share of its search rows, its head aligned on the same share of its rows for that."""
+        return {
+            side.name: side.retention(
+                side.predicted(self.searched[i].first(part(side.searched, share)), self._head(i, share))
+            )
+            for i, side in enumerate(self.sides)
+        }
+
+    def judged(self) -> dict[str, Array]:
+        """Every model's predictions of its held-out rows."""
+        return {
+            side.name: side.predicted(self.held_out[i].first(len(side.held_out)), self._head(i, 1.0))
+            for i, side in enumerate(self.sides)
+        }
+
+    def _head(self, index: int, share: float) -> Head:
+        side = self.sides[index]
+        if not side.alignment:
+            return side.head
+        rows = min(len(side.alignment), max(LEAST_ALIGNMENT_ROWS, part(side.alignment, share)))
+        return aligned(self.alignment[index].first(rows), side.targets[:rows], *side.head, self.ridge)
+
+
+class Bench:
+    """One backbone that all experts' heads read, and that merges are put into.
+
+    The parts of a model that are not merged, as its head, stay the expert's own.
+    """
+
+    def __init__(self, plan: MergePlan, sides: Sequence[Side], precision: Precision) -> None:
+        self.sides = sides
+        self._precision = precision
+        names = {tensor.slot.name for tensor in plan.backbone}
+        own = dict(sides[0].loaded.model.named_parameters())
+        self._backbone = {
+            name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for name, parameter in own.items()
+            if name in names
+        }
+        self._models = [self._with_backbone(side.loaded) for side in sides]
+
+    def put(self, state: State, ridge: float) -> Tryout:
+        """The merge that is looked at from now on; another's `Tryout` must not be asked any more."""
+        with torch.no_grad():
+            for name, parameter in self._backbone.items():
+                parameter.copy_(state[name])
+
+        def seen(rows_of: Callable[[Side], Sequence[Example]]) -> list[Seen]:
+            return [self._seen(index, rows_of(side)) for index, side in enumerate(self.sides)]
+
+        return Tryout(
+            self.sides, seen(lambda s: s.searched), seen(lambda s: s.alignment), seen(lambda s: s.held_out), ridge
+        )
+
+    def _seen(self, index: int, rows: Sequence[Example]) -> Seen:
+        model = self._models[index]
+
+        def read(wanted: slice) -> Tensor:
+            with rounded_weights(model.model, self._precision):
+                return _read(model, rows[wanted], self._precision)
+
+        return Seen(read)
+
+    def _with_backbone(self, loaded: LoadedModel) -> LoadedModel:
+        """A copy of the expert that has the bench's backbone in place of its own."""
+        own = dict(loaded.model.named_parameters())
+        instead: dict[int, object] = {id(own[name]): parameter for name, parameter in self._backbone.items()}
+        return replace(loaded, model=copy.deepcopy(loaded.model, instead))
+
+
+def part(rows: Sequence[object], share: float) -> int:
+    """How many rows a share of them is."""
+    return math.ceil(len(rows) * share)
+
+
+def _labels(examples: Sequence[Example]) -> Array:
+    return np.array([example.label for example in examples], dtype=np.float64)
+
+
+def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision) -> Tensor:
+    """What the model's head reads, (rows, width), float64."""
+    numbered = [replace(example, index=index) for index, example in enumerate(examples)]
+    return head_inputs(model, numbered, precision, lambda _: None)
+
+
+def _outputs(features: Tensor, head: Head) -> Tensor:
+    weight, bias = head
+    outputs = features @ weight.T
+    return outputs if bias is None else outputs + bias

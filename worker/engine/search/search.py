@@ -1,0 +1,208 @@
+"""The search itself: what is proposed, looked at and given up."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import optuna
+
+from worker.engine.catalog.errors import InvalidDataset, NumericalError
+from worker.engine.catalog.methods import AutoParameters
+from worker.engine.catalog.report import Search, Trial
+from worker.engine.catalog.spec import MergeSpec
+from worker.engine.search.bench import Bench, Side, State, part
+from worker.engine.search.journal import Journal, Tried
+from worker.engine.search.space import Proposal, Space
+
+SHARES = (0.25, 0.5, 1.0)
+"""Of the rows, at each look at a trial."""
+REDUCTION = 2
+"""One of so many trials goes on after a look."""
+LEAST_ROWS = 32
+"""Of each model, at a look that is not the last: with fewer, chance would decide."""
+
+Merge = Callable[[Proposal], State]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be as large as possible, and the retention that each model must keep of those that name one."""
+
+    objective: Literal["mean_retention", "min_retention"]
+    floors: Mapping[str, float]
+
+    def of(self, retentions: Mapping[str, float]) -> float:
+        """Mean or least retention, less what all models together lack to their floors."""
+        values = list(retentions.values())
+        value = min(values) if self.objective == "min_retention" else sum(values) / len(values)
+        return value - self.lack(retentions)
+
+    def lack(self, retentions: Mapping[str, float]) -> float:
+        return sum(max(0.0, floor - retentions[name]) for name, floor in self.floors.items())
+
+    def rank(self, trial: Trial) -> tuple[int, float, float, int]:
+        """Of trials that did not fail, the best has the largest.
+
+        One that was looked at on all rows comes before one that was given up, and one that lacks less to the floors
+        before one that lacks more; of equal ones, the first.
+        """
+        lack = self.lack(trial.retentions)
+        return trial.rows, -lack, self.of(trial.retentions) + lack, -trial.number
+
+
+@dataclass(frozen=True)
+class Found:
+    """The end of a search."""
+
+    chosen: Proposal
+    search: Search
+    best: Mapping[int, tuple[int, Proposal]]
+    """By candidate, the number of its best trial and what that was, best first; none of a candidate that failed."""
+
+
+def search(
+    spec: MergeSpec,
+    auto: AutoParameters,
+    space: Space,
+    bench: Bench,
+    merge: Merge,
+    journal: Journal,
+    on_trial: Callable[[], None],
+) -> Found:
+    """Try as many merges as `auto` says.
+
+    Candidates come first with their defaults, then what Optuna's tree-structured Parzen estimator proposes (Bergstra et
+    al. 2011) from what came of those before. A trial is looked at on a quarter, a half and all of the search rows, and
+    goes on while it is in the better half of the trials that were looked at on as many (asynchronous successive
+    halving, Li et al. 2020, arXiv 1810.05934). All of it follows from the seed, as long as merges and predictions do.
+
+    Args:
+        merge: makes a proposal's backbone.
+        on_trial: called after each trial; may raise to stop.
+
+    Raises:
+        InvalidDataset: an expert is no better than nothing on its search rows, so that there is nothing to retain.
+        NumericalError: no merge could be made.
+    """
+    _check_experts(bench.sides)
+    goal = Goal(auto.objective, {m.name: m.min_retention for m in spec.models if m.min_retention is not None})
+    shares = shares_looked_at(bench.sides)
+    study = _study(auto.seed)
+    for candidate in range(len(space)):
+        study.enqueue_trial(space.first(candidate))
+    trials: list[Trial] = []
+    proposals: list[Proposal] = []
+    for number in range(auto.trials):
+        asked = study.ask()
+        proposal = space.propose(asked)
+
+        def is_given_up(look: int, retentions: Mapping[str, float], asked: optuna.Trial = asked) -> bool:
+            asked.report(goal.of(retentions), step=REDUCTION**look)
+            return asked.should_prune()
+
+        tried = journal.found(number, proposal.parameters)
+        if tried is None:
+            tried = _try(proposal, shares, bench, merge, is_given_up)
+            journal.add(number, tried)
+        else:
+            for look, retentions in enumerate(tried.looks):
+                is_given_up(look, retentions)
+        trial = _trial(number, space.names[proposal.candidate], tried, shares, bench.sides, goal)
+        _tell(study, asked, trial)
+        trials.append(trial)
+        proposals.append(proposal)
+        on_trial()
+    ranked = sorted((trial for trial in trials if trial.error is None), key=goal.rank, reverse=True)
+    if not ranked:
+        raise NumericalError(f"none of the {len(trials)} merges could be made; the first: {trials[0].error}")
+    best: dict[int, tuple[int, Proposal]] = {}
+    for trial in ranked:
+        proposal = proposals[trial.number]
+        best.setdefault(proposal.candidate, (trial.number, proposal))
+    chosen = ranked[0]
+    return Found(
+        chosen=proposals[chosen.number],
+        search=Search(
+            objective=auto.objective,
+            search_rows={side.name: len(side.searched) for side in bench.sides},
+            held_out_rows={side.name: len(side.held_out) for side in bench.sides},
+            min_retention=dict(goal.floors),
+            feasible=goal.lack(chosen.retentions) == 0,
+            chosen=chosen.number,
+            trials=trials,
+        ),
+        best=best,
+    )
+
+
+def shares_looked_at(sides: Sequence[Side]) -> list[float]:
+    """The last is all of the rows."""
+    fewest = min(len(side.searched) for side in sides)
+    return [share for share in SHARES if share == 1 or fewest * share >= LEAST_ROWS]
+
+
+def _check_experts(sides: Sequence[Side]) -> None:
+    for side in sides:
+        if not side.expert > 0:
+            raise InvalidDataset(
+                side.evaluation.source,
+                f"{side.name} itself has a {side.evaluation.metric} of {side.expert:.3g} on the {len(side.searched)} rows "
+                "that are searched on, so there is nothing to keep of it; name another metric, or other rows",
+            )
+
+
+def _study(seed: int) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
+    )
+
+
+def _try(
+    proposal: Proposal,
+    shares: Sequence[float],
+    bench: Bench,
+    merge: Merge,
+    is_given_up: Callable[[int, Mapping[str, float]], bool],
+) -> Tried:
+    start = time.monotonic()
+    looks: list[dict[str, float]] = []
+    error = None
+    try:
+        tryout = bench.put(merge(proposal), proposal.align_ridge)
+        for look, share in enumerate(shares):
+            looks.append(tryout.retentions(share))
+            if is_given_up(look, looks[-1]):
+                break
+    except NumericalError as failed:
+        error = failed.message
+    seconds = round(time.monotonic() - start, 3)
+    return Tried(parameters=dict(proposal.parameters), looks=looks, seconds=seconds, error=error)
+
+
+def _trial(number: int, name: str, tried: Tried, shares: Sequence[float], sides: Sequence[Side], goal: Goal) -> Trial:
+    last = tried.looks[-1] if tried.error is None else {}
+    share = shares[len(tried.looks) - 1] if last else 0.0
+    return Trial(
+        number=number,
+        candidate=name,
+        parameters=tried.parameters,
+        rows=max(part(side.searched, share) for side in sides),
+        retentions=last,
+        objective=goal.of(last) if last else None,
+        pruned=bool(last) and share < 1,
+        seconds=tried.seconds,
+        error=tried.error,
+    )
+
+
+def _tell(study: optuna.Study, asked: optuna.Trial, trial: Trial) -> None:
+    if trial.error is not None:
+        study.tell(asked, state=optuna.trial.TrialState.FAIL)
+    elif trial.pruned:
+        study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+    else:
+        study.tell(asked, trial.objective)

@@ -1,0 +1,71 @@
+"""What each candidate is worth, on rows that nothing was searched on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from worker.engine.catalog.methods import MethodParameters
+from worker.engine.catalog.report import Candidate, CandidateMetric
+from worker.engine.catalog.values import PerTensor
+from worker.engine.evaluation.metrics import Array, bootstrap, interval, metric_for
+from worker.engine.search.bench import Bench, Side, State
+
+PLAIN_AVERAGE = "plain average"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A backbone that could have been published: what it is, and how it is made."""
+
+    name: str
+    kind: Literal["method", "average", "expert"]
+    method: MethodParameters | None
+    weights: Mapping[str, PerTensor[float]]
+    align_ridge: float
+    trial: int | None
+    merge: Callable[[], State]
+
+
+def table(lines: Sequence[Line], bench: Bench, chosen: int, on_line: Callable[[], None]) -> list[Candidate]:
+    """Metrics and retention of every line on the held-out rows; intervals from the same resamples for all.
+
+    Args:
+        chosen: number of the trial that is published.
+    """
+    predictions: list[dict[str, Array]] = []
+    for line in lines:
+        predictions.append(bench.put(line.merge(), line.align_ridge).judged())
+        on_line()
+    by_model = {side.name: _metrics(side, [of_line[side.name] for of_line in predictions]) for side in bench.sides}
+    found = []
+    for index, line in enumerate(lines):
+        metrics = {name: of_lines[index] for name, of_lines in by_model.items()}
+        retentions = [m.retention for m in metrics.values() if m.retention is not None]
+        found.append(
+            Candidate(
+                name=line.name,
+                kind=line.kind,
+                method=None if line.method is None else line.method.model_dump(mode="json"),
+                weights=dict(line.weights),
+                align_ridge=line.align_ridge if any(side.alignment for side in bench.sides) else None,
+                trial=line.trial,
+                metrics=metrics,
+                mean_retention=sum(retentions) / len(retentions) if retentions else None,
+                min_retention=min(retentions, default=None),
+                chosen=line.trial == chosen,
+            )
+        )
+    return found
+
+
+def _metrics(side: Side, predictions: Sequence[Array]) -> list[CandidateMetric]:
+    name, task, labels = side.evaluation.metric, side.loaded.task, side.held_out_labels
+    metric = metric_for(name, task)
+    expert = metric(labels, side.held_out_predicted)
+    resampled = bootstrap(name, task, labels, predictions, side.evaluation.seed)
+    found = []
+    for predicted, draws in zip(predictions, resampled, strict=True):
+        value = metric(labels, predicted)
+        retention = value / expert if expert > 0 else None
+        found.append(CandidateMetric(metric=name, value=value, interval=interval(draws), retention=retention))
+    return found
