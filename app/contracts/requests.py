@@ -199,6 +199,12 @@ class MergeRequest(JobRequest[ModelRequest]):
         return data
 
     @model_validator(mode="after")
+    def _some_model_takes_part(self) -> Self:
+        if not any(model.takes_part for model in self.models):
+            raise ValueError("the weights of all models are 0; at least one must be positive")
+        return self
+
+    @model_validator(mode="after")
     def _auto_has_candidates(self) -> Self:
         if not isinstance(self.method, AutoParameters) or self.method.candidates is not None:
             return self
@@ -228,8 +234,6 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     @model_validator(mode="after")
     def _models_can_be_merged(self) -> Self:
-        if not any(model.takes_part for model in self.models):
-            raise ValueError("the weights of all models are 0; at least one must be positive")
         if isinstance(self.method, AutoParameters):
             return self
         if self.method.needs_base and self.base is None:
