@@ -17,8 +17,8 @@ from tests.tiny import write_lines, write_rows
 Job = dict[str, Any]
 Recipe = dict[str, Any]
 CANCEL_S = 5  # the promise for a running job
-ROWS = 600
-TRIALS = 60
+ROWS = 320
+TRIALS = 24
 CANDIDATES = ["average", "task_arithmetic", {"name": "ties", "density": 0.5}, "mask_fisher"]
 
 
@@ -26,7 +26,7 @@ CANDIDATES = ["average", "task_arithmetic", {"name": "ties", "density": 0.5}, "m
 def inputs(tiny_inputs: Path) -> Path:
     rows = tiny_inputs / "rows"
     for seed, (name, labels) in enumerate({"a": 2, "b": 3}.items()):
-        write_rows(rows / f"half-{name}.jsonl", count=ROWS, labels=labels, seed=seed)
+        write_rows(rows / f"half-{name}.jsonl", count=ROWS, labels=labels, seed=seed, longest=12)
         lines = (rows / f"half-{name}.jsonl").read_text().splitlines()
         write_lines(rows / f"train-{name}.jsonl", lines[: ROWS // 2])
         write_lines(rows / f"held-{name}.jsonl", lines[ROWS // 2 :])
@@ -36,7 +36,7 @@ def inputs(tiny_inputs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Iterator[Service]:
-    service = make_service(tmp_path_factory.mktemp("auto"), inputs, MASKMERGE_MAX_LOSSES="2")
+    service = make_service(tmp_path_factory.mktemp("auto"), inputs, MASKMERGE_MAX_LOSSES="2", MASKMERGE_THREADS="1")
     service.start()
     yield service
     assert service.stop() == 0
