@@ -186,17 +186,14 @@ class Engine:
         by_method = [[_measured_by(method, run) for run in runs] for method in spec.method.methods]
         if spec.method.statistics:
             with clock.measure("score_seconds"):
-                work = [
-                    (
-                        method,
-                        [(Measurer(method, plan.linear_inputs, precision, store, self._batches), run) for run in own],
-                    )
-                    for method, own in zip(spec.method.methods, by_method, strict=True)
-                    if isinstance(method, MeasuringParameters)
-                ]
+                work = []
+                for asked, own in zip(spec.method.methods, by_method, strict=True):
+                    if isinstance(asked, MeasuringParameters):
+                        measurer = Measurer(asked, plan.linear_inputs, precision, store, self._batches)
+                        work.append((asked, [(measurer, run) for run in own]))
                 scoring = _scoring([one for _, measured in work for one in measured], on_progress)
-                for method, measured in work:
-                    self._measure(method, measured, plan, scoring)
+                for asked, measured in work:
+                    self._measure(asked, measured, plan, scoring)
             for own in by_method:
                 for run in own:
                     notes += _truncations(run)
@@ -708,15 +705,14 @@ def _identity(spec: MergeSpec, auto: AutoParameters, runs: Sequence[ModelRun], p
 def _floor_notes(found: Search) -> list[str]:
     if found.feasible:
         return []
-    lacking = found.trials[found.chosen].retentions
-    names = [
-        f"{name} {lacking[name]:.3f} of {floor:g}"
+    kept = found.trials[found.chosen].retentions
+    lacking = [
+        f"{kept[name]:.3f} of {name}, not {floor:g}"
         for name, floor in found.min_retention.items()
-        if lacking[name] < floor
+        if kept[name] < floor
     ]
-    return [
-        f"no merge of {len(found.trials)} kept what min_retention asks for; the nearest keeps of {', of '.join(names)}"
-    ]
+    what = f"none of {len(found.trials)} merges kept what min_retention asks for"
+    return [f"{what}; the nearest, on the rows that were searched on, keeps {' and '.join(lacking)}"]
 
 
 def _with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:

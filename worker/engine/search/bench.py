@@ -96,12 +96,11 @@ class Tryout:
 
     def retentions(self, share: float) -> dict[str, float]:
         """Every model's on this share of its search rows, its head aligned on the same share of its rows for that."""
-        return {
-            side.name: side.retention(
-                side.predicted(self.searched[i].first(part(side.searched, share)), self._head(i, share))
-            )
-            for i, side in enumerate(self.sides)
-        }
+        found = {}
+        for index, side in enumerate(self.sides):
+            features = self.searched[index].first(part(side.searched, share))
+            found[side.name] = side.retention(side.predicted(features, self._head(index, share)))
+        return found
 
     def judged(self) -> dict[str, Array]:
         """Every model's predictions of its held-out rows."""

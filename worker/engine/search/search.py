@@ -147,8 +147,8 @@ def _check_experts(sides: Sequence[Side]) -> None:
         if not side.expert > 0:
             raise InvalidDataset(
                 side.evaluation.source,
-                f"{side.name} itself has a {side.evaluation.metric} of {side.expert:.3g} on the {len(side.searched)} rows "
-                "that are searched on, so there is nothing to keep of it; name another metric, or other rows",
+                f"{side.name} itself has a {side.evaluation.metric} of {side.expert:.3g} on the {len(side.searched)} "
+                "rows that are searched on, so there is nothing to keep of it; name another metric, or other rows",
             )
 
 

@@ -1,0 +1,238 @@
+"""The parts of a search: halves of rows, what is tried, and the journal of what was."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from pydantic import ValidationError
+
+from tests.tiny import merge_spec, model_spec
+from worker.engine.catalog.errors import InvalidDataset, Place
+from worker.engine.catalog.methods import METHODS, AutoParameters, Choice, MethodParameters, default_candidates
+from worker.engine.catalog.methods.auto import space_of, with_values
+from worker.engine.catalog.rows import Row
+from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
+from worker.engine.search.journal import Journal, Tried
+from worker.engine.search.space import Proposal, Space, unique
+from worker.engine.search.splitting import halves
+
+SEARCHED = [name for name in METHODS if name != "passthrough"]
+
+
+def row(place: int, text: str, pair: str | None = None) -> Row:
+    return Row(Place("line", place), text, pair, 0)
+
+
+def auto(**given: Any) -> AutoParameters:
+    return AutoParameters.model_validate({"candidates": ["average"], **given})
+
+
+def job(method: AutoParameters, *, base: bool = False, weights: tuple[Any, ...] = (1.0, 2.0, 0.5)) -> MergeSpec:
+    models = [model_spec(Path(f"/{name}"), weight=weight) for name, weight in zip("abc", weights, strict=True)]
+    spec = merge_spec(Path("/out"), models, method.model_dump())
+    return spec.model_copy(update={"base": CheckpointSpec(source="base") if base else None})
+
+
+def proposals(space: Space, first: int | None = None, count: int = 1) -> list[Proposal]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    if first is not None:
+        study.enqueue_trial(space.first(first))
+    return [space.propose(study.ask()) for _ in range(count)]
+
+
+# --- halves
+
+
+def test_halves_have_every_row_once_and_are_as_large() -> None:
+    rows = [row(place, f"text {place}") for place in range(101)]
+    searched, held_out = halves(rows, 0, "rows")
+    assert sorted(searched + held_out) == list(range(101))
+    assert abs(len(searched) - len(held_out)) == 1
+    assert searched == sorted(searched)
+    assert halves(rows, 0, "rows") == (searched, held_out)
+    assert halves(rows, 1, "rows") != (searched, held_out)
+
+
+def test_rows_of_one_text_are_in_one_half() -> None:
+    rows = [row(place, f"text {place % 7}", None if place % 2 else f"pair {place % 3}") for place in range(200)]
+    halved = halves(rows, 0, "rows")
+    texts = [{(rows[place].text, rows[place].text_pair) for place in half} for half in halved]
+    assert not texts[0] & texts[1]
+    assert all(texts)
+
+
+def test_one_text_cannot_be_halved() -> None:
+    with pytest.raises(InvalidDataset, match=r"rows: .*two different rows"):
+        halves([row(0, "same"), row(1, "same")], 0, "rows")
+
+
+# --- what is tried
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_candidates_first_trial_is_its_defaults(name: str) -> None:
+    """Optuna takes a value out of its range without a word, but learns from none."""
+    method = auto(candidates=[name])
+    spec = job(method, base=True)
+    [first] = proposals(Space(spec, method, aligns=True), first=0)
+    defaults = METHODS[name].parameters.model_validate({"name": name})
+    searched = space_of(defaults, has_base=True)
+    for parameter, space in searched.items():
+        value = getattr(defaults, parameter)
+        assert value in space.values if isinstance(space, Choice) else space.low <= value <= space.high
+        assert getattr(first.method, parameter) == value
+    assert first.weights == (1.0, 2.0, 0.5)
+    assert first.align_ridge == 0.1
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_whatever_is_proposed_of_a_method_suits_it(name: str) -> None:
+    method = auto(candidates=[name])
+    made = proposals(Space(job(method, base=True), method, aligns=True), count=50)
+    assert all(proposal.method.name == name for proposal in made)
+    for parameter, space in METHODS[name].search.items():
+        values = {getattr(proposal.method, parameter) for proposal in made}
+        assert len(values) == (len(space.values) if isinstance(space, Choice) else 50)
+
+
+def test_what_a_candidate_gives_is_kept_and_what_the_job_gives_counts_for_all() -> None:
+    method = auto(candidates=[{"name": "mask_fisher", "normalize": "model", "examples": 7}, "regmean"], examples=99)
+    space = Space(job(method), method, aligns=False)
+    for proposal in proposals(space, count=40):
+        if proposal.candidate == 0:
+            assert (proposal.method.model_dump()["normalize"], proposal.method.most_examples) == ("model", 7)
+            assert "normalize" not in proposal.parameters
+        else:
+            assert proposal.method.most_examples == 99
+        assert "align_ridge" not in proposal.parameters
+        assert "scale" not in proposal.parameters
+
+
+def test_weights_are_around_the_recipes_and_the_first_is_as_it_is() -> None:
+    method = auto()
+    for _, two, half in (p.weights for p in proposals(Space(job(method), method, aligns=False), count=50)):
+        assert isinstance(two, float)
+        assert isinstance(half, float)
+        assert 2 / 3 <= two <= 6
+        assert 1 / 6 <= half <= 1.5
+    [first] = proposals(Space(job(method), method, aligns=False))
+    assert first.weights[0] == 1.0
+    assert first.parameters == {"weight b": first.weights[1], "weight c": first.weights[2]}
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 2.0), (1.0, 0.0, 2.0)])
+def test_a_model_that_takes_no_part_gets_no_weight(weights: tuple[float, ...]) -> None:
+    method = auto()
+    for proposal in proposals(Space(job(method, weights=weights), method, aligns=False), count=10):
+        assert [weight == 0 for weight in proposal.weights] == [weight == 0 for weight in weights]
+        assert "weight c" in proposal.parameters
+
+
+def test_weights_by_tensor_are_kept() -> None:
+    method = auto()
+    given = (1.0, [1.0, 2.0], 1.0)
+    for proposal in proposals(Space(job(method, weights=given), method, aligns=False), count=10):
+        assert proposal.weights == given
+
+
+def test_methods_that_do_not_weigh_get_no_weights() -> None:
+    method = auto(candidates=["model_stock"])
+    for proposal in proposals(Space(job(method, base=True, weights=(1.0, 1.0, 1.0)), method, aligns=False), count=5):
+        assert proposal.weights == (1.0, 1.0, 1.0)
+
+
+def test_candidates_of_the_same_method_have_names_of_their_own() -> None:
+    assert unique(["regmean", "ties", "regmean", "regmean"]) == ["regmean", "ties", "regmean 2", "regmean 3"]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "problem"),
+    [
+        (["passthrough"], "stacks layers"),
+        ([{"name": "mask_fisher", "preset": "paper"}], "a preset"),
+        ([], "at least 1 item"),
+        (["average"] * 5, "5 candidates need as many trials"),
+    ],
+)
+def test_candidates_that_cannot_be_searched_are_refused(candidates: list[Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        auto(candidates=candidates, trials=4)
+
+
+def test_candidates_come_back_as_they_were_given() -> None:
+    given = [{"name": "average"}, {"name": "ties", "density": 0.3}]
+    method = auto(candidates=["average", {"name": "ties", "density": 0.3}])
+    assert method.model_dump(mode="json")["candidates"] == given
+    assert AutoParameters.model_validate(method.model_dump(mode="json")) == method
+    assert isinstance(with_values(method.methods[1], {"scale": 0.5}), MethodParameters)
+
+
+def test_default_candidates_can_be_run_with_what_is_named() -> None:
+    everything = default_candidates(has_base=True, has_datasets=True, models=3)
+    assert {"average", "mask_fisher", "ties", "regmean", "aligned_regmean"} <= set(everything)
+    assert default_candidates(has_base=False, has_datasets=False, models=2) == ["average"]
+    assert not {"ties", "task_arithmetic"} & set(default_candidates(has_base=False, has_datasets=True, models=2))
+
+
+# --- the journal
+
+
+def tried(number: int, **parameters: Any) -> Tried:
+    return Tried(parameters=parameters or {"number": number}, looks=[{"a": 0.5}, {"a": 0.25}], seconds=1.5)
+
+
+def journal(path: Path, identity: str = "one", count: int = 3) -> Journal:
+    made = Journal(path, identity)
+    for number in range(count):
+        made.add(number, tried(number))
+    return made
+
+
+def known(found: Journal, count: int = 5) -> list[int]:
+    return [number for number in range(count) if found.found(number, {"number": number}) is not None]
+
+
+def test_a_journal_has_what_was_tried(tmp_path: Path) -> None:
+    path = tmp_path / "searches" / "job.jsonl"
+    journal(path)
+    again = Journal(path, "one")
+    assert known(again) == [0, 1, 2]
+    assert again.found(1, {"number": 1}) == tried(1)
+    assert again.found(1, {"number": 2}) is None
+
+
+@pytest.mark.parametrize("cut", [1, 10, 60])
+def test_what_a_crash_left_of_a_line_is_forgotten(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "job.jsonl"
+    journal(path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Journal(path, "one")
+    assert known(again) == ([0, 1, 2] if cut == 1 else [0, 1])
+    again.add(len(known(again)), tried(7))
+    assert Journal(path, "one").found(len(known(again)), {"number": 7}) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]\n", b'{"identity": "another"}\n{}\n'])
+def test_what_is_no_journal_of_this_search_is_forgotten(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "job.jsonl"
+    path.write_bytes(content)
+    assert known(Journal(path, "one")) == []
+    journal(path, "another")
+    assert known(Journal(path, "one")) == []
+
+
+def test_another_outcome_forgets_what_followed(tmp_path: Path) -> None:
+    path = tmp_path / "job.jsonl"
+    made = journal(path)
+    made.add(1, tried(1, other=True))
+    for one in (made, Journal(path, "one")):
+        assert known(one) == [0]
+        assert one.found(1, {"other": True}) is not None
+
+
+def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
+    made = Journal(None, "one")
+    made.add(0, tried(0))
+    assert known(made) == [0]
+    assert not list(tmp_path.iterdir())
