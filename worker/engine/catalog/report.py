@@ -105,6 +105,8 @@ class Candidate(Strict):
     """By model."""
     mean_retention: float | None
     min_retention: float | None
+    behind: Difference | None
+    """Mean retention of the chosen one minus this one's, by a paired bootstrap over each model's rows."""
     chosen: bool
     """Whether the artifact has this one."""
 

@@ -1,6 +1,7 @@
 """What a model makes of rows: predictions, and what its head reads."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -72,12 +73,16 @@ def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Pre
 def _forward(
     loaded: LoadedModel, examples: Sequence[Example], precision: Precision
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Batches, what the head reads, (batch, width), and the logits, (batch, outputs), float32."""
+    """Batches, what the head reads, (batch, width), and the logits, (batch, outputs), float32.
+
+    A batch's indices are places in `examples`, which may be some of a data set's.
+    """
+    numbered = [replace(example, index=index) for index, example in enumerate(examples)]
     read: list[Tensor] = []
     handle = head_of(loaded).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
         with torch.inference_mode():
-            for batch in collate(plan_batches(examples), loaded.padding, loaded.device):
+            for batch in collate(plan_batches(numbered), loaded.padding, loaded.device):
                 with computing_in(precision, loaded.device):
                     logits = loaded.model(**batch.inputs).logits.float()
                 if not bool(torch.isfinite(logits).all()):

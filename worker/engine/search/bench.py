@@ -175,8 +175,7 @@ def _labels(examples: Sequence[Example]) -> Array:
 
 def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision) -> Tensor:
     """What the model's head reads, (rows, width), float64."""
-    numbered = [replace(example, index=index) for index, example in enumerate(examples)]
-    return head_inputs(model, numbered, precision, lambda _: None)
+    return head_inputs(model, examples, precision, lambda _: None)
 
 
 def _outputs(features: Tensor, head: Head) -> Tensor:

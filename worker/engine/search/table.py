@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from worker.engine.catalog.methods import MethodParameters
-from worker.engine.catalog.report import Candidate, CandidateMetric
+from worker.engine.catalog.report import Candidate, CandidateMetric, Difference
 from worker.engine.catalog.values import PerTensor
 from worker.engine.evaluation.metrics import Array, bootstrap, interval, metric_for
 from worker.engine.search.bench import Bench, Side, State
@@ -26,8 +28,16 @@ class Line:
     merge: Callable[[], State]
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """A line's metric of one model, and its retention on resampled rows, (resamples,); None where it has none."""
+
+    metric: CandidateMetric
+    retentions: Array | None
+
+
 def table(lines: Sequence[Line], bench: Bench, chosen: int, on_line: Callable[[], None]) -> list[Candidate]:
-    """Metrics and retention of every line on the held-out rows; intervals from the same resamples for all.
+    """Metrics and retention of every line on the held-out rows; each model's resamples are the same for all lines.
 
     Args:
         chosen: number of the trial that is published.
@@ -36,10 +46,11 @@ def table(lines: Sequence[Line], bench: Bench, chosen: int, on_line: Callable[[]
     for line in lines:
         predictions.append(bench.put(line.merge(), line.align_ridge).judged())
         on_line()
-    by_model = {side.name: _metrics(side, [of_line[side.name] for of_line in predictions]) for side in bench.sides}
+    by_model = {side.name: _judged(side, [of_line[side.name] for of_line in predictions]) for side in bench.sides}
+    [published] = [index for index, line in enumerate(lines) if line.trial == chosen]
     found = []
     for index, line in enumerate(lines):
-        metrics = {name: of_lines[index] for name, of_lines in by_model.items()}
+        metrics = {name: of_lines[index].metric for name, of_lines in by_model.items()}
         retentions = [m.retention for m in metrics.values() if m.retention is not None]
         found.append(
             Candidate(
@@ -52,13 +63,14 @@ def table(lines: Sequence[Line], bench: Bench, chosen: int, on_line: Callable[[]
                 metrics=metrics,
                 mean_retention=sum(retentions) / len(retentions) if retentions else None,
                 min_retention=min(retentions, default=None),
-                chosen=line.trial == chosen,
+                behind=_behind(list(by_model.values()), published, index),
+                chosen=index == published,
             )
         )
     return found
 
 
-def _metrics(side: Side, predictions: Sequence[Array]) -> list[CandidateMetric]:
+def _judged(side: Side, predictions: Sequence[Array]) -> list[_Judged]:
     name, task, labels = side.evaluation.metric, side.loaded.task, side.held_out_labels
     metric = metric_for(name, task)
     expert = metric(labels, side.held_out_predicted)
@@ -66,6 +78,20 @@ def _metrics(side: Side, predictions: Sequence[Array]) -> list[CandidateMetric]:
     found = []
     for predicted, draws in zip(predictions, resampled, strict=True):
         value = metric(labels, predicted)
-        retention = value / expert if expert > 0 else None
-        found.append(CandidateMetric(metric=name, value=value, interval=interval(draws), retention=retention))
+        kept = value / expert if expert > 0 else None
+        judged = CandidateMetric(metric=name, value=value, interval=interval(draws), retention=kept)
+        found.append(_Judged(judged, draws / expert if expert > 0 else None))
     return found
+
+
+def _behind(by_model: Sequence[Sequence[_Judged]], published: int, index: int) -> Difference | None:
+    """Mean retention of the line that is published minus that of another."""
+    values, draws = [], []
+    for of_lines in by_model:
+        ours, theirs = of_lines[published], of_lines[index]
+        if ours.retentions is not None and theirs.retentions is not None:
+            values.append((ours.metric.retention or 0.0) - (theirs.metric.retention or 0.0))
+            draws.append(ours.retentions - theirs.retentions)
+    if not values:
+        return None
+    return Difference(value=sum(values) / len(values), interval=interval(np.mean(draws, axis=0)))

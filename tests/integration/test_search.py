@@ -1,0 +1,278 @@
+"""`auto` in the engine: what it chooses, what it says of it, and how it goes on after a crash."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.tiny import dataset_spec, merge_spec, model_spec, read_model, silent, write_lines
+from worker.engine.catalog.errors import InvalidDataset
+from worker.engine.catalog.report import MergeResult, Search
+from worker.engine.catalog.rows import RowFile, sample
+from worker.engine.catalog.spec import CheckpointSpec, EvaluationSpec, MergeSpec
+from worker.engine.pipeline import Engine
+from worker.engine.search.search import SHARES
+from worker.engine.search.splitting import halves
+
+CPU = torch.device("cpu")
+ROWS = 160
+CANDIDATES = ["average", "mask_fisher", "ties", "regmean", "mask_regmean", "aligned_regmean"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
+    """Rows whose labels are what the experts say of them, but for every eighth: as if they were fine-tuned on them."""
+    root = tmp_path_factory.mktemp("search")
+    for name in "abc":
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_inputs / "checkpoints" / name).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tiny_inputs / "checkpoints" / name)
+        rows = [json.loads(line) for line in (tiny_inputs / "rows" / f"{name}.jsonl").read_text().splitlines()][:ROWS]
+        for place, row in enumerate(rows):
+            with torch.inference_mode():
+                said = int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
+            row["label"] = said if place % 8 else (said + 1) % model.config.num_labels
+        write_lines(root / f"{name}.jsonl", [json.dumps(row) for row in rows])
+    return root
+
+
+def job(folder: Path, tiny_inputs: Path, inputs: Path, names: str = "abc", **method: Any) -> MergeSpec:
+    models = [
+        model_spec(
+            tiny_inputs / "checkpoints" / name,
+            tiny_inputs / "rows" / f"{name}.jsonl",
+            evaluation=EvaluationSpec(source=name, path=inputs / f"{name}.jsonl", label="label", metric="accuracy"),
+        )
+        for name in names
+    ]
+    asked = {"name": "auto", "candidates": CANDIDATES, "trials": 12, "examples": 40, "precision": "float32", **method}
+    spec = merge_spec(folder / "artifact", models, asked, evaluate=True, align_heads=True)
+    base = CheckpointSpec(source="local:base", path=tiny_inputs / "checkpoints" / "base")
+    return spec.model_copy(update={"base": base, "journal": folder / "journal.jsonl"})
+
+
+def searched(result: MergeResult) -> Search:
+    assert result.search is not None
+    return result.search
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path, inputs: Path) -> tuple[MergeSpec, MergeResult]:
+    spec = job(tmp_path_factory.mktemp("whole"), tiny_inputs, inputs)
+    return spec, Engine(CPU).merge(spec, silent)
+
+
+def told(search: Search) -> dict[str, Any]:
+    """Without what another run takes more or less of."""
+    return search.model_dump(exclude={"trials": {"__all__": {"seconds"}}})
+
+
+def test_the_best_trial_is_published_as_if_it_had_been_asked_for(
+    whole: tuple[MergeSpec, MergeResult], tmp_path: Path
+) -> None:
+    spec, result = whole
+    search = searched(result)
+    full = [trial for trial in search.trials if not trial.pruned]
+    assert len(search.trials) == 12
+    assert search.trials[search.chosen].objective == max(trial.objective or 0.0 for trial in full)
+    [chosen] = [candidate for candidate in result.candidates or () if candidate.chosen]
+    assert chosen.trial == search.chosen
+    assert chosen.method is not None
+    models = [model.model_copy(update={"weight": chosen.weights[model.name]}) for model in spec.models]
+    heads = {"align_heads": True, "align_ridge": chosen.align_ridge}
+    plain = merge_spec(tmp_path / "plain", models, chosen.method, evaluate=True, **heads)
+    Engine(CPU).merge(plain.model_copy(update={"base": spec.base}), silent)
+    for name in "abc":
+        ours, theirs = (read_model(folder / "models" / name) for folder in (spec.folder, tmp_path / "plain"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_what_is_said_of_the_published_model_is_so(whole: tuple[MergeSpec, MergeResult]) -> None:
+    """Computed by transformers from the artifact, one row at a time, on the half that was held out."""
+    spec, result = whole
+    [chosen] = [candidate for candidate in result.candidates or () if candidate.chosen]
+    for model in spec.models:
+        assert model.evaluation is not None
+        rows = sample(RowFile(model.evaluation), model.evaluation, None)
+        _, held_out = halves(rows, 0, "rows")
+        assert searched(result).held_out_rows[model.name] == len(held_out)
+        assert searched(result).search_rows[model.name] == len(rows) - len(held_out)
+        labels = [rows[place].label for place in held_out]
+        scores = []
+        for folder in (spec.folder / "models" / model.name, model.path):
+            loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            said = []
+            for place in held_out:
+                with torch.inference_mode():
+                    said.append(int(loaded(**tokenizer(rows[place].text, return_tensors="pt")).logits.argmax()))
+            scores.append(accuracy_score(labels, said))
+        metric = chosen.metrics[model.name]
+        assert metric.value == pytest.approx(scores[0], abs=1e-12)
+        assert metric.retention == pytest.approx(scores[0] / scores[1], abs=1e-12)
+        assert metric.interval[0] <= metric.value <= metric.interval[1]
+    assert result.mean_retention == chosen.mean_retention
+
+
+def test_the_table_has_every_candidate_the_average_and_the_experts(whole: tuple[MergeSpec, MergeResult]) -> None:
+    _, result = whole
+    lines = {candidate.name: candidate for candidate in result.candidates or ()}
+    assert lines.keys() == {*CANDIDATES, "plain average", "expert a", "expert b", "expert c"}
+    for name in "abc":
+        assert lines[f"expert {name}"].metrics[name].retention == 1.0
+        assert lines[f"expert {name}"].weights == {other: float(other == name) for other in "abc"}
+    [chosen] = [line for line in lines.values() if line.chosen]
+    for line in lines.values():
+        assert line.mean_retention is not None
+        assert chosen.mean_retention is not None
+        assert line.behind is not None
+        assert line.behind.value == pytest.approx(chosen.mean_retention - line.mean_retention, abs=1e-12)
+        assert line.behind.interval[0] <= line.behind.value <= line.behind.interval[1]
+    assert {line.kind for line in lines.values()} == {"method", "average", "expert"}
+
+
+def test_average_and_experts_are_what_a_job_of_their_own_says(
+    whole: tuple[MergeSpec, MergeResult], tiny_inputs: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """The average as a candidate's first trial is the plain average, so both tell the same of the held-out rows."""
+    spec = job(tmp_path, tiny_inputs, inputs, candidates=["average"], trials=1)
+    result = Engine(CPU).merge(spec, silent)
+    lines = {candidate.name: candidate for candidate in result.candidates or ()}
+    _, other = whole
+    [same] = [candidate for candidate in other.candidates or () if candidate.name == "plain average"]
+    assert lines["average"].metrics == lines["plain average"].metrics == same.metrics
+
+
+def test_a_look_lets_the_better_half_go_on(whole: tuple[MergeSpec, MergeResult]) -> None:
+    """Successive halving by hand: a trial goes on while it is among the better half of those that were looked at."""
+    spec, result = whole
+    assert spec.journal is not None
+    _, *lines = map(json.loads, spec.journal.read_text().splitlines())
+    rows = searched(result).search_rows
+    shares = [share for share in SHARES if share == 1 or min(rows.values()) * share >= 32]
+    assert len(shares) > 1
+    seen: list[list[float]] = [[] for _ in shares]
+    for line, trial in zip(lines, searched(result).trials, strict=True):
+        values = [float(np.mean(list(look.values()))) for look in line["looks"]]
+        for number, value in enumerate(values):
+            seen[number].append(value)
+            better = sorted(seen[number], reverse=True)[: max(1, len(seen[number]) // 2)]
+            goes_on = number == len(shares) - 1 or value >= better[-1]
+            assert goes_on == (number < len(values) - 1 or number == len(shares) - 1)
+        assert trial.pruned == (len(values) < len(shares))
+
+
+def test_the_same_recipe_finds_the_same(
+    whole: tuple[MergeSpec, MergeResult], tiny_inputs: Path, inputs: Path, tmp_path: Path
+) -> None:
+    spec, result = whole
+    again = job(tmp_path, tiny_inputs, inputs)
+    repeated = Engine(CPU).merge(again, silent)
+    assert told(searched(repeated)) == told(searched(result))
+    assert repeated.candidates == result.candidates
+    assert read_model(again.folder / "models" / "a").keys() == read_model(spec.folder / "models" / "a").keys()
+    other = Engine(CPU).merge(job(tmp_path / "other", tiny_inputs, inputs, seed=1), silent)
+    assert told(searched(other)) != told(searched(result))
+
+
+@pytest.mark.parametrize("left", [0, 5, 11, 12])
+def test_another_attempt_goes_on_where_the_last_one_was(
+    whole: tuple[MergeSpec, MergeResult], tiny_inputs: Path, inputs: Path, tmp_path: Path, left: int
+) -> None:
+    """Of a crash in the middle of writing a trial, the whole lines before it are left."""
+    spec, result = whole
+    assert spec.journal is not None
+    lines = spec.journal.read_text().splitlines(keepends=True)
+    again = job(tmp_path, tiny_inputs, inputs)
+    assert again.journal is not None
+    kept = lines[: 1 + left]
+    again.journal.write_text("".join(kept) + "".join(lines[1 + left : 2 + left])[:-9])
+    resumed = Engine(CPU).merge(again, silent)
+    assert told(searched(resumed)) == told(searched(result))
+    assert again.journal.read_text().splitlines(keepends=True)[: 1 + left] == kept
+    assert [t.seconds for t in searched(resumed).trials][:left] == [t.seconds for t in searched(result).trials][:left]
+    assert resumed.candidates == result.candidates
+
+
+def test_other_rows_are_another_search(
+    whole: tuple[MergeSpec, MergeResult], tiny_inputs: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """What was tried does not count when an evaluation's file was changed between attempts."""
+    spec, _ = whole
+    assert spec.journal is not None
+    again = job(tmp_path, tiny_inputs, inputs, trials=12)
+    lines = (inputs / "a.jsonl").read_text().splitlines()
+    changed = write_lines(tmp_path / "a.jsonl", [*lines[1:], lines[0]])
+    first = again.models[0]
+    assert first.evaluation is not None
+    moved = first.model_copy(update={"evaluation": first.evaluation.model_copy(update={"path": changed})})
+    assert again.journal is not None
+    again.journal.write_bytes(spec.journal.read_bytes())
+    head = again.journal.read_text().splitlines()[0]
+    Engine(CPU).merge(again.model_copy(update={"models": [moved, *again.models[1:]]}), silent)
+    assert again.journal.read_text().splitlines()[0] != head
+
+
+def floored(spec: MergeSpec, floors: Sequence[float | None]) -> MergeSpec:
+    models = [m.model_copy(update={"min_retention": f}) for m, f in zip(spec.models, floors, strict=True)]
+    return spec.model_copy(update={"models": models})
+
+
+def test_a_floor_that_can_be_reached_is(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:
+    """Of two experts one must be kept whole: with weights that may differ ninefold, it gets the more of them."""
+    given = {"candidates": ["average"], "trials": 25, "seed": 3}
+    free = Engine(CPU).merge(job(tmp_path / "free", tiny_inputs, inputs, "ab", **given), silent)
+    kept = max(trial.retentions["b"] for trial in searched(free).trials if not trial.pruned)
+    spec = floored(job(tmp_path / "floored", tiny_inputs, inputs, "ab", **given), [None, kept])
+    search = searched(Engine(CPU).merge(spec, silent))
+    assert search.feasible
+    assert search.min_retention == {"b": kept}
+    assert search.trials[search.chosen].retentions["b"] >= kept
+
+
+def test_a_floor_that_cannot_be_reached_is_said(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:
+    spec = floored(job(tmp_path, tiny_inputs, inputs, "ab", candidates=["average", "regmean"], trials=4), [2.0, None])
+    result = Engine(CPU).merge(spec, silent)
+    search = searched(result)
+    assert not search.feasible
+    full = [trial for trial in search.trials if not trial.pruned]
+    assert search.trials[search.chosen].retentions["a"] == max(trial.retentions["a"] for trial in full)
+    assert any("min_retention" in note and "of a, not 2" in note for note in result.notes)
+
+
+def test_the_least_retention_can_be_what_counts(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:
+    spec = job(tmp_path, tiny_inputs, inputs, candidates=["average"], trials=6, objective="min_retention")
+    search = searched(Engine(CPU).merge(spec, silent))
+    for trial in search.trials:
+        assert trial.objective == min(trial.retentions.values())
+
+
+def test_a_merge_that_fails_costs_a_trial_and_no_job(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:
+    """A scale that leaves the finite numbers: of the first candidate every trial fails, of the second none."""
+    candidates = [{"name": "task_arithmetic", "scale": 10.0}, "average"]
+    spec = job(tmp_path, tiny_inputs, inputs, "ab", candidates=candidates, trials=4)
+    huge = [model.model_copy(update={"weight": 1e37}) for model in spec.models]
+    result = Engine(CPU).merge(spec.model_copy(update={"models": huge}), silent)
+    trials = searched(result).trials
+    failed = [trial for trial in trials if trial.candidate == "task_arithmetic"]
+    assert failed
+    assert all(t.error and t.objective is None and not t.retentions for t in failed)
+    assert all(t.error is None for t in trials if t.candidate == "average")
+    assert "task_arithmetic" not in [candidate.name for candidate in result.candidates or ()]
+    assert result.method["name"] == "average"
+
+
+def test_an_expert_that_knows_nothing_has_nothing_to_keep(tiny_inputs: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"word {place}", "label": "LABEL_1"} for place in range(20)]
+    path = write_lines(tmp_path / "rows.jsonl", [json.dumps(row) for row in rows])
+    spec = job(tmp_path, tiny_inputs, tmp_path, "", candidates=["average"], trials=1)
+    evaluation = EvaluationSpec(**dataset_spec(path).model_dump(), metric="matthews")
+    models = [model_spec(tiny_inputs / "checkpoints" / name, evaluation=evaluation) for name in "ac"]
+    with pytest.raises(InvalidDataset, match=r"itself has a matthews of 0 on the 10 rows"):
+        Engine(CPU).merge(spec.model_copy(update={"models": models}), silent)
