@@ -208,14 +208,17 @@ def _found(result: dict[str, Any]) -> Iterator[str]:
     yield f"chosen: {chosen['name']}, trial {chosen['trial']} of {len(search['trials'])}"
     if not search["feasible"]:
         yield "no trial keeps what min_retention asks for; this one lacks least"
-    rows = [["retention on held-out rows", "mean", "least"]]
+    rows = [["retention on held-out rows", "mean", "least", "behind the chosen"]]
     for candidate in candidates:
         name = f"{'*' if candidate['chosen'] else ' '} {candidate['name']}"
         retentions = [candidate["mean_retention"], candidate["min_retention"]]
-        rows.append([name, *("" if value is None else f"{value:.4f}" for value in retentions)])
-    width = max(len(name) for name, _, _ in rows)
-    for name, mean, least in rows:
-        yield f"{name:<{width}}  {mean:>6}  {least:>6}"
+        behind = candidate["behind"]
+        difference = "{:.4f} [{:.4f}, {:.4f}]".format(behind["value"], *behind["interval"]) if behind else ""
+        shown = ["" if value is None else f"{value:.4f}" for value in retentions]
+        rows.append([name, *shown, "" if candidate["chosen"] else difference])
+    width = max(len(name) for name, *_ in rows)
+    for name, mean, least, difference in rows:
+        yield f"{name:<{width}}  {mean:>6}  {least:>6}  {difference}".rstrip()
 
 
 def _settings(settings: Settings) -> int:
