@@ -117,7 +117,7 @@ def run(settings: Settings) -> int:
         Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S)),
         Repeater(SWEEP_S, Reaper(store, queue).sweep),
         Repeater(TIDY_S, lambda: artifacts.sweep(partial(_is_wanted, store))),
-        Repeater(TIDY_S, lambda: searches.sweep(partial(_may_go_on, store))),
+        Repeater(TIDY_S, lambda: searches.sweep(partial(may_go_on, store))),
     ]
     for repeater in repeaters:
         repeater.start()
@@ -140,7 +140,7 @@ def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> 
     return published and record is not None and record.artifact == f"{task.job}.{attempt}"
 
 
-def _may_go_on(store: JobStore, job: str) -> bool:
+def may_go_on(store: JobStore, job: str) -> bool:
     """Whether what the job tried may be of use to another attempt."""
     record = store.get(job)
     return record is not None and record.status not in (Status.SUCCEEDED, Status.CANCELLED)
