@@ -166,6 +166,8 @@ def _merge(recipe: Path, url: str, waits: bool, output: Path | None) -> int:
             print(f"maskmerge: {job['error']['code']}: {job['error']['message']}", file=sys.stderr)
         if job["status"] != "succeeded":
             return 1
+        for line in _found(job["result"]):
+            print(line)
         if output is not None:
             with _interruptible(f"the job succeeded; {fetching} what is missing"):
                 client.download(job["id"], output)
@@ -195,6 +197,28 @@ def _news(events: Iterable["Event"]) -> Iterator[str]:
             if tenth != shown:
                 shown = tenth
                 yield f"{data['phase']} {data['done']}/{data['total']} {data['unit']}, {100 * data['fraction']:.0f} %"
+
+
+def _found(result: dict[str, Any]) -> Iterator[str]:
+    """What `auto` chose, and the table that it chose from; nothing of another method."""
+    search, candidates = result["search"], result["candidates"]
+    if search is None or candidates is None:
+        return
+    chosen = next(candidate for candidate in candidates if candidate["chosen"])
+    yield f"chosen: {chosen['name']}, trial {chosen['trial']} of {len(search['trials'])}"
+    if not search["feasible"]:
+        yield "no trial keeps what min_retention asks for; this one lacks least"
+    rows = [["retention on held-out rows", "mean", "least", "behind the chosen"]]
+    for candidate in candidates:
+        name = f"{'*' if candidate['chosen'] else ' '} {candidate['name']}"
+        retentions = [candidate["mean_retention"], candidate["min_retention"]]
+        behind = candidate["behind"]
+        difference = "{:.4f} [{:.4f}, {:.4f}]".format(behind["value"], *behind["interval"]) if behind else ""
+        shown = ["" if value is None else f"{value:.4f}" for value in retentions]
+        rows.append([name, *shown, "" if candidate["chosen"] else difference])
+    width = max(len(name) for name, *_ in rows)
+    for name, mean, least, difference in rows:
+        yield f"{name:<{width}}  {mean:>6}  {least:>6}  {difference}".rstrip()
 
 
 def _settings(settings: Settings) -> int:

@@ -11,7 +11,7 @@ from app.contracts.jobs import ErrorCode
 from app.contracts.settings import Settings
 from app.main import create_app
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.methods import AUTO, METHODS, Range, SearchSpace
 
 TARGET = Path(__file__).parent / "reference.md"
 
@@ -65,9 +65,10 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield (
         "A parameter that goes by tensor is a number, a list of numbers from the first layer to the last, or a list of "
         "filters with values: see [Weights and parameters by tensor](method.md#weights-and-parameters-by-tensor). So "
-        "is `weight` of a model. One that goes by model too can be in `parameters` of a model."
+        "is `weight` of a model. One that goes by model too can be in `parameters` of a model. What `auto` tries of a "
+        "parameter is under *tried*; `scale` only where there is a base."
     )
-    for entry in METHODS.values():
+    for entry in (*METHODS.values(), AUTO):
         yield ""
         yield f"### {entry.name}"
         yield ""
@@ -78,11 +79,17 @@ def _lines(data_dir: Path) -> Iterator[str]:
         yield ""
         properties = entry.parameters.model_json_schema()["properties"]
         rows = [
-            [f"`{n}`", f"`{p.get('default')}`", _differs(n, "oneOf" in p, entry.parameters.per_model), _meaning(p)]
+            [
+                f"`{n}`",
+                f"`{p.get('default')}`",
+                _differs(n, "oneOf" in p, entry.parameters.per_model),
+                _tried(entry.search, n),
+                _meaning(p),
+            ]
             for n, p in properties.items()
             if n != "name"
         ]
-        yield from _table(["parameter", "default", "differs by", "meaning"], rows)
+        yield from _table(["parameter", "default", "differs by", "tried", "meaning"], rows)
     yield ""
     yield "## Architectures"
     yield ""
@@ -125,6 +132,15 @@ def _fields(model: type[BaseModel]) -> str:
 
 def _differs(name: str, by_tensor: bool, per_model: Collection[str]) -> str:
     return "tensor, model" if name in per_model else "tensor" if by_tensor else ""
+
+
+def _tried(space: SearchSpace, name: str) -> str:
+    tried = space.get(name)
+    if tried is None:
+        return ""
+    if isinstance(tried, Range):
+        return f"{tried.low:g} to {tried.high:g}{', by ratio' if tried.log else ''}"
+    return ", ".join(f"`{value}`" for value in tried.values)
 
 
 def _meaning(schema: dict[str, object]) -> str:

@@ -15,7 +15,7 @@ from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app.contracts.jobs import TaskId
+from app.contracts.jobs import Status, TaskId
 from app.contracts.settings import Settings
 from app.storage.artifacts import ArtifactFolder
 from app.storage.connection import connect, connect_for_rq
@@ -23,6 +23,7 @@ from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
+from app.storage.searches import SearchFolder
 from worker.engine.catalog.spec import StoreSpec
 from worker.engine.catalog.statistics import FOLDER
 from worker.engine_process import EngineProcess
@@ -85,6 +86,7 @@ def run(settings: Settings) -> int:
     queue = TaskQueue(rq_redis, settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
+    searches = SearchFolder(settings.data_dir)
     cores = len(os.sched_getaffinity(0))
     engine = EngineProcess(settings.threads or max(1, cores // settings.workers))
     functions: dict[str, Callable[[str], None]] = {}
@@ -100,6 +102,7 @@ def run(settings: Settings) -> int:
         worker=name,
         store=store,
         artifacts=artifacts,
+        searches=searches,
         inputs=LocalInputs(settings.local_roots),
         job_inputs=JobInputs(store, artifacts),
         engine=engine,
@@ -114,6 +117,7 @@ def run(settings: Settings) -> int:
         Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S)),
         Repeater(SWEEP_S, Reaper(store, queue).sweep),
         Repeater(TIDY_S, lambda: artifacts.sweep(partial(_is_wanted, store))),
+        Repeater(TIDY_S, lambda: searches.sweep(partial(may_go_on, store))),
     ]
     for repeater in repeaters:
         repeater.start()
@@ -134,6 +138,12 @@ def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> 
         return True
     record = store.get(task.job)
     return published and record is not None and record.artifact == f"{task.job}.{attempt}"
+
+
+def may_go_on(store: JobStore, job: str) -> bool:
+    """Whether what the job tried may be of use to another attempt."""
+    record = store.get(job)
+    return record is not None and record.status not in (Status.SUCCEEDED, Status.CANCELLED)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from app.contracts.jobs import Phase, Progress
 
 # Seconds the phases took on two MiniLM experts with 1,024 rows each on two cores, as shares.
-# Downloading, which only merges from the hub do, depends on the line.
+# Downloading, which only merges from the hub do, depends on the line; searching, which merges, aligns and evaluates
+# many times over, on the number of trials.
 SHARES = {
     Phase.DOWNLOADING: 50,
     Phase.LOADING: 5,
     Phase.SCORING: 60,
+    Phase.SEARCHING: 500,
     Phase.MERGING: 5,
     Phase.ALIGNING: 12,
     Phase.EVALUATING: 28,

@@ -15,7 +15,9 @@ from app.contracts.requests import Dataset, Evaluation, MeasuredModelRequest, Me
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import JobInputs, JobReference, LocalInputs, ReferenceError, hub_reference, job_reference
 from app.storage.jobs import JobStore
+from app.storage.searches import SearchFolder
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.methods import AutoParameters
 from worker.engine.catalog.report import MergeResult, ScoreResult
 from worker.engine.catalog.spec import Columns, JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed
@@ -48,6 +50,7 @@ class TaskRunner:
         worker: str,
         store: JobStore,
         artifacts: ArtifactFolder,
+        searches: SearchFolder,
         inputs: LocalInputs,
         job_inputs: JobInputs,
         engine: EngineProcess,
@@ -59,6 +62,7 @@ class TaskRunner:
         self._worker = worker
         self._store = store
         self._artifacts = artifacts
+        self._searches = searches
         self._inputs = inputs
         self._job_inputs = job_inputs
         self._engine = engine
@@ -106,7 +110,7 @@ class TaskRunner:
         if record is None:
             return
         folder = self._keeping(attempt, lambda: self._artifacts.begin(attempt))
-        spec = self._spec(record, folder)
+        spec = self._spec(record, folder, attempt)
         meter = ProgressMeter(phases_of(spec))
         self._engine.run(spec)
         recorded = time.monotonic()
@@ -161,6 +165,7 @@ class TaskRunner:
         """Leave nothing of an attempt whose result nobody wants: the job was cancelled, or the lease was lost."""
         self._artifacts.discard(attempt)
         if self._insist(lambda: self._store.acknowledge_cancel(attempt)):
+            self._searches.remove(attempt.task.job)
             logger.info("job %s: attempt %d cancelled", attempt.task.job, attempt.number)
         else:
             logger.warning("job %s: attempt %d came too late (%s)", attempt.task.job, attempt.number, status)
@@ -175,6 +180,7 @@ class TaskRunner:
         )
         final = result.model_copy(update={"timings": timings})
         if self._insist(lambda: self._store.succeed(attempt, final, artifact)):
+            self._searches.remove(attempt.task.job)
             logger.info("job %s: attempt %d succeeded", attempt.task.job, attempt.number)
         else:
             self._withdraw(attempt, None)
@@ -229,13 +235,14 @@ class TaskRunner:
                     raise Stopping from error
                 time.sleep(REDIS_RETRY_S)
 
-    def _spec(self, record: Record, folder: Path) -> MergeSpec | ScoreSpec:
+    def _spec(self, record: Record, folder: Path, attempt: Attempt) -> MergeSpec | ScoreSpec:
         common = {"name": record.name, "recipe": record.request, "folder": folder, "store": self._statistics}
         if record.kind is Kind.SCORES:
             wanted = ScoreRequest.model_validate(record.request)
             models = [self._model(model, record) for model in wanted.models]
             return ScoreSpec.model_validate({**common, "method": wanted.method.model_dump(), "models": models})
         request = MergeRequest.model_validate(record.request)
+        searches = isinstance(request.method, AutoParameters)
         return MergeSpec.model_validate(
             {
                 **common,
@@ -244,13 +251,15 @@ class TaskRunner:
                 "method": request.method.model_dump(),
                 "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
                 "evaluate": request.evaluate,
+                "journal": self._searches.begin(attempt) if searches else None,
             }
         )
 
     def _model(self, model: MeasuredModelRequest, record: Record) -> dict[str, object]:
         spec = {"name": model.name, **self._checkpoint(model.checkpoint, record), "dataset": self._rows(model.dataset)}
         if isinstance(model, ModelRequest):
-            spec |= {**model.model_dump(include={"weight", "parameters"}), "evaluation": self._rows(model.evaluation)}
+            own = model.model_dump(include={"weight", "parameters", "min_retention"})
+            spec |= {**own, "evaluation": self._rows(model.evaluation)}
         return spec
 
     def _checkpoint(self, reference: str, record: Record) -> dict[str, object]:
@@ -289,6 +298,8 @@ def phases_of(spec: JobSpec) -> list[Phase]:
     phases.append(Phase.LOADING)
     if spec.method.statistics:
         phases.append(Phase.SCORING)
+    if isinstance(spec.method, AutoParameters):
+        phases.append(Phase.SEARCHING)
     if isinstance(spec, MergeSpec):
         phases.append(Phase.MERGING)
         if spec.aligns:

@@ -60,12 +60,11 @@ def _validation(request: Request, error: Exception) -> Response:
         detail = f"Content-Type is '{request.headers.get('content-type', '')}'; send application/json{yaml}"
         return answer(request, ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail))
     errors = [
-        FieldError(field=as_sent(request, _path(e["loc"])), message=e["msg"].removeprefix("Value error, "))
+        FieldError(field=as_sent(request, field_of(e["loc"])), message=e["msg"].removeprefix("Value error, "))
         for e in found
     ]
-    later = all(e["type"] == "not_available" for e in found)
     outside = any(e["loc"][0] != "body" for e in found)
-    problem = Problem.NOT_AVAILABLE if later else Problem.MALFORMED if outside else Problem.INVALID_REQUEST
+    problem = Problem.MALFORMED if outside else Problem.INVALID_REQUEST
     detail = "; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors)
     return answer(request, ProblemError(problem, detail, errors))
 
@@ -99,9 +98,11 @@ def _is_wrong_media_type(request: Request, found: Sequence[Any]) -> bool:
     return request.method == "POST" and not is_read and any(tuple(e["loc"]) == ("body",) for e in found)
 
 
-def _path(location: Sequence[object]) -> str:
-    """`models.0.checkpoint`: without the word body, and without the tag that a union puts in the way."""
+def field_of(location: Sequence[object]) -> str:
+    """`models.0.checkpoint`: without the word body, and without the tags that unions put in the way."""
     parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal[", "<"))]
     if len(parts) > 1 and parts[0] == "method":
         parts.pop(1)
+    if len(parts) > 3 and parts[:2] == ["method", "candidates"]:
+        parts.pop(3)
     return ".".join(parts)

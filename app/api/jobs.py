@@ -69,6 +69,8 @@ async def get_job(
 def cancel(record: RecordOf, services: ServicesOf) -> Job:
     """Cancel a job: at once while it waits, within 5 s while it runs. 409 when it has succeeded or failed."""
     status = services.store.cancel(record.id)
+    if status is Status.CANCELLED:  # while it waited; else its worker removes what was tried
+        services.searches.remove(record.id)
     if status in (Status.SUCCEEDED, Status.FAILED):
         raise ProblemError(Problem.CONFLICT, f"job {record.id} has {status.value} already")
     return get_record(record.id, services).public()
@@ -90,6 +92,7 @@ def delete(record: RecordOf, services: ServicesOf) -> None:
         raise ProblemError(Problem.CONFLICT, f"job {record.id} is {record.status.value}; cancel it first")
     if record.artifact is not None:  # before the record, which is what still knows of it
         services.artifacts.remove(record.artifact)
+    services.searches.remove(record.id)
     if not services.store.delete(record.id):
         raise ProblemError(Problem.CONFLICT, f"job {record.id} was started again meanwhile")
 

@@ -24,7 +24,9 @@ EXAMPLE: dict[str, Any] = {
         for name in ("topics", "sentiment")
     ],
 }
-MergeBody = Annotated[MergeRequest, Body(openapi_examples={"two experts": {"value": EXAMPLE}})]
+SEARCH: dict[str, Any] = {**EXAMPLE, "method": {"name": "auto", "candidates": ["average", "regmean"], "trials": 20}}
+EXAMPLES: dict[str, Any] = {"two experts": {"value": EXAMPLE}, "the best of several methods": {"value": SEARCH}}
+MergeBody = Annotated[MergeRequest, Body(openapi_examples=EXAMPLES)]
 
 
 @router.post("/merge", status_code=202, openapi_extra=YAML_BODY)

@@ -2,12 +2,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.methods import AUTO, METHODS
 
 router = APIRouter(tags=["methods"])
 
 
 @router.get("/methods")
 def methods() -> dict[str, list[dict[str, Any]]]:
-    """Every method: its formula, source, what it needs, and its parameters as JSON Schema with defaults."""
-    return {"data": [entry.describe() for entry in METHODS.values()]}
+    """Every method: formula, source, needs, what `auto` tries of it, and parameters as JSON Schema with defaults."""
+    return {"data": [entry.describe() for entry in (*METHODS.values(), AUTO)]}

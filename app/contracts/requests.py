@@ -1,41 +1,34 @@
 """What a caller may ask for: the whole schema, including what is refused as not available yet."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import AnyHttpUrl, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from worker.engine.catalog.methods import METHODS, MaskFisherParameters, Method, MethodParameters, PassthroughParameters
-from worker.engine.catalog.spec import Columns, Dtype, Heads, MetricName, Name, VocabularyPolicy
+from worker.engine.catalog.methods import (
+    AUTO,
+    METHODS,
+    AutoParameters,
+    BaseParameters,
+    MaskFisherParameters,
+    Method,
+    MethodParameters,
+    PassthroughParameters,
+    check_name,
+    default_candidates,
+)
+from worker.engine.catalog.spec import ALIGN_RIDGE, Columns, Dtype, Heads, MetricName, Name, VocabularyPolicy
 from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_positive
 
-ANNOUNCED_METHODS = ("auto",)
 LONGEST_TITLE = 200
 MOST_FILTERS = 1000  # of a request; each is matched against the names of all tensors
+LEAST_EVALUATED = 2  # rows, where `auto` splits them
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
-
-
-def _known_method(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    name = value.get("name")
-    if isinstance(name, str) and name not in METHODS:
-        known = list(METHODS)
-        if name in ANNOUNCED_METHODS:
-            raise PydanticCustomError(
-                "not_available",
-                "method '{name}' is not available yet; available are {known}",
-                {"name": name, "known": ", ".join(known)},
-            )
-        raise PydanticCustomError(
-            "unknown_method", "unknown method '{name}'{hint}", {"name": name, "hint": did_you_mean(name, known)}
-        )
-    return value
 
 
 class Dataset(Columns):
@@ -88,11 +81,14 @@ class MeasuredModelRequest(Strict):
 
 class ModelRequest(MeasuredModelRequest):
     weight: PerTensor[Weight] = DEFAULT_WEIGHT
-    """lambda: this model's say in the merge; 0 takes it out."""
+    """lambda: this model's say in the merge; 0 takes it out. `auto` tries a third to three times of it, unless a model
+    has a list or filters."""
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
     """This model's own values of the method's parameters that `per_model` of `GET /methods` names. Where none of its
     filters matches a tensor, the method's value counts."""
     evaluation: Evaluation | None = None
+    min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Of the method `auto`: the share of this expert's metric that the merge must keep, if any that is tried does."""
 
     @property
     def takes_part(self) -> bool:
@@ -113,6 +109,9 @@ class Output(Strict):
     align_heads: bool = True
     """Refit each kept head to the merged backbone, on the model's own `dataset` and without labels; the preset `paper`
     leaves it out unless it is asked for. Without effect, and shown as false, where heads are merged."""
+    align_ridge: Annotated[float, Field(gt=0, le=100)] = ALIGN_RIDGE
+    """How strongly an aligned head is held to what it was, in units of the mean square of its inputs. `auto` searches
+    for it, and takes no other than the default here."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     vocabulary: VocabularyPolicy = "error"
     """Of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of the first
@@ -129,7 +128,11 @@ LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/-]{1,64}$")]
 LabelValue = Annotated[str, Field(max_length=256)]
 
 
-RequestedMethod = Annotated[Method, BeforeValidator(_known_method)]
+RequestedMethod = Annotated[
+    Method | AutoParameters,
+    Field(discriminator="name"),
+    BeforeValidator(lambda method: check_name(method, (*METHODS, AUTO.name))),
+]
 Model = TypeVar("Model", bound=MeasuredModelRequest)
 
 
@@ -160,11 +163,9 @@ class JobRequest(Strict, Generic[Model]):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"models have the same name: {', '.join(sorted(twice))}")
-        for model in self.models:
-            if self.method.statistics and model.takes_part and model.dataset is None:
-                raise ValueError(f"method {self.method.name} measures every model; model '{model.name}' has no dataset")
-            if self.method.needs_labels and model.takes_part and model.dataset and model.dataset.label is None:
-                raise ValueError(f"this estimator reads labels; the dataset of model '{model.name}' names no label")
+        _refuse(
+            type(self), (e for index, model in enumerate(self.models) for e in _unmeasured(self.method, index, model))
+        )
         return self
 
     @property
@@ -198,7 +199,43 @@ class MergeRequest(JobRequest[ModelRequest]):
         return data
 
     @model_validator(mode="after")
+    def _some_model_takes_part(self) -> Self:
+        if not any(model.takes_part for model in self.models):
+            raise ValueError("the weights of all models are 0; at least one must be positive")
+        return self
+
+    @model_validator(mode="after")
+    def _auto_has_candidates(self) -> Self:
+        if not isinstance(self.method, AutoParameters) or self.method.candidates is not None:
+            return self
+        taking_part = [model for model in self.models if model.takes_part]
+        names = default_candidates(
+            has_base=self.base is not None,
+            has_datasets=all(model.dataset is not None for model in taking_part),
+            models=len(taking_part),
+        )
+        try:
+            method = AutoParameters.model_validate({**self.method.model_dump(), "candidates": names})
+        except ValidationError as invalid:
+            errors = [_problem(("method",), error["msg"], names) for error in invalid.errors()]
+            raise ValidationError.from_exception_data(type(self).__name__, errors) from invalid
+        return self.model_copy(update={"method": method})
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> Self:
+        if isinstance(self.method, AutoParameters):
+            _refuse(type(self), _search_problems(self.method, self))
+            return self
+        for index, model in enumerate(self.models):
+            if model.min_retention is not None:
+                why = f"is for the method auto, and method {self.method.name} makes but one merge; leave it out"
+                _refuse(type(self), [_problem(("models", index, "min_retention"), why, model.min_retention)])
+        return self
+
+    @model_validator(mode="after")
     def _models_can_be_merged(self) -> Self:
+        if isinstance(self.method, AutoParameters):
+            return self
         if self.method.needs_base and self.base is None:
             named = "base" in METHODS[self.method.name].needs
             why = f"method {self.method.name}" if named else "a scale other than 1"
@@ -208,15 +245,13 @@ class MergeRequest(JobRequest[ModelRequest]):
                 f"method {self.method.name} compares experts and merge token by token, so they need one vocabulary; "
                 "leave out output.vocabulary"
             )
-        if not any(model.takes_part for model in self.models):
-            raise ValueError("the weights of all models are 0; at least one must be positive")
         if isinstance(self.method, PassthroughParameters):
             _check_slices(self.method, self)
         return self
 
     @model_validator(mode="after")
     def _filters_are_few(self) -> Self:
-        settings = [getattr(self.method, name) for name in type(self.method).model_fields]
+        settings = [getattr(method, name) for method in self.method.methods for name in type(method).model_fields]
         for model in self.models:
             settings += [model.weight, *model.parameters.values()]
         count = sum(len(filters_of(setting)) for setting in settings)
@@ -226,27 +261,100 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     @model_validator(mode="after")
     def _own_parameters_suit_the_method(self) -> Self:
-        errors = [e for i, model in enumerate(self.models) for e in _own_parameter_errors(self.method, i, model)]
-        if errors:
-            raise ValidationError.from_exception_data(type(self).__name__, errors)
+        if isinstance(self.method, MethodParameters):
+            method = self.method
+            _refuse(type(self), (e for i, m in enumerate(self.models) for e in _own_parameter_errors(method, i, m)))
         return self
 
     @model_validator(mode="after")
     def _models_suit_the_method(self) -> Self:
         method = self.method
-        weights = [model.weight for model in self.models if model.takes_part]
-        entry = METHODS[method.name]
-        least, most = entry.models
-        if len(weights) < least or (most is not None and len(weights) > most):
-            raise ValueError(
-                f"method {method.name} merges {entry.models_wanted} models; {len(weights)} take part, "
-                "as those of weight 0 do not"
-            )
-        if not method.weighs_models and any(weight != weights[0] for weight in weights):
-            raise ValueError(
-                f"method {method.name} does not go by the models' weights; leave them out, or make them equal"
-            )
+        if isinstance(method, MethodParameters):
+            for why in _misfits(method, self.models):
+                raise ValueError(f"method {method.name} {why}")
         return self
+
+
+def _problem(where: tuple[str | int, ...], why: str, value: Any) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError("refused", "{why}", {"why": why}), loc=where, input=value)
+
+
+def _refuse(request: type[Strict], problems: Iterable[InitErrorDetails]) -> None:
+    """Raises ValidationError if there are any."""
+    found = list(problems)
+    if found:
+        raise ValidationError.from_exception_data(request.__name__, found)
+
+
+def _named(method: BaseParameters, those: Sequence[MethodParameters]) -> str:
+    """The method, or those of its candidates."""
+    if isinstance(method, MethodParameters):
+        return f"method {method.name}"
+    names = dict.fromkeys(one.name for one in those)
+    return f"candidate{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest) -> Iterator[InitErrorDetails]:
+    """What keeps the model `index` from being measured."""
+    if not model.takes_part:
+        return
+    measuring = [one for one in method.methods if one.statistics]
+    if measuring and model.dataset is None:
+        why = f"model '{model.name}' has no dataset, and {_named(method, measuring)} cannot do without: it is measured"
+        yield _problem(("models", index, "dataset"), why, None)
+    reading = [one for one in method.methods if one.needs_labels]
+    if reading and model.dataset is not None and model.dataset.label is None:
+        why = f"the estimator of {_named(method, reading)} reads labels, and model '{model.name}' names no label"
+        yield _problem(("models", index, "dataset", "label"), why, None)
+
+
+def _misfits(method: MethodParameters, models: Sequence[ModelRequest]) -> Iterator[str]:
+    """What of the models' number and weights does not suit the method; it is the subject."""
+    weights = [model.weight for model in models if model.takes_part]
+    entry = METHODS[method.name]
+    least, most = entry.models
+    if len(weights) < least or (most is not None and len(weights) > most):
+        yield f"merges {entry.models_wanted} models; {len(weights)} take part, as those of weight 0 do not"
+    if not method.weighs_models and any(weight != weights[0] for weight in weights):
+        yield "does not go by the models' weights; leave them out, or make them equal"
+
+
+def _search_problems(method: AutoParameters, request: MergeRequest) -> Iterator[InitErrorDetails]:
+    """What keeps `auto` from trying every candidate on rows of every model."""
+    if not request.evaluate:
+        why = "method auto chooses by what merges keep of every model, so it evaluates; leave evaluate out"
+        yield _problem(("evaluate",), why, request.evaluate)
+    for index, model in enumerate(request.models):
+        where = ("models", index)
+        if model.evaluation is None:
+            why = f"method auto tries merges on rows of every model, and model '{model.name}' has no evaluation"
+            yield _problem((*where, "evaluation"), why, None)
+        elif model.evaluation.limit is not None and model.evaluation.limit < LEAST_EVALUATED:
+            why = f"method auto searches on one half of the rows and reports on the other, {LEAST_EVALUATED} at least"
+            yield _problem((*where, "evaluation", "limit"), why, model.evaluation.limit)
+        if model.parameters:
+            why = "a model has no parameters of its own in method auto, which searches for those of all; leave them out"
+            yield _problem((*where, "parameters"), why, model.parameters)
+    output = request.output
+    if output.vocabulary != "error":
+        why = "method auto tries merges in the models' own tokens, so they need one vocabulary; leave it out"
+        yield _problem(("output", "vocabulary"), why, output.vocabulary)
+    if output.heads == "merged":
+        why = "method auto evaluates every model with a head of its own; leave it out, or say per_model"
+        yield _problem(("output", "heads"), why, output.heads)
+    if output.align_ridge != ALIGN_RIDGE:
+        why = f"method auto searches for it; leave it out (its default, {ALIGN_RIDGE:g}, is tried too)"
+        yield _problem(("output", "align_ridge"), why, output.align_ridge)
+    needing = [one for one in method.methods if one.needs_base]
+    if needing and request.base is None:
+        scaled = "" if "base" in METHODS[needing[0].name].needs else ", with a scale other than 1,"
+        why = f"{_named(method, needing)}{scaled} cannot do without the common ancestor; name it as base"
+        yield _problem(("base",), why, None)
+    for index, candidate in enumerate(method.methods):
+        for why in _misfits(candidate, request.models):
+            yield _problem(
+                ("method", AUTO.name, "candidates", index), f"candidate {candidate.name} {why}", candidate.name
+            )
 
 
 def _own_parameter_errors(method: MethodParameters, index: int, model: ModelRequest) -> Iterator[InitErrorDetails]:
@@ -291,10 +399,19 @@ def _check_slices(method: PassthroughParameters, request: MergeRequest) -> None:
         raise ValueError("method passthrough copies layers, a base would have no effect; leave it out")
 
 
+MEASURING = ", ".join(name for name, entry in METHODS.items() if "dataset" in entry.needs)
+
+
+def _measurable(method: Any) -> Any:
+    if isinstance(method, dict) and method.get("name") == AUTO.name:
+        raise ValueError(f"method auto tries merges, and nothing is merged here; name one that measures: {MEASURING}")
+    return check_name(method)
+
+
 class ScoreRequest(JobRequest[ScoredModelRequest]):
     """`POST /scores`. The models need not fit each other."""
 
-    method: RequestedMethod = MaskFisherParameters()
+    method: Annotated[Method, BeforeValidator(_measurable)] = MaskFisherParameters()
     """Whose statistics are computed; parameters that concern merging alone change nothing, but for where `examples:
     "auto"` stops: each model by itself, as if merged with one of the same scores, errors and weight."""
 
@@ -302,8 +419,7 @@ class ScoreRequest(JobRequest[ScoredModelRequest]):
     @classmethod
     def _measures(cls, method: Method) -> Method:
         if not method.statistics:
-            measuring = ", ".join(name for name, entry in METHODS.items() if "dataset" in entry.needs)
-            raise ValueError(f"method {method.name} measures nothing of a model; methods that do are {measuring}")
+            raise ValueError(f"method {method.name} measures nothing of a model; methods that do are {MEASURING}")
         return method
 
 

@@ -11,6 +11,7 @@ from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
+from app.storage.searches import SearchFolder
 from app.storage.statistics import StatisticsFolder
 
 WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
@@ -22,6 +23,7 @@ class Services:
     store: JobStore
     watcher: JobWatcher
     artifacts: ArtifactFolder
+    searches: SearchFolder
     jobs: Jobs
     statistics: StatisticsFolder
     reaper: Reaper
@@ -41,4 +43,5 @@ def compose(settings: Settings) -> Services:
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.queue)
     statistics = StatisticsFolder(settings.data_dir)
-    return Services(settings, store, watcher, artifacts, jobs, statistics, Reaper(store, queue))
+    searches = SearchFolder(settings.data_dir)
+    return Services(settings, store, watcher, artifacts, searches, jobs, statistics, Reaper(store, queue))

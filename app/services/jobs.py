@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Kind, Record, Stage, TaskId
 from app.contracts.requests import (
+    LEAST_EVALUATED,
     Dataset,
     Evaluation,
     MergeRequest,
@@ -34,7 +35,7 @@ from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
-from worker.engine.catalog.methods import METHODS, PassthroughParameters
+from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
 from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
 from worker.engine.catalog.rows import check_first_rows
@@ -74,6 +75,10 @@ class Plan(BaseModel):
     """An estimate for one worker, in float32 and with rows as long as the model takes."""
     examples: int
     """Most rows that would be measured, over all models."""
+    candidates: list[str] | None
+    """Of `auto`: names of the methods that would be tried."""
+    trials: int | None
+    """Of `auto`: merges that would be tried."""
     tensors: int
     owners: dict[str, int]
     """How many merged tensors are owned by heads, by neurons, and by no node (rest)."""
@@ -162,8 +167,8 @@ class Jobs:
 
     def plan(self, request: MergeRequest) -> Plan:
         accepted = self._check_merge(request)
-        plan, vocabulary = accepted.plan, accepted.plan.vocabulary
-        examples = request.method.most_examples
+        plan, vocabulary, method = accepted.plan, accepted.plan.vocabulary, request.method
+        examples = method.most_examples
         measured = sum(
             min(examples, model.dataset.limit or examples)
             for model in request.models
@@ -176,16 +181,18 @@ class Jobs:
             bytes_to_read=plan.bytes_to_read,
             bytes_to_write=plan.bytes_to_write,
             peak_memory_bytes=plan.peak_memory_bytes(
-                statistics=request.method.statistics,
-                models_beside=models_beside(evaluates, aligns, request.method),
-                tokens_held=measured * longest if request.method.refits_layers else 0,
-                batch_rows=request.method.batch_rows,
-                batch_tokens=request.method.most_batch_tokens,
+                statistics=method.statistics,
+                models_beside=models_beside(evaluates, aligns, method),
+                tokens_held=measured * longest if method.refits_layers else 0,
+                batch_rows=method.batch_rows,
+                batch_tokens=method.most_batch_tokens,
                 loads_models=bool(measured or evaluates or aligns),
-                merges_rows=request.method.merges_rows,
-                selects_by_rank=request.method.selects_by_rank,
+                merges_rows=method.merges_rows,
+                selects_by_rank=method.selects_by_rank,
             ),
             examples=measured,
+            candidates=[candidate.name for candidate in method.methods] if isinstance(method, AutoParameters) else None,
+            trials=method.trials if isinstance(method, AutoParameters) else None,
             tensors=len(plan.backbone),
             owners=dict(plan.owners()),
             models=[
@@ -306,7 +313,8 @@ class Jobs:
                 with _refusing(f"{where}.evaluation.metric"):
                     check_metric(metric, task, model.evaluation.source)
                 kept["evaluation"]["metric"] = metric
-                source = self._rows(f"{where}.evaluation", model.evaluation, task, hub, needs_labels=True)
+                least = LEAST_EVALUATED if isinstance(request.method, AutoParameters) else 1
+                source = self._rows(f"{where}.evaluation", model.evaluation, task, hub, True, least)
                 kept["evaluation"]["source"] = source
         return AcceptedMerge(accepted, plan.all_checkpoints, plan)
 
@@ -332,7 +340,9 @@ class Jobs:
                 hub.outline(pinned, folder)
                 return inspect(folder, str(pinned), folder)
 
-    def _rows(self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool) -> str:
+    def _rows(
+        self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool, least_texts: int = 1
+    ) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
         labels = LabelMap(task, tuple(rows.label_names) if rows.label_names else None)
         if needs_labels:
@@ -350,7 +360,8 @@ class Jobs:
                 raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
         columns = rows.model_dump(include=set(Columns.model_fields))
         with _refusing(field):
-            check_first_rows(DatasetSpec(source=rows.source, path=path, **columns), labels if needs_labels else None)
+            spec = DatasetSpec(source=rows.source, path=path, **columns)
+            check_first_rows(spec, labels if needs_labels else None, least_texts)
         return rows.source
 
 
@@ -380,9 +391,10 @@ def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
     """What needs a table of the architecture, where there is none: methods that measure, alignment, evaluation."""
     name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
     errors = []
-    if request.method.statistics:
+    does = "evaluates" if isinstance(request.method, AutoParameters) else "measures"
+    if request.method.statistics or isinstance(request.method, AutoParameters):
         others = ", ".join(other for other, entry in METHODS.items() if "dataset" not in entry.needs)
-        message = f"{request.method.name} measures models, for which {name} has no table; methods without are {others}"
+        message = f"{request.method.name} {does} models, for which {name} has no table; methods without are {others}"
         errors.append(FieldError(field="method.name", message=message))
     for index, model in enumerate(request.models):
         for part, rows in (("dataset", model.dataset), ("evaluation", model.evaluation)):

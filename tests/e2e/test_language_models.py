@@ -136,6 +136,13 @@ def measured(method: str) -> Recipe:
     return asked
 
 
+def searched() -> Recipe:
+    asked = recipe(method={"name": "auto", "candidates": ["average"]})
+    for model in asked["models"]:
+        model["evaluation"] = {"source": "local:rows/a.jsonl"}
+    return asked
+
+
 def stack(*slices: tuple[str, int, int], **more: Any) -> Recipe:
     parts = [{"model": name, "layers": [start, stop]} for name, start, stop in slices]
     return recipe(method={"name": "passthrough", "slices": parts, **more.pop("method", {})}, **more)
@@ -146,6 +153,10 @@ REFUSED: dict[str, tuple[Recipe, str, list[str]]] = {
     "a method that measures": (
         measured("mask_fisher"), "not_available",
         ["method.name", "mask_fisher", "LlamaForCausalLM", "average, task_arithmetic, ties", "models.0.dataset"],
+    ),
+    "auto, which evaluates": (
+        searched(), "not_available",
+        ["method.name", "auto evaluates models", "LlamaForCausalLM", "models.0.evaluation"],
     ),
     "rows to align on": (with_rows("dataset"), "not_available", ["models.1.dataset", "leave it out"]),
     "rows to evaluate on": (with_rows("evaluation"), "not_available", ["models.1.evaluation", "leave it out"]),

@@ -329,7 +329,10 @@ def test_an_idempotency_key_makes_one_job(service: Service) -> None:
 
 def test_methods_describe_their_parameters(service: Service) -> None:
     methods = {entry["name"]: entry for entry in service.get("/methods").json()["data"]}
-    assert set(methods) == set(METHODS)
+    assert set(methods) == {*METHODS, "auto"}
+    assert methods["auto"]["needs"] == ["evaluation"]
+    assert methods["slerp"]["search"] == {"t": {"low": 0.2, "high": 0.8, "log": False}}
+    assert methods["mask_fisher"]["search"]["rest"] == {"values": ["uniform", "model"]}
     assert methods["slerp"]["models"] == {"least": 2, "most": 2}
     assert methods["average"]["models"] == {"least": 1, "most": None}
     floor = methods["mask_fisher"]["parameters"]["properties"]["floor"]

@@ -135,7 +135,6 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
         ["models.0", "chekpoint", "did you mean 'checkpoint'"],
     ),
     "unknown method": (changed(method__name="mask_fischer"), 422, "invalid_request", ["did you mean 'mask_fisher'"]),
-    "method to come": (changed(method__name="auto"), 422, "not_available", ["auto", "average, mask_fisher"]),
     "unknown parameter": (changed(method__normalise="layer"), 422, "invalid_request", ["did you mean 'normalize'"]),
     "parameter out of range": (changed(method__floor=2), 422, "invalid_request", ["method.floor"]),
     "adaptive stopping without scores": (

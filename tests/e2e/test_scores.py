@@ -189,7 +189,7 @@ def changed(**models: Any) -> Recipe:
         (changed(dataset={"source": "local:rows/a.jsonl", "text": "other"}), "invalid_dataset", "models.0.dataset"),
         (changed(dataset={"source": "local:rows/a.jsonl", "image": "x"}), "not_available", "models.0.dataset.image"),
         (score_recipe("a", name="mask_fisher", estimator="exact"), "invalid_request", "method.estimator"),
-        (score_recipe("a", name="auto"), "not_available", "method"),
+        (score_recipe("a", name="auto"), "invalid_request", "method"),
         (score_recipe("a", name="regmean", examples="auto"), "invalid_request", "method"),
     ],
     ids=str,

@@ -11,6 +11,7 @@ from app.contracts.requests import MergeRequest
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
+from app.storage.searches import SearchFolder
 from tests.conftest import tiny_recipe, wait_until
 from worker.engine.catalog.spec import StoreSpec
 from worker.engine_process import EngineProcess
@@ -76,6 +77,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
             worker="test",
             store=store,
             artifacts=artifacts,
+            searches=SearchFolder(tmp_path),
             inputs=LocalInputs([tiny_inputs]),
             job_inputs=JobInputs(store, artifacts),
             engine=engine,

@@ -16,7 +16,7 @@ from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, I
 from worker.engine.catalog.families import Kind, Nodes, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
-from worker.engine.catalog.methods import AverageParameters, Statistic, TiesParameters
+from worker.engine.catalog.methods import AutoParameters, AverageParameters, Statistic, TiesParameters
 from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge
 from worker.engine.catalog.values import Filtered
@@ -129,6 +129,9 @@ def test_of_many_filters_that_match_nothing_some_are_told(pair: list[Path]) -> N
     assert [field for field, _ in problems] == [f"models.0.weight.{n}.filter" for n in range(10)]
     assert "'no9' matches no tensor" in problems[-1][1]
     own: list[Any] = [{"density": [Filtered(filter="no", value=0.5)]}, {"density": [Filtered(filter="*", value=0.5)]}]
+    candidates = ["average", {"name": "ties", "density": [{"filter": "no", "value": 0.5}]}]
+    auto = AutoParameters.model_validate({"candidates": candidates})
+    assert [field for field, _ in parameter_problems(plan(pair), auto)] == ["method.candidates.1.density.0.filter"]
     one = list(parameter_problems(plan(pair), TiesParameters(), [0.0, 0.0], own))
     assert [field for field, _ in one] == ["models.0.parameters.density.0.filter", "models"]
 

@@ -1,9 +1,13 @@
 """Progress of an attempt, with a clock that the test moves."""
 
+from pathlib import Path
+
 import pytest
 
 from app.contracts.jobs import Phase
+from worker.engine.catalog.spec import MergeSpec
 from worker.progress import SHARES, ProgressMeter
+from worker.tasks import phases_of
 
 PHASES = [Phase.LOADING, Phase.SCORING, Phase.MERGING, Phase.PUBLISHING]
 
@@ -46,3 +50,29 @@ def test_there_is_no_estimate_from_next_to_nothing() -> None:
 
 def test_a_phase_with_nothing_to_do_counts_as_not_begun() -> None:
     assert ProgressMeter([Phase.MERGING], Clock()).update(Phase.MERGING, 0, 0, "tensors").fraction == 0
+
+
+def phases_by(candidate: str) -> list[Phase]:
+    """Of a search that tries one method."""
+    rows = {"source": "local:rows.jsonl", "path": Path("rows.jsonl")}
+    model = {"name": "a", "source": "local:a", "dataset": rows, "evaluation": {**rows, "metric": "accuracy"}}
+    spec = MergeSpec.model_validate(
+        {
+            "name": "search",
+            "models": [model],
+            "method": {"name": "auto", "candidates": [candidate]},
+            "recipe": {},
+            "folder": Path("out"),
+            "output": {"align_heads": True},
+            "evaluate": True,
+        }
+    )
+    return phases_of(spec)
+
+
+def test_a_search_comes_after_scoring_and_before_the_merge_that_it_chose() -> None:
+    rest = [Phase.SEARCHING, Phase.MERGING, Phase.ALIGNING, Phase.EVALUATING, Phase.PUBLISHING]
+    assert phases_by("average") == [Phase.LOADING, *rest]
+    assert phases_by("regmean") == [Phase.LOADING, Phase.SCORING, *rest]
+    meter = ProgressMeter(phases_by("regmean"), Clock())
+    assert meter.update(Phase.SEARCHING, 40, 40, "merges").fraction > 0.5

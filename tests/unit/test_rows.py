@@ -179,3 +179,15 @@ def test_the_first_check_ends_after_the_first_rows(tmp_path: Path) -> None:
     spec = dataset_spec(write_lines(tmp_path / "early.jsonl", [good] * (FIRST_ROWS - 1) + ["{oops"]))
     with pytest.raises(InvalidDataset, match=f"line {FIRST_ROWS}"):
         check_first_rows(spec, TWO_LABELS)
+
+
+@pytest.mark.parametrize(("texts", "is_refused"), [(["same", "same"], True), (["one", "two"], False)])
+def test_rows_that_are_to_be_split_have_two_texts_at_least(tmp_path: Path, texts: list[str], is_refused: bool) -> None:
+    rows = [json.dumps({"text": text, "label": number}) for number, text in enumerate(texts)]
+    few, many = (write_lines(tmp_path / f"{times}.jsonl", rows * times) for times in (1, FIRST_ROWS))
+    if is_refused:
+        with pytest.raises(InvalidDataset, match="1 different texts, and 2 are needed"):
+            check_first_rows(dataset_spec(few), TWO_LABELS, least_texts=2)
+    else:
+        check_first_rows(dataset_spec(few), TWO_LABELS, least_texts=2)
+    check_first_rows(dataset_spec(many), TWO_LABELS, least_texts=2)  # there are rows that were not looked at

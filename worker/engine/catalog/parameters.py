@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain, islice
 
-from worker.engine.catalog.methods import MethodParameters
+from worker.engine.catalog.methods import AutoParameters, BaseParameters
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, filters_of, values_at
 
@@ -13,7 +13,7 @@ MOST_PROBLEMS = 10  # that are told at once
 
 def parameter_problems(
     plan: MergePlan,
-    method: MethodParameters,
+    method: BaseParameters,
     weights: Sequence[PerTensor[float]] = (),
     of_models: Sequence[Mapping[str, PerTensor[float]]] = (),
 ) -> Iterator[tuple[str, str]]:
@@ -24,7 +24,10 @@ def parameter_problems(
     Args:
         of_models: each model's own values of the method's parameters.
     """
-    settings: dict[str, object] = {f"method.{name}": getattr(method, name) for name in type(method).model_fields}
+    settings: dict[str, object] = {}
+    for number, one in enumerate(method.methods):
+        field = f"method.candidates.{number}" if isinstance(method, AutoParameters) else "method"
+        settings |= {f"{field}.{name}": getattr(one, name) for name in type(one).model_fields}
     settings |= {f"models.{index}.weight": weight for index, weight in enumerate(weights)}
     for index, own in enumerate(of_models):
         settings |= {f"models.{index}.parameters.{name}": setting for name, setting in own.items()}

@@ -95,10 +95,13 @@ class RowFile:
             return [_read_row(self._format, stream, line, offset, self._spec) for line, offset in places]
 
 
-def check_first_rows(spec: DatasetSpec, labels: LabelMap | None) -> None:
+def check_first_rows(spec: DatasetSpec, labels: LabelMap | None, least_texts: int = 1) -> None:
     """Refuse what the first rows show: another format, a missing column, an unknown label.
 
     Of a Parquet file only that it is one; its columns are seen where its rows are read.
+
+    Args:
+        least_texts: distinct texts that are needed; counted where there are no rows but the first.
 
     Raises:
         InvalidDataset: names the line and the column.
@@ -110,12 +113,16 @@ def check_first_rows(spec: DatasetSpec, labels: LabelMap | None) -> None:
             return
         form = _format(spec)
         first = list(islice(form.index(stream), FIRST_ROWS))
+        texts = set()
         for line, offset in first:
             row = _read_row(form, stream, line, offset, spec)
+            texts.add((row.text, row.text_pair))
             if labels is not None and spec.label is not None:
                 labels.value(row.label, spec.source, row.place)
     if not first:
         raise InvalidDataset(spec.source, "no rows")
+    if len(first) < FIRST_ROWS and len(texts) < least_texts:
+        raise InvalidDataset(spec.source, f"{len(texts)} different texts, and {least_texts} are needed")
 
 
 def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec) -> Row:

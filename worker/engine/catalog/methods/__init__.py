@@ -28,7 +28,7 @@ from worker.engine.catalog.methods.karcher import KarcherParameters
 from worker.engine.catalog.methods.linear import LinearParameters
 from worker.engine.catalog.methods.mask_fisher import MaskFisherParameters, Normalize, ScoringParameters
 from worker.engine.catalog.methods.mask_regmean import MaskRegMeanParameters
-from worker.engine.catalog.methods.merging import METHODS, Method
+from worker.engine.catalog.methods.merging import METHODS, Method, check_name
 from worker.engine.catalog.methods.model_stock import ModelStockParameters
 from worker.engine.catalog.methods.nuslerp import NuSlerpParameters
 from worker.engine.catalog.methods.passthrough import PassthroughParameters
@@ -90,5 +90,6 @@ __all__ = [
     "TaskArithmeticParameters",
     "TaskVectorParameters",
     "TiesParameters",
+    "check_name",
     "default_candidates",
 ]

@@ -14,7 +14,7 @@ from worker.engine.catalog.methods.entry import (
     SearchSpace,
     Statistic,
 )
-from worker.engine.catalog.methods.merging import METHODS, Method
+from worker.engine.catalog.methods.merging import METHODS, Method, check_name
 
 MOST_CANDIDATES = 50
 DEFAULT_CANDIDATES = (
@@ -37,10 +37,11 @@ def _as_recipe(candidate: Any) -> Any:
     recipe = {"name": candidate} if isinstance(candidate, str) else candidate
     if isinstance(recipe, dict) and recipe.get("name") == "passthrough":
         raise ValueError("passthrough stacks layers, which has no coefficients to be searched for; leave it out")
-    return recipe
+    return check_name(recipe, CANDIDATES)
 
 
-Candidate = Annotated[Method, BeforeValidator(_as_recipe)]
+CANDIDATES = tuple(name for name in METHODS if name != "passthrough")
+Candidate = Annotated[Method, BeforeValidator(_as_recipe, json_schema_input_type=Literal[CANDIDATES] | Method)]
 """A method by its name, or as it would be in a recipe: what is given is kept, the rest is searched for."""
 
 

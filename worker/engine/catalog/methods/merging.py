@@ -1,8 +1,10 @@
 """All methods that merge, in the order in which they are listed."""
 
-from typing import TYPE_CHECKING, Annotated, Union
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN
 from worker.engine.catalog.methods.average import AVERAGE
@@ -23,6 +25,7 @@ from worker.engine.catalog.methods.sce import SCE
 from worker.engine.catalog.methods.slerp import SLERP
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC
 from worker.engine.catalog.methods.ties import TIES
+from worker.engine.catalog.strict import did_you_mean
 
 METHODS: dict[str, MethodEntry[MethodParameters]] = {
     entry.name: entry
@@ -58,3 +61,12 @@ else:
         Union[tuple(entry.parameters for entry in METHODS.values())],  # noqa: UP007 - made of a tuple
         Field(discriminator="name"),
     ]
+
+
+def check_name(method: Any, known: Iterable[str] = METHODS) -> Any:
+    """What may be the recipe of a method, as it is. Raises PydanticCustomError where it names none that is known."""
+    name = method.get("name") if isinstance(method, dict) else None
+    if isinstance(name, str) and name not in known:
+        hint = did_you_mean(name, list(known))
+        raise PydanticCustomError("unknown_method", "unknown method '{name}'{hint}", {"name": name, "hint": hint})
+    return method
