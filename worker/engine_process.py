@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
@@ -79,7 +80,8 @@ class EngineProcess:
         self._oom_kills = 0
 
     def start(self) -> None:
-        """Start it and wait until its libraries are loaded. Raises EngineDied when that fails."""
+        """Start it and wait until it takes jobs; it goes on importing what not every job needs. Raises EngineDied when
+        that fails."""
         self.kill()
         read_end, write_end = os.pipe()
         self._process = subprocess.Popen(
@@ -187,10 +189,12 @@ def serve(requests: Iterator[bytes], events: int) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from worker.engine.libraries import preload
     from worker.engine.pipeline import Engine
 
     engine = Engine()
     _send(events, Ready())
+    Thread(target=preload).start()
     for request in requests:
         try:
             spec = SPEC.validate_json(request)
