@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
@@ -30,12 +30,19 @@ from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
 READ_BYTES = 1 << 16
+KEEPING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+"""Has the C library keep so much freed memory as it does on its own once something large was freed. Otherwise it gives
+back every block of a merge, and the kernel's new pages take longer than the arithmetic."""
 
 logger = logging.getLogger(__name__)
 
 
 class Ready(BaseModel):
     event: Literal["ready"] = "ready"
+
+
+class Warm(BaseModel):
+    event: Literal["warm"] = "warm"
 
 
 class Progressed(BaseModel):
@@ -57,8 +64,8 @@ class Failed(BaseModel):
 
 
 SPEC: TypeAdapter[MergeSpec | ScoreSpec] = TypeAdapter(Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")])
-Event = Annotated[Ready | Progressed | Finished | Failed, Field(discriminator="event")]
-EVENT: TypeAdapter[Ready | Progressed | Finished | Failed] = TypeAdapter(Event)
+Event = Annotated[Ready | Warm | Progressed | Finished | Failed, Field(discriminator="event")]
+EVENT: TypeAdapter[Ready | Warm | Progressed | Finished | Failed] = TypeAdapter(Event)
 
 
 class EngineDied(Exception):
@@ -78,10 +85,11 @@ class EngineProcess:
         self._events = -1
         self._buffer = b""
         self._oom_kills = 0
+        self.is_warm = False
+        """Whether it has imported all libraries, also those that not every job needs; `poll` notices."""
 
     def start(self) -> None:
-        """Start it and wait until it takes jobs; it goes on importing what not every job needs. Raises EngineDied when
-        that fails."""
+        """Start it and wait until it takes jobs. Raises EngineDied when that fails."""
         self.kill()
         read_end, write_end = os.pipe()
         self._process = subprocess.Popen(
@@ -93,6 +101,7 @@ class EngineProcess:
                 **{
                     name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
                 },  # holds a password
+                **KEEPING_MEMORY,
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": str(self._threads),
@@ -102,7 +111,7 @@ class EngineProcess:
         )
         os.close(write_end)
         os.set_blocking(read_end, False)
-        self._events, self._buffer, self._oom_kills = read_end, b"", _oom_kills()
+        self._events, self._buffer, self._oom_kills, self.is_warm = read_end, b"", _oom_kills(), False
         for _ in range(START_TIMEOUT_S):
             if any(isinstance(event, Ready) for event in self.poll(1.0)):
                 return
@@ -133,7 +142,9 @@ class EngineProcess:
         if not data:
             raise self._death()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [EVENT.validate_json(line) for line in lines]
+        events = [EVENT.validate_json(line) for line in lines]
+        self.is_warm |= any(isinstance(event, Warm) for event in events)
+        return [event for event in events if not isinstance(event, Warm)]
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
@@ -183,6 +194,8 @@ def _oom_kills() -> int:
 
 # --- the engine's end
 
+_sending = Lock()  # a line at a time: two threads have something to say
+
 
 def serve(requests: Iterator[bytes], events: int) -> None:
     """Run jobs one after the other until the worker closes the pipe."""
@@ -194,7 +207,12 @@ def serve(requests: Iterator[bytes], events: int) -> None:
 
     engine = Engine()
     _send(events, Ready())
-    Thread(target=preload).start()
+
+    def warm() -> None:
+        preload()
+        _send(events, Warm())
+
+    Thread(target=warm).start()
     for request in requests:
         try:
             spec = SPEC.validate_json(request)
@@ -261,8 +279,9 @@ def _open_as_many_files_as_allowed() -> None:
 
 def _send(events: int, event: BaseModel) -> None:
     data = event.model_dump_json().encode() + b"\n"
-    while data:
-        data = data[os.write(events, data) :]
+    with _sending:
+        while data:
+            data = data[os.write(events, data) :]
 
 
 if __name__ == "__main__":
