@@ -251,6 +251,8 @@ class WarmEngine:
     def __init__(self, threads: int, tiny: Inputs) -> None:
         self._process = EngineProcess(threads)
         self._process.start()
+        while not self._process.is_warm:  # until then it takes more memory by itself
+            self._process.poll(1)
         self.merge(tiny, "average")
         shutil.rmtree(tiny.out)
         self.idle_bytes = anonymous_bytes(self._process.pid)

@@ -30,9 +30,6 @@ from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
 READ_BYTES = 1 << 16
-KEEPING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
-"""Has the C library keep so much freed memory as it does on its own once something large was freed. Otherwise it gives
-back every block of a merge, and the kernel's new pages take longer than the arithmetic."""
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +98,6 @@ class EngineProcess:
                 **{
                     name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
                 },  # holds a password
-                **KEEPING_MEMORY,
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": str(self._threads),

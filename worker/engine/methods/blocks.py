@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Block:
 
     def chunks(self) -> Iterator["Block"]:
         """Consecutive elements of these rows, each (elements,), so many that several steps on them stay in a cache."""
-        for parts in zip(*(values.reshape(-1).split(CHUNK_ELEMENTS) for values in self._all), strict=True):
+        for parts in zip(*(torch.split(values.reshape(-1), CHUNK_ELEMENTS) for values in self._all), strict=True):
             versions, base = parts[: len(self.versions)], parts[len(self.versions) :]
             yield Block(self.rows, versions, base[0] if base else None)
 
@@ -113,6 +114,15 @@ It is called from several threads, for different tensors, in which PyTorch compu
 """
 
 
+class Rows(Protocol):
+    """A tensor, or what gives its rows when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class MeasuredModel:
     """A model as a method sees it: its weight lambda, its own parameters, and what was measured of it.
@@ -126,7 +136,7 @@ class MeasuredModel:
     """Of mask nodes: (nodes,), float64, by score name."""
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""
-    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    fisher: Mapping[str, Rows] = field(default_factory=dict)
     """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """Its own values of the method's, see `MethodParameters.of_model`."""
@@ -137,7 +147,7 @@ def in_chunks(merge: BlockMerge) -> BlockMerge:
 
     def merged(block: Block) -> Tensor:
         found = torch.empty_like(block.versions[0])
-        for part, chunk in zip(found.view(-1).split(CHUNK_ELEMENTS), block.chunks(), strict=True):
+        for part, chunk in zip(torch.split(found.view(-1), CHUNK_ELEMENTS), block.chunks(), strict=True):
             part.copy_(merge(chunk))
         return found
 
