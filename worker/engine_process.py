@@ -2,7 +2,8 @@
 
 Loading torch and transformers takes seconds and CUDA does not survive a fork, so the worker keeps one engine process
 and feeds it jobs as JSON lines; events come back the same way. The worker kills it when a job must stop, and
-starts another when it died or grew too large.
+starts another when it died or grew too large. It takes jobs as soon as it can merge, and goes on importing what models
+are loaded with.
 """
 
 import json
