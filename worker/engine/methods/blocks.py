@@ -34,16 +34,6 @@ class Block:
         dtype = torch.float64 if wide else torch.float32
         return cls(rows, [version.to(dtype) for version in versions], None if base is None else base.to(dtype))
 
-    def chunks(self) -> Iterator["Block"]:
-        """Consecutive elements of these rows, each (elements,), so many that several steps on them stay in a cache."""
-        for parts in zip(*(torch.split(values.reshape(-1), CHUNK_ELEMENTS) for values in self._all), strict=True):
-            versions, base = parts[: len(self.versions)], parts[len(self.versions) :]
-            yield Block(self.rows, versions, base[0] if base else None)
-
-    @property
-    def _all(self) -> list[Tensor]:
-        return [*self.versions, *([] if self.base is None else [self.base])]
-
     @property
     def deltas(self) -> list[Tensor]:
         """Task vectors: what each version has more than the base; computed anew, so that they may be changed."""
@@ -140,18 +130,6 @@ class MeasuredModel:
     """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """Its own values of the method's, see `MethodParameters.of_model`."""
-
-
-def in_chunks(merge: BlockMerge) -> BlockMerge:
-    """A merge of every element for itself, done chunk by chunk: `Block.chunks`."""
-
-    def merged(block: Block) -> Tensor:
-        found = torch.empty_like(block.versions[0])
-        for part, chunk in zip(torch.split(found.view(-1), CHUNK_ELEMENTS), block.chunks(), strict=True):
-            part.copy_(merge(chunk))
-        return found
-
-    return merged
 
 
 def required_base(base: Tensor | None) -> Tensor:

@@ -36,4 +36,4 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
         return masked
 
-    return merging(parameters, models, sparse, by_element=True)
+    return merging(parameters, models, sparse)

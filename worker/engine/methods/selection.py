@@ -34,7 +34,7 @@ def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]],
     result does not depend on the sample, nor on the blocks.
 
     Args:
-        values: the series' values, one for each of the elements of a part of a block.
+        values: the series' values in a block, one for each of the tensor's elements.
         ranks: one for each series, from 1 to the number of elements.
 
     Returns:
@@ -47,19 +47,17 @@ def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]],
         if any(search.between > limit for _, search in searching):
             every = max(1, versions.count // SAMPLED_BLOCKS) if first else 1  # later, what is left may be anywhere
             for block in versions.blocks(every):
-                for chunk in block.chunks():
-                    arrays = [_flat(series) for series in values(chunk)]
-                    for index, search in searching:
-                        search.sample(arrays[index], every)
-                del block, chunk, arrays  # before the next is read
+                arrays = [_flat(series) for series in values(block)]
+                for index, search in searching:
+                    search.sample(arrays[index], every)
+                del block, arrays  # before the next is read
         for _, search in searching:
             search.bracket(limit)
         for block in versions.blocks():
-            for chunk in block.chunks():
-                arrays = [_flat(series) for series in values(chunk)]
-                for index, search in searching:
-                    search.count(arrays[index], limit)
-            del block, chunk, arrays
+            arrays = [_flat(series) for series in values(block)]
+            for index, search in searching:
+                search.count(arrays[index], limit)
+            del block, arrays
         for _, search in searching:
             search.narrow()
         first = False
@@ -115,10 +113,9 @@ class _Search:
         if self.inner == ANY and self._is_unbounded:
             inside, found = values, (0, 0, values.size, 0)
         else:
-            beyond = values > high
-            near = values[(values >= low) ^ beyond]
+            near = values[(values >= low) & (values <= high)]
             inside = _between(near, low, high)
-            above, at_high = int(np.count_nonzero(beyond)), int(np.count_nonzero(near == high))
+            above, at_high = int(np.count_nonzero(values > high)), int(np.count_nonzero(near == high))
             at_low = near.size - inside.size - at_high
             found = (above, at_high, inside.size, at_low)
         self.counts = [count + more for count, more in zip(self.counts, found, strict=True)]

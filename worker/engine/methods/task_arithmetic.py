@@ -10,7 +10,7 @@ from worker.engine.methods.task_vectors import merging
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, TaskArithmeticParameters):
         raise TypeError(f"parameters of task_arithmetic expected, got {type(parameters).__name__}")
-    return merging(parameters, models, lambda _: _deltas, by_element=True)
+    return merging(parameters, models, lambda _: _deltas)
 
 
 def _deltas(block: Block) -> list[Tensor]:

@@ -14,7 +14,6 @@ from worker.engine.methods.blocks import (
     MeasuredModel,
     Merger,
     Versions,
-    in_chunks,
     required_base,
 )
 from worker.engine.methods.combine import model_weights
@@ -24,17 +23,9 @@ Deltas = Callable[[Block], list[Tensor]]
 
 
 def merging(
-    parameters: TaskVectorParameters,
-    models: Sequence[MeasuredModel],
-    sparse: Callable[[Versions], Deltas],
-    *,
-    by_element: bool = False,
+    parameters: TaskVectorParameters, models: Sequence[MeasuredModel], sparse: Callable[[Versions], Deltas]
 ) -> Merger:
-    """The method that merges what `sparse` leaves of the task vectors.
-
-    Args:
-        by_element: whether what it leaves of an element does not depend on the others of the block.
-    """
+    """The method that merges what `sparse` leaves of the task vectors."""
 
     def prepare(versions: Versions) -> BlockMerge:
         weights = model_weights(models, versions.place).tolist()
@@ -49,18 +40,16 @@ def merging(
                     merged.div_(sum(weights))
             return merged.add_(required_base(block.base))
 
-        return in_chunks(merge) if by_element else merge
+        return merge
 
     return prepare
 
 
 def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    first, *others = deltas
-    if weights[0] != 1 or not others:
-        first = first * weights[0]
-    for delta, weight in zip(others, weights[1:], strict=True):
-        first = torch.add(first, delta, alpha=weight)
-    return first
+    total = deltas[0] * weights[0]
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.add_(delta, alpha=weight)
+    return total
 
 
 def elected_sum(
@@ -77,7 +66,7 @@ def elected_sum(
         normalize: divided by `sum_(j in A) w_j`.
     """
     merged = torch.empty_like(deltas[0])
-    size = 2.0 ** (math.frexp(max(weights))[1] - 1) if normalize else 1.0  # a power of 2 changes no digit
+    size = 2.0 ** math.frexp(max(weights))[1] if normalize else 1.0  # a power of 2 changes no digit
     shares = [weight / size for weight in weights]
     for part, *parts in zip(*(torch.split(t.view(-1), CHUNK_ELEMENTS) for t in (merged, *deltas)), strict=True):
         elected = weighted_sum(parts, votes).sign_()

@@ -27,7 +27,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
         return trimmed
 
-    return merging(parameters, models, sparse, by_element=True)
+    return merging(parameters, models, sparse)
 
 
 def trim(delta: Tensor, least: float) -> Tensor:
