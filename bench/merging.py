@@ -42,7 +42,6 @@ from worker.engine.catalog.headers import INDEX, inspect_checkpoint
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.report import MergeResult
 from worker.engine.catalog.spec import MergeSpec
-from worker.engine.pipeline import Engine
 from worker.engine_process import EngineProcess, Failed, Finished
 
 ROUNDS = 3
@@ -71,6 +70,14 @@ AGAINST_MERGEKIT = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
 RANDOM = ("dare_ties",)
 TRIMMED = {"ties": 1e-5}
 """Share of a tensor's values that may equal the threshold, at most; mergekit keeps some of those, here all are kept."""
+
+ONE_MERGE = """
+import sys
+from worker.engine.catalog.spec import MergeSpec
+from worker.engine.pipeline import Engine
+Engine().merge(MergeSpec.model_validate_json(sys.argv[1]), lambda *_: None)
+"""
+"""A process that imports nothing but what a merge needs."""
 
 Row = dict[str, Any]
 
@@ -251,6 +258,8 @@ class WarmEngine:
     def __init__(self, threads: int, tiny: Inputs) -> None:
         self._process = EngineProcess(threads)
         self._process.start()
+        while not self._process.is_warm:  # until then it takes more memory by itself
+            self._process.poll(1)
         self.merge(tiny, "average")
         shutil.rmtree(tiny.out)
         self.idle_bytes = anonymous_bytes(self._process.pid)
@@ -435,8 +444,8 @@ def run_mergekit(python: Path, inputs: Inputs, method: str, out: Path) -> None:
 
 def run_ours(inputs: Inputs, method: str) -> None:
     """As a process of its own, as mergekit is."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--spec", inputs.spec(method).model_dump_json()]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-c", ONE_MERGE, inputs.spec(method).model_dump_json()]
+    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
 
 
 def against_mergekit(python: Path, inputs: Inputs) -> Iterator[Row]:
@@ -512,11 +521,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where there is room: up to 14 GB are taken, without llama-7b 11")
     parser.add_argument("--mergekit", type=Path, help="the Python of an environment that has it")
     parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--spec", type=MergeSpec.model_validate_json, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.spec is not None:
-        Engine().merge(options.spec, lambda *_: None)
-        return
     found: list[Row] = []
     with TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)

@@ -2,7 +2,8 @@
 
 Loading torch and transformers takes seconds and CUDA does not survive a fork, so the worker keeps one engine process
 and feeds it jobs as JSON lines; events come back the same way. The worker kills it when a job must stop, and
-starts another when it died or grew too large.
+starts another when it died or grew too large. It takes jobs as soon as it can merge, and goes on importing what models
+are loaded with.
 """
 
 import json
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
@@ -37,6 +39,10 @@ class Ready(BaseModel):
     event: Literal["ready"] = "ready"
 
 
+class Warm(BaseModel):
+    event: Literal["warm"] = "warm"
+
+
 class Progressed(BaseModel):
     event: Literal["progressed"] = "progressed"
     phase: Phase
@@ -56,8 +62,8 @@ class Failed(BaseModel):
 
 
 SPEC: TypeAdapter[MergeSpec | ScoreSpec] = TypeAdapter(Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")])
-Event = Annotated[Ready | Progressed | Finished | Failed, Field(discriminator="event")]
-EVENT: TypeAdapter[Ready | Progressed | Finished | Failed] = TypeAdapter(Event)
+Event = Annotated[Ready | Warm | Progressed | Finished | Failed, Field(discriminator="event")]
+EVENT: TypeAdapter[Ready | Warm | Progressed | Finished | Failed] = TypeAdapter(Event)
 
 
 class EngineDied(Exception):
@@ -77,9 +83,11 @@ class EngineProcess:
         self._events = -1
         self._buffer = b""
         self._oom_kills = 0
+        self.is_warm = False
+        """Whether it has imported all libraries, also those that not every job needs; `poll` notices."""
 
     def start(self) -> None:
-        """Start it and wait until its libraries are loaded. Raises EngineDied when that fails."""
+        """Start it and wait until it takes jobs. Raises EngineDied when that fails."""
         self.kill()
         read_end, write_end = os.pipe()
         self._process = subprocess.Popen(
@@ -100,7 +108,7 @@ class EngineProcess:
         )
         os.close(write_end)
         os.set_blocking(read_end, False)
-        self._events, self._buffer, self._oom_kills = read_end, b"", _oom_kills()
+        self._events, self._buffer, self._oom_kills, self.is_warm = read_end, b"", _oom_kills(), False
         for _ in range(START_TIMEOUT_S):
             if any(isinstance(event, Ready) for event in self.poll(1.0)):
                 return
@@ -131,7 +139,9 @@ class EngineProcess:
         if not data:
             raise self._death()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [EVENT.validate_json(line) for line in lines]
+        events = [EVENT.validate_json(line) for line in lines]
+        self.is_warm |= any(isinstance(event, Warm) for event in events)
+        return [event for event in events if not isinstance(event, Warm)]
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
@@ -181,16 +191,25 @@ def _oom_kills() -> int:
 
 # --- the engine's end
 
+_sending = Lock()  # a line at a time: two threads have something to say
+
 
 def serve(requests: Iterator[bytes], events: int) -> None:
     """Run jobs one after the other until the worker closes the pipe."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from worker.engine.libraries import preload
     from worker.engine.pipeline import Engine
 
     engine = Engine()
     _send(events, Ready())
+
+    def warm() -> None:
+        preload()
+        _send(events, Warm())
+
+    Thread(target=warm).start()
     for request in requests:
         try:
             spec = SPEC.validate_json(request)
@@ -257,8 +276,9 @@ def _open_as_many_files_as_allowed() -> None:
 
 def _send(events: int, event: BaseModel) -> None:
     data = event.model_dump_json().encode() + b"\n"
-    while data:
-        data = data[os.write(events, data) :]
+    with _sending:
+        while data:
+            data = data[os.write(events, data) :]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 from tests.tiny import tiny_checkpoint
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import LowRank, TensorInfo, inspect_checkpoint, read_header
-from worker.engine.checkpoints.loading import _adapted, check_layout
+from worker.engine.checkpoints.layout import check_layout
+from worker.engine.checkpoints.loading import _adapted
 from worker.engine.checkpoints.reader import TensorReader
 
 

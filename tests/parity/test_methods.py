@@ -243,9 +243,9 @@ def dense_fisher(
 ) -> dict[str, Array]:
     information = []
     for model in models:
-        everything = np.concatenate([float64(f).ravel() for f in model.fisher.values()])
+        everything = np.concatenate([float64(f[:]).ravel() for f in model.fisher.values()])
         norm = np.sqrt((everything**2).sum()) if normalize and everything.any() else 1.0
-        information.append({name: float64(f) / norm for name, f in model.fisher.items()})
+        information.append({name: float64(f[:]) / norm for name, f in model.fisher.items()})
     mean = np.concatenate([f.ravel() for of_model in information for f in of_model.values()]).mean()
     merged = {}
     for name in versions[0]:
@@ -272,7 +272,7 @@ def test_fisher_falls_back_to_lambda_where_no_model_has_information(floor: float
 
 
 def test_fisher_does_not_depend_on_the_scale_of_a_models_information() -> None:
-    other = [replace(MODELS[0], fisher={n: f * 1e-12 for n, f in MODELS[0].fisher.items()}), *MODELS[1:]]
+    other = [replace(MODELS[0], fisher={n: f[:] * 1e-12 for n, f in MODELS[0].fisher.items()}), *MODELS[1:]]
     assert_merged(merge("fisher", other), {name: float64(t) for name, t in merge("fisher").items()})
 
 
@@ -512,7 +512,7 @@ def test_a_matrix_of_one_row_or_one_column_merges(method: str) -> None:
 @pytest.mark.parametrize("method", NEW)
 def test_inputs_are_left_as_they_were(method: str) -> None:
     before = [{n: t.clone() for n, t in tensors.items()} for tensors in (BASE, *VERSIONS)]
-    measured = [{**m.scores, **m.grams, **m.fisher} for m in MODELS]
+    measured = [{**m.scores, **m.grams, **{n: f[:] for n, f in m.fisher.items()}} for m in MODELS]
     copies = [{n: t.clone() for n, t in tensors.items()} for tensors in measured]
     merge(method)
     for originals, kept in zip((BASE, *VERSIONS, *measured), (*before, *copies), strict=True):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from worker.engine.checkpoints.attention import CPU_ATTENTION, FUSED_FROM_TOKENS, attention
+from worker.engine.checkpoints.attention import FUSED_FROM_TOKENS, attention, cpu_attention
 from worker.engine.device import computing_in, rounded_weights
 
 HEADS, WIDTH = 3, 8
@@ -64,13 +64,13 @@ def test_padding_changes_nothing(tokens: int) -> None:
     mask[0, tokens:] = 0
     with torch.no_grad():
         alone = bert("eager")(ids).logits[0]
-        found = bert(CPU_ATTENTION)(input_ids=both, attention_mask=mask).logits[0]
+        found = bert(cpu_attention())(input_ids=both, attention_mask=mask).logits[0]
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_in_bfloat16_scores_and_mask_stay_bfloat16() -> None:
     """A float32 mask would make all that comes after it float32, and twice as slow."""
-    model = bert(CPU_ATTENTION)
+    model = bert(cpu_attention())
     ids = torch.arange(12).view(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     saved: list[Tensor] = []
@@ -88,7 +88,7 @@ def test_in_bfloat16_scores_and_mask_stay_bfloat16() -> None:
 
 
 def test_rounded_weights_compute_what_autocast_does_and_leave_no_trace() -> None:
-    model = bert(CPU_ATTENTION).requires_grad_(False)
+    model = bert(cpu_attention()).requires_grad_(False)
     ids = torch.arange(12).view(2, 6)
     before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
 

@@ -61,7 +61,8 @@ from worker.engine.catalog.spec import (
 )
 from worker.engine.catalog.stacking import copied_shares, plan_job
 from worker.engine.checkpoints.checking import check_plan
-from worker.engine.checkpoints.loading import LoadedModel, ModelCache, check_layout, load
+from worker.engine.checkpoints.layout import check_layout
+from worker.engine.checkpoints.loading import LoadedModel, ModelCache, load
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.checkpoints.tokenizer import check_tokenizers
 from worker.engine.checkpoints.writer import rewrite_head, write_models

@@ -1,6 +1,7 @@
 """Rows of token-indexed tensors at the places that their tokens have in the output, see `catalog.vocabulary`."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from worker.engine.catalog.headers import TensorInfo
 from worker.engine.catalog.planning import PlannedTensor
 from worker.engine.catalog.vocabulary import runs
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.methods.blocks import Block, is_finite
+from worker.engine.methods.blocks import Block, Rows, is_finite
 
 
 def read_by_token(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], rows: slice) -> Block:
@@ -82,26 +83,37 @@ def _as_rows(factors: Tensor, values: Tensor) -> Tensor:
     return factors.view(-1, *[1] * (values.dim() - 1))
 
 
-class ByToken(Mapping[str, Tensor]):
-    """What was measured of every parameter of a model, by tensor, with rows where the output has their tokens.
+@dataclass(frozen=True)
+class RowsByToken:
+    """What was measured of a tensor, with rows where the output has their tokens; those of tokens it lacks are 0."""
 
-    Rows of tokens that the model lacks are 0.
-    """
+    measured: Rows
+    places: Sequence[int]
+    """Its own rows by row of the output."""
 
-    def __init__(self, measured: Mapping[str, Tensor], places: Mapping[str, Sequence[int]]) -> None:
+    @property
+    def shape(self) -> Sequence[int]:
+        return (len(self.places), *self.measured.shape[1:])
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        places = self.places[rows]
+        found = torch.zeros(len(places), *self.shape[1:])
+        for row, own, length in runs(places):
+            found[row : row + length] = self.measured[own : own + length]
+        return found
+
+
+class ByToken(Mapping[str, Rows]):
+    """What was measured of every parameter of a model, by tensor: `RowsByToken` where there are places for it."""
+
+    def __init__(self, measured: Mapping[str, Rows], places: Mapping[str, Sequence[int]]) -> None:
         """`places` are the model's own rows by row of the output, of each token-indexed tensor."""
         self._measured = measured
         self._places = places
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Rows:
         found = self._measured[name]
-        if name not in self._places:
-            return found
-        places = self._places[name]
-        moved = found.new_zeros(len(places), *found.shape[1:])
-        for row, own, length in runs(places):
-            moved[row : row + length] = found[own : own + length]
-        return moved
+        return RowsByToken(found, self._places[name]) if name in self._places else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._measured)

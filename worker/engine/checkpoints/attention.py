@@ -4,13 +4,14 @@ PyTorch's fused kernel has a slow backward pass there in bfloat16, and at the le
 products are fast if nothing on the way becomes float32 by accident, as with transformers' float32 mask.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+
+from worker.engine.libraries import masking_utils, transformers
 
 CPU_ATTENTION = "maskmerge_cpu"
 FUSED_FROM_TOKENS = 256  # in float32; measured, see docs/speed.md
@@ -56,9 +57,13 @@ def mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
     """transformers' mask for plain products, in the format that these have: no float32 where they are bfloat16."""
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    made: Tensor | None = eager_mask(dtype=dtype, **kwargs)
+    made: Tensor | None = masking_utils.eager_mask(dtype=dtype, **kwargs)
     return made
 
 
-AttentionInterface.register(CPU_ATTENTION, attention)
-AttentionMaskInterface.register(CPU_ATTENTION, mask)
+@cache
+def cpu_attention() -> str:
+    """The name under which transformers knows it from now on."""
+    transformers.AttentionInterface.register(CPU_ATTENTION, attention)
+    transformers.AttentionMaskInterface.register(CPU_ATTENTION, mask)
+    return CPU_ATTENTION

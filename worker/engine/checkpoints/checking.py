@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.layouts import check_configs, is_buffer
+from worker.engine.catalog.layouts import HARMLESS, check_configs, is_buffer
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.stacking import keys_of_layers
 from worker.engine.catalog.vocabulary import token_keys
-from worker.engine.checkpoints.loading import check_layout, in_one_line, unread_tensors
+from worker.engine.checkpoints.known_layouts import known_layout
+from worker.engine.checkpoints.layout import check_layout, unread_tensors
 from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.libraries import in_one_line, transformers
 from worker.engine.methods.blocks import row_blocks
 
 
@@ -32,8 +33,11 @@ def check_plan(plan: MergePlan, *, is_stacked: bool) -> list[str]:
     """
     if plan.family is not None:
         return []
-    first, *others = [_with_defaults(info) for info in plan.all_checkpoints]
-    for other in others:
+    stated, *others = plan.all_checkpoints
+    for stated_other in others:
+        if _say_as_much(stated, stated_other):
+            continue
+        first, other = _with_defaults(stated), _with_defaults(stated_other)
         besides = set[str]()
         if is_stacked:
             besides |= {*keys_of_layers(first.config), *keys_of_layers(other.config)}
@@ -57,12 +61,19 @@ def _notes_of_unread(published: CheckpointInfo) -> list[str]:
     return [f"tensor {unread[0]}{more} is not one that {published.architecture} reads; it was merged all the same"]
 
 
+def _say_as_much(first: CheckpointInfo, other: CheckpointInfo) -> bool:
+    """Whether neither leaves a key to its default that the other has; then planning compared all there is."""
+    return first.config.keys() ^ other.config.keys() <= HARMLESS and all(
+        known_layout(info.config, len(info.tensors)) is not None for info in (first, other)
+    )
+
+
 def _with_defaults(info: CheckpointInfo) -> CheckpointInfo:
     """With the keys that transformers adds; as it is where transformers does not know the kind of model."""
-    if info.model_type not in CONFIG_MAPPING:
+    if info.model_type not in transformers.CONFIG_MAPPING:
         return info
     try:
-        return replace(info, config=AutoConfig.for_model(**info.config).to_dict())
+        return replace(info, config=transformers.AutoConfig.for_model(**info.config).to_dict())
     except Exception as error:  # whatever transformers thinks of the configuration
         raise InvalidCheckpoint(info.source, f"transformers cannot load it: {in_one_line(error)}") from error
 

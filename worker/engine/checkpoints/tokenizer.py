@@ -12,7 +12,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import COMPANIONS, PROCESSORS, SENTENCEPIECE, TOKENIZER_FILES, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
-from worker.engine.checkpoints.loading import in_one_line, is_of_library
+from worker.engine.libraries import in_one_line, is_of_library
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 OLDER_FORMS = ("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", *SENTENCEPIECE)

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, sparse, stats
-from sklearn import metrics as sk
 
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.labels import Task
 from worker.engine.catalog.report import Difference, MetricResult, Version
 from worker.engine.catalog.spec import EvaluationSpec, MetricName
+from worker.engine.libraries import optimize, sk, sparse, stats
 
 Array = NDArray[np.float64]
 Metric = Callable[[Array, Array], float]
@@ -40,7 +39,7 @@ def _zero_for_constants(of: Metric) -> Metric:
 
 _SIMPLE: dict[MetricName, Metric] = {
     "accuracy": lambda labels, predictions: float(sk.accuracy_score(labels, predictions)),
-    "matthews": _zero_for_constants(sk.matthews_corrcoef),
+    "matthews": _zero_for_constants(lambda labels, predictions: sk.matthews_corrcoef(labels, predictions)),
     "pearson": _zero_for_constants(lambda labels, predictions: stats.pearsonr(labels, predictions).statistic),
     "spearman": _zero_for_constants(lambda labels, predictions: stats.spearmanr(labels, predictions).statistic),
 }
@@ -234,7 +233,7 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
 
 
-def _indicator(codes: Array, kinds: int) -> sparse.csr_array:
+def _indicator(codes: Array, kinds: int) -> Any:
     """(kinds, rows): 1 where the row is of the kind. Its product with counts says how often each kind was drawn."""
     rows = np.arange(len(codes))
     return sparse.csr_array((np.ones(len(codes)), (codes.astype(int), rows)), shape=(kinds, len(codes)))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -103,6 +104,15 @@ It is called from several threads, for different tensors, in which PyTorch compu
 """
 
 
+class Rows(Protocol):
+    """A tensor, or what gives its rows when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class MeasuredModel:
     """A model as a method sees it: its weight lambda, its own parameters, and what was measured of it.
@@ -116,7 +126,7 @@ class MeasuredModel:
     """Of mask nodes: (nodes,), float64, by score name."""
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""
-    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    fisher: Mapping[str, Rows] = field(default_factory=dict)
     """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """Its own values of the method's, see `MethodParameters.of_model`."""

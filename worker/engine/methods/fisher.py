@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.methods import FisherParameters, MethodParameters
-from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, row_blocks
 from worker.engine.methods.combine import by_slices, combine, model_weights, normalized
 
 
@@ -48,7 +48,9 @@ def _norm_and_mean(model: MeasuredModel) -> tuple[float, float]:
     squares = total = 0.0
     count = 0
     for information in model.fisher.values():
-        squares += float(torch.linalg.vector_norm(information, dtype=torch.float64)) ** 2
-        total += float(information.sum(dtype=torch.float64))
-        count += information.numel()
+        for rows in row_blocks(information.shape):
+            part = information[rows]
+            squares += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+            total += float(part.sum(dtype=torch.float64))
+            count += part.numel()
     return squares**0.5, total / count

@@ -1,0 +1,145 @@
+"""Whether a checkpoint has the tensors that its configuration wants; no weight is read."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from worker.engine.catalog.architectures import architecture_of
+from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.headers import CheckpointInfo
+from worker.engine.catalog.layouts import spellings
+from worker.engine.checkpoints.known_layouts import Layout, known_layout
+from worker.engine.libraries import conversion_mapping, in_one_line, transformers
+
+PARTS_PER_TENSOR, PARTS_BESIDE = 10, 1000  # modules and parameters; in BERT there are 2.2 for each tensor
+
+
+def check_layout(info: CheckpointInfo) -> None:
+    """Whether the model that transformers makes of the configuration has the checkpoint's tensors; reads no weights.
+
+    Nothing is known of an architecture that is not one of the library's own, nor of one whose tensors it renames or
+    rearranges while it loads them.
+
+    Raises:
+        InvalidCheckpoint: transformers takes no such configuration, or a tensor is missing or has another shape.
+    """
+    layout = _layout_of(info)
+    if layout is None:
+        return
+    found = _shapes(info, layout)
+    for name, shape in layout.shapes.items():
+        if name not in found:
+            if found.keys() & layout.tied.get(name, ()):
+                continue
+            raise InvalidCheckpoint(info.source, f"no tensor {name}, which {info.architecture} needs")
+        if found[name] != shape:
+            raise misshapen(info, name, found[name], shape)
+
+
+def misshapen(info: CheckpointInfo, name: str, found: Sequence[int], wanted: Sequence[int]) -> InvalidCheckpoint:
+    problem = f"tensor {name} has shape {list(found)}, by its configuration it would have {list(wanted)}"
+    return InvalidCheckpoint(info.source, problem, tensor=name)
+
+
+def unread_tensors(info: CheckpointInfo) -> list[str]:
+    """Names of the tensors that transformers does not read; none where `check_layout` knows nothing either."""
+    layout = _layout_of(info)
+    if layout is None:
+        return []
+    known = {*layout.shapes, *layout.buffers, *(name for names in layout.tied.values() for name in names)}
+    return [name for name in _shapes(info, layout) if name not in known]
+
+
+def _shapes(info: CheckpointInfo, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """By the names that the model gives them."""
+    family = FAMILIES.get(info.model_type)
+    found = {}
+    for name, tensor in info.tensors.items():
+        slot = family.slot(name) if family else None
+        name = slot.name if slot else name
+        names = [known for one in spellings(name) for known in (one, f"{layout.prefix}.{one}")]
+        own = (one for one in names if one in layout.shapes or one in layout.buffers)
+        found[next(own, name)] = tensor.shape
+    return found
+
+
+def _layout_of(info: CheckpointInfo) -> Layout | None:
+    return _layout(json.dumps(info.config, sort_keys=True), info.source, len(info.tensors))
+
+
+@lru_cache(maxsize=64)
+def _layout(config: str, source: str, tensors: int) -> Layout | None:
+    """None where transformers' own names and shapes are not those of a checkpoint."""
+    values = json.loads(config)
+    known = known_layout(values, tensors)
+    if known is not None:
+        return known
+    return built_layout(values, source, tensors)
+
+
+def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | None:
+    """Of the model that transformers makes of a configuration; None where it has others than a checkpoint of it."""
+    model_class = _library_class(architecture_of(values))
+    if model_class is None or values.get("model_type") not in transformers.CONFIG_MAPPING:
+        return None
+    if model_class.forward is nn.Module.forward:
+        problem = f"architectures in config.json names {model_class.__name__}, which computes nothing by itself"
+        raise InvalidCheckpoint(source, f"{problem}; name the model's own class")
+    try:
+        with torch.device("meta"), _built_for(tensors, source):
+            model = model_class._from_config(transformers.AutoConfig.for_model(**values), attn_implementation="eager")
+        model.tie_weights()
+        if conversion_mapping.get_model_conversion_mapping(model, add_legacy=False):
+            return None
+        tied: dict[str, set[str]] = {}
+        for target, origin in model.all_tied_weights_keys.items():
+            tied.setdefault(origin, set()).add(target)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        buffers = frozenset(name for name, _ in model.named_buffers())
+        return Layout(shapes, tied, buffers, model.base_model_prefix)
+    except InvalidCheckpoint:
+        raise
+    except Exception as error:  # whatever transformers thinks of the configuration
+        raise InvalidCheckpoint(source, f"transformers cannot load it: {in_one_line(error)}") from error
+
+
+@contextmanager
+def _built_for(tensors: int, source: str) -> Iterator[None]:
+    """Stops building a model that is far larger than a checkpoint of so many tensors.
+
+    How many layers it gets is for a few bytes of its configuration to say, under a key of any name.
+    """
+    left = PARTS_PER_TENSOR * tensors + PARTS_BESIDE
+
+    def count(module: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            problem = f"by its configuration it would have many more than the {tensors} tensors that are there"
+            raise InvalidCheckpoint(source, f"{problem} (at {name} of a {type(module).__name__})")
+
+    with (
+        register_module_module_registration_hook(count),
+        register_module_parameter_registration_hook(count),
+    ):
+        yield
+
+
+def _library_class(name: str) -> Any:
+    """The model class of this name that transformers itself has; None where there is none."""
+    try:
+        found = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # it needs a library that is not there
+        return None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and found.__module__.startswith("transformers.") else None
