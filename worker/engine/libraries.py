@@ -24,6 +24,7 @@ class Library:
 transformers = Library("transformers")
 conversion_mapping = Library("transformers.conversion_mapping")
 masking_utils = Library("transformers.masking_utils")
+optuna = Library("optuna")
 optimize = Library("scipy.optimize")
 sparse = Library("scipy.sparse")
 stats = Library("scipy.stats")
@@ -34,6 +35,7 @@ def preload() -> None:
     """Import all of them; who wants one meanwhile waits."""
     with _importing:
         for name in (
+            "optuna",
             "scipy.optimize",
             "scipy.sparse",
             "scipy.stats",

@@ -3,17 +3,20 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import optuna
+from typing import TYPE_CHECKING, Literal
 
 from worker.engine.catalog.errors import InvalidDataset, NumericalError
 from worker.engine.catalog.methods import AutoParameters
 from worker.engine.catalog.report import Search, Trial
 from worker.engine.catalog.spec import MergeSpec
+from worker.engine.libraries import optuna
 from worker.engine.search.bench import Side, Tryout, part
 from worker.engine.search.journal import Journal, Tried
 from worker.engine.search.space import Proposal, Space
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna import Trial as Asked
 
 SHARES = (0.25, 0.5, 1.0)
 """Of the rows, at each look at a trial."""
@@ -97,7 +100,7 @@ def search(
         asked = study.ask()
         proposal = space.propose(asked)
 
-        def is_given_up(look: int, retentions: Mapping[str, float], asked: optuna.Trial = asked) -> bool:
+        def is_given_up(look: int, retentions: Mapping[str, float], asked: "Asked" = asked) -> bool:
             asked.report(goal.of(retentions), step=REDUCTION**look)
             return asked.should_prune()
 
@@ -152,13 +155,14 @@ def _check_experts(sides: Sequence[Side]) -> None:
             )
 
 
-def _study(seed: int) -> optuna.Study:
+def _study(seed: int) -> "Study":
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.create_study(
+    study: Study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
     )
+    return study
 
 
 def _try(
@@ -198,7 +202,7 @@ def _trial(number: int, name: str, tried: Tried, shares: Sequence[float], sides:
     )
 
 
-def _tell(study: optuna.Study, asked: optuna.Trial, trial: Trial) -> None:
+def _tell(study: "Study", asked: "Asked", trial: Trial) -> None:
     if trial.error is not None:
         study.tell(asked, state=optuna.trial.TrialState.FAIL)
     elif trial.pruned:

@@ -3,14 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from optuna.trial import Trial
+from typing import TYPE_CHECKING, Any
 
 from worker.engine.catalog.methods import AutoParameters, Choice, MethodParameters, Range
 from worker.engine.catalog.methods.auto import ALIGN_RIDGE, WEIGHTS, space_of, with_values
 from worker.engine.catalog.spec import MergeSpec
 from worker.engine.catalog.values import PerTensor
+
+if TYPE_CHECKING:
+    from optuna import Trial
 
 CANDIDATE = "candidate"
 RIDGE = "align_ridge"
@@ -70,7 +71,7 @@ class Space:
             chosen[RIDGE] = self._ridge
         return chosen | dict.fromkeys(self._weights_of(candidate), 1.0)
 
-    def propose(self, trial: Trial) -> Proposal:
+    def propose(self, trial: "Trial") -> Proposal:
         """What Optuna has in mind."""
         name = trial.suggest_categorical(CANDIDATE, self.names) if len(self) > 1 else self.names[0]
         candidate = self.names.index(name)
@@ -100,7 +101,7 @@ def unique(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _suggested(trial: Trial, name: str, space: Range | Choice) -> Any:
+def _suggested(trial: "Trial", name: str, space: Range | Choice) -> Any:
     if isinstance(space, Choice):
         return trial.suggest_categorical(name, space.values)
     return trial.suggest_float(name, space.low, space.high, log=space.log)
