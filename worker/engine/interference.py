@@ -8,7 +8,6 @@ neither is 0.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -52,17 +51,16 @@ class TaskVectors:
         self.opposed += other.opposed
         return self
 
-    def cosine(self, first: int, second: int) -> float | None:
-        """None where a task vector is 0."""
+    @property
+    def cosines(self) -> Tensor:
+        """(models, models); NaN where a task vector is 0."""
         lengths = self.products.diagonal().sqrt()
-        length = float(lengths[first] * lengths[second])
-        return float(self.products[first, second]) / length if length > 0 else None
+        return self.products / (lengths[:, None] * lengths)
 
-    def conflicts(self, first: int, second: int) -> float | None:
-        """Share of values with opposite signs; None where no value changed in both."""
-        opposed = float(self.opposed[first, second])
-        both = opposed + float(self.agreeing[first, second])
-        return opposed / both if both else None
+    @property
+    def conflicts(self) -> Tensor:
+        """Shares of values with opposite signs, (models, models); NaN where no value changed in both."""
+        return self.opposed / (self.opposed + self.agreeing)
 
 
 @dataclass
@@ -82,9 +80,10 @@ class Interference:
             total += layer
         return total
 
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        return list(combinations(range(self.models), 2))
+    def of_pairs(self, matrix: Tensor) -> list[float]:
+        """Entries of a (models, models) matrix above the diagonal: (0, 1), (0, 2) and so on."""
+        rows, columns = torch.triu_indices(self.models, self.models, 1)
+        return matrix[rows, columns].tolist()
 
 
 def interference(plan: MergePlan, taking_part: Sequence[int]) -> Interference | None:
@@ -136,5 +135,5 @@ def _blocks(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[
 def _add(layer: TaskVectors, block: Block) -> None:
     """Chunk by chunk: what is in float64 stays small."""
     deltas = [delta.reshape(-1) for delta in block.deltas]
-    for chunks in zip(*(delta.split(CHUNK_ELEMENTS) for delta in deltas), strict=True):
-        layer.add(torch.stack(chunks).double())
+    for start in range(0, len(deltas[0]), CHUNK_ELEMENTS):
+        layer.add(torch.stack([delta[start : start + CHUNK_ELEMENTS] for delta in deltas]).double())

@@ -223,9 +223,9 @@ class Engine:
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
-        artifact.write_documents(
-            spec, plan, result, self._digests.of_checkpoint(plan.base) if plan.base else None, digests
-        )
+        scores = {run.spec.name: run.measured.scores for run in runs}
+        ancestor = self._digests.of_checkpoint(plan.base) if plan.base else None
+        artifact.write_documents(spec, plan, result, ancestor, digests, scores)
         return result
 
     def score(self, spec: ScoreSpec, on_progress: OnProgress) -> ScoreResult:
@@ -281,7 +281,7 @@ class Engine:
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
-        artifact.write_score_documents(spec, result)
+        artifact.write_score_documents(spec, result, {run.spec.name: run.measured.scores for run in runs})
         return result
 
     def _require_memory(

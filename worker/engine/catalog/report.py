@@ -11,6 +11,8 @@ from worker.engine.catalog.values import PerTensor
 
 MANIFEST = "manifest.json"
 """The artifact's list of all its other files, with bytes and sha256; written last."""
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+"""What a browser may do for the report page (Content-Security-Policy): show it."""
 
 
 class MeasuredModel(Strict):
