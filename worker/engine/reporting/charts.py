@@ -51,7 +51,10 @@ class Scale:
 
     @property
     def ticks(self) -> list[float]:
-        """Round numbers within, about four."""
+        """Round numbers within, about four; on a logarithmic axis powers of ten."""
+        if self.is_log:
+            powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
+            return [10.0**power for power in powers]
         step = _step((self.high - self.low) / 4)
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)] if step else [self.low]
@@ -230,7 +233,8 @@ def plot(name: str, title: str, description: str, of: Plot) -> Html:
         ring = element("circle", cx=of.x.across(x), cy=of.y.down(y, of.height), r=9, class_="ring")
         drawn.append(ring)
     for x, y, words in of.letters:
-        drawn.append(text(words, of.x.across(x), of.y.down(y, of.height) - 9, "middle"))
+        above = 13 if (x, y) in of.rings else 9
+        drawn.append(text(words, of.x.across(x), of.y.down(y, of.height) - above, "middle"))
     left = 12 + LABEL_PX * max(map(len, labels), default=0)
     return picture(name, title, description, of.height + AXIS + 18, drawn, of.extra, left=left, right=8)
 
@@ -277,8 +281,9 @@ def dots(
         top = row_height * index
         middle = top + 29
         drawn.append(text(row.label, 0, top + 13, kind="value" if row.strong else "plain"))
+        drawn.append(line("0%", middle, "100%", middle, "faint"))
         if row.spread:
-            drawn.append(line(scale.across(row.spread[0]), middle, scale.across(row.spread[1]), middle, "rule"))
+            drawn.append(line(scale.across(row.spread[0]), middle, scale.across(row.spread[1]), middle, "best"))
         if row.mean is not None:
             at = scale.across(row.mean)
             drawn.append(line(at, middle - 10, at, middle + 10, "whisker"))

@@ -31,6 +31,8 @@ MOST_LETTERED = 60  # trials with their candidate's letter
 MOST_TRIALS = 200  # in a table
 LEAST_TRIALS = 4  # from which a parameter's relation to the objective shows
 MOST_PARAMETERS = 6
+WIDE_RANGE = 50  # of a parameter's values, from which its axis is logarithmic
+REACH = 0.95  # share of merge weights that a map tells apart; those further out have its last colours
 OCTAVES = 3.0  # a map of scores goes from 1/8 of the mean to 8 times
 NAMES = {Nodes.HEADS: "attention heads", Nodes.NEURONS: "neurons"}
 VERSIONS = {"expert": "expert", "average": "plain average", "merged_kept_head": "kept head", "merged": "merged"}
@@ -194,7 +196,7 @@ def _parameters(trials: Sequence[Trial], chosen: Trial | None) -> Html | None:
         if len(points) < LEAST_TRIALS or len({x for x, _ in points}) < 3 or len(cards) == MOST_PARAMETERS:
             continue
         hollow = frozenset(i for i, (_, trial) in enumerate(points) if trial.pruned)
-        x, y = Scale.around([x for x, _ in points]), Scale.around([t.objective for _, t in points], least=0.02)
+        x, y = _parameter_scale([x for x, _ in points]), Scale.around([t.objective for _, t in points], least=0.02)
         series = Series(0, [(x, t.objective) for x, t in points], is_joined=False, hollow=hollow)
         best = max(points, key=lambda point: point[1].objective)
         said = f"{len(points)} trials; the best objective, {best[1].objective:.3f}, is at {best[0]:.4g}."
@@ -206,6 +208,14 @@ def _parameters(trials: Sequence[Trial], chosen: Trial | None) -> Html | None:
     return element(
         "div", element("h3", f"What the parameters of {chosen.candidate} do"), element("div", cards, class_="cards")
     )
+
+
+def _parameter_scale(values: Sequence[float]) -> Scale:
+    """Logarithmic where values are spread over orders of magnitude."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low >= WIDE_RANGE:
+        return Scale(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)), is_log=True)
+    return Scale.around(values)
 
 
 def _is_number(value: Any) -> bool:
@@ -272,20 +282,21 @@ def weights(maps: Maps | None) -> list[Html]:
     """The same of merge weights, around what each model has by its lambda."""
     if maps is None or not any(of.weights for of in maps.maps):
         return []
-    reach = max(
-        [
-            abs(value - (of.lambdas[name] or 0))
-            for of in maps.maps
-            for name, grid in of.weights.items()
-            for value in _flat(grid)
-        ]
+    apart = sorted(
+        abs(value - (of.lambdas[name] or 0))
+        for of in maps.maps
+        for name, grid in of.weights.items()
+        for value in _flat(grid)
     )
+    reach = apart[int(len(apart) * REACH)]
     about = (
         "The merge weight that the slices of a head or neuron take from each model. The middle colour is the model's "
         "share by its weight alone, where scores say nothing."
     )
-    parts = [element("p", about, class_="note"), *_left_out(maps)]
-    parts.append(ramp("b", f"{reach:.2f} less", f"{reach:.2f} more", "than the model's share by its weight"))
+    parts = [element("p", about, class_="note"), *_left_out(maps, says_blocks=False)]
+    parts.append(
+        ramp("b", f"{reach:.2f} less", f"{reach:.2f} more", "or further, than the model's share by its weight")
+    )
     for index, name in enumerate(maps.models):
         drawn = []
         for of in maps.maps:
@@ -309,23 +320,19 @@ def _of_model(name: str, drawn: Sequence[tuple[str, Html, Html]]) -> Html:
     return element("div", element("h3", name), element("div", pictures, class_="wide"), tables, class_="model")
 
 
-def _left_out(maps: Maps) -> list[Html]:
-    parts = []
-    of = maps.maps
-    if any(m.count > len(m.scores[maps.models[0]][0]) or m.layers > len(m.scores[maps.models[0]]) for m in of):
-        said = ", ".join(f"{len(m.scores[maps.models[0]][0])} blocks of {m.count} {NAMES[m.nodes]}" for m in of)
-        layers = (
-            f" in {len(of[0].scores[maps.models[0]])} runs of layers"
-            if of[0].layers > len(of[0].scores[maps.models[0]])
-            else ""
-        )
-        parts.append(
-            element("p", f"Maps show means: {said}{layers}. The scores of all nodes are in scores/.", class_="note")
-        )
+def _left_out(maps: Maps, *, says_blocks: bool = True) -> list[Html]:
+    first = maps.models[0]
+    pooled = [f"{len(of.scores[first][0])} blocks of {of.count} {NAMES[of.nodes]}" for of in maps.maps]
+    pooled = [words for of, words in zip(maps.maps, pooled, strict=True) if len(of.scores[first][0]) < of.count]
+    of = maps.maps[0]
+    if len(of.scores[first]) < of.layers:
+        pooled.append(f"{len(of.scores[first])} runs of {of.layers} layers")
+    said = []
+    if pooled and says_blocks:
+        said.append(f"Maps show means over {' and '.join(pooled)}; the folder scores has the scores of all nodes.")
     if maps.left_out:
-        said = f"Shown are the first {len(maps.models)} of {len(maps.models) + maps.left_out} models."
-        parts.append(element("p", said, class_="note"))
-    return parts
+        said.append(f"Shown are the first {len(maps.models)} of {len(maps.models) + maps.left_out} models.")
+    return [element("p", " ".join(said), class_="note")] if said else []
 
 
 def _flat(grid: Grid) -> list[float]:
@@ -453,7 +460,7 @@ def certainty(stopping: Stopping | None, model: str | None = None, index: int = 
     return [
         element("h3", model) if model else element("p", ABOUT_ERRORS, class_="note"),
         element("p", said),
-        picture,
+        element("div", picture, class_="narrow"),
         details("Table", table(["rows of each model", "largest error"], rows, caption, numeric=(1,))),
     ]
 

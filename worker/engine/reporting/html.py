@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-VOID = {"meta", "br", "line", "rect", "circle", "path", "use"}
-
 
 class Html(str):
     """Markup, which is not escaped again."""
@@ -19,7 +17,9 @@ Content = str | Html | Iterable["Content"] | None
 def element(tag: str, *content: Content, **attributes: str | float | bool | None) -> Html:
     """An element. Of names of attributes, a last `_` is dropped and others are `-`; None and False leave one out."""
     given = "".join(_attribute(name, value) for name, value in attributes.items())
-    return Html(f"<{tag}{given}>" if tag in VOID and not content else f"<{tag}{given}>{markup(content)}</{tag}>")
+    if tag == "meta":  # the only one here that HTML does not close
+        return Html(f"<meta{given}>")
+    return Html(f"<{tag}{given}>{markup(content)}</{tag}>" if content else f"<{tag}{given}></{tag}>")
 
 
 def markup(content: Content) -> Html:

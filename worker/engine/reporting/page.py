@@ -12,7 +12,7 @@ from worker.engine.reporting import figures
 from worker.engine.reporting.contents import Construction, Contents
 from worker.engine.reporting.html import Cell, Html, details, element, table
 from worker.engine.reporting.style import STYLE
-from worker.engine.reporting.words import ABOUT_METRICS, METRIC_COLUMNS, listed, metric_rows, number
+from worker.engine.reporting.words import ABOUT_METRICS, METRIC_COLUMNS, listed, metric_rows, number, size
 
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
 MOST_RECIPE_LETTERS = 100_000
@@ -26,6 +26,7 @@ HEADS = {
 @dataclass(frozen=True)
 class Section:
     name: str
+    """One word, for links to it."""
     title: str
     content: Sequence[Html | None]
 
@@ -33,7 +34,7 @@ class Section:
 def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None) -> str:
     """`base` is the digest of the plan's base."""
     sections = [
-        Section("kept", "What the merge kept of each expert", _retention(result)),
+        Section("retention", "What the merge kept of each expert", _retention(result)),
         Section("candidates", "What could have been published", figures.candidates(result)),
         Section("search", "How it was found", figures.search(result)),
         _notes(result),
@@ -63,7 +64,7 @@ def score_page(spec: ScoreSpec, result: ScoreResult, contents: Contents) -> str:
             "How well merge weights would be known",
             [part for i, m in enumerate(result.models) for part in figures.certainty(m.stopping, m.name, i)],
         ),
-        Section("kept", "What is kept for later jobs", _kept(result)),
+        Section("store", "What is kept for later jobs", _kept(result)),
         Section("run", "Where the time went", _run(result, contents)),
         _repeat(spec, result, "/scores"),
     ]
@@ -75,7 +76,7 @@ def _page(
     spec: JobSpec, kind: str, lead: str, tiles: Sequence[tuple[str, str | None, str]], sections: Sequence[Section]
 ) -> str:
     shown = [section for section in sections if any(section.content)]
-    links = [element("li", element("a", section.title, href=f"#{section.name}")) for section in shown]
+    links = [element("li", element("a", section.name.capitalize(), href=f"#{section.name}")) for section in shown]
     body = [
         element(
             "section", element("h2", s.title, id=f"{s.name}-h"), s.content, id=s.name, aria_labelledby=f"{s.name}-h"
@@ -124,11 +125,10 @@ def _common_tiles(spec: JobSpec, result: JobResult) -> list[tuple[str, str | Non
     names = [model.name for model in spec.models]
     method = str(result.method["name"])
     seconds = sum(result.timings.model_dump(exclude=NOT_KNOWN_YET).values())
-    gigabytes = f"{result.peak_memory_bytes / 1e9:.1f} GB of memory at most"
     return [
         ("models", str(len(names)), listed(names, 3)),
         ("method", method, "chosen by auto" if isinstance(result, MergeResult) and result.candidates else ""),
-        ("time", _seconds(seconds), f"on {result.device}, {gigabytes}"),
+        ("time", _seconds(seconds), f"on {result.device}, {size(result.peak_memory_bytes)} of memory"),
     ]
 
 
@@ -193,8 +193,8 @@ def _construction(made: Construction, is_stack: bool) -> list[Html]:
     facts: list[list[Cell]] = [
         ["heads", HEADS[made.heads]],
         ["stored as", made.dtype],
-        ["read", f"{made.bytes_read / 1e6:,.1f} MB"],
-        ["written", f"{made.bytes_written / 1e6:,.1f} MB"],
+        ["read", size(made.bytes_read)],
+        ["written", size(made.bytes_written)],
     ]
     if made.vocabulary is not None:
         v = made.vocabulary
@@ -215,7 +215,10 @@ def _construction(made: Construction, is_stack: bool) -> list[Html]:
         for g in made.groups
     ]
     of_groups = table(["tensors", "how", "number", "values", "stored as"], groups, "Groups of tensors", numeric=(2, 3))
-    return [table(["what", "how"], facts, "The output"), details("Groups of tensors", of_groups)]
+    return [
+        element("div", table(["what", "how"], facts, "The output"), class_="facts"),
+        details("Groups of tensors", of_groups),
+    ]
 
 
 def _measured(result: ScoreResult) -> list[Html]:
@@ -237,7 +240,7 @@ def _run(result: JobResult, contents: Contents) -> list[Html]:
     machine = [
         ["device", result.device],
         ["threads", str(contents.threads)],
-        ["peak memory", f"{result.peak_memory_bytes / 1e6:,.0f} MB"],
+        ["peak memory", size(result.peak_memory_bytes)],
         *[[name, version] for name, version in contents.versions.items()],
     ]
     inputs: list[list[Cell]] = [
@@ -245,7 +248,10 @@ def _run(result: JobResult, contents: Contents) -> list[Html]:
     ]
     return [
         *figures.timings(spent),
-        details("Machine and versions", table(["what", "which"], machine, "Machine and versions")),
+        details(
+            "Machine and versions",
+            element("div", table(["what", "which"], machine, "Machine and versions"), class_="facts"),
+        ),
         details("Digests of the inputs", table(["model", "commit", "digest"], inputs, "Digests of the inputs")),
     ]
 

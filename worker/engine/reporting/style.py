@@ -45,21 +45,22 @@ nav ul { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; list-style: none; ma
   max-width: none; font-size: .9rem; }
 nav a { display: inline-block; padding: .2rem 0; text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1px; margin: 0 0 1.2rem;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1px; margin: 0 0 1.2rem;
   border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; background: var(--rule); }
 .figures div { background: var(--page); padding: .8rem 1rem; }
 .figures dt { color: var(--muted); font-size: .8125rem; }
-.figures dd { margin: 0; font-size: 1.55rem; line-height: 1.3; font-weight: 600; letter-spacing: -.01em;
+.figures dd { margin: 0; font-size: 1.4rem; line-height: 1.3; font-weight: 600; letter-spacing: -.01em;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .figures dd small { display: block; font-size: .8125rem; font-weight: 400; color: var(--muted); letter-spacing: 0;
   line-height: 1.4; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.4rem 2.5rem;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.4rem 2.5rem;
   margin: 1rem 0; }
 .wide { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: .6rem 2.2rem; margin: .2rem 0 .6rem; }
 @media (max-width: 44rem) { .wide { grid-template-columns: minmax(0, 1fr); } }
 .cards > *, .wide > * { min-width: 0; }
+.narrow { max-width: 46rem; }
 .model { margin: 1.3rem 0; }
-.card h3 { display: flex; justify-content: space-between; gap: 1rem; align-items: baseline; }
+.card h3 { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; align-items: baseline; }
 .card h3 span:last-child { font-weight: 400; color: var(--muted); font-size: .875rem; white-space: nowrap; }
 svg { display: block; overflow: visible; font: 12px/1 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   font-variant-numeric: tabular-nums; }
@@ -67,6 +68,7 @@ svg text { fill: var(--muted); }
 svg .value { fill: var(--text); font-weight: 600; }
 svg .plain { fill: var(--text); }
 .rule { stroke: var(--rule); stroke-width: 1; }
+.faint { stroke: var(--rule); stroke-width: 1; stroke-dasharray: 1 4; }
 .bar { fill: var(--quiet); }
 .bar.strong { fill: var(--strong); }
 .whisker { stroke: var(--text); stroke-width: 1.5; }
@@ -89,13 +91,16 @@ svg .plain { fill: var(--text); }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 100%; }
 caption { text-align: left; color: var(--muted); padding: .2rem 0 .4rem; }
 th, td { text-align: left; padding: .38rem 1.3rem .38rem 0; border-bottom: 1px solid var(--rule); vertical-align: top;
-  white-space: nowrap; max-width: 26rem; overflow: hidden; text-overflow: ellipsis; }
+  max-width: 26rem; }
 th:last-child, td:last-child { padding-right: .2rem; }
-thead th { font-weight: 500; color: var(--muted); white-space: normal; vertical-align: bottom; }
+thead th { font-weight: 500; color: var(--muted); vertical-align: bottom; }
 tbody th { font-weight: 500; }
+td, tbody th { min-width: min-content; overflow-wrap: break-word; }
 th.n, td.n { text-align: right; }
+td.n { white-space: nowrap; }
 tr:has(.chosen) > * { background: var(--panel); }
 .chosen { font-weight: 600; }
+.facts table { min-width: 0; }
 .tiny th, .tiny td { padding: .1rem .5rem .1rem 0; font-size: .75rem; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; color: var(--link); font-size: .9rem; width: fit-content; padding: .15rem 0; }
@@ -105,7 +110,7 @@ pre { overflow-x: auto; padding: .9rem 1rem; margin: .5rem 0 1rem; background: v
 code { font: .875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 footer { padding: 1.2rem 1.25rem 3rem; color: var(--muted); font-size: .875rem; }
 @media (max-width: 44rem) { body { font-size: 15px; } header { padding-top: 1.5rem; } h1 { font-size: 1.5rem; }
-  .figures dd { font-size: 1.3rem; } th, td { max-width: 15rem; } }
+  .figures dd { font-size: 1.15rem; } th, td { max-width: 15rem; } }
 @media print { body { font-size: 11px; } nav { display: none; } section { break-inside: auto; }
   .card, .model, svg, tr { break-inside: avoid; } pre { white-space: pre-wrap; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
