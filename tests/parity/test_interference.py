@@ -1,6 +1,6 @@
 """Cosines and conflicts of signs, against a dense computation in float64."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -106,7 +106,7 @@ def test_runs_of_rows_are_spread_over_the_tensor_and_bounded(shape: tuple[int, .
     taken = sum(run.stop - run.start for run in runs)
     assert taken * width <= max(most, width)
     assert taken == rows or taken * width > most // 2 or taken == 1
-    assert all(first.stop <= second.start for first, second in zip(runs, runs[1:], strict=False))
+    assert all(first.stop <= second.start for first, second in pairwise(runs))
     assert runs[0].start >= 0
     assert runs[-1].stop <= rows
     if rows > taken > 1:

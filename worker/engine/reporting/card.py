@@ -16,9 +16,11 @@ from worker.engine.reporting.words import (
     ABOUT_CANDIDATES,
     ABOUT_METRICS,
     METRIC_COLUMNS,
+    SLICE_COLUMNS,
     candidate_table,
     metric_rows,
     number,
+    slice_rows,
 )
 
 METRIC_TYPES = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
@@ -117,12 +119,7 @@ def _card_summary(spec: MergeSpec, result: MergeResult) -> str:
 def _card_models(spec: MergeSpec, result: MergeResult) -> list[str]:
     models = [[m.name, f"`{m.checkpoint}`"] for m in result.models]
     if isinstance(spec.method, PassthroughParameters):
-        slices, first = [], 0
-        for part in spec.method.slices:
-            start, stop = part.layers
-            slices.append([f"{first} to {first + stop - start - 1}", part.model, f"{start} to {stop - 1}"])
-            first += stop - start
-        stack = _markdown_table(["layers here", "model", "its layers"], slices)
+        stack = _markdown_table(SLICE_COLUMNS, slice_rows(spec.method))
         return [*_markdown_table(["model", "checkpoint"], models), "", *stack]
     columns = ["model", "checkpoint", "mean merge weight"]
     rows = [[*row, number(m.weight_share, 3)] for row, m in zip(models, result.models, strict=True)]

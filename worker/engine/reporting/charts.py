@@ -57,7 +57,7 @@ class Scale:
             return [10.0**power for power in powers]
         step = _step((self.high - self.low) / 4)
         first = math.ceil(self.low / step - 1e-9)
-        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)] if step else [self.low]
+        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
     @classmethod
     def around(cls, values: Sequence[float], *, least: float = 0.0) -> "Scale":
@@ -65,14 +65,13 @@ class Scale:
         low, high = min(values), max(values)
         if high - low < least:
             low, high = (low + high - least) / 2, (low + high + least) / 2
-        step = _step((high - low) / 4) or 1.0
-        return cls(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
+        step = _step((high - low) / 4) if high > low else 1.0
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        return cls(first * step, max(last, first + 1) * step)
 
 
 def _step(width: float) -> float:
     """The next of 1, 2, 5, 10 and so on."""
-    if width <= 0:
-        return 0.0
     power = 10.0 ** math.floor(math.log10(width))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * 0.999)
 
@@ -234,7 +233,7 @@ def plot(name: str, title: str, description: str, of: Plot) -> Html:
         drawn.append(ring)
     for x, y, words in of.letters:
         above = 13 if (x, y) in of.rings else 9
-        drawn.append(text(words, of.x.across(x), of.y.down(y, of.height) - above, "middle"))
+        drawn.append(text(words, of.x.across(x), of.y.down(y, of.height) - above, "middle", "letter"))
     left = 12 + LABEL_PX * max(map(len, labels), default=0)
     return picture(name, title, description, of.height + AXIS + 18, drawn, of.extra, left=left, right=8)
 

@@ -261,7 +261,7 @@ def scores(maps: Maps | None) -> list[Html]:
         "on it. Colours show it relative to the mean over the model's nodes of that kind."
     )
     parts = [element("p", about, class_="note"), *_left_out(maps)]
-    parts.append(ramp("a", "an eighth of the mean or less", "8 times or more"))
+    parts.append(ramp("a", "1/8 of the mean", "8 times", "or further from it"))
     for index, name in enumerate(maps.models):
         drawn = []
         for of in maps.maps:
@@ -294,9 +294,7 @@ def weights(maps: Maps | None) -> list[Html]:
         "share by its weight alone, where scores say nothing."
     )
     parts = [element("p", about, class_="note"), *_left_out(maps, says_blocks=False)]
-    parts.append(
-        ramp("b", f"{reach:.2f} less", f"{reach:.2f} more", "or further, than the model's share by its weight")
-    )
+    parts.append(ramp("b", f"{reach:.2f} less", f"{reach:.2f} more", "than its share by weight, or further"))
     for index, name in enumerate(maps.models):
         drawn = []
         for of in maps.maps:

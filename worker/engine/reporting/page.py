@@ -12,7 +12,16 @@ from worker.engine.reporting import figures
 from worker.engine.reporting.contents import Construction, Contents
 from worker.engine.reporting.html import Cell, Html, details, element, table
 from worker.engine.reporting.style import STYLE
-from worker.engine.reporting.words import ABOUT_METRICS, METRIC_COLUMNS, listed, metric_rows, number, size
+from worker.engine.reporting.words import (
+    ABOUT_METRICS,
+    METRIC_COLUMNS,
+    SLICE_COLUMNS,
+    listed,
+    metric_rows,
+    number,
+    size,
+    slice_rows,
+)
 
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
 MOST_RECIPE_LETTERS = 100_000
@@ -184,8 +193,7 @@ def _merged(
     made = contents.construction
     parts: list[Html | None] = [table(list(columns), rows, "Models", numeric=numeric)]
     if isinstance(spec.method, PassthroughParameters):
-        slices = [[p.model, f"{p.layers[0]} to {p.layers[1] - 1}"] for p in spec.method.slices]
-        parts.append(table(["model", "its layers"], slices, "Slices, from the first layer of the stack on"))
+        parts.append(table(SLICE_COLUMNS, slice_rows(spec.method), "Slices"))
     return [*parts, *(_construction(made, is_stack) if made else ())]
 
 

@@ -46,8 +46,8 @@ nav ul { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; list-style: none; ma
 nav a { display: inline-block; padding: .2rem 0; text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1px; margin: 0 0 1.2rem;
-  border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; background: var(--rule); }
-.figures div { background: var(--page); padding: .8rem 1rem; }
+  border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; }
+.figures div { box-shadow: 0 0 0 1px var(--rule); padding: .8rem 1rem; }
 .figures dt { color: var(--muted); font-size: .8125rem; }
 .figures dd { margin: 0; font-size: 1.4rem; line-height: 1.3; font-weight: 600; letter-spacing: -.01em;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
@@ -110,7 +110,7 @@ pre { overflow-x: auto; padding: .9rem 1rem; margin: .5rem 0 1rem; background: v
 code { font: .875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 footer { padding: 1.2rem 1.25rem 3rem; color: var(--muted); font-size: .875rem; }
 @media (max-width: 44rem) { body { font-size: 15px; } header { padding-top: 1.5rem; } h1 { font-size: 1.5rem; }
-  .figures dd { font-size: 1.15rem; } th, td { max-width: 15rem; } }
+  .letter { display: none; } .figures dd { font-size: 1.15rem; } th, td { max-width: 15rem; } }
 @media print { body { font-size: 11px; } nav { display: none; } section { break-inside: auto; }
   .card, .model, svg, tr { break-inside: avoid; } pre { white-space: pre-wrap; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.report import MergeResult
 
 METRIC_COLUMNS = [
@@ -64,6 +65,18 @@ def candidate_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
             cells.append(f"{found.value:.4f} ({found.interval[0]:.4f} to {found.interval[1]:.4f})" if found else "-")
         rows.append(cells)
     return [*CANDIDATE_COLUMNS, *models], rows
+
+
+SLICE_COLUMNS = ["layers here", "model", "its layers"]
+
+
+def slice_rows(method: PassthroughParameters) -> list[list[str]]:
+    rows, first = [], 0
+    for part in method.slices:
+        start, stop = part.layers
+        rows.append([f"{first} to {first + stop - start - 1}", part.model, f"{start} to {stop - 1}"])
+        first += stop - start
+    return rows
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
