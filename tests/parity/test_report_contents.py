@@ -111,6 +111,27 @@ def test_large_maps_are_means_over_runs_of_nodes_and_layers(merged: tuple[MergeS
         assert of.weights == {}
 
 
+def test_models_of_different_sizes_have_maps_of_their_own(merged: tuple[MergeSpec, MergeResult]) -> None:
+    sizes = {"a": (2, 3, 5), "b": (4, 2, 5)}
+    scores = {
+        name: {
+            f"layers.{layer}.{kind}": torch.rand(count, dtype=torch.float64)
+            for layer in range(layers)
+            for kind, count in (("heads", heads), ("neurons", neurons))
+        }
+        for name, (layers, heads, neurons) in sizes.items()
+    }
+    maps = contents.of_scores(merged[0], scores).maps
+    assert maps is not None
+    assert maps.models == ["a", "b"]
+    found = {(name, of.layers, of.nodes.value, of.count) for of in maps.maps for name in of.scores}
+    assert found == {("a", 2, "heads", 3), ("a", 2, "neurons", 5), ("b", 4, "heads", 2), ("b", 4, "neurons", 5)}
+    for of in maps.maps:
+        for name, grid in of.scores.items():
+            wanted = np.stack([scores[name][f"layers.{layer}.{of.nodes}"].numpy() for layer in range(of.layers)])
+            np.testing.assert_allclose(np.array(grid, dtype=float), wanted, rtol=1e-3)
+
+
 def test_the_report_has_numbers_only_and_says_how_it_was_made(
     merged: tuple[MergeSpec, MergeResult], report: dict[str, Any]
 ) -> None:

@@ -116,7 +116,7 @@ def marker(index: int, x: str, y: float, *, hollow: bool = False) -> Html:
     """The shape and colour of series `index`; there are thirty together."""
     kind = f"{'hollow' if hollow else 'mark'} l{index % COLOURS + 1}"
     shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]
-    return element("svg", element("path", d=shape, class_=kind), x=x, y=y)
+    return element("svg", element("path", d=shape, class_=kind), x=x, y=y, role="none")
 
 
 def key(entries: Sequence[tuple[int, str]], *, hollow: str | None = None) -> Html:
@@ -322,6 +322,7 @@ def heat(
             viewBox=f"0 0 {max(map(len, levels))} {len(levels)}",
             preserveAspectRatio="none",
             class_="cells",
+            role="none",
         )
     )
     drawn += [text("0", "0%", height + 15), text(str(columns - 1), "100%", height + 15, "end")]

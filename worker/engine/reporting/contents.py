@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Annotated, Any
 
 import torch
@@ -49,7 +49,7 @@ Known = Annotated[float | None, BeforeValidator(rounded)]
 
 
 class NodeMap(Strict):
-    """Scores and merge weights of one kind of mask node."""
+    """Scores and merge weights of one kind of mask node, of models of one size."""
 
     nodes: Nodes
     layers: int
@@ -198,35 +198,39 @@ def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps 
         by_place = torch.stack([model_weights(models, place) for places in plan.owned.values() for place in places])
         shares = (by_place / by_place.sum(1, keepdim=True)).mean(0)
         lambdas = {model.name: float(share) for model, share in zip(scored, shares, strict=True)}
-    layers = _layers(scores[scored[0].name])
-    cells = sum(min(BLOCKS, layers) * min(BLOCKS, count) for count in _counts(scores[scored[0].name]).values())
-    shown = scored[: max(1, MOST_CELLS // (cells * (2 if weights else 1)))]
+    factor = 2 if weights else 1
+    cells = accumulate(factor * _cells(scores[model.name]) for model in scored)
+    shown = max(1, sum(so_far <= MOST_CELLS for so_far in cells))
+    shapes: dict[tuple[int, Nodes, int], list[str]] = {}
+    for model in scored[:shown]:
+        own = scores[model.name]
+        for nodes in Nodes:
+            shapes.setdefault((_layers(own), nodes, len(own[score_name(0, nodes)])), []).append(model.name)
+    places = {model.name: index for index, model in enumerate(scored)}
     maps = []
-    for nodes, count in _counts(scores[scored[0].name]).items():
+    for (layers, nodes, count), names in shapes.items():
         sites = [score_name(layer, nodes) for layer in range(layers)]
+        decided = {name: _blocks([weights[site][places[name]] for site in sites]) for name in names if weights}
         maps.append(
             NodeMap(
                 nodes=nodes,
                 layers=layers,
                 count=count,
-                scores={m.name: _blocks([scores[m.name][site] for site in sites]) for m in shown},
-                weights={
-                    model.name: _blocks([weights[site][index] for site in sites]) for index, model in enumerate(shown)
-                }
-                if weights
-                else {},
-                lambdas={model.name: lambdas[model.name] for model in shown if lambdas},
+                scores={name: _blocks([scores[name][site] for site in sites]) for name in names},
+                weights=decided,
+                lambdas={name: lambdas[name] for name in decided},
             )
         )
-    return Maps(models=[model.name for model in shown], left_out=len(scored) - len(shown), maps=maps)
+    return Maps(models=list(places)[:shown], left_out=len(scored) - shown, maps=maps)
 
 
 def _layers(scores: Mapping[str, Tensor]) -> int:
     return sum(name.endswith(f".{Nodes.HEADS}") for name in scores)
 
 
-def _counts(scores: Mapping[str, Tensor]) -> dict[Nodes, int]:
-    return {nodes: len(scores[score_name(0, nodes)]) for nodes in Nodes}
+def _cells(scores: Mapping[str, Tensor]) -> int:
+    """Of a model's maps of scores."""
+    return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[score_name(0, nodes)])) for nodes in Nodes)
 
 
 def _blocks(by_layer: Sequence[Tensor]) -> list[list[Any]]:

@@ -24,7 +24,7 @@ from worker.engine.reporting.charts import (
 from worker.engine.reporting.colours import LEVELS
 from worker.engine.reporting.contents import InterferenceReport, Known, LayerInterference, Maps, NodeMap, Spread
 from worker.engine.reporting.html import Cell, Html, details, element, table
-from worker.engine.reporting.words import ABOUT_CANDIDATES, candidate_table, number
+from worker.engine.reporting.words import ABOUT_CANDIDATES, candidate_table, listed, number
 
 MOST_DOTTED = 12  # models that a row of dots tells apart
 MOST_LETTERED = 60  # trials with their candidate's letter
@@ -264,7 +264,7 @@ def scores(maps: Maps | None) -> list[Html]:
     parts.append(ramp("a", "1/8 of the mean", "8 times", "or further from it"))
     for index, name in enumerate(maps.models):
         drawn = []
-        for of in maps.maps:
+        for of in _of(maps, name):
             grid = of.scores[name]
             mean = _mean(grid)
             levels = [[_octave(value, mean) for value in row] for row in grid]
@@ -297,7 +297,7 @@ def weights(maps: Maps | None) -> list[Html]:
     parts.append(ramp("b", f"{reach:.2f} less", f"{reach:.2f} more", "than its share by weight, or further"))
     for index, name in enumerate(maps.models):
         drawn = []
-        for of in maps.maps:
+        for of in _of(maps, name):
             grid, middle = of.weights[name], of.lambdas[name] or 0.0
             levels = [[_balance(value, middle, reach) for value in row] for row in grid]
             flat = _flat(grid)
@@ -318,16 +318,21 @@ def _of_model(name: str, drawn: Sequence[tuple[str, Html, Html]]) -> Html:
     return element("div", element("h3", name), element("div", pictures, class_="wide"), tables, class_="model")
 
 
+def _of(maps: Maps, model: str) -> list[NodeMap]:
+    return [of for of in maps.maps if model in of.scores]
+
+
 def _left_out(maps: Maps, *, says_blocks: bool = True) -> list[Html]:
-    first = maps.models[0]
-    pooled = [f"{len(of.scores[first][0])} blocks of {of.count} {NAMES[of.nodes]}" for of in maps.maps]
-    pooled = [words for of, words in zip(maps.maps, pooled, strict=True) if len(of.scores[first][0]) < of.count]
-    of = maps.maps[0]
-    if len(of.scores[first]) < of.layers:
-        pooled.append(f"{len(of.scores[first])} runs of {of.layers} layers")
+    pooled: dict[str, None] = {}
+    for of in maps.maps:
+        grid = next(iter(of.scores.values()))
+        if len(grid[0]) < of.count:
+            pooled[f"{len(grid[0])} blocks of {of.count} {NAMES[of.nodes]}"] = None
+        if len(grid) < of.layers:
+            pooled[f"{len(grid)} runs of {of.layers} layers"] = None
     said = []
     if pooled and says_blocks:
-        said.append(f"Maps show means over {' and '.join(pooled)}; the folder scores has the scores of all nodes.")
+        said.append(f"Maps show means over {listed(list(pooled))}; the folder scores has the scores of all nodes.")
     if maps.left_out:
         said.append(f"Shown are the first {len(maps.models)} of {len(maps.models) + maps.left_out} models.")
     return [element("p", " ".join(said), class_="note")] if said else []

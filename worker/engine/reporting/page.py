@@ -78,7 +78,7 @@ def score_page(spec: ScoreSpec, result: ScoreResult, contents: Contents) -> str:
         _repeat(spec, result, "/scores"),
     ]
     lead = f"Statistics of {listed([m.name for m in result.models])} for {result.method['name']}, without a merge."
-    return _page(spec, "Scores", lead, _common_tiles(spec, result), sections)
+    return _page(spec, "Score", lead, _common_tiles(spec, result), sections)
 
 
 def _page(
@@ -131,11 +131,10 @@ def _lowest(result: MergeResult) -> str:
 
 
 def _common_tiles(spec: JobSpec, result: JobResult) -> list[tuple[str, str | None, str]]:
-    names = [model.name for model in spec.models]
     method = str(result.method["name"])
     seconds = sum(result.timings.model_dump(exclude=NOT_KNOWN_YET).values())
     return [
-        ("models", str(len(names)), listed(names, 3)),
+        ("models", str(len(spec.models)), ""),
         ("method", method, "chosen by auto" if isinstance(result, MergeResult) and result.candidates else ""),
         ("time", _seconds(seconds), f"on {result.device}, {size(result.peak_memory_bytes)} of memory"),
     ]
