@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import LAYERS, edit_tensors, tiny_base, tiny_checkpoint
+from tests.tiny_adapters import tiny_adapter
 from tests.tiny_language_models import tiny_model
+from worker.engine.catalog.adapters import inspect_model
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.planning import plan_merge
 from worker.engine.interference import Interference, interference, spread_runs
@@ -75,6 +77,46 @@ def test_cosines_and_conflicts_are_those_of_the_dense_task_vectors(models: tuple
             assert ours.conflicts[i, j].item() == pytest.approx(
                 conflicts, abs=1e-4
             )  # differences in float32 may vanish
+
+
+def test_of_a_large_tensor_as_many_rows_are_read_as_a_block_has(models: tuple[Path, list[Path]]) -> None:
+    base, folders = models
+    most = 64
+    plan = plan_merge([inspect_checkpoint(f, f.name) for f in folders], base=inspect_checkpoint(base, "base"))
+    found = interference(plan, [0, 1, 2], most)
+    assert found is not None
+    origin, *tensors = (load_file(folder / "model.safetensors") for folder in (base, *folders))
+    products, values = torch.zeros(3, 3, dtype=torch.float64), 0
+    for planned in plan.backbone:
+        name = planned.sources[0].name
+        rows = [row for run in spread_runs(planned.shape, most) for row in range(run.stop)[run]]
+        deltas = [(of[name] - origin[name.removeprefix("bert.")])[rows].double().flatten() for of in tensors]
+        assert len(deltas[0]) <= most
+        products += torch.stack(deltas) @ torch.stack(deltas).T
+        values += len(deltas[0])
+    assert found.values == values < found.of
+    torch.testing.assert_close(found.whole.products, products, rtol=1e-9, atol=0.0)
+
+
+def test_adapters_change_their_base_by_what_they_add(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", seed=1000)
+    adapters = [tiny_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate("ab")]
+    ancestor = inspect_checkpoint(base, "base")
+    plan = plan_merge([inspect_model(f, f.name, None, ancestor) for f in adapters], base=ancestor)
+    found = interference(plan, [0, 1])
+    assert found is not None
+    deltas = []
+    for planned in plan.backbone:
+        of = [torch.zeros(planned.shape, dtype=torch.float64) for _ in adapters]
+        for index, source in enumerate(planned.sources):
+            if source.delta is not None:
+                weights = load_file(adapters[index] / "adapter_model.safetensors")
+                a, b = (weights[part.name].double() for part in (source.delta.a, source.delta.b))
+                of[index] = source.delta.scaling * (b @ a)
+        deltas.append(torch.stack([delta.flatten() for delta in of]))
+    vectors = torch.cat(deltas, dim=1)
+    assert vectors.count_nonzero() > 0
+    torch.testing.assert_close(found.whole.products, vectors @ vectors.T, rtol=1e-4, atol=1e-7)
 
 
 def test_only_models_that_take_part_are_compared(models: tuple[Path, list[Path]]) -> None:

@@ -86,10 +86,10 @@ class Interference:
         return matrix[rows, columns].tolist()
 
 
-def interference(plan: MergePlan, taking_part: Sequence[int]) -> Interference | None:
+def interference(plan: MergePlan, taking_part: Sequence[int], most: int = BLOCK_ELEMENTS) -> Interference | None:
     """Of these models of the plan. None without a base, or where fewer than two take part.
 
-    Of each tensor at most `BLOCK_ELEMENTS` values of a model are read (or one row, if that is longer): tensors that are
+    Of each tensor at most `most` values of a model are read (or one row, if that is longer): tensors that are
     no larger whole, others in runs of rows that are evenly spread.
     """
     if plan.base is None or len(taking_part) < 2:
@@ -101,13 +101,13 @@ def interference(plan: MergePlan, taking_part: Sequence[int]) -> Interference | 
                 continue
             layer = found.layers.setdefault(planned.slot.layer, TaskVectors.of_none(found.models))
             found.of += math.prod(planned.shape)
-            for block in _blocks(reader, planned, taking_part):
+            for block in _blocks(reader, planned, taking_part, most):
                 found.values += block.versions[0].numel()
                 _add(layer, block)
     return found if found.values else None
 
 
-def spread_runs(shape: Sequence[int], most: int = BLOCK_ELEMENTS) -> list[slice]:
+def spread_runs(shape: Sequence[int], most: int) -> list[slice]:
     """Runs of rows that are evenly spread, of at most so many values together; all rows where that is enough."""
     rows = shape[0] if shape else 1
     wanted = max(1, most // max(1, math.prod(shape[1:])))
@@ -119,8 +119,8 @@ def spread_runs(shape: Sequence[int], most: int = BLOCK_ELEMENTS) -> list[slice]
     return [slice(start, start + length) for start in starts]
 
 
-def _blocks(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int]) -> list[Block]:
-    runs = spread_runs(planned.shape)
+def _blocks(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], most: int) -> list[Block]:
+    runs = spread_runs(planned.shape, most)
     if planned.token_rows is not None:
         return [read_by_token(reader, planned, taking_part, rows) for rows in runs]
     sources = [planned.sources[index] for index in taking_part]
