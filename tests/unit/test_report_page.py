@@ -26,6 +26,7 @@ from worker.engine.reporting.colours import (
     TEXT,
 )
 from worker.engine.reporting.contents import BLOCKS, MOST_CELLS, Contents, of_scores, rounded
+from worker.engine.reporting.figures import candidates, certainty, search
 from worker.engine.reporting.html import Html, element, table
 from worker.engine.reporting.page import merge_page
 from worker.engine.reporting.words import listed, size
@@ -232,3 +233,45 @@ def test_numbers_are_rounded_and_finite() -> None:
     assert [size(n) for n in (12, 4_200, 90_900_000, 1_230_000_000)] == ["12 bytes", "4.2 kB", "90.9 MB", "1.23 GB"]
     assert listed(["a", "b", "c"]) == "a, b and c"
     assert listed(list("abcdefgh"), 3) == "a, b, c and 5 more"
+
+
+def test_a_search_shows_every_trial_its_best_its_floors_and_what_was_given_up() -> None:
+    result = invented_result(["a", "b"], trials=40)
+    assert result.search is not None
+    about, picture, _, key, parameters, trials = (part or "" for part in search(result))
+    assert "40 merges were tried on 256 search rows" in about
+    assert len(re.findall(r'<path d="[^"]*" class="(?:mark|hollow) ', picture)) == 40
+    assert picture.count('class="hollow ') == sum(trial.pruned for trial in result.search.trials) == 10
+    assert picture.count('class="ring"') == 1
+    assert "floor of a 0.85" in picture
+    whole = [trial.objective for trial in result.search.trials if not trial.pruned]
+    assert f"the best that was not given up is {max(whole):.3f}" in picture
+    rises = [value for index, value in enumerate(whole) if value > max([-1.0, *whole[:index]])]
+    level = re.findall(r'y1="([\d.]+)" x2="[\d.%]+" y2="([\d.]+)" class="best"', picture)
+    assert len({first for first, last in level if first == last}) == len(rises)
+    assert [f"{letter}: {name}" for letter, name in (("A", "mask_fisher"), ("G", "karcher"))] == [
+        words for words in re.findall(r"<span>(\w: \w+)</span>", key) if words[0] in "AG"
+    ]
+    assert "Objective over scale" in parameters
+    assert trials.count("given up") == 10
+
+
+def test_candidates_show_every_model_with_its_mean() -> None:
+    result = invented_result(["a", "b"])
+    assert result.candidates is not None
+    drawn = "".join(candidates(result))
+    marks = re.findall(r'class="mark (l\d)"', drawn)
+    assert marks.count("l1") == marks.count("l2") == len(result.candidates) + 1  # and one in the key
+    assert drawn.count('class="whisker"') == len(result.candidates)
+    assert "mask_fisher (chosen)" in drawn
+    chosen = result.candidates[0].metrics["a"]
+    assert f"{chosen.value:.4f} ({chosen.interval[0]:.4f} to {chosen.interval[1]:.4f})" in drawn
+
+
+def test_the_error_curve_has_the_tolerance_as_a_line() -> None:
+    drawn = "".join(certainty(invented_result(["a"]).stopping))
+    assert drawn.count('class="mark l1"') == 3
+    assert drawn.count('class="limit"') == 1
+    assert ">tolerance 0.1<" in drawn
+    assert "largest error is 0.0900. That is within the tolerance." in drawn
+    assert certainty(None) == []

@@ -7,10 +7,10 @@ labels lie in margins beside the box. So text has one size on every screen, with
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from worker.engine.reporting.colours import LEVELS
-from worker.engine.reporting.html import Html, element
+from worker.engine.reporting.colours import LEVELS, LINES
+from worker.engine.reporting.html import Content, Html, element
 
 SHAPES = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle
@@ -20,7 +20,6 @@ SHAPES = (
     "M0 5.2L5.2 -4.2H-5.2z",  # triangle, down
     "M-1.8 -5.2h3.6v3.4h3.4v3.6h-3.4v3.4h-3.6v-3.4h-3.4v-3.6h3.4z",  # plus
 )
-COLOURS = 6  # classes l1 to l6
 TEXT_DROP = 4  # from the middle of a line of text to where it stands
 LABEL_PX = 7.0  # of a letter, for making room
 ROW = 24
@@ -86,14 +85,14 @@ def short(value: float) -> str:
 
 
 def picture(
-    key: str, title: str, description: str, height: float, *content: object, left: float = 0, right: float = 0
+    key: str, title: str, description: str, height: float, *content: Content, left: float = 0, right: float = 0
 ) -> Html:
     """An image that says what it shows. `key` is unique on the page."""
     return element(
         "svg",
         element("title", title, id=f"{key}-t"),
         element("desc", description, id=f"{key}-d"),
-        content,  # type: ignore[arg-type]
+        content,
         role="img",
         aria_labelledby=f"{key}-t",
         aria_describedby=f"{key}-d",
@@ -113,9 +112,9 @@ def line(x1: str, y1: float, x2: str, y2: float, kind: str) -> Html:
 
 
 def marker(index: int, x: str, y: float, *, hollow: bool = False) -> Html:
-    """The shape and colour of series `index`; there are thirty together."""
-    kind = f"{'hollow' if hollow else 'mark'} l{index % COLOURS + 1}"
-    shape = SHAPES[(index + index // COLOURS) % len(SHAPES)]
+    """The shape and colour of series `index`; there are thirty-six together."""
+    kind = f"{'hollow' if hollow else 'mark'} l{index % LINES + 1}"
+    shape = SHAPES[(index + index // LINES) % len(SHAPES)]
     return element("svg", element("path", d=shape, class_=kind), x=x, y=y, role="none")
 
 
@@ -202,8 +201,6 @@ class Plot:
     rings: Sequence[tuple[float, float]] = ()
     """Points that are marked once more."""
     height: float = LINE_HEIGHT
-    y_digits: int | None = None
-    extra: Sequence[Html] = field(default=())
 
 
 def plot(name: str, title: str, description: str, of: Plot) -> Html:
@@ -235,11 +232,11 @@ def plot(name: str, title: str, description: str, of: Plot) -> Html:
         above = 13 if (x, y) in of.rings else 9
         drawn.append(text(words, of.x.across(x), of.y.down(y, of.height) - above, "middle", "letter"))
     left = 12 + LABEL_PX * max(map(len, labels), default=0)
-    return picture(name, title, description, of.height + AXIS + 18, drawn, of.extra, left=left, right=8)
+    return picture(name, title, description, of.height + AXIS + 18, drawn, left=left, right=8)
 
 
 def _series(series: Series, of: Plot) -> list[Html]:
-    kind = f"l{series.index % COLOURS + 1}"
+    kind = f"l{series.index % LINES + 1}"
     places = [(of.x.across(x), of.y.down(y, of.height)) for x, y in series.points]
     drawn = []
     for (x, _), (least, most) in zip(places, series.spans, strict=False):

@@ -42,6 +42,7 @@ DARK = {
     "line6": "#dcb73c",
 }
 
+LINES = 6  # colours of series
 LEVELS = 9  # of a map's colours
 
 # From little to much, light to dark where the page is light: what is much stands out in both.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.report import MergeResult, MetricResult, Search, Stopping, Trial
+from worker.engine.catalog.report import MergeResult, MetricResult, Search, Stopping, Trial, Version
 from worker.engine.reporting.charts import (
     Bar,
     DotRow,
@@ -23,7 +23,7 @@ from worker.engine.reporting.charts import (
 )
 from worker.engine.reporting.colours import LEVELS
 from worker.engine.reporting.contents import InterferenceReport, Known, LayerInterference, Maps, NodeMap, Spread
-from worker.engine.reporting.html import Cell, Html, details, element, table
+from worker.engine.reporting.html import Html, details, element, table
 from worker.engine.reporting.words import ABOUT_CANDIDATES, candidate_table, listed, number
 
 MOST_DOTTED = 12  # models that a row of dots tells apart
@@ -35,7 +35,12 @@ WIDE_RANGE = 50  # of a parameter's values, from which its axis is logarithmic
 REACH = 0.95  # share of merge weights that a map tells apart; those further out have its last colours
 OCTAVES = 3.0  # a map of scores goes from 1/8 of the mean to 8 times
 NAMES = {Nodes.HEADS: "attention heads", Nodes.NEURONS: "neurons"}
-VERSIONS = {"expert": "expert", "average": "plain average", "merged_kept_head": "kept head", "merged": "merged"}
+VERSIONS: dict[Version, str] = {
+    "expert": "expert",
+    "average": "plain average",
+    "merged_kept_head": "kept head",
+    "merged": "merged",
+}
 ABOUT_ERRORS = (
     "Standard errors of the merge weights: the root mean square over the nodes of a layer and kind, of the layer, kind "
     "and model where it is largest; the shade goes down to where it is smallest. Scores are heavy-tailed: errors from "
@@ -52,7 +57,7 @@ def versions(metrics: Mapping[str, MetricResult]) -> Html:
     for index, (name, m) in enumerate(metrics.items()):
         values = {version: getattr(m, version) for version in VERSIONS}
         rows = [
-            Bar(label, values[v], f"{values[v]:.3f}", m.intervals.get(v), strong=v == "merged")  # type: ignore[call-overload]
+            Bar(label, values[v], f"{values[v]:.3f}", m.intervals.get(v), strong=v == "merged")
             for v, label in VERSIONS.items()
         ]
         said = "; ".join(f"{row.label} {row.written}" for row in rows)
@@ -78,8 +83,7 @@ def candidates(result: MergeResult) -> list[Html]:
         label = f"{c.name}: {number(c.mean_retention, 3)}" + (", chosen" if c.chosen else "")
         rows.append(DotRow(label, shown, c.mean_retention, spread, strong=c.chosen))
     columns, cells = candidate_table(result)
-    about: list[Cell | Html] = [ABOUT_CANDIDATES]
-    parts = [element("p", about, class_="note")]
+    parts = [element("p", ABOUT_CANDIDATES, class_="note")]
     if rows:
         ends = [end for row in rows if row.spread for end in row.spread]
         floors = result.search.min_retention if result.search else {}

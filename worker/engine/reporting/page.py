@@ -270,7 +270,7 @@ def _repeat(spec: JobSpec, result: JobResult, route: str) -> Section:
     host = "http://127.0.0.1:8000"
     command = f"curl --fail-with-body {host}{route} -H 'Content-Type: application/json' {data}"
     method = json.dumps(result.method, indent=2, ensure_ascii=False)
-    about = "Posts the recipe to a service on this machine; the same inputs and versions give the same bits."
+    about = "Posts the recipe to a service on this machine. manifest.json names what the same bits need."
     return Section(
         "repeat",
         "How to repeat it",

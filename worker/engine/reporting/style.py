@@ -8,11 +8,11 @@ from worker.engine.reporting.colours import (
     DARK,
     LEVELS,
     LIGHT,
+    LINES,
     variables,
 )
 
 LEVEL_RULES = "\n".join(f".{ramp}{i} {{ fill: var(--{ramp}{i}); }}" for ramp in "ab" for i in range(LEVELS))
-LINES = 6
 LINE_RULES = "\n".join(f".l{i} {{ --mark: var(--line{i}); }}" for i in range(1, LINES + 1))
 
 STYLE = (
@@ -78,7 +78,7 @@ svg .plain { fill: var(--text); }
 .hollow { fill: var(--page); stroke: var(--mark); stroke-width: 1.6; }
 .ring { fill: none; stroke: var(--text); stroke-width: 1.6; }
 .limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 6 4; }
-.limit-text { fill: var(--limit) !important; }
+svg .limit-text { fill: var(--limit); }
 .best { stroke: var(--quiet); stroke-width: 1.5; }
 .cells { shape-rendering: crispEdges; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .5rem 0 .8rem;
