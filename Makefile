@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve bench test lint docs clean
+.PHONY: help install demo serve bench browser test lint docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,8 +32,16 @@ lint: install
 	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
+# The report page is tested in Debian's Chromium, which needs a root to install it.
+browser: /usr/bin/chromium  ## install the browser that tests drive
+
+/usr/bin/chromium:
+	@test "$$(id -u)" = 0 || { echo "tests need Chromium: sudo apt-get install --no-install-recommends chromium"; exit 1; }
+	apt-get update --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends chromium
+
 # Three at once, since most of the time goes into waiting for services to start, to be killed and to recover.
-test: install lint  ## linters, types, import contracts and every test
+test: install browser lint  ## linters, types, import contracts and every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile
 
 docs: install  ## write docs/reference.md from the code

@@ -205,7 +205,8 @@ def _found(result: dict[str, Any]) -> Iterator[str]:
     if search is None or candidates is None:
         return
     chosen = next(candidate for candidate in candidates if candidate["chosen"])
-    yield f"chosen: {chosen['name']}, trial {chosen['trial']} of {len(search['trials'])}"
+    trials = len(search["trials"]) + len(search["failed"])
+    yield f"chosen: {chosen['name']}, trial {chosen['trial']} of {trials}"
     if not search["feasible"]:
         yield "no trial keeps what min_retention asks for; this one lacks least"
     rows = [["retention on held-out rows", "mean", "least", "behind the chosen"]]

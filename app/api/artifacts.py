@@ -14,7 +14,7 @@ from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
 from app.services.composition import Services
 from app.storage.files import StoredFile
-from worker.engine.catalog.report import MANIFEST
+from worker.engine.catalog.report import MANIFEST, PAGE_POLICY
 
 router = APIRouter(tags=["artifacts"])
 
@@ -62,7 +62,9 @@ def get_file(
 @router.get("/jobs/{job_id}/report", response_class=FileResponse)
 def report(record: RecordOf, services: ServicesOf, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The report page."""
-    return serve(_file("report.html", record, services), if_none_match, "inline")
+    response = serve(_file("report.html", record, services), if_none_match, "inline")
+    response.headers.update({"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
+    return response
 
 
 @router.get("/jobs/{job_id}/archive", response_class=StreamingResponse)

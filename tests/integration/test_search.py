@@ -69,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path, inputs: P
 
 def told(search: Search) -> dict[str, Any]:
     """Without what another run takes more or less of."""
-    return search.model_dump(exclude={"trials": {"__all__": {"seconds"}}})
+    return search.model_dump(exclude={"trials": {"__all__": {"seconds"}}, "failed": {"__all__": {"seconds"}}})
 
 
 def test_the_best_trial_is_published_as_if_it_had_been_asked_for(
@@ -79,7 +79,7 @@ def test_the_best_trial_is_published_as_if_it_had_been_asked_for(
     search = searched(result)
     full = [trial for trial in search.trials if not trial.pruned]
     assert len(search.trials) == 12
-    assert search.trials[search.chosen].objective == max(trial.objective or 0.0 for trial in full)
+    assert search.best.objective == max(trial.objective for trial in full)
     [chosen] = [candidate for candidate in result.candidates or () if candidate.chosen]
     assert chosen.trial == search.chosen
     assert chosen.method is not None
@@ -233,7 +233,7 @@ def test_a_floor_that_can_be_reached_is(tiny_inputs: Path, inputs: Path, tmp_pat
     search = searched(Engine(CPU).merge(spec, silent))
     assert search.feasible
     assert search.min_retention == {"b": kept}
-    assert search.trials[search.chosen].retentions["b"] >= kept
+    assert search.best.retentions["b"] >= kept
 
 
 def test_a_floor_that_cannot_be_reached_is_said(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_floor_that_cannot_be_reached_is_said(tiny_inputs: Path, inputs: Path,
     search = searched(result)
     assert not search.feasible
     full = [trial for trial in search.trials if not trial.pruned]
-    assert search.trials[search.chosen].retentions["a"] == max(trial.retentions["a"] for trial in full)
+    assert search.best.retentions["a"] == max(trial.retentions["a"] for trial in full)
     assert any("min_retention" in note and "of a, not 2" in note for note in result.notes)
 
 
@@ -259,11 +259,11 @@ def test_a_merge_that_fails_costs_a_trial_and_no_job(tiny_inputs: Path, inputs: 
     spec = job(tmp_path, tiny_inputs, inputs, "ab", candidates=candidates, trials=4)
     huge = [model.model_copy(update={"weight": 1e37}) for model in spec.models]
     result = Engine(CPU).merge(spec.model_copy(update={"models": huge}), silent)
-    trials = searched(result).trials
-    failed = [trial for trial in trials if trial.candidate == "task_arithmetic"]
-    assert failed
-    assert all(t.error and t.objective is None and not t.retentions for t in failed)
-    assert all(t.error is None for t in trials if t.candidate == "average")
+    search = searched(result)
+    assert {trial.candidate for trial in search.trials} == {"average"}
+    assert {trial.candidate for trial in search.failed} == {"task_arithmetic"}
+    assert all(trial.error for trial in search.failed)
+    assert sorted(t.number for t in (*search.trials, *search.failed)) == [0, 1, 2, 3]
     assert "task_arithmetic" not in [candidate.name for candidate in result.candidates or ()]
     assert result.method["name"] == "average"
 

@@ -349,10 +349,10 @@ def test_card_and_report_of_a_merge_without_rows_say_what_was_done(engine: Engin
     assert "A merge of 2 models (a, b) by `ties`." in card
     assert "density `0.4`" in card
     assert "| b | `local:b` | 0.500 | density `0.7` |" in card
-    assert "<td>base</td><td>local:base</td>" in report
-    for other in ("rows measured", "aligned", "its error", "<td>score</td>", "<td>align</td>", "Who owns"):
+    assert '<th scope="row">base</th><td>local:base</td>' in report
+    for other in ("rows measured", "was aligned", "its error", ">score</th>", ">align</th>", "slices follow"):
         assert other not in report
-    assert "<td>merge</td>" in report
+    assert '<th scope="row">merge</th>' in report
 
 
 def test_card_and_report_of_a_stack_show_its_slices(engine: Engine, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -260,9 +261,9 @@ class Engine:
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
-        artifact.write_documents(
-            spec, plan, result, self._digests.of_checkpoint(plan.base) if plan.base else None, digests
-        )
+        scores = {run.spec.name: run.measured.scores for run in runs}
+        ancestor = self._digests.of_checkpoint(plan.base) if plan.base else None
+        artifact.write_documents(spec, plan, result, ancestor, digests, scores)
         return result
 
     def score(self, spec: ScoreSpec, on_progress: OnProgress) -> ScoreResult:
@@ -318,7 +319,7 @@ class Engine:
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
-        artifact.write_score_documents(spec, result)
+        artifact.write_score_documents(spec, result, {run.spec.name: run.measured.scores for run in runs})
         return result
 
     def _require_memory(
@@ -641,13 +642,16 @@ class Stopwatch:
 
 @contextmanager
 def _begun(spec: JobSpec) -> Iterator[StatisticsStore]:
-    """A job with its folder; statistics are looked for and kept, without a place for them until the job is done."""
+    """A job with its folder; statistics are looked for and kept, without a place for them until the job is done.
+
+    Several candidates of one job share them, so that none goes before its end.
+    """
     reset_peak_memory()
     spec.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         where = spec.store
         if where is None:
-            where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=0)
+            where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=sys.maxsize)
         yield stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
 
 
@@ -719,13 +723,13 @@ def _identity(spec: MergeSpec, auto: AutoParameters, runs: Sequence[ModelRun], p
 def _floor_notes(found: Search) -> list[str]:
     if found.feasible:
         return []
-    kept = found.trials[found.chosen].retentions
+    kept = found.best.retentions
     lacking = [
         f"{kept[name]:.3f} of {name}, not {floor:g}"
         for name, floor in found.min_retention.items()
         if kept[name] < floor
     ]
-    what = f"none of {len(found.trials)} merges kept what min_retention asks for"
+    what = f"none of {len(found.trials) + len(found.failed)} merges kept what min_retention asks for"
     return [f"{what}; the nearest, on the rows that were searched on, keeps {' and '.join(lacking)}"]
 
 

@@ -11,6 +11,8 @@ from worker.engine.catalog.values import PerTensor
 
 MANIFEST = "manifest.json"
 """The artifact's list of all its other files, with bytes and sha256; written last."""
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+"""What a browser may do for the report page (Content-Security-Policy): show it."""
 
 
 class MeasuredModel(Strict):
@@ -111,25 +113,34 @@ class Candidate(Strict):
     """Whether the artifact has this one."""
 
 
-class Trial(Strict):
-    """One merge that was tried."""
+class Proposed(Strict):
+    """What was tried."""
 
     number: int
+    """From 0, in order."""
     candidate: str
     """Name of its line in the table."""
     parameters: dict[str, Any]
     """What was tried; weights as `weight NAME`."""
+    seconds: float
+
+
+class FailedTrial(Proposed):
+    error: str
+    """As numbers that are not finite, or a matrix that cannot be solved for."""
+
+
+class Trial(Proposed):
+    """A merge that was made and looked at."""
+
     rows: int
     """Search rows of the model that has most, on which it was evaluated."""
     retentions: dict[str, float]
     """By model, on these rows."""
-    objective: float | None
-    """Lower by what the models lack to their `min_retention`; null where it failed."""
+    objective: float
+    """Lower by what the models lack to their `min_retention`."""
     pruned: bool
     """Whether it was given up before all search rows."""
-    seconds: float
-    error: str | None = None
-    """Why it failed: numbers that are not finite, or a matrix that cannot be solved for."""
 
 
 class Search(Strict):
@@ -146,6 +157,13 @@ class Search(Strict):
     chosen: int
     """Number of the trial."""
     trials: list[Trial]
+    failed: Annotated[list[FailedTrial], Field(default_factory=list)]
+    """Merges that could not be made."""
+
+    @property
+    def best(self) -> Trial:
+        """The one that was chosen."""
+        return next(trial for trial in self.trials if trial.number == self.chosen)
 
 
 class StoppingPoint(Strict):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from worker.engine.catalog.errors import InvalidDataset, NumericalError
 from worker.engine.catalog.methods import AutoParameters
-from worker.engine.catalog.report import Search, Trial
+from worker.engine.catalog.report import FailedTrial, Search, Trial
 from worker.engine.catalog.spec import MergeSpec
 from worker.engine.libraries import optuna
 from worker.engine.search.bench import Side, Tryout, part
@@ -95,6 +95,7 @@ def search(
     for candidate in range(len(space)):
         study.enqueue_trial(space.first(candidate))
     trials: list[Trial] = []
+    failed: list[FailedTrial] = []
     proposals: list[Proposal] = []
     for number in range(auto.trials):
         asked = study.ask()
@@ -111,14 +112,30 @@ def search(
         else:
             for look, retentions in enumerate(tried.looks):
                 is_given_up(look, retentions)
-        trial = _trial(number, space.names[proposal.candidate], tried, shares, sides, goal)
-        _tell(study, asked, trial)
-        trials.append(trial)
         proposals.append(proposal)
+        said = {"number": number, "candidate": space.names[proposal.candidate], "seconds": tried.seconds}
+        if tried.error is not None:
+            failed.append(FailedTrial(**said, parameters=tried.parameters, error=tried.error))
+            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        else:
+            share, last = shares[len(tried.looks) - 1], tried.looks[-1]
+            trial = Trial(
+                **said,
+                parameters=tried.parameters,
+                rows=max(part(side.searched, share) for side in sides),
+                retentions=last,
+                objective=goal.of(last),
+                pruned=share < 1,
+            )
+            trials.append(trial)
+            if trial.pruned:
+                study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+            else:
+                study.tell(asked, trial.objective)
         on_trial()
-    ranked = sorted((trial for trial in trials if trial.error is None), key=goal.rank, reverse=True)
+    ranked = sorted(trials, key=goal.rank, reverse=True)
     if not ranked:
-        raise NumericalError(f"none of the {len(trials)} merges could be made; the first: {trials[0].error}")
+        raise NumericalError(f"none of the {len(failed)} merges could be made; the first: {failed[0].error}")
     best: dict[int, tuple[int, Proposal]] = {}
     for trial in ranked:
         proposal = proposals[trial.number]
@@ -134,6 +151,7 @@ def search(
             feasible=goal.lack(chosen.retentions) == 0,
             chosen=chosen.number,
             trials=trials,
+            failed=failed,
         ),
         best=best,
     )
@@ -184,28 +202,3 @@ def _try(
         error = failed.message
     seconds = round(time.monotonic() - start, 3)
     return Tried(parameters=dict(proposal.parameters), looks=looks, seconds=seconds, error=error)
-
-
-def _trial(number: int, name: str, tried: Tried, shares: Sequence[float], sides: Sequence[Side], goal: Goal) -> Trial:
-    last = tried.looks[-1] if tried.error is None else {}
-    share = shares[len(tried.looks) - 1] if last else 0.0
-    return Trial(
-        number=number,
-        candidate=name,
-        parameters=tried.parameters,
-        rows=max(part(side.searched, share) for side in sides),
-        retentions=last,
-        objective=goal.of(last) if last else None,
-        pruned=bool(last) and share < 1,
-        seconds=tried.seconds,
-        error=tried.error,
-    )
-
-
-def _tell(study: "Study", asked: "Asked", trial: Trial) -> None:
-    if trial.error is not None:
-        study.tell(asked, state=optuna.trial.TrialState.FAIL)
-    elif trial.pruned:
-        study.tell(asked, state=optuna.trial.TrialState.PRUNED)
-    else:
-        study.tell(asked, trial.objective)

@@ -1,0 +1,1 @@
+"""What a job leaves for people and programs beside the weights: report page, `report.json`, model card."""

@@ -1,0 +1,311 @@
+"""What a report says beyond the job's result: the data of its pictures, and how the merge was put together.
+
+Large models are shown in means over blocks, and so many models that a page stays small; what was left out is said.
+"""
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import accumulate, combinations
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, BeforeValidator
+from torch import Tensor
+
+from worker.engine.catalog.families import Nodes
+from worker.engine.catalog.families.table import score_name
+from worker.engine.catalog.methods import PassthroughParameters, ScoringParameters
+from worker.engine.catalog.planning import TORCH_NAMES, MergePlan, PlannedTensor
+from worker.engine.catalog.spec import JobSpec, MergeSpec
+from worker.engine.catalog.strict import Strict
+from worker.engine.interference import Interference, TaskVectors, interference
+from worker.engine.methods import MeasuredModel
+from worker.engine.methods.combine import model_weights
+from worker.engine.methods.mask_fisher import node_weights
+
+PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
+BLOCKS = 48  # rows and columns of a map, at most
+MOST_CELLS = 24_000  # of all maps of a page: about 0.6 MB with their tables
+MOST_PAIRS = 45  # of models, that are listed: those of ten
+DIGITS = 4  # significant ones
+DTYPES = {short: long for long, short in TORCH_NAMES.items()}
+
+Scores = Mapping[str, Mapping[str, Tensor]]
+"""By model and score name: (nodes,)."""
+
+
+def rounded(value: float | None) -> float | None:
+    """To `DIGITS` significant digits; None for what is no finite number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{DIGITS}g}")
+
+
+Rounded = Annotated[float, AfterValidator(lambda value: float(f"{value:.{DIGITS}g}"))]
+Known = Annotated[float | None, BeforeValidator(rounded)]
+"""Null where there is no such number."""
+
+
+class NodeMap(Strict):
+    """Scores and merge weights of one kind of mask node, of models of one size."""
+
+    nodes: Nodes
+    layers: int
+    count: int
+    """Nodes of a layer."""
+    scores: dict[str, list[list[Known]]]
+    """By model: for each run of layers, from the first on, the means over runs of nodes, all runs equally long but for
+    rounding."""
+    weights: dict[str, list[list[Known]]]
+    """Merge weights in the same form; empty where scores decide no weights."""
+    lambdas: dict[str, Known]
+    """By model, the merge weight that it has where all scores are equal."""
+
+
+class Maps(Strict):
+    models: list[str]
+    """Those that are in the maps, the first of the merge."""
+    left_out: int
+    """How many more there are."""
+    maps: list[NodeMap]
+
+
+class Spread(Strict):
+    """Over pairs of models."""
+
+    mean: Rounded
+    least: Rounded
+    most: Rounded
+
+
+class LayerInterference(Strict):
+    layer: int | None
+    """Null: everything outside the layers."""
+    cosine: Spread | None
+    sign_conflicts: Spread | None
+
+
+class PairInterference(Strict):
+    """Of two models' task vectors over all layers."""
+
+    models: tuple[str, str]
+    cosine: Known
+    """Null where a task vector is 0."""
+    sign_conflicts: Known
+    """Share in opposite directions, of the values that both models changed; null where there are none."""
+
+
+class InterferenceReport(Strict):
+    share_read: Rounded
+    """Of the values of each model that it was computed from."""
+    layers: list[LayerInterference]
+    pairs: list[PairInterference]
+    pairs_in_all: int
+    """Means are over all of them, also where not all are listed."""
+
+
+class TensorGroup(Strict):
+    """Tensors of the merged backbone that were treated alike."""
+
+    kind: str
+    owner: Nodes | None
+    """Nodes that own slices; null where none does."""
+    outside_layers: bool
+    copied: bool
+    """Whether they are one model's, as they were."""
+    tensors: int
+    values: int
+    dtypes: list[str]
+
+
+class VocabularyReport(Strict):
+    owner: str
+    """The checkpoint whose tokenizer the output has."""
+    rows: int
+    tokens: int
+    new: int
+    """Tokens that other models brought."""
+    shared: dict[str, int]
+    """By model, how many of the output's tokens it has."""
+
+
+class Construction(Strict):
+    """What was put together, and how."""
+
+    groups: list[TensorGroup]
+    heads: str
+    """`merged`: with the backbone; `aligned`: each model's own, refitted to it; `kept`: as they were."""
+    dtype: str
+    """Of most values."""
+    vocabulary: VocabularyReport | None
+    bytes_read: int
+    bytes_written: int
+
+
+class Contents(Strict):
+    """Keys of `report.json` beside those of the job's result."""
+
+    construction: Construction | None
+    """Null of scores."""
+    maps: Maps | None
+    """Null where no mask node was scored."""
+    interference: InterferenceReport | None
+    """Null without a base, or where fewer than two models take part."""
+    threads: int
+    versions: dict[str, str]
+
+
+def of_merge(spec: MergeSpec, plan: MergePlan, scores: Scores) -> Contents:
+    names = [model.name for model in spec.models]
+    taking_part = [index for index, model in enumerate(spec.models) if model.takes_part]
+    found = None if isinstance(spec.method, PassthroughParameters) else interference(plan, taking_part)
+    return Contents(
+        construction=_construction(spec, plan),
+        maps=_maps(spec, scores, plan),
+        interference=None if found is None else _interference(found, [names[index] for index in taking_part]),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+    )
+
+
+def of_scores(spec: JobSpec, scores: Scores) -> Contents:
+    maps = _maps(spec, scores)
+    return Contents(
+        construction=None, maps=maps, interference=None, threads=torch.get_num_threads(), versions=versions()
+    )
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps | None:
+    """`plan` of a merge, whose weights are shown beside the scores."""
+    scored = [model for model in spec.models if scores.get(model.name)]
+    if not scored:
+        return None
+    weights: dict[str, Tensor] = {}
+    lambdas: dict[str, float] = {}
+    if plan is not None and isinstance(spec.method, ScoringParameters):
+        models = [MeasuredModel(m.weight, scores[m.name], parameters=m.parameters) for m in scored]
+        of_place = node_weights(models, spec.method)
+        weights = {
+            score: torch.stack([of_place(score, place) for place in places]).mean(0)
+            for score, places in plan.owned.items()
+        }
+        by_place = torch.stack([model_weights(models, place) for places in plan.owned.values() for place in places])
+        shares = (by_place / by_place.sum(1, keepdim=True)).mean(0)
+        lambdas = {model.name: float(share) for model, share in zip(scored, shares, strict=True)}
+    factor = 2 if weights else 1
+    cells = accumulate(factor * _cells(scores[model.name]) for model in scored)
+    shown = max(1, sum(so_far <= MOST_CELLS for so_far in cells))
+    shapes: dict[tuple[int, Nodes, int], list[str]] = {}
+    for model in scored[:shown]:
+        own = scores[model.name]
+        for nodes in Nodes:
+            shapes.setdefault((_layers(own), nodes, len(own[score_name(0, nodes)])), []).append(model.name)
+    places = {model.name: index for index, model in enumerate(scored)}
+    maps = []
+    for (layers, nodes, count), names in shapes.items():
+        sites = [score_name(layer, nodes) for layer in range(layers)]
+        decided = {name: _blocks([weights[site][places[name]] for site in sites]) for name in names if weights}
+        maps.append(
+            NodeMap(
+                nodes=nodes,
+                layers=layers,
+                count=count,
+                scores={name: _blocks([scores[name][site] for site in sites]) for name in names},
+                weights=decided,
+                lambdas={name: lambdas[name] for name in decided},
+            )
+        )
+    return Maps(models=list(places)[:shown], left_out=len(scored) - shown, maps=maps)
+
+
+def _layers(scores: Mapping[str, Tensor]) -> int:
+    return sum(name.endswith(f".{Nodes.HEADS}") for name in scores)
+
+
+def _cells(scores: Mapping[str, Tensor]) -> int:
+    """Of a model's maps of scores."""
+    return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[score_name(0, nodes)])) for nodes in Nodes)
+
+
+def _blocks(by_layer: Sequence[Tensor]) -> list[list[Any]]:
+    """Means over at most `BLOCKS` runs of nodes, and of layers; every layer has as many nodes."""
+    nodes = torch.stack(list(by_layer))
+    columns = torch.stack([part.mean(1) for part in nodes.tensor_split(min(BLOCKS, nodes.shape[1]), 1)], dim=1)
+    rows = torch.stack([part.mean(0) for part in columns.tensor_split(min(BLOCKS, len(nodes)))])
+    return rows.tolist()
+
+
+def _interference(found: Interference, names: Sequence[str]) -> InterferenceReport:
+    def spread(matrix: Tensor) -> Spread | None:
+        known = [value for value in found.of_pairs(matrix) if not math.isnan(value)]
+        return Spread(mean=sum(known) / len(known), least=min(known), most=max(known)) if known else None
+
+    def of_layer(layer: int | None, vectors: TaskVectors) -> LayerInterference:
+        return LayerInterference(
+            layer=layer,
+            cosine=spread(vectors.cosines),
+            sign_conflicts=spread(vectors.conflicts),
+        )
+
+    inside = sorted(layer for layer in found.layers if layer is not None)
+    outside = [None] if None in found.layers else []
+    whole = found.whole
+    pairs = list(
+        zip(combinations(names, 2), found.of_pairs(whole.cosines), found.of_pairs(whole.conflicts), strict=True)
+    )
+    return InterferenceReport(
+        share_read=found.values / found.of,
+        layers=[of_layer(layer, found.layers[layer]) for layer in [*inside, *outside]],
+        pairs=[
+            PairInterference(models=models, cosine=cosine, sign_conflicts=conflicts)
+            for models, cosine, conflicts in pairs[:MOST_PAIRS]
+        ],
+        pairs_in_all=len(pairs),
+    )
+
+
+def _construction(spec: MergeSpec, plan: MergePlan) -> Construction:
+    groups: dict[tuple[str, Nodes | None, bool, bool], list[PlannedTensor]] = {}
+    for tensor in plan.backbone:
+        slot = tensor.slot
+        key = (str(slot.kind), slot.owner.nodes if slot.owner else None, slot.layer is None, tensor.is_copied)
+        groups.setdefault(key, []).append(tensor)
+    vocabulary = plan.vocabulary
+    return Construction(
+        groups=[
+            TensorGroup(
+                kind=kind.replace("_", " "),
+                owner=owner,
+                outside_layers=outside,
+                copied=copied,
+                tensors=len(tensors),
+                values=sum(math.prod(tensor.shape) for tensor in tensors),
+                dtypes=sorted({dtype_name(tensor.dtype) for tensor in tensors}),
+            )
+            for (kind, owner, outside, copied), tensors in groups.items()
+        ],
+        heads="merged" if plan.merges_heads else "aligned" if spec.aligns else "kept",
+        dtype=dtype_name(plan.dtype),
+        vocabulary=None
+        if vocabulary is None
+        else VocabularyReport(
+            owner=vocabulary.owner.source,
+            rows=vocabulary.rows,
+            tokens=vocabulary.tokens,
+            new=len(vocabulary.new),
+            shared=dict(zip([model.name for model in spec.models], vocabulary.shared, strict=True)),
+        ),
+        bytes_read=plan.bytes_to_read,
+        bytes_written=plan.bytes_to_write,
+    )
+
+
+def dtype_name(name: str) -> str:
+    """As PyTorch spells it."""
+    return DTYPES.get(name, name.lower())

@@ -1,0 +1,291 @@
+"""`report.html`: one file without scripts that asks for nothing, told from the question that a user has first."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from worker.engine.catalog.methods import PassthroughParameters
+from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
+from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.engine.reporting import figures
+from worker.engine.reporting.contents import Construction, Contents
+from worker.engine.reporting.html import Cell, Html, details, element, table
+from worker.engine.reporting.style import STYLE
+from worker.engine.reporting.words import (
+    ABOUT_METRICS,
+    METRIC_COLUMNS,
+    SLICE_COLUMNS,
+    listed,
+    metric_rows,
+    number,
+    size,
+    slice_rows,
+)
+
+NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
+MOST_RECIPE_LETTERS = 100_000
+HEADS = {
+    "merged": "merged with the backbone",
+    "aligned": "each model's own, refitted to the merged backbone",
+    "kept": "each model's own, as it was",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    """One word, for links to it."""
+    title: str
+    content: Sequence[Html | None]
+
+
+def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None) -> str:
+    """`base` is the digest of the plan's base."""
+    sections = [
+        Section("retention", "What the merge kept of each expert", _retention(result)),
+        Section("candidates", "What could have been published", figures.candidates(result)),
+        Section("search", "How it was found", figures.search(result)),
+        _notes(result),
+        Section("merged", "What was merged", _merged(spec, plan, result, contents, base)),
+        Section("scores", "Where each model's nodes matter", figures.scores(contents.maps)),
+        Section("weights", "Which model decides where", figures.weights(contents.maps)),
+        Section("interference", "How the models get in each other's way", figures.interference(contents.interference)),
+        Section("certainty", "How well the merge weights are known", figures.certainty(result.stopping)),
+        Section("run", "Where the time went", _run(result, contents)),
+        _repeat(spec, result, "/merge"),
+    ]
+    tiles = [
+        ("mean retention", _share(result.mean_retention), "merged over expert"),
+        ("lowest retention", _share(result.min_retention), _lowest(result)),
+        *_common_tiles(spec, result),
+    ]
+    return _page(spec, "Merge", _summary(spec, result), tiles, sections)
+
+
+def score_page(spec: ScoreSpec, result: ScoreResult, contents: Contents) -> str:
+    sections = [
+        Section("measured", "What was measured", _measured(result)),
+        _notes(result),
+        Section("scores", "Where each model's nodes matter", figures.scores(contents.maps)),
+        Section(
+            "certainty",
+            "How well merge weights would be known",
+            [part for i, m in enumerate(result.models) for part in figures.certainty(m.stopping, m.name, i)],
+        ),
+        Section("store", "What is kept for later jobs", _kept(result)),
+        Section("run", "Where the time went", _run(result, contents)),
+        _repeat(spec, result, "/scores"),
+    ]
+    lead = f"Statistics of {listed([m.name for m in result.models])} for {result.method['name']}, without a merge."
+    return _page(spec, "Score", lead, _common_tiles(spec, result), sections)
+
+
+def _page(
+    spec: JobSpec, kind: str, lead: str, tiles: Sequence[tuple[str, str | None, str]], sections: Sequence[Section]
+) -> str:
+    shown = [section for section in sections if any(section.content)]
+    links = [element("li", element("a", section.name.capitalize(), href=f"#{section.name}")) for section in shown]
+    body = [
+        element(
+            "section", element("h2", s.title, id=f"{s.name}-h"), s.content, id=s.name, aria_labelledby=f"{s.name}-h"
+        )
+        for s in shown
+    ]
+    facts = [
+        element("div", element("dt", name), element("dd", value, element("small", more) if more else None))
+        for name, value, more in tiles
+        if value is not None
+    ]
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=PAGE_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", f"{spec.name} - maskmerge report"),
+        element("style", Html(STYLE)),
+    )
+    header = element(
+        "header",
+        element("p", f"{kind} report", class_="kind"),
+        element("h1", spec.name),
+        element("p", lead, class_="lead"),
+        element("dl", facts, class_="figures"),
+    )
+    footer = element(
+        "footer", "Made by maskmerge. ", element("code", "report.json"), " has the data of every picture on this page."
+    )
+    nav = element("nav", element("ul", links), aria_label="Sections")
+    document = element("html", head, element("body", header, nav, element("main", body), footer), lang="en")
+    return f"<!doctype html>\n{document}\n"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def _lowest(result: MergeResult) -> str:
+    known = {name: m.retention for name, m in (result.metrics or {}).items() if m.retention is not None}
+    return f"of {min(known, key=lambda name: known[name])}" if known else ""
+
+
+def _common_tiles(spec: JobSpec, result: JobResult) -> list[tuple[str, str | None, str]]:
+    method = str(result.method["name"])
+    seconds = sum(result.timings.model_dump(exclude=NOT_KNOWN_YET).values())
+    return [
+        ("models", str(len(spec.models)), ""),
+        ("method", method, "chosen by auto" if isinstance(result, MergeResult) and result.candidates else ""),
+        ("time", _seconds(seconds), f"on {result.device}, {size(result.peak_memory_bytes)} of memory"),
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _summary(spec: MergeSpec, result: MergeResult) -> str:
+    names = listed([model.name for model in spec.models])
+    if isinstance(spec.method, PassthroughParameters):
+        return f"Layers of {names}, stacked by passthrough."
+    base = f" Their base is {spec.base.source}." if spec.base else ""
+    return f"{names}, merged by {result.method['name']}.{base}"
+
+
+def _retention(result: MergeResult) -> list[Html]:
+    if not result.metrics:
+        return []
+    rows = details(
+        "Table of all versions", table(METRIC_COLUMNS, metric_rows(result), "Metrics by model", numeric=range(2, 9))
+    )
+    return [element("p", ABOUT_METRICS, class_="note"), figures.versions(result.metrics), rows]
+
+
+def _notes(result: JobResult) -> Section:
+    items = [element("li", note) for note in result.notes]
+    return Section("notes", "Notes", [element("ul", items)] if items else [])
+
+
+def _merged(
+    spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None
+) -> list[Html | None]:
+    is_stack = isinstance(spec.method, PassthroughParameters)
+    measured = any(m.examples for m in result.models)
+    columns: dict[str, list[str]] = {
+        "model": [m.name for m in result.models],
+        "checkpoint": [m.checkpoint for m in result.models],
+        "rows measured": [str(m.examples) if measured else "-" for m in result.models],
+        "rows the head was aligned on": [str(m.aligned_examples) if spec.aligns else "-" for m in result.models],
+        "share of the bytes" if is_stack else "mean merge weight": [number(m.weight_share, 3) for m in result.models],
+        "its error": [number(m.weight_error, 3) for m in result.models],
+        "its own parameters": [_compact(m.model_dump(mode="json")["parameters"]) for m in result.models],
+        "seconds to measure": [number(m.score_seconds, 1) if measured else "-" for m in result.models],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    if plan.base is not None and base is not None:
+        of_base = {"model": "base", "checkpoint": plan.base.source}
+        columns = {name: [*cells, of_base.get(name, "-")] for name, cells in columns.items()}
+    numeric = [index for index, name in enumerate(columns) if name not in ("model", "checkpoint", "its own parameters")]
+    rows = list(zip(*columns.values(), strict=True))
+    made = contents.construction
+    parts: list[Html | None] = [table(list(columns), rows, "Models", numeric=numeric)]
+    if isinstance(spec.method, PassthroughParameters):
+        parts.append(table(SLICE_COLUMNS, slice_rows(spec.method), "Slices"))
+    return [*parts, *(_construction(made, is_stack) if made else ())]
+
+
+def _construction(made: Construction, is_stack: bool) -> list[Html]:
+    facts: list[list[Cell]] = [
+        ["heads", HEADS[made.heads]],
+        ["stored as", made.dtype],
+        ["read", size(made.bytes_read)],
+        ["written", size(made.bytes_written)],
+    ]
+    if made.vocabulary is not None:
+        v = made.vocabulary
+        more = f", {v.new} tokens new" if v.new else ""
+        facts.insert(1, ["vocabulary", f"that of {v.owner}, {v.rows} rows{more}"])
+    groups = [
+        [
+            f"{g.kind}{', outside the layers' if g.outside_layers else ''}",
+            "copied"
+            if g.copied or is_stack
+            else f"slices follow their {'head' if g.owner == 'heads' else 'neuron'}"
+            if g.owner
+            else "no node owns slices",
+            str(g.tensors),
+            f"{g.values:,}",
+            ", ".join(g.dtypes),
+        ]
+        for g in made.groups
+    ]
+    of_groups = table(["tensors", "how", "number", "values", "stored as"], groups, "Groups of tensors", numeric=(2, 3))
+    return [
+        element("div", table(["what", "how"], facts, "The output"), class_="facts"),
+        details("Groups of tensors", of_groups),
+    ]
+
+
+def _measured(result: ScoreResult) -> list[Html]:
+    rows = [
+        [m.name, m.checkpoint, str(m.examples), m.estimator or "-", number(m.score_seconds, 1)] for m in result.models
+    ]
+    columns = ["model", "checkpoint", "rows measured", "estimator", "seconds"]
+    return [table(columns, rows, "Models", numeric=(2, 4))]
+
+
+def _kept(result: ScoreResult) -> list[Html]:
+    rows = [[m.name, s.statistic, f"{s.bytes:,}", element("code", s.digest)] for m in result.models for s in m.scores]
+    return [table(["model", "statistic", "bytes", "digest"], rows, "Statistics in the store", numeric=(2,))]
+
+
+def _run(result: JobResult, contents: Contents) -> list[Html]:
+    spent = result.timings.model_dump(exclude=NOT_KNOWN_YET)
+    spent = {name.removesuffix("_seconds"): seconds for name, seconds in spent.items() if seconds}
+    machine = [
+        ["device", result.device],
+        ["threads", str(contents.threads)],
+        ["peak memory", size(result.peak_memory_bytes)],
+        *[[name, version] for name, version in contents.versions.items()],
+    ]
+    inputs: list[list[Cell]] = [
+        [m.name, m.commit or "-", element("code", m.digest)] for m in getattr(result, "models", [])
+    ]
+    return [
+        *figures.timings(spent),
+        details(
+            "Machine and versions",
+            element("div", table(["what", "which"], machine, "Machine and versions"), class_="facts"),
+        ),
+        details("Digests of the inputs", table(["model", "commit", "digest"], inputs, "Digests of the inputs")),
+    ]
+
+
+def _repeat(spec: JobSpec, result: JobResult, route: str) -> Section:
+    recipe = json.dumps(spec.recipe, indent=2, ensure_ascii=False)
+    shown = recipe if len(recipe) <= MOST_RECIPE_LETTERS else None
+    data = f"--data @- <<'END'\n{shown}\nEND" if shown else "--data @recipe.json"
+    host = "http://127.0.0.1:8000"
+    command = f"curl --fail-with-body {host}{route} -H 'Content-Type: application/json' {data}"
+    method = json.dumps(result.method, indent=2, ensure_ascii=False)
+    about = "Posts the recipe to a service on this machine. manifest.json names what the same bits need."
+    return Section(
+        "repeat",
+        "How to repeat it",
+        [
+            element("p", about, element("code", " recipe.json"), " in the artifact is the same recipe.", class_="note"),
+            _block("Command", command),
+            details("Method as run", _block("Method as run", method)),
+        ],
+    )
+
+
+def _block(label: str, content: str) -> Html:
+    return element("pre", content, tabindex=0, role="region", aria_label=label)
+
+
+def _compact(values: Mapping[str, object]) -> str:
+    text = ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items())
+    return (text if len(text) <= 200 else text[:199] + "…") or "-"
