@@ -213,6 +213,21 @@ def test_what_a_crash_left_of_a_line_is_forgotten(tmp_path: Path, cut: int) -> N
     assert Journal(path, "one").found(len(known(again)), {"number": 7}) is not None
 
 
+@pytest.mark.parametrize("error", ["no tensor w\u2028, as it is", "tensor \u00e9"])
+def test_lines_end_where_the_journal_ends_them_and_a_letter_may_be_cut(tmp_path: Path, error: str) -> None:
+    path = tmp_path / "job.jsonl"
+    made = journal(path, count=2)
+    failed = Tried(parameters={"number": 2}, looks=[], seconds=0.5, error=error)
+    made.add(2, failed)
+    made.add(3, tried(3))
+    assert Journal(path, "one").found(2, {"number": 2}) == failed
+    assert known(Journal(path, "one")) == [0, 1, 2, 3]
+    whole = path.read_bytes()
+    letter = next(place for place, byte in enumerate(whole) if byte > 127)
+    path.write_bytes(whole[: letter + 1])
+    assert known(Journal(path, "one")) == [0, 1]
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]\n", b'{"identity": "another"}\n{}\n'])
 def test_what_is_no_journal_of_this_search_is_forgotten(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "job.jsonl"

@@ -57,16 +57,16 @@ class Journal:
     def _read(self, path: Path) -> list[Tried]:
         """As far as lines are whole; nothing of another search."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        except (OSError, UnicodeDecodeError):
+            lines = path.read_bytes().split(b"\n")
+        except OSError:
             return []
-        if lines[:1] != [self._identity + "\n"]:
+        if lines[0] != self._identity.encode():
             return []
         found = []
         for line in lines[1:]:
             try:
                 found.append(Tried.model_validate_json(line))
-            except ValidationError:
+            except ValidationError:  # also the nothing after the last line
                 break
         return found
 
