@@ -1,7 +1,7 @@
 """The parts of a search: halves of rows, what is tried, and the journal of what was."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -14,6 +14,7 @@ from worker.engine.catalog.methods.auto import space_of, with_values
 from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
 from worker.engine.search.journal import Journal, Tried
+from worker.engine.search.search import search
 from worker.engine.search.space import Proposal, Space, unique
 from worker.engine.search.splitting import halves
 
@@ -173,6 +174,47 @@ def test_default_candidates_can_be_run_with_what_is_named() -> None:
     assert {"average", "mask_fisher", "ties", "regmean", "aligned_regmean"} <= set(everything)
     assert default_candidates(has_base=False, has_datasets=False, models=2) == ["average"]
     assert not {"ties", "task_arithmetic"} & set(default_candidates(has_base=False, has_datasets=True, models=2))
+
+
+# --- what is given up, and what is chosen
+
+
+class Rows:
+    """Stands for an expert with so many search rows."""
+
+    name, held_out, expert = "a", (), 1.0
+    searched = range(128)
+
+
+def test_a_merge_that_keeps_the_floor_is_not_given_up_for_a_better_one_that_does_not() -> None:
+    """As the numbers come in: the second is better by the objective, and lacks what the first does not."""
+    outcomes = [{"a": 0.95, "b": 0.93}, {"a": 0.945, "b": 0.99}, {"a": 0.96, "b": 0.92}, {"a": 0.949, "b": 1.0}]
+
+    class Outcome:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def retentions(self, share: float, ridge: float) -> dict[str, float]:
+            return outcomes[self.number]
+
+    method = auto(trials=4)
+    spec = job(method)
+    floored = [spec.models[0].model_copy(update={"name": "a", "min_retention": 0.95}), *spec.models[1:]]
+    spec = spec.model_copy(update={"models": floored})
+    numbers = iter(range(4))
+    found = search(
+        spec,
+        method,
+        Space(spec, method, aligns=False),
+        cast("Any", [Rows()]),
+        lambda _: cast("Any", Outcome(next(numbers))),
+        Journal(None, "one"),
+        lambda: None,
+    )
+    assert [trial.pruned for trial in found.search.trials] == [False, True, False, True]
+    assert [trial.objective for trial in found.search.trials] == pytest.approx([0.94, 0.9625, 0.94, 0.9735])
+    assert found.search.feasible
+    assert found.search.chosen == 0
 
 
 # --- the journal

@@ -24,6 +24,8 @@ REDUCTION = 2
 """One of so many trials goes on after a look."""
 LEAST_ROWS = 32
 """Of each model, at a look that is not the last: with fewer, chance would decide."""
+FLOOR = 1e6
+"""What lacks to a floor counts for so much more than the objective."""
 
 MakeTryout = Callable[[Proposal], Tryout]
 
@@ -40,6 +42,14 @@ class Goal:
         values = list(retentions.values())
         value = min(values) if self.objective == "min_retention" else sum(values) / len(values)
         return value - self.lack(retentions)
+
+    def merit(self, retentions: Mapping[str, float]) -> float:
+        """What the search goes by: in the order of `rank`, whatever reaches the floors is above all that does not.
+
+        By the objective alone, one that lacks a little may come before one that lacks nothing, which would be given up
+        though it were the one to publish. Estimator and successive halving see the order alone, so size does no harm.
+        """
+        return self.of(retentions) - FLOOR * self.lack(retentions)
 
     def lack(self, retentions: Mapping[str, float]) -> float:
         return sum(max(0.0, floor - retentions[name]) for name, floor in self.floors.items())
@@ -102,7 +112,7 @@ def search(
         proposal = space.propose(asked)
 
         def is_given_up(look: int, retentions: Mapping[str, float], asked: "Asked" = asked) -> bool:
-            asked.report(goal.of(retentions), step=REDUCTION**look)
+            asked.report(goal.merit(retentions), step=REDUCTION**look)
             return asked.should_prune()
 
         tried = journal.found(number, proposal.parameters)
@@ -131,7 +141,7 @@ def search(
             if trial.pruned:
                 study.tell(asked, state=optuna.trial.TrialState.PRUNED)
             else:
-                study.tell(asked, trial.objective)
+                study.tell(asked, goal.merit(last))
         on_trial()
     ranked = sorted(trials, key=goal.rank, reverse=True)
     if not ranked:
