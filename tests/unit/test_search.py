@@ -63,6 +63,26 @@ def test_rows_of_one_text_are_in_one_half() -> None:
     assert all(texts)
 
 
+def test_what_is_held_out_for_one_model_is_not_searched_on_for_another() -> None:
+    """Two evaluations of the same texts in different orders, as those of other seeds."""
+    texts = [f"text {place}" for place in range(100)]
+    held_out = []
+    for order in (texts, texts[::-1], sorted(texts)):
+        _, held = halves([row(place, text) for place, text in enumerate(order)], 0, "rows")
+        held_out.append({order[place] for place in held})
+    assert held_out[0] == held_out[1] == held_out[2]
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [9, 1], [1, 9], [5, 1, 1, 1], [3, 3, 3], [1, 50, 1, 1, 7]])
+def test_halves_differ_by_the_rows_of_one_text_at_most(counts: list[int]) -> None:
+    rows = [row(0, f"text {number}") for number, count in enumerate(counts) for _ in range(count)]
+    for seed in range(20):
+        searched, held_out = halves(rows, seed, "rows")
+        assert searched
+        assert held_out
+        assert abs(len(searched) - len(held_out)) <= max(counts)
+
+
 def test_one_text_cannot_be_halved() -> None:
     with pytest.raises(InvalidDataset, match=r"rows: .*two different rows"):
         halves([row(0, "same"), row(1, "same")], 0, "rows")

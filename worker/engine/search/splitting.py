@@ -1,6 +1,7 @@
 """Evaluation rows in two halves: one to search on, one to report on."""
 
-import random
+import hashlib
+import json
 from collections.abc import Sequence
 
 from worker.engine.catalog.errors import InvalidDataset
@@ -10,8 +11,10 @@ from worker.engine.catalog.rows import Row
 def halves(rows: Sequence[Row], seed: int, source: str) -> tuple[list[int], list[int]]:
     """Places of the search rows and of the held-out rows, each in the order of `rows`.
 
-    Rows of the same text are in the same half, so that nothing that is held out was seen; where the longest run of one
-    text allows it, the halves differ by as many rows as that at most.
+    Rows of the same text are in the same half, so that nothing that is held out was seen. Texts come in an order that
+    follows from them and the seed alone, and the first half of their rows is searched on: of models that are evaluated
+    on the same texts, in whatever order, none searches on what is held out for another. The halves differ by the rows
+    of one text at most.
 
     Raises:
         InvalidDataset: there are not two different texts.
@@ -21,10 +24,13 @@ def halves(rows: Sequence[Row], seed: int, source: str) -> tuple[list[int], list
         places.setdefault((row.text, row.text_pair), []).append(place)
     if len(places) < 2:
         raise InvalidDataset(source, "method auto needs two different rows at least, to search on and to report on")
-    groups = list(places.values())
-    random.Random(seed).shuffle(groups)
+
+    def drawn(text: tuple[str, str | None]) -> bytes:
+        return hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
+
     searched: list[int] = []
     held_out: list[int] = []
-    for group in groups:  # the smaller half is the next one's
-        (searched if len(searched) <= len(held_out) else held_out).extend(group)
+    for text in sorted(places, key=drawn):
+        is_before_the_middle = 2 * len(searched) + len(places[text]) < len(rows)
+        (searched if is_before_the_middle else held_out).extend(places[text])
     return sorted(searched), sorted(held_out)
