@@ -176,7 +176,9 @@ def test_the_same_recipe_finds_the_same(
     repeated = Engine(CPU).merge(again, silent)
     assert told(searched(repeated)) == told(searched(result))
     assert repeated.candidates == result.candidates
-    assert read_model(again.folder / "models" / "a").keys() == read_model(spec.folder / "models" / "a").keys()
+    for name in "abc":
+        ours, first = (read_model(folder / "models" / name) for folder in (again.folder, spec.folder))
+        assert all(torch.equal(ours[key], first[key]) for key in ours | first)
     other = Engine(CPU).merge(job(tmp_path / "other", tiny_inputs, inputs, seed=1), silent)
     assert told(searched(other)) != told(searched(result))
 
@@ -262,7 +264,7 @@ def test_a_merge_that_fails_costs_a_trial_and_no_job(tiny_inputs: Path, inputs: 
     search = searched(result)
     assert {trial.candidate for trial in search.trials} == {"average"}
     assert {trial.candidate for trial in search.failed} == {"task_arithmetic"}
-    assert all(trial.error for trial in search.failed)
+    assert all("the merge, with the head of" in trial.error for trial in search.failed)
     assert sorted(t.number for t in (*search.trials, *search.failed)) == [0, 1, 2, 3]
     assert "task_arithmetic" not in [candidate.name for candidate in result.candidates or ()]
     assert result.method["name"] == "average"

@@ -75,13 +75,14 @@ class Seen:
 
     def __init__(self, read: Callable[[slice], Tensor]) -> None:
         self._read = read
-        self._known: list[Tensor] = []
+        self._known: Tensor | None = None
 
     def first(self, rows: int) -> Tensor:
-        known = sum(map(len, self._known))
-        if rows > known:
-            self._known.append(self._read(slice(known, rows)))
-        return torch.cat(self._known)[:rows]
+        if self._known is None:
+            self._known = self._read(slice(rows))
+        elif rows > len(self._known):
+            self._known = torch.cat([self._known, self._read(slice(len(self._known), rows))])
+        return self._known[:rows]
 
 
 class Tryout:
@@ -151,10 +152,11 @@ class Bench:
             return _read(model, rows[wanted], self._precision)
 
     def _with_backbone(self, loaded: LoadedModel) -> LoadedModel:
-        """A copy of the expert that has the bench's backbone in place of its own."""
+        """A copy of the expert that has the bench's backbone in place of its own, and says so where it fails."""
         own = dict(loaded.model.named_parameters())
         instead: dict[int, object] = {id(own[name]): parameter for name, parameter in self._backbone.items()}
-        return replace(loaded, model=copy.deepcopy(loaded.model, instead))
+        info = replace(loaded.info, source=f"the merge, with the head of {loaded.info.source},")
+        return replace(loaded, info=info, model=copy.deepcopy(loaded.model, instead))
 
 
 def part(rows: Sequence[object], share: float) -> int:
