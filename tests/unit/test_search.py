@@ -172,6 +172,7 @@ def test_candidates_of_the_same_method_have_names_of_their_own() -> None:
     [
         (["passthrough"], "stacks layers"),
         ([{"name": "mask_fisher", "preset": "paper"}], "a preset"),
+        ([{"name": "regmean", "precision": "float32"}], "precision is of the whole search"),
         ([], "at least 1 item"),
         (["average"] * 5, "5 candidates need as many trials"),
     ],

@@ -64,6 +64,8 @@ class AutoParameters(BaseParameters):
     def _can_be_searched(cls, candidates: list[MethodParameters] | None) -> list[MethodParameters] | None:
         if any(getattr(candidate, "preset", None) is not None for candidate in candidates or ()):
             raise ValueError("a preset reads rows in an order of its own, so it cannot be a candidate; leave it out")
+        if any("precision" in candidate.model_fields_set for candidate in candidates or ()):
+            raise ValueError("precision is of the whole search; give it to auto instead of a candidate")
         return candidates
 
     @model_validator(mode="after")
@@ -83,14 +85,14 @@ class AutoParameters(BaseParameters):
 
     @property
     def methods(self) -> Sequence[MethodParameters]:
-        """With `examples` and `precision` where a candidate leaves them open."""
+        """With the search's precision, and with its `examples` where a candidate names none."""
         return [with_values(candidate, self._common(candidate)) for candidate in self.candidates or ()]
 
     def _common(self, candidate: MethodParameters) -> dict[str, Any]:
         common: dict[str, Any] = {"precision": self.precision}
-        if isinstance(candidate, MeasuringParameters):
+        if isinstance(candidate, MeasuringParameters) and "examples" not in candidate.model_fields_set:
             common["examples"] = self.examples
-        return {name: value for name, value in common.items() if name not in candidate.model_fields_set}
+        return common
 
     @property
     def statistics(self) -> frozenset[Statistic]:
