@@ -25,9 +25,7 @@ FINAL = ("succeeded", "failed", "cancelled")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
     for seed, (name, labels) in enumerate({"a": 2, "b": 3}.items()):
         write_rows(tiny_inputs / "rows" / f"many-{name}.jsonl", count=ROWS, labels=labels, seed=seed)
-    service = make_service(
-        tmp_path_factory.mktemp("events"), tiny_inputs, MASKMERGE_LEASE_SECONDS="3", MASKMERGE_THREADS="1"
-    )
+    service = make_service(tmp_path_factory.mktemp("events"), tiny_inputs, MASKMERGE_LEASE_SECONDS="3")
     service.start()
     yield service
     assert service.stop() == 0
