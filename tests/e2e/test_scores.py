@@ -391,6 +391,6 @@ def test_a_job_that_waits_for_another_can_be_cancelled(new_service: NewService, 
         [waiting] = [i for i, message in workers.items() if f"-{holder.ppid()}-" not in message]
         start = time.monotonic()
         client.cancel(waiting)
-        assert service.finished(waiting, 10)["status"] == "cancelled"
+        assert service.finished(waiting)["status"] == "cancelled"
         assert time.monotonic() - start < 5
         assert service.job(next(i for i in ids if i != waiting))["status"] == "running"
