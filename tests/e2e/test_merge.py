@@ -42,7 +42,7 @@ def test_a_merge_is_accepted_with_its_location(service: Service) -> None:
 def test_the_result_has_every_field_of_the_contract(job: dict[str, Any]) -> None:
     result = job["result"]
     assert set(result) == {
-        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "stopping", "timings",
+        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "search", "stopping", "timings",
         "peak_memory_bytes", "device", "notes",
     }  # fmt: skip
     assert [model["name"] for model in result["models"]] == ["a", "b"]
