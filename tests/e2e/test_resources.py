@@ -3,7 +3,7 @@
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,36 @@ def assert_nothing_is_left(service: Service, job_id: str) -> None:
     assert not list((service.data_dir / "artifacts").glob(f"{job_id}*"))
 
 
+def limit(service: Service, further_bytes: int) -> None:
+    """Set how many bytes more the engine process of this moment may take; its successor is free again."""
+    engine = service.processes()["engine"]
+    soft = engine.memory_info().vms + further_bytes
+    resource.prlimit(engine.pid, resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+
+
+def test_a_job_does_not_begin_without_the_memory_it_needs_and_fails_alone_when_it_runs_out(service: Service) -> None:
+    """The first test, each time with a new engine: one that has worked holds memory that no limit takes from it."""
+    plan = service.post("/merge/validate", json=tiny_recipe()).json()
+    assert plan["peak_memory_bytes"] > 600_000_000
+    limit(service, 50_000_000)
+    too_large = service.finished(service.submit(tiny_recipe()))
+    assert (too_large["status"], too_large["error"]["code"]) == ("failed", "out_of_memory")
+    assert "the job needs about" in too_large["error"]["message"]
+    assert too_large["error"]["detail"]["needed_bytes"] > too_large["error"]["detail"]["available_bytes"]
+    assert_nothing_is_left(service, too_large["id"])
+
+    job_id, engine = scoring(service, long_recipe("wide"))
+    limit(service, 0)
+    engine.resume()
+    job = service.finished(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory"), job["error"]
+    assert_nothing_is_left(service, job_id)
+
+    assert service.finished(service.submit(NEXT))["status"] == "succeeded"
+    assert service.post(f"/jobs/{too_large['id']}/retry").status_code == 202
+    assert service.finished(too_large["id"])["status"] == "succeeded"
+
+
 def test_a_full_disk_refuses_at_the_door_fails_what_waits_and_what_writes_and_all_can_be_tried_again(
     service: Service, disk: Path
 ) -> None:
@@ -91,43 +121,6 @@ def test_a_full_disk_refuses_at_the_door_fails_what_waits_and_what_writes_and_al
     for job_id in (running, waiting):
         assert service.post(f"/jobs/{job_id}/retry").status_code == 202
         assert service.finished(job_id)["status"] == "succeeded"
-
-
-@pytest.fixture
-def limit(service: Service) -> Callable[[int], None]:
-    """Sets how many bytes more the engine process of this moment may take; its successor is free again."""
-
-    def limit(further_bytes: int) -> None:
-        engine = service.processes()["engine"]
-        soft = engine.memory_info().vms + further_bytes
-        resource.prlimit(engine.pid, resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
-
-    return limit
-
-
-def test_a_job_that_needs_more_memory_than_there_is_does_not_begin(
-    service: Service, limit: Callable[[int], None]
-) -> None:
-    plan = service.post("/merge/validate", json=tiny_recipe()).json()
-    assert plan["peak_memory_bytes"] > 600_000_000
-    limit(50_000_000)
-    job = service.finished(service.submit(tiny_recipe()))
-    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory")
-    assert "the job needs about" in job["error"]["message"]
-    assert job["error"]["detail"]["needed_bytes"] > job["error"]["detail"]["available_bytes"]
-    assert_nothing_is_left(service, job["id"])
-    assert service.post(f"/jobs/{job['id']}/retry").status_code == 202
-    assert service.finished(job["id"])["status"] == "succeeded"
-
-
-def test_memory_that_runs_out_in_the_work_fails_the_job_alone(service: Service, limit: Callable[[int], None]) -> None:
-    job_id, engine = scoring(service, long_recipe("wide"))
-    limit(0)
-    engine.resume()
-    job = service.finished(job_id)
-    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory"), job["error"]
-    assert_nothing_is_left(service, job_id)
-    assert service.finished(service.submit(NEXT))["status"] == "succeeded"
 
 
 def test_a_checkpoint_that_is_changed_while_the_job_waits_or_runs_fails_it_by_name(
