@@ -93,8 +93,8 @@ def test_a_job_does_not_begin_without_the_memory_it_needs_and_fails_alone_when_i
     assert_nothing_is_left(service, too_large["id"])
 
     job_id, engine = scoring(service, long_recipe("wide"))
-    limit(service, 0)
     engine.resume()
+    limit(service, 0)
     job = service.finished(job_id)
     assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory"), job["error"]
     assert_nothing_is_left(service, job_id)
