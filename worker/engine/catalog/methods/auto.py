@@ -50,7 +50,7 @@ class AutoParameters(BaseParameters):
     candidates: Annotated[list[Candidate], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
     """Methods, by name or with parameters that are to be kept as they are given; null: those that are good at most
     tasks and that the models name enough for."""
-    trials: Annotated[int, Field(ge=1, le=10_000)] = 40
+    trials: Annotated[int, Field(ge=1, le=1000)] = 40
     """Merges that are tried; each candidate's defaults come first."""
     objective: Literal["mean_retention", "min_retention"] = "mean_retention"
     """Over the models: what is to be as large as possible."""
