@@ -27,19 +27,8 @@ from worker.engine.catalog.methods import (
     Statistic,
 )
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
-from worker.engine.catalog.report import (
-    MergeResult,
-    MetricResult,
-    ScoreResult,
-    Timings,
-    Version,
-)
-from worker.engine.catalog.spec import (
-    JobSpec,
-    MergeSpec,
-    ScoreSpec,
-    StoreSpec,
-)
+from worker.engine.catalog.report import MergeResult, MetricResult, ScoreResult, Timings, Version
+from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.stacking import plan_job
 from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.checking import check_plan

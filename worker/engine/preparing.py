@@ -6,21 +6,10 @@ from dataclasses import dataclass, field, replace
 from worker.engine.catalog.errors import InvalidDataset
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.methods import (
-    AutoParameters,
-    MethodParameters,
-    Statistic,
-)
+from worker.engine.catalog.methods import AutoParameters, MethodParameters, Statistic
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.rows import Row, Rows, sample
-from worker.engine.catalog.spec import (
-    LEAST_ALIGNMENT_ROWS,
-    DatasetSpec,
-    EvaluationSpec,
-    JobSpec,
-    MergeSpec,
-    ModelSpec,
-)
+from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, DatasetSpec, EvaluationSpec, JobSpec, MergeSpec, ModelSpec
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.checkpoints.loading import LoadedModel, ModelCache
 from worker.engine.inputs import Inputs

@@ -3,20 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from worker.engine.catalog.methods import (
-    MethodParameters,
-    ScoringParameters,
-)
+from worker.engine.catalog.methods import MethodParameters, ScoringParameters
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import (
-    ModelResult,
-    ScoredModel,
-    ScoresFile,
-    Stopping,
-)
-from worker.engine.catalog.spec import (
-    JobSpec,
-)
+from worker.engine.catalog.report import ModelResult, ScoredModel, ScoresFile, Stopping
+from worker.engine.catalog.spec import JobSpec
 from worker.engine.device import Precision
 from worker.engine.preparing import ModelRun
 from worker.engine.stopping import Scored, errors_of_models, stopping

@@ -11,20 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from worker.engine.backbone import plain_average
-from worker.engine.catalog.methods import (
-    AutoParameters,
-    AverageParameters,
-)
+from worker.engine.catalog.methods import AutoParameters, AverageParameters
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import (
-    Candidate,
-    CandidateMetric,
-    MetricResult,
-    Search,
-)
-from worker.engine.catalog.spec import (
-    MergeSpec,
-)
+from worker.engine.catalog.report import Candidate, CandidateMetric, MetricResult, Search
+from worker.engine.catalog.spec import MergeSpec
 from worker.engine.checkpoints.loading import ModelCache
 from worker.engine.device import Precision
 from worker.engine.merging import merged_state
