@@ -40,9 +40,10 @@ browser: /usr/bin/chromium  ## install the browser that tests drive
 	apt-get update --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends chromium
 
-# Three at once, since most of the time goes into waiting for services to start, to be killed and to recover.
+# Three at once, since much of the time goes into waiting for services to start, to be killed and to recover; in the
+# order that conftest.py gives the files, rather than by how many tests they have.
 test: install browser lint  ## linters, types, import contracts and every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 docs: install  ## write docs/reference.md from the code
 	$(BIN)/python docs/generate.py

@@ -17,11 +17,13 @@ import psutil
 import pytest
 from redis import Redis
 
+from app.client import Client
 from app.embedded_redis import EmbeddedRedis
 from tests.tiny import tiny_base, tiny_checkpoint, write_rows
 from worker.engine.catalog.report import MergeResult, Timings
 
 REPOSITORY = Path(__file__).parent.parent
+HANGS_S = 300.0  # what no machine takes, however slow and busy, to do what a test waits for
 RESULT = MergeResult(
     models=[],
     metrics=None,
@@ -33,6 +35,11 @@ RESULT = MergeResult(
     device="cpu",
     notes=[],
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first, since the others run beside it; then as the folders say, unit tests last."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +70,7 @@ def _answers(client: Redis) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60, interval_s: float = 0.05) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = HANGS_S, interval_s: float = 0.05) -> Any:
     """The condition's first true value; fails the test when there is none in time."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -73,6 +80,15 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60, i
         if time.monotonic() > deadline:
             pytest.fail(f"waited {timeout_s} s for {what}")
         time.sleep(interval_s)
+
+
+def keeps_within(promise_s: float, attempt: Callable[[], float]) -> None:
+    """Asserts that what the attempt did took it no longer than promised, as it says in seconds: at the third time at
+    the latest, since the machine may be busy with something else."""
+    taken: list[float] = []
+    while not taken or (taken[-1] > promise_s and len(taken) < 3):
+        taken.append(attempt())
+    assert taken[-1] <= promise_s, f"took {taken} s"
 
 
 @dataclass
@@ -86,8 +102,12 @@ class Service:
     process: subprocess.Popen[bytes] | None = None
 
     @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        return httpx.Client(base_url=self.url, timeout=HANGS_S)
 
     @property
     def log(self) -> str:
@@ -108,7 +128,7 @@ class Service:
         """Ctrl-C, as a person would; the exit status."""
         assert self.process is not None
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(40)
+        return self.process.wait(HANGS_S)
 
     def get_or_none(self, path: str) -> httpx.Response | None:
         """The answer if it is 200."""
@@ -137,7 +157,7 @@ class Service:
         job: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
         return job
 
-    def finished(self, job_id: str, timeout_s: float = 120) -> dict[str, Any]:
+    def finished(self, job_id: str) -> dict[str, Any]:
         """The job once it is final, however often the service goes away meanwhile."""
 
         def final() -> dict[str, Any] | None:
@@ -145,8 +165,19 @@ class Service:
             job = response.json() if response else None
             return job if job and job["finished_at"] else None
 
-        job: dict[str, Any] = wait_until(final, f"job {job_id} to end", timeout_s)
+        job: dict[str, Any] = wait_until(final, f"job {job_id} to end")
         return job
+
+    def stand_still(self, job_id: str, phase: str) -> psutil.Process:
+        """The engine of the only worker, suspended as soon as the job is seen in the phase: whatever is tried then, the
+        job is not over before it. To be resumed or killed."""
+        with Client(self.url, HANGS_S) as client:
+            for event in client.events(job_id):
+                if event.kind == "progress" and event.data["phase"] == phase:
+                    engine = self.processes()["engine"]
+                    engine.suspend()
+                    return engine
+        pytest.fail(f"job {job_id} was not seen {phase}")
 
     def processes(self) -> dict[str, psutil.Process]:
         """What runs now, by role: supervisor, redis, api, worker, engine."""

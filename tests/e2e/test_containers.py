@@ -17,7 +17,7 @@ import pytest
 from redis import Redis
 
 from app.embedded_redis import find_server
-from tests.conftest import REPOSITORY, Service, free_port, tiny_recipe, wait_until
+from tests.conftest import HANGS_S, REPOSITORY, Service, free_port, tiny_recipe, wait_until
 from tests.containers import Dockerfile, compose, service_environment
 
 PASSWORD = "correct-horse_battery"
@@ -109,7 +109,7 @@ class Stack:
 
     def is_healthy(self, name: str) -> bool:
         result = subprocess.run(
-            self.health_check(name), env=self.environment(name), cwd=self.root, capture_output=True, timeout=30,
+            self.health_check(name), env=self.environment(name), cwd=self.root, capture_output=True, timeout=HANGS_S,
             check=False,
         )  # fmt: skip
         return result.returncode == 0
@@ -204,7 +204,13 @@ def test_redis_does_not_start_with_a_password_that_would_break_its_url(
     stack = Stack(tmp_path, installed, tiny_inputs)
     environment = {**stack.environment("redis"), "REDISCLI_AUTH": password}
     result = subprocess.run(
-        stack.command("redis"), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+        stack.command("redis"),
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+        check=False,
     )
     assert result.returncode == 1
     assert "MASKMERGE_REDIS_PASSWORD may hold" in result.stderr

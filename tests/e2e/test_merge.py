@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.client import Client
-from tests.conftest import Service, tiny_recipe, wait_until
+from tests.conftest import Service, keeps_within, tiny_recipe, wait_until
 from tests.tiny import LAYERS, Tensors, read_model, write_rows
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
@@ -42,7 +42,7 @@ def test_a_merge_is_accepted_with_its_location(service: Service) -> None:
 def test_the_result_has_every_field_of_the_contract(job: dict[str, Any]) -> None:
     result = job["result"]
     assert set(result) == {
-        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "stopping", "timings",
+        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "search", "stopping", "timings",
         "peak_memory_bytes", "device", "notes",
     }  # fmt: skip
     assert [model["name"] for model in result["models"]] == ["a", "b"]
@@ -342,12 +342,12 @@ def test_methods_describe_their_parameters(service: Service) -> None:
 
 
 def test_an_idle_warm_worker_starts_within_a_tenth_of_a_second(service: Service) -> None:
-    service.finished(service.submit(tiny_recipe("a", name="average")))
-    waits = []
-    for _ in range(5):
+    def wait_s() -> float:
         job = service.finished(service.submit(tiny_recipe("a", name="average")))
-        waits.append(job["result"]["timings"]["queue_seconds"])
-    assert sorted(waits)[2] < 0.1, waits  # the median: the machine may be busy with something else once
+        return float(job["result"]["timings"]["queue_seconds"])
+
+    wait_s()
+    keeps_within(0.1, lambda: sorted(wait_s() for _ in range(5))[2])
 
 
 def test_progress_never_falls_and_names_its_phase(service: Service) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 from redis import Redis
 
-from tests.conftest import REPOSITORY, Service, free_port, tiny_recipe, wait_until
+from tests.conftest import HANGS_S, REPOSITORY, Service, free_port, tiny_recipe, wait_until
 
 MASKMERGE = [sys.executable, "-m", "app.cli"]
 
@@ -36,7 +36,7 @@ def test_api_and_worker_run_as_parts_against_a_redis_of_their_own(
         service.wait_ready()
         assert service.finished(service.submit(tiny_recipe()))["status"] == "succeeded"
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(20) == 0
+        assert worker.wait(HANGS_S) == 0
         response = service.get("/readyz")
         assert (response.status_code, response.json()["errors"][0]["field"]) == (503, "workers")
         waiting = service.submit(tiny_recipe("a", name="average"))
@@ -44,7 +44,7 @@ def test_api_and_worker_run_as_parts_against_a_redis_of_their_own(
     finally:
         for process in (api, worker):
             process.terminate()
-            process.wait(20)
+            process.wait(HANGS_S)
     assert api.returncode in (0, -signal.SIGTERM)  # uvicorn shuts down and then ends as the signal asked
 
 
@@ -63,7 +63,7 @@ def test_serve_says_at_once_that_its_port_is_taken(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         command = [*MASKMERGE, "serve", "--data-dir", str(tmp_path), "--port", str(port)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=30, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=HANGS_S, check=False)
     assert result.returncode == 1
     assert f"port {port}" in result.stderr
     assert "--port" in result.stderr
@@ -72,7 +72,7 @@ def test_serve_says_at_once_that_its_port_is_taken(tmp_path: Path) -> None:
 
 def test_a_long_body_is_refused_before_it_is_sent(service: Service) -> None:
     """The announced length is enough: nothing of the 10 GB is waited for."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=HANGS_S) as connection:
         head = (
             "POST /merge HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 10000000000\r\n\r\n"
         )

@@ -2,15 +2,17 @@
 
 import os
 import re
-import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
 
-TIMEOUT_S = 540
+TIMEOUT_S = 1000  # two trainings, two merges and two services, beside other tests: minutes on two cores
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 MARK = "@@@ "
 
 
@@ -50,11 +52,17 @@ def outputs() -> dict[str, str]:
         env={**os.environ, "COLUMNS": "100", "PS1": ""},
         start_new_session=True,
     )
-    try:
-        printed, _ = shell.communicate(script + "wait\n", timeout=TIMEOUT_S)
-    finally:
-        if shell.poll() is None:
-            os.killpg(shell.pid, signal.SIGTERM)
+    with shell:  # else its pipes stay open when it takes too long
+        try:
+            printed, _ = shell.communicate(script + "wait\n", timeout=TIMEOUT_S)
+        finally:
+            if shell.poll() is None:
+                started = psutil.Process(shell.pid).children(recursive=True)
+                shell.kill()
+                for process in started:
+                    with suppress(psutil.NoSuchProcess):
+                        process.terminate()
+                psutil.wait_procs(started)
     parts = printed.split(f"\n{MARK}\n")
     return dict(zip(commands, parts, strict=False))
 

@@ -18,7 +18,7 @@ import yaml
 
 from app.cli import main
 from app.client import Client
-from tests.conftest import REPOSITORY, Service, assert_problem, tiny_recipe
+from tests.conftest import HANGS_S, REPOSITORY, Service, assert_problem, tiny_recipe
 from tests.tiny import LAYERS, Tensors, edit_tensors, read_model
 
 MERGEKIT = """
@@ -52,7 +52,7 @@ def post(
 
 def run(service: Service, recipe: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "app.cli", "merge", str(recipe), "--url", f"http://127.0.0.1:{service.port}"]
-    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=REPOSITORY, timeout=HANGS_S)
 
 
 @pytest.mark.parametrize("media_type", ["application/yaml", "application/x-yaml", "text/yaml; charset=utf-8"])
@@ -383,7 +383,7 @@ def test_the_command_line_says_that_no_service_is_there(tmp_path: Path, capsys: 
 def fetched(service: Service, job_id: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "app.cli", "download", job_id, "--output", str(folder)]
     command += ["--url", f"http://127.0.0.1:{service.port}"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=HANGS_S)
 
 
 def jobs_of(service: Service) -> set[str]:

@@ -3,13 +3,15 @@
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from redis import Redis
 
-from tests.conftest import Service, assert_problem, make_service, measured_anew, tiny_recipe, wait_until
+from tests.conftest import Service, assert_problem, make_service, measured_anew, tiny_recipe
 from tests.tiny import tiny_checkpoint, write_rows
 
 ROWS = 3000
@@ -37,14 +39,15 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.fixture
-def service(redis: Any, redis_url: str, disk: Path, inputs: Path) -> Iterator[Service]:
+@pytest.fixture(scope="module")
+def service(redis_url: str, disk: Path, inputs: Path) -> Iterator[Service]:
     """A service whose artifacts lie on the small disk, and whose Redis does not."""
+    with Redis.from_url(redis_url) as client:
+        client.flushall()
     service = make_service(disk, inputs, MASKMERGE_REDIS_URL=redis_url)
     service.start()
     yield service
     assert service.stop() == 0
-    shutil.rmtree(service.data_dir)
 
 
 def fill(disk: Path, leave: int) -> Path:
@@ -60,10 +63,10 @@ def long_recipe(*names: str) -> dict[str, Any]:
     return measured_anew(recipe)
 
 
-def scoring(service: Service, recipe: dict[str, Any]) -> str:
+def scoring(service: Service, recipe: dict[str, Any]) -> tuple[str, psutil.Process]:
+    """A job and the engine that scores for it, which is suspended."""
     job_id = service.submit(recipe)
-    wait_until(lambda: service.job(job_id)["progress"]["phase"] == "scoring", "scoring", interval_s=0.01)
-    return job_id
+    return job_id, service.stand_still(job_id, "scoring")
 
 
 def assert_nothing_is_left(service: Service, job_id: str) -> None:
@@ -71,13 +74,44 @@ def assert_nothing_is_left(service: Service, job_id: str) -> None:
     assert not list((service.data_dir / "artifacts").glob(f"{job_id}*"))
 
 
+def limit(service: Service, further_bytes: int) -> None:
+    """Set how many bytes more the engine process of this moment may take; its successor is free again."""
+    engine = service.processes()["engine"]
+    soft = engine.memory_info().vms + further_bytes
+    resource.prlimit(engine.pid, resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+
+
+def test_a_job_does_not_begin_without_the_memory_it_needs_and_fails_alone_when_it_runs_out(service: Service) -> None:
+    """The first test, each time with a new engine: one that has worked holds memory that no limit takes from it."""
+    plan = service.post("/merge/validate", json=tiny_recipe()).json()
+    assert plan["peak_memory_bytes"] > 600_000_000
+    limit(service, 50_000_000)
+    too_large = service.finished(service.submit(tiny_recipe()))
+    assert (too_large["status"], too_large["error"]["code"]) == ("failed", "out_of_memory")
+    assert "the job needs about" in too_large["error"]["message"]
+    assert too_large["error"]["detail"]["needed_bytes"] > too_large["error"]["detail"]["available_bytes"]
+    assert_nothing_is_left(service, too_large["id"])
+
+    job_id, engine = scoring(service, long_recipe("wide"))
+    engine.resume()
+    limit(service, 0)
+    job = service.finished(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory"), job["error"]
+    assert_nothing_is_left(service, job_id)
+
+    assert service.finished(service.submit(NEXT))["status"] == "succeeded"
+    assert service.post(f"/jobs/{too_large['id']}/retry").status_code == 202
+    assert service.finished(too_large["id"])["status"] == "succeeded"
+
+
 def test_a_full_disk_refuses_at_the_door_fails_what_waits_and_what_writes_and_all_can_be_tried_again(
     service: Service, disk: Path
 ) -> None:
-    running = scoring(service, long_recipe("a", "c"))
+    running, engine = scoring(service, long_recipe("a", "c"))
     waiting = service.submit(tiny_recipe("a", "c"))
     filler = fill(disk, leave=20_000)
     assert_problem(service.post("/merge", json=tiny_recipe()), 507, "no_space")
+    engine.resume()
     for job_id, words in ((running, "no space left"), (waiting, "the artifact needs")):
         job = service.finished(job_id)
         assert (job["status"], job["error"]["code"], job["error"]["retryable"]) == ("failed", "disk_full", True)
@@ -89,51 +123,16 @@ def test_a_full_disk_refuses_at_the_door_fails_what_waits_and_what_writes_and_al
         assert service.finished(job_id)["status"] == "succeeded"
 
 
-@pytest.fixture
-def limit(service: Service) -> Callable[[int], None]:
-    """Sets how many bytes more the engine process of this moment may take; its successor is free again."""
-
-    def limit(further_bytes: int) -> None:
-        engine = service.processes()["engine"]
-        soft = engine.memory_info().vms + further_bytes
-        resource.prlimit(engine.pid, resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
-
-    return limit
-
-
-def test_a_job_that_needs_more_memory_than_there_is_does_not_begin(
-    service: Service, limit: Callable[[int], None]
-) -> None:
-    plan = service.post("/merge/validate", json=tiny_recipe()).json()
-    assert plan["peak_memory_bytes"] > 600_000_000
-    limit(50_000_000)
-    job = service.finished(service.submit(tiny_recipe()))
-    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory")
-    assert "the job needs about" in job["error"]["message"]
-    assert job["error"]["detail"]["needed_bytes"] > job["error"]["detail"]["available_bytes"]
-    assert_nothing_is_left(service, job["id"])
-    assert service.post(f"/jobs/{job['id']}/retry").status_code == 202
-    assert service.finished(job["id"])["status"] == "succeeded"
-
-
-def test_memory_that_runs_out_in_the_work_fails_the_job_alone(service: Service, limit: Callable[[int], None]) -> None:
-    job_id = scoring(service, long_recipe("wide"))
-    limit(0)
-    job = service.finished(job_id)
-    assert (job["status"], job["error"]["code"]) == ("failed", "out_of_memory"), job["error"]
-    assert_nothing_is_left(service, job_id)
-    assert service.finished(service.submit(NEXT))["status"] == "succeeded"
-
-
 def test_a_checkpoint_that_is_changed_while_the_job_waits_or_runs_fails_it_by_name(
     service: Service, inputs: Path
 ) -> None:
     folder = inputs / "checkpoints" / "moving"
     recipe = long_recipe("a", "moving")
     tiny_checkpoint(folder, seed=6)
-    running = scoring(service, recipe)
+    running, engine = scoring(service, recipe)
     waiting = service.submit(recipe)
     tiny_checkpoint(folder, seed=7)
+    engine.resume()
     for job_id, words in ((running, "while the job ran"), (waiting, "after the job was accepted")):
         job = service.finished(job_id)
         assert (job["status"], job["error"]["code"]) == ("failed", "invalid_checkpoint"), job["error"]

@@ -1,6 +1,7 @@
 """The engine process from the worker's end: a real one, started, fed, killed."""
 
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from itertools import count
@@ -18,10 +19,9 @@ from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed
 
 
-@pytest.fixture
-def engine() -> Iterator[EngineProcess]:
+@pytest.fixture(scope="module")
+def startable() -> Iterator[EngineProcess]:
     engine = EngineProcess(threads=1)
-    engine.start()
     yield engine
     engine.kill()
 
@@ -35,6 +35,23 @@ def warm(engine: EngineProcess) -> EngineProcess:
 
     wait_until(is_warm, "all libraries")
     return engine
+
+
+@pytest.fixture
+def engine(startable: EngineProcess) -> EngineProcess:
+    """One that runs: that of the test before, unless it died there."""
+    try:
+        startable.poll(0)
+    except EngineDied:
+        startable.start()
+    return startable
+
+
+@pytest.fixture
+def fresh(startable: EngineProcess) -> EngineProcess:
+    """One that has merged nothing yet."""
+    startable.start()
+    return warm(startable)
 
 
 def spec(inputs: Path, folder: Path, checkpoint: str = "a") -> MergeSpec:
@@ -102,19 +119,16 @@ def test_it_can_be_started_again_after_its_death(engine: EngineProcess, tiny_inp
     assert isinstance(last_event(engine), Finished)
 
 
-def test_a_death_while_it_is_idle_is_noticed_by_the_next_merge(tiny_inputs: Path, tmp_path: Path) -> None:
-    engine = EngineProcess(threads=1)
-    engine.start()
+def test_a_death_while_it_is_idle_is_noticed_by_the_next_merge(
+    engine: EngineProcess, tiny_inputs: Path, tmp_path: Path
+) -> None:
     os.kill(engine.pid, signal.SIGKILL)
-    psutil.Process(engine.pid).wait(10)
+    psutil.Process(engine.pid).wait()
     with pytest.raises(EngineDied):
         engine.run(spec(tiny_inputs, tmp_path / "never"))
     engine.start()
-    try:
-        engine.run(spec(tiny_inputs, tmp_path / "then"))
-        assert isinstance(last_event(engine), Finished)
-    finally:
-        engine.kill()
+    engine.run(spec(tiny_inputs, tmp_path / "then"))
+    assert isinstance(last_event(engine), Finished)
 
 
 def test_it_may_open_as_many_files_as_allowed_and_says_when_that_is_too_few(
@@ -134,6 +148,7 @@ def test_it_may_open_as_many_files_as_allowed_and_says_when_that_is_too_few(
     assert isinstance(event, Failed)
     assert (event.error.code, event.error.retryable) == ("storage_error", True), event.error
     assert "ulimit -n" in event.error.message
+    process.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_killing_it_leaves_no_process(engine: EngineProcess) -> None:
@@ -143,36 +158,27 @@ def test_killing_it_leaves_no_process(engine: EngineProcess) -> None:
     engine.kill()  # harmless when there is none
 
 
-def test_a_merge_that_exceeds_its_memory_is_out_of_memory(tiny_inputs: Path, tmp_path: Path) -> None:
+def test_a_merge_that_exceeds_its_memory_is_out_of_memory(
+    fresh: EngineProcess, tiny_inputs: Path, tmp_path: Path
+) -> None:
     """A real limit on a real process: the address space the kernel grants it."""
-    import resource
-
-    engine = EngineProcess(threads=1)
-    engine.start()
-    try:
-        limit = psutil.Process(warm(engine).pid).memory_info().vms + 1_000_000
-        resource.prlimit(engine.pid, resource.RLIMIT_AS, (limit, limit))
-        engine.run(spec(tiny_inputs, tmp_path / "large"))
-        event = last_event(engine)
-        assert isinstance(event, Failed)
-        assert event.error.code == "out_of_memory", event.error
-    finally:
-        engine.kill()
+    limit = psutil.Process(fresh.pid).memory_info().vms + 1_000_000
+    resource.prlimit(fresh.pid, resource.RLIMIT_AS, (limit, limit))
+    fresh.run(spec(tiny_inputs, tmp_path / "large"))
+    event = last_event(fresh)
+    fresh.kill()
+    assert isinstance(event, Failed)
+    assert event.error.code == "out_of_memory", event.error
 
 
-def test_a_merge_that_loads_no_model_holds_rows_alone(tmp_path: Path) -> None:
+def test_a_merge_that_loads_no_model_holds_rows_alone(fresh: EngineProcess, tmp_path: Path) -> None:
     models = [tiny_model(tmp_path / n, seed=s, vocab_size=400_000, layers=1) for s, n in enumerate("ab", 1)]
     plan = plan_merge([inspect_checkpoint(folder, folder.name) for folder in models])
     size = plan.checkpoints[0].nbytes
     assert size > 50_000_000
-    engine = EngineProcess(threads=1)
-    engine.start()
-    try:
-        idle = warm(engine).resident_bytes()
-        engine.run(merge_spec(tmp_path / "out", [model_spec(folder) for folder in models], {"name": "average"}))
-        event = last_event(engine)
-    finally:
-        engine.kill()
+    idle = fresh.resident_bytes()
+    fresh.run(merge_spec(tmp_path / "out", [model_spec(folder) for folder in models], {"name": "average"}))
+    event = last_event(fresh)
     assert isinstance(event, Finished), event
     planned = plan.peak_memory_bytes(loads_models=False, threads=1)
     assert event.result.peak_memory_bytes < planned < RUNTIME_BYTES + size
@@ -190,7 +196,7 @@ def test_a_merge_that_loads_no_model_holds_rows_alone(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str, str]) -> None:
+def test_the_plans_memory_is_what_a_merge_takes(fresh: EngineProcess, tmp_path: Path, method: dict[str, str]) -> None:
     """No less is announced than is taken; and beyond what the libraries take, not much more."""
     names = ("x", "y", "z")
     rows = write_rows(tmp_path / "rows.jsonl", count=200)
@@ -200,14 +206,9 @@ def test_the_plans_memory_is_what_a_merge_takes(tmp_path: Path, method: dict[str
     evaluation = EvaluationSpec(**dataset_spec(held_out).model_dump(), metric="accuracy")
     models = [model_spec(folder, rows, evaluation=evaluation) for folder in checkpoints]
     spec = merge_spec(tmp_path / "out", models, method, evaluate=True)
-    engine = EngineProcess(threads=1)
-    engine.start()
-    try:
-        idle = warm(engine).resident_bytes()
-        engine.run(spec)
-        event = last_event(engine)
-    finally:
-        engine.kill()
+    idle = fresh.resident_bytes()
+    fresh.run(spec)
+    event = last_event(fresh)
     assert isinstance(event, Finished), event
     planned = plan.peak_memory_bytes(
         statistics=spec.method.statistics,

@@ -19,7 +19,7 @@ from app.main import create_app
 from app.storage.connection import connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import PROGRESS_KEPT, JobStore
-from tests.conftest import RESULT, wait_until
+from tests.conftest import HANGS_S, RESULT, wait_until
 
 MAX_LOSSES = 3
 NOTES = ["2 of 200 rows of local:rows.jsonl are longer than 48 tokens and were truncated", "another"]
@@ -383,7 +383,7 @@ def test_a_stream_whose_redis_goes_away_for_good_ends_and_the_next_one_is_refuse
             wait_until(lambda: redis.info("clients")["blocked_clients"], "the reader to wait for news")
             process.kill()
             process.wait()
-            response = reading.result(30)
+            response = reading.result(HANGS_S)
             assert response.status_code == 200
             assert [line for line in response.text.splitlines() if line.startswith("id: ")] == ["id: 1"]
             assert api.get(path).json()["code"] == "redis_unavailable"

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import struct
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,31 @@ def peak_bytes(plan: MergePlan, parameters: MethodParameters, folder: Path) -> t
     return before, peak_memory_bytes()
 
 
+def taken(plan: MergePlan, parameters: MethodParameters, folder: Path) -> int:
+    """What a merge takes beyond what the process holds, once all that a first one loads is there."""
+    peak_bytes(planned(folder, TINY_ROWS), parameters, folder)
+    before, peak = peak_bytes(plan, parameters, folder)
+    return peak - before
+
+
 def growth(parameters: MethodParameters, folder: Path) -> int:
-    """How much more the large tensor takes than the small one, once all that a first merge loads is there."""
+    """How much more the large tensor takes than the small one, after a first merge as in `taken`."""
     plans = [planned(folder, rows) for rows in (TINY_ROWS, SMALL_ROWS, LARGE_ROWS)]
     _, (_, small), (_, large) = (peak_bytes(plan, parameters, folder) for plan in plans)
     return large - small
+
+
+@pytest.fixture(scope="module")
+def alone() -> Callable[..., Any]:
+    """Calls a function in a process of its own, which has what this file imports and memory of nobody else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        with ProcessPoolExecutor(1, context) as process:
+            return process.submit(function, *arguments).result()
+
+    return call
 
 
 def without_statistics() -> list[dict[str, Any]]:
@@ -91,13 +112,12 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("method", [*without_statistics(), *VARIANTS], ids=lambda of: " ".join(map(str, of.values())))
-def test_what_is_held_does_not_grow_with_the_tensor(tmp_path: Path, method: dict[str, Any]) -> None:
+def test_what_is_held_does_not_grow_with_the_tensor(
+    tmp_path: Path, alone: Callable[..., Any], method: dict[str, Any]
+) -> None:
     """In a process of its own: memory that another merge gave back would hide what this one takes."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert (
-            pool.submit(growth, METHODS[method["name"]].parameters.model_validate(method), tmp_path).result()
-            < MOST_GROWTH
-        )
+    parameters = METHODS[method["name"]].parameters.model_validate(method)
+    assert alone(growth, parameters, tmp_path) < MOST_GROWTH
 
 
 @pytest.mark.parametrize(
@@ -111,11 +131,11 @@ def test_what_is_held_does_not_grow_with_the_tensor(tmp_path: Path, method: dict
         ("model_stock", {}),
     ],
 )
-def test_no_less_is_announced_than_many_models_take(tmp_path: Path, method: str, given: dict[str, float]) -> None:
+def test_no_less_is_announced_than_many_models_take(
+    tmp_path: Path, alone: Callable[..., Any], method: str, given: dict[str, float]
+) -> None:
     """Of one tensor of several blocks, in a process that has no memory of others to use again."""
     parameters = merge_parameters(method, **given)
     plan = planned(tmp_path, MANY_ROWS, models=MODELS, drawn=MANY_ROWS)
     announced = plan.peak_memory_bytes(loads_models=False, selects_by_rank=parameters.selects_by_rank, threads=1)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        before, peak = process.submit(peak_bytes, plan, parameters, tmp_path).result()
-    assert 0.2 * (announced - RUNTIME_BYTES) < peak - before < announced - RUNTIME_BYTES
+    assert 0.2 * (announced - RUNTIME_BYTES) < alone(taken, plan, parameters, tmp_path) < announced - RUNTIME_BYTES

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import wait_until
+from tests.conftest import HANGS_S, wait_until
 from worker.engine.catalog.errors import StorageError
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.statistics import Facts, Origin, Tokens
@@ -199,7 +199,7 @@ def test_of_several_processes_one_computes_and_no_lock_is_left(tmp_path: Path) -
     log = tmp_path / "log"
     processes = [wanting(tmp_path / "store", log, until=4) for _ in range(3)]
     for process in processes:
-        process.join(60)
+        process.join(HANGS_S)
     assert [process.exitcode for process in processes] == [0] * 3
     assert sorted(log.read_text().splitlines()) == ["computes", "wants", "wants", "wants"]
     assert [entry.name for entry in (tmp_path / "store").iterdir()] == [FACTS.address]
@@ -215,7 +215,7 @@ def test_when_the_process_that_computes_is_killed_another_takes_over(tmp_path: P
     assert second.is_alive()
     assert log.read_text().count("computes") == 1
     first.kill()
-    second.join(60)
+    second.join(HANGS_S)
     assert second.exitcode == 0
     assert log.read_text().count("computes") == 2
     entries = sorted(entry.name for entry in (tmp_path / "store").iterdir())

@@ -7,7 +7,7 @@ to a residual, it makes up for what the residual lacks.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -24,7 +24,7 @@ from worker.engine.catalog.methods import AlignedRegMeanParameters
 from worker.engine.catalog.planning import MergePlan, required_family
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, values_at
 from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.device import Precision, computing_in
+from worker.engine.device import Precision, computing_in, rounded_weights
 from worker.engine.scoring.data import Batch, Example, collate, plan_batches
 from worker.engine.scoring.scorer import not_finite
 
@@ -126,7 +126,9 @@ def align_layers(
 
     blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
     changes: dict[str, Tensor] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as stack:
+        for expert in experts:  # that of the merge changes from layer to layer
+            stack.enter_context(rounded_weights(expert.loaded.model, precision))
         comparisons = [_Comparison(expert, merged, blocks, precision) for expert in experts]
         for layer, groups in by_layer:
             if layer is not None:

@@ -89,6 +89,7 @@ class Tryout:
     """A merge, with what each expert's head makes of its rows with it."""
 
     def __init__(self, bench: "Bench", state: State) -> None:
+        self.state = state
         self._sides = bench.sides
 
         def seen(index: int, rows: Sequence[Example]) -> Seen:

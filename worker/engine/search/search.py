@@ -88,7 +88,8 @@ def search(
     Candidates come first with their defaults, then what Optuna's tree-structured Parzen estimator proposes (Bergstra et
     al. 2011) from what came of those before. A trial is looked at on a quarter, a half and all of the search rows, and
     goes on while it is in the better half of the trials that were looked at on as many (asynchronous successive
-    halving, Li et al. 2020, arXiv 1810.05934). All of it follows from the seed, as long as merges and predictions do.
+    halving, Li et al. 2020, arXiv 1810.05934); each candidate's first is looked at on all of them. All of it follows
+    from the seed, as long as merges and predictions do.
 
     Args:
         make: merges as proposed.
@@ -113,7 +114,8 @@ def search(
 
         def is_given_up(look: int, retentions: Mapping[str, float], asked: "Asked" = asked) -> bool:
             asked.report(goal.merit(retentions), step=REDUCTION**look)
-            return asked.should_prune()
+            is_behind = asked.should_prune()  # later trials stand against what was asked of
+            return is_behind and asked.number >= len(space)
 
         tried = journal.found(number, proposal.parameters)
         if tried is None:

@@ -17,8 +17,6 @@ from worker.engine.catalog.methods.entry import (
 from worker.engine.catalog.methods.merging import METHODS, Method, check_name
 
 MOST_CANDIDATES = 50
-MOST_TRIALS = 1000
-"""The job's result names each: of 10,000 it has megabytes, and proposing them takes longer than making small merges."""
 DEFAULT_CANDIDATES = (
     "average",
     "mask_fisher",
@@ -52,7 +50,7 @@ class AutoParameters(BaseParameters):
     candidates: Annotated[list[Candidate], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
     """Methods, by name or with parameters that are to be kept as they are given; null: those that are good at most
     tasks and that the models name enough for."""
-    trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)] = 40
+    trials: Annotated[int, Field(ge=1, le=1000)] = 40
     """Merges that are tried; each candidate's defaults come first."""
     objective: Literal["mean_retention", "min_retention"] = "mean_retention"
     """Over the models: what is to be as large as possible."""

@@ -35,7 +35,7 @@ MASK_REGMEAN = MethodEntry(
     source="this project's, from arXiv 2403.09891 and 2212.09849",
     needs=("dataset",),
     parameters=MaskRegMeanParameters,
-    search={  # neuron_rows takes minutes a merge, where others take seconds: who wants it says so in the candidate
+    search={  # without neuron_rows, which take minutes a trial
         "normalize": Choice(("layer", "model")),
         "rest": Choice(("uniform", "model")),
         "shrink": Range(0.8, 1.0),

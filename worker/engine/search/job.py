@@ -1,0 +1,177 @@
+"""`auto` as a part of a job: its trials and its table over the job's models, and the job that it comes to."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from worker.engine.backbone import plain_average
+from worker.engine.catalog.methods import AutoParameters, AverageParameters
+from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.report import Candidate, CandidateMetric, MetricResult, Search
+from worker.engine.catalog.spec import MergeSpec
+from worker.engine.checkpoints.loading import ModelCache
+from worker.engine.device import Precision
+from worker.engine.merging import merged_state
+from worker.engine.phase import OnProgress, Phase
+from worker.engine.preparing import ModelRun, required_evaluation
+from worker.engine.search.bench import Bench, Side, State, Tryout
+from worker.engine.search.journal import Journal
+from worker.engine.search.search import Found, search
+from worker.engine.search.space import Proposal, Space
+from worker.engine.search.table import PLAIN_AVERAGE, Line, table
+
+
+def search_job(
+    spec: MergeSpec,
+    auto: AutoParameters,
+    plan: MergePlan,
+    by_method: Sequence[list[ModelRun]],
+    models: ModelCache,
+    precision: Precision,
+    on_progress: OnProgress,
+) -> tuple[Found, list[Candidate], State | None]:
+    """What came of all trials, the table of what they are worth on the held-out rows, and the chosen backbone.
+
+    The latter only where layers were refitted; any other is made again faster than it is worth its memory.
+    """
+    [runs, *_] = by_method  # rows are the same for all
+    sides = [
+        Side(
+            run.spec.name,
+            models.get(run.info),
+            required_evaluation(run.spec),
+            run.searched,
+            run.evaluation,
+            run.alignment,
+            precision,
+        )
+        for run in runs
+    ]
+    bench = Bench(plan, sides, precision)
+    space = Space(spec, auto, aligns=any(run.alignment for run in runs))
+    searching = Phase("searching", auto.trials + len(space) + 1 + len(runs), "merges", on_progress)
+
+    refitted: dict[str, Tryout] = {}
+
+    def made(proposal: Proposal) -> Tryout:
+        if not proposal.method.refits_layers:
+            return Tryout(bench, merged(proposal))
+        key = proposal.method.model_dump_json()
+        if key not in refitted:  # it takes as long as dozens of other merges, and trials may differ in heads alone
+            refitted[key] = Tryout(bench, merged(proposal))
+        return refitted[key]
+
+    def merged(proposal: Proposal) -> dict[str, Tensor]:
+        own = by_method[proposal.candidate]
+        weighed = [
+            replace(run, spec=run.spec.model_copy(update={"weight": weight}))
+            for run, weight in zip(own, proposal.weights, strict=True)
+        ]
+        return merged_state(proposal.method, weighed, plan, models, precision)
+
+    def averaged(takes_part: Sequence[bool]) -> Tryout:
+        return Tryout(bench, plain_average(plan, takes_part))
+
+    identity = _identity(spec, auto, runs, precision)
+    found = search(spec, auto, space, sides, made, Journal(spec.journal, identity), searching.advance)
+    names = [run.spec.name for run in runs]
+    lines = [
+        Line(
+            name=space.names[candidate],
+            kind="method",
+            method=proposal.method,
+            weights=dict(zip(names, proposal.weights, strict=True)),
+            align_ridge=proposal.align_ridge,
+            trial=number,
+            tryout=partial(made, proposal),
+        )
+        for candidate, (number, proposal) in found.best.items()
+    ]
+    ridge = spec.output.align_ridge
+    backbones = {PLAIN_AVERAGE: [run.takes_part for run in runs]}
+    backbones |= {f"expert {name}": [name == other for other in names] for name in names}
+    lines += [
+        Line(
+            name=name,
+            kind="average" if name == PLAIN_AVERAGE else "expert",
+            method=AverageParameters() if name == PLAIN_AVERAGE else None,
+            weights={model: float(takes) for model, takes in zip(names, takes_part, strict=True)},
+            align_ridge=ridge,
+            trial=None,
+            tryout=partial(averaged, takes_part),
+        )
+        for name, takes_part in backbones.items()
+    ]
+    candidates = table(lines, sides, found.search.chosen, searching.advance)
+    chosen = made(found.chosen).state if found.chosen.method.refits_layers else None
+    return found, candidates, chosen
+
+
+def with_chosen(spec: MergeSpec, chosen: Proposal) -> MergeSpec:
+    """The job as if what `auto` chose had been asked for."""
+    models = [
+        model.model_copy(update={"weight": weight}) for model, weight in zip(spec.models, chosen.weights, strict=True)
+    ]
+    output = spec.output.model_copy(update={"align_ridge": chosen.align_ridge})
+    return spec.model_copy(update={"method": chosen.method, "models": models, "output": output})
+
+
+def _identity(spec: MergeSpec, auto: AutoParameters, runs: Sequence[ModelRun], precision: Precision) -> str:
+    """Of all that the outcomes of trials follow from: a digest."""
+    facts: dict[str, Any] = {
+        "method": auto.model_dump(mode="json"),
+        "models": [run.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for run in runs],
+        "checkpoints": [run.digest for run in runs],
+        "base": spec.base and spec.base.state,
+        "align_ridge": spec.output.align_ridge,
+        "precision": precision,
+        "versions": {name: version(name) for name in ("maskmerge", "optuna", "torch", "transformers")},
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for run in runs:
+        for examples in (run.searched, run.alignment, run.unseen):
+            for example in examples:
+                digest.update(json.dumps([dict(example.encoding), example.label]).encode())
+        if run.sample is not None:
+            digest.update(run.sample.digest(len(run.sample), with_labels=True).encode())
+    return digest.hexdigest()
+
+
+def floor_notes(found: Search) -> list[str]:
+    if found.feasible:
+        return []
+    kept = found.best.retentions
+    lacking = [
+        f"{kept[name]:.3f} of {name}, not {floor:g}"
+        for name, floor in found.min_retention.items()
+        if kept[name] < floor
+    ]
+    what = f"none of {len(found.trials) + len(found.failed)} merges kept what min_retention asks for"
+    return [f"{what}; the nearest, on the rows that were searched on, keeps {' and '.join(lacking)}"]
+
+
+def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:
+    """The chosen one with the numbers of what was published, whose storage may round."""
+    found = []
+    for candidate in candidates:
+        if candidate.chosen and metrics is not None:
+            published = {
+                name: CandidateMetric(metric=m.metric, value=m.merged, interval=m.interval, retention=m.retention)
+                for name, m in metrics.items()
+            }
+            retentions = [m.retention for m in metrics.values() if m.retention is not None]
+            candidate = candidate.model_copy(
+                update={
+                    "metrics": published,
+                    "mean_retention": sum(retentions) / len(retentions) if retentions else None,
+                    "min_retention": min(retentions, default=None),
+                }
+            )
+        found.append(candidate)
+    return found
