@@ -1,6 +1,8 @@
 """`auto` in the engine: what it chooses, what it says of it, and how it goes on after a crash."""
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import dataset_spec, merge_spec, model_spec, read_model, silent, write_lines
 from worker.engine.catalog.errors import InvalidDataset
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.planning import plan_merge
 from worker.engine.catalog.report import MergeResult, Search
 from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.catalog.spec import CheckpointSpec, EvaluationSpec, MergeSpec
+from worker.engine.checkpoints.loading import load
 from worker.engine.pipeline import Engine
+from worker.engine.search.bench import Bench
 from worker.engine.search.search import SHARES
 from worker.engine.search.splitting import halves
 
@@ -223,6 +229,20 @@ def test_other_rows_are_another_search(
     head = again.journal.read_text().splitlines()[0]
     Engine(CPU).merge(again.model_copy(update={"models": [moved, *again.models[1:]]}), silent)
     assert again.journal.read_text().splitlines()[0] != head
+
+
+def test_of_an_expert_no_more_is_held_than_what_is_not_merged(tiny_inputs: Path) -> None:
+    """All of them at once would need more memory than the plan counts."""
+    info = inspect_checkpoint(tiny_inputs / "checkpoints" / "a", "local:a")
+    plan, loaded = plan_merge([info]), load(info, CPU)
+    bench = Bench(plan, "float32")
+    bench.add("a", loaded, EvaluationSpec(source="a", metric="accuracy"), [], [], [])
+    parameters = dict(loaded.model.named_parameters())
+    held = weakref.WeakValueDictionary({tensor.slot.name: parameters[tensor.slot.name] for tensor in plan.backbone})
+    assert len(held) == len(plan.backbone)
+    del loaded, parameters
+    gc.collect()
+    assert not list(held)
 
 
 def floored(spec: MergeSpec, floors: Sequence[float | None]) -> MergeSpec:

@@ -12,7 +12,7 @@ from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.methods import METHODS, AutoParameters, Choice, MethodParameters, default_candidates
 from worker.engine.catalog.methods.auto import space_of, with_values
 from worker.engine.catalog.rows import Row
-from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
+from worker.engine.catalog.spec import CheckpointSpec, MergeSpec, models_beside
 from worker.engine.search.journal import Journal, Tried
 from worker.engine.search.search import search
 from worker.engine.search.space import Proposal, Space, unique
@@ -236,6 +236,15 @@ def test_a_merge_that_keeps_the_floor_is_not_given_up_for_a_better_one_that_does
     assert [trial.objective for trial in found.search.trials] == pytest.approx([0.94, 0.9625, 0.94, 0.9735])
     assert found.search.feasible
     assert found.search.chosen == 0
+
+
+def test_memory_is_counted_for_each_merge_that_is_kept() -> None:
+    refits = [{"name": "aligned_regmean", "hold": hold} for hold in (0.1, 0.3)]
+    assert [models_beside(True, True, auto(candidates=["average", *refits[:count]])) for count in (0, 1, 2)] == [
+        3,
+        4,
+        5,
+    ]
 
 
 # --- the journal

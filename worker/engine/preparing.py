@@ -144,7 +144,7 @@ def measured_by(method: MethodParameters, spec: JobSpec, run: ModelRun) -> Model
 
 def longest_row(run: ModelRun) -> int:
     """Tokens of the model's longest row, as far as they are known."""
-    lengths = [example.length for example in (*run.unseen, *run.evaluation)]
+    lengths = [example.length for example in (*run.unseen, *run.searched, *run.evaluation)]
     return max([*lengths, run.sample.longest() if run.sample else 1])
 
 

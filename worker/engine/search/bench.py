@@ -26,7 +26,10 @@ Head = tuple[Tensor, Tensor | None]
 
 
 class Side:
-    """An expert, and its rows: to search on, to judge by, and to align its head on, where it is aligned."""
+    """What an expert makes of its rows: to search on, to judge by, and to align its head on, where it is aligned.
+
+    The expert itself is not kept.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class Side:
         precision: Precision,
     ) -> None:
         self.name = name
-        self.loaded = loaded
+        self.task = loaded.task
         self.evaluation = evaluation
         self.searched, self.held_out, self.alignment = searched, held_out, alignment
         self.labels, self.held_out_labels = _labels(searched), _labels(held_out)
@@ -53,7 +56,7 @@ class Side:
         self._predicted = predicted(own, loaded.task)
 
     def predicted(self, features: Tensor, head: Head) -> Array:
-        return predicted(_outputs(features, head), self.loaded.task)
+        return predicted(_outputs(features, head), self.task)
 
     @cached_property
     def expert(self) -> float:
@@ -125,21 +128,35 @@ class Tryout:
 class Bench:
     """One backbone that all experts' heads read, and that merges are put into.
 
-    The parts of a model that are not merged, as its head, stay the expert's own.
+    The parts of a model that are not merged, as its head, stay the expert's own; of experts no more is kept.
     """
 
-    def __init__(self, plan: MergePlan, sides: Sequence[Side], precision: Precision) -> None:
-        self.sides = sides
+    def __init__(self, plan: MergePlan, precision: Precision) -> None:
+        self.sides: list[Side] = []
         self._precision = precision
-        names = {tensor.slot.name for tensor in plan.backbone}
-        own = dict(sides[0].loaded.model.named_parameters())
-        self._backbone = {
-            name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            for name, parameter in own.items()
-            if name in names
-        }
-        self._models = [self._with_backbone(side.loaded) for side in sides]
+        self._merged = {tensor.slot.name for tensor in plan.backbone}
+        self._backbone: dict[str, nn.Parameter] = {}
+        self._models: list[LoadedModel] = []
         self._present: State | None = None
+
+    def add(
+        self,
+        name: str,
+        loaded: LoadedModel,
+        evaluation: EvaluationSpec,
+        searched: Sequence[Example],
+        held_out: Sequence[Example],
+        alignment: Sequence[Example],
+    ) -> None:
+        """Another expert, with its rows; see `Side`."""
+        self.sides.append(Side(name, loaded, evaluation, searched, held_out, alignment, self._precision))
+        if not self._backbone:
+            self._backbone = {
+                name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                for name, parameter in loaded.model.named_parameters()
+                if name in self._merged
+            }
+        self._models.append(self._with_backbone(loaded))
 
     def read(self, state: State, index: int, rows: Sequence[Example], wanted: slice) -> Tensor:
         """What the head of the expert `index` reads of some rows with a merge, (rows, width), float64."""

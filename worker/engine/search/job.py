@@ -20,7 +20,7 @@ from worker.engine.device import Precision
 from worker.engine.merging import merged_state
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.preparing import ModelRun, required_evaluation
-from worker.engine.search.bench import Bench, Side, State, Tryout
+from worker.engine.search.bench import Bench, State, Tryout
 from worker.engine.search.journal import Journal
 from worker.engine.search.search import Found, search
 from worker.engine.search.space import Proposal, Space
@@ -41,19 +41,10 @@ def search_job(
     The latter only where layers were refitted; any other is made again faster than it is worth its memory.
     """
     [runs, *_] = by_method  # rows are the same for all
-    sides = [
-        Side(
-            run.spec.name,
-            models.get(run.info),
-            required_evaluation(run.spec),
-            run.searched,
-            run.evaluation,
-            run.alignment,
-            precision,
-        )
-        for run in runs
-    ]
-    bench = Bench(plan, sides, precision)
+    bench = Bench(plan, precision)
+    for run in runs:
+        evaluation = required_evaluation(run.spec)
+        bench.add(run.spec.name, models.get(run.info), evaluation, run.searched, run.evaluation, run.alignment)
     space = Space(spec, auto, aligns=any(run.alignment for run in runs))
     searching = Phase("searching", auto.trials + len(space) + 1 + len(runs), "merges", on_progress)
 
@@ -79,7 +70,7 @@ def search_job(
         return Tryout(bench, plain_average(plan, takes_part))
 
     identity = _identity(spec, auto, runs, precision)
-    found = search(spec, auto, space, sides, made, Journal(spec.journal, identity), searching.advance)
+    found = search(spec, auto, space, bench.sides, made, Journal(spec.journal, identity), searching.advance)
     names = [run.spec.name for run in runs]
     lines = [
         Line(
@@ -108,7 +99,7 @@ def search_job(
         )
         for name, takes_part in backbones.items()
     ]
-    candidates = table(lines, sides, found.search.chosen, searching.advance)
+    candidates = table(lines, bench.sides, found.search.chosen, searching.advance)
     chosen = made(found.chosen).state if found.chosen.method.refits_layers else None
     return found, candidates, chosen
 
@@ -127,6 +118,7 @@ def _identity(spec: MergeSpec, auto: AutoParameters, runs: Sequence[ModelRun], p
     facts: dict[str, Any] = {
         "method": auto.model_dump(mode="json"),
         "models": [run.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for run in runs],
+        "metrics": [run.spec.evaluation and run.spec.evaluation.metric for run in runs],
         "checkpoints": [run.digest for run in runs],
         "base": spec.base and spec.base.state,
         "align_ridge": spec.output.align_ridge,
@@ -152,8 +144,9 @@ def floor_notes(found: Search) -> list[str]:
         for name, floor in found.min_retention.items()
         if kept[name] < floor
     ]
-    what = f"none of {len(found.trials) + len(found.failed)} merges kept what min_retention asks for"
-    return [f"{what}; the nearest, on the rows that were searched on, keeps {' and '.join(lacking)}"]
+    tried = sum(not trial.pruned for trial in found.trials)
+    what = f"none of the {tried} merges that were tried on all search rows keeps what min_retention asks for"
+    return [f"{what}; the nearest keeps {' and '.join(lacking)}"]
 
 
 def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:

@@ -71,7 +71,7 @@ def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Ca
 
 
 def _judged(side: Side, predictions: Sequence[Array]) -> list[_Judged]:
-    name, task, labels = side.evaluation.metric, side.loaded.task, side.held_out_labels
+    name, task, labels = side.evaluation.metric, side.task, side.held_out_labels
     metric = metric_for(name, task)
     expert = metric(labels, side.held_out_predicted)
     resampled = bootstrap(name, task, labels, predictions, side.evaluation.seed)
