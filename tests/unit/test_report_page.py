@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from html import unescape
 from html.parser import HTMLParser
 from itertools import product
 
@@ -267,9 +268,22 @@ def test_candidates_show_every_model_with_its_mean() -> None:
     marks = re.findall(r'class="mark (l\d)"', drawn)
     assert marks.count("l1") == marks.count("l2") == len(result.candidates) + 1  # and one in the key
     assert drawn.count('class="whisker"') == len(result.candidates)
+    assert drawn.count('class="limit"') == 1
+    assert "Dots are the models' retentions, the upright line is their mean. Dashed lines are floors: 0.85 of a." in (
+        unescape(drawn)
+    )
     assert "mask_fisher (chosen)" in drawn
     chosen = result.candidates[0].metrics["a"]
     assert f"{chosen.value:.4f} ({chosen.interval[0]:.4f} to {chosen.interval[1]:.4f})" in drawn
+
+
+def test_candidates_of_many_models_with_long_names_are_drawn_without_dots() -> None:
+    names = ["x" * 64, *(f"m{index}" for index in range(19))]
+    drawn = unescape("".join(candidates(invented_result(names))))
+    assert "Lines go from the least to the largest of the models' retentions" in drawn
+    assert re.search(r">expert x{28}…: 0\.\d{3}<", drawn), "the number is not cut off"
+    assert f"expert {names[0]}" in drawn
+    assert "weight m1" not in "".join(candidate_remarks(invented_result(names)))
 
 
 def test_what_was_chosen_is_said_and_what_a_reader_should_not_overlook() -> None:

@@ -34,6 +34,7 @@ from worker.engine.reporting.words import (
 
 MOST_DOTTED = 12  # models that a row of dots tells apart
 MOST_LETTERED = 60  # trials with their candidate's letter
+MOST_LETTERS = 36  # of a name above a line, which a phone has room for
 MOST_TRIALS = 200  # in a table
 LEAST_TRIALS = 4  # from which a parameter's relation to the objective shows
 MOST_PARAMETERS = 6
@@ -86,7 +87,8 @@ def candidates(result: MergeResult) -> list[Html]:
         of_models = {name: m.retention for name, m in c.metrics.items() if m.retention is not None}
         shown = [(models.index(name), value) for name, value in of_models.items()] if told_apart else []
         spread = (min(of_models.values()), max(of_models.values())) if of_models else None
-        label = f"{c.name}: {number(c.mean_retention, 3)}" + (", chosen" if c.chosen else "")
+        name = c.name if len(c.name) <= MOST_LETTERS else f"{c.name[: MOST_LETTERS - 1]}…"
+        label = f"{name}: {number(c.mean_retention, 3)}" + (", chosen" if c.chosen else "")
         rows.append(DotRow(label, shown, c.mean_retention, spread, strong=c.chosen))
     columns, cells = candidate_table(result)
     parts = [element("p", remark) for remark in candidate_remarks(result)]
@@ -96,13 +98,14 @@ def candidates(result: MergeResult) -> list[Html]:
         floors = result.search.min_retention if result.search else {}
         scale = Scale.around([*ends, *floors.values()], least=0.02)
         said = "; ".join(row.label for row in rows)
+        limits = sorted({*floors.values()})
         parts.append(
-            dots(
-                "candidates-p", "Retention of each candidate", f"Mean retentions: {said}.", rows, scale, _floors(floors)
-            )
+            dots("candidates-p", "Retention of each candidate", f"Mean retentions: {said}.", rows, scale, limits)
         )
         marks = [(index, name) for index, name in enumerate(models)] if told_apart else []
-        parts.append(element("p", "Dots are retentions of the models, the upright line is their mean.", class_="note"))
+        what = "Dots are" if told_apart else "Lines go from the least to the largest of"
+        note = f"{what} the models' retentions, the upright line is their mean.{_floors(floors)}"
+        parts.append(element("p", note, class_="note"))
         parts.append(key(marks) if marks else Html(""))
     marked = [
         [element("span", row[0], class_="chosen") if c.chosen else row[0], *row[1:]]
@@ -111,15 +114,13 @@ def candidates(result: MergeResult) -> list[Html]:
     return [*parts, table(columns, marked, "Candidates on held-out rows", numeric=range(1, len(columns)))]
 
 
-def _floors(floors: Mapping[str, float]) -> list[tuple[float, str]]:
-    """One line for each different floor."""
+def _floors(floors: Mapping[str, float]) -> str:
+    """Which line is whose."""
     by_value: dict[float, list[str]] = {}
     for name, value in floors.items():
         by_value.setdefault(value, []).append(name)
-    return [
-        (value, f"floor of {names[0] if len(names) == 1 else f'{len(names)} models'} {value:g}")
-        for value, names in by_value.items()
-    ]
+    whose = "; ".join(f"{value:g} of {listed(names)}" for value, names in sorted(by_value.items()))
+    return f" Dashed lines are floors: {whose}." if whose else ""
 
 
 def search(result: MergeResult) -> list[Html | None]:

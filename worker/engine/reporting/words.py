@@ -31,9 +31,10 @@ ABOUT_CANDIDATES = (
     "Behind the chosen is its mean retention minus that of the line: less than 0 where the line keeps more."
 )
 ALIGNED = (
-    ", with heads aligned to each: so the plain average does better here than where it is compared with the expert's "
-    "head as it was"
+    ", with heads aligned to each, to the plain average too; where it is compared as one of the versions, it keeps the "
+    "experts' heads"
 )
+MOST_WEIGHTS = 8  # in a sentence; report.json has all
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -91,10 +92,11 @@ def candidate_remarks(result: MergeResult) -> list[str]:
         return []
     trial = result.search.best
     own = {name: v for name, v in trial.parameters.items() if name not in {"align_ridge", *_weights(chosen)}}
-    settings = {**own, **_weights(chosen)}
+    settings = {**own, **(_weights(chosen) if len(chosen.weights) <= MOST_WEIGHTS else {})}
     if chosen.align_ridge is not None:
         settings["align_ridge"] = chosen.align_ridge
-    said = [f"Chosen is trial {trial.number}: {chosen.name} with {settings_of(settings)}."]
+    coefficients = f" with {settings_of(settings)}" if settings else ""
+    said = [f"Chosen is trial {trial.number}: {chosen.name}{coefficients}."]
     short = [
         f"{chosen.metrics[name].retention:.3f} of {name}, not {floor:g}"
         for name, floor in result.search.min_retention.items()
