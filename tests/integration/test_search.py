@@ -151,12 +151,13 @@ def test_average_and_experts_are_what_a_job_of_their_own_says(
     assert lines["average"].metrics == lines["plain average"].metrics == same.metrics
 
 
-@pytest.mark.parametrize("align_heads", [True, False])
-def test_the_table_is_of_tensors_as_they_are_stored(
-    tiny_inputs: Path, inputs: Path, tmp_path: Path, align_heads: bool
+@pytest.mark.parametrize(("align_heads", "precision"), [(True, "float32"), (False, "float32"), (True, "bfloat16")])
+def test_the_table_is_of_models_as_they_are_stored_and_predict(
+    tiny_inputs: Path, inputs: Path, tmp_path: Path, align_heads: bool, precision: str
 ) -> None:
     """By a correlation, which shows the least rounding."""
-    spec = job(tmp_path, tiny_inputs, inputs, "a", candidates=["average", "ties", "mask_fisher"], trials=6)
+    how = {"candidates": ["average", "ties", "mask_fisher"], "trials": 6, "precision": precision}
+    spec = job(tmp_path, tiny_inputs, inputs, "a", **how)
     graded = model_spec(
         tiny_inputs / "checkpoints" / "grade",
         tiny_inputs / "rows" / "grade.jsonl",

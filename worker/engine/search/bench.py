@@ -17,7 +17,7 @@ from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.checkpoints.reader import TORCH_DTYPES
-from worker.engine.device import Precision, rounded_weights
+from worker.engine.device import Precision, computing_in, rounded_weights
 from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
 from worker.engine.evaluation.metrics import Array, metric_for
 from worker.engine.methods.blocks import is_finite
@@ -48,16 +48,26 @@ class Side:
         self.searched, self.held_out, self.alignment = searched, held_out, alignment
         self.labels, self.held_out_labels = _labels(searched), _labels(held_out)
         self._metric = metric_for(evaluation.metric, loaded.task)
+        self._precision = precision
         head = head_of(loaded)
         bias = None if head.bias is None else head.bias.detach().cpu().double()
         self.head: Head = (head.weight.detach().cpu().double(), bias)
         with rounded_weights(loaded.model, precision):
-            own, self.targets = (_outputs(_read(loaded, rows, precision), self.head) for rows in (searched, alignment))
-            self.held_out_predicted = self.predicted(_read(loaded, held_out, precision), self.head)
-        self._predicted = predicted(own, loaded.task)
+            own, aligning, judged = (_read(loaded, rows, precision) for rows in (searched, alignment, held_out))
+        self.targets = _outputs(aligning, self.head)
+        self.held_out_predicted = self.predicted(judged, self.head)
+        self._predicted = self.predicted(own, self.head)
 
     def predicted(self, features: Tensor, head: Head) -> Array:
-        return predicted(_outputs(features, head), self.loaded.task)
+        """In the precision in which the whole model predicts, so that near ties end alike."""
+
+        def given(values: Tensor) -> Tensor:
+            return values.to(self.loaded.device, torch.float32)
+
+        weight, bias = head
+        with computing_in(self._precision, self.loaded.device):
+            logits = nn.functional.linear(given(features), given(weight), None if bias is None else given(bias))
+        return predicted(logits.float().cpu(), self.loaded.task)
 
     @cached_property
     def expert(self) -> float:
