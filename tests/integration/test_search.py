@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.tiny import dataset_spec, merge_spec, model_spec, read_model, silent, write_lines
+from tests.tiny import Tensors, dataset_spec, edit_tensors, merge_spec, model_spec, read_model, silent, write_lines
 from worker.engine.catalog.errors import InvalidDataset
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.planning import plan_merge
@@ -35,14 +36,15 @@ CANDIDATES = ["average", "mask_fisher", "ties", "regmean", "mask_regmean", "alig
 def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
     """Rows whose labels are what the experts say of them, but for every eighth: as if they were fine-tuned on them."""
     root = tmp_path_factory.mktemp("search")
-    for name in "abc":
+    for name in ("a", "b", "c", "grade"):
         model = AutoModelForSequenceClassification.from_pretrained(tiny_inputs / "checkpoints" / name).eval()
         tokenizer = AutoTokenizer.from_pretrained(tiny_inputs / "checkpoints" / name)
         rows = [json.loads(line) for line in (tiny_inputs / "rows" / f"{name}.jsonl").read_text().splitlines()][:ROWS]
         for place, row in enumerate(rows):
             with torch.inference_mode():
-                said = int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
-            row["label"] = said if place % 8 else (said + 1) % model.config.num_labels
+                logits = model(**tokenizer(row["text"], return_tensors="pt")).logits
+            said = float(logits) if name == "grade" else int(logits.argmax())
+            row["label"] = said if name == "grade" or place % 8 else (said + 1) % model.config.num_labels
         write_lines(root / f"{name}.jsonl", [json.dumps(row) for row in rows])
     return root
 
@@ -153,6 +155,53 @@ def test_average_and_experts_are_what_a_job_of_their_own_says(
     _, other = whole
     [same] = [candidate for candidate in other.candidates or () if candidate.name == "plain average"]
     assert lines["average"].metrics == lines["plain average"].metrics == same.metrics
+
+
+@pytest.mark.parametrize(("align_heads", "precision"), [(True, "float32"), (False, "float32"), (True, "bfloat16")])
+def test_the_table_is_of_models_as_they_are_stored_and_predict(
+    tiny_inputs: Path, inputs: Path, tmp_path: Path, align_heads: bool, precision: str
+) -> None:
+    """By a correlation, which shows the least rounding."""
+    how = {"candidates": ["average", "ties", "mask_fisher"], "trials": 6, "precision": precision}
+    spec = job(tmp_path, tiny_inputs, inputs, "a", **how)
+    graded = model_spec(
+        tiny_inputs / "checkpoints" / "grade",
+        tiny_inputs / "rows" / "grade.jsonl",
+        evaluation=EvaluationSpec(source="grade", path=inputs / "grade.jsonl", label="label", metric="pearson"),
+    )
+    stored = spec.output.model_copy(update={"dtype": "bfloat16", "align_heads": align_heads})
+    spec = spec.model_copy(update={"models": [*spec.models, graded], "output": stored})
+    result = Engine(CPU).merge(spec, silent)
+    assert result.metrics is not None
+    lines = result.candidates or ()
+    [chosen] = [line for line in lines if line.chosen]
+    assert {name: metric.value for name, metric in chosen.metrics.items()} == {
+        name: metric.merged for name, metric in result.metrics.items()
+    }
+    assert chosen.mean_retention is not None
+    for line in lines:
+        assert line.mean_retention is not None
+        assert line.behind is not None
+        assert line.behind.value == pytest.approx(chosen.mean_retention - line.mean_retention, abs=1e-5)
+
+
+def test_a_merge_that_cannot_be_stored_is_not_chosen(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:
+    """Of an embedding that no row uses nothing shows in the predictions."""
+    large = tmp_path / "large"
+    shutil.copytree(tiny_inputs / "checkpoints" / "a", large)
+
+    def enlarge(tensors: Tensors) -> None:
+        tensors["bert.embeddings.word_embeddings.weight"][1, 0] = 60_000
+
+    edit_tensors(large, enlarge)
+    spec = job(tmp_path, tiny_inputs, inputs, "ac", candidates=[{"name": "task_arithmetic", "scale": 2.0}, "average"])
+    models = [spec.models[0].model_copy(update={"path": large}), spec.models[1]]
+    stored = spec.output.model_copy(update={"dtype": "float16"})
+    spec = spec.model_copy(update={"models": models, "output": stored})
+    result = Engine(CPU).merge(spec, silent)
+    [error] = {trial.error for trial in searched(result).failed}
+    assert error == "tensor bert.embeddings.word_embeddings.weight has values beyond float16"
+    assert result.method["name"] == "average"
 
 
 def test_a_look_lets_the_better_half_go_on(whole: tuple[MergeSpec, MergeResult]) -> None:

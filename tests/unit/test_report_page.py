@@ -1,6 +1,8 @@
 """The report page as text: what is escaped, how large it gets, and whether its colours can be read."""
 
 import re
+from collections.abc import Mapping
+from html import unescape
 from html.parser import HTMLParser
 from itertools import product
 
@@ -11,7 +13,7 @@ from tests.reports import UGLY, invented_contents, invented_result
 from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.report import Difference, MergeResult
 from worker.engine.catalog.spec import MergeSpec
 from worker.engine.reporting.charts import Scale, heat
 from worker.engine.reporting.colours import (
@@ -29,7 +31,7 @@ from worker.engine.reporting.contents import BLOCKS, MOST_CELLS, Contents, of_sc
 from worker.engine.reporting.figures import candidates, certainty, search
 from worker.engine.reporting.html import Html, element, table
 from worker.engine.reporting.page import merge_page
-from worker.engine.reporting.words import listed, size
+from worker.engine.reporting.words import about_candidates, candidate_remarks, candidate_table, listed, size
 
 SCHEMES = {"light": LIGHT, "dark": DARK}
 MOST_BYTES = 2_000_000
@@ -244,7 +246,9 @@ def test_a_search_shows_every_trial_its_best_its_floors_and_what_was_given_up() 
     assert len(re.findall(r'<path d="[^"]*" class="(?:mark|hollow) ', picture)) == 40
     assert picture.count('class="hollow ') == sum(trial.pruned for trial in result.search.trials) == 10
     assert picture.count('class="ring"') == 1
-    assert "floor of a 0.85" in picture
+    assert 'class="limit"' not in picture, "a floor is of a model, and what is drawn is of all"
+    assert f"trial {result.search.chosen} reaches the floors" in about
+    assert "less what is lacking to the floors" in picture
     whole = [trial.objective for trial in result.search.trials if not trial.pruned]
     assert f"the best that was not given up is {max(whole):.3f}" in picture
     rises = [value for index, value in enumerate(whole) if value > max([-1.0, *whole[:index]])]
@@ -264,9 +268,64 @@ def test_candidates_show_every_model_with_its_mean() -> None:
     marks = re.findall(r'class="mark (l\d)"', drawn)
     assert marks.count("l1") == marks.count("l2") == len(result.candidates) + 1  # and one in the key
     assert drawn.count('class="whisker"') == len(result.candidates)
+    assert drawn.count('class="limit"') == 1
+    assert "Dots are the models' retentions, the upright line is their mean. Dashed lines are floors: 0.85 of a." in (
+        unescape(drawn)
+    )
     assert "mask_fisher (chosen)" in drawn
     chosen = result.candidates[0].metrics["a"]
     assert f"{chosen.value:.4f} ({chosen.interval[0]:.4f} to {chosen.interval[1]:.4f})" in drawn
+
+
+def test_candidates_of_many_models_with_long_names_are_drawn_without_dots() -> None:
+    names = ["x" * 64, *(f"m{index}" for index in range(19))]
+    drawn = unescape("".join(candidates(invented_result(names))))
+    assert "Lines go from the least to the largest of the models' retentions" in drawn
+    assert re.search(r">expert x{28}…: 0\.\d{3}<", drawn), "the number is not cut off"
+    assert f"expert {names[0]}" in drawn
+    assert "weight m1" not in "".join(candidate_remarks(invented_result(names)))
+
+
+def test_what_was_chosen_is_said_and_what_a_reader_should_not_overlook() -> None:
+    result = invented_result(["a", "b"])
+    assert result.search is not None
+    assert result.candidates is not None
+    [told] = candidate_remarks(with_retention(result, {"a": 0.9, "b": 0.1}))
+    assert told.startswith(f"Chosen is trial {result.search.chosen}: mask_fisher with scale ")
+    assert told.endswith("weight a 1, weight b 1, align_ridge 0.1.")
+    _, short = candidate_remarks(with_retention(result, {"a": 0.8499, "b": 0.1}))
+    assert short == "On the held-out rows it keeps less than min_retention asks for: 0.850 of a, not 0.85."
+    better = Difference(value=-0.02, interval=(-0.03, -0.01))
+    lines = [c.model_copy(update={"behind": better if c.kind == "expert" else c.behind}) for c in result.candidates]
+    said = candidate_remarks(result.model_copy(update={"candidates": lines}))
+    assert (
+        said[-1] == "On the held-out rows expert a keeps more than the chosen one, by more than chance would explain."
+    )
+    assert said[-1] in "".join(candidates(result.model_copy(update={"candidates": lines})))
+    assert candidate_remarks(result.model_copy(update={"candidates": None})) == []
+
+
+def with_retention(result: MergeResult, kept: Mapping[str, float]) -> MergeResult:
+    """Of the chosen one."""
+    assert result.candidates is not None
+    chosen, *others = result.candidates
+    metrics = {name: m.model_copy(update={"retention": kept[name]}) for name, m in chosen.metrics.items()}
+    return result.model_copy(update={"candidates": [chosen.model_copy(update={"metrics": metrics}), *others]})
+
+
+def test_the_table_says_what_was_given_up_and_whose_plain_average_it_is() -> None:
+    result = invented_result(["a", "b"])
+    assert result.search is not None
+    assert result.candidates is not None
+    given_up = {trial.number for trial in result.search.trials if trial.pruned}
+    columns, rows = candidate_table(result)
+    assert columns[-2:] == ["a, accuracy", "b, accuracy"]
+    early = [candidate.trial in given_up and not candidate.chosen for candidate in result.candidates]
+    assert [row[0].endswith(" (given up early)") for row in rows] == early
+    assert any(early)
+    assert "heads aligned to each" in about_candidates(result.candidates)
+    kept = [candidate.model_copy(update={"align_ridge": None}) for candidate in result.candidates]
+    assert "aligned" not in about_candidates(kept)
 
 
 def test_the_error_curve_has_the_tolerance_as_a_line() -> None:

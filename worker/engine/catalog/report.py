@@ -93,7 +93,7 @@ class Candidate(Strict):
     """A line of the table of `auto`: a model that could have been published, on the held-out rows."""
 
     name: str
-    """Unique: the method's, `average` for the plain one, `expert NAME` for a backbone that nobody merged."""
+    """Unique: the method's, `plain average`, `expert NAME` for a backbone that nobody merged."""
     kind: Literal["method", "average", "expert"]
     method: dict[str, Any] | None
     """All parameters, of the method's best trial; null for an expert."""

@@ -13,10 +13,11 @@ from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import MergeResult, MetricResult
 from worker.engine.catalog.spec import DatasetSpec, EvaluationSpec, MergeSpec
 from worker.engine.reporting.words import (
-    ABOUT_CANDIDATES,
     ABOUT_METRICS,
     METRIC_COLUMNS,
     SLICE_COLUMNS,
+    about_candidates,
+    candidate_remarks,
     candidate_table,
     metric_rows,
     number,
@@ -60,7 +61,8 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     if result.metrics:
         lines += [*_markdown_table(METRIC_COLUMNS, metric_rows(result)), "", ABOUT_METRICS, ""]
     if result.candidates:
-        lines += [*_markdown_table(*candidate_table(result)), "", ABOUT_CANDIDATES, ""]
+        lines += [*_markdown_table(*candidate_table(result)), "", about_candidates(result.candidates), ""]
+        lines += [escape(" ".join(candidate_remarks(result)), quote=False).replace("*", "\\*"), ""]
     if result.notes:
         lines += [*(f"- {' '.join(escape(note, quote=False).split())}" for note in result.notes), ""]
     lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]

@@ -6,7 +6,7 @@ labels lie in margins beside the box. So text has one size on every screen, with
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from worker.engine.reporting.colours import LEVELS, LINES
@@ -260,19 +260,18 @@ class DotRow:
 
 
 def dots(
-    name: str, title: str, description: str, rows: Sequence[DotRow], scale: Scale, limits: Sequence[tuple[float, str]]
+    name: str, title: str, description: str, rows: Sequence[DotRow], scale: Scale, limits: Iterable[float]
 ) -> Html:
-    """A row of dots for each label, their mean as a bar across, and named vertical limits."""
+    """A row of dots for each label, their mean as a bar across, and vertical limits."""
     row_height = 44
     height = row_height * len(rows)
     drawn: list[Html] = []
     for tick in scale.ticks:
         at = scale.across(tick)
         drawn += [line(at, 0, at, height, "rule"), text(short(round(tick, 12)), at, height + 16, "middle")]
-    for value, words in limits:
+    for value in limits:
         at = scale.across(value)
-        anchor = "end" if scale.share(value) > 0.5 else "start"
-        drawn += [line(at, 0, at, height, "limit"), text(words, at, -6, anchor, "limit-text")]
+        drawn.append(line(at, 0, at, height, "limit"))
     for index, row in enumerate(rows):
         top = row_height * index
         middle = top + 29
@@ -284,8 +283,7 @@ def dots(
             at = scale.across(row.mean)
             drawn.append(line(at, middle - 10, at, middle + 10, "whisker"))
         drawn += [marker(series, scale.across(value), middle) for series, value in row.dots]
-    found = picture(name, title, description, height + AXIS, drawn, left=8, right=8)
-    return element("div", found, style="padding-top:18px") if limits else found
+    return picture(name, title, description, height + AXIS, drawn, left=8, right=8)
 
 
 def heat(

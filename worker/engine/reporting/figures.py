@@ -1,13 +1,12 @@
 """The report's pictures: each with what it says in words and a table of its numbers."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.report import FailedTrial, MergeResult, MetricResult, Search, Stopping, Trial, Version
+from worker.engine.catalog.report import FailedTrial, MergeResult, MetricResult, Stopping, Trial, Version
 from worker.engine.reporting.charts import (
     Bar,
     DotRow,
@@ -24,10 +23,18 @@ from worker.engine.reporting.charts import (
 from worker.engine.reporting.colours import LEVELS
 from worker.engine.reporting.contents import InterferenceReport, Known, LayerInterference, Maps, NodeMap, Spread
 from worker.engine.reporting.html import Html, details, element, table
-from worker.engine.reporting.words import ABOUT_CANDIDATES, candidate_table, listed, number
+from worker.engine.reporting.words import (
+    about_candidates,
+    candidate_remarks,
+    candidate_table,
+    listed,
+    number,
+    settings_of,
+)
 
 MOST_DOTTED = 12  # models that a row of dots tells apart
 MOST_LETTERED = 60  # trials with their candidate's letter
+MOST_LETTERS = 36  # of a name above a line, which a phone has room for
 MOST_TRIALS = 200  # in a table
 LEAST_TRIALS = 4  # from which a parameter's relation to the objective shows
 MOST_PARAMETERS = 6
@@ -80,22 +87,25 @@ def candidates(result: MergeResult) -> list[Html]:
         of_models = {name: m.retention for name, m in c.metrics.items() if m.retention is not None}
         shown = [(models.index(name), value) for name, value in of_models.items()] if told_apart else []
         spread = (min(of_models.values()), max(of_models.values())) if of_models else None
-        label = f"{c.name}: {number(c.mean_retention, 3)}" + (", chosen" if c.chosen else "")
+        name = c.name if len(c.name) <= MOST_LETTERS else f"{c.name[: MOST_LETTERS - 1]}…"
+        label = f"{name}: {number(c.mean_retention, 3)}" + (", chosen" if c.chosen else "")
         rows.append(DotRow(label, shown, c.mean_retention, spread, strong=c.chosen))
     columns, cells = candidate_table(result)
-    parts = [element("p", ABOUT_CANDIDATES, class_="note")]
+    parts = [element("p", remark) for remark in candidate_remarks(result)]
+    parts.append(element("p", about_candidates(result.candidates), class_="note"))
     if rows:
         ends = [end for row in rows if row.spread for end in row.spread]
         floors = result.search.min_retention if result.search else {}
         scale = Scale.around([*ends, *floors.values()], least=0.02)
         said = "; ".join(row.label for row in rows)
+        limits = sorted({*floors.values()})
         parts.append(
-            dots(
-                "candidates-p", "Retention of each candidate", f"Mean retentions: {said}.", rows, scale, _floors(floors)
-            )
+            dots("candidates-p", "Retention of each candidate", f"Mean retentions: {said}.", rows, scale, limits)
         )
         marks = [(index, name) for index, name in enumerate(models)] if told_apart else []
-        parts.append(element("p", "Dots are retentions of the models, the upright line is their mean.", class_="note"))
+        what = "Dots are" if told_apart else "Lines go from the least to the largest of"
+        note = f"{what} the models' retentions, the upright line is their mean.{_floors(floors)}"
+        parts.append(element("p", note, class_="note"))
         parts.append(key(marks) if marks else Html(""))
     marked = [
         [element("span", row[0], class_="chosen") if c.chosen else row[0], *row[1:]]
@@ -104,15 +114,13 @@ def candidates(result: MergeResult) -> list[Html]:
     return [*parts, table(columns, marked, "Candidates on held-out rows", numeric=range(1, len(columns)))]
 
 
-def _floors(floors: Mapping[str, float]) -> list[tuple[float, str]]:
-    """One line for each different floor."""
+def _floors(floors: Mapping[str, float]) -> str:
+    """Which line is whose."""
     by_value: dict[float, list[str]] = {}
     for name, value in floors.items():
         by_value.setdefault(value, []).append(name)
-    return [
-        (value, f"floor of {names[0] if len(names) == 1 else f'{len(names)} models'} {value:g}")
-        for value, names in by_value.items()
-    ]
+    whose = "; ".join(f"{value:g} of {listed(names)}" for value, names in sorted(by_value.items()))
+    return f" Dashed lines are floors: {whose}." if whose else ""
 
 
 def search(result: MergeResult) -> list[Html | None]:
@@ -123,21 +131,25 @@ def search(result: MergeResult) -> list[Html | None]:
     names = list(dict.fromkeys(trial.candidate for trial in trials))
     chosen = next((trial for trial in trials if trial.number == found.chosen), None)
     objective = found.objective.replace("_", " ")
-    reached = (
-        ""
-        if not found.min_retention
-        else (" It reaches the floors on the search rows." if found.feasible else " No trial reaches the floors.")
-    )
+    best = f"The best {objective} was that of trial {found.chosen}."
+    if found.min_retention:
+        lacks = "reaches the floors" if found.feasible else "lacks least to the floors, which no trial reaches"
+        best = f"Of those that were looked at on all of them, trial {found.chosen} {lacks}."
+        objective += ", less what is lacking to the floors"
     rows = sorted({*found.search_rows.values()})
     on = f"{rows[0]} to {rows[-1]}" if len(rows) > 1 else str(rows[0]) if rows else "the"
     said = (
         f"{len(trials) + len(found.failed)} merges were tried on {on} search rows of each model, apart from those that "
-        f"candidates are compared on. The best {objective} was that of trial {found.chosen}.{reached}"
+        f"candidates are compared on. {best}"
     )
     return [
         element("p", said),
-        _trials(trials, names, chosen, objective, found),
-        element("p", "The ring is the chosen trial, the grey line the best so far.", class_="note"),
+        _trials(trials, names, chosen, objective),
+        element(
+            "p",
+            f"{objective.capitalize()}. The ring is the chosen trial, the grey line the best so far.",
+            class_="note",
+        ),
         key(
             [(index, f"{_letter(index)}: {name}") for index, name in enumerate(names)],
             hollow="hollow: given up early, on fewer rows" if any(trial.pruned for trial in trials) else None,
@@ -151,7 +163,7 @@ def search(result: MergeResult) -> list[Html | None]:
 def _failed(trials: Sequence[FailedTrial]) -> Html | None:
     if not trials:
         return None
-    rows = [[str(t.number), t.candidate, _settings(t.parameters), t.error] for t in trials[:MOST_TRIALS]]
+    rows = [[str(t.number), t.candidate, settings_of(t.parameters), t.error] for t in trials[:MOST_TRIALS]]
     caption = f"Merges that could not be made: {len(trials)}"
     return details(caption, table(["trial", "candidate", "parameters", "why"], rows, caption, numeric=(0,)))
 
@@ -160,7 +172,7 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else str(index + 1)
 
 
-def _trials(trials: Sequence[Trial], names: Sequence[str], chosen: Trial | None, objective: str, found: Search) -> Html:
+def _trials(trials: Sequence[Trial], names: Sequence[str], chosen: Trial | None, objective: str) -> Html:
     series, steps = [], []
     best = -math.inf
     for trial in trials:
@@ -185,11 +197,10 @@ def _trials(trials: Sequence[Trial], names: Sequence[str], chosen: Trial | None,
         said,
         Plot(
             Scale(first - margin, last + margin),
-            Scale.around([*ends, *found.min_retention.values()], least=0.02),
+            Scale.around(ends, least=0.02),
             series,
             "trial",
             x_ticks=[(float(n), str(n)) for n in range(first, last + 1, max(1, math.ceil((last - first) / 8)))],
-            limits=_floors(found.min_retention),
             steps=steps,
             letters=letters if len(trials) <= MOST_LETTERED else (),
             rings=[(float(chosen.number), chosen.objective)] if chosen else (),
@@ -248,21 +259,13 @@ def _trial_table(trials: Sequence[Trial]) -> Html:
             "given up" if trial.pruned else "whole",
             str(trial.rows),
             f"{trial.seconds:.1f}",
-            _settings(trial.parameters),
+            settings_of(trial.parameters),
         ]
         for trial in shown
     ]
     columns = ["trial", "candidate", "objective", "evaluation", "rows", "seconds", "parameters"]
     caption = "Trials" if shown is trials else f"The best {len(shown)} of {len(trials)} trials; report.json has all"
     return details("Table of trials", table(columns, rows, caption, numeric=(2, 4, 5)))
-
-
-def _settings(values: Mapping[str, Any]) -> str:
-    text = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {json.dumps(value, ensure_ascii=False)}"
-        for name, value in values.items()
-    )
-    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def scores(maps: Maps | None) -> list[Html]:

@@ -104,7 +104,7 @@ tr:has(.chosen) > * { background: var(--panel); }
 .tiny th, .tiny td { padding: .1rem .5rem .1rem 0; font-size: .75rem; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; color: var(--link); font-size: .9rem; width: fit-content; padding: .15rem 0; }
-pre { overflow-x: auto; padding: .9rem 1rem; margin: .5rem 0 1rem; background: var(--panel);
+pre { overflow: auto; max-height: 24rem; padding: .9rem 1rem; margin: .5rem 0 1rem; background: var(--panel);
   border: 1px solid var(--rule); border-radius: 8px;
   font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 code { font: .875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
@@ -112,7 +112,7 @@ footer { padding: 1.2rem 1.25rem 3rem; color: var(--muted); font-size: .875rem; 
 @media (max-width: 44rem) { body { font-size: 15px; } header { padding-top: 1.5rem; } h1 { font-size: 1.5rem; }
   .letter { display: none; } .figures dd { font-size: 1.15rem; } th, td { max-width: 15rem; } }
 @media print { body { font-size: 11px; } nav { display: none; } section { break-inside: auto; }
-  .card, .model, svg, tr { break-inside: avoid; } pre { white-space: pre-wrap; }
+  .card, .model, svg, tr { break-inside: avoid; } pre { white-space: pre-wrap; max-height: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 @media (forced-colors: active) { .cells, .bar, .mark { forced-color-adjust: none; } }
 """

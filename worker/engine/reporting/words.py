@@ -1,9 +1,11 @@
 """Numbers and tables as both pages, report and card, write them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.report import Candidate, MergeResult
 
 METRIC_COLUMNS = [
     "model",
@@ -23,9 +25,16 @@ ABOUT_METRICS = (
 )
 CANDIDATE_COLUMNS = ["candidate", "mean retention", "lowest retention", "behind the chosen (95 % interval)"]
 ABOUT_CANDIDATES = (
-    "Every candidate is its method's best trial, or was not searched for; all are evaluated on the same held-out rows, "
-    "which the search has not seen."
+    "Every method stands here with its best trial, in the order of what they kept on the search rows; what was given "
+    "up early was behind on the first of these. Plain average and experts were not searched for. All are evaluated on "
+    "the same held-out rows, which the search has not seen{heads}. "
+    "Behind the chosen is its mean retention minus that of the line: less than 0 where the line keeps more."
 )
+ALIGNED = (
+    ", with heads aligned to each, to the plain average too; where it is compared as one of the versions, it keeps the "
+    "experts' heads"
+)
+MOST_WEIGHTS = 8  # in a sentence; report.json has all
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -55,10 +64,12 @@ def metric_rows(result: MergeResult) -> list[list[str]]:
 def candidate_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the candidates' table: a column of each model's metric, on held-out rows."""
     candidates = result.candidates or []
-    models = list(dict.fromkeys(name for candidate in candidates for name in candidate.metrics))
+    models = {name: found.metric for candidate in candidates for name, found in candidate.metrics.items()}
+    given_up = {trial.number for trial in result.search.trials if trial.pruned} if result.search else set()
     rows = []
     for candidate in candidates:
-        cells = [candidate.name + (" (chosen)" if candidate.chosen else "")]
+        early = candidate.trial in given_up
+        cells = [candidate.name + (" (chosen)" if candidate.chosen else " (given up early)" if early else "")]
         cells += [number(candidate.mean_retention, 3), number(candidate.min_retention, 3)]
         behind = None if candidate.chosen else candidate.behind
         cells.append(f"{behind.value:+.4f} ({behind.interval[0]:+.4f} to {behind.interval[1]:+.4f})" if behind else "-")
@@ -66,7 +77,52 @@ def candidate_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
             found = candidate.metrics.get(model)
             cells.append(f"{found.value:.4f} ({found.interval[0]:.4f} to {found.interval[1]:.4f})" if found else "-")
         rows.append(cells)
-    return [*CANDIDATE_COLUMNS, *models], rows
+    return [*CANDIDATE_COLUMNS, *(f"{name}, {metric}" for name, metric in models.items())], rows
+
+
+def about_candidates(candidates: Sequence[Candidate]) -> str:
+    return ABOUT_CANDIDATES.format(heads="" if all(c.align_ridge is None for c in candidates) else ALIGNED)
+
+
+def candidate_remarks(result: MergeResult) -> list[str]:
+    """What was chosen, and what of the table a reader should not overlook."""
+    candidates = result.candidates or []
+    chosen = next((candidate for candidate in candidates if candidate.chosen), None)
+    if chosen is None or result.search is None:
+        return []
+    trial = result.search.best
+    own = {name: v for name, v in trial.parameters.items() if name not in {"align_ridge", *_weights(chosen)}}
+    settings = {**own, **(_weights(chosen) if len(chosen.weights) <= MOST_WEIGHTS else {})}
+    if chosen.align_ridge is not None:
+        settings["align_ridge"] = chosen.align_ridge
+    coefficients = f" with {settings_of(settings)}" if settings else ""
+    said = [f"Chosen is trial {trial.number}: {chosen.name}{coefficients}."]
+    short = [
+        f"{chosen.metrics[name].retention:.3f} of {name}, not {floor:g}"
+        for name, floor in result.search.min_retention.items()
+        if name in chosen.metrics and (chosen.metrics[name].retention or 0.0) < floor
+    ]
+    if short:
+        said.append(f"On the held-out rows it keeps less than min_retention asks for: {listed(short, most=50)}.")
+    ahead = [c.name for c in candidates if c.behind is not None and c.behind.interval[1] < 0]
+    if ahead:
+        keep = "keeps" if len(ahead) == 1 else "keep"
+        said.append(
+            f"On the held-out rows {listed(ahead)} {keep} more than the chosen one, by more than chance would explain."
+        )
+    return said
+
+
+def _weights(candidate: Candidate) -> dict[str, Any]:
+    return {f"weight {name}": weight for name, weight in candidate.model_dump(mode="json")["weights"].items()}
+
+
+def settings_of(values: Mapping[str, Any]) -> str:
+    text = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {json.dumps(value, ensure_ascii=False)}"
+        for name, value in values.items()
+    )
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 SLICE_COLUMNS = ["layers here", "model", "its layers"]

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.alignment import aligned
-from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec
 from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, rounded_weights
+from worker.engine.checkpoints.reader import TORCH_DTYPES
+from worker.engine.device import Precision, computing_in, rounded_weights
 from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
 from worker.engine.evaluation.metrics import Array, metric_for
+from worker.engine.methods.blocks import is_finite
 from worker.engine.scoring.data import Example
 
 State = Mapping[str, Tensor]
@@ -43,20 +47,31 @@ class Side:
     ) -> None:
         self.name = name
         self.task = loaded.task
+        self._device, self._precision = loaded.device, precision
         self.evaluation = evaluation
         self.searched, self.held_out, self.alignment = searched, held_out, alignment
         self.labels, self.held_out_labels = _labels(searched), _labels(held_out)
         self._metric = metric_for(evaluation.metric, loaded.task)
+        self._precision = precision
         head = head_of(loaded)
         bias = None if head.bias is None else head.bias.detach().cpu().double()
         self.head: Head = (head.weight.detach().cpu().double(), bias)
         with rounded_weights(loaded.model, precision):
-            own, self.targets = (_outputs(_read(loaded, rows, precision), self.head) for rows in (searched, alignment))
-            self.held_out_predicted = self.predicted(_read(loaded, held_out, precision), self.head)
-        self._predicted = predicted(own, loaded.task)
+            own, aligning, judged = (_read(loaded, rows, precision) for rows in (searched, alignment, held_out))
+        self.targets = _outputs(aligning, self.head)
+        self.held_out_predicted = self.predicted(judged, self.head)
+        self._predicted = self.predicted(own, self.head)
 
     def predicted(self, features: Tensor, head: Head) -> Array:
-        return predicted(_outputs(features, head), self.task)
+        """In the precision in which the whole model predicts, so that near ties end alike."""
+
+        def given(values: Tensor) -> Tensor:
+            return values.to(self._device, torch.float32)
+
+        weight, bias = head
+        with computing_in(self._precision, self._device):
+            logits = nn.functional.linear(given(features), given(weight), None if bias is None else given(bias))
+        return predicted(logits.float().cpu(), self.task)
 
     @cached_property
     def expert(self) -> float:
@@ -93,6 +108,7 @@ class Tryout:
 
     def __init__(self, bench: "Bench", state: State) -> None:
         self.state = state
+        self._bench = bench
         self._sides = bench.sides
 
         def seen(index: int, rows: Sequence[Example]) -> Seen:
@@ -120,21 +136,24 @@ class Tryout:
     def _head(self, index: int, share: float, ridge: float) -> Head:
         side = self._sides[index]
         if not side.alignment:
-            return side.head
+            return self._bench.stored_head(index, side.head)
         rows = min(len(side.alignment), max(LEAST_ALIGNMENT_ROWS, part(side.alignment, share)))
-        return aligned(self._alignment[index].first(rows), side.targets[:rows], *side.head, ridge)
+        found = aligned(self._alignment[index].first(rows), side.targets[:rows], *side.head, ridge)
+        return self._bench.stored_head(index, found)
 
 
 class Bench:
     """One backbone that all experts' heads read, and that merges are put into.
 
-    The parts of a model that are not merged, as its head, stay the expert's own; of experts no more is kept.
+    The parts of a model that are not merged, as its head, stay the expert's own; of experts no more is kept. All is
+    rounded as it would be stored, so that what is tried is what would be published.
     """
 
     def __init__(self, plan: MergePlan, precision: Precision) -> None:
         self.sides: list[Side] = []
         self._precision = precision
-        self._merged = {tensor.slot.name for tensor in plan.backbone}
+        self._dtypes = _dtypes(plan.backbone)
+        self._head_dtypes = [_dtypes(head) for head in plan.heads]
         self._backbone: dict[str, nn.Parameter] = {}
         self._models: list[LoadedModel] = []
         self._present: State | None = None
@@ -154,32 +173,63 @@ class Bench:
             self._backbone = {
                 name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
                 for name, parameter in loaded.model.named_parameters()
-                if name in self._merged
+                if name in self._dtypes
             }
-        self._models.append(self._with_backbone(loaded))
+        self._models.append(self._with_backbone(len(self._models), loaded))
 
     def read(self, state: State, index: int, rows: Sequence[Example], wanted: slice) -> Tensor:
-        """What the head of the expert `index` reads of some rows with a merge, (rows, width), float64."""
+        """What the head of the expert `index` reads of some rows with a merge, (rows, width), float64.
+
+        Raises:
+            NumericalError: a value is beyond the dtype that it would be stored in, or what is computed is not finite.
+        """
         if state is not self._present:
+            self._present = None
             with torch.no_grad():
                 for name, parameter in self._backbone.items():
-                    parameter.copy_(state[name])
+                    parameter.copy_(_stored(name, state[name], self._dtypes[name]))
             self._present = state
         model = self._models[index]
         with rounded_weights(model.model, self._precision):
             return _read(model, rows[wanted], self._precision)
 
-    def _with_backbone(self, loaded: LoadedModel) -> LoadedModel:
+    def stored_head(self, index: int, head: Head) -> Head:
+        """The last layer of the expert `index` as it would be stored."""
+        logits = FAMILIES[self._models[index].info.model_type].logits
+
+        def stored(part: str, values: Tensor) -> Tensor:
+            name = f"{logits}.{part}"
+            return _stored(name, values, self._head_dtypes[index][name]).double()
+
+        weight, bias = head
+        return stored("weight", weight), None if bias is None else stored("bias", bias)
+
+    def _with_backbone(self, index: int, loaded: LoadedModel) -> LoadedModel:
         """A copy of the expert that has the bench's backbone in place of its own, and says so where it fails."""
         own = dict(loaded.model.named_parameters())
         instead: dict[int, object] = {id(own[name]): parameter for name, parameter in self._backbone.items()}
+        model = copy.deepcopy(loaded.model, instead)
+        for name, parameter in model.named_parameters():
+            if name in self._head_dtypes[index]:
+                parameter.data = _stored(name, parameter.data, self._head_dtypes[index][name]).to(parameter.dtype)
         info = replace(loaded.info, source=f"the merge, with the head of {loaded.info.source},")
-        return replace(loaded, info=info, model=copy.deepcopy(loaded.model, instead))
+        return replace(loaded, info=info, model=model)
 
 
 def part(rows: Sequence[object], share: float) -> int:
     """How many rows a share of them is."""
     return math.ceil(len(rows) * share)
+
+
+def _dtypes(tensors: Sequence[PlannedTensor]) -> dict[str, torch.dtype]:
+    return {tensor.slot.name: TORCH_DTYPES[tensor.dtype] for tensor in tensors}
+
+
+def _stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = values.to(dtype)
+    if not is_finite(stored):
+        raise NumericalError(f"tensor {name} has values beyond {str(dtype).removeprefix('torch.')}", tensor=name)
+    return stored
 
 
 def _labels(examples: Sequence[Example]) -> Array:
