@@ -175,17 +175,22 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="of each combination (%(default)s)")
     parser.add_argument("--rows", type=int, default=512, help="of each task, to measure and align on (%(default)s)")
     parser.add_argument("--validation-rows", type=int, default=800, help="to search and judge on (%(default)s)")
-    parser.add_argument("--only", type=int, nargs="*", help="sizes of the combinations; none: timing alone")
+    parser.add_argument(
+        "--only", type=int, nargs="*", help="sizes of the combinations, without the timing; none: the timing alone"
+    )
     options = parser.parse_args()
     bench = Bench(options.out, options.data, options.rows, options.validation_rows)
-    with TemporaryDirectory() as fresh:
-        timed = bench.search(bench.tasks[:TIMED_EXPERTS], TIMED_TRIALS, Path(fresh))
+    timed = None
+    if options.only is None or not options.only:
+        with TemporaryDirectory() as fresh:
+            timed = bench.search(bench.tasks[:TIMED_EXPERTS], TIMED_TRIALS, Path(fresh))
+        show([timed])
     outcomes = []
     for tasks in combinations_of(bench.tasks):
         if options.only is None or len(tasks) in options.only:
             outcomes.append(bench.search(tasks, options.trials, options.out / "statistics"))
             show(outcomes[-1:])
-    show([timed, *outcomes])
+    show(outcomes)
     shown(options.json, rows(outcomes, len(bench.tasks), timed))
 
 
