@@ -32,19 +32,19 @@ sk = Library("sklearn.metrics")
 
 
 def preload() -> None:
-    """Import all of them; who wants one meanwhile waits."""
-    with _importing:
-        for name in (
-            "optuna",
-            "scipy.optimize",
-            "scipy.sparse",
-            "scipy.stats",
-            "sklearn.metrics",
-            "transformers.conversion_mapping",
-            "transformers.modeling_utils",
-            "transformers.models.auto.modeling_auto",
-            "transformers.models.auto.tokenization_auto",
-        ):
+    """Import all of them, one after the other; who wants one meanwhile waits for no more than the one at hand."""
+    for name in (
+        "optuna",
+        "scipy.optimize",
+        "scipy.sparse",
+        "scipy.stats",
+        "sklearn.metrics",
+        "transformers.conversion_mapping",
+        "transformers.modeling_utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+    ):
+        with _importing:
             import_module(name)
 
 

@@ -57,7 +57,7 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         *_card_parameters(spec, result),
     ]
     if spec.base is not None:
-        lines += [f"The base, which they were fine-tuned from, is `{spec.base.source}`.", ""]
+        lines += [f"The base, which they were fine-tuned from, is {_code(spec.base.source)}.", ""]
     if result.metrics:
         lines += [*_markdown_table(METRIC_COLUMNS, metric_rows(result)), "", ABOUT_METRICS, ""]
     if result.candidates:
@@ -119,7 +119,7 @@ def _card_summary(spec: MergeSpec, result: MergeResult) -> str:
 
 
 def _card_models(spec: MergeSpec, result: MergeResult) -> list[str]:
-    models = [[m.name, f"`{m.checkpoint}`"] for m in result.models]
+    models = [[m.name, _code(m.checkpoint)] for m in result.models]
     if isinstance(spec.method, PassthroughParameters):
         stack = _markdown_table(SLICE_COLUMNS, slice_rows(spec.method))
         return [*_markdown_table(["model", "checkpoint"], models), "", *stack]
@@ -137,6 +137,11 @@ def _card_parameters(spec: MergeSpec, result: MergeResult) -> list[str]:
         return []
     given = {key: value for key, value in result.method.items() if key != "name" and value is not None}
     return [f"Parameters of the method: {_card_values(given)}.", ""]
+
+
+def _code(text: str) -> str:
+    """As code, which a backtick would end."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
 def _card_values(values: Mapping[str, Any]) -> str:

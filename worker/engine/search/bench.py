@@ -178,7 +178,7 @@ class Bench:
         self._models.append(self._with_backbone(len(self._models), loaded))
 
     def read(self, state: State, index: int, rows: Sequence[Example], wanted: slice) -> Tensor:
-        """What the head of the expert `index` reads of some rows with a merge, (rows, width), float64.
+        """What the head of the expert `index` reads of some rows with a merge, (rows, width), float32.
 
         Raises:
             NumericalError: a value is beyond the dtype that it would be stored in, or what is computed is not finite.
@@ -191,7 +191,7 @@ class Bench:
             self._present = state
         model = self._models[index]
         with rounded_weights(model.model, self._precision):
-            return _read(model, rows[wanted], self._precision)
+            return _read(model, rows[wanted], self._precision).float()  # which they are made of
 
     def stored_head(self, index: int, head: Head) -> Head:
         """The last layer of the expert `index` as it would be stored."""

@@ -99,6 +99,7 @@ def search_job(
         )
         for name, takes_part in backbones.items()
     ]
+    searching.advance(len(space) - len(found.best))  # candidates of which no merge could be made have no line
     candidates = table(lines, bench.sides, found.search.chosen, searching.advance)
     chosen = made(found.chosen).state if found.chosen.method.refits_layers else None
     return found, candidates, chosen
