@@ -217,7 +217,7 @@ class MergeRequest(JobRequest[ModelRequest]):
         try:
             method = AutoParameters.model_validate({**self.method.model_dump(), "candidates": names})
         except ValidationError as invalid:
-            errors = [_problem(("method",), error["msg"], names) for error in invalid.errors()]
+            errors = [_problem(("method", AUTO.name, *error["loc"]), error["msg"], names) for error in invalid.errors()]
             raise ValidationError.from_exception_data(type(self).__name__, errors) from invalid
         return self.model_copy(update={"method": method})
 

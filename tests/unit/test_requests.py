@@ -99,11 +99,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
     ),
     "no candidates": (searched(candidates=[]), {"method.candidates": ["at least 1 item"]}),
     "fewer trials than candidates": (
-        searched(candidates=["average", "linear"], method={"trials": 1}), {"method": ["2 candidates", "trials is 1"]},
+        searched(candidates=["average", "linear"], method={"trials": 1}),
+        {"method.trials": ["2 candidates", "trials is 1"]},
     ),
     "fewer trials than candidates by default": (
-        searched(method={"trials": 4}), {"method": ["5 candidates", "trials is 4"]},
+        searched(method={"trials": 4}), {"method.trials": ["5 candidates", "trials is 4"]},
     ),
+    "a candidate that is no method": (
+        searched(candidates=["average", 5]), {"method.candidates.1": ["a method's name"]},
+    ),
+    "a candidate without a name": (searched(candidates=[{"scale": 1}]), {"method.candidates.0": ["a method's name"]}),
     "no evaluation": (
         searched(model("a"), model("b", evaluation=None)), {"models.1.evaluation": ["'b'", "rows of every model"]},
     ),

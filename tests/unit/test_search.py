@@ -1,5 +1,6 @@
 """The parts of a search: halves of rows, what is tried, and the journal of what was."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,12 +8,15 @@ import optuna
 import pytest
 from pydantic import ValidationError
 
+from tests.reports import invented_result
 from tests.tiny import merge_spec, model_spec
 from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.methods import METHODS, AutoParameters, Choice, MethodParameters, default_candidates
 from worker.engine.catalog.methods.auto import space_of, with_values
+from worker.engine.catalog.report import Difference
 from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import CheckpointSpec, MergeSpec, models_beside
+from worker.engine.search.job import judged_notes
 from worker.engine.search.journal import Journal, Tried
 from worker.engine.search.search import search
 from worker.engine.search.space import Proposal, Space, unique
@@ -323,3 +327,38 @@ def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
     made.add(0, tried(0))
     assert known(made) == [0]
     assert not list(tmp_path.iterdir())
+
+
+# --- what of the table is worth a note
+
+
+def notes(kept: Mapping[str, float], behind: Mapping[str, float], held_out: int = 250) -> list[str]:
+    """Of invented candidates, the first chosen, with these retentions; the others behind it by that and .01."""
+    result = invented_result(list(kept))
+    assert result.search is not None
+    assert result.candidates is not None
+    chosen, *others = result.candidates
+    metrics = {name: m.model_copy(update={"retention": kept[name]}) for name, m in chosen.metrics.items()}
+    lines = [chosen.model_copy(update={"metrics": metrics})]
+    for line in others:
+        value = behind.get(line.name, 0.02)
+        difference = Difference(value=value, interval=(value - 0.01, value + 0.01))
+        lines.append(line.model_copy(update={"behind": difference}))
+    search = result.search.model_copy(update={"held_out_rows": dict.fromkeys(kept, held_out)})
+    return judged_notes(search, lines)
+
+
+def test_a_floor_that_is_missed_on_held_out_rows_is_noted() -> None:
+    assert notes({"a": 0.9, "b": 0.1}, {}) == []
+    [note] = notes({"a": 0.8499, "b": 0.1}, {})
+    assert "keeps 0.850 of a, not 0.85 that min_retention asks for" in note
+
+
+def test_a_line_that_is_better_than_the_chosen_one_beyond_chance_is_noted() -> None:
+    [note] = notes({"a": 0.9, "b": 0.9}, {"expert a": -0.02, "ties": -0.005})
+    assert note == "on the held-out rows expert a kept more than what was chosen, beyond chance"
+
+
+def test_few_held_out_rows_are_noted() -> None:
+    [note] = notes({"a": 0.9, "b": 0.9}, {}, held_out=31)
+    assert "a on 31, b on 31" in note

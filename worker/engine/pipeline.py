@@ -58,7 +58,7 @@ from worker.engine.results import as_run, model_result, scored_model, stopping_o
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measurer
 from worker.engine.scoring.sample import Sample, looks
-from worker.engine.search.job import floor_notes, search_job, with_chosen, with_published
+from worker.engine.search.job import floor_notes, judged_notes, search_job, with_chosen, with_published
 from worker.engine.stopping import point
 from worker.engine.store import StatisticsStore
 
@@ -170,6 +170,9 @@ class Engine:
             with clock.measure("evaluate_seconds"):
                 metrics = self._evaluate(plan, runs, folders, precision, on_progress, notes)
 
+        if found is not None and candidates is not None:
+            candidates = with_published(candidates, metrics)
+            notes += judged_notes(found.search, candidates)
         _check_unchanged(states)
         known, errors = stopping_of(method, runs, plan, notes)
         retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
@@ -178,7 +181,7 @@ class Engine:
             metrics=metrics,
             mean_retention=sum(retentions) / len(retentions) if retentions else None,
             min_retention=min(retentions, default=None),
-            candidates=candidates and with_published(candidates, metrics),
+            candidates=candidates,
             search=found and found.search,
             stopping=known,
             method=as_run(spec, precision, runs),

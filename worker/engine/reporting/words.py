@@ -85,7 +85,7 @@ def about_candidates(candidates: Sequence[Candidate]) -> str:
 
 
 def candidate_remarks(result: MergeResult) -> list[str]:
-    """What was chosen, and what of the table a reader should not overlook."""
+    """What was chosen."""
     candidates = result.candidates or []
     chosen = next((candidate for candidate in candidates if candidate.chosen), None)
     if chosen is None or result.search is None:
@@ -96,21 +96,7 @@ def candidate_remarks(result: MergeResult) -> list[str]:
     if chosen.align_ridge is not None:
         settings["align_ridge"] = chosen.align_ridge
     coefficients = f" with {settings_of(settings)}" if settings else ""
-    said = [f"Chosen is trial {trial.number}: {chosen.name}{coefficients}."]
-    short = [
-        f"{chosen.metrics[name].retention:.3f} of {name}, not {floor:g}"
-        for name, floor in result.search.min_retention.items()
-        if name in chosen.metrics and (chosen.metrics[name].retention or 0.0) < floor
-    ]
-    if short:
-        said.append(f"On the held-out rows it keeps less than min_retention asks for: {listed(short, most=50)}.")
-    ahead = [c.name for c in candidates if c.behind is not None and c.behind.interval[1] < 0]
-    if ahead:
-        keep = "keeps" if len(ahead) == 1 else "keep"
-        said.append(
-            f"On the held-out rows {listed(ahead)} {keep} more than the chosen one, by more than chance would explain."
-        )
-    return said
+    return [f"Chosen is trial {trial.number}: {chosen.name}{coefficients}."]
 
 
 def _weights(candidate: Candidate) -> dict[str, Any]:

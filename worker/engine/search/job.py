@@ -26,6 +26,9 @@ from worker.engine.search.search import Found, search
 from worker.engine.search.space import Proposal, Space
 from worker.engine.search.table import PLAIN_AVERAGE, Line, table
 
+FEW_ROWS = 32
+"""Held-out rows of a model: fewer say little."""
+
 
 def search_job(
     spec: MergeSpec,
@@ -122,7 +125,7 @@ def _identity(spec: MergeSpec, auto: AutoParameters, runs: Sequence[ModelRun], p
         "metrics": [run.spec.evaluation and run.spec.evaluation.metric for run in runs],
         "checkpoints": [run.digest for run in runs],
         "base": spec.base and spec.base.state,
-        "align_ridge": spec.output.align_ridge,
+        "output": spec.output.model_dump(mode="json", include={"dtype", "align_ridge"}),
         "precision": precision,
         "versions": {name: version(name) for name in ("maskmerge", "optuna", "torch", "transformers")},
     }
@@ -148,6 +151,29 @@ def floor_notes(found: Search) -> list[str]:
     tried = sum(not trial.pruned for trial in found.trials)
     what = f"none of the {tried} merges that were tried on all search rows keeps what min_retention asks for"
     return [f"{what}; the nearest keeps {' and '.join(lacking)}"]
+
+
+def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
+    """What of the table a reader should not overlook."""
+    notes = []
+    chosen = next(candidate for candidate in candidates if candidate.chosen)
+    few = {name: rows for name, rows in found.held_out_rows.items() if rows < FEW_ROWS}
+    if few:
+        listed = ", ".join(f"{name} on {rows}" for name, rows in few.items())
+        notes.append(
+            f"auto is judged on half of the evaluation rows, which are few: {listed}; read intervals with care"
+        )
+    short = [
+        f"{chosen.metrics[name].retention:.3f} of {name}, not {floor:g}"
+        for name, floor in found.min_retention.items()
+        if (chosen.metrics[name].retention or 0.0) < floor
+    ]
+    if short:
+        notes.append(f"on the held-out rows what was chosen keeps {' and '.join(short)} that min_retention asks for")
+    ahead = [c.name for c in candidates if c.behind is not None and c.behind.interval[1] < 0]
+    if ahead:
+        notes.append(f"on the held-out rows {', '.join(ahead)} kept more than what was chosen, beyond chance")
+    return notes
 
 
 def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:

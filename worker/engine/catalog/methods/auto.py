@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
 
 from worker.engine.catalog.methods.entry import (
     BaseParameters,
@@ -35,6 +35,8 @@ ALIGN_RIDGE = Range(0.01, 1.0, log=True)
 
 def _as_recipe(candidate: Any) -> Any:
     recipe = {"name": candidate} if isinstance(candidate, str) else candidate
+    if not isinstance(recipe, dict | MethodParameters) or (isinstance(recipe, dict) and "name" not in recipe):
+        raise ValueError('a candidate is a method\'s name, or an object that has it: "ties" or {"name": "ties"}')
     if isinstance(recipe, dict) and recipe.get("name") == "passthrough":
         raise ValueError("passthrough stacks layers, which has no coefficients to be searched for; leave it out")
     return check_name(recipe, CANDIDATES)
@@ -50,7 +52,7 @@ class AutoParameters(BaseParameters):
     candidates: Annotated[list[Candidate], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
     """Methods, by name or with parameters that are to be kept as they are given; null: those that are good at most
     tasks and that the models name enough for."""
-    trials: Annotated[int, Field(ge=1, le=1000)] = 40
+    trials: Annotated[int, Field(ge=1, le=1000, validate_default=True)] = 40
     """Merges that are tried; each candidate's defaults come first."""
     objective: Literal["mean_retention", "min_retention"] = "mean_retention"
     """Over the models: what is to be as large as possible."""
@@ -68,13 +70,13 @@ class AutoParameters(BaseParameters):
             raise ValueError("precision is of the whole search; give it to auto instead of a candidate")
         return candidates
 
-    @model_validator(mode="after")
-    def _each_is_tried(self) -> "AutoParameters":
-        if self.candidates is not None and self.trials < len(self.candidates):
-            raise ValueError(
-                f"{len(self.candidates)} candidates need as many trials at least, and trials is {self.trials}"
-            )
-        return self
+    @field_validator("trials")
+    @classmethod
+    def _each_is_tried(cls, trials: int, given: ValidationInfo) -> int:
+        candidates = given.data.get("candidates")
+        if candidates is not None and trials < len(candidates):
+            raise ValueError(f"{len(candidates)} candidates need as many trials at least, and trials is {trials}")
+        return trials
 
     @field_serializer("candidates")
     def _as_given(self, candidates: list[MethodParameters] | None) -> list[dict[str, Any]] | None:
