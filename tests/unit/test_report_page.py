@@ -292,7 +292,7 @@ def test_what_was_chosen_is_said() -> None:
     [told] = candidate_remarks(result)
     assert told.startswith(f"Chosen is trial {result.search.chosen}: mask_fisher with scale ")
     assert told.endswith("weight a 1, weight b 1, align_ridge 0.1.")
-    assert told in "".join(candidates(result))
+    assert told in unescape("".join(candidates(result)))
     assert candidate_remarks(result.model_copy(update={"candidates": None})) == []
 
 
