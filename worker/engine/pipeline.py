@@ -27,7 +27,7 @@ from worker.engine.catalog.methods import (
     Statistic,
 )
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
-from worker.engine.catalog.report import MergeResult, MetricResult, ScoreResult, Timings, Version
+from worker.engine.catalog.report import MergeResult, MetricResult, ScoreResult, Timings, Version, mean_and_least
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.stacking import plan_job
 from worker.engine.catalog.values import Place
@@ -175,12 +175,12 @@ class Engine:
             notes += judged_notes(found.search, candidates)
         _check_unchanged(states)
         known, errors = stopping_of(method, runs, plan, notes)
-        retentions = [m.retention for m in (metrics or {}).values() if m.retention is not None]
+        mean_retention, min_retention = mean_and_least((metrics or {}).values())
         result = MergeResult(
             models=[model_result(run, share, error) for run, share, error in zip(runs, shares, errors, strict=True)],
             metrics=metrics,
-            mean_retention=sum(retentions) / len(retentions) if retentions else None,
-            min_retention=min(retentions, default=None),
+            mean_retention=mean_retention,
+            min_retention=min_retention,
             candidates=candidates,
             search=found and found.search,
             stopping=known,

@@ -1,5 +1,6 @@
 """What a finished merge says of itself: the job's `result`, and `report.json` in the artifact."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -164,6 +165,12 @@ class Search(Strict):
     def best(self) -> Trial:
         """The one that was chosen."""
         return next(trial for trial in self.trials if trial.number == self.chosen)
+
+
+def mean_and_least(metrics: Iterable[MetricResult | CandidateMetric]) -> tuple[float | None, float | None]:
+    """Of the retentions of those models that have one; None where none has."""
+    retentions = [metric.retention for metric in metrics if metric.retention is not None]
+    return (sum(retentions) / len(retentions), min(retentions)) if retentions else (None, None)
 
 
 class StoppingPoint(Strict):

@@ -52,7 +52,6 @@ class Side:
         self.searched, self.held_out, self.alignment = searched, held_out, alignment
         self.labels, self.held_out_labels = _labels(searched), _labels(held_out)
         self._metric = metric_for(evaluation.metric, loaded.task)
-        self._precision = precision
         head = head_of(loaded)
         bias = None if head.bias is None else head.bias.detach().cpu().double()
         self.head: Head = (head.weight.detach().cpu().double(), bias)

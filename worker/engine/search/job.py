@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.engine.backbone import plain_average
 from worker.engine.catalog.methods import AutoParameters, AverageParameters
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import Candidate, CandidateMetric, MetricResult, Search
+from worker.engine.catalog.report import Candidate, CandidateMetric, MetricResult, Search, mean_and_least
 from worker.engine.catalog.spec import MergeSpec
 from worker.engine.checkpoints.loading import ModelCache
 from worker.engine.device import Precision
@@ -185,13 +185,9 @@ def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, Metric
                 name: CandidateMetric(metric=m.metric, value=m.merged, interval=m.interval, retention=m.retention)
                 for name, m in metrics.items()
             }
-            retentions = [m.retention for m in metrics.values() if m.retention is not None]
+            mean, least = mean_and_least(published.values())
             candidate = candidate.model_copy(
-                update={
-                    "metrics": published,
-                    "mean_retention": sum(retentions) / len(retentions) if retentions else None,
-                    "min_retention": min(retentions, default=None),
-                }
+                update={"metrics": published, "mean_retention": mean, "min_retention": least}
             )
         found.append(candidate)
     return found

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from worker.engine.catalog.methods import MethodParameters
-from worker.engine.catalog.report import Candidate, CandidateMetric, Difference
+from worker.engine.catalog.report import Candidate, CandidateMetric, Difference, mean_and_least
 from worker.engine.catalog.values import PerTensor
 from worker.engine.evaluation.metrics import Array, bootstrap, interval, metric_for
 from worker.engine.search.bench import Side, Tryout
@@ -51,7 +51,7 @@ def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Ca
     found = []
     for index, line in enumerate(lines):
         metrics = {name: of_lines[index].metric for name, of_lines in by_model.items()}
-        retentions = [m.retention for m in metrics.values() if m.retention is not None]
+        mean_retention, min_retention = mean_and_least(metrics.values())
         found.append(
             Candidate(
                 name=line.name,
@@ -61,8 +61,8 @@ def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Ca
                 align_ridge=line.align_ridge if any(side.alignment for side in sides) else None,
                 trial=line.trial,
                 metrics=metrics,
-                mean_retention=sum(retentions) / len(retentions) if retentions else None,
-                min_retention=min(retentions, default=None),
+                mean_retention=mean_retention,
+                min_retention=min_retention,
                 behind=_behind(list(by_model.values()), published, index),
                 chosen=index == published,
             )
