@@ -332,7 +332,7 @@ def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
 # --- what of the table is worth a note
 
 
-def notes(kept: Mapping[str, float], behind: Mapping[str, float], held_out: int = 250) -> list[str]:
+def notes(kept: Mapping[str, float | None], behind: Mapping[str, float], held_out: int = 250) -> list[str]:
     """Of invented candidates, the first chosen, with these retentions; the others behind it by that and .01."""
     result = invented_result(list(kept))
     assert result.search is not None
@@ -352,6 +352,12 @@ def test_a_floor_that_is_missed_on_held_out_rows_is_noted() -> None:
     assert notes({"a": 0.9, "b": 0.1}, {}) == []
     [note] = notes({"a": 0.8499, "b": 0.1}, {})
     assert "keeps 0.850 of a, not 0.85 that min_retention asks for" in note
+
+
+def test_a_floor_that_cannot_be_judged_is_noted() -> None:
+    """The expert has no positive metric on the held-out rows, so that there is no retention."""
+    [note] = notes({"a": None, "b": 0.1}, {})
+    assert note.startswith("on the held-out rows the metric of a itself is not positive")
 
 
 def test_a_line_that_is_better_than_the_chosen_one_beyond_chance_is_noted() -> None:

@@ -163,10 +163,17 @@ def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
         notes.append(
             f"auto is judged on half of the evaluation rows, which are few: {listed}; read intervals with care"
         )
+    kept = {name: metric.retention for name, metric in chosen.metrics.items()}
+    unknown = [name for name in found.min_retention if kept[name] is None]
+    if unknown:
+        notes.append(
+            f"on the held-out rows the metric of {' and '.join(unknown)} itself is not positive: whether the merge "
+            "keeps what min_retention asks for is not known"
+        )
     short = [
-        f"{chosen.metrics[name].retention:.3f} of {name}, not {floor:g}"
+        f"{retention:.3f} of {name}, not {floor:g}"
         for name, floor in found.min_retention.items()
-        if (chosen.metrics[name].retention or 0.0) < floor
+        if (retention := kept[name]) is not None and retention < floor
     ]
     if short:
         notes.append(f"on the held-out rows what was chosen keeps {' and '.join(short)} that min_retention asks for")
