@@ -148,7 +148,7 @@ AUTO = MethodEntry(
     name="auto",
     formula="argmax over candidates and their coefficients of the mean (or least) retention on the search rows",
     source="this project's; candidates are proposed by Bergstra et al. 2011, Algorithms for Hyper-Parameter "
-    "Optimization (TPE), and given up by Jamieson & Talwalkar 2016, arXiv 1502.07943 (successive halving)",
+    "Optimization (TPE), and given up by Li et al. 2020, arXiv 1810.05934 (asynchronous successive halving)",
     needs=("evaluation",),
     parameters=AutoParameters,
 )
