@@ -71,14 +71,6 @@ RANDOM = ("dare_ties",)
 TRIMMED = {"ties": 1e-5}
 """Share of a tensor's values that may equal the threshold, at most; mergekit keeps some of those, here all are kept."""
 
-ONE_MERGE = """
-import sys
-from worker.engine.catalog.spec import MergeSpec
-from worker.engine.pipeline import Engine
-Engine().merge(MergeSpec.model_validate_json(sys.argv[1]), lambda *_: None)
-"""
-"""A process that imports nothing but what a merge needs."""
-
 Row = dict[str, Any]
 
 
@@ -266,13 +258,7 @@ class WarmEngine:
 
     def merge(self, inputs: Inputs, method: str) -> MergeResult:
         """Leaves its artifact. Raises RuntimeError when the job fails."""
-        self._process.run(inputs.spec(method))
-        while True:
-            for event in self._process.poll(1):
-                if isinstance(event, Failed):
-                    raise RuntimeError(f"{inputs.shape.name}, {method}: {event.error.message}")
-                if isinstance(event, Finished) and isinstance(event.result, MergeResult):
-                    return event.result
+        return merged(self._process, inputs, method)
 
     def peak_bytes(self, inputs: Inputs, method: str) -> int:
         """Of anonymous memory while it merges, above what it holds when it is idle."""
@@ -282,6 +268,16 @@ class WarmEngine:
 
     def close(self) -> None:
         self._process.kill()
+
+
+def merged(process: EngineProcess, inputs: Inputs, method: str) -> MergeResult:
+    process.run(inputs.spec(method))
+    while True:
+        for event in process.poll(1):
+            if isinstance(event, Failed):
+                raise RuntimeError(f"{inputs.shape.name}, {method}: {event.error.message}")
+            if isinstance(event, Finished) and isinstance(event.result, MergeResult):
+                return event.result
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -442,17 +438,21 @@ def run_mergekit(python: Path, inputs: Inputs, method: str, out: Path) -> None:
     subprocess.run(command, check=True, env=environment, cwd=inputs.out.parent, stdout=subprocess.DEVNULL)
 
 
-def run_ours(inputs: Inputs, method: str) -> None:
-    """As a process of its own, as mergekit is."""
-    command = [sys.executable, "-c", ONE_MERGE, inputs.spec(method).model_dump_json()]
-    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parent.parent)
+def run_ours(inputs: Inputs, method: str, threads: int) -> None:
+    """In a process that is started for it, and ended, as mergekit's is."""
+    process = EngineProcess(threads)
+    process.start()
+    try:
+        merged(process, inputs, method)
+    finally:
+        process.kill()
 
 
-def against_mergekit(python: Path, inputs: Inputs) -> Iterator[Row]:
+def against_mergekit(python: Path, inputs: Inputs, threads: int) -> Iterator[Row]:
     methods = registered(AGAINST_MERGEKIT)
     works: dict[str, Callable[[], object]] = {}
     for method in methods:
-        works[f"ours {method}"] = partial(run_ours, inputs, method)
+        works[f"ours {method}"] = partial(run_ours, inputs, method, threads)
         works[f"mergekit {method}"] = partial(run_mergekit, python, inputs, method, inputs.out)
     seconds = Turns(inputs.out, rounds=2).time(works, nothing, nothing)
     for method in methods:
@@ -463,7 +463,7 @@ def against_mergekit(python: Path, inputs: Inputs) -> Iterator[Row]:
         return
     theirs_at = inputs.out.with_name("theirs")
     for method in [method for method in methods if method not in RANDOM]:
-        run_ours(inputs, method)
+        run_ours(inputs, method, threads)
         run_mergekit(python, inputs, method, theirs_at)
         most = difference(next(path.parent for path in inputs.out.rglob(INDEX)), theirs_at, TRIMMED.get(method, 0))
         named = f"{inputs.shape.name}: {method}, most that mergekit's differs"
@@ -495,7 +495,7 @@ def read(path: Path, name: str) -> Tensor:
 # --- all of it ----------------------------------------------------------------------------------------
 
 
-def measure(engine: WarmEngine, shape: Shape, folder: Path, python: Path | None) -> Iterator[Row]:
+def measure(engine: WarmEngine, shape: Shape, folder: Path, python: Path | None, threads: int) -> Iterator[Row]:
     inputs = Inputs.made(shape, folder)
     if shape.holes:
         yield from memory(engine, inputs, ["average"])
@@ -503,7 +503,7 @@ def measure(engine: WarmEngine, shape: Shape, folder: Path, python: Path | None)
         yield from against_floor(engine, inputs)
         yield from memory(engine, inputs, registered(list(METHODS_MEASURED)))
         if python is not None:
-            yield from against_mergekit(python, inputs)
+            yield from against_mergekit(python, inputs, threads)
     shutil.rmtree(folder / shape.name)
 
 
@@ -530,7 +530,9 @@ def main() -> None:
             for shape in (SHAPES[name] for name in options.shapes):
                 fewer = {} if options.layers is None else {"num_hidden_layers": options.layers}
                 settings = {**shape.settings, **fewer}
-                for measured in measure(engine, replace(shape, settings=settings), folder, options.mergekit):
+                for measured in measure(
+                    engine, replace(shape, settings=settings), folder, options.mergekit, options.threads
+                ):
                     print(*measured.values(), flush=True)
                     found.append(measured)
         finally:

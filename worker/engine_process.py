@@ -6,19 +6,20 @@ starts another when it died or grew too large. It takes jobs as soon as it can m
 are loaded with.
 """
 
+import gc
 import json
 import logging
 import os
 import resource
+import select
 import selectors
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -31,6 +32,7 @@ from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
 READ_BYTES = 1 << 16
+FIRST_JOB_S = 0.1  # that an engine which was started for a job waits for it
 
 logger = logging.getLogger(__name__)
 
@@ -194,8 +196,10 @@ def _oom_kills() -> int:
 _sending = Lock()  # a line at a time: two threads have something to say
 
 
-def serve(requests: Iterator[bytes], events: int) -> None:
-    """Run jobs one after the other until the worker closes the pipe."""
+def serve(requests: BinaryIO, events: int) -> None:
+    """Run jobs one after the other until the worker closes the pipe. What not every job needs is imported when none
+    is there yet, or after the first."""
+    gc.disable()  # nothing of what is imported will be garbage, and to look for it takes a quarter of the time
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -203,13 +207,17 @@ def serve(requests: Iterator[bytes], events: int) -> None:
     from worker.engine.pipeline import Engine
 
     engine = Engine()
+    gc.freeze()
+    gc.enable()
     _send(events, Ready())
 
     def warm() -> None:
         preload()
         _send(events, Warm())
 
-    Thread(target=warm).start()
+    warming = Thread(target=warm)
+    if not select.select([requests], [], [], FIRST_JOB_S)[0]:
+        warming.start()
     for request in requests:
         try:
             spec = SPEC.validate_json(request)
@@ -219,6 +227,8 @@ def serve(requests: Iterator[bytes], events: int) -> None:
             _send(events, Failed(error=_job_error(error)))
         else:
             _send(events, Finished(result=result))
+        if warming.ident is None:
+            warming.start()
 
 
 class Throttled:
@@ -285,4 +295,4 @@ if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
     _open_as_many_files_as_allowed()
     logging.basicConfig(level=os.environ.get("MASKMERGE_LOG_LEVEL", "INFO"), stream=sys.stderr)
-    serve(iter(sys.stdin.buffer), int(sys.argv[2]))
+    serve(sys.stdin.buffer, int(sys.argv[2]))

@@ -53,6 +53,7 @@ class Evaluation(Dataset):
     """Rows on which expert, plain average and merge are compared."""
 
     label: Name = "label"
+    """Column of the labels."""
     metric: MetricName | None = None
     """Default: accuracy for classification, f1 for several labels at once, pearson for regression."""
 

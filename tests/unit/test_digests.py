@@ -94,3 +94,12 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, read: li
     digests = Digests()
     assert digests.of_checkpoint(info) == digests.of_checkpoint(info)
     assert read == ["config.json", WEIGHTS] * 2
+
+
+def test_several_at_once_have_the_digests_of_each_alone(tmp_path: Path, read: list[str]) -> None:
+    folders = [tiny_checkpoint(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    infos = [inspect_checkpoint(folder, "x") for folder in (*folders, folders[0])]
+    together = Digests().of_checkpoints(infos, threads=2)
+    assert sorted(read) == sorted(["config.json", WEIGHTS] * 3), "a file that is named twice is read once"
+    assert together == [digest_checkpoint(info) for info in infos]
+    assert len(set(together)) == 3

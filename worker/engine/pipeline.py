@@ -100,9 +100,11 @@ class Engine:
             if not spec.loads_models:
                 check_tokenizers(plan)
             loading = Phase("loading", len(spec.models), "models", on_progress)
+            digests = self._digests.of_checkpoints(plan.all_checkpoints, torch.get_num_threads())
+            ancestor = digests.pop() if plan.base else None
             runs = []
-            for model, info in zip(spec.models, plan.checkpoints, strict=True):
-                runs.append(prepare(spec, model, info, self._digests.of_checkpoint(info), inputs, self._models, notes))
+            for model, info, digest in zip(spec.models, plan.checkpoints, digests, strict=True):
+                runs.append(prepare(spec, model, info, digest, inputs, self._models, notes))
                 loading.advance()
             on_cpu = self._device.type == "cpu"
             held = sum(map(padded_tokens, runs)) if spec.method.refits_layers and on_cpu else 0
@@ -152,7 +154,7 @@ class Engine:
             with Backbone(plan, taking_part, merger, scale) as backbone:
                 # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
                 threads = torch.get_num_threads() if method.merges_rows else None
-                digests = write_models(
+                written = write_models(
                     plan,
                     list(dict.fromkeys(folders.values())),
                     backbone.blocks,
@@ -163,7 +165,7 @@ class Engine:
 
         if spec.aligns:
             with clock.measure("align_seconds"):
-                digests |= self._align(plan, runs, folders, precision, spec.output.align_ridge, on_progress)
+                written |= self._align(plan, runs, folders, precision, spec.output.align_ridge, on_progress)
 
         metrics = None
         if any(run.evaluation for run in runs):
@@ -193,8 +195,7 @@ class Engine:
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
         scores = {run.spec.name: run.measured.scores for run in runs}
-        ancestor = self._digests.of_checkpoint(plan.base) if plan.base else None
-        artifact.write_documents(spec, plan, result, ancestor, digests, scores)
+        artifact.write_documents(spec, plan, result, ancestor, written, scores)
         return result
 
     def score(self, spec: ScoreSpec, on_progress: OnProgress) -> ScoreResult:

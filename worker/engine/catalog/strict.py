@@ -1,10 +1,16 @@
 """A pydantic model that refuses what it does not know, and says what was probably meant."""
 
+import ast
+import inspect
 from difflib import get_close_matches
+from functools import cache
+from itertools import pairwise
+from textwrap import dedent
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 LONGEST_NAME = 40  # of what is quoted: columns of a file without a header are its first row
 MOST_NAMES = 20
@@ -21,7 +27,7 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -36,3 +42,31 @@ class Strict(BaseModel):
                         {"field": str(name)[:LONGEST_NAME], "hint": did_you_mean(str(name), known)},
                     )
         return data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Describes fields by the texts below them. `use_attribute_docstrings` does so as a class is made, which is
+        most of the time that importing the catalog would take."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for owner in reversed(cls.__mro__):
+            if issubclass(owner, Strict):
+                for name, text in _texts_below(owner).items():
+                    if name in properties:
+                        properties[name]["description"] = text
+        return schema
+
+
+@cache
+def _texts_below(owner: type) -> dict[str, str]:
+    """By the name of the annotated attribute that the text follows."""
+    try:
+        [definition] = ast.parse(dedent(inspect.getsource(owner))).body
+    except OSError:  # a generic class with its type: nobody wrote it down
+        return {}
+    texts = {}
+    for attribute, text in pairwise(getattr(definition, "body", ())):
+        match attribute, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(found))):
+                texts[name] = inspect.cleandoc(found)
+    return texts

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import ADAPTER_CONFIG, TOKENIZER_FILES, CheckpointInfo, TensorInfo
+from worker.engine.threads import in_threads
 
-CHUNK_BYTES = 4 << 20
 CLOCK_TICK_NS = 1_000_000_000  # a file that was written just now may be written again and have the same times
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -129,10 +129,27 @@ class Digests:
 
     def of_checkpoint(self, info: CheckpointInfo) -> str:
         """`sha256:` over the names and digests of config and weight files; of an adapter, with its base's digest."""
-        digests = {name: self._of_file(info.path / name) for name in _files(info)}
-        if info.base is not None:
-            digests["base"] = self.of_checkpoint(info.base)
-        return f"sha256:{_joined(digests)}"
+        [digest] = self.of_checkpoints([info], threads=1)
+        return digest
+
+    def of_checkpoints(self, infos: Sequence[CheckpointInfo], threads: int) -> list[str]:
+        """As `of_checkpoint`, a file in each thread."""
+        files = {info.path / name for info in infos for name in _files(info)}
+        files |= {info.base.path / name for info in infos if info.base is not None for name in _files(info.base)}
+        of_files: dict[Path, str] = {}
+
+        def digest(path: Path) -> None:
+            of_files[path] = self._of_file(path)
+
+        in_threads(digest, sorted(files), threads, lambda: None)
+
+        def of(info: CheckpointInfo) -> str:
+            digests = {name: of_files[info.path / name] for name in _files(info)}
+            if info.base is not None:
+                digests["base"] = of(info.base)
+            return f"sha256:{_joined(digests)}"
+
+        return [of(info) for info in infos]
 
     def _of_file(self, path: Path) -> str:
         stat = path.stat()
@@ -147,11 +164,8 @@ class Digests:
 
 def digest_file(path: Path) -> str:
     """sha256 of a file, hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_checkpoint(info: CheckpointInfo) -> str:
