@@ -32,6 +32,9 @@ from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
 READ_BYTES = 1 << 16
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+"""glibc keeps this much of what is freed; by default the blocks of a merge go back to the kernel, which clears every
+page again when the next one takes it."""
 FIRST_JOB_S = 0.1  # that an engine which was started for a job waits for it
 
 logger = logging.getLogger(__name__)
@@ -101,6 +104,7 @@ class EngineProcess:
                 **{
                     name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
                 },  # holds a password
+                **MALLOC,
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": str(self._threads),

@@ -7,6 +7,7 @@ come in any order. Nothing is held longer than a run of rows.
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -30,6 +31,7 @@ from worker.engine.methods.blocks import is_finite
 from worker.engine.threads import in_threads
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+LARGE = 16  # a tensor is that has more than a thread's part of the elements over this
 DIGEST_BYTES = 1 << 18  # read again into the same memory, which stays in a cache
 
 Rows = Iterable[tuple[slice, Tensor]]
@@ -192,6 +194,7 @@ def write_models(
         backbone = [writer(first / name, shard) for name, shard in zip(names, shards, strict=False)]
         heads = [writer(folder / names[-1], head) for folder, head in zip(folders, plan.heads, strict=True) if head]
         work = [(shard, tensor) for shard in (*backbone, *heads) for tensor in shard.tensors]
+        work = _largest_first(work, threads or 1)
         in_threads(lambda item: item[0].write(item[1], rows_of(item[1])), work, threads, on_tensor)
     for folder in others:
         for name in names[:-1]:
@@ -204,6 +207,14 @@ def write_models(
         _write_config(info, plan, folder)
         write_tokenizer(info, plan.vocabulary, folder)
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
+
+
+def _largest_first(
+    work: Sequence[tuple[ShardWriter, PlannedTensor]], threads: int
+) -> list[tuple[ShardWriter, PlannedTensor]]:
+    """Tensors whose time all other threads might spend waiting, were they the last; then the files' order."""
+    much = sum(math.prod(tensor.shape) for _, tensor in work) / (LARGE * threads)
+    return sorted(work, key=lambda item: math.prod(item[1].shape) < much)
 
 
 def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[str, Tensor]) -> tuple[Path, str]:

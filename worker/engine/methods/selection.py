@@ -113,9 +113,10 @@ class _Search:
         if self.inner == ANY and self._is_unbounded:
             inside, found = values, (0, 0, values.size, 0)
         else:
-            near = values[(values >= low) & (values <= high)]
+            is_above = values > high
+            near = values.take(np.flatnonzero((values >= low) ^ is_above))  # unlike a mask, leaves other threads alone
             inside = _between(near, low, high)
-            above, at_high = int(np.count_nonzero(values > high)), int(np.count_nonzero(near == high))
+            above, at_high = int(np.count_nonzero(is_above)), int(np.count_nonzero(near == high))
             at_low = near.size - inside.size - at_high
             found = (above, at_high, inside.size, at_low)
         self.counts = [count + more for count, more in zip(self.counts, found, strict=True)]

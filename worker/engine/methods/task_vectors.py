@@ -46,8 +46,12 @@ def merging(
 
 
 def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = deltas[0] * weights[0]
-    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+    """A new tensor."""
+    first, *others = deltas
+    weight, *weights = weights
+    is_one = weight == 1 and bool(others)  # then it is a pass less
+    total = torch.add(first, others.pop(0), alpha=weights.pop(0)) if is_one else first * weight
+    for delta, weight in zip(others, weights, strict=True):
         total.add_(delta, alpha=weight)
     return total
 
@@ -66,7 +70,7 @@ def elected_sum(
         normalize: divided by `sum_(j in A) w_j`.
     """
     merged = torch.empty_like(deltas[0])
-    size = 2.0 ** math.frexp(max(weights))[1] if normalize else 1.0  # a power of 2 changes no digit
+    size = 2.0 ** (math.frexp(max(weights))[1] - 1) if normalize else 1.0  # a power of 2 changes no digit
     shares = [weight / size for weight in weights]
     for part, *parts in zip(*(torch.split(t.view(-1), CHUNK_ELEMENTS) for t in (merged, *deltas)), strict=True):
         elected = weighted_sum(parts, votes).sign_()

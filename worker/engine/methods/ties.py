@@ -4,6 +4,7 @@ As in the authors' code the mean is over the models that agree; with weights it 
 them, which for equal weights is the same. `scale` is the paper's lambda, applied by the caller.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,5 +33,6 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 def trim(delta: Tensor, least: float) -> Tensor:
     """Zero where the magnitude is less than `least`, which is one of the magnitudes, and not NaN."""
-    below = torch.nextafter(torch.tensor(least, dtype=delta.dtype), torch.tensor(-1.0, dtype=delta.dtype))
+    dtype = np.float64 if delta.dtype == torch.float64 else np.float32
+    below = np.nextafter(dtype(least), dtype(-1))
     return torch.nn.functional.hardshrink(delta, float(below))  # zero up to and with `below`
