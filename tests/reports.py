@@ -84,6 +84,7 @@ def invented_result(names: Sequence[str], *, trials: int = 40, seed: int = 0) ->
             parameters={"scale": rng.uniform(0.5, 1.5), "floor": 10 ** rng.uniform(-4, -1), UGLY: UGLY},
             rows=256,
             retentions=dict.fromkeys(names, 0.9),
+            smoothed=dict.fromkeys(names, 0.88),
             objective=rng.uniform(0.8, 0.95),
             pruned=number % 4 == 3,
             seconds=1.5,

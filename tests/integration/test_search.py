@@ -217,7 +217,7 @@ def test_a_look_lets_the_better_half_go_on(whole: tuple[MergeSpec, MergeResult])
     assert len(shares) > 1
     seen: list[list[float]] = [[] for _ in shares]
     for line, trial in zip(lines, searched(result).trials, strict=True):
-        values = [float(np.mean(list(look.values()))) for look in line["looks"]]
+        values = [float(np.mean(list(look["smoothed"].values()))) for look in line["looks"]]
         for number, value in enumerate(values):
             seen[number].append(value)
             better = sorted(seen[number], reverse=True)[: max(1, len(seen[number]) // 2)]
@@ -225,6 +225,7 @@ def test_a_look_lets_the_better_half_go_on(whole: tuple[MergeSpec, MergeResult])
             goes_on = is_first or number == len(shares) - 1 or value >= better[-1]
             assert goes_on == (number < len(values) - 1 or number == len(shares) - 1)
         assert trial.pruned == (len(values) < len(shares))
+        assert trial.objective == pytest.approx(values[-1])
 
 
 def test_the_same_recipe_finds_the_same(
@@ -325,7 +326,7 @@ def test_the_least_retention_can_be_what_counts(tiny_inputs: Path, inputs: Path,
     spec = job(tmp_path, tiny_inputs, inputs, candidates=["average"], trials=6, objective="min_retention")
     search = searched(Engine(CPU).merge(spec, silent))
     for trial in search.trials:
-        assert trial.objective == min(trial.retentions.values())
+        assert trial.objective == min(trial.smoothed.values())
 
 
 def test_a_merge_that_fails_costs_a_trial_and_no_job(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:

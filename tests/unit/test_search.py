@@ -17,7 +17,7 @@ from worker.engine.catalog.report import Difference
 from worker.engine.catalog.rows import Row
 from worker.engine.catalog.spec import CheckpointSpec, MergeSpec, models_beside
 from worker.engine.search.job import judged_notes
-from worker.engine.search.journal import Journal, Tried
+from worker.engine.search.journal import Journal, Look, Tried
 from worker.engine.search.search import search
 from worker.engine.search.space import Proposal, Space, unique
 from worker.engine.search.splitting import halves
@@ -213,13 +213,14 @@ class Rows:
 
 def test_a_merge_that_keeps_the_floor_is_not_given_up_for_a_better_one_that_does_not() -> None:
     """As the numbers come in: the second is better by the objective, and lacks what the first does not."""
-    outcomes = [{"a": 0.95, "b": 0.93}, {"a": 0.945, "b": 0.99}, {"a": 0.96, "b": 0.92}, {"a": 0.949, "b": 1.0}]
+    kept = [{"a": 0.95, "b": 0.93}, {"a": 0.945, "b": 0.99}, {"a": 0.96, "b": 0.92}, {"a": 0.949, "b": 1.0}]
+    outcomes = [Look(retentions=one, smoothed={"a": one["a"] - 0.1, "b": one["b"]}) for one in kept]
 
     class Outcome:
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def retentions(self, share: float, ridge: float) -> dict[str, float]:
+        def look(self, share: float, ridge: float) -> Look:
             return outcomes[self.number]
 
     method = auto(trials=4)
@@ -237,7 +238,7 @@ def test_a_merge_that_keeps_the_floor_is_not_given_up_for_a_better_one_that_does
         lambda: None,
     )
     assert [trial.pruned for trial in found.search.trials] == [False, True, False, True]
-    assert [trial.objective for trial in found.search.trials] == pytest.approx([0.94, 0.9625, 0.94, 0.9735])
+    assert [trial.objective for trial in found.search.trials] == pytest.approx([0.89, 0.9125, 0.89, 0.9235])
     assert found.search.feasible
     assert found.search.chosen == 0
 
@@ -254,8 +255,12 @@ def test_memory_is_counted_for_each_merge_that_is_kept() -> None:
 # --- the journal
 
 
+def look(kept: float) -> Look:
+    return Look(retentions={"a": kept}, smoothed={"a": kept / 2})
+
+
 def tried(number: int, **parameters: Any) -> Tried:
-    return Tried(parameters=parameters or {"number": number}, looks=[{"a": 0.5}, {"a": 0.25}], seconds=1.5)
+    return Tried(parameters=parameters or {"number": number}, looks=[look(0.5), look(0.25)], seconds=1.5)
 
 
 def journal(path: Path, identity: str = "one", count: int = 3) -> Journal:

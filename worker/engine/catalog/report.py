@@ -138,8 +138,10 @@ class Trial(Proposed):
     """Search rows of the model that has most, on which it was evaluated."""
     retentions: dict[str, float]
     """By model, on these rows."""
+    smoothed: dict[str, float]
+    """The same of the metric where a prediction counts as partly right, by its distance from the border to another."""
     objective: float
-    """Lower by what the models lack to their `min_retention`."""
+    """Mean or least of `smoothed`, lower by what `retentions` lack to the models' `min_retention`."""
     pruned: bool
     """Whether it was given up before all search rows."""
 

@@ -113,13 +113,13 @@ def bootstrap(name: MetricName, task: Task, labels: Array, predictions: Sequence
         labels, predictions: (rows,) each, or of a multi-label head (rows, labels).
     """
     if task.problem == "multi_label":
-        metric = _of_decisions(name, labels, predictions)
+        metric = of_decisions(name, labels, predictions)
     elif name == "pearson":
         metric = _pearson(labels, predictions)
     elif name == "spearman":
         metric = _spearman(labels, predictions)
     else:
-        metric = _of_classes(name, task.outputs, labels, predictions)
+        metric = of_classes(name, labels, [_indicator(classes, task.outputs) for classes in predictions])
     return np.concatenate([metric(counts) for counts in _resamples(len(labels), seed)], axis=1)
 
 
@@ -135,10 +135,17 @@ def _resamples(rows: int, seed: int) -> Iterator[Array]:
         yield counts
 
 
-def _of_classes(name: MetricName, classes: int, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """Accuracy, F1 and Matthews' correlation (Gorodkin 2004) of the confusion tables' diagonals and margins."""
+def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> ResampledMetric:
+    """Accuracy, F1 and Matthews' correlation (Gorodkin 2004) of the confusion tables' diagonals and margins.
+
+    Args:
+        labels: (rows,)
+        predictions: (classes, rows) each, 1 where the row is predicted to be of the class, or a share of it; dense or
+            sparse.
+    """
+    classes = predictions[0].shape[0]
     of_labels = _indicator(labels, classes)
-    of_predictions = [_indicator(predicted, classes) for predicted in predictions]
+    of_predictions = [sparse.csr_array(one) for one in predictions]
     of_hits = [one.multiply(of_labels).tocsr() for one in of_predictions]
 
     def values(counts: Array) -> Array:
@@ -163,14 +170,19 @@ def _of_classes(name: MetricName, classes: int, labels: Array, predictions: Sequ
     return values
 
 
-def _of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """Of a multi-label head: accuracy of whole rows, or F1 of all decisions together, from sums over rows."""
+def of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+    """Of a multi-label head: accuracy of whole rows, or F1 of all decisions together, from sums over rows.
+
+    Args:
+        labels, predictions: (rows, labels), 1 where the label applies, else 0; of predictions also shares of it.
+    """
 
     def values(counts: Array) -> Array:
         found = []
         for predicted in predictions:
             if name == "accuracy":
-                found.append((predicted == labels).all(1) @ counts / counts[:, 0].sum())
+                right = 1 - np.abs(predicted - labels)
+                found.append(right.prod(1) @ counts / counts[:, 0].sum())
             else:
                 found.append(_ratio(2 * (predicted * labels).sum(1) @ counts, (predicted + labels).sum(1) @ counts))
         return np.stack(found)

@@ -130,7 +130,7 @@ def search(result: MergeResult) -> list[Html | None]:
     trials = sorted(found.trials, key=lambda trial: trial.number)
     names = list(dict.fromkeys(trial.candidate for trial in trials))
     chosen = next((trial for trial in trials if trial.number == found.chosen), None)
-    objective = found.objective.replace("_", " ")
+    objective = f"smoothed {found.objective.replace('_', ' ')}"
     best = f"The best {objective} was that of trial {found.chosen}."
     if found.min_retention:
         lacks = "reaches the floors" if found.feasible else "lacks least to the floors, which no trial reaches"
@@ -147,7 +147,9 @@ def search(result: MergeResult) -> list[Html | None]:
         _trials(trials, names, chosen, objective),
         element(
             "p",
-            f"{objective.capitalize()}. The ring is the chosen trial, the grey line the best so far.",
+            f"{objective.capitalize()}. Smoothed, a row that is barely right counts less than one that clearly is, "
+            "which tells better what keeps most on other rows. The ring is the chosen trial, the grey line the best so "
+            "far.",
             class_="note",
         ),
         key(
@@ -256,6 +258,7 @@ def _trial_table(trials: Sequence[Trial]) -> Html:
             str(trial.number),
             trial.candidate,
             f"{trial.objective:.4f}",
+            f"{sum(trial.retentions.values()) / len(trial.retentions):.4f}",
             "given up" if trial.pruned else "whole",
             str(trial.rows),
             f"{trial.seconds:.1f}",
@@ -263,9 +266,9 @@ def _trial_table(trials: Sequence[Trial]) -> Html:
         ]
         for trial in shown
     ]
-    columns = ["trial", "candidate", "objective", "evaluation", "rows", "seconds", "parameters"]
+    columns = ["trial", "candidate", "objective", "mean retention", "evaluation", "rows", "seconds", "parameters"]
     caption = "Trials" if shown is trials else f"The best {len(shown)} of {len(trials)} trials; report.json has all"
-    return details("Table of trials", table(columns, rows, caption, numeric=(2, 4, 5)))
+    return details("Table of trials", table(columns, rows, caption, numeric=(2, 3, 5, 6)))
 
 
 def scores(maps: Maps | None) -> list[Html]:

@@ -20,8 +20,10 @@ from worker.engine.checkpoints.reader import TORCH_DTYPES
 from worker.engine.device import Precision, computing_in, rounded_weights
 from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
 from worker.engine.evaluation.metrics import Array, metric_for
+from worker.engine.evaluation.smoothed import smoothed
 from worker.engine.methods.blocks import is_finite
 from worker.engine.scoring.data import Example
+from worker.engine.search.journal import Look
 
 State = Mapping[str, Tensor]
 """A backbone, by `Slot.name`."""
@@ -51,7 +53,6 @@ class Side:
         self.evaluation = evaluation
         self.searched, self.held_out, self.alignment = searched, held_out, alignment
         self.labels, self.held_out_labels = _labels(searched), _labels(held_out)
-        self._metric = metric_for(evaluation.metric, loaded.task)
         head = head_of(loaded)
         bias = None if head.bias is None else head.bias.detach().cpu().double()
         self.head: Head = (head.weight.detach().cpu().double(), bias)
@@ -59,10 +60,13 @@ class Side:
             own, aligning, judged = (_read(loaded, rows, precision) for rows in (searched, alignment, held_out))
         self.targets = _outputs(aligning, self.head)
         self.held_out_predicted = self.predicted(judged, self.head)
-        self._predicted = self.predicted(own, self.head)
+        self._logits = self._of(own, self.head)
 
     def predicted(self, features: Tensor, head: Head) -> Array:
-        """In the precision in which the whole model predicts, so that near ties end alike."""
+        return predicted(self._of(features, head), self.task)
+
+    def _of(self, features: Tensor, head: Head) -> Tensor:
+        """Logits, in the precision in which the whole model predicts, so that near ties end alike."""
 
         def given(values: Tensor) -> Tensor:
             return values.to(self._device, torch.float32)
@@ -70,21 +74,34 @@ class Side:
         weight, bias = head
         with computing_in(self._precision, self._device):
             logits = nn.functional.linear(given(features), given(weight), None if bias is None else given(bias))
-        return predicted(logits.float().cpu(), self.task)
+        return logits.float().cpu()
 
     @cached_property
     def expert(self) -> float:
         """The expert's metric on all search rows."""
-        return self._metric(self.labels, self._predicted)
+        return self._metric(self._logits)
 
-    def retention(self, found: Array) -> float:
-        """The metric of predictions of the first search rows over the expert's own on these.
+    @cached_property
+    def _smoothed_expert(self) -> float:
+        return self._smoothed(self._logits)
 
-        Of so few rows that the expert is no better than nothing there, it is over the expert's on all search rows.
+    def kept(self, features: Tensor, head: Head) -> tuple[float, float]:
+        """The metric of the first search rows over the expert's own on these, and the same of the smoothed metric.
+
+        Of so few rows that the expert is no better than nothing there, it is over the expert's on all search rows;
+        where by the smoothed metric it is not on these either, the metric itself counts.
         """
-        labels, own = self.labels[: len(found)], self._predicted[: len(found)]
-        expert = self._metric(labels, own)
-        return self._metric(labels, found) / (expert if expert > 0 else self.expert)
+        logits = self._of(features, head)
+        own = self._logits[: len(logits)]
+        retention = self._metric(logits) / (_positive(self._metric(own)) or self.expert)
+        smoothed_expert = _positive(self._smoothed(own)) or _positive(self._smoothed_expert)
+        return retention, self._smoothed(logits) / smoothed_expert if smoothed_expert else retention
+
+    def _metric(self, logits: Tensor) -> float:
+        return metric_for(self.evaluation.metric, self.task)(self.labels[: len(logits)], predicted(logits, self.task))
+
+    def _smoothed(self, logits: Tensor) -> float:
+        return smoothed(self.evaluation.metric, self.task, self.labels[: len(logits)], logits)
 
 
 class Seen:
@@ -117,13 +134,14 @@ class Tryout:
         self._alignment = [seen(index, side.alignment) for index, side in enumerate(bench.sides)]
         self._held_out = [seen(index, side.held_out) for index, side in enumerate(bench.sides)]
 
-    def retentions(self, share: float, ridge: float) -> dict[str, float]:
-        """Every model's on this share of its search rows, its head aligned on the same share of its rows for that."""
-        found = {}
+    def look(self, share: float, ridge: float) -> Look:
+        """On this share of every model's search rows, its head aligned on the same share of its rows for that."""
+        look = Look(retentions={}, smoothed={})
         for index, side in enumerate(self._sides):
             features = self._searched[index].first(part(side.searched, share))
-            found[side.name] = side.retention(side.predicted(features, self._head(index, share, ridge)))
-        return found
+            kept = side.kept(features, self._head(index, share, ridge))
+            look.retentions[side.name], look.smoothed[side.name] = kept
+        return look
 
     def judged(self, ridge: float) -> dict[str, Array]:
         """Every model's predictions of its held-out rows."""
@@ -213,6 +231,10 @@ class Bench:
                 parameter.data = _stored(name, parameter.data, self._head_dtypes[index][name]).to(parameter.dtype)
         info = replace(loaded.info, source=f"the merge, with the head of {loaded.info.source},")
         return replace(loaded, info=info, model=model)
+
+
+def _positive(value: float) -> float:
+    return max(value, 0.0)
 
 
 def part(rows: Sequence[object], share: float) -> int:

@@ -11,11 +11,19 @@ from pydantic import ValidationError
 from worker.engine.catalog.strict import Strict
 
 
+class Look(Strict):
+    """What a merge keeps of every model, by name, on the rows that were looked at."""
+
+    retentions: dict[str, float]
+    smoothed: dict[str, float]
+    """The same of the smoothed metric, which tells better what is best."""
+
+
 class Tried(Strict):
-    """A trial's outcome: every model's retention at each look at it; an error's message where it failed."""
+    """A trial's outcome, at each look at it; an error's message where it failed."""
 
     parameters: dict[str, Any]
-    looks: list[dict[str, float]]
+    looks: list[Look]
     seconds: float
     error: str | None = None
 

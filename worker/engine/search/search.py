@@ -11,7 +11,7 @@ from worker.engine.catalog.report import FailedTrial, Search, Trial
 from worker.engine.catalog.spec import MergeSpec
 from worker.engine.libraries import optuna
 from worker.engine.search.bench import Side, Tryout, part
-from worker.engine.search.journal import Journal, Tried
+from worker.engine.search.journal import Journal, Look, Tried
 from worker.engine.search.space import Proposal, Space
 
 if TYPE_CHECKING:
@@ -37,19 +37,19 @@ class Goal:
     objective: Literal["mean_retention", "min_retention"]
     floors: Mapping[str, float]
 
-    def of(self, retentions: Mapping[str, float]) -> float:
-        """Mean or least retention, less what all models together lack to their floors."""
-        values = list(retentions.values())
+    def of(self, look: Look) -> float:
+        """Mean or least smoothed retention, less what all models together lack to their floors."""
+        values = list(look.smoothed.values())
         value = min(values) if self.objective == "min_retention" else sum(values) / len(values)
-        return value - self.lack(retentions)
+        return value - self.lack(look.retentions)
 
-    def merit(self, retentions: Mapping[str, float]) -> float:
+    def merit(self, look: Look) -> float:
         """What the search goes by: in the order of `rank`, whatever reaches the floors is above all that does not.
 
         By the objective alone, one that lacks a little may come before one that lacks nothing, which would be given up
         though it were the one to publish. Estimator and successive halving see the order alone, so size does no harm.
         """
-        return self.of(retentions) - FLOOR * self.lack(retentions)
+        return self.of(look) - FLOOR * self.lack(look.retentions)
 
     def lack(self, retentions: Mapping[str, float]) -> float:
         return sum(max(0.0, floor - retentions[name]) for name, floor in self.floors.items())
@@ -61,7 +61,7 @@ class Goal:
         before one that lacks more; of equal ones, the first.
         """
         lack = self.lack(trial.retentions)
-        return trial.rows, -lack, self.of(trial.retentions) + lack, -trial.number
+        return trial.rows, -lack, trial.objective + lack, -trial.number
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def search(
         asked = study.ask()
         proposal = space.propose(asked)
 
-        def is_given_up(look: int, retentions: Mapping[str, float], asked: "Asked" = asked) -> bool:
-            asked.report(goal.merit(retentions), step=REDUCTION**look)
+        def is_given_up(step: int, look: Look, asked: "Asked" = asked) -> bool:
+            asked.report(goal.merit(look), step=REDUCTION**step)
             is_behind = asked.should_prune()  # later trials stand against what was asked of
             return is_behind and asked.number >= len(space)
 
@@ -122,8 +122,8 @@ def search(
             tried = _try(proposal, shares, make, is_given_up)
             journal.add(number, tried)
         else:
-            for look, retentions in enumerate(tried.looks):
-                is_given_up(look, retentions)
+            for step, look in enumerate(tried.looks):
+                is_given_up(step, look)
         proposals.append(proposal)
         said = {"number": number, "candidate": space.names[proposal.candidate], "seconds": tried.seconds}
         if tried.error is not None:
@@ -135,7 +135,8 @@ def search(
                 **said,
                 parameters=tried.parameters,
                 rows=max(part(side.searched, share) for side in sides),
-                retentions=last,
+                retentions=last.retentions,
+                smoothed=last.smoothed,
                 objective=goal.of(last),
                 pruned=share < 1,
             )
@@ -199,16 +200,16 @@ def _try(
     proposal: Proposal,
     shares: Sequence[float],
     make: MakeTryout,
-    is_given_up: Callable[[int, Mapping[str, float]], bool],
+    is_given_up: Callable[[int, Look], bool],
 ) -> Tried:
     start = time.monotonic()
-    looks: list[dict[str, float]] = []
+    looks: list[Look] = []
     error = None
     try:
         tryout = make(proposal)
-        for look, share in enumerate(shares):
-            looks.append(tryout.retentions(share, proposal.align_ridge))
-            if is_given_up(look, looks[-1]):
+        for step, share in enumerate(shares):
+            looks.append(tryout.look(share, proposal.align_ridge))
+            if is_given_up(step, looks[-1]):
                 break
     except NumericalError as failed:
         error = failed.message

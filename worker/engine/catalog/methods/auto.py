@@ -146,7 +146,7 @@ def space_of(candidate: MethodParameters, *, has_base: bool) -> SearchSpace:
 
 AUTO = MethodEntry(
     name="auto",
-    formula="argmax over candidates and their coefficients of the mean (or least) retention on the search rows",
+    formula="argmax over candidates and their coefficients of the mean (or least) smoothed retention on search rows",
     source="this project's; candidates are proposed by Bergstra et al. 2011, Algorithms for Hyper-Parameter "
     "Optimization (TPE), and given up by Li et al. 2020, arXiv 1810.05934 (asynchronous successive halving)",
     needs=("evaluation",),

@@ -1,0 +1,139 @@
+"""Smoothed metrics, against their definition written out row by row, and against the metrics that they smooth."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.labels import Task
+from worker.engine.catalog.spec import MetricName
+from worker.engine.evaluation import smoothed as module
+from worker.engine.evaluation.evaluate import predicted
+from worker.engine.evaluation.metrics import Array, metric_for
+from worker.engine.evaluation.smoothed import WIDTH, smoothed
+
+TWO, THREE = Task("classification", 2, {}), Task("classification", 3, {})
+SEVERAL, VALUE = Task("multi_label", 3, {}), Task("regression", 1, {})
+OF_CLASSES: list[MetricName] = ["accuracy", "f1", "matthews"]
+CASES: list[tuple[Task, MetricName]] = [
+    *itertools.product([TWO, THREE], OF_CLASSES),
+    (SEVERAL, "accuracy"),
+    (SEVERAL, "f1"),
+    (VALUE, "pearson"),
+    (VALUE, "spearman"),
+]
+
+
+def drawn(task: Task, rows: int = 60, seed: int = 0) -> tuple[Array, Tensor]:
+    """Labels, and logits that know something of them."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(rows, task.outputs))
+    if task.problem == "regression":
+        labels = rng.normal(size=rows)
+        return labels, torch.from_numpy(labels[:, None] + noise).float()
+    if task.problem == "multi_label":
+        labels = (rng.random((rows, task.outputs)) < 0.4).astype(np.float64)
+        return labels, torch.from_numpy(2 * labels - 1 + noise).float()
+    labels = rng.integers(0, task.outputs, rows).astype(np.float64)
+    return labels, torch.from_numpy(1.5 * np.eye(task.outputs)[labels.astype(int)] + noise).float()
+
+
+def shares(task: Task, logits: Tensor) -> list[list[float]]:
+    """Of each row's prediction, written out: the probability of each class, or that each label applies."""
+    rows = [[float(value) for value in row] for row in logits.double()]
+    if task.problem == "classification":
+        rows = [[value - sum(row) / len(row) for value in row] for row in rows]
+    size = math.sqrt(sum(value**2 for row in rows for value in row) / (len(rows) * len(rows[0])))
+    if task.problem == "multi_label":
+        return [[1 / (1 + math.exp(-value / (WIDTH * size))) for value in row] for row in rows]
+    found = []
+    for row in rows:
+        powers = [math.exp(value / (WIDTH * size)) for value in row]
+        found.append([power / sum(powers) for power in powers])
+    return found
+
+
+def of_table(name: MetricName, labels: Array, of_rows: list[list[float]]) -> float:
+    """From the expected confusion table, [label][prediction]."""
+    classes = len(of_rows[0])
+    table = [[0.0] * classes for _ in range(classes)]
+    for label, row in zip(labels, of_rows, strict=True):
+        for c, share in enumerate(row):
+            table[int(label)][c] += share
+    actual = [sum(table[c]) for c in range(classes)]
+    guessed = [sum(table[label][c] for label in range(classes)) for c in range(classes)]
+    hits, rows = [table[c][c] for c in range(classes)], sum(actual)
+    if name == "accuracy":
+        return sum(hits) / rows
+    if name == "f1":
+        f1 = [2 * hits[c] / (actual[c] + guessed[c]) for c in range(classes)]
+        return f1[1] if classes == 2 else sum(f1) / classes
+    covariance = sum(hits) * rows - sum(a * g for a, g in zip(actual, guessed, strict=True))
+    return covariance / math.sqrt((rows**2 - sum(a**2 for a in actual)) * (rows**2 - sum(g**2 for g in guessed)))
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("task", [TWO, THREE])
+def test_of_classes_it_is_the_metric_of_the_expected_table(name: MetricName, task: Task) -> None:
+    labels, logits = drawn(task)
+    assert smoothed(name, task, labels, logits) == pytest.approx(of_table(name, labels, shares(task, logits)), abs=1e-9)
+
+
+def test_of_several_labels_it_is_that_of_each_decision() -> None:
+    labels, logits = drawn(SEVERAL)
+    of_rows = shares(SEVERAL, logits)
+    right = [
+        math.prod(s if y else 1 - s for s, y in zip(*pair, strict=True)) for pair in zip(of_rows, labels, strict=True)
+    ]
+    assert smoothed("accuracy", SEVERAL, labels, logits) == pytest.approx(sum(right) / len(right), abs=1e-9)
+    hits = sum(s * y for pair in zip(of_rows, labels, strict=True) for s, y in zip(*pair, strict=True))
+    either = sum(s + y for pair in zip(of_rows, labels, strict=True) for s, y in zip(*pair, strict=True))
+    assert smoothed("f1", SEVERAL, labels, logits) == pytest.approx(2 * hits / either, abs=1e-9)
+
+
+@pytest.mark.parametrize(("task", "name"), CASES)
+def test_where_the_step_is_narrow_it_is_the_metric(
+    monkeypatch: pytest.MonkeyPatch, task: Task, name: MetricName
+) -> None:
+    monkeypatch.setattr(module, "WIDTH", 1e-9)
+    labels, logits = drawn(task)
+    expected = metric_for(name, task)(labels, predicted(logits, task))
+    assert smoothed(name, task, labels, logits) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("task", "name"), CASES)
+def test_how_large_logits_are_does_not_matter(task: Task, name: MetricName) -> None:
+    labels, logits = drawn(task)
+    assert smoothed(name, task, labels, 1000 * logits) == pytest.approx(smoothed(name, task, labels, logits), abs=1e-6)
+    if task.problem == "classification":
+        moved = logits + torch.arange(len(logits))[:, None]
+        assert smoothed(name, task, labels, moved) == pytest.approx(smoothed(name, task, labels, logits), abs=1e-4)
+
+
+@pytest.mark.parametrize(("task", "name"), [case for case in CASES if case[0].problem == "classification"])
+def test_logits_that_say_nothing_are_no_error(task: Task, name: MetricName) -> None:
+    labels, logits = drawn(task)
+    expected = {"accuracy": 1 / task.outputs, "matthews": 0.0}
+    found = smoothed(name, task, labels, torch.ones_like(logits))
+    assert found == pytest.approx(expected.get(name, found), abs=1e-12)
+    assert math.isfinite(found)
+
+
+def test_which_of_two_is_better_is_seen_more_often() -> None:
+    """Of models that differ in how much they know, on many draws of few rows."""
+
+    def model(labels: Array, knowing: float, rng: np.random.Generator) -> Tensor:
+        return torch.from_numpy(knowing * np.eye(2)[labels.astype(int)] + rng.normal(size=(len(labels), 2)))
+
+    rng = np.random.default_rng(0)
+    seen = {"smoothed": 0, "itself": 0}
+    for _ in range(300):
+        labels = rng.integers(0, 2, 100).astype(np.float64)
+        better, worse = model(labels, 2.0, rng), model(labels, 1.7, rng)
+        seen["smoothed"] += smoothed("accuracy", TWO, labels, better) > smoothed("accuracy", TWO, labels, worse)
+        accuracies = [metric_for("accuracy", TWO)(labels, predicted(one, TWO)) for one in (better, worse)]
+        seen["itself"] += accuracies[0] > accuracies[1]
+    assert seen["smoothed"] > seen["itself"] + 15
