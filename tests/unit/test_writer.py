@@ -36,7 +36,7 @@ from worker.engine.catalog.planning import PlannedTensor
 from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint, digest_file
-from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards
+from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards, largest_first
 from worker.engine.pipeline import Engine
 from worker.engine.threads import in_threads
 
@@ -143,6 +143,18 @@ def test_tensors_in_any_order_from_several_threads_are_the_same_file(tmp_path: P
         in_threads(lambda t: writer.write(t, rows_of(values[t.slot.name])), tensors, 8, lambda: None)
     assert mixed.read_bytes() == in_order.read_bytes()
     assert writer.sha256 == hashlib.sha256(mixed.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("threads", "first"), [(1, ["k"]), (2, ["h", "k"]), (100, list("abcdefghijkl"))])
+def test_what_others_would_wait_for_comes_first_and_the_rest_in_order(
+    tmp_path: Path, threads: int, first: list[str]
+) -> None:
+    """Of 128 elements a 16th, 8, is much for one thread, a 32nd for one of two."""
+    rows = {name: {"h": 6, "k": 102}.get(name, 2) for name in "abcdefghijkl"}
+    shards = [[planned(name, (rows[name],)) for name in names] for names in ("abcdefg", "hijkl")]
+    work = [(ShardWriter(tmp_path / "x", shard), tensor) for shard in shards for tensor in shard]
+    ordered = [tensor.slot.name for _, tensor in largest_first(work, threads)]
+    assert ordered == [*first, *(name for name in "abcdefghijkl" if name not in first)]
 
 
 def descriptors() -> set[str]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,13 +22,14 @@ from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
     AutoParameters,
     MeasuringParameters,
+    MethodParameters,
     PassthroughParameters,
     ScoringParameters,
     Statistic,
 )
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.report import MergeResult, MetricResult, ScoreResult, Timings, Version, mean_and_least
-from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec, StoreSpec
+from worker.engine.catalog.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.stacking import plan_job
 from worker.engine.catalog.values import Place
 from worker.engine.checkpoints.checking import check_plan
@@ -58,6 +59,7 @@ from worker.engine.results import as_run, model_result, scored_model, stopping_o
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measurer
 from worker.engine.scoring.sample import Sample, looks
+from worker.engine.search.bench import State
 from worker.engine.search.job import floor_notes, judged_notes, search_job, with_chosen, with_published
 from worker.engine.stopping import point
 from worker.engine.store import StatisticsStore
@@ -140,28 +142,9 @@ class Engine:
         [method] = spec.method.methods
 
         with clock.measure("merge_seconds"):
-            merger, shares = merger_of(method, runs, plan), mean_shares(method, runs, plan)
+            shares = mean_shares(method, runs, plan)
             folders = artifact.model_folders(spec.folder, names, is_one=plan.merges_heads)
-            tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
-            refits = len(linear_groups(plan)) if method.refits_layers and made is None else 0
-            merging = Phase("merging", tensors + refits, "tensors", on_progress)
-            taking_part = [run.takes_part for run in runs]
-            scale: Callable[[Place], float] = partial(method.at, "scale")
-            if made is not None:  # scaled already
-                merger, scale = given(made), lambda place: 1.0
-            elif isinstance(method, AlignedRegMeanParameters):
-                merger = given(refitted_state(method, merger, runs, plan, self._models, precision, merging.advance))
-            with Backbone(plan, taking_part, merger, scale) as backbone:
-                # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
-                threads = torch.get_num_threads() if method.merges_rows else None
-                written = write_models(
-                    plan,
-                    list(dict.fromkeys(folders.values())),
-                    backbone.blocks,
-                    spec.output.max_shard_bytes,
-                    threads,
-                    merging.advance,
-                )
+            written = self._write(method, runs, plan, made, folders, spec.output, precision, on_progress)
 
         if spec.aligns:
             with clock.measure("align_seconds"):
@@ -222,10 +205,11 @@ class Engine:
                 required_family(plan)
             states = [(info, checkpoint_state(info)) for plan in plans for info in plan.checkpoints]
             loading = Phase("loading", len(spec.models), "models", on_progress)
-            for model, plan in zip(spec.models, plans, strict=True):
+            infos = [info for plan in plans for info in plan.checkpoints]
+            digests = self._digests.of_checkpoints(infos, torch.get_num_threads())
+            for model, plan, info, digest in zip(spec.models, plans, infos, digests, strict=True):
                 self._require_memory(plan, spec, precision, longest_row=1)
-                [info] = plan.checkpoints
-                run = prepare(spec, model, info, self._digests.of_checkpoint(info), inputs, self._models, notes)
+                run = prepare(spec, model, info, digest, inputs, self._models, notes)
                 self._require_memory(plan, spec, precision, longest_row(run))
                 measured.append((Measurer(spec.method, plan.linear_inputs, precision, store, self._batches), run))
                 loading.advance()
@@ -307,6 +291,33 @@ class Engine:
                 break
         for measurer, run, sample in samples:
             extend(measurer, run, sample, run.measured.rows, method.statistics - {Statistic.MASK_FISHER})
+
+    def _write(
+        self,
+        method: MethodParameters,
+        runs: list[ModelRun],
+        plan: MergePlan,
+        made: State | None,
+        folders: Mapping[str, Path],
+        output: OutputSpec,
+        precision: Precision,
+        on_progress: OnProgress,
+    ) -> dict[Path, str]:
+        """Merge the models that take part, or store what is merged already. See `write_models`."""
+        tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
+        refits = len(linear_groups(plan)) if method.refits_layers and made is None else 0
+        merging = Phase("merging", tensors + refits, "tensors", on_progress)
+        merger = merger_of(method, runs, plan)
+        scale: Callable[[Place], float] = partial(method.at, "scale")
+        if made is not None:  # scaled already
+            merger, scale = given(made), lambda place: 1.0
+        elif isinstance(method, AlignedRegMeanParameters):
+            merger = given(refitted_state(method, merger, runs, plan, self._models, precision, merging.advance))
+        # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
+        threads = torch.get_num_threads() if method.merges_rows else None
+        published = list(dict.fromkeys(folders.values()))
+        with Backbone(plan, [run.takes_part for run in runs], merger, scale) as backbone:
+            return write_models(plan, published, backbone.blocks, output.max_shard_bytes, threads, merging.advance)
 
     def _align(
         self,

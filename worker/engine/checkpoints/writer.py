@@ -194,7 +194,7 @@ def write_models(
         backbone = [writer(first / name, shard) for name, shard in zip(names, shards, strict=False)]
         heads = [writer(folder / names[-1], head) for folder, head in zip(folders, plan.heads, strict=True) if head]
         work = [(shard, tensor) for shard in (*backbone, *heads) for tensor in shard.tensors]
-        work = _largest_first(work, threads or 1)
+        work = largest_first(work, threads or 1)
         in_threads(lambda item: item[0].write(item[1], rows_of(item[1])), work, threads, on_tensor)
     for folder in others:
         for name in names[:-1]:
@@ -209,7 +209,7 @@ def write_models(
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
 
 
-def _largest_first(
+def largest_first(
     work: Sequence[tuple[ShardWriter, PlannedTensor]], threads: int
 ) -> list[tuple[ShardWriter, PlannedTensor]]:
     """Tensors whose time all other threads might spend waiting, were they the last; then the files' order."""

@@ -136,12 +136,14 @@ class Tryout:
 
     def look(self, share: float, ridge: float) -> Look:
         """On this share of every model's search rows, its head aligned on the same share of its rows for that."""
-        look = Look(retentions={}, smoothed={})
+        kept: dict[str, tuple[float, float]] = {}
         for index, side in enumerate(self._sides):
             features = self._searched[index].first(part(side.searched, share))
-            kept = side.kept(features, self._head(index, share, ridge))
-            look.retentions[side.name], look.smoothed[side.name] = kept
-        return look
+            kept[side.name] = side.kept(features, self._head(index, share, ridge))
+        return Look(
+            retentions={name: retention for name, (retention, _) in kept.items()},
+            smoothed={name: smoothed for name, (_, smoothed) in kept.items()},
+        )
 
     def judged(self, ridge: float) -> dict[str, Array]:
         """Every model's predictions of its held-out rows."""
