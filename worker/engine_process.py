@@ -203,7 +203,7 @@ _sending = Lock()  # a line at a time: two threads have something to say
 def serve(requests: BinaryIO, events: int) -> None:
     """Run jobs one after the other until the worker closes the pipe. What not every job needs is imported when none
     is there yet, or after the first."""
-    gc.disable()  # nothing of what is imported will be garbage, and to look for it takes a quarter of the time
+    gc.disable()  # nothing of what is imported will be garbage, and to look for it takes a tenth of the time
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
