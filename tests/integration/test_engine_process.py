@@ -119,6 +119,16 @@ def test_it_can_be_started_again_after_its_death(engine: EngineProcess, tiny_inp
     assert isinstance(last_event(engine), Finished)
 
 
+@pytest.mark.parametrize("checkpoint", ["a", "none"])
+def test_what_not_every_job_needs_is_imported_after_one_that_is_there_first(
+    engine: EngineProcess, tiny_inputs: Path, tmp_path: Path, checkpoint: str
+) -> None:
+    engine.start()
+    engine.run(spec(tiny_inputs, tmp_path / "first", checkpoint))
+    assert isinstance(last_event(engine), Finished if checkpoint == "a" else Failed)
+    assert warm(engine).is_warm
+
+
 def test_a_death_while_it_is_idle_is_noticed_by_the_next_merge(
     engine: EngineProcess, tiny_inputs: Path, tmp_path: Path
 ) -> None:
