@@ -23,6 +23,7 @@ from worker.engine.catalog.rows import RowFile, sample
 from worker.engine.catalog.spec import CheckpointSpec, EvaluationSpec, MergeSpec
 from worker.engine.checkpoints.loading import load
 from worker.engine.pipeline import Engine
+from worker.engine.preparing import ModelRun
 from worker.engine.search.bench import Bench
 from worker.engine.search.search import SHARES
 from worker.engine.search.splitting import halves
@@ -286,7 +287,8 @@ def test_of_an_expert_no_more_is_held_than_what_is_not_merged(tiny_inputs: Path)
     info = inspect_checkpoint(tiny_inputs / "checkpoints" / "a", "local:a")
     plan, loaded = plan_merge([info]), load(info, CPU)
     bench = Bench(plan, "float32")
-    bench.add("a", loaded, EvaluationSpec(source="a", metric="accuracy"), [], [], [])
+    model = model_spec(info.path, evaluation=EvaluationSpec(source="a", metric="accuracy"))
+    bench.add(ModelRun(model, info, "unused"), loaded)
     parameters = dict(loaded.model.named_parameters())
     held = weakref.WeakValueDictionary({tensor.slot.name: parameters[tensor.slot.name] for tensor in plan.backbone})
     assert len(held) == len(plan.backbone)

@@ -14,7 +14,7 @@ from worker.engine.alignment import aligned
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
-from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec
+from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.checkpoints.reader import TORCH_DTYPES
 from worker.engine.device import Precision, computing_in, rounded_weights
@@ -22,6 +22,7 @@ from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
 from worker.engine.evaluation.metrics import Array, metric_for
 from worker.engine.evaluation.smoothed import smoothed
 from worker.engine.methods.blocks import is_finite
+from worker.engine.preparing import ModelRun, required_evaluation
 from worker.engine.scoring.data import Example
 from worker.engine.search.journal import Look
 
@@ -37,27 +38,20 @@ class Side:
     The expert itself is not kept.
     """
 
-    def __init__(
-        self,
-        name: str,
-        loaded: LoadedModel,
-        evaluation: EvaluationSpec,
-        searched: Sequence[Example],
-        held_out: Sequence[Example],
-        alignment: Sequence[Example],
-        precision: Precision,
-    ) -> None:
-        self.name = name
+    def __init__(self, run: ModelRun, loaded: LoadedModel, precision: Precision) -> None:
+        self.name = run.spec.name
         self.task = loaded.task
         self._device, self._precision = loaded.device, precision
-        self.evaluation = evaluation
-        self.searched, self.held_out, self.alignment = searched, held_out, alignment
-        self.labels, self.held_out_labels = _labels(searched), _labels(held_out)
+        self.evaluation = required_evaluation(run.spec)
+        self.searched, self.held_out, self.alignment = run.searched, run.evaluation, run.alignment
+        self.labels, self.held_out_labels = _labels(self.searched), _labels(self.held_out)
         head = head_of(loaded)
         bias = None if head.bias is None else head.bias.detach().cpu().double()
         self.head: Head = (head.weight.detach().cpu().double(), bias)
         with rounded_weights(loaded.model, precision):
-            own, aligning, judged = (_read(loaded, rows, precision) for rows in (searched, alignment, held_out))
+            own, aligning, judged = (
+                _read(loaded, rows, precision) for rows in (self.searched, self.alignment, self.held_out)
+            )
         self.targets = _outputs(aligning, self.head)
         self.held_out_predicted = self.predicted(judged, self.head)
         self._logits = self._of(own, self.head)
@@ -177,17 +171,9 @@ class Bench:
         self._models: list[LoadedModel] = []
         self._present: State | None = None
 
-    def add(
-        self,
-        name: str,
-        loaded: LoadedModel,
-        evaluation: EvaluationSpec,
-        searched: Sequence[Example],
-        held_out: Sequence[Example],
-        alignment: Sequence[Example],
-    ) -> None:
-        """Another expert, with its rows; see `Side`."""
-        self.sides.append(Side(name, loaded, evaluation, searched, held_out, alignment, self._precision))
+    def add(self, run: ModelRun, loaded: LoadedModel) -> None:
+        """Another expert, with its rows."""
+        self.sides.append(Side(run, loaded, self._precision))
         if not self._backbone:
             self._backbone = {
                 name: nn.Parameter(parameter.detach().clone(), requires_grad=False)

@@ -19,7 +19,7 @@ from worker.engine.checkpoints.loading import ModelCache
 from worker.engine.device import Precision
 from worker.engine.merging import merged_state
 from worker.engine.phase import OnProgress, Phase
-from worker.engine.preparing import ModelRun, required_evaluation
+from worker.engine.preparing import ModelRun
 from worker.engine.search.bench import Bench, State, Tryout
 from worker.engine.search.journal import Journal
 from worker.engine.search.search import Found, search
@@ -46,8 +46,7 @@ def search_job(
     [runs, *_] = by_method  # rows are the same for all
     bench = Bench(plan, precision)
     for run in runs:
-        evaluation = required_evaluation(run.spec)
-        bench.add(run.spec.name, models.get(run.info), evaluation, run.searched, run.evaluation, run.alignment)
+        bench.add(run, models.get(run.info))
     space = Space(spec, auto, aligns=any(run.alignment for run in runs))
     searching = Phase("searching", auto.trials + len(space) + 1 + len(runs), "merges", on_progress)
 
