@@ -101,10 +101,10 @@ class EngineProcess:
             stdout=sys.stderr,
             pass_fds=[write_end],
             env={
+                **MALLOC,  # unless whoever runs the worker says otherwise
                 **{
                     name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
                 },  # holds a password
-                **MALLOC,
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": str(self._threads),

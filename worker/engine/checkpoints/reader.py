@@ -134,8 +134,8 @@ class Digests:
 
     def of_checkpoints(self, infos: Sequence[CheckpointInfo], threads: int) -> list[str]:
         """As `of_checkpoint`, a file in each thread."""
-        files = {info.path / name for info in infos for name in _files(info)}
-        files |= {info.base.path / name for info in infos if info.base is not None for name in _files(info.base)}
+        bases = [info.base for info in infos if info.base is not None]
+        files = {info.path / name for info in (*infos, *bases) for name in _files(info)}
         of_files: dict[Path, str] = {}
 
         def digest(path: Path) -> None:
