@@ -209,8 +209,10 @@ def serve(requests: BinaryIO, events: int) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     from worker.engine.libraries import preload
     from worker.engine.pipeline import Engine
+    from worker.engine.threads import pool
 
     engine = Engine()
+    pool(torch.get_num_threads())
     gc.freeze()
     gc.enable()
     _send(events, Ready())

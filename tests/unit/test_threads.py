@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 from itertools import count
 from threading import Barrier, Thread, current_thread, main_thread
+from threading import enumerate as enumerate_threads
 
 import pytest
 import torch
 
-from worker.engine.threads import in_threads
+from worker.engine.threads import in_threads, pool
 
 ITEMS = 50
 
@@ -95,9 +96,8 @@ def test_a_listener_that_raises_stops_the_rest(threads: int | None) -> None:
         in_threads(lambda _: None, count(), threads, stop)
 
 
-def test_a_thread_that_cannot_be_started_is_an_error_and_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no end of items: the first thread is at them when the second is refused."""
-    start, starts = Thread.start, count(1)
+def test_a_thread_that_cannot_be_started_is_an_error_and_no_other_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, starts, before = Thread.start, count(1), set(enumerate_threads())
 
     def refuse_the_second(thread: Thread) -> None:
         if next(starts) == 2:
@@ -105,8 +105,22 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_stops_the_others(monkey
         start(thread)
 
     monkeypatch.setattr(Thread, "start", refuse_the_second)
+    pool.cache_clear()
     with pytest.raises(RuntimeError, match="can't start new thread"):
         in_threads(lambda _: None, count(), 3, nothing)
+    for thread in set(enumerate_threads()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_no_thread_is_started_once_a_pool_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython waits for ever for one that has no memory for its first frame."""
+    pool(4)
+    monkeypatch.setattr(Thread, "start", lambda _: pytest.fail("a thread was started"))
+    done: list[int] = []
+    for _ in range(3):
+        in_threads(done.append, range(ITEMS), 4, nothing)
+    assert len(done) == 3 * ITEMS
 
 
 def failing_items() -> Iterator[int]:

@@ -1,14 +1,34 @@
 """Work on several threads, each of which computes alone, so that results do not depend on how many there are."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from queue import SimpleQueue
-from threading import Lock
+from threading import Barrier, Lock
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """So many threads, all of them running, which are kept.
+
+    Whoever starts a thread waits for ever when there is no memory left for its first frame (CPython issue 140746), so
+    the engine starts none in the middle of a job. Raises RuntimeError where the system has no more threads to give.
+    """
+    executor = ThreadPoolExecutor(threads)
+    all_run = Barrier(threads + 1)
+    try:
+        for _ in range(threads):
+            executor.submit(all_run.wait)  # for a task the executor starts a thread, unless one is idle: none is
+        all_run.wait()
+    except RuntimeError:
+        all_run.abort()  # else those that were started would wait for the others, and the process for them
+        raise
+    return executor
 
 
 def in_threads(
@@ -23,8 +43,7 @@ def in_threads(
         on_done: called in this thread after each item; may raise to stop.
 
     Raises:
-        What the first `work` to fail raises, or `on_done`; RuntimeError where no thread can be started. Nothing is at
-        work any more then.
+        What the first `work` to fail raises, or `on_done`. Nothing is at work any more then.
     """
     if threads is None:
         for item in items:
@@ -54,20 +73,17 @@ def in_threads(
 
     before = torch.get_num_threads()
     running = threads
+    each = [pool(threads).submit(run) for _ in range(threads)]
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                for _ in range(threads):
-                    pool.submit(run)
-                while running:
-                    event = events.get()
-                    if isinstance(event, BaseException):
-                        raise event
-                    if event:
-                        on_done()
-                    else:
-                        running -= 1
-            finally:
-                stopped = True
+        while running:
+            event = events.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event:
+                on_done()
+            else:
+                running -= 1
     finally:
+        stopped = True
+        wait(each)
         torch.set_num_threads(before)  # of this process's libraries; some have one number for all threads

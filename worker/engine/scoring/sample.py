@@ -4,9 +4,11 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from importlib.metadata import version
 from itertools import pairwise
+
+import torch
 
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.rows import Row
@@ -15,6 +17,7 @@ from worker.engine.catalog.statistics import Tokens
 from worker.engine.checkpoints.loading import LoadedModel
 from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.scoring.data import BLOCK_ROWS, Example, tokenize
+from worker.engine.threads import pool
 
 FIRST_BLOCK_ROWS = 256
 PROBED_ROWS = 32
@@ -74,13 +77,16 @@ class Sample:
     def blocks(self, start: int, stop: int) -> Iterator[list[Example]]:
         """The rows in these places, block by block; the next is tokenised while the caller is busy with one."""
         bounds = list(pairwise([start, *(end for end in block_ends(stop) if end > start)]))
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self._tokenize, *bounds[0])
+        threads = pool(torch.get_num_threads())
+        coming = threads.submit(self._tokenize, *bounds[0])
+        try:
             for following in bounds[1:]:
                 block = coming.result()
-                coming = pool.submit(self._tokenize, *following)
+                coming = threads.submit(self._tokenize, *following)
                 yield block
             yield coming.result()
+        finally:
+            wait([coming])  # the caller may have had enough
 
     @property
     def truncated(self) -> tuple[int, int]:
