@@ -3,6 +3,7 @@
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import psutil
 import pytest
 from redis import Redis
 
-from tests.conftest import Service, assert_problem, make_service, measured_anew, tiny_recipe
+from tests.conftest import Service, assert_problem, make_service, measured_anew, tiny_recipe, wait_until
 from tests.tiny import tiny_checkpoint, write_rows
 
 ROWS = 3000
@@ -81,10 +82,23 @@ def limit(service: Service, further_bytes: int) -> None:
     resource.prlimit(engine.pid, resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
 
 
+def wait_until_idle(service: Service) -> None:
+    """Until the engine process has imported its libraries: some wait for ever for memory that is not there."""
+
+    def rests() -> bool:
+        engine = service.processes().get("engine")
+        before = engine.cpu_times() if engine else None
+        time.sleep(0.5)
+        return engine is not None and before == engine.cpu_times()
+
+    wait_until(rests, "the engine to rest")
+
+
 def test_a_job_does_not_begin_without_the_memory_it_needs_and_fails_alone_when_it_runs_out(service: Service) -> None:
     """The first test, each time with a new engine: one that has worked holds memory that no limit takes from it."""
     plan = service.post("/merge/validate", json=tiny_recipe()).json()
     assert plan["peak_memory_bytes"] > 600_000_000
+    wait_until_idle(service)
     limit(service, 50_000_000)
     too_large = service.finished(service.submit(tiny_recipe()))
     assert (too_large["status"], too_large["error"]["code"]) == ("failed", "out_of_memory")
@@ -92,6 +106,7 @@ def test_a_job_does_not_begin_without_the_memory_it_needs_and_fails_alone_when_i
     assert too_large["error"]["detail"]["needed_bytes"] > too_large["error"]["detail"]["available_bytes"]
     assert_nothing_is_left(service, too_large["id"])
 
+    wait_until_idle(service)
     job_id, engine = scoring(service, long_recipe("wide"))
     engine.resume()
     limit(service, 0)
