@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 from worker.engine.catalog import layouts
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
@@ -40,7 +42,16 @@ MERGING_COPIES = 6  # of a block in float32, beside these, while it is merged
 BLOCK_ELEMENTS = 1 << 18  # of one version, of the rows that are merged at once: in float32 1 MB, which a cache holds
 HELD_BLOCKS = 16  # of values among which one of a rank is found: of two models' tensors of no more than half, all are
 VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
-RUNTIME_BYTES = 600_000_000  # torch and transformers loaded: measured 450 to 600 MB
+
+
+def _has_cuda_libraries() -> bool:
+    """Whether the PyTorch that is installed here, if there is one, brings CUDA's. It is not imported to tell."""
+    spec = find_spec("torch")
+    return spec is not None and (Path(spec.origin or "").parent / "lib" / "libtorch_cuda.so").exists()
+
+
+RUNTIME_BYTES = 1_250_000_000 if _has_cuda_libraries() else 600_000_000
+"""torch and transformers loaded: measured 450 to 600 MB, and up to 650 more with CUDA's libraries, used or not."""
 
 
 @dataclass(frozen=True)
