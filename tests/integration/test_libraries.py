@@ -43,3 +43,23 @@ def test_a_merge_that_loads_no_model_imports_nothing_that_loads_one(tmp_path: Pa
     imported = set(json.loads(run.stdout.splitlines()[-1]))
     assert "torch" in imported
     assert not imported & LATE
+
+
+MEANWHILE = """
+import sys
+from threading import Thread
+from worker.engine.libraries import IMPORTED, optuna, preload
+importing = Thread(target=preload)
+importing.start()
+while IMPORTED[0] not in sys.modules:
+    pass
+assert IMPORTED[-1] not in sys.modules
+assert optuna.TrialPruned
+print(*(name for name in IMPORTED if name not in sys.modules or sys.modules[name].__spec__._initializing))
+importing.join()
+"""
+
+
+def test_who_uses_a_library_while_they_are_imported_waits_for_all() -> None:
+    run = subprocess.run([sys.executable, "-c", MEANWHILE], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr

@@ -1,6 +1,7 @@
 """A job's checkpoints and rows, wherever they come from.
 
-The libraries for tables and for the hub cost 110 MB and half a second, so they are loaded when they are needed.
+The libraries for tables and for the hub cost 110 MB and half a second, so they are loaded when they are needed, after
+those that every model needs: they look for each other.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state
 from worker.engine.catalog.rows import RowFile, Rows, is_parquet
 from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, JobSpec
+from worker.engine.libraries import preload
 from worker.engine.phase import OnProgress
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ class Inputs:
     def __init__(self, spec: JobSpec, on_progress: OnProgress) -> None:
         self._fetched: Fetched | None = None
         if spec.names_the_hub:
+            preload()
             from worker.engine.hub import fetch
 
             self._fetched = fetch(spec, on_progress)
@@ -46,6 +49,7 @@ class Inputs:
 
             return TableRows(self._fetched.table(spec), spec)
         if is_parquet(spec):
+            preload()
             from worker.engine.tables import read_parquet
 
             return read_parquet(spec)

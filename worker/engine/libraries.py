@@ -1,24 +1,48 @@
-"""Libraries that take seconds to import, each imported when something of it is first used.
+"""Libraries that take seconds to import, imported together when something of one is first used.
 
 A merge that loads no model and evaluates nothing needs none of them; importing is half of what it would take.
 """
 
+import sys
 from importlib import import_module
-from threading import RLock
+from threading import Lock
 from typing import Any
 
-_importing = RLock()  # what imports itself in circles must not do so in two threads at once
+IMPORTED = (
+    "optuna",
+    "scipy.optimize",
+    "scipy.sparse",
+    "scipy.stats",
+    "sklearn.metrics",
+    "transformers.conversion_mapping",
+    "transformers.masking_utils",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)
+_importing = Lock()
+
+
+def preload() -> None:
+    """Import all of them; who calls it meanwhile waits.
+
+    They import themselves and each other in circles, and look for each other in what is imported: whoever used one
+    while another thread is at the next would now and then find a part of it.
+    """
+    with _importing:
+        for name in IMPORTED:
+            import_module(name)
 
 
 class Library:
-    """A module, imported when one of its attributes is first asked for."""
+    """A module of `IMPORTED`, or that these import."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        with _importing:
-            return getattr(import_module(self._name), name)
+        preload()
+        return getattr(sys.modules[self._name], name)
 
 
 transformers = Library("transformers")
@@ -29,23 +53,6 @@ optimize = Library("scipy.optimize")
 sparse = Library("scipy.sparse")
 stats = Library("scipy.stats")
 sk = Library("sklearn.metrics")
-
-
-def preload() -> None:
-    """Import all of them, one after the other; who wants one meanwhile waits for no more than the one at hand."""
-    for name in (
-        "optuna",
-        "scipy.optimize",
-        "scipy.sparse",
-        "scipy.stats",
-        "sklearn.metrics",
-        "transformers.conversion_mapping",
-        "transformers.modeling_utils",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.tokenization_auto",
-    ):
-        with _importing:
-            import_module(name)
 
 
 def is_of_library(error: BaseException) -> bool:
