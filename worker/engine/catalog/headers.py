@@ -8,6 +8,7 @@ sizes are checked before anything is parsed.
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -176,10 +177,11 @@ def check_folder(path: Path, source: str, root: Path | None) -> None:
     if not path.is_dir():
         raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
     for file in path.iterdir():
-        with suppress(FileNotFoundError):  # a link to nothing, which matters only where the file is needed
-            file.stat()  # not every Python's `resolve` minds links in a circle
-        if root is not None and not file.resolve().is_relative_to(root.resolve()):
+        # Not every Python's Path.resolve() raises at links in a circle, nor does exists().
+        if root is not None and not Path(os.path.realpath(file)).is_relative_to(root.resolve()):
             raise InvalidCheckpoint(source, f"{file.name} is a symbolic link out of the allowed folders")
+        with suppress(FileNotFoundError):  # a link to nothing, which matters only where the file is needed
+            file.stat()
         if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited on for ever
             raise InvalidCheckpoint(source, f"{file.name} is not a regular file")
     tokenizer_config_file = path / "tokenizer_config.json"
