@@ -523,6 +523,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
     found: list[Row] = []
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         engine = WarmEngine(options.threads, Inputs.made(tiny(), folder))

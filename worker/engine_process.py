@@ -203,7 +203,9 @@ _sending = Lock()  # a line at a time: two threads have something to say
 def serve(requests: BinaryIO, events: int) -> None:
     """Run jobs one after the other until the worker closes the pipe. What not every job needs is imported when none
     is there yet, or after the first."""
-    gc.disable()  # nothing of what is imported will be garbage, and to look for it takes a tenth of the time
+    # Nothing of what is imported will be garbage. To look for it takes a tenth of the time of importing, and in jobs a
+    # tenth of a second now and then.
+    gc.disable()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -219,6 +221,7 @@ def serve(requests: BinaryIO, events: int) -> None:
 
     def warm() -> None:
         preload()
+        gc.freeze()
         _send(events, Warm())
 
     warming = Thread(target=warm)

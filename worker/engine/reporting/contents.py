@@ -6,6 +6,7 @@ Large models are shown in means over blocks, and so many models that a page stay
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from itertools import accumulate, combinations
 from typing import Annotated, Any
@@ -154,7 +155,7 @@ class Contents(Strict):
     interference: InterferenceReport | None
     """Null without a base, or where fewer than two models take part."""
     threads: int
-    versions: dict[str, str]
+    versions: Mapping[str, str]
 
 
 def of_merge(spec: MergeSpec, plan: MergePlan, scores: Scores) -> Contents:
@@ -177,7 +178,8 @@ def of_scores(spec: JobSpec, scores: Scores) -> Contents:
     )
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
