@@ -8,7 +8,7 @@ from app.api.submitting import IdempotencyKey, submitted
 from app.api.yaml_body import YAML_BODY, YamlRoute
 from app.contracts.jobs import Job
 from app.contracts.requests import MergeRequest
-from app.services.jobs import Plan
+from app.services.checks import Plan
 
 router = APIRouter(tags=["merge"], route_class=YamlRoute)
 

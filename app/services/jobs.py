@@ -1,105 +1,27 @@
-"""Accepting a job: every check that needs no weights, then its record."""
+"""Accepting a job: its checks, then its record."""
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import BoundedSemaphore
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from redis.exceptions import RedisError
 
-from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Kind, Record, Stage, TaskId
-from app.contracts.requests import (
-    LEAST_EVALUATED,
-    Dataset,
-    Evaluation,
-    MergeRequest,
-    ModelRequest,
-    ScoreRequest,
-    not_available_yet,
-)
+from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
+from app.services.checks import Accepted, Checker, Plan
 from app.storage.artifacts import ArtifactFolder
-from app.storage.hub import Hub, HubUnavailable
-from app.storage.inputs import JobInputs, LocalInputs, ReferenceError, hub_reference, job_reference
+from app.storage.hub import Hub
+from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
-from worker.engine.catalog.adapters import inspect_model
-from worker.engine.catalog.architectures import use_of
-from worker.engine.catalog.errors import EngineError
-from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
-from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
-from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
-from worker.engine.catalog.parameters import parameter_problems
-from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
-from worker.engine.catalog.rows import check_first_rows
-from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
-from worker.engine.catalog.stacking import layers_of_models, plan_job
 
 HUB_REQUESTS = 8  # at once, of the 40 threads that answer
 HUB_QUEUE_S = 1.0
-NO_ADAPTERS = "method passthrough takes no adapters; merge it into its base first (method average with one model)"
 
-Inspect = Callable[[Path, str, Path | None], CheckpointInfo]
 logger = logging.getLogger(__name__)
-
-
-class PlannedModel(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    name: str
-    architecture: str
-    task: str
-    head: str
-    """What the model's task head becomes."""
-    tokens: int | None
-    """Those of the output's vocabulary that it has, where `output.vocabulary` is not `error`."""
-    new_tokens: int | None
-    """Of these, those that `union` appends for it: the base and the models before it lack them."""
-
-
-class Plan(BaseModel):
-    """`POST /merge/validate`: what the job would do."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    bytes_to_read: int
-    bytes_to_write: int
-    peak_memory_bytes: int
-    """An estimate for one worker, in float32 and with rows as long as the model takes."""
-    examples: int
-    """Most rows that would be measured, over all models."""
-    candidates: list[str] | None
-    """Of `auto`: names of the methods that would be tried."""
-    trials: int | None
-    """Of `auto`: merges that would be tried."""
-    tensors: int
-    owners: dict[str, int]
-    """How many merged tensors are owned by heads, by neurons, and by no node (rest)."""
-    models: list[PlannedModel]
-    tokens: int | None
-    """Of the output's tokenizer, where `output.vocabulary` is not `error`."""
-    request: dict[str, Any]
-    """As it would be accepted, defaults filled in."""
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A request that can be worked on: with its defaults filled in, and its checkpoints as their headers say."""
-
-    request: dict[str, Any]
-    checkpoints: Sequence[CheckpointInfo]
-
-
-@dataclass(frozen=True)
-class AcceptedMerge(Accepted):
-    plan: MergePlan
 
 
 class Jobs:
@@ -138,7 +60,7 @@ class Jobs:
                 request.labels,
                 (idempotency_key, digest) if idempotency_key else None,
                 self._idempotency_seconds,
-                _states(accepted.checkpoints),
+                accepted.states,
                 Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
             )
         if created.existing and not created.same_body:
@@ -166,68 +88,17 @@ class Jobs:
             logger.warning("job %s waits for Redis: %s", task.job, error)
 
     def plan(self, request: MergeRequest) -> Plan:
-        accepted = self._check_merge(request)
-        plan, vocabulary, method = accepted.plan, accepted.plan.vocabulary, request.method
-        examples = method.most_examples
-        measured = sum(
-            min(examples, model.dataset.limit or examples)
-            for model in request.models
-            if model.dataset and model.takes_part
-        )
-        evaluates = request.evaluate and any(model.evaluation for model in request.models)
-        aligns = _aligns(request, plan) and any(model.dataset for model in request.models)
-        longest = plan.family.max_tokens(plan.checkpoints[0].config) if plan.family else 0
-        return Plan(
-            bytes_to_read=plan.bytes_to_read,
-            bytes_to_write=plan.bytes_to_write,
-            peak_memory_bytes=plan.peak_memory_bytes(
-                statistics=method.statistics,
-                models_beside=models_beside(evaluates, aligns, method),
-                tokens_held=measured * longest if method.refits_layers else 0,
-                batch_rows=method.batch_rows,
-                batch_tokens=method.most_batch_tokens,
-                loads_models=bool(measured or evaluates or aligns),
-                merges_rows=method.merges_rows,
-                selects_by_rank=method.selects_by_rank,
-            ),
-            examples=measured,
-            candidates=[candidate.name for candidate in method.methods] if isinstance(method, AutoParameters) else None,
-            trials=method.trials if isinstance(method, AutoParameters) else None,
-            tensors=len(plan.backbone),
-            owners=dict(plan.owners()),
-            models=[
-                PlannedModel(
-                    name=model.name,
-                    architecture=info.architecture,
-                    task=f"{task.problem}, {task.outputs} outputs" if task else use_of(info.config).pipeline_tag or "",
-                    head=_becomes(request, plan, index),
-                    tokens=vocabulary and vocabulary.shared[index],
-                    new_tokens=vocabulary and vocabulary.introduced[index],
-                )
-                for index, (model, info, task) in enumerate(
-                    zip(request.models, plan.checkpoints, plan.tasks, strict=True)
-                )
-            ],
-            tokens=vocabulary and vocabulary.tokens,
-            request=accepted.request,
-        )
+        plan = self._check(request).plan
+        assert plan is not None  # noqa: S101 - for the type checker: every merge has one
+        return plan
 
     def _check(self, request: MergeRequest | ScoreRequest) -> Accepted:
-        if isinstance(request, MergeRequest):
-            return self._check_merge(request)
         with self._hub_for(request) as hub:
-            return self._checked_scores(request, hub)
-
-    def _check_merge(self, request: MergeRequest) -> AcceptedMerge:
-        with self._hub_for(request) as hub:
-            return self._checked_merge(request, hub)
+            return Checker(self._inputs, self._job_inputs, self._artifacts, hub).check(request)
 
     @contextmanager
     def _hub_for(self, request: MergeRequest | ScoreRequest) -> Iterator[Hub]:
         """A slow hub may hold up some requests that name it, never all that the process can answer."""
-        later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
-        if later:
-            raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
         hub = Hub()
         if not any(source.startswith("hf:") for source in _sources(request)):
             yield hub
@@ -236,137 +107,9 @@ class Jobs:
             detail = f"{HUB_REQUESTS} requests are waiting for the hub already"
             raise ProblemError(Problem.HUB_UNAVAILABLE, detail, None, **{"Retry-After": "10"})
         try:
-            with hub.outlines:
-                yield hub
+            yield hub
         finally:
             self._hub_places.release()
-
-    def _checked_scores(self, request: ScoreRequest, hub: Hub) -> Accepted:
-        accepted = request.model_dump(mode="json")
-        accepted["name"] = request.title
-        checkpoints = [self._checkpoint(_checkpoint_field(i), m.checkpoint, hub) for i, m in enumerate(request.models)]
-        for index, (model, info) in enumerate(zip(request.models, checkpoints, strict=True)):
-            with _refusing(_checkpoint_field(index)):
-                plan = plan_merge([info])
-                task = required_task(plan)
-            _refuse(parameter_problems(plan, request.method))
-            kept = accepted["models"][index]
-            kept["checkpoint"] = info.source
-            where = f"models.{index}.dataset"
-            kept["dataset"]["source"] = self._rows(where, model.dataset, task, hub, request.method.needs_labels)
-        return Accepted(accepted, checkpoints)
-
-    def _checked_merge(self, request: MergeRequest, hub: Hub) -> AcceptedMerge:
-        output, names = request.output, [model.name for model in request.models]
-        aligns = output.vocabulary != "error"
-        base = self._checkpoint("base", request.base, hub, keeps_outline=aligns) if request.base else None
-        inspect = partial(inspect_model, base=base)
-        if isinstance(request.method, PassthroughParameters):
-            inspect = partial(inspect, without_base=NO_ADAPTERS)
-        checkpoints = [
-            self._checkpoint(_checkpoint_field(index), model.checkpoint, hub, inspect, keeps_outline=aligns)
-            for index, model in enumerate(request.models)
-        ]
-        planned = partial(
-            plan_job,
-            request.method,
-            names,
-            checkpoints,
-            output.dtype,
-            heads=output.heads,
-            vocabulary=output.vocabulary,
-        )
-        with _refusing("models"):  # vocabularies are aligned to the base's; without it, others would be refused
-            plan = planned(base=base if aligns else None)
-        if base is not None and not aligns:
-            with _refusing("base"):
-                plan = planned(base=base)
-        if plan.family is None:
-            _refuse_rows(request, plan)
-        if request.layers is not None:
-            counts = layers_of_models(plan) if request.method.name == "passthrough" else [plan.layers]
-            if set(counts) != {request.layers}:
-                found = " and ".join(map(str, sorted(set(counts))))
-                _refuse([("layers", f"the models have {found} layers, the recipe says {request.layers}")])
-        weights, own = [m.weight for m in request.models], [m.parameters for m in request.models]
-        _refuse(parameter_problems(plan, request.method, weights, own))
-        free = self._artifacts.free_bytes()
-        if plan.bytes_to_write > free:
-            detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
-            raise ProblemError(Problem.NO_SPACE, detail)
-        accepted = request.model_dump(mode="json")
-        accepted["name"] = request.title
-        accepted["base"] = None if plan.base is None else plan.base.source
-        accepted["output"]["heads"] = "merged" if plan.merges_heads else "per_model"
-        accepted["output"]["align_heads"] = _aligns(request, plan)
-        for index, (model, task) in enumerate(zip(request.models, plan.tasks, strict=True)):
-            where = f"models.{index}"
-            kept = accepted["models"][index]
-            kept["checkpoint"] = plan.checkpoints[index].source
-            if task is None:
-                continue
-            if model.dataset is not None:
-                source = self._rows(f"{where}.dataset", model.dataset, task, hub, request.method.needs_labels)
-                kept["dataset"]["source"] = source
-            if model.evaluation is not None:
-                metric = model.evaluation.metric or METRICS[task.problem][0]
-                with _refusing(f"{where}.evaluation.metric"):
-                    check_metric(metric, task, model.evaluation.source)
-                kept["evaluation"]["metric"] = metric
-                least = LEAST_EVALUATED if isinstance(request.method, AutoParameters) else 1
-                source = self._rows(f"{where}.evaluation", model.evaluation, task, hub, True, least)
-                kept["evaluation"]["source"] = source
-        return AcceptedMerge(accepted, plan.all_checkpoints, plan)
-
-    def _checkpoint(
-        self,
-        field: str,
-        reference: str,
-        hub: Hub,
-        inspect: Inspect = inspect_checkpoint,
-        *,
-        keeps_outline: bool = False,
-    ) -> CheckpointInfo:
-        """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
-        with _refusing(field):
-            on_hub, of_job = hub_reference(reference), job_reference(reference)
-            if on_hub is None:
-                path, root = self._inputs.resolve(reference) if of_job is None else self._job_inputs.resolve(of_job)
-                return inspect(path, reference, root)
-            pinned = hub.pinned(on_hub, "model")
-            with ExitStack() as inspecting:
-                outlines = hub.outlines if keeps_outline else inspecting
-                folder = Path(outlines.enter_context(TemporaryDirectory(prefix="maskmerge-")))
-                hub.outline(pinned, folder)
-                return inspect(folder, str(pinned), folder)
-
-    def _rows(
-        self, field: str, rows: Dataset | Evaluation, task: Task, hub: Hub, needs_labels: bool, least_texts: int = 1
-    ) -> str:
-        """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
-        labels = LabelMap(task, tuple(rows.label_names) if rows.label_names else None)
-        if needs_labels:
-            with _refusing(f"{field}.label_names"):
-                labels.check_names(rows.source)
-        with _refusing(f"{field}.source"):
-            on_hub = hub_reference(rows.source)
-            if on_hub is not None:
-                return str(hub.pinned(on_hub, "dataset"))
-            path, _ = self._inputs.resolve(rows.source)
-        for name in ("config", "split"):
-            if getattr(rows, name) is not None:
-                message = "is for data sets of the hub; a file is one split"
-                errors = [FieldError(field=f"{field}.{name}", message=message)]
-                raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
-        columns = rows.model_dump(include=set(Columns.model_fields))
-        with _refusing(field):
-            spec = DatasetSpec(source=rows.source, path=path, **columns)
-            check_first_rows(spec, labels if needs_labels else None, least_texts)
-        return rows.source
-
-
-def _checkpoint_field(index: int) -> str:
-    return f"models.{index}.checkpoint"
 
 
 def _sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
@@ -379,74 +122,3 @@ def _sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
             yield model.evaluation.source
     if isinstance(request, MergeRequest) and request.base is not None:
         yield request.base
-
-
-def _states(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
-    """Of local checkpoints; those of the hub do not change."""
-    with _refusing("models"):
-        return {info.source: checkpoint_state(info) for info in checkpoints if hub_reference(info.source) is None}
-
-
-def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
-    """What needs a table of the architecture, where there is none: methods that measure, alignment, evaluation."""
-    name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
-    errors = []
-    does = "evaluates" if isinstance(request.method, AutoParameters) else "measures"
-    if request.method.statistics or isinstance(request.method, AutoParameters):
-        others = ", ".join(other for other, entry in METHODS.items() if "dataset" not in entry.needs)
-        message = f"{request.method.name} {does} models, for which {name} has no table; methods without are {others}"
-        errors.append(FieldError(field="method.name", message=message))
-    for index, model in enumerate(request.models):
-        for part, rows in (("dataset", model.dataset), ("evaluation", model.evaluation)):
-            if rows is not None:
-                message = f"nothing is measured of {name}, for which there is no table; leave it out"
-                errors.append(FieldError(field=f"models.{index}.{part}", message=message))
-    if errors:
-        raise ProblemError(Problem.NOT_AVAILABLE, _sentence(errors), errors)
-
-
-def _aligns(request: MergeRequest, plan: MergePlan) -> bool:
-    """Whether heads are aligned, where models have rows for it."""
-    return request.output.align_heads and not plan.merges_heads
-
-
-def _becomes(request: MergeRequest, plan: MergePlan, index: int) -> str:
-    """What a model's head becomes."""
-    if plan.merges_heads:
-        return "merged like the rest into model"
-    model = request.models[index]
-    names = ", ".join(tensor.slot.name for tensor in plan.heads[index])
-    if not request.output.align_heads:
-        return f"{names}: kept as it is in models/{model.name}"
-    if model.dataset is None:
-        return f"{names}: kept as it is in models/{model.name}, since the model has no dataset to align it on"
-    return f"{names}: kept in models/{model.name}, its last layer aligned to the merged backbone"
-
-
-@contextmanager
-def _refusing(field: str) -> Iterator[None]:
-    """Turn what inputs, hub and the engine's catalog refuse into a problem that names the request's field."""
-    try:
-        yield
-    except ReferenceError as error:
-        problem = Problem.INVALID_REQUEST if error.available else Problem.NOT_AVAILABLE
-        errors = [FieldError(field=field, message=str(error))]
-        raise ProblemError(problem, _sentence(errors), errors) from error
-    except HubUnavailable as error:
-        errors = [FieldError(field=field, message=str(error))]
-        raise ProblemError(Problem.HUB_UNAVAILABLE, _sentence(errors), errors, **{"Retry-After": "10"}) from error
-    except EngineError as error:
-        problem = next(p for p in Problem if p.code == error.code)
-        field = str(error.detail.get("field", field))
-        raise ProblemError(problem, error.message, [FieldError(field=field, message=error.message)]) from error
-
-
-def _refuse(problems: Iterable[tuple[str, str]]) -> None:
-    """Raises ProblemError for what is wrong with the request, as (field, why), if anything is."""
-    errors = [FieldError(field=field, message=message) for field, message in problems]
-    if errors:
-        raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
-
-
-def _sentence(errors: list[FieldError]) -> str:
-    return "; ".join(f"{error.field}: {error.message}" for error in errors)
