@@ -29,6 +29,7 @@ from worker.engine.catalog.headers import (
     MAX_DESCRIPTION_BYTES,
     MAX_HEADER_BYTES,
     PICKLES,
+    WEIGHTS,
     described_files,
     weights_among,
 )
@@ -91,15 +92,21 @@ class Hub:
             )
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
+            described = described_files(sizes)
+            whole = [name for name in described if not name.endswith(WEIGHTS)]
+
             def read(name: str) -> bytes:
-                if sum(sizes[name] for name in described_files(sizes)) > MAX_DESCRIPTION_BYTES:
+                if sum(sizes[name] for name in whole) > MAX_DESCRIPTION_BYTES:
                     problem = f"configuration, tokenizer and index are larger than {MAX_DESCRIPTION_BYTES} bytes"
                     raise InvalidCheckpoint(str(reference), problem)
                 return self._read(reference, name, 0, sizes[name])
 
-            for name in described_files(sizes):
+            for name in described:
+                (folder / name).parent.mkdir(exist_ok=True)
+            for name in whole:
                 (folder / name).write_bytes(read(name))
-            for name in weights_among(sizes, lambda name: (folder / name).read_bytes()):
+            of_modules = [name for name in described if name.endswith(WEIGHTS)]
+            for name in (*weights_among(sizes, lambda name: (folder / name).read_bytes()), *of_modules):
                 with (folder / name).open("wb") as stream:
                     prefix = self._read(reference, name, 0, min(PREFIX.size, sizes[name]))
                     stream.write(prefix)

@@ -22,6 +22,7 @@ from worker.engine.catalog.headers import (
     TOKENIZER_FILES,
     WEIGHTS,
     CheckpointInfo,
+    described_files,
     inspect_checkpoint,
     read_header,
 )
@@ -367,3 +368,34 @@ def assert_refused(checkpoint: Path, words: list[str]) -> None:
     assert caught.value.detail["checkpoint"] == SOURCE
     missing = [word for word in (SOURCE, *words) if word not in caught.value.message]
     assert not missing, caught.value.message
+
+
+def test_files_of_a_checkpoint_are_those_beside_the_weights_and_those_of_its_modules_and_templates() -> None:
+    mine = ["config.json", "tokenizer.json", "source.spm", "chat_template.json", "generation_config.json"]
+    further = ["additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.v2.jinja"]
+    others = [
+        "README.md", "onnx/model.onnx", "checkpoint-500/config.json", "additional_chat_templates/a/b.jinja",
+        "additional_chat_templates/.jinja", "additional_chat_templates/../x.jinja", "2_Dense/pytorch_model.bin",
+        "../1_Pooling/config.json", "1_Pooling/../config.json", "1_Pooling", "1_Pooling/config.json.bak",
+    ]  # fmt: skip
+    of_modules = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
+    assert described_files({*mine, *further, *others, *of_modules}) == [*mine[:3], *mine[3:], *sorted(further)]
+    sentence = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
+    found = described_files({*others, *of_modules, *sentence})
+    assert found == [*sentence, *of_modules]
+
+
+def test_a_link_in_a_folder_of_a_checkpoint_is_not_followed_out_of_the_allowed_ones(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.json"
+    secret.write_text("{}")
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").symlink_to(secret)
+    with pytest.raises(InvalidCheckpoint, match=r"1_Pooling/config\.json is a symbolic link out of"):
+        inspect_checkpoint(checkpoint, SOURCE, checkpoint)
+    (checkpoint / "1_Pooling" / "config.json").unlink()
+    (checkpoint / "1_Pooling").rmdir()
+    (checkpoint / "1_Pooling").symlink_to(secret.parent)
+    with pytest.raises(InvalidCheckpoint, match="1_Pooling is a symbolic link out of"):
+        inspect_checkpoint(checkpoint, SOURCE, checkpoint)

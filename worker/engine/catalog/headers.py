@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,22 +38,57 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 QUANTISED = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E4M3FNUZ": "float8", "F8_E5M2FNUZ": "float8"}
 QUANTISED |= {"F8_E8M0": "float8", "F6_E2M3": "float6", "F6_E3M2": "float6", "F4": "float4"}
 QUANTISED |= dict.fromkeys(("U16", "U32", "U64"), "packed")
-SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model", "spiece.model", "tokenizer.model")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+SENTENCEPIECE = (
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "spiece.model",
+    "tokenizer.model",
+    "spm_char.model",
+    "sentencepiece.model",
+)
+OLDER_VOCABULARIES = (
     "added_tokens.json",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
     "bpe.codes",
     *SENTENCEPIECE,
+    # Of single kinds of models: Marian, FSMT, Whisper, LUKE, RoCBert, GPT-NeoX Japanese, BARTpho, ProphetNet.
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "normalizer.json",
+    "entity_vocab.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "emoji.json",
+    "dict.txt",
+    "byte_maps.json",
+    "prophetnet.tokenizer",
+    "tekken.json",
 )
+"""Files with tokens that are read where there is no tokenizer.json, or beside it."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *OLDER_VOCABULARIES)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """How images and sound become a model's inputs."""
-COMPANIONS = ("chat_template.jinja", "generation_config.json", *PROCESSORS)
-"""Published beside the tokenizer and read by nobody here."""
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+"""Of the tokenizer, and, in older folders, of the processor."""
+MORE_CHAT_TEMPLATES = re.compile(r"additional_chat_templates/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}\.jinja")
+COMPANIONS = (*CHAT_TEMPLATES, "generation_config.json", *PROCESSORS)
+"""Published beside the tokenizer and read by nobody here, as are further chat templates."""
+MODULES = "modules.json"
+ENCODER_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Names that sentence-transformers has had for the settings of the transformer itself; it takes the first one."""
+SENTENCE_FILES = (MODULES, "config_sentence_transformers.json", *ENCODER_CONFIGS)
+"""What makes a folder one of sentence-transformers, besides the folders of its modules."""
+MODULE_FILE = re.compile(r"[0-9]{1,2}_[A-Za-z0-9_]{1,64}/(config\.json|model\.safetensors)")
+INNER_FOLDER = re.compile(r"additional_chat_templates|[0-9]{1,2}_[A-Za-z0-9_]{1,64}")
+"""What a checkpoint's folder may hold that has files of it."""
 SPECIAL_TOKENS = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
 LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
@@ -176,14 +212,15 @@ def check_folder(path: Path, source: str, root: Path | None) -> None:
     """Raises InvalidCheckpoint for files out of `root` or that are none, and a tokenizer that would reach out."""
     if not path.is_dir():
         raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
-    for file in path.iterdir():
+    for name in file_names(path):  # a folder is checked before it is opened
+        file = path / name
         # Not every Python's Path.resolve() raises at links in a circle, nor does exists().
         if root is not None and not Path(os.path.realpath(file)).is_relative_to(root.resolve()):
-            raise InvalidCheckpoint(source, f"{file.name} is a symbolic link out of the allowed folders")
+            raise InvalidCheckpoint(source, f"{name} is a symbolic link out of the allowed folders")
         with suppress(FileNotFoundError):  # a link to nothing, which matters only where the file is needed
             file.stat()
         if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited on for ever
-            raise InvalidCheckpoint(source, f"{file.name} is not a regular file")
+            raise InvalidCheckpoint(source, f"{name} is not a regular file")
     tokenizer_config_file = path / "tokenizer_config.json"
     tokenizer_config = (
         read_json(tokenizer_config_file, source, MAX_CONFIG_BYTES) if tokenizer_config_file.exists() else {}
@@ -315,7 +352,7 @@ def checkpoint_state(info: CheckpointInfo) -> str:
     """
     digest = hashlib.sha256()
     try:
-        for name in (*described_files({file.name for file in info.path.iterdir()}), *info.weight_files):
+        for name in (*described_files({*file_names(info.path)}), *info.weight_files):
             stat = (info.path / name).stat()
             digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     except OSError as error:
@@ -324,9 +361,25 @@ def checkpoint_state(info: CheckpointInfo) -> str:
 
 
 def described_files(names: Collection[str]) -> list[str]:
-    """Those of a checkpoint's files that are needed whole: configurations, tokenizer, index."""
-    wanted = ("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, *COMPANIONS, INDEX)
-    return [name for name in wanted if name in names]
+    """Those of a checkpoint's files that belong to it beside its weights: configurations, tokenizer, templates, index.
+
+    Args:
+        names: of files, relative to the checkpoint's folder, with `/` between a folder and what is in it.
+    """
+    wanted = ("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, *COMPANIONS, *SENTENCE_FILES, INDEX)
+    inner = (MORE_CHAT_TEMPLATES, MODULE_FILE) if MODULES in names else (MORE_CHAT_TEMPLATES,)
+    return [
+        *(name for name in wanted if name in names),
+        *sorted(name for name in names if any(pattern.fullmatch(name) for pattern in inner)),
+    ]
+
+
+def file_names(folder: Path) -> Iterator[str]:
+    """Names of what is in a checkpoint's folder, each followed by those of what is in it, where files of it may be."""
+    for entry in folder.iterdir():
+        yield entry.name
+        if INNER_FOLDER.fullmatch(entry.name) and entry.is_dir():
+            yield from (f"{entry.name}/{inner.name}" for inner in entry.iterdir())
 
 
 def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[str]:

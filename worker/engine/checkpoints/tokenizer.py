@@ -2,20 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from worker.engine.catalog.companions import companions
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import COMPANIONS, PROCESSORS, SENTENCEPIECE, TOKENIZER_FILES, CheckpointInfo
+from worker.engine.catalog.headers import OLDER_VOCABULARIES, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
 from worker.engine.libraries import in_one_line, is_of_library
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-OLDER_FORMS = ("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", *SENTENCEPIECE)
 
 
 def check_tokenizers(plan: MergePlan) -> None:
@@ -42,12 +41,14 @@ def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder:
 
     New tokens are in tokenizer.json alone, which is what is read first; other files with tokens are left out.
     """
+    owner = info if vocabulary is None else vocabulary.owner
+    new = vocabulary is not None and vocabulary.new
+    for name, file in companions(owner).items():
+        if not (new and name in OLDER_VOCABULARIES):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
     if vocabulary is None or not vocabulary.new:
-        of = info if vocabulary is None else vocabulary.owner
-        _copy(of, (*TOKENIZER_FILES, *COMPANIONS), folder)
         return
-    owner = vocabulary.owner
-    _copy(owner, [name for name in (*TOKENIZER_FILES, *COMPANIONS) if name not in OLDER_FORMS], folder)
     content = json.loads((owner.tokenizer_path / "tokenizer.json").read_bytes())
     _write(folder / "tokenizer.json", _extended(content, vocabulary))
     config_file = folder / "tokenizer_config.json"
@@ -79,15 +80,6 @@ def _extended(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]
 def _entry(token: NewToken) -> dict[str, Any]:
     entry = token.entry or {}
     return {"content": token.content, **{flag: bool(entry.get(flag)) for flag in FLAGS}}
-
-
-def _copy(info: CheckpointInfo, names: Sequence[str], folder: Path) -> None:
-    files = [info.tokenizer_path / name for name in names]
-    if info.base is not None:  # beside an adapter's tokenizer there is none of these, as a rule
-        files = [*(info.base.path / name for name in ("generation_config.json", *PROCESSORS)), *files]
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
