@@ -399,3 +399,62 @@ def test_a_link_in_a_folder_of_a_checkpoint_is_not_followed_out_of_the_allowed_o
     (checkpoint / "1_Pooling").symlink_to(secret.parent)
     with pytest.raises(InvalidCheckpoint, match="1_Pooling is a symbolic link out of"):
         inspect_checkpoint(checkpoint, SOURCE, checkpoint)
+
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 438002268\n"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model", INDEX, "shard.safetensors",
+     "chat_template.jinja", "additional_chat_templates/rag.jinja", "2_Dense/model.safetensors"],
+)  # fmt: skip
+def test_a_git_lfs_pointer_is_named_as_one(checkpoint: Path, name: str) -> None:
+    if name == "shard.safetensors":
+        (checkpoint / WEIGHTS).unlink()
+        (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    if name.startswith("2_Dense"):
+        (checkpoint / "modules.json").write_text("[]")
+    if name == INDEX:
+        (checkpoint / WEIGHTS).unlink()
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text(POINTER)
+    with pytest.raises(InvalidCheckpoint) as caught:
+        inspect_checkpoint(checkpoint, SOURCE)
+    assert f"{name} is not there: a Git LFS pointer stands in its place; fetch the file" in caught.value.message
+    assert "git lfs pull" in caught.value.message
+    assert caught.value.detail["file"] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("vocab.json", 50_000_000), ("generation_config.json", MAX_CONFIG_BYTES), ("chat_template.jinja", 1_000_000),
+     ("source.spm", 50_000_000), ("preprocessor_config.json", MAX_CONFIG_BYTES),
+     ("additional_chat_templates/rag.jinja", 1_000_000)],
+)  # fmt: skip
+def test_a_file_beside_the_weights_may_not_be_larger_than_such_files_are(
+    checkpoint: Path, name: str, limit: int
+) -> None:
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    with (checkpoint / name).open("wb") as stream:
+        stream.truncate(limit + 1)
+    with pytest.raises(InvalidCheckpoint, match=f"{name} is larger than {limit} bytes"):
+        inspect_checkpoint(checkpoint, SOURCE)
+
+
+def test_files_beside_the_weights_have_a_limit_together_and_in_number(checkpoint: Path) -> None:
+    for name in ("source.spm", "target.spm"):
+        with (checkpoint / name).open("wb") as stream:
+            stream.truncate(45_000_000)
+    with pytest.raises(InvalidCheckpoint, match=r"its files beside the weights have 90\d{6} bytes; 80000000 are"):
+        inspect_checkpoint(checkpoint, SOURCE)
+    for name in ("source.spm", "target.spm"):
+        (checkpoint / name).unlink()
+    (checkpoint / "additional_chat_templates").mkdir()
+    for number in range(200):
+        (checkpoint / "additional_chat_templates" / f"{number}.jinja").touch()
+    with pytest.raises(InvalidCheckpoint, match=r"it has 20\d files beside the weights; 200 are allowed"):
+        inspect_checkpoint(checkpoint, SOURCE)

@@ -12,6 +12,7 @@ from worker.engine.catalog.formats import MAX_ROW_BYTES
 from worker.engine.catalog.labels import LabelMap, Task
 from worker.engine.catalog.rows import FIRST_ROWS, Row, RowFile, check_first_rows, sample
 from worker.engine.catalog.spec import DatasetSpec
+from worker.engine.tables import read_parquet
 
 TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
 THREE_ROWS = [{"text": "one two", "label": 0}, {"text": "žluť 猫 🙂", "label": 1}, {"text": "", "label": 0}]
@@ -191,3 +192,14 @@ def test_rows_that_are_to_be_split_have_two_texts_at_least(tmp_path: Path, texts
     else:
         check_first_rows(dataset_spec(few), TWO_LABELS, least_texts=2)
     check_first_rows(dataset_spec(many), TWO_LABELS, least_texts=2)  # there are rows that were not looked at
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.parquet"])
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 438002268\n"
+    (tmp_path / name).write_text(pointer)
+    spec = dataset_spec(tmp_path / name)
+    read = read_parquet if name.endswith(".parquet") else RowFile
+    for reading in (lambda: check_first_rows(spec, TWO_LABELS), lambda: read(spec)):
+        with pytest.raises(InvalidDataset, match=r"a Git LFS pointer stands in its place; .* `git lfs pull`"):
+            reading()

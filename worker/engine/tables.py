@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from worker.engine.catalog.errors import EngineError, InvalidDataset, Place
-from worker.engine.catalog.rows import Row, local_file, missing_column, row_of
+from worker.engine.catalog.rows import Row, check_first_rows, local_file, missing_column, row_of
 from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.resources import is_out_of_memory, require_memory
 
@@ -49,6 +49,7 @@ class TableRows:
 
 def read_parquet(spec: DatasetSpec) -> TableRows:
     """The rows of a local Parquet file. Raises InvalidDataset naming a missing column."""
+    check_first_rows(spec, labels=None)
     with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec)) as file:
         columns = _wanted(spec, file.schema_arrow.names)
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]

@@ -19,12 +19,16 @@ from typing import Any
 
 from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.pointers import POINTER, WHAT_TO_DO, is_pointer
 
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
 MAX_TENSORS = 100_000
 MAX_CONFIG_BYTES = 5_000_000
 MAX_TOKENIZER_BYTES = 50_000_000  # the largest real ones have 35 MB
-MAX_DESCRIPTION_BYTES = 80_000_000  # of all files that are read whole
+MAX_MODULE_BYTES = 1_000_000_000  # of the weights of a sentence-transformers module; the largest real ones have 50 MB
+MAX_TEMPLATE_BYTES = 1_000_000  # the largest real ones have 30 kB
+MAX_DESCRIPTION_BYTES = 80_000_000  # of all files beside the weights
+MAX_DESCRIPTION_FILES = 200
 MAX_WEIGHT_FILES = 1000
 
 WEIGHTS = "model.safetensors"
@@ -221,6 +225,7 @@ def check_folder(path: Path, source: str, root: Path | None) -> None:
             file.stat()
         if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited on for ever
             raise InvalidCheckpoint(source, f"{name} is not a regular file")
+    check_description(path, source)
     tokenizer_config_file = path / "tokenizer_config.json"
     tokenizer_config = (
         read_json(tokenizer_config_file, source, MAX_CONFIG_BYTES) if tokenizer_config_file.exists() else {}
@@ -231,6 +236,49 @@ def check_folder(path: Path, source: str, root: Path | None) -> None:
                 source, f"tokenizer_config.json has {key} in another folder; save the tokenizer again"
             )
     refuse_code("tokenizer_config.json", tokenizer_config, source)
+
+
+def check_description(path: Path, source: str) -> None:
+    """Whether the files beside the weights are what they are named, as far as their sizes and first bytes tell.
+
+    Raises:
+        InvalidCheckpoint: one is too large, all are together, or one is a Git LFS pointer.
+    """
+    names = described_files({*file_names(path)})
+    sizes = {}
+    for name in names:
+        file = path / name
+        if not file.is_file():
+            continue
+        sizes[name] = file.stat().st_size
+        if sizes[name] > _limit(name):
+            raise InvalidCheckpoint(source, f"{name} is larger than {_limit(name)} bytes", file=name)
+        with file.open("rb") as stream:
+            refuse_pointer(name, stream.read(len(POINTER)), source)
+    whole = sum(size for name, size in sizes.items() if not name.endswith(WEIGHTS))
+    if whole > MAX_DESCRIPTION_BYTES:
+        problem = f"its files beside the weights have {whole} bytes; {MAX_DESCRIPTION_BYTES} are allowed"
+        raise InvalidCheckpoint(source, problem)
+    if len(sizes) > MAX_DESCRIPTION_FILES:
+        problem = f"it has {len(sizes)} files beside the weights; {MAX_DESCRIPTION_FILES} are allowed"
+        raise InvalidCheckpoint(source, problem)
+
+
+def _limit(name: str) -> int:
+    """Bytes that a file beside the weights may have."""
+    if name in ("tokenizer.json", *OLDER_VOCABULARIES):
+        return MAX_TOKENIZER_BYTES
+    if name.endswith(WEIGHTS):
+        return MAX_MODULE_BYTES
+    if name.endswith(".jinja"):
+        return MAX_TEMPLATE_BYTES
+    return MAX_HEADER_BYTES if name == INDEX else MAX_CONFIG_BYTES
+
+
+def refuse_pointer(name: str, start: bytes, source: str) -> None:
+    """Raises InvalidCheckpoint where a file begins as a Git LFS pointer does."""
+    if is_pointer(start):
+        raise InvalidCheckpoint(source, f"{name} is not there: {WHAT_TO_DO}", file=name)
 
 
 def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
@@ -278,14 +326,16 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            prefix = stream.read(8)
+            prefix = stream.read(len(POINTER))
+            refuse_pointer(name, prefix, source)
             if len(prefix) < 8:
                 raise InvalidCheckpoint(source, f"{name} is truncated: {size} bytes are no safetensors file", file=name)
-            (header_bytes,) = struct.unpack("<Q", prefix)
+            (header_bytes,) = struct.unpack_from("<Q", prefix)
             if header_bytes > MAX_HEADER_BYTES:
                 raise InvalidCheckpoint(
                     source, f"{name} announces a header of {header_bytes} bytes; {MAX_HEADER_BYTES} are allowed"
                 )
+            stream.seek(8)
             raw = stream.read(header_bytes)
     except OSError as error:
         raise InvalidCheckpoint(source, f"{name} cannot be read: {error.strerror}", file=name) from error

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.formats import Csv, Format, JsonLines
 from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.pointers import POINTER, WHAT_TO_DO, is_pointer
 from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.catalog.strict import did_you_mean
 
@@ -183,6 +184,12 @@ def local_file(spec: DatasetSpec) -> Path:
     return spec.path
 
 
+def refuse_pointer(start: bytes, spec: DatasetSpec) -> None:
+    """Raises InvalidDataset where a file begins as a Git LFS pointer does."""
+    if is_pointer(start):
+        raise InvalidDataset(spec.source, f"it is not there: {WHAT_TO_DO}")
+
+
 @contextmanager
 def _opened(spec: DatasetSpec) -> Iterator[BinaryIO]:
     path = local_file(spec)
@@ -190,6 +197,8 @@ def _opened(spec: DatasetSpec) -> Iterator[BinaryIO]:
         raise InvalidDataset(spec.source, "cannot be read: not a regular file")
     try:
         with path.open("rb") as stream:
+            refuse_pointer(stream.read(len(POINTER)), spec)
+            stream.seek(0)
             yield stream
     except OSError as error:
         raise InvalidDataset(spec.source, f"cannot be read: {error.strerror}") from error

@@ -1,0 +1,12 @@
+"""Git LFS pointers: a few lines of text in the place of a file that was not fetched with its repository.
+
+https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+"""
+
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+WHAT_TO_DO = "a Git LFS pointer stands in its place; fetch the file itself by `git lfs pull` in its repository"
+
+
+def is_pointer(start: bytes) -> bool:
+    """Of a file that begins so."""
+    return start.startswith(POINTER)
