@@ -51,7 +51,8 @@ class Parameter:
     """
 
     default: Any = REQUIRED
-    kind: Literal["number", "flag", "count"] = "number"
+    kind: Literal["number", "flag", "count", "plain"] = "number"
+    """A number may be another for every tensor, a plain one may not."""
     ours: str | None = None
 
 
@@ -98,6 +99,15 @@ TRANSLATED: dict[str, Method] = {
     "model_stock": Method(Base.ORIGIN, {"filter_wise": flag(False)}),
     "karcher": Method(Base.MODEL, {"max_iter": Parameter(10, "count"), "tol": Parameter(1e-5)}),
     "sce": Method(Base.ORIGIN, {"select_topk": Parameter(1.0)}, without_effect=frozenset({"int8_mask"})),
+    "multislerp": Method(
+        Base.OPTIONAL_ORIGIN,
+        {"normalize_weights": flag(True), "eps": Parameter(1e-8, "plain")},
+        weighs_models=True,
+    ),
+    "nearswap": Method(Base.ORIGIN, {"t": Parameter()}),
+    "arcee_fusion": Method(Base.ORIGIN),
+    "ram": Method(Base.ORIGIN, {"epsilon": Parameter(1e-5)}),
+    "ramplus_tl": Method(Base.ORIGIN, {"epsilon": Parameter(1e-5), "r": Parameter(0.1), "alpha": Parameter(0.2)}),
     "passthrough": Method(Base.MODEL),
 }
 """By `merge_method`; the methods here have the same names."""
@@ -288,7 +298,9 @@ def _one_value(name: str, parameter: Parameter, chain: Chain) -> Any:
         return bool(value)
     if parameter.kind == "count" and isinstance(value, int) and not isinstance(value, bool):
         return value
-    wanted = "true or false" if parameter.kind == "flag" else "a whole number"
+    if parameter.kind == "plain" and not isinstance(value, list | dict):
+        return _numbers(value, f"{place}.{name}")
+    wanted = {"flag": "true or false", "count": "a whole number", "plain": "one number"}[parameter.kind]
     raise MergekitError(f"{place}.{name}", f"give {wanted}, for all tensors")
 
 

@@ -195,7 +195,7 @@ BAD_BODIES: dict[str, tuple[str | bytes, int, str, list[str]]] = {
     "a list": ("[1, 2]", 422, "invalid_request", []),
     "neither kind of recipe": ("models: []", 422, "invalid_request", ["method"]),
     "both kinds": ("method: {name: average}\nmerge_method: ties", 422, "invalid_request", ["merge_method"]),
-    "a method of mergekit alone": ("merge_method: nearswap", 422, "invalid_request", ["merge_method", "nearswap"]),
+    "a method that nobody has": ("merge_method: nearswop", 422, "invalid_request", ["merge_method", "nearswap"]),
     "a path in mergekit's recipe": (
         MERGEKIT.replace("local:checkpoints/a", "/checkpoints/a"), 422, "invalid_request",
         ["models.1.model", "local root"],

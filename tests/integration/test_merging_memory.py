@@ -79,7 +79,8 @@ def taken(plan: MergePlan, parameters: MethodParameters, folder: Path) -> int:
 
 def growth(parameters: MethodParameters, folder: Path) -> int:
     """How much more the large tensor takes than the small one, after a first merge as in `taken`."""
-    plans = [planned(folder, rows) for rows in (TINY_ROWS, SMALL_ROWS, LARGE_ROWS)]
+    models = METHODS[parameters.name].models[1] or 2
+    plans = [planned(folder, rows, models) for rows in (TINY_ROWS, SMALL_ROWS, LARGE_ROWS)]
     _, (_, small), (_, large) = (peak_bytes(plan, parameters, folder) for plan in plans)
     return large - small
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from app.contracts.requests import MergeRequest
 from tests.tiny import LAYERS, merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
+from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS
@@ -499,14 +500,116 @@ def test_a_row_of_one_element_is_kept_as_the_density_says() -> None:
         assert set(np.unique(found)) <= {0.0, 4.0}
 
 
+# --- methods that came from mergekit -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [-0.5, 0.0, 0.05, 0.3, 2.0])
+def test_nearswap_moves_no_element_by_more_than_t(t: float) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        [version] = versions
+        share = np.clip(t / np.maximum(np.abs(base - version), 1e-6), 0, 1)
+        return np.asarray(share * version + (1 - share) * base)
+
+    assert_dense("nearswap", dense, (1.0,), t=t)
+
+
+def test_nearswap_takes_what_is_near_as_it_is() -> None:
+    base, versions = torch.zeros(3), [torch.tensor([0.25, -0.5, 2.0])]
+    assert merge("nearswap", versions, base, t=0.5).tolist() == [0.25, -0.5, 0.5]
+
+
+@pytest.mark.parametrize(("r", "alpha"), [(None, None), (0.1, 0.2), (2.0, 100.0), (-1.0, 0.5)])
+@pytest.mark.parametrize("epsilon", [0.0, 0.2, 0.5, 9.0])
+def test_ram_averages_over_the_models_that_change_an_element(
+    r: float | None, alpha: float | None, epsilon: float
+) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        deltas = [version - base for version in versions]
+        changed = [np.abs(delta) > epsilon for delta in deltas]
+        count = sum(has.astype(int) for has in changed)
+        merged = base.copy()
+        for delta, has in zip(deltas, changed, strict=True):
+            factor = 1.0
+            if r is not None and alpha is not None:
+                unique = max((has & (count == 1)).sum(), epsilon or 1.0)
+                factor = 1 + r * min((has & (count > 1)).sum() / unique, alpha)
+            merged = merged + np.where(has, np.where(count == 1, factor * delta, delta / np.maximum(count, 1)), 0)
+        return np.asarray(merged)
+
+    if r is None:
+        assert_dense("ram", dense, (1.0, 1.0, 1.0), epsilon=epsilon)
+    else:
+        assert_dense("ramplus_tl", dense, (1.0, 1.0, 1.0), 1e-5, epsilon=epsilon, r=r, alpha=alpha)
+
+
+@pytest.mark.parametrize("weights", [LAMBDAS, (1.0, -0.25, 0.5), (0.3, 0.9)])
+@pytest.mark.parametrize("based", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_multislerp_is_the_mean_direction_with_the_mean_length(
+    weights: Sequence[float], based: bool, normalize: bool
+) -> None:
+    """Along the tangent at the mean of the directions, as its author writes it down."""
+
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        shares = np.array(weights) / (sum(weights) if normalize else 1)
+        vectors = np.stack([(v - base if based else v).ravel() for v in versions])
+        lengths = np.linalg.norm(vectors, axis=1)
+        units = vectors / (lengths + 1e-8)[:, None]
+        mean = shares @ units
+        mean /= np.linalg.norm(mean)
+        tangents = units - (units @ mean)[:, None] * mean
+        along = shares @ tangents
+        angle = np.linalg.norm(along) + 1e-8
+        merged = (mean * np.cos(angle) + along * np.sin(angle) / angle) * (lengths @ shares)
+        return np.asarray(merged.reshape(base.shape) + (base if based else 0))
+
+    assert_dense("multislerp", dense, weights, 1e-5, base=based, normalize_weights=normalize)
+
+
+def test_multislerp_of_opposites_is_a_line_and_of_more_that_cancel_out_is_refused() -> None:
+    one, other = torch.tensor([3.0, 4.0]), torch.tensor([-6.0, -8.0])
+    assert merge("multislerp", [one, other], None).tolist() == [-1.5, -2.0]
+    assert merge("multislerp", [torch.zeros(2)] * 3, None).tolist() == [0.0, 0.0]
+    three = [torch.tensor([1.0, 0.0]), torch.tensor([-0.5, 0.75**0.5]), torch.tensor([-0.5, -(0.75**0.5)])]
+    with pytest.raises(NumericalError, match="cancel out in tensor bert"):
+        merge("multislerp", three, None, eps=1e-6)
+
+
+def softmax(values: Array) -> Array:
+    shifted = np.exp(values - values.max(-1, keepdims=True)) if values.ndim else np.ones(())
+    return np.asarray(shifted / (shifted.sum(-1, keepdims=True) if values.ndim else 1))
+
+
+def test_arcee_fusion_takes_outlying_changes_alone() -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        [version] = versions
+        p, q = softmax(version) + 1e-8, softmax(base) + 1e-8
+        terms = p * np.log(p / q)
+        scores = np.abs(version - base) * (terms.sum(-1, keepdims=True) if base.ndim else terms)
+        ordered = np.sort(scores.ravel())
+        first, median, third = (ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
+        taken = scores >= median + 1.5 * (third - first)
+        assert scores.size < 100 or 0 < taken.mean() < 0.25
+        return np.asarray(np.where(taken, version, base))
+
+    assert_dense("arcee_fusion", dense, (1.0,))
+
+
 # --- all of them -------------------------------------------------------------------------------------
 
-BASED = ("task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", *DROPPING)
-UNBASED = ("linear", "slerp", "nuslerp", "karcher")
+BASED = (
+    "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", "ram", "ramplus_tl", "nearswap",
+    "arcee_fusion", *DROPPING,
+)  # fmt: skip
+UNBASED = ("linear", "slerp", "nuslerp", "multislerp", "karcher")
 EVERY = (*BASED, *UNBASED)
 ALL_KEPT: Mapping[str, dict[str, Any]] = {
-    name: {"density": 1.0} if "density" in METHODS[name].parameters.model_fields else {} for name in EVERY
+    **{name: {"density": 1.0} if "density" in METHODS[name].parameters.model_fields else {} for name in EVERY},
+    "nearswap": {"t": 100.0},
+    "ram": {"epsilon": 0.0},
+    "ramplus_tl": {"epsilon": 0.0, "r": 0.0},
 }
+TAKES_LITTLE = ("arcee_fusion",)  # of any change
 
 
 def test_every_method_without_data_is_here() -> None:
@@ -519,12 +622,12 @@ def models_of(method: str) -> int:
     return METHODS[method].models[1] or 3
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", [name for name in EVERY if name not in TAKES_LITTLE])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 def test_equal_models_merge_into_themselves(method: str, shape: Sequence[int]) -> None:
     base, [version] = tensors_of(shape, 1)
     found = merge(method, [version] * models_of(method), base, **_as_a_mean(method))
-    exact = method in (*UNBASED, "model_stock") and method != "nuslerp"  # which here adds to the base
+    exact = method in (*UNBASED, "model_stock") and "slerp" not in method[1:]  # which here add to the base
     torch.testing.assert_close(found, version, rtol=0, atol=0 if exact else 5e-7)
 
 
@@ -543,7 +646,9 @@ def test_equal_models_merge_into_themselves_without_a_base() -> None:
                 assert torch.equal(found, version), (method, dtype)
 
 
-@pytest.mark.parametrize("method", [name for name in EVERY if METHODS[name].models[0] == 1])
+@pytest.mark.parametrize(
+    "method", [name for name in EVERY if METHODS[name].models[0] == 1 and name not in TAKES_LITTLE]
+)
 def test_one_model_is_its_own_merge(method: str) -> None:
     for shape in SHAPES.values():
         base, versions = tensors_of(shape, 1)
@@ -555,7 +660,7 @@ def test_one_model_is_its_own_merge(method: str) -> None:
 def test_task_vectors_of_zero_leave_the_base(method: str) -> None:
     for shape in SHAPES.values():
         base, _ = tensors_of(shape)
-        assert torch.equal(merge(method, [base] * 3, base), base)
+        assert torch.equal(merge(method, [base] * models_of(method), base), base)
 
 
 @pytest.mark.parametrize("method", [name for name in EVERY if name not in DROPPING])
@@ -564,7 +669,7 @@ def test_blocks_change_nothing(method: str) -> None:
     for shape in SHAPES.values():
         base, versions = tensors_of(shape, models_of(method))
         parts, whole = (merge(method, versions, base, block_elements=n) for n in (64, WHOLE))
-        summed = method in ("slerp", "nuslerp", "karcher", "model_stock", "sce")
+        summed = method in ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6 if summed else 0)
 
 
@@ -589,7 +694,7 @@ def test_what_is_not_finite_stays_in_sight(method: str, bad: float) -> None:
     """The merge is refused for it, so no method may hide it."""
     for shape in ((40, 24), ()):
         base, versions = tensors_of(shape, models_of(method))
-        versions[1].view(-1)[-1] = bad
+        versions[-1].view(-1)[-1] = bad
         assert not torch.isfinite(merge(method, versions, base)).all()
 
 
@@ -601,7 +706,7 @@ def test_inputs_are_left_as_they_were(method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, [base, *versions], strict=True))
 
 
-@pytest.mark.parametrize("method", [name for name in EVERY if name not in ("slerp", "nuslerp", *DROPPING)])
+@pytest.mark.parametrize("method", [name for name in EVERY if models_of(name) > 2 and name not in DROPPING])
 def test_the_order_of_the_models_does_not_matter(method: str) -> None:
     base, versions = tensors_of((40, 24))
     weights = LAMBDAS if METHODS[method].parameters(name=method).weighs_models else (1.0, 1.0, 1.0)
@@ -620,6 +725,8 @@ def test_the_order_of_the_models_does_not_matter(method: str) -> None:
         ("della", "density", 0.3, 0.6),
         ("della", "epsilon", 0.0, 0.3),
         ("sce", "select_topk", 0.1, 0.9),
+        ("nearswap", "t", 0.01, 0.3),
+        ("ram", "epsilon", 0.1, 0.5),
     ],
 )
 def test_a_parameter_may_differ_between_tensors(method: str, parameter: str, low: float, high: float) -> None:
@@ -651,7 +758,7 @@ def test_threads_change_no_bit(method: str, drifted: tuple[Path, list[Path]], tm
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            models = [model_spec(checkpoint) for checkpoint in checkpoints]
+            models = [model_spec(checkpoint) for checkpoint in checkpoints[: models_of(method)]]
             spec = merge_spec(tmp_path / str(threads), models, METHODS[method].parameters(name=method).model_dump())
             origin = CheckpointSpec(source="local:base", path=base)
             Engine(torch.device("cpu")).merge(spec.model_copy(update={"base": origin}), silent)

@@ -141,6 +141,28 @@ models:
 merge_method: breadcrumbs
 base_model: a/base
 """
+MULTISLERP = """
+models:
+  - {model: a/one, parameters: {weight: 0.7}}
+  - {model: a/two, parameters: {weight: 0.3}}
+merge_method: multislerp
+base_model: a/base
+parameters: {eps: 1e-6}
+"""
+NEARSWAP = """
+models: [{model: a/base}, {model: a/one}]
+merge_method: nearswap
+base_model: a/base
+parameters: {t: 0.0001}
+"""
+ARCEE_FUSION = "{models: [{model: a/one}], merge_method: arcee_fusion, base_model: a/base}"
+RAM = "{models: [{model: a/one}, {model: a/two}], merge_method: ram, base_model: a/base}"
+RAMPLUS_TL = """
+models: [{model: a/one}, {model: a/two}]
+merge_method: ramplus_tl
+base_model: a/base
+parameters: {r: 0.3}
+"""
 PASSTHROUGH = """
 slices:
   - sources: [{model: a/one, layer_range: [0, 32]}]
@@ -153,7 +175,7 @@ RECIPES = {
     parse_yaml(text.encode())["merge_method"]: text
     for text in (
         TIES, TASK_ARITHMETIC, SLERP, LINEAR, DARE_TIES, DELLA, NUSLERP, MODEL_STOCK, KARCHER, SCE, BREADCRUMBS,
-        PASSTHROUGH,
+        MULTISLERP, NEARSWAP, ARCEE_FUSION, RAM, RAMPLUS_TL, PASSTHROUGH,
     )
 }  # fmt: skip
 
@@ -236,6 +258,19 @@ MEANT: dict[str, dict[str, Any]] = {
         "models": WEIGHTED,
         "base": "hf:a/base",
     },
+    "multislerp": {
+        "method": {"normalize_weights": True, "eps": 1e-6},
+        "models": WEIGHTED,
+        "base": "hf:a/base",
+    },
+    "nearswap": {"method": {"t": 0.0001}, "models": ONE_TWO[:1], "base": "hf:a/base"},
+    "arcee_fusion": {"models": ONE_TWO[:1], "base": "hf:a/base"},
+    "ram": {"method": {"epsilon": 1e-5}, "models": ONE_TWO, "base": "hf:a/base"},
+    "ramplus_tl": {
+        "method": {"epsilon": 1e-5, "r": 0.3, "alpha": 0.2},
+        "models": ONE_TWO,
+        "base": "hf:a/base",
+    },
     "passthrough": {
         "method": {
             "slices": [
@@ -256,7 +291,7 @@ def test_a_recipe_says_here_what_it_says_there(name: str) -> None:
     found = translated(parse_yaml(RECIPES[name].encode()))
     meant = {"output": {"dtype": "auto", "vocabulary": "error"}, **MEANT[name]}
     fields = METHODS[name].parameters.model_fields
-    assert found.pop("method") == {"name": name, **{k: v for k, v in meant["method"].items() if k in fields}}
+    assert found.pop("method") == {"name": name, **{k: v for k, v in meant.get("method", {}).items() if k in fields}}
     assert found.pop("output") == meant["output"] | {"align_heads": False}
     assert found == {key: value for key, value in meant.items() if key not in ("method", "output")}
 
@@ -267,7 +302,8 @@ def test_a_translation_is_a_request_that_leaves_no_default_to_us(name: str) -> N
     request = MergeRequest.model_validate(found)
     ours = request.method.model_fields_set
     assert ours >= METHODS[name].parameters.model_fields.keys() - {"precision", "seed", "scale"}
-    assert "scale" in ours or not request.method.needs_base or name in ("sce", "model_stock")
+    without = ("sce", "model_stock", "ram", "ramplus_tl", "nearswap", "arcee_fusion")
+    assert "scale" in ours or not request.method.needs_base or name in without
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -406,7 +442,7 @@ def test_a_base_with_an_adapter_is_the_adapter(base: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "a method of theirs alone": (changed(merge_method="nearswap"), "merge_method", "'nearswap' has no counterpart"),
+    "a method of nobody": (changed(merge_method="frankenmerge"), "merge_method", "'frankenmerge' has no counterpart"),
     "a method with a typo": (changed(merge_method="tie"), "merge_method", "did you mean 'ties'?"),
     "a key with a typo": (changed(base_modle="a/b"), "base_modle", "did you mean 'base_model'?"),
     "modules": (changed(modules={}), "modules", "no counterpart"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from worker.engine.catalog.methods import METHODS, MethodParameters
 from worker.engine.methods import (
+    arcee_fusion,
     average,
     breadcrumbs,
     dare,
@@ -17,8 +18,11 @@ from worker.engine.methods import (
     mask_fisher,
     mask_regmean,
     model_stock,
+    multislerp,
+    nearswap,
     nuslerp,
     passthrough,
+    ram,
     regmean,
     sce,
     slerp,
@@ -37,6 +41,7 @@ BUILDERS: Mapping[str, Build] = {
     "linear": linear.build,
     "slerp": slerp.build,
     "nuslerp": nuslerp.build,
+    "multislerp": multislerp.build,
     "karcher": karcher.build,
     "dare_linear": dare.build,
     "dare_ties": dare.build,
@@ -46,6 +51,10 @@ BUILDERS: Mapping[str, Build] = {
     "breadcrumbs_ties": breadcrumbs.build,
     "model_stock": model_stock.build,
     "sce": sce.build,
+    "ram": ram.build,
+    "ramplus_tl": ram.build,
+    "nearswap": nearswap.build,
+    "arcee_fusion": arcee_fusion.build,
     "fisher": fisher.build,
     "regmean": regmean.build,
     "mask_regmean": mask_regmean.build,

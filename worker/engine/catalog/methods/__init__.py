@@ -1,6 +1,7 @@
 """Every merge method: its parameters, formula, source and needs. The arithmetic is in `worker.engine.methods`."""
 
 from worker.engine.catalog.methods.aligned_regmean import AlignedRegMeanParameters
+from worker.engine.catalog.methods.arcee_fusion import ArceeFusionParameters
 from worker.engine.catalog.methods.auto import AUTO, AutoParameters, default_candidates
 from worker.engine.catalog.methods.average import AverageParameters
 from worker.engine.catalog.methods.breadcrumbs import (
@@ -30,8 +31,11 @@ from worker.engine.catalog.methods.mask_fisher import MaskFisherParameters, Norm
 from worker.engine.catalog.methods.mask_regmean import MaskRegMeanParameters
 from worker.engine.catalog.methods.merging import METHODS, Method, check_name
 from worker.engine.catalog.methods.model_stock import ModelStockParameters
+from worker.engine.catalog.methods.multislerp import MultiSlerpParameters
+from worker.engine.catalog.methods.nearswap import NearSwapParameters
 from worker.engine.catalog.methods.nuslerp import NuSlerpParameters
 from worker.engine.catalog.methods.passthrough import PassthroughParameters
+from worker.engine.catalog.methods.ram import RamParameters, RamPlusParameters
 from worker.engine.catalog.methods.regmean import RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.sce import SceParameters
 from worker.engine.catalog.methods.slerp import SlerpParameters
@@ -50,6 +54,7 @@ __all__ = [
     "LARGEST_BATCH_TOKENS",
     "METHODS",
     "AlignedRegMeanParameters",
+    "ArceeFusionParameters",
     "AutoParameters",
     "AverageParameters",
     "BaseParameters",
@@ -75,9 +80,13 @@ __all__ = [
     "MethodEntry",
     "MethodParameters",
     "ModelStockParameters",
+    "MultiSlerpParameters",
+    "NearSwapParameters",
     "Normalize",
     "NuSlerpParameters",
     "PassthroughParameters",
+    "RamParameters",
+    "RamPlusParameters",
     "Range",
     "RegMeanParameters",
     "RegressionParameters",

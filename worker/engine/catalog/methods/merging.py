@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN
+from worker.engine.catalog.methods.arcee_fusion import ARCEE_FUSION
 from worker.engine.catalog.methods.average import AVERAGE
 from worker.engine.catalog.methods.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
 from worker.engine.catalog.methods.dare import DARE_LINEAR, DARE_TIES
@@ -18,8 +19,11 @@ from worker.engine.catalog.methods.linear import LINEAR
 from worker.engine.catalog.methods.mask_fisher import MASK_FISHER
 from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN
 from worker.engine.catalog.methods.model_stock import MODEL_STOCK
+from worker.engine.catalog.methods.multislerp import MULTISLERP
+from worker.engine.catalog.methods.nearswap import NEARSWAP
 from worker.engine.catalog.methods.nuslerp import NUSLERP
 from worker.engine.catalog.methods.passthrough import PASSTHROUGH
+from worker.engine.catalog.methods.ram import RAM, RAMPLUS_TL
 from worker.engine.catalog.methods.regmean import REGMEAN
 from worker.engine.catalog.methods.sce import SCE
 from worker.engine.catalog.methods.slerp import SLERP
@@ -41,6 +45,7 @@ METHODS: dict[str, MethodEntry[MethodParameters]] = {
         LINEAR,
         SLERP,
         NUSLERP,
+        MULTISLERP,
         KARCHER,
         DARE_LINEAR,
         DARE_TIES,
@@ -50,6 +55,10 @@ METHODS: dict[str, MethodEntry[MethodParameters]] = {
         BREADCRUMBS_TIES,
         MODEL_STOCK,
         SCE,
+        RAM,
+        RAMPLUS_TL,
+        NEARSWAP,
+        ARCEE_FUSION,
         PASSTHROUGH,
     )
 }

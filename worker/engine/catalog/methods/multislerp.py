@@ -1,0 +1,28 @@
+"""`multislerp`: the weighted mean of several models' directions, with the weighted mean of their lengths."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
+
+
+class MultiSlerpParameters(MethodParameters):
+    name: Literal["multislerp"] = "multislerp"
+    normalize_weights: bool = True
+    """The weights are divided by their sum."""
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """What is added to lengths that are divided by; a mean direction that is shorter is none."""
+
+
+MULTISLERP = MethodEntry(
+    name="multislerp",
+    formula="theta = [sum_j w_j |theta_j|] m / |m|, m = sum_j w_j theta_j / (|theta_j| + eps), "
+    "w_j = lambda_j [/ sum_k lambda_k], of each tensor, and with a base of theta_j - theta_0, which is added again; "
+    "two models of which |m| < eps: theta = sum_j w_j theta_j; one model: itself",
+    source="Goddard 2025, goddard.blog/posts/multislerp-wow-what-a-cool-idea. There the mean of the models in the "
+    "tangent space at m is added, which is 0, since m is their mean with the same weights",
+    needs=(),
+    parameters=MultiSlerpParameters,
+    search={"scale": Range(0.8, 1.25)},
+)
