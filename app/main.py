@@ -8,6 +8,8 @@ from fastapi import FastAPI
 
 from app.api import artifacts, errors, events, health, jobs, merges, methods, scores
 from app.api.body_limit import BodyLimit
+from app.api.head import HeadAsGet
+from app.api.hosts import OwnHosts
 from app.contracts.settings import Settings
 from app.services.composition import compose
 from app.storage.reaper import SWEEP_S, Repeater
@@ -34,6 +36,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.services = services
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(OwnHosts, names=(settings.host, *settings.allowed_hosts))  # the last one added comes first
     for module in (merges, scores, jobs, events, artifacts, methods, health):
         app.include_router(module.router)
     errors.install(app)

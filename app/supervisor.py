@@ -113,6 +113,8 @@ class Supervisor:
                 value = data_dir
             elif name == "local_roots":
                 value = ":".join(str(root.resolve()) for root in value)
+            elif name == "allowed_hosts":
+                value = self._settings.text(name)
             if value is not None:
                 environment[f"MASKMERGE_{name.upper()}"] = str(value)
         return environment
@@ -145,7 +147,7 @@ class Supervisor:
         )
 
     def _announce(self) -> bool:
-        base = f"http://{self._settings.host}:{self._settings.port}"
+        base = self._settings.url
         try:
             if httpx.get(f"{base}/readyz", timeout=1).status_code != 200:
                 return False

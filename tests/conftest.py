@@ -23,6 +23,7 @@ from tests.tiny import tiny_base, tiny_checkpoint, write_rows
 from worker.engine.catalog.report import MergeResult, Timings
 
 REPOSITORY = Path(__file__).parent.parent
+BASE_URL = "http://localhost"  # of clients that call the app without a socket; it refuses other hosts
 HANGS_S = 300.0  # what no machine takes, however slow and busy, to do what a test waits for
 RESULT = MergeResult(
     models=[],

@@ -50,7 +50,6 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
     )
 
 
-@router.head("/jobs/{job_id}/artifacts/{name:path}", include_in_schema=False)
 @router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=FileResponse)
 def get_file(
     name: str, record: RecordOf, services: ServicesOf, if_none_match: Annotated[str | None, Header()] = None

@@ -2,18 +2,18 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.api.yaml_body import YamlRoute, as_sent, is_yaml
-from app.contracts.errors import FieldError, Problem, ProblemBody, ProblemError
+from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
 
-MEDIA_TYPE = "application/problem+json"
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def install(app: FastAPI) -> None:
 
 
 def answer(request: Request, error: ProblemError) -> Response:
-    body = error.body(request.url.path)
+    body = error.body(request.scope["path"])
     # As ASCII: a body may quote what the caller sent, half a surrogate pair too, and UTF-8 has none.
     return Response(json.dumps(body), error.problem.status, headers=error.headers, media_type=MEDIA_TYPE)
 
@@ -65,6 +65,8 @@ def _validation(request: Request, error: Exception) -> Response:
     ]
     outside = any(e["loc"][0] != "body" for e in found)
     problem = Problem.MALFORMED if outside else Problem.INVALID_REQUEST
+    if all(e["loc"][0] == "path" for e in found):  # nothing can have such an id
+        return answer(request, ProblemError(Problem.NOT_FOUND, f"there is no {request.scope['path']}"))
     detail = "; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors)
     return answer(request, ProblemError(problem, detail, errors))
 
@@ -74,10 +76,21 @@ def _http(request: Request, error: Exception) -> Response:
     problem = BY_STATUS.get(error.status_code)
     if problem is None:
         problem = Problem.MALFORMED if error.status_code < 500 else Problem.INTERNAL
-    detail = str(error.detail)
+    detail, headers = str(error.detail), dict(error.headers or {})
     if problem is Problem.NOT_FOUND:
-        detail = f"there is no route {request.method} {request.url.path}"
-    return answer(request, ProblemError(problem, detail, None, **dict(error.headers or {})))
+        detail = f"there is no route {request.method} {request.scope['path']}"
+    if problem is Problem.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods(request))
+        detail = f"{request.scope['path']} takes {headers['Allow']}"
+    return answer(request, ProblemError(problem, detail, None, **headers))
+
+
+def _methods(request: Request) -> Iterator[str]:
+    """All methods that the path takes, of whichever routes; a route that refuses knows its own alone."""
+    for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        scope = {"type": "http", "method": method, "path": request.scope["path"]}
+        if any(route.matches(dict(scope))[0] is Match.FULL for route in request.app.routes):
+            yield from ("GET", "HEAD") if method == "GET" else (method,)
 
 
 def _redis(request: Request, error: Exception) -> Response:

@@ -9,10 +9,11 @@ from datetime import datetime
 
 from fastapi import Response
 from fastapi.responses import FileResponse, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
 
 from app.api.conditional import is_current, not_modified
-from app.contracts.errors import Problem, ProblemError
+from app.api.ranges import wanted_ranges
 from app.storage.files import StoredFile
 
 CHUNK_BYTES = 1 << 20
@@ -37,23 +38,17 @@ class StoredFileResponse(FileResponse):
             content_disposition_type=disposition,
             headers={"ETag": _etag(file), "Repr-Digest": f"sha-256=:{digest}:", "Cache-Control": CACHING},
         )
+        self._size = file.bytes
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def refuse_or_send(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                if message["status"] == 416:
-                    raise ProblemError(
-                        Problem.RANGE_NOT_SATISFIABLE,
-                        f"the file has {self.headers['content-length']} bytes",
-                        None,
-                        **{"Content-Range": f"bytes */{self.headers['content-length']}"},
-                    )
-                raise ProblemError(Problem.MALFORMED, "the Range header is malformed; write bytes=FIRST-LAST")
-            await send(message)
-
         with self._held:
-            await super().__call__(scope, receive, refuse_or_send)
+            ranges = wanted_ranges(Headers(scope=scope), self._size, self.headers["etag"])
+            # FileResponse takes ranges that no RFC has, as +1-2, so it gets those that are to be sent, and no others.
+            headers = [pair for pair in scope["headers"] if pair[0] not in (b"range", b"if-range")]
+            if ranges is not None:
+                headers.append((b"range", ("bytes=" + ",".join(f"{first}-{last}" for first, last in ranges)).encode()))
+            await super().__call__({**scope, "headers": headers}, receive, send)
 
 
 class ArchiveResponse(StreamingResponse):
@@ -75,10 +70,7 @@ class ArchiveResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
-            if scope["method"] == "HEAD":
-                await Response(headers=dict(self.headers)).__call__(scope, receive, send)
-            else:
-                await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)
 
 
 def serve(

@@ -114,7 +114,6 @@ def list_scores(
     return ScoresPage(data=[entry for _, entry in page], next=page[-1][0].age_key if len(found) > limit else None)
 
 
-@router.head("/scores/{digest}", include_in_schema=False)
 @router.get("/scores/{digest}", response_class=FileResponse)
 def get_scores(
     digest: Annotated[str, Path(pattern=DIGEST, description="A statistic's digest")],

@@ -5,17 +5,22 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+MEDIA_TYPE = "application/problem+json"
+
 
 class Problem(Enum):
     """Stable code → (HTTP status, title)."""
 
     MALFORMED = ("malformed", 400, "The request is malformed")
+    FOREIGN_ORIGIN = ("foreign_origin", 403, "The request comes from another site's page")
     NOT_FOUND = ("not_found", 404, "There is no such thing")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The route does not take this method")
+    REQUEST_TIMEOUT = ("request_timeout", 408, "The request did not arrive in time")
     CONFLICT = ("conflict", 409, "The state does not allow this")
     TOO_LARGE = ("too_large", 413, "The body is too large")
     UNSUPPORTED_MEDIA_TYPE = ("unsupported_media_type", 415, "The body is of another media type")
     RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
+    UNKNOWN_HOST = ("unknown_host", 421, "The request names a host that the service is not")
     INVALID_REQUEST = ("invalid_request", 422, "The recipe is refused")
     NOT_AVAILABLE = ("not_available", 422, "The recipe asks for what this version cannot do yet")
     INVALID_CHECKPOINT = ("invalid_checkpoint", 422, "A checkpoint is refused")
@@ -25,6 +30,7 @@ class Problem(Enum):
     INTERNAL = ("internal", 500, "The service failed; this is not the caller's fault")
     REDIS_UNAVAILABLE = ("redis_unavailable", 503, "Redis is away; try again")
     HUB_UNAVAILABLE = ("hub_unavailable", 503, "The Hugging Face hub does not answer; try again")
+    TOO_BUSY = ("too_busy", 503, "The service has as many connections as it takes; try again")
     NOT_READY = ("not_ready", 503, "The service is not ready")
     NO_SPACE = ("no_space", 507, "There is no space left")
 

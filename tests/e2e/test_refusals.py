@@ -409,7 +409,7 @@ REQUESTS: dict[str, tuple[Callable[[httpx.Client], httpx.Response], int, str]] =
     "wrong method": (lambda http: http.delete("/merge"), 405, "method_not_allowed"),
     "a slash too many": (lambda http: http.get(f"/jobs/{'0' * 28}/"), 404, "not_found"),
     "unknown job": (lambda http: http.get(f"/jobs/{'0' * 28}"), 404, "not_found"),
-    "malformed job id": (lambda http: http.get("/jobs/1"), 400, "malformed"),
+    "malformed job id": (lambda http: http.get("/jobs/1"), 404, "not_found"),
     "artifacts of no job": (lambda http: http.get(f"/jobs/{'0' * 28}/artifacts"), 404, "not_found"),
     "archive of no job": (lambda http: http.get(f"/jobs/{'0' * 28}/archive"), 404, "not_found"),
     "report of no job": (lambda http: http.get(f"/jobs/{'0' * 28}/report"), 404, "not_found"),

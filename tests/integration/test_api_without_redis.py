@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 
 from app.contracts.settings import Settings
 from app.main import create_app
-from tests.conftest import free_port, tiny_recipe
+from tests.conftest import BASE_URL, free_port, tiny_recipe
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def api(tmp_path: Path, tiny_inputs: Path) -> Iterator[TestClient]:
     settings = Settings(
         redis_url=f"redis://:secret-word@127.0.0.1:{free_port()}", data_dir=tmp_path, local_roots=(tiny_inputs,)
     )
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), BASE_URL) as client:
         yield client
 
 

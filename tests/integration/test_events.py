@@ -19,7 +19,7 @@ from app.main import create_app
 from app.storage.connection import connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import PROGRESS_KEPT, JobStore
-from tests.conftest import HANGS_S, RESULT, wait_until
+from tests.conftest import BASE_URL, HANGS_S, RESULT, wait_until
 
 MAX_LOSSES = 3
 NOTES = ["2 of 200 rows of local:rows.jsonl are longer than 48 tokens and were truncated", "another"]
@@ -40,7 +40,7 @@ def store(redis: Redis) -> JobStore:
 
 @pytest.fixture
 def api(redis_url: str, redis: Redis, tmp_path: Path) -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(redis_url=redis_url, queue="test", data_dir=tmp_path))) as client:
+    with TestClient(create_app(Settings(redis_url=redis_url, queue="test", data_dir=tmp_path)), BASE_URL) as client:
         yield client
 
 
@@ -148,7 +148,7 @@ def test_a_malformed_last_event_id_is_refused(store: JobStore, api: TestClient, 
 
 def test_the_events_of_an_unknown_job_are_not_found(api: TestClient) -> None:
     assert api.get(f"/jobs/{'0' * 28}/events").json()["code"] == "not_found"
-    assert api.get("/jobs/nonsense/events").json()["code"] == "malformed"
+    assert api.get("/jobs/nonsense/events").json()["code"] == "not_found"
 
 
 def test_events_tell_the_whole_way_of_a_job_and_are_numbered_by_its_revision(store: JobStore, read: Read) -> None:
@@ -376,7 +376,7 @@ def test_a_stream_whose_redis_goes_away_for_good_ends_and_the_next_one_is_refuse
         task = new_job(JobStore(redis, "test", 10, MAX_LOSSES))
         path = f"/jobs/{task.job}/events"
         with (
-            TestClient(create_app(Settings(redis_url=server.url, queue="test", data_dir=tmp_path))) as api,
+            TestClient(create_app(Settings(redis_url=server.url, queue="test", data_dir=tmp_path)), BASE_URL) as api,
             ThreadPoolExecutor(1) as pool,
         ):
             reading = pool.submit(api.get, path)

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from app.contracts.settings import Settings
 from app.main import create_app
 from app.storage.statistics import StatisticsFolder
-from tests.conftest import free_port
+from tests.conftest import BASE_URL, free_port
 from tests.tiny import merge_spec, model_spec, silent, write_rows
 from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.report import MANIFEST
@@ -94,7 +94,7 @@ def test_a_merge_of_scored_models_runs_no_forward_pass(tiny_inputs: Path, tmp_pa
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[TestClient]:
     settings = Settings(redis_url=f"redis://127.0.0.1:{free_port()}", data_dir=tmp_path)
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), BASE_URL) as client:
         yield client
 
 

@@ -1,0 +1,204 @@
+"""HTTP as it is on the wire: what clients hide is sent and read over sockets."""
+
+import json
+import re
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import HANGS_S, Service, assert_problem, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def job(service: Service) -> dict[str, Any]:
+    return service.finished(service.submit(tiny_recipe("a", "b", name="average")))
+
+
+class Answer:
+    """One response off the wire: up to the connection's end."""
+
+    def __init__(self, received: bytes) -> None:
+        head, _, self.body = received.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        self.status = int(first.split()[1]) if first else 0
+        self.headers = httpx.Headers([(name, value) for name, _, value in (line.partition(": ") for line in lines)])
+
+    @property
+    def code(self) -> str:
+        assert self.headers["content-type"] == "application/problem+json", self.body
+        code: str = json.loads(self.body)["code"]
+        return code
+
+
+def exchange(service: Service, sent: bytes) -> Answer:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=HANGS_S) as connection:
+        connection.sendall(sent)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    return Answer(received)
+
+
+def asked(service: Service, line: str, *headers: str, body: str = "") -> Answer:
+    head = "\r\n".join([f"{line} HTTP/1.1", *headers, "Connection: close", "", body])
+    return exchange(service, head.encode("latin-1"))
+
+
+# --- hosts and pages
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (["Host: localhost"], 200),
+        (["Host: [::1]:8000"], 200),
+        (["Host: evil.example"], 421),
+        (["Host: evil.example", "X-Forwarded-Host: localhost"], 421),
+        (["Host: localhost", "Host: evil.example"], 400),
+        ([], 400),
+    ],
+)
+def test_a_name_that_points_here_is_not_enough(service: Service, headers: list[str], status: int) -> None:
+    for path in ("/healthz", "/jobs", "/docs", "/openapi.json", "/nowhere"):
+        answer = asked(service, f"GET {path}", *headers)
+        assert answer.status == (404 if (path, status) == ("/nowhere", 200) else status)
+        if status != 200:
+            assert answer.code == {421: "unknown_host", 400: "malformed"}[status]
+
+
+def test_a_target_may_be_a_whole_url(service: Service) -> None:
+    assert asked(service, "GET http://localhost/healthz", "Host: localhost").status == 200
+    assert asked(service, "GET http://evil.example/healthz", "Host: localhost").status == 421
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+def test_no_page_of_others_changes_anything(service: Service, job: dict[str, Any], headers: dict[str, str]) -> None:
+    with service.http as http:
+        for method, path in (
+            ("POST", "/merge"), ("POST", "/merge/validate"), ("POST", "/scores"), ("DELETE", f"/jobs/{job['id']}"),
+            ("POST", f"/jobs/{job['id']}/cancel"), ("POST", f"/jobs/{job['id']}/retry"),
+        ):  # fmt: skip
+            assert_problem(http.request(method, path, json=tiny_recipe(), headers=headers), 403, "foreign_origin")
+        assert http.get("/jobs", headers=headers).status_code == 200
+        own = {"Origin": service.url, "Sec-Fetch-Site": "same-origin"}
+        assert http.post("/merge/validate", json=tiny_recipe(), headers=own).status_code == 200
+
+
+# --- methods
+
+
+def paths(service: Service, job: dict[str, Any]) -> list[str]:
+    """A real path of every route."""
+    digest = service.get("/scores").json()["data"]
+    values = {
+        "job_id": job["id"],
+        "name": "models/a/config.json",
+        "digest": digest[0]["digest"] if digest else "0" * 64,
+    }
+    return [re.sub(r"\{(\w+)\}", lambda m: values[m[1]], path) for path in service.get("/openapi.json").json()["paths"]]
+
+
+def test_head_answers_as_get_does_without_a_body(service: Service, job: dict[str, Any]) -> None:
+    service.finished(service.post("/scores", json={"method": {"name": "mask_fisher"}, "models": [
+        {k: tiny_recipe("a")["models"][0][k] for k in ("name", "checkpoint", "dataset")}]}).json()["id"])  # fmt: skip
+    for path in [*paths(service, job), "/docs", "/openapi.json", "/nowhere", "/jobs/none", f"/jobs/{'0' * 28}/archive"]:
+        head, got = asked(service, f"HEAD {path}", "Host: localhost"), asked(service, f"GET {path}", "Host: localhost")
+        assert (path, head.status, head.body) == (path, got.status, b"")
+        for answer in (head, got):
+            for changing in ("date", "transfer-encoding"):
+                answer.headers.pop(changing, None)
+        assert head.headers == got.headers, path
+
+
+def test_head_of_a_stream_ends_and_reads_nothing_of_a_file(service: Service) -> None:
+    job_id = service.submit(tiny_recipe("a", "b", "c", examples=200))
+    answer = asked(service, f"HEAD /jobs/{job_id}/events", "Host: localhost")
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    service.finished(job_id)
+
+
+def test_head_keeps_the_connection(service: Service, job: dict[str, Any]) -> None:
+    with service.http as http:
+        for path in (f"/jobs/{job['id']}/archive", f"/jobs/{job['id']}/events", "/healthz") * 2:
+            assert http.head(path).status_code == 200
+    sent = f"HEAD /jobs/{job['id']}/archive HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    sent += "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert exchange(service, sent.encode()).body.endswith(b'\r\n\r\n{"status":"ok"}')
+
+
+def test_ranges_are_of_get_alone(service: Service, job: dict[str, Any]) -> None:
+    path = f"/jobs/{job['id']}/artifacts/models/a/config.json"
+    with service.http as http:
+        size = len(http.get(path).content)
+        for value in ("bytes=0-1", "bytes=999999999-", "bytes=x"):
+            head = http.head(path, headers={"Range": value})
+            assert (head.status_code, head.headers["Content-Length"]) == (200, str(size))
+
+
+ALLOWED = {
+    "/healthz": "GET, HEAD",
+    "/docs": "GET, HEAD",
+    "/openapi.json": "GET, HEAD",
+    "/jobs": "GET, HEAD",
+    "/jobs/{job_id}": "GET, HEAD, DELETE",
+    "/jobs/{job_id}/cancel": "POST",
+    "/jobs/{job_id}/artifacts/{name}": "GET, HEAD",
+    "/merge": "POST",
+    "/scores": "GET, HEAD, POST",
+    "/scores/{digest}": "GET, HEAD",
+}
+
+
+def test_a_method_that_a_path_does_not_take_is_told_all_that_it_takes(service: Service, job: dict[str, Any]) -> None:
+    values = {"job_id": job["id"], "name": "recipe.json", "digest": "0" * 64}
+    for template, allowed in ALLOWED.items():
+        path = re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+        for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "ODD", "get"}:
+            if method in allowed.split(", "):
+                continue
+            answer = asked(service, f"{method} {path}", "Host: localhost")
+            assert (method, path, answer.status) == (method, path, 405)
+            assert answer.headers["allow"] == allowed
+            if method != "HEAD":
+                assert answer.code == "method_not_allowed"
+
+
+# --- ids
+
+
+@pytest.mark.parametrize(
+    "job_id", ["1", "0" * 27, "0" * 29, "A" * 28, "0" * 27 + "g", "%00", "0" * 28 + "%0A", "\u0660"]
+)
+def test_an_id_that_cannot_exist_is_not_found(service: Service, job_id: str) -> None:
+    with service.http as http:
+        for method, path in (
+            ("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/artifacts"), ("GET", "/artifacts/x"),
+            ("GET", "/archive"), ("GET", "/report"), ("POST", "/cancel"), ("POST", "/retry"),
+        ):  # fmt: skip
+            assert_problem(http.request(method, f"/jobs/{job_id}{path}"), 404, "not_found")
+        assert_problem(http.get(f"/scores/{job_id}"), 404, "not_found")
+
+
+# --- ranges
+
+
+def test_several_ranges_come_as_parts_and_what_is_no_range_is_not_read_as_one(
+    service: Service, job: dict[str, Any]
+) -> None:
+    path = f"/jobs/{job['id']}/artifacts/models/a/config.json"
+    whole = service.get(path).content
+    several = service.get(path, headers={"Range": "bytes=0-1,5-8,9999999-"})
+    assert several.status_code == 206
+    boundary = several.headers["Content-Type"].partition("multipart/byteranges; boundary=")[2]
+    parts = several.content.split(f"--{boundary}".encode())
+    assert [part.partition(b"\r\n\r\n")[2][:-2] for part in parts[1:-1]] == [whole[0:2], whole[5:9]]
+    assert len(several.content) == int(several.headers["Content-Length"])
+    assert service.get(path, headers={"Range": "items=0-5"}).content == whole
+    for value in ("bytes=+1-2", "bytes=1_0-1_2", "bytes= 1 - 2", "bytes=3-2"):
+        assert_problem(service.get(path, headers={"Range": value}), 400, "malformed")
+    beyond = service.get(path, headers={"Range": "bytes=9999999-"})
+    assert_problem(beyond, 416, "range_not_satisfiable")
+    assert beyond.headers["Content-Range"] == f"bytes */{len(whole)}"
