@@ -1,11 +1,24 @@
 """The API's server."""
 
+import asyncio
+import json
+import resource
 import socket
+import sys
+from functools import partial
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
 from app.contracts.settings import Settings
 from app.main import create_app
+
+MOST_CONNECTIONS = 1000
+OTHER_FILES = 400  # that the process may have open beside those of connections, most of them to Redis
+FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is one, and what it downloads another
 
 
 class Server(uvicorn.Server):
@@ -17,11 +30,20 @@ class Server(uvicorn.Server):
     def __init__(self, settings: Settings) -> None:
         app = create_app(settings)
         self._watcher = app.state.services.watcher
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if allowed < FILES:
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (FILES if most == resource.RLIM_INFINITY else min(FILES, most), most)
+            )
+        connection: Any = partial(Connection, request_s=settings.request_seconds)
         super().__init__(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=connection,
+                ws="none",
+                proxy_headers=False,  # nothing depends on what they say
                 log_level=settings.log_level.lower(),
                 access_log=False,
                 timeout_graceful_shutdown=5,  # a download in progress does not keep the service from stopping
@@ -31,3 +53,99 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watcher.stop()
         await super().shutdown(sockets)
+
+
+class Connection(H11Protocol):
+    """A client's connection. It is cut off when a request does not arrive whole in time; uvicorn would wait for ever.
+
+    There are never more than a number of them: a new one takes the place of that which has sent least for longest. An
+    answer that is under way is never cut off, however slowly its reader reads.
+
+    Args:
+        request_s: seconds from a request's first byte to its last.
+    """
+
+    def __init__(self, *args: Any, request_s: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._request_s = request_s
+        self._deadline: asyncio.TimerHandle | None = None  # while a request is awaited or arrives
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_request()
+        if len(self.connections) > _most_connections():
+            waiting = [other for other in self.connections if isinstance(other, Connection) and other.is_waiting]
+            oldest = min(waiting, key=lambda other: other._deadline.when() if other._deadline else 0)
+            detail = "all connections are taken; try again"
+            error = ProblemError(Problem.TOO_BUSY, detail, None, **{"Retry-After": "1"})
+            oldest._close(error, is_asked=oldest is self)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a request is awaited or arrives, and nothing of an answer is sent."""
+        return self._deadline is not None and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+
+    def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self._await_request()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_waiting()
+        elif self._deadline is None:
+            self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn calls it while it handles what h11 raised; its own answer is plain text."""
+        self._close(ProblemError(Problem.MALFORMED, f"the request is not HTTP as it is taken here: {sys.exception()}"))
+
+    def _await_request(self) -> None:
+        self._stop_waiting()
+        self._deadline = self.loop.call_later(self._request_s, self._cut_off)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _cut_off(self) -> None:
+        detail = f"the request did not arrive within {self._request_s:g} seconds"
+        self._close(ProblemError(Problem.REQUEST_TIMEOUT, detail))
+
+    def _close(self, error: ProblemError, *, is_asked: bool = False) -> None:
+        """Say why, unless nothing was asked or an answer has begun, and close the connection."""
+        self._stop_waiting()
+        if self.transport.is_closing():
+            return
+        is_asked = is_asked or self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
+        if not is_asked:
+            self.transport.close()
+        elif self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body("")).encode()
+            headers = {
+                "Content-Type": MEDIA_TYPE,
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+                **error.headers,
+            }
+            start = h11.Response(status_code=error.problem.status, headers=list(headers.items()), reason=b"")
+            for event in (start, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            if self.cycle is not None:  # the app, which waits for the rest of the body, hears that it will not come
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+
+def _most_connections() -> int:
+    """As many as there may be files for."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(MOST_CONNECTIONS, (allowed - OTHER_FILES) // 2))
