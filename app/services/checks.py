@@ -123,12 +123,12 @@ class Checker:
     def _merge(self, request: MergeRequest) -> Accepted:
         output, names = request.output, [model.name for model in request.models]
         aligns = output.vocabulary != "error"
-        base = self._checkpoint("base", request.base, keeps_outline=aligns) if request.base else None
+        base = self._checkpoint("base", request.base) if request.base else None
         inspect = partial(inspect_model, base=base)
         if isinstance(request.method, PassthroughParameters):
             inspect = partial(inspect, without_base=NO_ADAPTERS)
         checkpoints = [
-            self._checkpoint(_checkpoint_field(index), model.checkpoint, inspect, keeps_outline=aligns)
+            self._checkpoint(_checkpoint_field(index), model.checkpoint, inspect)
             for index, model in enumerate(request.models)
         ]
         planned = partial(
@@ -188,7 +188,7 @@ class Checker:
         reference: str,
         inspect: Inspect = inspect_checkpoint,
         *,
-        keeps_outline: bool = False,
+        keeps_outline: bool = True,
     ) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
         with _refusing(field):

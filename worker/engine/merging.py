@@ -11,6 +11,7 @@ from torch import Tensor
 from worker.engine.backbone import Backbone, given
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
+    AverageParameters,
     MethodParameters,
     PassthroughParameters,
     ScoringParameters,
@@ -30,6 +31,11 @@ from worker.engine.token_rows import ByToken
 def merger_of(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
     """The method over the models that take part."""
     return BUILDERS[method.name](method, _taking_part(runs, plan))
+
+
+def weighted_average(runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
+    """By the weights of the models that take part, whatever the method."""
+    return BUILDERS["average"](AverageParameters(), _taking_part(runs, plan))
 
 
 def mean_shares(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan) -> list[float | None]:

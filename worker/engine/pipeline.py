@@ -36,13 +36,13 @@ from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.checkpoints.tokenizer import check_tokenizers
-from worker.engine.checkpoints.writer import rewrite_head, write_models
+from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import Array, compare, likely_permutation
 from worker.engine.inputs import Inputs
 from worker.engine.layers import linear_groups
-from worker.engine.merging import mean_shares, merger_of, refitted_state
+from worker.engine.merging import mean_shares, merger_of, refitted_state, weighted_average
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.preparing import (
     ModelRun,
@@ -94,7 +94,7 @@ class Engine:
             names = [model.name for model in spec.models]
             output = spec.output
             plan = plan_job(spec.method, names, checkpoints, output.dtype, base, output.heads, output.vocabulary)
-            notes += vocabulary_notes(plan)
+            notes += [*plan.notes, *vocabulary_notes(plan)]
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
@@ -316,8 +316,12 @@ class Engine:
         # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
         threads = torch.get_num_threads() if method.merges_rows else None
         published = list(dict.fromkeys(folders.values()))
-        with Backbone(plan, [run.takes_part for run in runs], merger, scale) as backbone:
-            return write_models(plan, published, backbone.blocks, output.max_shard_bytes, threads, merging.advance)
+        takes_part = [run.takes_part for run in runs]
+        with Backbone(plan, takes_part, merger, scale) as backbone:
+            written = write_models(plan, published, backbone.blocks, output.max_shard_bytes, threads, merging.advance)
+        with Backbone(replace(plan, base=None), takes_part, weighted_average(runs, plan)) as modules:
+            write_modules(plan, published, modules.blocks)
+        return written
 
     def _align(
         self,

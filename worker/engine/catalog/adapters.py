@@ -217,9 +217,12 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
         delta = _low_rank(adapter, module, rank, scaling, base, tensors[target])
         tensors[target] = replace(tensors[target], source=adapter.source, delta=delta)
     _check_complete(adapter, base, tensors)
-    vocabulary = vocabulary_of(path, adapter.source)
-    tokenizer = (vocabulary, path) if vocabulary else (base.vocabulary, base.tokenizer_path)
-    return CheckpointInfo(adapter.source, path, config, tensors, *tokenizer, base)
+    vocabulary, last = vocabulary_of(path, adapter.source)
+    if not vocabulary:
+        return CheckpointInfo(
+            adapter.source, path, config, tensors, base.vocabulary, base.tokenizer_path, base, base.last_token
+        )
+    return CheckpointInfo(adapter.source, path, config, tensors, vocabulary, path, base, last)
 
 
 def _replaced(

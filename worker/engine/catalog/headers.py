@@ -150,6 +150,8 @@ class CheckpointInfo:
     """Folder of the tokenizer's files."""
     base: "CheckpointInfo | None" = None
     """Of an adapter: what it adapts. Its files are not this checkpoint's, though its tensors are."""
+    last_token: int | None = None
+    """The highest id that the tokenizer gives; None where its files do not tell."""
 
     @property
     def model_type(self) -> str:
@@ -259,6 +261,8 @@ def check_description(path: Path, source: str) -> None:
     if whole > MAX_DESCRIPTION_BYTES:
         problem = f"its files beside the weights have {whole} bytes; {MAX_DESCRIPTION_BYTES} are allowed"
         raise InvalidCheckpoint(source, problem)
+    if MODULES in sizes:
+        module_entries(path / MODULES, source)
     if len(sizes) > MAX_DESCRIPTION_FILES:
         problem = f"it has {len(sizes)} files beside the weights; {MAX_DESCRIPTION_FILES} are allowed"
         raise InvalidCheckpoint(source, problem)
@@ -310,7 +314,8 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
         if name not in tensors:
             problem = f"{INDEX} says that tensor {name} is in {file_of}, and no weight file has it"
             raise InvalidCheckpoint(source, problem, tensor=name)
-    return CheckpointInfo(source, path, config, tensors, vocabulary_of(path, source), path)
+    vocabulary, last = vocabulary_of(path, source)
+    return CheckpointInfo(source, path, config, tensors, vocabulary, path, last_token=last)
 
 
 def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
@@ -502,6 +507,30 @@ def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
     return content
 
 
+def module_entries(file: Path, source: str) -> list[dict[str, Any]]:
+    """What a `modules.json` lists: `path` and `type` of each are text.
+
+    Raises:
+        InvalidCheckpoint: it is malformed, or the transformer lies in a sub-folder, as old versions saved it.
+    """
+    try:
+        entries = _parsed(_read(file, source, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(source, f"{file.name} cannot be read as JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise InvalidCheckpoint(source, f"{file.name} is not a JSON list of modules")
+    for entry in entries:
+        texts = [entry.get(key) for key in ("path", "type")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise InvalidCheckpoint(source, f"{file.name} has an entry without a path and a type")
+    folder = entries[0]["path"]
+    if folder and entries[0]["type"].endswith("Transformer"):
+        problem = f"{file.name} says that its transformer lies in the folder {folder[:100]!r}, as old versions had it"
+        advice = "save it anew by SentenceTransformer('IN').save_pretrained('OUT')"
+        raise InvalidCheckpoint(source, f"{problem}; {advice}", file=file.name)
+    return entries
+
+
 def read_tokenizer(info: CheckpointInfo) -> Tokenizer | None:
     """From the files that `CheckpointInfo.vocabulary` is of; None where no file has tokens with their ids.
 
@@ -545,7 +574,7 @@ def _fast_tokenizer(path: Path, source: str) -> Tokenizer:
 
 def _slow_tokenizer(path: Path, source: str) -> Tokenizer | None:
     tokens = _tokens(path, source)
-    if not isinstance(tokens, list):
+    if tokens is None:
         return None
     vocabulary, merges, added = tokens
     is_bpe = (path / "merges.txt").exists() and not (path / "vocab.txt").exists()
@@ -579,21 +608,24 @@ def _special_tokens(path: Path, source: str) -> dict[str, str]:
     return found
 
 
-def vocabulary_of(path: Path, source: str) -> dict[str, str]:
-    """Digests by form. `tokens`: of token → id pairs, with a BPE's merges or a Unigram's scores; formatting and
-    post-processing do not matter. `sentencepiece`: of the file, whose pieces have ids only once a tokenizer's class has
-    shifted them."""
-    forms = {}
+def vocabulary_of(path: Path, source: str) -> tuple[dict[str, str], int | None]:
+    """Digests by form, and the last id if the files tell. `tokens`: of token → id pairs, with a BPE's merges or a
+    Unigram's scores; formatting and post-processing do not matter. `sentencepiece`: of the file, whose pieces have ids
+    only once a tokenizer's class has shifted them."""
+    forms, last = {}, None
     tokens = _tokens(path, source)
     if tokens is not None:
         forms["tokens"] = json.dumps(tokens, sort_keys=True).encode()
+        vocabulary, _, added = tokens
+        own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        last = max((index for index in (*own, *added.values()) if type(index) is int), default=None)
     for name in SENTENCEPIECE:
         if (path / name).exists():
             forms["sentencepiece"] = _read(path / name, source, MAX_TOKENIZER_BYTES)
-    return {form: hashlib.sha256(content).hexdigest() for form, content in forms.items()}
+    return {form: hashlib.sha256(content).hexdigest() for form, content in forms.items()}, last
 
 
-def _tokens(path: Path, source: str) -> object:
+def _tokens(path: Path, source: str) -> list[Any] | None:
     """The same for the same tokens, whichever of the files they are in; None where there is none of them."""
     if (path / "tokenizer.json").exists():
         content = read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES)

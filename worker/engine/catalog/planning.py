@@ -18,6 +18,7 @@ from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
 from worker.engine.catalog.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
+from worker.engine.catalog.modules import Modules
 from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
 from worker.engine.catalog.values import Place
 from worker.engine.catalog.vocabulary import (
@@ -75,6 +76,16 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class PlannedModules:
+    """What is published of the modules of sentence-transformers with one model."""
+
+    modules: Modules
+    """Whose settings they have."""
+    tensors: Mapping[str, tuple[PlannedTensor, ...]]
+    """By the module's folder; merged by the models' weights, whatever the method."""
+
+
+@dataclass(frozen=True)
 class LinearInput:
     """What linear layers read, (…, width), seen at the input of `module`; see `Slot.input`."""
 
@@ -105,6 +116,10 @@ class MergePlan:
     """Tensors that are left out, since they must equal others of the same checkpoint, and these."""
     vocabulary: Vocabulary | None = None
     """None where all models have the same."""
+    modules: tuple[PlannedModules | None, ...] = ()
+    """Of each published model; empty where none has any."""
+    notes: tuple[str, ...] = ()
+    """What leads the result's notes."""
 
     @property
     def merges_heads(self) -> bool:

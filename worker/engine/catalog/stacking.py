@@ -12,6 +12,7 @@ from worker.engine.catalog.layouts import HARMLESS, LAYER_COUNTS
 from worker.engine.catalog.methods import BaseParameters, PassthroughParameters
 from worker.engine.catalog.methods.passthrough import Slice
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, output_dtype, plan_merge
+from worker.engine.catalog.publishing import with_companions
 from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
 
 ONE_VOCABULARY = "method passthrough copies layers and merges no rows, so its models need one vocabulary"
@@ -35,8 +36,9 @@ def plan_job(
         if vocabulary != "error":
             problem = f"{ONE_VOCABULARY}; leave output.vocabulary out"
             raise InvalidRequest(problem, field="output.vocabulary")
-        return plan_stack(method.slices, names, checkpoints, dtype)
-    return plan_merge(checkpoints, dtype, base, heads, vocabulary)
+        plan = plan_stack(method.slices, names, checkpoints, dtype)
+        return with_companions(plan, dtype, last=checkpoints[names.index(method.slices[-1].model)])
+    return with_companions(plan_merge(checkpoints, dtype, base, heads, vocabulary), dtype)
 
 
 def plan_stack(

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.headers import DTYPE_BYTES, INDEX, CheckpointInfo
+from worker.engine.catalog.headers import DTYPE_BYTES, ENCODER_CONFIGS, INDEX, MODULES, WEIGHTS, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
 from worker.engine.checkpoints.tokenizer import write_tokenizer
@@ -31,6 +32,7 @@ from worker.engine.methods.blocks import is_finite
 from worker.engine.threads import in_threads
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+MODULE_KEYS = ("idx", "name", "path", "type", "kwargs")
 LARGE = 16  # a tensor is that has more than a thread's part of the elements over this
 DIGEST_BYTES = 1 << 18  # read again into the same memory, which stays in a cache
 
@@ -207,6 +209,31 @@ def write_models(
         _write_config(info, plan, folder)
         write_tokenizer(info, plan.vocabulary, folder)
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
+
+
+def write_modules(plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[PlannedTensor], Rows]) -> None:
+    """Write what every published model has of sentence-transformers' modules.
+
+    Args:
+        folders: as of `write_models`.
+        rows_of: computes a tensor of a module, or reads it where it is copied.
+    """
+    for folder, planned in zip(folders, plan.modules, strict=bool(plan.modules)):
+        if planned is None:
+            continue
+        modules = planned.modules
+        write_json(
+            folder / MODULES, [{key: entry[key] for key in MODULE_KEYS if key in entry} for entry in modules.entries]
+        )
+        if modules.encoder:
+            write_json(folder / ENCODER_CONFIGS[0], modules.encoder)
+        for name, file in modules.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
+        for name, tensors in planned.tensors.items():
+            with ShardWriter(folder / name / WEIGHTS, tensors) as writer:
+                for tensor in writer.tensors:
+                    writer.write(tensor, rows_of(tensor))
 
 
 def largest_first(

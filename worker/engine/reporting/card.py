@@ -39,7 +39,12 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     if plan.published[0].vocabulary:
         loading[1] += ", AutoTokenizer"
         loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{where}")')
-    about = yaml.safe_dump(_metadata(spec, result, tag), sort_keys=False, allow_unicode=True, width=1000)
+    library = "transformers"
+    if any(plan.modules):
+        library, tag = "sentence-transformers", "sentence-similarity"
+        loading = ["```python", "from sentence_transformers import SentenceTransformer", ""]
+        loading.append(f'model = SentenceTransformer("{where}")')
+    about = yaml.safe_dump(_metadata(spec, result, library, tag), sort_keys=False, allow_unicode=True, width=1000)
     lines = [
         "---",
         about.rstrip(),
@@ -69,13 +74,13 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     return "\n".join(lines)
 
 
-def _metadata(spec: MergeSpec, result: MergeResult, tag: str | None) -> dict[str, Any]:
+def _metadata(spec: MergeSpec, result: MergeResult, library: str, tag: str | None) -> dict[str, Any]:
     """The card's head, by which the hub finds the model and links it to its origins that are there."""
     repositories = list(dict.fromkeys(c.hub.repository for c in spec.checkpoints if c.hub))
     read = [rows for model in spec.models for rows in (model.dataset, model.evaluation) if rows]
     datasets = list(dict.fromkeys(rows.hub.repository for rows in read if rows.hub))
     return {
-        "library_name": "transformers",
+        "library_name": library,
         **({"pipeline_tag": tag} if tag else {}),
         **({"base_model": repositories, "base_model_relation": "merge"} if repositories else {}),
         **({"datasets": datasets} if datasets else {}),

@@ -1,0 +1,178 @@
+"""What is published with a merge beside its weights, and what has to be said of it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from worker.engine.catalog.companions import companions
+from worker.engine.catalog.errors import IncompatibleCheckpoints
+from worker.engine.catalog.families import Kind, Slot
+from worker.engine.catalog.headers import CHAT_TEMPLATES, MORE_CHAT_TEMPLATES, PROCESSORS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.modules import SENTENCE_CONFIG, Module, Modules, check_agree, read_modules
+from worker.engine.catalog.planning import MergePlan, PlannedModules, PlannedTensor, output_dtype
+from worker.engine.catalog.spec import Dtype
+from worker.engine.catalog.values import Place
+from worker.engine.catalog.vocabulary import vocabulary_size
+
+UNSAID = ("transformers_version", "_from_model_config")  # of a companion: where it came from
+
+
+def with_companions(plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None = None) -> MergePlan:
+    """The plan with modules of sentence-transformers, and with notes of what its users must know.
+
+    Args:
+        last: of a stack of layers, the model of the last ones, whose modules follow them.
+
+    Raises:
+        InvalidCheckpoint: a file of a module is malformed or missing.
+        IncompatibleCheckpoints: models that become one do other things with the transformer's output.
+    """
+    modules, notes = _modules(plan, dtype, last)
+    notes += [note for note in map(beyond_matrix, _owners(plan)) if note]
+    if plan.merges_heads:
+        notes += _differences(plan)
+    return replace(plan, modules=modules, notes=(*plan.notes, *notes))
+
+
+def beyond_matrix(info: CheckpointInfo, last: int | None = None) -> str | None:
+    """A note where the tokenizer gives ids that the embedding matrix has no rows for.
+
+    Such a model is merged, since nothing of it is run; whoever runs it, or aligns its rows by token, refuses it.
+
+    Args:
+        last: the tokenizer's last id, where files do not tell.
+    """
+    rows, last = vocabulary_size(info.config), info.last_token if last is None else last
+    if rows is None or last is None or last < rows:
+        return None
+    return (
+        f"the tokenizer of {info.source} has ids up to {last}, and its embedding matrix {rows} rows: the published "
+        f"model cannot read tokens from {rows} on; resize the matrix, or take these tokens out of the tokenizer"
+    )
+
+
+def _owners(plan: MergePlan) -> list[CheckpointInfo]:
+    """Whose tokenizers are published; one whose vocabulary is the output's was checked with it."""
+    return list({info.tokenizer_path: info for info in plan.published}.values()) if plan.vocabulary is None else []
+
+
+def _modules(
+    plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None
+) -> tuple[tuple[PlannedModules | None, ...], list[str]]:
+    """Of every published model, and notes."""
+    found = [(info, read_modules(info)) for info in plan.checkpoints]
+    given = [(info, modules) for info, modules in found if modules is not None]
+    if not given:
+        return (), []
+    unknown = next(((info, modules.unknown) for info, modules in given if modules.unknown), None)
+    if unknown is not None:
+        source, name = unknown[0].source, unknown[1]
+        note = (
+            f"{source} is a folder of sentence-transformers with a module of class {name}, which is not available: the "
+            "merge is published without modules.json and its modules, and sentence-transformers would take mean pooling"
+        )
+        return (), [note]
+    if not plan.merges_heads:  # modules follow the head, which each model keeps
+        return tuple(_own(modules, dtype) if modules else None for _, modules in found), []
+    notes = []
+    first, owner = given[0]
+    for _, modules in given[1:]:
+        check_agree(owner, modules)
+        notes += _settings_notes(owner, modules)
+    without = [info.source for info, modules in found if modules is None]
+    if without:
+        notes.append(f"{', '.join(without)}: no modules.json is there; the merge has the modules of {first.source}")
+    if last is not None:
+        of_last = next((modules for info, modules in given if info is last), owner)
+        return (_own(of_last, dtype),), notes
+    tensors = {}
+    for number, step in enumerate(owner.steps):
+        if step.tensors and without:
+            lacking = next(info for info, modules in found if modules is None)
+            problem = f"{step.folder} of the first has weights, and the second has no modules.json"
+            raise IncompatibleCheckpoints(first.source, lacking.source, problem)
+        of_models = [modules.steps[number] for _, modules in given]
+        tensors[step.folder] = [
+            _planned(step, name, [other.tensors[name] for other in of_models], dtype) for name in step.tensors
+        ]
+    return (PlannedModules(owner, {folder: tuple(of) for folder, of in tensors.items() if of}),), notes
+
+
+def _own(modules: Modules, dtype: Dtype) -> PlannedModules:
+    """A checkpoint's own, with its weights as they are."""
+    tensors = {
+        step.folder: tuple(_planned(step, name, [one], dtype, is_copied=True) for name, one in step.tensors.items())
+        for step in modules.steps
+        if step.tensors
+    }
+    return PlannedModules(modules, tensors)
+
+
+def _planned(
+    step: Module, name: str, sources: Sequence[TensorInfo], dtype: Dtype, *, is_copied: bool = False
+) -> PlannedTensor:
+    slot, place = Slot(name, Kind.HEAD, None, name.endswith("bias")), Place(f"{step.folder}.{name}", 1.0)
+    shape = sources[0].shape
+    return PlannedTensor(slot, place, shape, output_dtype(sources, dtype), tuple(sources), is_copied=is_copied)
+
+
+def _settings_notes(owner: Modules, other: Modules) -> list[str]:
+    """Settings in which embedding models differ though they compute the same of a text that is given to both."""
+    ours, theirs = [
+        {**_content(modules.path / SENTENCE_CONFIG), "max_seq_length": modules.encoder.get("max_seq_length")}
+        for modules in (owner, other)
+    ]
+    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    different = [key for key in different if not key.startswith("__")]
+    if not different:
+        return []
+    return [f"{', '.join(different)[:300]} of {other.info.source} differ from what is published, {owner.info.source}'s"]
+
+
+def _differences(plan: MergePlan) -> list[str]:
+    """Templates and settings of the merged models that are not those published."""
+    owner = plan.published[0] if plan.vocabulary is None else plan.vocabulary.owner
+    of_owner = _companions(owner)
+    notes = []
+    for info in plan.checkpoints:
+        if info.path == owner.path:
+            continue
+        found = _companions(info)
+        different = [name for name in sorted(of_owner.keys() | found.keys()) if of_owner.get(name) != found.get(name)]
+        if different:
+            which = ", ".join(different)
+            notes.append(f"published with the merge are {owner.source}'s own; those of {info.source} differ: {which}")
+    return list(dict.fromkeys(notes))
+
+
+def _companions(info: CheckpointInfo) -> dict[str, Any]:
+    """What a checkpoint says of its use beside the tokens: chat templates, settings of generation and of processors."""
+    found: dict[str, Any] = {}
+    for name, file in companions(info).items():
+        if name == "tokenizer_config.json":
+            template = _content(file).get("chat_template")
+            listed = template if isinstance(template, list) else [{"name": "default", "template": template}]
+            for one in listed:
+                if isinstance(one, dict) and one.get("template"):
+                    found[_template(str(one.get("name")))] = one["template"]
+        elif name == CHAT_TEMPLATES[0] or MORE_CHAT_TEMPLATES.fullmatch(name):
+            own = "default" if name == CHAT_TEMPLATES[0] else Path(name).stem
+            found[_template(own)] = file.read_text(encoding="utf-8", errors="replace")
+        elif name in (CHAT_TEMPLATES[1], "generation_config.json", *PROCESSORS):
+            found[name] = _content(file)
+    return found
+
+
+def _template(name: str) -> str:
+    return "chat template" if name == "default" else f"chat template {name[:100]!r}"
+
+
+def _content(file: Path) -> Mapping[str, Any]:
+    """Of a file of JSON that nobody here needs; nothing where it is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: value for key, value in content.items() if key not in UNSAID} if isinstance(content, dict) else {}
