@@ -25,7 +25,7 @@ from worker.engine.catalog.adapters import inspect_model
 from worker.engine.catalog.architectures import use_of
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
-from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric
+from worker.engine.catalog.labels import METRICS, Task, check_metric, label_map
 from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
 from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
@@ -207,10 +207,10 @@ class Checker:
         self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool, least_texts: int = 1
     ) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
-        labels = LabelMap(task, tuple(rows.label_names) if rows.label_names else None)
+        labels = None
         if needs_labels:
             with _refusing(f"{field}.label_names"):
-                labels.check_names(rows.source)
+                labels, _ = label_map(task, rows.source, rows.label_names)
         with _refusing(f"{field}.source"):
             on_hub = hub_reference(rows.source)
             if on_hub is not None:
@@ -224,7 +224,7 @@ class Checker:
         columns = rows.model_dump(include=set(Columns.model_fields))
         with _refusing(field):
             spec = DatasetSpec(source=rows.source, path=path, **columns)
-            check_first_rows(spec, labels if needs_labels else None, least_texts)
+            check_first_rows(spec, labels, least_texts)
         return rows.source
 
 

@@ -14,9 +14,10 @@ from tests.tiny import dataset_spec
 from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.formats import MAX_ROW_BYTES
 from worker.engine.catalog.labels import LabelMap, Task
+from worker.engine.catalog.notes import Doubt
 from worker.engine.catalog.rows import FIRST_ROWS, RowFile, Rows, check_first_rows, is_parquet, sample
 from worker.engine.catalog.spec import DatasetSpec
-from worker.engine.tables import read_parquet
+from worker.engine.tables import TableRows, read_parquet
 
 TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
 TEXTS = [
@@ -30,6 +31,8 @@ TEXTS = [
     "carriage\r\nreturn",
     "trailing\\",
 ]
+LINES = [text for text in TEXTS if "\n" not in text and "\t" not in text]
+"""What a file between tabs can hold."""
 ROWS = [{"text": text, "second": f"{index}", "label": index % 2} for index, text in enumerate(TEXTS)]
 
 
@@ -41,9 +44,14 @@ def written(folder: Path, suffix: str, *, rows: list[dict[str, Any]] = ROWS, mar
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         with file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), dialect="excel-tab" if suffix == ".tsv" else "excel")
-            writer.writeheader()
-            writer.writerows(rows)
+            if suffix == ".tsv":
+                stream.writelines(
+                    "\t".join(map(str, line)) + "\n" for line in (rows[0], *(row.values() for row in rows))
+                )
+            else:
+                writer = csv.DictWriter(stream, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
         file.write_bytes(mark + file.read_bytes())
     return file
 
@@ -56,8 +64,9 @@ def rows_of(spec: DatasetSpec) -> Rows:
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".CSV"])
 def test_every_format_gives_the_rows_of_json_lines_in_the_same_order(tmp_path: Path, suffix: str, mark: bytes) -> None:
     columns = {"text_pair": "second", "seed": 3}
-    plain = dataset_spec(written(tmp_path, ".jsonl"), **columns)
-    spec = dataset_spec(written(tmp_path, suffix, mark=mark), **columns)
+    rows = [row for row in ROWS if suffix != ".tsv" or row["text"] in LINES]
+    plain = dataset_spec(written(tmp_path, ".jsonl", rows=rows), **columns)
+    spec = dataset_spec(written(tmp_path, suffix, rows=rows, mark=mark), **columns)
     expected, found = sample(RowFile(plain), plain, None), sample(rows_of(spec), spec, None)
     assert [(row.text, row.text_pair) for row in found] == [(row.text, row.text_pair) for row in expected]
     labels = [TWO_LABELS.value(row.label, "rows", row.place) for row in found]
@@ -124,6 +133,89 @@ def test_the_first_check_of_csv_ends_after_the_first_rows(tmp_path: Path) -> Non
         rows.read([FIRST_ROWS])
 
 
+@pytest.mark.parametrize("text", ['"', '"open', 'shut"', '"both"', 'a "b" c', "'", '""', '" , "', "\\"])
+def test_between_tabs_a_quote_is_a_character(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text(f"text\tlabel\n{text}\t0\nnext\t1\n{text}\t1\n")
+    rows = RowFile(dataset_spec(file))
+    assert [(row.text, row.label) for row in rows.read(range(len(rows)))] == [(text, "0"), ("next", "1"), (text, "1")]
+    assert rows.notes == []
+    check_first_rows(dataset_spec(file), TWO_LABELS)
+
+
+NOTED: dict[str, tuple[str, str, int, list[str], bool]] = {
+    "rows joined by quotes": (
+        ".csv", 'text,label\n"a\nb",0\n"c\nd\ne",1\nf,0\n', 3, ["2 rows", "5 lines, which quotes join"], False,
+    ),
+    "rows joined by a quote that is not closed": (
+        ".csv", 'text,label\n"hello,0\nworld",1\nf,0\n', 2, ["1 rows", "2 lines", "rows of their own"], True,
+    ),
+    "blank lines in CSV": (".csv", "text,label\n\na,0\n\n\nb,1\n\n\n", 2, ["3 blank lines between"], False),
+    "blank lines between tabs": (".tsv", "text\tlabel\na\t0\n\nb\t1\n", 2, ["1 blank lines between"], False),
+    "blank lines in JSON lines": (
+        ".jsonl", '{"text": "a", "label": 0}\n \n\n{"text": "b", "label": 1}\n\n', 2, ["2 blank lines between"], False,
+    ),
+    "fields between tabs that are quoted": (
+        ".tsv", 'text\tlabel\n"he said ""no"""\t0\n"a ""b"" c\t1\n', 2, ["1 fields", "look quoted"], True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOTED)
+def test_what_joins_or_passes_over_lines_is_counted_and_said(tmp_path: Path, case: str) -> None:
+    suffix, content, count, words, is_doubt = NOTED[case]
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(content)
+    rows = RowFile(dataset_spec(file))
+    assert len(rows) == len(rows.read(range(count))) == count
+    [note] = rows.notes
+    assert not [word for word in (f"rows{suffix}", *words) if word not in note], note
+    assert isinstance(note, Doubt) == is_doubt
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (b"text|label\rone|0\rtwo|1\r", ["line 1", "carriage return"]),
+        (b"text|label\none\0|0\n", ["line 2", "zero byte"]),
+        ("text|label\none|0\n".encode("utf-16"), ["line 1", "not UTF-8"]),
+        ("text|label\none|0\n".encode("utf-16-le"), ["line 1", "zero byte"]),
+        (b"text|label\none|0\ntw", ["line 3", "1 fields, the header has 2"]),
+        (b"gj04|1||they drank\ngj04|1||it rained\n", ["no column 'text'", "known are"]),
+    ],
+    ids=["CR alone", "zero byte", "UTF-16", "UTF-16 without mark", "cut off", "no header"],
+)
+def test_text_that_is_not_whole_lines_is_refused(tmp_path: Path, suffix: str, lines: bytes, words: list[str]) -> None:
+    file = tmp_path / f"rows{suffix}"
+    file.write_bytes(lines.replace(b"|", b"," if suffix == ".csv" else b"\t"))
+
+    def read_all() -> None:
+        rows = RowFile(dataset_spec(file))
+        rows.read(range(len(rows)))
+
+    for read in (read_all, lambda: check_first_rows(dataset_spec(file), TWO_LABELS)):
+        with pytest.raises(InvalidDataset) as caught:
+            read()
+        assert not [word for word in words if word not in caught.value.message], caught.value.message
+
+
+def test_a_limit_counts_rows_not_lines(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f'"row\n{number}",0\n\n' for number in range(20)))
+    spec = dataset_spec(file, limit=7)
+    found = sample(RowFile(spec), spec, None)
+    assert len({row.text for row in found}) == 7
+    assert {row.place.number % 3 for row in found} == {2}
+
+
+def test_a_key_that_a_line_has_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one", "label": 0, "label": 1}\n')
+    with pytest.raises(InvalidDataset, match=r"line 1: not a JSON object \(the key 'label' twice\)"):
+        check_first_rows(dataset_spec(file), TWO_LABELS)
+
+
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows.txt", "rows"])
 def test_a_format_that_the_name_does_not_tell_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "one", "label": 0}\n')
@@ -153,6 +245,62 @@ def test_label_names_of_a_parquet_file_are_known(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["one"], "label": [1]}, features).to_parquet(tmp_path / "rows.parquet")
     assert rows_of(dataset_spec(tmp_path / "rows.parquet")).label_names == ("yes", "no")
     assert rows_of(dataset_spec(tmp_path / "rows.parquet", label=None)).label_names is None
+
+
+LISTS = {
+    "a list": pyarrow.array([[0, 2], []], pyarrow.list_(pyarrow.int64())),
+    "a large list": pyarrow.array([[0, 2], []], pyarrow.large_list(pyarrow.int32())),
+    "truth values, always three": pyarrow.array([[True, False, True], [False] * 3], pyarrow.list_(pyarrow.bool_(), 3)),
+    "floats": pyarrow.array([[1.0, 0.0, 1.0], [0.0] * 3]),
+    "integers for each": pyarrow.array([[1, 0, 1], [0] * 3], pyarrow.list_(pyarrow.int8())),
+    "names": pyarrow.array([["insult", "praise"], []], pyarrow.list_(pyarrow.string())),
+    "names of a dictionary": pyarrow.array(
+        [["insult", "praise"], []], pyarrow.list_(pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
+    ),
+}  # fmt: skip
+THREE_LABELS = LabelMap(Task("multi_label", 3, {"insult": 0, "threat": 1, "praise": 2}))
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_of_labels_are_read_from_parquet(tmp_path: Path, case: str) -> None:
+    rows = rows_of(parquet(tmp_path, text=["one", "two"], label=LISTS[case])).read([0, 1])
+    values = [THREE_LABELS.value(row.label, "rows", row.place) for row in rows]
+    assert values == [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
+
+
+def test_columns_of_a_dictionary_are_read_from_parquet(tmp_path: Path) -> None:
+    text, label = (pyarrow.array(values).dictionary_encode() for values in (["b", "a", "b"], ["yes", "no", "yes"]))
+    rows = rows_of(parquet(tmp_path, text=text, label=label)).read([2, 1])
+    assert [(row.text, TWO_LABELS.value(row.label, "rows", row.place)) for row in rows] == [("b", 1), ("a", 0)]
+
+
+@pytest.mark.parametrize("feature", [datasets.List, datasets.LargeList])
+def test_names_of_listed_labels_are_known(tmp_path: Path, feature: Any) -> None:
+    labels = feature(datasets.ClassLabel(names=["praise", "insult"]))
+    table = datasets.Dataset.from_dict(
+        {"text": ["one"], "label": [[1]]}, datasets.Features({"text": datasets.Value("string"), "label": labels})
+    )
+    table.to_parquet(tmp_path / "rows.parquet")
+    spec = dataset_spec(tmp_path / "rows.parquet")
+    for rows in (rows_of(spec), TableRows(table, spec)):
+        assert rows.label_names == ("praise", "insult")
+        assert rows.read([0])[0].label == [1]
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"feature": {"names": ["no", "yes"], "_type": "ClassLabel"}, "length": -1, "_type": "Sequence"},
+        [{"names": ["no", "yes"], "_type": "ClassLabel"}],
+        {"names": ["no", "yes"], "_type": "ClassLabel"},
+    ],
+    ids=["sequence", "list", "one"],
+)
+def test_label_names_are_known_as_older_versions_wrote_them(tmp_path: Path, feature: Any) -> None:
+    about = json.dumps({"info": {"features": {"label": feature}}})
+    table = pyarrow.table({"text": ["one"], "label": [1]}).replace_schema_metadata({"huggingface": about})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert rows_of(dataset_spec(tmp_path / "rows.parquet")).label_names == ("no", "yes")
 
 
 @pytest.mark.parametrize(

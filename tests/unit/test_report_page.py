@@ -160,7 +160,7 @@ def test_sections_are_there_only_where_there_are_data(merged: tuple[MergeSpec, M
     full = page_of(merged, invented_result(["a", "b"]), invented_contents(["a", "b"]))
     assert re.findall(r'<section id="(\w+)"', bare) == ["merged", "run", "repeat"]
     assert re.findall(r'<section id="(\w+)"', full) == [
-        "retention", "candidates", "search", "notes", "merged", "scores", "weights", "interference", "certainty", "run",
+        "notes", "retention", "candidates", "search", "merged", "scores", "weights", "interference", "certainty", "run",
         "repeat",
     ]  # fmt: skip
     assert "retention" not in bare

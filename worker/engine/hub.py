@@ -4,6 +4,7 @@ Files go to the hub library's own cache, which other programs share and where a 
 token, the endpoint and the cache's place are the libraries' own variables: HF_TOKEN, HF_ENDPOINT, HF_HOME.
 """
 
+import csv
 import errno
 import tempfile
 import time
@@ -15,19 +16,29 @@ from typing import Any, Literal
 
 import datasets
 import httpx2
+from datasets.packaged_modules.csv.csv import CsvConfig
 from fsspec.registry import known_implementations
 from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
+from worker.engine.catalog.formats import Csv
 from worker.engine.catalog.headers import described_files, weights_among
+from worker.engine.catalog.notes import Doubt
 from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import is_out_of_memory, require_space
 
 # Formats that hold rows. Others would decode images and sounds, or read what is no data of the repository.
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+QUOTES = ("quoting", "quotechar", "escapechar", "doublequote", "dialect")
+# What says which lines are rows, beside quotes.
+LINES = (
+    "header", "names", "skiprows", "nrows", "skipfooter", "comment", "index_col", "skip_blank_lines", "lineterminator",
+    "encoding", *QUOTES[1:],
+)  # fmt: skip
+EXTRA_COLUMN = "__index_level_0__"  # how pandas names the first column, where rows have one field more than the header
 ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a download that was killed
 
 Kind = Literal["model", "dataset"]
@@ -55,9 +66,14 @@ class Fetched:
     """Folders, by repository and commit."""
     tables: dict[tuple[HubSource, str | None, str | None], datasets.Dataset] = field(default_factory=dict)
     """By repository, configuration and split."""
+    notes: dict[tuple[HubSource, str | None, str | None], list[str]] = field(default_factory=dict)
+    """Which of their rows were joined or passed over."""
 
     def table(self, spec: DatasetSpec) -> datasets.Dataset:
         return self.tables[_table_key(spec)]
+
+    def notes_of(self, spec: DatasetSpec) -> list[str]:
+        return self.notes[_table_key(spec)]
 
 
 def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
@@ -94,7 +110,10 @@ def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
     for (source, config, split), rows in tables.items():
         with _translated(rows):
             _download(files, "dataset", source, downloading)
-            fetched.tables[source, config, split] = _prepared(rows, builders[source, config])
+            builder = builders[source, config]
+            table, chosen = _prepared(rows, builder)
+            fetched.tables[source, config, split] = table
+            fetched.notes[source, config, split] = _notes_of_csv(rows, source, builder, table, chosen)
     return fetched
 
 
@@ -117,13 +136,62 @@ def _builder(rows: DatasetSpec, source: HubSource) -> Any:
     # A folder of the same name here would be taken for the data set, so there is none.
     with tempfile.TemporaryDirectory() as empty, chdir(empty):
         builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit)
-        if _builder_name(builder) == "csv":  # anew, since text that spells a missing value, as NA, is text
+        if _builder_name(builder) == "csv":
             builder = datasets.load_dataset_builder(
-                source.repository, rows.config, revision=source.commit, keep_default_na=False
+                source.repository, rows.config, revision=source.commit, **_csv_options(builder.config)
             )
     if _builder_name(builder) not in BUILDERS:
         raise InvalidDataset(rows.source, f"its format is {_builder_name(builder)}; known are {', '.join(BUILDERS)}")
     return builder
+
+
+def _csv_options(config: Any) -> dict[str, Any]:
+    """Of its reader, anew: text that spells a missing value, as NA, is text; no line is passed over for its fields; and
+    between tabs a quote is a character, unless the data set's own description says something of quotes."""
+    options = {"keep_default_na": False, "on_bad_lines": "error"}
+    if config.sep == "\t" and all(getattr(config, name) == getattr(CsvConfig(), name) for name in QUOTES):
+        options["quoting"] = csv.QUOTE_NONE
+    return options
+
+
+def _notes_of_csv(rows: DatasetSpec, source: HubSource, builder: Any, table: datasets.Dataset, split: str) -> list[str]:
+    """Where the library makes other rows of CSV than its lines say, which it does without a word.
+
+    Raises:
+        InvalidDataset: columns are shifted, since rows have more fields than the header.
+    """
+    if _builder_name(builder) != "csv":
+        return []
+    config, default = builder.config, CsvConfig()
+    if EXTRA_COLUMN in table.column_names:
+        problem = "its rows have more fields than its header, so it is not certain which columns these are"
+        raise InvalidDataset(rows.source, problem)
+    changed = [name for name in LINES if getattr(config, name) != getattr(default, name)]
+    if changed:
+        said = f"its description sets {', '.join(changed)} for its CSV, which changes what lines are rows"
+        return [f"{rows.source}: {said}; they were followed"]
+    notes: list[str] = []
+    found, uneven = 0, 0
+    names = _file_names(rows, source, builder, split)
+    for name in names:
+        path = Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
+        if path.suffix not in (".csv", ".tsv"):  # compressed, where only the library looks into
+            return []
+        form = Csv(f"{rows.source}, {name}", config.sep, has_quotes=config.quoting != csv.QUOTE_NONE)
+        try:
+            with path.open("rb") as stream:
+                found += sum(1 for _ in form.index(stream))
+        except InvalidDataset as error:
+            return [Doubt(f"{error.message}; the library read it in its own way")]
+        notes += form.notes
+        uneven += form.uneven
+    if uneven:
+        notes.append(
+            Doubt(f"{uneven} rows of {rows.source} have fewer fields than the header; others were taken as empty")
+        )
+    if names and found != len(table):
+        notes.append(Doubt(f"{rows.source} has {found} rows of CSV, of which the library made {len(table)}"))
+    return notes
 
 
 def _builder_name(builder: Any) -> str:
@@ -132,13 +200,18 @@ def _builder_name(builder: Any) -> str:
 
 def _data_files(rows: DatasetSpec, source: HubSource, builder: Any) -> list[RemoteFile]:
     """Files of the configuration, of all its splits: they are prepared together."""
+    names = {name for split in builder.config.data_files or {} for name in _file_names(rows, source, builder, split)}
+    return [_remote_file("dataset", source, name) for name in sorted(names)]
+
+
+def _file_names(rows: DatasetSpec, source: HubSource, builder: Any, split: str) -> list[str]:
+    """Of the files that the configuration has for a split; of a part of a split there are none."""
     prefix = f"hf://datasets/{source.repository}@{source.commit}/"
-    found = []
-    for url in sorted({str(url) for urls in (builder.config.data_files or {}).values() for url in urls}):
+    urls = [str(url) for url in (builder.config.data_files or {}).get(split, ())]
+    for url in urls:
         if not url.startswith(prefix):
             raise InvalidDataset(rows.source, f"its configuration names {url}, which is outside the repository")
-        found.append(_remote_file("dataset", source, url.removeprefix(prefix)))
-    return found
+    return [url.removeprefix(prefix) for url in urls]
 
 
 def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
@@ -189,7 +262,8 @@ def _reporter(phase: Phase) -> Any:
     return Reporter
 
 
-def _prepared(rows: DatasetSpec, builder: Any) -> datasets.Dataset:
+def _prepared(rows: DatasetSpec, builder: Any) -> tuple[datasets.Dataset, str]:
+    """The table of the split that was asked for, or of the only one, and the split's name."""
     try:
         builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
     except Exception as error:
@@ -203,7 +277,7 @@ def _prepared(rows: DatasetSpec, builder: Any) -> datasets.Dataset:
     split = rows.split or (splits[0] if len(splits) == 1 else None)
     if split is None:
         raise InvalidDataset(rows.source, f"it has the splits {', '.join(splits)}; name one as split")
-    return builder.as_dataset(split=split)
+    return builder.as_dataset(split=split), split
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Inputs:
         if spec.hub is not None and self._fetched is not None:
             from worker.engine.tables import TableRows
 
-            return TableRows(self._fetched.table(spec), spec)
+            return TableRows(self._fetched.table(spec), spec, notes=self._fetched.notes_of(spec))
         if is_parquet(spec):
             preload()
             from worker.engine.tables import read_parquet

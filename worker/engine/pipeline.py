@@ -27,6 +27,7 @@ from worker.engine.catalog.methods import (
     ScoringParameters,
     Statistic,
 )
+from worker.engine.catalog.notes import Doubt, in_order
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
 from worker.engine.catalog.report import MergeResult, MetricResult, ScoreResult, Timings, Version, mean_and_least
 from worker.engine.catalog.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
@@ -173,7 +174,7 @@ class Engine:
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
-            notes=list(dict.fromkeys(notes)),
+            notes=in_order(notes),
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
@@ -232,7 +233,7 @@ class Engine:
             timings=Timings(**clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             device=str(self._device),
-            notes=list(dict.fromkeys(notes)),
+            notes=in_order(notes),
         )
         for run in runs:
             artifact.write_scores(spec.folder, run.spec.name, run.digest, run.measured)
@@ -386,8 +387,10 @@ class Engine:
             better = likely_permutation(labels, expert_predictions, loaded.task.outputs)
             if better:
                 notes.append(
-                    f"{run.spec.source} fits {evaluation.source} far better when its labels 0 to {len(better) - 1} are "
-                    f"read as {', '.join(map(str, better))}; do both mean the same by them?"
+                    Doubt(
+                        f"{run.spec.source} fits {evaluation.source} far better when its labels 0 to {len(better) - 1} "
+                        f"are read as {', '.join(map(str, better))}; do both mean the same by them?"
+                    )
                 )
         published = "model" if plan.merges_heads else f"models/{run.spec.name}"
         merged = load(inspect_checkpoint(folder, published), self._device)

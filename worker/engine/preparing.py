@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 
 from worker.engine.catalog.errors import InvalidDataset
 from worker.engine.catalog.headers import CheckpointInfo
-from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.labels import LabelMap, label_map
 from worker.engine.catalog.methods import AutoParameters, MethodParameters, Statistic
+from worker.engine.catalog.notes import Doubt
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.rows import Row, Rows, sample
 from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS, DatasetSpec, EvaluationSpec, JobSpec, MergeSpec, ModelSpec
@@ -93,6 +94,7 @@ def prepare(
         labels = _label_map(loaded, model.evaluation, rows, notes)
         read = sample(rows, model.evaluation, None)
         run.evaluation, truncated = examples_from(loaded, model.evaluation, read, labels)
+        notes += [*rows.notes, *_from_one(labels, model.evaluation, read)]
         if spec.output.vocabulary != "error":
             run.evaluation_rows = read
         notes += truncated
@@ -109,9 +111,11 @@ def prepare(
         needed = _label_map(loaded, dataset, rows, notes) if measured and method.needs_labels else None
         fitted_on = max(aligned_on, measured if method.refits_layers else 0)
         read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
+        notes += rows.notes
         if measured:
             population = min(len(rows), dataset.limit or len(rows))
             run.sample = Sample(read[:measured], population, dataset, loaded, needed)
+            notes += [] if needed is None else _from_one(needed, dataset, read[:measured])
         run.unseen, run.truncated = examples_from(loaded, dataset, [read[place] for place in unseen], None)
         run.alignment = run.unseen[:aligned_on]
         run.alignment_rows = [read[place] for place in unseen[:aligned_on]]
@@ -186,26 +190,21 @@ def _read(
 
 def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: list[str]) -> LabelMap:
     """How the rows' labels are the head's; whatever is not plain is noted."""
-    if loaded.task.problem == "regression":
-        return LabelMap(loaded.task)
-    if dataset.label_names:
-        labels = LabelMap(loaded.task, tuple(dataset.label_names))
-        labels.check_names(dataset.source)
-    elif rows.label_names and set(rows.label_names) <= loaded.task.label_ids.keys():
-        labels = LabelMap(loaded.task, rows.label_names)
-    else:
-        if rows.label_names:
-            notes.append(
-                f"{dataset.source} calls its labels {', '.join(rows.label_names)}, which are not names of "
-                f"{loaded.info.source}; its ids were taken as they are"
-            )
-        return LabelMap(loaded.task)
-    if labels.permutation:
-        notes.append(
-            f"the labels of {dataset.source} are in another order than those of {loaded.info.source}: its ids 0 to "
-            f"{len(labels.permutation) - 1} are the checkpoint's {', '.join(map(str, labels.permutation))}"
-        )
+    labels, found = label_map(loaded.task, dataset.source, dataset.label_names, rows.label_names, loaded.info.source)
+    notes += found
     return labels
+
+
+def _from_one(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:
+    """A doubt, where the ids that were taken as they are may be one too high."""
+    if not labels.begins_at_one(row.label for row in rows):
+        return []
+    last = labels.task.outputs - 1
+    return [
+        Doubt(
+            f"of the labels 0 to {last} no row of {dataset.source} has 0, and each other occurs: do its ids begin at 1?"
+        )
+    ]
 
 
 def examples_from(

@@ -14,6 +14,8 @@ from worker.engine.catalog.rows import Row, check_first_rows, local_file, missin
 from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.resources import is_out_of_memory, require_memory
 
+LISTS = (datasets.List, datasets.LargeList)
+
 
 class TableRows:
     """The rows of a table; their places are row numbers.
@@ -22,12 +24,21 @@ class TableRows:
         InvalidDataset: no rows, or a column that is not there or holds neither text nor labels.
     """
 
-    def __init__(self, table: datasets.Dataset, spec: DatasetSpec, label_names: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        spec: DatasetSpec,
+        label_names: tuple[str, ...] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         self._spec = spec
         self.label_names = label_names
+        self.notes = notes
         wanted = _wanted(spec, table.column_names)
         for name in wanted:
             feature = table.features[name]
+            if name == spec.label and isinstance(feature, LISTS):  # of a head whose labels apply each by itself
+                feature = feature.feature
             if isinstance(feature, datasets.ClassLabel):
                 if name == spec.label:
                     self.label_names = tuple(feature.names)
@@ -64,6 +75,10 @@ def read_parquet(spec: DatasetSpec) -> TableRows:
 def _label_names(metadata: Mapping[bytes, bytes], spec: DatasetSpec) -> tuple[str, ...] | None:
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][spec.label]
+        if isinstance(feature, list):  # a list's only entry says what it holds, as older versions wrote it
+            [feature] = feature
+        elif "feature" in feature:
+            feature = feature["feature"]
         names = feature["names"] if feature["_type"] == "ClassLabel" else None
         return tuple(names) if names and all(isinstance(name, str) for name in names) else None
     except (ValueError, LookupError, TypeError):

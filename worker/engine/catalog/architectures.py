@@ -57,9 +57,13 @@ def classifies(config: Mapping[str, Any]) -> bool:
 
 
 def labels_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the labels by id; where the configuration has none, those that transformers gives."""
-    names = config.get("id2label")
-    if isinstance(names, dict) and names:
-        return {str(index): str(name) for index, name in names.items()}
+    """Names of the labels by id, from id2label, or label2id where that has none; else those that transformers gives."""
+    names, ids = config.get("id2label"), config.get("label2id")
     count = config.get("num_labels", 2)
-    return {str(index): f"LABEL_{index}" for index in range(count if isinstance(count, int) and count < 10_000 else 0)}
+    counted = range(count if isinstance(count, int) and count < 10_000 else 0)
+    found = {str(index): str(name) for index, name in names.items()} if isinstance(names, dict) else {}
+    defaults = {str(index): f"LABEL_{index}" for index in found or counted}
+    if found and found != defaults:
+        return found
+    by_id = {str(index): str(name) for name, index in ids.items()} if isinstance(ids, dict) else {}
+    return {index: by_id.get(index, default) for index, default in defaults.items()}

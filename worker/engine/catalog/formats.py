@@ -4,9 +4,10 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 from worker.engine.catalog.errors import InvalidDataset, Place
+from worker.engine.catalog.notes import Doubt
 
 MAX_ROW_BYTES = 10_000_000
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -18,8 +19,30 @@ class Format(Protocol):
     def index(self, stream: BinaryIO) -> Iterator[tuple[int, int]]:
         """(line from 1, byte offset) of every row of the file; blank lines are no rows."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What `index` passed over or joined, after its end."""
+
     def parse(self, stream: BinaryIO, place: Place) -> dict[str, Any]:
         """The columns of the row that begins where the stream is, after `index` has passed it."""
+
+
+class BlankLines:
+    """How many there are between rows; those at a file's end are nobody's loss."""
+
+    def __init__(self) -> None:
+        self._between, self._since_row = 0, 0
+
+    def pass_over(self) -> None:
+        self._since_row += 1
+
+    def end(self) -> None:
+        """A row comes."""
+        self._between += self._since_row
+        self._since_row = 0
+
+    def notes(self, source: str) -> list[str]:
+        return [f"{self._between} blank lines between the rows of {source} were passed over"] if self._between else []
 
 
 class JsonLines:
@@ -27,6 +50,11 @@ class JsonLines:
 
     def __init__(self, source: str) -> None:
         self._source = source
+        self._blank = BlankLines()
+
+    @property
+    def notes(self) -> list[str]:
+        return self._blank.notes(self._source)
 
     def index(self, stream: BinaryIO) -> Iterator[tuple[int, int]]:
         offset = _skip_byte_order_mark(stream)
@@ -34,31 +62,86 @@ class JsonLines:
         while raw := _read_line(stream, self._source, line + 1):
             line += 1
             if raw.strip():
+                self._blank.end()
                 yield line, offset
+            else:
+                self._blank.pass_over()
             offset += len(raw)
 
     def parse(self, stream: BinaryIO, place: Place) -> dict[str, Any]:
         try:
-            content = json.loads(stream.readline(MAX_ROW_BYTES))
+            content = json.loads(stream.readline(MAX_ROW_BYTES).decode(), object_pairs_hook=_with_unique_keys)
         except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-            raise InvalidDataset(self._source, f"not a JSON object ({reason})", place) from None
+            raise InvalidDataset(self._source, f"not a JSON object ({_reason(error)})", place) from None
         if not isinstance(content, dict):
             raise InvalidDataset(self._source, "not a JSON object; a data set is one object a line", place)
         return content
 
 
-class Csv:
-    """RFC 4180 in UTF-8 with a header; every column is text, and quoted fields may hold line breaks."""
+class _TwiceError(ValueError):
+    """A key that is there twice, of which a reader would have to choose a value."""
 
-    def __init__(self, source: str, delimiter: str) -> None:
+
+def _reason(error: Exception) -> str:
+    """In words that quote no row."""
+    match error:
+        case json.JSONDecodeError():
+            return error.msg
+        case UnicodeDecodeError():
+            return "not UTF-8 text"
+        case _TwiceError():
+            return str(error)
+    return type(error).__name__
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise _TwiceError(f"the key '{name[:64]}' twice")
+    return found
+
+
+class Csv:
+    """UTF-8 text with a header, of which every column is text.
+
+    As RFC 4180 has it, so that quoted fields may hold line breaks; or else, as data sets between tabs are published,
+    with one row a line in which a quote is a character.
+    """
+
+    def __init__(self, source: str, delimiter: str, *, has_quotes: bool) -> None:
         self._source = source
         self._delimiter = delimiter
+        self._quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
         self._header: list[str] = []
+        self._blank = BlankLines()
+        self._joined, self._joined_lines, self._perhaps_rows, self._perhaps_quoted = 0, 0, 0, 0
+        self.uneven = 0
+        """Rows with more or fewer fields than the header, which `parse` refuses."""
+
+    @property
+    def notes(self) -> list[str]:
+        notes = self._blank.notes(self._source)
+        if self._joined:
+            joined = f"{self._joined} rows of {self._source} are made of {self._joined_lines} lines, which quotes join"
+            if self._perhaps_rows:
+                # As a quote that is never closed joins them: where it begins a text, and the next one ends another.
+                alike = f"in {self._perhaps_rows} of them each line has as many fields as the header"
+                notes.append(Doubt(f"{joined}; {alike}, so these may be rows of their own with a quote too few"))
+            else:
+                notes.append(joined)
+        if self._perhaps_quoted:
+            notes.append(
+                Doubt(
+                    f"{self._perhaps_quoted} fields of {self._source} look quoted as in CSV; in it a quote is a "
+                    "character, and they were read with all their quotes"
+                )
+            )
+        return notes
 
     def index(self, stream: BinaryIO) -> Iterator[tuple[int, int]]:
         lines = _DecodedLines(stream, self._source, _skip_byte_order_mark(stream))
-        records = csv.reader(lines, delimiter=self._delimiter, strict=True)
+        records = self._records(lines)
         while not self._header:
             header = self._next(records, Place("line", lines.line + 1))
             if header is None:
@@ -74,13 +157,32 @@ class Csv:
             if record is None:
                 return
             if record:
+                self._count(record, lines.record)
                 yield line, offset
+            else:
+                self._blank.pass_over()
+
+    def _count(self, record: list[str], lines: list[str]) -> None:
+        """What its reader should know of the row that these lines are."""
+        self._blank.end()
+        self.uneven += len(record) != len(self._header)
+        if len(lines) > 1:
+            self._joined += 1
+            self._joined_lines += len(lines)
+            delimiters = len(self._header) - 1
+            self._perhaps_rows += delimiters > 0 and all(one.count(self._delimiter) == delimiters for one in lines)
+        if self._quoting == csv.QUOTE_NONE and '""' in lines[0]:
+            self._perhaps_quoted += sum(map(_looks_quoted, record))
+
+    def _records(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        return csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
 
     def parse(self, stream: BinaryIO, place: Place) -> dict[str, Any]:
         lines = _DecodedLines(stream, self._source, stream.tell(), place.number - 1)
-        fields = self._next(csv.reader(lines, delimiter=self._delimiter, strict=True), place) or []
+        fields = self._next(self._records(lines), place) or []
         if len(fields) != len(self._header):
-            problem = f"{len(fields)} fields, the header has {len(self._header)}; quote what holds the delimiter"
+            advice = "no field can hold a tab" if self._quoting else "quote what holds the delimiter"
+            problem = f"{len(fields)} fields, the header has {len(self._header)}; {advice}"
             raise InvalidDataset(self._source, problem, place)
         return dict(zip(self._header, fields, strict=True))
 
@@ -88,7 +190,14 @@ class Csv:
         try:
             return next(records, None)
         except csv.Error as error:
-            raise InvalidDataset(self._source, f"not CSV: {error}", place) from None
+            reason = "a carriage return within a line; lines end in LF or CRLF" if "new-line" in str(error) else error
+            raise InvalidDataset(self._source, f"not CSV: {reason}", place) from None
+
+
+def _looks_quoted(field: str) -> bool:
+    """As a writer of CSV quotes what has quotes: doubled, between two more."""
+    inner = field[1:-1]
+    return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
 class _DecodedLines(Iterator[str]):
@@ -100,10 +209,13 @@ class _DecodedLines(Iterator[str]):
         self.offset = offset
         self.line = line
         self._record, self._first_line = offset, line + 1
+        self.record: list[str] = []
+        """The lines since the record began."""
 
     def begin_record(self) -> int:
         """The offset where the next record begins; it may be as long as a row."""
         self._record, self._first_line = self.offset, self.line + 1
+        self.record = []
         return self.offset
 
     def __next__(self) -> str:
@@ -115,9 +227,13 @@ class _DecodedLines(Iterator[str]):
         if self.offset - self._record > MAX_ROW_BYTES:
             raise InvalidDataset(self._source, f"longer than {MAX_ROW_BYTES} bytes", Place("line", self._first_line))
         try:
-            return raw.decode()
+            text = raw.decode()
         except UnicodeDecodeError:
             raise InvalidDataset(self._source, "not UTF-8 text", Place("line", self.line)) from None
+        if "\0" in text:  # as in UTF-16, or where a disk lost what was written
+            raise InvalidDataset(self._source, "not text: it has a zero byte", Place("line", self.line))
+        self.record.append(text)
+        return text
 
 
 def _skip_byte_order_mark(stream: BinaryIO) -> int:

@@ -216,7 +216,8 @@ class JobResult(Strict):
     peak_memory_bytes: int
     device: str
     notes: list[str]
-    """What a reader should know: rows that were truncated, labels that were mapped by name."""
+    """What a reader should know: first what puts a number in question, as labels whose order is not certain; then what
+    was done, as rows that were truncated."""
 
 
 class MergeResult(JobResult):

@@ -27,8 +27,8 @@ FORMATS: Mapping[str, Callable[[str], Format]] = {
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,
     ".json": JsonLines,
-    ".csv": lambda source: Csv(source, ","),
-    ".tsv": lambda source: Csv(source, "\t"),
+    ".csv": lambda source: Csv(source, ",", has_quotes=True),
+    ".tsv": lambda source: Csv(source, "\t", has_quotes=False),
 }
 
 
@@ -47,6 +47,8 @@ class Rows(Protocol):
 
     label_names: tuple[str, ...] | None
     """What the data set itself calls its label ids 0, 1, …; None when it does not say."""
+    notes: Sequence[str]
+    """Which rows were joined or passed over on the way here."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +88,7 @@ class RowFile:
                 self._offsets.append(offset)
         if not self._offsets:
             raise InvalidDataset(spec.source, "no rows")
+        self.notes: Sequence[str] = self._format.notes
 
     def __len__(self) -> int:
         return len(self._offsets)

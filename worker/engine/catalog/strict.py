@@ -17,9 +17,12 @@ MOST_NAMES = 20
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, else the list of them."""
+    """`; did you mean 'x'?` for the nearest known name, whatever its case, else the list of them."""
     shown = [one if len(one) <= LONGEST_NAME else f"{one[:LONGEST_NAME]}…" for one in sorted(known)]
     near = get_close_matches(name[:LONGEST_NAME], shown, n=1)
+    if not near:
+        by_lower = {one.lower(): one for one in shown}
+        near = [by_lower[one] for one in get_close_matches(name[:LONGEST_NAME].lower(), list(by_lower), n=1)]
     if near:
         return f"; did you mean '{near[0]}'?"
     more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""

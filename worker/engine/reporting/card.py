@@ -63,13 +63,13 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     ]
     if spec.base is not None:
         lines += [f"The base, which they were fine-tuned from, is {_code(spec.base.source)}.", ""]
+    if result.notes:
+        lines += [*(f"- {' '.join(escape(note, quote=False).split())}" for note in result.notes), ""]
     if result.metrics:
         lines += [*_markdown_table(METRIC_COLUMNS, metric_rows(result)), "", ABOUT_METRICS, ""]
     if result.candidates:
         lines += [*_markdown_table(*candidate_table(result)), "", about_candidates(result.candidates), ""]
         lines += [escape(" ".join(candidate_remarks(result)), quote=False).replace("*", "\\*"), ""]
-    if result.notes:
-        lines += [*(f"- {' '.join(escape(note, quote=False).split())}" for note in result.notes), ""]
     lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]
     return "\n".join(lines)
 

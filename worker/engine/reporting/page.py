@@ -43,10 +43,10 @@ class Section:
 def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None) -> str:
     """`base` is the digest of the plan's base."""
     sections = [
+        _notes(result),
         Section("retention", "What the merge kept of each expert", _retention(result)),
         Section("candidates", "What could have been published", figures.candidates(result)),
         Section("search", "How it was found", figures.search(result)),
-        _notes(result),
         Section("merged", "What was merged", _merged(spec, plan, result, contents, base)),
         Section("scores", "Where each model's nodes matter", figures.scores(contents.maps)),
         Section("weights", "Which model decides where", figures.weights(contents.maps)),
@@ -65,8 +65,8 @@ def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: 
 
 def score_page(spec: ScoreSpec, result: ScoreResult, contents: Contents) -> str:
     sections = [
-        Section("measured", "What was measured", _measured(result)),
         _notes(result),
+        Section("measured", "What was measured", _measured(result)),
         Section("scores", "Where each model's nodes matter", figures.scores(contents.maps)),
         Section(
             "certainty",
