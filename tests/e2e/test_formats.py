@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow.parquet import write_table
@@ -42,7 +43,10 @@ def test_a_merge_is_the_same_in_whichever_format_the_rows_come(
     found = merged(service, recipe)
     assert found["metrics"] == expected["metrics"]
     assert [m["weight_share"] for m in found["models"]] == [m["weight_share"] for m in expected["models"]]
-    assert found["notes"] == expected["notes"] == []
+    # Each model's evaluation is 50 rows of its own data set.
+    held_out = "50 rows of local:rows/{} are rows that {} is evaluated on; nothing was fitted to them"
+    assert expected["notes"] == [held_out.format(f"{name}.jsonl", name) for name in ("a", "b")]
+    assert found["notes"] == [held_out.format(f"same{suffix}", "a"), held_out.format("b.jsonl", "b")]
 
 
 def test_labels_by_name_are_the_checkpoints_and_another_order_is_reported(service: Service, tiny_inputs: Path) -> None:
@@ -97,3 +101,74 @@ def test_rows_over_the_models_limit_are_truncated_and_counted(service: Service, 
     del recipe["models"][0]["evaluation"]
     notes = merged(service, recipe)["notes"]
     assert notes == [f"2 of 4 rows of local:rows/long.csv are longer than {POSITIONS} tokens and were truncated"]
+
+
+NLI = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
+
+
+def named_rows(inputs: Path, file: str, names: list[str]) -> str:
+    """Rows in a Parquet file that says what it calls the ids of its labels."""
+    rows = rows_of(inputs)[:60]
+    columns = {"text": [row["text"] for row in rows], "label": [index % len(names) for index in range(len(rows))]}
+    labels = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    datasets.Dataset.from_dict(columns, labels).to_parquet(inputs / "rows" / file)
+    return f"local:rows/{file}"
+
+
+def test_names_that_differ_in_case_are_the_same_labels(service: Service, tiny_inputs: Path) -> None:
+    tiny_checkpoint(tiny_inputs / "checkpoints" / "nli", names=NLI)
+    found = []
+    for file, names in (("same.parquet", NLI), ("glue.parquet", [name.lower() for name in NLI])):
+        recipe = tiny_recipe("a", name="average")
+        recipe["models"][0]["checkpoint"] = "local:checkpoints/nli"
+        recipe["models"][0]["evaluation"] = {"source": named_rows(tiny_inputs, file, names)}
+        found.append(merged(service, recipe)["metrics"]["a"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("method", ["average", "mask_fisher", "auto"])
+def test_where_names_tell_that_labels_differ_there_is_no_number(
+    service: Service, tiny_inputs: Path, method: str
+) -> None:
+    tiny_checkpoint(tiny_inputs / "checkpoints" / "nli", names=NLI)
+    recipe = tiny_recipe("a", name=method)
+    model = recipe["models"][0]
+    model["checkpoint"] = "local:checkpoints/nli"
+    model["evaluation"] = {"source": named_rows(tiny_inputs, "topics.parquet", ["world", "sports", "business"])}
+    if method == "mask_fisher":  # it is measured with the labels, and not evaluated
+        recipe["method"]["estimator"] = "empirical"
+        model["dataset"] = {**model.pop("evaluation"), "label": "label"}
+    job = service.finished(service.submit(recipe))
+    assert (job["status"], job["error"]["code"]) == ("failed", "invalid_dataset"), job["error"]
+    message = job["error"]["message"]
+    assert not [word for word in ("world, sports, business", *NLI, "label_names") if word not in message], message
+
+
+def test_a_doubt_leads_the_notes_the_report_and_the_model_card(service: Service, tiny_inputs: Path) -> None:
+    recipe = tiny_recipe("a", name="average")
+    del recipe["models"][0]["dataset"]
+    recipe["models"][0]["evaluation"] = {"source": named_rows(tiny_inputs, "moods.parquet", ["glum", "glad"])}
+    job = service.finished(service.submit(recipe))
+    assert job["status"] == "succeeded", job["error"]
+    first, *rest = job["result"]["notes"]
+    assert not [word for word in ("glum, glad", "not certain", "label_names") if word not in first], first
+    assert rest
+    page = service.get(job["links"]["report"]).text
+    assert page.index("glum, glad") < page.index('id="retention"')
+    card = service.get(f"{job['links']['artifacts']}/README.md").text
+    assert card.index("glum, glad") < card.index("| merged")
+
+
+def test_quotes_between_tabs_make_no_other_rows(service: Service, tiny_inputs: Path) -> None:
+    rows = [{"text": f'"{row["text"]}' if index % 3 else f'{row["text"]}"', "label": row["label"]}
+            for index, row in enumerate(rows_of(tiny_inputs)[:60])]  # fmt: skip
+    write_lines(tiny_inputs / "rows" / "quotes.jsonl", [json.dumps(row) for row in rows])
+    lines = [f"{row['text']}\t{row['label']}" for row in rows]
+    write_lines(tiny_inputs / "rows" / "quotes.tsv", ["text\tlabel", *lines])
+    found = []
+    for suffix in (".jsonl", ".tsv"):
+        recipe = tiny_recipe("a", name="average")
+        recipe["models"][0]["evaluation"] = {"source": f"local:rows/quotes{suffix}"}
+        found.append(merged(service, recipe)["metrics"]["a"])
+    assert found[0] == found[1]
+    assert found[0]["examples"] == 60

@@ -77,6 +77,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> It
         card = "---\n" + OUTSIDE.format(url=data_files)
         write_lines(root / name / "README.md", card.splitlines())
         hub.add("dataset", f"org/{name}", root / name)
+    for name, content in TABLES_OF_TEXT.items():
+        write_lines(root / name / f"train.{name.partition('-')[0]}", content)
+        hub.add("dataset", f"org/{name}", root / name)
+    multi_hot = {"text": tiny_texts(8, 9), "label": [[1, 1, 0]] * 4 + [[0, 0, 0]] * 4}
+    datasets.Dataset.from_dict(multi_hot).to_parquet(root / "lists" / "train.parquet")
+    hub.add("dataset", "org/lists", root / "lists")
+    several = tiny_checkpoint(
+        root / "several", names=["a", "b", "c"], problem_type="multi_label_classification", seed=6
+    )
+    hub.add("model", "org/several", several)
     (root / "empty").mkdir()
     hub.add("dataset", "org/empty", root / "empty")
     write_lines(root / "nothing" / "train.jsonl", [])
@@ -91,6 +101,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> It
         yield hub
 
 
+TABLES_OF_TEXT = {
+    "tsv-quotes": ["text\tlabel", '"one two\t0', 'three" four\t1', "five\t0"],
+    "csv-joined": ["text,label", '"one two,0', 'three four",1', "five,0", "six,1"],
+    "csv-short": ["text,label", "one,0", "two", "three,1"],
+    "csv-shifted": ["text,label", "one,two,0", "three,four,1"],
+}
 TEXTS = ["NA", *tiny_texts(60, 5)]
 CARD = """---
 configs:
@@ -372,6 +388,33 @@ def test_what_only_the_data_shows_fails_the_job(service: Service, case: str) -> 
     assert not [words for words in says if words not in job["error"]["message"]], job["error"]["message"]
     assert "it ran" not in service.log
     assert "a secret row" not in service.log + job["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "rows", "says"),
+    [
+        ("tsv-quotes", "a", 3, []),
+        ("lists", "several", 8, []),
+        ("csv-joined", "a", 3, ["train.csv", "1 rows", "2 lines", "with a quote too few"]),
+        ("csv-short", "a", None, ["row 2", "the row has no label"]),
+        ("csv-shifted", "a", None, ["more fields than its header"]),
+    ],
+)
+def test_rows_of_the_hub_are_those_of_its_lines_or_it_is_said(
+    service: Service, name: str, model: str, rows: int | None, says: list[str]
+) -> None:
+    evaluation = {"source": f"hf:org/{name}", "label": "label"}
+    asked = {"name": model, "checkpoint": f"hf:org/{model}", "evaluation": evaluation}
+    job = service.finished(service.submit({"method": {"name": "average"}, "models": [asked]}))
+    if rows is None:
+        assert job["error"]["code"] == "invalid_dataset", job
+        said = job["error"]["message"]
+    else:
+        assert job["status"] == "succeeded", job["error"]
+        assert job["result"]["metrics"][model]["examples"] == rows
+        said = "; ".join(job["result"]["notes"])
+    assert (f"org/{name}" in said) == bool(says), said
+    assert not [words for words in says if words not in said], said
 
 
 @pytest.mark.parametrize("name", ["outside", "outside-later", "outside-longer"])

@@ -6,8 +6,10 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow.parquet import write_table
 from sklearn import metrics as sk
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -34,6 +36,7 @@ from worker.engine.pipeline import Engine
 from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.estimators import Empirical, Sampled, estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
+from worker.engine.tables import read_parquet
 
 NAMES = ("insult", "threat", "praise")
 PROBLEM = "multi_label_classification"
@@ -103,6 +106,27 @@ def test_empirical_scores_are_of_the_rows_own_labels(
         np.testing.assert_allclose(found[name].numpy(), exact, rtol=1e-4)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("of_each", [int, float, bool])
+def test_a_value_for_each_label_is_the_same_whatever_its_type(
+    folder: Path, tmp_path: Path, loaded: LoadedModel, examples: list[Example], suffix: str, of_each: type
+) -> None:
+    spec = dataset_spec(folder / "rows.jsonl")
+    rows = [
+        {"text": row.text, "label": [of_each(name in row.label) for name in NAMES]}
+        for row in sample(RowFile(spec), spec, None)
+    ]
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        write_lines(file, [json.dumps(row) for row in rows])
+    spec = dataset_spec(file)
+    read = sample(read_parquet(spec) if suffix == ".parquet" else RowFile(spec), spec, None, shuffle=False)
+    again = tokenize(read, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task)).examples
+    assert [one.label for one in again] == [one.label for one in examples]
+
+
 def test_sampled_scores_tend_to_the_expected_ones(loaded: LoadedModel, examples: list[Example]) -> None:
     expected = score(loaded, examples, estimator_for("expected", loaded.task, 0), "float32", "rows", silent).scores()
     draws = []
@@ -151,7 +175,8 @@ def test_the_published_rule_takes_the_models_own_loss(
         (["1"], None, (0, 1, 0)),
         ([0.0, 1.0, 1.0], None, (0, 1, 1)),
         ([True, False, False], None, (1, 0, 0)),
-        ([0, 0, 1], None, (1, 1, 0)),  # ids
+        ([0, 0, 1], None, (0, 0, 1)),  # no ids, since one would be there twice
+        ([0, 1], None, (1, 1, 0)),
         ([0], ("praise", "insult"), (0, 0, 1)),
         ([0.0, 1.0], ("praise", "insult"), (1, 0, 0)),
     ],

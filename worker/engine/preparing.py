@@ -116,6 +116,12 @@ def prepare(
             population = min(len(rows), dataset.limit or len(rows))
             run.sample = Sample(read[:measured], population, dataset, loaded, needed)
             notes += [] if needed is None else _from_one(needed, dataset, read[:measured])
+        looked_at = unseen[-1] + 1 if len(unseen) == fitted_on and unseen else len(read)
+        if fitted_on and looked_at > len(unseen):
+            notes.append(
+                f"{looked_at - len(unseen)} rows of {dataset.source} are rows that {model.name} is evaluated on; "
+                "nothing was fitted to them"
+            )
         run.unseen, run.truncated = examples_from(loaded, dataset, [read[place] for place in unseen], None)
         run.alignment = run.unseen[:aligned_on]
         run.alignment_rows = [read[place] for place in unseen[:aligned_on]]
