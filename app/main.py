@@ -22,7 +22,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sweeping = Repeater(SWEEP_S, services.reaper.sweep)
         sweeping.start()
+        services.inspectors.start()
         yield
+        services.inspectors.close()
         sweeping.stop()
         await services.watcher.close()
 

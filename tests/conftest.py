@@ -185,7 +185,7 @@ class Service:
         pytest.fail(f"job {job_id} was not seen {phase}")
 
     def processes(self) -> dict[str, psutil.Process]:
-        """What runs now, by role: supervisor, redis, api, worker, engine."""
+        """What runs now, by role: supervisor, redis, api, inspector, worker, engine."""
         assert self.process is not None
         found = {}
         for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
@@ -202,6 +202,7 @@ class Service:
 
 ROLES = {
     "engine": "worker.engine_process",
+    "inspector": "app.services.inspector",
     "redis": "-server",  # of Redis or Valkey
     "supervisor": "serve",
     "api": "app.cli",

@@ -104,7 +104,7 @@ def run(settings: Settings) -> int:
         artifacts=artifacts,
         searches=searches,
         inputs=LocalInputs(settings.local_roots),
-        job_inputs=JobInputs(store, artifacts),
+        job_inputs=JobInputs(store.get, artifacts),
         engine=engine,
         statistics=StoreSpec(folder=settings.data_dir.resolve() / FOLDER, max_bytes=settings.max_statistics_bytes),
         lease_seconds=settings.lease_seconds,

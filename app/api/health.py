@@ -18,8 +18,8 @@ class Readiness(BaseModel):
 
 
 @router.get("/healthz")
-def healthz() -> Health:
-    """The process answers."""
+async def healthz() -> Health:
+    """The process answers, however busy its threads are."""
     return Health()
 
 

@@ -43,6 +43,6 @@ async def merge(
 
 
 @router.post("/merge/validate", openapi_extra=YAML_BODY)
-def validate(body: MergeBody, services: ServicesOf) -> Plan:
+async def validate(body: MergeBody, services: ServicesOf) -> Plan:
     """Everything `POST /merge` checks, and what the job would do; nothing is queued."""
-    return services.jobs.plan(body)
+    return await services.jobs.plan(body)

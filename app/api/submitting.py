@@ -23,7 +23,7 @@ async def submitted(
     response: Response,
 ) -> Job:
     """The job, after its end or at most `wait` seconds; its place goes into the response's headers."""
-    record = await run_in_threadpool(services.jobs.submit, request, idempotency_key)
+    record = await services.jobs.submit(request, idempotency_key)
     if wait is not None:
         with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise
             await services.watcher.end(record.id, record.revision, wait)

@@ -30,7 +30,7 @@ class Problem(Enum):
     INTERNAL = ("internal", 500, "The service failed; this is not the caller's fault")
     REDIS_UNAVAILABLE = ("redis_unavailable", 503, "Redis is away; try again")
     HUB_UNAVAILABLE = ("hub_unavailable", 503, "The Hugging Face hub does not answer; try again")
-    TOO_BUSY = ("too_busy", 503, "The service has as many connections as it takes; try again")
+    TOO_BUSY = ("too_busy", 503, "The service has as much to do as it takes; try again")
     NOT_READY = ("not_ready", 503, "The service is not ready")
     NO_SPACE = ("no_space", 507, "There is no space left")
 

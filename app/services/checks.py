@@ -36,6 +36,8 @@ from worker.engine.catalog.stacking import layers_of_models, plan_job
 NO_ADAPTERS = "method passthrough takes no adapters; merge it into its base first (method average with one model)"
 
 Inspect = Callable[[Path, str, Path | None], CheckpointInfo]
+At = Callable[[str], None]
+"""Is called with the field of the request that is looked at next."""
 
 
 class PlannedModel(BaseModel):
@@ -89,13 +91,14 @@ class Accepted(BaseModel):
 
 
 class Checker:
-    """Inspects what one request names."""
+    """Inspects what one request names. It needs no Redis, and leaves nothing behind."""
 
-    def __init__(self, inputs: LocalInputs, job_inputs: JobInputs, artifacts: ArtifactFolder, hub: Hub) -> None:
+    def __init__(self, inputs: LocalInputs, job_inputs: JobInputs, artifacts: ArtifactFolder, hub: Hub, at: At) -> None:
         self._inputs = inputs
         self._job_inputs = job_inputs
         self._artifacts = artifacts
         self._hub = hub
+        self._at = at
 
     def check(self, request: MergeRequest | ScoreRequest) -> Accepted:
         """Raises ProblemError: the recipe or an input is refused."""
@@ -140,6 +143,7 @@ class Checker:
             heads=output.heads,
             vocabulary=output.vocabulary,
         )
+        self._at("models")
         with _refusing("models"):  # vocabularies are aligned to the base's; without it, others would be refused
             plan = planned(base=base if aligns else None)
         if base is not None and not aligns:
@@ -191,6 +195,7 @@ class Checker:
         keeps_outline: bool = True,
     ) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
+        self._at(field)
         with _refusing(field):
             on_hub, of_job = hub_reference(reference), job_reference(reference)
             if on_hub is None:
@@ -207,6 +212,7 @@ class Checker:
         self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool, least_texts: int = 1
     ) -> str:
         """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
+        self._at(field)
         labels = None
         if needs_labels:
             with _refusing(f"{field}.label_names"):

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from app.contracts.settings import Settings
+from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
 from app.storage.artifacts import ArtifactFolder
 from app.storage.connection import connect, connect_for_rq, connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
-from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
@@ -24,6 +24,7 @@ class Services:
     watcher: JobWatcher
     artifacts: ArtifactFolder
     searches: SearchFolder
+    inspectors: Inspectors
     jobs: Jobs
     statistics: StatisticsFolder
     reaper: Reaper
@@ -38,10 +39,10 @@ def compose(settings: Settings) -> Services:
     queue = TaskQueue(connect_for_rq(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
-    local, of_jobs = LocalInputs(settings.local_roots), JobInputs(store, artifacts)
-    jobs = Jobs(store, queue, local, of_jobs, artifacts, settings.idempotency_seconds)
+    inspectors = Inspectors(settings.local_roots, settings.data_dir)
+    jobs = Jobs(store, queue, inspectors, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.queue)
     statistics = StatisticsFolder(settings.data_dir)
     searches = SearchFolder(settings.data_dir)
-    return Services(settings, store, watcher, artifacts, searches, jobs, statistics, Reaper(store, queue))
+    return Services(settings, store, watcher, artifacts, searches, inspectors, jobs, statistics, Reaper(store, queue))

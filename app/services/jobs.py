@@ -2,24 +2,18 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import BoundedSemaphore
 
+from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Kind, Record, Stage, TaskId
-from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
-from app.services.checks import Accepted, Checker, Plan
-from app.storage.artifacts import ArtifactFolder
-from app.storage.hub import Hub
-from app.storage.inputs import JobInputs, LocalInputs
-from app.storage.jobs import JobStore
+from app.contracts.requests import MergeRequest, ScoreRequest
+from app.services.checks import Accepted, Plan
+from app.services.inspection import Inspectors, JobOutcome, sources
+from app.storage.inputs import ReferenceError, job_reference
+from app.storage.jobs import Created, JobStore
 from app.storage.queue import TaskQueue
-
-HUB_REQUESTS = 8  # at once, of the 40 threads that answer
-HUB_QUEUE_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -27,42 +21,41 @@ logger = logging.getLogger(__name__)
 class Jobs:
     """The use cases behind `POST /merge`, `POST /merge/validate` and `POST /scores`."""
 
-    def __init__(
-        self,
-        store: JobStore,
-        queue: TaskQueue,
-        inputs: LocalInputs,
-        job_inputs: JobInputs,
-        artifacts: ArtifactFolder,
-        idempotency_seconds: int,
-    ) -> None:
+    def __init__(self, store: JobStore, queue: TaskQueue, inspectors: Inspectors, idempotency_seconds: int) -> None:
         self._store = store
         self._queue = queue
-        self._inputs = inputs
-        self._job_inputs = job_inputs
-        self._artifacts = artifacts
-        self._hub_places = BoundedSemaphore(HUB_REQUESTS)
+        self._inspectors = inspectors
         self._idempotency_seconds = idempotency_seconds
 
-    def submit(self, request: MergeRequest | ScoreRequest, idempotency_key: str | None) -> Record:
+    async def submit(self, request: MergeRequest | ScoreRequest, idempotency_key: str | None) -> Record:
         """A queued job, or the one that the same key made before.
 
         Raises:
             ProblemError: the recipe or an input is refused, or the key came with another body.
         """
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-        created = self._store.remembered(idempotency_key, digest) if idempotency_key else None
+        idempotency = None if idempotency_key is None else (idempotency_key, digest)
+        created = await run_sync(self._store.remembered, *idempotency) if idempotency else None
         if created is None:
-            accepted = self._check(request)
-            created = self._store.create(
-                accepted.request,
-                request.title,
-                request.labels,
-                (idempotency_key, digest) if idempotency_key else None,
-                self._idempotency_seconds,
-                accepted.states,
-                Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
-            )
+            accepted = await self._check(request)
+            created = await run_sync(self._create, request, accepted, idempotency)
+        return await run_sync(self._record, created)
+
+    def _create(
+        self, request: MergeRequest | ScoreRequest, accepted: Accepted, idempotency: tuple[str, str] | None
+    ) -> Created:
+        return self._store.create(
+            accepted.request,
+            request.title,
+            request.labels,
+            idempotency,
+            self._idempotency_seconds,
+            accepted.states,
+            Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
+        )
+
+    def _record(self, created: Created) -> Record:
+        """The job's, once it is dispatched."""
         if created.existing and not created.same_body:
             raise ProblemError(
                 Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
@@ -87,38 +80,33 @@ class Jobs:
         except RedisError as error:  # the job is stored, so it is accepted; the reaper hands it over
             logger.warning("job %s waits for Redis: %s", task.job, error)
 
-    def plan(self, request: MergeRequest) -> Plan:
-        plan = self._check(request).plan
+    async def plan(self, request: MergeRequest) -> Plan:
+        """Raises ProblemError, as `submit`."""
+        plan = (await self._check(request)).plan
         assert plan is not None  # noqa: S101 - for the type checker: every merge has one
         return plan
 
-    def _check(self, request: MergeRequest | ScoreRequest) -> Accepted:
-        with self._hub_for(request) as hub:
-            return Checker(self._inputs, self._job_inputs, self._artifacts, hub).check(request)
+    async def _check(self, request: MergeRequest | ScoreRequest) -> Accepted:
+        named = _jobs_named(request)
+        return await self._inspectors.check(request, await run_sync(self._outcomes, named) if named else {})
 
-    @contextmanager
-    def _hub_for(self, request: MergeRequest | ScoreRequest) -> Iterator[Hub]:
-        """A slow hub may hold up some requests that name it, never all that the process can answer."""
-        hub = Hub()
-        if not any(source.startswith("hf:") for source in _sources(request)):
-            yield hub
-            return
-        if not self._hub_places.acquire(timeout=HUB_QUEUE_S):
-            detail = f"{HUB_REQUESTS} requests are waiting for the hub already"
-            raise ProblemError(Problem.HUB_UNAVAILABLE, detail, None, **{"Retry-After": "10"})
+    def _outcomes(self, ids: set[str]) -> dict[str, JobOutcome]:
+        records = {job_id: self._store.get(job_id) for job_id in ids}
+        return {
+            job_id: JobOutcome(status=record.status, artifact=record.artifact)
+            for job_id, record in records.items()
+            if record is not None
+        }
+
+
+def _jobs_named(request: MergeRequest | ScoreRequest) -> set[str]:
+    """Ids of the jobs whose models the request names. A malformed reference is refused with the others."""
+    found = set()
+    for source in sources(request):
         try:
-            yield hub
-        finally:
-            self._hub_places.release()
-
-
-def _sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
-    """Every reference in the request."""
-    for model in request.models:
-        yield model.checkpoint
-        if model.dataset is not None:
-            yield model.dataset.source
-        if isinstance(model, ModelRequest) and model.evaluation is not None:
-            yield model.evaluation.source
-    if isinstance(request, MergeRequest) and request.base is not None:
-        yield request.base
+            reference = job_reference(source)
+        except ReferenceError:
+            continue
+        if reference is not None:
+            found.add(reference.job)
+    return found

@@ -5,8 +5,8 @@ Endpoint and token are the hub library's own variables, HF_ENDPOINT and HF_TOKEN
 
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -45,9 +45,14 @@ class HubUnavailable(Exception):
 
 
 class Hub:
-    """What one request asks of the hub, each thing once and all within `DEADLINE_S`."""
+    """What one request asks of the hub, each thing once and all within `DEADLINE_S`.
 
-    def __init__(self) -> None:
+    Args:
+        waiting: is entered while the hub is waited for.
+    """
+
+    def __init__(self, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self._waiting = waiting
         self.outlines = ExitStack()
         """Folders of outlines that are read again while the request is checked."""
         self._deadline = time.monotonic() + DEADLINE_S
@@ -61,7 +66,7 @@ class Hub:
             HubUnavailable: the hub does not answer, or not in time.
         """
         if (reference, kind) not in self._pinned:
-            with _translated(reference):
+            with _translated(reference), self._waiting():
                 info = HfApi().repo_info(
                     reference.repository,
                     repo_type=kind,
@@ -84,12 +89,13 @@ class Hub:
             InvalidCheckpoint: a file is too large to be what it is named.
         """
         with _translated(reference):
-            info = HfApi().model_info(
-                reference.repository,
-                revision=reference.revision,
-                files_metadata=True,
-                timeout=self._seconds_left(reference),
-            )
+            with self._waiting():
+                info = HfApi().model_info(
+                    reference.repository,
+                    revision=reference.revision,
+                    files_metadata=True,
+                    timeout=self._seconds_left(reference),
+                )
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
             described = described_files(sizes)
@@ -127,7 +133,8 @@ class Hub:
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
         found = bytearray()
         timeout = self._seconds_left(reference)
-        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        get = get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True)
+        with self._waiting(), get as response:
             hf_raise_for_status(response)
             skip = begin if response.status_code == httpx2.codes.OK else 0
             for chunk in response.iter_bytes():

@@ -1,13 +1,13 @@
 """References to inputs: what they name, and paths of those that lie in the operator's folders or in artifacts."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from app.contracts.jobs import Status
 from app.storage.artifacts import ArtifactFolder
-from app.storage.jobs import JobStore
 
 SCHEMES = ("local", "hf", "s3", "job")
 HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
@@ -67,11 +67,25 @@ def job_reference(reference: str) -> JobReference | None:
     return JobReference(match["job"], match["model"])
 
 
-class JobInputs:
-    """`job:ID/MODEL` in the artifacts of jobs that succeeded."""
+class Outcome(Protocol):
+    """What has become of a job."""
 
-    def __init__(self, store: JobStore, artifacts: ArtifactFolder) -> None:
-        self._store = store
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def artifact(self) -> str | None: ...
+
+
+class JobInputs:
+    """`job:ID/MODEL` in the artifacts of jobs that succeeded.
+
+    Args:
+        outcome: of the job with an id; None where there is no such job.
+    """
+
+    def __init__(self, outcome: Callable[[str], Outcome | None], artifacts: ArtifactFolder) -> None:
+        self._outcome = outcome
         self._artifacts = artifacts
 
     def resolve(self, reference: JobReference) -> tuple[Path, Path]:
@@ -80,18 +94,18 @@ class JobInputs:
         Raises:
             ReferenceError: there is no such job, it did not succeed, or its artifact has no such model.
         """
-        record = self._store.get(reference.job)
-        if record is None:
+        job = self._outcome(reference.job)
+        if job is None:
             raise ReferenceError(f"'{reference}': there is no job {reference.job}")
-        if record.status is not Status.SUCCEEDED or record.artifact is None:
+        if job.status is not Status.SUCCEEDED or job.artifact is None:
             raise ReferenceError(
-                f"'{reference}': job {reference.job} is {record.status}, and has no models before it succeeded"
+                f"'{reference}': job {reference.job} is {job.status}, and has no models before it succeeded"
             )
-        models = self._artifacts.models(record.artifact)
+        models = self._artifacts.models(job.artifact)
         if reference.model not in models:
             there = f"there are {', '.join(models)}" if models else "it made none"
             raise ReferenceError(f"'{reference}': job {reference.job} has no model {reference.model}; {there}")
-        return models[reference.model], self._artifacts.folder(record.artifact)
+        return models[reference.model], self._artifacts.folder(job.artifact)
 
 
 class LocalInputs:

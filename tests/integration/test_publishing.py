@@ -79,7 +79,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
             artifacts=artifacts,
             searches=SearchFolder(tmp_path),
             inputs=LocalInputs([tiny_inputs]),
-            job_inputs=JobInputs(store, artifacts),
+            job_inputs=JobInputs(store.get, artifacts),
             engine=engine,
             statistics=StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9),
             lease_seconds=LEASE_S,

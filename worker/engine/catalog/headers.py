@@ -20,6 +20,7 @@ from typing import Any
 from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.pointers import POINTER, WHAT_TO_DO, is_pointer
+from worker.engine.catalog.reading import reads
 
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
 MAX_TENSORS = 100_000
@@ -328,6 +329,7 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
         InvalidCheckpoint: header too large, malformed, or not matching the file's size.
     """
     name = file.name
+    reads(source, name)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -475,6 +477,7 @@ def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[l
 
 
 def _read(file: Path, source: str, limit: int) -> bytes:
+    reads(source, file.name)
     try:
         if file.stat().st_size > limit:
             raise InvalidCheckpoint(source, f"{file.name} is larger than {limit} bytes")

@@ -17,6 +17,7 @@ from worker.engine.catalog.errors import InvalidDataset, Place
 from worker.engine.catalog.formats import Csv, Format, JsonLines
 from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.pointers import POINTER, WHAT_TO_DO, is_pointer
+from worker.engine.catalog.reading import reads
 from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.catalog.strict import did_you_mean
 
@@ -196,6 +197,7 @@ def refuse_pointer(start: bytes, spec: DatasetSpec) -> None:
 @contextmanager
 def _opened(spec: DatasetSpec) -> Iterator[BinaryIO]:
     path = local_file(spec)
+    reads(spec.source, path.name)
     if path.exists() and not path.is_file():  # a pipe would be waited on for ever
         raise InvalidDataset(spec.source, "cannot be read: not a regular file")
     try:

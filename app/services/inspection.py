@@ -1,0 +1,342 @@
+"""Inspecting what a request names in a process that can be killed, seen from the API.
+
+What checkpoints and data sets hold comes from outside, and whoever made it may have made it to take for ever to read,
+or all memory. So one process, the inspector, has loaded all that checks need and does nothing but copy itself for each
+request; the copy reads, plans, answers and ends (see `app.services.inspector`). It costs some milliseconds, what one
+request does to it no other can feel, and its limits are those of one request.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter
+
+from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.jobs import Kind, Status
+from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
+from app.services.checks import Accepted
+from app.storage.hub import DEADLINE_S, REQUEST_TIMEOUT_S
+
+HUB_S = DEADLINE_S + REQUEST_TIMEOUT_S  # the hub's own deadline is looked at between two requests
+START_S = 60.0  # loading what checks need, on a machine that is busy
+MAX_ANSWER_BYTES = 64_000_000  # a request has 1 MB; with all defaults filled in, and twice in a plan, less than this
+LONGEST_QUOTE = 200  # characters of a reference that a message quotes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    seconds: float = 10.0  # for whoever waits; eight tokenizers of the largest models take half of it
+    """Of reading and planning, for one request."""
+    memory_bytes: int = 4_000_000_000  # eight of the largest tokenizers that are read take 1.6 GB
+    """For one request."""
+    places: int = max(2, min(8, os.cpu_count() or 1))  # one takes a core for as long as it lasts
+    """Requests that are inspected at once."""
+    hub_places: int = 8  # they wait for it most of the time
+    """Beside these, requests that name the hub."""
+    queue_seconds: float = 30.0  # for whoever waits
+    """How long a request waits for its turn."""
+
+
+class JobOutcome(BaseModel):
+    """What has become of a job whose models a request names."""
+
+    status: Status
+    artifact: str | None
+
+
+class Inspection(BaseModel):
+    """What the inspector is asked."""
+
+    kind: Kind
+    request: dict[str, Any]
+    """As it was sent, without defaults."""
+    local_roots: tuple[Path, ...]
+    data_dir: Path
+    jobs: dict[str, JobOutcome]
+    """By id; those that there are of the jobs that the request names."""
+    scratch: Path
+    """Where temporary files are made: whoever is killed leaves them."""
+    memory_bytes: int
+    cpu_seconds: int
+    """Beyond the deadline, in case nobody is there to keep to it."""
+
+
+class Began(BaseModel):
+    event: Literal["began"] = "began"
+    pid: int
+
+
+class Reading(BaseModel):
+    """Said before a file is read. `field` is the request's, `source` the reference of a checkpoint or data set."""
+
+    event: Literal["reading"] = "reading"
+    field: str
+    source: str
+    file: str
+
+
+class Hub(BaseModel):
+    """Said before the hub is waited for, and after it."""
+
+    event: Literal["hub"] = "hub"
+    is_waited_for: bool
+
+
+class Allowed(BaseModel):
+    event: Literal["allowed"] = "allowed"
+    accepted: Accepted
+
+
+class Refused(BaseModel):
+    event: Literal["refused"] = "refused"
+    code: str
+    detail: str
+    errors: list[FieldError]
+    headers: dict[str, str]
+
+
+class Exhausted(BaseModel):
+    """There was no more memory, or what was read is nested too deeply for whatever reads it."""
+
+    event: Literal["exhausted"] = "exhausted"
+    problem: str
+
+
+class Broken(BaseModel):
+    """An error that nobody expected, which the log tells."""
+
+    event: Literal["broken"] = "broken"
+    error: str
+
+
+Event = Began | Reading | Hub | Allowed | Refused | Exhausted | Broken
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+class InspectorDied(Exception):
+    """It ended before it took the request, which it therefore cannot be to blame for."""
+
+
+class Inspectors:
+    """Asks copies of the inspector. For the event loop's thread alone, so that they die with it (`die_with_parent`)."""
+
+    def __init__(self, local_roots: tuple[Path, ...], data_dir: Path, limits: Limits = Limits()) -> None:
+        self._local_roots = tuple(root.absolute() for root in local_roots)
+        self._data_dir = data_dir.absolute()
+        self._limits = limits
+        self._places = asyncio.Semaphore(limits.places)
+        self._hub_places = asyncio.Semaphore(limits.hub_places)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        """Start the inspector; what is asked before it has loaded all waits for it."""
+        self.close()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "app.services.inspector", str(os.getpid()), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                pass_fds=[theirs.fileno()],
+                # Redis's URL holds a password.
+                env={name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"},
+            )
+        self._control = ours
+
+    def close(self) -> None:
+        """End the inspector, and with it whatever copies of it do."""
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._control = self._process = None
+
+    async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, JobOutcome]) -> Accepted:
+        """What `Checker.check` says.
+
+        Args:
+            jobs: of those that the request names, which are there.
+
+        Raises:
+            ProblemError: the recipe or an input is refused, also for the time or the memory that inspecting it takes;
+                or too many requests wait already.
+        """
+        async with self._place(request):
+            scratch = Path(mkdtemp(prefix="maskmerge-"))
+            try:
+                inspection = Inspection(
+                    kind=Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
+                    request=request.model_dump(mode="json", exclude_unset=True),
+                    local_roots=self._local_roots,
+                    data_dir=self._data_dir,
+                    jobs=dict(jobs),
+                    scratch=scratch,
+                    memory_bytes=self._limits.memory_bytes,
+                    cpu_seconds=ceil(2 * self._limits.seconds),
+                )
+                return await self._ask(inspection)
+            finally:
+                await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+
+    @asynccontextmanager
+    async def _place(self, request: MergeRequest | ScoreRequest) -> AsyncIterator[None]:
+        """A slow hub may hold up some requests that name it, never those that do not."""
+        names_hub = any(source.startswith("hf:") for source in sources(request))
+        places = self._hub_places if names_hub else self._places
+        try:
+            async with asyncio.timeout(self._limits.queue_seconds):
+                await places.acquire()
+        except TimeoutError:
+            count = self._limits.hub_places if names_hub else self._limits.places
+            problem, detail = Problem.TOO_BUSY, f"what {count} requests name is being inspected; more must wait"
+            if names_hub:
+                problem, detail = Problem.HUB_UNAVAILABLE, f"{count} requests are waiting for the hub already"
+            raise ProblemError(problem, detail, None, **{"Retry-After": "10"}) from None
+        try:
+            yield
+        finally:
+            places.release()
+
+    async def _ask(self, inspection: Inspection) -> Accepted:
+        for _ in range(2):  # whatever ended the inspector, another is soon there
+            reader, writer = await asyncio.open_unix_connection(sock=self._copy(), limit=MAX_ANSWER_BYTES)
+            conversation = _Conversation(reader, writer, self._limits.seconds)
+            try:
+                return await conversation.hold(inspection)
+            except InspectorDied:
+                logger.warning("the inspector ended and is started again")
+            finally:
+                conversation.end()
+        detail = "nothing can be inspected now, since processes of this service are being ended"
+        raise ProblemError(Problem.TOO_BUSY, detail, None, **{"Retry-After": "2"})
+
+    def _copy(self) -> socket.socket:
+        """To a copy of the inspector, which is started where it is not there."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            for _ in range(2):
+                if self._control is None or self._process is None or self._process.poll() is not None:
+                    self.start()
+                assert self._control is not None  # noqa: S101 - for the type checker, see start
+                try:
+                    socket.send_fds(self._control, [b"x"], [theirs.fileno()])
+                    break
+                except OSError:  # it is just ending
+                    self.close()
+        return ours
+
+
+@dataclass
+class _Conversation:
+    """With one copy of the inspector, about one request."""
+
+    reader: StreamReader
+    writer: StreamWriter
+    seconds: float
+    """Of the inspection."""
+    process: int = -1
+    """A descriptor of it, so that no other is ended that has got its number."""
+    place: Reading = field(default_factory=lambda: Reading(field="", source="", file=""))
+    """Where it is."""
+
+    async def hold(self, inspection: Inspection) -> Accepted:
+        began = await self._next(START_S)
+        if not isinstance(began, Began):
+            raise InspectorDied
+        try:
+            self.process = os.pidfd_open(began.pid)
+            self.writer.write(inspection.model_dump_json().encode() + b"\n")
+            await self.writer.drain()
+        except OSError:
+            raise InspectorDied from None
+        left = {False: self.seconds, True: HUB_S}
+        waits_for_hub = False
+        while True:
+            since = time.monotonic()
+            try:
+                event = await self._next(left[waits_for_hub])
+            except TimeoutError:
+                raise self._too_slow(waits_for_hub) from None
+            left[waits_for_hub] -= time.monotonic() - since
+            match event:
+                case Reading():
+                    self.place = event
+                case Hub():
+                    waits_for_hub = event.is_waited_for
+                case Allowed():
+                    return event.accepted
+                case Refused():
+                    problem = next(problem for problem in Problem if problem.code == event.code)
+                    raise ProblemError(problem, event.detail, event.errors, **event.headers)
+                case Exhausted():
+                    raise self._refused(event.problem)
+                case Broken():
+                    raise RuntimeError(f"an inspection ended with {event.error}")
+                case None if self.place.field:
+                    raise self._refused("reading it ended the process that inspects it, as want of memory does")
+                case _:
+                    raise InspectorDied
+
+    def end(self) -> None:
+        """Whatever it does."""
+        if self.process >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.process, signal.SIGKILL)
+            os.close(self.process)
+        self.writer.close()
+
+    async def _next(self, timeout_s: float) -> Event | None:
+        """None when there is nobody any more to say anything. Raises TimeoutError."""
+        async with asyncio.timeout(max(0.0, timeout_s)):
+            try:
+                line = await self.reader.readline()
+            except ConnectionError:
+                return None
+        return EVENT.validate_json(line) if line.endswith(b"\n") else None
+
+    def _too_slow(self, waits_for_hub: bool) -> ProblemError:
+        if not waits_for_hub:
+            return self._refused(f"what the request names takes more than {self.seconds:g} s to inspect, up to here")
+        detail = f"the hub takes more than {DEADLINE_S:.0f} s to describe what the request names"
+        errors = [FieldError(field=self.place.field, message=detail)]
+        return ProblemError(Problem.HUB_UNAVAILABLE, detail, errors, **{"Retry-After": "10"})
+
+    def _refused(self, why: str) -> ProblemError:
+        """For what is read now."""
+        place, is_rows = self.place, self.place.field.endswith((".dataset", ".evaluation"))
+        what = "data set" if is_rows else "checkpoint"
+        where = f"{what} {place.source[:LONGEST_QUOTE]}: {place.file}: " if place.source else ""
+        problem = Problem.INVALID_DATASET if is_rows else Problem.INVALID_CHECKPOINT
+        message = f"{where}{why}"
+        return ProblemError(problem, message, [FieldError(field=place.field, message=message)])
+
+
+def sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
+    """Every reference in the request."""
+    for model in request.models:
+        yield model.checkpoint
+        if model.dataset is not None:
+            yield model.dataset.source
+        if isinstance(model, ModelRequest) and model.evaluation is not None:
+            yield model.evaluation.source
+    if isinstance(request, MergeRequest) and request.base is not None:
+        yield request.base

@@ -1,0 +1,147 @@
+"""Inspecting what a request names in a process that can be killed, seen from there: see `app.services.inspection`.
+
+The inspector itself reads nothing from outside. It copies itself (`fork`) for every socket that it is handed, and the
+copy answers what comes through that.
+"""
+
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from app.contracts.errors import ProblemError
+from app.contracts.jobs import Kind
+from app.contracts.lifetime import die_with_parent
+from app.contracts.requests import MergeRequest, ScoreRequest
+from app.services.checks import Checker
+from app.services.inspection import (
+    LONGEST_QUOTE,
+    Allowed,
+    Began,
+    Broken,
+    Exhausted,
+    Hub,
+    Inspection,
+    Reading,
+    Refused,
+)
+from app.storage import hub
+from app.storage.artifacts import ArtifactFolder
+from app.storage.inputs import JobInputs, LocalInputs
+from worker.engine.catalog.reading import observed
+
+logger = logging.getLogger(__name__)
+
+
+def serve(control: socket.socket) -> None:
+    """Until whoever holds the other end closes it, or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the API ends this one
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how copies ended
+    gc.collect()
+    gc.freeze()  # so that collecting garbage in a copy does not write to all that it shares with this process
+    inspector = os.getpid()
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
+            return
+        with socket.socket(fileno=descriptors[0]) as connection:
+            try:
+                pid = os.fork()
+            except OSError as error:  # there are as many processes as there may be
+                logger.error("no process can be made: %s", error)
+                continue
+            if pid == 0:
+                try:
+                    control.close()
+                    die_with_parent(inspector)
+                    _answer(connection)
+                finally:
+                    os._exit(0)
+
+
+def _answer(connection: socket.socket) -> None:
+    with suppress(OSError), connection.makefile("rb") as questions:
+        told = _Told(connection)
+        told.send(Began(pid=os.getpid()))
+        outcome: BaseModel
+        try:
+            outcome = _outcome(Inspection.model_validate_json(questions.readline()), told)
+        except ProblemError as error:
+            code, headers = error.problem.code, error.headers
+            outcome = Refused(code=code, detail=error.detail, errors=error.errors, headers=headers)
+        except MemoryError:
+            outcome = Exhausted(problem="inspecting it takes more memory than there is for one request")
+        except RecursionError:
+            outcome = Exhausted(problem="what it holds is nested too deeply")
+        except Exception as error:
+            logger.exception("an inspection failed")
+            outcome = Broken(error=type(error).__name__)
+        told.send(outcome)
+
+
+def _limit(memory_bytes: int, cpu_seconds: int) -> None:
+    """Where the machine itself runs out of memory, this is the process that it ends."""
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_CORE: 0}
+    for limit, most in limits.items():
+        _, allowed = resource.getrlimit(limit)
+        most = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
+        resource.setrlimit(limit, (most, most))
+    with suppress(OSError):  # not every container lets it
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _outcome(inspection: Inspection, told: "_Told") -> Allowed:
+    _limit(inspection.memory_bytes, inspection.cpu_seconds)
+    tempfile.tempdir = str(inspection.scratch)
+    kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is Kind.MERGE else ScoreRequest
+    artifacts = ArtifactFolder(inspection.data_dir)
+    checker = Checker(
+        LocalInputs(inspection.local_roots),
+        JobInputs(inspection.jobs.get, artifacts),
+        artifacts,
+        hub.Hub(told.waiting),
+        told.at,
+    )
+    with observed(told.reads):
+        return Allowed(accepted=checker.check(kind.model_validate(inspection.request)))
+
+
+class _Told:
+    """Says what is done, before it is done."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._field = ""
+
+    def send(self, event: BaseModel) -> None:
+        self._connection.sendall(event.model_dump_json().encode() + b"\n")
+
+    def at(self, field: str) -> None:
+        self._field = field
+
+    def reads(self, source: str, file: str) -> None:
+        self.send(Reading(field=self._field, source=source[:LONGEST_QUOTE], file=file[:LONGEST_QUOTE]))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.send(Hub(is_waited_for=True))
+        try:
+            yield
+        finally:
+            self.send(Hub(is_waited_for=False))
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    logging.basicConfig(level=os.environ.get("MASKMERGE_LOG_LEVEL", "INFO"), stream=sys.stderr)
+    with socket.socket(fileno=int(sys.argv[2])) as control:
+        serve(control)
