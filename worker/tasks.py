@@ -271,7 +271,7 @@ class TaskRunner:
             return None
         spec = rows.model_dump(include={*Columns.model_fields, "config", "split", "metric"})
         where = self._resolve(rows.source, InvalidDataset)
-        return {**spec, "source": rows.source, "path": where.get("path"), "hub": where.get("hub")}
+        return {**spec, "source": rows.source, **where}
 
     def _resolve(self, reference: str, invalid: type[InvalidCheckpoint | InvalidDataset]) -> dict[str, object]:
         """Path and root, or repository and commit. It was there when the job was accepted; it may not be any more."""

@@ -1,7 +1,7 @@
 """Every check of a request that needs no weights: what it names is inspected, and the job is planned."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,10 +32,11 @@ from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
 from worker.engine.catalog.rows import check_first_rows
 from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
 from worker.engine.catalog.stacking import layers_of_models, plan_job
+from worker.engine.catalog.views import Views
 
 NO_ADAPTERS = "method passthrough takes no adapters; merge it into its base first (method average with one model)"
 
-Inspect = Callable[[Path, str, Path | None], CheckpointInfo]
+Inspect = Callable[[Path, str], CheckpointInfo]
 At = Callable[[str], None]
 """Is called with the field of the request that is looked at next."""
 
@@ -99,13 +100,14 @@ class Checker:
         self._artifacts = artifacts
         self._hub = hub
         self._at = at
+        self._views = Views()
 
     def check(self, request: MergeRequest | ScoreRequest) -> Accepted:
         """Raises ProblemError: the recipe or an input is refused."""
         later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
         if later:
             raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
-        with self._hub.outlines:
+        with self._views:
             return self._merge(request) if isinstance(request, MergeRequest) else self._scores(request)
 
     def _scores(self, request: ScoreRequest) -> Accepted:
@@ -186,27 +188,19 @@ class Checker:
                 kept["evaluation"]["source"] = source
         return Accepted(request=accepted, states=_states(plan.all_checkpoints), plan=_plan(request, accepted, plan))
 
-    def _checkpoint(
-        self,
-        field: str,
-        reference: str,
-        inspect: Inspect = inspect_checkpoint,
-        *,
-        keeps_outline: bool = True,
-    ) -> CheckpointInfo:
+    def _checkpoint(self, field: str, reference: str, inspect: Inspect = inspect_checkpoint) -> CheckpointInfo:
         """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
         self._at(field)
         with _refusing(field):
             on_hub, of_job = hub_reference(reference), job_reference(reference)
             if on_hub is None:
                 path, root = self._inputs.resolve(reference) if of_job is None else self._job_inputs.resolve(of_job)
-                return inspect(path, reference, root)
+                return inspect(self._views.open(path, reference, root), reference)
             pinned = self._hub.pinned(on_hub, "model")
-            with ExitStack() as inspecting:
-                outlines = self._hub.outlines if keeps_outline else inspecting
-                folder = Path(outlines.enter_context(TemporaryDirectory(prefix="maskmerge-")))
+            with TemporaryDirectory(prefix="maskmerge-outline-") as name:
+                folder = Path(name)
                 self._hub.outline(pinned, folder)
-                return inspect(folder, str(pinned), folder)
+                return inspect(self._views.open(folder, str(pinned), folder), str(pinned))
 
     def _rows(
         self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool, least_texts: int = 1
@@ -221,7 +215,7 @@ class Checker:
             on_hub = hub_reference(rows.source)
             if on_hub is not None:
                 return str(self._hub.pinned(on_hub, "dataset"))
-            path, _ = self._inputs.resolve(rows.source)
+            path, root = self._inputs.resolve(rows.source)
         for name in ("config", "split"):
             if getattr(rows, name) is not None:
                 message = "is for data sets of the hub; a file is one split"
@@ -229,7 +223,8 @@ class Checker:
                 raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
         columns = rows.model_dump(include=set(Columns.model_fields))
         with _refusing(field):
-            spec = DatasetSpec(source=rows.source, path=path, **columns)
+            file = self._views.open_file(path, rows.source, root)
+            spec = DatasetSpec(source=rows.source, path=file, **columns)
             check_first_rows(spec, labels, least_texts)
         return rows.source
 

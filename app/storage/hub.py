@@ -6,7 +6,7 @@ Endpoint and token are the hub library's own variables, HF_ENDPOINT and HF_TOKEN
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -53,8 +53,6 @@ class Hub:
 
     def __init__(self, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._waiting = waiting
-        self.outlines = ExitStack()
-        """Folders of outlines that are read again while the request is checked."""
         self._deadline = time.monotonic() + DEADLINE_S
         self._pinned: dict[tuple[HubReference, Kind], HubReference] = {}
 

@@ -64,7 +64,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapted(adapter: Path, base: Path) -> CheckpointInfo:
-    return inspect_model(adapter, f"local:{adapter.name}", None, inspect_checkpoint(base, "local:base"))
+    return inspect_model(adapter, f"local:{adapter.name}", inspect_checkpoint(base, "local:base"))
 
 
 def read(info: CheckpointInfo) -> Tensors:

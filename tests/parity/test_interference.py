@@ -102,7 +102,7 @@ def test_adapters_change_their_base_by_what_they_add(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base", seed=1000)
     adapters = [tiny_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate("ab")]
     ancestor = inspect_checkpoint(base, "base")
-    plan = plan_merge([inspect_model(f, f.name, None, ancestor) for f in adapters], base=ancestor)
+    plan = plan_merge([inspect_model(f, f.name, ancestor) for f in adapters], base=ancestor)
     found = interference(plan, [0, 1])
     assert found is not None
     deltas = []

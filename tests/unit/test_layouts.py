@@ -306,9 +306,15 @@ def test_models_that_do_not_fit_are_refused_by_both_names(copied: Copied, case: 
     assert_refused(partial(plan, *folders), IncompatibleCheckpoints, [*(f"local:{f.name}" for f in folders), *words])
 
 
+def quantised(folder: Path) -> None:
+    """Says so, and has integers by a name that no format is known by."""
+    config(quantization_config={"bits": 4})(folder)
+    added("model.layers.0.mlp.up_proj_blocks", torch.zeros(2, dtype=torch.uint8))(folder)
+
+
 BAD: dict[str, tuple[Spoiling, list[str]]] = {
     "no kind of model": (config(model_type=None), ["no model_type"]),
-    "quantised by its configuration": (config(quantization_config={"bits": 4}), ["quantised"]),
+    "quantised by its configuration": (quantised, ["quantised"]),
     "quantised by its tensors": (
         added("model.layers.0.mlp.up_proj.qweight", torch.zeros(2, dtype=torch.int32)), ["quantised", "qweight"],
     ),
@@ -350,7 +356,7 @@ def test_layers_that_predict_further_tokens_are_beyond_those_that_are_counted(co
         (added("model.norm.weight", torch.zeros(8)), IncompatibleCheckpoints, ["[16], in the base [8]"]),
         (config(hidden_act="gelu"), IncompatibleCheckpoints, ["hidden_act"]),
         (config(model_type="gpt2"), IncompatibleCheckpoints, ["llama, gpt2"]),
-        (config(quantization_config={"bits": 4}), InvalidCheckpoint, ["quantised"]),
+        (quantised, InvalidCheckpoint, ["quantised"]),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused_by_name(

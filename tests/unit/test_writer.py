@@ -464,7 +464,6 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["word_embeddings.weight has shape [100, 16]"],
     ),
     "unknown activation": (config(hidden_act="nope"), ["transformers cannot load it"]),
-    "quantised": (config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), ["quant"]),
     "a setting of the wrong type": (config(layer_norm_eps="small"), ["layer_norm_eps"]),
     "a padding token out of range": (config(pad_token_id=1000), ["transformers cannot load it"]),
     "an unknown kind of tokenizer": (unknown_tokenizer, ["transformers cannot load it"]),

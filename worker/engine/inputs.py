@@ -4,6 +4,7 @@ The libraries for tables and for the hub cost 110 MB and half a second, so they 
 those that every model needs: they look for each other.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.engine.catalog.adapters import inspect_model
@@ -11,6 +12,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state
 from worker.engine.catalog.rows import RowFile, Rows, is_parquet
 from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, JobSpec
+from worker.engine.catalog.views import Views
 from worker.engine.libraries import preload
 from worker.engine.phase import OnProgress
 
@@ -19,9 +21,14 @@ if TYPE_CHECKING:
 
 
 class Inputs:
-    """Downloads what is on the hub when it is made, see `worker.engine.hub.fetch`."""
+    """Downloads what is on the hub when it is made, see `worker.engine.hub.fetch`.
 
-    def __init__(self, spec: JobSpec, on_progress: OnProgress) -> None:
+    Args:
+        views: where checkpoints are opened; they can be read as long as it is.
+    """
+
+    def __init__(self, spec: JobSpec, views: Views, on_progress: OnProgress) -> None:
+        self._views = views
         self._fetched: Fetched | None = None
         if spec.names_the_hub:
             preload()
@@ -34,10 +41,11 @@ class Inputs:
         if model.hub is not None and self._fetched is not None:
             folder = self._fetched.checkpoints[model.hub]
             root = folder.parent.parent  # the repository's part of the cache
-            return inspect_model(folder, model.source, root, base)
-        if model.path is None:
+        elif model.path is not None:
+            folder, root = model.path, model.root or Path("/")
+        else:
             raise TypeError(f"{model.source} is neither a folder nor on the hub")
-        info = inspect_model(model.path, model.source, model.root, base)
+        info = inspect_model(self._views.open(folder, model.source, root), model.source, base)
         if model.state not in (None, checkpoint_state(info)):
             raise InvalidCheckpoint(model.source, "its files were changed after the job was accepted; post it again")
         return info
@@ -48,6 +56,8 @@ class Inputs:
             from worker.engine.tables import TableRows
 
             return TableRows(self._fetched.table(spec), spec, notes=self._fetched.notes_of(spec))
+        if spec.path is not None and spec.root is not None:
+            spec = spec.model_copy(update={"path": self._views.open_file(spec.path, spec.source, spec.root)})
         if is_parquet(spec):
             preload()
             from worker.engine.tables import read_parquet

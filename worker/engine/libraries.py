@@ -48,6 +48,7 @@ class Library:
 transformers = Library("transformers")
 conversion_mapping = Library("transformers.conversion_mapping")
 masking_utils = Library("transformers.masking_utils")
+tokenization_auto = Library("transformers.models.auto.tokenization_auto")
 optuna = Library("optuna")
 optimize = Library("scipy.optimize")
 sparse = Library("scipy.sparse")

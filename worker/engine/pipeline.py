@@ -33,6 +33,7 @@ from worker.engine.catalog.report import MergeResult, MetricResult, ScoreResult,
 from worker.engine.catalog.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.stacking import plan_job
 from worker.engine.catalog.values import Place
+from worker.engine.catalog.views import Views
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import Digests
@@ -81,20 +82,21 @@ class Engine:
         Raises:
             EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
         """
-        with _begun(spec) as store:
-            return self._merge(spec, store, on_progress)
+        with _begun(spec) as (store, views):
+            return self._merge(spec, store, views, on_progress)
 
-    def _merge(self, spec: MergeSpec, store: StatisticsStore, on_progress: OnProgress) -> MergeResult:
+    def _merge(self, spec: MergeSpec, store: StatisticsStore, views: Views, on_progress: OnProgress) -> MergeResult:
         notes: list[str] = []
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
         with clock.measure("load_seconds"):
-            inputs = Inputs(spec, on_progress)
+            inputs = Inputs(spec, views, on_progress)
             base = inputs.checkpoint(spec.base) if spec.base else None
             checkpoints = [inputs.checkpoint(model, base) for model in spec.models]
             names = [model.name for model in spec.models]
             output = spec.output
             plan = plan_job(spec.method, names, checkpoints, output.dtype, base, output.heads, output.vocabulary)
+            notes += [note for info in plan.all_checkpoints for note in info.notes]
             notes += [*plan.notes, *vocabulary_notes(plan)]
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
@@ -188,10 +190,10 @@ class Engine:
         Raises:
             EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
         """
-        with _begun(spec) as store:
-            return self._score(spec, store, on_progress)
+        with _begun(spec) as (store, views):
+            return self._score(spec, store, views, on_progress)
 
-    def _score(self, spec: ScoreSpec, store: StatisticsStore, on_progress: OnProgress) -> ScoreResult:
+    def _score(self, spec: ScoreSpec, store: StatisticsStore, views: Views, on_progress: OnProgress) -> ScoreResult:
         notes: list[str] = []
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
@@ -200,13 +202,14 @@ class Engine:
 
         measured = []
         with clock.measure("load_seconds"):
-            inputs = Inputs(spec, on_progress)
+            inputs = Inputs(spec, views, on_progress)
             plans = [plan_merge([inputs.checkpoint(model)]) for model in spec.models]
             for plan in plans:
                 required_family(plan)
             states = [(info, checkpoint_state(info)) for plan in plans for info in plan.checkpoints]
             loading = Phase("loading", len(spec.models), "models", on_progress)
             infos = [info for plan in plans for info in plan.checkpoints]
+            notes += [note for info in infos for note in info.notes]
             digests = self._digests.of_checkpoints(infos, torch.get_num_threads())
             for model, plan, info, digest in zip(spec.models, plans, infos, digests, strict=True):
                 self._require_memory(plan, spec, precision, longest_row=1)
@@ -424,8 +427,9 @@ class Stopwatch:
 
 
 @contextmanager
-def _begun(spec: JobSpec) -> Iterator[StatisticsStore]:
-    """A job with its folder; statistics are looked for and kept, without a place for them until the job is done.
+def _begun(spec: JobSpec) -> Iterator[tuple[StatisticsStore, Views]]:
+    """A job with its folder, views of its inputs, and its statistics: these are looked for and kept, without a place
+    for them until the job is done.
 
     Several candidates of one job share them, so that none goes before its end.
     """
@@ -435,7 +439,8 @@ def _begun(spec: JobSpec) -> Iterator[StatisticsStore]:
         where = spec.store
         if where is None:
             where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=sys.maxsize)
-        yield stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
+        views = stack.enter_context(Views())
+        yield stack.enter_context(StatisticsStore(where.folder, where.max_bytes)), views
 
 
 def _scoring(measured: Sequence[tuple[Measurer, ModelRun]], on_progress: OnProgress) -> Phase:

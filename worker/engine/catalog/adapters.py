@@ -101,7 +101,6 @@ class Adapter:
 def inspect_model(
     path: Path,
     source: str,
-    root: Path | None,
     base: CheckpointInfo | None,
     *,
     without_base: str = "name that as base",
@@ -117,8 +116,8 @@ def inspect_model(
     """
     with readable(source):
         if not (path / ADAPTER_CONFIG).exists():
-            return inspect_checkpoint(path, source, root)
-        check_folder(path, source, root)
+            return inspect_checkpoint(path, source)
+        check_folder(path, source)
         adapter = _adapter(path, source)
         if base is None:
             of = adapter.config.base_model_name_or_path

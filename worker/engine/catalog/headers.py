@@ -8,11 +8,10 @@ sizes are checked before anything is parsed.
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,9 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 QUANTISED = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E4M3FNUZ": "float8", "F8_E5M2FNUZ": "float8"}
 QUANTISED |= {"F8_E8M0": "float8", "F6_E2M3": "float6", "F6_E3M2": "float6", "F4": "float4"}
 QUANTISED |= dict.fromkeys(("U16", "U32", "U64"), "packed")
+PACKED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB|weight_scale|weight_scale_inv)(\.|$)")
+"""Names that GPTQ, AWQ, compressed-tensors and bitsandbytes give to the parts of quantised weights."""
+INTEGERS_THAT_PACK = ("I32", "I16", "I8", "U8")
 SENTENCEPIECE = (
     "sentencepiece.bpe.model",
     "spm.model",
@@ -95,7 +97,6 @@ MODULE_FILE = re.compile(r"[0-9]{1,2}_[A-Za-z0-9_]{1,64}/(config\.json|model\.sa
 INNER_FOLDER = re.compile(r"additional_chat_templates|[0-9]{1,2}_[A-Za-z0-9_]{1,64}")
 """What a checkpoint's folder may hold that has files of it."""
 SPECIAL_TOKENS = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
-LEFTOVERS = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file")  # where it once was; nobody reads them
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
 
 
@@ -153,6 +154,8 @@ class CheckpointInfo:
     """Of an adapter: what it adapts. Its files are not this checkpoint's, though its tensors are."""
     last_token: int | None = None
     """The highest id that the tokenizer gives; None where its files do not tell."""
+    notes: tuple[str, ...] = ()
+    """Said in the result of a job that reads it."""
 
     @property
     def model_type(self) -> str:
@@ -193,17 +196,17 @@ class Tokenizer:
     """What tells a piece that continues a word, and one that ends it."""
 
 
-def inspect_checkpoint(path: Path, source: str, root: Path | None = None) -> CheckpointInfo:
+def inspect_checkpoint(path: Path, source: str) -> CheckpointInfo:
     """Read config and headers of the checkpoint folder `path`, of a whole model.
 
-    Every file must lie under `root` after following links (default: any place), so that a link inside a checkpoint
-    cannot reach out of the folders the operator allowed.
+    Args:
+        path: a view, see `views`, where the checkpoint comes from outside.
 
     Raises:
         InvalidCheckpoint: names the file or tensor and what to do.
     """
     with readable(source):
-        return _inspect(path, source, root)
+        return _inspect(path, source)
 
 
 @contextmanager
@@ -215,30 +218,14 @@ def readable(source: str) -> Iterator[None]:
         raise InvalidCheckpoint(source, f"cannot be read: {error.strerror}") from error
 
 
-def check_folder(path: Path, source: str, root: Path | None) -> None:
-    """Raises InvalidCheckpoint for files out of `root` or that are none, and a tokenizer that would reach out."""
+def check_folder(path: Path, source: str) -> None:
+    """Raises InvalidCheckpoint where there is no folder, and for a tokenizer that names code to run."""
     if not path.is_dir():
         raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
-    for name in file_names(path):  # a folder is checked before it is opened
-        file = path / name
-        # Not every Python's Path.resolve() raises at links in a circle, nor does exists().
-        if root is not None and not Path(os.path.realpath(file)).is_relative_to(root.resolve()):
-            raise InvalidCheckpoint(source, f"{name} is a symbolic link out of the allowed folders")
-        with suppress(FileNotFoundError):  # a link to nothing, which matters only where the file is needed
-            file.stat()
-        if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited on for ever
-            raise InvalidCheckpoint(source, f"{name} is not a regular file")
     check_description(path, source)
-    tokenizer_config_file = path / "tokenizer_config.json"
-    tokenizer_config = (
-        read_json(tokenizer_config_file, source, MAX_CONFIG_BYTES) if tokenizer_config_file.exists() else {}
-    )
-    for key, value in tokenizer_config.items():
-        if key.endswith(("_file", "_model")) and key not in LEFTOVERS and isinstance(value, str) and "/" in value:
-            raise InvalidCheckpoint(
-                source, f"tokenizer_config.json has {key} in another folder; save the tokenizer again"
-            )
-    refuse_code("tokenizer_config.json", tokenizer_config, source)
+    file = path / "tokenizer_config.json"
+    if file.exists():
+        refuse_code(file.name, read_json(file, source, MAX_CONFIG_BYTES), source)
 
 
 def check_description(path: Path, source: str) -> None:
@@ -254,8 +241,8 @@ def check_description(path: Path, source: str) -> None:
         if not file.is_file():
             continue
         sizes[name] = file.stat().st_size
-        if sizes[name] > _limit(name):
-            raise InvalidCheckpoint(source, f"{name} is larger than {_limit(name)} bytes", file=name)
+        if sizes[name] > size_limit(name):
+            raise InvalidCheckpoint(source, f"{name} is larger than {size_limit(name)} bytes", file=name)
         with file.open("rb") as stream:
             refuse_pointer(name, stream.read(len(POINTER)), source)
     whole = sum(size for name, size in sizes.items() if not name.endswith(WEIGHTS))
@@ -269,7 +256,7 @@ def check_description(path: Path, source: str) -> None:
         raise InvalidCheckpoint(source, problem)
 
 
-def _limit(name: str) -> int:
+def size_limit(name: str) -> int:
     """Bytes that a file beside the weights may have."""
     if name in ("tokenizer.json", *OLDER_VOCABULARIES):
         return MAX_TOKENIZER_BYTES
@@ -294,8 +281,8 @@ def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
-    check_folder(path, source, root)
+def _inspect(path: Path, source: str) -> CheckpointInfo:
+    check_folder(path, source)
     if (path / ADAPTER_CONFIG).exists():
         raise InvalidCheckpoint(source, f"it is an adapter ({ADAPTER_CONFIG}); only the models of a merge may be")
     config = read_json(path / "config.json", source, MAX_CONFIG_BYTES)
@@ -315,8 +302,24 @@ def _inspect(path: Path, source: str, root: Path | None) -> CheckpointInfo:
         if name not in tensors:
             problem = f"{INDEX} says that tensor {name} is in {file_of}, and no weight file has it"
             raise InvalidCheckpoint(source, problem, tensor=name)
+    notes: tuple[str, ...] = ()
+    if config.get("quantization_config") and not any(map(_may_be_packed, tensors.values())):
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+        notes = (f"config.json of {source} has a quantization_config though its weights are plain: it was left out",)
     vocabulary, last = vocabulary_of(path, source)
-    return CheckpointInfo(source, path, config, tensors, vocabulary, path, last_token=last)
+    return CheckpointInfo(source, path, config, tensors, vocabulary, path, last_token=last, notes=notes)
+
+
+def is_packed(tensor: TensorInfo) -> bool:
+    """Whether it is a part of quantised weights: integers that are called a weight, or what belongs to such."""
+    return PACKED.search(tensor.name) is not None or (
+        tensor.dtype not in FLOATS and (tensor.name == "weight" or tensor.name.endswith(".weight"))
+    )
+
+
+def _may_be_packed(tensor: TensorInfo) -> bool:
+    """Whether it may be a part of quantised weights, where a configuration says that there are some."""
+    return is_packed(tensor) or tensor.dtype in INTEGERS_THAT_PACK
 
 
 def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
@@ -349,7 +352,7 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     if len(raw) < header_bytes:
         raise InvalidCheckpoint(source, f"{name} is truncated inside its header", file=name)
     try:
-        header = _parsed(raw)
+        header = parsed_json(raw)
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
         data = 8 + header_bytes
@@ -440,18 +443,27 @@ def file_names(folder: Path) -> Iterator[str]:
 
 
 def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[str]:
-    """The weight files of a checkpoint whose files are `names`; of a sharded one, those that its index names."""
-    if INDEX in names:
-        try:
-            files = sorted({str(file) for file in json.loads(read(INDEX))["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return []  # `inspect_checkpoint` says what is wrong with it
-        return [file for file in files[:MAX_WEIGHT_FILES] if Path(file).name == file and file in names]
-    return [name for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in names]
+    """The weight files of a checkpoint whose files are `names`.
+
+    The rule is that of transformers' `from_pretrained`: one file goes before an index, whose shards are then not read.
+
+    Args:
+        read: the content of a file.
+    """
+    found = [name for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in names]
+    if WEIGHTS in found or INDEX not in names:
+        return found
+    try:
+        files = sorted({str(file) for file in json.loads(read(INDEX))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return found  # `inspect_checkpoint` says what is wrong with it
+    return [*found, *(file for file in files[:MAX_WEIGHT_FILES] if Path(file).name == file and file in names)]
 
 
 def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[list[str], Mapping[str, object]]:
-    """Names of the files, and by tensor the file in which an index says that it is."""
+    """Names of the files, see `weights_among`, and by tensor the file in which an index says that it is."""
+    if (path / WEIGHTS).is_file():
+        return [WEIGHTS], {}
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX, source, MAX_HEADER_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -463,8 +475,6 @@ def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[l
             if Path(file).name != file or not (path / file).is_file():
                 raise InvalidCheckpoint(source, f"{INDEX} names {file}, which is not in the folder")
         return files, weight_map
-    if (path / WEIGHTS).is_file():
-        return [WEIGHTS], {}
     for pickle in PICKLES:
         if (path / pickle).exists():
             raise InvalidCheckpoint(
@@ -488,7 +498,7 @@ def _read(file: Path, source: str, limit: int) -> bytes:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read: {error.strerror}") from error
 
 
-def _parsed(raw: bytes) -> Any:
+def parsed_json(raw: bytes) -> Any:
     """Raises ValueError for what is no JSON, and for half a surrogate pair, which no file could hold as UTF-8."""
     content = json.loads(raw)
     if b"\\u" in raw:  # in no other way can there be one
@@ -502,7 +512,7 @@ def _parsed(raw: bytes) -> Any:
 def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
     """Raises InvalidCheckpoint when it is missing, larger than `limit` bytes or no JSON object."""
     try:
-        content = _parsed(_read(file, source, limit))
+        content = parsed_json(_read(file, source, limit))
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -517,7 +527,7 @@ def module_entries(file: Path, source: str) -> list[dict[str, Any]]:
         InvalidCheckpoint: it is malformed, or the transformer lies in a sub-folder, as old versions saved it.
     """
     try:
-        entries = _parsed(_read(file, source, MAX_CONFIG_BYTES))
+        entries = parsed_json(_read(file, source, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not entries:

@@ -13,7 +13,7 @@ from worker.engine.catalog.architectures import classifies, labels_of, use_of
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import OLDER_PARTS
-from worker.engine.catalog.headers import FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.headers import FLOATS, CheckpointInfo, TensorInfo, is_packed
 from worker.engine.catalog.values import Place
 
 LAYER = re.compile(r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>\d{1,6})\.(?P<inner>.+)")
@@ -43,9 +43,6 @@ OUTPUT_EMBEDDINGS = (
 SHARED_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Always copies of `shared.weight`, where there is one."""
 TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
-PACKED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB|weight_scale|weight_scale_inv)(\.|$)")
-"""Names that GPTQ, AWQ, compressed-tensors and bitsandbytes give to the parts of quantised weights."""
-
 GENERATING = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys of the number of layers, by which the one stack of a decoder or encoder is counted."""
@@ -241,7 +238,7 @@ def check_checkpoint(info: CheckpointInfo) -> None:
         InvalidCheckpoint: it has no model_type, is quantised, or has fewer layers or another head than it says.
     """
     _require_kind(info)
-    packed = next((name for name, tensor in info.tensors.items() if _is_packed(tensor)), None)
+    packed = next((name for name, tensor in info.tensors.items() if is_packed(tensor)), None)
     if info.config.get("quantization_config") or packed:
         seen = f" (tensor {packed})" if packed else ""
         raise InvalidCheckpoint(info.source, f"its weights are quantised{seen}; merge the originals, then quantise")
@@ -269,13 +266,6 @@ def check_checkpoint(info: CheckpointInfo) -> None:
 def _require_kind(info: CheckpointInfo) -> None:
     if not info.model_type:
         raise InvalidCheckpoint(info.source, "config.json has no model_type; save the model by save_pretrained()")
-
-
-def _is_packed(tensor: TensorInfo) -> bool:
-    """Whether it is a part of quantised weights: integers that are called a weight, or what belongs to such."""
-    return PACKED.search(tensor.name) is not None or (
-        tensor.dtype not in FLOATS and (tensor.name == "weight" or tensor.name.endswith(".weight"))
-    )
 
 
 def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

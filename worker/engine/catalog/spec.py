@@ -57,6 +57,8 @@ class DatasetSpec(Columns):
 
     source: str
     path: Path | None = None
+    root: Path | None = None
+    """Folder that the file must lie in, after following links; None for any."""
     hub: HubSource | None = None
     config: str | None = None
     split: str | None = None

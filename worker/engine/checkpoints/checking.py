@@ -11,10 +11,11 @@ from worker.engine.catalog.layouts import HARMLESS, check_configs, is_buffer
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.stacking import keys_of_layers
 from worker.engine.catalog.vocabulary import token_keys
+from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.known_layouts import known_layout
 from worker.engine.checkpoints.layout import check_layout, unread_tensors
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.libraries import in_one_line, transformers
+from worker.engine.libraries import transformers
 from worker.engine.methods.blocks import row_blocks
 
 
@@ -72,10 +73,7 @@ def _with_defaults(info: CheckpointInfo) -> CheckpointInfo:
     """With the keys that transformers adds; as it is where transformers does not know the kind of model."""
     if info.model_type not in transformers.CONFIG_MAPPING:
         return info
-    try:
-        return replace(info, config=transformers.AutoConfig.for_model(**info.config).to_dict())
-    except Exception as error:  # whatever transformers thinks of the configuration
-        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {in_one_line(error)}") from error
+    return replace(info, config=library_config(info.config, info.source).to_dict())
 
 
 def _check_tied(pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> None:

@@ -18,6 +18,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.layouts import spellings
+from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.known_layouts import Layout, known_layout
 from worker.engine.libraries import conversion_mapping, in_one_line, transformers
 
@@ -97,7 +98,7 @@ def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | 
         raise InvalidCheckpoint(source, f"{problem}; name the model's own class")
     try:
         with torch.device("meta"), _built_for(tensors, source):
-            model = model_class._from_config(transformers.AutoConfig.for_model(**values), attn_implementation="eager")
+            model = model_class._from_config(library_config(values, source), attn_implementation="eager")
         model.tie_weights()
         if conversion_mapping.get_model_conversion_mapping(model, add_legacy=False):
             return None

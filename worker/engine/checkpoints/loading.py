@@ -11,21 +11,16 @@ from torch import nn
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.headers import CheckpointInfo
+from worker.engine.catalog.headers import CheckpointInfo, described_files
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.checkpoints.attention import cpu_attention
+from worker.engine.checkpoints.configurations import library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import check_layout, misshapen
-from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
 from worker.engine.libraries import in_one_line, is_of_library, transformers
 from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import padding_values
-
-SETTINGS = {
-    "return_dict": True,
-    "output_attentions": False,  # what is asked for here costs time, and not every attention can give it
-    "chunk_size_feed_forward": 0,  # in chunks, the second projection would see parts of its input
-}
 
 
 @dataclass(frozen=True)
@@ -53,22 +48,23 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     # None: fused where the family has it.
     attention = None if device.type == "cuda" else cpu_attention()
     try:
+        check_layout(info)  # before memory is taken for a model of any size that its configuration claims
         if info.base is None:
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
                 info.path,
+                config=library_config(info.config, info.source),
                 use_safetensors=True,
                 dtype=torch.float32,
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, by name
-                **SETTINGS,
                 **offline,
             )
         else:
-            check_layout(info)
             model, report = _adapted(info, attention), {"mismatched_keys": (), "missing_keys": ()}
         # Without a tokenizer_config.json, its class is that of the model's type.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(info.tokenizer_path, config=model.config, **offline)
+        with tokenizer_folder(info) as folder:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config, **offline)
     except InvalidCheckpoint:
         raise
     except BaseException as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
@@ -103,7 +99,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
 
 def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
     """The model that an adapter makes of its base, whose layout was checked."""
-    config = transformers.AutoConfig.for_model(**{**info.config, **SETTINGS})
+    config = library_config(info.config, info.source)
     model: nn.Module = transformers.AutoModelForSequenceClassification.from_config(
         config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
@@ -172,10 +168,13 @@ class ModelCache:
 
 
 def _state(info: CheckpointInfo) -> tuple[object, ...]:
-    """Of every file, since tokenizer and configuration count as much as the weights."""
-    stats = sorted((file.name, file.stat()) for file in info.path.iterdir())
-    own = (info.path, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
-    return own if info.base is None else (own, _state(info.base))
+    """What a loaded model depends on, wherever the checkpoint's view is: tokenizer and configuration count as much as
+    the weights, and messages name the source."""
+    described = described_files({file.name for file in info.path.iterdir()})
+    own = [(name, digest_file(info.path / name)) for name in described]
+    weights = [(name, *file_identity((info.path / name).stat())) for name in info.weight_files]
+    state = (info.source, *own, *weights)
+    return state if info.base is None else (*state, _state(info.base))
 
 
 def _bytes(loaded: LoadedModel) -> int:

@@ -153,13 +153,18 @@ class Digests:
 
     def _of_file(self, path: Path) -> str:
         stat = path.stat()
-        key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        key = file_identity(stat)
         if key in self._known:
             return self._known[key]
         digest = digest_file(path)
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > CLOCK_TICK_NS:
             self._known[key] = digest
         return digest
+
+
+def file_identity(stat: os.stat_result) -> tuple[int, ...]:
+    """Equal as long as a file is the same and nobody writes to it, by whatever path it is reached."""
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def digest_file(path: Path) -> str:

@@ -1,0 +1,249 @@
+"""The one door for checkpoints: which files make one is decided once, and each of them is opened once.
+
+A view is a private folder of what a checkpoint is made of. Files that describe it are copied; weight files are links to
+the files that are open, so that whatever is put in their place later is not read. Configurations lose the keys that
+steer what libraries load. Everything after reads the view alone.
+"""
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.headers import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    INDEX,
+    INNER_FOLDER,
+    MAX_CONFIG_BYTES,
+    MAX_DESCRIPTION_BYTES,
+    PICKLES,
+    WEIGHTS,
+    described_files,
+    parsed_json,
+    readable,
+    size_limit,
+    weights_among,
+)
+
+MAX_NAMES = 100_000  # in a folder and its sub-folders; more would take long to list
+STEERING = re.compile(r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*")
+"""Keys of `config.json` that say which files, code or kernels a library takes. No model is another with them."""
+CONFIGURATIONS = ("config.json", ADAPTER_CONFIG)
+
+
+class Views:
+    """Makes views, and removes them all at the end of its context."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+
+    def __enter__(self) -> "Views":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def open(self, path: Path, source: str, root: Path) -> Path:
+        """A view of the checkpoint folder `path`.
+
+        Args:
+            source: the name that messages give it.
+            root: the folder that every file must lie in, whatever links lead to it.
+
+        Raises:
+            InvalidCheckpoint: the folder or a file that is needed lies outside `root`, is no regular file, is too
+                large, or cannot be read.
+        """
+        view = self._folder()
+        with readable(source):
+            _fill(view, _Checkpoint(path, source, root, self._opened))
+        return view
+
+    def open_file(self, path: Path, source: str, root: Path) -> Path:
+        """A link by the same name to a data set's file, which is open. What cannot be opened is `path` itself.
+
+        Raises:
+            InvalidDataset: it lies outside `root`, or was changed to a link while it was opened.
+        """
+        link = self._folder() / path.name
+        try:
+            link.symlink_to(descriptor_path(open_beneath(path, root, self._opened)))
+        except LinkOut as error:
+            raise InvalidDataset(source, "it is a symbolic link out of the allowed folders") from error
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise InvalidDataset(source, "it was changed while it was opened; try again") from error
+            return path  # whoever reads it says why not
+        return link
+
+    def _folder(self) -> Path:
+        return Path(self._opened.enter_context(TemporaryDirectory(prefix="maskmerge-view-")))
+
+
+class LinkOut(Exception):
+    """A link leads out of the folder that a file must lie in."""
+
+
+def open_beneath(path: Path, root: Path, opened: ExitStack) -> int:
+    """A descriptor for reading `path`, which stays open as long as `opened`.
+
+    Links that lead to another place below `root` count as that place. It is opened a folder at a time without following
+    a link, so that one that is put there meanwhile is an error.
+
+    Raises:
+        LinkOut: a link leads out of `root`.
+        OSError: it cannot be opened; ELOOP for a link that leads nowhere or was put there meanwhile.
+    """
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    if not real.is_relative_to(root):
+        raise LinkOut(path.name)
+    with ExitStack() as walking:
+        folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        walking.callback(os.close, folder)
+        *parents, name = real.relative_to(root).parts or (".",)
+        for part in parents:
+            folder = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            walking.callback(os.close, folder)
+        # A pipe would be waited on for ever.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def descriptor_path(descriptor: int) -> str:
+    """A path by which libraries open the same file again, whatever has become of its name."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+class _Checkpoint:
+    """A checkpoint's folder: its names, and its files opened."""
+
+    def __init__(self, path: Path, source: str, root: Path, opened: ExitStack) -> None:
+        self.source = source
+        self._path = path
+        self._root = root
+        self._opened = opened
+        if not path.is_dir():
+            raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
+
+    def names(self) -> list[str]:
+        """Names of its files, and of those in folders within it that may have files of a checkpoint."""
+        found: list[str] = []
+        for entry in _entries(self._path):
+            if entry.is_dir(follow_symlinks=False):
+                inner = _entries(Path(entry.path)) if INNER_FOLDER.fullmatch(entry.name) else ()
+                found += (f"{entry.name}/{file.name}" for file in inner)
+            elif not _leads_nowhere(entry):
+                found.append(entry.name)
+            if len(found) > MAX_NAMES:
+                raise InvalidCheckpoint(self.source, f"its folder has more than {MAX_NAMES} files")
+        return found
+
+    def open(self, name: str) -> int:
+        """A descriptor of a regular file."""
+        try:
+            descriptor = open_beneath(self._path / name, self._root, self._opened)
+        except LinkOut as error:
+            problem = f"{name} is a symbolic link out of the allowed folders"
+            raise InvalidCheckpoint(self.source, problem, file=name) from error
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                problem = f"{name} is a symbolic link in a circle, or was changed while it was opened"
+                raise InvalidCheckpoint(self.source, problem, file=name) from error
+            raise InvalidCheckpoint(self.source, f"{name} cannot be read: {error.strerror}", file=name) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InvalidCheckpoint(self.source, f"{name} is not a regular file", file=name)
+        return descriptor
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        yield from entries
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link to what does not exist, which is as if it were not there."""
+    return entry.is_symlink() and not os.path.lexists(os.path.realpath(entry.path))
+
+
+def _fill(view: Path, folder: _Checkpoint) -> None:
+    names = folder.names()
+    described = [name for name in described_files(names) if name != INDEX]
+    left = MAX_DESCRIPTION_BYTES
+    for name in described:
+        if name.endswith(WEIGHTS):  # of a module
+            _link(view, folder, name)
+        else:
+            left -= _copy(view, folder, name, left)
+
+    def read(name: str) -> bytes:
+        nonlocal left
+        left -= _copy(view, folder, name, left)
+        return (view / name).read_bytes()
+
+    for name in weights_among(names, read):
+        _link(view, folder, name)
+    for name in (*PICKLES, ADAPTER_PICKLE):
+        if name in names:  # it is not opened; that it is there explains what is not
+            (view / name).touch()
+
+
+def _link(view: Path, folder: _Checkpoint, name: str) -> None:
+    """A link to an open file, which is read where it lies."""
+    (view / name).parent.mkdir(exist_ok=True)
+    (view / name).symlink_to(descriptor_path(folder.open(name)))
+
+
+def _copy(view: Path, folder: _Checkpoint, name: str, most: int) -> int:
+    """Copy a file that describes the checkpoint; how many bytes it has."""
+    descriptor = folder.open(name)
+    found = os.fstat(descriptor)
+    if found.st_size > size_limit(name):
+        raise InvalidCheckpoint(folder.source, f"{name} is larger than {size_limit(name)} bytes", file=name)
+    if found.st_size > most:
+        problem = f"configuration, tokenizer and index are larger than {MAX_DESCRIPTION_BYTES} bytes ({name})"
+        raise InvalidCheckpoint(folder.source, problem, file=name)
+    content = _read(descriptor, found.st_size)
+    if name in CONFIGURATIONS:
+        content = _without_steering(content)
+    target = view / name
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(content)
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))  # `checkpoint_state` goes by it
+    return found.st_size
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size and (more := os.pread(descriptor, size - len(found), len(found))):
+        found += more
+    return bytes(found)
+
+
+def _without_steering(content: bytes) -> bytes:
+    """The configuration as it is, if no key steers; what is no JSON is for `inspect_checkpoint` to refuse."""
+    if len(content) > MAX_CONFIG_BYTES:
+        return content
+    try:
+        values = parsed_json(content)
+        kept = without_keys(values, STEERING)
+    except (ValueError, RecursionError):
+        return content
+    return content if kept == values else json.dumps(kept, ensure_ascii=False, indent=2).encode()
+
+
+def without_keys(values: Any, keys: re.Pattern[str]) -> Any:
+    """JSON without the keys of objects, at any depth, that match wholly."""
+    if isinstance(values, dict):
+        return {key: without_keys(value, keys) for key, value in values.items() if not keys.fullmatch(key)}
+    if isinstance(values, list):
+        return [without_keys(value, keys) for value in values]
+    return values
