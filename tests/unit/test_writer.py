@@ -34,6 +34,7 @@ from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.headers import INDEX, inspect_checkpoint
 from worker.engine.catalog.planning import PlannedTensor
 from worker.engine.catalog.values import Place
+from worker.engine.catalog.views import Views
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint, digest_file
 from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards, largest_first
@@ -500,9 +501,13 @@ def test_the_length_limit_is_the_smaller_of_models_and_tokenizers(checkpoint: Pa
 def test_a_model_is_loaded_once_until_its_files_change(checkpoint: Path) -> None:
     cache = ModelCache(CPU)
     first = cache.get(inspect_checkpoint(checkpoint, "x"))
-    assert cache.get(inspect_checkpoint(checkpoint, "x")) is first
+    with Views() as views:
+        info = inspect_checkpoint(views.open(checkpoint, "x", checkpoint), "x")
+        again = cache.get(info)
+    assert again.model is first.model
+    assert again.info is info
     with_value("classifier.bias", 5.0)(checkpoint)
-    assert cache.get(inspect_checkpoint(checkpoint, "x")) is not first
+    assert cache.get(inspect_checkpoint(checkpoint, "x")).model is not first.model
 
 
 def test_a_changed_tokenizer_is_loaded_anew(checkpoint: Path) -> None:

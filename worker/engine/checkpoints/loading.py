@@ -3,7 +3,7 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,7 @@ class ModelCache:
     def get(self, info: CheckpointInfo) -> LoadedModel:
         key = _state(info)
         if key in self._models:
+            self._models[key] = replace(self._models[key], info=info)  # whose view is open now
             self._models.move_to_end(key)
         else:
             self._models[key] = load(info, self._device)
