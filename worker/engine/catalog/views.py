@@ -32,6 +32,7 @@ from worker.engine.catalog.headers import (
     size_limit,
     weights_among,
 )
+from worker.engine.catalog.reading import reads
 
 MAX_NAMES = 100_000  # in a folder and its sub-folders; more would take long to list
 STEERING = re.compile(r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*")
@@ -149,6 +150,7 @@ class _Checkpoint:
 
     def open(self, name: str) -> int:
         """A descriptor of a regular file."""
+        reads(self.source, name)
         try:
             descriptor = open_beneath(self._path / name, self._root, self._opened)
         except LinkOut as error:
