@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -12,7 +13,7 @@ from app.api.head import HeadAsGet
 from app.api.hosts import OwnHosts
 from app.contracts.settings import Settings
 from app.services.composition import compose
-from app.storage.reaper import SWEEP_S, Repeater
+from app.storage.reaper import EXPIRY_S, SWEEP_S, Repeater, remove_outlived
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -20,12 +21,15 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sweeping = Repeater(SWEEP_S, services.reaper.sweep)
-        sweeping.start()
+        expire = partial(remove_outlived, services.store, services.artifacts, services.searches)
+        repeaters = [Repeater(SWEEP_S, services.reaper.sweep), Repeater(EXPIRY_S, expire)]
+        for repeater in repeaters:
+            repeater.start()
         services.inspectors.start()
         yield
         services.inspectors.close()
-        sweeping.stop()
+        for repeater in repeaters:
+            repeater.stop()
         await services.watcher.close()
 
     app = FastAPI(

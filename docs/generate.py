@@ -23,7 +23,7 @@ JOB_ERRORS = {
     ErrorCode.NUMERICAL_ERROR: "a gradient or a prediction left the finite numbers",
     ErrorCode.OUT_OF_MEMORY: "the work needs more memory than the worker has",
     ErrorCode.DISK_FULL: "no space is left for the artifact",
-    ErrorCode.TIMEOUT: "the job's deadline passed",
+    ErrorCode.TIMEOUT: "the job did not end within its `deadline_seconds`; a retry has as long again",
     ErrorCode.WORKER_LOST: "the job lost its worker too often; a retry may succeed",
     ErrorCode.STORAGE_ERROR: "the hub does not answer, the data folder cannot be used, or too many files are open",
     ErrorCode.INTERNAL: "a fault of the service; its log has the trace",
@@ -32,7 +32,7 @@ JOB_ERRORS = {
 
 LOG_CODES = {
     LogCode.ATTEMPT_STARTED: "a worker took the job; the message names it",
-    LogCode.ATTEMPT_LOST: "its worker or engine process ended before the attempt did",
+    LogCode.ATTEMPT_LOST: "its worker or engine process ended, or hung, before the attempt ended",
     LogCode.ATTEMPT_HANDED_BACK: "its worker was stopped in good order",
     LogCode.NOTE: "what the work found worth saying, as that rows were truncated",
 }

@@ -5,11 +5,15 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from types import FrameType
 from typing import Any
 
+from redis.exceptions import RedisError
 from rq import SimpleWorker
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
@@ -27,9 +31,11 @@ from app.storage.searches import SearchFolder
 from worker.engine.catalog.spec import StoreSpec
 from worker.engine.catalog.statistics import FOLDER
 from worker.engine_process import EngineProcess
-from worker.tasks import TaskRunner
+from worker.tasks import REDIS_RETRY_S, TaskRunner
 
 BEAT_S = 2.0
+LOOK_S = 2  # how often a worker without a job looks after its engine
+RQ_BEAT_S = 20.0
 TIDY_S = 600.0  # folders that crashes left cost nothing but space
 ALIVE_S = 10.0  # a worker that has not beaten for so long does not count as live
 
@@ -45,12 +51,42 @@ class TaskWorker(SimpleWorker):
     """
 
     is_stopping = False
+    between_jobs: Callable[[], object] = staticmethod(lambda: None)
+    """Called every few seconds while there is no job."""
     _is_busy = False
+
+    @property
+    def dequeue_timeout(self) -> int:
+        return LOOK_S
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """RQ calls it whenever it has waited for a job."""
+        if pipeline is not None:
+            super().heartbeat(timeout, pipeline)
+            return
+        if not self._is_busy and not self.is_stopping:
+            self.between_jobs()
+        last = self.last_heartbeat
+        if last is None or (datetime.now(UTC) - last).total_seconds() > RQ_BEAT_S:
+            with suppress(RedisError):  # it is for RQ's own lists of workers alone
+                super().heartbeat(timeout)
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        """The next job, however long Redis does not answer; RQ would end the worker."""
+        while True:
+            try:
+                return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+            except RedisError as error:
+                logger.warning("Redis does not answer: %s", error)
+                self.between_jobs()
+                time.sleep(REDIS_RETRY_S)
 
     def execute_job(self, job: Job, queue: Any) -> None:
         self._is_busy = True
         try:
             super().execute_job(job, queue)
+        except RedisError as error:  # what is in RQ's own lists does not count, see `due`
+            logger.warning("Redis does not answer: %s", error)
         finally:
             self._is_busy = False
 
@@ -88,7 +124,8 @@ def run(settings: Settings) -> int:
     artifacts.prepare()
     searches = SearchFolder(settings.data_dir)
     cores = len(os.sched_getaffinity(0))
-    engine = EngineProcess(settings.threads or max(1, cores // settings.workers))
+    threads = settings.threads or max(1, cores // settings.workers)
+    engine = EngineProcess(threads, settings.heartbeat_seconds, settings.stall_seconds)
     functions: dict[str, Callable[[str], None]] = {}
     worker = TaskWorker(
         [settings.queue],
@@ -113,8 +150,9 @@ def run(settings: Settings) -> int:
     )
     functions.update(runner.functions)
     engine.start()
+    worker.between_jobs = runner.look_after_engine
     repeaters = [
-        Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S)),
+        Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S) if engine.is_well() else None),
         Repeater(SWEEP_S, Reaper(store, queue).sweep),
         Repeater(TIDY_S, lambda: artifacts.sweep(partial(_is_wanted, store))),
         Repeater(TIDY_S, lambda: searches.sweep(partial(may_go_on, store))),
@@ -134,7 +172,9 @@ def run(settings: Settings) -> int:
 def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> bool:
     """Whether an attempt's folder is in use, or of a job that this Redis knows nothing of."""
     current = store.attempt_is_current(task, attempt)
-    if current is None or current:
+    if current is None:
+        return store.gone(task.job) is None
+    if current:
         return True
     record = store.get(task.job)
     return published and record is not None and record.artifact == f"{task.job}.{attempt}"

@@ -1,9 +1,9 @@
 """The long-lived process that runs the engine, seen from both ends of its pipes.
 
 Loading torch and transformers takes seconds and CUDA does not survive a fork, so the worker keeps one engine process
-and feeds it jobs as JSON lines; events come back the same way. The worker kills it when a job must stop, and
-starts another when it died or grew too large. It takes jobs as soon as it can merge, and goes on importing what models
-are loaded with.
+and feeds it jobs as JSON lines; events come back the same way. The worker kills it when a job must stop, and starts
+another when it died, hung or grew too large. It takes jobs as soon as it can merge, and goes on importing what models
+are loaded with. Whatever it does, it sends a beat every second, so that the worker can tell when it hangs.
 """
 
 import gc
@@ -13,10 +13,13 @@ import os
 import resource
 import select
 import selectors
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Annotated, Any, BinaryIO, Literal
@@ -28,7 +31,10 @@ from app.contracts.lifetime import die_with_parent
 from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory, StorageError
 from worker.engine.catalog.report import MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.vitals import Vitals, processor_seconds
 
+BEAT_S = 1.0
+WELL_S = 10.0  # not heard of and idle for longer, it is no engine to count on
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
 READ_BYTES = 1 << 16
@@ -46,6 +52,10 @@ class Ready(BaseModel):
 
 class Warm(BaseModel):
     event: Literal["warm"] = "warm"
+
+
+class Beat(BaseModel):
+    event: Literal["beat"] = "beat"
 
 
 class Progressed(BaseModel):
@@ -67,8 +77,8 @@ class Failed(BaseModel):
 
 
 SPEC: TypeAdapter[MergeSpec | ScoreSpec] = TypeAdapter(Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")])
-Event = Annotated[Ready | Warm | Progressed | Finished | Failed, Field(discriminator="event")]
-EVENT: TypeAdapter[Ready | Warm | Progressed | Finished | Failed] = TypeAdapter(Event)
+Event = Annotated[Ready | Warm | Beat | Progressed | Finished | Failed, Field(discriminator="event")]
+EVENT: TypeAdapter[Ready | Warm | Beat | Progressed | Finished | Failed] = TypeAdapter(Event)
 
 
 class EngineDied(Exception):
@@ -79,11 +89,26 @@ class EngineDied(Exception):
         self.out_of_memory = out_of_memory
 
 
-class EngineProcess:
-    """The worker's end. Not for several threads; start it from the main one (see `die_with_parent`)."""
+class EngineHung(EngineDied):
+    """The process gave no sign of life, and was killed for it."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, why: str) -> None:
+        super().__init__(-signal.SIGKILL, out_of_memory=False)
+        self.args = (f"the engine process hung: {why}",)
+
+
+class EngineProcess:
+    """The worker's end. Not for several threads, but for `is_well`; start it from the main one (see `die_with_parent`).
+
+    Args:
+        heartbeat_seconds, stall_seconds: when it is taken for hung, see `Vitals`.
+    """
+
+    def __init__(self, threads: int, heartbeat_seconds: float = 30, stall_seconds: float = 600) -> None:
         self._threads = threads
+        self._limits = (heartbeat_seconds, stall_seconds)
+        self._vitals: Vitals | None = None
+        self._is_ready = False
         self._process: subprocess.Popen[bytes] | None = None
         self._events = -1
         self._buffer = b""
@@ -94,6 +119,7 @@ class EngineProcess:
     def start(self) -> None:
         """Start it and wait until it takes jobs. Raises EngineDied when that fails."""
         self.kill()
+        self._is_ready = False
         read_end, write_end = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.engine_process", str(os.getpid()), str(write_end)],
@@ -115,11 +141,13 @@ class EngineProcess:
         os.close(write_end)
         os.set_blocking(read_end, False)
         self._events, self._buffer, self._oom_kills, self.is_warm = read_end, b"", _oom_kills(), False
-        for _ in range(START_TIMEOUT_S):
-            if any(isinstance(event, Ready) for event in self.poll(1.0)):
-                return
-        self.kill()
-        raise EngineDied(-1, out_of_memory=False)
+        self._vitals = Vitals(*self._limits, partial(processor_seconds, self._process.pid))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not any(isinstance(event, Ready) for event in self.poll(1.0)):
+            if time.monotonic() > deadline:
+                self.kill()
+                raise EngineHung(f"it was not ready after {START_TIMEOUT_S} s")
+        self._is_ready = True
 
     def run(self, spec: JobSpec) -> None:
         """Begin a job; what becomes of it comes from `poll`. Raises EngineDied."""
@@ -130,9 +158,26 @@ class EngineProcess:
             process.stdin.flush()
         except BrokenPipeError:
             raise self._death() from None
+        self._signs.begins()
 
     def poll(self, timeout_s: float) -> list[Ready | Progressed | Finished | Failed]:
-        """Events since the last call, after waiting at most `timeout_s` for one. Raises EngineDied."""
+        """Events since the last call, after waiting at most `timeout_s` for one. Raises EngineDied.
+
+        To be called often, also while it has no job: it is here that one that hangs is noticed, and killed.
+        """
+        events = self._read(timeout_s)
+        for event in events:
+            self._signs.heard(progresses=not isinstance(event, Beat))
+            if isinstance(event, Finished | Failed):
+                self._signs.ends()
+        why = self._signs.look()
+        if why is not None:
+            self.kill()
+            raise EngineHung(why)
+        self.is_warm |= any(isinstance(event, Warm) for event in events)
+        return [event for event in events if not isinstance(event, Warm | Beat)]
+
+    def _read(self, timeout_s: float) -> list[Ready | Warm | Beat | Progressed | Finished | Failed]:
         self._running()
         with selectors.DefaultSelector() as selector:
             selector.register(self._events, selectors.EVENT_READ)
@@ -145,9 +190,7 @@ class EngineProcess:
         if not data:
             raise self._death()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        events = [EVENT.validate_json(line) for line in lines]
-        self.is_warm |= any(isinstance(event, Warm) for event in events)
-        return [event for event in events if not isinstance(event, Warm)]
+        return [EVENT.validate_json(line) for line in lines]
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
@@ -160,6 +203,10 @@ class EngineProcess:
                 with suppress(BrokenPipeError):  # closing sends what a process that died before did not take
                     process.stdin.close()
 
+    def is_well(self) -> bool:
+        """Whether it takes jobs, as far as is known. From any thread."""
+        return self._process is not None and self._is_ready and self._signs.seems_well(WELL_S)
+
     @property
     def pid(self) -> int:
         return self._running().pid
@@ -169,6 +216,12 @@ class EngineProcess:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
         return 0
+
+    @property
+    def _signs(self) -> Vitals:
+        if self._vitals is None:
+            raise EngineDied(-1, out_of_memory=False)
+        return self._vitals
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -203,6 +256,7 @@ _sending = Lock()  # a line at a time: two threads have something to say
 def serve(requests: BinaryIO, events: int) -> None:
     """Run jobs one after the other until the worker closes the pipe. What not every job needs is imported when none
     is there yet, or after the first."""
+    Thread(target=_beat, args=(events,), daemon=True).start()
     # Nothing of what is imported will be garbage. To look for it takes a tenth of the time of importing, and in jobs a
     # tenth of a second now and then.
     gc.disable()
@@ -248,9 +302,7 @@ class Throttled:
         self._last = 0.0
 
     def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
-        from time import monotonic
-
-        now = monotonic()
+        now = time.monotonic()
         if done in (0, total) or now - self._last >= PROGRESS_INTERVAL_S:
             self._last = now
             _send(self._events, Progressed(phase=Phase(phase), done=done, total=total, unit=unit))
@@ -291,6 +343,12 @@ def _open_as_many_files_as_allowed() -> None:
     """A merge holds every weight file of every model open; the usual limit is there for programs that use select."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _beat(events: int) -> None:
+    while True:
+        _send(events, Beat())
+        time.sleep(BEAT_S)
 
 
 def _send(events: int, event: BaseModel) -> None:

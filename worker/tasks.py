@@ -78,6 +78,9 @@ class TaskRunner:
 
     def run(self, task_id: str) -> None:
         """One attempt at a job. Whatever happens, the record says so and the worker lives on."""
+        if not self.look_after_engine():
+            logger.warning("%s is left to others: there is no engine", task_id)
+            return  # it goes on waiting, and is handed out again
         attempt = self._store.claim(TaskId.parse(task_id), self._worker)
         if attempt is None:
             logger.info("%s is not waiting any more", task_id)
@@ -103,7 +106,7 @@ class TaskRunner:
             message = "unexpected error in the worker; its log has the trace"
             self._fail(attempt, JobError(code=ErrorCode.INTERNAL, message=message))
         finally:
-            self._renew_engine()
+            self.look_after_engine()
 
     def _attempt(self, attempt: Attempt) -> None:
         record = self._store.get(attempt.task.job)
@@ -213,16 +216,28 @@ class TaskRunner:
         except Stopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
 
-    def _renew_engine(self) -> None:
-        """Have a fresh engine process where the last one is gone or holds too much."""
+    def look_after_engine(self) -> bool:
+        """Have an engine process that can take a job, whether there is one; to be called often between jobs.
+
+        Another one is started where it died, hangs or holds too much.
+        """
         try:
+            self._engine.poll(0)
             if self._engine.resident_bytes() <= self._max_engine_bytes:
-                return
+                return True
             logger.info("the engine process grew too large and is replaced")
-        except (EngineDied, OSError):
+        except OSError:
             pass
-        if not self._is_stopping():
+        except EngineDied as death:
+            logger.warning("%s, and is replaced", death)
+        if self._is_stopping():
+            return False
+        try:
             self._engine.start()
+        except EngineDied as death:
+            logger.error("%s while it started", death)
+            return False
+        return True
 
     def _insist(self, call: Callable[[], Outcome]) -> Outcome:
         """The outcome of a store call, however long Redis is away. Raises Stopping when asked to end meanwhile."""

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Record
+from app.contracts.jobs import Gone, Record
 from app.services.composition import Services
 
 
@@ -21,8 +21,17 @@ JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{28}$", description="A job's id")
 def get_record(job_id: JobId, services: ServicesOf) -> Record:
     record = services.store.get(job_id)
     if record is None:
-        raise ProblemError(Problem.NOT_FOUND, f"there is no job {job_id}")
+        raise no_job(job_id, services)
     return record
+
+
+def no_job(job_id: str, services: Services) -> ProblemError:
+    """What to say of a job that is not there: that it never was, or why it is not any more."""
+    gone = services.store.gone(job_id)
+    detail = (
+        f"job {job_id} was deleted" if gone is Gone.DELETED else f"job {job_id} was kept for its time and is removed"
+    )
+    return ProblemError(Problem.NOT_FOUND, detail if gone else f"there is no job {job_id}")
 
 
 RecordOf = Annotated[Record, Depends(get_record)]

@@ -6,10 +6,11 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict
 
 from app.api.conditional import is_current, not_modified
-from app.api.dependencies import RecordOf, ServicesOf, get_record
+from app.api.dependencies import RecordOf, ServicesOf, get_record, no_job
 from app.api.prefer import Wait, applied
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.contracts.jobs import Job, Record, Status
+from app.contracts.jobs import Job, JobSummary, Record, Status
+from app.storage.jobs import Deleted
 
 router = APIRouter(tags=["jobs"])
 
@@ -17,7 +18,7 @@ router = APIRouter(tags=["jobs"])
 class JobPage(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    data: list[Job]
+    data: list[JobSummary]
     next: str | None
     """Cursor of the next page, for `after`; null on the last."""
 
@@ -30,7 +31,7 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(pattern=r"^[0-9a-f]{28}$", description="The `next` of the page before")] = None,
 ) -> JobPage:
-    """Jobs, newest first."""
+    """Jobs, newest first, in short: without their requests, and without the candidates and trials of a search."""
     wanted = [_label(text) for text in label or ()]
 
     def matches(record: Record) -> bool:
@@ -38,7 +39,7 @@ def list_jobs(
 
     found = list(islice(filter(matches, services.store.newest(after)), limit + 1))
     page = found[:limit]
-    return JobPage(data=[record.public() for record in page], next=page[-1].id if len(found) > limit else None)
+    return JobPage(data=[record.summary() for record in page], next=page[-1].id if len(found) > limit else None)
 
 
 @router.get("/jobs/{job_id}", response_model=Job)
@@ -87,14 +88,19 @@ def retry(record: RecordOf, services: ServicesOf) -> Job:
 
 @router.delete("/jobs/{job_id}", status_code=204)
 def delete(record: RecordOf, services: ServicesOf) -> None:
-    """Remove a job that has ended: its record and its artifact. 409 while it is active."""
-    if not record.status.is_final:
-        raise ProblemError(Problem.CONFLICT, f"job {record.id} is {record.status.value}; cancel it first")
-    if record.artifact is not None:  # before the record, which is what still knows of it
-        services.artifacts.remove(record.artifact)
+    """Remove a job that has ended: its record and its artifact. 409 while it is active; 404 when it is removed already.
+
+    Downloads that have begun go on to their end.
+    """
+    deleted = services.store.delete(record.id)
+    if deleted is Deleted.NOT_ENDED:
+        current = get_record(record.id, services)
+        raise ProblemError(Problem.CONFLICT, f"job {record.id} is {current.status.value}; cancel it first")
+    if deleted is Deleted.NO_SUCH_JOB:
+        raise no_job(record.id, services)
+    # The record went first, so that no reader finds one without its artifact; what a crash leaves is swept.
+    services.artifacts.remove(record)
     services.searches.remove(record.id)
-    if not services.store.delete(record.id):
-        raise ProblemError(Problem.CONFLICT, f"job {record.id} was started again meanwhile")
 
 
 def _etag(record: Record) -> str:

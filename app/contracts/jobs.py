@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
-from worker.engine.catalog.report import MergeResult, ScoreResult
+from worker.engine.catalog.report import MergeResult, MergeSummary, ScoreResult
 
 
 class Kind(StrEnum):
@@ -42,6 +42,13 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.FAILED: frozenset({Status.QUEUED}),
     Status.CANCELLED: frozenset({Status.QUEUED}),
 }
+
+
+class Gone(StrEnum):
+    """Why a job that was there is not any more."""
+
+    DELETED = "deleted"
+    EXPIRED = "expired"
 
 
 class Phase(StrEnum):
@@ -97,8 +104,8 @@ class Links(BaseModel):
     report: str
 
 
-class Job(BaseModel):
-    """`GET /jobs/{id}`."""
+class JobCore(BaseModel):
+    """What every view of a job says."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -112,13 +119,25 @@ class Job(BaseModel):
     started_at: AwareDatetime | None
     finished_at: AwareDatetime | None
     expires_at: AwareDatetime | None
+    """When the job and its artifact are removed; null while it has not ended."""
     progress: Progress
     error: JobError | None
+    labels: dict[str, str]
+    links: Links
+
+
+class JobSummary(JobCore):
+    """A job in `GET /jobs`: without its request, and of a search's result without candidates and trials."""
+
+    result: MergeSummary | ScoreResult | None
+
+
+class Job(JobCore):
+    """`GET /jobs/{id}`."""
+
     request: dict[str, Any]
     """As accepted, defaults filled in."""
     result: MergeResult | ScoreResult | None
-    labels: dict[str, str]
-    links: Links
 
 
 class Record(BaseModel):
@@ -137,6 +156,7 @@ class Record(BaseModel):
     created_ms: int
     started_ms: int | None
     finished_ms: int | None
+    expires_ms: int | None
     progress: Progress
     error: JobError | None
     request: dict[str, Any]
@@ -146,29 +166,39 @@ class Record(BaseModel):
     artifact: str | None
 
     def public(self) -> Job:
-        return Job(
-            id=self.id,
-            kind=self.kind,
-            name=self.name,
-            status=self.status,
-            attempt=self.attempt,
-            created_at=_time(self.created_ms),
-            started_at=None if self.started_ms is None else _time(self.started_ms),
-            finished_at=None if self.finished_ms is None else _time(self.finished_ms),
-            expires_at=None,
-            progress=self.progress,
-            error=self.error,
-            request=self.request,
-            result=self.result,
-            labels=self.labels,
-            links=Links(
+        return Job(**self._core(), request=self.request, result=self.result)
+
+    def summary(self) -> JobSummary:
+        result: MergeSummary | ScoreResult | None = self.result
+        if isinstance(result, MergeResult):
+            result = MergeSummary.model_validate({name: getattr(result, name) for name in MergeSummary.model_fields})
+        return JobSummary(**self._core(), result=result)
+
+    def _core(self) -> dict[str, Any]:
+        def time(ms: int | None) -> datetime | None:
+            return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "name": self.name,
+            "status": self.status,
+            "attempt": self.attempt,
+            "created_at": time(self.created_ms),
+            "started_at": time(self.started_ms),
+            "finished_at": time(self.finished_ms),
+            "expires_at": time(self.expires_ms),
+            "progress": self.progress,
+            "error": self.error,
+            "labels": self.labels,
+            "links": Links(
                 self=f"/jobs/{self.id}",
                 events=f"/jobs/{self.id}/events",
                 artifacts=f"/jobs/{self.id}/artifacts",
                 cancel=f"/jobs/{self.id}/cancel",
                 report=f"/jobs/{self.id}/report",
             ),
-        )
+        }
 
 
 class Stage(StrEnum):
@@ -209,7 +239,3 @@ class Attempt(BaseModel):
 
     task: TaskId
     number: int
-
-
-def _time(ms: int) -> datetime:
-    return datetime.fromtimestamp(ms / 1000, UTC)

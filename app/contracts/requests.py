@@ -25,6 +25,7 @@ from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_positive
 
 LONGEST_TITLE = 200
+LONGEST_DEADLINE_S = 366 * 86_400
 MOST_FILTERS = 1000  # of a request; each is matched against the names of all tensors
 LEAST_EVALUATED = 2  # rows, where `auto` splits them
 
@@ -145,6 +146,9 @@ class JobRequest(Strict, Generic[Model]):
     method: RequestedMethod
     models: Annotated[list[Model], Field(min_length=1, max_length=64)]
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
+    deadline_seconds: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
+    """From the moment the job is accepted, time in the queue and all attempts included. A job that has not ended by
+    then fails with `timeout` and publishes nothing; a retry has as long again. Null: no limit."""
 
     @model_validator(mode="before")
     @classmethod
@@ -187,8 +191,6 @@ class MergeRequest(JobRequest[ModelRequest]):
     """Compare expert, plain average and merge on each model's evaluation rows."""
     webhook: Webhook | None = None
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
-    """The job fails with `timeout` when its work takes longer, over all attempts of one run."""
     device: Literal["cpu", "cuda"] | None = None
 
     @model_validator(mode="before")
@@ -435,7 +437,6 @@ def _later(request: MergeRequest | ScoreRequest) -> Iterator[str]:
             "webhook": request.webhook is not None,
             "priority": request.priority != 0,
             "device": request.device == "cuda",
-            "deadline_seconds": request.deadline_seconds is not None,
             "output.publish": request.output.publish is not None,
         }
         yield from (field for field, is_used in used.items() if is_used)

@@ -5,10 +5,17 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 SEPARATORS = {"local_roots": ":", "allowed_hosts": ","}  # between the parts of a variable's value
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def _seconds(value: object) -> object:
+    """Of `90d` and the like; anything else as it is."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhd])", value.strip()) if isinstance(value, str) else None
+    return float(found[1]) * UNITS[found[2]] if found else value
 
 
 class Settings(BaseSettings):
@@ -37,6 +44,13 @@ class Settings(BaseSettings):
     """A running attempt that has not renewed its lease for so long is taken for lost."""
     max_losses: Annotated[int, Field(ge=1)] = 5
     """How many times a job may lose its worker before it fails with worker_lost."""
+    heartbeat_seconds: Annotated[float, Field(ge=2, le=3600)] = 30
+    """An engine process sends a beat every second. One that sends nothing for so long and takes no processor time
+    either, with a job or without, hangs: it is killed and replaced, and its job is tried again as after a death."""
+    stall_seconds: Annotated[float, Field(ge=2, le=604_800)] = 600
+    """A job that makes no progress for so long while its engine only waits (for a disk, for a hub, for ever) or sends
+    no beat is taken for hung in the same way. Work that takes processor time may take as long as it likes; what bounds
+    it is `deadline_seconds` of the request."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
     """Largest request body."""
     request_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
@@ -46,6 +60,9 @@ class Settings(BaseSettings):
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
     """Statistics of models are kept for later merges; before one is added to more than this, those that were used
     longest ago are removed."""
+    job_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] = 90 * 86_400
+    """How long a job is kept after its end, with its artifact: in seconds, or as 90d, 12h or 30m. One whose models a
+    waiting or running job reads is kept until that has ended."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
     """How long an Idempotency-Key is remembered."""
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"

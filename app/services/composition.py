@@ -35,7 +35,13 @@ def compose(settings: Settings) -> Services:
     if settings.redis_url is None:
         raise ValueError("MASKMERGE_REDIS_URL is not set; set it, or use 'maskmerge serve', which brings its own Redis")
     url = settings.redis_url.get_secret_value()
-    store = JobStore(connect(url, patience=2), settings.queue, settings.lease_seconds, settings.max_losses)
+    store = JobStore(
+        connect(url, patience=2),
+        settings.queue,
+        settings.lease_seconds,
+        settings.max_losses,
+        retention_seconds=settings.job_retention,
+    )
     queue = TaskQueue(connect_for_rq(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()

@@ -52,6 +52,7 @@ class Jobs:
             self._idempotency_seconds,
             accepted.states,
             Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
+            request.deadline_seconds,
         )
 
     def _record(self, created: Created) -> Record:

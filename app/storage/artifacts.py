@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from app.contracts.jobs import Attempt, Stage, TaskId
+from app.contracts.jobs import Attempt, Record, Stage, TaskId
 from app.storage.files import StoredFile
 from worker.engine.catalog.report import MANIFEST
 
@@ -63,9 +63,10 @@ class ArtifactFolder:
         for parent in (self._work, self._published):
             shutil.rmtree(parent / _name(attempt), ignore_errors=True)
 
-    def remove(self, artifact: str) -> None:
-        """Remove a published artifact."""
-        shutil.rmtree(self._published / artifact, ignore_errors=True)
+    def remove(self, record: Record) -> None:
+        """Remove the artifact of a job that is forgotten, if it has one."""
+        if record.artifact is not None:
+            shutil.rmtree(self._published / record.artifact, ignore_errors=True)
 
     def files(self, artifact: str) -> list[StoredFile]:
         """Every file of a published artifact, from its manifest."""

@@ -8,7 +8,8 @@ added by the script that makes the change; `app.storage.events` reads it.
 
 Keys, all below the prefix: `job:<id>` and `task:<id>` hashes; `events:<id>` and `progress:<id>` streams; `jobs` all job
 ids by time; `due` tasks waiting for a worker by when they were last handed to RQ; `leases` running tasks by expiry;
-`workers` live workers by expiry; `idempotency:<digest>`.
+`deadlines` active tasks that have one, by it; `gone:<id>` why a job that was there is not any more; `workers` live
+workers by expiry; `idempotency:<digest>`.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, cast
 
 from redis import Redis
@@ -24,6 +26,7 @@ from redis.commands.core import Script
 from app.contracts.jobs import (
     Attempt,
     ErrorCode,
+    Gone,
     JobError,
     Kind,
     Phase,
@@ -48,14 +51,15 @@ def _listed(statuses: Iterable[Status]) -> str:
 FINAL = _listed(status for status in Status if status.is_final)
 PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
 PROGRESS_KEPT_S = 3600  # after the job's end; its other events stay as long as its record
+GONE_KEPT_S = 30 * 86_400  # why a job is gone; what is left of its files is known for nobody's as long
 
-# Every script begins with this. KEYS: job, events, progress, then its own. ARGV: now, then its own.
+# Every script begins with this. KEYS: job, events, progress, deadlines, then its own. ARGV: now, then its own.
 #
 # An event is numbered by the record's revision and added where the record is changed, so it is as durable and as
 # ordered as the write, and whoever has seen event n has seen the record up to revision n. Progress has a stream of its
 # own, because it alone comes without end and may be cut.
 PRELUDE = f"""
-local job, events, progress_events, now = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
+local job, events, progress_events, deadlines, now = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
 
 local function add(stream, ...)
   redis.call('XADD', stream, redis.call('HINCRBY', job, 'revision', 1), 'at', now, ...)
@@ -72,6 +76,16 @@ local function report(progress)
   redis.call('XTRIM', progress_events, 'MAXLEN', '~', {PROGRESS_KEPT})
 end
 
+local function start_the_time(task)
+  local deadline_ms = redis.call('HGET', job, 'deadline_ms')
+  if deadline_ms then redis.call('ZADD', deadlines, now + deadline_ms, task) end
+end
+
+local function is_overdue(task)
+  local deadline = redis.call('ZSCORE', deadlines, task)
+  return deadline and tonumber(deadline) <= tonumber(now)
+end
+
 local function enter(status)
   redis.call('HSET', job, 'status', status)
   if string.find('{FINAL}', ',' .. status .. ',', 1, true) then
@@ -85,7 +99,7 @@ end
 
 # KEYS: jobs, task, due, idempotency. ARGV: id, task id, idempotency value or '', its seconds, status, fields…
 CREATE = """
-local jobs, task, due, idempotency = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local jobs, task, due, idempotency = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 if redis.call('EXISTS', job) == 1 then return false end
 if ARGV[4] ~= '' then
   local before = redis.call('GET', idempotency)
@@ -96,15 +110,16 @@ redis.call('HSET', job, unpack(ARGV, 7))
 redis.call('ZADD', jobs, 0, ARGV[2])
 redis.call('HSET', task, 'state', 'queued', 'attempt', 0, 'losses', 0)
 redis.call('ZADD', due, 0, ARGV[3])
+start_the_time(ARGV[3])
 enter(ARGV[6])
 return false
 """
 
 # KEYS: task, due, leases. ARGV: task id, lease ms, worker, progress
 CLAIM = """
-local task, due, leases = KEYS[4], KEYS[5], KEYS[6]
+local task, due, leases = KEYS[5], KEYS[6], KEYS[7]
 if redis.call('HGET', task, 'state') ~= 'queued' then return 0 end
-if redis.call('HGET', job, 'status') ~= 'queued' then return 0 end
+if redis.call('HGET', job, 'status') ~= 'queued' or is_overdue(ARGV[2]) then return 0 end
 local attempt = redis.call('HINCRBY', task, 'attempt', 1)
 redis.call('HSET', task, 'state', 'running', 'worker', ARGV[4])
 redis.call('ZREM', due, ARGV[2])
@@ -118,7 +133,7 @@ return attempt
 
 # KEYS: task, leases. ARGV: task id, attempt, lease ms, progress or ''
 RENEW = """
-local task, leases = KEYS[4], KEYS[5]
+local task, leases = KEYS[5], KEYS[6]
 if redis.call('HGET', task, 'state') ~= 'running' then return false end
 if redis.call('HGET', task, 'attempt') ~= ARGV[3] then return false end
 redis.call('ZADD', leases, now + ARGV[4], ARGV[2])
@@ -129,15 +144,17 @@ return redis.call('HGET', job, 'status')
 # KEYS: task, leases. ARGV: task id, attempt, allowed statuses as ,a,b, then status, progress or '', count of notes,
 #       notes…, fields…
 FINISH = """
-local task, leases = KEYS[4], KEYS[5]
+local task, leases = KEYS[5], KEYS[6]
 if redis.call('HGET', task, 'attempt') ~= ARGV[3] then return 0 end
 local state = redis.call('HGET', task, 'state')
 local status = redis.call('HGET', job, 'status')
 if state == 'done' and status == ARGV[5] then return 1 end
 if state ~= 'running' then return 0 end
 if not string.find(ARGV[4], ',' .. status .. ',', 1, true) then return 0 end
+if ARGV[5] == 'succeeded' and is_overdue(ARGV[2]) then return 0 end
 redis.call('HSET', task, 'state', 'done')
 redis.call('ZREM', leases, ARGV[2])
+redis.call('ZREM', deadlines, ARGV[2])
 local fields = 8 + ARGV[7]
 for note = 8, fields - 1 do log('note', ARGV[note]) end
 if fields <= #ARGV then redis.call('HSET', job, unpack(ARGV, fields)) end
@@ -149,13 +166,15 @@ return 1
 # KEYS: task, due. ARGV: task id
 # Returns the job's status after it, or false when there is no such job.
 CANCEL = """
-local task, due = KEYS[4], KEYS[5]
+local task, due = KEYS[5], KEYS[6]
 local status = redis.call('HGET', job, 'status')
 if status == 'queued' then
   redis.call('HSET', task, 'state', 'done')
   redis.call('ZREM', due, ARGV[2])
+  redis.call('ZREM', deadlines, ARGV[2])
   enter('cancelled')
 elseif status == 'running' then
+  redis.call('ZREM', deadlines, ARGV[2])
   enter('cancelling')
 end
 return redis.call('HGET', job, 'status')
@@ -163,25 +182,46 @@ return redis.call('HGET', job, 'status')
 
 # KEYS: task, due. ARGV: task id, allowed statuses as ,a,b, then progress when queued
 RETRY = """
-local task, due = KEYS[4], KEYS[5]
+local task, due = KEYS[5], KEYS[6]
 local status = redis.call('HGET', job, 'status')
 if not status or not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return 0 end
 redis.call('HSET', task, 'state', 'queued', 'losses', 0)
 redis.call('ZADD', due, 0, ARGV[2])
 redis.call('HDEL', job, 'error', 'started_ms', 'finished_ms')
 redis.call('PERSIST', progress_events)
+start_the_time(ARGV[2])
 enter('queued')
 report(ARGV[4])
 return 1
 """
 
-# KEYS: task, jobs. ARGV: id, final statuses as ,a,b,
+# KEYS: task, jobs, gone. ARGV: id, final statuses as ,a,b, latest end, why, its seconds
+# Returns: 0 there is no such job, 1 deleted, 2 it has not ended, or not as early.
 DELETE = """
-local task, jobs = KEYS[4], KEYS[5]
+local task, jobs, gone = KEYS[5], KEYS[6], KEYS[7]
 local status = redis.call('HGET', job, 'status')
-if not status or not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return 0 end
+if not status then return 0 end
+if not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return 2 end
+if tonumber(redis.call('HGET', job, 'finished_ms')) > tonumber(ARGV[4]) then return 2 end
+redis.call('SET', gone, ARGV[5], 'EX', ARGV[6])
 redis.call('DEL', task, job, events, progress_events)
 redis.call('ZREM', jobs, ARGV[2])
+return 1
+"""
+
+# KEYS: task, leases, due. ARGV: task id, error
+# A job that is being cancelled goes on to be.
+TIME_OUT = """
+local task, leases, due = KEYS[5], KEYS[6], KEYS[7]
+if not is_overdue(ARGV[2]) then return 0 end
+redis.call('ZREM', deadlines, ARGV[2])
+local status = redis.call('HGET', job, 'status')
+if status ~= 'queued' and status ~= 'running' then return 0 end
+redis.call('HSET', task, 'state', 'done')
+redis.call('ZREM', leases, ARGV[2])
+redis.call('ZREM', due, ARGV[2])
+redis.call('HSET', job, 'error', ARGV[3])
+enter('failed')
 return 1
 """
 
@@ -189,7 +229,7 @@ return 1
 #       queued, error when lost too often
 # Returns: 0 not ours to release, 1 queued again, 2 failed, 3 cancelled.
 RELEASE = """
-local task, leases, due = KEYS[4], KEYS[5], KEYS[6]
+local task, leases, due = KEYS[5], KEYS[6], KEYS[7]
 if redis.call('HGET', task, 'state') ~= 'running' then return 0 end
 if redis.call('HGET', task, 'attempt') ~= ARGV[3] then return 0 end
 if ARGV[6] == '1' then
@@ -211,6 +251,7 @@ if redis.call('HGET', job, 'status') == 'cancelling' then
 end
 if losses > tonumber(ARGV[5]) - 1 and ARGV[4] == '1' then
   redis.call('HSET', task, 'state', 'done')
+  redis.call('ZREM', deadlines, ARGV[2])
   redis.call('HSET', job, 'error', ARGV[8])
   enter('failed')
   return 2
@@ -221,6 +262,14 @@ enter('queued')
 report(ARGV[7])
 return 1
 """
+
+
+class Deleted(IntEnum):
+    """What came of it; the numbers are the script's."""
+
+    NO_SUCH_JOB = 0
+    DONE = 1
+    NOT_ENDED = 2
 
 
 @dataclass(frozen=True)
@@ -238,11 +287,22 @@ class JobStore:
     Args:
         redis: a client with decode_responses.
         clock: Redis' own by default, so that the machines of a deployment need not agree on the time.
+        retention_seconds: how long a job is kept after its end; for ever when None.
     """
 
-    def __init__(self, redis: Redis, prefix: str, lease_seconds: float, max_losses: int, clock: Clock | None = None):
+    def __init__(
+        self,
+        redis: Redis,
+        prefix: str,
+        lease_seconds: float,
+        max_losses: int,
+        clock: Clock | None = None,
+        retention_seconds: float | None = None,
+    ) -> None:
         self.redis = redis
+        self._retention_ms = None if retention_seconds is None else int(retention_seconds * 1000)
         self._prefix = prefix
+        self.lease_seconds = lease_seconds
         self._lease_ms = int(lease_seconds * 1000)
         self._max_losses = max_losses
         self.clock = clock or self._redis_clock
@@ -254,6 +314,7 @@ class JobStore:
         self._cancel = redis.register_script(PRELUDE + CANCEL)
         self._retry = redis.register_script(PRELUDE + RETRY)
         self._delete = redis.register_script(PRELUDE + DELETE)
+        self._time_out = redis.register_script(PRELUDE + TIME_OUT)
 
     # --- records
 
@@ -266,12 +327,14 @@ class JobStore:
         idempotency_seconds: int = 86_400,
         inputs: Mapping[str, str] | None = None,
         kind: Kind = Kind.MERGE,
+        deadline_seconds: float | None = None,
     ) -> Created:
         """A queued job with its task.
 
         Args:
             idempotency: (key, digest of the body).
             inputs: state of each checkpoint by its reference, for the worker to compare.
+            deadline_seconds: what the job may take from now on, or from a later retry, waiting included.
         """
         now = self.clock()
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
@@ -286,6 +349,8 @@ class JobStore:
             "inputs": json.dumps(inputs or {}),
             "progress": Progress().model_dump_json(),
         }
+        if deadline_seconds is not None:
+            fields["deadline_ms"] = int(deadline_seconds * 1000)
         key, digest = idempotency or ("", "")
         remembered = f"{job_id} {digest}" if key else ""
         before = self._call(
@@ -303,7 +368,7 @@ class JobStore:
 
     def get(self, job_id: str) -> Record | None:
         fields = cast(dict[str, str], self.redis.hgetall(self._key("job", job_id)))
-        return _record(job_id, fields) if fields else None
+        return _record(job_id, fields, self._retention_ms) if fields else None
 
     def newest(self, after: str | None = None) -> Iterator[Record]:
         """Records, newest first, older than the job `after`; read in pages as they are consumed."""
@@ -333,10 +398,49 @@ class JobStore:
         done = self._call(self._retry, job_id, keys, [str(task), again, Progress().model_dump_json()])
         return task if done else None
 
-    def delete(self, job_id: str) -> bool:
-        """Forget a job that has ended. False while it is active."""
+    def delete(self, job_id: str, *, ended_by_ms: int | None = None) -> Deleted:
+        """Forget a job that has ended, by that time where one is given. Its files are nobody's from then on."""
         task = TaskId(job=job_id, stage=Stage.MERGE)
-        return bool(self._call(self._delete, job_id, [self._task_key(task), self._key("jobs")], [job_id, FINAL]))
+        latest = 2**53 if ended_by_ms is None else ended_by_ms
+        why = Gone.DELETED if ended_by_ms is None else Gone.EXPIRED
+        keys = [self._task_key(task), self._key("jobs"), self._key("gone", job_id)]
+        return Deleted(self._call(self._delete, job_id, keys, [job_id, FINAL, latest, why, GONE_KEPT_S]))
+
+    def gone(self, job_id: str) -> Gone | None:
+        """Why the job is not there any more; None when it is, or never was, or was long ago."""
+        why = self.redis.get(self._key("gone", job_id))
+        return Gone(str(why)) if why else None
+
+    def outlived(self) -> Iterator[Record]:
+        """Jobs whose time after their end is over, oldest first, but for those whose models an active job reads."""
+        if self._retention_ms is None:
+            return
+        ended_by = self.clock() - self._retention_ms
+        before = f"({max(0, ended_by) + 1:012x}"  # an id begins with the time that its job was made at
+        position, page, read = "-", 100, None
+        while True:
+            ids = cast(list[str], self.redis.zrangebylex(self._key("jobs"), position, before, start=0, num=page))
+            for job_id in ids:
+                record = self.get(job_id)
+                if record is None or record.finished_ms is None or record.finished_ms > ended_by:
+                    continue
+                read = self._read_by_active_jobs() if read is None else read
+                if job_id not in read:
+                    yield record
+            if len(ids) < page:
+                return
+            position = f"({ids[-1]}"
+
+    def expire(self, record: Record) -> bool:
+        """Forget a job that was found outlived. False when it was tried again meanwhile, or is gone already."""
+        return self.delete(record.id, ended_by_ms=record.finished_ms) is Deleted.DONE
+
+    def _read_by_active_jobs(self) -> set[str]:
+        """Ids of the jobs whose models they name."""
+        tasks = [name for key in ("due", "leases") for name in self.redis.zrange(self._key(key), 0, -1)]
+        active = [self.get(TaskId.parse(str(name)).job) for name in tasks]
+        named = (reference for record in active if record is not None for reference in record.inputs)
+        return {reference.removeprefix("job:").partition("/")[0] for reference in named if reference.startswith("job:")}
 
     # --- what a worker does with a task
 
@@ -425,6 +529,22 @@ class JobStore:
                 attempts.append(Attempt(task=task, number=int(number)))
         return attempts
 
+    def time_out(self) -> int:
+        """End the jobs whose deadline has passed, waiting or running; how many there were."""
+        names = cast(list[str], self.redis.zrangebyscore(self._key("deadlines"), "-inf", self.clock()))
+        ended = 0
+        for task in map(TaskId.parse, names):
+            allowed = self.redis.hget(self._key("job", task.job), "deadline_ms")
+            error = JobError(
+                code=ErrorCode.TIMEOUT,
+                message=f"the job did not end within its deadline_seconds, {int(allowed or 0) / 1000:g}; a retry has "
+                "as long again",
+                retryable=True,
+            )
+            keys = [self._task_key(task), self._key("leases"), self._key("due")]
+            ended += self._call(self._time_out, task.job, keys, [str(task), error.model_dump_json()])
+        return ended
+
     def due(self, dispatched_before_ms: int) -> list[TaskId]:
         """Waiting tasks that were not handed to RQ since then."""
         names = cast(list[str], self.redis.zrangebyscore(self._key("due"), "-inf", dispatched_before_ms))
@@ -492,7 +612,8 @@ class JobStore:
 
     def _call(self, script: Script, job_id: str, keys: list[str], args: list[Any]) -> Any:
         """Run a script on a job, with what every script begins with."""
-        return script(keys=[*job_keys(self._prefix, job_id), *keys], args=[self.clock(), *args])
+        shared = [*job_keys(self._prefix, job_id), self._key("deadlines")]
+        return script(keys=[*shared, *keys], args=[self.clock(), *args])
 
     def _redis_clock(self) -> int:
         seconds, micros = self.redis.time()
@@ -522,12 +643,13 @@ def _flat(fields: dict[str, Any]) -> list[Any]:
     return [part for pair in fields.items() for part in pair]
 
 
-def _record(job_id: str, fields: dict[str, str]) -> Record:
+def _record(job_id: str, fields: dict[str, str], retention_ms: int | None) -> Record:
     def number(name: str) -> int | None:
         return int(fields[name]) if name in fields else None
 
     kind = Kind(fields.get("kind", Kind.MERGE))  # records that were stored before there were kinds have none
     result = MergeResult if kind is Kind.MERGE else ScoreResult
+    finished = number("finished_ms")
     return Record(
         id=job_id,
         kind=kind,
@@ -537,7 +659,8 @@ def _record(job_id: str, fields: dict[str, str]) -> Record:
         revision=int(fields["revision"]),
         created_ms=int(fields["created_ms"]),
         started_ms=number("started_ms"),
-        finished_ms=number("finished_ms"),
+        finished_ms=finished,
+        expires_ms=None if finished is None or retention_ms is None else finished + retention_ms,
         progress=Progress.model_validate_json(fields["progress"]),
         error=JobError.model_validate_json(fields["error"]) if "error" in fields else None,
         request=json.loads(fields["request"]),

@@ -1,30 +1,68 @@
-"""Puts back in the queue what lost its worker. Every process runs one; they do not get in each other's way."""
+"""Puts back in the queue what lost its worker, and ends what took too long. Every process runs one; they do not get in
+each other's way."""
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
+from app.storage.artifacts import ArtifactFolder
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
+from app.storage.searches import SearchFolder
 
+EXPIRY_S = 5.0
 SWEEP_S = 2.0  # with a lease of 10 s, a lost attempt is back in the queue within 12 s
 
 logger = logging.getLogger(__name__)
 
 
 class Reaper:
-    def __init__(self, store: JobStore, queue: TaskQueue) -> None:
+    """
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, store: JobStore, queue: TaskQueue, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._queue = queue
+        self._clock = clock
+        self._answered: float | None = None
+        self._spare_until = 0.0
 
     def sweep(self) -> None:
-        """Release expired attempts and hand waiting tasks that RQ lost to it again."""
+        """End jobs past their deadline, release expired attempts, and hand waiting tasks that RQ lost to it again.
+
+        While Redis did not answer nobody could renew a lease, so that after such a time all have as long as a lease to
+        do so.
+        """
+        self._store.time_out()
+        now = self._clock()
+        if self._answered is not None and now - self._answered > self._store.lease_seconds / 2:
+            self._spare_until = now + self._store.lease_seconds
+        self._answered = now
+        if now >= self._spare_until:
+            self._release_expired()
+        self._queue.dispatch_lost()
+
+    def _release_expired(self) -> None:
         for attempt in self._store.expired():
             if self._store.release(attempt, lost=True, only_expired=True):
                 logger.warning("job %s lost its worker in attempt %d", attempt.task.job, attempt.number)
-        self._queue.dispatch_lost()
+
+
+def remove_outlived(store: JobStore, artifacts: ArtifactFolder, searches: SearchFolder) -> None:
+    """Forget the jobs that have been kept for their time, and remove what they made.
+
+    The record goes first, so that no reader finds one without its artifact; what a crash leaves is swept as nobody's.
+    """
+    for record in store.outlived():
+        if store.expire(record):
+            logger.info("job %s has been kept for its time and is removed", record.id)
+            artifacts.remove(record)
+            searches.remove(record.id)
 
 
 class Repeater(threading.Thread):

@@ -2,12 +2,22 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Service, keeps_within, make_service, measured_anew, tiny_recipe, wait_until
+from tests.conftest import (
+    HANGS_S,
+    Service,
+    assert_problem,
+    keeps_within,
+    make_service,
+    measured_anew,
+    tiny_recipe,
+    wait_until,
+)
 from tests.tiny import tiny_checkpoint, write_rows
 
 ROWS = 4000  # read, scored and evaluated long enough to be seen at it; such a job is never waited for
@@ -109,8 +119,9 @@ def test_a_deleted_job_is_gone_with_its_artifact(service: Service) -> None:
     with service.http as http:
         response = http.delete(f"/jobs/{job_id}")
         assert (response.status_code, response.content) == (204, b"")
-        assert http.delete(f"/jobs/{job_id}").status_code == 404
-    assert service.get(f"/jobs/{job_id}").status_code == 404
+        for response in (http.delete(f"/jobs/{job_id}"), http.get(f"/jobs/{job_id}")):
+            assert_problem(response, 404, "not_found")
+            assert response.json()["detail"] == f"job {job_id} was deleted"
     assert not list((service.data_dir / "artifacts").glob(f"{job_id}.*"))
     assert job_id not in [job["id"] for job in service.get("/jobs").json()["data"]]
 
@@ -127,6 +138,37 @@ def test_what_the_state_does_not_allow_is_a_conflict(service: Service) -> None:
         response = service.post(f"{job['links']['self']}/{action}")
         assert (response.status_code, response.json()["code"]) == (409, "conflict")
         assert "succeeded" in response.json()["detail"]
+
+
+def is_empty(folder: Path, job_id: str) -> bool:
+    return not list(folder.glob(f"{job_id}.*"))
+
+
+TIMED_OUT_S = 8  # what a job may last beyond its deadline, on a busy machine; by design it is 4.2
+
+
+def test_a_job_past_its_deadline_fails_whether_it_waits_or_runs_and_the_worker_lives(service: Service) -> None:
+    def timed_out() -> float:
+        began = time.monotonic()
+        running = service.submit({**long_recipe(), "deadline_seconds": 4})
+        engine = service.stand_still(running, "loading")
+        waiting = service.submit({**tiny_recipe(), "deadline_seconds": 0.5})
+        for job_id, attempts in ((waiting, 0), (running, 1)):
+            job = service.finished(job_id)
+            assert (job["status"], job["error"]["code"], job["attempt"]) == ("failed", "timeout", attempts)
+            assert job["error"]["retryable"]
+        took = time.monotonic() - began
+        engine.wait(HANGS_S)  # killed, as it would work for nobody
+        for folder in ("work", "artifacts"):
+            wait_until(partial(is_empty, service.data_dir / folder, running), folder)
+        assert service.post(f"/jobs/{waiting}/retry").status_code == 202
+        service.finished(waiting)
+        return took
+
+    keeps_within(4 + TIMED_OUT_S, timed_out)
+    job = service.finished(service.submit({**tiny_recipe("a", name="average"), "deadline_seconds": 3600}))
+    assert job["status"] == "succeeded"
+    assert job["request"]["deadline_seconds"] == 3600
 
 
 def test_an_idempotency_key_of_a_deleted_job_is_a_conflict(service: Service) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from app.client import Client
 from tests.conftest import (
     HANGS_S,
     REPOSITORY,
@@ -192,7 +193,7 @@ def test_a_job_whose_engine_dies_every_time_fails_and_the_worker_lives(new_servi
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Iterator[Service]:
     """Two workers."""
-    variables = {"MASKMERGE_MAX_LOSSES": "100", "MASKMERGE_LEASE_SECONDS": "3"}
+    variables = {"MASKMERGE_MAX_LOSSES": "100", "MASKMERGE_LEASE_SECONDS": "3", "MASKMERGE_HEARTBEAT_SECONDS": "3"}
     service = make_service(tmp_path_factory.mktemp("pair"), inputs, **variables)
     service.start(workers=2)
     yield service
@@ -208,6 +209,54 @@ def test_two_workers_share_the_queue_and_survive_the_loss_of_one(pair: Service) 
         assert pair.finished(job_id)["status"] == "succeeded"
     assert sorted(pair.job(job_id)["attempt"] for job_id in jobs) == [1, 2]
     assert len(list((pair.data_dir / "artifacts").iterdir())) == 2
+
+
+def all_of(service: Service, mark: str) -> list[psutil.Process]:
+    """Processes of the service whose command holds the mark."""
+    assert service.process is not None
+    children = psutil.Process(service.process.pid).children(recursive=True)
+    return [child for child in children if any(mark in word for word in child.cmdline())]
+
+
+def test_engines_that_stand_still_are_noticed_idle_or_at_work_and_replaced(pair: Service) -> None:
+    """Readiness does not count them, and their jobs are done by others."""
+    wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
+    stopped = all_of(pair, "worker.engine_process")
+    assert len(stopped) == 2
+    job_id = pair.submit(long_recipe())
+    wait_until(lambda: scoring(pair, job_id), "one at work, and one idle", interval_s=0.02)
+    for engine in stopped:
+        engine.suspend()
+    psutil.wait_procs(stopped, timeout=HANGS_S)
+    assert not [engine for engine in stopped if engine.is_running()]
+    job = pair.finished(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers again")
+
+
+def worker_of(service: Service, job_id: str) -> psutil.Process:
+    """The worker that has the job in hand; its name, in the job's log, holds its process id."""
+    with Client(service.url, HANGS_S) as client:
+        for event in client.events(job_id):
+            if event.kind == "log" and event.data["code"] == "attempt_started":
+                return psutil.Process(int(event.data["message"].rsplit("-", 2)[1]))
+    pytest.fail("nobody has it")
+
+
+def test_a_worker_that_stands_still_loses_its_job_to_another_and_does_no_harm_when_it_goes_on(pair: Service) -> None:
+    wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
+    job_id = pair.submit(long_recipe())
+    wait_until(lambda: scoring(pair, job_id), "one at work", interval_s=0.02)
+    worker = worker_of(pair, job_id)
+    worker.suspend()
+    job = pair.finished(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    assert pair.get("/readyz").json()["workers"] == 1
+    worker.resume()
+    wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "the other worker again")
+    wait_until(lambda: not list((pair.data_dir / "work").iterdir()), "the work folder to be empty")
+    assert pair.job(job_id) == job
+    assert [folder.name for folder in (pair.data_dir / "artifacts").glob(f"{job_id}.*")] == [f"{job_id}.2"]
 
 
 def test_many_jobs_survive_many_kills_at_random_times(pair: Service) -> None:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.planning import RUNTIME_BYTES, plan_merge
 from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
-from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed
+from worker.engine_process import EngineDied, EngineHung, EngineProcess, Failed, Finished, Progressed
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,66 @@ def test_a_death_while_it_is_idle_is_noticed_by_the_next_merge(
     engine.start()
     engine.run(spec(tiny_inputs, tmp_path / "then"))
     assert isinstance(last_event(engine), Finished)
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[EngineProcess]:
+    """One that is soon taken for hung."""
+    engine = EngineProcess(threads=1, heartbeat_seconds=2, stall_seconds=4)
+    yield engine
+    engine.kill()
+
+
+def suspend_next(others: set[int]) -> None:
+    """Stop the next engine as soon as it is there."""
+
+    def found() -> psutil.Process | None:
+        children = (child for child in psutil.Process().children() if child.pid not in others)
+        return next((child for child in children if "worker.engine_process" in " ".join(child.cmdline())), None)
+
+    wait_until(found, "the process", interval_s=0.01).suspend()
+
+
+def test_one_that_is_stopped_is_noticed_and_killed_whatever_it_does_and_can_be_replaced(
+    watched: EngineProcess, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    stopping = Thread(target=suspend_next, args=({child.pid for child in psutil.Process().children()},))
+    stopping.start()
+    with pytest.raises(EngineHung, match="not heard of for"):  # while it starts
+        watched.start()
+    stopping.join()
+    assert not watched.is_well()
+    watched.start()
+    assert watched.is_well()
+    process = psutil.Process(watched.pid)
+    process.suspend()
+    with pytest.raises(EngineHung, match="not heard of for"):  # while it has nothing to do
+        wait_until(lambda: watched.poll(0.1), "an event that never comes")
+    assert not watched.is_well()
+    assert not process.is_running()
+    watched.start()
+    psutil.Process(watched.pid).suspend()
+    watched.run(spec(tiny_inputs, tmp_path / "never"))
+    with pytest.raises(EngineHung, match="not heard of for"):  # at work
+        wait_until(lambda: watched.poll(0.1), "an event that never comes")
+
+
+def test_a_job_that_waits_for_ever_is_noticed_though_its_process_beats(
+    watched: EngineProcess, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    """It opens a pipe that nobody reads."""
+    watched.start()
+    waiting = spec(tiny_inputs, tmp_path / "out")
+    os.mkfifo(tmp_path / "out" / "README.md")
+    watched.run(waiting)
+
+    def ended() -> bool:
+        ends = [event for event in watched.poll(0.1) if isinstance(event, Finished | Failed)]
+        assert not ends
+        return False
+
+    with pytest.raises(EngineHung, match="made no progress for"):
+        wait_until(ended, "an event that never comes")
 
 
 def test_it_may_open_as_many_files_as_allowed_and_says_when_that_is_too_few(

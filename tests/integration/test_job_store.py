@@ -8,6 +8,7 @@ from redis import Redis
 from app.contracts.jobs import (
     Attempt,
     ErrorCode,
+    Gone,
     JobError,
     Kind,
     Phase,
@@ -18,7 +19,7 @@ from app.contracts.jobs import (
     TaskId,
 )
 from app.storage.connection import connect_for_rq
-from app.storage.jobs import JobStore
+from app.storage.jobs import Deleted, JobStore
 from app.storage.queue import GRACE_MS, TaskQueue
 from app.storage.reaper import Reaper
 from tests.conftest import RESULT
@@ -365,14 +366,178 @@ def test_only_failed_and_cancelled_jobs_are_retried(store: JobStore) -> None:
     assert store.retry("0" * 28) is None
 
 
-def test_only_jobs_that_ended_are_deleted_and_nothing_of_them_stays(store: JobStore, redis: Redis) -> None:
+def test_only_jobs_that_ended_are_deleted_and_nothing_of_them_stays_but_that_they_were(
+    store: JobStore, redis: Redis
+) -> None:
     task = new_job(store)
-    assert not store.delete(task.job)
+    assert store.delete(task.job) is Deleted.NOT_ENDED
     attempt = claimed(store, task)
-    assert not store.delete(task.job)
+    assert store.delete(task.job) is Deleted.NOT_ENDED
     store.fail(attempt, FAILURE)
-    assert store.delete(task.job)
+    assert store.gone(task.job) is None
+    assert store.delete(task.job) is Deleted.DONE
     assert store.get(task.job) is None
-    assert not [key for key in redis.scan_iter("test:*") if task.job in str(key)]
+    assert [key for key in redis.scan_iter("test:*") if task.job in str(key)] == [f"test:gone:{task.job}"]
     assert list(store.newest()) == []
-    assert not store.delete(task.job)
+    assert store.delete(task.job) is Deleted.NO_SUCH_JOB
+    assert store.gone(task.job) is Gone.DELETED
+
+
+def timed(store: JobStore, seconds: float) -> TaskId:
+    return TaskId(job=store.create({}, "name", {}, deadline_seconds=seconds).job_id, stage=Stage.MERGE)
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["waiting", "running"])
+def test_a_job_past_its_deadline_fails_whether_it_waits_or_runs(store: JobStore, clock: Clock, runs: bool) -> None:
+    task = timed(store, 5.5)
+    attempt = claimed(store, task) if runs else None
+    clock.advance(5.4)
+    assert store.time_out() == 0
+    clock.advance(0.1)
+    assert store.time_out() == 1
+    record = record_of(store, task)
+    assert record.status is Status.FAILED
+    assert record.error is not None
+    assert (record.error.code, record.error.retryable) == (ErrorCode.TIMEOUT, True)
+    assert "deadline_seconds, 5.5" in record.error.message
+    assert record.finished_ms == clock.now
+    assert store.time_out() == 0
+    assert (store.due(2**53), store.expired()) == ([], [])
+    if attempt is not None:  # the worker hears of it, and nothing that it does counts
+        assert store.renew(attempt) is None
+        assert not store.succeed(attempt, RESULT, "folder")
+        assert not store.release(attempt, lost=True)
+        assert record_of(store, task) == record
+
+
+def test_all_attempts_share_a_deadline_and_a_retry_has_as_long_again(store: JobStore, clock: Clock) -> None:
+    task = timed(store, 10)
+    clock.advance(4)
+    store.release(claimed(store, task), lost=True)
+    clock.advance(4)
+    store.release(claimed(store, task), lost=False)
+    clock.advance(2)
+    assert store.time_out() == 1
+    assert store.retry(task.job) == task
+    clock.advance(9)
+    assert store.time_out() == 0
+    assert store.succeed(claimed(store, task), RESULT, "folder")
+    clock.advance(100)
+    assert store.time_out() == 0
+    assert record_of(store, task).status is Status.SUCCEEDED
+
+
+def test_past_the_deadline_nothing_begins_and_nothing_succeeds_before_anybody_has_ended_the_job(
+    store: JobStore, clock: Clock
+) -> None:
+    waiting, running = timed(store, 10), timed(store, 10)
+    attempt = claimed(store, running)
+    clock.advance(10)
+    assert store.claim(waiting, "worker") is None
+    assert not store.succeed(attempt, RESULT, "folder")
+    assert record_of(store, running).status is Status.RUNNING
+    assert store.time_out() == 2
+    assert not [task for task in (waiting, running) if record_of(store, task).status is not Status.FAILED]
+
+
+def test_a_job_that_is_being_cancelled_or_has_ended_has_no_deadline(
+    store: JobStore, clock: Clock, redis: Redis
+) -> None:
+    cancelled, cancelling, failed, lost = [timed(store, 10) for _ in range(4)]
+    store.cancel(cancelled.job)
+    attempt = claimed(store, cancelling)
+    store.cancel(cancelling.job)
+    store.fail(claimed(store, failed), FAILURE)
+    for _ in range(MAX_LOSSES):
+        store.release(claimed(store, lost), lost=True)
+    assert redis.zcard("test:deadlines") == 0
+    clock.advance(100)
+    assert store.time_out() == 0
+    assert store.acknowledge_cancel(attempt)
+
+
+RETENTION_S = 1000.0
+
+
+@pytest.fixture
+def forgetting(redis: Redis, clock: Clock) -> JobStore:
+    return JobStore(redis, "test", LEASE_S, MAX_LOSSES, clock, RETENTION_S)
+
+
+def ended(store: JobStore) -> TaskId:
+    task = new_job(store)
+    assert store.succeed(claimed(store, task), RESULT, f"{task.job}.1")
+    return task
+
+
+def test_a_job_is_kept_for_its_time_after_its_end_and_no_longer(forgetting: JobStore, clock: Clock) -> None:
+    waiting = new_job(forgetting)
+    failed = new_job(forgetting)
+    clock.advance(RETENTION_S)
+    forgetting.fail(claimed(forgetting, failed), FAILURE)
+    record = record_of(forgetting, failed)
+    assert record.expires_ms == clock.now + RETENTION_S * 1000
+    clock.advance(RETENTION_S - 1)
+    assert list(forgetting.outlived()) == []
+    clock.advance(1)
+    assert [found.id for found in forgetting.outlived()] == [failed.job]
+    assert forgetting.expire(record)
+    assert not forgetting.expire(record)
+    assert (forgetting.get(failed.job), forgetting.gone(failed.job)) == (None, Gone.EXPIRED)
+    assert record_of(forgetting, waiting).expires_ms is None
+
+
+def test_a_job_that_is_tried_again_meanwhile_does_not_expire(forgetting: JobStore, clock: Clock) -> None:
+    task = new_job(forgetting)
+    forgetting.fail(claimed(forgetting, task), FAILURE)
+    clock.advance(RETENTION_S)
+    [record] = forgetting.outlived()
+    forgetting.retry(task.job)
+    assert not forgetting.expire(record)
+    forgetting.fail(claimed(forgetting, task), FAILURE)
+    assert not forgetting.expire(record)
+    assert list(forgetting.outlived()) == []
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["waiting", "running"])
+def test_a_job_whose_models_are_read_by_an_active_one_is_kept_until_that_ends(
+    forgetting: JobStore, clock: Clock, runs: bool
+) -> None:
+    read, other = ended(forgetting), ended(forgetting)
+    inputs = {f"job:{read.job}/a": "state", "local:b": "state"}
+    reading = TaskId(job=forgetting.create({}, "chain", {}, inputs=inputs).job_id, stage=Stage.MERGE)
+    attempt = claimed(forgetting, reading) if runs else None
+    clock.advance(RETENTION_S)
+    assert [record.id for record in forgetting.outlived()] == [other.job]
+    forgetting.fail(attempt or claimed(forgetting, reading), FAILURE)
+    assert {record.id for record in forgetting.outlived()} == {read.job, other.job}
+
+
+def test_many_outlived_jobs_are_found_page_by_page_while_they_are_removed(forgetting: JobStore, clock: Clock) -> None:
+    jobs = [ended(forgetting) for _ in range(205)]
+    clock.advance(RETENTION_S)
+    removed = [record.id for record in forgetting.outlived() if forgetting.expire(record)]
+    assert sorted(removed) == sorted(task.job for task in jobs)
+    assert list(forgetting.newest()) == []
+
+
+def test_without_a_retention_nothing_expires(store: JobStore, clock: Clock) -> None:
+    task = ended(store)
+    clock.advance(10_000_000)
+    assert list(store.outlived()) == []
+    assert record_of(store, task).expires_ms is None
+
+
+def test_after_a_time_without_redis_leases_can_be_renewed_before_they_are_taken_for_lost(
+    store: JobStore, queue: TaskQueue, clock: Clock
+) -> None:
+    attempt = claimed(store, new_job(store))
+    reaper = Reaper(store, queue, lambda: clock.now / 1000)
+    reaper.sweep()
+    clock.advance(LEASE_S * 3)  # no sweep came through
+    reaper.sweep()
+    assert store.attempt_is_current(attempt.task, attempt.number)
+    for _ in range(4):
+        clock.advance(LEASE_S / 4)
+        reaper.sweep()
+    assert not store.attempt_is_current(attempt.task, attempt.number)

@@ -220,17 +220,22 @@ class JobResult(Strict):
     was done, as rows that were truncated."""
 
 
-class MergeResult(JobResult):
+class MergeSummary(JobResult):
+    """All of a merge's result but how `auto` found it."""
+
     models: list[ModelResult]
     metrics: dict[str, MetricResult] | None
     mean_retention: float | None
     min_retention: float | None
+    stopping: Stopping | None = None
+    """Of methods that weight by the scores of mask nodes, but for the preset `paper`."""
+
+
+class MergeResult(MergeSummary):
     candidates: list[Candidate] | None = None
     """Of `auto`: each method's best, the plain average and the single experts, all on the same held-out rows."""
     search: Search | None = None
     """Of `auto`."""
-    stopping: Stopping | None = None
-    """Of methods that weight by the scores of mask nodes, but for the preset `paper`."""
 
 
 class ScoresFile(Strict):

@@ -1,0 +1,88 @@
+"""Whether a process that is still there hangs: stopped, dead-locked, or waiting for what never comes."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LONGEST_LOOK_S = (
+    5.0  # what passes between two looks counts for no more: the machine, or who looks, may have stood still
+)
+LEAST_WORK = 0.005  # of a processor; beats take a twentieth of it
+LEAST_WORK_S = 0.05  # five ticks of the kernel's clock: a single one proves nothing
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Vitals:
+    """Signs of life of the engine process, from its worker's end.
+
+    A beat, which a thread of the engine sends every second, proves only that the process is scheduled and its
+    interpreter free. Progress proves more, but the reading of a large file, one large factorisation or a slow hub make
+    none for minutes. So silence is a fault when the process takes no processor time either, and want of progress is
+    one when the process only waits, or holds its interpreter all the time.
+
+    Args:
+        heartbeat_seconds: how long it may be silent while it does not work.
+        stall_seconds: how long a job may be without progress while the process does not work, or is silent.
+        clock: seconds, monotonic.
+        processor_seconds: what the process has taken.
+    """
+
+    def __init__(
+        self,
+        heartbeat_seconds: float,
+        stall_seconds: float,
+        processor_seconds: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._heartbeat_seconds = heartbeat_seconds
+        self._stall_seconds = stall_seconds
+        self._processor_seconds = processor_seconds
+        self._clock = clock
+        self._looked = clock()
+        self._silent = self._resting = self._stalled = 0.0
+        self._measured = processor_seconds()
+        self._has_job = False
+
+    def begins(self) -> None:
+        """A job begins."""
+        self._has_job, self._stalled, self._resting = True, 0.0, 0.0
+
+    def ends(self) -> None:
+        self._has_job = False
+
+    def heard(self, *, progresses: bool) -> None:
+        """Something came from it."""
+        self._silent = 0.0
+        if progresses:
+            self._stalled = 0.0
+
+    def look(self) -> str | None:
+        """To be called often. Why it is taken for hung, or None."""
+        now = self._clock()
+        passed = min(now - self._looked, LONGEST_LOOK_S)
+        self._looked = now
+        self._silent += passed
+        self._stalled += passed
+        self._resting += passed
+        taken = self._processor_seconds()
+        if taken - self._measured >= max(LEAST_WORK_S, LEAST_WORK * self._resting):
+            self._resting, self._measured = 0.0, taken
+        if min(self._silent, self._resting) > self._heartbeat_seconds:
+            return f"it was not heard of for {self._silent:.0f} s and did nothing meanwhile"
+        if self._has_job and min(self._stalled, max(self._silent, self._resting)) > self._stall_seconds:
+            return f"it made no progress for {self._stalled:.0f} s, and waits or holds its interpreter"
+        return None
+
+    def seems_well(self, seconds: float) -> bool:
+        """Whether it was heard of, or worked, that recently."""
+        return min(self._silent, self._resting) < seconds
+
+
+def processor_seconds(pid: int) -> float:
+    """What all threads of a process have taken; 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
