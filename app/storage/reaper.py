@@ -40,7 +40,7 @@ class Reaper:
         """
         self._store.time_out()
         now = self._clock()
-        if self._answered is not None and now - self._answered > self._store.lease_seconds / 2:
+        if self._answered is not None and now - self._answered > SWEEP_S + self._store.lease_seconds / 2:
             self._spare_until = now + self._store.lease_seconds
         self._answered = now
         if now >= self._spare_until:

@@ -251,7 +251,7 @@ def test_a_worker_that_stands_still_loses_its_job_to_another_and_does_no_harm_wh
     worker.suspend()
     job = pair.finished(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
-    assert pair.get("/readyz").json()["workers"] == 1
+    wait_until(lambda: pair.get("/readyz").json().get("workers") == 1, "the worker that stands still not to count")
     worker.resume()
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "the other worker again")
     wait_until(lambda: not list((pair.data_dir / "work").iterdir()), "the work folder to be empty")

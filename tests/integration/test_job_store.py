@@ -21,7 +21,7 @@ from app.contracts.jobs import (
 from app.storage.connection import connect_for_rq
 from app.storage.jobs import Deleted, JobStore
 from app.storage.queue import GRACE_MS, TaskQueue
-from app.storage.reaper import Reaper
+from app.storage.reaper import SWEEP_S, Reaper
 from tests.conftest import RESULT
 from worker.engine.catalog.report import ScoreResult, Timings
 
@@ -497,6 +497,18 @@ def test_a_job_that_is_tried_again_meanwhile_does_not_expire(forgetting: JobStor
     forgetting.fail(claimed(forgetting, task), FAILURE)
     assert not forgetting.expire(record)
     assert list(forgetting.outlived()) == []
+
+
+def test_sweeps_at_their_usual_pace_release_what_has_the_shortest_lease(
+    redis: Redis, queue: TaskQueue, clock: Clock
+) -> None:
+    store = JobStore(redis, "test", 2, MAX_LOSSES, clock)
+    attempt = claimed(store, new_job(store))
+    reaper = Reaper(store, queue, lambda: clock.now / 1000)
+    for _ in range(2):
+        reaper.sweep()
+        clock.advance(SWEEP_S)
+    assert not store.attempt_is_current(attempt.task, attempt.number)
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["waiting", "running"])
