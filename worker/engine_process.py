@@ -28,6 +28,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from app.contracts.jobs import JobError, Phase
 from app.contracts.lifetime import die_with_parent
+from app.storage.scratch import Scratch
 from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory, StorageError
 from worker.engine.catalog.report import MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
@@ -110,6 +111,7 @@ class EngineProcess:
         self._vitals: Vitals | None = None
         self._is_ready = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: Scratch | None = None
         self._events = -1
         self._buffer = b""
         self._oom_kills = 0
@@ -120,6 +122,7 @@ class EngineProcess:
         """Start it and wait until it takes jobs. Raises EngineDied when that fails."""
         self.kill()
         self._is_ready = False
+        self._scratch = Scratch()
         read_end, write_end = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.engine_process", str(os.getpid()), str(write_end)],
@@ -131,6 +134,7 @@ class EngineProcess:
                 **{
                     name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
                 },  # holds a password
+                "TMPDIR": str(self._scratch.path),
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": str(self._threads),
@@ -202,6 +206,9 @@ class EngineProcess:
             if process.stdin is not None:
                 with suppress(BrokenPipeError):  # closing sends what a process that died before did not take
                     process.stdin.close()
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
 
     def is_well(self) -> bool:
         """Whether it takes jobs, as far as is known. From any thread."""

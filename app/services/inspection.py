@@ -31,6 +31,7 @@ from app.contracts.jobs import Kind, Status
 from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
 from app.services.checks import Accepted
 from app.storage.hub import DEADLINE_S, REQUEST_TIMEOUT_S
+from app.storage.scratch import Scratch
 
 HUB_S = DEADLINE_S + REQUEST_TIMEOUT_S  # the hub's own deadline is looked at between two requests
 START_S = 60.0  # loading what checks need, on a machine that is busy
@@ -145,10 +146,12 @@ class Inspectors:
         self._hub_places = asyncio.Semaphore(limits.hub_places)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._scratch: Scratch | None = None
 
     def start(self) -> None:
         """Start the inspector; what is asked before it has loaded all waits for it."""
-        self.close()
+        self._end()
+        self._scratch = self._scratch or Scratch()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -163,6 +166,12 @@ class Inspectors:
 
     def close(self) -> None:
         """End the inspector, and with it whatever copies of it do."""
+        self._end()
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
+
+    def _end(self) -> None:
         if self._control is not None:
             self._control.close()
         if self._process is not None:
@@ -181,7 +190,7 @@ class Inspectors:
                 or too many requests wait already.
         """
         async with self._place(request):
-            scratch = Path(mkdtemp(prefix="maskmerge-"))
+            scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
             try:
                 inspection = Inspection(
                     kind=Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
@@ -241,7 +250,7 @@ class Inspectors:
                     socket.send_fds(self._control, [b"x"], [theirs.fileno()])
                     break
                 except OSError:  # it is just ending
-                    self.close()
+                    self._end()
         return ours
 
 

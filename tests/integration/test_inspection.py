@@ -184,7 +184,7 @@ def test_an_inspection_leaves_no_files_behind(inputs: Path, tmp_path: Path, monk
         async with inspecting(inputs, tmp_path / "data") as inspectors:
             asked = asyncio.create_task(refusal(check(inspectors, "slow", "a")))
             copy = await copy_of(inspectors)
-            [scratch] = (tmp_path / "scratch").iterdir()
+            [scratch] = (tmp_path / "scratch").glob("*/*")
             (scratch / "left").touch()
             copy.kill()
             await asked
