@@ -1,22 +1,23 @@
 import hashlib
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
 
+from app.api.conditional import IfNoneMatch
 from app.api.dependencies import RecordOf, ServicesOf
 from app.api.files import ArchiveResponse, media_type, serve
+from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
 from app.services.composition import Services
 from app.storage.files import StoredFile
 from worker.engine.catalog.report import MANIFEST, PAGE_POLICY
 
-router = APIRouter(tags=["artifacts"])
+router = APIRouter(tags=["artifacts"], route_class=StrictRoute)
 
 
 class FileEntry(BaseModel):
@@ -51,15 +52,13 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
 
 
 @router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=FileResponse)
-def get_file(
-    name: str, record: RecordOf, services: ServicesOf, if_none_match: Annotated[str | None, Header()] = None
-) -> Response:
+def get_file(name: str, record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
     """One file: ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530)."""
     return serve(_file(name, record, services), if_none_match)
 
 
 @router.get("/jobs/{job_id}/report", response_class=FileResponse)
-def report(record: RecordOf, services: ServicesOf, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+def report(record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
     """The report page."""
     response = serve(_file("report.html", record, services), if_none_match, "inline")
     response.headers.update({"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from app.api.yaml_body import YamlRoute, as_sent, is_yaml
+from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
 
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
@@ -51,14 +51,6 @@ def _problem(request: Request, error: Exception) -> Response:
 def _validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     found = error.errors()
-    if any(e["type"] == "json_invalid" for e in found):
-        reason = found[0].get("ctx", {}).get("error", "")
-        where = found[0]["loc"][-1]
-        return answer(request, ProblemError(Problem.MALFORMED, f"the body is not JSON: {reason} at byte {where}"))
-    if _is_wrong_media_type(request, found):
-        yaml = " or application/yaml" if isinstance(request.scope.get("route"), YamlRoute) else ""
-        detail = f"Content-Type is '{request.headers.get('content-type', '')}'; send application/json{yaml}"
-        return answer(request, ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail))
     errors = [
         FieldError(field=as_sent(request, field_of(e["loc"])), message=e["msg"].removeprefix("Value error, "))
         for e in found
@@ -102,13 +94,6 @@ def _redis(request: Request, error: Exception) -> Response:
 def _unexpected(request: Request, error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return answer(request, ProblemError(Problem.INTERNAL, "the service failed on this request; its log says why"))
-
-
-def _is_wrong_media_type(request: Request, found: Sequence[Any]) -> bool:
-    """FastAPI leaves a body that is not declared as JSON unparsed, and then says that it is no object."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_read = media_type == "application/json" or media_type.endswith("+json") or is_yaml(request)
-    return request.method == "POST" and not is_read and any(tuple(e["loc"]) == ("body",) for e in found)
 
 
 def field_of(location: Sequence[object]) -> str:

@@ -7,8 +7,10 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from redis.exceptions import RedisError
 
 from app.api.dependencies import JobId, RecordOf, ServicesOf
+from app.api.strict_route import StrictRoute
+from app.contracts.errors import FieldError, Problem, ProblemError
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=StrictRoute)
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +20,9 @@ LastEventId = Annotated[str | None, Header(pattern=r"^[0-9]{1,15}$", description
 def get_position(record: RecordOf, response: Response, last_event_id: LastEventId = None) -> int | None:
     """The event to go on after; None, and a 204, when the job has ended and its last event is known."""
     after = int(last_event_id or 0)
+    if after > record.revision:
+        message = f"job {record.id} has no event {after} yet"
+        raise ProblemError(Problem.MALFORMED, message, [FieldError(field="last-event-id", message=message)])
     if record.status.is_final and after >= record.revision:
         response.status_code = 204
         return None

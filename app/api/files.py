@@ -74,7 +74,10 @@ class ArchiveResponse(StreamingResponse):
 
 
 def serve(
-    file: StoredFile, if_none_match: str | None, disposition: str = "attachment", held: ExitStack | None = None
+    file: StoredFile,
+    if_none_match: Sequence[str] | None,
+    disposition: str = "attachment",
+    held: ExitStack | None = None,
 ) -> Response:
     """The file, or 304 when the caller has it; either way `held` is closed in the end."""
     held = held or ExitStack()

@@ -3,9 +3,10 @@ from pydantic import BaseModel
 from redis.exceptions import RedisError
 
 from app.api.dependencies import ServicesOf
+from app.api.strict_route import StrictRoute
 from app.contracts.errors import FieldError, Problem, ProblemError
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=StrictRoute)
 
 
 class Health(BaseModel):

@@ -1,18 +1,20 @@
 from itertools import islice
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict
 
-from app.api.conditional import is_current, not_modified
+from app.api.conditional import IfNoneMatch, is_current, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, get_record, no_job
+from app.api.paging import Limit
 from app.api.prefer import Wait, applied
+from app.api.strict_route import StrictRoute
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Job, JobSummary, Record, Status
 from app.storage.jobs import Deleted
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=StrictRoute)
 
 
 class JobPage(BaseModel):
@@ -28,7 +30,7 @@ def list_jobs(
     services: ServicesOf,
     status: Annotated[Status | None, Query(description="Only jobs in this state")] = None,
     label: Annotated[list[str] | None, Query(description="Only jobs with this label, as key:value; repeatable")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
     after: Annotated[str | None, Query(pattern=r"^[0-9a-f]{28}$", description="The `next` of the page before")] = None,
 ) -> JobPage:
     """Jobs, newest first, in short: without their requests, and without the candidates and trials of a search."""
@@ -48,7 +50,7 @@ async def get_job(
     services: ServicesOf,
     response: Response,
     wait: Wait,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Job | Response:
     """A job. Its ETag changes with every write; `If-None-Match` answers 304 while it has not.
 

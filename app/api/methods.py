@@ -2,9 +2,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from app.api.strict_route import StrictRoute
 from worker.engine.catalog.methods import AUTO, METHODS
 
-router = APIRouter(tags=["methods"])
+router = APIRouter(tags=["methods"], route_class=StrictRoute)
 
 
 @router.get("/methods")

@@ -1,13 +1,16 @@
 from itertools import islice
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Path, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
+from app.api.conditional import IfNoneMatch
 from app.api.dependencies import ServicesOf
 from app.api.files import ArchiveResponse, serve
+from app.api.paging import Limit
 from app.api.prefer import Wait
+from app.api.strict_route import StrictRoute
 from app.api.submitting import IdempotencyKey, submitted
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Job
@@ -15,7 +18,7 @@ from app.contracts.requests import ScoreRequest
 from app.storage.statistics import KeptStatistic
 from worker.engine.catalog.methods import Statistic
 
-router = APIRouter(tags=["scores"])
+router = APIRouter(tags=["scores"], route_class=StrictRoute)
 
 EXAMPLE: dict[str, Any] = {
     "method": {"name": "mask_fisher"},
@@ -94,7 +97,7 @@ def list_scores(
         str | None, Query(pattern=DIGEST, description="Only of the checkpoint with this digest")
     ] = None,
     statistic: Annotated[Statistic | None, Query(description="Only of this kind")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Limit = 20,
     after: Annotated[
         str | None, Query(pattern=r"^[0-9a-f]{14}-[0-9a-f]{64}$", description="The `next` of the page before")
     ] = None,
@@ -118,7 +121,7 @@ def list_scores(
 def get_scores(
     digest: Annotated[str, Path(pattern=DIGEST, description="A statistic's digest")],
     services: ServicesOf,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """A statistic's safetensors file, with ranges and a strong ETag; one of several parts comes as a tar of them."""
     address = digest.removeprefix(PREFIX)

@@ -1,19 +1,15 @@
 """Bodies that are YAML, on routes that take JSON: our own requests, or recipes of mergekit."""
 
-import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.routing import APIRoute
-from starlette.types import Message
+from fastapi import Request
 
+from app.api.strict_route import StrictRoute
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.services.mergekit import MergekitError, fields_there, translated
 from app.services.yaml_text import NotYaml, parse_yaml
 
-MEDIA_TYPES = ("application/yaml", "application/x-yaml", "text/yaml")
+YAML = ("application/yaml", "application/x-yaml", "text/yaml")
 YAML_BODY = {
     "requestBody": {
         "content": {"application/yaml": {"schema": {"type": "object", "description": "The same, or mergekit's."}}}
@@ -21,32 +17,16 @@ YAML_BODY = {
 }
 
 
-def is_yaml(request: Request) -> bool:
-    """Whether the body is taken for YAML: by its Content-Type, on routes that take it."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return media_type in MEDIA_TYPES and isinstance(request.scope.get("route"), YamlRoute)
+class YamlRoute(StrictRoute):
+    """A route whose body may also be YAML."""
 
+    media_types = (*StrictRoute.media_types, *YAML)
 
-class YamlRoute(APIRoute):
-    """A route whose body may also be YAML; what it reads is JSON either way."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handler(request: Request) -> Response:
-            if not is_yaml(request):
-                return await handle(request)
-            content, request.state.fields_there = await run_in_threadpool(_request_in, await request.body())
-            sent = json.dumps(content).encode()
-
-            async def receive() -> Message:
-                return {"type": "http.request", "body": sent, "more_body": False}
-
-            headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
-            scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
-            return await handle(Request(scope, receive))
-
-        return handler
+    def content(self, request: Request, media_type: str, body: bytes) -> Any:
+        if media_type not in YAML:
+            return super().content(request, media_type, body)
+        content, request.state.fields_there = _request_in(body)
+        return content
 
 
 def as_sent(request: Request, field: str) -> str:

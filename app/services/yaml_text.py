@@ -1,5 +1,12 @@
-"""YAML from outside: values that JSON has, in bounded space and time."""
+"""YAML from outside: values that JSON has, in bounded space and time.
 
+Plain words mean what YAML 1.2 says (its core schema), which reads JSON as JSON. PyYAML, and so mergekit, reads
+YAML 1.1: there `1:30` is the number 90, `0b1` and `1_000` are numbers, and `yes`, `no`, `on`, `off` are true and false.
+All of these are texts here. A number that begins with 0 is refused, because 010 is 8 in YAML 1.1 and 10 in 1.2.
+"""
+
+import math
+import re
 from typing import Any
 
 import yaml
@@ -9,9 +16,16 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 MOST_BYTES = 100_000  # a second's work for the parser
 MOST_NODES = 20_000  # counted where an alias repeats them too
 DEEPEST = 30
-LONGEST_NUMBER = 100  # a number of base 60 takes the square of its length
+LONGEST_NUMBER = 100
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
+OTHER_BREAKS = re.compile("[\x85\u2028\u2029]")
+PLAIN = {  # what plain words of YAML 1.2's core schema stand for
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
 
 
 class NotYaml(ValueError):
@@ -19,15 +33,16 @@ class NotYaml(ValueError):
 
 
 def parse_yaml(text: bytes) -> Any:
-    """One document of texts, numbers, booleans, null, lists and mappings by text; dates stay the texts that they are.
+    """One document of texts, numbers, booleans, null, lists and mappings by text.
 
     Raises:
-        NotYaml: it is not YAML or not UTF-8, repeats a key, has other tags, or is larger or deeper than a recipe is.
+        NotYaml: it is not YAML or not UTF-8, repeats a key, has other tags, has what YAML 1.1 and 1.2 read as different
+            numbers or lines, or is larger or deeper than a recipe is.
     """
     if len(text) > MOST_BYTES:
         raise NotYaml(f"it has {len(text)} bytes; recipes have at most {MOST_BYTES}")
     try:
-        return yaml.load(text.decode(), _Loader)  # noqa: S506 - built on the safe one, and narrower
+        return _document(text.decode())
     except UnicodeDecodeError as error:
         raise NotYaml(f"byte {error.start} is not UTF-8") from error
     except yaml.MarkedYAMLError as error:
@@ -35,6 +50,25 @@ def parse_yaml(text: bytes) -> Any:
         raise NotYaml(f"{error.problem}{where}") from error
     except yaml.YAMLError as error:
         raise NotYaml(str(error).replace("\n", " ")) from error
+    except NotYaml:
+        raise
+    except (ValueError, OverflowError) as error:  # an escape of a character that Unicode does not have
+        raise NotYaml("it has an escape that is no character") from error
+
+
+def _document(text: str) -> Any:
+    breaks = OTHER_BREAKS.search(text)
+    if breaks:
+        escape = f"\\u{ord(breaks[0]):04x}"
+        raise NotYaml(f"character {breaks.start()} ends a line in YAML 1.1 alone; write {escape}, in double quotes")
+    loader = _Loader(text)
+    try:
+        value = loader.get_single_data()
+        if loader.yaml_version not in (None, (1, 2)):
+            raise NotYaml("it says that it is not YAML 1.2, as which recipes are read")
+        return value
+    finally:
+        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,34 +98,63 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.tag != MERGE_TAG:
-                if not isinstance(key, ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                    raise ConstructorError(None, None, "a key that is no text; put it in quotes", key.start_mark)
-                if key.value in seen:
-                    raise ConstructorError(None, None, f"the key '{key.value[:40]}' is there twice", key.start_mark)
-                seen.add(key.value)
+            if not isinstance(key, ScalarNode) or key.tag not in (MERGE_TAG, "tag:yaml.org,2002:str"):
+                raise ConstructorError(None, None, "a key that is no text; put it in quotes", key.start_mark)
+            if (key.tag, key.value) in seen:
+                raise ConstructorError(None, None, f"the key '{key.value[:40]}' is there twice", key.start_mark)
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
-    def construct_number(self, node: ScalarNode) -> Any:
-        construct = self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float
-        try:
-            if len(node.value) <= LONGEST_NUMBER:
-                return construct(node)
-        except (ValueError, OverflowError):
-            pass
-        raise ConstructorError(None, None, f"'{node.value[:40]}' is no number; put texts in quotes", node.start_mark)
+    def construct_text(self, node: ScalarNode) -> str:
+        """With what JSON spells as two halves of a character as that character."""
+        text = self.construct_scalar(node)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+    def construct_null(self, node: ScalarNode) -> None:
+        self._check(node, "null")
+
+    def construct_flag(self, node: ScalarNode) -> bool:
+        self._check(node, "bool")
+        return bool(node.value.lower() == "true")
+
+    def construct_integer(self, node: ScalarNode) -> int:
+        self._check(node, "int")
+        sign, digits = ("-", node.value[1:]) if node.value.startswith("-") else ("", node.value.removeprefix("+"))
+        if len(digits) > LONGEST_NUMBER:
+            raise ConstructorError(None, None, f"the number {node.value[:40]}… is too long", node.start_mark)
+        if re.fullmatch("0[0-9]+", digits):
+            message = f"{node.value} is an octal number in YAML 1.1 and a decimal one in 1.2; put texts in quotes"
+            raise ConstructorError(None, None, message, node.start_mark)
+        return int(sign + digits, 0)
+
+    def construct_decimal(self, node: ScalarNode) -> float:
+        self._check(node, "float")
+        is_special = node.value[-1] in "fFnN"  # of .inf and .nan
+        value = float(node.value) if len(node.value) <= LONGEST_NUMBER and not is_special else math.inf
+        if not math.isfinite(value):
+            raise ConstructorError(None, None, f"{node.value[:40]} is no number that JSON has", node.start_mark)
+        return value
+
+    def _check(self, node: ScalarNode, kind: str) -> None:
+        """That a tag which the text itself gives, as in `!!int x`, is the one that its value would have."""
+        if not re.fullmatch(PLAIN[kind], node.value):
+            raise ConstructorError(None, None, f"'{node.value[:40]}' is no {kind}", node.start_mark)
 
     def refuse_tag(self, node: Node) -> None:
         raise ConstructorError(None, None, f"the tag '{node.tag[:40]}' is not taken here", node.start_mark)
 
 
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _first in (("null", "~nN"), ("bool", "tTfF"), ("int", "-+0123456789"), ("float", "-+0123456789.")):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{PLAIN[_kind]})\\Z"), list(_first))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
+_Loader.add_implicit_resolver(MERGE_TAG, re.compile(r"<<\Z"), ["<"])
 _Loader.yaml_constructors = {
-    "tag:yaml.org,2002:null": SafeConstructor.construct_yaml_null,
-    "tag:yaml.org,2002:bool": SafeConstructor.construct_yaml_bool,
-    "tag:yaml.org,2002:int": _Loader.construct_number,
-    "tag:yaml.org,2002:float": _Loader.construct_number,
-    "tag:yaml.org,2002:str": SafeConstructor.construct_yaml_str,
-    "tag:yaml.org,2002:timestamp": SafeConstructor.construct_yaml_str,
+    "tag:yaml.org,2002:null": _Loader.construct_null,
+    "tag:yaml.org,2002:bool": _Loader.construct_flag,
+    "tag:yaml.org,2002:int": _Loader.construct_integer,
+    "tag:yaml.org,2002:float": _Loader.construct_decimal,
+    "tag:yaml.org,2002:str": _Loader.construct_text,
     "tag:yaml.org,2002:seq": SafeConstructor.construct_yaml_seq,
     "tag:yaml.org,2002:map": SafeConstructor.construct_yaml_map,
     None: _Loader.refuse_tag,

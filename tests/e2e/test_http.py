@@ -1,5 +1,6 @@
 """HTTP as it is on the wire: what clients hide is sent and read over sockets."""
 
+import gzip
 import json
 import re
 import socket
@@ -202,3 +203,109 @@ def test_several_ranges_come_as_parts_and_what_is_no_range_is_not_read_as_one(
     beyond = service.get(path, headers={"Range": "bytes=9999999-"})
     assert_problem(beyond, 416, "range_not_satisfiable")
     assert beyond.headers["Content-Range"] == f"bytes */{len(whole)}"
+
+
+# --- bodies and parameters
+
+RECIPE = json.dumps(tiny_recipe("a", "b", name="average"))
+YAML = {"Content-Type": "application/yaml"}
+JSON = {"Content-Type": "application/json"}
+BODIES: dict[str, tuple[dict[str, str], str | bytes, int, str]] = {
+    "JSON": (JSON, RECIPE, 200, ""),
+    "JSON in small and large letters": ({"Content-Type": "Application/JSON ; Charset=UTF-8"}, RECIPE, 200, ""),
+    "JSON of a kind": ({"Content-Type": "application/vnd.recipe+json"}, RECIPE, 200, ""),
+    "JSON after a mark of its encoding": (JSON, b"\xef\xbb\xbf" + RECIPE.encode(), 200, ""),
+    "JSON as it is": ({**JSON, "Content-Encoding": "identity"}, RECIPE, 200, ""),
+    "YAML": (YAML, RECIPE, 200, ""),
+    "packed": ({**JSON, "Content-Encoding": "gzip"}, gzip.compress(RECIPE.encode()), 415, "unsupported_media_type"),
+    "packed in a way that nobody knows": ({**JSON, "Content-Encoding": "odd"}, RECIPE, 415, "unsupported_media_type"),
+    "packed, it says": ({**YAML, "Content-Encoding": "br"}, RECIPE, 415, "unsupported_media_type"),
+    "no type": ({"Content-Type": ""}, RECIPE, 415, "unsupported_media_type"),
+    "another type": ({"Content-Type": "text/plain"}, RECIPE, 415, "unsupported_media_type"),
+    "a form": ({"Content-Type": "application/x-www-form-urlencoded"}, "a=b", 415, "unsupported_media_type"),
+    "a type of JSON's that is none": ({"Content-Type": "text/x+json"}, RECIPE, 415, "unsupported_media_type"),
+    "two types": ({"Content-Type": "application/json, text/plain"}, RECIPE, 415, "unsupported_media_type"),
+    "another character set": (
+        {"Content-Type": "application/json; charset=latin-1"}, RECIPE, 415, "unsupported_media_type",
+    ),
+    "YAML in another character set": (
+        {"Content-Type": "application/yaml;charset=utf-16"}, RECIPE, 415, "unsupported_media_type",
+    ),
+    "nothing": (JSON, "", 400, "malformed"),
+    "nothing as YAML": (YAML, "", 422, "invalid_request"),
+    "a key twice": (JSON, RECIPE[:-1] + ', "models": []}', 400, "malformed"),
+    "a key twice as YAML": (YAML, RECIPE[:-1] + ', "models": []}', 400, "malformed"),
+    "NaN": (JSON, RECIPE[:-1] + ', "deadline_seconds": NaN}', 400, "malformed"),
+    "infinity": (JSON, RECIPE[:-1] + ', "deadline_seconds": 1e999}', 400, "malformed"),
+    "very deep": (JSON, "[" * 100_000, 400, "malformed"),
+    "null": (JSON, "null", 422, "invalid_request"),
+    "a text for a number": (JSON, RECIPE[:-1] + ', "layers": "2"}', 422, "invalid_request"),
+    "a text for a number as YAML": (YAML, RECIPE[:-1] + ', "layers": 0b10}', 422, "invalid_request"),
+    "base 60": (YAML, RECIPE[:-1] + ', "layers": 1:30}', 422, "invalid_request"),
+    "a boolean for a number": (JSON, RECIPE[:-1] + ', "layers": true}', 422, "invalid_request"),
+    "a boolean of YAML 1.1": (YAML, RECIPE[:-1] + ', "evaluate": off}', 422, "invalid_request"),
+    "octal": (YAML, RECIPE[:-1] + ', "layers": 02}', 400, "malformed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_a_body_is_what_it_says_that_it_is(service: Service, case: str) -> None:
+    headers, body, status, code = BODIES[case]
+    for path in ("/merge/validate", "/merge") if status != 200 else ("/merge/validate",):
+        response = service.post(path, content=body, headers=headers)
+        if status == 200:
+            assert response.status_code == 200, response.text
+        else:
+            assert_problem(response, status, code)
+            assert (response.headers.get("Accept-Encoding") == "identity") == ("packed" in case)
+
+
+def test_scores_take_json_alone(service: Service) -> None:
+    response = service.post("/scores", content="{}", headers=YAML)
+    assert_problem(response, 415, "unsupported_media_type")
+    assert "send application/json, in" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/jobs?stauts=failed", "did you mean 'status'"),
+        ("/jobs?limit=1&limit=2", "limit is there more than once"),
+        ("/jobs?status=failed&status=failed", "more than once"),
+        ("/healthz?x=1", "takes none"),
+        ("/jobs?limit=%2B1", "limit"),
+        ("/jobs?limit=%201", "limit"),
+        ("/jobs?limit=1_0", "limit"),
+        ("/jobs?limit=1.0", "limit"),
+        ("/jobs?limit=\u0661", "limit"),
+        ("/jobs?limit=", "limit"),
+        ("/jobs?limit=101", "limit"),
+        ("/jobs?limit=" + "9" * 5000, "limit"),
+        ("/jobs?after=x", "after"),
+        ("/jobs?after=" + "0" * 28 + "%0A", "after"),
+        ("/jobs?label=x", "label"),
+        ("/scores?limit=1e1", "limit"),
+        ("/scores?statistic=odd", "statistic"),
+        ("/scores?checkpoint=", "checkpoint"),
+        ("/methods?name=ties", "takes none"),
+    ],
+)
+def test_parameters_that_are_not_understood_are_refused(service: Service, path: str, says: str) -> None:
+    response = service.get(path)
+    assert_problem(response, 400, "malformed")
+    assert says in response.json()["detail"]
+
+
+def test_parameters_that_are_understood_count(service: Service, job: dict[str, Any]) -> None:
+    for path in ("/jobs?limit=1&status=succeeded", "/jobs?label=a:b&label=c:d", "/jobs?limit=100&after=" + "f" * 28):
+        assert service.get(path).status_code == 200
+    head = f"GET /jobs/{job['id']}/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    for value, status in (("0", 200), ("99999", 400), ("-1", 400), ("1\r\nLast-Event-ID: 2", 400), ("\u0661", 400)):
+        sent = f"{head}Last-Event-ID: {value}\r\n\r\n".encode()
+        assert exchange(service, sent).status == status, value
+    tag = service.get(f"/jobs/{job['id']}").headers["ETag"]
+    for tags in ([tag], ['"x"', tag], [f'"x", W/{tag}'], ["*"]):
+        with service.http as http:
+            response = http.get(f"/jobs/{job['id']}", headers=[("If-None-Match", one) for one in tags])
+        assert response.status_code == 304, tags
+    assert service.get(f"/jobs/{job['id']}", headers={"If-None-Match": tag[1:-1]}).status_code == 200

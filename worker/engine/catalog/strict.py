@@ -8,7 +8,7 @@ from itertools import pairwise
 from textwrap import dedent
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -29,8 +29,28 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f"; known are {', '.join(shown[:MOST_NAMES])}{more}"
 
 
+def _refuse_conversions(schema: Any) -> None:
+    """Lists and names of constants stay what JSON can spell, which a whole model that is strict would refuse."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("int", "float", "bool"):
+            schema["strict"] = True
+        for inner in schema.values():
+            _refuse_conversions(inner)
+    elif isinstance(schema, list | tuple):
+        for inner in schema:
+            _refuse_conversions(inner)
+
+
 class Strict(BaseModel):
+    """Numbers and booleans are no texts, and no booleans are numbers: `"1_000"`, `true` and `"off"` may be slips."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _refuse_conversions(schema)
+        return schema
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,17 @@
+"""How lists are cut into pages."""
+
+import re
+from typing import Annotated, Any
+
+from fastapi import Query
+from pydantic import BeforeValidator
+
+
+def _digits(text: Any) -> Any:
+    """Python reads more as a number than a query has: signs, spaces, underscores, digits of other scripts."""
+    if isinstance(text, str) and not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError("write a whole number, in digits")
+    return text
+
+
+Limit = Annotated[int, BeforeValidator(_digits), Query(ge=1, le=100, description="Most entries of the page")]

@@ -1,0 +1,116 @@
+"""Requests that say what the service does not know, or a thing twice, are refused by name."""
+
+import re
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, get_args, get_origin
+
+from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+from pydantic.fields import FieldInfo
+from starlette.requests import ClientDisconnect
+
+from app.contracts.errors import FieldError, Problem, ProblemError
+from app.services.json_text import NotJson, parse_json
+from worker.engine.catalog.strict import did_you_mean
+
+JSON = "application/json"
+
+
+class StrictRoute(APIRoute):
+    """A route that takes the parameters that it declares, once each, and a body of JSON where it declares one."""
+
+    media_types: tuple[str, ...] = (JSON,)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        parameters = list(_parameters(self.dependant))
+        query = {alias: is_repeatable for kind, alias, is_repeatable in parameters if kind == "query"}
+        once = [alias for kind, alias, is_repeatable in parameters if kind == "header" and not is_repeatable]
+        has_body = self.body_field is not None
+
+        async def handler(request: Request) -> Response:
+            _check_query(request, query)
+            for name in once:
+                if len(request.headers.getlist(name)) > 1:
+                    raise _malformed(name, "is there more than once")
+            return await handle(await self._read(request) if has_body else request)
+
+        return handler
+
+    def content(self, request: Request, media_type: str, body: bytes) -> Any:
+        """What the body says. Raises ProblemError."""
+        try:
+            return parse_json(body)
+        except NotJson as error:
+            raise ProblemError(Problem.MALFORMED, f"the body is not JSON as it is taken here: {error}") from error
+
+    async def _read(self, request: Request) -> Request:
+        """The request with its body read. Raises ProblemError."""
+        media_type = self._media_type(request)
+        try:
+            body = await request.body()
+        except ClientDisconnect as error:  # nobody is there to hear it
+            raise ProblemError(Problem.MALFORMED, "the body ended early") from error
+        return _ReadRequest(request, await run_in_threadpool(self.content, request, media_type, body))
+
+    def _media_type(self, request: Request) -> str:
+        """Of the body. Raises ProblemError."""
+        encodings = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
+        if encodings not in ("", "identity"):
+            detail = f"Content-Encoding is '{encodings[:100]}'; send the body as it is"
+            raise ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail, None, **{"Accept-Encoding": "identity"})
+        sent = ", ".join(request.headers.getlist("content-type"))
+        media_type, *parameters = (part.strip().lower() for part in sent.split(";"))
+        is_json = re.fullmatch(r"application/[a-z0-9!#$&^_.+-]+\+json", media_type)
+        charsets = [part for part in parameters if part.startswith("charset")]
+        is_utf8 = all(re.fullmatch(r'charset="?utf-?8"?', part) for part in charsets)
+        if not (is_json or media_type in self.media_types) or not is_utf8:
+            detail = f"Content-Type is '{sent[:100]}'; send {' or '.join(self.media_types[:2])}, in UTF-8"
+            raise ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail)
+        return media_type
+
+
+class _ReadRequest(Request):
+    """A request whose body was read, for FastAPI to take as JSON."""
+
+    def __init__(self, request: Request, content: Any) -> None:
+        headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
+        super().__init__({**request.scope, "headers": [*headers, (b"content-type", JSON.encode())]}, request.receive)
+        self._content = content
+
+    async def body(self) -> bytes:
+        return b"read"  # that there is one is all that is asked for
+
+    async def json(self) -> Any:
+        return self._content
+
+
+def _check_query(request: Request, known: dict[str, bool]) -> None:
+    """Raises ProblemError."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for place, name in enumerate(names):
+        if name not in known:
+            hint = did_you_mean(name, list(known)) if known else "; the path takes none"
+            raise _malformed(name, f"is no parameter here{hint}")
+        if name in names[:place] and not known[name]:
+            raise _malformed(name, "is there more than once")
+
+
+def _malformed(name: str, message: str) -> ProblemError:
+    shown = name[:100]
+    return ProblemError(Problem.MALFORMED, f"{shown} {message}", [FieldError(field=shown, message=message)])
+
+
+def _parameters(dependant: Dependant) -> Iterator[tuple[str, str, bool]]:
+    """(query or header, name, whether it may be repeated) of all that a route and what it depends on declare."""
+    for kind, fields in (("query", dependant.query_params), ("header", dependant.header_params)):
+        for field in fields:
+            yield kind, field.alias, _is_list(field.field_info)
+    for inner in dependant.dependencies:
+        yield from _parameters(inner)
+
+
+def _is_list(info: FieldInfo) -> bool:
+    return any(get_origin(part) is list for part in (info.annotation, *get_args(info.annotation)))

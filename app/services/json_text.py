@@ -1,0 +1,76 @@
+"""JSON from outside: as the RFC has it, and nothing that readers of it understand in two ways."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+DEEPEST = 50  # levels; a recipe has ten
+LONGEST_NUMBER = 100  # digits
+
+
+class NotJson(ValueError):
+    """Says what is wrong, and where."""
+
+
+def parse_json(body: bytes) -> Any:
+    """The value.
+
+    Raises:
+        NotJson: it is not JSON or not UTF-8, has a key twice, a number that is none or none that can be held, or is too
+            deep.
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8-sig"),  # some editors begin files with a mark of the encoding
+            object_pairs_hook=_object,
+            parse_constant=_refused,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+    except UnicodeDecodeError as error:
+        raise NotJson(f"byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise NotJson(f"{error.msg}, line {error.lineno}, column {error.colno}") from error
+    except RecursionError as error:
+        raise NotJson(f"more than {DEEPEST} levels") from error
+    _check_depth(value)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise NotJson(f"the key '{twice[:40]}' is there twice")
+    return found
+
+
+def _refused(text: str) -> Any:
+    raise NotJson(f"{text} is no number that JSON has")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise NotJson(f"the number {text[:40]} is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise NotJson(f"the number {text[:40]}… is too long")
+    return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+    if level:
+        raise NotJson(f"more than {DEEPEST} levels")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
