@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, errors, events, health, jobs, merges, methods, scores
+from app.api import artifacts, docs, errors, events, health, jobs, merges, methods, scores
 from app.api.body_limit import BodyLimit
 from app.api.head import HeadAsGet
 from app.api.hosts import OwnHosts
@@ -37,6 +37,8 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Merges fine-tuned language models by the Fisher information of their mask nodes",
         version=version("maskmerge"),
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,  # it would redirect to whatever host the caller names
         responses=errors.RESPONSES,
     )
@@ -44,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
     app.add_middleware(HeadAsGet)
     app.add_middleware(OwnHosts, names=(settings.host, *settings.allowed_hosts))  # the last one added comes first
-    for module in (merges, scores, jobs, events, artifacts, methods, health):
+    for module in (merges, scores, jobs, events, artifacts, methods, health, docs):
         app.include_router(module.router)
     errors.install(app)
     return app
