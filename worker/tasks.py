@@ -265,6 +265,7 @@ class TaskRunner:
                 "base": None if request.base is None else self._checkpoint(request.base, record),
                 "method": request.method.model_dump(),
                 "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
+                **request.model_dump(include={"slices", "notes", "strict_filters"}),
                 "evaluate": request.evaluate,
                 "journal": self._searches.begin(attempt) if searches else None,
             }

@@ -20,9 +20,10 @@ from worker.engine.catalog.methods import (
     check_name,
     default_candidates,
 )
+from worker.engine.catalog.slices import OutputSlice
 from worker.engine.catalog.spec import ALIGN_RIDGE, Columns, Dtype, Heads, MetricName, Name, VocabularyPolicy
 from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
-from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_positive
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_negative, takes_part
 
 LONGEST_TITLE = 200
 LONGEST_DEADLINE_S = 366 * 86_400
@@ -83,8 +84,8 @@ class MeasuredModelRequest(Strict):
 
 class ModelRequest(MeasuredModelRequest):
     weight: PerTensor[Weight] = DEFAULT_WEIGHT
-    """lambda: this model's say in the merge; 0 takes it out. `auto` tries a third to three times of it, unless a model
-    has a list or filters."""
+    """lambda: this model's say in the merge; 0 takes it out. Below 0 it is subtracted, in methods that add models or
+    task vectors up. `auto` tries a third to three times of it, unless a model has a list or filters."""
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
     """This model's own values of the method's parameters that `per_model` of `GET /methods` names. Where none of its
     filters matches a tensor, the method's value counts."""
@@ -94,7 +95,7 @@ class ModelRequest(MeasuredModelRequest):
 
     @property
     def takes_part(self) -> bool:
-        return is_ever_positive(self.weight)
+        return takes_part(self.weight)
 
 
 class ScoredModelRequest(MeasuredModelRequest):
@@ -186,7 +187,15 @@ class MergeRequest(JobRequest[ModelRequest]):
     """Reference to the checkpoint that all models were fine-tuned from, adapters too, with any head or none."""
     layers: Annotated[int, Field(ge=1)] | None = None
     """How many layers the models must have; null: any number. Recipes that name all layers of a model say it."""
+    slices: Annotated[list[OutputSlice], Field(min_length=1, max_length=1000)] | None = None
+    """What becomes the layers 0, 1, … of the result: each slice is merged by the method, of layers of its sources. What
+    lies before the layers is merged of the first slice's models, and what lies after them of the last slice's. Null:
+    all layers of all models, or what `method.slices` says."""
     output: Output = Output()
+    strict_filters: bool = True
+    """A filter that matches no tensor is refused; else it is a note of the result."""
+    notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100, default_factory=list)]
+    """What the result's notes begin with: what a translation of another tool's recipe has left out."""
     evaluate: bool = True
     """Compare expert, plain average and merge on each model's evaluation rows."""
     webhook: Webhook | None = None
@@ -227,6 +236,9 @@ class MergeRequest(JobRequest[ModelRequest]):
     @model_validator(mode="after")
     def _can_be_searched(self) -> Self:
         if isinstance(self.method, AutoParameters):
+            if self.slices is not None:
+                why = "method auto merges whole models; leave it out"
+                _refuse(type(self), [_problem(("slices",), why, None)])
             _refuse(type(self), _search_problems(self.method, self))
             return self
         for index, model in enumerate(self.models):
@@ -250,6 +262,8 @@ class MergeRequest(JobRequest[ModelRequest]):
             )
         if isinstance(self.method, PassthroughParameters):
             _check_slices(self.method, self)
+        elif self.slices is not None:
+            _refuse(type(self), _slice_problems(self.method, self.slices, self))
         return self
 
     @model_validator(mode="after")
@@ -263,6 +277,14 @@ class MergeRequest(JobRequest[ModelRequest]):
         return self
 
     @model_validator(mode="after")
+    def _weights_suit_the_method(self) -> Self:
+        least = [method for method in self.method.methods if not method.takes_negative_weights]
+        if least:
+            name = least[0].name
+            _refuse(type(self), (e for i, m in enumerate(self.models) for e in _negative_weights(name, i, m.weight)))
+        return self
+
+    @model_validator(mode="after")
     def _own_parameters_suit_the_method(self) -> Self:
         if isinstance(self.method, MethodParameters):
             method = self.method
@@ -273,7 +295,7 @@ class MergeRequest(JobRequest[ModelRequest]):
     def _models_suit_the_method(self) -> Self:
         method = self.method
         if isinstance(method, MethodParameters):
-            for why in _misfits(method, self.models):
+            for why in _misfits(method, self.models, counts=self.slices is None):
                 raise ValueError(f"method {method.name} {why}")
         return self
 
@@ -311,12 +333,12 @@ def _unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest)
         yield _problem(("models", index, "dataset", "label"), why, None)
 
 
-def _misfits(method: MethodParameters, models: Sequence[ModelRequest]) -> Iterator[str]:
+def _misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts: bool = True) -> Iterator[str]:
     """What of the models' number and weights does not suit the method; it is the subject."""
     weights = [model.weight for model in models if model.takes_part]
     entry = METHODS[method.name]
     least, most = entry.models
-    if len(weights) < least or (most is not None and len(weights) > most):
+    if counts and (len(weights) < least or (most is not None and len(weights) > most)):
         yield f"merges {entry.models_wanted} models; {len(weights)} take part, as those of weight 0 do not"
     if not method.weighs_models and any(weight != weights[0] for weight in weights):
         yield "does not go by the models' weights; leave them out, or make them equal"
@@ -360,6 +382,23 @@ def _search_problems(method: AutoParameters, request: MergeRequest) -> Iterator[
             )
 
 
+def _negative_weights(method: str, index: int, weight: PerTensor[Weight]) -> Iterator[InitErrorDetails]:
+    """Errors of every weight below 0 of the model `index`."""
+    if not is_ever_negative(weight):
+        return
+    takers = ", ".join(name for name, entry in METHODS.items() if entry.parameters.takes_negative_weights)
+    why = f"Input should be greater than or equal to 0 in method {method}; methods that take others are {takers}"
+    filters = filters_of(weight)
+    parts: list[tuple[tuple[str | int, ...], Any]] = [((), weight)]
+    if filters:
+        parts = [((number, "value"), entry.value) for number, entry in enumerate(filters)]
+    for place, value in parts:
+        numbers = [((*place, i), one) for i, one in enumerate(value)] if isinstance(value, list) else [(place, value)]
+        for at, number in numbers:
+            if number < 0:
+                yield _problem(("models", index, "weight", *at), why, number)
+
+
 def _own_parameter_errors(method: MethodParameters, index: int, model: ModelRequest) -> Iterator[InitErrorDetails]:
     """What is wrong with the own parameters of the model `index`."""
     where = ("models", index, "parameters")
@@ -398,8 +437,38 @@ def _check_slices(method: PassthroughParameters, request: MergeRequest) -> None:
                 "method passthrough copies layers: weight, dataset and evaluation of model "
                 f"'{model.name}' would have no effect; leave them out"
             )
+    if request.slices is not None:
+        raise ValueError("method passthrough has slices of its own, method.slices; leave slices out")
     if request.base is not None:
         raise ValueError("method passthrough copies layers, a base would have no effect; leave it out")
+
+
+def _slice_problems(
+    method: MethodParameters, slices: Sequence[OutputSlice], request: MergeRequest
+) -> Iterator[InitErrorDetails]:
+    """What keeps models from being merged slice by slice."""
+    if method.statistics:
+        why = f"method {method.name} measures whole models, and merges no slices of them; leave it out"
+        yield _problem(("slices",), why, None)
+    models = {model.name: model for model in request.models}
+    used = {source.model for part in slices for source in part.sources}
+    for name in sorted(models.keys() - used):
+        yield _problem(("slices",), f"no slice is of model '{name}'; leave the model out", name)
+    least, most = METHODS[method.name].models
+    for index, part in enumerate(slices):
+        for number, source in enumerate(part.sources):
+            if source.model not in models:
+                why = f"there is no model '{source.model}'{did_you_mean(source.model, list(models))}"
+                yield _problem(("slices", index, "sources", number, "model"), why, source.model)
+        taking = [source for source in part.sources if source.model in models and models[source.model].takes_part]
+        if len(taking) < max(1, least) or (most is not None and len(taking) > most):
+            why = (
+                f"method {method.name} merges {METHODS[method.name].models_wanted} models; this slice has {len(taking)}"
+            )
+            yield _problem(("slices", index, "sources"), why, len(taking))
+        if part.base_layers is not None and request.base is None:
+            why = "there is no base; leave it out, or name the common ancestor as base"
+            yield _problem(("slices", index, "base_layers"), why, part.base_layers)
 
 
 MEASURING = ", ".join(name for name, entry in METHODS.items() if "dataset" in entry.needs)

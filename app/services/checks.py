@@ -144,6 +144,7 @@ class Checker:
             output.dtype,
             heads=output.heads,
             vocabulary=output.vocabulary,
+            slices=request.slices,
         )
         self._at("models")
         with _refusing("models"):  # vocabularies are aligned to the base's; without it, others would be refused
@@ -154,12 +155,12 @@ class Checker:
         if plan.family is None:
             _refuse_rows(request, plan)
         if request.layers is not None:
-            counts = layers_of_models(plan) if request.method.name == "passthrough" else [plan.layers]
+            counts = layers_of_models(plan) if plan.is_of_slices else [plan.layers]
             if set(counts) != {request.layers}:
                 found = " and ".join(map(str, sorted(set(counts))))
                 _refuse([("layers", f"the models have {found} layers, the recipe says {request.layers}")])
         weights, own = [m.weight for m in request.models], [m.parameters for m in request.models]
-        _refuse(parameter_problems(plan, request.method, weights, own))
+        _refuse(parameter_problems(plan, request.method, weights, own, strict_filters=request.strict_filters))
         free = self._artifacts.free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"

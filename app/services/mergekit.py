@@ -8,7 +8,9 @@ import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
+from itertools import accumulate
 from typing import Any, Literal
 
 from worker.engine.catalog.methods import METHODS
@@ -17,8 +19,9 @@ from worker.engine.catalog.values import EVERY_NAME
 
 REQUIRED = object()
 OWN_SCHEMES = ("local:", "hf:", "job:", "s3:")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)
 LONGEST_NAME = 60
+MOST_NOTES = 50
 
 Chain = Sequence[tuple[str, Mapping[str, Any]]]
 """Where parameters are looked for, the first that has one counting: (field, mapping)."""
@@ -108,7 +111,7 @@ TRANSLATED: dict[str, Method] = {
     "arcee_fusion": Method(Base.ORIGIN),
     "ram": Method(Base.ORIGIN, {"epsilon": Parameter(1e-5)}),
     "ramplus_tl": Method(Base.ORIGIN, {"epsilon": Parameter(1e-5), "r": Parameter(0.1), "alpha": Parameter(0.2)}),
-    "passthrough": Method(Base.MODEL),
+    "passthrough": Method(Base.MODEL, {"scale": Parameter(1.0)}),
 }
 """By `merge_method`; the methods here have the same names."""
 
@@ -127,6 +130,47 @@ class Source:
     parameters: Chain
     is_adapter: bool = False
     """Of the base."""
+    layers: tuple[int, int] | None = None
+    """None: all."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slice of the result, or all of it."""
+
+    place: str
+    sources: Sequence[Source]
+    shared: Chain
+    base: str | None
+
+    def source_of(self, reference: str) -> Source | None:
+        return next((source for source in self.sources if source.reference == reference), None)
+
+    @property
+    def length(self) -> int | None:
+        layers = self.sources[0].layers
+        return None if layers is None else layers[1] - layers[0]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe says, with what mergekit passes over in it left out."""
+
+    name: str
+    method: Method
+    parts: Sequence[Part]
+    base: str | None
+    notes: Sequence[str]
+    """Of what mergekit passes over."""
+
+    @property
+    def is_sliced(self) -> bool:
+        return self.parts[0].length is not None
+
+    @property
+    def starts(self) -> list[int]:
+        """The first layer of the result in each part."""
+        return [0, *accumulate(part.length or 0 for part in self.parts)][:-1]
 
 
 def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,90 +179,201 @@ def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MergekitError: the first thing in it that has no counterpart, or that mergekit itself would refuse.
     """
-    _check_keys(recipe, KEYS, "")
-    name = recipe["merge_method"]
-    if not isinstance(name, str) or name not in TRANSLATED or name not in METHODS:
-        known = [known for known in TRANSLATED if known in METHODS]
-        raise MergekitError(
-            "merge_method", f"'{str(name)[:40]}' has no counterpart here{did_you_mean(str(name), known)}"
-        )
-    for key in ("modules", "chat_template"):
-        if recipe.get(key) is not None:
-            raise MergekitError(key, "has no counterpart here; leave it out")
-    if name == "passthrough":
-        method, models, rest = _stacked(recipe)
+    read = _read(recipe)
+    if read.name == "passthrough":
+        method, models, rest = _stacked(read)
     else:
-        method, models, rest = _merged(TRANSLATED[name], recipe)
+        method, models, rest = _merged(read)
+    names = {model["checkpoint"]: model["name"] for model in models}
+    notes = list(read.notes)
+    output = {"dtype": _dtype(recipe), **_vocabulary(recipe, read, names, notes), "align_heads": False}
+    if read.base is not None and read.method.base is Base.MODEL and output["vocabulary"] != "error":
+        rest.setdefault("base", read.base)  # whose row a token has that a model lacks
     return {
-        "method": {"name": name, **method},
+        "method": {"name": read.name, **method},
         "models": models,
         **rest,
-        "output": {"dtype": _dtype(recipe), "vocabulary": _vocabulary(recipe), "align_heads": False},
+        "output": output,
+        "strict_filters": False,
+        **({"notes": notes} if notes else {}),
     }
 
 
 def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, str]:
     """By field of `request`, the translation of `recipe`, the field of the recipe that it comes from."""
+    read = _read(recipe)
     fields = {
         "base": "base_model",
         "method": "parameters",
         "method.name": "merge_method",
         "output.dtype": "dtype" if recipe.get("out_dtype") is None else "out_dtype",
         "output.vocabulary": "tokenizer_source" if recipe.get("tokenizer") is None else "tokenizer.source",
+        "output.chat_template": "chat_template",
+        "output.pad_to_multiple_of": "tokenizer.pad_to_multiple_of",
+        "output.tokens": "tokenizer.tokens",
+        "slices": read.parts[0].place,
     }
-    if recipe["merge_method"] == "passthrough":
-        stacked = [next(_entries(entry, "sources", place)) for place, entry in _entries(recipe, "slices")]
-        fields |= {f"method.slices.{index}": f"{place}.layer_range" for index, (place, _) in enumerate(stacked)}
-        shared: Chain = []
-        sources = [Source(place, _reference(source, place), shared) for place, source in stacked]
-    else:
-        sources, shared, _, _ = _sources(recipe)
-        everywhere = [*shared, *(pair for source in sources for pair in source.parameters)]
-        for key, parameter in TRANSLATED[recipe["merge_method"]].parameters.items():
-            fields[f"method.{parameter.ours or key}"] = _place_of(key, everywhere)
-        if "layers" in request:
-            fields["layers"] = f"{sources[0].place}.layer_range"
-    found = {source.reference: source for source in reversed(sources)}
+    for index, part in enumerate(read.parts):
+        fields[f"slices.{index}"] = part.place
+        fields[f"method.slices.{index}"] = f"{part.sources[0].place}.layer_range"
+        merged = [source for source in part.sources if source.reference in {m["checkpoint"] for m in request["models"]}]
+        for number, source in enumerate(_ordered(read, part, merged)):
+            fields[f"slices.{index}.sources.{number}"] = f"{source.place}.layer_range"
+    everywhere = [
+        *(pair for part in read.parts for pair in part.shared),
+        *(pair for part in read.parts for source in part.sources for pair in source.parameters),
+    ]
+    for key, parameter in read.method.parameters.items():
+        fields[f"method.{parameter.ours or key}"] = _place_of(key, everywhere)
+    found = {source.reference: source for part in reversed(read.parts) for source in reversed(part.sources)}
     for index, model in enumerate(request["models"]):
-        source = found.get(model["checkpoint"], Source("base_model", model["checkpoint"], shared))
+        source = found.get(model["checkpoint"], Source("base_model", model["checkpoint"], read.parts[0].shared))
         fields[f"models.{index}"] = source.place
-        fields[f"models.{index}.checkpoint"] = f"{source.place}.model" if source in sources else source.place
+        fields[f"models.{index}.checkpoint"] = source.place if source.place == "base_model" else f"{source.place}.model"
         fields[f"models.{index}.weight"] = _place_of("weight", source.parameters)
         for key in model.get("parameters", {}):
             fields[f"models.{index}.parameters.{key}"] = _place_of(key, source.parameters)
     return fields
 
 
-def _merged(method: Method, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The method's parameters, the models, and what else the request says."""
+def _read(recipe: Mapping[str, Any]) -> Recipe:
+    notes: list[str] = []
     name = recipe["merge_method"]
-    sources, shared, base, layers = _sources(recipe)
-    rest: dict[str, Any] = {} if layers is None else {"layers": layers}
-    if base is None and method.base in (Base.ORIGIN, Base.FIRST):
+    if not isinstance(name, str) or name not in TRANSLATED or name not in METHODS:
+        known = [known for known in TRANSLATED if known in METHODS]
+        raise MergekitError(
+            "merge_method", f"'{str(name)[:40]}' has no counterpart here{did_you_mean(str(name), known)}"
+        )
+    _pass_over(recipe, KEYS, "", notes)
+    method = TRANSLATED[name]
+    base = _optional_reference(recipe, "base_model", "base_model")
+    if base is None and method.base in (Base.ORIGIN, Base.FIRST) and not recipe.get("slices"):
         raise MergekitError("base_model", f"{name} needs it")
-    if method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN):
-        sources = [source for source in sources if source.reference != base]
-        rest |= {} if base is None else {"base": base}
-    elif base is not None:
-        if all(source.reference != base for source in sources) and "models" in recipe:
-            sources.append(Source("base_model", base, shared))
-        sources.sort(key=lambda source: source.reference != base)  # config and tokenizer are those of the first
-        rest |= {"base": base} if any(source.is_adapter for source in sources) else {}
-    known = {*method.parameters, *method.without_effect, *(["weight"] if method.weighs_models else [])}
-    for where, parameters in [*shared, *(pair for source in sources for pair in source.parameters)]:
-        _check_keys(parameters, tuple(known), where)
+    parts = _parts(recipe, base, notes)
+    known = [*method.parameters, *method.without_effect, *(["weight"] if method.weighs_models else [])]
+    seen = set[str]()
+    for part in parts:
+        for where, parameters in [*part.shared, *(pair for s in part.sources for pair in s.parameters)]:
+            if where not in seen:
+                _pass_over(parameters, known, where, notes)
+            seen.add(where)
+    return Recipe(name, method, parts, base, notes)
+
+
+def _parts(recipe: Mapping[str, Any], base: str | None, notes: list[str]) -> list[Part]:
+    shared: list[tuple[str, Mapping[str, Any]]] = [("parameters", _mapping(recipe, "parameters", "parameters"))]
+    given = [key for key in ("models", "slices", "modules") if recipe.get(key)]
+    if len(given) != 1:
+        raise MergekitError("models", "give either models or slices")
+    inner, prefix = recipe, ""
+    if given == ["modules"]:
+        inner, prefix = _only_module(recipe, notes)
+        shared.insert(0, (f"{prefix}parameters", _mapping(inner, "parameters", f"{prefix}parameters")))
+    if inner.get("models"):
+        entries = list(_entries(inner, "models", prefix.removesuffix(".")))
+        return [_part("", entries, shared, base, notes, is_sliced=False)]
+    parts = []
+    for place, one in _entries(inner, "slices", prefix.removesuffix(".")):
+        _pass_over(one, ("sources", "base_model", "parameters"), place, notes)
+        own_base = _optional_reference(one, "base_model", f"{place}.base_model") or base
+        chain = [(f"{place}.parameters", _mapping(one, "parameters", f"{place}.parameters")), *shared]
+        parts.append(_part(place, list(_entries(one, "sources", place)), chain, own_base, notes, is_sliced=True))
+    return parts
+
+
+def _only_module(recipe: Mapping[str, Any], notes: list[str]) -> tuple[Mapping[str, Any], str]:
+    modules = _mapping(recipe, "modules", "modules")
+    if len(modules) != 1:
+        problem = "several have no counterpart here: tensors of all modules are merged alike; give models or slices"
+        raise MergekitError("modules", problem)
+    [(name, module)] = modules.items()
+    prefix = f"modules.{name}."
+    if not isinstance(module, dict) or bool(module.get("models")) == bool(module.get("slices")):
+        raise MergekitError(prefix[:-1], "give either models or slices")
+    _pass_over(module, ("models", "slices", "parameters"), prefix[:-1], notes)
+    return module, prefix
+
+
+def _part(
+    place: str,
+    entries: Sequence[tuple[str, Mapping[str, Any]]],
+    shared: Chain,
+    base: str | None,
+    notes: list[str],
+    *,
+    is_sliced: bool,
+) -> Part:
+    sources: list[Source] = []
+    for where, entry in entries:
+        _pass_over(entry, ("model", "parameters", *(["layer_range"] if is_sliced else [])), where, notes)
+        own = (f"{where}.parameters", _mapping(entry, "parameters", f"{where}.parameters"))
+        reference, layers = _reference(entry, where, base), _layer_range(entry, where) if is_sliced else None
+        is_adapter = _adapter_of(base, entry["model"]) is not None
+        sources.append(Source(where, reference, [own, *shared], is_adapter, layers))
+    references = [source.reference for source in sources]
+    for source in sources:
+        if references.count(source.reference) > 1:
+            raise MergekitError(f"{source.place}.model", f"'{source.reference}' is there twice")
+        if source.layers and sources[0].layers and _length(source.layers) != _length(sources[0].layers):
+            raise MergekitError(f"{source.place}.layer_range", "all sources of a slice need the same number of layers")
+    return Part(place, sources, shared, base)
+
+
+def _length(layers: tuple[int, int]) -> int:
+    return layers[1] - layers[0]
+
+
+def _ordered(recipe: Recipe, part: Part, sources: Sequence[Source]) -> list[Source]:
+    """Those that are merged in a part: the base first, whose configuration and tokenizer are those of the result."""
+    if recipe.method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN):
+        return [source for source in sources if source.reference != part.base]
+    return sorted(sources, key=lambda source: source.reference != part.base)
+
+
+def _merged(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The method's parameters, the models, and what else the request says."""
+    name, method = recipe.name, recipe.method
+    rest: dict[str, Any] = {}
+    from_base = method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN)
+    parts: list[Part] = []
+    slices: list[dict[str, Any]] = []
+    for part in recipe.parts:
+        sources = list(part.sources)
+        of_base = None if part.base is None else part.source_of(part.base)
+        if part.base is not None and of_base is None and not recipe.is_sliced and not from_base:
+            sources.append(Source("base_model", part.base, part.shared))
+        needs = method.base in (Base.ORIGIN, Base.FIRST) or (from_base and part.base is not None)
+        if recipe.is_sliced and needs and of_base is None:
+            raise MergekitError(f"{part.place}.sources", f"{name} needs base_model among them, with its layers")
+        if not from_base and any(source.is_adapter for source in sources):
+            rest["base"] = part.base
+        parts.append(Part(part.place, _ordered(recipe, part, sources), part.shared, part.base))
+        if from_base and part.base is not None and rest.setdefault("base", part.base) != part.base:
+            raise MergekitError(f"{part.place}.base_model", f"{name} goes from one base in all slices")
+        if of_base is not None and of_base.layers is not None and from_base:
+            slices.append({"base_layers": list(of_base.layers)})
+        else:
+            slices.append({})
+    references = list(dict.fromkeys(source.reference for part in parts for source in part.sources))
+    short = dict(zip(references, names_of(references), strict=True))
+    if recipe.is_sliced:
+        for one, part in zip(slices, parts, strict=True):
+            if not part.sources:
+                raise MergekitError(f"{part.place}.sources", "there is no model to merge beside base_model")
+            one["sources"] = [_slice(source, short) for source in part.sources]
+        rest["slices"] = slices
     models: list[dict[str, Any]] = []
-    for source, short in zip(sources, names_of([source.reference for source in sources]), strict=True):
-        weight = _number(source.parameters, "weight", REQUIRED, source.place) if method.weighs_models else 1.0
-        models.append({"name": short, "checkpoint": source.reference, "weight": weight})
+    for reference in references:
+        weight = _of_model(recipe, parts, reference, "weight", REQUIRED) if method.weighs_models else 1.0
+        models.append({"name": short[reference], "checkpoint": reference, "weight": weight})
     if name == "nuslerp":
-        return {"vectors": _vectors(shared)}, models, rest
+        return {"vectors": _vectors(recipe)}, models, rest
     ours = {}
     for key, parameter in method.parameters.items():
-        value = _value(key, parameter, shared)
+        value = _value(key, parameter, recipe, parts)
         called = parameter.ours or key
         if key in METHODS[name].parameters.per_model:
-            own = [_number(source.parameters, key, parameter.default, source.place) for source in sources]
+            own = [_of_model(recipe, parts, reference, key, parameter.default) for reference in references]
             if own and all(one == own[0] for one in own):
                 value = own[0]
             for model, one in zip(models, own, strict=True):
@@ -228,67 +383,118 @@ def _merged(method: Method, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], 
             ours[called] = value
         elif value != parameter.default:
             as_always = f"{key}: {str(parameter.default).lower()}"
-            raise MergekitError(_place_of(key, shared), f"has no counterpart here; {name} does as with {as_always}")
+            place = _place_of(key, [pair for part in parts for pair in part.shared])
+            raise MergekitError(place, f"has no counterpart here; {name} does as with {as_always}")
     return ours, models, rest
 
 
-def _stacked(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The same of `passthrough`: slices of one model each, one above the other."""
-    if recipe.get("parameters"):
-        raise MergekitError("parameters", "passthrough takes none here; leave them out")
-    runs = []
-    for place, entry in _entries(recipe, "slices"):
-        _check_keys(entry, ("sources",), place)
-        found = list(_entries(entry, "sources", place))
-        if len(found) != 1:
-            raise MergekitError(f"{place}.sources", "passthrough takes one model in each slice")
-        [(inner, source)] = found
-        _check_keys(source, ("model", "layer_range"), inner)
-        runs.append((_reference(source, inner), _layer_range(source, inner)))
-    references = list(dict.fromkeys(reference for reference, _ in runs))
+def _stacked(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The same of `passthrough`: slices of one model each, one above the other, or one model as it is."""
+    for part in recipe.parts:
+        if len(part.sources) != 1 or (not recipe.is_sliced and recipe.base not in (None, part.sources[0].reference)):
+            place = f"{part.place}.sources" if recipe.is_sliced else "models"
+            raise MergekitError(place, "passthrough takes one model in each slice, and one where there are no slices")
+    sources = [part.sources[0] for part in recipe.parts]
+    references = list(dict.fromkeys(source.reference for source in sources))
     short = dict(zip(references, names_of(references), strict=True))
     models = [{"name": short[reference], "checkpoint": reference, "weight": 1.0} for reference in references]
-    slices = [{"model": short[reference], "layers": list(layers)} for reference, layers in runs]
-    return {"slices": slices}, models, {}
+    chains = [_plain_chain(source.parameters, "scale") for source in sources]
+    settings = [_number(chain, "scale", 1.0, source.place) for chain, source in zip(chains, sources, strict=True)]
+    for setting, source, start in zip(settings, sources, recipe.starts, strict=True):
+        _check_numbering(setting, source, start, "scale")
+    scale = _over_parts(recipe, settings)
+    slices = [_slice(source, short) for source in sources]
+    return {"slices": slices, **({} if scale == 1 else {"scale": scale})}, models, {}
 
 
-def _sources(recipe: Mapping[str, Any]) -> tuple[list[Source], Chain, str | None, int | None]:
-    """The models, the parameters of all, the base, and how many layers the recipe says that the models have."""
-    base = _optional_reference(recipe, "base_model", "base_model")
-    shared: list[tuple[str, Mapping[str, Any]]] = [("parameters", _mapping(recipe, "parameters", "parameters"))]
-    if (recipe.get("models") is None) == (recipe.get("slices") is None):
-        raise MergekitError("models", "give either models or slices")
-    if recipe.get("models") is not None:
-        entries, allowed, ranges = list(_entries(recipe, "models")), ["model", "parameters"], set()
-    else:
-        slices = list(_entries(recipe, "slices"))
-        if len(slices) != 1:
-            raise MergekitError("slices", "several have no counterpart here but in passthrough; give all layers in one")
-        [(place, one)] = slices
-        _check_keys(one, ("sources", "base_model", "parameters"), place)
-        base = _optional_reference(one, "base_model", f"{place}.base_model") or base
-        shared.insert(0, (f"{place}.parameters", _mapping(one, "parameters", f"{place}.parameters")))
-        entries, allowed = list(_entries(one, "sources", place)), ["model", "layer_range", "parameters"]
-        ranges = {_layer_range(source, where) for where, source in entries}
-        if len(ranges) != 1 or min(ranges)[0] != 0:
-            raise MergekitError(place, "the layers of all sources must be all that the models have, as [0, 12]")
-    sources = []
-    for where, entry in entries:
-        _check_keys(entry, allowed, where)
-        own = (f"{where}.parameters", _mapping(entry, "parameters", f"{where}.parameters"))
-        reference = _reference(entry, where, base)
-        sources.append(Source(where, reference, [own, *shared], _adapter_of(base, entry["model"]) is not None))
-    references = [source.reference for source in sources]
-    for source in sources:
-        if references.count(source.reference) > 1:
-            raise MergekitError(f"{source.place}.model", f"'{source.reference}' is there twice")
-    return sources, shared, base, ranges.pop()[1] if ranges else None
+def _plain_chain(chain: Chain, name: str) -> Chain:
+    """Without values of null, which are the default."""
+    return [(where, {k: v for k, v in given.items() if k != name or v is not None}) for where, given in chain]
 
 
-def _value(name: str, parameter: Parameter, shared: Chain) -> Any:
+def _slice(source: Source, short: Mapping[str, str]) -> dict[str, Any]:
+    return {"model": short[source.reference], **({} if source.layers is None else {"layers": list(source.layers)})}
+
+
+def _of_model(recipe: Recipe, parts: Sequence[Part], reference: str, name: str, default: Any) -> Any:
+    """What a model's own parameter is in all parts."""
+    settings: list[Any] = []
+    for part, start in zip(parts, recipe.starts, strict=True):
+        source = part.source_of(reference)
+        if source is None:
+            settings.append(None)
+            continue
+        settings.append(_number(source.parameters, name, default, source.place))
+        _check_numbering(settings[-1], source, start, name)
+    return _over_parts(recipe, settings)
+
+
+def _check_numbering(setting: Any, source: Source, start: int, name: str) -> None:
+    """mergekit looks for filters of a model's own parameters in the names that its tensors have before they are put
+    together."""
+    if source.layers is None or source.layers[0] == start or not isinstance(setting, list):
+        return
+    for entry in setting:
+        if isinstance(entry, dict) and re.search(r"(^|\.)\d+(\.|\*?$)", entry["filter"].strip("*")):
+            problem = f"filter '{entry['filter'].strip('*')}' has a layer's number, and the slice numbers layers anew"
+            raise MergekitError(_place_of(name, source.parameters), f"{problem}; give parts of names without numbers")
+
+
+def _over_parts(recipe: Recipe, settings: Sequence[Any]) -> Any:
+    """A `PerTensor` value with mergekit's numbers, of what the parameter is in each part; None: it has no say there.
+
+    A list of numbers is of layers alone there, and what lies outside of them has the first.
+    """
+    known = [setting for setting in settings if setting is not None]
+    if len(known) == 1 and len(settings) == 1:
+        return _placed(known[0], [None])
+    if all(setting == known[0] for setting in known) and not _has_lists(known[0]):
+        return known[0]
+    filters: list[dict[str, Any]] = []
+    for index, setting in enumerate(settings):
+        if setting is None:
+            continue
+        start = recipe.starts[index]
+        run: list[Any] = [[start, start + (recipe.parts[index].length or 0)]]
+        outer = [*(["before"] if index == 0 else []), *(["after"] if index == len(settings) - 1 else [])]
+        filters += _placed(setting, [*run, *outer], always=True)
+    return filters
+
+
+def _has_lists(setting: Any) -> bool:
+    if not isinstance(setting, list):
+        return False
+    return any(not isinstance(entry, dict) or isinstance(entry["value"], list) for entry in setting)
+
+
+def _placed(setting: Any, places: Sequence[Any], *, always: bool = False) -> Any:
+    """With a `where` for each of these places; None: all, which is two where there is a list of numbers."""
+    if not always and not _has_lists(setting):
+        return setting
+    is_plain = not isinstance(setting, list) or not any(isinstance(entry, dict) for entry in setting)
+    entries = [{"filter": EVERY_NAME, "value": setting}] if is_plain else setting
+    found = []
+    for where in places:
+        for entry in entries:
+            value = entry["value"]
+            first = value[0] if isinstance(value, list) else value
+            if where is None and isinstance(value, list):
+                found += [{**entry, "where": "layers"}, {**entry, "value": first}]
+            elif where is None:
+                found.append(entry)
+            else:
+                found.append({**entry, "where": where, "value": value if isinstance(where, list) else first})
+    return found
+
+
+def _value(name: str, parameter: Parameter, recipe: Recipe, parts: Sequence[Part]) -> Any:
     if parameter.kind == "number":
-        return _number(shared, name, parameter.default, "parameters")
-    return _one_value(name, parameter, shared)
+        return _over_parts(recipe, [_number(part.shared, name, parameter.default, "parameters") for part in parts])
+    values = [_one_value(name, parameter, part.shared) for part in parts]
+    for value, part in zip(values, parts, strict=True):
+        if value != values[0]:
+            raise MergekitError(_place_of(name, part.shared), "must be the same in all slices")
+    return values[0]
 
 
 def _one_value(name: str, parameter: Parameter, chain: Chain) -> Any:
@@ -336,7 +542,6 @@ def _filter(entry: Any, place: str) -> dict[str, Any]:
     """mergekit's filter is a part of the name, ours a glob of all of it."""
     if not isinstance(entry, dict):
         raise MergekitError(place, "give an entry with value, and with filter if it is not for all tensors")
-    _check_keys(entry, ("filter", "value"), place)
     part = entry.get("filter")
     if part is not None and (not isinstance(part, str) or not part):
         raise MergekitError(f"{place}.filter", "give a part of the names of tensors")
@@ -356,16 +561,14 @@ def _numbers(given: Any, field: str) -> Any:
         value = None
     if value is None:
         raise MergekitError(field, "give a number, a list of numbers, or a list of entries with filter and value")
-    if value < 0 and ".weight" in field:
-        raise MergekitError(field, "negative weights have no counterpart here")
     return value
 
 
-def _vectors(shared: Chain) -> str:
+def _vectors(recipe: Recipe) -> str:
     """What `nuslerp` takes as one vector."""
-    if _one_value("nuslerp_flatten", flag(True), shared):
+    if _value("nuslerp_flatten", flag(True), recipe, recipe.parts):
         return "tensor"
-    return "columns" if _one_value("nuslerp_row_wise", flag(False), shared) else "rows"
+    return "columns" if _value("nuslerp_row_wise", flag(False), recipe, recipe.parts) else "rows"
 
 
 def names_of(references: Sequence[str]) -> list[str]:
@@ -412,9 +615,11 @@ def _optional_reference(entry: Mapping[str, Any], key: str, place: str) -> str |
         problem = f"'{adapter}' is an adapter of '{of}', and a recipe can name those of base_model, but in passthrough"
         raise MergekitError(place, f"{problem}; in a request, name the adapter as the model and '{of}' as base")
     if name.startswith(("/", ".", "~")) or "\\" in name:
-        raise MergekitError(place, f"'{name[:100]}' is a path; put it under a local root and write local:PATH")
+        problem = f"'{name[:100]}' is a path of your machine, which a service does not know"
+        advice = "write local:PATH of a folder under its local root; `maskmerge merge --local-root DIR` does so for you"
+        raise MergekitError(place, f"{problem}; {advice}")
     if not HUB_NAME.fullmatch(name):
-        raise MergekitError(place, f"'{name[:100]}' is no ORG/NAME of the hub; of a folder write local:PATH")
+        raise MergekitError(place, f"'{name[:100]}' is no name on the hub; of a folder write local:PATH")
     return f"hf:{name}"
 
 
@@ -443,7 +648,12 @@ def _dtype(recipe: Mapping[str, Any]) -> str:
     return "auto"
 
 
-def _vocabulary(recipe: Mapping[str, Any]) -> str:
+def _vocabulary(recipe: Mapping[str, Any], read: Recipe, names: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
+    """What of `output` says whose tokens the result has.
+
+    Args:
+        names: of the models, by their references.
+    """
     field, source = "tokenizer_source", recipe.get("tokenizer_source")
     tokenizer = recipe.get("tokenizer")
     if tokenizer is not None:
@@ -451,13 +661,23 @@ def _vocabulary(recipe: Mapping[str, Any]) -> str:
             raise MergekitError("tokenizer", "give either this or tokenizer_source")
         if not isinstance(tokenizer, dict):
             raise MergekitError("tokenizer", "give a mapping with source")
-        _check_keys(tokenizer, ("source",), "tokenizer")
+        _pass_over(tokenizer, ("source", "tokens", "pad_to_multiple_of"), "tokenizer", notes)
         field, source = "tokenizer.source", tokenizer.get("source", "union")
+        for key in ("tokens", "pad_to_multiple_of"):
+            if tokenizer.get(key):
+                raise MergekitError(f"tokenizer.{key}", "has no counterpart here; leave it out")
+    if recipe.get("chat_template"):
+        raise MergekitError("chat_template", "has no counterpart here; leave it out")
     if source is None:
-        return "error"
-    if source not in ("base", "union"):
-        raise MergekitError(field, f"'{str(source)[:100]}' has no counterpart here; give base or union")
-    return str(source)
+        return {"vocabulary": "error"}
+    if source in ("base", "union"):
+        return {"vocabulary": str(source)}
+    reference = _optional_reference({"model": source}, "model", field)
+    if reference != (read.base or next(iter(names))):
+        known = ", ".join([*([read.base] if read.base else []), *names])
+        problem = f"'{reference}' is not the base, or the first model, whose tokenizer can be kept; models are {known}"
+        raise MergekitError(field, f"{problem}; name it as base_model")
+    return {"vocabulary": "base"}
 
 
 def _entries(recipe: Mapping[str, Any], key: str, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -481,11 +701,14 @@ def _mapping(recipe: Mapping[str, Any], key: str, place: str) -> Mapping[str, An
     return found
 
 
-def _check_keys(given: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+def _pass_over(given: Mapping[str, Any], known: Sequence[str], place: str, notes: list[str]) -> None:
+    """Notes what mergekit does not read."""
     for key in given:
-        if key not in known:
+        if key not in known and len(notes) < MOST_NOTES:
             where = f"{place}.{key}" if place else str(key)
-            raise MergekitError(where[:200], f"has no counterpart here{did_you_mean(str(key), list(known))}")
+            near = get_close_matches(str(key)[:LONGEST_NAME], known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            notes.append(f"{where[:200]}: mergekit passes over it, and so does this merge{hint}")
 
 
 def _place_of(name: str, chain: Chain) -> str:

@@ -10,7 +10,7 @@ from app.contracts.jobs import Status
 from app.storage.artifacts import ArtifactFolder
 
 SCHEMES = ("local", "hf", "s3", "job")
-HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
+HUB = re.compile(r"(?P<repository>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 JOB = re.compile(r"(?P<job>[0-9a-f]{28})/(?P<model>(?!\.+$)[A-Za-z0-9._-]{1,64})")
 

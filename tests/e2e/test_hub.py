@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         recipe(models__0__dataset__source="hf:org/none"), "invalid_request",
         ["models.0.dataset.source", "not on the hub"],
     ),
-    "no organisation": (recipe(models__0__checkpoint="hf:a"), "invalid_request", ["write hf:ORG/NAME"]),
+    "no name": (recipe(models__0__checkpoint="hf:a/b/c"), "invalid_request", ["write hf:ORG/NAME"]),
     "a path": (recipe(models__0__checkpoint="hf:../../etc"), "invalid_request", ["write hf:ORG/NAME"]),
     "a parent folder": (recipe(models__0__checkpoint="hf:org/..@main"), "invalid_request", ["write hf:ORG/NAME"]),
     "pickle": (

@@ -182,9 +182,6 @@ REFUSED: dict[str, tuple[Recipe, str, list[str]]] = {
         stack(("lm-1", 0, 2), ("lm-2", 0, 3)), "invalid_request",
         ["method.slices.1", "local:checkpoints/lm-2 has 2 layers"],
     ),
-    "a scale of what is copied": (
-        stack(*WHOLE, method={"scale": 0.5}), "invalid_request", ["method", "scale"],
-    ),
     "a base of what is copied": (
         stack(*WHOLE, base="local:checkpoints/lm-0"), "invalid_request", ["a base would have no effect"],
     ),

@@ -110,6 +110,6 @@ def test_language_models_are_planned_and_merged_by_token(service: Service, input
 
 def test_stacking_refuses_other_vocabularies(service: Service, inputs: Path) -> None:
     slices = [{"model": name, "layers": [0, 2]} for name in ("speaks-x", "speaks-y")]
-    refused = service.post("/merge", json=speaking(method={"name": "passthrough", "slices": slices}))
-    assert_problem(refused, 422, "invalid_request")
-    assert [error["field"] for error in refused.json()["errors"]] == ["output.vocabulary"]
+    refused = service.post("/merge", json=speaking(method={"name": "passthrough", "slices": slices}, output={}))
+    assert_problem(refused, 422, "incompatible_checkpoints")
+    assert "output.vocabulary" in refused.json()["detail"]

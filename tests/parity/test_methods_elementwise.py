@@ -114,7 +114,8 @@ def test_linear_is_a_weighted_sum(normalize: bool) -> None:
         total = sum(w * v for w, v in zip(weights, versions, strict=True))
         return np.asarray(total / sum(weights) if normalize else total)
 
-    assert_dense("linear", dense, LAMBDAS, 5e-6, base=False, normalize=normalize)
+    for weights in (LAMBDAS, (1.0, -0.25, 0.5)):
+        assert_dense("linear", dense, weights, 5e-6, base=False, normalize=normalize)
 
 
 def test_a_model_with_all_the_weight_is_the_merge_itself() -> None:
@@ -132,9 +133,28 @@ def test_a_model_with_all_the_weight_is_the_merge_itself() -> None:
 def test_task_arithmetic_is_a_weighted_sum_of_differences(normalize: bool) -> None:
     def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
         total = sum(w * (v - base) for w, v in zip(weights, versions, strict=True))
-        return np.asarray(base + (total / sum(weights) if normalize else total))
+        return np.asarray(base + (total / np.sum(weights) if normalize and np.sum(weights) else total))
 
-    assert_dense("task_arithmetic", dense, LAMBDAS, normalize=normalize)
+    for weights in (LAMBDAS, (1.0, -0.25, 0.5), (1.0, -0.75, -0.25), (0.0, 0.0, 0.0)):
+        assert_dense("task_arithmetic", dense, weights, normalize=normalize)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("weights", [(1.0, -0.25, 0.5), (-1.0, -2.0, -0.5), (1.0, -1.0, 0.5), (0.0, 0.0, 0.0)])
+def test_an_election_goes_by_the_weighted_vectors_where_weights_are_below_0(
+    normalize: bool, weights: Sequence[float]
+) -> None:
+    """As mergekit says: where the weights that agree add up to 0, nothing is divided."""
+
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        weighted = [w * (v - base) for w, v in zip(weights, versions, strict=True)]
+        elected = np.sign(sum(weighted))
+        agrees = [(np.sign(one) == elected) & (elected != 0) for one in weighted]
+        merged = sum(np.where(has, one, 0) for one, has in zip(weighted, agrees, strict=True))
+        total = sum(w * has for w, has in zip(weights, agrees, strict=True))
+        return np.asarray(base + (merged / np.where(np.abs(total) < 1e-8, 1, total) if normalize else merged))
+
+    assert_dense("ties", dense, weights, 5e-6, density=1.0, normalize=normalize)
 
 
 # --- election ----------------------------------------------------------------------------------------
@@ -511,6 +531,20 @@ def test_nearswap_moves_no_element_by_more_than_t(t: float) -> None:
         return np.asarray(share * version + (1 - share) * base)
 
     assert_dense("nearswap", dense, (1.0,), t=t)
+
+
+@pytest.mark.parametrize("t", [-0.5, 1.5, 3.0])
+def test_slerp_goes_on_beyond_its_ends(t: float) -> None:
+    def dense(base: Array, versions: Sequence[Array], weights: Sequence[float]) -> Array:
+        first, second = versions
+        lengths = np.linalg.norm(first) * np.linalg.norm(second)
+        cosine = np.clip((first * second).sum() / lengths, -1, 1) if lengths else 1.0
+        angle = np.arccos(cosine)
+        if np.sin(angle) < 1e-4:
+            return np.asarray((1 - t) * first + t * second)
+        return np.asarray((np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle))
+
+    assert_dense("slerp", dense, (1.0, 1.0), 1e-5, base=False, t=t)
 
 
 def test_nearswap_takes_what_is_near_as_it_is() -> None:
@@ -906,7 +940,7 @@ def test_a_base_is_asked_for_where_it_is_needed(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
-        ("slerp", {"t": 1.5}),
+        ("slerp", {"t": 11}),
         ("ties", {"density": 0}),
         ("breadcrumbs", {"gamma": 1}),
         ("della", {"epsilon": 0.6}),

@@ -15,9 +15,10 @@ from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY
 from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
-from worker.engine.catalog.methods.passthrough import Slice
+from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.planning import RUNTIME_BYTES, MergePlan, plan_merge
-from worker.engine.catalog.stacking import plan_stack
+from worker.engine.catalog.slices import Slice
+from worker.engine.catalog.stacking import plan_job
 
 Spoiling = Callable[[Path], object]
 
@@ -413,7 +414,7 @@ def test_classifiers_without_a_table_need_equal_labels(tmp_path: Path) -> None:
 def stacked(slices: list[tuple[str, int, int]], *folders: Path) -> MergePlan:
     parts = [Slice(model=model, layers=(start, stop)) for model, start, stop in slices]
     infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
-    return plan_stack(parts, [folder.name for folder in folders], infos, "auto")
+    return plan_job(PassthroughParameters(slices=parts), [folder.name for folder in folders], infos, "auto")
 
 
 def test_slices_become_the_layers_in_their_order(originals: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipes of mergekit, as its documentation and its users write them, in our own terms."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from app.contracts.requests import MergeRequest
 from app.services.mergekit import TRANSLATED, MergekitError, fields_there, names_of, translated
 from app.services.yaml_text import parse_yaml
-from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.layouts import place_of
+from worker.engine.catalog.methods import METHODS, PassthroughParameters
+from worker.engine.catalog.values import value_at
 
 # All that mergekit 0.1.5 registers.
 OF_MERGEKIT = {
@@ -184,6 +187,11 @@ def model(name: str, checkpoint: str, weight: Any = 1.0) -> dict[str, Any]:
     return {"name": name, "checkpoint": checkpoint, "weight": weight}
 
 
+def gradient(values: list[float], pattern: str = "*") -> list[dict[str, Any]]:
+    """Of layers alone; what lies outside of them has the first value."""
+    return [{"filter": pattern, "value": values, "where": "layers"}, {"filter": pattern, "value": values[0]}]
+
+
 ONE_TWO = [model("one", "hf:a/one"), model("two", "hf:a/two")]
 WEIGHTED = [model("one", "hf:a/one", 0.7), model("two", "hf:a/two", 0.3)]
 MEANT: dict[str, dict[str, Any]] = {
@@ -191,7 +199,7 @@ MEANT: dict[str, dict[str, Any]] = {
         "method": {"scale": 1.0, "density": 0.5, "normalize": True},
         "models": [
             model("orca_mini_v3_13b", "hf:psmathur/orca_mini_v3_13b"),
-            model("Platypus2-13B", "hf:garage-bAInd/Platypus2-13B", [0.0, 0.3, 0.7, 1.0]),
+            model("Platypus2-13B", "hf:garage-bAInd/Platypus2-13B", gradient([0.0, 0.3, 0.7, 1.0])),
             model(
                 "WizardMath-13B-V1.0",
                 "hf:WizardLM/WizardMath-13B-V1.0",
@@ -210,8 +218,8 @@ MEANT: dict[str, dict[str, Any]] = {
     "slerp": {
         "method": {
             "t": [
-                {"filter": "*self_attn*", "value": [0.0, 0.5, 0.3, 0.7, 1.0]},
-                {"filter": "*mlp*", "value": [1.0, 0.5, 0.7, 0.3, 0.0]},
+                *gradient([0.0, 0.5, 0.3, 0.7, 1.0], "*self_attn*"),
+                *gradient([1.0, 0.5, 0.7, 0.3, 0.0], "*mlp*"),
                 {"filter": "*", "value": 0.5},
             ]
         },
@@ -219,7 +227,14 @@ MEANT: dict[str, dict[str, Any]] = {
             model("orca_mini_v3_13b", "hf:psmathur/orca_mini_v3_13b"),
             model("Platypus2-13B", "hf:garage-bAInd/Platypus2-13B"),
         ],
-        "layers": 40,
+        "slices": [
+            {
+                "sources": [
+                    {"model": "orca_mini_v3_13b", "layers": [0, 40]},
+                    {"model": "Platypus2-13B", "layers": [0, 40]},
+                ]
+            }
+        ],
         "output": {"dtype": "float16", "vocabulary": "error"},
     },
     "linear": {
@@ -293,6 +308,7 @@ def test_a_recipe_says_here_what_it_says_there(name: str) -> None:
     fields = METHODS[name].parameters.model_fields
     assert found.pop("method") == {"name": name, **{k: v for k, v in meant.get("method", {}).items() if k in fields}}
     assert found.pop("output") == meant["output"] | {"align_heads": False}
+    assert found.pop("strict_filters") is False
     assert found == {key: value for key, value in meant.items() if key not in ("method", "output")}
 
 
@@ -328,7 +344,8 @@ def weights(first: Any, shared: Any) -> Any:
     [
         (0.5, 0.7, 0.5),
         (None, 0.7, 0.7),
-        ([0.5, 1], 0.7, [0.5, 1.0]),
+        ([0.5, 1], 0.7, gradient([0.5, 1.0])),
+        ([0.5, -1.5], 0.7, gradient([0.5, -1.5])),
         ({"filter": "mlp", "value": 1}, 0.7, [{"filter": "*mlp*", "value": 1.0}, {"filter": "*", "value": 0.7}]),
         ({"value": 1}, 0.7, [{"filter": "*", "value": 1.0}]),
         (
@@ -336,7 +353,7 @@ def weights(first: Any, shared: Any) -> Any:
             [{"filter": "b", "value": [2, 3]}, {"filter": "*", "value": 4}, {"filter": "c", "value": 5}],
             [
                 {"filter": "*a*", "value": 1.0},
-                {"filter": "*b*", "value": [2.0, 3.0]},
+                *gradient([2.0, 3.0], "*b*"),
                 {"filter": "*", "value": 4.0},
             ],
         ),
@@ -378,9 +395,10 @@ dtype: float16
 def test_models_have_densities_of_their_own() -> None:
     found = translated(parse_yaml(CANONICAL_TIES.encode()))
     assert found["method"] == {"name": "ties", "density": 1.0, "normalize": True, "scale": 1.0}
-    own = [{"density": [1.0, 0.7, 0.1]}, {"density": 0.5}, {"density": 0.33}]
+    own = [{"density": gradient([1.0, 0.7, 0.1])}, {"density": 0.5}, {"density": 0.33}]
     assert [model["parameters"] for model in found["models"]] == own
-    assert [model.parameters for model in MergeRequest.model_validate(found).models] == own
+    request = MergeRequest.model_validate(found).model_dump(mode="json")
+    assert [model["parameters"] for model in request["models"]] == own
 
 
 @pytest.mark.parametrize(
@@ -411,10 +429,14 @@ def test_a_model_has_its_own_value_where_it_is_another(
 
 def test_a_list_within_the_slice_goes_before_that_of_all() -> None:
     sources = [{"model": f"a/{name}", "layer_range": [0, 12]} for name in ("one", "two")]
-    one = {"sources": sources, "base_model": "a/other", "parameters": {"weight": 0.25}}
+    other = {"model": "a/other", "layer_range": [1, 13]}
+    one = {"sources": [*sources, other], "base_model": "a/other", "parameters": {"weight": 0.25}}
     found = translated(changed(models=None, slices=[one], parameters={"weight": 0.5, "density": [1, 0.5]}))
     assert [m["weight"] for m in found["models"]] == [0.25, 0.25]
-    assert (found["base"], found["layers"], found["method"]["density"]) == ("hf:a/other", 12, [1.0, 0.5])
+    assert found["base"] == "hf:a/other"
+    assert found["method"]["density"] == gradient([1.0, 0.5])
+    merged = [{"model": name, "layers": [0, 12]} for name in ("one", "two")]
+    assert found["slices"] == [{"base_layers": [1, 13], "sources": merged}]
 
 
 def test_a_base_that_is_a_model_like_others_comes_first() -> None:
@@ -444,17 +466,46 @@ def test_a_base_with_an_adapter_is_the_adapter(base: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a method of nobody": (changed(merge_method="frankenmerge"), "merge_method", "'frankenmerge' has no counterpart"),
     "a method with a typo": (changed(merge_method="tie"), "merge_method", "did you mean 'ties'?"),
-    "a key with a typo": (changed(base_modle="a/b"), "base_modle", "did you mean 'base_model'?"),
-    "modules": (changed(modules={}), "modules", "no counterpart"),
-    "a chat template": (changed(chat_template="auto"), "chat_template", "no counterpart"),
     "no base": (changed(base_model=None), "base_model", "ties needs it"),
-    "models and slices": (changed(slices=[]), "models", "either models or slices"),
+    "models and slices": (changed(slices=[{}]), "models", "either models or slices"),
+    "several modules": (changed(models=None, modules={"a": {}, "b": {}}), "modules", "several have no counterpart"),
+    "sources of different lengths": (
+        changed(
+            models=None,
+            slices=[{"sources": [{"model": f"a/{i}", "layer_range": [i, 12]} for i in range(2)]}],
+        ),
+        "slices.0.sources.1.layer_range",
+        "the same number of layers",
+    ),
+    "a base that is no source of a slice": (
+        changed(models=None, slices=[{"sources": [{"model": "a/b", "layer_range": [0, 2]}]}]), "slices.0.sources",
+        "needs base_model among them",
+    ),
+    "two bases": (
+        changed(models=None, slices=[
+            {"base_model": f"a/{i}", "sources": [{"model": f"a/{n}", "layer_range": [0, 2]} for n in range(2)],
+             "parameters": {"weight": 1}}
+            for i in range(2)
+        ]),
+        "slices.1.base_model", "from one base",
+    ),
+    "a layer's number in a slice that numbers layers anew": (
+        {
+            "merge_method": "passthrough",
+            "slices": [{"sources": [{"model": "a/b", "layer_range": [2, 4], "parameters": {
+                "scale": {"filter": "layers.3.", "value": 0},
+            }}]}],
+        },
+        "slices.0.sources.0.parameters.scale", "numbers layers anew",
+    ),
+    "several whole models in passthrough": (
+        {"merge_method": "passthrough", "models": [{"model": "a/b"}, {"model": "a/c"}]}, "models", "one model in each",
+    ),
     "neither": (changed(models=None), "models", "either models or slices"),
     "an adapter": (with_model({"model": "a/two+b/lora"}), "models.1.model", "the model and 'a/two' as base"),
-    "an absolute path": (with_model({"model": "/models/two"}), "models.1.model", "put it under a local root"),
-    "a relative path": (with_model({"model": "./two"}), "models.1.model", "put it under a local root"),
-    "a bare name": (with_model({"model": "gpt2"}), "models.1.model", "no ORG/NAME"),
-    "a base that is a path": (changed(base_model="~/base"), "base_model", "put it under a local root"),
+    "an absolute path": (with_model({"model": "/models/two"}), "models.1.model", "a path of your machine"),
+    "a relative path": (with_model({"model": "./two"}), "models.1.model", "a path of your machine"),
+    "a base that is a path": (changed(base_model="~/base"), "base_model", "a path of your machine"),
     "a model twice": (with_model({"model": "a/one", "parameters": {"weight": 1}}), "models.0.model", "there twice"),
     "no model": (with_model({"parameters": {}}), "models.1.model", "is missing"),
     "no weight": (with_model({"model": "a/two"}), "models.1.weight", "needed for every tensor"),
@@ -462,11 +513,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         with_model({"model": "a/two", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}),
         "models.1.weight",
         "needed for every tensor",
-    ),
-    "a negative weight": (
-        with_model({"model": "a/two", "parameters": {"weight": [0.5, -1]}}),
-        "models.1.parameters.weight.1",
-        "negative weights",
     ),
     "a weight that is none": (
         with_model({"model": "a/two", "parameters": {"weight": "much"}}), "models.1.parameters.weight", "give a number",
@@ -476,27 +522,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "models.1.parameters.weight.1",
         "give an entry",
     ),
-    "a parameter of another method": (changed(parameters={"t": 0.5}), "parameters.t", "known are"),
     "a flag that is none": (changed(parameters={"normalize": [True, False]}), "parameters.normalize", "true or false"),
     "ties that rescales": (changed(parameters={"rescale": True}), "parameters.rescale", "as with rescale: false"),
     "a format that is none": (changed(dtype="int8"), "dtype", "float64, float32, bfloat16, float16"),
-    "a tokenizer of one model": (changed(tokenizer_source="a/one"), "tokenizer_source", "give base or union"),
+    "a tokenizer of another model": (changed(tokenizer_source="a/one"), "tokenizer_source", "is not the base"),
     "tokens of a tokenizer": (
-        changed(tokenizer={"source": "union", "tokens": {}}), "tokenizer.tokens", "no counterpart",
+        changed(tokenizer={"source": "union", "tokens": {"a": {}}}), "tokenizer.tokens", "no counterpart",
     ),
     "two tokenizers": (changed(tokenizer={}, tokenizer_source="base"), "tokenizer", "either this or tokenizer_source"),
-    "several slices": (changed(models=None, slices=[{}, {}]), "slices", "but in passthrough"),
-    "a residual weight": (
-        changed(models=None, slices=[{"sources": [], "residual_weight": 1}]), "slices.0.residual_weight", "no counter",
-    ),
-    "different layers": (
-        changed(
-            models=None,
-            slices=[{"sources": [{"model": f"a/{i}", "layer_range": [i, 12 + i]} for i in range(2)]}],
-        ),
-        "slices.0",
-        "all that the models have",
-    ),
     "layers that are none": (
         changed(models=None, slices=[{"sources": [{"model": "a/b", "layer_range": [3, 3]}]}]),
         "slices.0.sources.0.layer_range",
@@ -546,7 +579,8 @@ def test_fields_of_the_translation_are_known_by_their_names_there() -> None:
     }
     found = known(recipe)
     assert found["models.0.checkpoint"] == "slices.0.sources.1.model"
-    assert found["layers"] == "slices.0.sources.0.layer_range"
+    assert found["slices.0"] == "slices.0"
+    assert found["slices.0.sources.0"] == "slices.0.sources.1.layer_range"
 
     found = known({"merge_method": "linear", "base_model": "a/base", "models": [two], "parameters": {"weight": 1}})
     assert found["models.0.checkpoint"] == "base_model"
@@ -561,3 +595,184 @@ def test_fields_of_the_translation_are_known_by_their_names_there() -> None:
 def test_names_are_short_and_unique() -> None:
     references = ["hf:a/model@main", "hf:b/model", "local:x/model/", "local:ä ö", "job:1/..", "local:" + "x" * 100]
     assert names_of(references) == ["model", "model-2", "model-3", "---", "model-4", "x" * 60]
+
+
+# --- numbers -----------------------------------------------------------------------------------------
+
+
+def value_there(setting: Any, name: str, t: float) -> float | None:
+    """As mergekit evaluates a parameter for one tensor; None where no filter matches."""
+    setting = [setting] if isinstance(setting, dict) else setting
+    if isinstance(setting, list) and setting and isinstance(setting[0], dict):
+        for entry in setting:
+            if entry.get("filter") in (None, "*") or entry["filter"] in name:
+                return value_there(entry["value"], name, t)
+        return None
+    if not isinstance(setting, list):
+        return float(setting)
+    at = t * (len(setting) - 1)
+    index = int(at)
+    last = min(index + 1, len(setting) - 1)
+    return float((1 - (at - index)) * setting[index] + (at - index) * setting[last])
+
+
+def number_there(
+    recipe: dict[str, Any], key: str, default: float, layer: int | None, name: str, of: str | None
+) -> float:
+    """A parameter of the recipe for a tensor of the result, in its layer or outside of them, of a model or of all."""
+    length, number, t = 0, 0, 0.0
+    slices = recipe.get("slices") or [{"sources": [{**m, "layer_range": [0, LAYERS]} for m in recipe["models"]]}]
+    for part in slices:
+        start, stop = part["sources"][0]["layer_range"]
+        if layer is not None and layer < length + stop - start:
+            t = (layer - length) / (stop - start - 1) if stop - start > 1 else 1.0
+            break
+        length, number = length + stop - start, number + 1
+    part = slices[number if layer is not None else -1 if name.startswith("lm_head") else 0]
+    chain = [source.get("parameters", {}) for source in part["sources"] if source["model"] == of]
+    for given in [*chain, part.get("parameters", {}), recipe.get("parameters", {})]:
+        value = value_there(given[key], name, t) if key in given else None
+        if value is not None:
+            return value
+    return default
+
+
+LAYERS = 3
+G = [0.1, 0.7, -0.4, 0.9]
+BY_TENSOR: dict[str, dict[str, Any]] = {
+    "a list": {"models": [{"model": "a/one", "parameters": {"weight": G}}, {"model": "a/two"}],
+               "parameters": {"weight": [{"filter": "mlp", "value": [0.5, 1.5]}, {"value": 0.3}]}},
+    "a list of one": {"models": [{"model": "a/one"}, {"model": "a/two"}], "parameters": {"weight": [0.7]}},
+    "slices": {
+        "slices": [
+            {"sources": [
+                {"model": "a/one", "layer_range": [0, 2], "parameters": {"weight": G}},
+                {"model": "a/two", "layer_range": [4, 6]},
+            ]},
+            {"sources": [
+                {"model": "a/three", "layer_range": [1, 2], "parameters": {"weight": [0.25, 0.5]}},
+                {"model": "a/one", "layer_range": [7, 8]},
+            ], "parameters": {"weight": [{"filter": "mlp", "value": G}, {"filter": "lm_head", "value": [2, 3]}]}},
+            {"sources": [
+                {"model": "a/two", "layer_range": [3, 6], "parameters": {"weight": {"filter": "norm", "value": 4}}},
+                {"model": "a/three", "layer_range": [3, 6]},
+            ], "parameters": {"weight": [5, 6]}},
+        ],
+        "parameters": {"weight": G},
+    },
+    "slices alike": {
+        "slices": [
+            {"sources": [{"model": f"a/{m}", "layer_range": [i, i + 2]} for m in ("one", "two")]} for i in (0, 2)
+        ],
+        "parameters": {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 2}]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6])
+@pytest.mark.parametrize("case", BY_TENSOR)
+def test_every_tensor_has_mergekits_number(case: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", layers)
+    recipe = {"merge_method": "linear", **BY_TENSOR[case]}
+    slices = recipe.get("slices", [])
+    count = sum(p["sources"][0]["layer_range"][1] - p["sources"][0]["layer_range"][0] for p in slices) or layers
+    request = MergeRequest.model_validate(translated(recipe))
+    names: list[tuple[int | None, str]] = [(None, "model.embed_tokens.weight"), (None, "lm_head.weight")]
+    names += [(i, f"model.layers.{i}.{inner}.weight") for i in range(count) for inner in ("mlp.up_proj", "norm")]
+    seen = 0
+    for layer, name in names:
+        place = place_of(name, {"model.layers": count})
+        start = 0
+        for part in slices:  # the models of this tensor
+            length = part["sources"][0]["layer_range"][1] - part["sources"][0]["layer_range"][0]
+            if start <= (layer if layer is not None else 0 if "embed" in name else count - 1) < start + length:
+                break
+            start += length
+        there = {s["model"] for s in part["sources"]} if slices else {m["model"] for m in recipe["models"]}
+        for model in request.models:
+            of = model.checkpoint.removeprefix("hf:")
+            if of in there:
+                expected = number_there(recipe, "weight", 1.0, layer, name, of)
+                assert value_at(model.weight, place, 1.0) == pytest.approx(expected), (name, of)
+                seen += 1
+    assert seen == 2 * len(names)
+
+
+def test_what_mergekit_passes_over_is_noted() -> None:
+    recipe = changed(
+        base_modle="a/b",
+        name="mine",
+        parameters={"t": 0.5, "int8_mask": True, "densty": 0.3, "normalize": True},
+    )
+    recipe["models"][0]["parameters"]["lambda_"] = 2
+    recipe["models"][0]["layer_range"] = [0, 4]
+    found = translated(recipe)
+    passed_over = "mergekit passes over it, and so does this merge"
+    assert found["notes"] == [
+        f"base_modle: {passed_over}; did you mean 'base_model'?",
+        f"name: {passed_over}",
+        f"models.0.layer_range: {passed_over}",
+        f"parameters.t: {passed_over}",
+        f"parameters.densty: {passed_over}; did you mean 'density'?",
+        f"models.0.parameters.lambda_: {passed_over}; did you mean 'lambda'?",
+    ]
+    assert MergeRequest.model_validate(found).notes == found["notes"]
+    assert "notes" not in translated(changed())
+
+
+def test_slices_of_several_models_are_slices_here() -> None:
+    slices = [
+        {"sources": [{"model": "a/base", "layer_range": [0, 2]}, {"model": "a/one", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "a/two", "layer_range": [5, 8]}, {"model": "a/base", "layer_range": [4, 7]}]},
+    ]
+    slerp = translated({"merge_method": "slerp", "base_model": "a/base", "slices": slices, "parameters": {"t": 0.25}})
+    assert slerp["method"] == {"name": "slerp", "t": 0.25}
+    assert slerp["slices"] == [
+        {"sources": [{"model": "base", "layers": [0, 2]}, {"model": "one", "layers": [0, 2]}]},
+        {"sources": [{"model": "base", "layers": [4, 7]}, {"model": "two", "layers": [5, 8]}]},
+    ]
+    ties = translated({"merge_method": "ties", "base_model": "a/base", "slices": slices, "parameters": {"weight": 1}})
+    assert ties["slices"] == [
+        {"base_layers": [0, 2], "sources": [{"model": "one", "layers": [0, 2]}]},
+        {"base_layers": [4, 7], "sources": [{"model": "two", "layers": [5, 8]}]},
+    ]
+    assert ties["base"] == "hf:a/base"
+    for found in (slerp, ties):
+        assert MergeRequest.model_validate(found).slices is not None
+
+
+def test_passthrough_of_slices_has_scales() -> None:
+    zeroed = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]
+    slices = [
+        {"sources": [{"model": "a/one", "layer_range": [0, 8]}]},
+        {"sources": [{"model": "a/one", "layer_range": [4, 8], "parameters": {"scale": zeroed}}]},
+        {"sources": [{"model": "a/one", "layer_range": [8, 12], "parameters": {"scale": None}}]},
+    ]
+    found = MergeRequest.model_validate(translated({"merge_method": "passthrough", "slices": slices})).method
+    assert isinstance(found, PassthroughParameters)
+    stacks = {"model.layers": 16}
+    for layer in range(16):
+        for inner, zero in (("self_attn.o_proj", True), ("mlp.down_proj", True), ("mlp.up_proj", False)):
+            place = place_of(f"model.layers.{layer}.{inner}.weight", stacks)
+            assert found.at("scale", place) == (0 if zero and 8 <= layer < 12 else 1)
+    assert found.at("scale", place_of("model.embed_tokens.weight", stacks)) == 1
+    whole = {"merge_method": "passthrough", "models": [{"model": "a/one", "parameters": {"scale": 2}}]}
+    assert translated(whole)["method"] == {"name": "passthrough", "slices": [{"model": "one"}], "scale": 2.0}
+
+
+def test_the_bases_row_is_that_of_a_token_that_a_model_lacks() -> None:
+    recipe = {"base_model": "a/base", "models": [{"model": "a/one"}], "parameters": {"weight": 0.5}}
+    found = translated({"merge_method": "linear", **recipe, "tokenizer_source": "union"})
+    assert ([m["checkpoint"] for m in found["models"]], found["base"]) == (["hf:a/base", "hf:a/one"], "hf:a/base")
+    assert "base" not in translated({"merge_method": "linear", **recipe})
+
+
+def test_the_only_module_is_the_model() -> None:
+    inner = {"models": [{"model": "a/one"}, {"model": "a/two"}], "parameters": {"weight": 0.25}}
+    found = translated({"merge_method": "linear", "modules": {"default": inner}, "parameters": {"weight": 9}})
+    assert [m["weight"] for m in found["models"]] == [0.25, 0.25]
+
+
+def test_names_without_an_organisation_are_of_the_hub() -> None:
+    found = translated({"merge_method": "linear", "models": [{"model": "gpt2", "parameters": {"weight": 1}}]})
+    assert found["models"][0]["checkpoint"] == "hf:gpt2"

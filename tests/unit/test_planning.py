@@ -133,7 +133,9 @@ def test_of_many_filters_that_match_nothing_some_are_told(pair: list[Path]) -> N
     auto = AutoParameters.model_validate({"candidates": candidates})
     assert [field for field, _ in parameter_problems(plan(pair), auto)] == ["method.candidates.1.density.0.filter"]
     one = list(parameter_problems(plan(pair), TiesParameters(), [0.0, 0.0], own))
-    assert [field for field, _ in one] == ["models.0.parameters.density.0.filter", "models"]
+    assert [field for field, _ in one] == ["models.0.parameters.density.0.filter"]
+    one = list(parameter_problems(plan(pair), AverageParameters(), [0.0, 0.0]))
+    assert [field for field, _ in one] == ["models"]
 
 
 def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:

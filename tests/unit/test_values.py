@@ -11,7 +11,7 @@ from worker.engine.catalog.values import (
     PerTensor,
     Place,
     Share,
-    is_ever_positive,
+    takes_part,
     value_at,
     values_at,
     values_of,
@@ -116,7 +116,7 @@ def test_all_values_that_a_tensor_may_have(setting: Any, expected: list[float]) 
 
 
 @pytest.mark.parametrize(
-    ("weight", "takes_part"),
+    ("weight", "expected"),
     [
         (0.0, False),
         ([0.0, 0.0], False),
@@ -125,8 +125,8 @@ def test_all_values_that_a_tensor_may_have(setting: Any, expected: list[float]) 
         ([Filtered(filter="*a*", value=0.0)], True),  # all others have the default
     ],
 )
-def test_a_model_takes_part_if_its_weight_is_positive_anywhere(weight: Any, takes_part: bool) -> None:
-    assert is_ever_positive(weight) is takes_part
+def test_a_model_takes_part_if_its_weight_is_not_0_anywhere(weight: Any, expected: bool) -> None:
+    assert takes_part(weight) is expected
 
 
 @pytest.mark.parametrize(

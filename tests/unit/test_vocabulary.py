@@ -15,11 +15,11 @@ from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_families import WORDS
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model, word_level_tokenizer
 from worker.engine.catalog import vocabulary as catalog
-from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
+from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint, read_tokenizer
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.methods.passthrough import Slice
 from worker.engine.catalog.planning import MergePlan, plan_merge
+from worker.engine.catalog.slices import Slice
 from worker.engine.catalog.spec import VocabularyPolicy
 from worker.engine.catalog.stacking import plan_job
 from worker.engine.catalog.vocabulary import Vocabulary, align_vocabularies, is_token_indexed, runs, vocabulary_size
@@ -442,11 +442,19 @@ def test_of_language_models_is_refused(tmp_path: Path, case: str) -> None:
     assert all(word in caught.value.message for word in problem), caught.value.message
 
 
-def test_stacked_layers_need_one_vocabulary(tmp_path: Path) -> None:
+def test_stacked_layers_have_one_vocabulary(tmp_path: Path) -> None:
+    """Its rows are those of the models that the first and the last slice are of."""
     folders = language_models(tmp_path, LLAMA, nothing)
     infos = [inspect_checkpoint(path, f"local:{path.name}") for path in folders]
-    slices = [Slice(model=name, layers=(0, 2)) for name in "ab"]
-    method = PassthroughParameters(slices=slices)
-    with pytest.raises(InvalidRequest, match=r"passthrough copies.*leave output\.vocabulary out") as caught:
-        plan_job(method, ["a", "b"], infos, "auto", vocabulary="union")
-    assert caught.value.detail["field"] == "output.vocabulary"
+    method = PassthroughParameters(slices=[Slice(model=name, layers=(0, 2)) for name in "ab"])
+    with pytest.raises(IncompatibleCheckpoints, match=r"output\.vocabulary 'base' or 'union'"):
+        plan_job(method, ["a", "b"], infos, "auto")
+    found = plan_job(method, ["a", "b"], infos, "auto", vocabulary="union")
+    assert found.vocabulary is not None
+    by_name = {tensor.slot.name: tensor for tensor in found.backbone}
+    for name, model in (("model.embed_tokens.weight", 0), ("lm_head.weight", 1)):
+        rows = by_name[name].token_rows
+        assert rows is not None
+        assert [tensor.source for tensor in by_name[name].sources] == [infos[model].source]
+        assert rows.models == (found.vocabulary.token_rows.models[model],)
+        assert not by_name[name].is_copied

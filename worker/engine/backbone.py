@@ -33,7 +33,7 @@ class Backbone:
         scale: Callable[[Place], float] = lambda place: 1.0,
     ) -> None:
         self._plan = plan
-        self._taking_part = [index for index, takes in enumerate(takes_part) if takes]
+        self._takes_part = takes_part
         self._merger = merger
         self._scale = scale
         self._reader = TensorReader()
@@ -54,8 +54,9 @@ class Backbone:
         if planned.is_copied:
             yield from self._copied(planned)
             return
-        sources = [planned.sources[index] for index in self._taking_part]
-        versions = self._versions(planned, sources)
+        taking_part = self._taking_part(planned)
+        sources = [planned.sources[index] for index in taking_part]
+        versions = self._versions(planned, sources, taking_part)
         merge = self._scaled(self._merger(versions), self._scale(planned.place))
         for block in versions.blocks():
             merged = merge(block)
@@ -80,12 +81,17 @@ class Backbone:
                 raise _not_finite(source)
             yield rows, values
 
-    def _versions(self, planned: PlannedTensor, sources: Sequence[TensorInfo]) -> Versions:
+    def _taking_part(self, planned: PlannedTensor) -> list[int]:
+        """Positions among its sources."""
+        models = range(len(self._takes_part)) if planned.members is None else planned.members
+        return [index for index, model in enumerate(models) if self._takes_part[model]]
+
+    def _versions(self, planned: PlannedTensor, sources: Sequence[TensorInfo], taking_part: Sequence[int]) -> Versions:
         origin = planned.base if self._plan.base is not None else None
 
         def read(rows: slice) -> Block:
             if planned.token_rows is not None:
-                return read_by_token(self._reader, planned, self._taking_part, rows)
+                return read_by_token(self._reader, planned, taking_part, rows)
             some = rows if planned.shape else None
             versions = [self._reader.read(source, some) for source in sources]
             return Block.of(rows, versions, self._reader.read(origin, some) if origin else None)

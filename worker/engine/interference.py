@@ -99,6 +99,8 @@ def interference(plan: MergePlan, taking_part: Sequence[int], most: int = BLOCK_
         for planned in plan.backbone:
             if planned.is_copied or planned.base is None or planned.base.dtype not in FLOATS:
                 continue
+            if planned.members is not None and not {*taking_part} <= {*planned.members}:
+                continue  # of a slice that some of them have no part in
             layer = found.layers.setdefault(planned.slot.layer, TaskVectors.of_none(found.models))
             found.of += math.prod(planned.shape)
             for block in _blocks(reader, planned, taking_part, most):
@@ -121,6 +123,8 @@ def spread_runs(shape: Sequence[int], most: int) -> list[slice]:
 
 def _blocks(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], most: int) -> list[Block]:
     runs = spread_runs(planned.shape, most)
+    if planned.members is not None:
+        taking_part = [planned.members.index(model) for model in taking_part]
     if planned.token_rows is not None:
         return [read_by_token(reader, planned, taking_part, rows) for rows in runs]
     sources = [planned.sources[index] for index in taking_part]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +28,16 @@ from worker.engine.token_rows import ByToken
 
 
 def merger_of(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
-    """The method over the models that take part."""
-    return BUILDERS[method.name](method, _taking_part(runs, plan))
+    """The method over the models that take part; of slices, over those of each."""
+    build = BUILDERS[method.name]
+    members = {tensor.slot.name: tensor.members for tensor in plan.backbone if tensor.members is not None}
+    if not members:
+        return build(method, _taking_part(runs, plan))
+    of_slices = {
+        those: build(method, [runs[index].as_measured for index in those if runs[index].takes_part])
+        for those in set(members.values())
+    }
+    return lambda versions: of_slices[members[versions.slot.name]](versions)
 
 
 def weighted_average(runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
@@ -53,6 +60,8 @@ def _mean_shares(method: MethodParameters, models: list[MeasuredModel], plan: Me
         return weight_shares(node_weights(models, method), plan.owned)
     if isinstance(method, PassthroughParameters):  # by the tensors' sources
         return copied_shares(plan)
+    if plan.is_of_slices:
+        return [None] * len(models)
     of_tensors = []
     for tensor in plan.backbone:
         shares = method.shares(model_weights(models, tensor.place).tolist(), tensor.place)
@@ -77,7 +86,7 @@ def merged_state(
     merger = merger_of(method, runs, plan)
     if isinstance(method, AlignedRegMeanParameters):
         merger = given(refitted_state(method, merger, runs, plan, models, precision, lambda: None))
-    with Backbone(plan, [run.takes_part for run in runs], merger, partial(method.at, "scale")) as backbone:
+    with Backbone(plan, [run.takes_part for run in runs], merger, method.distance) as backbone:
         return backbone.state()
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +22,6 @@ from worker.engine.catalog.methods import (
     AutoParameters,
     MeasuringParameters,
     MethodParameters,
-    PassthroughParameters,
     ScoringParameters,
     Statistic,
 )
@@ -57,7 +55,15 @@ from worker.engine.preparing import (
     truncations,
 )
 from worker.engine.resources import available_memory, require_memory, require_space
-from worker.engine.results import as_run, model_result, scored_model, stopping_of, vocabulary_notes, with_errors
+from worker.engine.results import (
+    as_run,
+    filter_notes,
+    model_result,
+    scored_model,
+    stopping_of,
+    vocabulary_notes,
+    with_errors,
+)
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measurer
 from worker.engine.scoring.sample import Sample, looks
@@ -86,7 +92,7 @@ class Engine:
             return self._merge(spec, store, views, on_progress)
 
     def _merge(self, spec: MergeSpec, store: StatisticsStore, views: Views, on_progress: OnProgress) -> MergeResult:
-        notes: list[str] = []
+        notes = list(spec.notes)
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
         with clock.measure("load_seconds"):
@@ -95,13 +101,23 @@ class Engine:
             checkpoints = [inputs.checkpoint(model, base) for model in spec.models]
             names = [model.name for model in spec.models]
             output = spec.output
-            plan = plan_job(spec.method, names, checkpoints, output.dtype, base, output.heads, output.vocabulary)
+            plan = plan_job(
+                spec.method,
+                names,
+                checkpoints,
+                output.dtype,
+                base,
+                output.heads,
+                output.vocabulary,
+                spec.slices,
+            )
+            notes += filter_notes(plan, spec) if not spec.strict_filters else []
             notes += [note for info in plan.all_checkpoints for note in info.notes]
             notes += [*plan.notes, *vocabulary_notes(plan)]
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
-            notes += check_plan(plan, is_stacked=isinstance(spec.method, PassthroughParameters))
+            notes += check_plan(plan)
             if not spec.loads_models:
                 check_tokenizers(plan)
             loading = Phase("loading", len(spec.models), "models", on_progress)
@@ -312,7 +328,7 @@ class Engine:
         refits = len(linear_groups(plan)) if method.refits_layers and made is None else 0
         merging = Phase("merging", tensors + refits, "tensors", on_progress)
         merger = merger_of(method, runs, plan)
-        scale: Callable[[Place], float] = partial(method.at, "scale")
+        scale: Callable[[Place], float] = method.distance
         if made is not None:  # scaled already
             merger, scale = given(made), lambda place: 1.0
         elif isinstance(method, AlignedRegMeanParameters):

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from worker.engine.catalog.methods import MethodParameters, ScoringParameters
+from worker.engine.catalog.parameters import unmatched_filters
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.report import ModelResult, ScoredModel, ScoresFile, Stopping
-from worker.engine.catalog.spec import JobSpec
+from worker.engine.catalog.spec import JobSpec, MergeSpec
 from worker.engine.device import Precision
 from worker.engine.preparing import ModelRun
 from worker.engine.stopping import Scored, errors_of_models, stopping
@@ -90,3 +91,10 @@ def vocabulary_notes(plan: MergePlan) -> list[str]:
         return []
     more = f" and {len(vocabulary.new)} further tokens" if vocabulary.new else ""
     return [f"the merged models have the tokenizer of {vocabulary.owner.source}{more}, {vocabulary.rows} rows in all"]
+
+
+def filter_notes(plan: MergePlan, spec: MergeSpec) -> list[str]:
+    """Of filters that match no tensor, which the request lets pass."""
+    own = [model.parameters for model in spec.models]
+    found = unmatched_filters(plan, spec.method, [model.weight for model in spec.models], own)
+    return [f"{field}: {problem}; it changed nothing" for field, problem in found]

@@ -110,7 +110,8 @@ def place_of(name: str, stacks: Mapping[str, int]) -> Place:
     """Depth 0 before the layers and 1 after them, as far as the name tells."""
     layer = layer_of(name)
     if layer is not None:
-        return Place(name, layer.number / max(1, stacks[layer.stack] - 1))
+        count = stacks[layer.stack]
+        return Place(name, layer.number / max(1, count - 1), layer.number, count)
     return Place(name, 0.0 if is_before_layers(name) else 1.0)
 
 

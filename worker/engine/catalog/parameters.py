@@ -16,14 +16,28 @@ def parameter_problems(
     method: BaseParameters,
     weights: Sequence[PerTensor[float]] = (),
     of_models: Sequence[Mapping[str, PerTensor[float]]] = (),
+    *,
+    strict_filters: bool = True,
 ) -> Iterator[tuple[str, str]]:
-    """(field of the request, problem): filters that match nothing, and a tensor for which all `weights` are 0.
+    """(field of the request, problem): a tensor that `weights` do not suit, and filters that match nothing.
 
     At most `MOST_PROBLEMS` of them.
 
     Args:
         of_models: each model's own values of the method's parameters.
+        strict_filters: whether filters must match.
     """
+    unmatched = unmatched_filters(plan, method, weights, of_models) if strict_filters else iter(())
+    yield from islice(chain(unmatched, _weightless(plan, method, weights)), MOST_PROBLEMS)
+
+
+def unmatched_filters(
+    plan: MergePlan,
+    method: BaseParameters,
+    weights: Sequence[PerTensor[float]],
+    of_models: Sequence[Mapping[str, PerTensor[float]]],
+) -> Iterator[tuple[str, str]]:
+    """(field of the request, problem) of every filter that matches no tensor."""
     settings: dict[str, object] = {}
     for number, one in enumerate(method.methods):
         field = f"method.candidates.{number}" if isinstance(method, AutoParameters) else "method"
@@ -31,7 +45,7 @@ def parameter_problems(
     settings |= {f"models.{index}.weight": weight for index, weight in enumerate(weights)}
     for index, own in enumerate(of_models):
         settings |= {f"models.{index}.parameters.{name}": setting for name, setting in own.items()}
-    yield from islice(chain(_unmatched(plan, settings), _weightless(plan, weights)), MOST_PROBLEMS)
+    yield from _unmatched(plan, settings)
 
 
 def _unmatched(plan: MergePlan, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -48,9 +62,14 @@ def _unmatched(plan: MergePlan, settings: Mapping[str, object]) -> Iterator[tupl
                 yield f"{field}.{index}.filter", problem
 
 
-def _weightless(plan: MergePlan, weights: Sequence[PerTensor[float]]) -> Iterator[tuple[str, str]]:
-    """The first tensor for which all weights are 0."""
+def _weightless(
+    plan: MergePlan, method: BaseParameters, weights: Sequence[PerTensor[float]]
+) -> Iterator[tuple[str, str]]:
+    """The first tensor that cannot be merged by its weights."""
     for tensor in plan.backbone if weights else ():
-        if not any(weight > 0 for weight in values_at(weights, tensor.place, DEFAULT_WEIGHT)):
-            yield "models", f"the weights of all models are 0 for tensor {tensor.slot.name}; one must be positive"
-            return
+        found = values_at(weights, tensor.place, DEFAULT_WEIGHT)
+        for one in method.methods:
+            problem = one.weights_problem(found)
+            if problem is not None:
+                yield "models", f"{problem} for tensor {tensor.slot.name}; method {one.name} needs others"
+                return

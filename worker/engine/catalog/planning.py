@@ -69,6 +69,8 @@ class PlannedTensor:
     """Not merged: it is its one source, in the dtype of the plan."""
     token_rows: TokenRows | None = None
     """Of a tensor with a row for each token, where vocabularies differ: its rows in `sources` and `base`."""
+    members: tuple[int, ...] | None = None
+    """Positions of the models that `sources` are of, where the result is of slices; None: all, in order."""
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +126,11 @@ class MergePlan:
     @property
     def merges_heads(self) -> bool:
         return not any(self.heads)
+
+    @property
+    def is_of_slices(self) -> bool:
+        """Whether the result has layers of its own number, and its tensors are of some of the models."""
+        return any(tensor.members is not None for tensor in self.backbone)
 
     @property
     def dtype(self) -> str:
@@ -319,7 +326,7 @@ def _planned_by_table(
         if slot.kind in apart:
             continue
         origin = (base, ancestor.get(slot.name)) if base else None
-        backbone.append(_merged(slot, place(slot), checkpoints, named, name, origin, dtype, aligned))
+        backbone.append(merged_tensor(slot, place(slot), checkpoints, named, name, origin, dtype, aligned))
     for info, of in zip(checkpoints, slots, strict=True):
         for name, (slot, _) in of.items():
             if slot.kind not in apart and name not in slots[0]:
@@ -379,7 +386,7 @@ def _planned_by_name(
             backbone.append(PlannedTensor(slot, place, tensor.shape, source.dtype, (source,), is_copied=True))
             continue
         origin = (base, ancestor.get(name)) if base else None
-        backbone.append(_merged(slot, place, checkpoints, versions, name, origin, dtype, aligned))
+        backbone.append(merged_tensor(slot, place, checkpoints, versions, name, origin, dtype, aligned))
     for info, state in zip(checkpoints, versions, strict=True):
         for name, tensor in state.items():
             if name not in own[0] and not layouts.is_buffer(tensor):
@@ -390,7 +397,7 @@ def _planned_by_name(
     return MergePlan(None, tuple(checkpoints), base, nothing, tuple(backbone), ((),), (first,), tied, aligned)
 
 
-def _merged(
+def merged_tensor(
     slot: Slot,
     place: Place,
     checkpoints: Sequence[CheckpointInfo],
@@ -609,7 +616,7 @@ def _check_shape(
 
 def _place(layers: int, slot: Slot) -> Place:
     if slot.layer is not None:
-        return Place(slot.name, slot.layer / max(1, layers - 1))
+        return Place(slot.name, slot.layer / max(1, layers - 1), slot.layer, layers)
     return Place(slot.name, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
 
 

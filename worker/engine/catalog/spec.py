@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, SerializeAsAny
 
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, Method
+from worker.engine.catalog.slices import OutputSlice
 from worker.engine.catalog.strict import Strict
-from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, is_ever_positive
+from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, takes_part
 
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
@@ -93,8 +94,8 @@ class ModelSpec(CheckpointSpec):
 
     @property
     def takes_part(self) -> bool:
-        """Whether its weight is positive for any tensor."""
-        return is_ever_positive(self.weight)
+        """Whether its weight is other than 0 for any tensor."""
+        return takes_part(self.weight)
 
 
 class OutputSpec(Strict):
@@ -178,6 +179,12 @@ class MergeSpec(JobSpec):
     base: CheckpointSpec | None = None
     """The common ancestor, for methods that merge differences from it."""
     output: OutputSpec
+    slices: list[OutputSlice] | None = None
+    """What the result is put together of; None: all layers, or what the method says."""
+    notes: tuple[str, ...] = ()
+    """What the result's notes begin with."""
+    strict_filters: bool = True
+    """Whether a filter that matches no tensor was refused; else it is a note."""
     evaluate: bool
     journal: Path | None = None
     """Where `auto` keeps what it tried, for an attempt after this one; None: it is forgotten."""

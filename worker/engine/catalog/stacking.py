@@ -1,23 +1,25 @@
-"""The plan of `passthrough`: which layer of which model becomes which layer of the result."""
+"""The plan of a result that is put together of slices: which layers of which models become which layer of it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from worker.engine.catalog import layouts
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
-from worker.engine.catalog.layouts import HARMLESS, LAYER_COUNTS
+from worker.engine.catalog.layer_settings import keys_of_layers, lists_of_layers, stacked_config
+from worker.engine.catalog.layouts import LAYER_COUNTS
 from worker.engine.catalog.methods import BaseParameters, PassthroughParameters
-from worker.engine.catalog.methods.passthrough import Slice
-from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, output_dtype, plan_merge
+from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, merged_tensor, plan_merge
 from worker.engine.catalog.publishing import with_companions
+from worker.engine.catalog.slices import OutputSlice
 from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
+from worker.engine.catalog.values import Place
+from worker.engine.catalog.vocabulary import TokenRows, align_vocabularies, check_names_tell_tokens, token_keys
 
-ONE_VOCABULARY = "method passthrough copies layers and merges no rows, so its models need one vocabulary"
-Source = tuple[int, int]
-"""A checkpoint, by its position, and the number of one of its layers."""
+SAME_VOCABULARY = (
+    "the slices' models need one vocabulary; output.vocabulary 'base' or 'union' merges them token by token"
+)
 
 
 def plan_job(
@@ -28,88 +30,150 @@ def plan_job(
     base: CheckpointInfo | None = None,
     heads: Heads | None = None,
     vocabulary: VocabularyPolicy = "error",
+    slices: Sequence[OutputSlice] | None = None,
 ) -> MergePlan:
-    """The plan of a merge by any method. See `plan_merge` and `plan_stack`."""
+    """The plan of a merge by any method. See `plan_merge` and `plan_slices`."""
+    scale: Callable[[Place], float] | None = None
     if isinstance(method, PassthroughParameters):
-        if heads == "per_model":
-            raise InvalidRequest("method passthrough makes one model with one head", field="output.heads")
-        if vocabulary != "error":
-            problem = f"{ONE_VOCABULARY}; leave output.vocabulary out"
-            raise InvalidRequest(problem, field="output.vocabulary")
-        plan = plan_stack(method.slices, names, checkpoints, dtype)
-        return with_companions(plan, dtype, last=checkpoints[names.index(method.slices[-1].model)])
-    return with_companions(plan_merge(checkpoints, dtype, base, heads, vocabulary), dtype)
+        slices = [OutputSlice(sources=[part]) for part in method.slices]
+        scale = lambda place: method.at("scale", place)  # noqa: E731 - a closure over what is narrowed here
+    elif slices is None or _are_all_layers(slices, names, checkpoints, base):
+        return with_companions(plan_merge(checkpoints, dtype, base, heads, vocabulary), dtype)
+    if heads == "per_model":
+        raise InvalidRequest("slices make one model with one head", field="output.heads")
+    plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale)
+    last = checkpoints[names.index(slices[-1].sources[0].model)]
+    return with_companions(plan, dtype, last=last)
 
 
-def plan_stack(
-    slices: Sequence[Slice], names: Sequence[str], checkpoints: Sequence[CheckpointInfo], dtype: Dtype
+def _are_all_layers(
+    slices: Sequence[OutputSlice],
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    base: CheckpointInfo | None,
+) -> bool:
+    """Whether it is one slice of all layers of all models: a merge like any other."""
+    [one, *others] = slices
+    if others or [source.model for source in one.sources] != list(names):
+        return False
+    runs = [source.layers for source in one.sources] + ([one.base_layers] if one.base_layers else [])
+    infos = [*checkpoints, *([base] if base and one.base_layers else [])]
+    return all(
+        run in (None, (0, max(layouts.stacks_of(info.tensors).values(), default=0)))
+        for run, info in zip(runs, infos, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One of the result: of which models, and which layer of each, and of the base."""
+
+    members: tuple[int, ...]
+    numbers: tuple[int, ...]
+    of_base: int
+
+
+def plan_slices(
+    slices: Sequence[OutputSlice],
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    dtype: Dtype,
+    base: CheckpointInfo | None = None,
+    vocabulary: VocabularyPolicy = "error",
+    scale: Callable[[Place], float] | None = None,
 ) -> MergePlan:
-    """Lay out the model whose layers are those of the slices.
+    """Lay out the model whose layers are those of the slices. What lies before the layers is merged of the first
+    slice's models, and what lies after them of the last slice's.
 
     Args:
         names: of the checkpoints, as slices name them.
+        scale: of each tensor, where tensors are copied from the one model that each slice has; else they are merged.
 
     Raises:
         InvalidRequest: a slice has layers that its model has not.
-        InvalidCheckpoint: an architecture whose layers are not one list.
+        InvalidCheckpoint: an architecture whose layers are not one list, or a setting that cannot be put together.
         IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
     """
-    order = [names.index(part.model) for part in slices]
-    first = checkpoints[order[0]]
+    first_index = names.index(slices[0].sources[0].model)
+    first = checkpoints[first_index]
+    everyone = [*checkpoints, *([base] if base else ())]
     states = []
-    for info in checkpoints:
+    for info in everyone:
         layouts.check_architectures(first, info)
         layouts.check_checkpoint(info)
-        layouts.check_configs(first, info, {*keys_of_layers(first.config), *keys_of_layers(info.config)})
-        if first.vocabulary and info.vocabulary:
-            check_vocabulary(first, info, ONE_VOCABULARY)
+        besides = {*keys_of_layers(first.config), *keys_of_layers(info.config)}
+        if vocabulary != "error":
+            check_names_tell_tokens(info)
+            besides |= {*token_keys(first.config), *token_keys(info.config)}
+        elif first.vocabulary and info.vocabulary:
+            check_vocabulary(first, info, SAME_VOCABULARY)
+        layouts.check_configs(first, info, besides)
         states.append(layouts.tensors_by_name(info, first))
-    copies = layouts.tied_copies(first.config, [states[order[0]], *states])
+    owner = base if base is not None else first
+    aligned = align_vocabularies(vocabulary, checkpoints, owner) if vocabulary != "error" else None
+    copies = layouts.tied_copies(first.config, [states[first_index], *states])
     tied = tuple(
         (state[copy], state[of]) for state in states for copy, of in copies.items() if {copy, of} <= set(state)
     )
     states = [{name: tensor for name, tensor in state.items() if name not in copies} for state in states]
-    stack = _only_stack(first, states[order[0]])
-    sources = _sources(slices, order, checkpoints, states, stack)
-    layers = [_layers(state) for state in states]
+    stack = _only_stack(first, states[first_index])
+    field = "slices" if scale is None else "method.slices"
+    layers = _layers(slices, names, checkpoints, base, states, stack, field)
+    inner = [_by_layer(state) for state in states]
     # Some architectures alternate between layers of different kinds.
-    known = {_shapes(layer) for layer in layers[order[0]].values()}
-    tensors: dict[str, TensorInfo] = {}
-    for name, tensor in states[order[0]].items():
-        if layouts.layer_of(name) is None and layouts.is_before_layers(name):
-            tensors[name] = tensor
-    for number, (model, of) in enumerate(sources):
-        layer = layers[model].get(of, {})
-        if _shapes(layer) not in known:
-            problem = f"layer {of} of the second has other tensors or shapes than any layer of the first"
-            raise IncompatibleCheckpoints(first.source, checkpoints[model].source, problem)
-        tensors |= {f"{stack}.{number}.{inner}": tensor for inner, tensor in layer.items()}
-    for name, tensor in states[order[-1]].items():
-        if layouts.layer_of(name) is None and not layouts.is_before_layers(name):
-            tensors[name] = tensor
-    if len(tensors) > MAX_TENSORS:
-        raise InvalidRequest(f"the result would have {len(tensors)} tensors; {MAX_TENSORS} are allowed")
-    stacks = {stack: len(sources)}
-    backbone = tuple(
-        PlannedTensor(
-            layouts.slot_of(name),
-            layouts.place_of(name, stacks),
-            tensor.shape,
-            tensor.dtype if layouts.is_buffer(tensor) else output_dtype([tensor], dtype),
-            (tensor,),
-            is_copied=True,
-        )
-        for name, tensor in tensors.items()
-    )
-    config = _stacked_config(first, sources, checkpoints)
+    known = {_shapes(layer) for layer in inner[first_index].values()}
+    stacks = {stack: len(layers)}
+    backbone: list[PlannedTensor] = []
+
+    def add(name: str, members: Sequence[int], tensors: Sequence[Mapping[str, TensorInfo]], key: str) -> None:
+        """The tensor `key` of each member, and of the base, which is the last of `tensors` where there is one."""
+        slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
+        tensor = tensors[0][key]
+        if layouts.is_buffer(tensor):
+            backbone.append(
+                PlannedTensor(slot, place, tensor.shape, tensor.dtype, (tensor,), is_copied=True, members=(members[0],))
+            )
+            return
+        infos = [checkpoints[member] for member in members]
+        origin = (base, tensors[len(members)].get(key)) if base is not None else None
+        planned = merged_tensor(slot, place, infos, tensors[: len(members)], key, origin, dtype, aligned)
+        rows = planned.token_rows
+        if rows is not None:
+            rows = TokenRows(tuple(rows.models[member] for member in members), rows.base)
+        copied = scale is not None and scale(place) == 1 and rows is None
+        backbone.append(replace(planned, token_rows=rows, members=tuple(members), is_copied=copied))
+
+    def add_outer(layer: _Layer, before: bool) -> None:
+        tensors = [states[member] for member in layer.members] + ([states[-1]] if base is not None else [])
+        for name in tensors[0]:
+            if layouts.layer_of(name) is None and layouts.is_before_layers(name) is before:
+                add(name, layer.members, tensors, name)
+
+    add_outer(layers[0], before=True)
+    for number, layer in enumerate(layers):
+        tensors = [inner[member].get(of, {}) for member, of in zip(layer.members, layer.numbers, strict=True)]
+        for member, of, found in zip(layer.members, layer.numbers, tensors, strict=True):
+            if _shapes(found) not in known:
+                problem = f"layer {of} of the second has other tensors or shapes than any layer of the first"
+                raise IncompatibleCheckpoints(first.source, checkpoints[member].source, problem)
+            if _shapes(found) != _shapes(tensors[0]):
+                problem = (
+                    f"layer {layer.numbers[0]} of the first has other tensors or shapes than layer {of} of the second"
+                )
+                raise IncompatibleCheckpoints(checkpoints[layer.members[0]].source, checkpoints[member].source, problem)
+        if base is not None:
+            tensors.append(inner[-1].get(layer.of_base, {}))
+        for key in tensors[0]:
+            add(f"{stack}.{number}.{key}", layer.members, tensors, key)
+    add_outer(layers[-1], before=False)
+    if len(backbone) > MAX_TENSORS:
+        raise InvalidRequest(f"the result would have {len(backbone)} tensors; {MAX_TENSORS} are allowed")
+    config = stacked_config(first, [(layer.members[0], layer.numbers[0]) for layer in layers], checkpoints)
+    for layer in layers:
+        _check_kinds(layer, checkpoints)
     published = replace(first, config=config)
     nothing = tuple(None for _ in checkpoints)
-    return MergePlan(None, tuple(checkpoints), None, nothing, backbone, ((),), (published,), tied)
-
-
-def keys_of_layers(config: Mapping[str, Any]) -> list[str]:
-    """Keys of a configuration that follow from the number of layers, or say something of each."""
-    return [*LAYER_COUNTS, *_lists_of_layers(config)]
+    return MergePlan(None, tuple(checkpoints), base, nothing, tuple(backbone), ((),), (published,), tied, aligned)
 
 
 def layers_of_models(plan: MergePlan) -> list[int]:
@@ -138,25 +202,54 @@ def _only_stack(info: CheckpointInfo, state: Mapping[str, TensorInfo]) -> str:
     return next(iter(stacks))
 
 
-def _sources(
-    slices: Sequence[Slice],
-    order: Sequence[int],
+def _layers(
+    slices: Sequence[OutputSlice],
+    names: Sequence[str],
     checkpoints: Sequence[CheckpointInfo],
+    base: CheckpointInfo | None,
     states: Sequence[Mapping[str, TensorInfo]],
     stack: str,
-) -> list[Source]:
-    found: list[Source] = []
-    for index, (part, model) in enumerate(zip(slices, order, strict=True)):
-        count = layouts.stacks_of(states[model]).get(stack, 0)
-        start, stop = part.layers
-        if stop > count:
-            problem = f"{checkpoints[model].source} has {count} layers, [{start}, {stop}] are not all there"
-            raise InvalidRequest(problem, field=f"method.slices.{index}")
-        found += [(model, number) for number in range(start, stop)]
+    field: str,
+) -> list[_Layer]:
+    """Of the result."""
+    counts = [layouts.stacks_of(state).get(stack, 0) for state in states]
+    found: list[_Layer] = []
+    for index, part in enumerate(slices):
+        members = tuple(names.index(source.model) for source in part.sources)
+        layers = [s.layers or (0, counts[m]) for m, s in zip(members, part.sources, strict=True)]
+        of_base = part.base_layers or layers[0]
+        runs = [(checkpoints[m].source, counts[m], run) for m, run in zip(members, layers, strict=True)]
+        if base is not None:
+            runs.append((base.source, counts[-1], of_base))
+        for source, count, (start, stop) in runs:
+            if stop > count:
+                problem = f"{source} has {count} layers, [{start}, {stop}] are not all there"
+                raise InvalidRequest(problem, field=f"{field}.{index}")
+            if stop - start != layers[0][1] - layers[0][0]:
+                problem = (
+                    f"the slice has {stop - start} layers of {source}, and {layers[0][1] - layers[0][0]} of the first"
+                )
+                raise InvalidRequest(problem, field=f"{field}.{index}")
+        found += [
+            _Layer(members, tuple(start + offset for start, _ in layers), of_base[0] + offset)
+            for offset in range(layers[0][1] - layers[0][0])
+        ]
     return found
 
 
-def _layers(state: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo]]:
+def _check_kinds(layer: _Layer, checkpoints: Sequence[CheckpointInfo]) -> None:
+    """That what configurations say of each layer is the same of all that are merged to one."""
+    first = checkpoints[layer.members[0]]
+    for member, number in zip(layer.members[1:], layer.numbers[1:], strict=True):
+        other = checkpoints[member]
+        for key in lists_of_layers(first.config):
+            ours, theirs = first.config[key], other.config.get(key)
+            if theirs is None or number >= len(theirs) or ours[layer.numbers[0]] != theirs[number]:
+                problem = f"{key} in config.json differs between layer {layer.numbers[0]} and layer {number}"
+                raise IncompatibleCheckpoints(first.source, other.source, problem)
+
+
+def _by_layer(state: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo]]:
     """Tensors of every layer, by its number and the part of their names within it."""
     found: dict[int, dict[str, TensorInfo]] = {}
     for name, tensor in state.items():
@@ -168,29 +261,3 @@ def _layers(state: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo]]
 
 def _shapes(layer: Mapping[str, TensorInfo]) -> frozenset[tuple[str, tuple[int, ...]]]:
     return frozenset((inner, tensor.shape) for inner, tensor in layer.items() if not layouts.is_buffer(tensor))
-
-
-def _lists_of_layers(config: Mapping[str, Any]) -> list[str]:
-    """Keys whose values say something of every layer."""
-    count = next((config[key] for key in LAYER_COUNTS if key in config), None)
-    lists = {key: value for key, value in config.items() if isinstance(value, list) and key not in HARMLESS}
-    return [key for key, value in lists.items() if len(value) == count]
-
-
-def _stacked_config(
-    first: CheckpointInfo, sources: Sequence[Source], checkpoints: Sequence[CheckpointInfo]
-) -> dict[str, Any]:
-    """With the new number of layers, and of lists over layers what the slices' models say of theirs."""
-    stacked = dict(first.config)
-    for key in LAYER_COUNTS:
-        if key in stacked:
-            stacked[key] = len(sources)
-    for key in _lists_of_layers(first.config):
-        stacked[key] = []
-        for model, number in sources:
-            said = checkpoints[model].config.get(key)
-            if not isinstance(said, list) or number >= len(said):
-                problem = f"{key} in config.json of the second says nothing of layer {number}"
-                raise IncompatibleCheckpoints(first.source, checkpoints[model].source, problem)
-            stacked[key].append(said[number])
-    return stacked

@@ -1,12 +1,21 @@
 """Numeric parameters that may differ between layers and tensors."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, Union
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, GetJsonSchemaHandler, Tag
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -24,6 +33,16 @@ class Place:
 
     name: str
     depth: float
+    layer: int | None = None
+    """None outside the layers."""
+    layers: int = 0
+    """Of the list that has the layer."""
+
+
+Where = (
+    Literal["layers", "before", "after"]
+    | tuple[Annotated[int, Field(ge=0, le=100_000)], Annotated[int, Field(ge=0, le=100_000)]]
+)
 
 
 def _form(setting: object) -> str | None:
@@ -82,6 +101,33 @@ class Filtered(Strict, Generic[Number]):
     filter: Annotated[str, Field(min_length=1, max_length=1000)]
     """As `*.attention.*`; `*` alone matches every name."""
     value: NumberOrLayers[Number]
+    where: Where | None = None
+    """Tensors of layers alone, or of these layers: the first, and the one after the last, from 0; or those before or
+    after all layers. A list of numbers then runs from the first of these layers to the last; where it is but one, that
+    has the last number. Null: any tensor."""
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "where" or value is not None}
+
+    def covers(self, place: Place) -> bool:
+        """Whether the tensor is where the value is of, whatever its name."""
+        if self.where is None:
+            return True
+        if self.where in ("before", "after"):
+            return place.layer is None and (place.depth == 0) == (self.where == "before")
+        if place.layer is None or isinstance(self.where, str):
+            return place.layer is not None
+        return self.where[0] <= place.layer < self.where[1]
+
+    def at(self, place: Place) -> float:
+        """The value of a tensor that it covers."""
+        if not isinstance(self.value, list):
+            return self.value
+        if self.where is None or place.layer is None:
+            return _interpolated(self.value, place.depth)
+        first, end = (0, place.layers) if isinstance(self.where, str) else self.where
+        return _interpolated(self.value, 1.0 if end - first == 1 else (place.layer - first) / (end - first - 1))
 
 
 class _FiltersInPlace:
@@ -120,7 +166,7 @@ else:
 value of the first filter that matches. A tensor that no filter matches has the parameter's default."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 def value_at(
@@ -136,8 +182,8 @@ def value_at(
     if len(numbers) == len(setting):
         return _interpolated(numbers, place.depth)
     for entry in filters_of(setting):
-        if matches(place.name, entry.filter):
-            return _interpolated(entry.value, place.depth) if isinstance(entry.value, list) else entry.value
+        if entry.covers(place) and matches(place.name, entry.filter):
+            return entry.at(place)
     return default
 
 
@@ -158,16 +204,20 @@ def values_of(setting: PerTensor[float], default: float) -> Iterator[float]:
     for given in setting if isinstance(setting, list) else [setting]:
         value = given.value if isinstance(given, Filtered) else given
         yield from value if isinstance(value, list) else [value]
-    if filters and all(entry.filter != EVERY_NAME for entry in filters):
+    if filters and all(entry.filter != EVERY_NAME or entry.where is not None for entry in filters):
         yield default
 
 
-def is_ever_positive(weight: PerTensor[float]) -> bool:
+def takes_part(weight: PerTensor[float]) -> bool:
     """Whether a model with this weight takes part in the merge of any tensor."""
-    return any(value > 0 for value in values_of(weight, DEFAULT_WEIGHT))
+    return any(value != 0 for value in values_of(weight, DEFAULT_WEIGHT))
 
 
-def _interpolated(values: list[float], depth: float) -> float:
+def is_ever_negative(weight: PerTensor[float]) -> bool:
+    return any(value < 0 for value in values_of(weight, DEFAULT_WEIGHT))
+
+
+def _interpolated(values: Sequence[float], depth: float) -> float:
     """Linear between values at depths 0, 1/(n-1), …, 1."""
     at = depth * (len(values) - 1)
     index = min(int(at), len(values) - 2)

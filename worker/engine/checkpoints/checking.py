@@ -7,9 +7,9 @@ import torch
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.layer_settings import keys_of_layers
 from worker.engine.catalog.layouts import HARMLESS, check_configs, is_buffer
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.stacking import keys_of_layers
 from worker.engine.catalog.vocabulary import token_keys
 from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.known_layouts import known_layout
@@ -19,11 +19,8 @@ from worker.engine.libraries import transformers
 from worker.engine.methods.blocks import row_blocks
 
 
-def check_plan(plan: MergePlan, *, is_stacked: bool) -> list[str]:
+def check_plan(plan: MergePlan) -> list[str]:
     """Of a plan without a table; one with a table has had these checks from headers.
-
-    Args:
-        is_stacked: whether the published model has layers of its own number.
 
     Returns:
         Notes of what is merged though transformers does not read it.
@@ -40,14 +37,14 @@ def check_plan(plan: MergePlan, *, is_stacked: bool) -> list[str]:
             continue
         first, other = _with_defaults(stated), _with_defaults(stated_other)
         besides = set[str]()
-        if is_stacked:
+        if plan.is_of_slices:
             besides |= {*keys_of_layers(first.config), *keys_of_layers(other.config)}
         if plan.vocabulary is not None:
             besides |= {*token_keys(first.config), *token_keys(other.config)}
         check_configs(first, other, besides)
     [published] = plan.published
     merged = {t.slot.name: t.sources[0] for t in plan.backbone}
-    if is_stacked:
+    if plan.is_of_slices:
         check_layout(replace(published, tensors=merged))
     _check_tied(plan.tied)
     learned = {name: tensor for name, tensor in merged.items() if not is_buffer(tensor)}

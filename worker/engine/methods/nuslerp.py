@@ -10,6 +10,8 @@ from worker.engine.methods.combine import combination, model_weights
 from worker.engine.methods.inner_products import inner_products, products_along, summed
 from worker.engine.methods.slerp import spherical
 
+LEAST_SUM = 1e-6  # of weights that are divided by
+
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, NuSlerpParameters):
@@ -17,7 +19,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
     def prepare(versions: Versions) -> BlockMerge:
         first, second = model_weights(models, versions.place).tolist()
-        t = second / (first + second)
+        t = second / (first + second) if abs(first + second) >= LEAST_SUM else 0.5
         if len(versions.shape) < 2 or parameters.vectors == "tensor":
             coefficients = spherical(inner_products(versions, _vectors), t)
             return lambda block: _based(block, combination(_vectors(block), coefficients))

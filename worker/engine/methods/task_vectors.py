@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.methods import ElectionParameters, TaskVectorParameters
+from worker.engine.catalog.methods.entry import LEAST_SUM, cancels
 from worker.engine.methods.blocks import (
     CHUNK_ELEMENTS,
     Block,
@@ -36,7 +37,7 @@ def merging(
                 merged = elected_sum(deltas(block), weights, weights, normalize=parameters.normalize)
             else:
                 merged = weighted_sum(deltas(block), weights)
-                if parameters.normalize:
+                if parameters.normalize and not cancels(weights):
                     merged.div_(sum(weights))
             return merged.add_(required_base(block.base))
 
@@ -64,13 +65,17 @@ def elected_sum(
     So no model is preferred for its place in the list.
 
     Args:
-        deltas: `t`, which this overwrites.
-        weights: `w`, not negative.
-        votes: `v`.
+        deltas: `t`, which this overwrites. A vector of negative weight and vote counts as its opposite.
+        weights: `w`.
+        votes: `v`, of the signs of the weights.
         normalize: divided by `sum_(j in A) w_j`.
     """
     merged = torch.empty_like(deltas[0])
-    size = 2.0 ** (math.frexp(max(weights))[1] - 1) if normalize else 1.0  # a power of 2 changes no digit
+    if min(weights) < 0:
+        return _signed_sum(deltas, weights, votes, normalize=normalize)
+    size = (
+        2.0 ** (math.frexp(max(weights))[1] - 1) if normalize and any(weights) else 1.0
+    )  # a power of 2 changes no digit
     shares = [weight / size for weight in weights]
     for part, *parts in zip(*(torch.split(t.view(-1), CHUNK_ELEMENTS) for t in (merged, *deltas)), strict=True):
         elected = weighted_sum(parts, votes).sign_()
@@ -81,6 +86,19 @@ def elected_sum(
             total = weighted_sum([delta.sign_() for delta in parts], shares)
             part.div_(total.clamp_min_(torch.finfo(total.dtype).tiny))
     return merged
+
+
+def _signed_sum(
+    deltas: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float], *, normalize: bool
+) -> Tensor:
+    """`elected_sum` where weights may be below 0: with `w_j t_j` as the vector that agrees or not."""
+    elected = weighted_sum(deltas, votes).sign_()
+    merged, total = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = (delta.sign() * math.copysign(1.0, weight) == elected).to(delta.dtype).mul_(elected.abs())
+        merged.add_(delta.mul_(agrees), alpha=weight)
+        total.add_(agrees, alpha=weight)
+    return merged.div_(total.masked_fill_(total.abs() < LEAST_SUM, 1.0)) if normalize else merged
 
 
 def magnitudes(block: Block) -> list[Tensor]:

@@ -116,8 +116,13 @@ SLICE_COLUMNS = ["layers here", "model", "its layers"]
 
 def slice_rows(method: PassthroughParameters) -> list[list[str]]:
     rows, first = [], 0
+    if any(part.layers is None for part in method.slices):
+        return [
+            ["", part.model, "all" if part.layers is None else "{} to {}".format(*part.layers)]
+            for part in method.slices
+        ]
     for part in method.slices:
-        start, stop = part.layers
+        start, stop = part.layers or (0, 0)
         rows.append([f"{first} to {first + stop - start - 1}", part.model, f"{start} to {stop - 1}"])
         first += stop - start
     return rows

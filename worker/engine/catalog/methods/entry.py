@@ -38,6 +38,7 @@ class BaseParameters(Strict):
 
     per_model: ClassVar[tuple[str, ...]] = ()
     """Names of the `PerTensor` parameters of which a model may have values of its own."""
+    takes_negative_weights: ClassVar[bool] = False
 
     name: str
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -134,13 +135,32 @@ class MethodParameters(BaseParameters):
         return type(self).model_validate(given)
 
     def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
-        """Each model's share in the merge of one tensor, summing to 1; None: only the data tell.
+        """Each model's share in the merge of one tensor, summing to 1, or all 0 where no model has a weight there.
+
+        None: only the data tell, or a weight is below 0, so that there are no shares.
 
         Args:
-            weights: of the models that take part, not all 0.
+            weights: of the models that take part.
         """
         total = sum(weights)
-        return [weight / total for weight in weights]
+        return None if min(weights) < 0 else [weight / total if total else 0.0 for weight in weights]
+
+    def weights_problem(self, weights: Sequence[float]) -> str | None:
+        """What is wrong with the models' weights of one tensor, of which the sentence goes on: "for tensor ..."."""
+        return None if any(weights) else "the weights of all models are 0"
+
+    def distance(self, place: Place) -> float:
+        """The value of `scale` for one tensor."""
+        return self.at("scale", place)
+
+
+LEAST_SUM = 1e-8
+"""Of weights that are divided by; less is the rounding of 0."""
+
+
+def cancels(weights: Sequence[float]) -> bool:
+    """Whether there are weights, and their sum is 0 but for rounding."""
+    return abs(sum(weights)) < LEAST_SUM * max(1.0, *map(abs, weights))
 
 
 class MeasuringParameters(MethodParameters):

@@ -1,14 +1,22 @@
 """`linear`: every tensor's weighted sum."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range, cancels
 
 
 class LinearParameters(MethodParameters):
     name: Literal["linear"] = "linear"
     normalize: bool = True
     """The sum is divided by the sum of the weights; then it is `average`."""
+
+    takes_negative_weights: ClassVar[bool] = True
+
+    def weights_problem(self, weights: Sequence[float]) -> str | None:
+        if any(weights) and self.normalize and cancels(weights):
+            return "the weights add up to 0, by which they are to be divided (normalize),"
+        return super().weights_problem(weights)
 
 
 LINEAR = MethodEntry(

@@ -1,10 +1,11 @@
 """`multislerp`: the weighted mean of several models' directions, with the weighted mean of their lengths."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
+from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range, cancels
 
 
 class MultiSlerpParameters(MethodParameters):
@@ -13,6 +14,13 @@ class MultiSlerpParameters(MethodParameters):
     """The weights are divided by their sum."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """What is added to lengths that are divided by; a mean direction that is shorter is none."""
+
+    takes_negative_weights: ClassVar[bool] = True
+
+    def weights_problem(self, weights: Sequence[float]) -> str | None:
+        if any(weights) and self.normalize_weights and cancels(weights):
+            return "the weights add up to 0, by which they are to be divided (normalize_weights),"
+        return super().weights_problem(weights)
 
 
 MULTISLERP = MethodEntry(

@@ -1,6 +1,6 @@
 """`nuslerp`: `slerp` by the models' weights, of whole tensors, rows or columns, or of task vectors."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
 
@@ -11,11 +11,13 @@ class NuSlerpParameters(MethodParameters):
     """What is interpolated as one vector: a tensor, or each slice of it along the first axis (`rows`, what one output
     reads), or each column of the matrix of these (`columns`). Tensors of one axis or none are one vector."""
 
+    takes_negative_weights: ClassVar[bool] = True
+
 
 NUSLERP = MethodEntry(
     name="nuslerp",
-    formula="theta = slerp(theta_1, theta_2; t = lambda_2 / (lambda_1 + lambda_2)), and with a base "
-    "theta_0 + slerp(theta_1 - theta_0, theta_2 - theta_0; t)",
+    formula="theta = slerp(theta_1, theta_2; t = lambda_2 / (lambda_1 + lambda_2), or 1/2 where they add up to 0), and "
+    "with a base theta_0 + slerp(theta_1 - theta_0, theta_2 - theta_0; t)",
     source="mergekit's method of this name; Shoemake 1985, doi 10.1145/325165.325242",
     needs=(),
     parameters=NuSlerpParameters,

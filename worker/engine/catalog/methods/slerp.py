@@ -11,17 +11,17 @@ from worker.engine.catalog.values import PerTensor, Place
 
 class SlerpParameters(MethodParameters):
     name: Literal["slerp"] = "slerp"
-    t: PerTensor[Annotated[float, Field(ge=0, le=1)]] = 0.5
-    """How far to go from the first model, 0, to the second, 1. The models' weights have no say and must be
-    equal."""
+    t: PerTensor[Annotated[float, Field(ge=-10, le=10)]] = 0.5
+    """How far to go from the first model, 0, to the second, 1, or on along the same circle, below 0 and beyond 1. The
+    models' weights have no say and must be equal."""
 
     @property
     def weighs_models(self) -> bool:
         return False
 
-    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float]:
+    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
         t = self.at("t", place)
-        return [1 - t, t]
+        return [1 - t, t] if 0 <= t <= 1 else None
 
 
 SLERP = MethodEntry(

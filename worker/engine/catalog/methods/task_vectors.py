@@ -18,6 +18,11 @@ class TaskVectorParameters(MethodParameters):
     def needs_base(self) -> bool:
         return True
 
+    takes_negative_weights: ClassVar[bool] = True
+
+    def weights_problem(self, weights: Sequence[float]) -> str | None:
+        return None  # where no task vector has a weight, the base stays
+
 
 class DataDecidesParameters(MethodParameters):
     """Parameters of methods that find each model's share in its task vectors alone."""
@@ -40,14 +45,15 @@ class SumParameters(TaskVectorParameters):
     scale: PerTensor[Scale] = 0.4
     """Multiplies the sum of the task vectors. Ilharco et al. find 0.3 to 0.5 close to optimal in many cases."""
     normalize: bool = False
-    """The sum is divided by the sum of the weights, and so is a mean."""
+    """The sum is divided by the sum of the weights, and so is a mean; where weights add up to 0, it stays a sum."""
 
 
 class ElectionParameters(TaskVectorParameters):
     """Parameters of methods that elect a sign for every parameter."""
 
     normalize: bool = True
-    """The sum of what agrees with the elected sign is divided by the sum of the weights that agree."""
+    """The sum of what agrees with the elected sign is divided by the sum of the weights that agree, where that is not
+    0."""
 
 
 class DroppingParameters(TaskVectorParameters):

@@ -1,0 +1,134 @@
+"""Results that are put together of slices: each layer is merged of those that its slice names, by any method."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import merge_spec, model_spec, read_model, silent
+from tests.tiny_language_models import LLAMA, loaded_model, logits_of, tiny_model
+from worker.engine.catalog.slices import OutputSlice
+from worker.engine.catalog.spec import CheckpointSpec
+from worker.engine.pipeline import Engine
+
+NAMES = ("base", "one", "two")
+OUTER = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("slices")
+    return {name: tiny_model(root / name, LLAMA, seed=seed, layers=4 + seed) for seed, name in enumerate(NAMES)}
+
+
+def merged(
+    folder: Path,
+    models: Mapping[str, Path],
+    slices: Sequence[Mapping[str, Any]] | None,
+    method: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    base: str | None = None,
+) -> Path:
+    specs = [model_spec(models[name], weight=weight) for name, weight in weights.items()]
+    spec = merge_spec(folder, specs, {"precision": "auto", **method}).model_copy(
+        update={
+            "slices": None if slices is None else [OutputSlice.model_validate(part) for part in slices],
+            "base": None if base is None else CheckpointSpec(source=f"local:{base}", path=models[base]),
+        }
+    )
+    Engine(torch.device("cpu")).merge(spec, silent)
+    return folder / "model"
+
+
+def layer(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    start = f"model.layers.{number}."
+    return {name.removeprefix(start): tensor.double() for name, tensor in state.items() if name.startswith(start)}
+
+
+def source(model: str, start: int, stop: int) -> dict[str, Any]:
+    return {"model": model, "layers": [start, stop]}
+
+
+def test_each_layer_is_merged_of_the_layers_that_its_slice_names(models: dict[str, Path], tmp_path: Path) -> None:
+    slices = [
+        {"sources": [source("one", 0, 2), source("two", 3, 5)]},
+        {"sources": [source("two", 1, 2)]},
+        {"sources": [source("two", 4, 6), source("one", 3, 5)]},
+    ]
+    weights = {
+        "one": [{"filter": "*", "where": [3, 5], "value": [1.0, 3.0]}, {"filter": "*", "value": 0.5}],
+        "two": 1.0,
+    }
+    found = read_model(merged(tmp_path, models, slices, {"name": "linear"}, weights))
+    one, two = (read_model(models[name]) for name in ("one", "two"))
+    expected: list[tuple[Mapping[str, Tensor], Mapping[str, Tensor], float]] = [
+        (layer(one, 0), layer(two, 3), 0.5), (layer(one, 1), layer(two, 4), 0.5), (layer(two, 1), layer(two, 1), 0.0),
+        (layer(one, 3), layer(two, 4), 1.0), (layer(one, 4), layer(two, 5), 3.0),
+    ]  # fmt: skip
+    for number, (first, second, weight) in enumerate(expected):
+        of_result = layer(found, number)
+        assert of_result.keys() == second.keys()
+        for name, tensor in of_result.items():
+            wanted = (weight * first[name] + second[name]) / (weight + 1)
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6, msg=f"{number} {name}")
+    for name in OUTER:
+        wanted = (0.5 * one[name].double() + two[name].double()) / 1.5
+        torch.testing.assert_close(found[name].double(), wanted, rtol=0, atol=1e-6)
+    assert not layer(found, 5)
+    loaded = loaded_model(tmp_path / "model", "LlamaForCausalLM")
+    assert loaded.config.num_hidden_layers == 5
+    assert torch.isfinite(logits_of(loaded)).all()
+
+
+def test_task_vectors_go_from_the_layers_of_the_base_that_the_slice_names(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    slices = [
+        {"sources": [source("one", 0, 1), source("two", 1, 2)], "base_layers": [2, 3]},
+        {"sources": [source("one", 4, 5)], "base_layers": [3, 4]},
+    ]
+    method, weights = {"name": "task_arithmetic", "scale": 0.5}, {"one": 1.0, "two": -0.25}
+    found = read_model(merged(tmp_path, models, slices, method, weights, "base"))
+    base, one, two = (read_model(models[name]) for name in NAMES)
+    for name, tensor in layer(found, 0).items():
+        origin = layer(base, 2)[name]
+        wanted = origin + 0.5 * (layer(one, 0)[name] - origin - 0.25 * (layer(two, 1)[name] - origin))
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6)
+    for name, tensor in layer(found, 1).items():
+        wanted = layer(base, 3)[name] + 0.5 * (layer(one, 4)[name] - layer(base, 3)[name])
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6)
+
+
+def test_all_layers_of_all_models_are_a_merge_like_any_other(models: dict[str, Path], tmp_path: Path) -> None:
+    same = {"one": models["one"], "again": models["one"]}
+    slices = [{"sources": [{"model": "one"}, {"model": "again", "layers": [0, 5]}]}]
+    specs = [model_spec(path, name=name) for name, path in same.items()]
+    for number, given in enumerate((slices, None)):
+        of = None if given is None else [OutputSlice.model_validate(part) for part in given]
+        spec = merge_spec(tmp_path / str(number), specs, {"name": "slerp", "precision": "auto"})
+        Engine(torch.device("cpu")).merge(spec.model_copy(update={"slices": of}), silent)
+    first, second = (read_model(tmp_path / str(number) / "model") for number in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_passthrough_multiplies_by_scale_and_copies_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
+    method = {
+        "name": "passthrough",
+        "slices": [{"model": "one"}, {"model": "two", "layers": [2, 4]}],
+        "scale": [{"filter": "*down_proj*", "where": [5, 7], "value": 0.0}, {"filter": "*norm*", "value": -2.0}],
+    }
+    found = read_model(merged(tmp_path, models, None, method, {"one": 1.0, "two": 1.0}))
+    one, two = read_model(models["one"]), read_model(models["two"])
+    for number in range(7):
+        of = layer(one, number) if number < 5 else layer(two, number - 3)
+        for name, tensor in layer(found, number).items():
+            scale = 0.0 if "down_proj" in name and number >= 5 else -2.0 if "norm" in name else 1.0
+            assert torch.equal(tensor, of[name] * scale), (number, name)
+    assert torch.equal(found["model.embed_tokens.weight"], one["model.embed_tokens.weight"])
+    assert torch.equal(found["model.norm.weight"], -2 * two["model.norm.weight"])
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"] == 7
