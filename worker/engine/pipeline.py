@@ -35,6 +35,7 @@ from worker.engine.catalog.views import Views
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import Digests
+from worker.engine.checkpoints.reloading import check_published
 from worker.engine.checkpoints.tokenizer import check_tokenizers
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
@@ -177,6 +178,7 @@ class Engine:
         if found is not None and candidates is not None:
             candidates = with_published(candidates, metrics)
             notes += judged_notes(found.search, candidates)
+        notes = [*check_published(plan, list(dict.fromkeys(folders.values()))), *notes]
         _check_unchanged(states)
         known, errors = stopping_of(method, runs, plan, notes)
         mean_retention, min_retention = mean_and_least((metrics or {}).values())

@@ -90,7 +90,7 @@ def _layout(config: str, source: str, tensors: int) -> Layout | None:
 
 def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | None:
     """Of the model that transformers makes of a configuration; None where it has others than a checkpoint of it."""
-    model_class = _library_class(architecture_of(values))
+    model_class = library_class(architecture_of(values))
     if model_class is None or values.get("model_type") not in transformers.CONFIG_MAPPING:
         return None
     if model_class.forward is nn.Module.forward:
@@ -136,7 +136,7 @@ def _built_for(tensors: int, source: str) -> Iterator[None]:
         yield
 
 
-def _library_class(name: str) -> Any:
+def library_class(name: str) -> Any:
     """The model class of this name that transformers itself has; None where there is none."""
     try:
         found = getattr(transformers, name, None)

@@ -1,0 +1,188 @@
+"""What a job publishes is loaded anew before it is published, and what does not load is not published."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import Tensors, edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
+from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
+from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.report import MergeResult
+from worker.engine.checkpoints import reloading
+from worker.engine.checkpoints.configurations import library_config
+from worker.engine.checkpoints.layout import library_class
+from worker.engine.pipeline import Engine
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(torch.device("cpu"))
+
+
+def merged(engine: Engine, out: Path, folders: Sequence[Path], **output: Any) -> MergeResult:
+    return engine.merge(merge_spec(out, [model_spec(path) for path in folders], {"name": "linear"}, **output), silent)
+
+
+def pair(tmp_path: Path, model: TinyModel = LLAMA, **settings: Any) -> list[Path]:
+    return [tiny_model(tmp_path / name, model, seed=seed, **settings) for seed, name in enumerate("ab", 1)]
+
+
+def refused(engine: Engine, tmp_path: Path, folders: Sequence[Path]) -> EngineError:
+    """What the job fails with; then there is no manifest, without which nothing is published."""
+    with pytest.raises(EngineError) as caught:
+        merged(engine, tmp_path / "out", folders)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    return caught.value
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN2, GPT2, T5, MASKED_BERT], ids=lambda model: model.model_type)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_merges_that_load_are_published_without_a_note(
+    engine: Engine, tmp_path: Path, model: TinyModel, dtype: str
+) -> None:
+    assert merged(engine, tmp_path / "out", pair(tmp_path, model), dtype=dtype).notes == []
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_every_model_of_a_merge_that_keeps_its_head_is_loaded(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    model_of = reloading._model
+
+    def counting(*args: Any) -> Any:
+        seen.append(args[0].path.name)
+        return model_of(*args)
+
+    monkeypatch.setattr(reloading, "_model", counting)
+    folders = [tiny_checkpoint(tmp_path / name, seed=seed, labels=seed + 1) for seed, name in enumerate("ab", 1)]
+    assert merged(engine, tmp_path / "out", folders).notes == []
+    assert seen == ["a", "b"]
+
+
+def an_added_token_without_an_id(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", added_tokens_decoder={"x": {"content": "y"}})
+
+
+def a_matrix_of_more_rows(folder: Path) -> None:
+    edit_json(folder / "config.json", vocab_size=100)
+
+
+def a_tokenizer_of_no_class(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Sequence"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (a_matrix_of_more_rows, r"shape \[128, 16\]"),
+        (a_tokenizer_of_no_class, r"tokenizer\.json"),
+        (an_added_token_without_an_id, r"its tokenizer does not load \(tokenizer\.json, .*\): .*save it anew"),
+    ],
+)
+def test_what_does_not_load_is_not_published(
+    engine: Engine, tmp_path: Path, edit: Callable[[Path], None], problem: str
+) -> None:
+    folders = pair(tmp_path)
+    for folder in folders:
+        edit(folder)
+    error = refused(engine, tmp_path, folders)
+    assert isinstance(error, InvalidCheckpoint)
+    assert error.message.startswith("checkpoint local:a: ")
+    assert re.search(problem, error.message)
+
+
+def test_a_tensor_that_no_model_has_is_missed(engine: Engine, tmp_path: Path) -> None:
+    """Of an architecture whose tensors are rearranged while they are loaded, whose headers do not tell what lacks."""
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 1, **LLAMA.settings}
+    folders = pair(tmp_path, TinyModel("MixtralForCausalLM", "mixtral", settings))
+    assert merged(engine, tmp_path / "whole", folders).notes == []
+
+    def remove(tensors: Tensors) -> None:
+        del tensors["model.norm.weight"]
+
+    for folder in folders:
+        edit_tensors(folder, remove)
+    error = refused(engine, tmp_path, folders)
+    assert error.message == "checkpoint local:a: no tensor model.norm.weight, which MixtralForCausalLM needs"
+
+
+def test_a_merge_whose_outputs_are_not_finite_is_not_published(engine: Engine, tmp_path: Path) -> None:
+    """Two models whose weights balance each other, and whose averages do not."""
+    folders = pair(tmp_path)
+
+    def scale(tensors: Tensors, up: str, down: str) -> None:
+        tensors[up] *= 1e30
+        tensors[down] *= 1e-30
+
+    mlp = "model.layers.0.mlp"
+    edit_tensors(folders[0], lambda tensors: scale(tensors, f"{mlp}.up_proj.weight", f"{mlp}.down_proj.weight"))
+    edit_tensors(folders[1], lambda tensors: scale(tensors, f"{mlp}.down_proj.weight", f"{mlp}.up_proj.weight"))
+    error = refused(engine, tmp_path, folders)
+    assert isinstance(error, NumericalError)
+    assert "are not finite, though those of the models are" in error.message
+
+
+def test_models_that_are_not_finite_themselves_may_be_merged(engine: Engine, tmp_path: Path) -> None:
+
+    def scale(tensors: Tensors) -> None:
+        for tensor in tensors.values():
+            tensor *= 1e25
+
+    folders = pair(tmp_path)
+    for folder in folders:
+        edit_tensors(folder, scale)
+    assert merged(engine, tmp_path / "out", folders).notes == []
+
+
+def test_copies_that_come_out_untied_are_not_published(engine: Engine, tmp_path: Path) -> None:
+    """The library ties them by default, and both models store the copy: a method that draws would part them."""
+    folders = pair(tmp_path, QWEN2)
+
+    def store(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    for folder in folders:
+        edit_tensors(folder, store)
+    spec = merge_spec(tmp_path / "out", [model_spec(path) for path in folders], {"name": "linear"})
+    result = engine.merge(spec, silent)
+    assert result.notes == []
+    published = tmp_path / "out" / "model"
+    info = inspect_checkpoint(published, "local:a")
+    config = library_config(info.config, "local:a")
+    model = library_class("Qwen2ForCausalLM").from_pretrained(published, config=config)
+    reloading._check_tied(info, model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    with pytest.raises(
+        InvalidCheckpoint, match=r"lm_head\.weight would be published with other values than model\.emb"
+    ):
+        reloading._check_tied(info, model)
+
+
+def test_what_the_library_does_not_know_is_published_with_a_note(engine: Engine, tmp_path: Path) -> None:
+    folders = pair(tmp_path)
+    for folder in folders:
+        edit_json(folder / "config.json", model_type="unheard_of", architectures=["UnheardOfForCausalLM"])
+    [note] = merged(engine, tmp_path / "out", folders).notes
+    assert note == "transformers has no class UnheardOfForCausalLM here: the published model was not loaded anew"
+
+
+def test_a_tokenizer_with_ids_beyond_the_matrix_is_noted_first(engine: Engine, tmp_path: Path) -> None:
+    folders = pair(tmp_path)
+    for folder in folders:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 128, "content": "<beyond>"})
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    [note] = merged(engine, tmp_path / "out", folders).notes
+    assert note.startswith(
+        "the tokenizer of local:a has ids up to 128, and its embedding matrix 128 rows: the published model cannot "
+        "read tokens from 128 on"
+    )

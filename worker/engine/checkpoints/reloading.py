@@ -1,0 +1,187 @@
+"""What a job publishes, loaded anew before it is published: configuration, tokenizer, weights, and a forward pass.
+
+Weights are mapped into memory, not read, so this takes no memory of its own and little time. A forward pass reads them
+all, so only small models are run; every weight of larger ones was found to be finite when it was written.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.companions import companions
+from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError
+from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.publishing import beyond_matrix
+from worker.engine.catalog.vocabulary import vocabulary_size
+from worker.engine.checkpoints.configurations import library_config, tokenizer_folder
+from worker.engine.checkpoints.layout import library_class, misshapen
+from worker.engine.libraries import conversion_mapping, in_one_line, is_of_library, transformers
+from worker.engine.resources import is_out_of_memory
+
+RUN_BYTES = 256_000_000  # of weights, of a model that is run
+TEXT = "Some text, to see whether it can be read."
+OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+
+
+def check_published(plan: MergePlan, folders: Sequence[Path]) -> list[str]:
+    """Load every published model's folder as its user will.
+
+    Returns:
+        Notes of what its user must know.
+
+    Raises:
+        InvalidCheckpoint: a folder does not load, whatever of its inputs is at fault.
+        NumericalError: the inputs' outputs are finite, the merge's are not.
+    """
+    notes: list[str] = []
+    for folder, origin in zip(folders, plan.published, strict=True):
+        notes += _check(inspect_checkpoint(folder, origin.source), origin, plan)
+    return list(dict.fromkeys(notes))
+
+
+def _check(published: CheckpointInfo, origin: CheckpointInfo, plan: MergePlan) -> list[str]:
+    model_class = library_class(published.architecture)
+    if model_class is None or published.model_type not in transformers.CONFIG_MAPPING:
+        kind = published.architecture or published.model_type
+        return [f"transformers has no class {kind} here: the published model was not loaded anew"]
+    config = library_config(published.config, published.source)
+    tokenizer, notes = _tokenizer(published, config, plan)
+    is_small = published.nbytes <= RUN_BYTES
+    if not is_small and _is_rearranged(model_class, config):
+        return notes
+    model, problems = _model(published, model_class, config)
+    notes += problems
+    if model is not None and is_small:
+        _run(published, model, tokenizer, origin)
+    return notes
+
+
+def _unloadable(published: CheckpointInfo, what: str, error: BaseException) -> InvalidCheckpoint:
+    problem = f"what would be published with its configuration does not load again: {what}: {in_one_line(error)}"
+    return InvalidCheckpoint(published.source, problem)
+
+
+def _tokenizer(published: CheckpointInfo, config: Any, plan: MergePlan) -> tuple[Any, list[str]]:
+    """The published tokenizer, and notes; None where none is published or it cannot be loaded here."""
+    if not published.vocabulary:
+        return None, []
+    owner = published.source if plan.vocabulary is None else plan.vocabulary.owner.source
+    try:
+        # Without a tokenizer_config.json, its class is that of the model's type.
+        with tokenizer_folder(published) as folder:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, **OFFLINE)
+        last = max(tokenizer.get_vocab().values(), default=0)
+        tokenizer(TEXT)
+    except ImportError as error:
+        return None, [f"the published tokenizer was not loaded anew: {in_one_line(error)}"]
+    except BaseException as error:  # the library has no class of its own for what it does not read
+        if is_out_of_memory(error) or not is_of_library(error):
+            raise
+        names = ", ".join(companions(published))
+        problem = f"its tokenizer does not load ({names}): {in_one_line(error)}; save it anew by save_pretrained()"
+        raise InvalidCheckpoint(owner, problem) from error
+    if published.last_token is None:  # else planning has said it
+        note = beyond_matrix(published, last)
+        return tokenizer, [note] if note else []
+    return tokenizer, []
+
+
+def _is_rearranged(model_class: Any, config: Any) -> bool:
+    """Whether weights are copied while they are loaded, since the model has others than its checkpoints."""
+    with torch.device("meta"):
+        model = model_class._from_config(config, attn_implementation="eager")
+    return bool(conversion_mapping.get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:
+    """The loaded model, and notes; None where a library that it needs is not here."""
+    try:
+        model, report = model_class.from_pretrained(
+            published.path,
+            config=config,
+            use_safetensors=True,
+            dtype="auto",
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+            **OFFLINE,
+        )
+    except ImportError as error:
+        return None, [f"the published model was not loaded anew: {in_one_line(error)}"]
+    except BaseException as error:
+        if is_out_of_memory(error) or not is_of_library(error):
+            raise
+        raise _unloadable(published, "its weights", error) from error
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise misshapen(published, name, found, wanted)
+    _check_tied(published, model)
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would make up values for it
+        problem = f"no tensor {missing[0]}, which {published.architecture} needs"
+        raise InvalidCheckpoint(published.source, problem, tensor=missing[0])
+    return model, []
+
+
+def _check_tied(published: CheckpointInfo, model: Any) -> None:
+    """transformers takes stored copies that differ for matrices of their own, whatever the configuration says."""
+    for copy, original in model.all_tied_weights_keys.items():
+        tensors = [model.state_dict(keep_vars=True).get(name) for name in (copy, original)]
+        if None in tensors or tensors[0].data_ptr() == tensors[1].data_ptr():
+            continue
+        problem = (
+            f"tensor {copy} would be published with other values than {original}, to which {published.architecture} "
+            "ties it; set tie_word_embeddings in config.json to what the models were trained with"
+        )
+        raise InvalidCheckpoint(published.source, problem, tensor=copy)
+
+
+def _run(published: CheckpointInfo, model: Any, tokenizer: Any, origin: CheckpointInfo) -> None:
+    inputs = _inputs(model, tokenizer, vocabulary_size(published.config))
+    if inputs is None:
+        return
+    problem = _problem_of(published, model, inputs)
+    if problem is None:
+        return
+    # Not every model runs on this alone. What a merge's own model does not do either, the merge need not.
+    if origin.base is None and _problem_of(origin, _loaded(origin, type(model)), inputs) is None:
+        raise problem
+
+
+def _loaded(origin: CheckpointInfo, model_class: Any) -> Any:
+    config = library_config(origin.config, origin.source)
+    return model_class.from_pretrained(
+        origin.path, config=config, use_safetensors=True, dtype="auto", attn_implementation="eager", **OFFLINE
+    )
+
+
+def _inputs(model: Any, tokenizer: Any, rows: int | None) -> Mapping[str, Tensor] | None:
+    """A text of the model's own tokens; None of a model that takes something else."""
+    if model.main_input_name != "input_ids" or rows is None:
+        return None
+    ids = tokenizer(TEXT)["input_ids"] if tokenizer is not None else range(4)
+    known = [index for index in ids if index < rows] or [0]
+    inputs = {"input_ids": torch.tensor([known[:16]])}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+    return inputs
+
+
+def _problem_of(info: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor]) -> EngineError | None:
+    if model.dtype == torch.float16:  # in which CPUs lack operations, and what is finite on a GPU may not be
+        model = model.float()
+    try:
+        with torch.inference_mode():
+            outputs = model.eval()(**inputs)
+    except Exception as error:  # whatever a model's code meets
+        if is_out_of_memory(error):
+            raise
+        problem = f"the merge with its configuration does not run, though the models do: {in_one_line(error)}"
+        return InvalidCheckpoint(info.source, problem)
+    for key, value in outputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            return NumericalError(f"the merge's {key} of a text are not finite, though those of the models are")
+    return None
