@@ -95,6 +95,8 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
         _, allowed = resource.getrlimit(limit)
         most = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
         resource.setrlimit(limit, (most, most))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # every weight file of every model is open at once
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with suppress(OSError):  # not every container lets it
         Path("/proc/self/oom_score_adj").write_text("1000")
 

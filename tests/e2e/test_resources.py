@@ -1,5 +1,6 @@
 """Disks that fill up, memory that runs out, inputs that change: nothing is lost, and the worker takes the next job."""
 
+import os
 import resource
 import shutil
 import subprocess
@@ -146,7 +147,9 @@ def test_a_checkpoint_that_is_changed_while_the_job_waits_or_runs_fails_it_by_na
     tiny_checkpoint(folder, seed=6)
     running, engine = scoring(service, recipe)
     waiting = service.submit(recipe)
-    tiny_checkpoint(folder, seed=7)
+    with (folder / "model.safetensors").open("r+b") as stream:  # the same file, not another in its place
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\1")
     engine.resume()
     for job_id, words in ((running, "while the job ran"), (waiting, "after the job was accepted")):
         job = service.finished(job_id)
@@ -155,3 +158,19 @@ def test_a_checkpoint_that_is_changed_while_the_job_waits_or_runs_fails_it_by_na
         assert words in job["error"]["message"]
         assert_nothing_is_left(service, job_id)
     assert service.finished(service.submit(recipe))["status"] == "succeeded"
+
+
+def test_files_that_are_put_in_the_place_of_a_checkpoints_change_nothing_for_a_job_that_runs(
+    service: Service, inputs: Path
+) -> None:
+    folder = inputs / "checkpoints" / "replaced"
+    tiny_checkpoint(folder, seed=8)
+    before = service.finished(service.submit(long_recipe("a", "replaced")))["result"]
+    running, engine = scoring(service, long_recipe("a", "replaced"))
+    for file in list(folder.iterdir()):
+        file.unlink()
+        file.symlink_to("/etc/passwd")
+    engine.resume()
+    job = service.finished(running)
+    assert job["status"] == "succeeded", job["error"]
+    assert [model["digest"] for model in job["result"]["models"]] == [model["digest"] for model in before["models"]]

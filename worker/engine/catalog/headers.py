@@ -5,6 +5,7 @@ A checkpoint is a folder as `save_pretrained` writes it: `config.json`, and `mod
 sizes are checked before anything is parsed.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -31,6 +32,8 @@ MAX_DESCRIPTION_BYTES = 80_000_000  # of all files beside the weights
 MAX_DESCRIPTION_FILES = 200
 MAX_WEIGHT_FILES = 1000
 
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+"""What the system says when this process, or the machine, has as many files open as it may."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -215,6 +218,8 @@ def readable(source: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # a name too long, links in a circle
+        if error.errno in TOO_MANY_OPEN:
+            raise
         raise InvalidCheckpoint(source, f"cannot be read: {error.strerror}") from error
 
 

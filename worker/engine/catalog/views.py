@@ -25,6 +25,7 @@ from worker.engine.catalog.headers import (
     MAX_CONFIG_BYTES,
     MAX_DESCRIPTION_BYTES,
     PICKLES,
+    TOO_MANY_OPEN,
     WEIGHTS,
     described_files,
     parsed_json,
@@ -80,6 +81,8 @@ class Views:
         except LinkOut as error:
             raise InvalidDataset(source, "it is a symbolic link out of the allowed folders") from error
         except OSError as error:
+            if error.errno in TOO_MANY_OPEN:
+                raise
             if error.errno == errno.ELOOP:
                 raise InvalidDataset(source, "it was changed while it was opened; try again") from error
             return path  # whoever reads it says why not
@@ -157,6 +160,8 @@ class _Checkpoint:
             problem = f"{name} is a symbolic link out of the allowed folders"
             raise InvalidCheckpoint(self.source, problem, file=name) from error
         except OSError as error:
+            if error.errno in TOO_MANY_OPEN:  # nothing is wrong with the file
+                raise
             if error.errno == errno.ELOOP:
                 problem = f"{name} is a symbolic link in a circle, or was changed while it was opened"
                 raise InvalidCheckpoint(self.source, problem, file=name) from error

@@ -1,6 +1,5 @@
 """Tensors of checkpoints, read where they lie, a run of rows at a time."""
 
-import errno
 import hashlib
 import math
 import os
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import ADAPTER_CONFIG, TOKENIZER_FILES, CheckpointInfo, TensorInfo
+from worker.engine.catalog.headers import ADAPTER_CONFIG, TOKENIZER_FILES, TOO_MANY_OPEN, CheckpointInfo, TensorInfo
 from worker.engine.threads import in_threads
 
 CLOCK_TICK_NS = 1_000_000_000  # a file that was written just now may be written again and have the same times
@@ -103,7 +102,7 @@ class TensorReader:
                     raise InvalidCheckpoint(tensor.source, f"{tensor.file} became shorter while the job ran")
                 left, position = left[count:], position + count
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
+            if error.errno in TOO_MANY_OPEN:  # nothing is wrong with the file
                 raise
             raise InvalidCheckpoint(tensor.source, f"{tensor.file} cannot be read: {error.strerror}") from error
         return found
