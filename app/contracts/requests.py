@@ -119,6 +119,9 @@ class Output(Strict):
     vocabulary: VocabularyPolicy = "error"
     """Of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of the first
     model where no base is named; `union` appends the other models' further tokens to that."""
+    config_from: str | None = None
+    """Name of the model, or `base`, whose settings count where models differ in settings that no shape shows, as the
+    base of rotary positions, their scaling, windows or the epsilon of norms. Without it, such models are refused."""
     publish: str | None = None
 
 
@@ -264,6 +267,15 @@ class MergeRequest(JobRequest[ModelRequest]):
             _check_slices(self.method, self)
         elif self.slices is not None:
             _refuse(type(self), _slice_problems(self.method, self.slices, self))
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_of_an_input(self) -> Self:
+        named, names = self.output.config_from, [model.name for model in self.models]
+        known = [*names, *(["base"] if self.base is not None else [])]
+        if named is not None and named not in known:
+            why = f"is no model's name{did_you_mean(named, known)}; known are {', '.join(known)}"
+            _refuse(type(self), [_problem(("output", "config_from"), why, named)])
         return self
 
     @model_validator(mode="after")

@@ -76,6 +76,8 @@ class Plan(BaseModel):
     models: list[PlannedModel]
     tokens: int | None
     """Of the output's tokenizer, where `output.vocabulary` is not `error`."""
+    notes: list[str]
+    """What the result's notes will begin with: what is left out, taken for granted, or merged otherwise."""
     request: dict[str, Any]
     """As it would be accepted, defaults filled in."""
 
@@ -127,7 +129,8 @@ class Checker:
 
     def _merge(self, request: MergeRequest) -> Accepted:
         output, names = request.output, [model.name for model in request.models]
-        aligns = output.vocabulary != "error"
+        of_base = output.config_from == "base" and "base" not in names
+        needs_base = output.vocabulary != "error" or of_base
         base = self._checkpoint("base", request.base) if request.base else None
         inspect = partial(inspect_model, base=base)
         if isinstance(request.method, PassthroughParameters):
@@ -145,11 +148,12 @@ class Checker:
             heads=output.heads,
             vocabulary=output.vocabulary,
             slices=request.slices,
+            config_from=output.config_from,
         )
         self._at("models")
-        with _refusing("models"):  # vocabularies are aligned to the base's; without it, others would be refused
-            plan = planned(base=base if aligns else None)
-        if base is not None and not aligns:
+        with _refusing("models"):  # where the base's vocabulary or settings count; without it, others would be refused
+            plan = planned(base=base if needs_base else None)
+        if base is not None and not needs_base:
             with _refusing("base"):
                 plan = planned(base=base)
         if plan.family is None:
@@ -269,6 +273,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
             for index, (model, info, task) in enumerate(zip(request.models, plan.checkpoints, plan.tasks, strict=True))
         ],
         tokens=vocabulary and vocabulary.tokens,
+        notes=list(plan.notes),
         request=accepted,
     )
 

@@ -231,13 +231,16 @@ REFUSED: dict[str, tuple[Callable[[list[Path]], None], type[EngineError], list[s
         without("model.layers.1.mlp.up_proj.weight"), InvalidCheckpoint, ["no tensor model.layers.1.mlp.up_proj"],
     ),
     "a size that shapes contradict": (
-        in_all(intermediate_size=32), InvalidCheckpoint, ["mlp.gate_proj.weight", "[24, 16]", "[32, 16]"],
+        in_all(intermediate_size=32), InvalidCheckpoint, ["mlp.down_proj.weight", "[16, 24]", "[16, 32]"],
     ),
     "heads that shapes contradict": (
         in_all(num_key_value_heads=4), InvalidCheckpoint, ["k_proj.weight", "[8, 16]", "[16, 16]"],
     ),
     "a configuration that transformers does not take": (
-        in_all(hidden_act="no such"), InvalidCheckpoint, ["transformers cannot load it"],
+        in_all(hidden_act="no such"), InvalidCheckpoint, ["hidden_act 'no such'"],
+    ),
+    "text for a number": (
+        in_all(rms_norm_eps="1e-6"), InvalidCheckpoint, ["rms_norm_eps '1e-6'", "no number"],
     ),
     "a class that is no model": (
         in_all(architectures=["LlamaPreTrainedModel"]), InvalidCheckpoint, ["LlamaPreTrainedModel", "own class"],

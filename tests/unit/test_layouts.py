@@ -15,6 +15,7 @@ from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY
 from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
+from worker.engine.catalog.library import completed
 from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.planning import RUNTIME_BYTES, MergePlan, plan_merge
 from worker.engine.catalog.slices import Slice
@@ -167,14 +168,27 @@ def test_a_stored_copy_of_a_tied_matrix_is_the_matrix(
     )
 
 
-def test_where_a_configuration_does_not_say_a_copy_that_not_all_store_is_tied(copied: Copied) -> None:
-    folders = [copied(QWEN2, seed) for seed in (1, 2)]
+@pytest.mark.parametrize(
+    ("model", "changes", "is_tied"),
+    [
+        (QWEN2, {}, False),  # the library's default for this kind of model
+        (GPT2, {}, True),
+        (QWEN2, {"model_type": "own", "architectures": ["OwnLM"]}, None),
+    ],
+)
+def test_where_a_configuration_does_not_say_the_librarys_default_ties_or_else_that_not_all_store_a_copy(
+    copied: Copied, model: TinyModel, changes: dict[str, Any], is_tied: bool | None
+) -> None:
+    folders = [copied(model, seed) for seed in (1, 2)]
     for folder in folders:
-        config(tie_word_embeddings=None)(folder)
-    with_copies(QWEN2)(folders[1])
-    assert "lm_head.weight" not in {tensor.slot.name for tensor in plan(*folders).backbone}
-    with_copies(QWEN2)(folders[0])
-    assert "lm_head.weight" in {tensor.slot.name for tensor in plan(*folders).backbone}
+        config(tie_word_embeddings=None, **changes)(folder)
+    with_copies(model)(folders[1])
+    if is_tied is False:
+        assert_refused(partial(plan, *folders), EngineError, ["lm_head.weight"])
+    else:
+        assert "lm_head.weight" not in {tensor.slot.name for tensor in plan(*folders).backbone}
+    with_copies(model)(folders[0])
+    assert ("lm_head.weight" in {tensor.slot.name for tensor in plan(*folders).backbone}) is not is_tied
 
 
 def test_t5_1_1_has_two_matrices(copied: Copied) -> None:
@@ -286,8 +300,9 @@ UNLIKE: dict[str, tuple[TinyModel, Spoiling, list[str]]] = {
     "padding of a model whose positions may count from it": (MASKED_BERT, config(pad_token_id=3), ["pad_token_id"]),
     "architecture": (GPT2, config(architectures=["GPT2DoubleHeadsModel"]), ["GPT2LMHeadModel, GPT2DoubleHeadsModel"]),
     "kind of model": (LLAMA, config(model_type="mistral"), ["llama, mistral"]),
-    "a tensor less": (LLAMA, removed("model.norm.weight"), ["tensor model.norm.weight is missing in the second"]),
-    "a tensor more": (LLAMA, added("model.extra", torch.zeros(1)), ["tensor model.extra is in the second only"]),
+    "a tensor more": (
+        LLAMA, added("model.layers.1.self_attn.q_proj.bias", torch.zeros(16)), ["q_proj.bias is in the second only"],
+    ),
     "another shape": (
         LLAMA, added("model.norm.weight", torch.zeros(8)), ["model.norm.weight has shape [16]", "[8] in the second"],
     ),
@@ -355,7 +370,7 @@ def test_layers_that_predict_further_tokens_are_beyond_those_that_are_counted(co
     [
         (removed("model.norm.weight"), IncompatibleCheckpoints, ["model.norm.weight is missing in the base"]),
         (added("model.norm.weight", torch.zeros(8)), IncompatibleCheckpoints, ["[16], in the base [8]"]),
-        (config(hidden_act="gelu"), IncompatibleCheckpoints, ["hidden_act"]),
+        (config(num_attention_heads=8), IncompatibleCheckpoints, ["num_attention_heads"]),
         (config(model_type="gpt2"), IncompatibleCheckpoints, ["llama, gpt2"]),
         (quantised, InvalidCheckpoint, ["quantised"]),
     ],
@@ -392,8 +407,9 @@ def test_heads_of_classifiers_merge_where_labels_are_equal(tmp_path: Path) -> No
     config(problem_type="multi_label_classification")(second)
     refused = partial(plan, first, second, heads="merged")
     assert_refused(refused, IncompatibleCheckpoints, ["classification, multi_label"])
-    refused = partial(plan, first, base=copy_without_head(first, tmp_path / "base"), heads="merged")
-    assert_refused(refused, IncompatibleCheckpoints, ["classifier.bias is missing in the base"])
+    without_head = plan(first, base=copy_without_head(first, tmp_path / "base"), heads="merged")
+    assert {t.slot.name for t in without_head.backbone if t.base is None} == heads
+    assert ["base has no tensor classifier.bias" in note for note in without_head.notes] == [True]
 
 
 def copy_without_head(folder: Path, to: Path) -> Path:
@@ -508,3 +524,127 @@ def assert_refused(planning: Callable[[], object], error: type[EngineError], wor
         planning()
     missing = [word for word in words if word not in caught.value.message]
     assert not missing, caught.value.message
+
+
+# --- whose settings count -----------------------------------------------------------------------------------
+
+SETTLED: dict[str, tuple[dict[str, Any], str]] = {
+    "rotary base": ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_parameters.rope_theta"),
+    "rotary base as it was written before": (
+        {"rope_parameters": None, "rope_theta": 5e5},
+        "rope_parameters.rope_theta",
+    ),
+    "rotary scaling": (
+        {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_parameters.rope_type",
+    ),
+    "epsilon": ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "window": ({"sliding_window": 8}, "sliding_window"),
+}
+
+
+@pytest.mark.parametrize("case", SETTLED)
+def test_settings_that_no_shape_shows_are_those_of_the_model_that_counts(copied: Copied, case: str) -> None:
+    changes, key = SETTLED[case]
+    folders = [copied(LLAMA, seed) for seed in (1, 2)]
+    config(sliding_window=4)(folders[0])
+    config(sliding_window=4)(folders[1])
+    config(**changes)(folders[1])
+    assert_refused(partial(plan, *folders), IncompatibleCheckpoints, [key, "output.config_from says whose counts"])
+    infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
+    for whose in infos:
+        found = plan_merge(infos, config_from=whose)
+        [published] = found.published
+        assert not list(differences(completed(published.config), completed(whose.config)))
+        assert any(key in note and f"that of {whose.source} counts" in note for note in found.notes), found.notes
+
+
+UNSETTLED: dict[str, dict[str, Any]] = {
+    "heads": {"num_attention_heads": 2},
+    "shared heads": {"num_key_value_heads": 4},
+    "ties": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("case", UNSETTLED)
+def test_settings_that_say_what_tensors_are_for_are_refused_whoever_counts(copied: Copied, case: str) -> None:
+    folders = [copied(LLAMA, seed) for seed in (1, 2)]
+    config(**UNSETTLED[case])(folders[1])
+    infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
+    assert_refused(partial(plan_merge, infos, config_from=infos[0]), IncompatibleCheckpoints, [*UNSETTLED[case]])
+
+
+def test_a_list_over_layers_that_one_configuration_lacks_is_not_guessed(copied: Copied) -> None:
+    folders = [copied(QWEN2, seed) for seed in (1, 2)]
+    config(use_sliding_window=True, sliding_window=4)(folders[0])
+    config(use_sliding_window=True, sliding_window=4, layer_types=None)(folders[1])
+    assert_refused(partial(plan, *folders), IncompatibleCheckpoints, ["layer_types", "output.config_from"])
+
+
+def test_a_bases_settings_count_where_they_are_asked_for(copied: Copied) -> None:
+    base, *folders = (copied(LLAMA, seed) for seed in range(3))
+    config(rms_norm_eps=1e-3)(base)
+    ancestor = inspect_checkpoint(base, "local:base")
+    infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
+    assert plan_merge(infos, base=ancestor).published[0].config["rms_norm_eps"] == 1e-6
+    found = plan_merge(infos, base=ancestor, config_from=ancestor)
+    assert found.published[0].config["rms_norm_eps"] == 1e-3
+    assert ["that of local:base counts" in note for note in found.notes] == [True]
+
+
+# --- what a base need not have --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "noted"),
+    [({"pad_token_id": 5}, []), ({"hidden_act": "gelu"}, ["hidden_act"]), ({"rms_norm_eps": 1e-3}, ["rms_norm_eps"])],
+)
+def test_settings_that_matter_when_a_model_runs_may_differ_in_a_base(
+    originals: Path, copied: Copied, changes: dict[str, Any], noted: list[str]
+) -> None:
+    base = copied(LLAMA, 0)
+    config(**changes)(base)
+    notes = plan(originals / "llama-1", originals / "llama-2", base=base).notes
+    assert [key for key in noted if any(key in note for note in notes)] == noted
+    assert len(notes) == len(noted)
+
+
+def test_what_a_base_lacks_of_a_head_has_no_base(tmp_path: Path) -> None:
+    model = TinyModel("GPT2ForSequenceClassification", "gpt2", {**GPT2.settings, "pad_token_id": 0})
+    models = [tiny_model(tmp_path / f"m{seed}", model, seed=seed) for seed in (1, 2)]
+    found = plan(*models, base=tiny_model(tmp_path / "base", GPT2))
+    assert {t.slot.name for t in found.backbone if t.base is None} == {"score.weight"}
+    assert found.notes == (
+        "local:base has no tensor score.weight to compare with: it was averaged by the models' weights",
+    )
+
+
+def test_a_head_that_a_base_ties_is_compared_with_what_it_ties(tmp_path: Path) -> None:
+    settings = {**QWEN2.settings, "tie_word_embeddings": False}
+    untied = TinyModel("Qwen2ForCausalLM", "qwen2", settings)
+    models = [tiny_model(tmp_path / f"m{seed}", untied, seed=seed) for seed in (1, 2)]
+    found = plan(*models, base=tiny_model(tmp_path / "base", QWEN2))
+    [head] = [tensor for tensor in found.backbone if tensor.slot.name == "lm_head.weight"]
+    assert head.base is not None
+    assert head.base.name == "model.embed_tokens.weight"
+    assert head.base.path.parent.name == "base"
+
+
+def test_what_only_some_models_have_and_nobody_reads_is_left_out_with_a_note(copied: Copied) -> None:
+    folders = [copied(LLAMA, seed) for seed in (1, 2)]
+    added("model.extra", torch.zeros(1))(folders[1])
+    found = plan(*folders)
+    assert "model.extra" not in {tensor.slot.name for tensor in found.backbone}
+    assert ["model.extra was left out" in note for note in found.notes] == [True]
+
+
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_t5_1_1_without_a_stored_head_is_tied(copied: Copied, stored: int) -> None:
+    folders = [copied(T5, seed) for seed in (1, 2)]
+    for place, folder in enumerate(folders):
+        config(tie_word_embeddings=False)(folder)
+        if place < stored:
+            with_copies(T5)(folder)
+    names = {tensor.slot.name for tensor in plan(*folders).backbone}
+    assert ("lm_head.weight" in names) is (stored == 2)

@@ -349,7 +349,12 @@ def with_inner_config(folder: Path) -> None:
     file = folder / "config.json"
     content = json.loads(file.read_text())
     inner = {key: content.pop(key) for key in ("vocab_size", "eos_token_id")}
-    file.write_text(json.dumps({**content, "text_config": inner}))
+    file.write_text(json.dumps({**content, "model_type": "own", "text_config": inner}))
+
+
+def with_positions(folder: Path) -> None:
+    with_tensor("transformer.wpe.weight", 116, 16)(folder)
+    edit_json(folder / "config.json", n_positions=116)
 
 
 def nothing(folder: Path) -> None:
@@ -395,7 +400,7 @@ TAKEN: dict[str, tuple[TinyModel, Edit, Edit]] = {
     ),
     "other ids of tokens": (T5, config(eos_token_id=4, decoder_start_token_id=5), nothing),
     "a configuration of the text within": (GPT2, nothing, with_inner_config),
-    "positions as many as tokens": (GPT2, with_tensor("transformer.wpe.weight", 116, 16), nothing),
+    "positions as many as tokens": (GPT2, with_positions, nothing),
 }  # fmt: skip
 
 
@@ -404,7 +409,7 @@ def test_what_follows_from_the_vocabulary_may_differ(tmp_path: Path, case: str) 
     model, second, also = TAKEN[case]
     folders = language_models(tmp_path, model, second, also)
     if "positions" in case:
-        with_tensor("transformer.wpe.weight", 116, 16)(folders[0])
+        with_positions(folders[0])
     found = planned(folders, "base").vocabulary
     assert found is not None
     assert found.rows == 128

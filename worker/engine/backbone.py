@@ -57,7 +57,8 @@ class Backbone:
         taking_part = self._taking_part(planned)
         sources = [planned.sources[index] for index in taking_part]
         versions = self._versions(planned, sources, taking_part)
-        merge = self._scaled(self._merger(versions), self._scale(planned.place))
+        has_base = planned.base is not None or self._plan.base is None
+        merge = self._scaled(self._merger(versions), self._scale(planned.place) if has_base else 1.0)
         for block in versions.blocks():
             merged = merge(block)
             if not is_finite(merged):

@@ -28,7 +28,19 @@ from worker.engine.token_rows import ByToken
 
 
 def merger_of(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
-    """The method over the models that take part; of slices, over those of each."""
+    """The method over the models that take part; of slices, over those of each.
+
+    What the base has no tensor for is averaged where the method needs one.
+    """
+    merger = _merger_of(method, runs, plan)
+    without_base = {tensor.slot.name for tensor in plan.backbone if tensor.base is None and tensor.members is None}
+    if not method.needs_base or not without_base:
+        return merger
+    average = weighted_average(runs, plan)
+    return lambda versions: (average if versions.slot.name in without_base else merger)(versions)
+
+
+def _merger_of(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
     build = BUILDERS[method.name]
     members = {tensor.slot.name: tensor.members for tensor in plan.backbone if tensor.members is not None}
     if not members:

@@ -111,6 +111,7 @@ class Engine:
                 output.heads,
                 output.vocabulary,
                 spec.slices,
+                output.config_from,
             )
             notes += filter_notes(plan, spec) if not spec.strict_filters else []
             notes += [note for info in plan.all_checkpoints for note in info.notes]
@@ -233,6 +234,7 @@ class Engine:
                 self._require_memory(plan, spec, precision, longest_row=1)
                 run = prepare(spec, model, info, digest, inputs, self._models, notes)
                 self._require_memory(plan, spec, precision, longest_row(run))
+                notes += plan.notes
                 measured.append((Measurer(spec.method, plan.linear_inputs, precision, store, self._batches), run))
                 loading.advance()
 

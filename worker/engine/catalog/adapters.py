@@ -36,6 +36,7 @@ from worker.engine.catalog.headers import (
     vocabulary_of,
 )
 from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_count, layer_of
+from worker.engine.catalog.library import decoded
 from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
@@ -349,7 +350,7 @@ def _own_config(path: Path, source: str) -> dict[str, Any]:
     """A configuration of the whole model, which some trainers save beside the adapter."""
     if not (path / "config.json").exists():
         return {}
-    config = read_json(path / "config.json", source, MAX_CONFIG_BYTES)
+    config: dict[str, Any] = decoded(read_json(path / "config.json", source, MAX_CONFIG_BYTES))
     refuse_code("config.json", config, source)
     return config
 

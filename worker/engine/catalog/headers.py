@@ -19,6 +19,7 @@ from typing import Any
 
 from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.library import decoded
 from worker.engine.catalog.pointers import POINTER, WHAT_TO_DO, is_pointer
 from worker.engine.catalog.reading import reads
 
@@ -290,7 +291,7 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
     check_folder(path, source)
     if (path / ADAPTER_CONFIG).exists():
         raise InvalidCheckpoint(source, f"it is an adapter ({ADAPTER_CONFIG}); only the models of a merge may be")
-    config = read_json(path / "config.json", source, MAX_CONFIG_BYTES)
+    config = decoded(read_json(path / "config.json", source, MAX_CONFIG_BYTES))
     refuse_code("config.json", config, source)
     tensors: dict[str, TensorInfo] = {}
     files, indexed = _weight_files(path, source, config)

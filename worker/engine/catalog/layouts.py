@@ -14,10 +14,9 @@ from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpo
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import OLDER_PARTS
 from worker.engine.catalog.headers import FLOATS, CheckpointInfo, TensorInfo, is_packed
+from worker.engine.catalog.library import LAYER, completed, with_rotary
 from worker.engine.catalog.values import Place
 
-LAYER = re.compile(r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>\d{1,6})\.(?P<inner>.+)")
-"""The first number that follows the name of a list of layers: T5 has lists within its layers."""
 BEFORE_LAYERS = re.compile(
     r"embed|patch|position(al)?_enc|(^|\.)(wte|wpe|shared|emb|pre_|positions?\.|conv(\d|_layers|_stem|_in\.))"
 )
@@ -40,6 +39,8 @@ OUTPUT_EMBEDDINGS = (
     "proj_out.weight",
 )
 """How names of the matrix of logits end, which is the matrix of tokens where both are tied."""
+HEADS = ("score.weight", "score.bias", "classifier.weight", "classifier.bias", "qa_outputs.weight", "qa_outputs.bias")
+"""How names of heads end that fine-tuning starts from scratch."""
 SHARED_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Always copies of `shared.weight`, where there is one."""
 TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
@@ -67,6 +68,19 @@ HARMLESS = frozenset(
     }
 )  # fmt: skip
 """Configuration keys in which merged checkpoints may differ."""
+STRUCTURAL = frozenset(
+    {"tie_word_embeddings", "is_decoder", "is_encoder_decoder", "add_cross_attention", "vocab_size", "model_type"}
+)
+"""Settings that say which tensors there are, or what they are for."""
+LENGTHS = frozenset(
+    {
+        "sliding_window", "max_window_layers", "attention_chunk_size", "original_max_position_embeddings",
+        "max_position_embeddings", "local_attention", "window_size",
+    }
+)  # fmt: skip
+"""Settings that are numbers and show in no shape."""
+UNCERTAIN = frozenset({"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"})
+"""Lists over layers, which older versions of transformers left out."""
 HARMLESS_NAMES = re.compile(r"_.*|unsloth_.*|.*dropout.*|.*pdrop|summary_.*")
 
 
@@ -232,13 +246,13 @@ def ends_with(name: str, endings: Iterable[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def check_checkpoint(info: CheckpointInfo) -> None:
-    """What makes a checkpoint unfit for any merge.
+def check_weights(info: CheckpointInfo) -> None:
+    """What makes a checkpoint unfit even for a base, which is never run.
 
     Raises:
-        InvalidCheckpoint: it has no model_type, is quantised, or has fewer layers or another head than it says.
+        InvalidCheckpoint: it has no model_type, is quantised, or has fewer layers than it says.
     """
-    _require_kind(info)
+    require_kind(info)
     packed = next((name for name, tensor in info.tensors.items() if is_packed(tensor)), None)
     if info.config.get("quantization_config") or packed:
         seen = f" (tensor {packed})" if packed else ""
@@ -260,11 +274,16 @@ def check_checkpoint(info: CheckpointInfo) -> None:
         if len(stacks) == 1 and said is not None and not said <= max(stacks.values()) <= said + beyond:
             problem = f"{max(stacks.values())} layers are there, config.json says {said} {key}"
             raise InvalidCheckpoint(info.source, problem)
+
+
+def check_checkpoint(info: CheckpointInfo) -> None:
+    """What makes a checkpoint unfit for any merge: as `check_weights`, or another head than it says."""
+    check_weights(info)
     if _ties(info.config) is False and use_of(info.config).pipeline_tag in GENERATING:
         _check_has_logits(info)
 
 
-def _require_kind(info: CheckpointInfo) -> None:
+def require_kind(info: CheckpointInfo) -> None:
     if not info.model_type:
         raise InvalidCheckpoint(info.source, "config.json has no model_type; save the model by save_pretrained()")
 
@@ -290,7 +309,7 @@ def _check_has_logits(info: CheckpointInfo) -> None:
 def check_architectures(first: CheckpointInfo, info: CheckpointInfo) -> None:
     """Raises InvalidCheckpoint where one names no architecture at all, IncompatibleCheckpoints where they differ."""
     for one in (first, info):
-        _require_kind(one)
+        require_kind(one)
     ours, theirs = first.model_type, info.model_type
     if ours == theirs:
         ours, theirs = first.architecture, info.architecture
@@ -307,28 +326,61 @@ def check_labels(first: CheckpointInfo, info: CheckpointInfo) -> None:
         raise IncompatibleCheckpoints(first.source, info.source, problem)
 
 
-def check_configs(first: CheckpointInfo, info: CheckpointInfo, besides: Collection[str] = ()) -> None:
-    """That both configurations give the same computation, as far as both say.
-
-    A key that one of them lacks has a default that only transformers knows; the worker asks it.
+def check_configs(
+    first: CheckpointInfo, info: CheckpointInfo, besides: Collection[str] = (), *, settles: bool = False
+) -> list[str]:
+    """That both configurations give the same computation, missing keys filled in with what their absence means.
 
     Args:
         besides: further keys in which they may differ.
+        settles: whether they may differ in what no shape shows, since it is said whose settings count.
+
+    Returns:
+        Such keys, in which they do differ; inner ones after a dot.
 
     Raises:
         IncompatibleCheckpoints: names the key and both values.
     """
     if classifies(first.config) and classifies(info.config):
         check_labels(first, info)
-    for key, ours, theirs in differences(first.config, info.config):
-        if key not in besides:
-            problem = f"{key} differs in config.json: {_short(ours)}, {_short(theirs)}"
+    settled = []
+    for key, ours, theirs in differences(completed(first.config), completed(info.config)):
+        if key in besides:
+            continue
+        is_free = shows_in_no_shape(key, ours, theirs)
+        if not (settles and is_free):
+            advice = "; output.config_from says whose counts" if is_free else ""
+            problem = f"{key} differs in config.json: {short(ours)}, {short(theirs)}{advice}"
             raise IncompatibleCheckpoints(first.source, info.source, problem)
+        settled.append(key)
+    for key in UNCERTAIN & _derived_in_one(first.config, info.config) - {*besides}:
+        if not settles:
+            problem = (
+                f"{key} is in one config.json alone, and what its absence means is not known here; save both with the "
+                "same version of transformers, or say by output.config_from whose settings count"
+            )
+            raise IncompatibleCheckpoints(first.source, info.source, problem)
+        settled.append(key)
+    return settled
+
+
+def shows_in_no_shape(key: str, ours: object, theirs: object) -> bool:
+    """Whether a setting says how a model computes with its tensors, rather than which it has and how they are cut."""
+    name = key.rpartition(".")[2]
+    if name in STRUCTURAL:
+        return False
+    return name in LENGTHS or not any(type(value) is int for value in (ours, theirs))
+
+
+def _derived_in_one(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
+    """Keys that one has and the other leaves to what follows from others, in a way that is not known."""
+    mine, other = completed(ours), completed(theirs)
+    return {key for key in mine.keys() ^ other.keys() if mine.get(key, other.get(key)) is not None}
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Keys that both have, in which they compute something else, with both values; inner keys after a dot."""
-    ours, theirs = _comparable(ours), _comparable(theirs)
+    ours, theirs = with_rotary(ours), with_rotary(theirs)
     harmless = set(HARMLESS)
     for key, condition in CONDITIONS.items():
         if condition(ours) and condition(theirs):
@@ -346,19 +398,6 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
 def same(ours: object, theirs: object) -> bool:
     """Whether two values of a configuration are equal; NaN, which JSON of Python may have, is equal to itself."""
     return ours == theirs or repr(ours) == repr(theirs)
-
-
-def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With rotary positions as newer versions of transformers write them: one object of all their parameters."""
-    known = dict(config)
-    if "rope_type" in known:  # that object itself
-        return known
-    theta, scaling = known.pop("rope_theta", None), known.pop("rope_scaling", None)
-    if "rope_parameters" not in known and (theta is not None or scaling):
-        scaling = dict(scaling) if isinstance(scaling, Mapping) else {}
-        kind = scaling.pop("type", "default")
-        known["rope_parameters"] = {"rope_type": kind, **({} if theta is None else {"rope_theta": theta}), **scaling}
-    return known
 
 
 def _reads_positions_alone(config: Mapping[str, Any]) -> bool:
@@ -386,5 +425,10 @@ CONDITIONS = {
 """Keys that are harmless where this is true of both configurations."""
 
 
-def _short(value: object) -> str:
+def is_harmless(key: str) -> bool:
+    """Whether merged checkpoints may differ in the key, whatever it is in."""
+    return key in HARMLESS or HARMLESS_NAMES.fullmatch(key) is not None
+
+
+def short(value: object) -> str:
     return repr(value)[:100]

@@ -6,20 +6,24 @@ Whatever can be refused is refused here, before a byte of weights is read.
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from worker.engine.catalog import layouts
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
 from worker.engine.catalog.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.identity import Identity, check_present, check_tensors, identify, own_names
 from worker.engine.catalog.labels import Task, task_of
+from worker.engine.catalog.library import completed, value_at, with_settings
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
 from worker.engine.catalog.modules import Modules
 from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
+from worker.engine.catalog.tied import tied_in_base, without_copies
 from worker.engine.catalog.values import Place
 from worker.engine.catalog.vocabulary import (
     TokenRows,
@@ -28,6 +32,7 @@ from worker.engine.catalog.vocabulary import (
     check_names_tell_tokens,
     check_rows,
     is_token_indexed,
+    pads_differ,
     token_keys,
     vocabulary_size,
 )
@@ -269,132 +274,325 @@ def plan_merge(
     base: CheckpointInfo | None = None,
     heads: Heads | None = None,
     vocabulary: VocabularyPolicy = "error",
+    config_from: CheckpointInfo | None = None,
 ) -> MergePlan:
     """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
 
     Args:
         heads: whether each model keeps its own; by default it does where a table tells heads from the backbone.
         vocabulary: of the output, where the tokenizers differ; `error` refuses that.
+        config_from: the one of them whose settings count where they differ in what no shape shows; None: that is
+            refused.
 
     Raises:
         InvalidRequest: heads cannot be kept.
         InvalidCheckpoint: a tensor that no rule of the architecture's table owns, a size that contradicts the config.
         IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
     """
+    identities = [identify(info) for info in checkpoints]
+    checkpoints = [identity.info for identity in identities]
     first = checkpoints[0]
     tables = [_table_of(info) for info in checkpoints]
     for info in checkpoints[1:]:
         layouts.check_architectures(first, info)
+    notes = list(dict.fromkeys(note for identity in identities for note in identity.notes))
+    owner = None
+    if vocabulary == "error" and pads_differ(checkpoints, base):
+        vocabulary, owner = "base", first
+        notes.append(_note_of_padding(checkpoints, base))
+    asked = _Asked(dtype, base, heads == "merged", vocabulary, config_from, owner)
     if tables[0] is None:
         if heads == "per_model":
             problem = f"no table tells the head of {_named(first)} from the rest: all tensors are merged"
             raise InvalidRequest(f"{problem}; leave output.heads out, or say merged", field="output.heads")
-        return _planned_by_name(checkpoints, dtype, base, vocabulary)
-    return _planned_by_table(tables[0], checkpoints, dtype, base, heads == "merged", vocabulary)
+        plan = _planned_by_name(identities, asked)
+    else:
+        plan = _planned_by_table(tables[0], identities, asked)
+    for identity in identities:
+        check_tensors(identity)
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
-def _planned_by_table(
-    family: Family,
-    checkpoints: Sequence[CheckpointInfo],
-    dtype: Dtype,
-    base: CheckpointInfo | None,
-    merges_heads: bool,
-    vocabulary: VocabularyPolicy,
-) -> MergePlan:
+@dataclass(frozen=True)
+class _Asked:
+    """What a request says of a merge beside its models."""
+
+    dtype: Dtype
+    base: CheckpointInfo | None
+    merges_heads: bool
+    vocabulary: VocabularyPolicy
+    config_from: CheckpointInfo | None
+    rows_of: CheckpointInfo | None
+    """Whose matrices' rows the output has, where tokens are the same and paddings are not."""
+
+    def aligned(self, checkpoints: Sequence[CheckpointInfo]) -> Vocabulary | None:
+        if self.vocabulary == "error":
+            return None
+        return align_vocabularies(self.vocabulary, checkpoints, self.base, self.rows_of)
+
+
+def _note_of_padding(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> str:
+    rows = {info.source: vocabulary_size(info.config) for info in (*checkpoints, *([base] if base else ()))}
+    listed = ", ".join(f"{count} in {source}" for source, count in rows.items())
+    return (
+        f"embedding matrices have different numbers of rows for the same tokens ({listed}): those beyond the tokens "
+        f"are padding, and the merge has the rows of {checkpoints[0].source}"
+    )
+
+
+def _planned_by_table(family: Family, identities: Sequence[Identity], asked: _Asked) -> MergePlan:
+    checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
     first = checkpoints[0]
-    tasks = []
-    for info in checkpoints:
+    tasks, differing, notes = [], set[str](), list[str]()
+    slots = [_slots(identity, family) for identity in identities]
+    for info, of in zip(checkpoints, slots, strict=True):
         require_tokenizer(info)
-        _check_sizes(info, family)
+        _check_sizes(info, of, family)
         tasks.append(task_of(info))
-        _check_settings(first, info, family, vocabulary)
+        differing |= _check_settings(first, info, family, asked)
         if vocabulary == "error":
             check_vocabulary(first, info)
-        if merges_heads:
+        if asked.merges_heads:
             layouts.check_labels(first, info)
             if tasks[-1].problem != tasks[0].problem:
                 problem = f"their heads have different tasks: {tasks[0].problem}, {tasks[-1].problem}"
                 raise IncompatibleCheckpoints(first.source, info.source, problem)
-    apart = (Kind.UNREAD,) if merges_heads else (Kind.HEAD, Kind.UNREAD)
-    ancestor = _ancestor(first, base, family, apart, vocabulary) if base else {}
-    aligned = align_vocabularies(vocabulary, checkpoints, base) if vocabulary != "error" else None
+    ancestor: dict[str, TensorInfo] = {}
+    if base is not None:
+        ancestor = _ancestor(
+            first, base, family, (Kind.UNREAD,) if asked.merges_heads else (Kind.HEAD, Kind.UNREAD), vocabulary
+        )
+        differing |= _differences_from_base(first, base, family, asked, notes)
+    # A base that was pre-trained without a pooler is the ancestor of none: each began at random, like the heads.
+    kept = {Kind.HEAD}
+    if base is not None and Kind.POOLER not in {slot.kind for name in ancestor if (slot := family.slot(name))}:
+        kept.add(Kind.POOLER)
+    apart = {Kind.UNREAD} if asked.merges_heads else {*kept, Kind.UNREAD}
+    aligned = asked.aligned(checkpoints)
     place = partial(_place, family.size(first.config, "layers"))
-    slots = [_slots(info, family) for info in checkpoints]
     named = [{name: tensor for name, (_, tensor) in of.items()} for of in slots]
-    backbone = []
-    for name, (slot, _) in slots[0].items():
+    backbone, alone = [], []
+    for name, (slot, tensor) in slots[0].items():
         if slot.kind in apart:
             continue
-        origin = (base, ancestor.get(slot.name)) if base else None
-        backbone.append(merged_tensor(slot, place(slot), checkpoints, named, name, origin, dtype, aligned))
+        origin = None
+        if base is not None:
+            found = ancestor.get(slot.name)
+            if slot.kind in kept and (found is None or found.shape != tensor.shape):
+                alone.append(name)
+            else:
+                origin = (base, found)
+        backbone.append(merged_tensor(slot, place(slot), checkpoints, named, name, origin, asked.dtype, aligned))
     for info, of in zip(checkpoints, slots, strict=True):
         for name, (slot, _) in of.items():
             if slot.kind not in apart and name not in slots[0]:
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
-    if merges_heads:
-        return MergePlan(
-            family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), ((),), (first,), vocabulary=aligned
-        )
+    if base is not None:
+        notes += _notes_of_heads(base, alone)
+    settings, more = _settled(identities, base, differing, asked.config_from)
+    published = [replace(info, config=settings(info.config)) for info in checkpoints]
+    whole = MergePlan(
+        family,
+        tuple(checkpoints),
+        base,
+        tuple(tasks),
+        tuple(backbone),
+        ((),),
+        tuple(published[:1]),
+        vocabulary=aligned,
+        notes=(*notes, *more),
+    )
+    if asked.merges_heads:
+        return whole
+    if Kind.POOLER in kept and (poolers := [name for name, (slot, _) in slots[0].items() if slot.kind is Kind.POOLER]):
+        note = f"{base.source if base else ''} has no {_listed(poolers)}: every model kept its own, with its head"
+        whole = replace(whole, notes=(*whole.notes, note))
     heads = tuple(
         tuple(
-            PlannedTensor(slot, place(slot), tensor.shape, output_dtype([tensor], dtype), (tensor,), is_copied=True)
+            PlannedTensor(
+                slot, place(slot), tensor.shape, output_dtype([tensor], asked.dtype), (tensor,), is_copied=True
+            )
             for slot, tensor in of.values()
-            if slot.kind is Kind.HEAD
+            if slot.kind in kept
         )
         for of in slots
     )
-    return MergePlan(
-        family, tuple(checkpoints), base, tuple(tasks), tuple(backbone), heads, tuple(checkpoints), vocabulary=aligned
-    )
+    return replace(whole, heads=heads, published=tuple(published))
 
 
-def _planned_by_name(
-    checkpoints: Sequence[CheckpointInfo], dtype: Dtype, base: CheckpointInfo | None, vocabulary: VocabularyPolicy
-) -> MergePlan:
+def _planned_by_name(identities: Sequence[Identity], asked: _Asked) -> MergePlan:
     """Every tensor is merged with those of its name; buffers are copied, and copies of tied weights left out."""
-    first = checkpoints[0]
+    checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
+    first, notes, differing = checkpoints[0], list[str](), set[str]()
     everyone = [*checkpoints, *([base] if base else ())]
     if base is not None and base.model_type != first.model_type:
         layouts.check_architectures(first, base)
+    for identity in identities:
+        if identity.known is None or identity.known.converted:  # of others, `check_tensors` knows better
+            layouts.check_checkpoint(identity.info)
+        else:
+            check_present(identity)
     for info in everyone:
-        layouts.check_checkpoint(info)
+        layouts.check_weights(info)
+        besides: set[str] = set()
         if vocabulary == "error":
             _check_vocabulary_size(first, info)
             if first.vocabulary and info.vocabulary:
                 check_vocabulary(first, info)
-            layouts.check_configs(first, info)
         else:
             check_names_tell_tokens(info)
-            layouts.check_configs(first, info, {*token_keys(first.config), *token_keys(info.config)})
-    aligned = align_vocabularies(vocabulary, checkpoints, base) if vocabulary != "error" else None
-    states = [layouts.tensors_by_name(info, first) for info in everyone]
-    copies = layouts.tied_copies(first.config, states)
-    tied = tuple(
-        (state[copy], state[of]) for state in states for copy, of in copies.items() if {copy, of} <= set(state)
-    )
-    own = [{name: tensor for name, tensor in state.items() if name not in copies} for state in states]
+            besides = {*token_keys(first.config), *token_keys(info.config)}
+        if base is not None and info is base:
+            differing |= _differences_from_base(first, info, None, asked, notes, besides)
+        else:
+            differing |= {*layouts.check_configs(first, info, besides, settles=asked.config_from is not None)}
+    aligned = asked.aligned(checkpoints)
+    read = [
+        replace(i.info, tensors={n: t for n, t in i.info.tensors.items() if n not in i.leftovers}) for i in identities
+    ]
+    states = [layouts.tensors_by_name(info, read[0]) for info in (*read, *([base] if base else ()))]
+    own, tied = without_copies(identities[0], states, len(checkpoints))
     versions, ancestor = own[: len(checkpoints)], own[-1] if base else {}
-    stacks = layouts.stacks_of(own[0])
-    backbone = []
-    for name, tensor in own[0].items():
+    notes += _left_out_unread(identities, versions)
+    stacks = layouts.stacks_of(versions[0])
+    backbone, alone = [], []
+    for name, tensor in versions[0].items():
         slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
-        if layouts.is_buffer(tensor):
+        if layouts.is_buffer(tensor) or _is_unsaved(identities[0], name):
             for info, other in zip(everyone, own, strict=True):
                 if name in other:
                     _check_shape(first, tensor, info, other[name])
             source = ancestor.get(name, tensor)
             backbone.append(PlannedTensor(slot, place, tensor.shape, source.dtype, (source,), is_copied=True))
             continue
-        origin = (base, ancestor.get(name)) if base else None
-        backbone.append(merged_tensor(slot, place, checkpoints, versions, name, origin, dtype, aligned))
+        origin = None
+        if base is not None:
+            found = ancestor.get(name) or tied_in_base(identities[0], name, base.config, ancestor)
+            if _is_head(identities[0], name) and (found is None or found.shape[1:] != tensor.shape[1:]):
+                alone.append(name)
+            else:
+                origin = (base, found)
+        backbone.append(merged_tensor(slot, place, checkpoints, versions, name, origin, asked.dtype, aligned))
     for info, state in zip(checkpoints, versions, strict=True):
         for name, tensor in state.items():
-            if name not in own[0] and not layouts.is_buffer(tensor):
+            is_derived = layouts.is_buffer(tensor) or _is_unsaved(identities[0], name)
+            if name not in versions[0] and not is_derived:
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     if not any(t.dtype in FLOATS for t in backbone):
         raise InvalidCheckpoint(first.source, "it has no tensor of floats to merge")
+    if base is not None:
+        notes += _notes_of_heads(base, alone)
+    settings, more = _settled(identities, base, differing, asked.config_from)
+    published = (replace(first, config=settings(first.config)),)
     nothing = tuple(None for _ in checkpoints)
-    return MergePlan(None, tuple(checkpoints), base, nothing, tuple(backbone), ((),), (first,), tied, aligned)
+    return MergePlan(
+        None,
+        tuple(checkpoints),
+        base,
+        nothing,
+        tuple(backbone),
+        ((),),
+        published,
+        tuple(tied),
+        aligned,
+        notes=(*notes, *more),
+    )
+
+
+def _is_head(first: Identity, name: str) -> bool:
+    """Whether a tensor is what fine-tuning may have started from scratch, so that a base may lack it."""
+    if layouts.layer_of(name) is not None:
+        return False
+    if "pooler" in name.split(".") or first.known is None or first.known.converted:
+        return layouts.ends_with(name, (*layouts.OUTPUT_EMBEDDINGS, *layouts.HEADS)) or "pooler" in name.split(".")
+    own = own_names(first.known, [name])[name]
+    is_body = first.known.name.endswith("Model") and not first.known.is_pre_training
+    return (
+        not is_body
+        and not own.startswith(f"{first.known.prefix}.")
+        and not layouts.ends_with(name, (*layouts.EMBEDDINGS, *layouts.SHARED_EMBEDDINGS))
+    )
+
+
+def _is_unsaved(first: Identity, name: str) -> bool:
+    """Whether the library computes the tensor from the configuration, and does not save it."""
+    return first.known is not None and own_names(first.known, [name])[name] in first.known.unsaved
+
+
+def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, TensorInfo]]) -> list[str]:
+    """Notes of tensors that the class does not read; those that only some models have are taken out."""
+    notes = []
+    known = identities[0].known
+    if known is None or known.converted:
+        return []
+    unread = {name for i in identities for name in (*i.unread, *(i.names[one] for one in i.unread))}
+    unread = {name for state in states for name in state if name in unread and not layouts.is_buffer(state[name])}
+    for name in sorted(unread):
+        if not all(name in state for state in states):
+            for state in states:
+                state.pop(name, None)
+            notes.append(f"tensor {name} was left out: only some models have it, and {known.name} does not read it")
+    merged = sorted(name for name in unread if all(name in state for state in states))
+    if merged:
+        notes.append(f"{_listed(merged)} is not one that {known.name} reads; it was merged all the same")
+    return notes
+
+
+def _notes_of_heads(base: CheckpointInfo, alone: Sequence[str]) -> list[str]:
+    if not alone:
+        return []
+    return [f"{base.source} has no {_listed(alone)} to compare with: it was averaged by the models' weights"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" (like {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"tensor {names[0]}{more}"
+
+
+def _differences_from_base(
+    first: CheckpointInfo,
+    base: CheckpointInfo,
+    family: Family | None,
+    asked: _Asked,
+    notes: list[str],
+    besides: Collection[str] = (),
+) -> set[str]:
+    """Settings in which the base differs, if it is the one whose settings count. A base is never run, so that those
+    which only matter then are noted.
+
+    Raises:
+        IncompatibleCheckpoints: a size or another setting that says what tensors are for.
+    """
+    found = set()
+    compared = {*family.config_names.values(), *family.settings} - {family.padding_position} if family else None
+    for key, ours, theirs in layouts.differences(completed(first.config), completed(base.config)):
+        if key in besides or key.endswith("_token_id") or key in layouts.STRUCTURAL:
+            continue
+        if compared is not None and key not in compared:
+            continue
+        if not layouts.shows_in_no_shape(key, ours, theirs):
+            problem = f"{key} differs in config.json: {layouts.short(ours)}, {layouts.short(theirs)}"
+            raise IncompatibleCheckpoints(first.source, base.source, problem)
+        found.add(key)
+        if asked.config_from is not base:
+            values = f"{layouts.short(ours)} in the models, {layouts.short(theirs)} in {base.source}"
+            notes.append(f"{key} differs from the base's: {values}; the base is not run, so that of the models counts")
+    return found if asked.config_from is base else set()
+
+
+def _settled(
+    identities: Sequence[Identity], base: CheckpointInfo | None, keys: Collection[str], whose: CheckpointInfo | None
+) -> tuple[Callable[[Mapping[str, Any]], dict[str, Any]], list[str]]:
+    """What gives a configuration the settings of the one that counts, and a note of them."""
+    if whose is None or not keys:
+        return dict, []
+    everyone = [identity.info for identity in identities] + ([base] if base is not None else [])
+    notes = []
+    for key in sorted(keys):
+        values = {info.source: layouts.short(value_at(completed(info.config), key)) for info in everyone}
+        listed = ", ".join(f"{value} in {source}" for source, value in values.items())
+        notes.append(f"{key} differs: {listed}; that of {whose.source} counts, as output.config_from says")
+    return partial(with_settings, whose=whose.config, keys=frozenset(keys)), notes
 
 
 def merged_tensor(
@@ -474,7 +672,7 @@ def _table_of(info: CheckpointInfo) -> Family | None:
     return family
 
 
-def _check_sizes(info: CheckpointInfo, family: Family) -> None:
+def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInfo]], family: Family) -> None:
     try:
         sizes = {what: family.size(info.config, what) for what in family.config_names}
         family.max_tokens(info.config)
@@ -484,7 +682,7 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
         raise InvalidCheckpoint(info.source, f"hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
     owned = {Kind.QUERY: (0, "hidden"), Kind.UP: (0, "neurons"), Kind.DOWN: (1, "neurons")}
     layers: dict[int, set[str]] = {}
-    for slot, tensor in _slots(info, family).values():
+    for slot, tensor in slots.values():
         if slot.layer is not None:
             layers.setdefault(slot.layer, set()).add(slot.name.removeprefix(family.layer_path(slot.layer)))
         if slot.kind in owned and not slot.is_bias:
@@ -502,14 +700,31 @@ def _check_sizes(info: CheckpointInfo, family: Family) -> None:
             raise InvalidCheckpoint(info.source, f"no tensor {family.layer_path(layer)}{name}; other layers have it")
 
 
-def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, vocabulary: VocabularyPolicy) -> None:
+def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: _Asked) -> set[str]:
+    """Settings in which they may differ, since it is said whose count, and do.
+
+    Raises:
+        IncompatibleCheckpoints: names the setting and both values.
+    """
+    differing = set()
     for key in (*family.config_names.values(), *family.settings):
-        if key == "vocab_size" and vocabulary != "error":
+        if key == "vocab_size" and asked.vocabulary != "error":
             continue
         ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
-        if not layouts.same(ours, theirs):
-            what_to_do = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
-            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours!r}, {theirs!r}{what_to_do}")
+        if layouts.same(ours, theirs):
+            continue
+        is_size = key in (*family.config_names.values(), family.padding_position)
+        is_free = not is_size and layouts.shows_in_no_shape(key, ours, theirs)
+        if not is_free or asked.config_from is None:
+            advice = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
+            advice = (
+                "; output.config_from says whose counts"
+                if is_free and key not in family.config_names.values()
+                else advice
+            )
+            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours!r}, {theirs!r}{advice}")
+        differing.add(key)
+    return differing
 
 
 def _check_vocabulary_size(first: CheckpointInfo, info: CheckpointInfo) -> None:
@@ -545,7 +760,12 @@ def _ancestor(
         )
     if base.config.get("quantization_config"):
         raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
-    _check_settings(first, base, family, vocabulary)
+    for key in family.config_names.values():
+        ours, theirs = first.config.get(key), base.config.get(key)
+        if not layouts.same(ours, theirs):
+            raise IncompatibleCheckpoints(first.source, base.source, f"{key} differs: {ours!r}, {theirs!r}")
+    if vocabulary == "error":
+        _check_vocabulary_size(first, base)
     if base.vocabulary and vocabulary == "error":
         check_vocabulary(first, base)
     found = {}
@@ -573,9 +793,11 @@ def _check_base(
         raise InvalidCheckpoint(base.source, f"tensor {found.name} has dtype {found.dtype}, not a float")
 
 
-def _slots(info: CheckpointInfo, family: Family) -> dict[str, tuple[Slot, TensorInfo]]:
-    slots: dict[str, tuple[Slot, TensorInfo]] = {}
+def _slots(identity: Identity, family: Family) -> dict[str, tuple[Slot, TensorInfo]]:
+    info, slots = identity.info, dict[str, tuple[Slot, TensorInfo]]()
     for tensor in info.tensors.values():
+        if tensor.name in identity.leftovers:
+            continue
         slot = family.slot(tensor.name)
         if slot is None:
             raise InvalidCheckpoint(

@@ -106,6 +106,8 @@ class OutputSpec(Strict):
     align_ridge: float = ALIGN_RIDGE
     max_shard_bytes: int = 5_000_000_000
     vocabulary: VocabularyPolicy = "error"
+    config_from: str | None = None
+    """Name of the model, or `base`, whose settings count where they differ in what no shape shows."""
 
 
 class StoreSpec(Strict):

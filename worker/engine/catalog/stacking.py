@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from worker.engine.catalog import layouts
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.identity import identify
 from worker.engine.catalog.layer_settings import keys_of_layers, lists_of_layers, stacked_config
 from worker.engine.catalog.layouts import LAYER_COUNTS
-from worker.engine.catalog.methods import BaseParameters, PassthroughParameters
+from worker.engine.catalog.methods import AutoParameters, BaseParameters, PassthroughParameters
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, merged_tensor, plan_merge
 from worker.engine.catalog.publishing import with_companions
 from worker.engine.catalog.slices import OutputSlice
@@ -31,17 +32,36 @@ def plan_job(
     heads: Heads | None = None,
     vocabulary: VocabularyPolicy = "error",
     slices: Sequence[OutputSlice] | None = None,
+    config_from: str | None = None,
 ) -> MergePlan:
-    """The plan of a merge by any method. See `plan_merge` and `plan_slices`."""
+    """The plan of a merge by any method. See `plan_merge` and `plan_slices`.
+
+    Args:
+        config_from: name of the model, or `base`, whose settings count where they differ in what no shape shows.
+    """
     scale: Callable[[Place], float] | None = None
     if isinstance(method, PassthroughParameters):
         slices = [OutputSlice(sources=[part]) for part in method.slices]
         scale = lambda place: method.at("scale", place)  # noqa: E731 - a closure over what is narrowed here
     elif slices is None or _are_all_layers(slices, names, checkpoints, base):
-        return with_companions(plan_merge(checkpoints, dtype, base, heads, vocabulary), dtype)
+        whose = None
+        if config_from is not None:
+            whose = base if config_from not in names else checkpoints[names.index(config_from)]
+        plan = plan_merge(checkpoints, dtype, base, heads, vocabulary, whose)
+        by_own_tokens = isinstance(method, AutoParameters) or method.refits_layers
+        if plan.vocabulary is not None and vocabulary == "error" and by_own_tokens:
+            problem = f"method {method.name} needs matrices with the same number of rows, padding included"
+            raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
+        return with_companions(plan, dtype)
     if heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")
+    if config_from is not None:
+        problem = "a result of slices has the settings of the first slice's model; leave output.config_from out"
+        raise InvalidRequest(problem, field="output.config_from")
+    identities = [identify(info) for info in checkpoints]
+    checkpoints = [identity.info for identity in identities]
     plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale)
+    plan = replace(plan, notes=tuple(dict.fromkeys(note for identity in identities for note in identity.notes)))
     last = checkpoints[names.index(slices[-1].sources[0].model)]
     return with_companions(plan, dtype, last=last)
 

@@ -92,19 +92,45 @@ class Vocabulary:
         return _with_tokens(config, self.owner.config, self.rows)
 
 
+def pads_differ(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> bool:
+    """Whether all have the same tokens, and matrices of different numbers of rows that are enough for them: the rows
+    beyond are padding."""
+    everyone = [*checkpoints, *([base] if base else ())]
+    rows = [vocabulary_size(info.config) for info in everyone]
+    known = [row for row in rows if row is not None]
+    if len(known) < len(rows) or len(set(known)) == 1:
+        return False
+    ours = everyone[0].vocabulary
+    if any(not ours.keys() & (theirs := info.vocabulary).keys() or _differ(ours, theirs) for info in everyone):
+        return False
+    tokenizer = read_tokenizer(everyone[0])
+    return tokenizer is not None and max(tokenizer.ids.values(), default=0) < min(known)
+
+
+def _differ(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
+    """Whether two tokenizers, as digests by form, have other tokens."""
+    return all(ours[form] != theirs[form] for form in ours.keys() & theirs.keys())
+
+
 def align_vocabularies(
-    policy: Literal["union", "base"], checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None
+    policy: Literal["union", "base"],
+    checkpoints: Sequence[CheckpointInfo],
+    base: CheckpointInfo | None,
+    owner: CheckpointInfo | None = None,
 ) -> Vocabulary:
     """The output's vocabulary, and where its tokens are in the models.
 
     The owner's rows stay where they are, also those of no token, which no other model has. `union` appends the other
     models' further tokens in the order of the models and of their ids.
 
+    Args:
+        owner: by default the base, or the first model where there is none.
+
     Raises:
         InvalidCheckpoint: a tokenizer has no ids to align by, or an id beyond its embedding matrix.
         IncompatibleCheckpoints: tokens of the two do not mean the same, or one tokenizer cannot have both's.
     """
-    owner = base or checkpoints[0]
+    owner = owner or base or checkpoints[0]
     of_owner, rows = _tokenizer(owner), _matrix_rows(owner)
     places = dict(of_owner.ids)
     new: list[NewToken] = []
@@ -139,7 +165,14 @@ def align_vocabularies(
     total = rows + len(new)
     # A token that came from a later model is in none before it.
     models = tuple(own + array("i", [-1]) * (total - len(own)) for own in maps)
-    of_base = array("i", range(rows)) + array("i", [-1]) * len(new) if base else None
+    of_base = None
+    if base is owner:
+        of_base = array("i", range(rows)) + array("i", [-1]) * len(new)
+    elif base is not None:
+        ids = _tokenizer(base).ids
+        of_base = array("i", [-1]) * total
+        for token, place in places.items():
+            of_base[place] = ids.get(token, -1)
     return Vocabulary(
         owner,
         total,

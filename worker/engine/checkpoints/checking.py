@@ -1,4 +1,4 @@
-"""What headers do not tell of a merge's checkpoints: defaults of configurations, and whether tied weights are equal."""
+"""What headers do not tell of a merge's checkpoints: whether tied weights are equal."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,15 +7,10 @@ import torch
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.layer_settings import keys_of_layers
-from worker.engine.catalog.layouts import HARMLESS, check_configs, is_buffer
+from worker.engine.catalog.layouts import is_buffer
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.vocabulary import token_keys
-from worker.engine.checkpoints.configurations import library_config
-from worker.engine.checkpoints.known_layouts import known_layout
 from worker.engine.checkpoints.layout import check_layout, unread_tensors
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.libraries import transformers
 from worker.engine.methods.blocks import row_blocks
 
 
@@ -27,26 +22,15 @@ def check_plan(plan: MergePlan) -> list[str]:
 
     Raises:
         InvalidCheckpoint: tensors that are said to be tied differ, or transformers takes no such configuration.
-        IncompatibleCheckpoints: two configurations differ in a default, or by one.
     """
     if plan.family is not None:
         return []
-    stated, *others = plan.all_checkpoints
-    for stated_other in others:
-        if _say_as_much(stated, stated_other):
-            continue
-        first, other = _with_defaults(stated), _with_defaults(stated_other)
-        besides = set[str]()
-        if plan.is_of_slices:
-            besides |= {*keys_of_layers(first.config), *keys_of_layers(other.config)}
-        if plan.vocabulary is not None:
-            besides |= {*token_keys(first.config), *token_keys(other.config)}
-        check_configs(first, other, besides)
+    _check_tied(plan.tied)
+    if not plan.is_of_slices:
+        return []
     [published] = plan.published
     merged = {t.slot.name: t.sources[0] for t in plan.backbone}
-    if plan.is_of_slices:
-        check_layout(replace(published, tensors=merged))
-    _check_tied(plan.tied)
+    check_layout(replace(published, tensors=merged))
     learned = {name: tensor for name, tensor in merged.items() if not is_buffer(tensor)}
     return _notes_of_unread(replace(published, tensors=learned))
 
@@ -57,20 +41,6 @@ def _notes_of_unread(published: CheckpointInfo) -> list[str]:
         return []
     more = f" (like {len(unread) - 1} more)" if len(unread) > 1 else ""
     return [f"tensor {unread[0]}{more} is not one that {published.architecture} reads; it was merged all the same"]
-
-
-def _say_as_much(first: CheckpointInfo, other: CheckpointInfo) -> bool:
-    """Whether neither leaves a key to its default that the other has; then planning compared all there is."""
-    return first.config.keys() ^ other.config.keys() <= HARMLESS and all(
-        known_layout(info.config, len(info.tensors)) is not None for info in (first, other)
-    )
-
-
-def _with_defaults(info: CheckpointInfo) -> CheckpointInfo:
-    """With the keys that transformers adds; as it is where transformers does not know the kind of model."""
-    if info.model_type not in transformers.CONFIG_MAPPING:
-        return info
-    return replace(info, config=library_config(info.config, info.source).to_dict())
 
 
 def _check_tied(pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> None:

@@ -26,6 +26,13 @@ class Layout:
     buffers: frozenset[str]
     prefix: str
     """Of what lies under the head, which names in a checkpoint may lack."""
+    unsaved: frozenset[str] = frozenset()
+    """Parameters that follow from the configuration, which checkpoints need not have."""
+
+    @property
+    def groups(self) -> list[set[str]]:
+        """Names of one parameter."""
+        return [{name, *others} for name, others in self.tied.items()]
 
 
 def known_layout(config: Config, tensors: int) -> Layout | None:

@@ -1,6 +1,7 @@
 """Whether a checkpoint has the tensors that its configuration wants; no weight is read."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -40,7 +41,8 @@ def check_layout(info: CheckpointInfo) -> None:
     found = _shapes(info, layout)
     for name, shape in layout.shapes.items():
         if name not in found:
-            if found.keys() & layout.tied.get(name, ()):
+            same = {name, *(other for group in layout.groups if name in group for other in group)}
+            if found.keys() & same or name in layout.unsaved:
                 continue
             raise InvalidCheckpoint(info.source, f"no tensor {name}, which {info.architecture} needs")
         if found[name] != shape:
@@ -107,7 +109,9 @@ def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | 
             tied.setdefault(origin, set()).add(target)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         buffers = frozenset(name for name, _ in model.named_buffers())
-        return Layout(shapes, tied, buffers, model.base_model_prefix)
+        spared = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
+        unsaved = frozenset(name for name in shapes if any(re.search(pattern, name) for pattern in spared))
+        return Layout(shapes, tied, buffers, model.base_model_prefix, unsaved)
     except InvalidCheckpoint:
         raise
     except Exception as error:  # whatever transformers thinks of the configuration

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.headers import DTYPE_BYTES, ENCODER_CONFIGS, INDEX, MODULES, WEIGHTS, CheckpointInfo
+from worker.engine.catalog.library import encoded
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
 from worker.engine.checkpoints.tokenizer import write_tokenizer
@@ -290,4 +291,4 @@ def _write_config(info: CheckpointInfo, plan: MergePlan, folder: Path) -> None:
     config = {key: value for key, value in info.config.items() if key not in ("_name_or_path", "torch_dtype")}
     if plan.vocabulary is not None:
         config = plan.vocabulary.config(config)
-    write_json(folder / "config.json", {**config, "dtype": CONFIG_DTYPES[plan.dtype]})
+    write_json(folder / "config.json", encoded({**config, "dtype": CONFIG_DTYPES[plan.dtype]}))

@@ -1,0 +1,115 @@
+"""The table of transformers' own kinds of model agrees with the transformers that is installed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+import transformers
+
+from tests.tiny import edit_json
+from tests.tiny_language_models import LLAMA, tiny_model
+from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.layouts import differences
+from worker.engine.catalog.library import FLOAT, TABLE, completed, decoded, encoded, kind_of, member
+from worker.engine.checkpoints.library_table import as_json, described, plain
+
+KINDS = (
+    "llama", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma3_text", "phi", "bert", "modernbert", "t5", "bart", "marian",
+    "mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "qwen2_vl",
+)  # fmt: skip
+
+
+def test_the_table_is_of_the_installed_version() -> None:
+    with ZipFile(TABLE) as table:
+        assert table.comment == f"transformers {transformers.__version__}".encode()
+
+
+def test_the_table_has_every_kind_of_model_that_has_a_configuration_of_its_own() -> None:
+    missing = [name for name in transformers.CONFIG_MAPPING if kind_of(name) is None and has_defaults(name)]
+    assert missing == []
+
+
+def has_defaults(model_type: str) -> bool:
+    try:
+        transformers.CONFIG_MAPPING[model_type]()
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mamba2", "opt"])
+def test_the_table_is_what_the_library_says_today(model_type: str) -> None:
+    with ZipFile(TABLE) as table:
+        stored = table.read(member(model_type)).decode()
+    entry = described(model_type)
+    assert entry is not None
+    assert stored == as_json(entry)
+
+
+def test_a_kind_that_there_is_not_is_unknown() -> None:
+    assert kind_of("../llama") is None
+    assert kind_of("own") is None
+    assert kind_of("") is None
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_missing_key_means_the_librarys_default(model_type: str) -> None:
+    whole = plain(transformers.CONFIG_MAPPING[model_type]())
+    kind = kind_of(model_type)
+    assert kind is not None
+    for dropped in halves(sorted(whole.keys() - {"model_type"})):
+        short = {key: value for key, value in whole.items() if key not in dropped}
+        found = list(differences(completed(decoded(whole)), completed(decoded(short))))
+        assert found == []
+
+
+def halves(keys: list[str]) -> Iterator[set[str]]:
+    yield from ({key for place, key in enumerate(keys) if place >> bit & 1} for bit in range(len(keys).bit_length()))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ours", "theirs", "keys"),
+    [
+        ("llama", {}, {"rope_theta": 10000.0}, []),
+        ("llama", {}, {"rope_theta": 5e5}, ["rope_parameters.rope_theta"]),
+        ("llama", {"rms_norm_eps": 1e-5}, {}, ["rms_norm_eps"]),
+        ("llama", {"num_key_value_heads": 32, "num_attention_heads": 32}, {"num_attention_heads": 32}, []),
+        ("llama", {"num_key_value_heads": 8}, {}, ["num_key_value_heads"]),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}},
+         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, []),
+        ("gpt2", {"n_head": 4}, {"num_attention_heads": 4}, []),
+        ("gpt2", {"n_head": 4}, {"num_attention_heads": 8}, ["n_head"]),
+        ("gpt2", {"activation_function": "relu"}, {}, ["activation_function"]),
+        ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000}, {}, []),
+        ("gpt_neox", {"rotary_pct": 1.0}, {}, ["rope_parameters.partial_rotary_factor"]),
+        ("gemma3_text", {"rope_local_base_freq": 10000, "rope_theta": 1000000}, {}, []),
+        ("gemma3_text", {"rope_local_base_freq": 20000}, {}, ["rope_parameters.sliding_attention.rope_theta"]),
+        ("qwen2", {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3}, {"num_hidden_layers": 3}, []),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3, "num_hidden_layers": 3}, {"num_hidden_layers": 3},
+         ["layer_types"]),
+        ("mamba2", {"time_step_limit": [0.0, float("inf")]}, {}, []),
+        ("mamba2", {"time_step_limit": [0.0, 1.0]}, {}, ["time_step_limit"]),
+    ],
+)  # fmt: skip
+def test_configurations_are_compared_by_what_they_mean(
+    model_type: str, ours: dict[str, Any], theirs: dict[str, Any], keys: list[str]
+) -> None:
+    kind = {"model_type": model_type}
+    found = differences(completed({**kind, **ours}), completed({**kind, **theirs}))
+    assert [key for key, *_ in found] == keys
+
+
+def test_floats_without_a_number_in_json_are_read_and_written_as_the_library_does(tmp_path: Path) -> None:
+    values = {"limit": [0.0, float("inf")], "least": {"of": float("-inf")}, "plain": 1.5, "text": "Infinity", "n": None}
+    written = encoded(values)
+    assert written["limit"] == [0.0, {FLOAT: "Infinity"}]
+    assert json.loads(json.dumps(written, allow_nan=False)) == written
+    assert decoded(written) == values
+    assert str(decoded(encoded({"x": float("nan")}))["x"]) == "nan"
+    assert decoded({FLOAT: "other"}) == {FLOAT: "other"}
+    folder = tiny_model(tmp_path / "m", LLAMA)
+    edit_json(folder / "config.json", own={FLOAT: "Infinity"})
+    assert inspect_checkpoint(folder, "local:m").config["own"] == float("inf")

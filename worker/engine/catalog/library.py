@@ -1,0 +1,315 @@
+"""What transformers knows of its own kinds of model, as it was written down by `checkpoints.library_table`.
+
+Names of classes, the tensors that each has, which of them are tied, and what missing keys of a configuration mean. With
+it, who must not import transformers decides the same as those who do.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+TABLE = Path(__file__).with_name("library.zip")
+"""One JSON file for each kind of model, so that no other is read."""
+LAYER = re.compile(r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>\d{1,6})\.(?P<inner>.+)")
+"""The first number that follows the name of a list of layers: T5 has lists within its layers."""
+LAYER_KEYS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers",
+    "encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers", "depth",
+)  # fmt: skip
+PRE_TRAINING = re.compile(r".*(ForPreTraining|ForMaskedLM|ForCausalLM|LMHeadModel|ForNextSentencePrediction)")
+"""Classes that models are pre-trained as. What fine-tuning leaves of their heads is read by nobody."""
+FLOAT = "__float__"
+FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+OLDER_ROTARY = {
+    "rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "global_rope_theta": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor", "rotary_pct": "partial_rotary_factor",
+    "rope_local_base_freq": "local_theta", "local_rope_theta": "local_theta", "rope_scaling": "rope_scaling",
+}  # fmt: skip
+"""Keys of rotary positions as they were spelt before `rope_parameters` held all of them."""
+LOCAL_ATTENTION = "sliding_attention"
+
+ACTIVATIONS = "activations"
+"""Name of the table's file of the functions that a configuration may name."""
+
+Length = int | str | None
+"""Of an axis: a number, what of the configuration says it (`a`, `2*a`, `a*b` or `a/b`, with its keys), or unknown."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One class of transformers that has weights. Layers are counted by `{}` in names."""
+
+    name: str
+    prefix: str
+    """Of what lies under the head, which names in a checkpoint may lack."""
+    ties: tuple[tuple[str, str, str | None], ...]
+    """(copy, original, key): the tensors that are one where the configuration's key is true, or always."""
+    unsaved: frozenset[str]
+    """Tensors that `save_pretrained` leaves out: they follow from the configuration."""
+    buffers: frozenset[str]
+    untested: frozenset[str]
+    """Keys whose other values no model could be built from, so that nothing is known of what they change."""
+    optional: frozenset[str]
+    """Tensors that only some configurations have."""
+    tensors: Mapping[str, Sequence[Length]]
+    """Tensors that all configurations have."""
+    layers: Mapping[str, Sequence[Length]]
+    """The same of tensors in every layer."""
+    converted: bool
+    """Whether a checkpoint has other names than the model."""
+
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        return frozenset(copy for copy, _, _ in self.ties)
+
+    def reads(self, name: str) -> bool:
+        """Whether a model of the class has the tensor, under this name."""
+        layered = collapsed(name)
+        return (
+            name in self.tensors
+            or layered in self.layers
+            or layered in self.optional
+            or name in self.targets
+            or name in self.buffers
+            or name in self.unsaved
+        )
+
+    @property
+    def is_pre_training(self) -> bool:
+        return PRE_TRAINING.fullmatch(self.name) is not None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model, by the `model_type` of its configuration."""
+
+    model_type: str
+    defaults: Mapping[str, Any]
+    """All keys with the values that their absence means."""
+    derived: Mapping[str, Mapping[str, Any]]
+    """Keys whose absence means what others say, with how that follows, as far as it is known."""
+    aliases: Mapping[str, str]
+    """Other spellings of keys."""
+    architectures: Mapping[str, Architecture]
+
+
+def kind_of(model_type: str) -> Kind | None:
+    """None of a kind that transformers does not have."""
+    return _kind(model_type) if isinstance(model_type, str) else None
+
+
+@lru_cache(maxsize=64)
+def _kind(model_type: str) -> Kind | None:
+    with ZipFile(TABLE) as table:
+        try:
+            content = json.loads(table.read(member(model_type)))
+        except KeyError:
+            return None
+    architectures = {
+        name: Architecture(
+            name=name,
+            prefix=found["prefix"],
+            ties=tuple((copy, original, key) for copy, original, key in found.get("ties", ())),
+            unsaved=frozenset(found.get("unsaved", ())),
+            buffers=frozenset(found.get("buffers", ())),
+            untested=frozenset(found.get("untested", ())),
+            optional=frozenset(found.get("optional", ())),
+            tensors=found.get("tensors", {}),
+            layers=found.get("layers", {}),
+            converted=found.get("converted", False),
+        )
+        for name, found in content["architectures"].items()
+    }
+    return Kind(model_type, decoded(content["defaults"]), content["derived"], content["aliases"], architectures)
+
+
+def member(model_type: str) -> str:
+    """Name of the table's file of this kind."""
+    return f"{model_type}.json"
+
+
+def architecture(config: Mapping[str, Any], name: str) -> Architecture | None:
+    """None of a class that transformers does not have for this kind of model."""
+    kind = kind_of(config.get("model_type", ""))
+    return kind.architectures.get(name) if kind else None
+
+
+def collapsed(name: str) -> str:
+    """A tensor's name without the number of its layer."""
+    match = LAYER.fullmatch(name)
+    return f"{match['stack']}.{{}}.{match['inner']}" if match else name
+
+
+# --- configurations ---------------------------------------------------------------------------------------
+
+
+def decoded(value: Any) -> Any:
+    """With floats that JSON has no numbers for, which transformers spells `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if value.keys() == {FLOAT} and isinstance(value[FLOAT], str) and value[FLOAT] in FLOATS:
+            return FLOATS[value[FLOAT]]
+        return {key: decoded(one) for key, one in value.items()}
+    return [decoded(one) for one in value] if isinstance(value, list) else value
+
+
+def encoded(value: Any) -> Any:
+    """The inverse of `decoded`, for files that any reader of JSON takes."""
+    if isinstance(value, float):
+        name = next((name for name, known in FLOATS.items() if repr(known) == repr(value)), None)
+        return value if name is None else {FLOAT: name}
+    if isinstance(value, Mapping):
+        return {key: encoded(one) for key, one in value.items()}
+    return [encoded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with what its missing keys mean, in the spelling of newer versions of transformers.
+
+    A key is left out whose meaning follows from others in a way that is not known here.
+    """
+    kind = kind_of(config.get("model_type", ""))
+    known = {kind.aliases.get(key, key) if kind else key: value for key, value in config.items()}
+    if kind:
+        known |= {key: value for key, value in config.items() if key not in kind.aliases}
+    known = with_rotary(known, kind.defaults.get("rope_parameters") if kind else None)
+    if kind is None:
+        return known
+    filled = dict(known)
+    for key, default in kind.defaults.items():
+        own = known.get(key)
+        if isinstance(default, Mapping) and "model_type" in default:
+            if isinstance(own, Mapping):
+                filled[key] = completed({"model_type": default["model_type"], **own})
+            elif own is None and key not in kind.derived:
+                filled[key] = completed(default)
+        elif key in kind.derived:
+            if own is None:
+                filled.pop(key, None)
+        elif key not in known:
+            filled[key] = default
+    for key, rule in kind.derived.items():
+        if key not in filled:
+            value = _derived(rule, filled, kind)
+            if value is not None:
+                filled[key] = value
+    return filled
+
+
+def _derived(rule: Mapping[str, Any], config: Mapping[str, Any], kind: Kind) -> Any:
+    """What a key means that is not there; None where that is not known."""
+    if "is" in rule:
+        return value_of(rule["is"], config)
+    period = rule.get("period")
+    others = [key for key in rule["by"] if key not in LAYER_KEYS]
+    count = next((config[key] for key in LAYER_KEYS if key in rule["by"] and type(config.get(key)) is int), None)
+    if not period or count is None or any(config.get(key) != kind.defaults.get(key) for key in others):
+        return None
+    return [period[place % len(period)] for place in range(min(count, 10_000))]
+
+
+def with_rotary(config: Mapping[str, Any], default: Any = None) -> dict[str, Any]:
+    """With rotary positions as newer versions of transformers write them: one object of all their parameters.
+
+    Args:
+        default: that object, where the configuration says nothing.
+    """
+    known = dict(config)
+    if "rope_type" in known:  # that object itself
+        return known
+    keys = [key for key in OLDER_ROTARY if key in known and (default is None or not _is_own(key, default))]
+    older = {OLDER_ROTARY[key]: known.pop(key) for key in keys}
+    older = {key: value for key, value in older.items() if value is not None}
+    scaling = older.pop("rope_scaling", None)
+    local = older.pop("local_theta", None)
+    given = known.get("rope_parameters")
+    if default is None and given is None and not older and not scaling:
+        return known
+    scaling = dict(scaling) if isinstance(scaling, Mapping) else {}
+    if "type" in scaling:
+        scaling = {"rope_type": scaling.pop("type"), **scaling}
+    if isinstance(default, Mapping) and any(isinstance(part, Mapping) for part in default.values()):
+        given = given if isinstance(given, Mapping) else {}
+        known["rope_parameters"] = {
+            kind: {
+                **part,
+                **({} if kind == LOCAL_ATTENTION else {**older, **scaling}),
+                **({"rope_theta": local} if kind == LOCAL_ATTENTION and local is not None else {}),
+                **(given.get(kind) or {}),
+            }
+            for kind, part in default.items()
+            if isinstance(part, Mapping)
+        }
+    elif given is None or isinstance(given, Mapping):
+        absent = default if isinstance(default, Mapping) else {"rope_type": "default"}
+        known["rope_parameters"] = {**absent, **older, **scaling, **(given or {})}
+    return known
+
+
+def _is_own(key: str, default: Any) -> bool:
+    """Whether newer versions still keep the key outside the object of rotary parameters."""
+    return key == "partial_rotary_factor" and not (isinstance(default, Mapping) and key in default)
+
+
+def value_of(length: Length, config: Mapping[str, Any]) -> int | None:
+    """None where the configuration does not say it."""
+    if not isinstance(length, str):
+        return length
+    operator = next((sign for sign in "*/" if sign in length), "")
+    values = [
+        int(part) if part.isdecimal() else value_at(config, part)
+        for part in (length.split(operator) if operator else [length])
+    ]
+    if not all(type(value) is int for value in values) or (operator == "/" and not values[1]):
+        return None
+    return values[0] // values[1] if operator == "/" else math.prod(values)
+
+
+@lru_cache(maxsize=1)
+def activations() -> frozenset[str]:
+    """Names of all functions that a configuration may name as a model's."""
+    with ZipFile(TABLE) as table:
+        return frozenset(json.loads(table.read(ACTIVATIONS)))
+
+
+def value_at(config: Mapping[str, Any], path: str) -> Any:
+    """Of a key, inner ones after a dot; None where it is not there."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None  # type: ignore[assignment]
+    return config
+
+
+def with_settings(config: Mapping[str, Any], whose: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A configuration with the settings `keys` of another, however that spells them; inner keys after a dot."""
+    found = dict(config)
+    kind = kind_of(config.get("model_type", ""))
+    aliases = kind.aliases if kind else {}
+    for key in keys:
+        outer, _, inner = key.partition(".")
+        if outer == "rope_parameters":
+            spelt = {"rope_parameters", *OLDER_ROTARY}
+        elif inner and isinstance(found.get(outer), Mapping) and isinstance(whose.get(outer), Mapping):
+            found[outer] = with_settings(found[outer], whose[outer], [inner])
+            continue
+        else:
+            spelt = {outer, *(alias for alias, name in aliases.items() if name == outer)}
+        found = {name: value for name, value in found.items() if name not in spelt}
+        found |= {name: value for name, value in whose.items() if name in spelt}
+    return found
+
+
+def ties(found: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(copy, original) of the tensors that a completed configuration makes one."""
+    for copy, original, key in found.ties:
+        if key is None or value_at(config, key):
+            yield copy, original
+
+
+def others_of(kind: Kind, names: Collection[str]) -> list[Architecture]:
+    """Classes of this kind that have one of these tensors."""
+    return [one for one in kind.architectures.values() if any(one.reads(name) for name in names)]

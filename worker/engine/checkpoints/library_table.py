@@ -1,0 +1,425 @@
+"""Writes down what transformers knows of its own kinds of model, for those who must not import it.
+
+`python -m worker.engine.checkpoints.library_table` writes `catalog/library.zip`. What a class has follows from its
+configuration in ways that only its code tells, so each class is built, without any memory for weights, from many
+configurations that differ from the default in one key. What holds in all of them is written down.
+"""
+
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+import torch
+from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
+
+from worker.engine.catalog.layouts import HARMLESS, HARMLESS_NAMES, layer_of
+from worker.engine.catalog.library import ACTIVATIONS, LAYER_KEYS, TABLE, Length, member, value_at
+from worker.engine.libraries import conversion_mapping, preload, transformers
+
+Config = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+Path = tuple[str, ...]
+
+FEW_LAYERS = 2
+DEFAULT_LABELS = 2
+FACTORS = (2, 3, 4)
+"""By which lengths are multiples of sizes."""
+KIND_KEYS = (
+    "attn_layer", "hybrid", "pattern", "_period", "_offset", "sparse_step",
+    "first_k_dense", "mlp_only", "moe_layer", "cross_attention_layers", "full_attn_idxs", "dense_layers",
+    "lorb", "kv_source", "kv_shared", "per_layer", "interleave", "every",
+)  # fmt: skip
+"""Parts of the names of keys that may give layers different tensors, in ways that one change of a key does not show."""
+DERIVED_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "transformers_version")
+"""Follow from the number of layers."""
+LONGEST_LIST = 128
+"""Layers for which lists over layers are compared, to find their period."""
+WORDS: Mapping[str, tuple[str, ...]] = {"feed_forward_proj": ("gated-gelu", "relu"), "ffn_type": ("gated-gelu",)}
+"""Settings in words that change which tensors there are."""
+BLOCKS = (
+    "attention",
+    "full_attention",
+    "sliding_attention",
+    "linear_attention",
+    "mamba",
+    "conv",
+    "hybrid",
+    "recurrent",
+)
+LAYER_WORDS: Mapping[str, tuple[str, ...]] = {
+    "layer_types": (*BLOCKS, "chunked_attention", "moe", "mlp"),
+    "layers_block_type": (*BLOCKS, "recurrent", "moe", "mlp"),
+    "mlp_layer_types": ("dense", "sparse"),
+}
+"""Kinds of layers."""
+SHOWN = frozenset({"head_dim", "n_inner", "n_ctx"})
+"""Keys that may differ between checkpoints since shapes show them."""
+
+
+@dataclass
+class Seen:
+    """What the models of one class have that were built so far."""
+
+    models: int = 0
+    outer: dict[str, int] = field(default_factory=dict)
+    """How many of the models have the tensor."""
+    stacks: dict[str, int] = field(default_factory=dict)
+    """How many of the models have the list of layers."""
+    inner: dict[tuple[str, str], int] = field(default_factory=dict)
+    """How many of the models have it in every layer of the list."""
+    inner_somewhere: set[tuple[str, str]] = field(default_factory=set)
+
+
+def main(model_types: Sequence[str]) -> None:
+    """Write the table anew, or print what it would have of some kinds of model."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    preload()
+    entries = filter(None, map(described, model_types or sorted(transformers.CONFIG_MAPPING)))
+    if model_types:
+        for entry in entries:
+            sys.stdout.write(as_json(entry) + "\n")
+            sys.stdout.flush()
+    else:
+        write(entries)
+
+
+def as_json(entry: Config) -> str:
+    return json.dumps(entry, separators=(",", ":"))
+
+
+def write(entries: Iterable[Config]) -> None:
+    """The table, with the version of transformers that it is of; the same bytes for the same entries."""
+    with ZipFile(TABLE, "w", ZIP_DEFLATED) as table:
+        table.comment = f"transformers {transformers.__version__}".encode()
+        table.writestr(ZipInfo(ACTIVATIONS), json.dumps(sorted(ACT2FN)), ZIP_DEFLATED)
+        for entry in entries:
+            table.writestr(ZipInfo(member(entry["model_type"])), as_json(entry), ZIP_DEFLATED)
+
+
+def described(model_type: str) -> Config | None:
+    """One line of the table; None of a kind whose configuration has no defaults."""
+    try:
+        config_class = transformers.CONFIG_MAPPING[model_type]
+        defaults = plain(config_class())
+    except Exception:  # kinds made of others, which have no configuration of their own
+        return None
+    found: Config = {
+        "model_type": model_type,
+        "defaults": defaults,
+        "derived": derived_of(config_class, defaults),
+        "aliases": dict(getattr(config_class, "attribute_map", {})),
+        "architectures": {},
+    }
+    for name in sorted(classes_of(model_type)):
+        built = architecture(name, config_class, defaults)
+        if built is not None:
+            found["architectures"][name] = built
+    return found
+
+
+def classes_of(model_type: str) -> set[str]:
+    """Names of the classes that any Auto class makes of this kind of model."""
+    auto = sys.modules["transformers.models.auto.modeling_auto"]
+    found: set[str] = set()
+    for mapping in (name for name in vars(auto) if name.endswith("MAPPING_NAMES") and name.startswith("MODEL")):
+        named = getattr(auto, mapping).get(model_type, ())
+        found |= {named} if isinstance(named, str) else set(named)
+    return found
+
+
+def plain(config: Any) -> Config:
+    """As `save_pretrained` would write all of it."""
+    return dict(json.loads(json.dumps(type(config)._encode_special_floats(config.to_dict()), default=str)))
+
+
+# --- what a configuration leaves out ----------------------------------------------------------------------
+
+
+def derived_of(config_class: Any, defaults: Config) -> Config:
+    """Keys whose default follows from others: `{key: {"by": those, "is": what it equals, "period": list}}`."""
+    by: dict[str, set[str]] = {}
+    samples = [defaults]
+    for key, value in defaults.items():
+        for other in variations(key, value):
+            try:
+                varied = plain(config_class(**{key: other}))
+            except Exception:  # noqa: S112 - there is no such model
+                continue
+            samples.append({**varied, key: other})
+            for name in varied.keys() | defaults.keys():
+                if name != key and varied.get(name) != defaults.get(name):
+                    by.setdefault(name, set()).add(key)
+    found = {}
+    for name, keys in sorted(by.items()):
+        rule: Config = {"by": sorted(keys)}
+        # Given by itself, it may be anything.
+        following = [sample for sample in samples if name not in sample or sample is defaults or name in by]
+        lengths = [sample.get(name) for sample in following if not is_given(sample, name, defaults, keys)]
+        others = [sample for sample in following if not is_given(sample, name, defaults, keys)]
+        equal = expression(lengths, others, sorted(keys))
+        if equal is not None:
+            rule["is"] = equal
+        elif isinstance(defaults.get(name), list):
+            rule["period"] = period_of(config_class, defaults, name)
+        found[name] = rule
+    return found
+
+
+def is_given(sample: Config, name: str, defaults: Config, keys: Collection[str]) -> bool:
+    """Whether the sample was made by another value of the key itself, rather than of one that it follows from."""
+    return sample.get(name) != defaults.get(name) and all(sample.get(key) == defaults.get(key) for key in keys)
+
+
+def expression(lengths: Sequence[Any], samples: Sequence[Config], keys: Iterable[str]) -> str | None:
+    """What equals the length in every sample: a key, `a*b`, `a/b` or `2*a`, of these keys; inner ones after a dot."""
+    if not all(type(length) is int for length in lengths):
+        return None
+    columns = {key: [value_at(sample, key) for sample in samples] for key in keys}
+    columns = {key: values for key, values in columns.items() if all(type(value) is int for value in values)}
+    for key, values in columns.items():
+        if values == lengths:
+            return key
+    for factor in FACTORS:
+        for key, values in columns.items():
+            if [factor * value for value in values] == lengths:
+                return f"{factor}*{key}"
+    for one, ours in columns.items():
+        for other, theirs in columns.items():
+            if one < other and [a * b for a, b in zip(ours, theirs, strict=True)] == lengths:
+                return f"{one}*{other}"
+            if one != other and all(theirs) and [a // b for a, b in zip(ours, theirs, strict=True)] == lengths:
+                return f"{one}/{other}"
+    return None
+
+
+def period_of(config_class: Any, defaults: Config, name: str) -> list[Any] | None:
+    """What a list over layers repeats, whatever their number; None where it repeats nothing."""
+    count = next((key for key in LAYER_KEYS if type(defaults.get(key)) is int), None)
+    if count is None:
+        return None
+    lists = []
+    for layers in (LONGEST_LIST, LONGEST_LIST - 1, 5):
+        try:
+            lists.append(plain(config_class(**{count: layers}))[name])
+        except Exception:
+            return None
+        if not isinstance(lists[-1], list) or len(lists[-1]) != layers:
+            return None
+    longest = lists[0]
+    for length in range(1, LONGEST_LIST // 4):
+        if all(one == longest[place % length] for values in lists for place, one in enumerate(values)):
+            return list(longest[:length])
+    return None
+
+
+def variations(key: str, value: Any) -> list[Any]:
+    """Other values of a key, for a model that is otherwise the same."""
+    if key in HARMLESS - SHOWN or HARMLESS_NAMES.fullmatch(key) or key.endswith("_token_id"):
+        return []
+    if key in WORDS:
+        return list(WORDS[key])
+    if key in LAYER_WORDS and isinstance(value, list):
+        return [[word] * len(value) for word in LAYER_WORDS[key]]
+    if isinstance(value, bool):
+        return [not value]
+    if type(value) is int:
+        return [2] if value <= 0 else [value * 2] if key in LAYER_KEYS else [value * 2, 0]
+    return [8] if value is None else []
+
+
+# --- what a class has -------------------------------------------------------------------------------------
+
+
+def architecture(name: str, config_class: Any, defaults: Config) -> Config | None:
+    """Of one class: its names, ties and sizes. None where it cannot be built from a configuration alone."""
+    try:
+        model_class = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # it needs a library that is not there
+        return None
+    if model_class is None or not hasattr(model_class, "_from_config"):
+        return None
+    settings = few_layers(config_class, defaults)
+    base = built(model_class, config_class, settings)
+    if base is None:
+        settings = {}
+        base = built(model_class, config_class, settings)
+    if base is None:
+        return None
+    config = plain(base.config)
+    shapes = shapes_of(base)
+    seen = Seen()
+    count(seen, shapes)
+    ties = {pair: [()] for pair in ties_of(base)}
+    governed: dict[tuple[str, str], str] = {}
+    samples = [(with_labels(config), shapes)]
+    tried, worked = set[str](), set[str]()
+    for path, other in varied_paths(config):
+        where = ".".join(path)
+        model = built(model_class, config_class, with_value(settings, config, path, other))
+        tried.add(where)
+        if model is None:
+            continue
+        worked.add(where)
+        new = shapes_of(model)
+        count(seen, new)
+        now = set(ties_of(model))
+        if path[-1] == "tie_word_embeddings":
+            for pair in now ^ ties.keys():
+                governed[pair] = where
+                ties.setdefault(pair, [()])
+        samples.append((with_labels(plain(model.config), path, other), new))
+    kinds = any(part in key for key in flat(config) for part in KIND_KEYS)
+    converted = bool(conversion_mapping.get_model_conversion_mapping(base, add_legacy=False))
+    targets = {target for target, _ in ties}
+    required, layers, optional = {}, {}, set()
+    numbers = [key for key in paths_of(config) if type(value_at(samples[0][0], key)) is int]
+    sizes = {tensor: dims(tensor, samples, [*numbers, "num_labels"]) for tensor in shapes}
+    missable = [re.compile(pattern) for pattern in base._keys_to_ignore_on_load_missing or ()]
+    for tensor, times in seen.outer.items():
+        may_be_missing = any(pattern.search(tensor) for pattern in missable)
+        if times == seen.models and tensor not in targets and not may_be_missing:
+            required[tensor] = sizes.get(tensor, [])
+        else:
+            optional.add(tensor)
+    for stack, inner in seen.inner_somewhere:
+        first = next((t for t in shapes if in_stack(t, stack, inner)), None)
+        if not kinds and seen.inner.get((stack, inner), 0) == seen.stacks[stack] and first is not None:
+            layers[f"{stack}.{{}}.{inner}"] = sizes[first]
+        else:
+            optional.add(f"{stack}.{{}}.{inner}")
+    found = {
+        "prefix": model_class.base_model_prefix,
+        "ties": [[t, s, governed.get((t, s))] for t, s in sorted(ties)],
+        "unsaved": sorted(base._keys_to_ignore_on_save or ()),
+        "buffers": sorted(name for name, _ in base.named_buffers() if layer_of(name) is None),
+        "untested": sorted(tried - worked),
+        "optional": sorted(optional),
+        "tensors": dict(sorted(required.items())),
+        "layers": dict(sorted(layers.items())),
+    }
+    if converted:
+        found["converted"] = True
+    return {key: value for key, value in found.items() if value or key == "prefix"}
+
+
+def in_stack(tensor: str, stack: str, inner: str) -> bool:
+    layer = layer_of(tensor)
+    return layer is not None and (layer.stack, layer.inner) == (stack, inner)
+
+
+def dims(tensor: str, samples: Sequence[tuple[Config, Shapes]], keys: Sequence[str]) -> list[Length]:
+    """By axis its length where nothing changes it, or what equals it in every sample; else None."""
+    having = [(config, shapes[tensor]) for config, shapes in samples if tensor in shapes]
+    if len({len(shape) for _, shape in having}) != 1:
+        return []
+    found: list[Length] = []
+    for axis in range(len(having[0][1])):
+        lengths = [shape[axis] for _, shape in having]
+        is_fixed = len(set(lengths)) == 1
+        found.append(lengths[0] if is_fixed else expression(lengths, [config for config, _ in having], keys))
+    return found
+
+
+def with_labels(config: Config, path: Path = (), value: Any = None) -> Config:
+    """With the number of labels, which configurations do not say as a number."""
+    return {**config, "num_labels": value if path == ("num_labels",) else DEFAULT_LABELS}
+
+
+def paths_of(config: Config) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:
+            yield from (f"{key}.{inner}" for inner in value)
+        else:
+            yield key
+
+
+def few_layers(config_class: Any, defaults: Config) -> Config:
+    """Settings for a model of as few layers as there may be; two, so that one can differ from the other."""
+    settings: Config = {}
+    for key, value in defaults.items():
+        if isinstance(value, dict) and "model_type" in value:
+            fewer = {inner: FEW_LAYERS for inner in LAYER_KEYS if type(value.get(inner)) is int}
+            other: Any = {**{inner: one for inner, one in value.items() if inner not in DERIVED_LISTS}, **fewer}
+        elif key in LAYER_KEYS and type(value) is int and value > FEW_LAYERS:
+            other = FEW_LAYERS
+        else:
+            continue
+        try:
+            config_class(**{**settings, key: other})
+        except Exception:  # noqa: S112 - there is no such model
+            continue
+        settings[key] = other
+    return settings
+
+
+def built(model_class: Any, config_class: Any, settings: Config) -> Any:
+    """The model, without memory for its weights; None where there is no such model, or it is very large."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            return model_class._from_config(config_class(**settings), attn_implementation="eager")
+    except Exception:
+        return None
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def ties_of(model: Any) -> list[tuple[str, str]]:
+    """(copy, original), of those outside the layers."""
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    return [(target, source) for target, source in pairs if not any(part.isdigit() for part in target.split("."))]
+
+
+def count(seen: Seen, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    seen.models += 1
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for name in shapes:
+        layer = layer_of(name)
+        if layer is None:
+            seen.outer[name] = seen.outer.get(name, 0) + 1
+        else:
+            stacks.setdefault(layer.stack, {}).setdefault(layer.number, set()).add(layer.inner)
+    for stack, layers in stacks.items():
+        seen.stacks[stack] = seen.stacks.get(stack, 0) + 1
+        for inner in set.union(*layers.values()):
+            seen.inner_somewhere.add((stack, inner))
+        for inner in set.intersection(*layers.values()):
+            seen.inner[stack, inner] = seen.inner.get((stack, inner), 0) + 1
+
+
+def varied_paths(config: Config) -> Iterator[tuple[Path, Any]]:
+    """Keys, also of configurations within, with another value for each."""
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:
+            yield from (((key, inner), v) for inner, one in value.items() for v in variations(inner, one))
+        yield from (((key,), other) for other in variations(key, value))
+    if "num_labels" not in config:
+        yield ("num_labels",), DEFAULT_LABELS + 1
+        yield ("num_labels",), 1
+
+
+def with_value(settings: Config, config: Config, path: Path, value: Any) -> Config:
+    if len(path) == 1:
+        return {**settings, path[0]: value}
+    inner = {key: one for key, one in config[path[0]].items() if key not in ("transformers_version",)}
+    return {**settings, path[0]: {**inner, path[1]: value}}
+
+
+def flat(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        yield key
+        if isinstance(value, Mapping):
+            yield from flat(value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
