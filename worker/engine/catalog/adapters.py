@@ -36,7 +36,7 @@ from worker.engine.catalog.headers import (
     vocabulary_of,
 )
 from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_count, layer_of
-from worker.engine.catalog.library import decoded
+from worker.engine.catalog.library import Architecture, decoded, kind_of
 from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
@@ -57,6 +57,12 @@ HARMLESS = {
     "target_modules",
 }  # fmt: skip
 """Keys of `adapter_config.json` that say how it was trained, or what its tensors say as well."""
+TASK_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+"""How the names of the classes end that PEFT's tasks are trained with."""
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Whose linear layers are stored as (inputs, outputs)."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -200,9 +206,12 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
     """What the adapter makes of its base: the base's tensors, with its own in their place or added to them."""
     family = FAMILIES.get(base.model_type)
     config, tensors = base.config, _of_base(base, family)
-    replaced = _replaced(adapter, base, family, tensors)
+    head = _class_with_head(adapter, base, tensors) if family is None else None
+    replaced = _replaced(adapter, base, family, tensors, head)
     if family is None:
         _refuse_tied(adapter, base)
+        if head is not None:
+            config = _with_labels(adapter, path, base, replaced, head)
     else:
         config = _task_config(adapter, path, base, family, replaced)
     tensors |= replaced
@@ -225,15 +234,32 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
     return CheckpointInfo(adapter.source, path, config, tensors, vocabulary, path, base, last)
 
 
+def _class_with_head(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str, TensorInfo]) -> Architecture | None:
+    """The class of the model that was trained, where the adapter brings a head of its own, as PEFT's tasks do."""
+    new = [name for name in adapter.whole if _target(name, tensors, None) not in tensors]
+    kind, ending = kind_of(base.model_type), TASK_CLASSES.get(adapter.config.task_type or "")
+    if not new or kind is None or ending is None:
+        return None
+    classes = [one for one in kind.architectures.values() if one.name.endswith(ending)]
+    return next((one for one in classes if all(one.reads(name) for name in new)), None)
+
+
 def _replaced(
-    adapter: Adapter, base: CheckpointInfo, family: Family | None, tensors: Mapping[str, TensorInfo]
+    adapter: Adapter,
+    base: CheckpointInfo,
+    family: Family | None,
+    tensors: Mapping[str, TensorInfo],
+    head: Architecture | None,
 ) -> dict[str, TensorInfo]:
-    """What is stored whole, under the names of what it replaces; a head need not be in the base."""
+    """What is stored whole, under the names of what it replaces; a head need not be in the base, nor a pooler."""
     replaced = {}
     for name, tensor in adapter.whole.items():
         target = _target(name, tensors, family)
         slot = family.slot(name) if family is not None else None
-        if slot is None or slot.kind is not Kind.HEAD:
+        is_new = target not in tensors and (
+            (slot is not None and slot.kind is Kind.POOLER) or (head is not None and head.reads(name))
+        )
+        if not is_new and (slot is None or slot.kind is not Kind.HEAD):
             if target not in tensors:
                 raise _unknown(adapter, base, tensor)
             if tensor.shape != tensors[target].shape:
@@ -369,6 +395,23 @@ def _task_config(
         raise InvalidCheckpoint(adapter.source, problem)
     if logits is None:
         return base.config
+    architectures = base.config["architectures"] if is_classifier else [family.architectures[0]]
+    return {**_labelled(adapter, path, base, logits, is_classifier), "architectures": architectures}
+
+
+def _with_labels(
+    adapter: Adapter, path: Path, base: CheckpointInfo, replaced: Mapping[str, TensorInfo], head: Architecture
+) -> dict[str, Any]:
+    """The base's configuration, with the class of the head that the adapter brings and the names of its outputs."""
+    logits = next((replaced[name] for name in ("score.weight", "classifier.weight") if name in replaced), None)
+    config = base.config if logits is None else _labelled(adapter, path, base, logits, is_classifier=False)
+    return {**config, "architectures": [head.name]}
+
+
+def _labelled(
+    adapter: Adapter, path: Path, base: CheckpointInfo, logits: TensorInfo, is_classifier: bool
+) -> dict[str, Any]:
+    """The base's configuration, with what the outputs of a head are called."""
     outputs = logits.shape[0] if logits.shape else 0
     names = {str(index): f"LABEL_{index}" for index in range(min(outputs, MAX_LABELS))}
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: int(index) for index, name in names.items()}}
@@ -378,8 +421,7 @@ def _task_config(
             labels = {key: config[key] for key in LABELS if config.get(key) is not None}
             break
     rest = {key: value for key, value in base.config.items() if key not in (*LABELS, "num_labels")}
-    architectures = base.config["architectures"] if is_classifier else [family.architectures[0]]
-    return {**rest, "architectures": architectures} | labels
+    return rest | labels
 
 
 def _unknown(adapter: Adapter, base: CheckpointInfo, tensor: TensorInfo) -> IncompatibleCheckpoints:
