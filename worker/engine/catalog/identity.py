@@ -12,6 +12,8 @@ from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
 from worker.engine.catalog.library import Architecture, Kind, activations, collapsed, completed, kind_of, ties, value_of
 
+FUNCTIONS = ("act", "activation", "activation_function")
+"""How keys end that name a function."""
 HARMLESS_WORDS = ("act", "activation", "dtype", "implementation", "mode", "method", "activation_function")
 """How names of settings in words end that change no tensor."""
 PREFERRED = ("ForConditionalGeneration", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
@@ -40,14 +42,36 @@ class Identity:
         tensors = {name: tensor for name, tensor in self.info.tensors.items() if name not in self.leftovers}
         return replace(self.info, tensors=tensors)
 
-    @property
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """With what its missing keys mean."""
+        return completed(self.info.config)
+
+    @cached_property
+    def is_usual(self) -> bool:
+        """Whether the table was made from configurations like this one, so that it has all tensors."""
+        kind = kind_of(self.info.model_type)
+        if kind is None or self.known is None or self.known.converted:
+            return False
+        # What a class reads beside the keys of its configuration is not known.
+        beside = {key for key, value in self.info.config.items() if type(value) is int and not layouts.is_harmless(key)}
+        beside -= kind.defaults.keys() | kind.aliases.keys()
+        return not beside and not _unusual(self.config, completed(kind.defaults), self.known.untested)
+
+    @cached_property
     def unread(self) -> list[str]:
-        """Tensors that the class does not have; of a class that renames them, nothing is known."""
-        if self.known is None or self.known.converted:
+        """Tensors that the class does not have. Of a configuration like none in the table these are but heads that
+        other classes of the kind have; of a class that renames its tensors, nothing is known."""
+        kind = kind_of(self.info.model_type)
+        if kind is None or self.known is None or self.known.converted:
             return []
         family = FAMILIES.get(self.info.model_type)
         slot = family.slot if family and self.known.name in family.architectures else lambda name: None
-        return [name for name, own in self.names.items() if not self.known.reads(own) and slot(name) is None]
+        unread = [name for name, own in self.names.items() if not self.known.reads(own) and slot(name) is None]
+        if self.is_usual:
+            return unread
+        outer = [name for name in unread if layouts.layer_of(self.names[name]) is None]
+        return [name for name in outer if _is_read(name, kind.architectures.values())]
 
 
 def identify(info: CheckpointInfo) -> Identity:
@@ -108,9 +132,8 @@ def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) ->
         problem = f"config.json {said}, and of model_type '{info.model_type[:100]}' no tensors are known; {ask}"
         raise InvalidCheckpoint(info.source, problem)
     candidates = [one for name, one in kind.architectures.items() if not stated or name in stated]
-    config = completed(info.config)
     for may_have_leftovers in (False, True):
-        fitting = [one for one in candidates if _fits(one, info, kind, config, may_have_leftovers)]
+        fitting = [one for one in candidates if _fits(one, info, kind, may_have_leftovers)]
         if fitting:
             break
     else:
@@ -129,18 +152,16 @@ def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) ->
     return fitting[0]
 
 
-def _fits(
-    one: Architecture, info: CheckpointInfo, kind: Kind, config: Mapping[str, Any], may_have_leftovers: bool
-) -> bool:
+def _fits(one: Architecture, info: CheckpointInfo, kind: Kind, may_have_leftovers: bool) -> bool:
     if one.converted:
         return False
     found = Identity(info, one)
     unread = set(found.unread)
     if may_have_leftovers:
         unread -= _leftovers(found, one, kind)
-    if unread or _absent(found, one, config):
+    if unread or _absent(found, one):
         return False
-    return not _is_usual(found, one, config) or next(_misshapen(found, one, config), None) is None
+    return not found.is_usual or next(_misshapen(found, one), None) is None
 
 
 def _preferred(fitting: Sequence[Architecture], config: Mapping[str, Any]) -> list[Architecture]:
@@ -207,15 +228,14 @@ def check_tensors(found: Identity) -> None:
     Raises:
         InvalidCheckpoint: names the tensor.
     """
-    config, known, info = completed(found.info.config), found.known, found.info
-    if known is None:
+    known, info, kind = found.known, found.info, kind_of(found.info.model_type)
+    if known is None or kind is None:
         return
     check_present(found)
-    kind = kind_of(info.model_type)
-    _check_words(info, kind.defaults if kind else {}, config)
-    if not _is_usual(found, known, config):
+    _check_words(info, kind.defaults, found.config)
+    if not _is_as_tabled(found):
         return
-    for tensor, wanted in _misshapen(found, known, config):
+    for tensor, wanted in _misshapen(found, known):
         problem = f"tensor {tensor.name} has shape {list(tensor.shape)}, by its configuration it would have {wanted}"
         raise InvalidCheckpoint(info.source, problem, tensor=tensor.name)
 
@@ -226,7 +246,7 @@ def _check_words(info: CheckpointInfo, defaults: Mapping[str, Any], config: Mapp
         value = config.get(key)
         if not isinstance(value, str):
             continue
-        if isinstance(default, str) and default in activations() and value not in activations():
+        if key.endswith(FUNCTIONS) and default in activations() and value not in activations():
             problem = f"config.json has {key} {value[:100]!r}, which is no function that transformers knows"
             raise InvalidCheckpoint(info.source, problem)
         if isinstance(default, int | float):
@@ -235,27 +255,19 @@ def _check_words(info: CheckpointInfo, defaults: Mapping[str, Any], config: Mapp
 
 def check_present(found: Identity) -> None:
     """Whether a checkpoint has the tensors of its class, as far as they are known. Raises InvalidCheckpoint."""
-    config, known, info = completed(found.info.config), found.known, found.info
-    if known is None or not _is_usual(found, known, config):
+    known, info = found.known, found.info
+    if known is None or not _is_as_tabled(found):
         return
-    for name in _absent(found, known, config):
+    for name in _absent(found, known):
         problem = f"no tensor {name}, which {known.name} needs"
         if name in known.targets:
             problem += ": its configuration says tie_word_embeddings: false"
         raise InvalidCheckpoint(info.source, problem, tensor=name)
 
 
-def _is_usual(found: Identity, known: Architecture, config: Mapping[str, Any]) -> bool:
-    """Whether the table was made from configurations like this one, and the names are those that it has."""
-    kind = kind_of(found.info.model_type)
-    if kind is None or known.converted:
-        return False
-    if any(layouts.layer_of(found.names[name]) is not None for name in found.unread):
-        return False
-    # What a class reads beside the keys of its configuration is not known.
-    beside = {key for key, value in found.info.config.items() if type(value) is int and not layouts.is_harmless(key)}
-    beside = {key for key in beside if key not in kind.defaults and key not in kind.aliases}
-    return not beside and not _unusual(config, completed(kind.defaults), known.untested)
+def _is_as_tabled(found: Identity) -> bool:
+    """Whether the table says what the checkpoint has, and its names are those of the class."""
+    return found.is_usual and not any(layouts.layer_of(found.names[name]) is not None for name in found.unread)
 
 
 def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: frozenset[str], path: str = "") -> bool:
@@ -279,10 +291,10 @@ def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: f
     return False
 
 
-def _absent(found: Identity, known: Architecture, config: Mapping[str, Any]) -> list[str]:
+def _absent(found: Identity, known: Architecture) -> list[str]:
     """Tensors that the class needs and the checkpoint lacks."""
     own = {found.names[name] for name in found.info.tensors}
-    active = dict(ties(known, config))
+    active = dict(ties(known, found.config))
     groups: dict[str, set[str]] = {}
     for copy, original in active.items():
         groups.setdefault(original, {original}).add(copy)
@@ -301,9 +313,7 @@ def _absent(found: Identity, known: Architecture, config: Mapping[str, Any]) -> 
     return absent
 
 
-def _misshapen(
-    found: Identity, known: Architecture, config: Mapping[str, Any]
-) -> Iterator[tuple[TensorInfo, list[int]]]:
+def _misshapen(found: Identity, known: Architecture) -> Iterator[tuple[TensorInfo, list[int]]]:
     """Tensors with the shape that they would have."""
     labels = len(labels_of(found.info.config))
     for name, tensor in found.info.tensors.items():
@@ -313,7 +323,7 @@ def _misshapen(
             continue
         wanted = []
         for place, length in enumerate(lengths):
-            value = labels if length == "num_labels" else value_of(length, config)
+            value = labels if length == "num_labels" else value_of(length, found.config)
             there = tensor.shape[place] if place < len(tensor.shape) else 0
             wanted.append(value if type(value) is int else there)
         if list(tensor.shape) != wanted:
