@@ -71,6 +71,14 @@ class TaskWorker(SimpleWorker):
             with suppress(RedisError):  # it is for RQ's own lists of workers alone
                 super().heartbeat(timeout)
 
+    def check_for_suspension(self, burst: bool) -> None:
+        with suppress(RedisError):
+            super().check_for_suspension(burst)
+
+    def run_maintenance_tasks(self) -> None:
+        with suppress(RedisError):
+            super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
         """The next job, however long Redis does not answer; RQ would end the worker."""
         while True:

@@ -87,7 +87,7 @@ def _methods(request: Request) -> Iterator[str]:
 
 def _redis(request: Request, error: Exception) -> Response:
     logger.warning("Redis is away: %s", error)
-    detail = "Redis does not answer; nothing was accepted or changed"
+    detail = "Redis does not answer; try again, with the same Idempotency-Key where that made a job"
     return answer(request, ProblemError(Problem.REDIS_UNAVAILABLE, detail, None, **{"Retry-After": "2"}))
 
 

@@ -6,7 +6,7 @@ from app.contracts.settings import Settings
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
 from app.storage.artifacts import ArtifactFolder
-from app.storage.connection import connect, connect_for_rq, connect_for_watching
+from app.storage.connection import connect_for_answers, connect_for_dispatching, connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -36,13 +36,13 @@ def compose(settings: Settings) -> Services:
         raise ValueError("MASKMERGE_REDIS_URL is not set; set it, or use 'maskmerge serve', which brings its own Redis")
     url = settings.redis_url.get_secret_value()
     store = JobStore(
-        connect(url, patience=2),
+        connect_for_answers(url),
         settings.queue,
         settings.lease_seconds,
         settings.max_losses,
         retention_seconds=settings.job_retention,
     )
-    queue = TaskQueue(connect_for_rq(url), settings.queue, store)
+    queue = TaskQueue(connect_for_dispatching(url), settings.queue, store)
     artifacts = ArtifactFolder(settings.data_dir)
     artifacts.prepare()
     inspectors = Inspectors(settings.local_roots, settings.data_dir)

@@ -35,7 +35,8 @@ class Jobs:
         """
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         idempotency = None if idempotency_key is None else (idempotency_key, digest)
-        created = await run_sync(self._store.remembered, *idempotency) if idempotency else None
+        # Also without a key, Redis is asked before the checks: they may take longer than it should to hear that it is away.
+        created = await run_sync(self._store.remembered, *(idempotency or ("", "")))
         if created is None:
             accepted = await self._check(request)
             created = await run_sync(self._create, request, accepted, idempotency)

@@ -1,17 +1,56 @@
 """Connections to Redis, with the patience that each side needs."""
 
+import time
+from typing import Any
+
 from redis import Redis, asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from redis.retry import Retry
 
+ANSWER_S = 1.5  # who asks the API hears within 2 s that Redis does not answer
+HUNG_S = 1.0  # how long nobody else waits after that
+
+
+class ImpatientRedis(Redis):
+    """Once Redis has not answered in time, fails at once for a moment.
+
+    Else those who wait would hold all threads that answer, and the next in line would wait for them first.
+    """
+
+    _hung_until = 0.0
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        if time.monotonic() < self._hung_until:
+            raise TimeoutError("Redis did not answer a moment ago")
+        try:
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except TimeoutError:
+            self._hung_until = time.monotonic() + HUNG_S
+            raise
+
+
+def connect_for_answers(url: str) -> "Redis":
+    """The API's client: what is refused is tried again twice, what hangs is not."""
+    return ImpatientRedis.from_url(url, decode_responses=True, **_impatience())
+
+
+def connect_for_dispatching(url: str) -> "Redis":
+    """The same for RQ in the API, which keeps bytes."""
+    return ImpatientRedis.from_url(url, **_impatience())
+
+
+def _impatience() -> dict[str, Any]:
+    return {
+        "socket_timeout": ANSWER_S,
+        "socket_connect_timeout": ANSWER_S,
+        "retry": Retry(ExponentialBackoff(cap=0.1, base=0.05), 2, (ConnectionError, BusyLoadingError)),
+    }
+
 
 def connect(url: str, *, patience: int, timeout_s: float = 5) -> "Redis":
-    """A client that retries a lost connection `patience` times, at most 1 s apart.
-
-    The API asks for little, so that it can answer 503 soon; a worker for much, so that it outlasts a restart.
-    """
+    """A worker's client, which retries a lost connection `patience` times, at most 1 s apart, to outlast a restart."""
     return Redis.from_url(
         url,
         decode_responses=True,

@@ -2,9 +2,9 @@
 
 Each write is one Lua script, so that it is whole or not at all, and a compare-and-set: against the record's status
 (the transitions of `Status`) and, from a worker, against its attempt number. RQ only carries task ids; if it loses one,
-`due` finds it again. When an answer gets lost the client asks again by itself, so creating a job, recording its
-progress and ending it are the same the second time. Each change of a job's status or progress is an event in its log,
-added by the script that makes the change; `app.storage.events` reads it.
+`due` finds it again. When an answer gets lost the client asks again by itself, so creating a job, claiming it,
+recording its progress and ending it are the same the second time. Each change of a job's status or progress is an event
+in its log, added by the script that makes the change; `app.storage.events` reads it.
 
 Keys, all below the prefix: `job:<id>` and `task:<id>` hashes; `events:<id>` and `progress:<id>` streams; `jobs` all job
 ids by time; `due` tasks waiting for a worker by when they were last handed to RQ; `leases` running tasks by expiry;
@@ -118,7 +118,12 @@ return false
 # KEYS: task, due, leases. ARGV: task id, lease ms, worker, progress
 CLAIM = """
 local task, due, leases = KEYS[5], KEYS[6], KEYS[7]
-if redis.call('HGET', task, 'state') ~= 'queued' then return 0 end
+local state = redis.call('HGET', task, 'state')
+if state == 'running' and redis.call('HGET', task, 'worker') == ARGV[4] then
+  redis.call('ZADD', leases, now + ARGV[3], ARGV[2])  -- the answer to its claim got lost
+  return tonumber(redis.call('HGET', task, 'attempt'))
+end
+if state ~= 'queued' then return 0 end
 if redis.call('HGET', job, 'status') ~= 'queued' or is_overdue(ARGV[2]) then return 0 end
 local attempt = redis.call('HINCRBY', task, 'attempt', 1)
 redis.call('HSET', task, 'state', 'running', 'worker', ARGV[4])

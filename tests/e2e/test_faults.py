@@ -259,6 +259,22 @@ def test_a_worker_that_stands_still_loses_its_job_to_another_and_does_no_harm_wh
     assert [folder.name for folder in (pair.data_dir / "artifacts").glob(f"{job_id}.*")] == [f"{job_id}.2"]
 
 
+def test_a_redis_that_stands_still_for_longer_than_a_lease_costs_no_attempt(pair: Service) -> None:
+    wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
+    workers = {worker.pid for worker in all_of(pair, "worker") if worker.cmdline()[-1] == "worker"}
+    job_id = pair.submit(long_recipe())
+    wait_until(lambda: scoring(pair, job_id), "work", interval_s=0.02)
+    redis = pair.processes()["redis"]
+    redis.suspend()
+    time.sleep(8)  # a lease is 3 s
+    assert pair.get("/readyz").status_code == 503
+    redis.resume()
+    job = pair.finished(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 1)
+    wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers again")
+    assert {worker.pid for worker in all_of(pair, "worker") if worker.cmdline()[-1] == "worker"} == workers
+
+
 def test_many_jobs_survive_many_kills_at_random_times(pair: Service) -> None:
     """Whatever is killed, and whenever: every job ends once, and nothing is left of the attempts that did not."""
     jobs = [pair.submit(tiny_recipe("a", "b", "c", examples=200)) for _ in range(6)]

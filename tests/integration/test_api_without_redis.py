@@ -1,14 +1,22 @@
-"""The API while Redis is away: honest answers, soon."""
+"""The API while Redis is away, or hangs: honest answers, soon."""
 
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from app.contracts.settings import Settings
+from app.embedded_redis import EmbeddedRedis
 from app.main import create_app
-from tests.conftest import BASE_URL, free_port, tiny_recipe
+from app.storage.connection import HUNG_S
+from tests.conftest import BASE_URL, free_port, keeps_within, tiny_recipe, wait_until
 
 
 @pytest.fixture
@@ -49,3 +57,84 @@ def test_the_process_is_alive_but_not_ready(api: TestClient) -> None:
 def test_the_api_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="MASKMERGE_REDIS_URL"):
         create_app(Settings(redis_url=None, data_dir=tmp_path))
+
+
+TOLD_WITHIN_S = 2.0
+UNKNOWN = "0" * 28
+
+
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[TestClient]:
+    """An API whose Redis accepts connections and answers nothing any more."""
+    folder = tmp_path_factory.mktemp("hung")
+    server = EmbeddedRedis(folder)
+    process = subprocess.Popen(server.command, stdout=subprocess.DEVNULL)
+    settings = Settings(redis_url=SecretStr(server.url), data_dir=folder, local_roots=(tiny_inputs,))
+    with TestClient(create_app(settings), BASE_URL) as client:
+        wait_until(lambda: client.get("/jobs").status_code == 200, "Redis to answer")
+        os.kill(process.pid, signal.SIGSTOP)
+        yield client
+        os.kill(process.pid, signal.SIGCONT)
+        wait_until(lambda: client.get("/jobs").status_code == 200, "Redis to answer again")
+    process.kill()
+    process.wait()
+    server.clean()
+
+
+ASKING = [
+    ("GET", "/jobs"),
+    ("GET", f"/jobs/{UNKNOWN}"),
+    ("DELETE", f"/jobs/{UNKNOWN}"),
+    *[("POST", f"/jobs/{UNKNOWN}/{action}") for action in ("cancel", "retry")],
+    *[("GET", f"/jobs/{UNKNOWN}/{part}") for part in ("events", "artifacts", "artifacts/a", "archive", "report")],
+    ("POST", "/merge"),
+    ("POST", "/scores"),
+    ("GET", "/readyz"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ASKING)
+def test_that_redis_hangs_is_told_within_2_s(hung: TestClient, method: str, path: str) -> None:
+    recipe = tiny_recipe("a")
+    if path == "/scores":
+        del recipe["models"][0]["evaluation"]
+
+    def told() -> float:
+        if path in ("/jobs", "/merge", "/readyz"):
+            time.sleep(HUNG_S)  # so that it is not told by what was found out a moment ago
+        began = time.monotonic()
+        headers = {"Prefer": "wait=10"}
+        response = hung.request(method, path, json=recipe if method == "POST" else None, headers=headers)
+        took = time.monotonic() - began
+        code = "not_ready" if path == "/readyz" else "redis_unavailable"
+        assert (response.status_code, response.json()["code"]) == (503, code)
+        return took
+
+    keeps_within(TOLD_WITHIN_S, told)
+
+
+def test_every_route_that_asks_redis_is_among_these(hung: TestClient) -> None:
+    without = {"/healthz", "/methods", "/scores/{digest}", "/merge/validate"}
+    paths = hung.get("/openapi.json").json()["paths"]
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods if path not in without}
+    asked = {(m, p.replace(UNKNOWN, "{job_id}").replace("artifacts/a", "artifacts/{name}")) for m, p in ASKING}
+    assert {(m, p) for m, p in routes if m != "HEAD"} - {("GET", "/scores")} == asked
+
+
+def test_many_who_ask_at_once_are_told_as_soon(hung: TestClient) -> None:
+    """More than there are threads that answer."""
+
+    def told() -> float:
+        time.sleep(HUNG_S)
+        began = time.monotonic()
+        with ThreadPoolExecutor(100) as pool:
+            answers = list(pool.map(lambda _: hung.get("/jobs"), range(100)))
+        assert {answer.status_code for answer in answers} == {503}
+        return time.monotonic() - began
+
+    keeps_within(TOLD_WITHIN_S + 1.0, told)  # a thread for each of them takes the test's time, too
+
+
+def test_what_needs_no_redis_is_answered_while_it_hangs(hung: TestClient) -> None:
+    for path in ("/healthz", "/methods", "/scores"):
+        assert hung.get(path).status_code == 200

@@ -103,6 +103,18 @@ def test_only_one_worker_claims_a_task(store: JobStore) -> None:
     assert store.due(2**53) == []
 
 
+def test_a_worker_whose_claim_was_not_answered_claims_the_same_attempt_again(store: JobStore, clock: Clock) -> None:
+    task = new_job(store)
+    first = store.claim(task, "one")
+    before = record_of(store, task)
+    clock.advance(LEASE_S - 1)
+    assert store.claim(task, "one") == first
+    assert record_of(store, task) == before
+    clock.advance(LEASE_S - 1)
+    assert store.expired() == []
+    assert store.claim(task, "two") is None
+
+
 def test_a_lease_lasts_as_long_as_it_is_renewed(store: JobStore, clock: Clock) -> None:
     attempt = claimed(store, new_job(store))
     clock.advance(LEASE_S - 1)
@@ -229,7 +241,7 @@ def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
 
 def test_jobs_are_listed_newest_first_across_pages(store: JobStore, clock: Clock) -> None:
     ids = []
-    for _ in range(205):
+    for _ in range(105):
         ids.append(new_job(store).job)
         clock.advance(0.001)
     assert [record.id for record in store.newest()] == ids[::-1]
@@ -526,7 +538,7 @@ def test_a_job_whose_models_are_read_by_an_active_one_is_kept_until_that_ends(
 
 
 def test_many_outlived_jobs_are_found_page_by_page_while_they_are_removed(forgetting: JobStore, clock: Clock) -> None:
-    jobs = [ended(forgetting) for _ in range(205)]
+    jobs = [ended(forgetting) for _ in range(105)]
     clock.advance(RETENTION_S)
     removed = [record.id for record in forgetting.outlived() if forgetting.expire(record)]
     assert sorted(removed) == sorted(task.job for task in jobs)
