@@ -28,6 +28,7 @@ from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
+from worker.engine.catalog.paths import hide
 from worker.engine.catalog.spec import StoreSpec
 from worker.engine.catalog.statistics import FOLDER
 from worker.engine_process import EngineProcess
@@ -123,6 +124,7 @@ def run(settings: Settings) -> int:
     if settings.redis_url is None:
         print("MASKMERGE_REDIS_URL is not set", file=sys.stderr)  # noqa: T201
         return 2
+    hide(*settings.local_roots, settings.data_dir)
     url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     store = JobStore(connect(url, patience=3), settings.queue, settings.lease_seconds, settings.max_losses)

@@ -28,8 +28,10 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from app.contracts.jobs import JobError, Phase
 from app.contracts.lifetime import die_with_parent
+from app.contracts.settings import Settings
 from app.storage.scratch import Scratch
 from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory, StorageError
+from worker.engine.catalog.paths import hide
 from worker.engine.catalog.report import MergeResult, ScoreResult
 from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.vitals import Vitals, processor_seconds
@@ -368,5 +370,7 @@ def _send(events: int, event: BaseModel) -> None:
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
     _open_as_many_files_as_allowed()
-    logging.basicConfig(level=os.environ.get("MASKMERGE_LOG_LEVEL", "INFO"), stream=sys.stderr)
+    configured = Settings()
+    hide(*configured.local_roots, configured.data_dir)
+    logging.basicConfig(level=configured.log_level, stream=sys.stderr)
     serve(sys.stdin.buffer, int(sys.argv[2]))

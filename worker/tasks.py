@@ -304,7 +304,9 @@ class TaskRunner:
     def _of_job(self, reference: JobReference) -> tuple[Path, Path]:
         try:
             return self._insist(lambda: self._job_inputs.resolve(reference))
-        except ReferenceError as error:  # a job that succeeded once does not change
+        except ReferenceError as error:
+            if self._insist(lambda: self._store.get(reference.job)) is not None:
+                raise
             raise ReferenceError(f"job {reference.job} was deleted after this one was accepted") from error
 
 

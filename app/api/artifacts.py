@@ -1,5 +1,6 @@
-import hashlib
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -8,16 +9,17 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
 
 from app.api.conditional import IfNoneMatch
-from app.api.dependencies import RecordOf, ServicesOf
-from app.api.files import ArchiveResponse, media_type, serve
+from app.api.dependencies import RecordOf, ServicesOf, get_record
+from app.api.files import ArchiveResponse, held_open, media_type, serve
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
 from app.services.composition import Services
-from app.storage.files import StoredFile
-from worker.engine.catalog.report import MANIFEST, PAGE_POLICY
+from app.storage.files import Damaged, StoredFile
+from worker.engine.catalog.report import PAGE_POLICY
 
 router = APIRouter(tags=["artifacts"], route_class=StrictRoute)
+logger = logging.getLogger(__name__)
 
 
 class FileEntry(BaseModel):
@@ -35,7 +37,10 @@ class Listing(BaseModel):
 
 @router.get("/jobs/{job_id}/artifacts")
 def list_files(record: RecordOf, services: ServicesOf) -> Listing:
-    """Every file of a succeeded job's artifact. Files with the same sha256 need downloading only once."""
+    """Every file of a succeeded job's artifact. Files with the same sha256 need downloading only once.
+
+    500 with `artifact_damaged` when one of them is missing or not as long as it was.
+    """
     return Listing(
         files=[
             FileEntry(
@@ -45,7 +50,7 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
                 media_type=media_type(file.name),
                 href=f"/jobs/{record.id}/artifacts/{quote(file.name)}",
             )
-            for file in _files(record, services)
+            for file in _all_files(record, services)
         ],
         archive=f"/jobs/{record.id}/archive",
     )
@@ -53,43 +58,63 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
 
 @router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=FileResponse)
 def get_file(name: str, record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
-    """One file: ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530)."""
-    return serve(_file(name, record, services), if_none_match)
+    """One file: ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530).
+
+    It is sent to its end also when the job is removed meanwhile.
+    """
+    return serve(*_file(name, record, services), if_none_match)
 
 
 @router.get("/jobs/{job_id}/report", response_class=FileResponse)
 def report(record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
     """The report page."""
-    response = serve(_file("report.html", record, services), if_none_match, "inline")
+    response = serve(*_file("report.html", record, services), if_none_match, "inline")
     response.headers.update({"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
     return response
 
 
 @router.get("/jobs/{job_id}/archive", response_class=StreamingResponse)
 def archive(record: RecordOf, services: ServicesOf) -> ArchiveResponse:
-    """The whole artifact as a tar, made while it is sent; a shard that several models share is in it once."""
+    """The whole artifact as a tar, made while it is sent; a shard that several models share is in it once.
+
+    The connection is closed before `Content-Length` bytes are sent when the job is removed meanwhile.
+    """
     finished = datetime.fromtimestamp((record.finished_ms or 0) / 1000, UTC)
-    return ArchiveResponse(_files(record, services), record.id, finished, ExitStack())
+    return ArchiveResponse(_all_files(record, services), record.id, finished, ExitStack())
 
 
-def _files(record: Record, services: Services) -> list[StoredFile]:
+def _all_files(record: Record, services: Services) -> list[StoredFile]:
+    """All that the artifact has, each as long as it was."""
+    with _intact(record, services) as artifact:
+        files = services.artifacts.files(artifact)
+        for file in files:
+            file.check()
+        return files
+
+
+def _file(name: str, record: Record, services: Services) -> tuple[StoredFile, ExitStack]:
+    """One of them, held open until the stack is closed."""
+    with _intact(record, services) as artifact:
+        for file in services.artifacts.files(artifact):
+            if file.name == name:
+                return held_open(file)
+    raise ProblemError(Problem.NOT_FOUND, f"the artifact of job {record.id} has no file '{name}'")
+
+
+@contextmanager
+def _intact(record: Record, services: Services) -> Iterator[str]:
+    """The artifact's name. What is found wrong with it becomes a problem: of the job, if that was removed meanwhile."""
     if record.status is not Status.SUCCEEDED or record.artifact is None:
         raise ProblemError(
             Problem.CONFLICT, f"job {record.id} is {record.status.value}; its artifact comes with success"
         )
-    manifest = services.artifacts.manifest(record.artifact)
     try:
-        content = manifest.read_bytes()
-        files = services.artifacts.files(record.artifact)
-    except FileNotFoundError as error:
-        raise ProblemError(
-            Problem.NOT_FOUND, f"the artifact of job {record.id} is gone from the data folder"
-        ) from error
-    return [*files, StoredFile(MANIFEST, len(content), hashlib.sha256(content).hexdigest(), manifest)]
-
-
-def _file(name: str, record: Record, services: Services) -> StoredFile:
-    file = next((file for file in _files(record, services) if file.name == name), None)
-    if file is None or not file.path.is_file():
-        raise ProblemError(Problem.NOT_FOUND, f"the artifact of job {record.id} has no file '{name}'")
-    return file
+        yield record.artifact
+    except (FileNotFoundError, Damaged) as error:
+        get_record(record.id, services)
+        if isinstance(error, FileNotFoundError):
+            detail = f"the artifact of job {record.id} is gone from the data folder"
+            raise ProblemError(Problem.NOT_FOUND, detail) from error
+        logger.error("the artifact of job %s is damaged: %s", record.id, error)
+        detail = f"the artifact of job {record.id} is damaged: {error}; post its recipe again to have it made anew"
+        raise ProblemError(Problem.ARTIFACT_DAMAGED, detail) from error

@@ -13,6 +13,7 @@ from starlette.routing import Match
 
 from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
+from worker.engine.catalog.paths import without_paths
 
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
 
@@ -44,8 +45,8 @@ def _problem(request: Request, error: Exception) -> Response:
     for found in error.errors:
         field = as_sent(request, found.field)
         detail = detail.replace(f"{found.field}: {found.message}", f"{field}: {found.message}", 1)
-        errors.append(FieldError(field=field, message=found.message))
-    return answer(request, ProblemError(error.problem, detail, errors, **error.headers))
+        errors.append(FieldError(field=field, message=without_paths(found.message)))
+    return answer(request, ProblemError(error.problem, without_paths(detail), errors, **error.headers))
 
 
 def _validation(request: Request, error: Exception) -> Response:

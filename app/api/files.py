@@ -1,11 +1,14 @@
 """Files as answers: ranges, conditions, digests, and several of them as one archive."""
 
 import base64
+import logging
 import mimetypes
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 from fastapi import Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -14,11 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.conditional import is_current, not_modified
 from app.api.ranges import wanted_ranges
-from app.storage.files import StoredFile
+from app.storage.files import Damaged, StoredFile
 
 CHUNK_BYTES = 1 << 20
 CACHING = "private, immutable"
 MEDIA_TYPES = {".safetensors": "application/octet-stream", ".md": "text/markdown; charset=utf-8"}
+logger = logging.getLogger(__name__)
+
 TAR_END = 2 * tarfile.BLOCKSIZE  # two empty blocks close an archive
 
 
@@ -70,17 +75,23 @@ class ArchiveResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except Damaged as error:  # its reader sees it too: the connection is closed before all is sent
+                logger.warning("an archive is cut off, since its job was removed or its files changed: %s", error)
+
+
+def held_open(file: StoredFile) -> tuple[StoredFile, ExitStack]:
+    """The file by its descriptor, which stays readable until the stack is closed. Raises Damaged."""
+    held = ExitStack()
+    stream = held.enter_context(file.open())
+    return replace(file, path=Path(f"/proc/self/fd/{stream.fileno()}")), held
 
 
 def serve(
-    file: StoredFile,
-    if_none_match: Sequence[str] | None,
-    disposition: str = "attachment",
-    held: ExitStack | None = None,
+    file: StoredFile, held: ExitStack, if_none_match: Sequence[str] | None, disposition: str = "attachment"
 ) -> Response:
     """The file, or 304 when the caller has it; either way `held` is closed in the end."""
-    held = held or ExitStack()
     if is_current(if_none_match, _etag(file)):
         held.close()
         return not_modified(_etag(file))
@@ -117,8 +128,13 @@ def _tar(entries: Sequence[tuple[bytes, StoredFile | None]]) -> Iterator[bytes]:
     for header, file in entries:
         yield header
         if file is not None:
-            with file.path.open("rb") as stream:
-                while chunk := stream.read(CHUNK_BYTES):
+            with file.open() as stream:
+                left = file.bytes
+                while left:
+                    chunk = stream.read(min(left, CHUNK_BYTES))
+                    if not chunk:
+                        raise Damaged(f"{file.name} became shorter")
+                    left -= len(chunk)
                     yield chunk
             yield b"\0" * (_padded(file.bytes) - file.bytes)
     yield b"\0" * TAR_END

@@ -131,7 +131,7 @@ def get_scores(
     except FileNotFoundError as error:
         raise ProblemError(Problem.NOT_FOUND, f"no statistic {address} is kept") from error
     if len(files) == 1:
-        return serve(files[0], if_none_match, held=held)
+        return serve(files[0], held, if_none_match)
     return ArchiveResponse(files, kept.title, kept.about.created_at, held)
 
 

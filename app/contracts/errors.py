@@ -28,6 +28,7 @@ class Problem(Enum):
     INVALID_DATASET = ("invalid_dataset", 422, "A data set is refused")
     IDEMPOTENCY_MISMATCH = ("idempotency_mismatch", 422, "The Idempotency-Key came with another body before")
     INTERNAL = ("internal", 500, "The service failed; this is not the caller's fault")
+    ARTIFACT_DAMAGED = ("artifact_damaged", 500, "Files of an artifact are not what was written")
     REDIS_UNAVAILABLE = ("redis_unavailable", 503, "Redis is away; try again")
     HUB_UNAVAILABLE = ("hub_unavailable", 503, "The Hugging Face hub does not answer; try again")
     TOO_BUSY = ("too_busy", 503, "The service has as much to do as it takes; try again")

@@ -2,10 +2,11 @@
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
+from worker.engine.catalog.paths import Told, told
 from worker.engine.catalog.report import MergeResult, MergeSummary, ScoreResult
 
 
@@ -91,9 +92,9 @@ class ErrorCode(StrEnum):
 
 class JobError(BaseModel):
     code: ErrorCode
-    message: str
+    message: Told
     retryable: bool = False
-    detail: dict[str, Any] = {}
+    detail: Annotated[dict[str, Any], AfterValidator(told)] = {}
 
 
 class Links(BaseModel):

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
     """Statistics of models are kept for later merges; before one is added to more than this, those that were used
     longest ago are removed."""
-    job_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] = 90 * 86_400
+    job_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e10)] = 90 * 86_400
     """How long a job is kept after its end, with its artifact: in seconds, or as 90d, 12h or 30m. One whose models a
     waiting or running job reads is kept until that has ended."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400

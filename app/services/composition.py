@@ -13,6 +13,7 @@ from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
 from app.storage.statistics import StatisticsFolder
+from worker.engine.catalog.paths import hide
 
 WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
 
@@ -34,6 +35,7 @@ def compose(settings: Settings) -> Services:
     """Raises ValueError when no Redis is named."""
     if settings.redis_url is None:
         raise ValueError("MASKMERGE_REDIS_URL is not set; set it, or use 'maskmerge serve', which brings its own Redis")
+    hide(*settings.local_roots, settings.data_dir)
     url = settings.redis_url.get_secret_value()
     store = JobStore(
         connect_for_answers(url),

@@ -35,7 +35,7 @@ class Jobs:
         """
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         idempotency = None if idempotency_key is None else (idempotency_key, digest)
-        # Also without a key, Redis is asked before the checks: they may take longer than it should to hear that it is away.
+        # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
         created = await run_sync(self._store.remembered, *(idempotency or ("", "")))
         if created is None:
             accepted = await self._check(request)

@@ -1,17 +1,39 @@
 """Published artifacts as folders: assembled out of sight, visible by one rename."""
 
-import json
+import hashlib
 import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from app.contracts.jobs import Attempt, Record, Stage, TaskId
-from app.storage.files import StoredFile
+from app.storage.files import Damaged, StoredFile
 from worker.engine.catalog.report import MANIFEST
 
 logger = logging.getLogger(__name__)
+
+
+class ManifestFile(BaseModel):
+    """What is read of an entry."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\x00]+(/[^/\x00]+)*$")]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below(cls, name: str) -> str:
+        if {".", ".."} & set(name.split("/")):
+            raise ValueError("leads out of its folder")
+        return name
+
+
+class Manifest(BaseModel):
+    files: list[ManifestFile]
 
 
 class ArtifactFolder:
@@ -69,10 +91,30 @@ class ArtifactFolder:
             shutil.rmtree(self._published / record.artifact, ignore_errors=True)
 
     def files(self, artifact: str) -> list[StoredFile]:
-        """Every file of a published artifact, from its manifest."""
+        """Every file of a published artifact, from its manifest, which is the last of them. None is looked at yet.
+
+        Raises:
+            FileNotFoundError: there is no such artifact.
+            Damaged: its manifest is not what was written.
+        """
         folder = self._published / artifact
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return [StoredFile(f["name"], f["bytes"], f["sha256"], folder / f["name"]) for f in manifest["files"]]
+        if not folder.is_dir():
+            raise FileNotFoundError(folder)
+        path = folder / MANIFEST
+        try:
+            content = path.read_bytes()
+            manifest = Manifest.model_validate_json(content)
+        except (OSError, ValidationError) as error:
+            raise Damaged(f"{MANIFEST} is missing or broken") from error
+        files = [StoredFile(file.name, file.bytes, file.sha256, folder / file.name) for file in manifest.files]
+        return [*files, StoredFile(MANIFEST, len(content), hashlib.sha256(content).hexdigest(), path)]
+
+    def check(self, artifact: str, part: Path) -> None:
+        """Look at the files below a folder of the artifact. Raises as `files`, and Damaged when one is not as long."""
+        name = part.relative_to(self._published / artifact).as_posix()
+        for file in self.files(artifact):
+            if file.name.startswith(f"{name}/"):
+                file.check()
 
     def folder(self, artifact: str) -> Path:
         """Of a published artifact."""
@@ -85,9 +127,6 @@ class ArtifactFolder:
         if (folder / "model").is_dir():
             found.setdefault("model", folder / "model")
         return found
-
-    def manifest(self, artifact: str) -> Path:
-        return self._published / artifact / MANIFEST
 
     def sweep(self, is_wanted: Callable[[TaskId, int, bool], bool]) -> int:
         """Remove folders that crashes left; `is_wanted(task, attempt, published)` says which stay. How many went."""

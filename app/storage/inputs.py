@@ -8,6 +8,7 @@ from typing import Protocol
 
 from app.contracts.jobs import Status
 from app.storage.artifacts import ArtifactFolder
+from app.storage.files import Damaged
 
 SCHEMES = ("local", "hf", "s3", "job")
 HUB = re.compile(r"(?P<repository>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w.-][\w./-]*))?", re.ASCII)
@@ -92,7 +93,7 @@ class JobInputs:
         """(path, the artifact's folder).
 
         Raises:
-            ReferenceError: there is no such job, it did not succeed, or its artifact has no such model.
+            ReferenceError: there is no such job, it did not succeed, its artifact has no such model, or not all of it.
         """
         job = self._outcome(reference.job)
         if job is None:
@@ -105,6 +106,11 @@ class JobInputs:
         if reference.model not in models:
             there = f"there are {', '.join(models)}" if models else "it made none"
             raise ReferenceError(f"'{reference}': job {reference.job} has no model {reference.model}; {there}")
+        try:
+            self._artifacts.check(job.artifact, models[reference.model])
+        except (FileNotFoundError, Damaged) as error:
+            why = str(error) if isinstance(error, Damaged) else "it is gone"
+            raise ReferenceError(f"'{reference}': the artifact of job {reference.job} is damaged: {why}") from error
         return models[reference.model], self._artifacts.folder(job.artifact)
 
 

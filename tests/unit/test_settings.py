@@ -31,8 +31,30 @@ def test_settings_prints_every_setting_and_masks_secrets(
 
 
 @pytest.mark.parametrize(
+    ("value", "seconds"), [("90d", 7_776_000), ("12h", 43_200), ("1.5m", 90), ("30s", 30), ("45", 45), ("0.5", 0.5)]
+)
+def test_a_time_may_have_a_unit_and_outlasts_being_handed_on(
+    monkeypatch: pytest.MonkeyPatch, value: str, seconds: float
+) -> None:
+    monkeypatch.setenv("MASKMERGE_JOB_RETENTION", value)
+    assert Settings().job_retention == seconds
+    monkeypatch.setenv("MASKMERGE_JOB_RETENTION", str(Settings().job_retention))  # as the supervisor does
+    assert Settings().job_retention == seconds
+
+
+@pytest.mark.parametrize(
     ("variable", "value"),
-    [("PORT", "no"), ("PORT", "70000"), ("QUEUE", "with space"), ("WORKERS", "0"), ("LOG_LEVEL", "LOUD")],
+    [
+        ("JOB_RETENTION", "0"),
+        ("JOB_RETENTION", "-1d"),
+        ("JOB_RETENTION", "1y"),
+        ("JOB_RETENTION", "inf"),
+        ("PORT", "no"),
+        ("PORT", "70000"),
+        ("QUEUE", "with space"),
+        ("WORKERS", "0"),
+        ("LOG_LEVEL", "LOUD"),
+    ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str

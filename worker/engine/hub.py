@@ -27,6 +27,7 @@ from worker.engine.catalog.formats import Csv
 from worker.engine.catalog.headers import described_files, weights_among
 from worker.engine.catalog.notes import Doubt
 from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
+from worker.engine.libraries import in_one_line
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import is_out_of_memory, require_space
 
@@ -300,7 +301,7 @@ def _translated(asked: CheckpointSpec | DatasetSpec) -> Iterator[None]:
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
         if _is_the_machines(error):
             raise
-        raise invalid(asked.source, " ".join(str(error).split())[:300]) from error
+        raise invalid(asked.source, in_one_line(error)) from error
     except EngineError:
         raise
     except Exception as error:

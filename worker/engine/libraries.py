@@ -8,6 +8,8 @@ from importlib import import_module
 from threading import Lock
 from typing import Any
 
+from worker.engine.catalog.paths import without_paths
+
 IMPORTED = (
     "optuna",
     "scipy.optimize",
@@ -62,5 +64,5 @@ def is_of_library(error: BaseException) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What it says, which may be on several lines; at most 300 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    """What it says, which may be on several lines; at most 300 characters, and no paths of this machine."""
+    return (without_paths(" ".join(str(error).split())) or type(error).__name__)[:300]

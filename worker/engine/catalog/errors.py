@@ -13,6 +13,8 @@ EngineError
 
 from typing import ClassVar, Literal, NamedTuple
 
+from worker.engine.catalog.paths import told, without_paths
+
 
 class Place(NamedTuple):
     """Where in a data set: a line of a file, or a row of a table, counted from 1."""
@@ -35,8 +37,10 @@ class EngineError(Exception):
 
     def __init__(self, message: str, **detail: object) -> None:
         # Inputs may hold halves of surrogate pairs, which nothing that writes UTF-8 takes.
-        self.message = _encodable(message)
-        self.detail = {key: _encodable(value) if isinstance(value, str) else value for key, value in detail.items()}
+        self.message = without_paths(_encodable(message))
+        self.detail = {
+            key: _encodable(value) if isinstance(value, str) else value for key, value in told(detail).items()
+        }
         super().__init__(self.message)
 
 

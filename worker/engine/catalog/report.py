@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.paths import Told
 from worker.engine.catalog.spec import MetricName
 from worker.engine.catalog.strict import Strict
 from worker.engine.catalog.values import PerTensor
@@ -127,7 +128,7 @@ class Proposed(Strict):
 
 
 class FailedTrial(Proposed):
-    error: str
+    error: Told
     """As numbers that are not finite, or a matrix that cannot be solved for."""
 
 
@@ -215,7 +216,7 @@ class JobResult(Strict):
     timings: Timings
     peak_memory_bytes: int
     device: str
-    notes: list[str]
+    notes: list[Told]
     """What a reader should know: first what puts a number in question, as labels whose order is not certain; then what
     was done, as rows that were truncated."""
 
