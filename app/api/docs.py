@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse
 
 from app.api.conditional import IfNoneMatch
-from app.api.files import serve
+from app.api.files import held_open, serve
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
 from app.storage.files import StoredFile
@@ -58,4 +58,4 @@ def page() -> HTMLResponse:
 def part(name: str, if_none_match: IfNoneMatch = None) -> Response:
     if name not in PARTS:
         raise ProblemError(Problem.NOT_FOUND, f"the page has no part '{name}'")
-    return serve(PARTS[name], if_none_match, "inline")
+    return serve(*held_open(PARTS[name]), if_none_match, "inline")
