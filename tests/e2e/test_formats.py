@@ -69,6 +69,9 @@ def test_labels_by_name_are_the_checkpoints_and_another_order_is_reported(servic
     found = merged(service, recipe)
     assert found["metrics"]["a"] == expected
     assert [note for note in found["notes"] if "ids 0 to 1 are the checkpoint's 1, 0" in note], found["notes"]
+    evaluation["metric"] = "f1"
+    first = merged(service, recipe)["notes"][0]
+    assert "f1 of local:rows/other-way.csv is of the checkpoint's label 1, good, which is not the data" in first, first
 
 
 def test_labels_that_mean_something_else_to_the_checkpoint_are_reported(service: Service, tiny_inputs: Path) -> None:

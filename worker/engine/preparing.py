@@ -94,7 +94,7 @@ def prepare(
         labels = _label_map(loaded, model.evaluation, rows, notes)
         read = sample(rows, model.evaluation, None)
         run.evaluation, truncated = examples_from(loaded, model.evaluation, read, labels)
-        notes += [*rows.notes, *_from_one(labels, model.evaluation, read)]
+        notes += [*rows.notes, *_from_one(labels, model.evaluation, read), *_whose_f1(labels, model.evaluation)]
         if spec.output.vocabulary != "error":
             run.evaluation_rows = read
         notes += truncated
@@ -199,6 +199,17 @@ def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: lis
     labels, found = label_map(loaded.task, dataset.source, dataset.label_names, rows.label_names, loaded.info.source)
     notes += found
     return labels
+
+
+def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
+    """A doubt, where F1 of two labels is of another one than those who made the data set would take."""
+    order = labels.permutation
+    if evaluation.metric != "f1" or labels.task.problem != "classification" or labels.task.outputs > 2 or not order:
+        return []
+    name = next((name for name, index in labels.task.label_ids.items() if index == 1), "1")
+    return [
+        Doubt(f"f1 of {evaluation.source} is of the checkpoint's label 1, {name}, which is not the data set's label 1")
+    ]
 
 
 def _from_one(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:

@@ -321,7 +321,8 @@ class LabelMap:
                 either = " or ".join(f"'{other[:SHOWN_NAME]}'" for other in alike)
                 raise InvalidDataset(source, f"{said} is unknown; did you mean {either}?", place)
             missing = "; the row has no label" if not name.strip() else did_you_mean(name, list(self.task.label_ids))
-            raise InvalidDataset(source, f"{said} is unknown{missing}", place)
+            advice = "; label_names can say which of these it is" if self.names and place else ""
+            raise InvalidDataset(source, f"{said} is unknown{missing}{advice}", place)
         return index
 
 
