@@ -1,12 +1,28 @@
 """bench/merging.py: its inputs are checkpoints that merge, and its floor moves as many bytes as it says."""
 
+import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench.merging import SHAPES, SPREAD, STEP, Inputs, Shape, Turns, copy_through, difference, read, tiny
+from bench.merging import (
+    NO_FLOOR,
+    SHAPES,
+    SPREAD,
+    STEP,
+    Inputs,
+    Shape,
+    Turns,
+    against_least,
+    difference,
+    move_bytes,
+    read,
+    tiny,
+)
 from tests.tiny import silent
 from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.pipeline import Engine
@@ -59,11 +75,44 @@ def test_the_shapes_are_those_that_they_are_named_after() -> None:
     }
 
 
-def test_the_floor_writes_what_it_is_asked_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_floor_reads_and_writes_every_byte_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr("bench.merging.PIECE_BYTES", 300_000)
+    monkeypatch.setattr("bench.merging.BLOCK_BYTES", 70_000)
     source = tmp_path / "source"
-    source.write_bytes(bytes(range(256)) * 40_000)  # more than one read
-    copy_through([source, source], tmp_path / "out" / "copy", 5_000_001)
-    assert (tmp_path / "out" / "copy").stat().st_size == 5_000_001
+    source.write_bytes(bytes(range(256)) * 4_000)
+    moved: dict[str, list[tuple[int, int]]] = {"preadv": [], "pwrite": []}
+
+    def count(name: str) -> None:
+        plain = getattr(os, name)
+
+        def counting(descriptor: int, data: Any, place: int) -> int:
+            done: int = plain(descriptor, data, place)
+            moved[name].append((place, done))
+            return done
+
+        monkeypatch.setattr(os, name, counting)
+
+    for name in moved:
+        count(name)
+    move_bytes([source, source], tmp_path / "out" / "copy", 1_500_001, threads)
+    assert (tmp_path / "out" / "copy").stat().st_size == 1_500_001
+
+    def places(runs: list[tuple[int, int]]) -> Counter[int]:
+        return Counter(place for start, count in runs for place in range(start, start + count))
+
+    assert places(moved["pwrite"]) == Counter(range(1_500_001))
+    assert places(moved["preadv"]) == Counter(dict.fromkeys(range(1024000), 2))
+
+
+@pytest.mark.parametrize(
+    ("ours", "met", "target"), [(1.5, True, "<= 2.0"), (2.5, False, "<= 2.0"), (0.9, False, NO_FLOOR)]
+)
+def test_what_is_faster_than_its_floor_had_none(ours: float, met: bool, target: str) -> None:
+    found = against_least("a job", ours, 1.0, 2.0)
+    assert (found["ratio"], found["met"], found["target"]) == (ours, met, target)
 
 
 def test_works_take_turns_and_leave_nothing(tmp_path: Path) -> None:
