@@ -13,6 +13,7 @@ from worker.engine.catalog.planning import BLOCK_ELEMENTS
 from worker.engine.catalog.values import PerTensor, Place
 
 CHUNK_ELEMENTS = 1 << 16  # of one version, that several steps go through at once: they stay in a core's cache
+SAMPLED_RUNS = 16
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,24 @@ class Versions:
         """Of the blocks."""
         return len(self._runs)
 
-    def blocks(self, every: int = 1) -> Iterator[Block]:
-        """All blocks in order, or every so many; always the same ones, so that sums over them are the same sums."""
+    def blocks(self) -> Iterator[Block]:
+        """All blocks in order; always the same ones, so that sums over them are the same sums."""
         if len(self._runs) == 1:
             yield self.whole()
             return
-        for rows in self._runs[::every]:
+        for rows in self._runs:
             yield self._read(rows)
+
+    def sample(self, elements: int) -> Iterator[Block]:
+        """Runs of rows from all over the tensor with about so many elements, or a few rows that have more; of a tensor
+        that is a single block, that."""
+        if len(self._runs) == 1:
+            yield self.whole()
+            return
+        rows = self.shape[0]
+        length = max(1, elements // (SAMPLED_RUNS * max(1, math.prod(self.shape[1:]))))
+        for start in range(0, rows, max(length, rows // SAMPLED_RUNS)):
+            yield self._read(slice(start, min(start + length, rows)))
 
     def whole(self) -> Block:
         """All rows at once, for methods that cannot do with less."""
