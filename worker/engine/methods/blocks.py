@@ -13,7 +13,7 @@ from worker.engine.catalog.planning import BLOCK_ELEMENTS
 from worker.engine.catalog.values import PerTensor, Place
 
 CHUNK_ELEMENTS = 1 << 16  # of one version, that several steps go through at once: they stay in a core's cache
-SAMPLED_RUNS = 16
+SAMPLED_RUNS = 16  # of rows, for a sample: enough that no part of a tensor stands for all of it
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Versions:
             yield self.whole()
             return
         rows = self.shape[0]
-        length = max(1, elements // (SAMPLED_RUNS * max(1, math.prod(self.shape[1:]))))
+        length = min(self._runs[0].stop, max(1, elements // (SAMPLED_RUNS * max(1, math.prod(self.shape[1:])))))
         for start in range(0, rows, max(length, rows // SAMPLED_RUNS)):
             yield self._read(slice(start, min(start + length, rows)))
 
