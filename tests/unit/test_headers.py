@@ -87,6 +87,16 @@ def test_one_file_goes_before_an_index_and_its_shards(checkpoint: Path) -> None:
     assert inspect_checkpoint(checkpoint, SOURCE).tensors == expected.tensors
 
 
+def test_code_beside_a_model_that_the_library_has_itself_is_left_out_and_said(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", auto_map={"AutoModel": "code.Model"})
+    info = inspect_checkpoint(checkpoint, SOURCE)
+    assert "auto_map" not in info.config
+    [note] = info.notes
+    assert f"config.json of {SOURCE} has auto_map" in note
+    edit_json(checkpoint / "config.json", architectures=["OwnForSequenceClassification"])
+    assert_refused(checkpoint, ["config.json has auto_map", "run code"])
+
+
 def test_a_quantisation_that_is_not_there_is_left_out_and_said(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     info = inspect_checkpoint(checkpoint, SOURCE)
@@ -209,7 +219,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config a list": (text("config.json", "[]"), ["config.json is not a JSON object"]),
     "config too large": (text("config.json", " " * (MAX_CONFIG_BYTES + 1)), ["config.json", str(MAX_CONFIG_BYTES)]),
     "code in config": (
-        lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "code.Model"}),
+        lambda folder: edit_json(folder / "config.json", model_type="own", auto_map={"AutoModel": "code.Model"}),
         ["config.json has auto_map", "run code"],
     ),
     "code in tokenizer": (

@@ -185,6 +185,16 @@ def test_keys_that_steer_loading_are_not_in_a_view(checkpoint: Path, views: View
     assert config["text_config"] == {"hidden_size": 3}
 
 
+def test_code_of_a_tokenizer_counts_only_where_the_library_has_none_of_its_own(checkpoint: Path, views: Views) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]}, model_max_length=30)
+    seen = json.loads((view_of(views, checkpoint) / "tokenizer_config.json").read_text())
+    assert "auto_map" not in seen
+    assert seen["model_max_length"] == 30
+    edit_json(checkpoint / "config.json", model_type="own")
+    with pytest.raises(InvalidCheckpoint, match=r"tokenizer_config\.json has auto_map"):
+        inspect_checkpoint(view_of(views, checkpoint), SOURCE)
+
+
 def test_a_data_set_is_read_from_the_file_that_was_opened(tmp_path: Path, views: Views) -> None:
     rows = write_rows(tmp_path / "root" / "rows.jsonl")
     expected = rows.read_bytes()

@@ -32,8 +32,8 @@ from worker.engine.catalog.headers import (
     read_header,
     read_json,
     readable,
-    refuse_code,
     vocabulary_of,
+    without_code,
 )
 from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_count, layer_of
 from worker.engine.catalog.library import Architecture, decoded, kind_of
@@ -377,8 +377,7 @@ def _own_config(path: Path, source: str) -> dict[str, Any]:
     if not (path / "config.json").exists():
         return {}
     config: dict[str, Any] = decoded(read_json(path / "config.json", source, MAX_CONFIG_BYTES))
-    refuse_code("config.json", config, source)
-    return config
+    return without_code(config, source)[0]
 
 
 def _task_config(

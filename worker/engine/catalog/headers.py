@@ -19,7 +19,7 @@ from typing import Any
 
 from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.library import decoded
+from worker.engine.catalog.library import decoded, kind_of
 from worker.engine.catalog.pointers import POINTER, WHAT_TO_DO, is_pointer
 from worker.engine.catalog.reading import reads
 
@@ -287,12 +287,32 @@ def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
         )
 
 
+def is_of_library(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has the model's own class, so that code beside the checkpoint is not needed."""
+    kind = kind_of(config.get("model_type", ""))
+    name = architecture_of(config)
+    return kind is not None and (not name or name in kind.architectures)
+
+
+def without_code(config: dict[str, Any], source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A model's configuration without the code that it names, and a note where it named some.
+
+    Raises:
+        InvalidCheckpoint: it names code, and transformers has no class of its own in its place.
+    """
+    if not config.get("auto_map") or not is_of_library(config):
+        refuse_code("config.json", config, source)
+        return config, ()
+    note = f"config.json of {source} has auto_map: its code was not run, the class is transformers' own"
+    return {key: value for key, value in config.items() if key != "auto_map"}, (note,)
+
+
 def _inspect(path: Path, source: str) -> CheckpointInfo:
     check_folder(path, source)
     if (path / ADAPTER_CONFIG).exists():
         raise InvalidCheckpoint(source, f"it is an adapter ({ADAPTER_CONFIG}); only the models of a merge may be")
     config = decoded(read_json(path / "config.json", source, MAX_CONFIG_BYTES))
-    refuse_code("config.json", config, source)
+    config, notes = without_code(config, source)
     tensors: dict[str, TensorInfo] = {}
     files, indexed = _weight_files(path, source, config)
     for file_name in files:
@@ -308,10 +328,9 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
         if name not in tensors:
             problem = f"{INDEX} says that tensor {name} is in {file_of}, and no weight file has it"
             raise InvalidCheckpoint(source, problem, tensor=name)
-    notes: tuple[str, ...] = ()
     if config.get("quantization_config") and not any(map(_may_be_packed, tensors.values())):
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-        notes = (f"config.json of {source} has a quantization_config though its weights are plain: it was left out",)
+        notes += (f"config.json of {source} has a quantization_config though its weights are plain: it was left out",)
     vocabulary, last = vocabulary_of(path, source)
     return CheckpointInfo(source, path, config, tensors, vocabulary, path, last_token=last, notes=notes)
 

@@ -28,6 +28,7 @@ from worker.engine.catalog.headers import (
     TOO_MANY_OPEN,
     WEIGHTS,
     described_files,
+    is_of_library,
     parsed_json,
     readable,
     size_limit,
@@ -38,6 +39,7 @@ from worker.engine.catalog.reading import reads
 MAX_NAMES = 100_000  # in a folder and its sub-folders; more would take long to list
 STEERING = re.compile(r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*")
 """Keys of `config.json` that say which files, code or kernels a library takes. No model is another with them."""
+CODE = re.compile("auto_map")
 CONFIGURATIONS = ("config.json", ADAPTER_CONFIG)
 
 
@@ -220,7 +222,9 @@ def _copy(view: Path, folder: _Checkpoint, name: str, most: int) -> int:
         raise InvalidCheckpoint(folder.source, problem, file=name)
     content = _read(descriptor, found.st_size)
     if name in CONFIGURATIONS:
-        content = _without_steering(content)
+        content = _without(STEERING, content)
+    elif name == "tokenizer_config.json" and (view / "tokenizer.json").exists() and _has_own_class(view):
+        content = _without(CODE, content)
     target = view / name
     target.parent.mkdir(exist_ok=True)
     target.write_bytes(content)
@@ -235,13 +239,22 @@ def _read(descriptor: int, size: int) -> bytes:
     return bytes(found)
 
 
-def _without_steering(content: bytes) -> bytes:
-    """The configuration as it is, if no key steers; what is no JSON is for `inspect_checkpoint` to refuse."""
+def _has_own_class(view: Path) -> bool:
+    """Whether transformers has the model's own classes: with `tokenizer.json`, no tokenizer needs other code then."""
+    try:
+        config = parsed_json((view / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and is_of_library(config)
+
+
+def _without(keys: re.Pattern[str], content: bytes) -> bytes:
+    """A configuration without `keys`, as it is if it has none. What is no JSON is left for `inspect_checkpoint`."""
     if len(content) > MAX_CONFIG_BYTES:
         return content
     try:
         values = parsed_json(content)
-        kept = without_keys(values, STEERING)
+        kept = without_keys(values, keys)
     except (ValueError, RecursionError):
         return content
     return content if kept == values else json.dumps(kept, ensure_ascii=False, indent=2).encode()
