@@ -1,6 +1,7 @@
 """The command line: `maskmerge serve | api | worker | merge | download | settings`."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "merge":
-            return _merge(options.recipe, options.url, options.wait or options.output is not None, options.output)
+            waits = options.wait or options.output is not None
+            return _merge(options.recipe, options.url, waits, options.output, options.local_roots)
         if options.command == "download":
             return _download(options.job, options.url, options.output)
     except _Stop as stop:
@@ -59,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("worker", help="one worker, against MASKMERGE_REDIS_URL")
     merge = commands.add_parser("merge", help="queue a merge on a running service")
     merge.add_argument("recipe", type=Path, metavar="RECIPE", help="what to post: JSON, YAML, or a recipe of mergekit")
+    merge.add_argument("--local-root", action="append", dest="local_roots", type=Path, metavar="DIR",
+                       help="local root of the service, to which paths in the recipe are related; repeatable; default: "
+                       "those of MASKMERGE_LOCAL_ROOTS")  # fmt: skip
     merge.add_argument("--wait", action="store_true", help="wait for the end, showing progress")
     merge.add_argument("--output", type=Path, metavar="DIR", help="wait, and download the artifact to this new folder")
     download = commands.add_parser("download", help="fetch what a job made, or what is missing of it")
@@ -140,18 +145,37 @@ def _interruptible(message: str) -> Iterator[None]:
         raise _Stop(message, 130) from error
 
 
-def _merge(recipe: Path, url: str, waits: bool, output: Path | None) -> int:
+def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str]:
+    """What is posted, and its type: the file, with references for paths of this machine."""
+    from app.recipe_paths import PathError, with_references
+    from app.services.yaml_text import NotYaml, parse_yaml
+
+    content, is_json = recipe.read_bytes(), recipe.suffix == ".json"
+    media_type = "application/json" if is_json else "application/yaml"
+    if roots is None:
+        roots = [Path(root) for root in os.environ.get("MASKMERGE_LOCAL_ROOTS", "").split(":") if root]
+    try:
+        said = json.loads(content) if is_json else parse_yaml(content)
+        known = with_references(said, roots)
+    except PathError as error:
+        raise _Stop(str(error)) from error
+    except (NotYaml, ValueError, RecursionError):  # the service says what is wrong with it
+        return content, media_type
+    return content if known == said else json.dumps(known).encode(), media_type
+
+
+def _merge(recipe: Path, url: str, waits: bool, output: Path | None, roots: Sequence[Path] | None) -> int:
     """0: accepted or succeeded; 1: the job failed; 2: it was refused, or a file or the service is not there."""
     import httpx
 
     with _service(url) as client:
         if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise _Stop(f"{output} is there already; --output takes a new folder, or an empty one")
-        content, is_json = recipe.read_bytes(), recipe.suffix == ".json"
+        content, media_type = _content(recipe, roots)
         unknown = "no answer came; the job may be queued all the same, see GET /jobs before posting it again"
         try:
             with _interruptible(unknown):
-                job = client.merge_recipe(content, "application/json" if is_json else "application/yaml")
+                job = client.merge_recipe(content, media_type)
         except (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError) as error:
             raise _Stop(f"{url}: {unknown}") from error
         print(f"job {job['id']}", flush=True)
@@ -166,6 +190,8 @@ def _merge(recipe: Path, url: str, waits: bool, output: Path | None) -> int:
             print(f"maskmerge: {job['error']['code']}: {job['error']['message']}", file=sys.stderr)
         if job["status"] != "succeeded":
             return 1
+        for note in job["result"]["notes"]:
+            print(f"note: {note}")
         for line in _found(job["result"]):
             print(line)
         if output is not None:

@@ -531,3 +531,17 @@ def test_models_with_long_names_give_a_job_that_runs(service: Service) -> None:
     job = service.finished(service.submit(recipe))
     assert job["status"] == "succeeded", job["error"]
     assert len(job["name"]) == 200
+
+
+def test_paths_in_a_recipe_are_related_to_the_local_root(service: Service, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = MERGEKIT.replace("local:checkpoints/b", str(service.inputs / "checkpoints" / "b"))
+    recipe.write_text(text)
+    done = run(service, recipe, "--wait")
+    assert done.returncode == 2
+    assert "models.2.model" in done.stderr
+    assert "--local-root DIR" in done.stderr
+    done = run(service, recipe, "--wait", "--local-root", str(service.inputs))
+    assert done.returncode == 0, done.stderr
+    job = service.get(f"/jobs/{done.stdout.split()[1]}").json()
+    assert [model["checkpoint"] for model in job["request"]["models"]] == ["local:checkpoints/a", "local:checkpoints/b"]

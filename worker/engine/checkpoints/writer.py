@@ -176,6 +176,8 @@ def write_models(
 ) -> dict[Path, str]:
     """Write every published model's folder: the shared backbone once, hard-linked, and each model's own head.
 
+    What fits into one file is `model.safetensors`, as transformers and its users expect.
+
     Args:
         folders: existing, one for each of `plan.published`.
         rows_of: computes a tensor, or reads it where it is copied.
@@ -187,7 +189,7 @@ def write_models(
     """
     shards = cut_into_shards(plan.backbone, max_shard_bytes)
     count = len(shards) + (not plan.merges_heads)  # each model's head is one more
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
     first, *others = folders
     with ExitStack() as stack:
 
@@ -206,7 +208,9 @@ def write_models(
         parts = [*shards, head] if head else shards
         weight_map = {t.slot.name: name for name, shard in zip(names, parts, strict=True) for t in shard}
         size = sum(t.nbytes for t in (*plan.backbone, *head))
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+        if count > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(folder / INDEX, index)
         _write_config(info, plan, folder)
         write_tokenizer(info, plan.vocabulary, folder)
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}

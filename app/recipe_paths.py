@@ -1,0 +1,84 @@
+"""Paths of this machine in a recipe, as users of mergekit write them, as references that the service knows.
+
+A service reads its local roots alone, and does not say where they are; who runs the command line on its machine knows.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MERGEKIT_KEYS = frozenset({"model", "base_model", "tokenizer_source", "source"})
+OWN_KEYS = frozenset({"checkpoint", "base", "source"})
+SCHEMES = ("local:", "hf:", "job:", "s3:")
+WORDS = ("base", "union")
+"""What a recipe says instead of a tokenizer's source."""
+
+
+class PathError(ValueError):
+    """Names the field and the path, and says what to do."""
+
+
+def with_references(recipe: Any, roots: Sequence[Path]) -> Any:
+    """The recipe, mergekit's or our own, with `local:PATH` for every folder or file of this machine that it names.
+
+    As in mergekit, a name that is there as a path from the working directory is that, and else one on the hub.
+
+    Args:
+        roots: local roots of the service, as it was given them.
+
+    Raises:
+        PathError: a path that is not there, or lies under no root.
+    """
+    if not isinstance(recipe, dict):
+        return recipe
+    keys = MERGEKIT_KEYS if "merge_method" in recipe else OWN_KEYS
+    return _walked(recipe, keys, "", lambda field, name: _references(field, name, roots))
+
+
+def _walked(value: Any, keys: frozenset[str], field: str, reference: Callable[[str, str], str]) -> Any:
+    if isinstance(value, list):
+        return [_walked(one, keys, f"{field}.{index}", reference) for index, one in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, inner in value.items():
+        where = f"{field}.{key}".removeprefix(".")
+        is_name = key in keys and isinstance(inner, str)
+        found[key] = reference(where, inner) if is_name else _walked(inner, keys, where, reference)
+    return found
+
+
+def _references(field: str, name: str, roots: Sequence[Path]) -> str:
+    """Of a model, or of a model and its adapter: `BASE+ADAPTER`."""
+    if name in WORDS or not name or "\0" in name:
+        return name
+    if Path(name).exists():
+        return _reference(field, name, roots)
+    return "+".join(_reference(field, part, roots) for part in name.split("+"))
+
+
+def _reference(field: str, name: str, roots: Sequence[Path]) -> str:
+    if name.startswith(SCHEMES):
+        return name
+    path = Path(os.path.abspath(Path(name).expanduser()))  # not resolved: the service follows links itself
+    if not path.exists():
+        if name.startswith(("/", ".", "~")):
+            raise PathError(f"{field}: there is no '{name}' on this machine")
+        return name
+    given = [Path(os.path.abspath(root.expanduser())) for root in roots]
+    for number, root in enumerate(given):
+        if not path.is_relative_to(root):
+            continue
+        relative = path.relative_to(root)
+        earlier = next((other for other in given[:number] if (other / relative).exists()), None)
+        if earlier is not None:
+            raise PathError(
+                f"{field}: '{name}' is local:{relative} of {root}, but {earlier}, which goes first, has one too"
+            )
+        return f"local:{relative}"
+    where = f"under none of {', '.join(map(str, roots))}" if roots else "and no local root is known here"
+    raise PathError(
+        f"{field}: '{name}' is a path of this machine, {where}; give --local-root DIR, a folder above it that the "
+        "service was started with as --local-root, or write hf:NAME if it is a name on the hub"
+    )
