@@ -21,7 +21,16 @@ from worker.engine.catalog.methods import (
     default_candidates,
 )
 from worker.engine.catalog.slices import OutputSlice
-from worker.engine.catalog.spec import ALIGN_RIDGE, Columns, Dtype, Heads, MetricName, Name, VocabularyPolicy
+from worker.engine.catalog.spec import (
+    ALIGN_RIDGE,
+    Columns,
+    Dtype,
+    Heads,
+    MetricName,
+    Name,
+    Tokens,
+    VocabularyPolicy,
+)
 from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_negative, takes_part
 
@@ -102,7 +111,7 @@ class ScoredModelRequest(MeasuredModelRequest):
     dataset: Dataset
 
 
-class Output(Strict):
+class Output(Tokens):
     dtype: Dtype = "auto"
     """Storage of the merged tensors; `auto` keeps the inputs' own."""
     heads: Heads | None = None
@@ -122,7 +131,26 @@ class Output(Strict):
     config_from: str | None = None
     """Name of the model, or `base`, whose settings count where models differ in settings that no shape shows, as the
     base of rotary positions, their scaling, windows or the epsilon of norms. Without it, such models are refused."""
+    chat_template: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
+    """The published chat template: Jinja, or `auto` for the one that most models have. Null: as the published tokenizer
+    has it."""
     publish: str | None = None
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_a_template(cls, template: str | None) -> str | None:
+        if template is not None and template != "auto" and "{" not in template:
+            raise ValueError("it is neither Jinja nor auto; give the template itself")
+        return template
+
+    @model_validator(mode="after")
+    def _tokens_are_merged(self) -> Self:
+        asked = [name for name in ("vocabulary_of", "tokens", "pad_to_multiple_of") if getattr(self, name)]
+        if asked and self.vocabulary == "error":
+            raise ValueError(f"{asked[0]} needs vocabulary 'base' or 'union', which merge tokens")
+        if self.vocabulary_of is not None and self.vocabulary == "union":
+            raise ValueError("vocabulary_of needs vocabulary 'base'; 'union' keeps all")
+        return self
 
 
 class Webhook(Strict):

@@ -149,6 +149,8 @@ class Checker:
             vocabulary=output.vocabulary,
             slices=request.slices,
             config_from=output.config_from,
+            tokens=output,
+            chat_template=output.chat_template,
         )
         self._at("models")
         with _refusing("models"):  # where the base's vocabulary or settings count; without it, others would be refused

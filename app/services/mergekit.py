@@ -22,6 +22,12 @@ OWN_SCHEMES = ("local:", "hf:", "job:", "s3:")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)
 LONGEST_NAME = 60
 MOST_NOTES = 50
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""OpenAI's format of this name."""
 
 Chain = Sequence[tuple[str, Mapping[str, Any]]]
 """Where parameters are looked for, the first that has one counting: (field, mapping)."""
@@ -663,21 +669,65 @@ def _vocabulary(recipe: Mapping[str, Any], read: Recipe, names: Mapping[str, str
             raise MergekitError("tokenizer", "give a mapping with source")
         _pass_over(tokenizer, ("source", "tokens", "pad_to_multiple_of"), "tokenizer", notes)
         field, source = "tokenizer.source", tokenizer.get("source", "union")
-        for key in ("tokens", "pad_to_multiple_of"):
-            if tokenizer.get(key):
-                raise MergekitError(f"tokenizer.{key}", "has no counterpart here; leave it out")
+    found: dict[str, Any] = {}
     if recipe.get("chat_template"):
-        raise MergekitError("chat_template", "has no counterpart here; leave it out")
+        found["chat_template"] = _chat_template(recipe["chat_template"])
     if source is None:
-        return {"vocabulary": "error"}
-    if source in ("base", "union"):
-        return {"vocabulary": str(source)}
-    reference = _optional_reference({"model": source}, "model", field)
-    if reference != (read.base or next(iter(names))):
-        known = ", ".join([*([read.base] if read.base else []), *names])
-        problem = f"'{reference}' is not the base, or the first model, whose tokenizer can be kept; models are {known}"
-        raise MergekitError(field, f"{problem}; name it as base_model")
-    return {"vocabulary": "base"}
+        return {"vocabulary": "error", **found}
+    if source not in ("base", "union"):
+        reference = _optional_reference({"model": source}, "model", field)
+        if reference in names and reference != read.base:
+            found["vocabulary_of"] = names[str(reference)]
+        elif reference != read.base:
+            known = ", ".join([*([read.base] if read.base else []), *names])
+            problem = f"'{reference}' is no model of this recipe, whose tokenizer could be kept; models are {known}"
+            raise MergekitError(field, problem)
+        source = "base"
+    tokenizer = tokenizer or {}
+    if tokenizer.get("pad_to_multiple_of"):
+        found["pad_to_multiple_of"] = tokenizer["pad_to_multiple_of"]
+    tokens = _mapping(tokenizer, "tokens", "tokenizer.tokens")
+    if tokens:
+        found["tokens"] = {
+            str(token): _token(said, f"tokenizer.tokens.{token}"[:200], read, names) for token, said in tokens.items()
+        }
+    return {"vocabulary": str(source), **found}
+
+
+def _chat_template(given: object) -> str:
+    """A template, `auto`, or the name of one that mergekit brings along, of which `chatml` alone is known here."""
+    if given == "chatml":
+        return CHATML
+    if not isinstance(given, str) or (given != "auto" and "{" not in given):
+        problem = f"'{str(given)[:40]}' is the name of a file of mergekit's, or none"
+        raise MergekitError("chat_template", f"{problem}; give the template itself, chatml, or auto")
+    return given
+
+
+def _token(said: Any, place: str, read: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+    """Of `tokenizer.tokens`: whose row a token has."""
+    said = {} if said is None else said
+    if not isinstance(said, dict):
+        raise MergekitError(place, "give a mapping with source, and with force if all models are to have its row")
+    source, force = said.get("source"), bool(said.get("force", False))
+    if source is None:
+        if force:
+            raise MergekitError(place, "force needs a source")
+        return {}
+    more: dict[str, Any] = {}
+    if isinstance(source, dict):
+        if source.get("kind") == "zero":
+            return {"source": "zero", "force": force}
+        if source.get("kind") != "model_token":
+            raise MergekitError(f"{place}.source", "give a model, or a mapping of kind zero or model_token")
+        more = {"token": source.get("token"), "id": source.get("token_id")}
+        source = source.get("model")
+    reference = _optional_reference({"model": source}, "model", f"{place}.source")
+    if reference in names:
+        return {"source": "model", "model": names[str(reference)], **more, "force": force}
+    if reference is not None and reference == read.base:
+        return {"source": "base", **more, "force": force}
+    raise MergekitError(f"{place}.source", f"'{reference}' is no model of this recipe")
 
 
 def _entries(recipe: Mapping[str, Any], key: str, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

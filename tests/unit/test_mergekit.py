@@ -10,6 +10,7 @@ from app.services.mergekit import TRANSLATED, MergekitError, fields_there, names
 from app.services.yaml_text import parse_yaml
 from worker.engine.catalog.layouts import place_of
 from worker.engine.catalog.methods import METHODS, PassthroughParameters
+from worker.engine.catalog.spec import TokenSource
 from worker.engine.catalog.values import value_at
 
 # All that mergekit 0.1.5 registers.
@@ -525,10 +526,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a flag that is none": (changed(parameters={"normalize": [True, False]}), "parameters.normalize", "true or false"),
     "ties that rescales": (changed(parameters={"rescale": True}), "parameters.rescale", "as with rescale: false"),
     "a format that is none": (changed(dtype="int8"), "dtype", "float64, float32, bfloat16, float16"),
-    "a tokenizer of another model": (changed(tokenizer_source="a/one"), "tokenizer_source", "is not the base"),
-    "tokens of a tokenizer": (
-        changed(tokenizer={"source": "union", "tokens": {"a": {}}}), "tokenizer.tokens", "no counterpart",
+    "a tokenizer of another model": (changed(tokenizer_source="a/one"), "tokenizer_source", "is no model of this"),
+    "a token of another model": (
+        changed(tokenizer={"tokens": {"<x>": {"source": "a/zzz"}}}), "tokenizer.tokens.<x>.source", "is no model",
     ),
+    "a chat template of mergekit's": (changed(chat_template="exaone"), "chat_template", "give the template itself"),
     "two tokenizers": (changed(tokenizer={}, tokenizer_source="base"), "tokenizer", "either this or tokenizer_source"),
     "layers that are none": (
         changed(models=None, slices=[{"sources": [{"model": "a/b", "layer_range": [3, 3]}]}]),
@@ -765,6 +767,39 @@ def test_the_bases_row_is_that_of_a_token_that_a_model_lacks() -> None:
     found = translated({"merge_method": "linear", **recipe, "tokenizer_source": "union"})
     assert ([m["checkpoint"] for m in found["models"]], found["base"]) == (["hf:a/base", "hf:a/one"], "hf:a/base")
     assert "base" not in translated({"merge_method": "linear", **recipe})
+
+
+def test_a_tokenizer_has_rows_of_its_own_and_a_model() -> None:
+    models = [{"model": f"a/{name}", "parameters": {"weight": 1}} for name in ("one", "two")]
+    tokenizer = {
+        "source": "a/two",
+        "pad_to_multiple_of": 64,
+        "tokens": {
+            "<a>": {"source": "a/one"},
+            "<b>": {"source": {"kind": "zero"}, "force": True},
+            "<c>": {"source": {"kind": "model_token", "model": "a/base", "token_id": 7}},
+            "<d>": {"source": {"kind": "model_token", "model": "a/two", "token": "x"}, "force": True},
+            "<e>": {},
+        },
+    }
+    recipe = {"merge_method": "ties", "base_model": "a/base", "models": models, "tokenizer": tokenizer}
+    found = translated({**recipe, "chat_template": "auto"})
+    output = MergeRequest.model_validate(found).output
+    assert (output.vocabulary, output.vocabulary_of, output.pad_to_multiple_of) == ("base", "two", 64)
+    assert output.chat_template == "auto"
+    assert output.tokens == {
+        "<a>": TokenSource(source="model", model="one"),
+        "<b>": TokenSource(source="zero", force=True),
+        "<c>": TokenSource(source="base", id=7),
+        "<d>": TokenSource(source="model", model="two", token="x", force=True),
+        "<e>": TokenSource(),
+    }
+    of_base = translated({**recipe, "tokenizer": None, "tokenizer_source": "a/base", "chat_template": "chatml"})[
+        "output"
+    ]
+    assert "vocabulary_of" not in of_base
+    assert of_base["vocabulary"] == "base"
+    assert "<|im_start|>assistant\\n" in of_base["chat_template"]
 
 
 def test_the_only_module_is_the_model() -> None:

@@ -112,6 +112,8 @@ class Engine:
                 output.vocabulary,
                 spec.slices,
                 output.config_from,
+                output,
+                output.chat_template,
             )
             notes += filter_notes(plan, spec) if not spec.strict_filters else []
             notes += [note for info in plan.all_checkpoints for note in info.notes]

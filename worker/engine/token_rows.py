@@ -9,9 +9,9 @@ from torch import Tensor
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import TensorInfo
 from worker.engine.catalog.planning import PlannedTensor
-from worker.engine.catalog.vocabulary import runs
+from worker.engine.catalog.vocabulary import GivenRow, runs
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.methods.blocks import Block, Rows, is_finite
+from worker.engine.methods.blocks import Block, Rows, is_finite, row_blocks
 
 
 def read_by_token(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], rows: slice) -> Block:
@@ -47,8 +47,55 @@ def read_by_token(reader: TensorReader, planned: PlannedTensor, taking_part: Seq
             _add([(values, has & orphans)], sums, counts)
     mean = sums / _as_rows(counts.clamp_min(1), sums)
     instead = mean if base is None else _chosen(base, mean)
+    for place, given in planned.token_rows.given.items():
+        if rows.start <= place < rows.stop:
+            _give(_given_row(reader, planned, given), place - rows.start, given.force, own, base, instead)
     versions = [_chosen(version, instead) for version in own]
-    return Block.of(rows, versions, None if base is None else instead.to(base[0].dtype))
+    block = Block.of(rows, versions, None if base is None else instead.to(base[0].dtype))
+    first_of_padding = planned.shape[0] - planned.token_rows.padding
+    if rows.stop > first_of_padding:
+        _pad(reader, planned, taking_part, block, first_of_padding)
+    return block
+
+
+def _given_row(reader: TensorReader, planned: PlannedTensor, given: GivenRow) -> Tensor:
+    """What a recipe says that a token's row is, float64."""
+    source = planned.base if given.model is None else planned.sources[given.model]
+    if given.row is None or source is None:
+        return torch.zeros(planned.shape[1:], dtype=torch.float64)
+    return _read(reader, source, [given.row])[0][0].double()
+
+
+def _give(
+    value: Tensor,
+    row: int,
+    force: bool,
+    own: Sequence[tuple[Tensor, Tensor]],
+    base: tuple[Tensor, Tensor] | None,
+    instead: Tensor,
+) -> None:
+    for values, has in own:
+        if force or not has[row]:
+            values[row], has[row] = value.to(values.dtype), True
+    if base is not None and (force or not base[1][row]):
+        instead[row] = value.to(instead.dtype)
+
+
+def _pad(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], block: Block, first: int) -> None:
+    """Give the block's rows from `first` of the tensor on the mean of all before it, of each version by itself."""
+    sums = [torch.zeros(planned.shape[1:], dtype=torch.float64) for _ in taking_part]
+    of_base = torch.zeros(planned.shape[1:], dtype=torch.float64)
+    for rows in row_blocks((first, *planned.shape[1:])):
+        before = read_by_token(reader, planned, taking_part, rows)
+        for total, version in zip(sums, before.versions, strict=True):
+            total += version.sum(0, dtype=torch.float64)
+        if before.base is not None:
+            of_base += before.base.sum(0, dtype=torch.float64)
+    start = max(0, first - block.rows.start)
+    for total, version in zip(sums, block.versions, strict=True):
+        version[start:] = (total / first).to(version.dtype)
+    if block.base is not None:
+        block.base[start:] = (of_base / first).to(block.base.dtype)
 
 
 def _read(reader: TensorReader, source: TensorInfo, places: Sequence[int]) -> tuple[Tensor, Tensor]:

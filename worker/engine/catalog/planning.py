@@ -26,6 +26,7 @@ from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
 from worker.engine.catalog.tied import tied_in_base, without_copies
 from worker.engine.catalog.values import Place
 from worker.engine.catalog.vocabulary import (
+    Choices,
     TokenRows,
     Vocabulary,
     align_vocabularies,
@@ -123,6 +124,8 @@ class MergePlan:
     """Tensors that are left out, since they must equal others of the same checkpoint, and these."""
     vocabulary: Vocabulary | None = None
     """None where all models have the same."""
+    chat_template: str | None = None
+    """That is published; None: as the published tokenizer has it."""
     modules: tuple[PlannedModules | None, ...] = ()
     """Of each published model; empty where none has any."""
     notes: tuple[str, ...] = ()
@@ -275,6 +278,7 @@ def plan_merge(
     heads: Heads | None = None,
     vocabulary: VocabularyPolicy = "error",
     config_from: CheckpointInfo | None = None,
+    choices: Choices | None = None,
 ) -> MergePlan:
     """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
 
@@ -283,6 +287,7 @@ def plan_merge(
         vocabulary: of the output, where the tokenizers differ; `error` refuses that.
         config_from: the one of them whose settings count where they differ in what no shape shows; None: that is
             refused.
+        choices: what a recipe says of single tokens.
 
     Raises:
         InvalidRequest: heads cannot be kept.
@@ -300,7 +305,7 @@ def plan_merge(
     if vocabulary == "error" and pads_differ(checkpoints, base):
         vocabulary, owner = "base", first
         notes.append(_note_of_padding(checkpoints, base))
-    asked = _Asked(dtype, base, heads == "merged", vocabulary, config_from, owner)
+    asked = _Asked(dtype, base, heads == "merged", vocabulary, config_from, choices, owner)
     if tables[0] is None:
         if heads == "per_model":
             problem = f"no table tells the head of {_named(first)} from the rest: all tensors are merged"
@@ -322,13 +327,14 @@ class _Asked:
     merges_heads: bool
     vocabulary: VocabularyPolicy
     config_from: CheckpointInfo | None
+    choices: Choices | None
     rows_of: CheckpointInfo | None
     """Whose matrices' rows the output has, where tokens are the same and paddings are not."""
 
     def aligned(self, checkpoints: Sequence[CheckpointInfo]) -> Vocabulary | None:
         if self.vocabulary == "error":
             return None
-        return align_vocabularies(self.vocabulary, checkpoints, self.base, self.rows_of)
+        return align_vocabularies(self.vocabulary, checkpoints, self.base, self.rows_of, self.choices)
 
 
 def _note_of_padding(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> str:

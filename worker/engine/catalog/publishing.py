@@ -1,6 +1,7 @@
 """What is published with a merge beside its weights, and what has to be said of it."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,14 @@ from worker.engine.catalog.vocabulary import vocabulary_size
 UNSAID = ("transformers_version", "_from_model_config")  # of a companion: where it came from
 
 
-def with_companions(plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None = None) -> MergePlan:
+def with_companions(
+    plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None = None, chat_template: str | None = None
+) -> MergePlan:
     """The plan with modules of sentence-transformers, and with notes of what its users must know.
 
     Args:
         last: of a stack of layers, the model of the last ones, whose modules follow them.
+        chat_template: that is asked for; `auto` is the one that most checkpoints have.
 
     Raises:
         InvalidCheckpoint: a file of a module is malformed or missing.
@@ -33,7 +37,18 @@ def with_companions(plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None =
     notes += [note for note in map(beyond_matrix, _owners(plan)) if note]
     if plan.merges_heads:
         notes += _differences(plan)
-    return replace(plan, modules=modules, notes=(*plan.notes, *notes))
+    if chat_template == "auto":
+        chat_template = _commonest_template(plan)
+        notes += ["no model has a chat template, so none is published"] if chat_template is None else []
+    return replace(plan, modules=modules, notes=(*plan.notes, *notes), chat_template=chat_template)
+
+
+def _commonest_template(plan: MergePlan) -> str | None:
+    """Of all checkpoints, the base's first where several are as common."""
+    everyone = [*([plan.base] if plan.base else []), *plan.checkpoints]
+    templates = [_companions(info).get(_template("default")) for info in everyone]
+    counted = Counter(template.strip() for template in templates if isinstance(template, str) and template.strip())
+    return counted.most_common(1)[0][0] if counted else None
 
 
 def beyond_matrix(info: CheckpointInfo, last: int | None = None) -> str | None:

@@ -1,9 +1,9 @@
 """The engine's input: a job with every reference already resolved to a path."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, SerializeAsAny
+from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, Method
 from worker.engine.catalog.slices import OutputSlice
@@ -21,6 +21,45 @@ ALIGN_RIDGE = 0.1
 LEAST_ALIGNMENT_ROWS = 16
 """Distinct rows; on fewer a head is kept as it was."""
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class TokenSource(Strict):
+    """The row of one token of the output."""
+
+    source: Literal["own", "model", "base", "zero"] = "own"
+    """Whose row it is: each model's own, one model's, the base's, or zeros. Any but the first counts for models that
+    lack the token, and with `force` for all."""
+    model: Annotated[str, Field(max_length=64)] | None = None
+    """Name of the model."""
+    token: Annotated[str, Field(max_length=1000)] | None = None
+    """That has the row there; null: the token itself."""
+    id: Annotated[int, Field(ge=0)] | None = None
+    """The row's number there, instead of a token."""
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _is_one_row(self) -> Self:
+        if (self.source == "model") != (self.model is not None):
+            raise ValueError("give model with the source model, and with no other")
+        if self.source in ("own", "zero") and (self.token is not None or self.id is not None):
+            raise ValueError("token and id are of a row of a model or of the base")
+        if self.source == "own" and self.force:
+            raise ValueError("each model has its own row anyway; give force with another source")
+        if self.token is not None and self.id is not None:
+            raise ValueError("give either token or id")
+        return self
+
+
+class Tokens(Strict):
+    """What a recipe says of the output's tokens, where vocabularies are merged."""
+
+    vocabulary_of: Annotated[str, Field(max_length=64)] | None = None
+    """Name of the model whose vocabulary `base` keeps, and whose tokenizer is published; null: the base's, or the first
+    model's where no base is named."""
+    tokens: Annotated[dict[str, TokenSource], Field(max_length=10_000)] | None = None
+    """Rows of single tokens. One that the vocabulary lacks is added to it."""
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Rows of the embedding matrices are a multiple of this; those that are added have the mean of all others."""
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -98,7 +137,7 @@ class ModelSpec(CheckpointSpec):
         return takes_part(self.weight)
 
 
-class OutputSpec(Strict):
+class OutputSpec(Tokens):
     dtype: Dtype = "auto"
     heads: Heads | None = None
     """None: by kind, see `plan_merge`."""
@@ -108,6 +147,7 @@ class OutputSpec(Strict):
     vocabulary: VocabularyPolicy = "error"
     config_from: str | None = None
     """Name of the model, or `base`, whose settings count where they differ in what no shape shows."""
+    chat_template: str | None = None
 
 
 class StoreSpec(Strict):

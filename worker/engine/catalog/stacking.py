@@ -14,9 +14,9 @@ from worker.engine.catalog.methods import AutoParameters, BaseParameters, Passth
 from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, merged_tensor, plan_merge
 from worker.engine.catalog.publishing import with_companions
 from worker.engine.catalog.slices import OutputSlice
-from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
+from worker.engine.catalog.spec import Dtype, Heads, Tokens, VocabularyPolicy
 from worker.engine.catalog.values import Place
-from worker.engine.catalog.vocabulary import TokenRows, align_vocabularies, check_names_tell_tokens, token_keys
+from worker.engine.catalog.vocabulary import Choices, align_vocabularies, check_names_tell_tokens, token_keys
 
 SAME_VOCABULARY = (
     "the slices' models need one vocabulary; output.vocabulary 'base' or 'union' merges them token by token"
@@ -33,6 +33,8 @@ def plan_job(
     vocabulary: VocabularyPolicy = "error",
     slices: Sequence[OutputSlice] | None = None,
     config_from: str | None = None,
+    tokens: Tokens | None = None,
+    chat_template: str | None = None,
 ) -> MergePlan:
     """The plan of a merge by any method. See `plan_merge` and `plan_slices`.
 
@@ -40,6 +42,7 @@ def plan_job(
         config_from: name of the model, or `base`, whose settings count where they differ in what no shape shows.
     """
     scale: Callable[[Place], float] | None = None
+    choices = None if tokens is None else Choices(names, tokens)
     if isinstance(method, PassthroughParameters):
         slices = [OutputSlice(sources=[part]) for part in method.slices]
         scale = lambda place: method.at("scale", place)  # noqa: E731 - a closure over what is narrowed here
@@ -47,12 +50,12 @@ def plan_job(
         whose = None
         if config_from is not None:
             whose = base if config_from not in names else checkpoints[names.index(config_from)]
-        plan = plan_merge(checkpoints, dtype, base, heads, vocabulary, whose)
+        plan = plan_merge(checkpoints, dtype, base, heads, vocabulary, whose, choices)
         by_own_tokens = isinstance(method, AutoParameters) or method.refits_layers
         if plan.vocabulary is not None and vocabulary == "error" and by_own_tokens:
             problem = f"method {method.name} needs matrices with the same number of rows, padding included"
             raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
-        return with_companions(plan, dtype)
+        return with_companions(plan, dtype, chat_template=chat_template)
     if heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")
     if config_from is not None:
@@ -60,10 +63,10 @@ def plan_job(
         raise InvalidRequest(problem, field="output.config_from")
     identities = [identify(info) for info in checkpoints]
     checkpoints = [identity.info for identity in identities]
-    plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale)
+    plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale, choices)
     plan = replace(plan, notes=tuple(dict.fromkeys(note for identity in identities for note in identity.notes)))
     last = checkpoints[names.index(slices[-1].sources[0].model)]
-    return with_companions(plan, dtype, last=last)
+    return with_companions(plan, dtype, last=last, chat_template=chat_template)
 
 
 def _are_all_layers(
@@ -101,6 +104,7 @@ def plan_slices(
     base: CheckpointInfo | None = None,
     vocabulary: VocabularyPolicy = "error",
     scale: Callable[[Place], float] | None = None,
+    choices: Choices | None = None,
 ) -> MergePlan:
     """Lay out the model whose layers are those of the slices. What lies before the layers is merged of the first
     slice's models, and what lies after them of the last slice's.
@@ -129,8 +133,9 @@ def plan_slices(
             check_vocabulary(first, info, SAME_VOCABULARY)
         layouts.check_configs(first, info, besides)
         states.append(layouts.tensors_by_name(info, first))
-    owner = base if base is not None else first
-    aligned = align_vocabularies(vocabulary, checkpoints, owner) if vocabulary != "error" else None
+    aligned = None
+    if vocabulary != "error":
+        aligned = align_vocabularies(vocabulary, checkpoints, base, base or first, choices)
     copies = layouts.tied_copies(first.config, [states[first_index], *states])
     tied = tuple(
         (state[copy], state[of]) for state in states for copy, of in copies.items() if {copy, of} <= set(state)
@@ -159,7 +164,7 @@ def plan_slices(
         planned = merged_tensor(slot, place, infos, tensors[: len(members)], key, origin, dtype, aligned)
         rows = planned.token_rows
         if rows is not None:
-            rows = TokenRows(tuple(rows.models[member] for member in members), rows.base)
+            rows = rows.of(members)
         copied = scale is not None and scale(place) == 1 and rows is None
         backbone.append(replace(planned, token_rows=rows, members=tuple(members), is_copied=copied))
 

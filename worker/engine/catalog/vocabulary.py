@@ -7,13 +7,15 @@ differently, rows are merged by token.
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from worker.engine.catalog.architectures import use_of
-from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo, Tokenizer, read_tokenizer
 from worker.engine.catalog.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
+from worker.engine.catalog.spec import Tokens
+from worker.engine.catalog.strict import did_you_mean
 
 MAX_ROWS = 1_000_000  # of the output; the largest real vocabularies have 260,000 tokens
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
@@ -53,11 +55,50 @@ def check_rows(info: CheckpointInfo, tensor: TensorInfo) -> None:
 
 
 @dataclass(frozen=True)
+class GivenRow:
+    """The row of a token for models that lack it, and with `force` for all."""
+
+    model: int | None
+    """Position of the model that it is of; None: of the base, or zeros."""
+    row: int | None
+    """None: zeros."""
+    force: bool
+
+
+@dataclass(frozen=True)
 class TokenRows:
     """By row of the output, the row of the same token in each model and in the base; -1 where it has none."""
 
     models: tuple["array[int]", ...]
     base: "array[int] | None"
+    given: Mapping[int, GivenRow] = field(default_factory=dict)
+    """By row of the output, what a recipe says of it."""
+    padding: int = 0
+    """How many of the last rows have the mean of all others."""
+
+    def of(self, members: Sequence[int]) -> "TokenRows":
+        """Of some of the models. Raises InvalidRequest where a row is to be another's."""
+        given = {}
+        for place, one in self.given.items():
+            if one.model is not None and one.model not in members:
+                problem = "a token's row is to be that of a model that has no part in the first or the last slice"
+                raise InvalidRequest(problem, field="output.tokens")
+            given[place] = one if one.model is None else replace(one, model=members.index(one.model))
+        return replace(self, models=tuple(self.models[member] for member in members), given=given)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a recipe says of the output's tokens, with the names of the models."""
+
+    names: Sequence[str]
+    tokens: Tokens
+
+    def position(self, name: str, field: str) -> int:
+        if name not in self.names:
+            problem = f"there is no model '{name}'{did_you_mean(name, list(self.names))}"
+            raise InvalidRequest(problem, field=f"output.{field}")
+        return self.names.index(name)
 
 
 @dataclass(frozen=True)
@@ -112,11 +153,16 @@ def _differ(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
     return all(ours[form] != theirs[form] for form in ours.keys() & theirs.keys())
 
 
+ADDED = {"normalized": True}
+"""Flags of a token that a recipe adds, as the library has them by default."""
+
+
 def align_vocabularies(
     policy: Literal["union", "base"],
     checkpoints: Sequence[CheckpointInfo],
     base: CheckpointInfo | None,
     owner: CheckpointInfo | None = None,
+    choices: Choices | None = None,
 ) -> Vocabulary:
     """The output's vocabulary, and where its tokens are in the models.
 
@@ -129,11 +175,19 @@ def align_vocabularies(
     Raises:
         InvalidCheckpoint: a tokenizer has no ids to align by, or an id beyond its embedding matrix.
         IncompatibleCheckpoints: tokens of the two do not mean the same, or one tokenizer cannot have both's.
+        InvalidRequest: a model or a token that `choices` name is not there.
     """
+    if choices is not None and choices.tokens.vocabulary_of is not None:
+        owner = checkpoints[choices.position(choices.tokens.vocabulary_of, "vocabulary_of")]
     owner = owner or base or checkpoints[0]
     of_owner, rows = _tokenizer(owner), _matrix_rows(owner)
     places = dict(of_owner.ids)
     new: list[NewToken] = []
+    for token in (choices.tokens.tokens or {}) if choices is not None else ():
+        if token not in places:
+            places[token] = rows + len(new)
+            new.append(NewToken(token, places[token], ADDED))
+    _check_room(owner, of_owner, owner, rows, new)
     merges = of_owner.merges
     maps, shared, introduced = [], [], []
     for info in checkpoints:
@@ -163,26 +217,74 @@ def align_vocabularies(
         maps.append(own)
         shared.append(common)
     total = rows + len(new)
+    multiple = choices.tokens.pad_to_multiple_of if choices is not None else None
+    padding = -total % multiple if multiple else 0
+    total += padding
+    if total > MAX_ROWS:
+        raise InvalidRequest(f"that would be {total} rows; {MAX_ROWS} are allowed", field="output.pad_to_multiple_of")
     # A token that came from a later model is in none before it.
     models = tuple(own + array("i", [-1]) * (total - len(own)) for own in maps)
     of_base = None
-    if base is owner:
-        of_base = array("i", range(rows)) + array("i", [-1]) * len(new)
-    elif base is not None:
-        ids = _tokenizer(base).ids
-        of_base = array("i", [-1]) * total
-        for token, place in places.items():
-            of_base[place] = ids.get(token, -1)
+    if base is not None:
+        of_base = _places_in(base, owner, of_owner, rows, places, total)
+    given = {} if choices is None else _given(choices, checkpoints, base, places)
+    for place, token in ((place, token) for token, place in places.items() if place not in given):
+        if place >= rows and all(own[place] < 0 for own in (*models, *([of_base] if of_base else []))):
+            problem = f"no model has a row for the token {token!r}, which is added; give it a source"
+            raise InvalidRequest(problem, field="output.tokens")
     return Vocabulary(
         owner,
         total,
         len(places),
         tuple(new),
         merges[len(of_owner.merges) :],
-        TokenRows(models, of_base),
+        TokenRows(models, of_base, given, padding),
         tuple(shared),
         tuple(introduced),
     )
+
+
+def _places_in(
+    base: CheckpointInfo,
+    owner: CheckpointInfo,
+    of_owner: Tokenizer,
+    rows: int,
+    places: Mapping[str, int],
+    total: int,
+) -> "array[int]":
+    """The base's rows of the output's tokens; where it is the owner, its rows of no token too."""
+    if base is owner:
+        return array("i", range(rows)) + array("i", [-1]) * (total - rows)
+    tokenizer = _tokenizer(base)
+    _check_same_kind(owner, of_owner, base, tokenizer)
+    own = array("i", [-1]) * total
+    for token, index in tokenizer.ids.items():
+        if token in places:
+            own[places[token]] = index
+    return own
+
+
+def _given(
+    choices: Choices, checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None, places: Mapping[str, int]
+) -> dict[int, GivenRow]:
+    found = {}
+    for token, said in (choices.tokens.tokens or {}).items():
+        if said.source == "own":
+            continue
+        if said.source == "zero":
+            found[places[token]] = GivenRow(None, None, said.force)
+            continue
+        model = None if said.model is None else choices.position(said.model, "tokens")
+        info = base if model is None else checkpoints[model]
+        if info is None:
+            raise InvalidRequest("there is no base whose row a token could have", field="output.tokens")
+        wanted = said.token if said.token is not None else token
+        row = said.id if said.id is not None else _tokenizer(info).ids.get(wanted)
+        if row is None or row >= _matrix_rows(info):
+            name = f"token {wanted!r}" if said.id is None else f"row {said.id}"
+            raise InvalidRequest(f"{info.source} has no {name}, which {token!r} is to have", field="output.tokens")
+        found[places[token]] = GivenRow(model, row, said.force)
+    return found
 
 
 def runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ import tokenizers
 
 from worker.engine.catalog.companions import companions
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import OLDER_VOCABULARIES, CheckpointInfo
+from worker.engine.catalog.headers import CHAT_TEMPLATES, OLDER_VOCABULARIES, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
 from worker.engine.libraries import in_one_line, is_of_library
@@ -57,6 +57,17 @@ def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder:
     if isinstance(decoder, dict):
         more = {str(token.id): _entry(token) for token in vocabulary.new if token.entry is not None}
         _write(config_file, {**config, "added_tokens_decoder": {**decoder, **more}})
+
+
+def write_chat_template(template: str, folder: Path) -> None:
+    """Publish it instead of the tokenizer's own main one."""
+    (folder / CHAT_TEMPLATES[0]).write_text(template, encoding="utf-8")
+    (folder / CHAT_TEMPLATES[1]).unlink(missing_ok=True)
+    config_file = folder / "tokenizer_config.json"
+    if config_file.exists():
+        config = json.loads(config_file.read_bytes())
+        if config.pop("chat_template", None) is not None:
+            _write(config_file, config)
 
 
 def _extended(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from worker.engine.catalog.headers import DTYPE_BYTES, ENCODER_CONFIGS, INDEX, M
 from worker.engine.catalog.library import encoded
 from worker.engine.catalog.planning import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
-from worker.engine.checkpoints.tokenizer import write_tokenizer
+from worker.engine.checkpoints.tokenizer import write_chat_template, write_tokenizer
 from worker.engine.methods.blocks import is_finite
 from worker.engine.threads import in_threads
 
@@ -213,6 +213,8 @@ def write_models(
             write_json(folder / INDEX, index)
         _write_config(info, plan, folder)
         write_tokenizer(info, plan.vocabulary, folder)
+        if plan.chat_template is not None:
+            write_chat_template(plan.chat_template, folder)
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
 
 
