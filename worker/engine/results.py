@@ -90,7 +90,22 @@ def vocabulary_notes(plan: MergePlan) -> list[str]:
     if vocabulary is None:
         return []
     more = f" and {len(vocabulary.new)} further tokens" if vocabulary.new else ""
-    return [f"the merged models have the tokenizer of {vocabulary.owner.source}{more}, {vocabulary.rows} rows in all"]
+    notes = []
+    for tensor in plan.backbone:
+        rows = tensor.token_rows
+        if rows is None or tensor.members is None:
+            continue
+        sources = [*rows.models, *([rows.base] if rows.base is not None and tensor.base is not None else [])]
+        last = tensor.shape[0] - rows.padding
+        lacking = sum(all(own[place] < 0 for own in sources) for place in range(last) if place not in rows.given)
+        if lacking:
+            notes.append(
+                f"{lacking} tokens have rows of zeros in {tensor.slot.name}, since no model of its slice has them"
+            )
+    return [
+        *notes,
+        f"the merged models have the tokenizer of {vocabulary.owner.source}{more}, {vocabulary.rows} rows in all",
+    ]
 
 
 def filter_notes(plan: MergePlan, spec: MergeSpec) -> list[str]:
