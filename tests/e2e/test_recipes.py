@@ -535,7 +535,7 @@ def test_models_with_long_names_give_a_job_that_runs(service: Service) -> None:
 
 def test_paths_in_a_recipe_are_related_to_the_local_root(service: Service, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    text = MERGEKIT.replace("local:checkpoints/b", str(service.inputs / "checkpoints" / "b"))
+    text = MERGEKIT.replace("local:checkpoints/b\n", f"{service.inputs}/checkpoints/b\n")
     recipe.write_text(text)
     done = run(service, recipe, "--wait")
     assert done.returncode == 2
