@@ -9,7 +9,7 @@ import torch
 
 from app.client import Client
 from tests.conftest import Service, assert_problem, tiny_recipe
-from tests.tiny import read_model, tiny_checkpoint
+from tests.tiny import edit_json, read_model, tiny_checkpoint
 from tests.tiny_language_models import GPT2, loaded_model, logits_of, tiny_model
 from worker.engine.catalog.planning import RUNTIME_BYTES
 
@@ -216,16 +216,23 @@ def test_scores_of_a_language_model_are_refused_by_its_architecture(service: Ser
     assert "LlamaForCausalLM" in response.json()["detail"]
 
 
-def test_a_default_that_only_the_library_knows_fails_the_job_by_name(service: Service, inputs: Path) -> None:
-    folder = tiny_model(inputs / "checkpoints" / "lm-other", seed=3, rms_norm_eps=0.01)
-    config = json.loads((folder / "config.json").read_text())
+def test_a_default_that_a_configuration_leaves_out_is_compared_before_the_job_is_accepted(
+    service: Service, inputs: Path
+) -> None:
+    tiny_model(inputs / "checkpoints" / "lm-other", seed=3, rms_norm_eps=0.01)
     plain = inputs / "checkpoints" / "lm-silent"
     tiny_model(plain, seed=4)
-    silent = json.loads((plain / "config.json").read_text())
-    del silent["rms_norm_eps"]
-    (plain / "config.json").write_text(json.dumps(silent))
-    assert config["rms_norm_eps"] == 0.01
-    job = service.finished(service.submit(recipe("lm-other", "lm-silent")))
-    assert job["status"] == "failed"
-    assert job["error"]["code"] == "incompatible_checkpoints"
-    assert "rms_norm_eps" in job["error"]["message"]
+    edit_json(plain / "config.json", rms_norm_eps=None)
+    for path in ("/merge", "/merge/validate"):
+        response = service.post(path, json=recipe("lm-other", "lm-silent"))
+        assert response.status_code == 422, response.text
+        assert "rms_norm_eps differs in config.json: 0.01, 1e-06; output.config_from" in response.json()["detail"]
+    settled = recipe("lm-other", "lm-silent")
+    settled = {**settled, "output": {**settled.get("output", {}), "config_from": settled["models"][1]["name"]}}
+    response = service.post("/merge/validate", json=settled)
+    assert response.status_code == 200, response.text
+    [note] = response.json()["notes"]
+    assert "rms_norm_eps differs" in note
+    job = service.finished(service.submit(settled))
+    assert job["status"] == "succeeded"
+    assert job["result"]["notes"][0] == note

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tiny import (
     Tensors,
     edit_json,
+    edit_tensors,
     merge_spec,
     model_spec,
     read_model,
@@ -35,7 +37,9 @@ from tests.tiny_language_models import (
     word_level_tokenizer,
 )
 from worker.engine.catalog.adapters import inspect_model
+from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.planning import plan_merge
 from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
 from worker.engine.checkpoints.loading import load
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
@@ -318,3 +322,39 @@ def test_the_digest_is_of_adapter_and_base(tmp_path: Path) -> None:
     assert before != digest_checkpoint(adapted(adapter, other))
     edit_adapter(adapter, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
     assert before != digest_checkpoint(adapted(adapter, base))
+
+
+def test_a_head_that_peft_added_to_a_decoder_is_merged_over_a_language_model(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", GPT2)
+    edit_json(base / "config.json", pad_token_id=2)
+    folders = []
+    for seed in (1, 2):
+        whole = transformers.GPT2ForSequenceClassification.from_pretrained(base, num_labels=3)
+        save_adapter(whole, tmp_path / f"a{seed}", seed, task_type="SEQ_CLS", target_modules=["c_attn"])
+        folders.append(tmp_path / f"a{seed}")
+    spec = merge_spec(tmp_path / "out", [model_spec(folder) for folder in folders], {"name": "linear"})
+    spec = spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)})
+    Engine(CPU).merge(spec, silent)
+    merged = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    by_peft = [
+        merged_by_peft(transformers.GPT2ForSequenceClassification.from_pretrained(base, num_labels=3), folder)
+        for folder in folders
+    ]
+    assert merged.num_labels == 3
+    states = [model.state_dict() for model in by_peft]
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, (states[0][name] + states[1][name]) / 2, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_may_bring_the_pooler_that_its_base_lacks(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    edit_tensors(base, lambda ts: {n: t for n, t in ts.items() if not n.startswith(("classifier", "bert.pooler"))})
+    edit_json(base / "config.json", architectures=["BertForMaskedLM"])
+    adapter = tiny_adapter(tmp_path / "a", base, modules_to_save=["classifier", "pooler"])
+    info = inspect_model(adapter, "local:a", inspect_checkpoint(base, "local:base"))
+    plan = plan_merge([info], base=inspect_checkpoint(base, "local:base"))
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= {t.slot.name for t in plan.heads[0]}
+    without = tiny_adapter(tmp_path / "b", base)
+    info = inspect_model(without, "local:b", inspect_checkpoint(base, "local:base"))
+    with pytest.raises(InvalidCheckpoint, match=r"no tensor bert\.pooler\.dense\.(bias|weight), which Bert"):
+        plan_merge([info])

@@ -27,6 +27,19 @@ def test_the_table_is_of_the_installed_version() -> None:
         assert table.comment == f"transformers {transformers.__version__}".encode()
 
 
+def test_the_table_has_every_kind_of_model_that_has_a_configuration_of_its_own() -> None:
+    missing = [name for name in transformers.CONFIG_MAPPING if kind_of(name) is None and has_defaults(name)]
+    assert missing == []
+
+
+def has_defaults(model_type: str) -> bool:
+    try:
+        transformers.CONFIG_MAPPING[model_type]()
+    except Exception:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("model_type", ["gpt_neox", "mamba2", "opt"])
 def test_the_table_is_what_the_library_says_today(model_type: str) -> None:
     with ZipFile(TABLE) as table:

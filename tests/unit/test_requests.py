@@ -53,6 +53,18 @@ def refusals(request: dict[str, Any]) -> dict[str, str]:
     return {field_of(("body", *error["loc"])): error["msg"] for error in caught.value.errors()}
 
 
+def test_the_settings_that_count_are_those_of_an_input() -> None:
+    request = {"method": {"name": "average"}, "models": [{"name": n, "checkpoint": "local:x"} for n in ("one", "two")]}
+    for name in ("one", "two"):
+        assert MergeRequest.model_validate({**request, "output": {"config_from": name}}).output.config_from == name
+    assert refusals({**request, "output": {"config_from": "too"}}) == {
+        "output.config_from": "is no model's name; did you mean 'two'?; known are one, two"
+    }
+    of_base = {**request, "output": {"config_from": "base"}}
+    assert "output.config_from" in refusals(of_base)
+    assert MergeRequest.model_validate({**of_base, "base": "local:x"}).output.config_from == "base"
+
+
 MEASURING = ["mask_fisher", "regmean", "mask_regmean", "aligned_regmean"]
 
 

@@ -10,7 +10,17 @@ from worker.engine.catalog.architectures import labels_of
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.library import Architecture, Kind, activations, collapsed, completed, kind_of, ties, value_of
+from worker.engine.catalog.library import (
+    Architecture,
+    Kind,
+    Length,
+    activations,
+    collapsed,
+    completed,
+    kind_of,
+    ties,
+    value_of,
+)
 
 FUNCTIONS = ("act", "activation", "activation_function")
 """How keys end that name a function."""
@@ -210,6 +220,9 @@ def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
     """By a name on disk, that of the class: with or without the prefix of what lies under the head."""
     found = {}
     for name in names:
+        if known.reads(name):
+            found[name] = name
+            continue
         spellings = [
             own
             for spelling in layouts.spellings(name)
@@ -315,7 +328,7 @@ def _absent(found: Identity, known: Architecture) -> list[str]:
 
 def _misshapen(found: Identity, known: Architecture) -> Iterator[tuple[TensorInfo, list[int]]]:
     """Tensors with the shape that they would have."""
-    labels = len(labels_of(found.info.config))
+    values: dict[Length, int | None] = {"num_labels": len(labels_of(found.info.config))}
     for name, tensor in found.info.tensors.items():
         own = found.names[name]
         lengths = known.tensors.get(own) or known.layers.get(collapsed(own))
@@ -323,7 +336,9 @@ def _misshapen(found: Identity, known: Architecture) -> Iterator[tuple[TensorInf
             continue
         wanted = []
         for place, length in enumerate(lengths):
-            value = labels if length == "num_labels" else value_of(length, found.config)
+            if length not in values:
+                values[length] = value_of(length, found.config)
+            value = values[length]
             there = tensor.shape[place] if place < len(tensor.shape) else 0
             wanted.append(value if type(value) is int else there)
         if list(tensor.shape) != wanted:

@@ -522,7 +522,8 @@ def _is_head(first: Identity, name: str) -> bool:
 
 def _is_unsaved(first: Identity, name: str) -> bool:
     """Whether the library computes the tensor from the configuration, and does not save it."""
-    return first.known is not None and own_names(first.known, [name])[name] in first.known.unsaved
+    known = first.known
+    return known is not None and bool(known.unsaved) and own_names(known, [name])[name] in known.unsaved
 
 
 def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, TensorInfo]]) -> list[str]:

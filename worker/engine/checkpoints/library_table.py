@@ -240,11 +240,8 @@ def variations(key: str, value: Any) -> list[Any]:
 
 def architecture(name: str, config_class: Any, defaults: Config) -> Config | None:
     """Of one class: its names, ties and sizes. None where it cannot be built from a configuration alone."""
-    try:
-        model_class = getattr(transformers, name, None)
-    except (ImportError, RuntimeError):  # it needs a library that is not there
-        return None
-    if model_class is None or not hasattr(model_class, "_from_config"):
+    model_class = class_named(name)
+    if model_class is None:
         return None
     settings = few_layers(config_class, defaults)
     base = built(model_class, config_class, settings)
@@ -308,6 +305,14 @@ def architecture(name: str, config_class: Any, defaults: Config) -> Config | Non
     if converted:
         found["converted"] = True
     return {key: value for key, value in found.items() if value or key == "prefix"}
+
+
+def class_named(name: str) -> Any:
+    try:
+        found = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # it needs a library that is not there
+        return None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def in_stack(tensor: str, stack: str, inner: str) -> bool:
