@@ -17,7 +17,13 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import (
     INDEX,
     MAX_CONFIG_BYTES,
+    MAX_DEPTH,
+    MAX_DIGITS,
     MAX_HEADER_BYTES,
+    MAX_KEY,
+    MAX_KEYS,
+    MAX_NAME,
+    MAX_RANK,
     MAX_TENSORS,
     TOKENIZER_FILES,
     WEIGHTS,
@@ -161,6 +167,17 @@ BAD_WEIGHTS: dict[str, tuple[bytes, list[str]]] = {
     "shape of another size": (weights_of({"a": {**F32, "shape": [3]}}, b"12345678"), ["tensor a", "[0, 8]"]),
     "a gap": (weights_of({"a": {**F32, "data_offsets": [4, 12]}}, b"123456789012"), ["tensor a", "[4, 12]"]),
     "overlap": (weights_of({"a": F32, "b": F32}, b"12345678"), ["tensor", "[0, 8]"]),
+    "a shape of very many ones": (weights_of({"a": {**F32, "shape": [1] * 100_000}}), ["tensor a", "100000 axes"]),
+    "one axis too many": (weights_of({"a": {**F32, "shape": [1] * 8 + [2]}}, b"12345678"), ["tensor a", "9 axes"]),
+    "a long name": (weights_of({"a" * 160_000: F32}, b"12345678"), ["tensor aaaa", "160000 characters"]),
+    "a long name of nothing": (weights_of({"a" * 160_000: 3}), ["tensor aaaa", "no JSON object"]),
+    "a number of many digits": (weights_of(b'{"a": ' + b"9" * 4000 + b"}"), ["malformed header", "4000 digits"]),
+    "a number of very many digits": (weights_of(b'{"a": ' + b"9" * 400_000 + b"}"), ["malformed", "400000 digits"]),
+    "a size that nobody can hold": (weights_of({"a": {**F32, "shape": [2**63, 0]}}), ["tensor a", "larger than"]),
+    "an offset that nobody can hold": (
+        weights_of({"a": {**F32, "shape": [0], "data_offsets": [2**64, 2**64]}}),
+        ["tensor a", "larger than"],
+    ),
     "more tensors than allowed": (
         weights_of({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(MAX_TENSORS + 1)}),
         [f"{MAX_TENSORS + 1} tensors"],
@@ -173,6 +190,61 @@ def test_bad_weights_are_refused_with_their_file_and_fault(checkpoint: Path, cas
     content, words = BAD_WEIGHTS[case]
     (checkpoint / WEIGHTS).write_bytes(content)
     assert_refused(checkpoint, [WEIGHTS, *words])
+
+
+def test_no_message_is_longer_than_a_person_reads(checkpoint: Path) -> None:
+    for content, _ in BAD_WEIGHTS.values():
+        (checkpoint / WEIGHTS).write_bytes(content)
+        with pytest.raises(InvalidCheckpoint) as caught:
+            inspect_checkpoint(checkpoint, SOURCE)
+        assert len(caught.value.message) < 1500, caught.value.message[:2000]
+
+
+def test_the_largest_numbers_of_axes_and_characters_are_allowed(tmp_path: Path) -> None:
+    tensor = {"dtype": "F32", "shape": [1] * (MAX_RANK - 1) + [2], "data_offsets": [0, 8]}
+    (tmp_path / WEIGHTS).write_bytes(weights_of({"n" * MAX_NAME: tensor}, b"12345678"))
+    [found] = read_header(tmp_path / WEIGHTS, SOURCE)
+    assert (len(found.name), len(found.shape)) == (MAX_NAME, MAX_RANK)
+
+
+DEEP = b'{"a": ' * MAX_DEPTH + b"{}" + b"}" * MAX_DEPTH
+BAD_CONFIGS: dict[str, tuple[bytes, list[str]]] = {
+    "a long key": (b'{"' + b"k" * 160_000 + b'": 1}', ["160000 characters", str(MAX_KEY)]),
+    "a long key inside": (b'{"a": [{"' + b"k" * 160_000 + b'": 1}]}', ["160000 characters"]),
+    "more keys than allowed": (json.dumps({str(i): 0 for i in range(MAX_KEYS + 1)}).encode(), [f"{MAX_KEYS} keys"]),
+    "more keys than allowed in all": (b'{"a": [' + b'{"b": 0, "c": 0, "d": 0},' * 110_000 + b"0]}", ["keys"]),
+    "deep objects": (DEEP, [f"{MAX_DEPTH} levels"]),
+    "deep lists": (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", [f"{MAX_DEPTH} levels"]),
+    "deeper than Python goes": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", ["cannot be read as JSON"]),
+    "a long number": (b'{"hidden_size": 1' + b"0" * 200 + b"}", ["201 digits", str(MAX_DIGITS)]),
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_configurations_beyond_anything_real_are_refused_by_name(checkpoint: Path, case: str, name: str) -> None:
+    content, words = BAD_CONFIGS[case]
+    (checkpoint / name).write_bytes(content)
+    assert_refused(checkpoint, [name, *words])
+
+
+def test_a_deep_tokenizer_is_refused_by_name(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").write_bytes(b'{"model": {"vocab": {"a": 0}}, "normalizer": ' + DEEP + b"}")
+    assert_refused(checkpoint, ["tokenizer.json", f"{MAX_DEPTH} levels"])
+
+
+def test_real_extremes_of_configurations_are_read(checkpoint: Path) -> None:
+    """The number that tokenizers say in place of no limit; labels of many words; nesting as in composite models."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    label = "a label that says what it stands for, " * 20
+    config |= {
+        "text_config": {"rope": {"full": {"type": ["default"]}}},
+        "id2label": {"0": label},
+        "label2id": {label: 0},
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    assert inspect_checkpoint(checkpoint, SOURCE).config["label2id"] == {label: 0}
 
 
 def test_weights_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ from worker.engine.catalog.library import Architecture, decoded, kind_of
 from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
+WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
+"""Parts of the names of what is stored whole, which the names in the base lack."""
 FACTORS = {
     "lora_A.weight": ("a", False),
     "lora_B.weight": ("b", False),
@@ -158,7 +160,7 @@ def _adapter(path: Path, source: str) -> Adapter:
             raise InvalidCheckpoint(source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
         if ".original_module." in tensor.name:  # what modules_to_save replaces; with its biases, PEFT saves these too
             continue
-        name = re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", tensor.name.removeprefix(PREFIX))
+        name = WRAPPERS.sub("", tensor.name.removeprefix(PREFIX))
         end = next((end for end in FACTORS if name.endswith(f".{end}")), None)
         if end is not None:
             module = name.removesuffix(f".{end}")

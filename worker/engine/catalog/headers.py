@@ -25,6 +25,13 @@ from worker.engine.catalog.reading import reads
 
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
 MAX_TENSORS = 100_000
+MAX_RANK = 8  # axes of a tensor; the largest real one has 6
+MAX_SIZE = 2**63 - 1  # along an axis, and of an offset: what whoever reads the format can hold
+MAX_NAME = 500  # characters of a tensor's name; the longest real ones have 150
+MAX_DEPTH = 32  # lists and objects within each other; the deepest real ones, pipelines of tokenizers, have 10
+MAX_DIGITS = 100  # of a number in JSON; the longest real one, model_max_length, has 31
+MAX_KEYS = 300_000  # in all objects of a configuration: 100,000 labels by id and by name, and some more
+MAX_KEY = 1000  # characters of a configuration's key, which a label's name is too
 MAX_CONFIG_BYTES = 5_000_000
 MAX_TOKENIZER_BYTES = 50_000_000  # the largest real ones have 35 MB
 MAX_MODULE_BYTES = 1_000_000_000  # of the weights of a sentence-transformers module; the largest real ones have 50 MB
@@ -408,7 +415,9 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
 def _tensor(source: str, file: Path, data: int, name: str, entry: object) -> tuple[TensorInfo, int, int]:
     """Raises ValueError for what the format does not have."""
     if not isinstance(entry, dict):
-        raise ValueError(f"what it says of tensor {name} is no JSON object")
+        raise ValueError(f"what it says of tensor {name[:MAX_NAME]} is no JSON object")
+    if len(name) > MAX_NAME:
+        raise ValueError(f"the name of tensor {name[:40]}… has {len(name)} characters; {MAX_NAME} are allowed")
     for key in ("dtype", "shape", "data_offsets"):
         if key not in entry:
             raise ValueError(f"tensor {name} has no {key}")
@@ -417,14 +426,18 @@ def _tensor(source: str, file: Path, data: int, name: str, entry: object) -> tup
         raise ValueError(f"tensor {name} has a dtype that is no string")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"tensor {name} has a shape that is no list, or data_offsets that are not a list of two")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"tensor {name} has {len(shape)} axes; {MAX_RANK} are allowed")
     if dtype in QUANTISED:
         kind = QUANTISED[dtype]
         problem = f"{file.name}: tensor {name} has dtype {dtype}; {kind} weights are quantised"
         raise InvalidCheckpoint(source, f"{problem}: merge the originals, then quantise", tensor=name)
     if dtype not in DTYPE_BYTES:
-        raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPE_BYTES)}")
+        raise ValueError(f"tensor {name} has dtype {dtype[:20]}; supported are {', '.join(DTYPE_BYTES)}")
     if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):  # True is an instance of int
         raise ValueError(f"tensor {name} has a negative or non-integer shape or offset")
+    if max(*shape, *offsets) > MAX_SIZE:
+        raise ValueError(f"tensor {name} has a shape or an offset larger than {MAX_SIZE}")
     begin, end = offsets
     return TensorInfo(source, name, file, data + begin, dtype, tuple(shape)), begin, end
 
@@ -524,8 +537,12 @@ def _read(file: Path, source: str, limit: int) -> bytes:
 
 
 def parsed_json(raw: bytes) -> Any:
-    """Raises ValueError for what is no JSON, and for half a surrogate pair, which no file could hold as UTF-8."""
-    content = json.loads(raw)
+    """Raises ValueError for what is no JSON, for nesting and numbers beyond anything real, and for half a surrogate
+    pair, which no file could hold as UTF-8."""
+    content = json.loads(raw, parse_int=_integer)
+    for depth, _ in enumerate(_levels(content)):
+        if depth == MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     if b"\\u" in raw:  # in no other way can there be one
         try:
             json.dumps(content, ensure_ascii=False).encode()
@@ -534,10 +551,40 @@ def parsed_json(raw: bytes) -> Any:
     return content
 
 
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits; {MAX_DIGITS} are allowed")
+    return int(digits)
+
+
+def _levels(content: Any) -> Iterator[list[Any]]:
+    """The objects and lists of a JSON value, the outermost first, then those within it, and so on."""
+    level = [content] if isinstance(content, dict | list) else []
+    while level:
+        yield level
+        inner = (value.values() if type(value) is dict else value for value in level)
+        level = [value for values in inner for value in values if type(value) is dict or type(value) is list]
+
+
+def _check_keys(content: Any) -> None:
+    """Raises ValueError for more or longer keys than configurations have: each is compared and may be quoted."""
+    count = 0
+    for level in _levels(content):
+        objects = [value for value in level if isinstance(value, dict)]
+        count += sum(map(len, objects))
+        if count > MAX_KEYS:
+            raise ValueError(f"its objects have more than {MAX_KEYS} keys")
+        longest = max((key for value in objects for key in value), key=len, default="")
+        if len(longest) > MAX_KEY:
+            raise ValueError(f"the key '{longest[:40]}…' has {len(longest)} characters; {MAX_KEY} are allowed")
+
+
 def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
     """Raises InvalidCheckpoint when it is missing, larger than `limit` bytes or no JSON object."""
     try:
         content = parsed_json(_read(file, source, limit))
+        if limit <= MAX_CONFIG_BYTES:  # vocabularies and indices have keys of their own
+            _check_keys(content)
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -24,6 +24,7 @@ NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,3})?", re.ASCII
 BARE = re.compile(r"(?:label[ _-]?)?(\d{1,9})", re.ASCII | re.IGNORECASE)
 """A name that is only an id, as transformers gives where nobody named the labels."""
 TRUTH = {"false": False, "true": True}
+LONGEST_NAME = 1000  # characters, of what is compared in other spellings
 SHOWN_NAME = 64
 
 
@@ -63,7 +64,12 @@ class Task:
 
 
 def normal(name: str) -> str:
-    """Without case, and with one space for any of spaces, `_` and `-` between letters or digits."""
+    """Without case, and with one space for any of spaces, `_` and `-` between letters or digits.
+
+    What is too long for a label's name stays as it is: the standard form of accents takes the square of their number.
+    """
+    if len(name) > LONGEST_NAME:
+        return name
     folded = unicodedata.normalize("NFKC", name).casefold().strip(" \t\r\n_")
     return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", folded)
 

@@ -7,6 +7,7 @@ them only where it is no weight at all (a buffer) or a second copy of another (t
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from worker.engine.catalog.architectures import classifies, labels_of, use_of
@@ -81,7 +82,7 @@ LENGTHS = frozenset(
 """Settings that are numbers and show in no shape."""
 UNCERTAIN = frozenset({"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"})
 """Lists over layers, which older versions of transformers left out."""
-HARMLESS_NAMES = re.compile(r"_.*|unsloth_.*|.*dropout.*|.*pdrop|summary_.*")
+HARMLESS_BEGINNINGS = ("_", "unsloth_", "summary_")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Layer:
     inner: str
 
 
+@lru_cache(maxsize=1 << 17)  # asked a dozen times of every name in a plan
 def layer_of(name: str) -> Layer | None:
     """None of a tensor outside the layers."""
     match = LAYER.fullmatch(name)
@@ -152,19 +154,25 @@ def tensors_by_name(info: CheckpointInfo, like: CheckpointInfo) -> dict[str, Ten
         InvalidCheckpoint: a tensor is there under both.
     """
     stacks = stacks_of([*info.tensors, *like.tensors])
-    prefixes = list(dict.fromkeys(f"{stack.partition('.')[0]}." for stack in stacks if "." in stack))
+    outer = dict.fromkeys(stack.partition(".")[0] for stack in stacks if "." in stack)
+    prefixes = {prefix: at for at, prefix in enumerate(outer)}
+    below: dict[str, str] = {}  # names in `like` by what follows the prefix, of several prefixes the first
+    for name in like.tensors:
+        prefix, _, rest = name.partition(".")
+        if prefix in prefixes:
+            before = below.setdefault(rest, name).partition(".")[0]
+            if prefixes[prefix] < prefixes[before]:
+                below[rest] = name
+
+    def in_like(spelling: str) -> str | None:
+        if spelling in like.tensors:
+            return spelling
+        prefix, _, rest = spelling.partition(".")
+        return below.get(spelling) or (rest if prefix in prefixes and rest in like.tensors else None)
+
     found: dict[str, TensorInfo] = {}
     for name, tensor in info.tensors.items():
-        candidates = [
-            candidate
-            for spelling in spellings(name)
-            for candidate in (
-                spelling,
-                *(p + spelling for p in prefixes),
-                *(spelling.removeprefix(p) for p in prefixes),
-            )
-        ]
-        known = next((candidate for candidate in candidates if candidate in like.tensors), name)
+        known = next((known for spelling in spellings(name) if (known := in_like(spelling))), name)
         if known in found:
             raise InvalidCheckpoint(info.source, f"tensor {known} is there under two spellings")
         found[known] = tensor
@@ -189,14 +197,14 @@ def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorI
     Args:
         states: of every checkpoint, by the names of the first.
     """
-    first = states[0]
+    embeddings = _Embeddings(states)
     tied = _ties(config)
     copies = {}
     for name in dict.fromkeys(name for state in states for name in state):
         if tied if tied is not None else not all(name in state for state in states):
-            original = _original(name, first, states)
+            original = _original(name, states[0], embeddings)
         elif ends_with(name, SHARED_EMBEDDINGS):
-            original = _embedding(name, first, states, EMBEDDINGS[:1])
+            original = embeddings.like(name, EMBEDDINGS[:1])
         else:
             original = None
         if original is not None:
@@ -214,31 +222,45 @@ def _ties(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _original(name: str, first: Mapping[str, TensorInfo], states: Sequence[Mapping[str, TensorInfo]]) -> str | None:
+def _original(name: str, first: Mapping[str, TensorInfo], embeddings: "_Embeddings") -> str | None:
     if ends_with(name, SHARED_EMBEDDINGS):
-        return _embedding(name, first, states, EMBEDDINGS[:1])
+        return embeddings.like(name, EMBEDDINGS[:1])
     if ends_with(name, OUTPUT_EMBEDDINGS):
-        return _embedding(name, first, states, EMBEDDINGS)
+        return embeddings.like(name, EMBEDDINGS)
     for copy, original in TIED_BIASES.items():
         if ends_with(name, (copy,)) and name.removesuffix(copy) + original in first:
             return name.removesuffix(copy) + original
     return None
 
 
-def _embedding(
-    name: str,
-    first: Mapping[str, TensorInfo],
-    states: Sequence[Mapping[str, TensorInfo]],
-    endings: Sequence[str],
-) -> str | None:
-    storing = [state for state in states if name in state]
-    for ending in endings:
-        for other, tensor in first.items():
-            if other == name or not ends_with(other, (ending,)) or layer_of(other) is not None:
-                continue
-            if all(state[name].shape == state.get(other, tensor).shape for state in storing):
-                return other
-    return None
+class _Embeddings:
+    """Matrices of tokens of the first of `states`, found by their shapes: a header may name any number of them."""
+
+    def __init__(self, states: Sequence[Mapping[str, TensorInfo]]) -> None:
+        self._states = states
+        self._outer: list[str] | None = None
+        self._by_shapes: dict[tuple[str, tuple[int, ...]], dict[tuple[tuple[int, ...], ...], str]] = {}
+
+    def like(self, name: str, endings: Sequence[str]) -> str | None:
+        """The first whose shape is that of `name` wherever `name` is stored; None where there is none."""
+        storing = tuple(index for index, state in enumerate(self._states) if name in state)
+        shapes = tuple(self._states[index][name].shape for index in storing)
+        found = (self._named(ending, storing).get(shapes) for ending in endings)
+        return next((other for other in found if other not in (None, name)), None)
+
+    def _named(self, ending: str, storing: tuple[int, ...]) -> dict[tuple[tuple[int, ...], ...], str]:
+        """Those that are named so, by their shapes in the states at `storing`."""
+        if (ending, storing) not in self._by_shapes:
+            first = self._states[0]
+            if self._outer is None:
+                self._outer = [name for name in first if ends_with(name, EMBEDDINGS) and layer_of(name) is None]
+            by_shapes: dict[tuple[tuple[int, ...], ...], str] = {}
+            for name in self._outer:
+                if ends_with(name, (ending,)):
+                    shapes = tuple(self._states[index].get(name, first[name]).shape for index in storing)
+                    by_shapes.setdefault(shapes, name)
+            self._by_shapes[ending, storing] = by_shapes
+        return self._by_shapes[ending, storing]
 
 
 def ends_with(name: str, endings: Iterable[str]) -> bool:
@@ -387,12 +409,17 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
             harmless.add(key)
     for key, mine in ours.items():
         other = theirs.get(key, mine)
-        if same(mine, other) or key in harmless or HARMLESS_NAMES.fullmatch(key):
+        if same(mine, other) or key in harmless or is_of_training(key):
             continue
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             yield from ((f"{key}.{inner}", a, b) for inner, a, b in differences(mine, other))
         else:
             yield key, mine, other
+
+
+def is_of_training(key: str) -> bool:
+    """Whether a configuration's key is named as those are on which nothing depends that a model computes."""
+    return key.startswith(HARMLESS_BEGINNINGS) or "dropout" in key or key.endswith("pdrop")
 
 
 def same(ours: object, theirs: object) -> bool:
@@ -427,7 +454,7 @@ CONDITIONS = {
 
 def is_harmless(key: str) -> bool:
     """Whether merged checkpoints may differ in the key, whatever it is in."""
-    return key in HARMLESS or HARMLESS_NAMES.fullmatch(key) is not None
+    return key in HARMLESS or is_of_training(key)
 
 
 def short(value: object) -> str:

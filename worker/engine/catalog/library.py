@@ -16,7 +16,9 @@ from zipfile import ZipFile
 
 TABLE = Path(__file__).with_name("library.zip")
 """One JSON file for each kind of model, so that no other is read."""
-LAYER = re.compile(r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>\d{1,6})\.(?P<inner>.+)")
+LAYER = re.compile(
+    r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>[0-9]{1,6})\.(?P<inner>.+)", re.DOTALL
+)
 """The first number that follows the name of a list of layers: T5 has lists within its layers."""
 LAYER_KEYS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers",

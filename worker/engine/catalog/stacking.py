@@ -138,7 +138,7 @@ def plan_slices(
         aligned = align_vocabularies(vocabulary, checkpoints, base, base or first, choices)
     copies = layouts.tied_copies(first.config, [states[first_index], *states])
     tied = tuple(
-        (state[copy], state[of]) for state in states for copy, of in copies.items() if {copy, of} <= set(state)
+        (state[copy], state[of]) for state in states for copy, of in copies.items() if copy in state and of in state
     )
     states = [{name: tensor for name, tensor in state.items() if name not in copies} for state in states]
     stack = _only_stack(first, states[first_index])

@@ -19,7 +19,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
-from worker.engine.catalog.layouts import HARMLESS, HARMLESS_NAMES, layer_of
+from worker.engine.catalog.layouts import HARMLESS, is_of_training, layer_of
 from worker.engine.catalog.library import ACTIVATIONS, LAYER_KEYS, TABLE, Length, member, value_at
 from worker.engine.libraries import conversion_mapping, preload, transformers
 
@@ -222,7 +222,7 @@ def period_of(config_class: Any, defaults: Config, name: str) -> list[Any] | Non
 
 def variations(key: str, value: Any) -> list[Any]:
     """Other values of a key, for a model that is otherwise the same."""
-    if key in HARMLESS - SHOWN or HARMLESS_NAMES.fullmatch(key) or key.endswith("_token_id"):
+    if key in HARMLESS - SHOWN or is_of_training(key) or key.endswith("_token_id"):
         return []
     if key in WORDS:
         return list(WORDS[key])
