@@ -1,10 +1,12 @@
 """Real parts for the tests: a Redis server, tiny checkpoints, trained experts, the whole service as processes."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -171,6 +173,7 @@ class Service:
             return job if job and job["finished_at"] else None
 
         job: dict[str, Any] = wait_until(final, f"job {job_id} to end")
+        assert_tells_no_paths(json.dumps(job))
         return job
 
     def stand_still(self, job_id: str, phase: str) -> psutil.Process:
@@ -294,3 +297,10 @@ def assert_problem(response: httpx.Response, status: int, code: str) -> None:
     assert set(body) == {"type", "title", "status", "code", "detail", "instance", "errors"}
     assert (body["status"], body["code"]) == (status, code)
     assert body["detail"]
+    assert_tells_no_paths(response.text)
+
+
+def assert_tells_no_paths(text: str) -> None:
+    """Inputs and data folders of the tests are temporary ones; libraries lie below the interpreter's folder."""
+    for folder in (tempfile.gettempdir(), sys.prefix, "site-packages", str(REPOSITORY)):
+        assert folder not in text, text

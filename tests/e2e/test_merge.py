@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app.client import Client
-from tests.conftest import Service, keeps_within, tiny_recipe, wait_until
+from tests.conftest import Service, assert_tells_no_paths, keeps_within, tiny_recipe, wait_until
 from tests.tiny import LAYERS, Tensors, read_model, write_rows
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
@@ -27,6 +29,14 @@ def job(service: Service) -> dict[str, Any]:
     job = service.finished(service.submit(recipe))
     assert job["status"] == "succeeded", job["error"]
     return job
+
+
+def test_nothing_that_a_job_makes_or_tells_holds_a_path_of_the_machine(service: Service, job: dict[str, Any]) -> None:
+    made = service.get(f"/jobs/{job['id']}/archive").content
+    for folder in (service.data_dir, service.inputs, tempfile.gettempdir(), sys.prefix):
+        assert str(folder).encode() not in made
+    for path in (f"/jobs/{job['id']}", f"/jobs/{job['id']}/events", f"/jobs/{job['id']}/artifacts", "/openapi.json"):
+        assert_tells_no_paths(service.get(path).text)
 
 
 def test_a_merge_is_accepted_with_its_location(service: Service) -> None:

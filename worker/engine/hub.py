@@ -45,6 +45,7 @@ ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a do
 Kind = Literal["model", "dataset"]
 
 datasets.disable_progress_bars()  # they would fill the log
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # so that also a slow download makes progress, for want of which a job is lost
 # A data set's description may name files of any address, which building it would call. These are all that is needed.
 for protocol in set(known_implementations) - {"hf", "file", "local", "zip", "tar"}:
     del known_implementations[protocol]
