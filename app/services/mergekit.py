@@ -195,6 +195,12 @@ def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     output = {"dtype": _dtype(recipe), **_vocabulary(recipe, read, names, notes), "align_heads": False}
     if read.base is not None and read.method.base is Base.MODEL and output["vocabulary"] != "error":
         rest.setdefault("base", read.base)  # whose row a token has that a model lacks
+    if read.base in names and (not read.is_sliced or names[read.base] == models[0]["name"]):
+        output["config_from"] = names[read.base]
+    elif (
+        read.base is not None and rest.get("base") == read.base and not read.is_sliced and "base" not in names.values()
+    ):
+        output["config_from"] = "base"
     return {
         "method": {"name": read.name, **method},
         "models": models,

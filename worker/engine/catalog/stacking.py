@@ -58,7 +58,7 @@ def plan_job(
         return with_companions(plan, dtype, chat_template=chat_template)
     if heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")
-    if config_from is not None:
+    if config_from not in (None, slices[0].sources[0].model):
         problem = "a result of slices has the settings of the first slice's model; leave output.config_from out"
         raise InvalidRequest(problem, field="output.config_from")
     identities = [identify(info) for info in checkpoints]
