@@ -152,6 +152,16 @@ def test_heads_that_pre_training_left_in_a_classifier_are_left_out_with_a_note(t
     )
 
 
+def test_heads_of_older_versions_of_a_class_are_left_out_too(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", family=TINY_FAMILIES["deberta-v3"])
+    add(folder, {"lm_predictions.lm_head.bias": torch.zeros(4), "mask_predictions.classifier.bias": torch.zeros(1)})
+    plan = plan_merge([inspect_checkpoint(folder, "local:m")])
+    assert not [t for t in (*plan.backbone, *plan.heads[0]) if "predictions" in t.slot.name]
+    assert ["lm_predictions.lm_head.bias (like 1 more) of local:m was left out" in note for note in plan.notes] == [
+        True
+    ]
+
+
 def test_a_language_models_head_in_a_decoders_classifier_is_left_out_with_a_note(tmp_path: Path) -> None:
     folders = [tiny_model(tmp_path / f"m{seed}", LLAMA_CLASSIFIER, seed=seed) for seed in (1, 2)]
     add(folders[1], {"lm_head.weight": torch.zeros(128, 16)})

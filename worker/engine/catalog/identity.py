@@ -28,6 +28,11 @@ HARMLESS_WORDS = ("act", "activation", "dtype", "implementation", "mode", "metho
 """How names of settings in words end that change no tensor."""
 PREFERRED = ("ForConditionalGeneration", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
 """Ends of names of classes, of which the first is taken where several have the same tensors, as tied ones do."""
+PRE_TRAINING_HEADS = (
+    "cls", "lm_head", "lm_predictions", "mask_predictions", "discriminator_predictions", "generator_predictions",
+    "generator_lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector",
+)  # fmt: skip
+"""Modules that models are pre-trained with, also by versions of classes that transformers no longer has."""
 LISTED = 3  # classes or tensors that a message names
 
 
@@ -189,6 +194,10 @@ def _leftovers(found: Identity, known: Architecture, kind: Kind) -> frozenset[st
     others = [one for one in kind.architectures.values() if one.is_pre_training and one is not known]
     bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
     leftovers = set()
+    for name, own in found.names.items():
+        head = own.partition(".")[0]
+        if head in PRE_TRAINING_HEADS and not any(one.partition(".")[0] == head for one in known.all_names):
+            leftovers.add(name)
     for name in found.unread:
         own = found.names[name]
         if layouts.layer_of(own) is None and _is_read(own, others) and not _is_read(own, bodies):

@@ -67,6 +67,10 @@ class Architecture:
     """Whether a checkpoint has other names than the model."""
 
     @cached_property
+    def all_names(self) -> frozenset[str]:
+        return frozenset((*self.tensors, *self.layers, *self.optional, *self.targets, *self.buffers))
+
+    @cached_property
     def targets(self) -> frozenset[str]:
         return frozenset(copy for copy, _, _ in self.ties)
 
