@@ -11,6 +11,7 @@ from app.api import artifacts, docs, errors, events, health, jobs, merges, metho
 from app.api.body_limit import BodyLimit
 from app.api.head import HeadAsGet
 from app.api.hosts import OwnHosts
+from app.api.openapi import Api
 from app.contracts.settings import Settings
 from app.services.composition import compose
 from app.storage.reaper import EXPIRY_S, SWEEP_S, Repeater, remove_outlived
@@ -32,7 +33,7 @@ def create_app(settings: Settings) -> FastAPI:
             repeater.stop()
         await services.watcher.close()
 
-    app = FastAPI(
+    app = Api(
         title="maskmerge",
         summary="Merges fine-tuned language models by the Fisher information of their mask nodes",
         version=version("maskmerge"),

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from app.api.conditional import IfNoneMatch
 from app.api.dependencies import RecordOf, ServicesOf, get_record
 from app.api.files import ArchiveResponse, held_open, media_type, serve
+from app.api.openapi import RANGES, Responses, file_responses, headers
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
@@ -20,6 +21,14 @@ from worker.engine.catalog.report import PAGE_POLICY
 
 router = APIRouter(tags=["artifacts"], route_class=StrictRoute)
 logger = logging.getLogger(__name__)
+
+ARCHIVE: Responses = {
+    200: {
+        "description": "The archive",
+        "content": {"application/x-tar": {}},
+        "headers": headers(Content_Disposition="The archive's name"),
+    }
+}
 
 
 class FileEntry(BaseModel):
@@ -56,7 +65,12 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
     )
 
 
-@router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=FileResponse)
+@router.get(
+    "/jobs/{job_id}/artifacts/{name:path}",
+    response_class=FileResponse,
+    responses=file_responses("*/*"),
+    openapi_extra=RANGES,
+)
 def get_file(name: str, record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
     """One file: ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530).
 
@@ -65,7 +79,9 @@ def get_file(name: str, record: RecordOf, services: ServicesOf, if_none_match: I
     return serve(*_file(name, record, services), if_none_match)
 
 
-@router.get("/jobs/{job_id}/report", response_class=FileResponse)
+@router.get(
+    "/jobs/{job_id}/report", response_class=FileResponse, responses=file_responses("text/html"), openapi_extra=RANGES
+)
 def report(record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
     """The report page."""
     response = serve(*_file("report.html", record, services), if_none_match, "inline")
@@ -73,7 +89,7 @@ def report(record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = 
     return response
 
 
-@router.get("/jobs/{job_id}/archive", response_class=StreamingResponse)
+@router.get("/jobs/{job_id}/archive", response_class=StreamingResponse, responses=ARCHIVE)
 def archive(record: RecordOf, services: ServicesOf) -> ArchiveResponse:
     """The whole artifact as a tar, made while it is sent; a shard that several models share is in it once.
 

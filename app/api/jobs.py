@@ -3,10 +3,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.conditional import IfNoneMatch, is_current, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, get_record, no_job
+from app.api.openapi import ETAG, NOT_MODIFIED, headers
 from app.api.paging import Limit
 from app.api.prefer import Wait, applied
 from app.api.strict_route import StrictRoute
@@ -15,6 +16,9 @@ from app.contracts.jobs import Job, JobSummary, Record, Status
 from app.storage.jobs import Deleted
 
 router = APIRouter(tags=["jobs"], route_class=StrictRoute)
+
+Label = Annotated[str, Field(description="key:value", json_schema_extra={"pattern": "^[^:]*:"})]
+SHOWN = {**ETAG, **headers(Preference_Applied="Which preference of `Prefer` was honoured, if any")}
 
 
 class JobPage(BaseModel):
@@ -29,7 +33,7 @@ class JobPage(BaseModel):
 def list_jobs(
     services: ServicesOf,
     status: Annotated[Status | None, Query(description="Only jobs in this state")] = None,
-    label: Annotated[list[str] | None, Query(description="Only jobs with this label, as key:value; repeatable")] = None,
+    label: Annotated[list[Label] | None, Query(description="Only jobs with this label; repeatable")] = None,
     limit: Limit = 20,
     after: Annotated[str | None, Query(pattern=r"^[0-9a-f]{28}$", description="The `next` of the page before")] = None,
 ) -> JobPage:
@@ -44,7 +48,7 @@ def list_jobs(
     return JobPage(data=[record.summary() for record in page], next=page[-1].id if len(found) > limit else None)
 
 
-@router.get("/jobs/{job_id}", response_model=Job)
+@router.get("/jobs/{job_id}", response_model=Job, responses={200: {"headers": SHOWN}, 304: NOT_MODIFIED})
 async def get_job(
     record: RecordOf,
     services: ServicesOf,

@@ -3,6 +3,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Response
 
 from app.api.dependencies import ServicesOf
+from app.api.openapi import ACCEPTED
 from app.api.prefer import Wait
 from app.api.submitting import IdempotencyKey, submitted
 from app.api.yaml_body import YAML_BODY, YamlRoute
@@ -29,7 +30,7 @@ EXAMPLES: dict[str, Any] = {"two experts": {"value": EXAMPLE}, "the best of seve
 MergeBody = Annotated[MergeRequest, Body(openapi_examples=EXAMPLES)]
 
 
-@router.post("/merge", status_code=202, openapi_extra=YAML_BODY)
+@router.post("/merge", status_code=202, responses=ACCEPTED, openapi_extra=YAML_BODY)
 async def merge(
     body: MergeBody, response: Response, services: ServicesOf, wait: Wait, idempotency_key: IdempotencyKey = None
 ) -> Job:

@@ -4,7 +4,7 @@ import re
 from typing import Annotated, Any
 
 from fastapi import Query
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 
 def _digits(text: Any) -> Any:
@@ -14,4 +14,6 @@ def _digits(text: Any) -> Any:
     return text
 
 
-Limit = Annotated[int, BeforeValidator(_digits), Query(ge=1, le=100, description="Most entries of the page")]
+Limit = Annotated[
+    int, Field(ge=1, le=100), BeforeValidator(_digits), Query(description="Most entries of the page, in digits")
+]

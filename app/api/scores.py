@@ -8,6 +8,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 from app.api.conditional import IfNoneMatch
 from app.api.dependencies import ServicesOf
 from app.api.files import ArchiveResponse, serve
+from app.api.openapi import ACCEPTED, RANGES, file_responses
 from app.api.paging import Limit
 from app.api.prefer import Wait
 from app.api.strict_route import StrictRoute
@@ -78,7 +79,7 @@ class ScoresPage(BaseModel):
     """Cursor of the next page, for `after`; null on the last."""
 
 
-@router.post("/scores", status_code=202)
+@router.post("/scores", status_code=202, responses=ACCEPTED)
 async def score(
     body: ScoreBody, response: Response, services: ServicesOf, wait: Wait, idempotency_key: IdempotencyKey = None
 ) -> Job:
@@ -117,7 +118,7 @@ def list_scores(
     return ScoresPage(data=[entry for _, entry in page], next=page[-1][0].age_key if len(found) > limit else None)
 
 
-@router.get("/scores/{digest}", response_class=FileResponse)
+@router.get("/scores/{digest}", response_class=FileResponse, responses=file_responses("*/*"), openapi_extra=RANGES)
 def get_scores(
     digest: Annotated[str, Path(pattern=DIGEST, description="A statistic's digest")],
     services: ServicesOf,

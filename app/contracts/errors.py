@@ -1,9 +1,9 @@
 """What the API answers when it does not do what it was asked: one table, one body shape (RFC 9457)."""
 
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -55,7 +55,7 @@ class ProblemBody(BaseModel):
     type: str = "about:blank"
     title: str
     status: int
-    code: str
+    code: Annotated[str, Field(json_schema_extra={"enum": [problem.code for problem in Problem]})]
     detail: str
     instance: str
     errors: list[FieldError] = []
