@@ -335,6 +335,26 @@ def test_the_card_says_how_to_load_it(engine: Engine, tmp_path: Path) -> None:
     assert "model/config.json" in files
 
 
+def test_every_chat_template_is_published_and_found_by_the_library(engine: Engine, tmp_path: Path) -> None:
+    folders = [tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1)]
+    templates = {
+        "chat_template.jinja": "chat", "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+        "additional_chat_templates/rag.jinja": "{{ documents }}",
+        "chat_template.json": '{"chat_template": "of images"}',
+    }  # fmt: skip
+    for folder in folders:
+        (folder / "additional_chat_templates").mkdir()
+        for name, content in templates.items():
+            (folder / name).write_text(content)
+    assert merged(engine, tmp_path / "out", folders, {"name": "average"}).notes == []
+    published = tmp_path / "out" / "model"
+    assert {name: (published / name).read_text() for name in templates} == templates
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(published).chat_template
+    assert found == {"default": "chat", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+
+
 def pages(folder: Path) -> tuple[str, str]:
     return (folder / "README.md").read_text(), (folder / "report.html").read_text()
 

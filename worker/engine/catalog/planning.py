@@ -128,6 +128,8 @@ class MergePlan:
     """That is published; None: as the published tokenizer has it."""
     modules: tuple[PlannedModules | None, ...] = ()
     """Of each published model; empty where none has any."""
+    companion_bytes: int = 0
+    """Of all files that are copied beside the weights."""
     notes: tuple[str, ...] = ()
     """What leads the result's notes."""
 
@@ -167,7 +169,8 @@ class MergePlan:
 
     @property
     def bytes_to_write(self) -> int:
-        return sum(t.nbytes for t in self.backbone) + sum(t.nbytes for head in self.heads for t in head)
+        of_modules = [tensors for planned in self.modules if planned for tensors in planned.tensors.values()]
+        return self.companion_bytes + sum(t.nbytes for part in (self.backbone, *self.heads, *of_modules) for t in part)
 
     def peak_memory_bytes(
         self,

@@ -40,7 +40,20 @@ def with_companions(
     if chat_template == "auto":
         chat_template = _commonest_template(plan)
         notes += ["no model has a chat template, so none is published"] if chat_template is None else []
-    return replace(plan, modules=modules, notes=(*plan.notes, *notes), chat_template=chat_template)
+    files = [file for info in plan.published for file in companions(tokens_of(plan, info)).values()]
+    files += [file for planned in modules if planned for file in planned.modules.files.values()]
+    return replace(
+        plan,
+        modules=modules,
+        companion_bytes=sum(file.stat().st_size for file in files),
+        notes=(*plan.notes, *notes),
+        chat_template=chat_template,
+    )
+
+
+def tokens_of(plan: MergePlan, info: CheckpointInfo) -> CheckpointInfo:
+    """Whose tokenizer, templates and settings are published with the configuration of `info`."""
+    return info if plan.vocabulary is None else plan.vocabulary.owner
 
 
 def _commonest_template(plan: MergePlan) -> str | None:
@@ -148,7 +161,7 @@ def _settings_notes(owner: Modules, other: Modules) -> list[str]:
 
 def _differences(plan: MergePlan) -> list[str]:
     """Templates and settings of the merged models that are not those published."""
-    owner = plan.published[0] if plan.vocabulary is None else plan.vocabulary.owner
+    owner = tokens_of(plan, plan.published[0])
     of_owner = _companions(owner)
     notes = []
     for info in plan.checkpoints:
