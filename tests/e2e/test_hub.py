@@ -12,12 +12,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tests.conftest import Service, assert_problem, free_port, keeps_within, make_service, tiny_recipe, wait_until
 from tests.hub import Hub
 from tests.tiny import edit_json, read_model, tiny_base, tiny_checkpoint, tiny_texts, write_lines
 from tests.tiny_adapters import merged_by_peft, tiny_adapter
+from tests.tiny_families import TINY_BERT
 
 CANCEL_S = 5
 NAMES = ["bad", "good"]
@@ -245,6 +247,43 @@ def test_a_checkpoint_of_the_hub_merges_as_the_same_folder_does(service: Service
         assert job["result"]["models"][0]["digest"].startswith("sha256:"), number
     assert merged[0].keys() == merged[1].keys()
     assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+
+
+def test_files_one_folder_deep_come_from_the_hub_too(service: Service, hub: Hub, tmp_path: Path) -> None:
+    """Modules of an embedding model, with their weights, and further chat templates."""
+    names = ["modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
+    modules = "sentence_transformers.models"
+    for seed, name in enumerate("ab", 1):
+        folder = tiny_base(tmp_path / name, base_seed=seed)
+        TINY_BERT.tokenizer().save_pretrained(folder)
+        kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+        entries = [{"idx": i, "name": str(i), "path": p, "type": f"{modules}.{kinds[p]}"} for i, p in enumerate(kinds)]
+        for inner in ("1_Pooling", "2_Dense", "additional_chat_templates", "onnx"):
+            (folder / inner).mkdir()
+        (folder / "modules.json").write_text(json.dumps(entries))
+        (folder / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 16, "pooling_mode": "cls"}')
+        (folder / "2_Dense" / "config.json").write_text('{"in_features": 16, "out_features": 2}')
+        dense = {"linear.weight": torch.full((2, 16), float(seed)), "linear.bias": torch.zeros(2)}
+        save_file(dense, folder / "2_Dense" / "model.safetensors")
+        (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+        (folder / "onnx" / "model.onnx").write_bytes(b"not asked for")
+        hub.add("model", f"org/embedding-{name}", folder)
+    before = len(hub.requests)
+    models = [{"name": name, "checkpoint": f"hf:org/embedding-{name}"} for name in "ab"]
+    asked = {"method": {"name": "average"}, "models": models}
+    plan = service.post("/merge/validate", json=asked).json()
+    job = service.finished(service.submit(asked))
+    assert (job["status"], job["result"]["notes"]) == ("succeeded", []), job
+    published = next((service.data_dir / "artifacts").glob(f"{job['id']}.*")) / "model"
+    for name in (*names[1:3], "additional_chat_templates/rag.jinja"):
+        assert (published / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    assert json.loads((published / "modules.json").read_text()) == entries
+    assert load_file(published / names[3])["linear.weight"].unique().tolist() == [1.5]
+    copied = ["tokenizer.json", "tokenizer_config.json", "additional_chat_templates/rag.jinja", *names[1:3]]
+    weights = [*read_model(published).values(), *load_file(published / names[3]).values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    assert plan["bytes_to_write"] == size + sum((published / name).stat().st_size for name in copied)
+    assert not [asked for asked in hub.requests[before:] if "onnx" in asked]
 
 
 def test_an_adapter_of_the_hub_is_merged_into_its_base(service: Service, hub: Hub) -> None:

@@ -113,7 +113,7 @@ def _modules(
     if without:
         notes.append(f"{', '.join(without)}: no modules.json is there; the merge has the modules of {first.source}")
     if last is not None:
-        of_last = next((modules for info, modules in given if info is last), owner)
+        of_last = next((modules for info, modules in given if info.path == last.path), owner)
         return (_own(of_last, dtype),), notes
     tensors = {}
     for number, step in enumerate(owner.steps):

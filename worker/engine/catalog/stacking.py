@@ -65,7 +65,8 @@ def plan_job(
     checkpoints = [identity.info for identity in identities]
     plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale, choices)
     plan = replace(plan, notes=tuple(dict.fromkeys(note for identity in identities for note in identity.notes)))
-    last = checkpoints[names.index(slices[-1].sources[0].model)]
+    only, *others = slices[-1].sources
+    last = None if others else checkpoints[names.index(only.model)]
     return with_companions(plan, dtype, last=last, chat_template=chat_template)
 
 
