@@ -42,6 +42,7 @@ def torch_threads() -> Iterator[None]:
 
 def merge(checkpoints: list[Path], folder: Path, method: str, store: Path) -> Bytes:
     *experts, base = checkpoints
+    experts = experts[: METHODS[method].models[1]]
     measures = bool(METHODS[method].parameters.model_validate({"name": method}).statistics)
     parameters = {"name": method, **({"examples": EXAMPLES} if measures else {})}
     spec = merge_spec(
