@@ -39,6 +39,7 @@ LINES = (
     "header", "names", "skiprows", "nrows", "skipfooter", "comment", "index_col", "skip_blank_lines", "lineterminator",
     "encoding", *QUOTES[1:],
 )  # fmt: skip
+PARQUET_ROWS = 1000  # decoded together: equal texts may be stored once, and one text may have a megabyte
 EXTRA_COLUMN = "__index_level_0__"  # how pandas names the first column, where rows have one field more than the header
 ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a download that was killed
 
@@ -138,10 +139,13 @@ def _builder(rows: DatasetSpec, source: HubSource) -> Any:
     # A folder of the same name here would be taken for the data set, so there is none.
     with tempfile.TemporaryDirectory() as empty, chdir(empty):
         builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit)
+        options: dict[str, Any] = {}
         if _builder_name(builder) == "csv":
-            builder = datasets.load_dataset_builder(
-                source.repository, rows.config, revision=source.commit, **_csv_options(builder.config)
-            )
+            options = _csv_options(builder.config)
+        elif _builder_name(builder) == "parquet":  # by default all of a row group at once, which may be a whole file
+            options = {"batch_size": PARQUET_ROWS}
+        if options:
+            builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit, **options)
     if _builder_name(builder) not in BUILDERS:
         raise InvalidDataset(rows.source, f"its format is {_builder_name(builder)}; known are {', '.join(BUILDERS)}")
     return builder

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from worker.engine.catalog.errors import EngineError, InvalidDataset, Place
@@ -15,6 +16,9 @@ from worker.engine.catalog.spec import DatasetSpec
 from worker.engine.resources import is_out_of_memory, require_memory
 
 LISTS = (datasets.List, datasets.LargeList)
+MOST_ROWS = 20_000_000  # of a Parquet file: their order alone, drawn from the seed, takes 0.7 GB
+MOST_VALUES = 200_000_000  # of a column of lists
+VALUE_BYTES = 8  # of a number, and of a text's place among the texts that differ
 
 
 class TableRows:
@@ -26,7 +30,7 @@ class TableRows:
 
     def __init__(
         self,
-        table: datasets.Dataset,
+        table: "datasets.Dataset | EncodedTable",
         spec: DatasetSpec,
         label_names: tuple[str, ...] | None = None,
         notes: Sequence[str] = (),
@@ -58,18 +62,86 @@ class TableRows:
         return [row_of(row, Place("row", index + 1), self._spec) for index, row in zip(indices, rows, strict=True)]
 
 
+class EncodedTable:
+    """A table as Parquet stores it, where texts that are equal are there once: a file of 130 kB may have 7 GB of them.
+
+    It has of `datasets.Dataset` what `TableRows` asks for.
+    """
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        self._table = table
+        self.column_names: list[str] = table.column_names
+        plain = [field.with_type(_plain(field.type)) for field in table.schema]
+        self.features: Mapping[str, Any] = datasets.Features.from_arrow_schema(pyarrow.schema(plain))
+
+    def select_columns(self, names: list[str]) -> "EncodedTable":
+        return EncodedTable(self._table.select(names))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, indices: list[int]) -> dict[str, list[Any]]:
+        rows = self._table.take(pyarrow.array(indices, pyarrow.int64()))
+        return {
+            name: [value for part in rows.column(name).chunks for value in _values(part)] for name in rows.schema.names
+        }
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
+def _values(part: Any) -> list[Any]:
+    """Of texts that are equal, one that all rows share."""
+    if not pyarrow.types.is_dictionary(part.type):
+        return list(part.to_pylist())
+    used = pyarrow.compute.unique(part.indices.drop_null())
+    texts = dict(zip(used.to_pylist(), part.dictionary.take(used).to_pylist(), strict=True))
+    return [None if index is None else texts[index] for index in part.indices.to_pylist()]
+
+
 def read_parquet(spec: DatasetSpec) -> TableRows:
     """The rows of a local Parquet file. Raises InvalidDataset naming a missing column."""
     check_first_rows(spec, labels=None)
-    with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec)) as file:
-        columns = _wanted(spec, file.schema_arrow.names)
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        parts = [group.column(index) for group in groups for index in range(group.num_columns)]
-        require_memory(sum(part.total_uncompressed_size for part in parts if part.path_in_schema in columns))
-        table = file.read(columns)
+    with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec)) as described:
+        columns = _wanted(spec, described.schema_arrow.names)
+        _check_size(described.metadata, columns, spec)
+        texts = [name for name in columns if _is_text(described.schema_arrow.field(name).type)]
+    with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec), read_dictionary=texts) as file:
+        table = file.read(columns).unify_dictionaries()
         # Of what the library `datasets` wrote beside the columns, the label names alone are wanted.
         names = _label_names(table.schema.metadata or {}, spec)
-        return TableRows(datasets.Dataset(table.replace_schema_metadata(None)), spec, names)
+        return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names)
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+
+
+def _check_size(metadata: Any, columns: Sequence[str], spec: DatasetSpec) -> None:
+    """By what the file says of itself, before any of it is decoded.
+
+    Raises:
+        InvalidDataset: it has more rows, or a column has more values, than are read.
+        OutOfMemory: there is less memory than they take.
+    """
+    if metadata.num_rows > MOST_ROWS:
+        raise InvalidDataset(spec.source, f"it has {metadata.num_rows} rows; {MOST_ROWS} are allowed")
+    needed = 0
+    counts = dict.fromkeys(columns, 0)
+    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+        for part in (group.column(index) for index in range(group.num_columns)):
+            path = part.path_in_schema  # a list's values are a column within it
+            name = path if path in counts else path.partition(".")[0]
+            if name in counts:
+                counts[name] += part.num_values
+                needed += part.total_uncompressed_size + VALUE_BYTES * part.num_values
+    for name, count in counts.items():
+        if count > MOST_VALUES:
+            raise InvalidDataset(
+                spec.source, f"column '{name}' has {count} values; {MOST_VALUES} are allowed", column=name
+            )
+    require_memory(needed)
 
 
 def _label_names(metadata: Mapping[bytes, bytes], spec: DatasetSpec) -> tuple[str, ...] | None:
