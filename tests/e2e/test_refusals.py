@@ -45,7 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
     folder = broken("pickle")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     config = broken("code") / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
+    edit_json(config, model_type="own", auto_map={"AutoModel": "evil.Model"})
     weights = broken("unknown-tensor") / "model.safetensors"
     save_file({**load_file(weights), "bert.adapter.weight": torch.zeros(2)}, weights, {"format": "pt"})
     folder = broken("links-out")
@@ -70,13 +70,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
     tokens = broken("vocabulary-by-name") / "tokenizer.json"
     content = json.loads(tokens.read_text())
     tokens.write_text(json.dumps({**content, "model": {**content["model"], "vocab": str(secret)}}))
-    edit_json(broken("vocabulary-file") / "tokenizer_config.json", vocab_file=str(secret))
     tokens = broken("more-tokens") / "tokenizer.json"
     added = {"id": 100, "content": "<new>", "special": False, "normalized": True}
     edit_json(tokens, added_tokens=[*json.loads(tokens.read_text())["added_tokens"], added])
     (root / "checkpoints" / "circle").symlink_to(root / "checkpoints" / "circle")
-    (broken("inner-circle") / "extra").symlink_to(root / "checkpoints" / "inner-circle" / "extra")
+    (broken("inner-circle") / "vocab.txt").symlink_to(root / "checkpoints" / "inner-circle" / "vocab.txt")
     folder = broken("long-shard")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": "x" * 300}}))
 
     rows = root / "rows"
@@ -211,10 +211,6 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "text in place of a vocabulary, which would be opened": (
         changed(models__0__checkpoint="local:checkpoints/vocabulary-by-name"), 422, "invalid_checkpoint",
         ["tokenizer.json has no vocabulary of its own"],
-    ),
-    "a vocabulary in another folder": (
-        changed(models__0__checkpoint="local:checkpoints/vocabulary-file"), 422, "invalid_checkpoint",
-        ["tokenizer_config.json has vocab_file in another folder"],
     ),
     "a token more": (
         changed(models__1__checkpoint="local:checkpoints/more-tokens"), 422, "incompatible_checkpoints", ["tokenizers"],
