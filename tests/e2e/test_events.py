@@ -84,6 +84,12 @@ def statuses(seen: list[Event]) -> list[str]:
     return [event.data["status"] for event in seen if event.kind == "status"]
 
 
+def attempts_of(seen: list[Event]) -> list[str]:
+    """What was logged of attempts, without the notes of the result."""
+    codes = [event.data["code"] for event in seen if event.kind == "log"]
+    return [code for code in codes if code != "note"]
+
+
 def check_whole(service: Service, job_id: str, seen: list[Event]) -> None:
     """Every event once and in order, exactly as a later reader gets them, the last one final."""
     assert [event.id for event in seen] == [str(number) for number in range(1, len(seen) + 1)]
@@ -101,7 +107,9 @@ def test_events_tell_a_job_from_its_beginning_to_its_end(service: Service) -> No
     progress = [event.data for event in seen if event.kind == "progress"]
     assert [p["fraction"] for p in progress] == sorted(p["fraction"] for p in progress)
     assert {"loading", "scoring", "done"} <= {p["phase"] for p in progress}
-    assert [event.data["code"] for event in seen if event.kind == "log"] == ["attempt_started"]
+    assert attempts_of(seen) == ["attempt_started"]
+    notes = [event.data["message"] for event in seen if event.kind == "log" and event.data["code"] == "note"]
+    assert notes == service.job(job["id"])["result"]["notes"]
     response = raw(service, job["id"], seen[-1].id)
     assert (response.status_code, response.content) == (204, b"")
     with client(service) as connected:
@@ -222,7 +230,7 @@ def test_no_event_is_lost_or_doubled_when_a_process_is_killed(service: Service, 
     check_whole(service, job_id, seen)
     attempts = 2 if role == "worker" else 1
     logged = ["attempt_started", "attempt_lost"] * (attempts - 1) + ["attempt_started"]
-    assert [event.data["code"] for event in seen if event.kind == "log"] == logged
+    assert attempts_of(seen) == logged
     assert statuses(seen) == ["queued", "running"] * attempts + ["succeeded"]
 
 
