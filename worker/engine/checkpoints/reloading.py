@@ -48,6 +48,7 @@ def _check(published: CheckpointInfo, origin: CheckpointInfo, plan: MergePlan) -
     if model_class is None or published.model_type not in transformers.CONFIG_MAPPING:
         kind = published.architecture or published.model_type
         return [f"transformers has no class {kind} here: the published model was not loaded anew"]
+    _check_config(published)
     config = library_config(published.config, published.source)
     tokenizer, notes = _tokenizer(published, config, plan)
     is_small = published.nbytes <= RUN_BYTES
@@ -58,6 +59,14 @@ def _check(published: CheckpointInfo, origin: CheckpointInfo, plan: MergePlan) -
     if model is not None and is_small:
         _run(published, model, tokenizer, origin)
     return notes
+
+
+def _check_config(published: CheckpointInfo) -> None:
+    """Whether the file itself loads: its user has no allow-list of keys. No code of a checkpoint is run for it."""
+    try:
+        transformers.AutoConfig.from_pretrained(published.path, **OFFLINE)
+    except Exception as error:  # whatever transformers thinks of the configuration
+        raise _unloadable(published, "config.json", error) from error
 
 
 def _unloadable(published: CheckpointInfo, what: str, error: BaseException) -> InvalidCheckpoint:
