@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    seconds: float = 10.0  # for whoever waits; eight tokenizers of the largest models take half of it
+    seconds: float = 10.0  # for whoever waits; a tokenizer of 260,000 tokens takes 1.5 s where both cores are busy
     """Of reading and planning, for one request."""
-    memory_bytes: int = 4_000_000_000  # eight of the largest tokenizers that are read take 1.6 GB
+    memory_bytes: int = 4_000_000_000  # such a tokenizer takes 0.3 GB; hostile ones of 50 MB, some GB
     """For one request."""
     places: int = max(2, min(8, os.cpu_count() or 1))  # one takes a core for as long as it lasts
     """Requests that are inspected at once."""

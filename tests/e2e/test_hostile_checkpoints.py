@@ -49,7 +49,7 @@ def index(folder: Path) -> None:
 
 def vocabulary(size: int) -> Callable[[Path], object]:
     def write(folder: Path) -> None:
-        tokens = {f"token number {index}": index for index in range(size // 28)}
+        tokens = {f"token number {index}": index for index in range(size // 33)}
         tokenizer = {"model": {"type": "WordPiece", "vocab": tokens}, "added_tokens": []}
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
