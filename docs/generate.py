@@ -144,12 +144,12 @@ def _tried(space: SearchSpace, name: str) -> str:
 
 
 def _meaning(schema: dict[str, object]) -> str:
-    return str(schema.get("description", "")).replace("\n", " ")
+    return str(schema.get("description", ""))
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> Iterator[str]:
     for row in (columns, ["---"] * len(columns), *rows):
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |"
 
 
 if __name__ == "__main__":
