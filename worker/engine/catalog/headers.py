@@ -89,6 +89,10 @@ OLDER_VOCABULARIES = (
 )
 """Files with tokens that are read where there is no tokenizer.json, or beside it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *OLDER_VOCABULARIES)
+VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE)
+"""Files that `vocabulary_of` goes by."""
+MAX_VOCABULARIES = 64  # that are remembered, a few hundred bytes each
+_vocabularies: dict[tuple[tuple[str, bytes], ...], tuple[Mapping[str, str], int | None]] = {}
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """How images and sound become a model's inputs."""
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -696,7 +700,23 @@ def _special_tokens(path: Path, source: str) -> dict[str, str]:
 def vocabulary_of(path: Path, source: str) -> tuple[dict[str, str], int | None]:
     """Digests by form, and the last id if the files tell. `tokens`: of token → id pairs, with a BPE's merges or a
     Unigram's scores; formatting and post-processing do not matter. `sentencepiece`: of the file, whose pieces have ids
-    only once a tokenizer's class has shifted them."""
+    only once a tokenizer's class has shifted them.
+
+    Models that are merged have the same tokenizer, as a rule, so what is known of the same bytes is not found anew.
+    """
+    names = [name for name in VOCABULARIES if (path / name).exists()]
+    contents = {name: _read(path / name, source, size_limit(name)) for name in names}
+    key = tuple((name, hashlib.sha256(content).digest()) for name, content in contents.items())
+    if key not in _vocabularies:
+        found = _vocabulary_of(path, source, contents)
+        if len(_vocabularies) >= MAX_VOCABULARIES:
+            del _vocabularies[next(iter(_vocabularies))]
+        _vocabularies[key] = found
+    forms, last = _vocabularies[key]
+    return dict(forms), last
+
+
+def _vocabulary_of(path: Path, source: str, contents: Mapping[str, bytes]) -> tuple[Mapping[str, str], int | None]:
     forms, last = {}, None
     tokens = _tokens(path, source)
     if tokens is not None:
@@ -705,8 +725,8 @@ def vocabulary_of(path: Path, source: str) -> tuple[dict[str, str], int | None]:
         own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         last = max((index for index in (*own, *added.values()) if type(index) is int), default=None)
     for name in SENTENCEPIECE:
-        if (path / name).exists():
-            forms["sentencepiece"] = _read(path / name, source, MAX_TOKENIZER_BYTES)
+        if name in contents:
+            forms["sentencepiece"] = contents[name]
     return {form: hashlib.sha256(content).hexdigest() for form, content in forms.items()}, last
 
 

@@ -23,6 +23,8 @@ from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.known_layouts import Layout, known_layout
 from worker.engine.libraries import conversion_mapping, in_one_line, transformers
 
+STORAGE = ("dtype", "torch_dtype", "transformers_version")
+"""Keys of a configuration that change no tensor's name or shape, and that a merge writes anew."""
 PARTS_PER_TENSOR, PARTS_BESIDE = 10, 1000  # modules and parameters; in BERT there are 2.2 for each tensor
 
 
@@ -76,8 +78,18 @@ def _shapes(info: CheckpointInfo, layout: Layout) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def stores_copies(info: CheckpointInfo) -> bool | None:
+    """Whether it has two tensors that the model takes for one; None where `check_layout` knows nothing either."""
+    layout = _layout_of(info)
+    if layout is None:
+        return None
+    found = _shapes(info, layout)
+    return any(len(found.keys() & group) > 1 for group in layout.groups)
+
+
 def _layout_of(info: CheckpointInfo) -> Layout | None:
-    return _layout(json.dumps(info.config, sort_keys=True), info.source, len(info.tensors))
+    config = {key: value for key, value in info.config.items() if key not in STORAGE}
+    return _layout(json.dumps(config, sort_keys=True), info.source, len(info.tensors))
 
 
 @lru_cache(maxsize=64)

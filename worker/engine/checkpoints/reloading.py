@@ -18,8 +18,9 @@ from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.publishing import beyond_matrix
 from worker.engine.catalog.vocabulary import vocabulary_size
 from worker.engine.checkpoints.configurations import library_config, tokenizer_folder
-from worker.engine.checkpoints.layout import library_class, misshapen
-from worker.engine.libraries import conversion_mapping, in_one_line, is_of_library, transformers
+from worker.engine.checkpoints.layout import check_layout, library_class, misshapen, stores_copies
+from worker.engine.checkpoints.reader import digest_tokenizer
+from worker.engine.libraries import in_one_line, is_of_library, transformers
 from worker.engine.resources import is_out_of_memory
 
 RUN_BYTES = 256_000_000  # of weights, of a model that is run
@@ -30,6 +31,9 @@ OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 def check_published(plan: MergePlan, folders: Sequence[Path]) -> list[str]:
     """Load every published model's folder as its user will.
 
+    Where the names, shapes and ties of a class's tensors are known, headers tell whether it takes those of a folder; of
+    small models, the first of each class is loaded with its weights and run.
+
     Returns:
         Notes of what its user must know.
 
@@ -37,36 +41,44 @@ def check_published(plan: MergePlan, folders: Sequence[Path]) -> list[str]:
         InvalidCheckpoint: a folder does not load, whatever of its inputs is at fault.
         NumericalError: the inputs' outputs are finite, the merge's are not.
     """
+    checking = _Checking(plan)
     notes: list[str] = []
     for folder, origin in zip(folders, plan.published, strict=True):
-        notes += _check(inspect_checkpoint(folder, origin.source), origin, plan)
+        notes += checking.check(inspect_checkpoint(folder, origin.source), origin)
     return list(dict.fromkeys(notes))
 
 
-def _check(published: CheckpointInfo, origin: CheckpointInfo, plan: MergePlan) -> list[str]:
-    model_class = library_class(published.architecture)
-    if model_class is None or published.model_type not in transformers.CONFIG_MAPPING:
-        kind = published.architecture or published.model_type
-        return [f"transformers has no class {kind} here: the published model was not loaded anew"]
-    _check_config(published)
-    config = library_config(published.config, published.source)
-    tokenizer, notes = _tokenizer(published, config, plan)
-    is_small = published.nbytes <= RUN_BYTES
-    if not is_small and _is_rearranged(model_class, config):
-        return notes
-    model, problems = _model(published, model_class, config)
-    notes += problems
-    if model is not None and is_small:
-        _run(published, model, tokenizer, origin)
-    return notes
+class _Checking:
+    """What is the same in several folders is checked once."""
 
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
+        self._tokenizers: dict[tuple[str, str, int | None], tuple[Any, list[str]]] = {}
+        self._were_run: set[str] = set()
 
-def _check_config(published: CheckpointInfo) -> None:
-    """Whether the file itself loads: its user has no allow-list of keys. No code of a checkpoint is run for it."""
-    try:
-        transformers.AutoConfig.from_pretrained(published.path, **OFFLINE)
-    except Exception as error:  # whatever transformers thinks of the configuration
-        raise _unloadable(published, "config.json", error) from error
+    def check(self, published: CheckpointInfo, origin: CheckpointInfo) -> list[str]:
+        model_class = library_class(published.architecture)
+        if model_class is None or published.model_type not in transformers.CONFIG_MAPPING:
+            kind = published.architecture or published.model_type
+            return [f"transformers has no class {kind} here: the published model was not loaded anew"]
+        config = library_config(published.config, published.source)
+        tokenizer, notes = self._tokenizer(published, config)
+        check_layout(published)
+        copies = stores_copies(published)
+        is_run = published.nbytes <= RUN_BYTES and published.architecture not in self._were_run
+        if not is_run and (copies is False or (copies is None and published.nbytes > RUN_BYTES)):
+            return notes
+        model, problems = _model(published, model_class, config)
+        if model is not None and is_run:
+            self._were_run.add(published.architecture)
+            _run(published, model, tokenizer, origin)
+        return [*notes, *problems]
+
+    def _tokenizer(self, published: CheckpointInfo, config: Any) -> tuple[Any, list[str]]:
+        key = (digest_tokenizer(published), published.model_type, vocabulary_size(published.config))
+        if key not in self._tokenizers:
+            self._tokenizers[key] = _tokenizer(published, config, self._plan)
+        return self._tokenizers[key]
 
 
 def _unloadable(published: CheckpointInfo, what: str, error: BaseException) -> InvalidCheckpoint:
@@ -97,13 +109,6 @@ def _tokenizer(published: CheckpointInfo, config: Any, plan: MergePlan) -> tuple
         note = beyond_matrix(published, last)
         return tokenizer, [note] if note else []
     return tokenizer, []
-
-
-def _is_rearranged(model_class: Any, config: Any) -> bool:
-    """Whether weights are copied while they are loaded, since the model has others than its checkpoints."""
-    with torch.device("meta"):
-        model = model_class._from_config(config, attn_implementation="eager")
-    return bool(conversion_mapping.get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:

@@ -12,6 +12,7 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CHAT_TEMPLATES, OLDER_VOCABULARIES, CheckpointInfo
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
+from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.libraries import in_one_line, is_of_library
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -24,7 +25,8 @@ def check_tokenizers(plan: MergePlan) -> None:
         InvalidCheckpoint: it does not.
     """
     owners = plan.published if plan.vocabulary is None else (plan.vocabulary.owner,)
-    for folder, info in {info.tokenizer_path: info for info in owners}.items():
+    for info in {digest_tokenizer(info): info for info in owners}.values():
+        folder = info.tokenizer_path
         if not (folder / "tokenizer.json").exists():
             continue
         try:
