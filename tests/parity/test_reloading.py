@@ -50,20 +50,25 @@ def test_merges_that_load_are_published_without_a_note(
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_every_model_of_a_merge_that_keeps_its_head_is_loaded(
+def test_of_models_that_keep_their_heads_all_are_checked_and_the_first_is_run(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    model_of = reloading._model
+    called: dict[str, list[str]] = {"check_layout": [], "_run": []}
 
-    def counting(*args: Any) -> Any:
-        seen.append(args[0].path.name)
-        return model_of(*args)
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(reloading, name)
 
-    monkeypatch.setattr(reloading, "_model", counting)
+        def count(info: Any, *rest: Any) -> Any:
+            called[name].append(info.path.name)
+            return function(info, *rest)
+
+        return count
+
+    for name in called:
+        monkeypatch.setattr(reloading, name, counted(name))
     folders = [tiny_checkpoint(tmp_path / name, seed=seed, labels=seed + 1) for seed, name in enumerate("ab", 1)]
     assert merged(engine, tmp_path / "out", folders).notes == []
-    assert seen == ["a", "b"]
+    assert called == {"check_layout": ["a", "b"], "_run": ["a"]}
 
 
 def an_added_token_without_an_id(folder: Path) -> None:
