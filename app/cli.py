@@ -146,7 +146,7 @@ def _interruptible(message: str) -> Iterator[None]:
 
 
 def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str]:
-    """What is posted, and its type: the file, with references for paths of this machine."""
+    """The request's body and its media type: the file, with references in place of this machine's paths."""
     from app.recipe_paths import PathError, with_references
     from app.services.yaml_text import NotYaml, parse_yaml
 

@@ -12,7 +12,7 @@ MERGEKIT_KEYS = frozenset({"model", "base_model", "tokenizer_source", "source"})
 OWN_KEYS = frozenset({"checkpoint", "base", "source"})
 SCHEMES = ("local:", "hf:", "job:", "s3:")
 WORDS = ("base", "union")
-"""What a recipe says instead of a tokenizer's source."""
+"""Words that a recipe may have in place of a tokenizer's source."""
 
 
 class PathError(ValueError):
@@ -50,7 +50,7 @@ def _walked(value: Any, keys: frozenset[str], field: str, reference: Callable[[s
 
 
 def _references(field: str, name: str, roots: Sequence[Path]) -> str:
-    """Of a model, or of a model and its adapter: `BASE+ADAPTER`."""
+    """The reference of a model, or of a model and its adapter (`BASE+ADAPTER`)."""
     if name in WORDS or not name or "\0" in name:
         return name
     if Path(name).exists():

@@ -82,7 +82,7 @@ class Connection(H11Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a request is awaited or arrives, and nothing of an answer is sent."""
+        """Whether a request is awaited or arriving, and no part of an answer was sent."""
         return self._deadline is not None and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
 
     def data_received(self, data: bytes) -> None:
@@ -102,7 +102,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn calls it while it handles what h11 raised; its own answer is plain text."""
+        """Answers a malformed request; uvicorn calls it for h11's errors, and its own answer is plain text."""
         self._close(ProblemError(Problem.MALFORMED, f"the request is not HTTP as it is taken here: {sys.exception()}"))
 
     def _await_request(self) -> None:
@@ -119,7 +119,7 @@ class Connection(H11Protocol):
         self._close(ProblemError(Problem.REQUEST_TIMEOUT, detail))
 
     def _close(self, error: ProblemError, *, is_asked: bool = False) -> None:
-        """Say why, unless nothing was asked or an answer has begun, and close the connection."""
+        """Close the connection, and say why unless nothing was asked or an answer has begun."""
         self._stop_waiting()
         if self.transport.is_closing():
             return
@@ -146,6 +146,6 @@ class Connection(H11Protocol):
 
 
 def _most_connections() -> int:
-    """As many as there may be files for."""
+    """As many connections as the limit of open files allows."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, min(MOST_CONNECTIONS, (allowed - OTHER_FILES) // 2))

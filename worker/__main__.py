@@ -53,7 +53,7 @@ class TaskWorker(SimpleWorker):
 
     is_stopping = False
     between_jobs: Callable[[], object] = staticmethod(lambda: None)
-    """Called every few seconds while there is no job."""
+    """A function that is called every few seconds while there is no job."""
     _is_busy = False
 
     @property
@@ -81,7 +81,7 @@ class TaskWorker(SimpleWorker):
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
-        """The next job, however long Redis does not answer; RQ would end the worker."""
+        """Waits for the next job, even while Redis does not answer; RQ would end the worker then."""
         while True:
             try:
                 return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)

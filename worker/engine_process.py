@@ -93,7 +93,7 @@ class EngineDied(Exception):
 
 
 class EngineHung(EngineDied):
-    """The process gave no sign of life, and was killed for it."""
+    """The process gave no sign of life and was killed."""
 
     def __init__(self, why: str) -> None:
         super().__init__(-signal.SIGKILL, out_of_memory=False)
@@ -213,7 +213,7 @@ class EngineProcess:
             self._scratch = None
 
     def is_well(self) -> bool:
-        """Whether it takes jobs, as far as is known. From any thread."""
+        """Whether the process takes jobs, as far as is known. Any thread may call this."""
         return self._process is not None and self._is_ready and self._signs.seems_well(WELL_S)
 
     @property

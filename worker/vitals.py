@@ -1,4 +1,4 @@
-"""Whether a process that is still there hangs: stopped, dead-locked, or waiting for what never comes."""
+"""Tells whether a process hangs: it is stopped, deadlocked, or waits for something that never comes."""
 
 import os
 import time
@@ -45,20 +45,20 @@ class Vitals:
         self._has_job = False
 
     def begins(self) -> None:
-        """A job begins."""
+        """Note that a job begins."""
         self._has_job, self._stalled, self._resting = True, 0.0, 0.0
 
     def ends(self) -> None:
         self._has_job = False
 
     def heard(self, *, progresses: bool) -> None:
-        """Something came from it."""
+        """Note that something came from the process."""
         self._silent = 0.0
         if progresses:
             self._stalled = 0.0
 
     def look(self) -> str | None:
-        """To be called often. Why it is taken for hung, or None."""
+        """Why the process is taken for hung, or None. Call this often."""
         now = self._clock()
         passed = min(now - self._looked, LONGEST_LOOK_S)
         self._looked = now
@@ -75,12 +75,12 @@ class Vitals:
         return None
 
     def seems_well(self, seconds: float) -> bool:
-        """Whether it was heard of, or worked, that recently."""
+        """Whether the process sent something or used processor time within so many seconds."""
         return min(self._silent, self._resting) < seconds
 
 
 def processor_seconds(pid: int) -> float:
-    """What all threads of a process have taken; 0 when it is gone."""
+    """Processor seconds that all threads of a process have used; 0 when it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

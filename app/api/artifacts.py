@@ -100,7 +100,7 @@ def archive(record: RecordOf, services: ServicesOf) -> ArchiveResponse:
 
 
 def _all_files(record: Record, services: Services) -> list[StoredFile]:
-    """All that the artifact has, each as long as it was."""
+    """Every file of the artifact, after checking that each still has its length."""
     with _intact(record, services) as artifact:
         files = services.artifacts.files(artifact)
         for file in files:
@@ -109,7 +109,7 @@ def _all_files(record: Record, services: Services) -> list[StoredFile]:
 
 
 def _file(name: str, record: Record, services: Services) -> tuple[StoredFile, ExitStack]:
-    """One of them, held open until the stack is closed."""
+    """One of these files, held open until the stack is closed."""
     with _intact(record, services) as artifact:
         for file in services.artifacts.files(artifact):
             if file.name == name:

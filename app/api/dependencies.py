@@ -26,7 +26,7 @@ def get_record(job_id: JobId, services: ServicesOf) -> Record:
 
 
 def no_job(job_id: str, services: Services) -> ProblemError:
-    """What to say of a job that is not there: that it never was, or why it is not any more."""
+    """The problem for a job that is not there: it says why the job is gone, or that there never was one."""
     gone = services.store.gone(job_id)
     detail = (
         f"job {job_id} was deleted" if gone is Gone.DELETED else f"job {job_id} was kept for its time and is removed"

@@ -79,7 +79,7 @@ def _http(request: Request, error: Exception) -> Response:
 
 
 def _methods(request: Request) -> Iterator[str]:
-    """All methods that the path takes, of whichever routes; a route that refuses knows its own alone."""
+    """All methods that the path takes, over all its routes; a route that refuses only knows its own."""
     for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
         scope = {"type": "http", "method": method, "path": request.scope["path"]}
         if any(route.matches(dict(scope))[0] is Match.FULL for route in request.app.routes):

@@ -1,4 +1,4 @@
-"""HEAD is answered wherever GET is (RFC 9110, section 9.3.2)."""
+"""HEAD works wherever GET does (RFC 9110, section 9.3.2)."""
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -97,7 +97,7 @@ def _is_origin_of(origin: str, authority: str) -> bool:
 
 
 def _place(authority: str, scheme: str) -> tuple[str, str] | None:
-    """Name and port, or None when it is malformed."""
+    """Splits a host into name and port; None when it is malformed."""
     found = AUTHORITY.fullmatch(authority)
     return (_without_brackets(found[1]), found[2] or DEFAULT_PORTS[scheme]) if found else None
 

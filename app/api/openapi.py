@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI finds in the routes, and what it cannot see of their answers."""
+"""The OpenAPI document: what FastAPI finds in the routes, with the answers that it cannot see added."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ RANGES: dict[str, Any] = {
 
 
 def headers(**meanings: str) -> dict[str, Any]:
-    """Of a response, each a text; names as Python has them."""
+    """Describes a response's headers, each a string; keyword names stand for the headers' names."""
     return {
         name.replace("_", "-"): {"description": meaning, "schema": {"type": "string"}}
         for name, meaning in meanings.items()
@@ -45,7 +45,7 @@ ACCEPTED: Responses = {
 
 
 def file_responses(media_type: str) -> Responses:
-    """Of a route that sends a file of this type."""
+    """The responses of a route that sends a file of this type."""
     content: dict[str, Any] = {media_type: {}}  # without a schema: a part of a JSON file is no JSON
     described = headers(
         ETag="Changes when the content does",
@@ -63,7 +63,7 @@ def file_responses(media_type: str) -> Responses:
 
 
 class Api(FastAPI):
-    """FastAPI, but for what it writes of refusals, and of parameters that are left out."""
+    """FastAPI, with other descriptions of refusals and of optional parameters."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -85,6 +85,6 @@ def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _without_null(schema: dict[str, Any]) -> None:
-    """A parameter cannot be null; it is left out."""
+    """Drops null from a parameter's types: a parameter is left out instead."""
     kinds = [kind for kind in schema.pop("anyOf", ()) if kind != {"type": "null"}]
     schema.update(kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})

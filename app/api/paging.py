@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 
 def _digits(text: Any) -> Any:
-    """Python reads more as a number than a query has: signs, spaces, underscores, digits of other scripts."""
+    """Accepts digits alone; Python's `int` also reads signs, spaces, underscores and digits of other scripts."""
     if isinstance(text, str) and not re.fullmatch("[0-9]{1,9}", text):
         raise ValueError("write a whole number, in digits")
     return text

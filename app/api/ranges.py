@@ -40,7 +40,7 @@ def wanted_ranges(headers: Headers, size: int, etag: str) -> list[tuple[int, int
 
 
 def _bounds(match: re.Match[str], size: int) -> tuple[int, int]:
-    """First and last byte, the last within the file. Raises ProblemError when the last is before the first."""
+    """The first and last byte within the file. Raises ProblemError when the last is before the first."""
     first, last, suffix = (None if text in (None, "") else _number(text) for text in match.groups())
     if suffix is not None:
         return (max(size - suffix, 0), size - 1) if suffix else (size, size - 1)

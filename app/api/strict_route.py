@@ -1,4 +1,4 @@
-"""Requests that say what the service does not know, or a thing twice, are refused by name."""
+"""Refuses requests that say what the service does not know, or say a thing twice."""
 
 import re
 from collections.abc import Callable, Coroutine, Iterator
@@ -21,12 +21,12 @@ JSON = "application/json"
 
 
 class StrictRoute(APIRoute):
-    """A route that takes the parameters that it declares, once each, and a body of JSON where it declares one."""
+    """A route that takes the parameters that it declares, once each, and a JSON body if it declares one."""
 
     media_types: tuple[str, ...] = (JSON,)
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """A path with a line feed at its end is another; the expressions of paths match before it too."""
+        """Refuses a path that ends with a line feed, which the regular expressions of paths would match."""
         return (Match.NONE, {}) if scope["path"].endswith("\n") else super().matches(scope)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -46,7 +46,7 @@ class StrictRoute(APIRoute):
         return handler
 
     def content(self, request: Request, media_type: str, body: bytes) -> Any:
-        """What the body says. Raises ProblemError."""
+        """The parsed body. Raises ProblemError."""
         try:
             return parse_json(body)
         except NotJson as error:
@@ -62,7 +62,7 @@ class StrictRoute(APIRoute):
         return _ReadRequest(request, await run_in_threadpool(self.content, request, media_type, body))
 
     def _media_type(self, request: Request) -> str:
-        """Of the body. Raises ProblemError."""
+        """The media type of the body. Raises ProblemError."""
         encodings = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
         if encodings not in ("", "identity"):
             detail = f"Content-Encoding is '{encodings[:100]}'; send the body as it is"
@@ -79,7 +79,7 @@ class StrictRoute(APIRoute):
 
 
 class _ReadRequest(Request):
-    """A request whose body was read, for FastAPI to take as JSON."""
+    """A request with its parsed body, which FastAPI takes as JSON."""
 
     def __init__(self, request: Request, content: Any) -> None:
         headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
@@ -94,7 +94,7 @@ class _ReadRequest(Request):
 
 
 def _check_query(request: Request, known: dict[str, bool]) -> None:
-    """Raises ProblemError."""
+    """Raises ProblemError for unknown or repeated query parameters."""
     names = [name for name, _ in request.query_params.multi_items()]
     for place, name in enumerate(names):
         if name not in known:
@@ -110,7 +110,7 @@ def _malformed(name: str, message: str) -> ProblemError:
 
 
 def _parameters(dependant: Dependant) -> Iterator[tuple[str, str, bool]]:
-    """(query or header, name, whether it may be repeated) of all that a route and what it depends on declare."""
+    """(query or header, name, whether it may be repeated) for every parameter of a route and its dependencies."""
     for kind, fields in (("query", dependant.query_params), ("header", dependant.header_params)):
         for field in fields:
             yield kind, field.alias, _is_list(field.field_info)

@@ -46,7 +46,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 
 
 class Gone(StrEnum):
-    """Why a job that was there is not any more."""
+    """Why a job is gone."""
 
     DELETED = "deleted"
     EXPIRED = "expired"
@@ -106,7 +106,7 @@ class Links(BaseModel):
 
 
 class JobCore(BaseModel):
-    """What every view of a job says."""
+    """The fields that every view of a job has."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -128,13 +128,13 @@ class JobCore(BaseModel):
 
 
 class JobSummary(JobCore):
-    """A job in `GET /jobs`: without its request, and of a search's result without candidates and trials."""
+    """A job in `GET /jobs`: without its request, and without the candidates and trials of a search."""
 
     result: MergeSummary | ScoreResult | None
 
 
 class Job(JobCore):
-    """`GET /jobs/{id}`."""
+    """The answer of `GET /jobs/{id}`."""
 
     request: dict[str, Any]
     """As accepted, defaults filled in."""

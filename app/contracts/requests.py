@@ -217,16 +217,16 @@ class MergeRequest(JobRequest[ModelRequest]):
     base: Annotated[str, Field(min_length=1)] | None = None
     """Reference to the checkpoint that all models were fine-tuned from, adapters too, with any head or none."""
     layers: Annotated[int, Field(ge=1)] | None = None
-    """How many layers the models must have; null: any number. Recipes that name all layers of a model say it."""
+    """How many layers the models must have; null: any number. Translations of recipes that name all layers set it."""
     slices: Annotated[list[OutputSlice], Field(min_length=1, max_length=1000)] | None = None
     """What becomes the layers 0, 1, … of the result: each slice is merged by the method, of layers of its sources. What
     lies before the layers is merged of the first slice's models, and what lies after them of the last slice's. Null:
     all layers of all models, or what `method.slices` says."""
     output: Output = Output()
     strict_filters: bool = True
-    """A filter that matches no tensor is refused; else it is a note of the result."""
+    """Whether a filter that matches no tensor is refused; otherwise the result has a note of it."""
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100, default_factory=list)]
-    """What the result's notes begin with: what a translation of another tool's recipe has left out."""
+    """Notes that the result begins with: what a translation of another tool's recipe has left out."""
     evaluate: bool = True
     """Compare expert, plain average and merge on each model's evaluation rows."""
     webhook: Webhook | None = None
@@ -423,7 +423,7 @@ def _search_problems(method: AutoParameters, request: MergeRequest) -> Iterator[
 
 
 def _negative_weights(method: str, index: int, weight: PerTensor[Weight]) -> Iterator[InitErrorDetails]:
-    """Errors of every weight below 0 of the model `index`."""
+    """An error for every weight below 0 of the model `index`."""
     if not is_ever_negative(weight):
         return
     takers = ", ".join(name for name, entry in METHODS.items() if entry.parameters.takes_negative_weights)
@@ -486,7 +486,7 @@ def _check_slices(method: PassthroughParameters, request: MergeRequest) -> None:
 def _slice_problems(
     method: MethodParameters, slices: Sequence[OutputSlice], request: MergeRequest
 ) -> Iterator[InitErrorDetails]:
-    """What keeps models from being merged slice by slice."""
+    """The reasons why the models cannot be merged slice by slice."""
     if method.statistics:
         why = f"method {method.name} measures whole models, and merges no slices of them; leave it out"
         yield _problem(("slices",), why, None)

@@ -13,7 +13,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def _seconds(value: object) -> object:
-    """Of `90d` and the like; anything else as it is."""
+    """Seconds of a duration such as `90d`; any other value is returned unchanged."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhd])", value.strip()) if isinstance(value, str) else None
     return float(found[1]) * UNITS[found[2]] if found else value
 
@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
     """Largest request body."""
     request_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
-    """A client that has not sent all of a request within so long is cut off."""
+    """A client must send a whole request within this time, or it is cut off."""
     max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
     """An engine process that holds more than this after a job is replaced by a fresh one."""
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
@@ -87,13 +87,13 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> str:
-        """Where this machine reaches the API."""
+        """The URL by which this machine reaches the API."""
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - listened on, but no place to connect to
         host = anywhere.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def text(self, name: str) -> str:
-        """The value of a setting as its variable has it; empty when there is none."""
+        """The value of a setting as its environment variable would have it; empty when there is none."""
         value = getattr(self, name)
         if isinstance(value, tuple):
             return SEPARATORS[name].join(str(part) for part in value)

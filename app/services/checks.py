@@ -1,4 +1,4 @@
-"""Every check of a request that needs no weights: what it names is inspected, and the job is planned."""
+"""Checks a request as far as that needs no weights: inspects what it names, and plans the job."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ NO_ADAPTERS = "method passthrough takes no adapters; merge it into its base firs
 
 Inspect = Callable[[Path, str], CheckpointInfo]
 At = Callable[[str], None]
-"""Is called with the field of the request that is looked at next."""
+"""A function that is called with the field of the request that is checked next."""
 
 
 class PlannedModel(BaseModel):
@@ -50,47 +50,47 @@ class PlannedModel(BaseModel):
     head: str
     """What the model's task head becomes."""
     tokens: int | None
-    """Those of the output's vocabulary that it has, where `output.vocabulary` is not `error`."""
+    """Number of tokens of the output that the model has, where `output.vocabulary` is not `error`."""
     new_tokens: int | None
-    """Of these, those that `union` appends for it: the base and the models before it lack them."""
+    """How many of these `union` appends for it: the base and the models before it lack them."""
 
 
 class Plan(BaseModel):
-    """`POST /merge/validate`: what the job would do."""
+    """The answer of `POST /merge/validate`: what the job would do."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     bytes_to_read: int
     bytes_to_write: int
     peak_memory_bytes: int
-    """An estimate for one worker, in float32 and with rows as long as the model takes."""
+    """An estimate for one worker, in float32, with the longest rows that the models take."""
     examples: int
-    """Most rows that would be measured, over all models."""
+    """The most rows that would be measured, over all models."""
     candidates: list[str] | None
-    """Of `auto`: names of the methods that would be tried."""
+    """Names of the methods that `auto` would try."""
     trials: int | None
-    """Of `auto`: merges that would be tried."""
+    """Number of merges that `auto` would try."""
     tensors: int
     owners: dict[str, int]
-    """How many merged tensors are owned by heads, by neurons, and by no node (rest)."""
+    """How many merged tensors belong to heads, to neurons, and to no node (rest)."""
     models: list[PlannedModel]
     tokens: int | None
-    """Of the output's tokenizer, where `output.vocabulary` is not `error`."""
+    """Number of tokens of the output's tokenizer, where `output.vocabulary` is not `error`."""
     notes: list[str]
-    """What the result's notes will begin with: what is left out, taken for granted, or merged otherwise."""
+    """Notes that the result will begin with: what is left out, assumed, or merged in another way."""
     request: dict[str, Any]
-    """As it would be accepted, defaults filled in."""
+    """The request as it would be accepted, with defaults filled in."""
 
 
 class Accepted(BaseModel):
-    """A request that can be worked on."""
+    """A request that was accepted, with what its job needs to know."""
 
     request: dict[str, Any]
-    """With its defaults filled in."""
+    """The request with its defaults filled in."""
     states: dict[str, str]
-    """Of local checkpoints by their references; those of the hub do not change."""
+    """States of local checkpoints by their references; those of the hub do not change."""
     plan: Plan | None
-    """Of a merge."""
+    """The plan of a merge; None for other kinds of job."""
 
 
 class Checker:
@@ -290,7 +290,7 @@ def _states(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
 
 
 def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
-    """What needs a table of the architecture, where there is none: methods that measure, alignment, evaluation."""
+    """Refuses what needs a table of the architecture where there is none: measuring, alignment, evaluation."""
     name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
     errors = []
     does = "evaluates" if isinstance(request.method, AutoParameters) else "measures"
@@ -308,12 +308,12 @@ def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
 
 
 def _aligns(request: MergeRequest, plan: MergePlan) -> bool:
-    """Whether heads are aligned, where models have rows for it."""
+    """Whether heads are aligned if the models have rows for it."""
     return request.output.align_heads and not plan.merges_heads
 
 
 def _becomes(request: MergeRequest, plan: MergePlan, index: int) -> str:
-    """What a model's head becomes."""
+    """What becomes of a model's head in the result."""
     if plan.merges_heads:
         return "merged like the rest into model"
     model = request.models[index]

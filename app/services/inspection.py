@@ -1,4 +1,4 @@
-"""Inspecting what a request names in a process that can be killed, seen from the API.
+"""The API's end of inspections: what a request names is read in a process that can be killed.
 
 What checkpoints and data sets hold comes from outside, and whoever made it may have made it to take for ever to read,
 or all memory. So one process, the inspector, has loaded all that checks need and does nothing but copy itself for each
@@ -44,39 +44,39 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Limits:
     seconds: float = 10.0  # for whoever waits; a tokenizer of 260,000 tokens takes 1.5 s where both cores are busy
-    """Of reading and planning, for one request."""
+    """Seconds of reading and planning for one request."""
     memory_bytes: int = 4_000_000_000  # such a tokenizer takes 0.3 GB; hostile ones of 50 MB, some GB
-    """For one request."""
+    """Bytes of memory for one request."""
     places: int = max(2, min(8, os.cpu_count() or 1))  # one takes a core for as long as it lasts
-    """Requests that are inspected at once."""
+    """How many requests are inspected at once."""
     hub_places: int = 8  # they wait for it most of the time
-    """Beside these, requests that name the hub."""
+    """How many requests that name the hub are inspected beside these."""
     queue_seconds: float = 30.0  # for whoever waits
-    """How long a request waits for its turn."""
+    """Seconds that a request waits for its turn."""
 
 
 class JobOutcome(BaseModel):
-    """What has become of a job whose models a request names."""
+    """The state of a job whose models a request names."""
 
     status: Status
     artifact: str | None
 
 
 class Inspection(BaseModel):
-    """What the inspector is asked."""
+    """A question to the inspector."""
 
     kind: Kind
     request: dict[str, Any]
-    """As it was sent, without defaults."""
+    """The request as it was sent, without defaults."""
     local_roots: tuple[Path, ...]
     data_dir: Path
     jobs: dict[str, JobOutcome]
-    """By id; those that there are of the jobs that the request names."""
+    """Jobs that the request names, by id, as far as they exist."""
     scratch: Path
-    """Where temporary files are made: whoever is killed leaves them."""
+    """Folder for temporary files, which a killed process leaves behind."""
     memory_bytes: int
     cpu_seconds: int
-    """Beyond the deadline, in case nobody is there to keep to it."""
+    """Processor time after which the kernel ends the copy, in case the API is gone and cannot."""
 
 
 class Began(BaseModel):
@@ -114,14 +114,14 @@ class Refused(BaseModel):
 
 
 class Exhausted(BaseModel):
-    """There was no more memory, or what was read is nested too deeply for whatever reads it."""
+    """Memory ran out, or the input is nested too deeply for its reader."""
 
     event: Literal["exhausted"] = "exhausted"
     problem: str
 
 
 class Broken(BaseModel):
-    """An error that nobody expected, which the log tells."""
+    """An unexpected error, whose trace is in the log."""
 
     event: Literal["broken"] = "broken"
     error: str
@@ -132,7 +132,7 @@ EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="ev
 
 
 class InspectorDied(Exception):
-    """It ended before it took the request, which it therefore cannot be to blame for."""
+    """The inspector ended before it took the request, so the request is not to blame."""
 
 
 class Inspectors:
@@ -165,7 +165,7 @@ class Inspectors:
         self._control = ours
 
     def close(self) -> None:
-        """End the inspector, and with it whatever copies of it do."""
+        """End the inspector and all of its copies."""
         self._end()
         if self._scratch is not None:
             self._scratch.remove()
@@ -208,7 +208,7 @@ class Inspectors:
 
     @asynccontextmanager
     async def _place(self, request: MergeRequest | ScoreRequest) -> AsyncIterator[None]:
-        """A slow hub may hold up some requests that name it, never those that do not."""
+        """The place in which a request waits: a slow hub only holds up requests that name it."""
         names_hub = any(source.startswith("hf:") for source in sources(request))
         places = self._hub_places if names_hub else self._places
         try:
@@ -239,7 +239,7 @@ class Inspectors:
         raise ProblemError(Problem.TOO_BUSY, detail, None, **{"Retry-After": "2"})
 
     def _copy(self) -> socket.socket:
-        """To a copy of the inspector, which is started where it is not there."""
+        """Connects to a new copy of the inspector, and starts the inspector if it is gone."""
         ours, theirs = socket.socketpair()
         with theirs:
             for _ in range(2):
@@ -256,16 +256,16 @@ class Inspectors:
 
 @dataclass
 class _Conversation:
-    """With one copy of the inspector, about one request."""
+    """A conversation with one copy of the inspector about one request."""
 
     reader: StreamReader
     writer: StreamWriter
     seconds: float
-    """Of the inspection."""
+    """Seconds that the inspection may take, without waiting for the hub."""
     process: int = -1
-    """A descriptor of it, so that no other is ended that has got its number."""
+    """A descriptor of the process, so that no other process with the same number is ended."""
     place: Reading = field(default_factory=lambda: Reading(field="", source="", file=""))
-    """Where it is."""
+    """The file that it reads now."""
 
     async def hold(self, inspection: Inspection) -> Accepted:
         began = await self._next(START_S)
@@ -306,7 +306,7 @@ class _Conversation:
                     raise InspectorDied
 
     def end(self) -> None:
-        """Whatever it does."""
+        """End the copy, whatever it is doing."""
         if self.process >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.process, signal.SIGKILL)
@@ -314,7 +314,7 @@ class _Conversation:
         self.writer.close()
 
     async def _next(self, timeout_s: float) -> Event | None:
-        """None when there is nobody any more to say anything. Raises TimeoutError."""
+        """The next message; None when the copy has ended. Raises TimeoutError."""
         async with asyncio.timeout(max(0.0, timeout_s)):
             try:
                 line = await self.reader.readline()
@@ -330,7 +330,7 @@ class _Conversation:
         return ProblemError(Problem.HUB_UNAVAILABLE, detail, errors, **{"Retry-After": "10"})
 
     def _refused(self, why: str) -> ProblemError:
-        """For what is read now."""
+        """The refusal of what is being read now."""
         place, is_rows = self.place, self.place.field.endswith((".dataset", ".evaluation"))
         what = "data set" if is_rows else "checkpoint"
         where = f"{what} {place.source[:LONGEST_QUOTE]}: {place.file}: " if place.source else ""
@@ -340,7 +340,7 @@ class _Conversation:
 
 
 def sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
-    """Every reference in the request."""
+    """Yields every reference in the request."""
     for model in request.models:
         yield model.checkpoint
         if model.dataset is not None:

@@ -1,4 +1,4 @@
-"""Inspecting what a request names in a process that can be killed, seen from there: see `app.services.inspection`.
+"""The inspector's end of inspections; `app.services.inspection` is the API's.
 
 The inspector itself reads nothing from outside. It copies itself (`fork`) for every socket that it is handed, and the
 copy answers what comes through that.
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def serve(control: socket.socket) -> None:
-    """Until whoever holds the other end closes it, or ends."""
+    """Serve until the process at the other end closes it or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the API ends this one
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how copies ended
     gc.collect()
@@ -89,7 +89,7 @@ def _answer(connection: socket.socket) -> None:
 
 
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
-    """Where the machine itself runs out of memory, this is the process that it ends."""
+    """Limit memory and processor time; if the machine itself runs out of memory, the kernel ends this process first."""
     limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_CORE: 0}
     for limit, most in limits.items():
         _, allowed = resource.getrlimit(limit)
@@ -118,7 +118,7 @@ def _outcome(inspection: Inspection, told: "_Told") -> Allowed:
 
 
 class _Told:
-    """Says what is done, before it is done."""
+    """Tells the API each step before it is done."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

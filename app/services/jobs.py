@@ -57,7 +57,7 @@ class Jobs:
         )
 
     def _record(self, created: Created) -> Record:
-        """The job's, once it is dispatched."""
+        """The job's record after it is dispatched."""
         if created.existing and not created.same_body:
             raise ProblemError(
                 Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
@@ -102,7 +102,7 @@ class Jobs:
 
 
 def _jobs_named(request: MergeRequest | ScoreRequest) -> set[str]:
-    """Ids of the jobs whose models the request names. A malformed reference is refused with the others."""
+    """Ids of the jobs whose models the request names. Malformed references are skipped and refused later."""
     found = set()
     for source in sources(request):
         try:

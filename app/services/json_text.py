@@ -1,4 +1,4 @@
-"""JSON from outside: as the RFC has it, and nothing that readers of it understand in two ways."""
+"""Reads JSON from outside, as the RFC has it, without anything that readers understand in two ways."""
 
 import json
 import math
@@ -11,7 +11,7 @@ LONGEST_NUMBER = 100  # digits
 
 
 class NotJson(ValueError):
-    """Says what is wrong, and where."""
+    """The text is not acceptable JSON; the message says why and where."""
 
 
 def parse_json(body: bytes) -> Any:

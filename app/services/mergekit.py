@@ -27,7 +27,7 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""OpenAI's format of this name."""
+"""The chat format ChatML."""
 
 Chain = Sequence[tuple[str, Mapping[str, Any]]]
 """Where parameters are looked for, the first that has one counting: (field, mapping)."""
@@ -61,7 +61,7 @@ class Parameter:
 
     default: Any = REQUIRED
     kind: Literal["number", "flag", "count", "plain"] = "number"
-    """A number may be another for every tensor, a plain one may not."""
+    """A parameter of a method: a number may differ by tensor, a plain value may not."""
     ours: str | None = None
 
 
@@ -137,12 +137,12 @@ class Source:
     is_adapter: bool = False
     """Of the base."""
     layers: tuple[int, int] | None = None
-    """None: all."""
+    """None means all."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A slice of the result, or all of it."""
+    """A slice of the result, or the whole result."""
 
     place: str
     sources: Sequence[Source]
@@ -160,14 +160,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says, with what mergekit passes over in it left out."""
+    """A recipe without the keys that mergekit ignores."""
 
     name: str
     method: Method
     parts: Sequence[Part]
     base: str | None
     notes: Sequence[str]
-    """Of what mergekit passes over."""
+    """Notes of the keys that mergekit ignores."""
 
     @property
     def is_sliced(self) -> bool:
@@ -336,14 +336,14 @@ def _length(layers: tuple[int, int]) -> int:
 
 
 def _ordered(recipe: Recipe, part: Part, sources: Sequence[Source]) -> list[Source]:
-    """Those that are merged in a part: the base first, whose configuration and tokenizer are those of the result."""
+    """The models of a part, the base first: configuration and tokenizer of the result are its own."""
     if recipe.method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN):
         return [source for source in sources if source.reference != part.base]
     return sorted(sources, key=lambda source: source.reference != part.base)
 
 
 def _merged(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The method's parameters, the models, and what else the request says."""
+    """The method's parameters, the models, and the other fields of the request."""
     name, method = recipe.name, recipe.method
     rest: dict[str, Any] = {}
     from_base = method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN)
@@ -401,7 +401,7 @@ def _merged(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[
 
 
 def _stacked(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The same of `passthrough`: slices of one model each, one above the other, or one model as it is."""
+    """The same for `passthrough`: slices of one model each, stacked, or one whole model."""
     for part in recipe.parts:
         if len(part.sources) != 1 or (not recipe.is_sliced and recipe.base not in (None, part.sources[0].reference)):
             place = f"{part.place}.sources" if recipe.is_sliced else "models"
@@ -420,7 +420,7 @@ def _stacked(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict
 
 
 def _plain_chain(chain: Chain, name: str) -> Chain:
-    """Without values of null, which are the default."""
+    """Drops values of null, which mean the default."""
     return [(where, {k: v for k, v in given.items() if k != name or v is not None}) for where, given in chain]
 
 
@@ -429,7 +429,7 @@ def _slice(source: Source, short: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _of_model(recipe: Recipe, parts: Sequence[Part], reference: str, name: str, default: Any) -> Any:
-    """What a model's own parameter is in all parts."""
+    """The value of a model's own parameter over all parts."""
     settings: list[Any] = []
     for part, start in zip(parts, recipe.starts, strict=True):
         source = part.source_of(reference)
@@ -480,7 +480,7 @@ def _has_lists(setting: Any) -> bool:
 
 
 def _placed(setting: Any, places: Sequence[Any], *, always: bool = False) -> Any:
-    """With a `where` for each of these places; None: all, which is two where there is a list of numbers."""
+    """Adds a `where` for each of these places; None means all, which takes two entries for a list of numbers."""
     if not always and not _has_lists(setting):
         return setting
     is_plain = not isinstance(setting, list) or not any(isinstance(entry, dict) for entry in setting)
@@ -701,7 +701,7 @@ def _vocabulary(recipe: Mapping[str, Any], read: Recipe, names: Mapping[str, str
 
 
 def _chat_template(given: object) -> str:
-    """A template, `auto`, or the name of one that mergekit brings along, of which `chatml` alone is known here."""
+    """The chat template: Jinja, `auto`, or `chatml`, the only named template of mergekit that is known here."""
     if given == "chatml":
         return CHATML
     if not isinstance(given, str) or (given != "auto" and "{" not in given):
@@ -711,7 +711,7 @@ def _chat_template(given: object) -> str:
 
 
 def _token(said: Any, place: str, read: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
-    """Of `tokenizer.tokens`: whose row a token has."""
+    """Translates an entry of `tokenizer.tokens`: whose row a token gets."""
     said = {} if said is None else said
     if not isinstance(said, dict):
         raise MergekitError(place, "give a mapping with source, and with force if all models are to have its row")
@@ -758,7 +758,7 @@ def _mapping(recipe: Mapping[str, Any], key: str, place: str) -> Mapping[str, An
 
 
 def _pass_over(given: Mapping[str, Any], known: Sequence[str], place: str, notes: list[str]) -> None:
-    """Notes what mergekit does not read."""
+    """Adds a note of a key that mergekit does not read."""
     for key in given:
         if key not in known and len(notes) < MOST_NOTES:
             where = f"{place}.{key}" if place else str(key)

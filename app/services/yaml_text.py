@@ -1,4 +1,4 @@
-"""YAML from outside: values that JSON has, in bounded space and time.
+"""Reads YAML from outside: only values that JSON has, in bounded space and time.
 
 Plain words mean what YAML 1.2 says (its core schema), which reads JSON as JSON. PyYAML, and so mergekit, reads
 YAML 1.1: there `1:30` is the number 90, `0b1` and `1_000` are numbers, and `yes`, `no`, `on`, `off` are true and false.
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_text(self, node: ScalarNode) -> str:
-        """With what JSON spells as two halves of a character as that character."""
+        """Joins the two halves of a character that JSON spells separately."""
         text = self.construct_scalar(node)
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 

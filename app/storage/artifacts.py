@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class ManifestFile(BaseModel):
-    """What is read of an entry."""
+    """The fields of a manifest's entry that are read here."""
 
     name: Annotated[str, Field(pattern=r"^[^/\x00]+(/[^/\x00]+)*$")]
     bytes: Annotated[int, Field(ge=0)]
@@ -110,7 +110,7 @@ class ArtifactFolder:
         return [*files, StoredFile(MANIFEST, len(content), hashlib.sha256(content).hexdigest(), path)]
 
     def check(self, artifact: str, part: Path) -> None:
-        """Look at the files below a folder of the artifact. Raises as `files`, and Damaged when one is not as long."""
+        """Check the files below a folder of the artifact. Raises as `files`, and Damaged when a length differs."""
         name = part.relative_to(self._published / artifact).as_posix()
         for file in self.files(artifact):
             if file.name.startswith(f"{name}/"):

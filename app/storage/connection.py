@@ -32,12 +32,12 @@ class ImpatientRedis(Redis):
 
 
 def connect_for_answers(url: str) -> "Redis":
-    """The API's client: what is refused is tried again twice, what hangs is not."""
+    """The API's client. It tries again twice when it is refused, but not when Redis hangs."""
     return ImpatientRedis.from_url(url, decode_responses=True, **_impatience())
 
 
 def connect_for_dispatching(url: str) -> "Redis":
-    """The same for RQ in the API, which keeps bytes."""
+    """The same for RQ in the API; it does not decode responses."""
     return ImpatientRedis.from_url(url, **_impatience())
 
 

@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 
 class Damaged(Exception):
-    """A file is not what was written, or not there; the message names it."""
+    """A file differs from what was written, or is missing; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class StoredFile:
     path: Path
 
     def check(self) -> None:
-        """Raises Damaged unless it is there and as long as it was."""
+        """Raises Damaged unless the file is there and has its length."""
         try:
             self._check(self.path.stat())
         except OSError as error:
             raise self._missing(error) from error
 
     def open(self) -> BinaryIO:
-        """What is read of it stays readable when it is removed. Raises Damaged, as `check`."""
+        """Open the file, which stays readable after it is removed. Raises Damaged as `check` does."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:

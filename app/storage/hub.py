@@ -45,7 +45,7 @@ class HubUnavailable(Exception):
 
 
 class Hub:
-    """What one request asks of the hub, each thing once and all within `DEADLINE_S`.
+    """Asks the hub for one request: each thing once, and all within `DEADLINE_S`.
 
     Args:
         waiting: is entered while the hub is waited for.

@@ -69,7 +69,7 @@ def job_reference(reference: str) -> JobReference | None:
 
 
 class Outcome(Protocol):
-    """What has become of a job."""
+    """The status of a job, and its artifact if there is one."""
 
     @property
     def status(self) -> Status: ...
@@ -79,7 +79,7 @@ class Outcome(Protocol):
 
 
 class JobInputs:
-    """`job:ID/MODEL` in the artifacts of jobs that succeeded.
+    """Resolves `job:ID/MODEL` in the artifacts of jobs that succeeded.
 
     Args:
         outcome: of the job with an id; None where there is no such job.

@@ -270,7 +270,7 @@ return 1
 
 
 class Deleted(IntEnum):
-    """What came of it; the numbers are the script's."""
+    """The outcome of a deletion; the numbers are those of the script."""
 
     NO_SUCH_JOB = 0
     DONE = 1
@@ -287,7 +287,7 @@ class Created:
 
 
 class JobStore:
-    """Raises redis exceptions when Redis is away; everything else is a return value.
+    """Stores jobs. It raises redis exceptions when Redis is away; everything else is a return value.
 
     Args:
         redis: a client with decode_responses.
@@ -334,7 +334,7 @@ class JobStore:
         kind: Kind = Kind.MERGE,
         deadline_seconds: float | None = None,
     ) -> Created:
-        """A queued job with its task.
+        """Create a queued job with its task.
 
         Args:
             idempotency: (key, digest of the body).
@@ -404,7 +404,7 @@ class JobStore:
         return task if done else None
 
     def delete(self, job_id: str, *, ended_by_ms: int | None = None) -> Deleted:
-        """Forget a job that has ended, by that time where one is given. Its files are nobody's from then on."""
+        """Forget a job that has ended (by `ended_by_ms`, if given). Its files then belong to no job."""
         task = TaskId(job=job_id, stage=Stage.MERGE)
         latest = 2**53 if ended_by_ms is None else ended_by_ms
         why = Gone.DELETED if ended_by_ms is None else Gone.EXPIRED
@@ -412,12 +412,12 @@ class JobStore:
         return Deleted(self._call(self._delete, job_id, keys, [job_id, FINAL, latest, why, GONE_KEPT_S]))
 
     def gone(self, job_id: str) -> Gone | None:
-        """Why the job is not there any more; None when it is, or never was, or was long ago."""
+        """Why the job is gone; None when it exists, never existed, or was removed long ago."""
         why = self.redis.get(self._key("gone", job_id))
         return Gone(str(why)) if why else None
 
     def outlived(self) -> Iterator[Record]:
-        """Jobs whose time after their end is over, oldest first, but for those whose models an active job reads."""
+        """Ended jobs that were kept for their time, oldest first, except those whose models an active job reads."""
         if self._retention_ms is None:
             return
         ended_by = self.clock() - self._retention_ms
@@ -437,11 +437,11 @@ class JobStore:
             position = f"({ids[-1]}"
 
     def expire(self, record: Record) -> bool:
-        """Forget a job that was found outlived. False when it was tried again meanwhile, or is gone already."""
+        """Forget an outlived job. False when it was retried meanwhile, or is gone already."""
         return self.delete(record.id, ended_by_ms=record.finished_ms) is Deleted.DONE
 
     def _read_by_active_jobs(self) -> set[str]:
-        """Ids of the jobs whose models they name."""
+        """Ids of the jobs whose models active jobs name."""
         tasks = [name for key in ("due", "leases") for name in self.redis.zrange(self._key(key), 0, -1)]
         active = [self.get(TaskId.parse(str(name)).job) for name in tasks]
         named = (reference for record in active if record is not None for reference in record.inputs)

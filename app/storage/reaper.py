@@ -1,5 +1,7 @@
-"""Puts back in the queue what lost its worker, and ends what took too long. Every process runs one; they do not get in
-each other's way."""
+"""Puts jobs that lost their worker back in the queue, and ends jobs that took too long.
+
+Every process runs one; they do not get in each other's way.
+"""
 
 import logging
 import threading

@@ -83,7 +83,7 @@ class Backbone:
             yield rows, values
 
     def _taking_part(self, planned: PlannedTensor) -> list[int]:
-        """Positions among its sources."""
+        """Positions, among the tensor's sources, of the models that take part."""
         models = range(len(self._takes_part)) if planned.members is None else planned.members
         return [index for index, model in enumerate(models) if self._takes_part[model]]
 

@@ -70,7 +70,7 @@ class Fetched:
     tables: dict[tuple[HubSource, str | None, str | None], datasets.Dataset] = field(default_factory=dict)
     """By repository, configuration and split."""
     notes: dict[tuple[HubSource, str | None, str | None], list[str]] = field(default_factory=dict)
-    """Which of their rows were joined or passed over."""
+    """Notes of rows that were joined or passed over, by data set."""
 
     def table(self, spec: DatasetSpec) -> datasets.Dataset:
         return self.tables[_table_key(spec)]
@@ -211,7 +211,7 @@ def _data_files(rows: DatasetSpec, source: HubSource, builder: Any) -> list[Remo
 
 
 def _file_names(rows: DatasetSpec, source: HubSource, builder: Any, split: str) -> list[str]:
-    """Of the files that the configuration has for a split; of a part of a split there are none."""
+    """Names of the files that the configuration has for a split; none for a part of a split."""
     prefix = f"hf://datasets/{source.repository}@{source.commit}/"
     urls = [str(url) for url in (builder.config.data_files or {}).get(split, ())]
     for url in urls:

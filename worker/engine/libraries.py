@@ -64,5 +64,5 @@ def is_of_library(error: BaseException) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What it says, which may be on several lines; at most 300 characters, and no paths of this machine."""
+    """An error's message in one line, with at most 300 characters and no paths of this machine."""
     return (without_paths(" ".join(str(error).split())) or type(error).__name__)[:300]

@@ -53,7 +53,7 @@ def _merger_of(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePl
 
 
 def weighted_average(runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
-    """By the weights of the models that take part, whatever the method."""
+    """The average by the weights of the models that take part, whatever the method."""
     return BUILDERS["average"](AverageParameters(), _taking_part(runs, plan))
 
 

@@ -202,7 +202,7 @@ def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: lis
 
 
 def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
-    """A doubt, where F1 of two labels is of another one than those who made the data set would take."""
+    """A doubt if F1 of two labels is that of another label than the data set's authors would take."""
     order = labels.permutation
     if evaluation.metric != "f1" or labels.task.problem != "classification" or labels.task.outputs > 2 or not order:
         return []
@@ -213,7 +213,7 @@ def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
 
 
 def _from_one(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:
-    """A doubt, where the ids that were taken as they are may be one too high."""
+    """A doubt if ids that were taken as they are may be one too high."""
     if not labels.begins_at_one(row.label for row in rows):
         return []
     last = labels.task.outputs - 1

@@ -109,7 +109,7 @@ def vocabulary_notes(plan: MergePlan) -> list[str]:
 
 
 def filter_notes(plan: MergePlan, spec: MergeSpec) -> list[str]:
-    """Of filters that match no tensor, which the request lets pass."""
+    """Notes of filters that match no tensor, which the request allows."""
     own = [model.parameters for model in spec.models]
     found = unmatched_filters(plan, spec.method, [model.weight for model in spec.models], own)
     return [f"{field}: {problem}; it changed nothing" for field, problem in found]

@@ -92,7 +92,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _values(part: Any) -> list[Any]:
-    """Of texts that are equal, one that all rows share."""
+    """Values of a column; rows with equal texts share one string."""
     if not pyarrow.types.is_dictionary(part.type):
         return list(part.to_pylist())
     used = pyarrow.compute.unique(part.indices.drop_null())

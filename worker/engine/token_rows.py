@@ -59,7 +59,7 @@ def read_by_token(reader: TensorReader, planned: PlannedTensor, taking_part: Seq
 
 
 def _given_row(reader: TensorReader, planned: PlannedTensor, given: GivenRow) -> Tensor:
-    """What a recipe says that a token's row is, float64."""
+    """The row that a recipe gives a token, float64."""
     source = planned.base if given.model is None else planned.sources[given.model]
     if given.row is None or source is None:
         return torch.zeros(planned.shape[1:], dtype=torch.float64)

@@ -41,7 +41,7 @@ from worker.engine.catalog.patterns import ModulePatterns
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
 WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
-"""Parts of the names of what is stored whole, which the names in the base lack."""
+"""Parts of names that tensors stored whole have in an adapter and not in the base."""
 FACTORS = {
     "lora_A.weight": ("a", False),
     "lora_B.weight": ("b", False),
@@ -64,7 +64,7 @@ TASK_CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-"""How the names of the classes end that PEFT's tasks are trained with."""
+"""Ends of the names of the classes that PEFT trains for each task."""
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Whose linear layers are stored as (inputs, outputs)."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -253,7 +253,7 @@ def _replaced(
     tensors: Mapping[str, TensorInfo],
     head: Architecture | None,
 ) -> dict[str, TensorInfo]:
-    """What is stored whole, under the names of what it replaces; a head need not be in the base, nor a pooler."""
+    """Tensors that are stored whole, by the names that they replace; the base may lack a head or a pooler."""
     replaced = {}
     for name, tensor in adapter.whole.items():
         target = _target(name, tensors, family)
@@ -412,7 +412,7 @@ def _with_labels(
 def _labelled(
     adapter: Adapter, path: Path, base: CheckpointInfo, logits: TensorInfo, is_classifier: bool
 ) -> dict[str, Any]:
-    """The base's configuration, with what the outputs of a head are called."""
+    """The base's configuration with the names of a head's outputs."""
     outputs = logits.shape[0] if logits.shape else 0
     names = {str(index): f"LABEL_{index}" for index in range(min(outputs, MAX_LABELS))}
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: int(index) for index, name in names.items()}}

@@ -57,7 +57,7 @@ def classifies(config: Mapping[str, Any]) -> bool:
 
 
 def labels_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the labels by id, from id2label, or label2id where that has none; else those that transformers gives."""
+    """Names of the labels by id, from id2label, else from label2id, else those that transformers gives."""
     names, ids = config.get("id2label"), config.get("label2id")
     count = config.get("num_labels", 2)
     counted = range(count if isinstance(count, int) and count < 10_000 else 0)

@@ -14,7 +14,7 @@ from worker.engine.catalog.headers import (
 
 
 def companions(info: CheckpointInfo) -> dict[str, Path]:
-    """By the name under which each is published, where it lies.
+    """The path of each file that is published as it is, by its published name.
 
     Beside an adapter's tokenizer there are no settings of generation and of processors, as a rule: they are the base's.
     """

@@ -21,14 +21,14 @@ class Format(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What `index` passed over or joined, after its end."""
+        """Notes of what `index` passed over or joined, once it has ended."""
 
     def parse(self, stream: BinaryIO, place: Place) -> dict[str, Any]:
         """The columns of the row that begins where the stream is, after `index` has passed it."""
 
 
 class BlankLines:
-    """How many there are between rows; those at a file's end are nobody's loss."""
+    """Counts blank lines between rows; those at a file's end do not matter."""
 
     def __init__(self) -> None:
         self._between, self._since_row = 0, 0
@@ -37,7 +37,7 @@ class BlankLines:
         self._since_row += 1
 
     def end(self) -> None:
-        """A row comes."""
+        """A row follows."""
         self._between += self._since_row
         self._since_row = 0
 
@@ -79,11 +79,11 @@ class JsonLines:
 
 
 class _TwiceError(ValueError):
-    """A key that is there twice, of which a reader would have to choose a value."""
+    """A key is there twice, so a reader would have to choose one of its values."""
 
 
 def _reason(error: Exception) -> str:
-    """In words that quote no row."""
+    """The reason in words that quote no row."""
     match error:
         case json.JSONDecodeError():
             return error.msg
@@ -117,7 +117,7 @@ class Csv:
         self._blank = BlankLines()
         self._joined, self._joined_lines, self._perhaps_rows, self._perhaps_quoted = 0, 0, 0, 0
         self.uneven = 0
-        """Rows with more or fewer fields than the header, which `parse` refuses."""
+        """How many rows have more or fewer fields than the header; `parse` refuses them."""
 
     @property
     def notes(self) -> list[str]:
@@ -163,7 +163,7 @@ class Csv:
                 self._blank.pass_over()
 
     def _count(self, record: list[str], lines: list[str]) -> None:
-        """What its reader should know of the row that these lines are."""
+        """Counts what the reader should know about the row that these lines make."""
         self._blank.end()
         self.uneven += len(record) != len(self._header)
         if len(lines) > 1:
@@ -195,7 +195,7 @@ class Csv:
 
 
 def _looks_quoted(field: str) -> bool:
-    """As a writer of CSV quotes what has quotes: doubled, between two more."""
+    """Whether a field looks quoted by a writer of CSV: doubled quotes between two more."""
     inner = field[1:-1]
     return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
 
@@ -210,7 +210,7 @@ class _DecodedLines(Iterator[str]):
         self.line = line
         self._record, self._first_line = offset, line + 1
         self.record: list[str] = []
-        """The lines since the record began."""
+        """Lines since the record began."""
 
     def begin_record(self) -> int:
         """The offset where the next record begins; it may be as long as a row."""

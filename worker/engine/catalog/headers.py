@@ -41,7 +41,7 @@ MAX_DESCRIPTION_FILES = 200
 MAX_WEIGHT_FILES = 1000
 
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
-"""What the system says when this process, or the machine, has as many files open as it may."""
+"""Error numbers of the system when this process or the machine may open no more files."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -54,7 +54,7 @@ QUANTISED = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E4M3FNUZ": "float8", 
 QUANTISED |= {"F8_E8M0": "float8", "F6_E2M3": "float6", "F6_E3M2": "float6", "F4": "float4"}
 QUANTISED |= dict.fromkeys(("U16", "U32", "U64"), "packed")
 PACKED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB|weight_scale|weight_scale_inv)(\.|$)")
-"""Names that GPTQ, AWQ, compressed-tensors and bitsandbytes give to the parts of quantised weights."""
+"""Names of parts of quantised weights in GPTQ, AWQ, compressed-tensors and bitsandbytes."""
 INTEGERS_THAT_PACK = ("I32", "I16", "I8", "U8")
 SENTENCEPIECE = (
     "sentencepiece.bpe.model",
@@ -87,7 +87,7 @@ OLDER_VOCABULARIES = (
     "prophetnet.tokenizer",
     "tekken.json",
 )
-"""Files with tokens that are read where there is no tokenizer.json, or beside it."""
+"""Files with tokens that are read beside tokenizer.json, or instead of it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *OLDER_VOCABULARIES)
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE)
 """Files that `vocabulary_of` goes by."""
@@ -96,10 +96,10 @@ _vocabularies: dict[tuple[tuple[str, bytes], ...], tuple[Mapping[str, str], int 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """How images and sound become a model's inputs."""
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-"""Of the tokenizer, and, in older folders, of the processor."""
+"""Chat templates of the tokenizer and, in older folders, of the processor."""
 MORE_CHAT_TEMPLATES = re.compile(r"additional_chat_templates/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}\.jinja")
 COMPANIONS = (*CHAT_TEMPLATES, "generation_config.json", *PROCESSORS)
-"""Published beside the tokenizer and read by nobody here, as are further chat templates."""
+"""Files that are published beside the tokenizer, as further chat templates are, and not read here."""
 MODULES = "modules.json"
 ENCODER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
@@ -107,10 +107,10 @@ ENCODER_CONFIGS = tuple(
 )
 """Names that sentence-transformers has had for the settings of the transformer itself; it takes the first one."""
 SENTENCE_FILES = (MODULES, "config_sentence_transformers.json", *ENCODER_CONFIGS)
-"""What makes a folder one of sentence-transformers, besides the folders of its modules."""
+"""Files of a sentence-transformers folder, besides the folders of its modules."""
 MODULE_FILE = re.compile(r"[0-9]{1,2}_[A-Za-z0-9_]{1,64}/(config\.json|model\.safetensors)")
 INNER_FOLDER = re.compile(r"additional_chat_templates|[0-9]{1,2}_[A-Za-z0-9_]{1,64}")
-"""What a checkpoint's folder may hold that has files of it."""
+"""Names of sub-folders that may hold files of a checkpoint."""
 SPECIAL_TOKENS = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
 
@@ -170,7 +170,7 @@ class CheckpointInfo:
     last_token: int | None = None
     """The highest id that the tokenizer gives; None where its files do not tell."""
     notes: tuple[str, ...] = ()
-    """Said in the result of a job that reads it."""
+    """Notes for the result of a job that reads the checkpoint."""
 
     @property
     def model_type(self) -> str:
@@ -246,7 +246,7 @@ def check_folder(path: Path, source: str) -> None:
 
 
 def check_description(path: Path, source: str) -> None:
-    """Whether the files beside the weights are what they are named, as far as their sizes and first bytes tell.
+    """Check sizes and first bytes of the files beside the weights.
 
     Raises:
         InvalidCheckpoint: one is too large, all are together, or one is a Git LFS pointer.
@@ -274,7 +274,7 @@ def check_description(path: Path, source: str) -> None:
 
 
 def size_limit(name: str) -> int:
-    """Bytes that a file beside the weights may have."""
+    """How many bytes a file beside the weights may have."""
     if name in ("tokenizer.json", *OLDER_VOCABULARIES):
         return MAX_TOKENIZER_BYTES
     if name.endswith(WEIGHTS):
@@ -347,14 +347,14 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
 
 
 def is_packed(tensor: TensorInfo) -> bool:
-    """Whether it is a part of quantised weights: integers that are called a weight, or what belongs to such."""
+    """Whether a tensor is a part of quantised weights: integers named as a weight, or their scales and the like."""
     return PACKED.search(tensor.name) is not None or (
         tensor.dtype not in FLOATS and (tensor.name == "weight" or tensor.name.endswith(".weight"))
     )
 
 
 def _may_be_packed(tensor: TensorInfo) -> bool:
-    """Whether it may be a part of quantised weights, where a configuration says that there are some."""
+    """Whether a tensor may be a part of quantised weights, if a configuration says that there are some."""
     return is_packed(tensor) or tensor.dtype in INTEGERS_THAT_PACK
 
 
@@ -463,7 +463,7 @@ def checkpoint_state(info: CheckpointInfo) -> str:
 
 
 def described_files(names: Collection[str]) -> list[str]:
-    """Those of a checkpoint's files that belong to it beside its weights: configurations, tokenizer, templates, index.
+    """The files of a checkpoint beside its weights: configurations, tokenizer, templates, index.
 
     Args:
         names: of files, relative to the checkpoint's folder, with `/` between a folder and what is in it.
@@ -477,7 +477,7 @@ def described_files(names: Collection[str]) -> list[str]:
 
 
 def file_names(folder: Path) -> Iterator[str]:
-    """Names of what is in a checkpoint's folder, each followed by those of what is in it, where files of it may be."""
+    """Names in a checkpoint's folder; those of sub-folders that may hold its files are followed by their contents."""
     for entry in folder.iterdir():
         yield entry.name
         if INNER_FOLDER.fullmatch(entry.name) and entry.is_dir():
@@ -562,7 +562,7 @@ def _integer(digits: str) -> int:
 
 
 def _levels(content: Any) -> Iterator[list[Any]]:
-    """The objects and lists of a JSON value, the outermost first, then those within it, and so on."""
+    """Yields the objects and lists of a JSON value level by level, the outermost first."""
     level = [content] if isinstance(content, dict | list) else []
     while level:
         yield level

@@ -1,4 +1,4 @@
-"""What a checkpoint is: the class of transformers whose tensors it has, and those of its tensors that nobody reads."""
+"""Finds the class of transformers that a checkpoint has, and the tensors that this class does not read."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,16 +23,16 @@ from worker.engine.catalog.library import (
 )
 
 FUNCTIONS = ("act", "activation", "activation_function")
-"""How keys end that name a function."""
+"""Ends of keys that name a function."""
 HARMLESS_WORDS = ("act", "activation", "dtype", "implementation", "mode", "method", "activation_function")
-"""How names of settings in words end that change no tensor."""
+"""Ends of keys whose values are words and change no tensor."""
 PREFERRED = ("ForConditionalGeneration", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
-"""Ends of names of classes, of which the first is taken where several have the same tensors, as tied ones do."""
+"""Ends of class names; if several classes have the same tensors, as tied ones do, the first end is preferred."""
 PRE_TRAINING_HEADS = (
     "cls", "lm_head", "lm_predictions", "mask_predictions", "discriminator_predictions", "generator_predictions",
     "generator_lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector",
 )  # fmt: skip
-"""Modules that models are pre-trained with, also by versions of classes that transformers no longer has."""
+"""Modules of pre-training, also those of classes that transformers no longer has."""
 LISTED = 3  # classes or tensors that a message names
 
 
@@ -41,7 +41,7 @@ class Identity:
     """A checkpoint with its class in transformers; None where transformers has none of its name."""
 
     info: CheckpointInfo
-    """With `architectures` in its configuration."""
+    """The checkpoint, with `architectures` in its configuration."""
     known: Architecture | None = None
     notes: tuple[str, ...] = ()
     leftovers: frozenset[str] = field(default_factory=frozenset)
@@ -49,7 +49,7 @@ class Identity:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """By the name of a tensor on disk the one that the model gives it."""
+        """The model's name of each tensor, by its name on disk."""
         return own_names(self.known, self.info.tensors) if self.known else {name: name for name in self.info.tensors}
 
     @cached_property
@@ -59,7 +59,7 @@ class Identity:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """With what its missing keys mean."""
+        """The configuration, with defaults for its missing keys."""
         return completed(self.info.config)
 
     @cached_property
@@ -140,7 +140,7 @@ def _unknown_class(info: CheckpointInfo, name: str) -> str:
 
 
 def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) -> Architecture:
-    """The only class of the kind, or of those that are stated, that has the checkpoint's tensors."""
+    """The only class that has the checkpoint's tensors, among those of the kind or those that are stated."""
     said = f"names several architectures ({', '.join(stated)[:200]})" if stated else "has no architectures"
     ask = "name the one class that the checkpoint is"
     if kind is None:
@@ -180,7 +180,7 @@ def _fits(one: Architecture, info: CheckpointInfo, kind: Kind, may_have_leftover
 
 
 def _preferred(fitting: Sequence[Architecture], config: Mapping[str, Any]) -> list[Architecture]:
-    """Of classes that differ in what they do with the same tensors of a language model, one."""
+    """Choose one of several classes that do different things with the same tensors of a language model."""
     endings = [ending for ending in PREFERRED if any(one.name.endswith(ending) for one in fitting)]
     heads = [one for one in fitting if not one.is_pre_training and not one.name.endswith(("Model", *PREFERRED))]
     if heads or not endings:
@@ -226,7 +226,7 @@ def _refuse_other_head(found: Identity, known: Architecture, kind: Kind, leftove
 
 
 def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
-    """By a name on disk, that of the class: with or without the prefix of what lies under the head."""
+    """The class's name of each tensor on disk, which may lack the prefix of the model below the head."""
     found = {}
     for name in names:
         if known.reads(name):
@@ -245,7 +245,7 @@ def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
 
 
 def check_tensors(found: Identity) -> None:
-    """Whether a checkpoint has the tensors of its class, in the shapes that its configuration says, as far as known.
+    """Check that a checkpoint has its class's tensors, in the shapes of its configuration, as far as they are known.
 
     Raises:
         InvalidCheckpoint: names the tensor.
@@ -263,7 +263,7 @@ def check_tensors(found: Identity) -> None:
 
 
 def _check_words(info: CheckpointInfo, defaults: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises InvalidCheckpoint where text stands for a number, or names a function that transformers has not."""
+    """Raises InvalidCheckpoint for text in place of a number, and for functions that transformers does not have."""
     for key, default in defaults.items():
         value = config.get(key)
         if not isinstance(value, str):
@@ -276,7 +276,7 @@ def _check_words(info: CheckpointInfo, defaults: Mapping[str, Any], config: Mapp
 
 
 def check_present(found: Identity) -> None:
-    """Whether a checkpoint has the tensors of its class, as far as they are known. Raises InvalidCheckpoint."""
+    """Check that a checkpoint has its class's tensors, as far as they are known. Raises InvalidCheckpoint."""
     known, info = found.known, found.info
     if known is None or not _is_as_tabled(found):
         return
@@ -288,12 +288,12 @@ def check_present(found: Identity) -> None:
 
 
 def _is_as_tabled(found: Identity) -> bool:
-    """Whether the table says what the checkpoint has, and its names are those of the class."""
+    """Whether the table covers the checkpoint, and its names are those of the class."""
     return found.is_usual and not any(layouts.layer_of(found.names[name]) is not None for name in found.unread)
 
 
 def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: frozenset[str], path: str = "") -> bool:
-    """Whether a key has a value of a kind that was not tried, so that it may change which tensors there are."""
+    """Whether a key has a kind of value that was not tried, which may change the tensors."""
     for key, default in defaults.items():
         value = config.get(key, default)
         where = f"{path}{key}"
@@ -336,7 +336,7 @@ def _absent(found: Identity, known: Architecture) -> list[str]:
 
 
 def _misshapen(found: Identity, known: Architecture) -> Iterator[tuple[TensorInfo, list[int]]]:
-    """Tensors with the shape that they would have."""
+    """Yields tensors with a wrong shape, each with the right one."""
     values: dict[Length, int | None] = {"num_labels": len(labels_of(found.info.config))}
     for name, tensor in found.info.tensors.items():
         own = found.names[name]

@@ -22,7 +22,7 @@ NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,3})?", re.ASCII
 
 
 BARE = re.compile(r"(?:label[ _-]?)?(\d{1,9})", re.ASCII | re.IGNORECASE)
-"""A name that is only an id, as transformers gives where nobody named the labels."""
+"""A name that is only an id, as transformers gives to labels without names."""
 TRUTH = {"false": False, "true": True}
 LONGEST_NAME = 1000  # characters, of what is compared in other spellings
 SHOWN_NAME = 64
@@ -36,7 +36,7 @@ class Task:
     outputs: int
     label_ids: dict[str, int]
     contradiction: str = ""
-    """What config.json says twice and differently of the names; then they say nothing, and ids alone are certain."""
+    """What config.json says of the names in two ways; then names do not count, and only ids are certain."""
 
     @cached_property
     def by_normal_name(self) -> dict[str, set[int]]:
@@ -56,7 +56,7 @@ class Task:
         return any(NUMBER.fullmatch(name) and float(name) != index for name, index in self.label_ids.items())
 
     def id_of(self, name: str) -> int | None:
-        """The label of this name, or of the only one that is spelt so but for case, spaces, `_` and `-`."""
+        """The label of this name, or the only one that differs just in case, spaces, `_` and `-`."""
         if name in self.label_ids:
             return self.label_ids[name]
         ids = self.by_normal_name.get(normal(name), set())
@@ -75,7 +75,7 @@ def normal(name: str) -> str:
 
 
 def are_bare(names: Iterable[tuple[str, int]]) -> bool:
-    """Whether all names are but their own ids."""
+    """Whether every name is just its own id."""
     return all((found := BARE.fullmatch(name.strip())) and int(found[1]) == index for name, index in names)
 
 
@@ -152,7 +152,7 @@ def _named_twice(table: list[tuple[str, int]]) -> str:
 
 
 def _differently_named(of_ids: list[tuple[str, int]], of_names: list[tuple[str, int]]) -> str:
-    """In what label2id contradicts id2label; it may have further names of the same ids."""
+    """Where label2id contradicts id2label; it may have further names of the same ids."""
     named_by_id: dict[str, set[int]] = defaultdict(set)
     for name, index in of_ids:
         named_by_id[normal(name)].add(index)
@@ -267,7 +267,7 @@ class LabelMap:
 
     @property
     def _count(self) -> int:
-        """Of the data set's ids."""
+        """The number of the data set's ids."""
         return self.task.outputs if self.names is None else len(self.names)
 
     def _spelt(self, label: Any) -> Any:
@@ -335,7 +335,7 @@ class LabelMap:
 def label_map(
     task: Task, source: str, asked: Sequence[str] | None, own: Sequence[str] | None = None, checkpoint: str = ""
 ) -> tuple[LabelMap, list[str]]:
-    """How a data set's labels are the head's, and what its reader should know of that.
+    """The map from a data set's labels to the head's, with notes for the reader.
 
     Args:
         asked: what the request says that the data set calls its ids.
@@ -377,7 +377,7 @@ def label_map(
 
 
 def _otherwise_named(labels: LabelMap, source: str, own: Sequence[str]) -> list[str]:
-    """A doubt, where the request's names and the data set's are different labels of the checkpoint."""
+    """A doubt if the request's names and the data set's are different labels of the checkpoint."""
     for index, (name, other) in enumerate(zip(labels.names or (), own, strict=False)):
         if labels.task.id_of(other) not in (None, labels.task.id_of(name)):
             said = f"'{name[:SHOWN_NAME]}', and the data set itself '{other[:SHOWN_NAME]}'"

@@ -1,4 +1,4 @@
-"""What a configuration says of single layers, when layers are put together anew.
+"""Puts a configuration's settings of single layers together when layers are stacked anew.
 
 Lists with an entry for each layer are put together like the layers; lists of numbers of layers are numbered anew; a
 count of first layers is counted anew. What follows from a layer's number by a rule, as "every fourth", stays only where
@@ -14,12 +14,12 @@ from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.layouts import HARMLESS, LAYER_COUNTS, layer_count
 
 Source = tuple[int, int]
-"""A checkpoint, by its position, and the number of one of its layers."""
+"""The position of a checkpoint, and the number of one of its layers."""
 
 PER_LAYER = re.compile(
     r".*(layer|block|attn|attention|mlp|ffn|rope|window|pattern|heads|theta|intermediate|multiplier).*|sliding.*"
 )
-"""Names of lists that have an entry for each layer, where they have as many."""
+"""Names of lists that have an entry for each layer, if they are as long as there are layers."""
 NUMBERS = re.compile(
     r"(.*(layer|block|attn|attention)s?_(ids?|indices|indexes|index|idxs?)|mlp_only_layers|moe_layers|dense_layers"
     r"|cross_attention_layers|global_layers|(full|global)_?att\w*_(idxs|indexes|indices))"
@@ -42,7 +42,7 @@ RULES: Mapping[str, str | None] = {
     "layer_group_size": "layer_types",
     "hybrid_layer_interval": None,
 }
-"""Periods after which kinds of layers return, and the list that says the same of each layer and goes before them."""
+"""Keys of periods of layer kinds, with the list of kinds by layer that takes precedence over them."""
 UNSAID: Mapping[str, int] = {
     "gemma2": 2, "vaultgemma": 2, "gpt_oss": 2, "gpt_neo": 2, "cohere2": 4, "exaone4": 4, "qwen3_next": 4, "gemma3": 6,
     "gemma3_text": 6, "modernbert": 3, "olmo3": 4, "gemma3n_text": 5, "gemma4_text": 6, "smollm3": 4, "llama4_text": 4,
@@ -158,7 +158,7 @@ def _count_anew(
 
 
 def _check_rule(first: CheckpointInfo, key: str, period: int, sources: Sequence[Source]) -> None:
-    """That every layer is of the kind that the rule gives its new number."""
+    """Check that every layer has the kind that the rule gives its new number."""
     instead = RULES.get(key)
     if period < 2 or (instead is not None and first.config.get(instead)):
         return

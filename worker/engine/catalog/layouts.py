@@ -41,7 +41,7 @@ OUTPUT_EMBEDDINGS = (
 )
 """How names of the matrix of logits end, which is the matrix of tokens where both are tied."""
 HEADS = ("score.weight", "score.bias", "classifier.weight", "classifier.bias", "qa_outputs.weight", "qa_outputs.bias")
-"""How names of heads end that fine-tuning starts from scratch."""
+"""Ends of the names of heads that fine-tuning starts from scratch."""
 SHARED_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Always copies of `shared.weight`, where there is one."""
 TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
@@ -249,7 +249,7 @@ class _Embeddings:
         return next((other for other in found if other not in (None, name)), None)
 
     def _named(self, ending: str, storing: tuple[int, ...]) -> dict[tuple[tuple[int, ...], ...], str]:
-        """Those that are named so, by their shapes in the states at `storing`."""
+        """The tensors of these names, by their shapes in the states at `storing`."""
         if (ending, storing) not in self._by_shapes:
             first = self._states[0]
             if self._outer is None:
@@ -395,7 +395,7 @@ def shows_in_no_shape(key: str, ours: object, theirs: object) -> bool:
 
 
 def _derived_in_one(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
-    """Keys that one has and the other leaves to what follows from others, in a way that is not known."""
+    """Keys that one configuration has, and that follow in the other one from further keys in an unknown way."""
     mine, other = completed(ours), completed(theirs)
     return {key for key in mine.keys() ^ other.keys() if mine.get(key, other.get(key)) is not None}
 
@@ -418,7 +418,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
 
 
 def is_of_training(key: str) -> bool:
-    """Whether a configuration's key is named as those are on which nothing depends that a model computes."""
+    """Whether a configuration's key has a name of those that do not change what a model computes."""
     return key.startswith(HARMLESS_BEGINNINGS) or "dropout" in key or key.endswith("pdrop")
 
 

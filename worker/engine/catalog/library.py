@@ -1,4 +1,4 @@
-"""What transformers knows of its own kinds of model, as it was written down by `checkpoints.library_table`.
+"""Reads the table of transformers' models that `checkpoints.library_table` writes.
 
 Names of classes, the tensors that each has, which of them are tied, and what missing keys of a configuration mean. With
 it, who must not import transformers decides the same as those who do.
@@ -15,7 +15,7 @@ from typing import Any
 from zipfile import ZipFile
 
 TABLE = Path(__file__).with_name("library.zip")
-"""One JSON file for each kind of model, so that no other is read."""
+"""The table: one JSON file for each kind of model, so that only the needed one is read."""
 LAYER = re.compile(
     r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>[0-9]{1,6})\.(?P<inner>.+)", re.DOTALL
 )
@@ -49,7 +49,7 @@ class Architecture:
 
     name: str
     prefix: str
-    """Of what lies under the head, which names in a checkpoint may lack."""
+    """Prefix of the model below the head, which names in a checkpoint may lack."""
     ties: tuple[tuple[str, str, str | None], ...]
     """(copy, original, key): the tensors that are one where the configuration's key is true, or always."""
     unsaved: frozenset[str]
@@ -62,9 +62,9 @@ class Architecture:
     tensors: Mapping[str, Sequence[Length]]
     """Tensors that all configurations have."""
     layers: Mapping[str, Sequence[Length]]
-    """The same of tensors in every layer."""
+    """The same for tensors in every layer."""
     converted: bool
-    """Whether a checkpoint has other names than the model."""
+    """Whether checkpoints have other tensor names than the model."""
 
     @cached_property
     def all_names(self) -> frozenset[str]:
@@ -75,7 +75,7 @@ class Architecture:
         return frozenset(copy for copy, _, _ in self.ties)
 
     def reads(self, name: str) -> bool:
-        """Whether a model of the class has the tensor, under this name."""
+        """Whether a model of the class has a tensor of this name."""
         layered = collapsed(name)
         return (
             name in self.tensors
@@ -106,7 +106,7 @@ class Kind:
 
 
 def kind_of(model_type: str) -> Kind | None:
-    """None of a kind that transformers does not have."""
+    """The entry of a kind of model; None if transformers does not have it."""
     return _kind(model_type) if isinstance(model_type, str) else None
 
 
@@ -141,7 +141,7 @@ def member(model_type: str) -> str:
 
 
 def architecture(config: Mapping[str, Any], name: str) -> Architecture | None:
-    """None of a class that transformers does not have for this kind of model."""
+    """The entry of a class; None if transformers does not have it for this kind of model."""
     kind = kind_of(config.get("model_type", ""))
     return kind.architectures.get(name) if kind else None
 
@@ -156,7 +156,7 @@ def collapsed(name: str) -> str:
 
 
 def decoded(value: Any) -> Any:
-    """With floats that JSON has no numbers for, which transformers spells `{"__float__": "Infinity"}`."""
+    """Decodes floats that JSON cannot hold, which transformers writes as `{"__float__": "Infinity"}`."""
     if isinstance(value, dict):
         if value.keys() == {FLOAT} and isinstance(value[FLOAT], str) and value[FLOAT] in FLOATS:
             return FLOATS[value[FLOAT]]
@@ -165,7 +165,7 @@ def decoded(value: Any) -> Any:
 
 
 def encoded(value: Any) -> Any:
-    """The inverse of `decoded`, for files that any reader of JSON takes."""
+    """The inverse of `decoded`, for files that every JSON reader accepts."""
     if isinstance(value, float):
         name = next((name for name, known in FLOATS.items() if repr(known) == repr(value)), None)
         return value if name is None else {FLOAT: name}
@@ -208,7 +208,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _derived(rule: Mapping[str, Any], config: Mapping[str, Any], kind: Kind) -> Any:
-    """What a key means that is not there; None where that is not known."""
+    """The value that a missing key stands for; None if that is not known."""
     if "is" in rule:
         return value_of(rule["is"], config)
     period = rule.get("period")
@@ -263,7 +263,7 @@ def _is_own(key: str, default: Any) -> bool:
 
 
 def value_of(length: Length, config: Mapping[str, Any]) -> int | None:
-    """None where the configuration does not say it."""
+    """The size on an axis; None if the configuration does not say it."""
     if not isinstance(length, str):
         return length
     operator = next((sign for sign in "*/" if sign in length), "")
@@ -284,14 +284,14 @@ def activations() -> frozenset[str]:
 
 
 def value_at(config: Mapping[str, Any], path: str) -> Any:
-    """Of a key, inner ones after a dot; None where it is not there."""
+    """The value of a key, with inner keys after a dot; None if it is missing."""
     for key in path.split("."):
         config = config.get(key) if isinstance(config, Mapping) else None  # type: ignore[assignment]
     return config
 
 
 def with_settings(config: Mapping[str, Any], whose: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """A configuration with the settings `keys` of another, however that spells them; inner keys after a dot."""
+    """A configuration with the settings `keys` of another one, in any spelling; inner keys follow a dot."""
     found = dict(config)
     kind = kind_of(config.get("model_type", ""))
     aliases = kind.aliases if kind else {}

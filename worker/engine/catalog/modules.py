@@ -55,9 +55,9 @@ ENCODER_KEYS = (
     "transformer_task", "modality_config", "module_output_name", "processing_kwargs", "unpad_inputs", "query_length",
     "document_length", "query_expansion", "max_seq_length", "do_lower_case",
 )  # fmt: skip
-"""What is published of the settings of the transformer itself; others say what to load from elsewhere, and how."""
+"""Settings of the transformer itself that are published; others say what to load from elsewhere, and how."""
 COMPUTING = {"transformer_task": "feature-extraction", "do_lower_case": False}
-"""Of these, what changes the computation, with the value that a folder has without the key."""
+"""Those of them that change the computation, with the value that a missing key stands for."""
 
 
 @dataclass(frozen=True)
@@ -67,28 +67,28 @@ class Module:
     kind: str
     folder: str
     settings: Mapping[str, Any]
-    """In the newest spelling, with the defaults."""
+    """The module's settings in the newest spelling, with defaults."""
     tensors: Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
 class Modules:
-    """What a checkpoint's `modules.json` lists, the transformer apart."""
+    """The modules that a checkpoint's `modules.json` lists, except the transformer."""
 
     info: CheckpointInfo
     path: Path
-    """Folder of its files; of an adapter without a `modules.json`, the base's."""
+    """Folder of the files; for an adapter without `modules.json` that of the base."""
     entries: tuple[Mapping[str, Any], ...]
-    """Of modules.json, the transformer's first."""
+    """Entries of modules.json, the transformer's first."""
     steps: tuple[Module, ...]
     unknown: str | None
-    """The class of a module that cannot be published; then nothing is read of the others."""
+    """The class of a module that cannot be published; then the others are not read."""
     encoder: Mapping[str, Any]
-    """Settings of the transformer, as how many tokens of a text it takes."""
+    """Settings of the transformer, as the most tokens of a text."""
 
     @property
     def files(self) -> dict[str, Path]:
-        """Those that are published as they are, by name."""
+        """Files that are published as they are, by name."""
         names = [SENTENCE_CONFIG, *(f"{step.folder}/config.json" for step in self.steps)]
         return {name: self.path / name for name in names if (self.path / name).is_file()}
 
@@ -188,7 +188,7 @@ def _encoder(path: Path, source: str) -> dict[str, Any]:
 
 
 def check_agree(first: Modules, other: Modules) -> None:
-    """Raises IncompatibleCheckpoints where they do other things with a transformer's output."""
+    """Raises IncompatibleCheckpoints if modules do different things with a transformer's output."""
     problem = None
     ours, theirs = [[step.kind for step in modules.steps] for modules in (first, other)]
     if ours != theirs:

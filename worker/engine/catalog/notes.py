@@ -1,4 +1,4 @@
-"""What a result says to its reader in words. The notes that put a number in question come first."""
+"""Notes of a result for its reader. Those that put a number in question come first."""
 
 from collections.abc import Iterable
 

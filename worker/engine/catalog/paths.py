@@ -20,7 +20,7 @@ _hidden: set[str] = set()
 
 
 def hide(*folders: Path) -> None:
-    """Folders that no message may name, also where their names have spaces."""
+    """Remember folders that no message may name, also when their names have spaces."""
     _hidden.update(str(path) for folder in folders for path in (folder.absolute(), folder.resolve()))
     _patterns.cache_clear()
 
@@ -35,7 +35,7 @@ def without_paths(text: str) -> str:
 
 
 def told(value: Any) -> Any:
-    """The same of all texts in a value of JSON, but for names."""
+    """Cut paths in all strings of a JSON value, except in keys."""
     if isinstance(value, str):
         return without_paths(value)
     if isinstance(value, dict):
@@ -44,7 +44,7 @@ def told(value: Any) -> Any:
 
 
 Told = Annotated[str, AfterValidator(without_paths)]
-"""Text for whoever posted the job."""
+"""A text for the user who posted the job."""
 
 
 def _last_part(found: re.Match[str]) -> str:

@@ -85,12 +85,12 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedModules:
-    """What is published of the modules of sentence-transformers with one model."""
+    """The modules of sentence-transformers that are published with one model."""
 
     modules: Modules
-    """Whose settings they have."""
+    """The checkpoint whose settings they have."""
     tensors: Mapping[str, tuple[PlannedTensor, ...]]
-    """By the module's folder; merged by the models' weights, whatever the method."""
+    """Tensors by the module's folder; they are merged by the models' weights, whatever the method."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,13 @@ class MergePlan:
     vocabulary: Vocabulary | None = None
     """None where all models have the same."""
     chat_template: str | None = None
-    """That is published; None: as the published tokenizer has it."""
+    """The published chat template; None means the published tokenizer's own."""
     modules: tuple[PlannedModules | None, ...] = ()
-    """Of each published model; empty where none has any."""
+    """The modules of each published model; empty if none has any."""
     companion_bytes: int = 0
-    """Of all files that are copied beside the weights."""
+    """Bytes of all files that are copied beside the weights."""
     notes: tuple[str, ...] = ()
-    """What leads the result's notes."""
+    """Notes that the result begins with."""
 
     @property
     def merges_heads(self) -> bool:
@@ -323,7 +323,7 @@ def plan_merge(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a request says of a merge beside its models."""
+    """The settings of a merge in a request, beside its models."""
 
     dtype: Dtype
     base: CheckpointInfo | None
@@ -332,7 +332,7 @@ class _Asked:
     config_from: CheckpointInfo | None
     choices: Choices | None
     rows_of: CheckpointInfo | None
-    """Whose matrices' rows the output has, where tokens are the same and paddings are not."""
+    """The model whose number of rows the output has, if only the padding of matrices differs."""
 
     def aligned(self, checkpoints: Sequence[CheckpointInfo]) -> Vocabulary | None:
         if self.vocabulary == "error":
@@ -530,7 +530,7 @@ def _is_unsaved(first: Identity, name: str) -> bool:
 
 
 def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, TensorInfo]]) -> list[str]:
-    """Notes of tensors that the class does not read; those that only some models have are taken out."""
+    """Notes of tensors that the class does not read; those that only some models have are removed."""
     notes = []
     known = identities[0].known
     if known is None or known.converted:
@@ -593,7 +593,7 @@ def _differences_from_base(
 def _settled(
     identities: Sequence[Identity], base: CheckpointInfo | None, keys: Collection[str], whose: CheckpointInfo | None
 ) -> tuple[Callable[[Mapping[str, Any]], dict[str, Any]], list[str]]:
-    """What gives a configuration the settings of the one that counts, and a note of them."""
+    """A function that gives a configuration the settings that count, and a note of them."""
     if whose is None or not keys:
         return dict, []
     everyone = [identity.info for identity in identities] + ([base] if base is not None else [])

@@ -8,5 +8,5 @@ WHAT_TO_DO = "a Git LFS pointer stands in its place; fetch the file itself by `g
 
 
 def is_pointer(start: bytes) -> bool:
-    """Of a file that begins so."""
+    """Whether a file that begins with these bytes is a Git LFS pointer."""
     return start.startswith(POINTER)

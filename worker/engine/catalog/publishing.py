@@ -1,4 +1,4 @@
-"""What is published with a merge beside its weights, and what has to be said of it."""
+"""Decides what is published beside a merge's weights, and what notes say of it."""
 
 import json
 from collections import Counter
@@ -52,12 +52,12 @@ def with_companions(
 
 
 def tokens_of(plan: MergePlan, info: CheckpointInfo) -> CheckpointInfo:
-    """Whose tokenizer, templates and settings are published with the configuration of `info`."""
+    """The checkpoint whose tokenizer, templates and settings are published with the configuration of `info`."""
     return info if plan.vocabulary is None else plan.vocabulary.owner
 
 
 def _commonest_template(plan: MergePlan) -> str | None:
-    """Of all checkpoints, the base's first where several are as common."""
+    """The most common chat template of all checkpoints; if several are as common, the base's goes first."""
     everyone = [*([plan.base] if plan.base else []), *plan.checkpoints]
     templates = [_companions(info).get(_template("default")) for info in everyone]
     counted = Counter(template.strip() for template in templates if isinstance(template, str) and template.strip())
@@ -82,14 +82,14 @@ def beyond_matrix(info: CheckpointInfo, last: int | None = None) -> str | None:
 
 
 def _owners(plan: MergePlan) -> list[CheckpointInfo]:
-    """Whose tokenizers are published; one whose vocabulary is the output's was checked with it."""
+    """Checkpoints whose tokenizers are published; one that gives the output's vocabulary was checked with it."""
     return list({info.tokenizer_path: info for info in plan.published}.values()) if plan.vocabulary is None else []
 
 
 def _modules(
     plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None
 ) -> tuple[tuple[PlannedModules | None, ...], list[str]]:
-    """Of every published model, and notes."""
+    """The modules of every published model, and notes."""
     found = [(info, read_modules(info)) for info in plan.checkpoints]
     given = [(info, modules) for info, modules in found if modules is not None]
     if not given:
@@ -129,7 +129,7 @@ def _modules(
 
 
 def _own(modules: Modules, dtype: Dtype) -> PlannedModules:
-    """A checkpoint's own, with its weights as they are."""
+    """A checkpoint's own modules, with their weights unchanged."""
     tensors = {
         step.folder: tuple(_planned(step, name, [one], dtype, is_copied=True) for name, one in step.tensors.items())
         for step in modules.steps
@@ -147,7 +147,7 @@ def _planned(
 
 
 def _settings_notes(owner: Modules, other: Modules) -> list[str]:
-    """Settings in which embedding models differ though they compute the same of a text that is given to both."""
+    """Notes of settings in which embedding models differ although they compute the same for the same text."""
     ours, theirs = [
         {**_content(modules.path / SENTENCE_CONFIG), "max_seq_length": modules.encoder.get("max_seq_length")}
         for modules in (owner, other)
@@ -160,7 +160,7 @@ def _settings_notes(owner: Modules, other: Modules) -> list[str]:
 
 
 def _differences(plan: MergePlan) -> list[str]:
-    """Templates and settings of the merged models that are not those published."""
+    """Notes of templates and settings in which merged models differ from the published ones."""
     owner = tokens_of(plan, plan.published[0])
     of_owner = _companions(owner)
     notes = []
@@ -176,7 +176,7 @@ def _differences(plan: MergePlan) -> list[str]:
 
 
 def _companions(info: CheckpointInfo) -> dict[str, Any]:
-    """What a checkpoint says of its use beside the tokens: chat templates, settings of generation and of processors."""
+    """A checkpoint's chat templates and its settings of generation and of processors."""
     found: dict[str, Any] = {}
     for name, file in companions(info).items():
         if name == "tokenizer_config.json":
@@ -198,7 +198,7 @@ def _template(name: str) -> str:
 
 
 def _content(file: Path) -> Mapping[str, Any]:
-    """Of a file of JSON that nobody here needs; nothing where it is none."""
+    """The content of a JSON file that only its users need; empty if it is not a JSON object."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,11 +1,11 @@
-"""Which file is being read, for whoever has to say so when reading it does not come to an end."""
+"""Tells which file is being read, so that it can be named if reading it does not end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 Observer = Callable[[str, str], None]
-"""Is called with the reference of a checkpoint or a data set, and the name of its file that is read next."""
+"""A function that is called with a checkpoint's or data set's reference and the name of the file read next."""
 
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 

@@ -222,14 +222,14 @@ class JobResult(Strict):
 
 
 class MergeSummary(JobResult):
-    """All of a merge's result but how `auto` found it."""
+    """A merge's result, without how `auto` found it."""
 
     models: list[ModelResult]
     metrics: dict[str, MetricResult] | None
     mean_retention: float | None
     min_retention: float | None
     stopping: Stopping | None = None
-    """Of methods that weight by the scores of mask nodes, but for the preset `paper`."""
+    """Present for methods that weight by scores of mask nodes, except with the preset `paper`."""
 
 
 class MergeResult(MergeSummary):

@@ -49,7 +49,7 @@ class Rows(Protocol):
     label_names: tuple[str, ...] | None
     """What the data set itself calls its label ids 0, 1, …; None when it does not say."""
     notes: Sequence[str]
-    """Which rows were joined or passed over on the way here."""
+    """Notes of rows that were joined or passed over while they were read."""
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""Runs of layers, of which a merge's result is put together."""
+"""Runs of layers that a merge's result is put together from."""
 
 from typing import Annotated, Self
 
@@ -21,7 +21,7 @@ class Slice(Strict):
     """Consecutive layers of a model."""
 
     model: str
-    """Its name in the request's `models`."""
+    """The model's name in the request's `models`."""
     layers: Run | None = None
     """The first, and the one after the last, from 0; null: all."""
 
@@ -38,7 +38,7 @@ class OutputSlice(Strict):
     sources: Annotated[list[Slice], Field(min_length=1, max_length=64)]
     """Runs of the same length, of different models. The others take no part in these layers."""
     base_layers: Run | None = None
-    """Those of the base; null: the first source's."""
+    """Layers of the base; null: the same as the first source's."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -32,7 +32,7 @@ class TokenSource(Strict):
     model: Annotated[str, Field(max_length=64)] | None = None
     """Name of the model."""
     token: Annotated[str, Field(max_length=1000)] | None = None
-    """That has the row there; null: the token itself."""
+    """The token whose row it is there; null: the token itself."""
     id: Annotated[int, Field(ge=0)] | None = None
     """The row's number there, instead of a token."""
     force: bool = False
@@ -51,7 +51,7 @@ class TokenSource(Strict):
 
 
 class Tokens(Strict):
-    """What a recipe says of the output's tokens, where vocabularies are merged."""
+    """A recipe's settings of the output's tokens, if vocabularies are merged."""
 
     vocabulary_of: Annotated[str, Field(max_length=64)] | None = None
     """Name of the model whose vocabulary `base` keeps, and whose tokenizer is published; null: the base's, or the first
@@ -59,7 +59,7 @@ class Tokens(Strict):
     tokens: Annotated[dict[str, TokenSource], Field(max_length=10_000)] | None = None
     """Rows of single tokens. One that the vocabulary lacks is added to it."""
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Rows of the embedding matrices are a multiple of this; those that are added have the mean of all others."""
+    """The number of rows of embedding matrices is a multiple of this; added rows are the mean of all others."""
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -146,7 +146,7 @@ class OutputSpec(Tokens):
     max_shard_bytes: int = 5_000_000_000
     vocabulary: VocabularyPolicy = "error"
     config_from: str | None = None
-    """Name of the model, or `base`, whose settings count where they differ in what no shape shows."""
+    """Name of the model, or `base`, whose settings count if models differ in settings that no shape shows."""
     chat_template: str | None = None
 
 
@@ -222,11 +222,11 @@ class MergeSpec(JobSpec):
     """The common ancestor, for methods that merge differences from it."""
     output: OutputSpec
     slices: list[OutputSlice] | None = None
-    """What the result is put together of; None: all layers, or what the method says."""
+    """The slices of the result; None: all layers, or those of the method."""
     notes: tuple[str, ...] = ()
-    """What the result's notes begin with."""
+    """Notes that the result begins with."""
     strict_filters: bool = True
-    """Whether a filter that matches no tensor was refused; else it is a note."""
+    """Whether a filter that matches no tensor was refused; if not, there is a note of it."""
     evaluate: bool
     journal: Path | None = None
     """Where `auto` keeps what it tried, for an attempt after this one; None: it is forgotten."""

@@ -1,4 +1,4 @@
-"""The plan of a result that is put together of slices: which layers of which models become which layer of it."""
+"""Plans a result that is put together from slices: which layers of which models become which layer."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +90,7 @@ def _are_all_layers(
 
 @dataclass(frozen=True)
 class _Layer:
-    """One of the result: of which models, and which layer of each, and of the base."""
+    """One layer of the result: its models, and the layer of each of them and of the base."""
 
     members: tuple[int, ...]
     numbers: tuple[int, ...]
@@ -152,7 +152,7 @@ def plan_slices(
     backbone: list[PlannedTensor] = []
 
     def add(name: str, members: Sequence[int], tensors: Sequence[Mapping[str, TensorInfo]], key: str) -> None:
-        """The tensor `key` of each member, and of the base, which is the last of `tensors` where there is one."""
+        """Add the tensor `key` of each member and of the base, which comes last in `tensors` if there is one."""
         slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
         tensor = tensors[0][key]
         if layouts.is_buffer(tensor):
@@ -237,7 +237,7 @@ def _layers(
     stack: str,
     field: str,
 ) -> list[_Layer]:
-    """Of the result."""
+    """The layers of the result."""
     counts = [layouts.stacks_of(state).get(stack, 0) for state in states]
     found: list[_Layer] = []
     for index, part in enumerate(slices):
@@ -264,7 +264,7 @@ def _layers(
 
 
 def _check_kinds(layer: _Layer, checkpoints: Sequence[CheckpointInfo]) -> None:
-    """That what configurations say of each layer is the same of all that are merged to one."""
+    """Check that configurations say the same about all layers that are merged to one."""
     first = checkpoints[layer.members[0]]
     for member, number in zip(layer.members[1:], layer.numbers[1:], strict=True):
         other = checkpoints[member]

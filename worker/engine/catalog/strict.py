@@ -44,7 +44,7 @@ def _refuse_conversions(schema: Any) -> None:
 
 
 class Strict(BaseModel):
-    """Numbers and booleans are no texts, and no booleans are numbers: `"1_000"`, `true` and `"off"` may be slips."""
+    """Refuses strings for numbers and booleans, and booleans for numbers: `"1_000"`, `true`, `"off"` may be slips."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

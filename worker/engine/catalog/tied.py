@@ -1,4 +1,4 @@
-"""Tensors that a model has once and a checkpoint may have under several names."""
+"""Handles tensors that a model has once and a checkpoint may store under several names."""
 
 from collections.abc import Mapping, Sequence
 
@@ -43,7 +43,7 @@ def without_copies(
 
 
 def tied_in_base(first: Identity, name: str, base_config: Mapping[str, object], state: State) -> TensorInfo | None:
-    """What a base ties the tensor `name` to, where the models have it apart."""
+    """The tensor that a base ties `name` to, if the models have it separately."""
     if first.known is None:
         return None
     by_own = _by_own(first, [state])
@@ -55,7 +55,7 @@ def tied_in_base(first: Identity, name: str, base_config: Mapping[str, object], 
 
 
 def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[str]]:
-    """Names that are one tensor, the name that it keeps before the others."""
+    """Groups of names of one tensor, the name that it keeps first."""
     config = completed(first.info.config)
     if first.known is None or first.known.converted:
         by_original: dict[str, list[str]] = {}
@@ -81,7 +81,7 @@ def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[
 
 
 def _by_own(first: Identity, states: Sequence[State]) -> dict[str, str]:
-    """By the name that a class gives a tensor the one that it has in the states."""
+    """The name of each tensor in the states, by the name that the class gives it."""
     if first.known is None:
         return {name: name for state in states for name in state}
     names = dict.fromkeys(name for state in states for name in state)

@@ -34,9 +34,9 @@ class Place:
     name: str
     depth: float
     layer: int | None = None
-    """None outside the layers."""
+    """Number of the layer; None outside the layers."""
     layers: int = 0
-    """Of the list that has the layer."""
+    """Number of layers in the list that has the layer."""
 
 
 Where = (
@@ -111,7 +111,7 @@ class Filtered(Strict, Generic[Number]):
         return {key: value for key, value in handler(self).items() if key != "where" or value is not None}
 
     def covers(self, place: Place) -> bool:
-        """Whether the tensor is where the value is of, whatever its name."""
+        """Whether the value applies at the tensor's place, whatever its name."""
         if self.where is None:
             return True
         if self.where in ("before", "after"):
@@ -121,7 +121,7 @@ class Filtered(Strict, Generic[Number]):
         return self.where[0] <= place.layer < self.where[1]
 
     def at(self, place: Place) -> float:
-        """The value of a tensor that it covers."""
+        """The value at the place of a tensor that the entry covers."""
         if not isinstance(self.value, list):
             return self.value
         if self.where is None or place.layer is None:

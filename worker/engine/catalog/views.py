@@ -38,7 +38,7 @@ from worker.engine.catalog.reading import reads
 
 MAX_NAMES = 100_000  # in a folder and its sub-folders; more would take long to list
 STEERING = re.compile(r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*")
-"""Keys of `config.json` that say which files, code or kernels a library takes. No model is another with them."""
+"""Keys of `config.json` that say which files, code or kernels a library takes. They change no model."""
 CODE = re.compile("auto_map")
 CONFIGURATIONS = ("config.json", ADAPTER_CONFIG)
 
@@ -95,7 +95,7 @@ class Views:
 
 
 class LinkOut(Exception):
-    """A link leads out of the folder that a file must lie in."""
+    """A link leads out of the folder that the file must lie in."""
 
 
 def open_beneath(path: Path, root: Path, opened: ExitStack) -> int:
@@ -125,7 +125,7 @@ def open_beneath(path: Path, root: Path, opened: ExitStack) -> int:
 
 
 def descriptor_path(descriptor: int) -> str:
-    """A path by which libraries open the same file again, whatever has become of its name."""
+    """A path by which libraries open the same file again, whatever happened to its name."""
     return f"/proc/self/fd/{descriptor}"
 
 
@@ -141,7 +141,7 @@ class _Checkpoint:
             raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
 
     def names(self) -> list[str]:
-        """Names of its files, and of those in folders within it that may have files of a checkpoint."""
+        """Names of the folder's files, and of those in its sub-folders that may hold files of a checkpoint."""
         found: list[str] = []
         for entry in _entries(self._path):
             if entry.is_dir(follow_symlinks=False):
@@ -179,7 +179,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a link to what does not exist, which is as if it were not there."""
+    """Whether a name is a broken link, which counts as missing."""
     return entry.is_symlink() and not os.path.lexists(os.path.realpath(entry.path))
 
 
@@ -206,7 +206,7 @@ def _fill(view: Path, folder: _Checkpoint) -> None:
 
 
 def _link(view: Path, folder: _Checkpoint, name: str) -> None:
-    """A link to an open file, which is read where it lies."""
+    """Link to an open file, which is read where it is."""
     (view / name).parent.mkdir(exist_ok=True)
     (view / name).symlink_to(descriptor_path(folder.open(name)))
 

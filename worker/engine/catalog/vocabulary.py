@@ -59,9 +59,9 @@ class GivenRow:
     """The row of a token for models that lack it, and with `force` for all."""
 
     model: int | None
-    """Position of the model that it is of; None: of the base, or zeros."""
+    """Position of the model whose row it is; None: the base's, or zeros."""
     row: int | None
-    """None: zeros."""
+    """The token's id there; None means zeros."""
     force: bool
 
 
@@ -72,12 +72,12 @@ class TokenRows:
     models: tuple["array[int]", ...]
     base: "array[int] | None"
     given: Mapping[int, GivenRow] = field(default_factory=dict)
-    """By row of the output, what a recipe says of it."""
+    """What a recipe says about single rows, by the row's number in the output."""
     padding: int = 0
-    """How many of the last rows have the mean of all others."""
+    """How many of the last rows are the mean of all others."""
 
     def of(self, members: Sequence[int]) -> "TokenRows":
-        """Of some of the models. Raises InvalidRequest where a row is to be another's."""
+        """The rows for some of the models. Raises InvalidRequest if a row is to be that of another model."""
         given = {}
         for place, one in self.given.items():
             if one.model is not None and one.model not in members:
@@ -89,7 +89,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a recipe says of the output's tokens, with the names of the models."""
+    """A recipe's settings of the output's tokens, with the names of the models."""
 
     names: Sequence[str]
     tokens: Tokens
@@ -149,7 +149,7 @@ def pads_differ(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | No
 
 
 def _differ(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
-    """Whether two tokenizers, as digests by form, have other tokens."""
+    """Whether two tokenizers, given as digests by form, have different tokens."""
     return all(ours[form] != theirs[form] for form in ours.keys() & theirs.keys())
 
 

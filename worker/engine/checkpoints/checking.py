@@ -1,4 +1,4 @@
-"""What headers do not tell of a merge's checkpoints: whether tied weights are equal."""
+"""Checks what headers do not show: whether tied weights are equal."""
 
 from collections.abc import Sequence
 from dataclasses import replace

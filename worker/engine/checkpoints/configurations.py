@@ -27,7 +27,7 @@ SETTINGS = {
     "output_hidden_states": False,
     "chunk_size_feed_forward": 0,  # in chunks, the second projection would see parts of its input
 }
-"""What this service sets itself, whatever a configuration says."""
+"""Keys that the service sets itself, whatever a configuration says."""
 SHARED_KEYS = frozenset(
     {
         "architectures", "model_type", "dtype", "torch_dtype", "id2label", "label2id", "num_labels", "problem_type",
@@ -70,7 +70,7 @@ def library_config(config: Mapping[str, Any], source: str) -> Any:
 
 
 def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a configuration that the class of its `model_type` knows; inner configurations likewise."""
+    """The keys of a configuration that the class of its `model_type` knows; inner configurations likewise."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         return dict(config)  # whoever takes it refuses it
@@ -112,7 +112,7 @@ def _keys_of(of: Any) -> frozenset[str]:
 
 
 def _strings(code: CodeType) -> Iterator[str]:
-    """Names among a function's constants, those of functions within it too."""
+    """Strings among a function's constants, including those of inner functions."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _strings(constant)
@@ -122,7 +122,7 @@ def _strings(code: CodeType) -> Iterator[str]:
 
 
 def _read_by_models(module: str) -> set[str]:
-    """Attributes of configurations that the models in the same folder read, also those no class declares."""
+    """Attributes of configurations that models in the same folder read, even if no class declares them."""
     folder = Path(sys.modules[module].__file__ or "").parent
     texts = [file.read_text(encoding="utf-8") for file in folder.glob("modeling_*.py")]
     return {name for text in texts for found in READ_BY_MODELS.finditer(text) for name in found.groups() if name}
@@ -151,7 +151,7 @@ def tokenizer_folder(info: CheckpointInfo) -> Iterator[Path]:
 
 
 def _is_token(key: str, value: Any) -> bool:
-    """Whether it names a special token, of which models have some of their own."""
+    """Whether a key names a special token; models may have further ones of their own."""
     return key.endswith("_token") and (isinstance(value, str | dict) or value is None)
 
 

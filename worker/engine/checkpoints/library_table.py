@@ -1,4 +1,4 @@
-"""Writes down what transformers knows of its own kinds of model, for those who must not import it.
+"""Writes the table of transformers' models, for code that must not import transformers.
 
 `python -m worker.engine.checkpoints.library_table` writes `catalog/library.zip`. What a class has follows from its
 configuration in ways that only its code tells, so each class is built, without any memory for weights, from many
@@ -30,17 +30,17 @@ Path = tuple[str, ...]
 FEW_LAYERS = 2
 DEFAULT_LABELS = 2
 FACTORS = (2, 3, 4)
-"""By which lengths are multiples of sizes."""
+"""Factors by which lengths may be multiples of sizes."""
 KIND_KEYS = (
     "attn_layer", "hybrid", "pattern", "_period", "_offset", "sparse_step",
     "first_k_dense", "mlp_only", "moe_layer", "cross_attention_layers", "full_attn_idxs", "dense_layers",
     "lorb", "kv_source", "kv_shared", "per_layer", "interleave", "every",
 )  # fmt: skip
-"""Parts of the names of keys that may give layers different tensors, in ways that one change of a key does not show."""
+"""Parts of names of keys that may give layers different tensors, which one change of a key may not show."""
 DERIVED_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "transformers_version")
-"""Follow from the number of layers."""
+"""Keys that follow from the number of layers."""
 LONGEST_LIST = 128
-"""Layers for which lists over layers are compared, to find their period."""
+"""The most layers for which lists over layers are compared, to find their period."""
 WORDS: Mapping[str, tuple[str, ...]] = {"feed_forward_proj": ("gated-gelu", "relu"), "ffn_type": ("gated-gelu",)}
 """Settings in words that change which tensors there are."""
 BLOCKS = (
@@ -65,7 +65,7 @@ SHOWN = frozenset({"head_dim", "n_inner", "n_ctx"})
 
 @dataclass
 class Seen:
-    """What the models of one class have that were built so far."""
+    """Counts what the models of one class have, over those that were built so far."""
 
     models: int = 0
     outer: dict[str, int] = field(default_factory=dict)
@@ -73,12 +73,12 @@ class Seen:
     stacks: dict[str, int] = field(default_factory=dict)
     """How many of the models have the list of layers."""
     inner: dict[tuple[str, str], int] = field(default_factory=dict)
-    """How many of the models have it in every layer of the list."""
+    """How many of the models have the tensor in every layer of the list."""
     inner_somewhere: set[tuple[str, str]] = field(default_factory=set)
 
 
 def main(model_types: Sequence[str]) -> None:
-    """Write the table anew, or print what it would have of some kinds of model."""
+    """Write the table, or print its entries for some kinds of model."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     preload()
@@ -96,7 +96,7 @@ def as_json(entry: Config) -> str:
 
 
 def write(entries: Iterable[Config]) -> None:
-    """The table, with the version of transformers that it is of; the same bytes for the same entries."""
+    """Write the table with the version of transformers; the same entries give the same bytes."""
     with ZipFile(TABLE, "w", ZIP_DEFLATED) as table:
         table.comment = f"transformers {transformers.__version__}".encode()
         table.writestr(ZipInfo(ACTIVATIONS), json.dumps(sorted(ACT2FN)), ZIP_DEFLATED)
@@ -105,7 +105,7 @@ def write(entries: Iterable[Config]) -> None:
 
 
 def described(model_type: str) -> Config | None:
-    """One line of the table; None of a kind whose configuration has no defaults."""
+    """One entry of the table; None if the configuration of the kind has no defaults."""
     try:
         config_class = transformers.CONFIG_MAPPING[model_type]
         defaults = plain(config_class())
@@ -136,7 +136,7 @@ def classes_of(model_type: str) -> set[str]:
 
 
 def plain(config: Any) -> Config:
-    """As `save_pretrained` would write all of it."""
+    """The whole configuration as `save_pretrained` would write it."""
     return dict(json.loads(json.dumps(type(config)._encode_special_floats(config.to_dict()), default=str)))
 
 
@@ -174,7 +174,7 @@ def derived_of(config_class: Any, defaults: Config) -> Config:
 
 
 def is_given(sample: Config, name: str, defaults: Config, keys: Collection[str]) -> bool:
-    """Whether the sample was made by another value of the key itself, rather than of one that it follows from."""
+    """Whether the sample varies the key itself, rather than one that it follows from."""
     return sample.get(name) != defaults.get(name) and all(sample.get(key) == defaults.get(key) for key in keys)
 
 
@@ -201,7 +201,7 @@ def expression(lengths: Sequence[Any], samples: Sequence[Config], keys: Iterable
 
 
 def period_of(config_class: Any, defaults: Config, name: str) -> list[Any] | None:
-    """What a list over layers repeats, whatever their number; None where it repeats nothing."""
+    """The period that a list over layers repeats for any number of layers; None if there is none."""
     count = next((key for key in LAYER_KEYS if type(defaults.get(key)) is int), None)
     if count is None:
         return None
@@ -239,7 +239,7 @@ def variations(key: str, value: Any) -> list[Any]:
 
 
 def architecture(name: str, config_class: Any, defaults: Config) -> Config | None:
-    """Of one class: its names, ties and sizes. None where it cannot be built from a configuration alone."""
+    """The entry of one class: names, ties and sizes. None if it cannot be built from a configuration alone."""
     model_class = class_named(name)
     if model_class is None:
         return None
@@ -321,7 +321,7 @@ def in_stack(tensor: str, stack: str, inner: str) -> bool:
 
 
 def dims(tensor: str, samples: Sequence[tuple[Config, Shapes]], keys: Sequence[str]) -> list[Length]:
-    """By axis its length where nothing changes it, or what equals it in every sample; else None."""
+    """For each axis its fixed length, or the expression that equals it in every sample; else None."""
     having = [(config, shapes[tensor]) for config, shapes in samples if tensor in shapes]
     if len({len(shape) for _, shape in having}) != 1:
         return []
@@ -334,7 +334,7 @@ def dims(tensor: str, samples: Sequence[tuple[Config, Shapes]], keys: Sequence[s
 
 
 def with_labels(config: Config, path: Path = (), value: Any = None) -> Config:
-    """With the number of labels, which configurations do not say as a number."""
+    """Adds the number of labels, which configurations do not hold as a number."""
     return {**config, "num_labels": value if path == ("num_labels",) else DEFAULT_LABELS}
 
 
@@ -379,7 +379,7 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def ties_of(model: Any) -> list[tuple[str, str]]:
-    """(copy, original), of those outside the layers."""
+    """Pairs (copy, original) of tied tensors outside the layers."""
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
     return [(target, source) for target, source in pairs if not any(part.isdigit() for part in target.split("."))]
 
@@ -402,7 +402,7 @@ def count(seen: Seen, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def varied_paths(config: Config) -> Iterator[tuple[Path, Any]]:
-    """Keys, also of configurations within, with another value for each."""
+    """Keys, including those of inner configurations, with another value for each."""
     for key, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
             yield from (((key, inner), v) for inner, one in value.items() for v in variations(inner, one))

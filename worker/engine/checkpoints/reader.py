@@ -162,7 +162,7 @@ class Digests:
 
 
 def file_identity(stat: os.stat_result) -> tuple[int, ...]:
-    """Equal as long as a file is the same and nobody writes to it, by whatever path it is reached."""
+    """A value that stays equal while a file is the same and is not written to, by whatever path it is opened."""
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 

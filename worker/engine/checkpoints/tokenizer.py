@@ -62,7 +62,7 @@ def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder:
 
 
 def write_chat_template(template: str, folder: Path) -> None:
-    """Publish it instead of the tokenizer's own main one."""
+    """Publish this template instead of the tokenizer's own main one."""
     (folder / CHAT_TEMPLATES[0]).write_text(template, encoding="utf-8")
     (folder / CHAT_TEMPLATES[1]).unlink(missing_ok=True)
     config_file = folder / "tokenizer_config.json"

@@ -18,7 +18,7 @@ OUTLYING = 1.5  # ranges between the quartiles
 
 @dataclass(frozen=True)
 class Softmax:
-    """What a softmax along a whole tensor is normalised by, of the model and of the base."""
+    """Normalisers of a softmax along a whole tensor, for the model and for the base."""
 
     model: Tensor
     base: Tensor

@@ -39,7 +39,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def changes(deltas: list[Tensor], epsilon: float) -> list[Tensor]:
-    """Where each model changes the base."""
+    """Masks of the elements in which each model changes the base."""
     return [delta.abs() > epsilon for delta in deltas]
 
 

@@ -92,7 +92,7 @@ class _Search:
         return (self.low, self.high) == ANY and self.above_high == 0
 
     def sample(self, values: Array, count: int) -> None:
-        """Some of these, of which about `count` are to come in all."""
+        """Keep some of these values; about `count` values are to come in all calls together."""
         inside = values if self._is_unbounded else _between(values, self.low, self.high)
         self.sampled.append(inside[:: max(1, count // SAMPLE_ELEMENTS)].copy())
 

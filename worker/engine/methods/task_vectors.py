@@ -91,7 +91,7 @@ def elected_sum(
 def _signed_sum(
     deltas: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float], *, normalize: bool
 ) -> Tensor:
-    """`elected_sum` where weights may be below 0: with `w_j t_j` as the vector that agrees or not."""
+    """`elected_sum` for weights that may be below 0: the sign of `w_j t_j` is compared."""
     elected = weighted_sum(deltas, votes).sign_()
     merged, total = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):

@@ -1,4 +1,4 @@
-"""`arcee_fusion`: of one model's changes, those that are outliers by their size and by how much their row changes."""
+"""`arcee_fusion`: keeps those changes of one model that are outliers by their size and by their row's change."""
 
 from typing import Literal
 

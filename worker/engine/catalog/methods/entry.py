@@ -146,7 +146,7 @@ class MethodParameters(BaseParameters):
         return None if min(weights) < 0 else [weight / total if total else 0.0 for weight in weights]
 
     def weights_problem(self, weights: Sequence[float]) -> str | None:
-        """What is wrong with the models' weights of one tensor, of which the sentence goes on: "for tensor ..."."""
+        """What is wrong with the models' weights of one tensor; the caller's sentence goes on with "for tensor ..."."""
         return None if any(weights) else "the weights of all models are 0"
 
     def distance(self, place: Place) -> float:
@@ -155,7 +155,7 @@ class MethodParameters(BaseParameters):
 
 
 LEAST_SUM = 1e-8
-"""Of weights that are divided by; less is the rounding of 0."""
+"""Least sum of weights, relative to their size, that is divided by; less is the rounding error of 0."""
 
 
 def cancels(weights: Sequence[float]) -> bool:

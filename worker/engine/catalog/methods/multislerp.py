@@ -13,7 +13,7 @@ class MultiSlerpParameters(MethodParameters):
     normalize_weights: bool = True
     """The weights are divided by their sum."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """What is added to lengths that are divided by; a mean direction that is shorter is none."""
+    """Added to lengths before dividing by them; a mean direction that is shorter counts as none."""
 
     takes_negative_weights: ClassVar[bool] = True
 

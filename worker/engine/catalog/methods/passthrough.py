@@ -1,4 +1,4 @@
-"""`passthrough`: layers of one or several models stacked to one model."""
+"""`passthrough`: stacks layers of one or several models to one model."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from worker.engine.catalog.values import PerTensor, Place
 class PassthroughParameters(MethodParameters):
     name: Literal["passthrough"] = "passthrough"
     scale: PerTensor[Scale] = 1.0
-    """What tensors are multiplied with; where it is 1, they are copied. It needs no base."""
+    """Tensors are multiplied with this; where it is 1, they are copied. It needs no base."""
     slices: Annotated[list[Slice], Field(min_length=1, max_length=1000)]
     """What becomes the layers 0, 1, … of the result. What lies before the layers is of the first slice's model, as are
     configuration and tokenizer; what lies after them is of the last slice's."""

@@ -20,9 +20,9 @@ class RamPlusParameters(DataDecidesParameters):
     epsilon: PerTensor[Annotated[float, Field(ge=0, le=1e6)]] = 1e-5
     """A model changes an element where it differs from the base by more than this."""
     r: PerTensor[Annotated[float, Field(ge=-10, le=10)]] = 0.1
-    """How much more what one model alone changes counts, for each unit of `rho`."""
+    """How much the changes of a single model are amplified, for each unit of `rho`."""
     alpha: PerTensor[Annotated[float, Field(ge=0, le=1e6)]] = 0.2
-    """The most that `rho` counts."""
+    """Upper limit of `rho`."""
 
 
 SOURCE = "Reinforced Agent Merging (RAM) 2026, arXiv 2601.13572"
