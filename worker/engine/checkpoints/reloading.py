@@ -1,4 +1,4 @@
-"""What a job publishes, loaded anew before it is published: configuration, tokenizer, weights, and a forward pass.
+"""Checks that what a job will publish loads: configuration, tokenizer and weights, with a forward pass of small models.
 
 Weights are mapped into memory, not read, so this takes no memory of its own and little time. A forward pass reads them
 all, so only small models are run; every weight of larger ones was found to be finite when it was written.
@@ -29,7 +29,7 @@ OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
 def check_published(plan: MergePlan, folders: Sequence[Path]) -> list[str]:
-    """Load every published model's folder as its user will.
+    """Check that the folder of every model to be published loads as it will for its user.
 
     Where the names, shapes and ties of a class's tensors are known, headers tell whether it takes those of a folder; of
     small models, the first of each class is loaded with its weights and run.
@@ -49,7 +49,7 @@ def check_published(plan: MergePlan, folders: Sequence[Path]) -> list[str]:
 
 
 class _Checking:
-    """What is the same in several folders is checked once."""
+    """Checks once what is the same in several folders."""
 
     def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
@@ -112,7 +112,7 @@ def _tokenizer(published: CheckpointInfo, config: Any, plan: MergePlan) -> tuple
 
 
 def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:
-    """The loaded model, and notes; None where a library that it needs is not here."""
+    """The loaded model, and notes; None if a library that it needs is missing."""
     try:
         model, report = model_class.from_pretrained(
             published.path,
