@@ -226,7 +226,7 @@ def _news(events: Iterable["Event"]) -> Iterator[str]:
 
 
 def _found(result: dict[str, Any]) -> Iterator[str]:
-    """What `auto` chose, and the table that it chose from; nothing of another method."""
+    """Lines about what `auto` chose, and from which table; none for other methods."""
     search, candidates = result["search"], result["candidates"]
     if search is None or candidates is None:
         return

@@ -26,7 +26,7 @@ class RequestRefused(Exception):
 
 
 class NoService(Exception):
-    """What answered is no maskmerge service, or something between it and here."""
+    """The answer is not from a maskmerge service, or something between it and here answered instead."""
 
     def __init__(self, response: httpx.Response) -> None:
         kind = response.headers.get("content-type", "nothing").partition(";")[0]
@@ -83,7 +83,7 @@ class Client:
         return self._json("POST", "/scores", json=recipe, headers=headers)
 
     def validate(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """What the merge would do. Raises RequestRefused."""
+        """Say what the merge would do. Raises RequestRefused."""
         return self._json("POST", "/merge/validate", json=recipe)
 
     def job(self, job_id: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What routes share: the services, and a job by its id."""
+"""Dependencies that routes share: the services, and a job by its id."""
 
 from typing import Annotated
 

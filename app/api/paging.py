@@ -1,4 +1,4 @@
-"""How lists are cut into pages."""
+"""Cuts lists into pages."""
 
 import re
 from typing import Annotated, Any

@@ -42,7 +42,7 @@ class ScoresEntry(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     digest: str
-    """Of all that it follows from."""
+    """Digest of everything that the statistic follows from."""
     statistic: Statistic
     checkpoint: str
     """Digest of the checkpoint."""
@@ -55,7 +55,7 @@ class ScoresEntry(BaseModel):
     estimator: str | None
     precision: str
     seed: int | None
-    """Of the estimator `sampled`; null where none counts."""
+    """Seed of the estimator `sampled`; null if no seed counts."""
     paper: bool
     """Whether it was computed by the published rule."""
     population: int | None
@@ -137,7 +137,7 @@ def get_scores(
 
 
 def _entry(kept: KeptStatistic) -> ScoresEntry | None:
-    """None when it is gone."""
+    """The entry of a statistic; None when it is gone."""
     used_at = kept.used_at()
     if used_at is None:
         return None

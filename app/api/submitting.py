@@ -1,4 +1,4 @@
-"""What the routes that make jobs have in common."""
+"""The common part of the routes that make jobs."""
 
 from contextlib import suppress
 from typing import Annotated

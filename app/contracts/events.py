@@ -30,14 +30,14 @@ class StatusChange(BaseModel):
 
 
 class LogEntry(BaseModel):
-    """What a person may want to know and the status does not say."""
+    """A message for people about something that the status does not show."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     code: LogCode
     attempt: int
     message: str
-    """For people; it holds nothing of the rows."""
+    """Text for people; it holds nothing of the rows."""
     at: AwareDatetime
 
 

@@ -11,7 +11,7 @@ from worker.engine.catalog.report import MergeResult, MergeSummary, ScoreResult
 
 
 class Kind(StrEnum):
-    """What a job makes."""
+    """The kind of result that a job makes."""
 
     MERGE = "merge"
     SCORES = "scores"
@@ -137,7 +137,7 @@ class Job(JobCore):
     """The answer of `GET /jobs/{id}`."""
 
     request: dict[str, Any]
-    """As accepted, defaults filled in."""
+    """The request as it was accepted, with defaults filled in."""
     result: MergeResult | ScoreResult | None
 
 

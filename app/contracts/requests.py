@@ -100,7 +100,7 @@ class ModelRequest(MeasuredModelRequest):
     filters matches a tensor, the method's value counts."""
     evaluation: Evaluation | None = None
     min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
-    """Of the method `auto`: the share of this expert's metric that the merge must keep, if any that is tried does."""
+    """For the method `auto`: the share of this expert's metric that the merge must keep, if any trial does."""
 
     @property
     def takes_part(self) -> bool:
@@ -171,10 +171,10 @@ Model = TypeVar("Model", bound=MeasuredModelRequest)
 
 
 class JobRequest(Strict, Generic[Model]):
-    """What requests for every kind of job have in common."""
+    """The common part of requests for every kind of job."""
 
     name: Annotated[str, Field(max_length=LONGEST_TITLE)] | None = None
-    """For people; default: the models' names joined by +, as far as there is room."""
+    """A title for people; default: the models' names joined by +, as far as there is room."""
     method: RequestedMethod
     models: Annotated[list[Model], Field(min_length=1, max_length=64)]
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
@@ -360,7 +360,7 @@ def _named(method: BaseParameters, those: Sequence[MethodParameters]) -> str:
 
 
 def _unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest) -> Iterator[InitErrorDetails]:
-    """What keeps the model `index` from being measured."""
+    """The reasons why the model `index` cannot be measured."""
     if not model.takes_part:
         return
     measuring = [one for one in method.methods if one.statistics]
@@ -385,7 +385,7 @@ def _misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts
 
 
 def _search_problems(method: AutoParameters, request: MergeRequest) -> Iterator[InitErrorDetails]:
-    """What keeps `auto` from trying every candidate on rows of every model."""
+    """The reasons why `auto` cannot try every candidate on rows of every model."""
     if not request.evaluate:
         why = "method auto chooses by what merges keep of every model, so it evaluates; leave evaluate out"
         yield _problem(("evaluate",), why, request.evaluate)
@@ -440,7 +440,7 @@ def _negative_weights(method: str, index: int, weight: PerTensor[Weight]) -> Ite
 
 
 def _own_parameter_errors(method: MethodParameters, index: int, model: ModelRequest) -> Iterator[InitErrorDetails]:
-    """What is wrong with the own parameters of the model `index`."""
+    """Errors in the own parameters of the model `index`."""
     where = ("models", index, "parameters")
     unknown = [name for name in model.parameters if name not in method.per_model]
     for name in unknown:

@@ -1,4 +1,4 @@
-"""What the API's routes work with, made once per app."""
+"""The services that the API's routes work with, made once per app."""
 
 from dataclasses import dataclass
 

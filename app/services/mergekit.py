@@ -30,7 +30,7 @@ CHATML = (
 """The chat format ChatML."""
 
 Chain = Sequence[tuple[str, Mapping[str, Any]]]
-"""Where parameters are looked for, the first that has one counting: (field, mapping)."""
+"""Places where parameters are looked for, (field, mapping); the first that has one counts."""
 
 
 class MergekitError(ValueError):
@@ -43,7 +43,7 @@ class MergekitError(ValueError):
 
 
 class Base(Enum):
-    """What `base_model` is to a method."""
+    """The role that `base_model` has for a method."""
 
     ORIGIN = "task vectors are differences from it"
     OPTIONAL_ORIGIN = "as ORIGIN, where it is given"
@@ -119,7 +119,7 @@ TRANSLATED: dict[str, Method] = {
     "ramplus_tl": Method(Base.ORIGIN, {"epsilon": Parameter(1e-5), "r": Parameter(0.1), "alpha": Parameter(0.2)}),
     "passthrough": Method(Base.MODEL, {"scale": Parameter(1.0)}),
 }
-"""By `merge_method`; the methods here have the same names."""
+"""Translations by `merge_method`; the methods here have the same names."""
 
 KEYS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -135,7 +135,7 @@ class Source:
     reference: str
     parameters: Chain
     is_adapter: bool = False
-    """Of the base."""
+    """Layers of the base."""
     layers: tuple[int, int] | None = None
     """None means all."""
 
@@ -212,7 +212,7 @@ def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, str]:
-    """By field of `request`, the translation of `recipe`, the field of the recipe that it comes from."""
+    """The recipe's field behind each field of `request`, which is the translation of `recipe`."""
     read = _read(recipe)
     fields = {
         "base": "base_model",
@@ -577,7 +577,7 @@ def _numbers(given: Any, field: str) -> Any:
 
 
 def _vectors(recipe: Recipe) -> str:
-    """What `nuslerp` takes as one vector."""
+    """The part of a tensor that `nuslerp` takes as one vector."""
     if _value("nuslerp_flatten", flag(True), recipe, recipe.parts):
         return "tensor"
     return "columns" if _value("nuslerp_row_wise", flag(False), recipe, recipe.parts) else "rows"
@@ -598,7 +598,7 @@ def names_of(references: Sequence[str]) -> list[str]:
 
 
 def _reference(entry: Mapping[str, Any], place: str, base: str | None = None) -> str:
-    """Of the model, or of the adapter in `BASE+ADAPTER`."""
+    """The reference of the model, or of the adapter in `BASE+ADAPTER`."""
     adapter = _adapter_of(base, entry.get("model"))
     known = entry if adapter is None else {"model": adapter}
     reference = _optional_reference(known, "model", f"{place}.model")

@@ -136,7 +136,7 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def _check(self, node: ScalarNode, kind: str) -> None:
-        """That a tag which the text itself gives, as in `!!int x`, is the one that its value would have."""
+        """Check that an explicit tag, as in `!!int x`, is the one that its value would have."""
         if not re.fullmatch(PLAIN[kind], node.value):
             raise ConstructorError(None, None, f"'{node.value[:40]}' is no {kind}", node.start_mark)
 

@@ -117,7 +117,7 @@ class ArtifactFolder:
                 file.check()
 
     def folder(self, artifact: str) -> Path:
-        """Of a published artifact."""
+        """The folder of a published artifact."""
         return self._published / artifact
 
     def models(self, artifact: str) -> dict[str, Path]:

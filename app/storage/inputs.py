@@ -36,7 +36,7 @@ class HubReference:
 
 
 def hub_reference(reference: str) -> HubReference | None:
-    """What an `hf:` reference names; None for one of another kind. Raises ReferenceError when it is malformed."""
+    """The source that an `hf:` reference names; None for other kinds. Raises ReferenceError when it is malformed."""
     scheme, _, rest = reference.partition(":")
     if scheme != "hf":
         return None
@@ -58,7 +58,7 @@ class JobReference:
 
 
 def job_reference(reference: str) -> JobReference | None:
-    """What a `job:` reference names; None for one of another kind. Raises ReferenceError when it is malformed."""
+    """The model that a `job:` reference names; None for other kinds. Raises ReferenceError when it is malformed."""
     scheme, _, rest = reference.partition(":")
     if scheme != "job":
         return None

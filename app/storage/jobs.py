@@ -44,7 +44,7 @@ Clock = Callable[[], int]
 
 
 def _listed(statuses: Iterable[Status]) -> str:
-    """As the scripts search them: ,a,b,"""
+    """Statuses as the scripts search them: ,a,b,"""
     return "," + ",".join(sorted(statuses)) + ","
 
 
@@ -367,7 +367,7 @@ class JobStore:
         return _earlier(str(before), digest) if before else Created(job_id, existing=False)
 
     def remembered(self, idempotency_key: str, digest: str) -> Created | None:
-        """What the key made before, if it did."""
+        """The job that the key made before, if there is one."""
         before = self.redis.get(self._idempotency_key(idempotency_key))
         return _earlier(str(before), digest) if before else None
 

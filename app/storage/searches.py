@@ -1,4 +1,4 @@
-"""What `auto` tried, kept in the data folder from one attempt of a job to the next."""
+"""Keeps in the data folder what `auto` tried, from one attempt of a job to the next."""
 
 import logging
 import shutil

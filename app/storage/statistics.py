@@ -48,7 +48,7 @@ class KeptStatistic:
         return f"{int(self.about.created_at.timestamp() * 1_000_000):014x}-{self.address}"
 
     def used_at(self) -> datetime | None:
-        """None when it is gone."""
+        """When the statistic was last used; None when it is gone."""
         try:
             return datetime.fromtimestamp(self.path.stat().st_mtime, UTC)
         except FileNotFoundError:
@@ -101,7 +101,7 @@ def _state(stat: stat_result) -> tuple[int, int]:
 
 
 def _read(path: Path, state: tuple[int, int]) -> KeptStatistic | None:
-    """None when it is gone, or was not written by a worker of this version."""
+    """Read an entry; None when it is gone, or a worker of another version wrote it."""
     try:
         return KeptStatistic(path.name, state, About.model_validate_json((path / ABOUT).read_bytes()), path)
     except (OSError, ValidationError):

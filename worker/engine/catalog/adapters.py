@@ -66,7 +66,7 @@ TASK_CLASSES = {
 }
 """Ends of the names of the classes that PEFT trains for each task."""
 TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Whose linear layers are stored as (inputs, outputs)."""
+"""Model types whose linear layers are stored as (inputs, outputs)."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 LARGEST_SCALING = 3.4e38  # of float32, in which it is multiplied
 MAX_LABELS = 100_000  # that get names: a header may claim any number
@@ -205,7 +205,7 @@ def _config(path: Path, source: str) -> AdapterConfig:
 
 
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
-    """What the adapter makes of its base: the base's tensors, with its own in their place or added to them."""
+    """The tensors that the adapter makes of its base: its own replace the base's, or are added to them."""
     family = FAMILIES.get(base.model_type)
     config, tensors = base.config, _of_base(base, family)
     head = _class_with_head(adapter, base, tensors) if family is None else None
@@ -274,7 +274,7 @@ def _replaced(
 def _low_rank(
     adapter: Adapter, module: str, rank: int, scaling: float, base: CheckpointInfo, matrix: TensorInfo
 ) -> LowRank:
-    """What is added to `matrix`, whose shape it fits."""
+    """The low-rank change of `matrix`, in its shape."""
     a, b = adapter.factors[module]["a"], adapter.factors[module]["b"]
     if a.shape[:1] != (rank,):
         problem = f"has shape {list(a.shape)}, by {ADAPTER_CONFIG} its rank is {rank}"

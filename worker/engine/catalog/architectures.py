@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 
 class Use(NamedTuple):
-    """Of a model with a head of some kind."""
+    """The use of a model with a head of some kind."""
 
     auto_class: str
     """Class of transformers that loads it."""
@@ -18,7 +18,7 @@ SEQUENCE_TO_SEQUENCE = Use("AutoModelForSeq2SeqLM", "text2text-generation")
 IMAGE_TO_TEXT = Use("AutoModelForImageTextToText", "image-text-to-text")
 SPEECH_TO_TEXT = Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition")
 SPEECH_TYPES = ("whisper", "speech_to_text", "moonshine", "moonshine_streaming")
-"""Whose architectures end as those from text to text do."""
+"""Model types whose class names look like those from text to text."""
 BY_ENDING = {
     "ForCausalLM": LANGUAGE_MODEL,
     "LMHeadModel": LANGUAGE_MODEL,
@@ -41,7 +41,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def use_of(config: Mapping[str, Any]) -> Use:
-    """What a checkpoint with this configuration is for."""
+    """The use of a checkpoint with this configuration."""
     name = architecture_of(config)
     found = next((use for ending, use in BY_ENDING.items() if name.endswith(ending)), WITHOUT_HEAD)
     if found is not SEQUENCE_TO_SEQUENCE:

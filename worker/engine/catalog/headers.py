@@ -136,7 +136,7 @@ class TensorInfo:
     name: str
     path: Path
     offset: int
-    """Of its first byte in the file."""
+    """Position of its first byte in the file."""
     dtype: str
     shape: tuple[int, ...]
     delta: LowRank | None = None
@@ -148,7 +148,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """That are read for it."""
+        """Number of bytes that are read for the tensor."""
         own = math.prod(self.shape) * DTYPE_BYTES[self.dtype]
         return own if self.delta is None else own + self.delta.a.nbytes + self.delta.b.nbytes
 
@@ -166,7 +166,7 @@ class CheckpointInfo:
     tokenizer_path: Path
     """Folder of the tokenizer's files."""
     base: "CheckpointInfo | None" = None
-    """Of an adapter: what it adapts. Its files are not this checkpoint's, though its tensors are."""
+    """For an adapter, the model that it adapts: its tensors belong to this checkpoint, its files do not."""
     last_token: int | None = None
     """The highest id that the tokenizer gives; None where its files do not tell."""
     notes: tuple[str, ...] = ()
@@ -200,13 +200,13 @@ class Tokenizer:
     """`BPE`, `WordPiece`, `Unigram` or `WordLevel`."""
     ids: Mapping[str, int]
     added: Mapping[str, Mapping[str, Any]]
-    """By token: how it is found in text, as an entry of tokenizer.json's `added_tokens`."""
+    """For each token, how it is found in text, as an entry of tokenizer.json's `added_tokens`."""
     merges: tuple[tuple[str, str], ...]
-    """Of a BPE, the first ones first."""
+    """Merges of a BPE, in order."""
     scores: Mapping[str, float]
-    """Of a Unigram's pieces."""
+    """Scores of a Unigram's pieces."""
     special: Mapping[str, str]
-    """By role, as `pad_token`; without those that no file names."""
+    """Special tokens by role, as `pad_token`, without those that no file names."""
     affixes: tuple[str, str]
     """What tells a piece that continues a word, and one that ends it."""
 

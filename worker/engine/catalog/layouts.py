@@ -96,7 +96,7 @@ class Layer:
 
 @lru_cache(maxsize=1 << 17)  # asked a dozen times of every name in a plan
 def layer_of(name: str) -> Layer | None:
-    """None of a tensor outside the layers."""
+    """The layer of a tensor; None outside the layers."""
     match = LAYER.fullmatch(name)
     return Layer(match["stack"], int(match["number"]), match["inner"]) if match else None
 
@@ -213,7 +213,7 @@ def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorI
 
 
 def _ties(config: Mapping[str, Any]) -> bool | None:
-    """None where the configuration does not say."""
+    """Whether the configuration ties embeddings; None if it does not say."""
     if config.get("scale_decoder_outputs") is False:  # T5 1.1, which newer versions of transformers call tied
         return False
     for part in (config, config.get("text_config"), config.get("decoder")):

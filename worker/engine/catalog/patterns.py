@@ -87,7 +87,7 @@ class ModulePatterns:
 
 
 def _length(pattern: str) -> int | None:
-    """Of all that the pattern matches; None where that differs, or is not plain."""
+    """Length of all that the pattern matches; None if it differs, or the pattern is not plain."""
     return len(pattern) if re.fullmatch(r"[\w.\-]*", pattern) else None
 
 

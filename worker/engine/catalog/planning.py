@@ -74,7 +74,7 @@ class PlannedTensor:
     is_copied: bool = False
     """Not merged: it is its one source, in the dtype of the plan."""
     token_rows: TokenRows | None = None
-    """Of a tensor with a row for each token, where vocabularies differ: its rows in `sources` and `base`."""
+    """Rows in `sources` and `base` of a tensor with a row for each token, if vocabularies differ."""
     members: tuple[int, ...] | None = None
     """Positions of the models that `sources` are of, where the result is of slices; None: all, in order."""
 
@@ -95,7 +95,7 @@ class PlannedModules:
 
 @dataclass(frozen=True)
 class LinearInput:
-    """What linear layers read, (…, width), seen at the input of `module`; see `Slot.input`."""
+    """The input of linear layers, (…, width), seen at the input of `module`; see `Slot.input`."""
 
     name: str
     module: str
@@ -110,20 +110,20 @@ class MergePlan:
     """
 
     family: Family | None
-    """None: an architecture without a table, whose tensors are merged by name."""
+    """The family's table; None means that tensors are merged by name."""
     checkpoints: tuple[CheckpointInfo, ...]
     base: CheckpointInfo | None
     tasks: tuple[Task | None, ...]
-    """Of each model's head; None without a table."""
+    """The task of each model's head; None without a table."""
     backbone: tuple[PlannedTensor, ...]
     heads: tuple[tuple[PlannedTensor, ...], ...]
-    """What each published model has beside the backbone."""
+    """Tensors that each published model has beside the backbone."""
     published: tuple[CheckpointInfo, ...]
-    """Whose configuration and tokenizer each published model has."""
+    """The checkpoint whose configuration and tokenizer each published model has."""
     tied: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
     """Tensors that are left out, since they must equal others of the same checkpoint, and these."""
     vocabulary: Vocabulary | None = None
-    """None where all models have the same."""
+    """The output's vocabulary; None if all models have the same."""
     chat_template: str | None = None
     """The published chat template; None means the published tokenizer's own."""
     modules: tuple[PlannedModules | None, ...] = ()
@@ -144,7 +144,7 @@ class MergePlan:
 
     @property
     def dtype(self) -> str:
-        """That most of the backbone's numbers have."""
+        """The dtype of most numbers of the backbone."""
         counts: Counter[str] = Counter()
         for tensor in self.backbone:
             counts[tensor.dtype] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
@@ -152,7 +152,7 @@ class MergePlan:
 
     @property
     def linear_inputs(self) -> list[LinearInput]:
-        """Of the backbone's linear layers."""
+        """Inputs of the backbone's linear layers."""
         return [
             LinearInput(t.slot.input, t.slot.name.removesuffix(".weight"), t.shape[1])
             for t in self.backbone
@@ -247,7 +247,7 @@ class MergePlan:
 
     @property
     def owned(self) -> Mapping[str, Sequence[Place]]:
-        """By score name, the places of the tensors that its nodes own slices of."""
+        """The places of the tensors that nodes own slices of, by score name."""
         places: dict[str, list[Place]] = {}
         for tensor in self.backbone:
             if tensor.slot.owner is not None:

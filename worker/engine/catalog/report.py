@@ -1,4 +1,4 @@
-"""What a finished merge says of itself: the job's `result`, and `report.json` in the artifact."""
+"""The result of a finished merge: the job's `result`, and `report.json` in the artifact."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; bas
 
 
 class MeasuredModel(Strict):
-    """What results of every kind say of a model."""
+    """The common part of results about a model."""
 
     name: str
     checkpoint: str
@@ -65,23 +65,23 @@ class MetricResult(Strict):
     """Rows of the evaluation."""
     expert: float
     average: float
-    """Of the plain, unweighted average of the same checkpoints with the expert's own head."""
+    """Metric of the plain, unweighted average of the same checkpoints, with the expert's own head."""
     merged: float
-    """Of the model in the artifact; its head may have been refitted."""
+    """Metric of the model in the artifact; its head may have been refitted."""
     merged_kept_head: float
-    """Of the merge with the expert's own head as it was."""
+    """Metric of the merge with the expert's own head as it was."""
     retention: float | None
     """merged / expert; null where the expert's metric is not positive."""
     interval: tuple[float, float]
-    """Of `merged`: 95 % bootstrap percentile interval over rows."""
+    """95 % bootstrap percentile interval of `merged` over rows."""
     intervals: dict[Version, tuple[float, float]]
-    """The same of each version; `merged` has that of `interval`."""
+    """The same interval for each version; that of `merged` equals `interval`."""
     differences: dict[Version, Difference]
     """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
 
 
 class CandidateMetric(Strict):
-    """What a candidate keeps of one expert, on the held-out rows."""
+    """The metric that a candidate keeps of one expert, on the held-out rows."""
 
     metric: MetricName
     value: float
@@ -102,7 +102,7 @@ class Candidate(Strict):
     weights: dict[str, PerTensor[float]]
     """lambda of each model."""
     align_ridge: float | None
-    """Of head alignment; null where no head was aligned."""
+    """Ridge of head alignment; null if no head was aligned."""
     trial: int | None
     """Its number; null for what is not searched for."""
     metrics: dict[str, CandidateMetric]
@@ -116,20 +116,20 @@ class Candidate(Strict):
 
 
 class Proposed(Strict):
-    """What was tried."""
+    """Method and parameters of a trial."""
 
     number: int
-    """From 0, in order."""
+    """Number of the trial, from 0 in order."""
     candidate: str
     """Name of its line in the table."""
     parameters: dict[str, Any]
-    """What was tried; weights as `weight NAME`."""
+    """The parameters of the trial; weights as `weight NAME`."""
     seconds: float
 
 
 class FailedTrial(Proposed):
     error: Told
-    """As numbers that are not finite, or a matrix that cannot be solved for."""
+    """Why it failed, as numbers that are not finite, or a matrix that cannot be solved for."""
 
 
 class Trial(Proposed):
@@ -209,10 +209,10 @@ class Timings(Strict):
 
 
 class JobResult(Strict):
-    """What results of every kind say of the work."""
+    """The common part of results of every kind."""
 
     method: dict[str, Any]
-    """As run, with `auto` resolved; without `precision` where no model was run."""
+    """The method as it ran, with `auto` resolved, and without `precision` if no model was run."""
     timings: Timings
     peak_memory_bytes: int
     device: str
@@ -234,9 +234,9 @@ class MergeSummary(JobResult):
 
 class MergeResult(MergeSummary):
     candidates: list[Candidate] | None = None
-    """Of `auto`: each method's best, the plain average and the single experts, all on the same held-out rows."""
+    """For `auto`: each method's best, the plain average and the single experts, all on the same held-out rows."""
     search: Search | None = None
-    """Of `auto`."""
+    """The search of `auto`."""
 
 
 class ScoresFile(Strict):
@@ -244,14 +244,14 @@ class ScoresFile(Strict):
 
     statistic: Statistic
     digest: str
-    """Of all that it follows from, as `GET /scores` lists it."""
+    """Digest of everything that the statistic follows from, as `GET /scores` lists it."""
     href: str
     bytes: int
 
 
 class ScoredModel(MeasuredModel):
     estimator: str | None
-    """With `auto` resolved; null where the method takes no gradients."""
+    """The estimator, with `auto` resolved; null if the method takes no gradients."""
     stopping: Stopping | None = None
     """How well the merge weights would be known, were it merged with a model of the same scores, errors and weight; of
     methods that weight by the scores of mask nodes, but for the preset `paper`."""

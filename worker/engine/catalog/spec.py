@@ -129,7 +129,7 @@ class ModelSpec(CheckpointSpec):
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
     min_retention: float | None = None
-    """What the merge that `auto` chooses must keep of it."""
+    """The share of its metric that the merge chosen by `auto` must keep."""
 
     @property
     def takes_part(self) -> bool:

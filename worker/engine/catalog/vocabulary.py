@@ -26,7 +26,7 @@ TOKEN_INDEXED = (
     "cls.predictions.bias",
     "embed_tokens_per_layer.weight",
 )
-"""How names of tensors with a row for each token end."""
+"""Ends of names of tensors with a row for each token."""
 COMMON_NAMES = ("embeddings.weight", "decoder.weight", "decoder.bias", "proj_out.weight", "proj_out.bias")
 """Those among them that tensors have too which know of no tokens."""
 POSITIONS = re.compile(r"position|wpe")
@@ -117,16 +117,16 @@ class Vocabulary:
     owner: CheckpointInfo
     """The base, or the first model where there is none."""
     rows: int
-    """Of the output's matrices, with those of no token."""
+    """Number of rows of the output's matrices, with those of no token."""
     tokens: int
     new: tuple[NewToken, ...]
     merges: tuple[tuple[str, str], ...]
-    """Of a BPE, those that new tokens are made by, after the owner's."""
+    """Merges of a BPE by which new tokens are made; they follow the owner's."""
     token_rows: TokenRows
     shared: tuple[int, ...]
-    """By model: how many of the output's tokens it has."""
+    """How many of the output's tokens each model has."""
     introduced: tuple[int, ...]
-    """By model: how many new tokens come from it, as the first that has them."""
+    """How many new tokens come from each model, as the first that has them."""
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A model's configuration, with the output's number of rows and the owner's ids of special tokens."""

@@ -25,7 +25,7 @@ class Layout:
     """Other names of the same parameter."""
     buffers: frozenset[str]
     prefix: str
-    """Of what lies under the head, which names in a checkpoint may lack."""
+    """Prefix of the model below the head, which names in a checkpoint may lack."""
     unsaved: frozenset[str] = frozenset()
     """Parameters that follow from the configuration, which checkpoints need not have."""
 

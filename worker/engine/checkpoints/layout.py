@@ -66,7 +66,7 @@ def unread_tensors(info: CheckpointInfo) -> list[str]:
 
 
 def _shapes(info: CheckpointInfo, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """By the names that the model gives them."""
+    """Shapes of tensors by the names that the model gives them."""
     family = FAMILIES.get(info.model_type)
     found = {}
     for name, tensor in info.tensors.items():

@@ -46,7 +46,7 @@ class BaseParameters(Strict):
 
     @property
     def methods(self) -> "Sequence[MethodParameters]":
-        """Those that are run: itself, or the candidates of `auto`."""
+        """The methods that are run: itself, or the candidates of `auto`."""
         raise NotImplementedError
 
     @property
