@@ -63,10 +63,10 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield "## Methods"
     yield ""
     yield (
-        "A parameter that goes by tensor is a number, a list of numbers from the first layer to the last, or a list of "
-        "filters with values: see [Weights and parameters by tensor](method.md#weights-and-parameters-by-tensor). So "
-        "is `weight` of a model. One that goes by model too can be in `parameters` of a model. What `auto` tries of a "
-        "parameter is under *tried*; `scale` only where there is a base."
+        "A parameter that differs by tensor is a number, a list of numbers from the first layer to the last, or a "
+        "list of filters with values: see [Weights and parameters by tensor](method.md#weights-and-parameters-by-"
+        "tensor). So is `weight` of a model. A parameter that differs by model too can be in `parameters` of a model."
+        " The column *tried* has the values that `auto` tries; it tries `scale` only if there is a base."
     )
     for entry in (*METHODS.values(), AUTO):
         yield ""

@@ -129,11 +129,11 @@ class Output(Tokens):
     """Of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of the first
     model where no base is named; `union` appends the other models' further tokens to that."""
     config_from: str | None = None
-    """Name of the model, or `base`, whose settings count where models differ in settings that no shape shows, as the
-    base of rotary positions, their scaling, windows or the epsilon of norms. Without it, such models are refused."""
+    """Name of the model, or `base`, whose settings count if models differ in settings that no shape shows, as the base
+    of rotary positions, their scaling, windows or the epsilon of norms. Without it, such models are refused."""
     chat_template: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
-    """The published chat template: Jinja, or `auto` for the one that most models have. Null: as the published tokenizer
-    has it."""
+    """The published chat template: Jinja, or `auto` for the one that most models have. Null: the published tokenizer's
+    own."""
     publish: str | None = None
 
     @field_validator("chat_template")
@@ -179,8 +179,8 @@ class JobRequest(Strict, Generic[Model]):
     models: Annotated[list[Model], Field(min_length=1, max_length=64)]
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
     deadline_seconds: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
-    """From the moment the job is accepted, time in the queue and all attempts included. A job that has not ended by
-    then fails with `timeout` and publishes nothing; a retry has as long again. Null: no limit."""
+    """Time that the job has from its acceptance, with its time in the queue and all attempts. A job that has not ended
+    by then fails with `timeout` and publishes nothing. A retry has the same time again. Null: no limit."""
 
     @model_validator(mode="before")
     @classmethod
@@ -219,9 +219,9 @@ class MergeRequest(JobRequest[ModelRequest]):
     layers: Annotated[int, Field(ge=1)] | None = None
     """How many layers the models must have; null: any number. Translations of recipes that name all layers set it."""
     slices: Annotated[list[OutputSlice], Field(min_length=1, max_length=1000)] | None = None
-    """What becomes the layers 0, 1, … of the result: each slice is merged by the method, of layers of its sources. What
-    lies before the layers is merged of the first slice's models, and what lies after them of the last slice's. Null:
-    all layers of all models, or what `method.slices` says."""
+    """Slices that become the layers 0, 1, … of the result; the method merges each of them from layers of its sources.
+    Tensors before the layers are merged from the first slice's models, and those after them from the last slice's.
+    Null: all layers of all models, or `method.slices`."""
     output: Output = Output()
     strict_filters: bool = True
     """Whether a filter that matches no tensor is refused; otherwise the result has a note of it."""

@@ -30,8 +30,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address that the API listens on."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    """Names and addresses that the API is reached by, separated by commas, without ports. Requests for any others are
-    refused, but for loopback's and for `host`."""
+    """Names and addresses by which clients reach the API, separated by commas, without ports. Loopback names and `host`
+    are always allowed; requests for other names are refused."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that the API listens on."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
@@ -41,16 +41,15 @@ class Settings(BaseSettings):
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "maskmerge"
     """Name of the RQ queue, and prefix of every key in Redis."""
     lease_seconds: Annotated[float, Field(ge=2, le=3600)] = 10
-    """A running attempt that has not renewed its lease for so long is taken for lost."""
+    """A running attempt that has not renewed its lease for this time counts as lost."""
     max_losses: Annotated[int, Field(ge=1)] = 5
     """How many times a job may lose its worker before it fails with worker_lost."""
     heartbeat_seconds: Annotated[float, Field(ge=2, le=3600)] = 30
-    """An engine process sends a beat every second. One that sends nothing for so long and takes no processor time
-    either, with a job or without, hangs: it is killed and replaced, and its job is tried again as after a death."""
+    """An engine process sends a heartbeat every second. If it sends nothing and uses no processor time for this long,
+    it counts as hung, with a job or without. It is killed and replaced, and its job is tried again."""
     stall_seconds: Annotated[float, Field(ge=2, le=604_800)] = 600
-    """A job that makes no progress for so long while its engine only waits (for a disk, for a hub, for ever) or sends
-    no beat is taken for hung in the same way. Work that takes processor time may take as long as it likes; what bounds
-    it is `deadline_seconds` of the request."""
+    """If a job makes no progress for this long while its engine uses no processor time or sends no heartbeat, it counts
+    as hung too. Other work may take any time; `deadline_seconds` of the request limits it."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
     """Largest request body."""
     request_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
@@ -58,11 +57,11 @@ class Settings(BaseSettings):
     max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
     """An engine process that holds more than this after a job is replaced by a fresh one."""
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
-    """Statistics of models are kept for later merges; before one is added to more than this, those that were used
-    longest ago are removed."""
+    """Room for statistics that are kept for later merges. Beyond it, those that were not used for longest are
+    removed."""
     job_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e10)] = 90 * 86_400
-    """How long a job is kept after its end, with its artifact: in seconds, or as 90d, 12h or 30m. One whose models a
-    waiting or running job reads is kept until that has ended."""
+    """How long a job is kept after its end, with its artifact: in seconds, or as 90d, 12h or 30m. If a waiting or
+    running job reads its models, it is kept until that job ends."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
     """How long an Idempotency-Key is remembered."""
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
