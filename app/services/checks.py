@@ -196,7 +196,7 @@ class Checker:
         return Accepted(request=accepted, states=_states(plan.all_checkpoints), plan=_plan(request, accepted, plan))
 
     def _checkpoint(self, field: str, reference: str, inspect: Inspect = inspect_checkpoint) -> CheckpointInfo:
-        """What the checkpoint's headers say; its source is the reference, of the hub at its present commit."""
+        """The headers of a checkpoint; its source is the reference, for the hub with its present commit."""
         self._at(field)
         with _refusing(field):
             on_hub, of_job = hub_reference(reference), job_reference(reference)

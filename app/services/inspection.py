@@ -180,7 +180,7 @@ class Inspectors:
         self._control = self._process = None
 
     async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, JobOutcome]) -> Accepted:
-        """What `Checker.check` says.
+        """The answer of `Checker.check`.
 
         Args:
             jobs: of those that the request names, which are there.

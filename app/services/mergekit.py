@@ -61,7 +61,7 @@ class Parameter:
 
     default: Any = REQUIRED
     kind: Literal["number", "flag", "count", "plain"] = "number"
-    """A parameter of a method: a number may differ by tensor, a plain value may not."""
+    """A number may differ by tensor; a plain value may not."""
     ours: str | None = None
 
 
@@ -135,9 +135,9 @@ class Source:
     reference: str
     parameters: Chain
     is_adapter: bool = False
-    """Layers of the base."""
+    """Whether it is an adapter of the base."""
     layers: tuple[int, int] | None = None
-    """None means all."""
+    """The range of layers; None means all."""
 
 
 @dataclass(frozen=True)
@@ -661,7 +661,7 @@ def _dtype(recipe: Mapping[str, Any]) -> str:
 
 
 def _vocabulary(recipe: Mapping[str, Any], read: Recipe, names: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
-    """What of `output` says whose tokens the result has.
+    """The fields of `output` that say whose tokens the result has.
 
     Args:
         names: of the models, by their references.
@@ -758,7 +758,7 @@ def _mapping(recipe: Mapping[str, Any], key: str, place: str) -> Mapping[str, An
 
 
 def _pass_over(given: Mapping[str, Any], known: Sequence[str], place: str, notes: list[str]) -> None:
-    """Adds a note of a key that mergekit does not read."""
+    """Adds notes of keys that mergekit does not read."""
     for key in given:
         if key not in known and len(notes) < MOST_NOTES:
             where = f"{place}.{key}" if place else str(key)

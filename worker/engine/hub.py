@@ -152,8 +152,11 @@ def _builder(rows: DatasetSpec, source: HubSource) -> Any:
 
 
 def _csv_options(config: Any) -> dict[str, Any]:
-    """Of its reader, anew: text that spells a missing value, as NA, is text; no line is passed over for its fields; and
-    between tabs a quote is a character, unless the data set's own description says something of quotes."""
+    """New options for the CSV reader.
+
+    Text that spells a missing value, as NA, is text. No line is passed over for its fields. Between tabs a quote is a
+    character, unless the data set's own description says something of quotes.
+    """
     options = {"keep_default_na": False, "on_bad_lines": "error"}
     if config.sep == "\t" and all(getattr(config, name) == getattr(CsvConfig(), name) for name in QUOTES):
         options["quoting"] = csv.QUOTE_NONE

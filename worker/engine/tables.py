@@ -119,7 +119,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _check_size(metadata: Any, columns: Sequence[str], spec: DatasetSpec) -> None:
-    """By what the file says of itself, before any of it is decoded.
+    """Check the sizes that a file states, before any of it is decoded.
 
     Raises:
         InvalidDataset: it has more rows, or a column has more values, than are read.

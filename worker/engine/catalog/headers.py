@@ -597,7 +597,7 @@ def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
 
 
 def module_entries(file: Path, source: str) -> list[dict[str, Any]]:
-    """What a `modules.json` lists: `path` and `type` of each are text.
+    """The entries of a `modules.json`; `path` and `type` of each are text.
 
     Raises:
         InvalidCheckpoint: it is malformed, or the transformer lies in a sub-folder, as old versions saved it.

@@ -64,7 +64,7 @@ class Task:
 
 
 def normal(name: str) -> str:
-    """Without case, and with one space for any of spaces, `_` and `-` between letters or digits.
+    """A name in lower case, with one space for any of spaces, `_` and `-` between letters or digits.
 
     What is too long for a label's name stays as it is: the standard form of accents takes the square of their number.
     """

@@ -269,7 +269,7 @@ def ends_with(name: str, endings: Iterable[str]) -> bool:
 
 
 def check_weights(info: CheckpointInfo) -> None:
-    """What makes a checkpoint unfit even for a base, which is never run.
+    """Check what even a base, which is never run, must fulfil.
 
     Raises:
         InvalidCheckpoint: it has no model_type, is quantised, or has fewer layers than it says.
@@ -299,7 +299,7 @@ def check_weights(info: CheckpointInfo) -> None:
 
 
 def check_checkpoint(info: CheckpointInfo) -> None:
-    """What makes a checkpoint unfit for any merge: as `check_weights`, or another head than it says."""
+    """Check what every merged checkpoint must fulfil: as `check_weights`, and a head that it says it has."""
     check_weights(info)
     if _ties(info.config) is False and use_of(info.config).pipeline_tag in GENERATING:
         _check_has_logits(info)
@@ -351,7 +351,7 @@ def check_labels(first: CheckpointInfo, info: CheckpointInfo) -> None:
 def check_configs(
     first: CheckpointInfo, info: CheckpointInfo, besides: Collection[str] = (), *, settles: bool = False
 ) -> list[str]:
-    """That both configurations give the same computation, missing keys filled in with what their absence means.
+    """Check that both configurations give the same computation, with defaults for missing keys.
 
     Args:
         besides: further keys in which they may differ.

@@ -40,7 +40,7 @@ ACTIVATIONS = "activations"
 """Name of the table's file of the functions that a configuration may name."""
 
 Length = int | str | None
-"""Of an axis: a number, what of the configuration says it (`a`, `2*a`, `a*b` or `a/b`, with its keys), or unknown."""
+"""Length of an axis: a number, an expression of the configuration's keys (`a`, `2*a`, `a*b` or `a/b`), or unknown."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _derived(rule: Mapping[str, Any], config: Mapping[str, Any], kind: Kind) -> 
 
 
 def with_rotary(config: Mapping[str, Any], default: Any = None) -> dict[str, Any]:
-    """With rotary positions as newer versions of transformers write them: one object of all their parameters.
+    """Write rotary positions as newer versions of transformers do: one object of all their parameters.
 
     Args:
         default: that object, where the configuration says nothing.

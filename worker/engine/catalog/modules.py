@@ -94,7 +94,7 @@ class Modules:
 
 
 def read_modules(info: CheckpointInfo) -> Modules | None:
-    """None of a checkpoint that is not a folder of sentence-transformers.
+    """Read the modules of a checkpoint; None if it is not a folder of sentence-transformers.
 
     Raises:
         InvalidCheckpoint: a file is malformed or missing, or names a folder that is none of a module.

@@ -217,8 +217,8 @@ class JobResult(Strict):
     peak_memory_bytes: int
     device: str
     notes: list[Told]
-    """What a reader should know: first what puts a number in question, as labels whose order is not certain; then what
-    was done, as rows that were truncated."""
+    """Notes for the reader: first those that put a number in question, as labels whose order is not certain; then those
+    of what was done, as rows that were truncated."""
 
 
 class MergeSummary(JobResult):

@@ -179,7 +179,7 @@ def is_given(sample: Config, name: str, defaults: Config, keys: Collection[str])
 
 
 def expression(lengths: Sequence[Any], samples: Sequence[Config], keys: Iterable[str]) -> str | None:
-    """What equals the length in every sample: a key, `a*b`, `a/b` or `2*a`, of these keys; inner ones after a dot."""
+    """An expression of keys (inner ones after a dot) that equals every length: `a`, `a*b`, `a/b` or `2*a`."""
     if not all(type(length) is int for length in lengths):
         return None
     columns = {key: [value_at(sample, key) for sample in samples] for key in keys}

@@ -37,7 +37,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def mean_direction(products: Tensor, weights: Tensor, eps: float) -> Tensor | None:
-    """What the vectors are multiplied with, (vectors,), float64; None where they have no mean direction.
+    """Factors of the vectors, (vectors,), float64; None if they have no mean direction.
 
     Between two opposites it is the straight line, and so it is of vectors that are all zero.
 
