@@ -208,7 +208,7 @@ class Inspectors:
 
     @asynccontextmanager
     async def _place(self, request: MergeRequest | ScoreRequest) -> AsyncIterator[None]:
-        """The place in which a request waits: a slow hub only holds up requests that name it."""
+        """Wait for a place; a slow hub only holds up requests that name it."""
         names_hub = any(source.startswith("hf:") for source in sources(request))
         places = self._hub_places if names_hub else self._places
         try:

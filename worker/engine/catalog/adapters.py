@@ -205,7 +205,7 @@ def _config(path: Path, source: str) -> AdapterConfig:
 
 
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
-    """The tensors that the adapter makes of its base: its own replace the base's, or are added to them."""
+    """The checkpoint that the adapter makes of its base: its tensors replace the base's, or are added to them."""
     family = FAMILIES.get(base.model_type)
     config, tensors = base.config, _of_base(base, family)
     head = _class_with_head(adapter, base, tensors) if family is None else None
