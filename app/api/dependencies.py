@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Gone, Record
+from app.contracts.jobs import Record, absence
 from app.services.composition import Services
 
 
@@ -27,11 +27,7 @@ def get_record(job_id: JobId, services: ServicesOf) -> Record:
 
 def no_job(job_id: str, services: Services) -> ProblemError:
     """The problem for a job that is not there: it says why the job is gone, or that there never was one."""
-    gone = services.store.gone(job_id)
-    detail = (
-        f"job {job_id} was deleted" if gone is Gone.DELETED else f"job {job_id} was kept for its time and is removed"
-    )
-    return ProblemError(Problem.NOT_FOUND, detail if gone else f"there is no job {job_id}")
+    return ProblemError(Problem.NOT_FOUND, absence(job_id, services.store.gone(job_id)))
 
 
 RecordOf = Annotated[Record, Depends(get_record)]

@@ -1,9 +1,11 @@
 import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import AfterValidator, Field
 from redis.exceptions import RedisError
 
 from app.api.dependencies import JobId, RecordOf, ServicesOf
@@ -14,7 +16,15 @@ router = APIRouter(tags=["jobs"], route_class=StrictRoute)
 
 logger = logging.getLogger(__name__)
 
-LastEventId = Annotated[str | None, Header(pattern=r"^[0-9]{1,15}$", description="The last event that is known")]
+
+def _numbered(event_id: str) -> str:
+    if not re.fullmatch("[0-9]{1,15}", event_id):
+        raise ValueError("give the id of an event of this job, a number")
+    return event_id
+
+
+Numbered = Annotated[str, AfterValidator(_numbered), Field(json_schema_extra={"pattern": "^[0-9]{1,15}$"})]
+LastEventId = Annotated[Numbered | None, Header(description="The last event that is known")]
 
 
 def get_position(record: RecordOf, response: Response, last_event_id: LastEventId = None) -> int | None:

@@ -52,6 +52,13 @@ class Gone(StrEnum):
     EXPIRED = "expired"
 
 
+def absence(job_id: str, gone: Gone | None) -> str:
+    """Says why a job is not there: how it went, or that there never was one."""
+    if gone is None:
+        return f"there is no job {job_id}"
+    return f"job {job_id} was deleted" if gone is Gone.DELETED else f"job {job_id} was kept for its time and is removed"
+
+
 class Phase(StrEnum):
     QUEUED = "queued"
     DOWNLOADING = "downloading"

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.contracts.jobs import Kind, Status
+from app.contracts.jobs import Gone, Kind, Status
 from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
 from app.services.checks import Accepted
 from app.storage.hub import DEADLINE_S, REQUEST_TIMEOUT_S
@@ -70,8 +70,8 @@ class Inspection(BaseModel):
     """The request as it was sent, without defaults."""
     local_roots: tuple[Path, ...]
     data_dir: Path
-    jobs: dict[str, JobOutcome]
-    """Jobs that the request names, by id, as far as they exist."""
+    jobs: dict[str, JobOutcome | Gone]
+    """Jobs that the request names, by id, as far as they exist or it is known why they are gone."""
     scratch: Path
     """Folder for temporary files, which a killed process leaves behind."""
     memory_bytes: int
@@ -179,11 +179,11 @@ class Inspectors:
             self._process.wait()
         self._control = self._process = None
 
-    async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, JobOutcome]) -> Accepted:
+    async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, JobOutcome | Gone]) -> Accepted:
         """The answer of `Checker.check`.
 
         Args:
-            jobs: of those that the request names, which are there.
+            jobs: of those that the request names, which are there, or why they are gone.
 
         Raises:
             ProblemError: the recipe or an input is refused, also for the time or the memory that inspecting it takes;

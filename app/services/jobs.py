@@ -7,7 +7,7 @@ from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Kind, Record, Stage, TaskId
+from app.contracts.jobs import Gone, Kind, Record, Stage, TaskId
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.checks import Accepted, Plan
 from app.services.inspection import Inspectors, JobOutcome, sources
@@ -92,13 +92,16 @@ class Jobs:
         named = _jobs_named(request)
         return await self._inspectors.check(request, await run_sync(self._outcomes, named) if named else {})
 
-    def _outcomes(self, ids: set[str]) -> dict[str, JobOutcome]:
-        records = {job_id: self._store.get(job_id) for job_id in ids}
-        return {
-            job_id: JobOutcome(status=record.status, artifact=record.artifact)
-            for job_id, record in records.items()
-            if record is not None
-        }
+    def _outcomes(self, ids: set[str]) -> dict[str, JobOutcome | Gone]:
+        found: dict[str, JobOutcome | Gone] = {}
+        for job_id in ids:
+            record = self._store.get(job_id)
+            gone = self._store.gone(job_id) if record is None else None
+            if record is not None:
+                found[job_id] = JobOutcome(status=record.status, artifact=record.artifact)
+            elif gone is not None:
+                found[job_id] = gone
+        return found
 
 
 def _jobs_named(request: MergeRequest | ScoreRequest) -> set[str]:

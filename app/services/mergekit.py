@@ -19,6 +19,8 @@ from worker.engine.catalog.values import EVERY_NAME
 
 REQUIRED = object()
 OWN_SCHEMES = ("local:", "hf:", "job:", "s3:")
+ADAPTER = re.compile(rf"\+({'|'.join(OWN_SCHEMES)})")
+"""What parts a model from its adapter where both are references. The path of a folder may have a plain `+`."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)
 LONGEST_NAME = 60
 MOST_NOTES = 50
@@ -411,7 +413,10 @@ def _stacked(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict
     short = dict(zip(references, names_of(references), strict=True))
     models = [{"name": short[reference], "checkpoint": reference, "weight": 1.0} for reference in references]
     chains = [_plain_chain(source.parameters, "scale") for source in sources]
-    settings = [_number(chain, "scale", 1.0, source.place) for chain, source in zip(chains, sources, strict=True)]
+    settings = [
+        _number(chain, "scale", 1.0, f"{source.place}.parameters")
+        for chain, source in zip(chains, sources, strict=True)
+    ]
     for setting, source, start in zip(settings, sources, recipe.starts, strict=True):
         _check_numbering(setting, source, start, "scale")
     scale = _over_parts(recipe, settings)
@@ -436,7 +441,7 @@ def _of_model(recipe: Recipe, parts: Sequence[Part], reference: str, name: str, 
         if source is None:
             settings.append(None)
             continue
-        settings.append(_number(source.parameters, name, default, source.place))
+        settings.append(_number(source.parameters, name, default, f"{source.place}.parameters"))
         _check_numbering(settings[-1], source, start, name)
     return _over_parts(recipe, settings)
 
@@ -620,12 +625,13 @@ def _optional_reference(entry: Mapping[str, Any], key: str, place: str) -> str |
         return None
     if not isinstance(name, str) or not name:
         raise MergekitError(place, "give a name, as ORG/NAME or local:PATH")
-    if name.startswith(OWN_SCHEMES):
-        return name
-    if "+" in name:
+    is_own = name.startswith(OWN_SCHEMES)
+    if ADAPTER.search(name) or (not is_own and "+" in name):
         of, _, adapter = name[:200].partition("+")
-        problem = f"'{adapter}' is an adapter of '{of}', and a recipe can name those of base_model, but in passthrough"
-        raise MergekitError(place, f"{problem}; in a request, name the adapter as the model and '{of}' as base")
+        problem = f"'{adapter}' is an adapter of '{of}', which must be the recipe's base_model"
+        raise MergekitError(place, f"{problem}; in our own form, name the adapter as the model and '{of}' as base")
+    if is_own:
+        return name
     if name.startswith(("/", ".", "~")) or "\\" in name:
         problem = f"'{name[:100]}' is a path of your machine, which a service does not know"
         advice = "write local:PATH of a folder under its local root; `maskmerge merge --local-root DIR` does so for you"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from app.contracts.jobs import Status
+from app.contracts.jobs import Gone, Status, absence
 from app.storage.artifacts import ArtifactFolder
 from app.storage.files import Damaged
 
@@ -82,10 +82,10 @@ class JobInputs:
     """Resolves `job:ID/MODEL` in the artifacts of jobs that succeeded.
 
     Args:
-        outcome: of the job with an id; None where there is no such job.
+        outcome: of the job with an id; or why it is gone, or None where there is no such job.
     """
 
-    def __init__(self, outcome: Callable[[str], Outcome | None], artifacts: ArtifactFolder) -> None:
+    def __init__(self, outcome: Callable[[str], Outcome | Gone | None], artifacts: ArtifactFolder) -> None:
         self._outcome = outcome
         self._artifacts = artifacts
 
@@ -96,8 +96,8 @@ class JobInputs:
             ReferenceError: there is no such job, it did not succeed, its artifact has no such model, or not all of it.
         """
         job = self._outcome(reference.job)
-        if job is None:
-            raise ReferenceError(f"'{reference}': there is no job {reference.job}")
+        if job is None or isinstance(job, Gone):
+            raise ReferenceError(f"'{reference}': {absence(reference.job, job)}")
         if job.status is not Status.SUCCEEDED or job.artifact is None:
             raise ReferenceError(
                 f"'{reference}': job {reference.job} is {job.status}, and has no models before it succeeded"

@@ -119,6 +119,8 @@ def test_a_job_that_is_deleted_while_another_waits_for_its_model_fails_that(serv
     assert service.finished(blocker)["status"] == "succeeded"
     assert (job["status"], job["error"]["code"]) == ("failed", "invalid_checkpoint")
     assert f"job {earlier['id']} was deleted after this one was accepted" in job["error"]["message"]
+    refused = service.post("/merge", json=averages(f"job:{earlier['id']}/a"))
+    assert f"job {earlier['id']} was deleted" in refused.json()["detail"]
 
 
 def test_the_single_model_of_an_artifact_is_called_model(service: Service) -> None:

@@ -274,7 +274,8 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "label names that the checkpoint does not have": (
         changed(
             models__0__checkpoint="local:checkpoints/named", models__0__evaluation__label_names=["bad", "fine"],
-        ), 422, "invalid_dataset", ["models.0.evaluation.label_names", "label 'fine' is unknown", "bad, good"],
+        ), 422, "invalid_dataset",
+        ["models.0.evaluation.label_names", "label 'fine' of label_names is unknown", "bad, good"],
     ),
     "split of a file": (
         changed(models__0__dataset__split="train"), 422, "invalid_request", ["models.0.dataset.split", "of the hub"],

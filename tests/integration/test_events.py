@@ -143,6 +143,7 @@ def test_a_reader_goes_on_after_the_last_event_it_has(store: JobStore, api: Test
 def test_a_malformed_last_event_id_is_refused(store: JobStore, api: TestClient, last: str) -> None:
     response = api.get(f"/jobs/{new_job(store).job}/events", headers={"Last-Event-ID": last})
     assert (response.status_code, response.json()["code"]) == (400, "malformed")
+    assert "the id of an event of this job, a number" in response.json()["detail"]
     assert response.headers["Content-Type"] == "application/problem+json"
 
 
@@ -282,11 +283,13 @@ def test_a_retry_goes_on_in_the_same_log_and_the_earlier_end_does_not_end_the_st
     assert errors == [None, None, FAILURE, None, None, None]
 
 
-def test_deleting_a_job_ends_its_readers_and_leaves_nothing(store: JobStore, redis: Redis, read: Read) -> None:
+def test_deleting_a_job_ends_its_readers_and_leaves_nothing_but_that_it_was(
+    store: JobStore, redis: Redis, read: Read
+) -> None:
     task = new_job(store)
     store.fail(claimed(store, task), FAILURE)
     assert store.delete(task.job)
-    assert not [key for key in redis.scan_iter("test:*") if task.job in str(key)]
+    assert [key for key in redis.scan_iter("test:*") if task.job in str(key)] == [f"test:gone:{task.job}"]
     assert read(task.job) == []
 
 

@@ -182,7 +182,7 @@ def test_text_that_is_a_name_is_that_name_even_if_it_spells_a_number() -> None:
 
 
 def test_names_that_the_checkpoint_does_not_have_are_refused_without_any_row() -> None:
-    with pytest.raises(InvalidDataset, match="label 'positve' is unknown; did you mean 'positive'"):
+    with pytest.raises(InvalidDataset, match="label 'positve' of label_names is unknown; did you mean 'positive'"):
         LabelMap(NAMED, ("negative", "positve")).check_names("rows")
 
 

@@ -551,7 +551,7 @@ def test_settings_that_no_shape_shows_are_those_of_the_model_that_counts(copied:
     config(sliding_window=4)(folders[0])
     config(sliding_window=4)(folders[1])
     config(**changes)(folders[1])
-    assert_refused(partial(plan, *folders), IncompatibleCheckpoints, [key, "output.config_from says whose counts"])
+    assert_refused(partial(plan, *folders), IncompatibleCheckpoints, [key, "name a model in output.config_from"])
     infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
     for whose in infos:
         found = plan_merge(infos, config_from=whose)

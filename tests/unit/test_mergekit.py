@@ -509,15 +509,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "neither": (changed(models=None), "models", "either models or slices"),
     "an adapter": (with_model({"model": "a/two+b/lora"}), "models.1.model", "the model and 'a/two' as base"),
+    "an adapter of a folder": (
+        with_model({"model": "local:two+local:lora"}), "models.1.model",
+        "'local:lora' is an adapter of 'local:two', which must be the recipe's base_model",
+    ),
     "an absolute path": (with_model({"model": "/models/two"}), "models.1.model", "a path of your machine"),
     "a relative path": (with_model({"model": "./two"}), "models.1.model", "a path of your machine"),
     "a base that is a path": (changed(base_model="~/base"), "base_model", "a path of your machine"),
     "a model twice": (with_model({"model": "a/one", "parameters": {"weight": 1}}), "models.0.model", "there twice"),
     "no model": (with_model({"parameters": {}}), "models.1.model", "is missing"),
-    "no weight": (with_model({"model": "a/two"}), "models.1.weight", "needed for every tensor"),
+    "no weight": (with_model({"model": "a/two"}), "models.1.parameters.weight", "needed for every tensor"),
     "no weight for some": (
         with_model({"model": "a/two", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}),
-        "models.1.weight",
+        "models.1.parameters.weight",
         "needed for every tensor",
     ),
     "a weight that is none": (

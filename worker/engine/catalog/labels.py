@@ -322,7 +322,8 @@ class LabelMap:
         if index is None:
             # Labels are a closed set that the data set's owner chose, so naming one gives no row's text away.
             alike = sorted(other for other in self.task.label_ids if normal(other) == normal(name))
-            said = f"label '{name[:SHOWN_NAME]}'"
+            of_names = "" if place else " of label_names"
+            said = f"label '{name[:SHOWN_NAME]}'{of_names}"
             if alike:
                 either = " or ".join(f"'{other[:SHOWN_NAME]}'" for other in alike)
                 raise InvalidDataset(source, f"{said} is unknown; did you mean {either}?", place)

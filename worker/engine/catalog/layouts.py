@@ -82,6 +82,9 @@ LENGTHS = frozenset(
 """Settings that are numbers and show in no shape."""
 UNCERTAIN = frozenset({"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"})
 """Lists over layers, which older versions of transformers left out."""
+SETTINGS_ADVICE = (
+    "name a model in output.config_from, or as base_model of a recipe of mergekit, whose settings are to count"
+)
 HARMLESS_BEGINNINGS = ("_", "unsloth_", "summary_")
 
 
@@ -371,7 +374,7 @@ def check_configs(
             continue
         is_free = shows_in_no_shape(key, ours, theirs)
         if not (settles and is_free):
-            advice = "; output.config_from says whose counts" if is_free else ""
+            advice = f"; {SETTINGS_ADVICE}" if is_free else ""
             problem = f"{key} differs in config.json: {short(ours)}, {short(theirs)}{advice}"
             raise IncompatibleCheckpoints(first.source, info.source, problem)
         settled.append(key)
@@ -379,7 +382,7 @@ def check_configs(
         if not settles:
             problem = (
                 f"{key} is in one config.json alone, and what its absence means is not known here; save both with the "
-                "same version of transformers, or say by output.config_from whose settings count"
+                f"same version of transformers, or {SETTINGS_ADVICE}"
             )
             raise IncompatibleCheckpoints(first.source, info.source, problem)
         settled.append(key)

@@ -727,11 +727,7 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family,
         is_free = not is_size and layouts.shows_in_no_shape(key, ours, theirs)
         if not is_free or asked.config_from is None:
             advice = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
-            advice = (
-                "; output.config_from says whose counts"
-                if is_free and key not in family.config_names.values()
-                else advice
-            )
+            advice = f"; {layouts.SETTINGS_ADVICE}" if is_free else advice
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours!r}, {theirs!r}{advice}")
         differing.add(key)
     return differing
