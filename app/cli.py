@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -145,8 +146,11 @@ def _interruptible(message: str) -> Iterator[None]:
         raise _Stop(message, 130) from error
 
 
-def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str]:
-    """The request's body and its media type: the file, with references in place of this machine's paths."""
+def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str, Any]:
+    """The request's body, its media type and what it says: the file, with references in place of this machine's paths.
+
+    What it says is None where the file cannot be read as what it is; the service says what is wrong with it then.
+    """
     from app.recipe_paths import PathError, with_references
     from app.services.yaml_text import NotYaml, parse_yaml
 
@@ -159,23 +163,31 @@ def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str]:
         known = with_references(said, roots)
     except PathError as error:
         raise _Stop(str(error)) from error
-    except (NotYaml, ValueError, RecursionError):  # the service says what is wrong with it
-        return content, media_type
-    return content if known == said else json.dumps(known).encode(), media_type
+    except (NotYaml, ValueError, RecursionError):
+        return content, media_type, None
+    return content if known == said else json.dumps(known).encode(), media_type, known
 
 
 def _merge(recipe: Path, url: str, waits: bool, output: Path | None, roots: Sequence[Path] | None) -> int:
     """0: accepted or succeeded; 1: the job failed; 2: it was refused, or a file or the service is not there."""
     import httpx
 
+    from app.client import RequestRefused
+    from app.recipe_paths import taken_for_the_hubs
+
     with _service(url) as client:
         if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise _Stop(f"{output} is there already; --output takes a new folder, or an empty one")
-        content, media_type = _content(recipe, roots)
+        content, media_type, said = _content(recipe, roots)
         unknown = "no answer came; the job may be queued all the same, see GET /jobs before posting it again"
         try:
             with _interruptible(unknown):
                 job = client.merge_recipe(content, media_type)
+        except RequestRefused as error:
+            fields = {str(found.get("field")) for found in error.problem.get("errors") or []}
+            names = " or ".join(f"'{name}'" for name in taken_for_the_hubs(said, fields))
+            advice = f"; there is no folder {names} here, so it was taken for a name on the hub" if names else ""
+            raise _Stop(f"{error.problem.get('detail')}{advice}") from error
         except (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError) as error:
             raise _Stop(f"{url}: {unknown}") from error
         print(f"job {job['id']}", flush=True)
@@ -249,8 +261,12 @@ def _found(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _settings(settings: Settings) -> int:
-    for name, value, meaning in settings.describe():
-        print(f"{name}={value}\n    {meaning}")
+    try:
+        for name, value, meaning in settings.describe():
+            print(f"{name}={value}\n{indent(meaning, '    ')}")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, as `head`, has enough; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -4,7 +4,7 @@ A service reads its local roots alone, and does not say where they are; who runs
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,19 @@ def with_references(recipe: Any, roots: Sequence[Path]) -> Any:
         return recipe
     keys = MERGEKIT_KEYS if "merge_method" in recipe else OWN_KEYS
     return _walked(recipe, keys, "", lambda field, name: _references(field, name, roots))
+
+
+def taken_for_the_hubs(recipe: Any, fields: Collection[str]) -> list[str]:
+    """Names that these fields of a recipe of mergekit have, and that are no references or paths of this machine."""
+    found: list[str] = []
+
+    def look(field: str, name: str) -> str:
+        found.extend(part for part in name.split("+") if field in fields)
+        return name
+
+    if isinstance(recipe, dict) and "merge_method" in recipe:
+        _walked(recipe, MERGEKIT_KEYS, "", look)
+    return [name for name in dict.fromkeys(found) if name and name not in WORDS and not name.startswith(SCHEMES)]
 
 
 def _walked(value: Any, keys: frozenset[str], field: str, reference: Callable[[str, str], str]) -> Any:

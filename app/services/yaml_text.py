@@ -46,8 +46,8 @@ def parse_yaml(text: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise NotYaml(f"byte {error.start} is not UTF-8") from error
     except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise NotYaml(f"{error.problem}{where}") from error
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise NotYaml(f"{where}{error.problem}") from error
     except yaml.YAMLError as error:
         raise NotYaml(str(error).replace("\n", " ")) from error
     except NotYaml:

@@ -118,6 +118,7 @@ def test_a_deleted_job_is_gone_with_its_artifact(service: Service) -> None:
     assert list((service.data_dir / "artifacts").glob(f"{job_id}.*"))
     with service.http as http:
         response = http.delete(f"/jobs/{job_id}")
+        assert "Content-Type" not in response.headers
         assert (response.status_code, response.content) == (204, b"")
         for response in (http.delete(f"/jobs/{job_id}"), http.get(f"/jobs/{job_id}")):
             assert_problem(response, 404, "not_found")

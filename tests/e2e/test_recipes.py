@@ -217,7 +217,7 @@ def test_shares_of_weights_are_means_over_what_is_merged(service: Service, downl
 
 BAD_BODIES: dict[str, tuple[str | bytes, int, str, list[str]]] = {
     "not YAML": ("a: [", 400, "malformed", ["not YAML"]),
-    "a key twice": ("method: 1\nmethod: 2", 400, "malformed", ["'method' is there twice, line 2"]),
+    "a key twice": ("method: 1\nmethod: 2", 400, "malformed", ["line 2: the key 'method' is there twice"]),
     "too long": ("x" * 200_000, 400, "malformed", ["at most 100000"]),
     "too long for any body": ("x" * 2_000_000, 413, "too_large", ["1000000"]),
     "another encoding": (b"a: \xff", 400, "malformed", ["not UTF-8"]),
@@ -384,6 +384,8 @@ def test_the_command_line_says_what_was_refused(service: Service, tmp_path: Path
     done = run(service, recipe, "--wait")
     assert (done.returncode, done.stdout) == (2, "")
     assert "models.1.parameters.weight: Input should be greater than or equal to -1000000" in done.stderr
+    recipe.write_text("merge_method: linear\nmodels: [{model: lm/nothere, parameters: {weight: 1}}]")
+    assert "there is no folder 'lm/nothere' here" in run(service, recipe).stderr
     done = run(service, tmp_path / "none.yaml")
     assert done.returncode == 2
     assert "none.yaml" in done.stderr

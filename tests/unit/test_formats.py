@@ -89,7 +89,12 @@ BAD_CSV: dict[str, tuple[bytes, dict[str, Any], list[str]]] = {
     "too few fields": (b"text,label\none,0\ntwo\n", {}, ["line 3", "1 fields, the header has 2"]),
     "too many fields": (b"text,label\none,0\ntwo, and three,1\n", {}, ["line 3", "3 fields, the header has 2"]),
     "an open quote": (b'text,label\none,0\n"two,1\n', {}, ["line 3", "not CSV"]),
-    "text after a quote": (b'text,label\none,0\n"two"x,1\n', {}, ["line 3", "not CSV"]),
+    "a quote that ends before its field": (
+        b'text,label\n"one" two,0\n',
+        {},
+        ["line 2", "quote the whole field, or double the quote in it"],
+    ),
+    "text after a quote": (b'text,label\none,0\n"two"x,1\n', {}, ["line 3", "not CSV", "double the quote"]),
     "not UTF-8": ("text,label\none,0\né,1\n".encode("latin-1"), {}, ["line 3", "not UTF-8"]),
     "no such column": (b"sentence,label\none,0\n", {}, ["line 2", "no column 'text'", "label, sentence"]),
     "a column twice": (b"text,label,text\none,0,two\n", {}, ["line 1", "'text' twice"]),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.recipe_paths import PathError, with_references
+from app.recipe_paths import PathError, taken_for_the_hubs, with_references
 
 
 @pytest.fixture
@@ -88,6 +88,14 @@ def test_other_paths_are_told_what_to_do(here: Path, name: str, roots: list[str]
     with pytest.raises(PathError) as refused:
         mapped(name, *roots)
     assert says in str(refused.value)
+
+
+def test_names_that_the_hub_was_asked_for_are_those_that_no_folder_here_has() -> None:
+    recipe = {"merge_method": "linear", "base_model": "local:a", "models": [{"model": "lm/x"}, {"model": "hf:lm/y"}]}
+    assert taken_for_the_hubs(recipe, ["models.0.model"]) == ["lm/x"]
+    for field in ("base_model", "models.1.model", "models.0.parameters.weight", "models"):
+        assert taken_for_the_hubs(recipe, [field]) == []
+    assert taken_for_the_hubs(None, ["models.0.model"]) == []
 
 
 def test_the_same_path_under_an_earlier_root_is_no_mistake(here: Path) -> None:

@@ -1,6 +1,10 @@
 """Settings and the command line."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -27,7 +31,16 @@ def test_settings_prints_every_setting_and_masks_secrets(
     for name, field in Settings.model_fields.items():
         assert f"MASKMERGE_{name.upper()}=" in printed
         assert field.description, f"{name} has no meaning"
-        assert field.description in printed
+        assert indent(field.description, "    ") in printed
+
+
+def test_settings_end_quietly_when_their_reader_has_enough() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "app.cli", "settings"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ MERGED = "\n".join(["a0: &a0 {k: v}", *(f"a{i + 1}: &a{i + 1}\n  <<: [{nine}]" f
 REFUSED = {
     "not YAML": ("a: [1, 2", "line 1"),
     "two documents": ("a: 1\n---\nb: 2", "document"),
-    "a key twice": ("a: 1\nb: 2\na: 3", "'a' is there twice, line 3"),
+    "a key twice": ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is there twice"),
     "a key twice inside": ("x:\n  - {p: 1, p: 2}", "'p' is there twice"),
-    "a key that is a number": ("1: x", "put it in quotes, line 1"),
+    "a key that is a number": ("1: x", "line 1: a key that is no text; put it in quotes"),
     "a key that is a list": ("? [a]\n: x", "put it in quotes"),
     "a Python object": ("a: !!python/object/apply:os.system [ls]", "python/object"),
     "bytes": ("a: !!binary aGVsbG8=", "binary"),

@@ -190,7 +190,11 @@ class Csv:
         try:
             return next(records, None)
         except csv.Error as error:
-            reason = "a carriage return within a line; lines end in LF or CRLF" if "new-line" in str(error) else error
+            reason = str(error)
+            if "new-line" in reason:
+                reason = "a carriage return within a line; lines end in LF or CRLF"
+            elif "expected after" in reason or "unexpected end" in reason:  # of a field that begins with a quote
+                reason = f"{reason}; quote the whole field, or double the quote in it"
             raise InvalidDataset(self._source, f"not CSV: {reason}", place) from None
 
 
