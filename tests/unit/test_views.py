@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -183,6 +184,79 @@ def test_keys_that_steer_loading_are_not_in_a_view(checkpoint: Path, views: View
     config = json.loads((view_of(views, checkpoint) / "config.json").read_text())
     assert not steering.keys() & config.keys()
     assert config["text_config"] == {"hidden_size": 3}
+
+
+STEERING_AND_KEPT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "config.json": (
+        {
+            "use_kernels": True,
+            "kernel_config": {"RMSNorm": "someone/kernel"},
+            "trust_remote_code": True,
+            "device_map": "auto",
+            "tp_plan": {"layers": "colwise"},
+            "pp_plan": {},
+            "weights_only": False,
+            "compile_config": {"mode": "max-autotune"},
+            "gradient_checkpointing": True,
+            "torchscript": True,
+            "output_attentions": True,
+            "output_hidden_states": True,
+            "name_or_path": "/srv/models/private",
+            "vocab_file": "/etc/passwd",
+        },
+        {"use_cache": False, "pruned_heads": {"0": [1]}, "label2id": {"device_map": 0, "torchscript": 1}},
+    ),
+    "tokenizer_config.json": (
+        {
+            "fast_tokenizer_files": ["tokenizer.5.0.0.json"],
+            "vocab_file": "/etc/passwd",
+            "source_spm_file": "other.spm",
+            "name_or_path": "/srv/models/private",
+            "init_inputs": ["/etc/passwd"],
+            "sp_model_kwargs": {"model_file": "/etc/passwd"},
+            "trust_remote_code": True,
+        },
+        {"model_max_length": 30, "extra_special_tokens": {"image_file": "<image>"}, "pad_token": "<pad>"},
+    ),
+    "special_tokens_map.json": (
+        {"vocab_file": "/etc/passwd", "note": "x", "trust_remote_code": True, "a\nb": 1},
+        {
+            "pad_token": {"content": "<pad>", "lstrip": False},
+            "image_token": "<image>",
+            "additional_special_tokens": ["<a>"],
+            "extra_special_tokens": ["<b>"],
+            "model_specific_special_tokens": {"end_of_image": "<c>"},
+        },
+    ),
+    "generation_config.json": (
+        {"custom_generate": "someone/code", "trust_remote_code": True, "compile_config": {"mode": "default"}},
+        {"temperature": 0.5, "eos_token_id": [1, 2]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEERING_AND_KEPT)
+def test_each_configuration_in_a_view_lacks_the_keys_that_steer_and_keeps_the_others(
+    checkpoint: Path, views: Views, name: str
+) -> None:
+    steering, kept = STEERING_AND_KEPT[name]
+    before = json.loads((checkpoint / name).read_text()) if (checkpoint / name).exists() else {}
+    (checkpoint / name).write_text(json.dumps({**before, **steering, **kept}))
+    seen = json.loads((view_of(views, checkpoint) / name).read_text())
+    assert not steering.keys() & seen.keys()
+    assert {key: seen[key] for key in kept} == kept
+    assert before.keys() - steering.keys() <= seen.keys()
+
+
+def test_a_configuration_without_such_keys_is_copied_byte_for_byte(checkpoint: Path, views: Views) -> None:
+    for name, (_, kept) in STEERING_AND_KEPT.items():
+        before = json.loads((checkpoint / name).read_text()) if (checkpoint / name).exists() else {}
+        for key in STEERING_AND_KEPT[name][0]:
+            before.pop(key, None)
+        (checkpoint / name).write_text(json.dumps({**before, **kept}, indent=3) + "\n")
+    view = view_of(views, checkpoint)
+    for name in STEERING_AND_KEPT:
+        assert (view / name).read_bytes() == (checkpoint / name).read_bytes()
 
 
 def test_code_of_a_tokenizer_counts_only_where_the_library_has_none_of_its_own(checkpoint: Path, views: Views) -> None:

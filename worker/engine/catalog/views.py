@@ -37,8 +37,22 @@ from worker.engine.catalog.headers import (
 from worker.engine.catalog.reading import reads
 
 MAX_NAMES = 100_000  # in a folder and its sub-folders; more would take long to list
-STEERING = re.compile(r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*")
-"""Keys of `config.json` that say which files, code or kernels a library takes. They change no model."""
+STEERING = re.compile(
+    r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*|use_kernels|kernel_config|trust_remote_code"
+    r"|device_map|tp_plan|pp_plan|weights_only|compile_config|gradient_checkpointing|torchscript|output_attentions"
+    r"|output_hidden_states|name_or_path|(vocab|tokenizer|merges|spm)_file|fast_tokenizer_files"
+)
+"""Keys of `config.json` that say which files, code or kernels a library takes, and how it runs a model."""
+STEERING_OF = {
+    "tokenizer_config.json": re.compile(r".*_files?|name_or_path|init_inputs|sp_model_kwargs|trust_remote_code"),
+    "special_tokens_map.json": re.compile(
+        r"(?!(additional|extra|model_specific)_special_tokens$|.*_token$).*", re.DOTALL
+    ),
+    "generation_config.json": re.compile(r"custom_generate|trust_remote_code|compile_config"),
+}
+"""The same of other files, by name: keys of their outermost object."""
+LABELS = ("label2id", "id2label")
+"""Keys whose objects have keys of the user's own."""
 CODE = re.compile("auto_map")
 CONFIGURATIONS = ("config.json", ADAPTER_CONFIG)
 
@@ -222,8 +236,10 @@ def _copy(view: Path, folder: _Checkpoint, name: str, most: int) -> int:
         raise InvalidCheckpoint(folder.source, problem, file=name)
     content = _read(descriptor, found.st_size)
     if name in CONFIGURATIONS:
-        content = _without(STEERING, content)
-    elif name == "tokenizer_config.json" and (view / "tokenizer.json").exists() and _has_own_class(view):
+        content = _without(STEERING, content, is_deep=True)
+    elif name in STEERING_OF:
+        content = _without(STEERING_OF[name], content)
+    if name == "tokenizer_config.json" and (view / "tokenizer.json").exists() and _has_own_class(view):
         content = _without(CODE, content)
     target = view / name
     target.parent.mkdir(exist_ok=True)
@@ -248,22 +264,30 @@ def _has_own_class(view: Path) -> bool:
     return isinstance(config, dict) and is_of_library(config)
 
 
-def _without(keys: re.Pattern[str], content: bytes) -> bytes:
-    """A configuration without `keys`, as it is if it has none. What is no JSON is left for `inspect_checkpoint`."""
+def _without(keys: re.Pattern[str], content: bytes, is_deep: bool = False) -> bytes:
+    """A configuration without `keys`, as it is if it has none. What is no JSON is left for `inspect_checkpoint`.
+
+    Args:
+        is_deep: whether keys of inner objects count too.
+    """
     if len(content) > MAX_CONFIG_BYTES:
         return content
     try:
         values = parsed_json(content)
-        kept = without_keys(values, keys)
+        kept = _without_keys(values, keys, is_deep)
     except (ValueError, RecursionError):
         return content
     return content if kept == values else json.dumps(kept, ensure_ascii=False, indent=2).encode()
 
 
-def without_keys(values: Any, keys: re.Pattern[str]) -> Any:
-    """JSON without the keys of objects, at any depth, that match wholly."""
+def _without_keys(values: Any, keys: re.Pattern[str], is_deep: bool) -> Any:
+    """JSON without the keys of objects that match wholly."""
     if isinstance(values, dict):
-        return {key: without_keys(value, keys) for key, value in values.items() if not keys.fullmatch(key)}
-    if isinstance(values, list):
-        return [without_keys(value, keys) for value in values]
+        return {
+            key: _without_keys(value, keys, is_deep) if is_deep and key not in LABELS else value
+            for key, value in values.items()
+            if not keys.fullmatch(key)
+        }
+    if isinstance(values, list) and is_deep:
+        return [_without_keys(value, keys, is_deep) for value in values]
     return values
