@@ -92,7 +92,7 @@ def retry(record: RecordOf, services: ServicesOf) -> Job:
     return get_record(record.id, services).public()
 
 
-@router.delete("/jobs/{job_id}", status_code=204, response_class=Response)
+@router.delete("/jobs/{job_id}", status_code=204)
 def delete(record: RecordOf, services: ServicesOf) -> None:
     """Remove a job that has ended: its record and its artifact. 409 while it is active; 404 when it is removed already.
 

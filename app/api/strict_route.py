@@ -41,7 +41,10 @@ class StrictRoute(APIRoute):
             for name in once:
                 if len(request.headers.getlist(name)) > 1:
                     raise _malformed(name, "is there more than once")
-            return await handle(await self._read(request) if has_body else request)
+            response = await handle(await self._read(request) if has_body else request)
+            if response.status_code == 204 and "content-type" in response.headers:  # it would be that of a body
+                del response.headers["content-type"]
+            return response
 
         return handler
 

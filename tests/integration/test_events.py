@@ -137,6 +137,7 @@ def test_a_reader_goes_on_after_the_last_event_it_has(store: JobStore, api: Test
     response = api.get(f"/jobs/{task.job}/events", headers={"Last-Event-ID": str(after)})
     rest = "".join(f"{event}\n\n" for event in WIRE.split("\n\n")[after:-1])
     assert (response.status_code, response.text) == (200 if rest else 204, rest)
+    assert rest or "Content-Type" not in response.headers
 
 
 @pytest.mark.parametrize("last", ["", "x", "-1", "1.5", "1-0", "9" * 40])
