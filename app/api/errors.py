@@ -13,6 +13,7 @@ from starlette.routing import Match
 
 from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
+from app.contracts.requests import MOST_ERRORS
 from worker.engine.catalog.paths import without_paths
 
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
@@ -54,13 +55,15 @@ def _validation(request: Request, error: Exception) -> Response:
     found = error.errors()
     errors = [
         FieldError(field=as_sent(request, field_of(e["loc"])), message=e["msg"].removeprefix("Value error, "))
-        for e in found
+        for e in found[:MOST_ERRORS]
     ]
     outside = any(e["loc"][0] != "body" for e in found)
     problem = Problem.MALFORMED if outside else Problem.INVALID_REQUEST
     if all(e["loc"][0] == "path" for e in found):  # nothing can have such an id
         return answer(request, ProblemError(Problem.NOT_FOUND, f"there is no {request.scope['path']}"))
     detail = "; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors)
+    if len(found) > len(errors):
+        detail += f"; and {len(found) - len(errors)} more"
     return answer(request, ProblemError(problem, detail, errors))
 
 

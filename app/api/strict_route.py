@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.services.json_text import NotJson, parse_json
-from worker.engine.catalog.strict import did_you_mean
+from worker.engine.catalog.strict import did_you_mean, limit_hints
 
 JSON = "application/json"
 
@@ -37,6 +37,7 @@ class StrictRoute(APIRoute):
         has_body = self.body_field is not None
 
         async def handler(request: Request) -> Response:
+            limit_hints()
             _check_query(request, query)
             for name in once:
                 if len(request.headers.getlist(name)) > 1:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import AnyHttpUrl, BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -37,6 +38,7 @@ from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filt
 LONGEST_TITLE = 200
 LONGEST_DEADLINE_S = 366 * 86_400
 MOST_FILTERS = 1000  # of a request; each is matched against the names of all tensors
+MOST_ERRORS = 20  # that one answer tells
 LEAST_EVALUATED = 2  # rows, where `auto` splits them
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
@@ -345,8 +347,8 @@ def _problem(where: tuple[str | int, ...], why: str, value: Any) -> InitErrorDet
 
 
 def _refuse(request: type[Strict], problems: Iterable[InitErrorDetails]) -> None:
-    """Raises ValidationError if there are any."""
-    found = list(problems)
+    """Raises ValidationError if there are any, with the first ones: nobody reads thousands, and each takes time."""
+    found = list(islice(problems, MOST_ERRORS))
     if found:
         raise ValidationError.from_exception_data(request.__name__, found)
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from app.services.yaml_text import MOST_NODES
+
 DEEPEST = 50  # levels; a recipe has ten
 LONGEST_NUMBER = 100  # digits
 
@@ -19,12 +21,23 @@ def parse_json(body: bytes) -> Any:
 
     Raises:
         NotJson: it is not JSON or not UTF-8, has a key twice, a number that is none or none that can be held, or is too
-            deep.
+            deep or has too many values.
     """
+    members = 0
+
+    def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Stops early, since to collect the garbage of very many objects takes longer than to read them."""
+        nonlocal members
+        found = _object(pairs)
+        members += len(pairs)
+        if members > MOST_NODES:
+            raise NotJson(f"more than {MOST_NODES} values")
+        return found
+
     try:
         value = json.loads(
             body.decode("utf-8-sig"),  # some editors begin files with a mark of the encoding
-            object_pairs_hook=_object,
+            object_pairs_hook=counted,
             parse_constant=_refused,
             parse_float=_finite,
             parse_int=_integer,
@@ -35,7 +48,7 @@ def parse_json(body: bytes) -> Any:
         raise NotJson(f"{error.msg}, line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
         raise NotJson(f"more than {DEEPEST} levels") from error
-    _check_depth(value)
+    _check_size(value)
     return value
 
 
@@ -64,9 +77,12 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _check_depth(value: Any) -> None:
-    level = [value]
+def _check_size(value: Any) -> None:
+    level, count = [value], 1
     for _ in range(DEEPEST):
+        count += sum(len(outer) for outer in level if isinstance(outer, dict | list))
+        if count > MOST_NODES:
+            raise NotJson(f"more than {MOST_NODES} values")
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
     if level:
         raise NotJson(f"more than {DEEPEST} levels")

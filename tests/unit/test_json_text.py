@@ -49,6 +49,9 @@ REFUSED = {
     "half a pair as bytes": (b'["\xed\xa0\x80"]', "is not UTF-8"),
     "deep lists": (b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1), f"more than {DEEPEST} levels"),
     "deep objects": (b'{"a":' * 500 + b"1" + b"}" * 500, f"more than {DEEPEST} levels"),
+    "many values of lists": (b"[" + b"[0,0]," * 7_000 + b"0]", "more than 20000 values"),
+    "many values of objects": (b"[" + b'{"a":0,"b":0},' * 10_001 + b"0]", "more than 20000 values"),
+    "many empty objects": (b"[" + b"{}," * 20_000 + b"0]", "more than 20000 values"),
     "very deep lists": (b"[" * 500_000, "more than"),
 }
 

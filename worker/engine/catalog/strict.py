@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
@@ -16,11 +17,20 @@ LONGEST_NAME = 40  # of what is quoted: columns of a file without a header are i
 MOST_NAMES = 20
 MOST_COMPARED = 1000  # names, each of which takes 0.1 ms; of more, the first ones
 
+_comparisons: ContextVar[list[int] | None] = ContextVar("comparisons", default=None)  # left to all hints, if limited
+
+
+def limit_hints() -> None:
+    """Lets all hints of this context together compare as many names as one may: a request can ask for thousands."""
+    _comparisons.set([MOST_COMPARED])
+
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, whatever its case, else the list of them."""
     shown = [one if len(one) <= LONGEST_NAME else f"{one[:LONGEST_NAME]}…" for one in sorted(known)]
-    compared = shown[:MOST_COMPARED]
+    left = _comparisons.get() or [MOST_COMPARED]
+    compared = shown[: left[0]]
+    left[0] -= len(compared)
     near = get_close_matches(name[:LONGEST_NAME], compared, n=1)
     if not near:
         by_lower = {one.lower(): one for one in compared}
