@@ -513,9 +513,9 @@ def test_nan_equals_itself() -> None:
 
 def test_values_of_other_types_show_it(tmp_path: Path) -> None:
     folders = [tiny_model(tmp_path / name) for name in "ab"]
-    edit_json(folders[1] / "config.json", rms_norm_eps="1e-06")
+    edit_json(folders[1] / "config.json", attention_bias="False")
     infos = [inspect_checkpoint(folder, folder.name) for folder in folders]
-    with pytest.raises(IncompatibleCheckpoints, match=r"rms_norm_eps differs in config\.json: 1e-06, '1e-06'"):
+    with pytest.raises(IncompatibleCheckpoints, match=r"attention_bias differs in config\.json: False, 'False'"):
         plan_merge(infos)
 
 

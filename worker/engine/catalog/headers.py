@@ -323,6 +323,9 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
     if (path / ADAPTER_CONFIG).exists():
         raise InvalidCheckpoint(source, f"it is an adapter ({ADAPTER_CONFIG}); only the models of a merge may be")
     config = decoded(read_json(path / "config.json", source, MAX_CONFIG_BYTES))
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise InvalidCheckpoint(source, f"config.json has model_type {repr(kind)[:100]}, which is no text")
     config, notes = without_code(config, source)
     tensors: dict[str, TensorInfo] = {}
     files, indexed = _weight_files(path, source, config)

@@ -21,9 +21,8 @@ from worker.engine.catalog.library import (
     ties,
     value_of,
 )
+from worker.engine.catalog.settings import FUNCTIONS, check_settings
 
-FUNCTIONS = ("act", "activation", "activation_function")
-"""Ends of keys that name a function."""
 HARMLESS_WORDS = ("act", "activation", "dtype", "implementation", "mode", "method", "activation_function")
 """Ends of keys whose values are words and change no tensor."""
 PREFERRED = ("ForConditionalGeneration", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
@@ -97,6 +96,7 @@ def identify(info: CheckpointInfo) -> Identity:
             lacks the head that is there.
     """
     layouts.require_kind(info)
+    check_settings(info)
     kind, stated = kind_of(info.model_type), _stated(info)
     if len(stated) == 1:
         if stated[0].endswith("PreTrainedModel"):

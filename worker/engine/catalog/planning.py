@@ -22,6 +22,7 @@ from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.library import completed, value_at, with_settings
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
 from worker.engine.catalog.modules import Modules
+from worker.engine.catalog.settings import check_settings
 from worker.engine.catalog.spec import Dtype, Heads, VocabularyPolicy
 from worker.engine.catalog.tied import tied_in_base, without_copies
 from worker.engine.catalog.values import Place
@@ -298,6 +299,8 @@ def plan_merge(
         IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
     """
     identities = [identify(info) for info in checkpoints]
+    if base is not None and config_from is base:
+        check_settings(base)
     checkpoints = [identity.info for identity in identities]
     first = checkpoints[0]
     tables = [_table_of(info) for info in checkpoints]
