@@ -19,6 +19,7 @@ from typing import Any
 
 from worker.engine.catalog.architectures import architecture_of, use_of
 from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.growth import check_growth
 from worker.engine.catalog.library import decoded, kind_of
 from worker.engine.catalog.pointers import POINTER, WHAT_TO_DO, is_pointer
 from worker.engine.catalog.reading import reads
@@ -741,6 +742,11 @@ def _tokens(path: Path, source: str) -> list[Any] | None:
         # The library takes text in place of a vocabulary for the name of a file, and opens it.
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not model["vocab"]:
             raise InvalidCheckpoint(source, "tokenizer.json has no vocabulary of its own")
+        try:
+            check_growth(content)
+        except ValueError as error:
+            problem = f"tokenizer.json is refused: {error}; use the tokenizer of the original model"
+            raise InvalidCheckpoint(source, problem, file="tokenizer.json") from error
         merges = model.get("merges") or []
         if not isinstance(merges, list):
             raise InvalidCheckpoint(source, "tokenizer.json has merges that are no list")
