@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,31 @@ def test_a_tokenizer_with_ids_beyond_the_matrix_is_noted_first(engine: Engine, t
         "the tokenizer of local:a has ids up to 128, and its embedding matrix 128 rows: the published model cannot "
         "read tokens from 128 on"
     )
+
+
+BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokenizer_config.json, a role": ("tokenizer_config.json", {"pad_token": "<beyond>"}),
+    "tokenizer_config.json, further tokens": ("tokenizer_config.json", {"additional_special_tokens": ["<beyond>"]}),
+    "special_tokens_map.json": ("special_tokens_map.json", {"pad_token": "<beyond>"}),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_ids_beyond_the_matrix_that_files_beside_tokenizer_json_give_are_noted_first(
+    engine: Engine, tmp_path: Path, case: str
+) -> None:
+    name, content = BESIDE[case]
+    folders = pair(tmp_path)
+    last = inspect_checkpoint(folders[0], "local:a").last_token
+    assert last is not None
+    for index, folder in enumerate(folders, 1):
+        shutil.rmtree(folder)
+        tiny_model(folder, seed=index, vocab_size=last + 1)
+        file = folder / name
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, **content}))
+    notes = merged(engine, tmp_path / "out", folders).notes
+    assert notes[0].startswith(
+        f"the tokenizer of local:a has ids up to {last + 1}, and its embedding matrix {last + 1} rows"
+    )
+    assert len([note for note in notes if "ids up to" in note]) == 1

@@ -14,6 +14,7 @@ from tests.tiny import Tensors, edit_json, edit_tensors, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY_MODELS, TinyModel, tiny_model
 from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.identity import identify
 from worker.engine.catalog.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
 from worker.engine.catalog.library import completed
 from worker.engine.catalog.methods import PassthroughParameters
@@ -356,6 +357,51 @@ def test_a_bad_checkpoint_is_refused_by_its_name_wherever_it_stands(copied: Copi
     folders = [copied(LLAMA, seed) for seed in (1, 2)]
     spoil(folders[position])
     assert_refused(partial(plan, *folders), EngineError, [f"local:{folders[position].name}", *words])
+
+
+BART = TinyModel(
+    "BartForConditionalGeneration",
+    "bart",
+    {
+        "d_model": 16, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24, "max_position_embeddings": 64, "decoder_layers": 2, "pad_token_id": 1,
+    },
+    layers="encoder_layers",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "which"),
+    [
+        (T5, "num_decoder_layers", "decoder"),
+        (T5, "num_layers", "encoder"),
+        (BART, "decoder_layers", "decoder"),
+        (BART, "encoder_layers", "encoder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.model_type,
+)
+def test_each_stack_of_an_encoder_and_decoder_has_the_layers_of_its_own_key(
+    tmp_path: Path, model: TinyModel, key: str, which: str
+) -> None:
+    folders = [tiny_model(tmp_path / f"m{seed}", model, seed=seed) for seed in (1, 2)]
+    plan(*folders)
+    for folder in folders:
+        config(**{key: 1})(folder)
+    assert_refused(partial(plan, *folders), InvalidCheckpoint, [f"2 layers of its {which}", f"says 1 {key}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"), [("attention_bias", "self_attn.q_proj.bias"), ("mlp_bias", "mlp.gate_proj.bias")]
+)
+def test_biases_that_the_configuration_has_not_are_noted(copied: Copied, key: str, tensor: str) -> None:
+    folders = [copied(LLAMA, seed) for seed in (1, 2)]
+    name = f"model.layers.0.{tensor}"
+    for folder in folders:
+        added(name, torch.zeros(24 if "mlp" in tensor else 16))(folder)
+    assert f"tensor {name} is not one that LlamaForCausalLM reads; it was merged all the same" in plan(*folders).notes
+    for folder in folders:
+        config(**{key: True})(folder)
+    assert [identify(inspect_checkpoint(folder, "local:m")).unread for folder in folders] == [[], []]
 
 
 def test_layers_that_predict_further_tokens_are_beyond_those_that_are_counted(copied: Copied) -> None:

@@ -1,5 +1,6 @@
 """Finds the class of transformers that a checkpoint has, and the tensors that this class does not read."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +33,11 @@ PRE_TRAINING_HEADS = (
     "generator_lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector",
 )  # fmt: skip
 """Modules of pre-training, also those of classes that transformers no longer has."""
+BIAS_SWITCHES = {
+    "attention_bias": re.compile(r"\.self_attn\.[qkvo]_proj\.bias$"),
+    "mlp_bias": re.compile(r"\.mlp\.(gate|up|down)_proj\.bias$"),
+}
+"""Keys that say whether a class has these biases, where no other key tells of biases."""
 LISTED = 3  # classes or tensors that a message names
 
 
@@ -81,11 +87,22 @@ class Identity:
             return []
         family = FAMILIES.get(self.info.model_type)
         slot = family.slot if family and self.known.name in family.architectures else lambda name: None
-        unread = [name for name, own in self.names.items() if not self.known.reads(own) and slot(name) is None]
+        unread = [name for name, own in self.names.items() if not self._reads(own) and slot(name) is None]
         if self.is_usual:
             return unread
         outer = [name for name in unread if layouts.layer_of(self.names[name]) is None]
         return [name for name in outer if _is_read(name, kind.architectures.values())]
+
+    def _reads(self, own: str) -> bool:
+        """Whether the class has a tensor of this name under this configuration."""
+        if self.known is None or not self.known.reads(own):
+            return False
+        layered = collapsed(own)
+        switch = next((key for key, names in BIAS_SWITCHES.items() if names.search(layered)), None)
+        if switch is None or layered not in self.known.optional:
+            return True
+        others = [key for key in self.config if "bias" in key and key not in BIAS_SWITCHES]
+        return self.config.get(switch) is not False or bool(others)
 
 
 def identify(info: CheckpointInfo) -> Identity:

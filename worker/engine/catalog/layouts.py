@@ -48,6 +48,12 @@ TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.
 GENERATING = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys of the number of layers, by which the one stack of a decoder or encoder is counted."""
+STACK_COUNTS = {
+    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers", "num_layers"),
+}
+"""The same for the two stacks of a model with an encoder and a decoder: the first key that is there counts."""
+ENCODER_OR_DECODER = re.compile(r"(\w+\.)?(?P<which>encoder|decoder)\.(layers|layer|block)")
 COUNTS = (
     *LAYER_COUNTS, "num_decoder_layers", "encoder_layers", "decoder_layers",
     "num_experts", "num_local_experts", "n_routed_experts",
@@ -298,6 +304,21 @@ def check_weights(info: CheckpointInfo) -> None:
         said = info.config.get(key)
         if len(stacks) == 1 and said is not None and not said <= max(stacks.values()) <= said + beyond:
             problem = f"{max(stacks.values())} layers are there, config.json says {said} {key}"
+            raise InvalidCheckpoint(info.source, problem)
+    if info.config.get("is_encoder_decoder") is not False:
+        _check_both_stacks(info, stacks)
+
+
+def _check_both_stacks(info: CheckpointInfo, stacks: Mapping[str, int]) -> None:
+    """Raises InvalidCheckpoint where an encoder and a decoder, and nothing else, have not the layers they should."""
+    found = {match["which"]: count for stack, count in stacks.items() if (match := ENCODER_OR_DECODER.fullmatch(stack))}
+    if len(stacks) != 2 or found.keys() != {"encoder", "decoder"}:
+        return
+    config = completed(info.config)
+    for which, count in found.items():
+        key = next((key for key in STACK_COUNTS[which] if type(config.get(key)) is int), None)
+        if key is not None and config[key] != count:
+            problem = f"{count} layers of its {which} are there, config.json says {config[key]} {key}"
             raise InvalidCheckpoint(info.source, problem)
 
 

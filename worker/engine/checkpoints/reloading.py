@@ -105,10 +105,11 @@ def _tokenizer(published: CheckpointInfo, config: Any, plan: MergePlan) -> tuple
         names = ", ".join(companions(published))
         problem = f"its tokenizer does not load ({names}): {in_one_line(error)}; save it anew by save_pretrained()"
         raise InvalidCheckpoint(owner, problem) from error
-    if published.last_token is None:  # else planning has said it
-        note = beyond_matrix(published, last)
-        return tokenizer, [note] if note else []
-    return tokenizer, []
+    if beyond_matrix(published):  # which planning has said
+        return tokenizer, []
+    # Its files beside tokenizer.json may add tokens, and so may its class.
+    note = beyond_matrix(published, last)
+    return tokenizer, [note] if note else []
 
 
 def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:
