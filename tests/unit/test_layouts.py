@@ -302,7 +302,8 @@ UNLIKE: dict[str, tuple[TinyModel, Spoiling, list[str]]] = {
     "architecture": (GPT2, config(architectures=["GPT2DoubleHeadsModel"]), ["GPT2LMHeadModel, GPT2DoubleHeadsModel"]),
     "kind of model": (LLAMA, config(model_type="mistral"), ["llama, mistral"]),
     "a tensor more": (
-        LLAMA, added("model.layers.1.self_attn.q_proj.bias", torch.zeros(16)), ["q_proj.bias is in the second only"],
+        T5, added("encoder.block.1.layer.1.DenseReluDense.wi_0.weight", torch.zeros(24, 16)),
+        ["wi_0.weight is in the second only"],
     ),
     "another shape": (
         LLAMA, added("model.norm.weight", torch.zeros(8)), ["model.norm.weight has shape [16]", "[8] in the second"],
