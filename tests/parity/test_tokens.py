@@ -129,6 +129,9 @@ def test_a_chat_template_is_published(folders: dict[str, Path], tmp_path: Path) 
         assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())
         model = merged(tmp_path / "given", folders, chat_template="{{ 3 }}")
         assert (model / "chat_template.jinja").read_text() == "{{ 3 }}"
+        with pytest.raises(EngineError, match=r"it is no Jinja: .*broken") as refused:
+            merged(tmp_path / "broken", folders, chat_template="{% broken")
+        assert refused.value.detail["field"] == "output.chat_template"
     finally:
         for name in named:
             edit_json(folders[name] / "tokenizer_config.json", chat_template=None)

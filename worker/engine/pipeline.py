@@ -36,6 +36,7 @@ from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.checkpoints.reloading import check_published
+from worker.engine.checkpoints.templates import check_templates
 from worker.engine.checkpoints.tokenizer import check_tokenizers
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
@@ -121,6 +122,7 @@ class Engine:
             states = [(info, checkpoint_state(info)) for info in plan.all_checkpoints]
             require_space(spec.folder, plan.bytes_to_write, "the artifact")
             self._require_memory(plan, spec, precision, longest_row=1)
+            notes += check_templates(plan, output.chat_template)
             notes += check_plan(plan)
             if not spec.loads_models:
                 check_tokenizers(plan)

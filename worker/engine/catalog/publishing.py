@@ -193,6 +193,14 @@ def _companions(info: CheckpointInfo) -> dict[str, Any]:
     return found
 
 
+def chat_templates(info: CheckpointInfo) -> dict[str, str]:
+    """A checkpoint's chat templates, by what messages call them."""
+    found = _companions(info)
+    older = found.get(CHAT_TEMPLATES[1], {}).get("chat_template")
+    own = {name: text for name, text in found.items() if name.startswith("chat template") and isinstance(text, str)}
+    return {**own, CHAT_TEMPLATES[1]: older} if isinstance(older, str) else own
+
+
 def _template(name: str) -> str:
     return "chat template" if name == "default" else f"chat template {name[:100]!r}"
 
