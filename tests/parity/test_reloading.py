@@ -220,3 +220,22 @@ def test_ids_beyond_the_matrix_that_files_beside_tokenizer_json_give_are_noted_f
         f"the tokenizer of local:a has ids up to {last + 1}, and its embedding matrix {last + 1} rows"
     )
     assert len([note for note in notes if "ids up to" in note]) == 1
+
+
+GPTJ = TinyModel(
+    "GPTJForCausalLM",
+    "gptj",
+    {"n_embd": 16, "n_head": 2, "rotary_dim": 8, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1},
+    layers="n_layer",
+)
+
+
+def test_a_model_whose_tables_of_positions_are_huge_is_not_built(engine: Engine, tmp_path: Path) -> None:
+    folders = pair(tmp_path, GPTJ)
+    assert merged(engine, tmp_path / "small", folders).notes == []
+    for folder in folders:
+        edit_json(folder / "config.json", n_positions=16_000_000)
+    rows, columns, layers = 16_000_000, 8, 2
+    [note] = merged(engine, tmp_path / "out", folders).notes
+    [size] = re.findall(r"not loaded anew: its tables of positions and the like have (\d+) bytes", note)
+    assert int(size) >= layers * rows * columns * 4

@@ -130,6 +130,14 @@ def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | 
         raise InvalidCheckpoint(source, f"transformers cannot load it: {in_one_line(error)}") from error
 
 
+def computed_bytes(info: CheckpointInfo, model_class: Any, config: Any) -> int:
+    """Bytes of what a model computes when it is built, such as tables of positions, which no tensor shows."""
+    with torch.device("meta"), _built_for(len(info.tensors), info.source):
+        model = model_class._from_config(config, attn_implementation="eager")
+    computed = [*model.buffers(), *(one for one in model.parameters() if not one.requires_grad)]
+    return sum(one.numel() * one.element_size() for one in computed)
+
+
 @contextmanager
 def _built_for(tensors: int, source: str) -> Iterator[None]:
     """Stops building a model that is far larger than a checkpoint of so many tensors.

@@ -5,6 +5,7 @@ all, so only small models are run; every weight of larger ones was found to be f
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.publishing import beyond_matrix
 from worker.engine.catalog.vocabulary import vocabulary_size
 from worker.engine.checkpoints.configurations import library_config, tokenizer_folder
-from worker.engine.checkpoints.layout import check_layout, library_class, misshapen, stores_copies
+from worker.engine.checkpoints.layout import check_layout, computed_bytes, library_class, misshapen, stores_copies
 from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.libraries import in_one_line, is_of_library, transformers
 from worker.engine.resources import is_out_of_memory
 
 RUN_BYTES = 256_000_000  # of weights, of a model that is run
+COMPUTED_BYTES = 256_000_000  # of tables that a model makes when it is built, from a few bytes of its configuration
 TEXT = "Some text, to see whether it can be read."
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -113,8 +115,14 @@ def _tokenizer(published: CheckpointInfo, config: Any, plan: MergePlan) -> tuple
 
 
 def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:
-    """The loaded model, and notes; None if a library that it needs is missing."""
+    """The loaded model, and notes; None if a library that it needs is missing, or it computes large tables."""
     try:
+        computed = computed_bytes(published, model_class, deepcopy(config))
+        if computed > COMPUTED_BYTES:
+            note = (
+                f"the published model was not loaded anew: its tables of positions and the like have {computed} bytes"
+            )
+            return None, [note]
         model, report = model_class.from_pretrained(
             published.path,
             config=config,
@@ -125,6 +133,8 @@ def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[An
             ignore_mismatched_sizes=True,  # they are in the report, by name
             **OFFLINE,
         )
+    except InvalidCheckpoint:
+        raise
     except ImportError as error:
         return None, [f"the published model was not loaded anew: {in_one_line(error)}"]
     except BaseException as error:
