@@ -139,7 +139,7 @@ def test_after_sigkill_a_restart_goes_on(service: Service, all_at_once: bool) ->
     job_id, _ = start_scoring(service)
     waiting = service.submit(tiny_recipe("a", name="average"))
     victims = service.processes()
-    assert set(victims) == {"supervisor", "redis", "api", "worker", "engine"}
+    assert set(victims) == {"supervisor", "redis", "api", "inspector", "worker", "engine"}
     for role, process in victims.items():
         if all_at_once or role == "supervisor":
             process.kill()

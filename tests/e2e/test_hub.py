@@ -46,7 +46,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> It
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     hub.add("model", "org/pickle", folder)
     folder = tiny_checkpoint(root / "code", seed=4)
-    edit_json(folder / "config.json", auto_map={"AutoModel": "evil.Model"})
+    edit_json(folder / "config.json", model_type="own", auto_map={"AutoModel": "evil.Model"})
     hub.add("model", "org/code", folder)
     folder = tiny_checkpoint(root / "header", seed=4)
     (folder / "model.safetensors").write_bytes((10**12).to_bytes(8, "little") + b"{}")
