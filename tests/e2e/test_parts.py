@@ -73,7 +73,8 @@ def test_serve_says_at_once_that_its_port_is_taken(tmp_path: Path) -> None:
 def test_a_long_body_is_refused_before_it_is_sent(service: Service) -> None:
     """The announced length is enough: nothing of the 10 GB is waited for."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=HANGS_S) as connection:
-        head = "POST /merge HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 10000000000\r\n\r\n"
+        head = "POST /merge HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += "Content-Length: 10000000000\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
