@@ -241,7 +241,7 @@ def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
 
 def test_jobs_are_listed_newest_first_across_pages(store: JobStore, clock: Clock) -> None:
     ids = []
-    for _ in range(105):
+    for _ in range(205):
         ids.append(new_job(store).job)
         clock.advance(0.001)
     assert [record.id for record in store.newest()] == ids[::-1]
