@@ -15,7 +15,7 @@ from tests.conftest import wait_until
 from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
 from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import RUNTIME_BYTES, plan_merge
+from worker.engine.catalog.planning import RUN_BYTES, RUNTIME_BYTES, plan_merge
 from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
 from worker.engine_process import EngineDied, EngineHung, EngineProcess, Failed, Finished, Progressed
 
@@ -243,10 +243,10 @@ def test_a_merge_that_exceeds_its_memory_is_out_of_memory(
 
 
 def test_a_merge_that_loads_no_model_holds_rows_alone(fresh: EngineProcess, tmp_path: Path) -> None:
-    models = [tiny_model(tmp_path / n, seed=s, vocab_size=400_000, layers=1) for s, n in enumerate("ab", 1)]
+    models = [tiny_model(tmp_path / n, seed=s, vocab_size=2_200_000, layers=1) for s, n in enumerate("ab", 1)]
     plan = plan_merge([inspect_checkpoint(folder, folder.name) for folder in models])
     size = plan.checkpoints[0].nbytes
-    assert size > 50_000_000
+    assert size > RUN_BYTES  # else the merge is run once
     idle = fresh.resident_bytes()
     fresh.run(merge_spec(tmp_path / "out", [model_spec(folder) for folder in models], {"name": "average"}))
     event = last_event(fresh)

@@ -14,15 +14,21 @@ PROGRAM = """
 import json, sys
 from worker.engine.catalog.spec import MergeSpec
 from worker.engine.pipeline import Engine
-Engine().merge(MergeSpec.model_validate_json(sys.argv[1]), lambda *_: None)
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+imported = []
+def told(phase, done, total, unit):
+    if (phase, done) == ("merging", total):
+        imported.append(sorted({name.partition(".")[0] for name in sys.modules}))
+Engine().merge(MergeSpec.model_validate_json(sys.argv[1]), told)
+print(json.dumps(imported[-1]))
 """
 LATE = {"transformers", "sklearn", "scipy", "pandas", "pyarrow", "datasets", "sentencepiece"}
 
 
 @pytest.mark.parametrize("kind", ["encoder", "language model"])
 @pytest.mark.parametrize("method", ["linear", "ties"])
-def test_a_merge_that_loads_no_model_imports_nothing_that_loads_one(tmp_path: Path, kind: str, method: str) -> None:
+def test_a_merge_that_loads_no_model_imports_nothing_that_loads_one_before_it_is_written(
+    tmp_path: Path, kind: str, method: str
+) -> None:
     def made(name: str, seed: int) -> Path:
         if kind == "encoder":
             return tiny_checkpoint(tmp_path / name, seed=seed)

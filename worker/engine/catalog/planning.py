@@ -49,6 +49,7 @@ VERSIONS_HELD = 4  # of every model's block and the base's: as read, and what me
 MERGING_COPIES = 6  # of a block in float32, beside these, while it is merged
 BLOCK_ELEMENTS = 1 << 18  # of one version, of the rows that are merged at once: in float32 1 MB, which a cache holds
 HELD_BLOCKS = 16  # of values among which one of a rank is found: of two models' tensors of no more than half, all are
+RUN_BYTES = 256_000_000  # of weights, of a published model that is run once before it is published
 VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
 
 
@@ -210,7 +211,8 @@ class MergePlan:
             threads: each of which merges a tensor; by default one for each core of this machine.
         """
         if not loads_models:
-            return RUNTIME_BYTES + self._merging_bytes(merges_rows, selects_by_rank, threads or os.cpu_count() or 1)
+            merging = self._merging_bytes(merges_rows, selects_by_rank, threads or os.cpu_count() or 1)
+            return RUNTIME_BYTES + merging + self._run_bytes
         family = required_family(self)
         config = self.checkpoints[0].config
         sizes = {what: family.size(config, what) for what in family.config_names}
@@ -254,6 +256,12 @@ class MergePlan:
             if tensor.slot.owner is not None:
                 places.setdefault(tensor.slot.owner.score, []).append(tensor.place)
         return places
+
+    @property
+    def _run_bytes(self) -> int:
+        """What it takes to run a published model once, where that is done: its weights, in float32 if in float16."""
+        stored = max(sum(tensor.nbytes for tensor in (*self.backbone, *head)) for head in self.heads)
+        return 0 if stored > RUN_BYTES else stored * (3 if self.dtype == "F16" else 1)
 
     def _merging_bytes(self, merges_rows: bool, selects_by_rank: bool, threads: int) -> int:
         """Every model's version of what is merged at once, the base's, and what methods make of them."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from worker.engine.catalog.companions import companions
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
-from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.planning import RUN_BYTES, MergePlan
 from worker.engine.catalog.publishing import beyond_matrix
 from worker.engine.catalog.vocabulary import vocabulary_size
 from worker.engine.checkpoints.configurations import library_config, tokenizer_folder
@@ -24,7 +24,6 @@ from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.libraries import in_one_line, is_of_library, transformers
 from worker.engine.resources import is_out_of_memory
 
-RUN_BYTES = 256_000_000  # of weights, of a model that is run
 COMPUTED_BYTES = 256_000_000  # of tables that a model makes when it is built, from a few bytes of its configuration
 TEXT = "Some text, to see whether it can be read."
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
