@@ -260,7 +260,8 @@ class MergePlan:
     @property
     def _run_bytes(self) -> int:
         """What it takes to run a published model once, where that is done: its weights, in float32 if in float16."""
-        stored = max(sum(tensor.nbytes for tensor in (*self.backbone, *head)) for head in self.heads)
+        heads = (sum(tensor.nbytes for tensor in head) for head in self.heads)
+        stored = sum(tensor.nbytes for tensor in self.backbone) + max(heads, default=0)
         return 0 if stored > RUN_BYTES else stored * (3 if self.dtype == "F16" else 1)
 
     def _merging_bytes(self, merges_rows: bool, selects_by_rank: bool, threads: int) -> int:

@@ -62,6 +62,7 @@ class _Checking:
         if model_class is None or published.model_type not in transformers.CONFIG_MAPPING:
             kind = published.architecture or published.model_type
             return [f"transformers has no class {kind} here: the published model was not loaded anew"]
+        _check_config(published)
         config = library_config(published.config, published.source)
         tokenizer, notes = self._tokenizer(published, config)
         check_layout(published)
@@ -80,6 +81,14 @@ class _Checking:
         if key not in self._tokenizers:
             self._tokenizers[key] = _tokenizer(published, config, self._plan)
         return self._tokenizers[key]
+
+
+def _check_config(published: CheckpointInfo) -> None:
+    """Load the file itself: its user has no allow-list of keys. No code of a checkpoint is run for it."""
+    try:
+        transformers.AutoConfig.from_pretrained(published.path, **OFFLINE)
+    except Exception as error:  # whatever transformers thinks of the configuration
+        raise _unloadable(published, "config.json", error) from error
 
 
 def _unloadable(published: CheckpointInfo, what: str, error: BaseException) -> InvalidCheckpoint:
