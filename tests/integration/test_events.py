@@ -18,7 +18,7 @@ from app.embedded_redis import EmbeddedRedis
 from app.main import create_app
 from app.storage.connection import connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
-from app.storage.jobs import PROGRESS_KEPT, Deleted, JobStore
+from app.storage.jobs import PROGRESS_KEPT, JobStore
 from tests.conftest import BASE_URL, HANGS_S, RESULT, wait_until
 
 MAX_LOSSES = 3
