@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[Callable[[list[Path]], None], type[EngineError], list[s
         in_all(architectures=["PreTrainedModel"]), InvalidCheckpoint, ["PreTrainedModel", "own class"],
     ),
     "settings that do not fit each other": (
-        in_all(layer_types=["full_attention"]), InvalidCheckpoint, ["num_hidden_layers", "`layer_types` (1)"],
+        in_all(layer_types=["full_attention"]), InvalidCheckpoint, ["num_hidden_layers 2", "layer_types of 1 layers"],
     ),
     "a tokenizer that no library reads": (
         lambda folders: edit_json(folders[0] / "tokenizer.json", pre_tokenizer={"type": "no such"}),

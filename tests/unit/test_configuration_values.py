@@ -34,6 +34,7 @@ REFUSED: list[tuple[TinyModel, dict[str, Any]]] = [
     (LLAMA, {"torch_dtype": 16}),
     (QWEN2, {"layer_types": ["full_attention"]}),
     (QWEN2, {"layer_types": "full_attention"}),
+    (LLAMA, {"layer_types": ["full_attention"]}),
     (LLAMA, {"max_position_embeddings": 20_000_000}),
 ]
 
@@ -79,7 +80,6 @@ def test_a_model_type_that_is_no_text_is_refused_in_headers(
         (LLAMA, {"id2label": {"0": 0, "1": 1}}),
         (LLAMA, {"max_position_embeddings": 10_485_760}),
         (QWEN2, {"layer_types": ["full_attention", "full_attention"]}),
-        (LLAMA, {"layer_types": ["full_attention"]}),
     ],
     ids=str,
 )

@@ -88,7 +88,7 @@ def _problems_of_kind(config: Mapping[str, Any], kind: Kind) -> list[str]:
         if key.endswith(FUNCTIONS) and isinstance(default, str) and value is not None and not isinstance(value, str):
             problems.append(f"{key} {_short(value)}, which is no function's name")
     types, layers = known.get("layer_types"), known.get("num_hidden_layers")
-    if types is not None and (kind.defaults.keys() | kind.derived.keys()) & {"layer_types"}:
+    if types is not None:  # transformers checks it of every class, also of those that do not use it
         if not isinstance(types, list) or not all(isinstance(one, str) for one in types):
             problems.append(f"layer_types {_short(types)}, which is no list of text")
         elif "layer_types" in config and type(layers) is int and len(types) != layers:
