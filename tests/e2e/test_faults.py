@@ -221,8 +221,9 @@ def all_of(service: Service, mark: str) -> list[psutil.Process]:
 def test_engines_that_stand_still_are_noticed_idle_or_at_work_and_replaced(pair: Service) -> None:
     """Readiness does not count them, and their jobs are done by others."""
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
+    # A worker that was killed a moment ago may still be counted.
+    wait_until(lambda: len(all_of(pair, "worker.engine_process")) == 2, "both engines")
     stopped = all_of(pair, "worker.engine_process")
-    assert len(stopped) == 2
     job_id = pair.submit(long_recipe())
     wait_until(lambda: scoring(pair, job_id), "one at work, and one idle", interval_s=0.02)
     for engine in stopped:
@@ -230,7 +231,8 @@ def test_engines_that_stand_still_are_noticed_idle_or_at_work_and_replaced(pair:
     psutil.wait_procs(stopped, timeout=HANGS_S)
     assert not [engine for engine in stopped if engine.is_running()]
     job = pair.finished(job_id)
-    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    assert job["status"] == "succeeded"
+    assert job["attempt"] >= 2  # more where a busy machine holds up an engine for as long as these were
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers again")
 
 
