@@ -229,7 +229,10 @@ def test_a_default_that_a_configuration_leaves_out_is_compared_before_the_job_is
     for path in ("/merge", "/merge/validate"):
         response = service.post(path, json=recipe("lm-other", "lm-silent"))
         assert response.status_code == 422, response.text
-        assert "rms_norm_eps differs in config.json: 0.01, 1e-06; output.config_from" in response.json()["detail"]
+        assert (
+            "rms_norm_eps differs in config.json: 0.01, 1e-06; name a model in output.config_from"
+            in response.json()["detail"]
+        )
     settled = recipe("lm-other", "lm-silent")
     settled = {**settled, "output": {**settled.get("output", {}), "config_from": settled["models"][1]["name"]}}
     response = service.post("/merge/validate", json=settled)
