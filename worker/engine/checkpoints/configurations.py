@@ -17,10 +17,13 @@ from tempfile import TemporaryDirectory
 from types import CodeType
 from typing import Any
 
+from worker.engine.catalog.adapters import MAX_LABELS
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CHAT_TEMPLATES, MAX_CONFIG_BYTES, TOKENIZER_FILES, CheckpointInfo, read_json
 from worker.engine.libraries import in_one_line, tokenization_auto, transformers
 
+OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+"""How the library loads anything: without the network and without code of a checkpoint."""
 SETTINGS = {
     "return_dict": True,
     "output_attentions": False,  # what is asked for here costs time, and not every attention can give it
@@ -39,7 +42,6 @@ SHARED_KEYS = frozenset(
 NEVER = frozenset({"gradient_checkpointing", "torchscript", "pruned_heads", "quantization_config", *SETTINGS})
 """Keys that some classes know and that say how a model is loaded or run."""
 READ_BY_MODELS = re.compile(r"config\.([a-zA-Z]\w*)|config, ['\"]([a-zA-Z]\w*)['\"]")
-MAX_LABELS = 100_000  # the library makes a name for each
 TOKEN_KEYS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
 TOKENIZER_KEYS = TOKEN_KEYS | {
     "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "chat_template",

@@ -15,7 +15,7 @@ from worker.engine.catalog.headers import CheckpointInfo, described_files
 from worker.engine.catalog.labels import Task, task_of
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.checkpoints.attention import cpu_attention
-from worker.engine.checkpoints.configurations import library_config, tokenizer_folder
+from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import check_layout, misshapen
 from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
 from worker.engine.libraries import in_one_line, is_of_library, transformers
@@ -44,7 +44,6 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     """
     family = FAMILIES[info.model_type]
     require_tokenizer(info)
-    offline = {"local_files_only": True, "trust_remote_code": False}
     # None: fused where the family has it.
     attention = None if device.type == "cuda" else cpu_attention()
     try:
@@ -58,13 +57,13 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, by name
-                **offline,
+                **OFFLINE,
             )
         else:
             model, report = _adapted(info, attention), {"mismatched_keys": (), "missing_keys": ()}
         # Without a tokenizer_config.json, its class is that of the model's type.
         with tokenizer_folder(info) as folder:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config, **offline)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config, **OFFLINE)
     except InvalidCheckpoint:
         raise
     except BaseException as error:  # whatever transformers, tokenizers or their checks of the configuration think of it

@@ -18,7 +18,7 @@ from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.planning import RUN_BYTES, MergePlan
 from worker.engine.catalog.publishing import beyond_matrix
 from worker.engine.catalog.vocabulary import vocabulary_size
-from worker.engine.checkpoints.configurations import library_config, tokenizer_folder
+from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import check_layout, computed_bytes, library_class, misshapen, stores_copies
 from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.libraries import in_one_line, is_of_library, transformers
@@ -26,7 +26,6 @@ from worker.engine.resources import is_out_of_memory
 
 COMPUTED_BYTES = 256_000_000  # of tables that a model makes when it is built, from a few bytes of its configuration
 TEXT = "Some text, to see whether it can be read."
-OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
 def check_published(plan: MergePlan, folders: Sequence[Path]) -> list[str]:
