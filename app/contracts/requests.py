@@ -131,8 +131,9 @@ class Output(Tokens):
     """Of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of the first
     model where no base is named; `union` appends the other models' further tokens to that."""
     config_from: str | None = None
-    """Name of the model, or `base`, whose settings count if models differ in settings that no shape shows, as the base
-    of rotary positions, their scaling, windows or the epsilon of norms. Without it, such models are refused."""
+    """Name of the model, or `base`, whose configuration and tokenizer are published. Models may then differ in settings
+    that no shape shows, as the base of rotary positions, their scaling, windows or the epsilon of norms; without it,
+    such models are refused. Each published model keeps its own labels."""
     chat_template: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
     """The published chat template: Jinja, or `auto` for the one that most models have. Null: the published tokenizer's
     own."""

@@ -24,6 +24,7 @@ ADAPTER = re.compile(rf"\+({'|'.join(OWN_SCHEMES)})")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)
 LONGEST_NAME = 60
 MOST_NOTES = 50
+BASE = "base"  # what `output.config_from` calls the base of a request
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -196,13 +197,19 @@ def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     notes = list(read.notes)
     output = {"dtype": _dtype(recipe), **_vocabulary(recipe, read, names, notes), "align_heads": False}
     if read.base is not None and read.method.base is Base.MODEL and output["vocabulary"] != "error":
-        rest.setdefault("base", read.base)  # whose row a token has that a model lacks
-    if read.base in names and (not read.is_sliced or names[read.base] == models[0]["name"]):
+        if read.name != "passthrough":
+            rest.setdefault("base", read.base)  # whose row a token has that a model lacks
+        elif read.base in names:
+            output.setdefault("vocabulary_of", names[read.base])
+    if read.base in names:
         output["config_from"] = names[read.base]
-    elif (
-        read.base is not None and rest.get("base") == read.base and not read.is_sliced and "base" not in names.values()
-    ):
-        output["config_from"] = "base"
+    elif read.base is not None and rest.get("base") == read.base:
+        output["config_from"] = BASE
+    elif read.base is not None:
+        problem = (
+            "no tensor is merged of it, so it is not read, and gives no configuration and no tokenizer as in mergekit"
+        )
+        notes.append(f"base_model: {problem}; those of {models[0]['name']} are published")
     return {
         "method": {"name": read.name, **method},
         "models": models,
@@ -220,6 +227,7 @@ def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[
         "base": "base_model",
         "method": "parameters",
         "method.name": "merge_method",
+        "output.config_from": "base_model",
         "output.dtype": "dtype" if recipe.get("out_dtype") is None else "out_dtype",
         "output.vocabulary": "tokenizer_source" if recipe.get("tokenizer") is None else "tokenizer.source",
         "output.chat_template": "chat_template",
@@ -369,7 +377,7 @@ def _merged(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[
         else:
             slices.append({})
     references = list(dict.fromkeys(source.reference for part in parts for source in part.sources))
-    short = dict(zip(references, names_of(references), strict=True))
+    short = dict(zip(references, names_of(references, _taken(recipe, references)), strict=True))
     if recipe.is_sliced:
         for one, part in zip(slices, parts, strict=True):
             if not part.sources:
@@ -581,6 +589,11 @@ def _numbers(given: Any, field: str) -> Any:
     return value
 
 
+def _taken(recipe: Recipe, references: Sequence[str]) -> list[str]:
+    """Names that no model may have: if the base is none of them, `base` is the base."""
+    return [] if recipe.base is None or recipe.base in references else [BASE]
+
+
 def _vectors(recipe: Recipe) -> str:
     """The part of a tensor that `nuslerp` takes as one vector."""
     if _value("nuslerp_flatten", flag(True), recipe, recipe.parts):
@@ -588,14 +601,14 @@ def _vectors(recipe: Recipe) -> str:
     return "columns" if _value("nuslerp_row_wise", flag(False), recipe, recipe.parts) else "rows"
 
 
-def names_of(references: Sequence[str]) -> list[str]:
-    """Short and unique: the last part of each path, numbered where two are the same."""
+def names_of(references: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """Short and unique: the last part of each path, numbered where two are the same, or the name is taken."""
     names: list[str] = []
     for reference in references:
         last = reference.partition(":")[2].partition("@")[0].rstrip("/").rpartition("/")[2]
         plain = re.sub(r"[^A-Za-z0-9._-]", "-", last)[:LONGEST_NAME].strip(".") or "model"
         number, name = 1, plain
-        while name in names:
+        while name in (*names, *taken):
             number += 1
             name = f"{plain}-{number}"
         names.append(name)

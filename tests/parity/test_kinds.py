@@ -14,8 +14,10 @@ from torch import Tensor
 from tests.tiny import edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, TinyModel, tiny_model
 from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.methods import TaskArithmeticParameters
 from worker.engine.catalog.planning import plan_merge
 from worker.engine.catalog.spec import CheckpointSpec
+from worker.engine.catalog.stacking import plan_job
 from worker.engine.pipeline import Engine
 
 SMALL = {
@@ -159,6 +161,68 @@ def test_experts_keep_the_poolers_that_their_base_lacks(engine: Engine, tmp_path
         assert {name for name in own if name.startswith(("classifier", "bert.pooler"))} <= same
         assert not any(".layer." in name for name in same)
     assert "local:base has no tensor bert.pooler.dense.bias (like 1 more)" in result.notes[0]
+
+
+@pytest.mark.parametrize("whose", ["b", "base"])
+def test_all_of_the_configuration_that_counts_is_published_and_loaded(
+    engine: Engine, tmp_path: Path, whose: str
+) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "a": {"eos_token_id": 1, "max_position_embeddings": 64},
+        "b": {"eos_token_id": [1, 6], "bos_token_id": 3, "pad_token_id": 2, "max_position_embeddings": 128},
+        "base": {"eos_token_id": 5, "bos_token_id": 4, "pad_token_id": 7, "max_position_embeddings": 96},
+    }
+    for seed, (name, said) in enumerate(settings.items()):
+        folder = tiny_model(tmp_path / name, LLAMA, seed=(seed + 1) % 3)
+        edit_json(
+            folder / "config.json", **said, architectures=["LlamaModel" if name == "base" else "LlamaForCausalLM"]
+        )
+        edit_json(folder / "generation_config.json", eos_token_id=said["eos_token_id"], max_length=seed + 10)
+        (folder / "chat_template.jinja").write_text(f"{{{{ '{name}' }}}}")
+    models = [model_spec(tmp_path / name) for name in "ab"]
+    spec = merge_spec(tmp_path / "out", models, {"name": "task_arithmetic"}, config_from=whose)
+    base = CheckpointSpec(source="local:base", path=tmp_path / "base")
+    result = engine.merge(spec.model_copy(update={"base": base}), silent)
+    published = tmp_path / "out" / "model"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(published)
+    assert {key: getattr(loaded.config, key) for key in settings[whose]} == settings[whose]
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    assert loaded.generation_config.eos_token_id == settings[whose]["eos_token_id"]
+    assert loaded.generation_config.max_length == [*settings].index(whose) + 10
+    assert transformers.AutoTokenizer.from_pretrained(published).chat_template == f"{{{{ '{whose}' }}}}"
+    assert any(note.startswith("eos_token_id differs: 1 in local:a, [1, 6] in local:b") for note in result.notes)
+
+
+def test_classifiers_keep_their_labels_where_the_bases_configuration_counts(engine: Engine, tmp_path: Path) -> None:
+    models = [tiny_checkpoint(tmp_path / f"m{seed}", seed=seed) for seed in (1, 2)]
+    for number, folder in enumerate(models):
+        edit_json(
+            folder / "config.json", id2label={"0": f"no{number}", "1": "yes"}, label2id={f"no{number}": 0, "yes": 1}
+        )
+    base = tiny_checkpoint(tmp_path / "base", seed=0)
+    edit_json(base / "config.json", architectures=["BertForMaskedLM"], id2label=None, layer_norm_eps=1e-5)
+    spec = merge_spec(tmp_path / "out", [model_spec(folder) for folder in models], {"name": "task_arithmetic"})
+    spec = spec.model_copy(update={"output": spec.output.model_copy(update={"config_from": "base"})})
+    engine.merge(spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)}), silent)
+    for number, folder in enumerate(models):
+        config = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "models" / folder.name)
+        assert config.architectures == ["BertForSequenceClassification"]
+        assert config.id2label == {0: f"no{number}", 1: "yes"}
+        assert config.layer_norm_eps == 1e-5
+
+
+def test_padding_from_which_positions_count_stays_the_models(tmp_path: Path) -> None:
+    kind, settings = "roberta", {**SMALL, "pad_token_id": 1, "max_position_embeddings": 40}
+    folders = [tmp_path / name for name in ("a", "b", "base")]
+    for folder in folders:
+        config = transformers.AutoConfig.for_model(kind, **settings)
+        transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    edit_json(folders[-1] / "config.json", pad_token_id=0, eos_token_id=5)
+    a, b, base = (inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders)
+    names = ["a", "b"]
+    plan = plan_job(TaskArithmeticParameters(), names, [a, b], "auto", base, "merged", config_from="base")
+    assert (plan.published[0].config["pad_token_id"], plan.published[0].config["eos_token_id"]) == (1, 5)
+    assert "pad_token_id differs: 1 in local:a, 1 in local:b, 0 in local:base; published is 1" in plan.notes
 
 
 def test_the_settings_that_count_are_published_and_loaded(engine: Engine, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Results that are put together of slices: each layer is merged of those that its slice names, by any method."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from tests.tiny import merge_spec, model_spec, read_model, silent
+from tests.tiny import edit_json, merge_spec, model_spec, read_model, silent
 from tests.tiny_language_models import LLAMA, loaded_model, logits_of, tiny_model
 from worker.engine.catalog.slices import OutputSlice
 from worker.engine.catalog.spec import CheckpointSpec
@@ -32,9 +34,10 @@ def merged(
     method: Mapping[str, Any],
     weights: Mapping[str, Any],
     base: str | None = None,
+    **output: Any,
 ) -> Path:
     specs = [model_spec(models[name], weight=weight) for name, weight in weights.items()]
-    spec = merge_spec(folder, specs, {"precision": "auto", **method}).model_copy(
+    spec = merge_spec(folder, specs, {"precision": "auto", **method}, **output).model_copy(
         update={
             "slices": None if slices is None else [OutputSlice.model_validate(part) for part in slices],
             "base": None if base is None else CheckpointSpec(source=f"local:{base}", path=models[base]),
@@ -101,6 +104,34 @@ def test_task_vectors_go_from_the_layers_of_the_base_that_the_slice_names(
     for name, tensor in layer(found, 1).items():
         wanted = layer(base, 3)[name] + 0.5 * (layer(one, 4)[name] - layer(base, 3)[name])
         torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6)
+
+
+def test_the_configuration_that_counts_has_the_layers_of_the_slices(models: dict[str, Path], tmp_path: Path) -> None:
+    named = {name: tmp_path / name for name in NAMES}
+    for name, folder in named.items():
+        shutil.copytree(models[name], folder)
+    edit_json(named["base"] / "config.json", eos_token_id=5, rms_norm_eps=1e-3, max_position_embeddings=96)
+    slices = [{"sources": [source("one", 0, 2)]}, {"sources": [source("two", 1, 4)]}]
+    weights = {"one": 1.0, "two": 0.5}
+    folder = merged(tmp_path / "out", named, slices, {"name": "task_arithmetic"}, weights, "base", config_from="base")
+    config = loaded_model(folder, "LlamaForCausalLM").config
+    assert (config.num_hidden_layers, config.eos_token_id) == (5, 5)
+    assert (config.rms_norm_eps, config.max_position_embeddings) == (1e-3, 96)
+
+
+@pytest.mark.parametrize("name", ["linear", "passthrough"])
+def test_slices_of_several_models_may_take_the_tokens_of_one(
+    models: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    parts = [source("one", 0, 2), source("two", 1, 4)]
+    is_stack = name == "passthrough"
+    method = {"name": name, **({"slices": parts} if is_stack else {})}
+    slices = None if is_stack else [{"sources": [part]} for part in parts]
+    folder = merged(tmp_path, models, slices, method, {"one": 1.0, "two": 1.0}, vocabulary="base", vocabulary_of="two")
+    found, one, two = (read_model(path) for path in (folder, models["one"], models["two"]))
+    tokens = len(AutoTokenizer.from_pretrained(models["two"]))
+    torch.testing.assert_close(found[OUTER[0]][:tokens], one[OUTER[0]][:tokens], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[OUTER[2]][:tokens], two[OUTER[2]][:tokens], rtol=0, atol=1e-6)
 
 
 def test_all_layers_of_all_models_are_a_merge_like_any_other(models: dict[str, Path], tmp_path: Path) -> None:

@@ -752,6 +752,45 @@ def test_slices_of_several_models_are_slices_here() -> None:
         assert MergeRequest.model_validate(found).slices is not None
 
 
+def part(*models: str) -> dict[str, Any]:
+    return {"sources": [{"model": f"a/{name}", "layer_range": [0, 2], "parameters": {"weight": 1}} for name in models]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "whose"),
+    [
+        ({"merge_method": "ties", "slices": [part("base", "one"), part("two", "base")]}, "base"),
+        ({"merge_method": "slerp", "parameters": {"t": 0.5}, "slices": [part("one", "base")]}, "base"),
+        ({"merge_method": "linear", "slices": [part("one", "two"), part("two", "base")]}, "base"),
+        ({"merge_method": "passthrough", "slices": [part("one"), part("base")]}, "base"),
+        ({"merge_method": "passthrough", "slices": [part("one"), part("two")]}, None),
+        ({"merge_method": "linear", "slices": [part("one", "two")]}, None),
+    ],
+)
+def test_the_base_gives_the_configuration_wherever_it_is_read(recipe: dict[str, Any], whose: str | None) -> None:
+    recipe = {"base_model": "a/base", **recipe}
+    found = translated(recipe)
+    assert found["output"].get("config_from") == whose
+    assert any(note.startswith("base_model: ") for note in found.get("notes", [])) is (whose is None)
+    assert MergeRequest.model_validate(found).output.config_from == whose
+    assert fields_there(recipe, found)["output.config_from"] == "base_model"
+
+
+def test_a_model_with_the_name_base_is_not_taken_for_the_base() -> None:
+    models = [{"model": f"{owner}/base", "parameters": {"weight": 1}} for owner in ("b", "c")]
+    found = translated({"merge_method": "ties", "base_model": "a/base", "models": models})
+    assert [one["name"] for one in found["models"]] == ["base-2", "base-3"]
+    assert (found["base"], found["output"]["config_from"]) == ("hf:a/base", "base")
+
+
+def test_the_tokenizer_of_stacked_layers_is_the_bases() -> None:
+    recipe = {"merge_method": "passthrough", "tokenizer_source": "base", "base_model": "a/two"}
+    found = translated({**recipe, "slices": [part("one"), part("two")]})
+    assert "base" not in found
+    assert found["output"]["vocabulary_of"] == found["output"]["config_from"] == "two"
+    MergeRequest.model_validate(found)
+
+
 def test_passthrough_of_slices_has_scales() -> None:
     zeroed = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]
     slices = [

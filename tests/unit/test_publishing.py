@@ -54,6 +54,27 @@ def set_templates(folder: Path, name: str) -> None:
         write(folder, "chat_template.jinja", TEMPLATE)
 
 
+def test_special_tokens_and_lengths_that_differ_are_noted_with_all_values(pair: list[Path]) -> None:
+    edit_json(pair[1] / "config.json", eos_token_id=[1, 5], max_position_embeddings=128)
+    assert planned(pair).notes == (
+        "eos_token_id differs: 1 in local:a, [1, 5] in local:b; published is 1",
+        "max_position_embeddings differs: 64 in local:a, 128 in local:b; published is 64",
+    )
+    assert planned(pair, config_from="b").notes == (
+        "eos_token_id differs: 1 in local:a, [1, 5] in local:b; published is [1, 5]",
+        "max_position_embeddings differs: 64 in local:a, 128 in local:b; published is 128",
+    )
+
+
+def test_a_model_that_counts_and_has_no_tokenizer_leaves_the_first_ones(pair: list[Path]) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (pair[1] / name).unlink()
+    edit_json(pair[1] / "config.json", eos_token_id=5)
+    plan = planned(pair, config_from="b")
+    assert plan.published[0].config["eos_token_id"] == 5
+    assert plan.tokens_of(plan.published[0]).path == plan.checkpoints[0].path
+
+
 def test_a_chat_template_is_the_same_wherever_it_is_stored(pair: list[Path]) -> None:
     set_templates(pair[0], "in the tokenizer's configuration")
     set_templates(pair[1], "in a file")

@@ -86,7 +86,9 @@ def _mean_shares(method: MethodParameters, models: list[MeasuredModel], plan: Me
 
 
 def _by_token(model: MeasuredModel, index: int, plan: MergePlan) -> MeasuredModel:
-    """What was measured of the plan's model `index`, at the output's rows."""
+    """What was measured of the plan's model `index`, at the output's rows; of slices nothing is measured."""
+    if plan.is_of_slices:
+        return model
     places = {t.slot.name: t.token_rows.models[index] for t in plan.backbone if t.token_rows is not None}
     return replace(model, fisher=ByToken(model.fisher, places))
 

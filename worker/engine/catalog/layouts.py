@@ -79,6 +79,11 @@ STRUCTURAL = frozenset(
     {"tie_word_embeddings", "is_decoder", "is_encoder_decoder", "add_cross_attention", "vocab_size", "model_type"}
 )
 """Settings that say which tensors there are, or what they are for."""
+OWN = STRUCTURAL | {
+    "architectures", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "head_dim", "n_inner",
+    "n_ctx",
+}  # fmt: skip
+"""Settings that a model keeps where another one's count: of its tensors, and of its head."""
 LENGTHS = frozenset(
     {
         "sliding_window", "max_window_layers", "attention_chunk_size", "original_max_position_embeddings",
@@ -439,6 +444,26 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
             yield from ((f"{key}.{inner}", a, b) for inner, a, b in differences(mine, other))
         else:
             yield key, mine, other
+
+
+def with_settings_of(
+    config: Mapping[str, Any], whose: Mapping[str, Any], besides: Collection[str] = ()
+) -> dict[str, Any]:
+    """The configuration `whose`, with what `config` says of its own tensors and its head.
+
+    Args:
+        besides: further keys that `config` keeps.
+    """
+    own = {*OWN, *besides}
+    if not _pads_freely(config):
+        own.add("pad_token_id")  # positions may count from it
+    found = {key: value for key, value in whose.items() if key not in own}
+    found |= {key: value for key, value in config.items() if key in own}
+    for key, inner in found.items():
+        ours = config.get(key)
+        if key not in own and isinstance(inner, Mapping) and isinstance(ours, Mapping) and "model_type" in inner:
+            found[key] = with_settings_of(ours, inner)
+    return found
 
 
 def is_of_training(key: str) -> bool:

@@ -290,25 +290,6 @@ def value_at(config: Mapping[str, Any], path: str) -> Any:
     return config
 
 
-def with_settings(config: Mapping[str, Any], whose: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """A configuration with the settings `keys` of another one, in any spelling; inner keys follow a dot."""
-    found = dict(config)
-    kind = kind_of(config.get("model_type", ""))
-    aliases = kind.aliases if kind else {}
-    for key in keys:
-        outer, _, inner = key.partition(".")
-        if outer == "rope_parameters":
-            spelt = {"rope_parameters", *OLDER_ROTARY}
-        elif inner and isinstance(found.get(outer), Mapping) and isinstance(whose.get(outer), Mapping):
-            found[outer] = with_settings(found[outer], whose[outer], [inner])
-            continue
-        else:
-            spelt = {outer, *(alias for alias, name in aliases.items() if name == outer)}
-        found = {name: value for name, value in found.items() if name not in spelt}
-        found |= {name: value for name, value in whose.items() if name in spelt}
-    return found
-
-
 def ties(found: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(copy, original) of the tensors that a completed configuration makes one."""
     for copy, original, key in found.ties:

@@ -6,12 +6,11 @@ Whatever can be refused is refused here, before a byte of weights is read.
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from worker.engine.catalog import layouts
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
@@ -19,7 +18,7 @@ from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
 from worker.engine.catalog.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.identity import Identity, check_present, check_tensors, identify, own_names
 from worker.engine.catalog.labels import Task, task_of
-from worker.engine.catalog.library import completed, value_at, with_settings
+from worker.engine.catalog.library import completed, value_at
 from worker.engine.catalog.methods import LARGEST_BATCH_TOKENS, Statistic
 from worker.engine.catalog.modules import Modules
 from worker.engine.catalog.settings import check_settings
@@ -121,11 +120,13 @@ class MergePlan:
     heads: tuple[tuple[PlannedTensor, ...], ...]
     """Tensors that each published model has beside the backbone."""
     published: tuple[CheckpointInfo, ...]
-    """The checkpoint whose configuration and tokenizer each published model has."""
+    """The checkpoint whose configuration each published model has, and whose tokenizer if nothing else says so."""
     tied: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
     """Tensors that are left out, since they must equal others of the same checkpoint, and these."""
     vocabulary: Vocabulary | None = None
     """The output's vocabulary; None if all models have the same."""
+    config_from: CheckpointInfo | None = None
+    """The checkpoint whose settings all published models have, and whose tokenizer if it has one."""
     chat_template: str | None = None
     """The published chat template; None means the published tokenizer's own."""
     modules: tuple[PlannedModules | None, ...] = ()
@@ -134,6 +135,12 @@ class MergePlan:
     """Bytes of all files that are copied beside the weights."""
     notes: tuple[str, ...] = ()
     """Notes that the result begins with."""
+
+    def tokens_of(self, info: CheckpointInfo) -> CheckpointInfo:
+        """The checkpoint whose tokenizer, templates and settings are published with the configuration of `info`."""
+        if self.vocabulary is not None:
+            return self.vocabulary.owner
+        return self.config_from if self.config_from is not None and self.config_from.vocabulary else info
 
     @property
     def merges_heads(self) -> bool:
@@ -298,8 +305,8 @@ def plan_merge(
     Args:
         heads: whether each model keeps its own; by default it does where a table tells heads from the backbone.
         vocabulary: of the output, where the tokenizers differ; `error` refuses that.
-        config_from: the one of them whose settings count where they differ in what no shape shows; None: that is
-            refused.
+        config_from: the one of them whose configuration and tokenizer are published; None: the first's, and models
+            that differ in settings that no shape shows are refused.
         choices: what a recipe says of single tokens.
 
     Raises:
@@ -310,6 +317,7 @@ def plan_merge(
     identities = [identify(info) for info in checkpoints]
     if base is not None and config_from is base:
         check_settings(base)
+    whose = next((i.info for i, info in zip(identities, checkpoints, strict=True) if info is config_from), config_from)
     checkpoints = [identity.info for identity in identities]
     first = checkpoints[0]
     tables = [_table_of(info) for info in checkpoints]
@@ -318,9 +326,9 @@ def plan_merge(
     notes = list(dict.fromkeys(note for identity in identities for note in identity.notes))
     owner = None
     if vocabulary == "error" and pads_differ(checkpoints, base):
-        vocabulary, owner = "base", first
-        notes.append(_note_of_padding(checkpoints, base))
-    asked = _Asked(dtype, base, heads == "merged", vocabulary, config_from, choices, owner)
+        vocabulary, owner = "base", whose or first
+        notes.append(_note_of_padding(checkpoints, base, owner))
+    asked = _Asked(dtype, base, heads == "merged", vocabulary, whose, choices, owner)
     if tables[0] is None:
         if heads == "per_model":
             problem = f"no table tells the head of {_named(first)} from the rest: all tensors are merged"
@@ -352,18 +360,18 @@ class _Asked:
         return align_vocabularies(self.vocabulary, checkpoints, self.base, self.rows_of, self.choices)
 
 
-def _note_of_padding(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> str:
+def _note_of_padding(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None, owner: CheckpointInfo) -> str:
     rows = {info.source: vocabulary_size(info.config) for info in (*checkpoints, *([base] if base else ()))}
     listed = ", ".join(f"{count} in {source}" for source, count in rows.items())
     return (
         f"embedding matrices have different numbers of rows for the same tokens ({listed}): those beyond the tokens "
-        f"are padding, and the merge has the rows of {checkpoints[0].source}"
+        f"are padding, and the merge has the rows of {owner.source}"
     )
 
 
 def _planned_by_table(family: Family, identities: Sequence[Identity], asked: _Asked) -> MergePlan:
     checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
-    first = checkpoints[0]
+    first, everyone = checkpoints[0], [*checkpoints, *([base] if base else ())]
     tasks, differing, notes = [], set[str](), list[str]()
     slots = [_slots(identity, family) for identity in identities]
     for info, of in zip(checkpoints, slots, strict=True):
@@ -410,8 +418,8 @@ def _planned_by_table(family: Family, identities: Sequence[Identity], asked: _As
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     if base is not None:
         notes += _notes_of_heads(base, alone)
-    settings, more = _settled(identities, base, differing, asked.config_from)
-    published = [replace(info, config=settings(info.config)) for info in checkpoints]
+    more = notes_of_settings(everyone, differing, asked.config_from)
+    published = [with_settings_of(info, asked.config_from) for info in checkpoints]
     whole = MergePlan(
         family,
         tuple(checkpoints),
@@ -421,6 +429,7 @@ def _planned_by_table(family: Family, identities: Sequence[Identity], asked: _As
         ((),),
         tuple(published[:1]),
         vocabulary=aligned,
+        config_from=asked.config_from,
         notes=(*notes, *more),
     )
     if asked.merges_heads:
@@ -503,8 +512,8 @@ def _planned_by_name(identities: Sequence[Identity], asked: _Asked) -> MergePlan
         raise InvalidCheckpoint(first.source, "it has no tensor of floats to merge")
     if base is not None:
         notes += _notes_of_heads(base, alone)
-    settings, more = _settled(identities, base, differing, asked.config_from)
-    published = (replace(first, config=settings(first.config)),)
+    more = notes_of_settings(everyone, differing, asked.config_from)
+    published = (with_settings_of(first, asked.config_from),)
     nothing = tuple(None for _ in checkpoints)
     return MergePlan(
         None,
@@ -516,6 +525,7 @@ def _planned_by_name(identities: Sequence[Identity], asked: _Asked) -> MergePlan
         published,
         tuple(tied),
         aligned,
+        asked.config_from,
         notes=(*notes, *more),
     )
 
@@ -602,19 +612,27 @@ def _differences_from_base(
     return found if asked.config_from is base else set()
 
 
-def _settled(
-    identities: Sequence[Identity], base: CheckpointInfo | None, keys: Collection[str], whose: CheckpointInfo | None
-) -> tuple[Callable[[Mapping[str, Any]], dict[str, Any]], list[str]]:
-    """A function that gives a configuration the settings that count, and a note of them."""
-    if whose is None or not keys:
-        return dict, []
-    everyone = [identity.info for identity in identities] + ([base] if base is not None else [])
+def with_settings_of(
+    info: CheckpointInfo, whose: CheckpointInfo | None, besides: Collection[str] = ()
+) -> CheckpointInfo:
+    """A checkpoint as it is published where another one's configuration counts. See `layouts.with_settings_of`."""
+    if whose is None:
+        return info
+    return replace(info, config=layouts.with_settings_of(info.config, whose.config, besides))
+
+
+def notes_of_settings(
+    everyone: Sequence[CheckpointInfo], keys: Collection[str], whose: CheckpointInfo | None
+) -> list[str]:
+    """Notes of settings that differ and change what a model computes, with the values of all."""
+    if whose is None:
+        return []
     notes = []
     for key in sorted(keys):
         values = {info.source: layouts.short(value_at(completed(info.config), key)) for info in everyone}
         listed = ", ".join(f"{value} in {source}" for source, value in values.items())
         notes.append(f"{key} differs: {listed}; that of {whose.source} counts, as output.config_from says")
-    return partial(with_settings, whose=whose.config, keys=frozenset(keys)), notes
+    return notes
 
 
 def merged_tensor(

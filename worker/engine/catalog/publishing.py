@@ -11,6 +11,8 @@ from worker.engine.catalog.companions import companions
 from worker.engine.catalog.errors import IncompatibleCheckpoints
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.headers import CHAT_TEMPLATES, MORE_CHAT_TEMPLATES, PROCESSORS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.layouts import same, short
+from worker.engine.catalog.library import completed
 from worker.engine.catalog.modules import SENTENCE_CONFIG, Module, Modules, check_agree, read_modules
 from worker.engine.catalog.planning import MergePlan, PlannedModules, PlannedTensor, output_dtype
 from worker.engine.catalog.spec import Dtype
@@ -35,12 +37,13 @@ def with_companions(
     """
     modules, notes = _modules(plan, dtype, last)
     notes += [note for note in map(beyond_matrix, _owners(plan)) if note]
+    notes += _notes_of_tokens(plan)
     if plan.merges_heads:
         notes += _differences(plan)
     if chat_template == "auto":
         chat_template = _commonest_template(plan)
         notes += ["no model has a chat template, so none is published"] if chat_template is None else []
-    files = [file for info in plan.published for file in companions(tokens_of(plan, info)).values()]
+    files = [file for info in plan.published for file in companions(plan.tokens_of(info)).values()]
     files += [file for planned in modules if planned for file in planned.modules.files.values()]
     return replace(
         plan,
@@ -49,11 +52,6 @@ def with_companions(
         notes=(*plan.notes, *notes),
         chat_template=chat_template,
     )
-
-
-def tokens_of(plan: MergePlan, info: CheckpointInfo) -> CheckpointInfo:
-    """The checkpoint whose tokenizer, templates and settings are published with the configuration of `info`."""
-    return info if plan.vocabulary is None else plan.vocabulary.owner
 
 
 def _commonest_template(plan: MergePlan) -> str | None:
@@ -83,7 +81,8 @@ def beyond_matrix(info: CheckpointInfo, last: int | None = None) -> str | None:
 
 def _owners(plan: MergePlan) -> list[CheckpointInfo]:
     """Checkpoints whose tokenizers are published; one that gives the output's vocabulary was checked with it."""
-    return list({info.tokenizer_path: info for info in plan.published}.values()) if plan.vocabulary is None else []
+    owners = map(plan.tokens_of, plan.published)
+    return list({info.tokenizer_path: info for info in owners}.values()) if plan.vocabulary is None else []
 
 
 def _modules(
@@ -161,7 +160,7 @@ def _settings_notes(owner: Modules, other: Modules) -> list[str]:
 
 def _differences(plan: MergePlan) -> list[str]:
     """Notes of templates and settings in which merged models differ from the published ones."""
-    owner = tokens_of(plan, plan.published[0])
+    owner = plan.tokens_of(plan.published[0])
     of_owner = _companions(owner)
     notes = []
     for info in plan.checkpoints:
@@ -173,6 +172,26 @@ def _differences(plan: MergePlan) -> list[str]:
             which = ", ".join(different)
             notes.append(f"published with the merge are {owner.source}'s own; those of {info.source} differ: {which}")
     return list(dict.fromkeys(notes))
+
+
+def _notes_of_tokens(plan: MergePlan) -> list[str]:
+    """Notes of settings that differ and say where text ends and how long it may be, where but one model's are
+    published. They change nothing of what a model computes, and much of what it writes."""
+    if not plan.merges_heads and plan.config_from is None:
+        return []
+    everyone = {info.path: info for info in (*plan.checkpoints, *([plan.config_from] if plan.config_from else ()))}
+    configs = {info.source: completed(info.config) for info in everyone.values()}
+    published = completed(plan.published[0].config)
+    notes = []
+    for key in sorted(published.keys() | set[str]().union(*configs.values())):
+        by_token = key.endswith("_token_id") and plan.vocabulary is None
+        if not (by_token or key == "max_position_embeddings"):
+            continue
+        values = {source: config.get(key) for source, config in configs.items()}
+        if any(not same(value, published.get(key)) for value in values.values()):
+            listed = ", ".join(f"{short(value)} in {source}" for source, value in values.items())
+            notes.append(f"{key} differs: {listed}; published is {short(published.get(key))}")
+    return notes
 
 
 def _companions(info: CheckpointInfo) -> dict[str, Any]:

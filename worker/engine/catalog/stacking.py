@@ -11,8 +11,17 @@ from worker.engine.catalog.identity import identify
 from worker.engine.catalog.layer_settings import keys_of_layers, lists_of_layers, stacked_config
 from worker.engine.catalog.layouts import LAYER_COUNTS
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, PassthroughParameters
-from worker.engine.catalog.planning import MergePlan, PlannedTensor, check_vocabulary, merged_tensor, plan_merge
+from worker.engine.catalog.planning import (
+    MergePlan,
+    PlannedTensor,
+    check_vocabulary,
+    merged_tensor,
+    notes_of_settings,
+    plan_merge,
+    with_settings_of,
+)
 from worker.engine.catalog.publishing import with_companions
+from worker.engine.catalog.settings import check_settings
 from worker.engine.catalog.slices import OutputSlice
 from worker.engine.catalog.spec import Dtype, Heads, Tokens, VocabularyPolicy
 from worker.engine.catalog.values import Place
@@ -39,17 +48,17 @@ def plan_job(
     """The plan of a merge by any method. See `plan_merge` and `plan_slices`.
 
     Args:
-        config_from: name of the model, or `base`, whose settings count where they differ in what no shape shows.
+        config_from: name of the model, or `base`, whose configuration and tokenizer are published.
     """
     scale: Callable[[Place], float] | None = None
     choices = None if tokens is None else Choices(names, tokens)
+    whose = None
+    if config_from is not None:
+        whose = base if config_from not in names else checkpoints[names.index(config_from)]
     if isinstance(method, PassthroughParameters):
         slices = [OutputSlice(sources=[part]) for part in method.slices]
         scale = lambda place: method.at("scale", place)  # noqa: E731 - a closure over what is narrowed here
     elif slices is None or _are_all_layers(slices, names, checkpoints, base):
-        whose = None
-        if config_from is not None:
-            whose = base if config_from not in names else checkpoints[names.index(config_from)]
         plan = plan_merge(checkpoints, dtype, base, heads, vocabulary, whose, choices)
         by_own_tokens = isinstance(method, AutoParameters) or method.refits_layers
         if plan.vocabulary is not None and vocabulary == "error" and by_own_tokens:
@@ -58,13 +67,12 @@ def plan_job(
         return with_companions(plan, dtype, chat_template=chat_template)
     if heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")
-    if config_from not in (None, slices[0].sources[0].model):
-        problem = "a result of slices has the settings of the first slice's model; leave output.config_from out"
-        raise InvalidRequest(problem, field="output.config_from")
     identities = [identify(info) for info in checkpoints]
+    whose = next((i.info for i, info in zip(identities, checkpoints, strict=True) if info is whose), whose)
     checkpoints = [identity.info for identity in identities]
-    plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale, choices)
-    plan = replace(plan, notes=tuple(dict.fromkeys(note for identity in identities for note in identity.notes)))
+    plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale, choices, whose)
+    notes = dict.fromkeys([*(note for identity in identities for note in identity.notes), *plan.notes])
+    plan = replace(plan, notes=tuple(notes))
     only, *others = slices[-1].sources
     last = None if others else checkpoints[names.index(only.model)]
     return with_companions(plan, dtype, last=last, chat_template=chat_template)
@@ -106,6 +114,7 @@ def plan_slices(
     vocabulary: VocabularyPolicy = "error",
     scale: Callable[[Place], float] | None = None,
     choices: Choices | None = None,
+    config_from: CheckpointInfo | None = None,
 ) -> MergePlan:
     """Lay out the model whose layers are those of the slices. What lies before the layers is merged of the first
     slice's models, and what lies after them of the last slice's.
@@ -113,6 +122,8 @@ def plan_slices(
     Args:
         names: of the checkpoints, as slices name them.
         scale: of each tensor, where tensors are copied from the one model that each slice has; else they are merged.
+        config_from: the one of them whose configuration, but for settings of layers, and tokenizer are published; None:
+            the first slice's first model's, and models that differ in settings that no shape shows are refused.
 
     Raises:
         InvalidRequest: a slice has layers that its model has not.
@@ -122,7 +133,9 @@ def plan_slices(
     first_index = names.index(slices[0].sources[0].model)
     first = checkpoints[first_index]
     everyone = [*checkpoints, *([base] if base else ())]
-    states = []
+    states, differing = [], set[str]()
+    if base is not None and config_from is base:
+        check_settings(base)
     for info in everyone:
         layouts.check_architectures(first, info)
         layouts.check_checkpoint(info)
@@ -132,7 +145,7 @@ def plan_slices(
             besides |= {*token_keys(first.config), *token_keys(info.config)}
         elif first.vocabulary and info.vocabulary:
             check_vocabulary(first, info, SAME_VOCABULARY)
-        layouts.check_configs(first, info, besides)
+        differing |= {*layouts.check_configs(first, info, besides, settles=config_from is not None)}
         states.append(layouts.tensors_by_name(info, first))
     aligned = None
     if vocabulary != "error":
@@ -197,9 +210,23 @@ def plan_slices(
     config = stacked_config(first, [(layer.members[0], layer.numbers[0]) for layer in layers], checkpoints)
     for layer in layers:
         _check_kinds(layer, checkpoints)
-    published = replace(first, config=config)
+    of_layers = {*keys_of_layers(first.config), *(keys_of_layers(config_from.config) if config_from else ())}
+    published = with_settings_of(replace(first, config=config), config_from, of_layers)
     nothing = tuple(None for _ in checkpoints)
-    return MergePlan(None, tuple(checkpoints), base, nothing, tuple(backbone), ((),), (published,), tied, aligned)
+    notes = notes_of_settings(everyone, differing, config_from)
+    return MergePlan(
+        None,
+        tuple(checkpoints),
+        base,
+        nothing,
+        tuple(backbone),
+        ((),),
+        (published,),
+        tied,
+        aligned,
+        config_from,
+        notes=tuple(notes),
+    )
 
 
 def layers_of_models(plan: MergePlan) -> list[int]:

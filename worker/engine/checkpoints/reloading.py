@@ -99,7 +99,7 @@ def _tokenizer(published: CheckpointInfo, config: Any, plan: MergePlan) -> tuple
     """The published tokenizer, and notes; None where none is published or it cannot be loaded here."""
     if not published.vocabulary:
         return None, []
-    owner = published.source if plan.vocabulary is None else plan.vocabulary.owner.source
+    owner = plan.tokens_of(published).source
     try:
         # Without a tokenizer_config.json, its class is that of the model's type.
         with tokenizer_folder(published) as folder:

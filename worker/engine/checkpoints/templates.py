@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from worker.engine.catalog.errors import InvalidRequest
 from worker.engine.catalog.notes import Doubt
 from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.publishing import chat_templates, tokens_of
+from worker.engine.catalog.publishing import chat_templates
 from worker.engine.libraries import in_one_line
 
 
@@ -41,7 +41,7 @@ def check_templates(plan: MergePlan, asked: str | None) -> list[str]:
         )
     notes = [f"the most common chat template, which is published, is no Jinja: {chosen}"] if chosen else []
     for info in plan.published:
-        owner = tokens_of(plan, info)
+        owner = plan.tokens_of(info)
         for name, template in chat_templates(owner).items():
             is_replaced = name == "chat template" and plan.chat_template is not None
             if not is_replaced and (problem := problem_of(template)):

@@ -24,8 +24,7 @@ def check_tokenizers(plan: MergePlan) -> None:
     Raises:
         InvalidCheckpoint: it does not.
     """
-    owners = plan.published if plan.vocabulary is None else (plan.vocabulary.owner,)
-    for info in {digest_tokenizer(info): info for info in owners}.values():
+    for info in {digest_tokenizer(info): info for info in map(plan.tokens_of, plan.published)}.values():
         folder = info.tokenizer_path
         if not (folder / "tokenizer.json").exists():
             continue
@@ -38,12 +37,11 @@ def check_tokenizers(plan: MergePlan) -> None:
             raise InvalidCheckpoint(info.source, problem, file="tokenizer.json") from error
 
 
-def write_tokenizer(info: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:
-    """The model's own files where all models have the same vocabulary; else its owner's, with new tokens.
+def write_tokenizer(owner: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:
+    """The files of the tokenizer's owner, with the new tokens of the vocabulary if it has any.
 
     New tokens are in tokenizer.json alone, which is what is read first; other files with tokens are left out.
     """
-    owner = info if vocabulary is None else vocabulary.owner
     new = vocabulary is not None and vocabulary.new
     for name, file in companions(owner).items():
         if not (new and name in OLDER_VOCABULARIES):

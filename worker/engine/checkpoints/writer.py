@@ -212,7 +212,7 @@ def write_models(
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(folder / INDEX, index)
         _write_config(info, plan, folder)
-        write_tokenizer(info, plan.vocabulary, folder)
+        write_tokenizer(plan.tokens_of(info), plan.vocabulary, folder)
         if plan.chat_template is not None:
             write_chat_template(plan.chat_template, folder)
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}

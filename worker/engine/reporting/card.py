@@ -36,7 +36,7 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         what = "Each folder under `models/` is a whole model: the merged backbone and that model's own head."
     loading = ["```python", f"from transformers import {auto_class}", ""]
     loading.append(f'model = {auto_class}.from_pretrained("{where}")')
-    if plan.published[0].vocabulary:
+    if plan.tokens_of(plan.published[0]).vocabulary:
         loading[1] += ", AutoTokenizer"
         loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{where}")')
     library = "transformers"
