@@ -17,6 +17,7 @@ from app.contracts.settings import Settings
 from app.main import create_app
 
 MOST_CONNECTIONS = 1000
+MOST_HEADER_BYTES = 16_384  # of a request, with its first line
 OTHER_FILES = 400  # that the process may have open beside those of connections, most of them to Redis
 FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is one, and what it downloads another
 
@@ -42,6 +43,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 http=connection,
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
                 ws="none",
                 proxy_headers=False,  # nothing depends on what they say
                 log_level=settings.log_level.lower(),
@@ -103,7 +105,12 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers a malformed request; uvicorn calls it for h11's errors, and its own answer is plain text."""
-        self._close(ProblemError(Problem.MALFORMED, f"the request is not HTTP as it is taken here: {sys.exception()}"))
+        error = sys.exception()
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
+            problem = f"the request's line and headers have more than {MOST_HEADER_BYTES} bytes"
+            self._close(ProblemError(Problem.HEADERS_TOO_LARGE, problem))
+        else:
+            self._close(ProblemError(Problem.MALFORMED, f"the request is not HTTP as it is taken here: {error}"))
 
     def _await_request(self) -> None:
         self._stop_waiting()

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
 
-from app.api.conditional import IfNoneMatch
+from app.api.conditional import PreconditionsOf
 from app.api.dependencies import RecordOf, ServicesOf, get_record
 from app.api.files import ArchiveResponse, held_open, media_type, serve
 from app.api.openapi import RANGES, Responses, file_responses, headers
@@ -71,20 +71,20 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
     responses=file_responses("*/*"),
     openapi_extra=RANGES,
 )
-def get_file(name: str, record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
+def get_file(name: str, record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
     """One file: ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530).
 
     It is sent to its end also when the job is removed meanwhile.
     """
-    return serve(*_file(name, record, services), if_none_match)
+    return serve(*_file(name, record, services), preconditions)
 
 
 @router.get(
     "/jobs/{job_id}/report", response_class=FileResponse, responses=file_responses("text/html"), openapi_extra=RANGES
 )
-def report(record: RecordOf, services: ServicesOf, if_none_match: IfNoneMatch = None) -> Response:
+def report(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
     """The report page."""
-    response = serve(*_file("report.html", record, services), if_none_match, "inline")
+    response = serve(*_file("report.html", record, services), preconditions, "inline")
     response.headers.update({"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
     return response
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse
 
-from app.api.conditional import IfNoneMatch
+from app.api.conditional import PreconditionsOf
 from app.api.files import held_open, serve
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
@@ -55,7 +55,7 @@ def page() -> HTMLResponse:
 
 
 @router.get("/docs/{name}")
-def part(name: str, if_none_match: IfNoneMatch = None) -> Response:
+def part(name: str, preconditions: PreconditionsOf) -> Response:
     if name not in PARTS:
         raise ProblemError(Problem.NOT_FOUND, f"the page has no part '{name}'")
-    return serve(*held_open(PARTS[name]), if_none_match, "inline")
+    return serve(*held_open(PARTS[name]), preconditions, "inline")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
+from email.utils import formatdate
 from pathlib import Path
 
 from fastapi import Response
@@ -15,7 +16,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from app.api.conditional import is_current, not_modified
+from app.api.conditional import Preconditions, not_modified
 from app.api.ranges import wanted_ranges
 from app.storage.files import Damaged, StoredFile
 
@@ -88,14 +89,14 @@ def held_open(file: StoredFile) -> tuple[StoredFile, ExitStack]:
     return replace(file, path=Path(f"/proc/self/fd/{stream.fileno()}")), held
 
 
-def serve(
-    file: StoredFile, held: ExitStack, if_none_match: Sequence[str] | None, disposition: str = "attachment"
-) -> Response:
+def serve(file: StoredFile, held: ExitStack, preconditions: Preconditions, disposition: str = "attachment") -> Response:
     """The file, or 304 when the caller has it; either way `held` is closed in the end."""
-    if is_current(if_none_match, _etag(file)):
-        held.close()
-        return not_modified(_etag(file))
-    return StoredFileResponse(file, disposition, held)
+    with held:
+        modified = file.path.stat().st_mtime
+        if not preconditions.is_current(_etag(file), modified):
+            return StoredFileResponse(file, disposition, held.pop_all())
+    headers = {"Cache-Control": CACHING, "Last-Modified": formatdate(modified, usegmt=True)}
+    return not_modified(_etag(file), headers)
 
 
 def media_type(name: str) -> str:

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.conditional import IfNoneMatch, is_current, not_modified
+from app.api.conditional import PreconditionsOf, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, get_record, no_job
 from app.api.openapi import ETAG, NOT_MODIFIED, headers
 from app.api.paging import Limit
@@ -54,27 +54,28 @@ async def get_job(
     services: ServicesOf,
     response: Response,
     wait: Wait,
-    if_none_match: IfNoneMatch = None,
+    preconditions: PreconditionsOf,
 ) -> Job | Response:
     """A job. Its ETag changes with every write; `If-None-Match` answers 304 while it has not.
 
     `Prefer: wait=N` waits up to N (at most 60) seconds for a change: of what `If-None-Match` names, or, without it, of
     a job that has not ended.
     """
-    is_known = is_current(if_none_match, _etag(record))
-    if wait is not None and (is_known or (if_none_match is None and not record.status.is_final)):
+    is_known = preconditions.is_current(_etag(record))
+    if wait is not None and (is_known or (not preconditions.names_known and not record.status.is_final)):
         await services.watcher.change(record.id, record.revision, wait)
         record = await run_in_threadpool(get_record, record.id, services)
     etag = _etag(record)
-    if is_current(if_none_match, etag):
+    if preconditions.is_current(etag):
         return not_modified(etag, applied(wait))
     response.headers.update({"ETag": etag, "Cache-Control": "no-cache", **applied(wait)})
     return record.public()
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202)
-def cancel(record: RecordOf, services: ServicesOf) -> Job:
+def cancel(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Cancel a job: at once while it waits, within 5 s while it runs. 409 when it has succeeded or failed."""
+    preconditions.check(_etag(record))
     status = services.store.cancel(record.id)
     if status is Status.CANCELLED:  # while it waited; else its worker removes what was tried
         services.searches.remove(record.id)
@@ -84,8 +85,9 @@ def cancel(record: RecordOf, services: ServicesOf) -> Job:
 
 
 @router.post("/jobs/{job_id}/retry", status_code=202)
-def retry(record: RecordOf, services: ServicesOf) -> Job:
+def retry(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Queue a failed or cancelled job again, as a new attempt. 409 when it is neither."""
+    preconditions.check(_etag(record))
     if not services.jobs.retry(record.id):
         detail = f"job {record.id} is {record.status.value}; only a failed or cancelled job can be tried again"
         raise ProblemError(Problem.CONFLICT, detail)
@@ -93,11 +95,12 @@ def retry(record: RecordOf, services: ServicesOf) -> Job:
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
-def delete(record: RecordOf, services: ServicesOf) -> None:
+def delete(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> None:
     """Remove a job that has ended: its record and its artifact. 409 while it is active; 404 when it is removed already.
 
     Downloads that have begun go on to their end.
     """
+    preconditions.check(_etag(record))
     deleted = services.store.delete(record.id)
     if deleted is Deleted.NOT_ENDED:
         current = get_record(record.id, services)

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Body, Path, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
-from app.api.conditional import IfNoneMatch
+from app.api.conditional import PreconditionsOf
 from app.api.dependencies import ServicesOf
 from app.api.files import ArchiveResponse, serve
 from app.api.openapi import ACCEPTED, RANGES, file_responses
@@ -122,7 +122,7 @@ def list_scores(
 def get_scores(
     digest: Annotated[str, Path(pattern=DIGEST, description="A statistic's digest")],
     services: ServicesOf,
-    if_none_match: IfNoneMatch = None,
+    preconditions: PreconditionsOf,
 ) -> Response:
     """A statistic's safetensors file, with ranges and a strong ETag; one of several parts comes as a tar of them."""
     address = digest.removeprefix(PREFIX)
@@ -132,7 +132,7 @@ def get_scores(
     except FileNotFoundError as error:
         raise ProblemError(Problem.NOT_FOUND, f"no statistic {address} is kept") from error
     if len(files) == 1:
-        return serve(files[0], held, if_none_match)
+        return serve(files[0], held, preconditions)
     return ArchiveResponse(files, kept.title, kept.about.created_at, held)
 
 

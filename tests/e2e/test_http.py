@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 import socket
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -210,6 +212,59 @@ def test_several_ranges_come_as_parts_and_what_is_no_range_is_not_read_as_one(
     beyond = service.get(path, headers={"Range": "bytes=9999999-"})
     assert_problem(beyond, 416, "range_not_satisfiable")
     assert beyond.headers["Content-Range"] == f"bytes */{len(whole)}"
+
+
+# --- conditions
+
+
+def test_files_are_sent_on_the_conditions_that_a_request_makes(service: Service, job: dict[str, Any]) -> None:
+    path = f"/jobs/{job['id']}/artifacts/models/a/config.json"
+    whole = service.get(path)
+    etag, modified = whole.headers["ETag"], whole.headers["Last-Modified"]
+    made = parsedate_to_datetime(modified)
+    earlier, later = (format_datetime(made + timedelta(seconds=by), usegmt=True) for by in (-1, 1))
+    statuses = {
+        200: [
+            {"If-Match": etag}, {"If-Match": f'"other", {etag}'}, {"If-Match": "*"},
+            {"If-Unmodified-Since": modified}, {"If-Unmodified-Since": later}, {"If-Unmodified-Since": "yesterday"},
+            {"If-Match": etag, "If-Unmodified-Since": earlier},
+            {"If-Modified-Since": earlier}, {"If-Modified-Since": "never"},
+            {"If-None-Match": '"other"', "If-Modified-Since": later},
+            {"Range": "bytes=0-1", "If-Range": f"W/{etag}"}, {"Range": "bytes=0-1", "If-Range": modified},
+        ],
+        206: [{"Range": "bytes=0-1", "If-Match": etag}, {"Range": "bytes=0-1", "If-Range": etag}],
+        304: [
+            {"If-None-Match": f"W/{etag}"}, {"If-None-Match": "*"}, {"If-Match": etag, "If-None-Match": etag},
+            {"If-Modified-Since": modified}, {"If-Modified-Since": later},
+        ],
+        412: [
+            {"If-Match": '"other"'}, {"If-Match": f"W/{etag}"}, {"If-Match": "", "If-None-Match": etag},
+            {"If-Unmodified-Since": earlier}, {"If-Match": '"other"', "If-Unmodified-Since": later},
+            {"Range": "bytes=0-1", "If-Match": '"other"'},
+        ],
+    }  # fmt: skip
+    for status, cases in statuses.items():
+        for headers in cases:
+            answer = service.get(path, headers=headers)
+            assert answer.status_code == status, headers
+            if status == 412:
+                assert_problem(answer, 412, "precondition_failed")
+            else:
+                assert answer.headers["ETag"] == etag
+                assert answer.headers["Last-Modified"] == modified
+                assert answer.headers["Cache-Control"] == whole.headers["Cache-Control"]
+
+
+def test_a_job_is_changed_on_the_conditions_that_a_request_makes(service: Service, job: dict[str, Any]) -> None:
+    path = f"/jobs/{job['id']}"
+    etag = service.get(path).headers["ETag"]
+    assert service.get(path, headers={"If-Match": etag}).status_code == 200
+    assert_problem(service.get(path, headers={"If-Match": '"other"'}), 412, "precondition_failed")
+    with service.http as http:
+        for method, action in (("POST", "/cancel"), ("POST", "/retry"), ("DELETE", "")):
+            for headers in ({"If-Match": '"other"'}, {"If-None-Match": etag}):
+                assert_problem(http.request(method, path + action, headers=headers), 412, "precondition_failed")
+    assert service.get(path).headers["ETag"] == etag
 
 
 # --- bodies and parameters
