@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,67 @@ def test_every_tensor_is_what_peft_makes_of_it(base: Path, tmp_path: Path, kind:
         torch.testing.assert_close(found[name], tensor.detach(), rtol=0, atol=ROUNDING)
     assert sum(tensor.delta is not None for tensor in info.tensors.values()) >= 4
     assert (info.config["architectures"], len(info.config["id2label"])) == (["BertForSequenceClassification"], 3)
+
+
+REGULAR = r"(?:.*?(?:encoder|text).*?(?:self|mlp).*?(?:query|value).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:q_proj))"
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "transposed layers, which are not": {"fan_in_fan_out": True},
+    "a pattern": {"target_modules": r"bert\.encoder\.layer\.\d+\.attention\.self\.(query|value)"},
+    "a pattern of Unsloth": {"target_modules": REGULAR},
+    "all linear layers": {"target_modules": "all-linear"},
+    "longer ends of names": {"target_modules": ["self.query", "attention.self.value"]},
+    "all layers": {"layers_to_transform": [0, 1]},
+    "all layers of a list": {"layers_to_transform": [0, 1], "layers_pattern": "layer"},
+    "all layers of lists": {"layers_to_transform": [0, 1], "layers_pattern": ["blocks", "encoder.layer"]},
+    "no layers": {"layers_to_transform": []},
+    "what is excluded elsewhere": {"exclude_modules": ["key", "pooler.dense"]},
+    "a pattern that excludes nothing of it": {"exclude_modules": r".*\.key"},
+    "a module stored whole that is there": {"modules_to_save": ["classifier"]},
+    "biases of a setting that stores none": {"bias": "all"},
+}
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "fewer targets": {"target_modules": ["value"]},
+    "a pattern that leaves out": {"target_modules": r".*layer\.0\..*(query|value)"},
+    "a pattern for ends of names": {"target_modules": "query|value"},
+    "excluded": {"exclude_modules": ["self.query"]},
+    "excluded by a pattern": {"exclude_modules": r".*1\..*"},
+    "one layer": {"layers_to_transform": 0},
+    "another list of layers": {"layers_to_transform": [0], "layers_pattern": ["blocks", "layer"]},
+    "stored whole": {"modules_to_save": ["encoder.layer.0"]},
+}
+
+
+@pytest.fixture(scope="module")
+def usual(base: Path) -> Path:
+    """An adapter of `query` and `value`."""
+    return tiny_adapter(base.parent / "usual", base, labels=3, seed=4)
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_by_whatever_settings_the_tensors_count_they_count_as_in_peft(
+    base: Path, usual: Path, tmp_path: Path, case: str
+) -> None:
+    adapter = Path(shutil.copytree(usual, tmp_path / "a"))
+    edit_json(adapter / "adapter_config.json", **ACCEPTED[case])
+    expected = dict(whole(base, adapter, 3).named_parameters())
+    found = read(adapted(adapter, base))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor.detach(), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_peft_leaves_out_without_a_word_is_refused(base: Path, usual: Path, tmp_path: Path, case: str) -> None:
+    """PEFT raises an error if all is left out, or makes another model than of all tensors."""
+    adapter = Path(shutil.copytree(usual, tmp_path / "a"))
+    edit_json(adapter / "adapter_config.json", **LEFT_OUT[case])
+    every = read(adapted(usual, base))
+    try:
+        made = dict(whole(base, adapter, 3).named_parameters())
+    except (ValueError, KeyError):
+        made = {}
+    assert any(not torch.allclose(tensor, every[name]) for name, tensor in made.items()) or not made
+    with pytest.raises(InvalidCheckpoint, match=r"tensor base_model\.model\.\S+lora_A\.weight would not count in PEFT"):
+        adapted(adapter, base)
 
 
 @pytest.mark.parametrize("stabilised", [False, True])

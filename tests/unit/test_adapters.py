@@ -149,6 +149,77 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "an alpha that is none": (configured(lora_alpha="x"), ["lora_alpha"]),
     "an infinite alpha": (configured(alpha_pattern={"query": float("inf")}), ["alpha_pattern.query"]),
     "a malformed pattern": (configured(alpha_pattern={"(": 1}), ["pattern '('", "merge_and_unload"]),
+    "fewer targets than tensors": (
+        configured(target_modules=["value"]),
+        ["adapter_model.safetensors", f"{MODULE}.lora_A.weight", "adapter_config.json: target_modules leaves out"],
+    ),
+    "no targets": (configured(target_modules=None), ["adapter_config.json: target_modules is missing"]),
+    "targets that are no names": (configured(target_modules=[1]), ["adapter_config.json: target_modules"]),
+    "a pattern of targets that does not match": (
+        configured(target_modules=r".*layer\.0\..*"), ["layer.1.attention.self.query.lora_A.weight", "target_modules"],
+    ),
+    "a pattern of targets that looks ahead": (
+        configured(target_modules=r"(?=.*query).*"), ["target_modules: the pattern", "merge_and_unload"],
+    ),
+    "targets that are excluded": (
+        configured(exclude_modules=["query"]), [f"{MODULE}.lora_A.weight", "exclude_modules leaves out"],
+    ),
+    "targets that a pattern excludes": (configured(exclude_modules=".*self.query"), ["exclude_modules leaves out"]),
+    "targets in other layers": (
+        configured(layers_to_transform=[0]), ["layer.1.attention.self.query.lora_A", "layers_to_transform leaves out"],
+    ),
+    "layers of another list": (
+        configured(layers_to_transform=[0, 1], layers_pattern="blocks"), [f"{MODULE}.lora_A", "layers_to_transform"],
+    ),
+    "a pattern for lists of layers": (
+        configured(layers_to_transform=[0, 1], layers_pattern="(a*)*"), ["layers_pattern has '(a*)*'", "no name"],
+    ),
+    "layers for a pattern": (
+        configured(target_modules=".*(query|value)", layers_to_transform=[0, 1]), ["layers_to_transform is only for"],
+    ),
+    "lists of layers without layers": (configured(layers_pattern="layer"), ["layers_pattern is only for"]),
+    "layers that are no numbers": (configured(layers_to_transform=["0", "1"]), ["layers_to_transform"]),
+    "targets that are stored whole": (
+        configured(modules_to_save=["attention"]), [f"{MODULE}.lora_A.weight", "modules_to_save", "leaves out"],
+    ),
+    "all linear layers and an embedding": (
+        lambda folder: (
+            added(f"{WORDS}.lora_embedding_A", 4, 100)(folder),
+            added(f"{WORDS}.lora_embedding_B", 16, 4)(folder),
+            configured(target_modules="all-linear")(folder),
+        ),
+        [f"{WORDS}.lora_embedding_A", "target_modules leaves out"],
+    ),
+    "an embedding as a linear layer": (
+        lambda folder: (
+            renamed("layer.0.attention.self.query", "word_embeddings")(folder),
+            configured(target_modules=["word_embeddings", "query", "value"])(folder),
+        ),
+        ["word_embeddings.lora_A.weight", "PEFT reads lora_embedding_A"],
+    ),
+    "a linear layer as an embedding": (
+        lambda folder: (
+            renamed("query.lora_A.weight", "query.lora_embedding_A")(folder),
+            renamed("query.lora_B.weight", "query.lora_embedding_B")(folder),
+        ),
+        ["query.lora_embedding_A", "of an embedding"],
+    ),
+    "factors of two kinds": (
+        renamed(f"{MODULE}.lora_A.weight", f"{MODULE}.lora_embedding_A"),
+        [f"{MODULE}.lora_embedding_A", "another kind"],
+    ),
+    "two factors of one module": (
+        added(f"{MODULE}.base_layer.lora_A.weight", 4, 16), [f"{MODULE}.base_layer.lora_A.weight", "both of"],
+    ),
+    "a bias of an adapted layer": (added(f"{MODULE}.bias", 16), [f"{MODULE}.bias", f"{MODULE}.base_layer.bias"]),
+    "a wrapped bias of another layer": (
+        added(f"{MODULE.replace('query', 'key')}.base_layer.bias", 16), ["key.base_layer.bias", "no matrices"],
+    ),
+    "a copy without what it is of": (
+        renamed("model.classifier.weight", "model.classifier.modules_to_save.weight"),
+        ["classifier.modules_to_save.weight", "base_model.model.classifier.weight", "missing"],
+    ),
+    "a switch that is text": (configured(use_rslora="false"), ["use_rslora"]),
     "another task": (configured(task_type="TOKEN_CLS"), ["TOKEN_CLS", "SEQ_CLS"]),
     "a pickle": (pickled, ["adapter_model.bin", "save_file"]),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), ["safetensors is missing"]),
@@ -181,7 +252,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "factors that do not fit": (added(f"{MODULE}.lora_B.weight", 17, 4), ["lora_B of [17, 4]", "[16, 16]"]),
     "a convolution": (added(f"{MODULE}.lora_A.weight", 4, 16, 3), ["no matrix"]),
     "a vector as target": (
-        lambda folder: renamed("attention.self.query", "output.LayerNorm")(folder), ["output.LayerNorm", "no matrix"],
+        lambda folder: (
+            renamed("attention.self.query", "output.LayerNorm")(folder),
+            configured(target_modules=["query", "value", "LayerNorm"])(folder),
+        ),
+        ["output.LayerNorm", "no matrix"],
     ),
     "code in a configuration": (
         lambda folder: (folder / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Model"}}'), ["auto_map"],

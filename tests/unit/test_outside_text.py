@@ -11,7 +11,7 @@ from app.services.json_text import NotJson, parse_json
 from app.services.mergekit import HUB_NAME
 from app.storage.inputs import HUB, JOB
 from tests.conftest import keeps_within
-from worker.engine.catalog import adapters, headers, labels, layouts, modules, vocabulary
+from worker.engine.catalog import adapter_targets, adapters, headers, labels, layouts, modules, vocabulary
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
@@ -51,6 +51,15 @@ def _patterns(text: str) -> None:
             ModulePatterns({pattern: 1.0}).value(name, 2.0)
 
 
+def _targets(text: str) -> None:
+    for settings, module in (({"layers_pattern": text}, "a.b"), ({"exclude_modules": text}, "a.b"), ({}, f"{text}.b")):
+        config = adapter_targets.TargetConfig.model_validate(
+            {"target_modules": ["b"], "layers_to_transform": [1], **settings}
+        )
+        with suppress(ValueError):
+            adapter_targets.Targets(config).left_out_by(module, is_embedding=False)
+
+
 READERS: Mapping[str, Callable[[str], object]] = {
     "layers": layouts.layer_of,
     "places": layouts.is_before_layers,
@@ -59,6 +68,10 @@ READERS: Mapping[str, Callable[[str], object]] = {
     "packed weights": _packed,
     "families": _family_slots,
     "wrappers of adapters": lambda text: adapters.WRAPPERS.sub("", text),
+    "embeddings of adapters": lambda text: [
+        one.search(text) for one in (adapters.EMBEDDING, adapters.MAY_BE_EMBEDDING)
+    ],
+    "layers of adapters": _targets,
     "positions": vocabulary.POSITIONS.search,
     "tokens": lambda text: vocabulary.is_token_indexed(text, (2, 2), 2),
     "labels": labels.normal,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from worker.engine.catalog.patterns import ModulePatterns
+from worker.engine.catalog.patterns import Budget, ModulePatterns, Pattern
 
 NAMES = (
     "query",
@@ -46,6 +46,15 @@ PATTERNS = (
     "x?query",
     r"\w+",
     "bert",
+    "(bert|encoder|layer|[.0-9])*.*query",
+    r"(?:.*?(?:language|bert).*?(?:self|mlp).*?(?:key|query).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.(?:(?:up_proj)))",
+    r"layers\.\d{2}\.mlp\..*",
+    r"layers\.\d{0,1}\.mlp\..*",
+    r".*\b(query)\b",
+    r"\D+",
+    "((x)?query)",
+    "(a*)*query",
+    "q{0}query",
 )
 
 
@@ -56,6 +65,14 @@ def test_a_pattern_matches_the_names_that_it_matches_in_peft(pattern: str) -> No
     assert found == [name for name in NAMES if re.match(rf"(.*\.)?({pattern})$", name)]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_matches_whole_names_and_parts_of_them_as_in_peft(pattern: str) -> None:
+    found = Pattern(pattern, Budget())
+    assert [name for name in NAMES if found.is_all_of(name)] == [name for name in NAMES if re.fullmatch(pattern, name)]
+    expected = [name for name in NAMES if re.match(rf"(^|.*\.)(?:{pattern})($|\..*)", name)]
+    assert [name for name in NAMES if found.is_part_of(name)] == expected
+
+
 def test_the_first_pattern_that_matches_counts() -> None:
     patterns = ModulePatterns({"0.attention.self.query": 1, "query": 2, r"bert.*": 3})
     values = [patterns.value(name, 4) for name in (NAMES[1], NAMES[2], NAMES[3], NAMES[4])]
@@ -63,7 +80,8 @@ def test_the_first_pattern_that_matches_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", ")", "(a)*", "(a{9}){9}", "a{3}", r"(a)\1", "[z-a]", "(?=a)", "((a))", "a**", "*"]
+    "pattern",
+    ["(", ")", "a{3,2}", "a{1000}", r"(a)\1", "[z-a]", "(?=a)", "(?i:a)", "a**", "a*+", "*", "^*", "(" * 21 + ")" * 21],
 )
 def test_more_than_names_need_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="pattern"):
@@ -79,3 +97,14 @@ def test_many_patterns_that_could_match_in_many_ways_are_given_up() -> None:
     patterns = ModulePatterns({".*" * 400 + str(number): 1 for number in range(100)})
     with pytest.raises(ValueError, match="too long to match"):
         patterns.value("a" * 1000, 0)
+
+
+@pytest.mark.parametrize("pattern", ["(a*)*b", "(a|a)*b", "(" * 20 + "a" + ")*" * 20, "((.*)*)*b"])
+def test_groups_that_repeat_are_matched_at_once(pattern: str) -> None:
+    assert not Pattern(pattern, Budget()).is_all_of("a" * 500 + "c")
+
+
+@pytest.mark.parametrize("pattern", ["((a{0,999}){999}){999}b", "(((){999}){999}){999}b"])
+def test_groups_that_repeat_very_often_are_given_up(pattern: str) -> None:
+    with pytest.raises(ValueError, match="too long to match"):
+        Pattern(pattern, Budget()).is_all_of("a" * 500 + "c")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, StrictBool, ValidationError
 
+from worker.engine.catalog.adapter_targets import TargetConfig, Targets
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES, Family, Kind
 from worker.engine.catalog.headers import (
@@ -53,20 +54,29 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 """Kinds of `init_lora_weights` that leave the base's weights as they are; others move a part of them into the adapter,
 whose base is then another."""
 HARMLESS = {
-    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules",
+    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-"""Keys of `adapter_config.json` that say how it was trained, or what its tensors say as well."""
+"""Keys of `adapter_config.json` that say how it was trained, or what its tensors say as well. PEFT itself corrects
+`fan_in_fan_out` for each layer by the layer's kind."""
 TASK_CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
 """Ends of the names of the classes that PEFT trains for each task."""
-TRANSPOSED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose linear layers are stored as (inputs, outputs)."""
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+"""Model types that have layers which are stored as (inputs, outputs)."""
+TRANSPOSED_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""Names of these layers."""
+EMBEDDING = re.compile(
+    r"shared|wte|wpe|embeddings|(word|token|token_type|tok|position|rel|lang)_embeddings?"
+    r"|embed_(tokens|in|positions)|(tokens|positions)_embed|relative_attention_bias"
+)
+"""Last parts of names of modules that are embeddings, not linear layers."""
+MAY_BE_EMBEDDING = re.compile(r"emb|token|posi|shared|wte|wpe|relative_attention_bias|\Aw\Z")
+"""The same of modules that may be embeddings."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 LARGEST_SCALING = 3.4e38  # of float32, in which it is multiplied
 MAX_LABELS = 100_000  # that get names: a header may claim any number
@@ -78,20 +88,18 @@ MERGE_IT = "merge it into its base with PEFT (merge_and_unload) and name the res
 Rank = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(TargetConfig):
     """`adapter_config.json`, as far as it changes what the adapter computes; other keys are in `model_extra`."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     peft_type: str
-    task_type: str | None = None
     base_model_name_or_path: str | None = None
     r: Rank
     lora_alpha: float
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False
+    use_rslora: StrictBool | None = False
     init_lora_weights: bool | str | None = True
 
 
@@ -152,6 +160,7 @@ def _adapter(path: Path, source: str) -> Adapter:
             raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG} and {name} are both there; leave the one that is meant")
     factors: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
+    copies: dict[str, TensorInfo] = {}
     embeddings = set()
     for tensor in read_header(path / ADAPTER_WEIGHTS, source):
         if not tensor.name.startswith(PREFIX):
@@ -161,11 +170,16 @@ def _adapter(path: Path, source: str) -> Adapter:
         if ".original_module." in tensor.name:  # what modules_to_save replaces; with its biases, PEFT saves these too
             continue
         name = WRAPPERS.sub("", tensor.name.removeprefix(PREFIX))
+        if ".modules_to_save." in tensor.name:  # as here: PEFT reads it under its name without that
+            copies[name] = tensor
+            continue
         end = next((end for end in FACTORS if name.endswith(f".{end}")), None)
         if end is not None:
             module = name.removesuffix(f".{end}")
             factor, is_embedding = FACTORS[end]
-            factors.setdefault(module, {})[factor] = tensor
+            if factors.setdefault(module, {}).setdefault(factor, tensor) is not tensor:
+                problem = f"tensors {factors[module][factor].name} and {tensor.name} are both of {module}"
+                raise InvalidCheckpoint(source, f"{problem}; save it again")
             if is_embedding:
                 embeddings.add(module)
         elif ".lora_" in name:
@@ -177,7 +191,46 @@ def _adapter(path: Path, source: str) -> Adapter:
     for module, pair in factors.items():
         if len(pair) < 2:
             raise InvalidCheckpoint(source, f"of {module}, only one of the tensors lora_A and lora_B is there")
-    return Adapter(source, config, factors, frozenset(embeddings), whole)
+        if (pair["a"].name.endswith("lora_embedding_A")) is not pair["b"].name.endswith("lora_embedding_B"):
+            raise _left_out(source, pair["a"], f"tensor {pair['b'].name} is of another kind of layer")
+    adapter = Adapter(source, config, factors, frozenset(embeddings), whole)
+    _refuse_left_out(adapter, copies)
+    return adapter
+
+
+def _refuse_left_out(adapter: Adapter, copies: Mapping[str, TensorInfo]) -> None:
+    """Raises InvalidCheckpoint where PEFT would leave a tensor out without a word, and so make another model."""
+    for name, tensor in copies.items():
+        if name not in adapter.whole:
+            problem = f"PEFT reads {PREFIX}{name} in its place, which is missing"
+            raise _left_out(adapter.source, tensor, problem)
+    for name, tensor in adapter.whole.items():
+        module, is_wrapped = name.rpartition(".")[0], ".base_layer." in tensor.name
+        if is_wrapped is not (module in adapter.factors):
+            problem = f"{module} has {'no' if is_wrapped else ''} matrices of its own, so that PEFT expects the name "
+            expected = f"{PREFIX}{name}" if is_wrapped else f"{PREFIX}{module}.base_layer.{name.rpartition('.')[2]}"
+            raise _left_out(adapter.source, tensor, f"{problem}{expected}")
+    if not adapter.factors:
+        return
+    try:
+        targets = Targets(adapter.config)
+        for module, pair in adapter.factors.items():
+            is_embedding, last = module in adapter.embeddings, module.rpartition(".")[2]
+            key = targets.left_out_by(module, is_embedding)
+            if key is not None:
+                raise _left_out(adapter.source, pair["a"], f"{ADAPTER_CONFIG}: {key} leaves out {module}")
+            if is_embedding and MAY_BE_EMBEDDING.search(last) is None:
+                raise _left_out(adapter.source, pair["a"], "its name is of an embedding, and the module's of none")
+            if not is_embedding and EMBEDDING.fullmatch(last):
+                problem = "of an embedding PEFT reads lora_embedding_A and lora_embedding_B"
+                raise _left_out(adapter.source, pair["a"], problem)
+    except ValueError as error:
+        raise InvalidCheckpoint(adapter.source, f"{ADAPTER_CONFIG}: {error}; {MERGE_IT}") from error
+
+
+def _left_out(source: str, tensor: TensorInfo, problem: str) -> InvalidCheckpoint:
+    problem = f"{ADAPTER_WEIGHTS}: tensor {tensor.name} would not count in PEFT: {problem}"
+    return InvalidCheckpoint(source, f"{problem}; correct that, or leave the tensor out", tensor=tensor.name)
 
 
 def _config(path: Path, source: str) -> AdapterConfig:
@@ -283,16 +336,20 @@ def _low_rank(
         problem = f"tensor {a.name} adapts {matrix.name}, which is no matrix; {MERGE_IT}"
         raise InvalidCheckpoint(adapter.source, problem)
     adds = (b.shape[0], a.shape[1])
-    if module in adapter.embeddings:
-        transposed = True
-    elif adds[0] != adds[1]:
-        transposed = matrix.shape != adds
-    else:  # square: by the kind of its layer, since the one flag is of all layers together
-        transposed = adapter.config.fan_in_fan_out or base.model_type in TRANSPOSED_TYPES
+    # By the kind of the layer, as in PEFT: the one flag fan_in_fan_out is of all layers together.
+    transposed = module in adapter.embeddings or _is_transposed(module, base.config)
     if b.shape[1] != rank or matrix.shape != (adds[::-1] if transposed else adds):
         problem = f"of shape {list(a.shape)}, with lora_B of {list(b.shape)}, does not fit {matrix.name}"
         raise _misfit(adapter, base, a, f"{problem}, {list(matrix.shape)}")
     return LowRank(a, b, scaling, transposed)
+
+
+def _is_transposed(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether the layer is stored as (inputs, outputs) in a model of this configuration, or in a part of it."""
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    return module.rpartition(".")[2] in TRANSPOSED_LAYERS and any(
+        part.get("model_type") in TRANSPOSED for part in parts
+    )
 
 
 def _of_base(base: CheckpointInfo, family: Family | None) -> dict[str, TensorInfo]:
@@ -352,10 +409,9 @@ def _check_complete(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str
     lists are adapted may not have been in the model that was trained. Experts are not looked for: transformers holds
     those of a layer as one tensor, which plain names do not adapt.
     """
-    said = adapter.config.model_extra or {}
-    targets = said.get("target_modules")
-    chosen = [said.get(key) for key in ("layers_to_transform", "exclude_modules")]
-    if not isinstance(targets, list) or any(value not in (None, []) for value in chosen):
+    config = adapter.config
+    targets = config.target_modules
+    if not isinstance(targets, list) or config.layers_to_transform not in (None, []) or config.exclude_modules:
         return
     layers = {name: layer for name in tensors if (layer := layer_of(name)) and ".experts." not in name}
     adapted = {name for name, tensor in tensors.items() if tensor.delta is not None}

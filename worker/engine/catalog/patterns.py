@@ -7,83 +7,164 @@ memory to read one. What names need of them is matched here, by the set of place
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import Protocol
 
 STEPS = 5_000_000  # of all matching together: some seconds; thousands of names with as many patterns take a tenth
 LONGEST = 1000  # characters
-PIECE = re.compile(
-    r"(?P<anchor>[\^$])"
-    r"|(?P<one>\\[.\-dw]|\.|\[\^?[\w.\-]+\]|[\w\-])(?P<times>[*+?]\??)?"
-    r"|\((\?:)?(?P<group>[^()]*)\)",
-    re.ASCII,
-)
+DEEPEST = 20  # groups within each other
+CHARACTER = re.compile(r"\\[.\-_dDwW]|\.|\[\^?(?:\\[.\-_dw]|[\w.\-])+\]|[\w\-]", re.ASCII)
+TIMES = re.compile(r"(?:[*+?]|\{(?P<least>\d{1,3})(?:(?P<comma>,)(?P<most>\d{0,3}))?\})\??", re.ASCII)
+PLACE = re.compile(r"\^|\$|\\b")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One character, once or so often as is said, or one of several patterns, or a place."""
+class Budget:
+    """Steps that are left for matching."""
 
-    one: re.Pattern[str] | None = None
-    is_optional: bool = False
-    repeats: bool = False
-    alternatives: tuple[tuple["Piece", ...], ...] = ()
-    anchor: str | None = None
+    def __init__(self, steps: int = STEPS) -> None:
+        self._left = steps
 
-
-class ModulePatterns:
-    """Values by pattern: a module has that of the first that matches its name, or the end of it after a dot.
-
-    Available are characters, `.`, `\\.`, `\\d`, `\\w`, classes as `[0-9]`, after all of these `*`, `+` and `?`, as well
-    as `^`, `$`, `|` and groups without a number of times, as `(0|1)`.
-
-    Raises:
-        ValueError: a pattern has anything else.
-    """
-
-    def __init__(self, values: Mapping[str, float]) -> None:
-        self._values = [(_length(pattern), _alternatives(pattern), value) for pattern, value in values.items()]
-        self._left = STEPS
-
-    def value(self, name: str, default: float) -> float:
-        """Raises ValueError when matching takes more than `STEPS`."""
-        beginnings = {0, *(index + 1 for index, character in enumerate(name) if character == ".")}
-        for length, alternatives, value in self._values:
-            starts = beginnings if length is None else beginnings & {len(name) - length}
-            self._spend(1)
-            if starts and len(name) in self._ends(alternatives, name, starts):
-                return value
-        return default
-
-    def _ends(self, alternatives: tuple[tuple[Piece, ...], ...], name: str, starts: Set[int]) -> set[int]:
-        """Where a match can end that begins at one of `starts`."""
-        ends: set[int] = set()
-        for pieces in alternatives:
-            at = set(starts)
-            for piece in pieces:
-                self._spend(1 + len(at))
-                at = self._after(piece, name, at)
-            ends |= at
-        return ends
-
-    def _after(self, piece: Piece, name: str, at: set[int]) -> set[int]:
-        if piece.anchor is not None:
-            return at & {0 if piece.anchor == "^" else len(name)}
-        if piece.one is None:
-            return self._ends(piece.alternatives, name, at)
-        one = piece.one
-        found: set[int] = set()
-        new = at
-        while new:
-            self._spend(len(new))
-            new = {index + 1 for index in new if index < len(name) and one.fullmatch(name[index])} - found
-            found |= new
-            if not piece.repeats:
-                break
-        return found | at if piece.is_optional else found
-
-    def _spend(self, steps: int) -> None:
+    def spend(self, steps: int) -> None:
+        """Raises ValueError when none are left."""
         self._left -= steps
         if self._left < 0:
             raise ValueError("its patterns take too long to match")
+
+
+class Part(Protocol):
+    """A part of a pattern."""
+
+    def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
+        """Where a match can end that begins at one of `at`."""
+
+
+@dataclass(frozen=True)
+class Character:
+    """One character."""
+
+    one: re.Pattern[str]
+
+    def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
+        """See `Part`."""
+        budget.spend(1 + len(at))
+        return {index + 1 for index in at if index < len(name) and self.one.fullmatch(name[index])}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place between characters: `^`, `$` or `\\b`."""
+
+    which: str
+
+    def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
+        """See `Part`."""
+        budget.spend(1 + len(at))
+        if self.which == "^":
+            return at & {0}
+        if self.which == "$":
+            return at & {len(name)}
+        return {index for index in at if _is_word(name[max(index - 1, 0) : index]) != _is_word(name[index : index + 1])}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several sequences of parts."""
+
+    sequences: tuple[tuple[Part, ...], ...]
+
+    def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
+        """See `Part`."""
+        found: set[int] = set()
+        for parts in self.sequences:
+            budget.spend(1)
+            reached = set(at)
+            for part in parts:
+                if not reached:
+                    break
+                reached = part.after(name, reached, budget)
+            found |= reached
+        return found
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A part, `least` to `most` times."""
+
+    part: Part
+    least: int
+    most: int | None
+
+    def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
+        """See `Part`."""
+        reached = set(at)
+        for _ in range(self.least):
+            reached = self.part.after(name, reached, budget)
+        found, times = set(reached), self.least
+        while reached and (self.most is None or times < self.most):
+            reached = self.part.after(name, reached, budget) - found
+            found |= reached
+            times += 1
+        return found
+
+
+class Pattern:
+    """A regular expression.
+
+    Available are characters, `.`, `\\.`, `\\d`, `\\w`, classes as `[0-9]`, groups as `(0|1)`, after all of these `*`,
+    `+`, `?` and numbers of times as `{1,3}`, as well as `^`, `$`, `\\b` and `|`.
+
+    Args:
+        budget: of all patterns that are matched together.
+
+    Raises:
+        ValueError: the pattern has anything else.
+    """
+
+    def __init__(self, text: str, budget: Budget) -> None:
+        self._parsed, self._budget = _Parser(text).whole(), budget
+
+    def ends(self, name: str, starts: Set[int]) -> set[int]:
+        """Where a match can end that begins at one of `starts`; raises ValueError when that takes too long."""
+        self._budget.spend(1)
+        return self._parsed.after(name, starts, self._budget)
+
+    def is_all_of(self, name: str) -> bool:
+        """Whether the pattern matches all of the name."""
+        return len(name) in self.ends(name, {0})
+
+    def is_part_of(self, name: str) -> bool:
+        """Whether the pattern matches what is between dots in the name, or its ends."""
+        return any(end == len(name) or name[end] == "." for end in self.ends(name, beginnings(name)))
+
+
+class ModulePatterns:
+    """Values by pattern, see `Pattern`: a module has that of the first that matches its name, or its end after a dot.
+
+    Raises:
+        ValueError: a pattern is not available.
+    """
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self._budget = Budget()
+        self._values = [(_length(pattern), Pattern(pattern, self._budget), value) for pattern, value in values.items()]
+
+    def value(self, name: str, default: float) -> float:
+        """Raises ValueError when matching takes more than `STEPS`."""
+        places = beginnings(name)
+        for length, pattern, value in self._values:
+            starts = places if length is None else places & {len(name) - length}
+            self._budget.spend(1)
+            if starts and len(name) in pattern.ends(name, starts):
+                return value
+        return default
+
+
+def beginnings(name: str) -> set[int]:
+    """Where the name begins, and what follows its dots."""
+    return {0, *(index + 1 for index, character in enumerate(name) if character == ".")}
+
+
+def _is_word(text: str) -> bool:
+    return re.fullmatch(r"\w", text) is not None
 
 
 def _length(pattern: str) -> int | None:
@@ -91,31 +172,73 @@ def _length(pattern: str) -> int | None:
     return len(pattern) if re.fullmatch(r"[\w.\-]*", pattern) else None
 
 
-def _alternatives(pattern: str) -> tuple[tuple[Piece, ...], ...]:
-    if len(pattern) > LONGEST:
-        raise ValueError(f"a pattern has more than {LONGEST} characters")
-    alternatives: list[list[Piece]] = [[]]
-    index = 0
-    while index < len(pattern):
-        if pattern[index] == "|":
-            alternatives.append([])
-            index += 1
-            continue
-        match = PIECE.match(pattern, index)
-        if match is None:
-            raise ValueError(f"the pattern '{pattern[:100]}' is more than a pattern of names may be")
-        alternatives[-1].append(_piece(match))
-        index = match.end()
-    return tuple(tuple(pieces) for pieces in alternatives)
+class _Parser:
+    def __init__(self, text: str) -> None:
+        if len(text) > LONGEST:
+            raise ValueError(f"a pattern has more than {LONGEST} characters")
+        self._text, self._index = text, 0
+
+    def whole(self) -> Part:
+        parsed = self._choice(0)
+        if self._index < len(self._text):
+            raise self._unavailable()
+        return parsed
+
+    def _choice(self, depth: int) -> Part:
+        if depth > DEEPEST:
+            raise self._unavailable()
+        sequences: list[list[Part]] = [[]]
+        while self._index < len(self._text) and self._text[self._index] != ")":
+            if self._text[self._index] == "|":
+                self._index += 1
+                sequences.append([])
+            else:
+                sequences[-1].append(self._part(depth))
+        return Choice(tuple(tuple(parts) for parts in sequences))
+
+    def _part(self, depth: int) -> Part:
+        if place := self._take(PLACE):
+            return Place(place[0])
+        if self._text[self._index] == "(":
+            self._index += 1
+            if self._text.startswith("?:", self._index):
+                self._index += 2
+            part = self._choice(depth + 1)
+            if not self._text.startswith(")", self._index):
+                raise self._unavailable()
+            self._index += 1
+        else:
+            character = self._take(CHARACTER)
+            if character is None:
+                raise self._unavailable()
+            part = Character(_compiled(character[0]))
+        times = self._take(TIMES)
+        return part if times is None else _repeated(part, times, self._unavailable())
+
+    def _take(self, expected: re.Pattern[str]) -> re.Match[str] | None:
+        match = expected.match(self._text, self._index)
+        if match is not None:
+            self._index = match.end()
+        return match
+
+    def _unavailable(self) -> ValueError:
+        return ValueError(f"the pattern '{self._text[:100]}' is more than a pattern of names may be")
 
 
-def _piece(match: re.Match[str]) -> Piece:
-    if match["anchor"]:
-        return Piece(anchor=match["anchor"])
-    if match["one"] is None:
-        return Piece(alternatives=_alternatives(match["group"]))
-    times = (match["times"] or "1")[0]
+def _compiled(one: str) -> re.Pattern[str]:
     try:
-        return Piece(re.compile(match["one"]), is_optional=times in "*?", repeats=times in "*+")
+        return re.compile(one)
     except re.error as error:
-        raise ValueError(f"a pattern has the malformed class {match['one'][:100]}") from error
+        raise ValueError(f"a pattern has the malformed class {one[:100]}") from error
+
+
+def _repeated(part: Part, times: re.Match[str], unavailable: ValueError) -> Part:
+    if times["least"] is None:
+        return Repeated(part, int(times[0][0] == "+"), 1 if times[0][0] == "?" else None)
+    least = int(times["least"])
+    if not times["comma"]:
+        return Repeated(part, least, least)
+    most = int(times["most"]) if times["most"] else None
+    if most is not None and most < least:
+        raise unavailable
+    return Repeated(part, least, most)
