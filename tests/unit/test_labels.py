@@ -177,6 +177,7 @@ def test_text_that_is_a_name_is_that_name_even_if_it_spells_a_number() -> None:
     with pytest.raises(InvalidDataset, match="label 4 may be an id or a name"):
         LabelMap(STARS).value(4, "rows", Place("line", 1))
     assert LabelMap(STARS, tuple(STARS.label_ids)).value(4, "rows", Place("line", 1)) == 4
+    assert LabelMap(MORE_STARS, tuple(MORE_STARS.label_ids)).value(4, "rows", Place("line", 1)) == 4
     with pytest.raises(InvalidDataset, match="label '0' is unknown"):
         LabelMap(STARS).value("0", "rows", Place("line", 1))
 
@@ -215,6 +216,12 @@ PAIR = Task("classification", 2, {"not_entailment": 0, "entailment": 1})
 BARE = Task("classification", 3, {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})
 TWINS = Task("classification", 3, {"Yes": 0, "yes": 1, "no": 2})
 SIGNS = Task("classification", 3, {"-1": 0, "0": 1, "1": 2})
+MORE_STARS = Task("classification", 5, {f"{star} star{'s' if star > 1 else ''}": star - 1 for star in range(1, 6)})
+SHUFFLED = Task("classification", 3, {"LABEL_2": 0, "LABEL_0": 1, "LABEL_1": 2})
+TURNED = Task("classification", 2, {"LABEL_1": 0, "LABEL_0": 1})
+LEVELS = Task("classification", 3, {"none": 0, "level 1": 1, "level 2": 2})
+ILLNESSES = Task("classification", 3, {"flu": 0, "Covid-19": 1, "H5N1": 2})
+POINTS = Task("multi_label", 3, {"1 point": 0, "2 points": 1, "3 points": 2})
 DIGITS = Task("classification", 3, {"0": 0, "1": 1, "2": 2})
 TRUTHS = Task("classification", 2, {"True": 0, "False": 1})
 SIX = Task(
@@ -242,6 +249,15 @@ STARRED = Task("multi_label", 3, {"1": 0, "2": 1, "3": 2})
         (DIGITS, "1.0", 1),
         (DIGITS, 1, 1),
         (BARE, "label_2", 2),
+        (BARE, 2, 2),
+        (LEVELS, 2, 2),
+        (LEVELS, "1", 1),
+        (ILLNESSES, 1, 1),
+        (ILLNESSES, "2", 2),
+        (MORE_STARS, "5 Stars", 4),
+        (SHUFFLED, "LABEL_2", 0),
+        (POINTS, [0, 1, 1], (0, 1, 1)),
+        (POINTS, ["2 points"], (0, 1, 0)),
         (PAIR, True, 1),
         (PAIR, "false", 0),
         (PAIR, "True", 1),
@@ -281,6 +297,13 @@ def test_a_label_that_can_mean_one_thing_means_that(task: Task, label: Any, valu
         (TWINS, "YES", ["did you mean 'Yes' or 'yes'?"]),
         (SIGNS, -1, ["may be an id or a name"]),
         (SIGNS, 0, ["may be an id or a name"]),
+        (MORE_STARS, 5, ["label 5", "the label 0 '1 star'", "by 1", "label_names"]),
+        (MORE_STARS, 0, ["may be an id or the number in a name"]),
+        (MORE_STARS, "4", ["label 4 may be an id or the number in a name"]),
+        (MORE_STARS, 4.0, ["label 4 may be an id or the number in a name"]),
+        (SHUFFLED, 0, ["label 0 may be an id", "the label 0 'LABEL_2'", "by 2"]),
+        (TURNED, True, ["may be an id", "'LABEL_1'"]),
+        (POINTS, [0, 2], ["label 0 may be an id", "'1 point'"]),
         (NAMED, True, ["true", "3 labels"]),
         (NAMED, -1, ["out of range", "test splits"]),
         (NAMED, [0, 0, 1], ["list"]),

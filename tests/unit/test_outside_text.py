@@ -75,7 +75,11 @@ READERS: Mapping[str, Callable[[str], object]] = {
     "positions": vocabulary.POSITIONS.search,
     "tokens": lambda text: vocabulary.is_token_indexed(text, (2, 2), 2),
     "labels": labels.normal,
-    "label numbers": lambda text: (labels.NUMBER.fullmatch(text), labels.BARE.fullmatch(text)),
+    "label numbers": lambda text: (
+        labels.NUMBER.fullmatch(text),
+        labels.BARE.fullmatch(text),
+        labels.DIGITS.findall(text),
+    ),
     "files": lambda text: headers.described_files({text, f"1_A/{text}", f"additional_chat_templates/{text}.jinja"}),
     "modules": lambda text: [part.fullmatch(text) for part in (modules.FOLDER, modules.TYPE, modules.ACTIVATION)],
     "references": lambda text: [part.fullmatch(text) for part in (HUB, JOB, HUB_NAME)],

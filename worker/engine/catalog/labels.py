@@ -23,6 +23,7 @@ NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,3})?", re.ASCII
 
 BARE = re.compile(r"(?:label[ _-]?)?(\d{1,9})", re.ASCII | re.IGNORECASE)
 """A name that is only an id, as transformers gives to labels without names."""
+DIGITS = re.compile(r"(?<!\d)\d{1,9}(?!\d)", re.ASCII)
 TRUTH = {"false": False, "true": True}
 LONGEST_NAME = 1000  # characters, of what is compared in other spellings
 SHOWN_NAME = 64
@@ -54,6 +55,18 @@ class Task:
     def numbers_are_names(self) -> bool:
         """Whether a label's name is another number than its id, as those of one to five stars."""
         return any(NUMBER.fullmatch(name) and float(name) != index for name, index in self.label_ids.items())
+
+    @cached_property
+    def number_beside_id(self) -> tuple[int, str] | None:
+        """A number that labels of rows may be and that is in another name than that of the label with this id.
+
+        As `1 star` is for the id 0: then the label 1 of a row may be `1 star` or `2 stars`.
+        """
+        for name, index in self.label_ids.items():
+            numbers = DIGITS.findall(name[:LONGEST_NAME])
+            if len(numbers) == 1 and index != int(numbers[0]) <= self.outputs:
+                return int(numbers[0]), name
+        return None
 
     def id_of(self, name: str) -> int | None:
         """The label of this name, or the only one that differs just in case, spaces, `_` and `-`."""
@@ -222,9 +235,16 @@ class LabelMap:
             raise InvalidDataset(source, "the row has no label", place)
         if not isinstance(label, int):
             raise InvalidDataset(source, f"the label is {type(label).__name__}, not an id or a name", place)
-        if self.names is None and self.task.numbers_are_names and not isinstance(label, bool):
+        if self.names is None and self.task.numbers_are_names:
             problem = f"label {str(label)[:20]} may be an id or a name; names that are numbers are written as text"
             raise InvalidDataset(source, f"{problem}, ids need label_names", place)
+        if self.names is None and self.task.number_beside_id is not None:
+            number, name = self.task.number_beside_id
+            index = self.task.label_ids[name]
+            problem = f"label {str(label)[:20]} may be an id or the number in a name: the checkpoint calls the label "
+            problem += f"{index} '{name[:SHOWN_NAME]}', which may also be meant by {number}"
+            advice = "write names in the rows, or say with label_names which labels the ids 0, 1, … are"
+            raise InvalidDataset(source, f"{problem}; {advice}", place)
         if not 0 <= label < self._count:
             problem = f"label {str(label)[:20]} is out of range: ids are 0 to {self._count - 1}"
             unlabelled = "; -1 is what test splits have in place of labels" if label == -1 else ""
