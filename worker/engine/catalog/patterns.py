@@ -59,9 +59,9 @@ class Place:
         """See `Part`."""
         budget.spend(1 + len(at))
         if self.which == "^":
-            return at & {0}
+            return {0} & at
         if self.which == "$":
-            return at & {len(name)}
+            return {len(name)} & at
         return {index for index in at if _is_word(name[max(index - 1, 0) : index]) != _is_word(name[index : index + 1])}
 
 
