@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, Task, check_metric, label_map
 from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
+from worker.engine.catalog.notes import in_order
 from worker.engine.catalog.parameters import parameter_problems
 from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
 from worker.engine.catalog.rows import check_first_rows
@@ -158,6 +160,9 @@ class Checker:
         if base is not None and not needs_base:
             with _refusing("base"):
                 plan = planned(base=base)
+        with _refusing("output.chat_template"):
+            doubts = _check_templates(plan, output.chat_template)
+        plan = replace(plan, notes=tuple(in_order([*doubts, *plan.notes])))
         if plan.family is None:
             _refuse_rows(request, plan)
         if request.layers is not None:
@@ -234,6 +239,12 @@ class Checker:
             spec = DatasetSpec(source=rows.source, path=file, **columns)
             check_first_rows(spec, labels, least_texts)
         return rows.source
+
+
+def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:
+    from worker.engine.catalog.templates import check_templates  # which loads Jinja: only inspectors need it
+
+    return check_templates(plan, asked)
 
 
 def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> Plan:

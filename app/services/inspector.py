@@ -37,6 +37,7 @@ from app.services.inspection import (
 from app.storage import hub
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import JobInputs, LocalInputs
+from worker.engine.catalog import templates  # noqa: F401 - loaded here, so that copies have it
 from worker.engine.catalog.reading import observed
 
 logger = logging.getLogger(__name__)

@@ -75,6 +75,40 @@ async def refusal(check: Coroutine[Any, Any, Accepted]) -> ProblemError:
     pytest.fail(f"it was accepted: {accepted}")
 
 
+def recipe_with(template: str, *names: str) -> MergeRequest:
+    recipe = tiny_recipe(*names, name="average")
+    return MergeRequest.model_validate({**recipe, "output": {**recipe.get("output", {}), "chat_template": template}})
+
+
+def test_a_chat_template_that_is_no_jinja_is_refused_at_the_door(inputs: Path, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with inspecting(inputs, tmp_path) as inspectors:
+            for template in ("{% broken", "{% if a %}", "{{ " + "(" * 9000):
+                error = await refusal(inspectors.check(recipe_with(template, "a", "b"), {}))
+                assert (error.problem, error.errors[0].field) == (Problem.INVALID_REQUEST, "output.chat_template")
+                assert "it is no Jinja: " in error.detail
+            ours = "{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}"
+            accepted = await inspectors.check(recipe_with(ours, "a", "b"), {})
+            assert accepted.request["output"]["chat_template"] == ours
+
+    run(test)
+
+
+def test_a_checkpoints_template_that_is_no_jinja_is_told_before_the_job(inputs: Path, tmp_path: Path) -> None:
+    async def test() -> None:
+        shutil.copytree(inputs / "checkpoints" / "a", inputs / "checkpoints" / "broken", dirs_exist_ok=True)
+        (inputs / "checkpoints" / "broken" / "chat_template.jinja").write_text("{% broken")
+        async with inspecting(inputs, tmp_path) as inspectors:
+            recipe = tiny_recipe("a", "b", name="average")
+            recipe["models"][0]["checkpoint"] = "local:checkpoints/broken"
+            accepted = await inspectors.check(MergeRequest.model_validate(recipe), {})
+        assert accepted.plan is not None
+        told = "the chat template of local:checkpoints/broken is no Jinja"
+        assert accepted.plan.notes[0].startswith(told)
+
+    run(test)
+
+
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), HANGS_S))
 

@@ -15,9 +15,8 @@ from app.contracts.jobs import ErrorCode, JobError
 from tests.conftest import RESULT
 from worker.engine.catalog import paths
 from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.paths import hide, without_paths
+from worker.engine.catalog.paths import hide, in_one_line, without_paths
 from worker.engine.catalog.report import MergeResult
-from worker.engine.libraries import in_one_line
 
 HOME = str(Path.home())
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy", "sklearn")
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy", "sklearn", "jinja2")
 MOST_BYTES = 150_000_000
 
 PROBE = """

@@ -10,7 +10,7 @@ from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.notes import Doubt
 from worker.engine.catalog.planning import plan_merge
 from worker.engine.catalog.publishing import with_companions
-from worker.engine.checkpoints.templates import check_templates, problem_of
+from worker.engine.catalog.templates import check_templates, problem_of
 
 BROKEN = [
     "{% broken",

@@ -26,8 +26,8 @@ from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, Invalid
 from worker.engine.catalog.formats import Csv
 from worker.engine.catalog.headers import described_files, weights_among
 from worker.engine.catalog.notes import Doubt
+from worker.engine.catalog.paths import in_one_line
 from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
-from worker.engine.libraries import in_one_line
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import is_out_of_memory, require_space
 

@@ -8,8 +8,6 @@ from importlib import import_module
 from threading import Lock
 from typing import Any
 
-from worker.engine.catalog.paths import without_paths
-
 IMPORTED = (
     "optuna",
     "scipy.optimize",
@@ -61,8 +59,3 @@ sk = Library("sklearn.metrics")
 def is_of_library(error: BaseException) -> bool:
     """Whether it is an error, or a panic of compiled code, as tokenizers has at some files; no signal to stop."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def in_one_line(error: BaseException) -> str:
-    """An error's message in one line, with at most 300 characters and no paths of this machine."""
-    return (without_paths(" ".join(str(error).split())) or type(error).__name__)[:300]

@@ -30,13 +30,13 @@ from worker.engine.catalog.planning import MergePlan, plan_merge, required_famil
 from worker.engine.catalog.report import MergeResult, MetricResult, ScoreResult, Timings, Version, mean_and_least
 from worker.engine.catalog.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.stacking import plan_job
+from worker.engine.catalog.templates import check_templates
 from worker.engine.catalog.values import Place
 from worker.engine.catalog.views import Views
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.checkpoints.reloading import check_published
-from worker.engine.checkpoints.templates import check_templates
 from worker.engine.checkpoints.tokenizer import check_tokenizers
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision

@@ -65,3 +65,8 @@ def _patterns() -> list[re.Pattern[str]]:
         re.compile(rf"{_BEGIN}(?:file://)?(?P<path>{below_known}[^{_END}]*)"),
         re.compile(rf"{_BEGIN}(?<!:)(?:file://)?(?P<path>{below_root}[^{_END}]*)"),
     ]
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's message in one line, with at most 300 characters and no paths of this machine."""
+    return (without_paths(" ".join(str(error).split())) or type(error).__name__)[:300]

@@ -19,9 +19,10 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo
 from worker.engine.catalog.layouts import spellings
+from worker.engine.catalog.paths import in_one_line
 from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.known_layouts import Layout, known_layout
-from worker.engine.libraries import conversion_mapping, in_one_line, transformers
+from worker.engine.libraries import conversion_mapping, transformers
 
 STORAGE = ("dtype", "torch_dtype", "transformers_version")
 """Keys of a configuration that change no tensor's name or shape, and that a merge writes anew."""

@@ -13,12 +13,13 @@ from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo, described_files
 from worker.engine.catalog.labels import Task, task_of
+from worker.engine.catalog.paths import in_one_line
 from worker.engine.catalog.planning import CACHE_BYTES, require_tokenizer
 from worker.engine.checkpoints.attention import cpu_attention
 from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import check_layout, misshapen
 from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
-from worker.engine.libraries import in_one_line, is_of_library, transformers
+from worker.engine.libraries import is_of_library, transformers
 from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import padding_values
 

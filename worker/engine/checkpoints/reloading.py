@@ -15,13 +15,14 @@ from torch import Tensor
 from worker.engine.catalog.companions import companions
 from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError
 from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.paths import in_one_line
 from worker.engine.catalog.planning import RUN_BYTES, MergePlan
 from worker.engine.catalog.publishing import beyond_matrix
 from worker.engine.catalog.vocabulary import vocabulary_size
 from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import check_layout, computed_bytes, library_class, misshapen, stores_copies
 from worker.engine.checkpoints.reader import digest_tokenizer
-from worker.engine.libraries import in_one_line, is_of_library, transformers
+from worker.engine.libraries import is_of_library, transformers
 from worker.engine.resources import is_out_of_memory
 
 COMPUTED_BYTES = 256_000_000  # of tables that a model makes when it is built, from a few bytes of its configuration

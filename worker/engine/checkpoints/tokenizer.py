@@ -10,10 +10,11 @@ import tokenizers
 from worker.engine.catalog.companions import companions
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CHAT_TEMPLATES, OLDER_VOCABULARIES, CheckpointInfo
+from worker.engine.catalog.paths import in_one_line
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
 from worker.engine.checkpoints.reader import digest_tokenizer
-from worker.engine.libraries import in_one_line, is_of_library
+from worker.engine.libraries import is_of_library
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 

@@ -1,6 +1,7 @@
 """Checks that chat templates can be read: that they are Jinja, in the dialect that transformers reads.
 
-A template is parsed, never run: nothing says how long it would take.
+A template is parsed, never run: nothing says how long it would take. Of the API's processes, only those that inspect
+import this module, since Jinja takes a while to load.
 """
 
 from jinja2 import nodes
@@ -10,9 +11,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from worker.engine.catalog.errors import InvalidRequest
 from worker.engine.catalog.notes import Doubt
+from worker.engine.catalog.paths import in_one_line
 from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.publishing import chat_templates
-from worker.engine.libraries import in_one_line
+from worker.engine.catalog.reading import reads
 
 
 class _Generation(Extension):
@@ -42,6 +44,7 @@ def check_templates(plan: MergePlan, asked: str | None) -> list[str]:
     notes = [f"the most common chat template, which is published, is no Jinja: {chosen}"] if chosen else []
     for info in plan.published:
         owner = plan.tokens_of(info)
+        reads(owner.source, "chat templates")
         for name, template in chat_templates(owner).items():
             is_replaced = name == "chat template" and plan.chat_template is not None
             if not is_replaced and (problem := problem_of(template)):
