@@ -44,6 +44,34 @@ def test_equal_texts_are_held_once(tmp_path: Path) -> None:
     assert grown < MOST_BYTES
 
 
+@pytest.mark.parametrize("column", ["label", "the.label"])
+def test_equal_texts_in_lists_are_held_once(tmp_path: Path, column: str) -> None:
+    indices = pyarrow.array([0] * 100_000, pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["x" * 100_000]))
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array(range(0, 100_001, 1000), pyarrow.int32()), texts)
+    table = pyarrow.table({"text": ["one", "two"] * 50, column: lists})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", store_schema=False, row_group_size=30)
+    read = READ.replace("Path(sys.argv[1])", f"Path(sys.argv[1]), label={column!r}").replace(
+        "found[-1].label", "len(found[-1].label)"
+    )
+    command = [sys.executable, "-c", read.replace("range(len(rows))", "[99]"), str(tmp_path / "rows.parquet")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows, _, labels, grown = map(int, output.split())
+    assert (rows, labels) == (1, 1000)
+    assert grown < MOST_BYTES
+
+
+def test_lists_count_in_the_memory_that_a_table_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("worker.engine.tables.require_memory", needed.append)
+    for column in ("label", "the.label"):
+        table = pyarrow.table({"text": ["one"] * 100, column: [list(range(1000))] * 100})
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        read_parquet(dataset_spec(tmp_path / "rows.parquet", label=column))
+    assert needed[0] >= 100 * 1000 * 8
+    assert needed[1] >= 100 * 1000 * 8
+
+
 def test_more_rows_than_their_order_has_room_for_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     with pyarrow.parquet.ParquetWriter(file, SCHEMA) as writer:

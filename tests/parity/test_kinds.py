@@ -235,4 +235,4 @@ def test_the_settings_that_count_are_published_and_loaded(engine: Engine, tmp_pa
     result = engine.merge(spec, silent)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "model")
     assert {key: loaded.rope_parameters[key] for key in scaling} == scaling
-    assert [note for note in result.notes if "that of local:b counts, as output.config_from says" in note]
+    assert [note for note in result.notes if "that of local:b counts, whose configuration is published" in note]

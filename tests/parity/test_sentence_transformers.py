@@ -193,6 +193,23 @@ def test_older_spellings_of_the_same_modules_agree(engine: Engine, tmp_path: Pat
     torch.testing.assert_close(embeddings(published).norm(dim=1), torch.ones(len(TEXTS)))
 
 
+@pytest.mark.parametrize(("limits", "differ"), [((20, 30), True), ((30, 30), False), ((100, 10**30), False)], ids=str)
+def test_lengths_that_only_tokenizers_have_are_compared(
+    engine: Engine, tmp_path: Path, limits: tuple[int, int], differ: bool
+) -> None:
+    """As sentence-transformers finds them: the tokenizer's, or the model's number of positions if that is less."""
+    from sentence_transformers import SentenceTransformer
+
+    folders = [embedding_model(tmp_path / name, seed) for seed, name in enumerate("ab", 1)]
+    for folder, limit in zip(folders, limits, strict=True):
+        edit_json(folder / "tokenizer_config.json", model_max_length=limit)
+    result = merged(engine, tmp_path / "out", folders)
+    assert result.notes == (["max_seq_length of local:b differ from what is published, local:a's"] if differ else [])
+    read = [SentenceTransformer(str(folder), device="cpu").max_seq_length for folder in folders]
+    assert (read[0] != read[1]) == differ
+    assert SentenceTransformer(str(tmp_path / "out" / "model"), device="cpu").max_seq_length == read[0]
+
+
 def test_prompts_are_the_first_models_and_that_they_differ_is_noted(engine: Engine, tmp_path: Path) -> None:
     prompts = [{"query": f"{name}: "} for name in "ab"]
     folders = [

@@ -155,6 +155,15 @@ NOTED: dict[str, tuple[str, str, int, list[str], bool]] = {
     "rows joined by a quote that is not closed": (
         ".csv", 'text,label\n"hello,0\nworld",1\nf,0\n', 2, ["1 rows", "2 lines", "rows of their own"], True,
     ),
+    "rows joined by a quote that is not closed, with commas": (
+        ".csv", 'text,label\n"hello, you,0\nworld",1\nf,0\n', 2, ["1 rows", "2 lines", "rows of their own"], True,
+    ),
+    "rows joined by a quote that is not closed, with the label first": (
+        ".csv", 'label,text\n0,"hello, you\n1,world"\n0,f\n', 2, ["1 rows", "2 lines", "rows of their own"], True,
+    ),
+    "a letter with commas": (
+        ".csv", 'text,label\n"dear all, so be it,\nas you, or we, like it",1\nf,0\n', 2, ["1 rows", "2 lines"], False,
+    ),
     "blank lines in CSV": (".csv", "text,label\n\na,0\n\n\nb,1\n\n\n", 2, ["3 blank lines between"], False),
     "blank lines between tabs": (".tsv", "text\tlabel\na\t0\n\nb\t1\n", 2, ["1 blank lines between"], False),
     "blank lines in JSON lines": (
@@ -259,6 +268,9 @@ LISTS = {
     "floats": pyarrow.array([[1.0, 0.0, 1.0], [0.0] * 3]),
     "integers for each": pyarrow.array([[1, 0, 1], [0] * 3], pyarrow.list_(pyarrow.int8())),
     "names": pyarrow.array([["insult", "praise"], []], pyarrow.list_(pyarrow.string())),
+    "names as views": pyarrow.array([["insult", "praise"], []], pyarrow.list_(pyarrow.string_view())),
+    "large names": pyarrow.array([["insult", "praise"], []], pyarrow.list_(pyarrow.large_string())),
+    "a view of a list": pyarrow.array([[0, 2], []], pyarrow.list_view(pyarrow.int64())),
     "names of a dictionary": pyarrow.array(
         [["insult", "praise"], []], pyarrow.list_(pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
     ),
@@ -271,6 +283,26 @@ def test_lists_of_labels_are_read_from_parquet(tmp_path: Path, case: str) -> Non
     rows = rows_of(parquet(tmp_path, text=["one", "two"], label=LISTS[case])).read([0, 1])
     values = [THREE_LABELS.value(row.label, "rows", row.place) for row in rows]
     assert values == [(1.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()], ids=str)
+def test_text_of_every_type_is_read_from_parquet(tmp_path: Path, kind: Any) -> None:
+    text, label = pyarrow.array(["b", "a", "b"], kind), pyarrow.array(["yes", "no", "yes"], kind)
+    rows = rows_of(parquet(tmp_path, text=text, label=label)).read([2, 1])
+    assert [(row.text, TWO_LABELS.value(row.label, "rows", row.place)) for row in rows] == [("b", 1), ("a", 0)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", ["text", "text_pair"])
+def test_a_zero_byte_is_no_text_in_any_format(tmp_path: Path, suffix: str, column: str) -> None:
+    rows = [{"text": "a", "text_pair": "b", "label": 0}, {"text": "c", "text_pair": "d", "label": 1, column: "e\0"}]
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InvalidDataset, match=rf"(line|row) 2: column '{column}' has a zero byte"):
+        rows_of(dataset_spec(file, text_pair="text_pair")).read([0, 1])
 
 
 def test_columns_of_a_dictionary_are_read_from_parquet(tmp_path: Path) -> None:

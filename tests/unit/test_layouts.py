@@ -345,7 +345,13 @@ BAD: dict[str, tuple[Spoiling, list[str]]] = {
     ),
     "a number of layers that is none": (config(num_hidden_layers="2"), ["num_hidden_layers", "no number", "type str"]),
     "a number of layers that is a truth": (config(num_hidden_layers=True), ["num_hidden_layers", "type bool"]),
-    "untied without a head": (removed("lm_head.weight"), ["lm_head.weight", "tie_word_embeddings: false"]),
+    "untied without a head": (
+        removed("lm_head.weight"), ["lm_head.weight", "its configuration says tie_word_embeddings: false"],
+    ),
+    "untied by default without a head": (
+        lambda folder: (removed("lm_head.weight")(folder), config(tie_word_embeddings=None)(folder)),
+        ["lm_head.weight", "its configuration has no tie_word_embeddings, which is then false"],
+    ),
     "integers for weights": (
         added("lm_head.weight", torch.zeros(4, dtype=torch.int8)), ["quantised", "lm_head.weight"],
     ),

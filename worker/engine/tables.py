@@ -1,7 +1,7 @@
 """Rows of tables: Parquet files and data sets of the hub, through the library `datasets`."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,15 @@ class EncodedTable:
 
 
 def _plain(kind: Any) -> Any:
-    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    """The type of the values, however they are encoded."""
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return kind.value_type
+    if types.is_list(kind) or types.is_list_view(kind) or types.is_fixed_size_list(kind):
+        return pyarrow.list_(_plain(kind.value_type))
+    if types.is_large_list(kind) or types.is_large_list_view(kind):
+        return pyarrow.large_list(_plain(kind.value_type))
+    return kind
 
 
 def _values(part: Any) -> list[Any]:
@@ -106,16 +114,31 @@ def read_parquet(spec: DatasetSpec) -> TableRows:
     with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec)) as described:
         columns = _wanted(spec, described.schema_arrow.names)
         _check_size(described.metadata, columns, spec)
-        texts = [name for name in columns if _is_text(described.schema_arrow.field(name).type)]
+        texts = _texts(described.schema, columns)
     with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec), read_dictionary=texts) as file:
-        table = file.read(columns).unify_dictionaries()
+        # Each group by itself: lists of texts in several groups cannot be read at once.
+        groups = [file.read_row_group(index, columns) for index in range(file.num_row_groups)]
+        table = pyarrow.concat_tables(groups or [file.read(columns)]).unify_dictionaries()
         # Of what the library `datasets` wrote beside the columns, the label names alone are wanted.
         names = _label_names(table.schema.metadata or {}, spec)
         return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names)
 
 
-def _is_text(kind: Any) -> bool:
-    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+def _texts(schema: Any, columns: Sequence[str]) -> list[str]:
+    """Paths of what holds text in these columns, which may be lists of texts."""
+    parts = [schema.column(index) for index in range(len(schema))]
+    return [
+        part.path
+        for part in parts
+        if part.physical_type == "BYTE_ARRAY"
+        and part.logical_type.type in ("STRING", "NONE")
+        and _column_of(part.path, columns) is not None
+    ]
+
+
+def _column_of(path: str, columns: Iterable[str]) -> str | None:
+    """The column that a path within a file belongs to: a list's values are a column within it."""
+    return max((name for name in columns if f"{path}.".startswith(f"{name}.")), key=len, default=None)
 
 
 def _check_size(metadata: Any, columns: Sequence[str], spec: DatasetSpec) -> None:
@@ -131,9 +154,8 @@ def _check_size(metadata: Any, columns: Sequence[str], spec: DatasetSpec) -> Non
     counts = dict.fromkeys(columns, 0)
     for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
         for part in (group.column(index) for index in range(group.num_columns)):
-            path = part.path_in_schema  # a list's values are a column within it
-            name = path if path in counts else path.partition(".")[0]
-            if name in counts:
+            name = _column_of(part.path_in_schema, counts)
+            if name is not None:
                 counts[name] += part.num_values
                 needed += part.total_uncompressed_size + VALUE_BYTES * part.num_values
     for name, count in counts.items():

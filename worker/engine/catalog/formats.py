@@ -126,7 +126,9 @@ class Csv:
             joined = f"{self._joined} rows of {self._source} are made of {self._joined_lines} lines, which quotes join"
             if self._perhaps_rows:
                 # As a quote that is never closed joins them: where it begins a text, and the next one ends another.
-                alike = f"in {self._perhaps_rows} of them each line has as many fields as the header"
+                alike = (
+                    f"in {self._perhaps_rows} of them each line looks like a row, with no fewer fields than the header"
+                )
                 notes.append(Doubt(f"{joined}; {alike}, so these may be rows of their own with a quote too few"))
             else:
                 notes.append(joined)
@@ -169,10 +171,23 @@ class Csv:
         if len(lines) > 1:
             self._joined += 1
             self._joined_lines += len(lines)
-            delimiters = len(self._header) - 1
-            self._perhaps_rows += delimiters > 0 and all(one.count(self._delimiter) == delimiters for one in lines)
+            self._perhaps_rows += self._look_like_rows(lines)
         if self._quoting == csv.QUOTE_NONE and '""' in lines[0]:
             self._perhaps_quoted += sum(map(_looks_quoted, record))
+
+    def _look_like_rows(self, lines: list[str]) -> bool:
+        """Whether lines that quotes join may each be a row: by the number of their fields, or, where a text may have
+        more delimiters in it, by a first or last field that is a label's rather than a text's."""
+        delimiters = len(self._header) - 1
+        counts = [line.count(self._delimiter) for line in lines]
+        if delimiters == 0 or min(counts) < delimiters:
+            return False
+        ends = [
+            (line.partition(self._delimiter)[0], line.rpartition(self._delimiter)[2].rstrip("\r\n")) for line in lines
+        ]
+        return max(counts) == delimiters or any(
+            all(map(_is_one_word, of_lines)) for of_lines in zip(*ends, strict=True)
+        )
 
     def _records(self, lines: Iterator[str]) -> Iterator[list[str]]:
         return csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
@@ -196,6 +211,10 @@ class Csv:
             elif "expected after" in reason or "unexpected end" in reason:  # of a field that begins with a quote
                 reason = f"{reason}; quote the whole field, or double the quote in it"
             raise InvalidDataset(self._source, f"not CSV: {reason}", place) from None
+
+
+def _is_one_word(field: str) -> bool:
+    return bool(field) and not any(character.isspace() for character in field)
 
 
 def _looks_quoted(field: str) -> bool:

@@ -19,6 +19,7 @@ from worker.engine.catalog.library import (
     collapsed,
     completed,
     kind_of,
+    says_untied,
     ties,
     value_of,
 )
@@ -299,8 +300,9 @@ def check_present(found: Identity) -> None:
         return
     for name in _absent(found, known):
         problem = f"no tensor {name}, which {known.name} needs"
-        if name in known.targets:
-            problem += ": its configuration says tie_word_embeddings: false"
+        key = next((key for copy, _, key in known.ties if copy == name and key is not None), None)
+        if key is not None:
+            problem += f": {says_untied(info.config, key)}"
         raise InvalidCheckpoint(info.source, problem, tensor=name)
 
 

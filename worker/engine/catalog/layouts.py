@@ -15,7 +15,7 @@ from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpo
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import OLDER_PARTS
 from worker.engine.catalog.headers import FLOATS, CheckpointInfo, TensorInfo, is_packed
-from worker.engine.catalog.library import LAYER, completed, with_rotary
+from worker.engine.catalog.library import LAYER, completed, says_untied, with_rotary
 from worker.engine.catalog.values import Place
 
 BEFORE_LAYERS = re.compile(
@@ -353,7 +353,7 @@ def _check_has_logits(info: CheckpointInfo) -> None:
     embeddings = [tensor for tensor in outer if ends_with(tensor.name, EMBEDDINGS)]
     others = [tensor for tensor in outer if not ends_with(tensor.name, (*EMBEDDINGS, *SHARED_EMBEDDINGS))]
     if embeddings and not any(tensor.shape[0] == embeddings[0].shape[0] for tensor in others):
-        problem = "no tensor lm_head.weight, and its configuration says tie_word_embeddings: false"
+        problem = f"no tensor lm_head.weight, and {says_untied(info.config, 'tie_word_embeddings')}"
         raise InvalidCheckpoint(info.source, problem)
 
 

@@ -297,6 +297,12 @@ def ties(found: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield copy, original
 
 
+def says_untied(config: Mapping[str, Any], key: str) -> str:
+    """In words, that a configuration ties no matrices by this key, or that the library's default does not."""
+    is_said = value_at(config, key) is not None
+    return f"its configuration says {key}: false" if is_said else f"its configuration has no {key}, which is then false"
+
+
 def others_of(kind: Kind, names: Collection[str]) -> list[Architecture]:
     """Classes of this kind that have one of these tensors."""
     return [one for one in kind.architectures.values() if any(one.reads(name) for name in names)]

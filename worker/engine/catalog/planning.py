@@ -631,7 +631,7 @@ def notes_of_settings(
     for key in sorted(keys):
         values = {info.source: layouts.short(value_at(completed(info.config), key)) for info in everyone}
         listed = ", ".join(f"{value} in {source}" for source, value in values.items())
-        notes.append(f"{key} differs: {listed}; that of {whose.source} counts, as output.config_from says")
+        notes.append(f"{key} differs: {listed}; that of {whose.source} counts, whose configuration is published")
     return notes
 
 

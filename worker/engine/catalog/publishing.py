@@ -19,6 +19,7 @@ from worker.engine.catalog.spec import Dtype
 from worker.engine.catalog.values import Place
 from worker.engine.catalog.vocabulary import vocabulary_size
 
+UNLIMITED = 10**15  # what tokenizers without a limit have as model_max_length is 10**30
 UNSAID = ("transformers_version", "_from_model_config")  # of a companion: where it came from
 
 
@@ -148,7 +149,7 @@ def _planned(
 def _settings_notes(owner: Modules, other: Modules) -> list[str]:
     """Notes of settings in which embedding models differ although they compute the same for the same text."""
     ours, theirs = [
-        {**_content(modules.path / SENTENCE_CONFIG), "max_seq_length": modules.encoder.get("max_seq_length")}
+        {**_content(modules.path / SENTENCE_CONFIG), "max_seq_length": _most_tokens(modules)}
         for modules in (owner, other)
     ]
     different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
@@ -156,6 +157,17 @@ def _settings_notes(owner: Modules, other: Modules) -> list[str]:
     if not different:
         return []
     return [f"{', '.join(different)[:300]} of {other.info.source} differ from what is published, {owner.info.source}'s"]
+
+
+def _most_tokens(modules: Modules) -> Any:
+    """How many tokens of a text an embedding model reads, as sentence-transformers finds it; None if all."""
+    given = modules.encoder.get("max_seq_length")
+    if given is not None:
+        return given
+    config = completed(modules.info.config)
+    of_tokenizer = _content(modules.info.tokenizer_path / "tokenizer_config.json").get("model_max_length")
+    limits = (of_tokenizer, config.get("max_position_embeddings"))
+    return min((one for one in limits if isinstance(one, int | float) and 0 < one < UNLIMITED), default=None)
 
 
 def _differences(plan: MergePlan) -> list[str]:

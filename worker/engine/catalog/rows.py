@@ -142,6 +142,8 @@ def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec) -> Row:
         value = column(name)
         if not isinstance(value, str):
             raise InvalidDataset(spec.source, f"column '{name}' is not text", place, column=name)
+        if "\0" in value:  # as in text that is not UTF-8, or where a disk lost what was written
+            raise InvalidDataset(spec.source, f"column '{name}' has a zero byte, which is no text", place, column=name)
         try:
             value.encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
