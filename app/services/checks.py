@@ -24,6 +24,7 @@ from app.storage.hub import Hub, HubUnavailable
 from app.storage.inputs import JobInputs, LocalInputs, ReferenceError, hub_reference, job_reference
 from worker.engine.catalog.adapters import inspect_model
 from worker.engine.catalog.architectures import use_of
+from worker.engine.catalog.companion_checks import check_tokenizer
 from worker.engine.catalog.errors import EngineError
 from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.labels import METRICS, Task, check_metric, label_map
@@ -122,6 +123,7 @@ class Checker:
             with _refusing(_checkpoint_field(index)):
                 plan = plan_merge([info])
                 task = required_task(plan)
+                check_tokenizer(info)
             _refuse(parameter_problems(plan, request.method))
             kept = accepted["models"][index]
             kept["checkpoint"] = info.source
@@ -176,6 +178,10 @@ class Checker:
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
             raise ProblemError(Problem.NO_SPACE, detail)
+        if _loads_models(request, plan):
+            for index, info in enumerate(plan.checkpoints):
+                with _refusing(_checkpoint_field(index)):
+                    check_tokenizer(info)
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
         accepted["base"] = None if plan.base is None else plan.base.source
@@ -249,11 +255,8 @@ def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:
 
 def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> Plan:
     vocabulary, method = plan.vocabulary, request.method
-    examples = method.most_examples
-    measured = sum(
-        min(examples, model.dataset.limit or examples) for model in request.models if model.dataset and model.takes_part
-    )
-    evaluates = request.evaluate and any(model.evaluation for model in request.models)
+    measured = _measured(request)
+    evaluates = _evaluates(request)
     aligns = _aligns(request, plan) and any(model.dataset for model in request.models)
     longest = plan.family.max_tokens(plan.checkpoints[0].config) if plan.family else 0
     return Plan(
@@ -265,7 +268,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
             tokens_held=measured * longest if method.refits_layers else 0,
             batch_rows=method.batch_rows,
             batch_tokens=method.most_batch_tokens,
-            loads_models=bool(measured or evaluates or aligns),
+            loads_models=_loads_models(request, plan),
             merges_rows=method.merges_rows,
             selects_by_rank=method.selects_by_rank,
         ),
@@ -321,6 +324,23 @@ def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
 def _aligns(request: MergeRequest, plan: MergePlan) -> bool:
     """Whether heads are aligned if the models have rows for it."""
     return request.output.align_heads and not plan.merges_heads
+
+
+def _measured(request: MergeRequest) -> int:
+    """The most rows that would be measured, over all models."""
+    examples = request.method.most_examples
+    limits = [model.dataset.limit or examples for model in request.models if model.dataset and model.takes_part]
+    return sum(min(examples, limit) for limit in limits)
+
+
+def _evaluates(request: MergeRequest) -> bool:
+    return request.evaluate and any(model.evaluation for model in request.models)
+
+
+def _loads_models(request: MergeRequest, plan: MergePlan) -> bool:
+    """Whether the job runs its models, rather than merging their weights alone."""
+    aligns = _aligns(request, plan) and any(model.dataset for model in request.models)
+    return bool(_measured(request)) or _evaluates(request) or aligns
 
 
 def _becomes(request: MergeRequest, plan: MergePlan, index: int) -> str:

@@ -80,6 +80,12 @@ def a_matrix_of_more_rows(folder: Path) -> None:
     edit_json(folder / "config.json", vocab_size=100)
 
 
+def a_setting_that_one_class_refuses(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    content = {**json.loads(file.read_text()), "tokenizer_class": "BertTokenizer", "do_lower_case": None}
+    file.write_text(json.dumps(content))
+
+
 def a_tokenizer_of_no_class(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["pre_tokenizer"] = {"type": "Sequence"}
@@ -91,7 +97,8 @@ def a_tokenizer_of_no_class(folder: Path) -> None:
     [
         (a_matrix_of_more_rows, r"shape \[128, 16\]"),
         (a_tokenizer_of_no_class, r"tokenizer\.json"),
-        (an_added_token_without_an_id, r"its tokenizer does not load \(tokenizer\.json, .*\): .*save it anew"),
+        (an_added_token_without_an_id, r"tokenizer_config\.json has added_tokens_decoder with 'x'.*anew"),
+        (a_setting_that_one_class_refuses, r"its tokenizer does not load \(tokenizer\.json, .*\): .*save it anew"),
     ],
 )
 def test_what_does_not_load_is_not_published(
@@ -104,6 +111,17 @@ def test_what_does_not_load_is_not_published(
     assert isinstance(error, InvalidCheckpoint)
     assert error.message.startswith("checkpoint local:a: ")
     assert re.search(problem, error.message)
+
+
+def test_what_only_the_models_class_tells_is_refused_before_the_merge(engine: Engine, tmp_path: Path) -> None:
+    folders = pair(tmp_path)
+    for folder in folders:
+        edit_json(folder / "config.json", attention_bias=True, mlp_bias=True)
+    error = refused(engine, tmp_path, folders)
+    assert error.message == (
+        "checkpoint local:a: no tensor model.layers.0.self_attn.q_proj.bias, which LlamaForCausalLM needs"
+    )
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
 
 
 def test_a_tensor_that_no_model_has_is_missed(engine: Engine, tmp_path: Path) -> None:

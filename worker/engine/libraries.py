@@ -54,8 +54,3 @@ optimize = Library("scipy.optimize")
 sparse = Library("scipy.sparse")
 stats = Library("scipy.stats")
 sk = Library("sklearn.metrics")
-
-
-def is_of_library(error: BaseException) -> bool:
-    """Whether it is an error, or a panic of compiled code, as tokenizers has at some files; no signal to stop."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -36,8 +36,7 @@ from worker.engine.catalog.views import Views
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.loading import ModelCache, load
 from worker.engine.checkpoints.reader import Digests
-from worker.engine.checkpoints.reloading import check_published
-from worker.engine.checkpoints.tokenizer import check_tokenizers
+from worker.engine.checkpoints.reloading import Reloading
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
 from worker.engine.device import Precision, best_device, peak_memory_bytes, reset_peak_memory, resolve_precision
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
@@ -124,8 +123,8 @@ class Engine:
             self._require_memory(plan, spec, precision, longest_row=1)
             notes += check_templates(plan, output.chat_template)
             notes += check_plan(plan)
-            if not spec.loads_models:
-                check_tokenizers(plan)
+            reloading = Reloading(plan)
+            reloading.check_descriptions()
             loading = Phase("loading", len(spec.models), "models", on_progress)
             digests = self._digests.of_checkpoints(plan.all_checkpoints, torch.get_num_threads())
             ancestor = digests.pop() if plan.base else None
@@ -183,7 +182,7 @@ class Engine:
         if found is not None and candidates is not None:
             candidates = with_published(candidates, metrics)
             notes += judged_notes(found.search, candidates)
-        notes = [*check_published(plan, list(dict.fromkeys(folders.values()))), *notes]
+        notes = [*reloading.check_published(list(dict.fromkeys(folders.values()))), *notes]
         _check_unchanged(states)
         known, errors = stopping_of(method, runs, plan, notes)
         mean_retention, min_retention = mean_and_least((metrics or {}).values())

@@ -91,3 +91,8 @@ class DiskFull(EngineError):
 class StorageError(EngineError):
     code = "storage_error"
     retryable = True
+
+
+def is_of_library(error: BaseException) -> bool:
+    """Whether it is an error, or a panic of compiled code, as tokenizers has at some files; no signal to stop."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -91,7 +91,8 @@ def _of_template(step: Mapping[str, Any], pieces: Any) -> int:
     growth = 0
     for piece in pieces if isinstance(pieces, list) else ():
         special = piece.get("SpecialToken") if isinstance(piece, dict) else None
-        entry = specials.get(special.get("id")) if isinstance(special, dict) and isinstance(specials, dict) else None
+        name = special.get("id") if isinstance(special, dict) else None
+        entry = specials.get(name) if isinstance(name, str) and isinstance(specials, dict) else None
         ids = entry.get("ids") if isinstance(entry, dict) else None
         growth += len(ids) if isinstance(ids, list) else 1
     return max(1, growth)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from worker.engine.catalog.companion_checks import check_companions
 from worker.engine.catalog.companions import companions
 from worker.engine.catalog.errors import IncompatibleCheckpoints
 from worker.engine.catalog.families import Kind, Slot
@@ -33,9 +34,11 @@ def with_companions(
         chat_template: that is asked for; `auto` is the one that most checkpoints have.
 
     Raises:
-        InvalidCheckpoint: a file of a module is malformed or missing.
+        InvalidCheckpoint: a file of a module is malformed or missing, or what is published would not load.
         IncompatibleCheckpoints: models that become one do other things with the transformer's output.
     """
+    for info in plan.published:
+        check_companions(plan.tokens_of(info))
     modules, notes = _modules(plan, dtype, last)
     notes += [note for note in map(beyond_matrix, _owners(plan)) if note]
     notes += _notes_of_tokens(plan)

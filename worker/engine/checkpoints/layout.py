@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -89,8 +89,16 @@ def stores_copies(info: CheckpointInfo) -> bool | None:
 
 
 def _layout_of(info: CheckpointInfo) -> Layout | None:
-    config = {key: value for key, value in info.config.items() if key not in STORAGE}
-    return _layout(json.dumps(config, sort_keys=True), info.source, len(info.tensors))
+    return _layout(json.dumps(_without_storage(info.config), sort_keys=True), info.source, len(info.tensors))
+
+
+def _without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in STORAGE}
+
+
+def is_known(info: CheckpointInfo) -> bool:
+    """Whether the layout is known without transformers, whose import takes seconds."""
+    return known_layout(_without_storage(info.config), len(info.tensors)) is not None
 
 
 @lru_cache(maxsize=64)

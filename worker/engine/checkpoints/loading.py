@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.companion_checks import check_tokenizer
+from worker.engine.catalog.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.headers import CheckpointInfo, described_files
 from worker.engine.catalog.labels import Task, task_of
@@ -19,7 +20,7 @@ from worker.engine.checkpoints.attention import cpu_attention
 from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import check_layout, misshapen
 from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
-from worker.engine.libraries import is_of_library, transformers
+from worker.engine.libraries import transformers
 from worker.engine.resources import is_out_of_memory
 from worker.engine.scoring.data import padding_values
 
@@ -45,6 +46,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     """
     family = FAMILIES[info.model_type]
     require_tokenizer(info)
+    check_tokenizer(info)
     # None: fused where the family has it.
     attention = None if device.type == "cuda" else cpu_attention()
     try:

@@ -6,81 +6,145 @@ all, so only small models are run; every weight of larger ones was found to be f
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.companions import companions
-from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.companion_checks import TEXT
+from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError, is_of_library
+from worker.engine.catalog.headers import (
+    MAX_CONFIG_BYTES,
+    TOKENIZER_FILES,
+    CheckpointInfo,
+    inspect_checkpoint,
+    read_json,
+)
+from worker.engine.catalog.library import decoded
 from worker.engine.catalog.paths import in_one_line
 from worker.engine.catalog.planning import RUN_BYTES, MergePlan
 from worker.engine.catalog.publishing import beyond_matrix
 from worker.engine.catalog.vocabulary import vocabulary_size
 from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
-from worker.engine.checkpoints.layout import check_layout, computed_bytes, library_class, misshapen, stores_copies
+from worker.engine.checkpoints.layout import (
+    check_layout,
+    computed_bytes,
+    is_known,
+    library_class,
+    misshapen,
+    stores_copies,
+)
 from worker.engine.checkpoints.reader import digest_tokenizer
-from worker.engine.libraries import is_of_library, transformers
+from worker.engine.checkpoints.writer import write_config
+from worker.engine.libraries import transformers
 from worker.engine.resources import is_out_of_memory
 
 COMPUTED_BYTES = 256_000_000  # of tables that a model makes when it is built, from a few bytes of its configuration
-TEXT = "Some text, to see whether it can be read."
 
 
-def check_published(plan: MergePlan, folders: Sequence[Path]) -> list[str]:
-    """Check that the folder of every model to be published loads as it will for its user.
+class Reloading:
+    """Checks whether what a plan will publish loads, and then whether what was published does.
 
-    Where the names, shapes and ties of a class's tensors are known, headers tell whether it takes those of a folder; of
-    small models, the first of each class is loaded with its weights and run.
-
-    Returns:
-        Notes of what its user must know.
-
-    Raises:
-        InvalidCheckpoint: a folder does not load, whatever of its inputs is at fault.
-        NumericalError: the inputs' outputs are finite, the merge's are not.
+    What is the same in several folders is checked once.
     """
-    checking = _Checking(plan)
-    notes: list[str] = []
-    for folder, origin in zip(folders, plan.published, strict=True):
-        notes += checking.check(inspect_checkpoint(folder, origin.source), origin)
-    return list(dict.fromkeys(notes))
-
-
-class _Checking:
-    """Checks once what is the same in several folders."""
 
     def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
-        self._tokenizers: dict[tuple[str, str, int | None], tuple[Any, list[str]]] = {}
+        self._texts: dict[tuple[str, str, int | None], _Text] = {}
         self._were_run: set[str] = set()
 
-    def check(self, published: CheckpointInfo, origin: CheckpointInfo) -> list[str]:
-        model_class = library_class(published.architecture)
-        if model_class is None or published.model_type not in transformers.CONFIG_MAPPING:
+    def check_descriptions(self) -> None:
+        """Check what needs no merged weights, so that a job fails before its work begins: configuration, tokenizer
+        and layout of models whose layout is not known without transformers.
+
+        Of the others, planning has checked all but what single classes of tokenizers refuse.
+
+        Raises:
+            InvalidCheckpoint: a model would not load, whatever of its inputs is at fault.
+        """
+        for info, head in zip(self._plan.published, self._plan.heads, strict=True):
+            owner = self._plan.tokens_of(info)
+            tensors = {t.slot.name: replace(t.sources[0], shape=t.shape) for t in (*self._plan.backbone, *head)}
+            with TemporaryDirectory(prefix="maskmerge-described-") as folder:
+                write_config(info, self._plan, Path(folder))
+                planned = replace(
+                    info,
+                    path=Path(folder),
+                    config=_config_in(Path(folder), info.source),
+                    tokenizer_path=owner.tokenizer_path,
+                    vocabulary=owner.vocabulary,
+                    tensors=tensors,
+                )
+                if is_known(planned) or _class_of(planned) is None:
+                    continue
+                _check_config(planned)
+            self._text(planned, library_config(planned.config, info.source))
+            check_layout(planned)
+
+    def check_published(self, folders: Sequence[Path]) -> list[str]:
+        """Check that the folder of every model to be published loads as it will for its user.
+
+        Where the names, shapes and ties of a class's tensors are known, headers tell whether it takes those of a
+        folder; of small models, the first of each class is loaded with its weights and run.
+
+        Returns:
+            Notes of what its user must know.
+
+        Raises:
+            InvalidCheckpoint: a folder does not load, whatever of its inputs is at fault.
+            NumericalError: the inputs' outputs are finite, the merge's are not.
+        """
+        notes: list[str] = []
+        for folder, origin in zip(folders, self._plan.published, strict=True):
+            notes += self._check(inspect_checkpoint(folder, origin.source), origin)
+        return list(dict.fromkeys(notes))
+
+    def _check(self, published: CheckpointInfo, origin: CheckpointInfo) -> list[str]:
+        model_class = _class_of(published)
+        if model_class is None:
             kind = published.architecture or published.model_type
             return [f"transformers has no class {kind} here: the published model was not loaded anew"]
         _check_config(published)
         config = library_config(published.config, published.source)
-        tokenizer, notes = self._tokenizer(published, config)
+        text = self._text(published, config)
         check_layout(published)
         copies = stores_copies(published)
         is_run = published.nbytes <= RUN_BYTES and published.architecture not in self._were_run
         if not is_run and (copies is False or (copies is None and published.nbytes > RUN_BYTES)):
-            return notes
+            return text.notes
         model, problems = _model(published, model_class, config)
         if model is not None and is_run:
             self._were_run.add(published.architecture)
-            _run(published, model, tokenizer, origin)
-        return [*notes, *problems]
+            _run(published, model, text.ids, origin)
+        return [*text.notes, *problems]
 
-    def _tokenizer(self, published: CheckpointInfo, config: Any) -> tuple[Any, list[str]]:
-        key = (digest_tokenizer(published), published.model_type, vocabulary_size(published.config))
-        if key not in self._tokenizers:
-            self._tokenizers[key] = _tokenizer(published, config, self._plan)
-        return self._tokenizers[key]
+    def _text(self, info: CheckpointInfo, config: Any) -> "_Text":
+        key = (digest_tokenizer(info), info.model_type, vocabulary_size(info.config))
+        if key not in self._texts:
+            self._texts[key] = _cut(info, config, self._plan)
+        return self._texts[key]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a published tokenizer makes of `TEXT`; a tokenizer itself may take some hundred MB."""
+
+    ids: Sequence[int] | None
+    """None where no tokenizer is published or it cannot be loaded here."""
+    notes: list[str]
+
+
+def _class_of(info: CheckpointInfo) -> Any:
+    """The class that transformers has for the checkpoint; None where it has none."""
+    return library_class(info.architecture) if info.model_type in transformers.CONFIG_MAPPING else None
+
+
+def _config_in(folder: Path, source: str) -> dict[str, Any]:
+    config: dict[str, Any] = decoded(read_json(folder / "config.json", source, MAX_CONFIG_BYTES))
+    return config
 
 
 def _check_config(published: CheckpointInfo) -> None:
@@ -96,30 +160,30 @@ def _unloadable(published: CheckpointInfo, what: str, error: BaseException) -> I
     return InvalidCheckpoint(published.source, problem)
 
 
-def _tokenizer(published: CheckpointInfo, config: Any, plan: MergePlan) -> tuple[Any, list[str]]:
-    """The published tokenizer, and notes; None where none is published or it cannot be loaded here."""
-    if not published.vocabulary:
-        return None, []
-    owner = plan.tokens_of(published).source
+def _cut(info: CheckpointInfo, config: Any, plan: MergePlan) -> _Text:
+    """Load the tokenizer that is published with this configuration, and cut a text by it."""
+    if not info.vocabulary:
+        return _Text(None, [])
+    owner = plan.tokens_of(info).source
     try:
         # Without a tokenizer_config.json, its class is that of the model's type.
-        with tokenizer_folder(published) as folder:
+        with tokenizer_folder(info) as folder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, **OFFLINE)
         last = max(tokenizer.get_vocab().values(), default=0)
-        tokenizer(TEXT)
+        ids = tokenizer(TEXT)["input_ids"]
     except ImportError as error:
-        return None, [f"the published tokenizer was not loaded anew: {in_one_line(error)}"]
+        return _Text(None, [f"the published tokenizer was not loaded anew: {in_one_line(error)}"])
     except BaseException as error:  # the library has no class of its own for what it does not read
         if is_out_of_memory(error) or not is_of_library(error):
             raise
-        names = ", ".join(companions(published))
+        names = ", ".join(name for name in TOKENIZER_FILES if (info.tokenizer_path / name).exists())
         problem = f"its tokenizer does not load ({names}): {in_one_line(error)}; save it anew by save_pretrained()"
         raise InvalidCheckpoint(owner, problem) from error
-    if beyond_matrix(published):  # which planning has said
-        return tokenizer, []
+    if beyond_matrix(info):  # which planning has said
+        return _Text(ids, [])
     # Its files beside tokenizer.json may add tokens, and so may its class.
-    note = beyond_matrix(published, last)
-    return tokenizer, [note] if note else []
+    note = beyond_matrix(info, last)
+    return _Text(ids, [note] if note else [])
 
 
 def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:
@@ -172,8 +236,8 @@ def _check_tied(published: CheckpointInfo, model: Any) -> None:
         raise InvalidCheckpoint(published.source, problem, tensor=copy)
 
 
-def _run(published: CheckpointInfo, model: Any, tokenizer: Any, origin: CheckpointInfo) -> None:
-    inputs = _inputs(model, tokenizer, vocabulary_size(published.config))
+def _run(published: CheckpointInfo, model: Any, ids: Sequence[int] | None, origin: CheckpointInfo) -> None:
+    inputs = _inputs(model, ids, vocabulary_size(published.config))
     if inputs is None:
         return
     problem = _problem_of(published, model, inputs)
@@ -191,12 +255,11 @@ def _loaded(origin: CheckpointInfo, model_class: Any) -> Any:
     )
 
 
-def _inputs(model: Any, tokenizer: Any, rows: int | None) -> Mapping[str, Tensor] | None:
+def _inputs(model: Any, ids: Sequence[int] | None, rows: int | None) -> Mapping[str, Tensor] | None:
     """A text of the model's own tokens; None of a model that takes something else."""
     if model.main_input_name != "input_ids" or rows is None:
         return None
-    ids = tokenizer(TEXT)["input_ids"] if tokenizer is not None else range(4)
-    known = [index for index in ids if index < rows] or [0]
+    known = [index for index in (range(4) if ids is None else ids) if index < rows] or [0]
     inputs = {"input_ids": torch.tensor([known[:16]])}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]

@@ -5,37 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from worker.engine.catalog.companions import companions
-from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CHAT_TEMPLATES, OLDER_VOCABULARIES, CheckpointInfo
-from worker.engine.catalog.paths import in_one_line
-from worker.engine.catalog.planning import MergePlan
 from worker.engine.catalog.vocabulary import NewToken, Vocabulary
-from worker.engine.checkpoints.reader import digest_tokenizer
-from worker.engine.libraries import is_of_library
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def check_tokenizers(plan: MergePlan) -> None:
-    """Whether the library reads every tokenizer.json that is published; a merge that loads models has seen that.
-
-    Raises:
-        InvalidCheckpoint: it does not.
-    """
-    for info in {digest_tokenizer(info): info for info in map(plan.tokens_of, plan.published)}.values():
-        folder = info.tokenizer_path
-        if not (folder / "tokenizer.json").exists():
-            continue
-        try:
-            tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except BaseException as error:  # the library has no class of its own for what it does not read
-            if not is_of_library(error):
-                raise
-            problem = f"tokenizer.json cannot be loaded: {in_one_line(error)}"
-            raise InvalidCheckpoint(info.source, problem, file="tokenizer.json") from error
 
 
 def write_tokenizer(owner: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:

@@ -211,7 +211,7 @@ def write_models(
         if count > 1:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(folder / INDEX, index)
-        _write_config(info, plan, folder)
+        write_config(info, plan, folder)
         write_tokenizer(plan.tokens_of(info), plan.vocabulary, folder)
         if plan.chat_template is not None:
             write_chat_template(plan.chat_template, folder)
@@ -292,7 +292,7 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_config(info: CheckpointInfo, plan: MergePlan, folder: Path) -> None:
+def write_config(info: CheckpointInfo, plan: MergePlan, folder: Path) -> None:
     # Where the input lay is nobody's business, and `dtype` replaces the older key.
     config = {key: value for key, value in info.config.items() if key not in ("_name_or_path", "torch_dtype")}
     if plan.vocabulary is not None:
