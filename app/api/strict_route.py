@@ -5,7 +5,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, get_args, get_origin
 
 from fastapi import Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from pydantic.fields import FieldInfo
@@ -14,10 +13,12 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.services.json_text import NotJson, parse_json
+from app.services.bodies import read_body
 from worker.engine.catalog.strict import did_you_mean, limit_hints
 
 JSON = "application/json"
+YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+FEW_BYTES = 16_384  # of JSON, which are read within some milliseconds
 
 
 class StrictRoute(APIRoute):
@@ -49,13 +50,6 @@ class StrictRoute(APIRoute):
 
         return handler
 
-    def content(self, request: Request, media_type: str, body: bytes) -> Any:
-        """The parsed body. Raises ProblemError."""
-        try:
-            return parse_json(body)
-        except NotJson as error:
-            raise ProblemError(Problem.MALFORMED, f"the body is not JSON as it is taken here: {error}") from error
-
     async def _read(self, request: Request) -> Request:
         """The request with its body read. Raises ProblemError."""
         media_type = self._media_type(request)
@@ -63,7 +57,13 @@ class StrictRoute(APIRoute):
             body = await request.body()
         except ClientDisconnect as error:  # nobody is there to hear it
             raise ProblemError(Problem.MALFORMED, "the body ended early") from error
-        return _ReadRequest(request, await run_in_threadpool(self.content, request, media_type, body))
+        is_yaml = media_type in YAML
+        if is_yaml or len(body) > FEW_BYTES:  # what takes long to read holds up no other request
+            found = await request.app.state.services.inspectors.read(body, is_yaml=is_yaml)
+        else:
+            found = read_body(body, is_yaml=False)
+        request.state.fields_there = found.fields_there
+        return _ReadRequest(request, found.content)
 
     def _media_type(self, request: Request) -> str:
         """The media type of the body. Raises ProblemError."""

@@ -7,6 +7,7 @@ request does to it no other can feel, and its limits are those of one request.
 """
 
 import asyncio
+import json
 import logging
 import os
 import shutil
@@ -24,11 +25,12 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Gone, Kind, Status
 from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
+from app.services.bodies import Body
 from app.services.checks import Accepted
 from app.storage.hub import DEADLINE_S, REQUEST_TIMEOUT_S
 from app.storage.scratch import Scratch
@@ -62,9 +64,22 @@ class JobOutcome(BaseModel):
     artifact: str | None
 
 
-class Inspection(BaseModel):
-    """A question to the inspector."""
+class Text(BaseModel):
+    """A body to be read."""
 
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    asks: Literal["text"] = "text"
+    body: bytes
+    is_yaml: bool
+    memory_bytes: int
+    cpu_seconds: int
+
+
+class Inspection(BaseModel):
+    """A request to be inspected."""
+
+    asks: Literal["inspection"] = "inspection"
     kind: Kind
     request: dict[str, Any]
     """The request as it was sent, without defaults."""
@@ -77,6 +92,10 @@ class Inspection(BaseModel):
     memory_bytes: int
     cpu_seconds: int
     """Processor time after which the kernel ends the copy, in case the API is gone and cannot."""
+
+
+Question = Text | Inspection
+QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="asks")])
 
 
 class Began(BaseModel):
@@ -105,6 +124,14 @@ class Allowed(BaseModel):
     accepted: Accepted
 
 
+class Read(BaseModel):
+    """What a body holds: `Body.content` and `Body.fields_there` as JSON. It is ASCII, since texts may have halves of
+    characters."""
+
+    event: Literal["read"] = "read"
+    text: str
+
+
 class Refused(BaseModel):
     event: Literal["refused"] = "refused"
     code: str
@@ -127,7 +154,7 @@ class Broken(BaseModel):
     error: str
 
 
-Event = Began | Reading | Hub | Allowed | Refused | Exhausted | Broken
+Event = Began | Reading | Hub | Allowed | Read | Refused | Exhausted | Broken
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
@@ -189,7 +216,7 @@ class Inspectors:
             ProblemError: the recipe or an input is refused, also for the time or the memory that inspecting it takes;
                 or too many requests wait already.
         """
-        async with self._place(request):
+        async with self._place(names_hub=any(source.startswith("hf:") for source in sources(request))):
             scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
             try:
                 inspection = Inspection(
@@ -202,14 +229,28 @@ class Inspectors:
                     memory_bytes=self._limits.memory_bytes,
                     cpu_seconds=ceil(2 * self._limits.seconds),
                 )
-                return await self._ask(inspection)
+                answer = await self._ask(inspection)
             finally:
                 await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+        assert isinstance(answer, Allowed)  # noqa: S101 - for the type checker
+        return answer.accepted
+
+    async def read(self, body: bytes, *, is_yaml: bool) -> Body:
+        """The answer of `read_body`. Raises ProblemError, also where too many requests wait already."""
+        async with self._place():
+            text = Text(
+                body=body,
+                is_yaml=is_yaml,
+                memory_bytes=self._limits.memory_bytes,
+                cpu_seconds=ceil(2 * self._limits.seconds),
+            )
+            answer = await self._ask(text)
+        assert isinstance(answer, Read)  # noqa: S101 - for the type checker
+        return Body(*json.loads(answer.text))
 
     @asynccontextmanager
-    async def _place(self, request: MergeRequest | ScoreRequest) -> AsyncIterator[None]:
+    async def _place(self, *, names_hub: bool = False) -> AsyncIterator[None]:
         """Wait for a place; a slow hub only holds up requests that name it."""
-        names_hub = any(source.startswith("hf:") for source in sources(request))
         places = self._hub_places if names_hub else self._places
         try:
             async with asyncio.timeout(self._limits.queue_seconds):
@@ -225,12 +266,12 @@ class Inspectors:
         finally:
             places.release()
 
-    async def _ask(self, inspection: Inspection) -> Accepted:
+    async def _ask(self, question: Question) -> Allowed | Read:
         for _ in range(2):  # whatever ended the inspector, another is soon there
             reader, writer = await asyncio.open_unix_connection(sock=self._copy(), limit=MAX_ANSWER_BYTES)
             conversation = _Conversation(reader, writer, self._limits.seconds)
             try:
-                return await conversation.hold(inspection)
+                return await conversation.hold(question)
             except InspectorDied:
                 logger.warning("the inspector ended and is started again")
             finally:
@@ -267,13 +308,13 @@ class _Conversation:
     place: Reading = field(default_factory=lambda: Reading(field="", source="", file=""))
     """The file that it reads now."""
 
-    async def hold(self, inspection: Inspection) -> Accepted:
+    async def hold(self, question: Question) -> Allowed | Read:
         began = await self._next(START_S)
         if not isinstance(began, Began):
             raise InspectorDied
         try:
             self.process = os.pidfd_open(began.pid)
-            self.writer.write(inspection.model_dump_json().encode() + b"\n")
+            self.writer.write(question.model_dump_json().encode() + b"\n")
             await self.writer.drain()
         except OSError:
             raise InspectorDied from None
@@ -291,8 +332,8 @@ class _Conversation:
                     self.place = event
                 case Hub():
                     waits_for_hub = event.is_waited_for
-                case Allowed():
-                    return event.accepted
+                case Allowed() | Read():
+                    return event
                 case Refused():
                     problem = next(problem for problem in Problem if problem.code == event.code)
                     raise ProblemError(problem, event.detail, event.errors, **event.headers)

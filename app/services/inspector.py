@@ -5,6 +5,7 @@ copy answers what comes through that.
 """
 
 import gc
+import json
 import logging
 import os
 import resource
@@ -18,19 +19,23 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from app.contracts.errors import ProblemError
+from app.contracts.errors import FieldError, ProblemError
 from app.contracts.jobs import Kind
 from app.contracts.lifetime import die_with_parent
 from app.contracts.requests import MergeRequest, ScoreRequest
+from app.services.bodies import read_body
 from app.services.checks import Checker
 from app.services.inspection import (
     LONGEST_QUOTE,
+    QUESTION,
     Allowed,
     Began,
     Broken,
     Exhausted,
     Hub,
     Inspection,
+    Question,
+    Read,
     Reading,
     Refused,
 )
@@ -75,10 +80,11 @@ def _answer(connection: socket.socket) -> None:
         told.send(Began(pid=os.getpid()))
         outcome: BaseModel
         try:
-            outcome = _outcome(Inspection.model_validate_json(questions.readline()), told)
+            outcome = _outcome(QUESTION.validate_json(questions.readline()), told)
         except ProblemError as error:
             code, headers = error.problem.code, error.headers
-            outcome = Refused(code=code, detail=error.detail, errors=error.errors, headers=headers)
+            errors = [FieldError(field=_whole(one.field), message=_whole(one.message)) for one in error.errors]
+            outcome = Refused(code=code, detail=_whole(error.detail), errors=errors, headers=headers)
         except MemoryError:
             outcome = Exhausted(problem="inspecting it takes more memory than there is for one request")
         except RecursionError:
@@ -87,6 +93,11 @@ def _answer(connection: socket.socket) -> None:
             logger.exception("an inspection failed")
             outcome = Broken(error=type(error).__name__)
         told.send(outcome)
+
+
+def _whole(text: str) -> str:
+    """Text with a mark for each half of a character, which a quoted body may have and UTF-8 has not."""
+    return text.encode(errors="replace").decode()
 
 
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
@@ -102,8 +113,15 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _outcome(inspection: Inspection, told: "_Told") -> Allowed:
-    _limit(inspection.memory_bytes, inspection.cpu_seconds)
+def _outcome(question: Question, told: "_Told") -> Allowed | Read:
+    _limit(question.memory_bytes, question.cpu_seconds)
+    if isinstance(question, Inspection):
+        return _inspected(question, told)
+    body = read_body(question.body, is_yaml=question.is_yaml)
+    return Read(text=json.dumps([body.content, body.fields_there]))
+
+
+def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
     tempfile.tempdir = str(inspection.scratch)
     kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is Kind.MERGE else ScoreRequest
     artifacts = ArtifactFolder(inspection.data_dir)

@@ -1,4 +1,4 @@
-"""Checkpoints that were made to be slow to read hold up nobody but who names them."""
+"""Checkpoints and bodies that were made to be slow to read hold up nobody but who sends them."""
 
 import json
 import os
@@ -6,8 +6,9 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,38 @@ def test_each_is_refused_by_name(besieged: Service, kind: str) -> None:
 def test_health_is_told_while_fifty_are_inspected(besieged: Service) -> None:
     kinds = [["plain", kind] for kind in HOSTILE]
     posts = [[f"tokenizers/{number}" for number in range(8)], *(kinds * POSTS)][:POSTS]
+    answers = health_while(besieged, [partial(post, besieged, *checkpoints) for checkpoints in posts])
+    assert {answer.status_code for answer in answers} <= {200, 422, 503}
+    assert any(answer.status_code == 422 for answer in answers)
+    assert post(besieged, "plain", "plain").status_code in (200, 503)
+
+
+BODIES = {
+    "YAML of deep lists": ("application/yaml", b"\n".join([b"- " + b"[" * 28 + b"1" + b"]" * 28] * 1600)),
+    "YAML of empty lists": ("application/yaml", b"a: [" + b"[]," * 33_000 + b"]"),
+    "YAML of anchors": ("application/yaml", b"\n".join(b"- &a%d x" % number for number in range(9000))),
+    "YAML without an end": ("application/yaml", b"a: " + b"[" * 99_000),
+    "JSON of numbers": ("application/json", b"[" + b"1," * 499_000 + b"1]"),
+    "JSON of deep lists": ("application/json", b"[" + b",".join([b"[" * 15 + b"1" + b"]" * 15] * 30_000) + b"]"),
+    "JSON of objects": ("application/json", b"[" + b"{}," * 330_000 + b"1]"),
+    "JSON of keys": ("application/json", json.dumps({f"k{number}": 1 for number in range(70_000)}).encode()),
+}
+
+
+def test_health_is_told_while_twenty_bodies_are_read(besieged: Service) -> None:
+    def send(media_type: str, body: bytes) -> httpx.Response:
+        with besieged.http as http:
+            return http.post("/merge/validate", content=body, headers={"Content-Type": media_type})
+
+    posts = [partial(send, *body) for body in [*BODIES.values()] * 3][:20]
+    answers = health_while(besieged, posts)
+    assert {answer.status_code for answer in answers} <= {400, 422, 503}
+    assert any(answer.status_code == 400 for answer in answers)
+
+
+def health_while(besieged: Service, posts: Sequence[Callable[[], httpx.Response]]) -> list[httpx.Response]:
+    """The answers of posts that are sent at once, while `/healthz` keeps its promise."""
+    answers: list[httpx.Response] = []
 
     def attempt() -> float:
         taken: list[float] = []
@@ -127,12 +160,10 @@ def test_health_is_told_while_fifty_are_inspected(besieged: Service) -> None:
 
         with ThreadPoolExecutor(POSTS + 1) as pool:
             asking = pool.submit(ask)
-            answers = list(pool.map(lambda checkpoints: post(besieged, *checkpoints), posts))
+            answers[:] = [sent.result(HANGS_S) for sent in [pool.submit(send) for send in posts]]
             are_posted.set()
             asking.result(HANGS_S)
-        assert {answer.status_code for answer in answers} <= {200, 422, 503}
-        assert any(answer.status_code == 422 for answer in answers)
         return sorted(taken)[int(len(taken) * 0.99)]
 
     keeps_within(PROMISE_S, attempt)
-    assert post(besieged, "plain", "plain").status_code in (200, 503)
+    return answers

@@ -15,6 +15,7 @@ import pytest
 
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.requests import MergeRequest
+from app.services.bodies import read_body
 from app.services.checks import Accepted
 from app.services.inspection import Inspectors, Limits
 from app.storage.artifacts import ArtifactFolder
@@ -73,6 +74,25 @@ async def refusal(check: Coroutine[Any, Any, Accepted]) -> ProblemError:
     except ProblemError as error:
         return error
     pytest.fail(f"it was accepted: {accepted}")
+
+
+def test_bodies_are_read_as_they_were_sent(inputs: Path, tmp_path: Path) -> None:
+    recipe = b"merge_method: slerp\nbase_model: a/one\nmodels: [{model: a/two}]\nparameters: {t: 0.5}\n"
+    texts = {"half": "\ud800", "whole": "\U0001f600", "number": 10**60, "negative": -0.0, "nested": [{"": None}]}
+
+    async def test() -> None:
+        async with inspecting(inputs, tmp_path) as inspectors:
+            body = await inspectors.read(recipe, is_yaml=True)
+            assert body == read_body(recipe, is_yaml=True)
+            assert body.fields_there["output.config_from"] == "base_model"
+            sent = json.dumps(texts)
+            assert repr((await inspectors.read(sent.encode(), is_yaml=False)).content) == repr(texts)
+            for bad in (b'{"\\ud800":1,"\\ud800":2}', b"\xff"):
+                with pytest.raises(ProblemError) as refused:
+                    await inspectors.read(bad, is_yaml=False)
+                assert refused.value.problem is Problem.MALFORMED
+
+    run(test)
 
 
 def recipe_with(template: str, *names: str) -> MergeRequest:
