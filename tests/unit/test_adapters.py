@@ -208,6 +208,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         renamed(f"{MODULE}.lora_A.weight", f"{MODULE}.lora_embedding_A"),
         [f"{MODULE}.lora_embedding_A", "another kind"],
     ),
+    "no tensors of what is stored whole": (
+        configured(modules_to_save=["classifier", "pooler"]), ["no tensor bert.pooler.dense.", "modules_to_save names"],
+    ),
     "two factors of one module": (
         added(f"{MODULE}.base_layer.lora_A.weight", 4, 16), [f"{MODULE}.base_layer.lora_A.weight", "both of"],
     ),

@@ -19,6 +19,7 @@ WHOLE_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """Modules that PEFT stores whole for each task, whatever `modules_to_save` says."""
+HEAD_MODULES = {name for names in WHOLE_HEADS.values() for name in names}
 PLAIN = re.compile(r"[\w\-]+(\.[\w\-]+)*", re.ASCII)
 ANY_LAYERS = r".*?\.[^.]*"
 """What PEFT looks for before a layer's number where no `layers_pattern` names it."""
@@ -30,7 +31,7 @@ class TargetConfig(BaseModel):
     task_type: str | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
+    modules_to_save: Annotated[list[str], Field(max_length=50)] | None = None
     layers_to_transform: list[StrictInt] | StrictInt | None = None
     layers_pattern: Annotated[list[str], Field(max_length=100)] | str | None = None
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, StrictBool, ValidationError
 
-from worker.engine.catalog.adapter_targets import TargetConfig, Targets
+from worker.engine.catalog.adapter_targets import HEAD_MODULES, TargetConfig, Targets
 from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.families import FAMILIES, Family, Kind
 from worker.engine.catalog.headers import (
@@ -410,6 +410,14 @@ def _check_complete(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str
     those of a layer as one tensor, which plain names do not adapt.
     """
     config = adapter.config
+    whole = tuple(name for name in config.modules_to_save or () if name not in HEAD_MODULES)  # the base may have one
+    for name, tensor in tensors.items() if whole else ():
+        parts = name.split(".")[:-1]
+        if tensor.source != adapter.source and any(
+            ".".join(parts[:end]).endswith(whole) for end in range(1, 1 + len(parts))
+        ):
+            problem = f"{ADAPTER_WEIGHTS} has no tensor {name}, which modules_to_save names; save it again"
+            raise InvalidCheckpoint(adapter.source, problem, tensor=name)
     targets = config.target_modules
     if not isinstance(targets, list) or config.layers_to_transform not in (None, []) or config.exclude_modules:
         return
