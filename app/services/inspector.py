@@ -43,6 +43,7 @@ from app.storage import hub
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import JobInputs, LocalInputs
 from worker.engine.catalog import templates  # noqa: F401 - loaded here, so that copies have it
+from worker.engine.catalog.library import activations
 from worker.engine.catalog.reading import observed
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def serve(control: socket.socket) -> None:
     """Serve until the process at the other end closes it or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the API ends this one
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how copies ended
+    activations()  # so that copies have read the table of the library's models
     gc.collect()
     gc.freeze()  # so that collecting garbage in a copy does not write to all that it shares with this process
     inspector = os.getpid()

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -110,13 +111,18 @@ def kind_of(model_type: str) -> Kind | None:
     return _kind(model_type) if isinstance(model_type, str) else None
 
 
+@lru_cache(maxsize=1)
+def _table() -> ZipFile:
+    """The table, in memory: copies of a process would share a file's position. Reading its contents takes 10 ms."""
+    return ZipFile(BytesIO(TABLE.read_bytes()))
+
+
 @lru_cache(maxsize=64)
 def _kind(model_type: str) -> Kind | None:
-    with ZipFile(TABLE) as table:
-        try:
-            content = json.loads(table.read(member(model_type)))
-        except KeyError:
-            return None
+    try:
+        content = json.loads(_table().read(member(model_type)))
+    except KeyError:
+        return None
     architectures = {
         name: Architecture(
             name=name,
@@ -279,8 +285,7 @@ def value_of(length: Length, config: Mapping[str, Any]) -> int | None:
 @lru_cache(maxsize=1)
 def activations() -> frozenset[str]:
     """Names of all functions that a configuration may name as a model's."""
-    with ZipFile(TABLE) as table:
-        return frozenset(json.loads(table.read(ACTIVATIONS)))
+    return frozenset(json.loads(_table().read(ACTIVATIONS)))
 
 
 def value_at(config: Mapping[str, Any], path: str) -> Any:
