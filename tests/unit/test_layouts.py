@@ -325,6 +325,12 @@ def test_models_that_do_not_fit_are_refused_by_both_names(copied: Copied, case: 
     assert_refused(partial(plan, *folders), IncompatibleCheckpoints, [*(f"local:{f.name}" for f in folders), *words])
 
 
+def test_padding_of_a_language_model_whose_positions_count_from_it_must_agree(tmp_path: Path) -> None:
+    model = TinyModel("RobertaForCausalLM", "roberta", {**MASKED_BERT.settings, "is_decoder": True})
+    folders = [tiny_model(tmp_path / f"roberta-{seed}", model, seed=seed, pad_token_id=seed) for seed in (1, 2)]
+    assert_refused(partial(plan, *folders), IncompatibleCheckpoints, ["pad_token_id", "1, 2"])
+
+
 def quantised(folder: Path) -> None:
     """Says so, and has integers by a name that no format is known by."""
     config(quantization_config={"bits": 4})(folder)

@@ -489,7 +489,7 @@ def _has_no_window(config: Mapping[str, Any]) -> bool:
 
 def _pads_freely(config: Mapping[str, Any]) -> bool:
     """Whether positions do not count from the padding's id, as they do in RoBERTa."""
-    return use_of(config).pipeline_tag == "text-generation"
+    return use_of(config).pipeline_tag == "text-generation" and config.get("model_type") not in COUNT_FROM_PADDING
 
 
 CONDITIONS = {
@@ -499,6 +499,15 @@ CONDITIONS = {
     "pad_token_id": _pads_freely,
 }
 """Keys that are harmless where this is true of both configurations."""
+
+
+COUNT_FROM_PADDING = frozenset(
+    {
+        "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "trocr", "xglm", "xlm-roberta",
+        "xlm-roberta-xl", "xmod",
+    }
+)  # fmt: skip
+"""Model types with language models whose positions follow from the padding's id."""
 
 
 def is_harmless(key: str) -> bool:
