@@ -57,6 +57,24 @@ def whole(value: Any) -> Change:
     return change
 
 
+MISFITS: list[tuple[str, str, Any]] = [
+    ("bert", "use_cache", None),
+    ("bert", "hidden_dropout_prob", None),
+    ("bert", "classifier_dropout", "x"),
+    ("bert", "type_vocab_size", 2.5),
+    ("bert", "rope_parameters", ["x"]),
+    ("llama", "tie_word_embeddings", None),
+    ("llama", "mlp_bias", 3),
+    ("llama", "attention_bias", []),
+    ("llama", "rms_norm_eps", 3),
+    ("llama", "hidden_act", None),
+    ("llama", "num_attention_heads", None),
+    ("llama", "eos_token_id", {}),
+    ("llama", "rope_scaling", "linear"),
+    ("llama", "rope_parameters", []),
+]
+"""Values of a configuration of types that its class refuses."""
+
 REFUSED: list[tuple[str, str, Change, str]] = [
     *(
         (kind, "tokenizer_config.json", setting(key, value=value), key)
@@ -111,6 +129,7 @@ REFUSED: list[tuple[str, str, Change, str]] = [
             ("num_return_sequences", 3),
         ]
     ),
+    *((kind, "config.json", setting(key, value=value), key) for kind, key, value in MISFITS),
     ("bert", "tokenizer.json", without("added_tokens"), "added_tokens"),
     ("bert", "tokenizer.json", without("model", "vocab", "[UNK]"), "Missing [UNK] token"),
     ("bert", "tokenizer.json", setting("added_tokens", 0, "lstrip", value=None), "tokenizer.json cannot be loaded"),
@@ -145,6 +164,11 @@ ACCEPTED: list[tuple[str, str, Change]] = [
             ("add_bos_token", True),
         ]
     ),
+    ("bert", "config.json", setting("classifier_dropout", value=0.5)),
+    ("bert", "config.json", setting("eos_token_id", value=[1, 2])),
+    ("llama", "config.json", setting("rope_scaling", value=None)),
+    ("llama", "config.json", setting("attention_dropout", value=0)),
+    ("llama", "config.json", setting("num_key_value_heads", value=2)),
     ("bert", "special_tokens_map.json", setting("pad_token", value={"content": "[PAD]", "lstrip": False})),
     ("bert", "added_tokens.json", whole({"one": 5})),
     ("llama", "generation_config.json", setting("compile_config", value={"mode": "default"})),

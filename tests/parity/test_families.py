@@ -531,6 +531,10 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
             other = ["p2c"]
         elif key.endswith(("act", "activation")):
             other = "relu"
+        elif key.endswith("eps"):
+            other = 7.0
+        elif isinstance(config.get(key), bool):
+            other = not config[key]
         edit_json(pair[1] / "config.json", **{key: other})
         if key == case.table.padding_position:  # another limit, and another meaning of every position
             assert required_family(plan([pair[1]])).max_tokens({**config, key: other}) == POSITIONS + 2 - 8
@@ -566,7 +570,8 @@ def test_a_padding_position_that_leaves_no_row_is_refused_by_its_key(case: Case,
     pair = copied(case, tmp_path)
     if key is None or key in case.table.supported:
         edit_json(pair[0] / "config.json", max_position_embeddings=padding if padding == "1" else 0)
-        assert_refused(pair, InvalidCheckpoint, "no usable max_position_embeddings")
+        problem = "no usable max_position_embeddings" if padding != "1" else "max_position_embeddings '1'"
+        assert_refused(pair, InvalidCheckpoint, problem)
     else:
         edit_json(pair[0] / "config.json", pad_token_id=padding)
         assert_refused(pair, InvalidCheckpoint, "local:two", "pad_token_id")

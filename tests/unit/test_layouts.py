@@ -349,7 +349,7 @@ BAD: dict[str, tuple[Spoiling, list[str]]] = {
     "an absurd number of layers further in": (
         config(text_config={"num_hidden_layers": 10**9}), ["1000000000 num_hidden_layers"],
     ),
-    "a number of layers that is none": (config(num_hidden_layers="2"), ["num_hidden_layers", "no number", "type str"]),
+    "a number of layers that is none": (config(num_hidden_layers="2"), ["num_hidden_layers", "type text", "takes int"]),
     "a number of layers that is a truth": (config(num_hidden_layers=True), ["num_hidden_layers", "type bool"]),
     "untied without a head": (
         removed("lm_head.weight"), ["lm_head.weight", "its configuration says tie_word_embeddings: false"],
@@ -576,7 +576,9 @@ def test_values_of_other_types_show_it(tmp_path: Path) -> None:
     folders = [tiny_model(tmp_path / name) for name in "ab"]
     edit_json(folders[1] / "config.json", attention_bias="False")
     infos = [inspect_checkpoint(folder, folder.name) for folder in folders]
-    with pytest.raises(IncompatibleCheckpoints, match=r"attention_bias differs in config\.json: False, 'False'"):
+    with pytest.raises(
+        InvalidCheckpoint, match="attention_bias 'False', which is of type text; transformers takes bool"
+    ):
         plan_merge(infos)
 
 

@@ -104,6 +104,18 @@ class Kind:
     aliases: Mapping[str, str]
     """Other spellings of keys."""
     architectures: Mapping[str, Architecture]
+    types: Mapping[str, Sequence[str]]
+    """Types of JSON that keys take, of keys whose class refuses all others; see `type_name`."""
+
+
+TYPE_NAMES: Mapping[type, str] = {
+    bool: "bool", int: "int", float: "float", str: "text", type(None): "null", list: "list", dict: "object",
+}  # fmt: skip
+
+
+def type_name(value: Any) -> str:
+    """The table's name of a JSON value's type."""
+    return TYPE_NAMES[type(value)]
 
 
 def kind_of(model_type: str) -> Kind | None:
@@ -138,7 +150,8 @@ def _kind(model_type: str) -> Kind | None:
         )
         for name, found in content["architectures"].items()
     }
-    return Kind(model_type, decoded(content["defaults"]), content["derived"], content["aliases"], architectures)
+    defaults, types = decoded(content["defaults"]), content["types"]
+    return Kind(model_type, defaults, content["derived"], content["aliases"], architectures, types)
 
 
 def member(model_type: str) -> str:

@@ -3,12 +3,12 @@
 Sizes that tensors show are checked with the tensors, in `identity`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worker.engine.catalog.errors import InvalidCheckpoint
 from worker.engine.catalog.headers import CheckpointInfo
-from worker.engine.catalog.library import Kind, completed, kind_of
+from worker.engine.catalog.library import Kind, completed, kind_of, type_name
 
 DTYPES = frozenset(
     {
@@ -59,11 +59,21 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} {_short(value)}, which is no dtype of weights; write float32, float16 or bfloat16")
         if key in POSITIONS and type(value) is int and value > MAX_POSITIONS:
             problems.append(f"{key} {_short(value)}; {MAX_POSITIONS} are allowed")
+        if key in ("rope_parameters", "rope_scaling") and not isinstance(value, Mapping | None):
+            problems.append(f"{key} {_short(value)}, which is no object")
         is_epsilon = "norm" in key and key.endswith(("eps", "epsilon")) and value is not None
         if is_epsilon and (type(value) not in (int, float) or not 0 < value < float("inf")):
             what = "text and no number" if isinstance(value, str) else "no positive number"
             problems.append(f"{key} {_short(value)}, which is {what}")
-    return [*problems, *(_problems_of_kind(config, kind) if kind else ())]
+    return [*problems, *(_problems_of_kind(config, kind) if kind else ()), *(_misfits(config, kind) if kind else ())]
+
+
+def _misfits(config: Mapping[str, Any], kind: Kind) -> Iterator[str]:
+    """Yields values of types that the class of the configuration refuses."""
+    for key, value in config.items():
+        taken = kind.types.get(kind.aliases.get(key, key))
+        if taken is not None and type_name(value) not in taken:
+            yield f"{key} {_short(value)}, which is of type {type_name(value)}; transformers takes {' or '.join(taken)}"
 
 
 def _problems_of_labels(config: Mapping[str, Any]) -> list[str]:

@@ -11,8 +11,9 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import torch
@@ -61,6 +62,18 @@ LAYER_WORDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of layers."""
 SHOWN = frozenset({"head_dim", "n_inner", "n_ctx"})
 """Keys that may differ between checkpoints since shapes show them."""
+
+
+PLAIN_TYPES: Mapping[Any, str] = {
+    bool: "bool", int: "int", float: "float", str: "text", NoneType: "null", list: "list", tuple: "list",
+    dict: "object",
+}  # fmt: skip
+"""Names of JSON's types, by Python's."""
+SAMPLES: Mapping[str, tuple[Any, ...]] = {
+    "bool": (True, False), "int": (0, 1, 3), "float": (0.0, 0.5, 3.0), "text": ("x", ""), "null": (None,),
+    "list": ([], [1], [1, 1], ["x"]), "object": ({}, {"x": 1}),
+}  # fmt: skip
+"""Values of each type."""
 
 
 @dataclass
@@ -116,6 +129,7 @@ def described(model_type: str) -> Config | None:
         "defaults": defaults,
         "derived": derived_of(config_class, defaults),
         "aliases": dict(getattr(config_class, "attribute_map", {})),
+        "types": types_of(config_class),
         "architectures": {},
     }
     for name in sorted(classes_of(model_type)):
@@ -233,6 +247,48 @@ def variations(key: str, value: Any) -> list[Any]:
     if type(value) is int:
         return [2] if value <= 0 else [value * 2] if key in LAYER_KEYS else [value * 2, 0]
     return [8] if value is None else []
+
+
+# --- types of values --------------------------------------------------------------------------------------
+
+
+def types_of(config_class: Any) -> dict[str, list[str]]:
+    """Types of JSON that each key of a configuration takes, where the class refuses values of all others."""
+    found = {}
+    for key, hint in ((one.name, one.type) for one in fields(config_class)):
+        taken = taken_by(hint)
+        if taken is not None and not key.startswith("_"):
+            others = [name for name in SAMPLES if name not in taken]
+            if all(refuses(config_class, key, value) for name in others for value in SAMPLES[name]):
+                found[key] = sorted(taken)
+    return dict(sorted(found.items()))
+
+
+def taken_by(hint: Any) -> set[str] | None:
+    """The types of JSON that a type hint allows; None if it is of another kind than JSON has."""
+    origin = get_origin(hint)
+    if hint in PLAIN_TYPES or origin in PLAIN_TYPES:
+        return {PLAIN_TYPES[origin or hint]}
+    if origin is Literal:
+        names = [PLAIN_TYPES.get(type(one)) for one in get_args(hint)]
+    elif origin in (Union, UnionType):
+        names = []
+        for one in get_args(hint):
+            inner = taken_by(one)
+            names += [None] if inner is None else [*inner]
+    elif origin is Annotated:
+        return taken_by(get_args(hint)[0])
+    else:
+        return None
+    return None if None in names else {name for name in names if name}
+
+
+def refuses(config_class: Any, key: str, value: Any) -> bool:
+    try:
+        config_class(**{key: value})
+    except Exception:
+        return True
+    return False
 
 
 # --- what a class has -------------------------------------------------------------------------------------
