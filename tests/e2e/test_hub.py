@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -493,6 +495,31 @@ def test_whatever_the_hub_answers_the_request_gets_a_problem_that_says_so(
     finally:
         hub.answer = None
     assert_problem(response, status, code)
+
+
+def test_parquet_of_equal_texts_is_not_decoded_to_the_disk(service: Service, hub: Hub, tmp_path: Path) -> None:
+    """Two files of a few kB, which the hub's library decodes to 400 MB."""
+    for part in (0, 1):
+        indices = pyarrow.array([0] * 2000, pyarrow.int32())
+        texts = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["one two " * 12_500]))
+        table = pyarrow.table({"text": texts, "label": pyarrow.array([part] * 2000)})
+        (tmp_path / "equal").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, tmp_path / "equal" / f"train-{part}.parquet", store_schema=False)
+    hub.add("dataset", "org/equal", tmp_path / "equal")
+    columns = {"text": "text", "text_pair": None, "config": None, "split": None, "label": "label"}
+    asked = recipe(
+        models__0__evaluation={"source": "hf:org/equal", **columns, "limit": 200},
+        models__0__dataset={"source": "hf:org/equal", **columns, "limit": 8},
+    )
+    before = _bytes_below(Path(service.environment["HF_HOME"]))
+    job = service.finished(service.submit(asked))
+    assert job["status"] == "succeeded", job["error"]
+    assert job["result"]["metrics"]["a"]["examples"] == 200
+    assert _bytes_below(Path(service.environment["HF_HOME"])) - before < 1_000_000
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def test_while_the_hub_is_away_nothing_is_accepted_and_what_waits_can_be_tried_again(

@@ -8,7 +8,7 @@ import csv
 import errno
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from worker.engine.catalog.paths import in_one_line
 from worker.engine.catalog.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
 from worker.engine.phase import OnProgress, Phase
 from worker.engine.resources import is_out_of_memory, require_space
+from worker.engine.tables import LISTS, TableRows, rows_of_parquet, types_of_parquet
 
 # Formats that hold rows. Others would decode images and sounds, or read what is no data of the repository.
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")
@@ -61,22 +62,37 @@ class RemoteFile:
     """0 when it is in the cache."""
 
 
+@dataclass(frozen=True)
+class ParquetFiles:
+    """A table that is read from its files: decoded, a file of 130 kB may have 7 GB."""
+
+    files: tuple[Path, ...]
+    features: Mapping[str, Any]
+    """What the repository says of its columns, by name."""
+
+
 @dataclass
 class Fetched:
     """Everything of a job that came from the hub."""
 
     checkpoints: dict[HubSource, Path] = field(default_factory=dict)
     """Folders, by repository and commit."""
-    tables: dict[tuple[HubSource, str | None, str | None], datasets.Dataset] = field(default_factory=dict)
+    tables: dict[tuple[HubSource, str | None, str | None], "datasets.Dataset | ParquetFiles"] = field(
+        default_factory=dict
+    )
     """By repository, configuration and split."""
     notes: dict[tuple[HubSource, str | None, str | None], list[str]] = field(default_factory=dict)
     """Notes of rows that were joined or passed over, by data set."""
 
-    def table(self, spec: DatasetSpec) -> datasets.Dataset:
-        return self.tables[_table_key(spec)]
-
-    def notes_of(self, spec: DatasetSpec) -> list[str]:
-        return self.notes[_table_key(spec)]
+    def rows(self, spec: DatasetSpec) -> TableRows:
+        """The rows of a data set. Raises InvalidDataset."""
+        table = self.tables[_table_key(spec)]
+        if isinstance(table, ParquetFiles):
+            label = table.features.get(spec.label) if spec.label is not None else None
+            feature = label.feature if isinstance(label, LISTS) else label
+            names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+            return rows_of_parquet(table.files, spec, names)
+        return TableRows(table, spec, notes=self.notes[_table_key(spec)])
 
 
 def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
@@ -114,6 +130,10 @@ def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
         with _translated(rows):
             _download(files, "dataset", source, downloading)
             builder = builders[source, config]
+            files_of_it = _parquet_files(rows, source, builder)
+            if files_of_it is not None:
+                fetched.tables[source, config, split] = files_of_it
+                continue
             table, chosen = _prepared(rows, builder)
             fetched.tables[source, config, split] = table
             fetched.notes[source, config, split] = _notes_of_csv(rows, source, builder, table, chosen)
@@ -221,6 +241,27 @@ def _file_names(rows: DatasetSpec, source: HubSource, builder: Any, split: str) 
         if not url.startswith(prefix):
             raise InvalidDataset(rows.source, f"its configuration names {url}, which is outside the repository")
     return [url.removeprefix(prefix) for url in urls]
+
+
+def _parquet_files(rows: DatasetSpec, source: HubSource, builder: Any) -> ParquetFiles | None:
+    """The files of the split that was asked for, or of the only one; None where the library has to make the table: it
+    is no Parquet, a part of a split, some of its rows, or the repository names other types than the files have."""
+    if _builder_name(builder) != "parquet" or builder.config.columns or builder.config.filters:
+        return None
+    splits = list(builder.config.data_files or {})
+    split = rows.split or (str(splits[0]) if len(splits) == 1 else None)
+    names = _file_names(rows, source, builder, split) if split else []
+    if not names or not all(name.endswith(".parquet") for name in names):  # others may be compressed as a whole
+        return None
+    files = [
+        Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit)) for name in names
+    ]
+    features = builder.info.features or {}
+    for file in files:
+        types = types_of_parquet(file)
+        if any(name in types and feature() != types[name] for name, feature in features.items() if callable(feature)):
+            return None
+    return ParquetFiles(tuple(files), features)
 
 
 def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:

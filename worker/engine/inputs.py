@@ -53,9 +53,7 @@ class Inputs:
     def rows(self, spec: DatasetSpec) -> Rows:
         """Raises InvalidDataset."""
         if spec.hub is not None and self._fetched is not None:
-            from worker.engine.tables import TableRows
-
-            return TableRows(self._fetched.table(spec), spec, notes=self._fetched.notes_of(spec))
+            return self._fetched.rows(spec)
         if spec.path is not None and spec.root is not None:
             spec = spec.model_copy(update={"path": self._views.open_file(spec.path, spec.source, spec.root)})
         if is_parquet(spec):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -111,17 +112,40 @@ def _values(part: Any) -> list[Any]:
 def read_parquet(spec: DatasetSpec) -> TableRows:
     """The rows of a local Parquet file. Raises InvalidDataset naming a missing column."""
     check_first_rows(spec, labels=None)
-    with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec)) as described:
-        columns = _wanted(spec, described.schema_arrow.names)
-        _check_size(described.metadata, columns, spec)
-        texts = _texts(described.schema, columns)
-    with _reading(spec), pyarrow.parquet.ParquetFile(local_file(spec), read_dictionary=texts) as file:
-        # Each group by itself: lists of texts in several groups cannot be read at once.
-        groups = [file.read_row_group(index, columns) for index in range(file.num_row_groups)]
-        table = pyarrow.concat_tables(groups or [file.read(columns)]).unify_dictionaries()
+    return rows_of_parquet([local_file(spec)], spec)
+
+
+def rows_of_parquet(files: Sequence[Path], spec: DatasetSpec, label_names: tuple[str, ...] | None = None) -> TableRows:
+    """The rows of Parquet files that are one table.
+
+    Args:
+        label_names: names of the label ids; None: those that the first file names.
+
+    Raises:
+        InvalidDataset: names a missing column, or the files are no table.
+        OutOfMemory: there is less memory than they take.
+    """
+    with _reading(spec):
+        described = [pyarrow.parquet.ParquetFile(file) for file in files]
+        columns = _wanted(spec, described[0].schema_arrow.names)
+        _check_size([file.metadata for file in described], columns, spec)
+        parts = []
+        for path, one in zip(files, described, strict=True):
+            one.close()
+            with pyarrow.parquet.ParquetFile(path, read_dictionary=_texts(one.schema, columns)) as file:
+                # Each group by itself: lists of texts in several groups cannot be read at once.
+                groups = [file.read_row_group(index, columns) for index in range(file.num_row_groups)]
+                parts += groups or [file.read(columns)]
+        table = pyarrow.concat_tables(parts, promote_options="permissive").unify_dictionaries()
         # Of what the library `datasets` wrote beside the columns, the label names alone are wanted.
-        names = _label_names(table.schema.metadata or {}, spec)
+        names = label_names or _label_names(parts[0].schema.metadata or {}, spec)
         return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names)
+
+
+def types_of_parquet(file: Path) -> Mapping[str, Any]:
+    """The Arrow type of each column of a file."""
+    with pyarrow.parquet.ParquetFile(file) as described:
+        return {field.name: field.type for field in described.schema_arrow}
 
 
 def _texts(schema: Any, columns: Sequence[str]) -> list[str]:
@@ -141,18 +165,19 @@ def _column_of(path: str, columns: Iterable[str]) -> str | None:
     return max((name for name in columns if f"{path}.".startswith(f"{name}.")), key=len, default=None)
 
 
-def _check_size(metadata: Any, columns: Sequence[str], spec: DatasetSpec) -> None:
-    """Check the sizes that a file states, before any of it is decoded.
+def _check_size(stated: Sequence[Any], columns: Sequence[str], spec: DatasetSpec) -> None:
+    """Check the sizes that files state in their metadata, before any of them is decoded.
 
     Raises:
-        InvalidDataset: it has more rows, or a column has more values, than are read.
+        InvalidDataset: there are more rows, or a column has more values, than are read.
         OutOfMemory: there is less memory than they take.
     """
-    if metadata.num_rows > MOST_ROWS:
-        raise InvalidDataset(spec.source, f"it has {metadata.num_rows} rows; {MOST_ROWS} are allowed")
+    rows = sum(metadata.num_rows for metadata in stated)
+    if rows > MOST_ROWS:
+        raise InvalidDataset(spec.source, f"it has {rows} rows; {MOST_ROWS} are allowed")
     needed = 0
     counts = dict.fromkeys(columns, 0)
-    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+    for group in (metadata.row_group(index) for metadata in stated for index in range(metadata.num_row_groups)):
         for part in (group.column(index) for index in range(group.num_columns)):
             name = _column_of(part.path_in_schema, counts)
             if name is not None:
