@@ -25,9 +25,8 @@ from rich.table import Table
 from bench.experts import base_model_folder, prepare
 from bench.quality import combinations_of
 from bench.table import console, shown
-from worker.engine.catalog.methods import default_candidates
-from worker.engine.catalog.report import Candidate, MergeResult
-from worker.engine.catalog.spec import (
+from worker.engine.catalog.contracts.report import Candidate, MergeResult
+from worker.engine.catalog.contracts.spec import (
     CheckpointSpec,
     DatasetSpec,
     EvaluationSpec,
@@ -36,7 +35,8 @@ from worker.engine.catalog.spec import (
     OutputSpec,
     StoreSpec,
 )
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.methods import default_candidates
+from worker.engine.jobs.pipeline import Engine
 
 MEAN_TARGETS = {2: 0.99, 4: 0.985}
 ALL_TARGET = 0.97

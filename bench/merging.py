@@ -42,10 +42,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from bench.experts import base_model_folder
 from bench.table import shown
-from worker.engine.catalog.headers import INDEX, inspect_checkpoint
+from worker.engine.catalog.checkpoints.headers import INDEX, inspect_checkpoint
+from worker.engine.catalog.contracts.report import MergeResult
+from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import MergeSpec
 from worker.engine_process import EngineProcess, Failed, Finished
 
 ROUNDS = 3

@@ -29,21 +29,21 @@ from transformers.utils import logging
 from bench.experts import Task, make_tasks
 from bench.families import fine_tune, write_ancestor, write_rows
 from bench.table import console, shown
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import DatasetSpec, MergeSpec, StoreSpec
+from worker.engine.catalog.data.labels import LabelMap
+from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import FAMILIES, Nodes
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.labels import LabelMap
 from worker.engine.catalog.methods import MaskFisherParameters
-from worker.engine.catalog.rows import RowFile, sample
-from worker.engine.catalog.spec import DatasetSpec, MergeSpec, StoreSpec
-from worker.engine.catalog.values import Place
-from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.device import Precision, best_device
+from worker.engine.catalog.primitives.values import Place
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import Array, bootstrap
-from worker.engine.methods import MeasuredModel
-from worker.engine.methods.mask_fisher import node_weights
-from worker.engine.pipeline import Engine
-from worker.engine.scoring.data import Example, tokenize
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.methods import MeasuredModel
+from worker.engine.merging.methods.mask_fisher import node_weights
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.runtime.device import Precision, best_device
 from worker.engine.scoring.statistics import STANDARD_ERROR
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

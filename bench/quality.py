@@ -30,11 +30,10 @@ from torch import Tensor
 
 from bench.experts import base_model_folder, prepare
 from bench.table import console, shown
-from worker.engine import layers
-from worker.engine.alignment import aligned
-from worker.engine.backbone import Backbone
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
-from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.contracts.spec import DatasetSpec
+from worker.engine.catalog.data.labels import LabelMap
+from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
     MeasuringParameters,
@@ -42,20 +41,21 @@ from worker.engine.catalog.methods import (
     MethodParameters,
     Statistic,
 )
-from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.rows import Row, RowFile, sample
-from worker.engine.catalog.spec import DatasetSpec
-from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.catalog.planning.plan import MergePlan, plan_merge
 from worker.engine.checkpoints.reader import digest_checkpoint
-from worker.engine.device import best_device, resolve_precision
 from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, Array, bootstrap
-from worker.engine.methods import BUILDERS, MeasuredModel
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.merging import layer_alignment as layers
+from worker.engine.merging.backbone import Backbone
+from worker.engine.merging.head_alignment import aligned
+from worker.engine.merging.methods import BUILDERS, MeasuredModel
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.runtime.device import best_device, resolve_precision
 from worker.engine.scoring.batching import BatchSizes
-from worker.engine.scoring.data import Example, tokenize
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample
-from worker.engine.store import StatisticsStore
+from worker.engine.scoring.store import StatisticsStore
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"name": "average"},

@@ -24,21 +24,21 @@ from torch import Tensor
 
 from bench.quality import HEADS, SEED, Bench, Combination, Outcome
 from bench.table import console, shown
-from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.contracts.report import StoppingPoint
+from worker.engine.catalog.data.labels import LabelMap
+from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.methods import MaskFisherParameters
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.catalog.report import StoppingPoint
-from worker.engine.catalog.rows import RowFile, sample
-from worker.engine.checkpoints.loading import load
+from worker.engine.catalog.planning.plan import plan_merge
 from worker.engine.checkpoints.reader import digest_checkpoint
 from worker.engine.evaluation.metrics import Array, bootstrap
-from worker.engine.methods import MeasuredModel
-from worker.engine.methods.mask_fisher import node_weights
+from worker.engine.merging.methods import MeasuredModel
+from worker.engine.merging.methods.mask_fisher import node_weights
+from worker.engine.merging.stopping import Owned, Scored, errors_at, point
+from worker.engine.models.loading import load
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
-from worker.engine.stopping import Owned, Scored, errors_at, point
-from worker.engine.store import StatisticsStore
+from worker.engine.scoring.store import StatisticsStore
 
 ALIGNMENT_ROWS = 512
 MOST_SHARE = 0.25  # of the rows

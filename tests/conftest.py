@@ -22,7 +22,7 @@ from redis import Redis
 from app.client import Client
 from app.embedded_redis import EmbeddedRedis
 from tests.tiny import tiny_base, tiny_checkpoint, write_rows
-from worker.engine.catalog.report import MergeResult, Timings
+from worker.engine.catalog.contracts.report import MergeResult, Timings
 
 REPOSITORY = Path(__file__).parent.parent
 BASE_URL = "http://localhost"  # of clients that call the app without a socket; it refuses other hosts

@@ -3,8 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.report import (
+from worker.engine.catalog.contracts.report import (
     Candidate,
     CandidateMetric,
     Difference,
@@ -18,6 +17,7 @@ from worker.engine.catalog.report import (
     Timings,
     Trial,
 )
+from worker.engine.catalog.families import Nodes
 from worker.engine.reporting.contents import (
     Construction,
     Contents,

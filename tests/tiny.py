@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.tiny_families import TINY_BERT, WORDS, TinyFamily
+from worker.engine.catalog.contracts.spec import DatasetSpec, MergeSpec, ModelSpec
+from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.families import Slot
-from worker.engine.catalog.rows import Row, RowFile, sample
-from worker.engine.catalog.spec import DatasetSpec, MergeSpec, ModelSpec
-from worker.engine.catalog.values import Place
-from worker.engine.methods.blocks import Block, Merger, Versions
+from worker.engine.catalog.primitives.values import Place
+from worker.engine.merging.methods.blocks import Block, Merger, Versions
 
 LAYERS = 2
 HEADS = 4

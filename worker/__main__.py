@@ -28,9 +28,9 @@ from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
-from worker.engine.catalog.paths import hide
-from worker.engine.catalog.spec import StoreSpec
-from worker.engine.catalog.statistics import FOLDER
+from worker.engine.catalog.contracts.spec import StoreSpec
+from worker.engine.catalog.contracts.statistics import FOLDER
+from worker.engine.catalog.primitives.paths import hide
 from worker.engine_process import EngineProcess
 from worker.tasks import REDIS_RETRY_S, TaskRunner
 

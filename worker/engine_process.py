@@ -30,10 +30,10 @@ from app.contracts.jobs import JobError, Phase
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
 from app.storage.scratch import Scratch
-from worker.engine.catalog.errors import DiskFull, EngineError, OutOfMemory, StorageError
-from worker.engine.catalog.paths import hide
-from worker.engine.catalog.report import MergeResult, ScoreResult
-from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
+from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.engine.catalog.primitives.errors import DiskFull, EngineError, OutOfMemory, StorageError
+from worker.engine.catalog.primitives.paths import hide
 from worker.vitals import Vitals, processor_seconds
 
 BEAT_S = 1.0
@@ -272,9 +272,9 @@ def serve(requests: BinaryIO, events: int) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    from worker.engine.libraries import preload
-    from worker.engine.pipeline import Engine
-    from worker.engine.threads import pool
+    from worker.engine.jobs.pipeline import Engine
+    from worker.engine.runtime.libraries import preload
+    from worker.engine.runtime.threads import pool
 
     engine = Engine()
     pool(torch.get_num_threads())
@@ -321,7 +321,7 @@ def _job_error(error: Exception) -> JobError:
     """The one place where foreign exceptions become job errors."""
     import errno
 
-    from worker.engine.resources import is_out_of_memory
+    from worker.engine.runtime.resources import is_out_of_memory
 
     if is_out_of_memory(error):
         error = OutOfMemory("the job needs more memory than there is; use fewer or smaller models, or a larger worker")

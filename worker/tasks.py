@@ -16,10 +16,10 @@ from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import JobInputs, JobReference, LocalInputs, ReferenceError, hub_reference, job_reference
 from app.storage.jobs import JobStore
 from app.storage.searches import SearchFolder
-from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
+from worker.engine.catalog.contracts.spec import Columns, JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.methods import AutoParameters
-from worker.engine.catalog.report import MergeResult, ScoreResult
-from worker.engine.catalog.spec import Columns, JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed
 from worker.progress import ProgressMeter
 

@@ -17,7 +17,7 @@ from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
 from app.services.composition import Services
 from app.storage.files import Damaged, StoredFile
-from worker.engine.catalog.report import PAGE_POLICY
+from worker.engine.catalog.contracts.report import PAGE_POLICY
 
 router = APIRouter(tags=["artifacts"], route_class=StrictRoute)
 logger = logging.getLogger(__name__)

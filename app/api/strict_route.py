@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.services.bodies import read_body
-from worker.engine.catalog.strict import did_you_mean, limit_hints
+from worker.engine.catalog.primitives.strict import did_you_mean, limit_hints
 
 JSON = "application/json"
 YAML = ("application/yaml", "application/x-yaml", "text/yaml")

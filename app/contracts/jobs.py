@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
-from worker.engine.catalog.paths import Told, told
-from worker.engine.catalog.report import MergeResult, MergeSummary, ScoreResult
+from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
+from worker.engine.catalog.primitives.paths import Told, told
 
 
 class Kind(StrEnum):

@@ -9,6 +9,16 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import AnyHttpUrl, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from worker.engine.catalog.contracts.spec import (
+    ALIGN_RIDGE,
+    Columns,
+    Dtype,
+    Heads,
+    MetricName,
+    Name,
+    Tokens,
+    VocabularyPolicy,
+)
 from worker.engine.catalog.methods import (
     AUTO,
     METHODS,
@@ -21,19 +31,16 @@ from worker.engine.catalog.methods import (
     check_name,
     default_candidates,
 )
-from worker.engine.catalog.slices import OutputSlice
-from worker.engine.catalog.spec import (
-    ALIGN_RIDGE,
-    Columns,
-    Dtype,
-    Heads,
-    MetricName,
-    Name,
-    Tokens,
-    VocabularyPolicy,
+from worker.engine.catalog.primitives.slices import OutputSlice
+from worker.engine.catalog.primitives.strict import LONGEST_NAME, Strict, did_you_mean
+from worker.engine.catalog.primitives.values import (
+    DEFAULT_WEIGHT,
+    PerTensor,
+    Weight,
+    filters_of,
+    is_ever_negative,
+    takes_part,
 )
-from worker.engine.catalog.strict import LONGEST_NAME, Strict, did_you_mean
-from worker.engine.catalog.values import DEFAULT_WEIGHT, PerTensor, Weight, filters_of, is_ever_negative, takes_part
 
 LONGEST_TITLE = 200
 LONGEST_DEADLINE_S = 366 * 86_400

@@ -22,20 +22,20 @@ from app.contracts.requests import (
 from app.storage.artifacts import ArtifactFolder
 from app.storage.hub import Hub, HubUnavailable
 from app.storage.inputs import JobInputs, LocalInputs, ReferenceError, hub_reference, job_reference
-from worker.engine.catalog.adapters import inspect_model
-from worker.engine.catalog.architectures import use_of
-from worker.engine.catalog.companion_checks import check_tokenizer
-from worker.engine.catalog.errors import EngineError
-from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
-from worker.engine.catalog.labels import METRICS, Task, check_metric, label_map
+from worker.engine.catalog.checkpoints.adapters import inspect_model
+from worker.engine.catalog.checkpoints.architectures import use_of
+from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
+from worker.engine.catalog.checkpoints.views import Views
+from worker.engine.catalog.contracts.spec import Columns, DatasetSpec, models_beside
+from worker.engine.catalog.data.labels import METRICS, Task, check_metric, label_map
+from worker.engine.catalog.data.rows import check_first_rows
 from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
-from worker.engine.catalog.notes import in_order
-from worker.engine.catalog.parameters import parameter_problems
-from worker.engine.catalog.planning import MergePlan, plan_merge, required_task
-from worker.engine.catalog.rows import check_first_rows
-from worker.engine.catalog.spec import Columns, DatasetSpec, models_beside
-from worker.engine.catalog.stacking import layers_of_models, plan_job
-from worker.engine.catalog.views import Views
+from worker.engine.catalog.planning.parameters import parameter_problems
+from worker.engine.catalog.planning.plan import MergePlan, plan_merge, required_task
+from worker.engine.catalog.planning.stacking import layers_of_models, plan_job
+from worker.engine.catalog.primitives.errors import EngineError
+from worker.engine.catalog.primitives.notes import in_order
 
 NO_ADAPTERS = "method passthrough takes no adapters; merge it into its base first (method average with one model)"
 
@@ -248,7 +248,9 @@ class Checker:
 
 
 def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:
-    from worker.engine.catalog.templates import check_templates  # which loads Jinja: only inspectors need it
+    from worker.engine.catalog.planning.templates import (
+        check_templates,  # which loads Jinja: only inspectors need it
+    )
 
     return check_templates(plan, asked)
 

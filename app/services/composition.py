@@ -13,7 +13,7 @@ from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
 from app.storage.statistics import StatisticsFolder
-from worker.engine.catalog.paths import hide
+from worker.engine.catalog.primitives.paths import hide
 
 WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
 

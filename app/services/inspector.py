@@ -42,9 +42,8 @@ from app.services.inspection import (
 from app.storage import hub
 from app.storage.artifacts import ArtifactFolder
 from app.storage.inputs import JobInputs, LocalInputs
-from worker.engine.catalog import templates  # noqa: F401 - loaded here, so that copies have it
-from worker.engine.catalog.library import activations
-from worker.engine.catalog.reading import observed
+from worker.engine.catalog.checkpoints.library import activations
+from worker.engine.catalog.checkpoints.reading import observed
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.strict import did_you_mean
-from worker.engine.catalog.values import EVERY_NAME
+from worker.engine.catalog.primitives.strict import did_you_mean
+from worker.engine.catalog.primitives.values import EVERY_NAME
 
 REQUIRED = object()
 OWN_SCHEMES = ("local:", "hf:", "job:", "s3:")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from app.contracts.jobs import Attempt, Record, Stage, TaskId
 from app.storage.files import Damaged, StoredFile
-from worker.engine.catalog.report import MANIFEST
+from worker.engine.catalog.contracts.report import MANIFEST
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from app.storage.inputs import COMMIT, HubReference, ReferenceError
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import (
+from worker.engine.catalog.checkpoints.headers import (
     ADAPTER_PICKLE,
     MAX_DESCRIPTION_BYTES,
     MAX_HEADER_BYTES,
@@ -33,6 +32,7 @@ from worker.engine.catalog.headers import (
     described_files,
     weights_among,
 )
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 REQUEST_TIMEOUT_S = 10.0
 DEADLINE_S = 30.0  # for all that one request names; whoever posts it waits

@@ -37,7 +37,7 @@ from app.contracts.jobs import (
     TaskId,
     TaskState,
 )
-from worker.engine.catalog.report import MergeResult, ScoreResult
+from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
 
 Clock = Callable[[], int]
 """Milliseconds since the epoch."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from app.storage.files import StoredFile
-from worker.engine.catalog.statistics import ABOUT, ADDRESS, FOLDER, About
+from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, FOLDER, About
 
 
 @dataclass(frozen=True)

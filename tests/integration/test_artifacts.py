@@ -23,7 +23,7 @@ from app.storage.artifacts import ArtifactFolder
 from app.storage.jobs import JobStore
 from tests.conftest import HANGS_S, RESULT, assert_problem, free_port, wait_until
 from worker.__main__ import _is_wanted
-from worker.engine.catalog.report import Candidate, Search, Trial
+from worker.engine.catalog.contracts.report import Candidate, Search, Trial
 
 LARGE = 16 << 20  # more than sockets buffer
 FILES = {

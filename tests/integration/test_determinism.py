@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.tiny import merge_spec, model_spec, silent, tiny_base, tiny_checkpoint, write_rows
-from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import CheckpointSpec, StoreSpec
 from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.spec import CheckpointSpec, StoreSpec
 from worker.engine.checkpoints.reader import digest_file
-from worker.engine.methods.blocks import row_blocks
-from worker.engine.pipeline import Engine
+from worker.engine.checkpoints.row_blocks import row_blocks
+from worker.engine.jobs.pipeline import Engine
 
 HIDDEN = 1024  # square matrices of so many rows are several blocks
 EXAMPLES = 8

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.inotify import opened
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import INDEX, WEIGHTS, inspect_checkpoint
-from worker.engine.catalog.views import Views
-from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.catalog.checkpoints.headers import INDEX, WEIGHTS, inspect_checkpoint
+from worker.engine.catalog.checkpoints.views import Views
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.models.loading import LoadedModel, load
 
 CPU = torch.device("cpu")
 TEXT = "one two three"

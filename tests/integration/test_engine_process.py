@@ -14,9 +14,9 @@ import pytest
 from tests.conftest import wait_until
 from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
 from tests.tiny_language_models import tiny_model
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import RUN_BYTES, RUNTIME_BYTES, plan_merge
-from worker.engine.catalog.spec import EvaluationSpec, MergeSpec
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
+from worker.engine.catalog.planning.plan import RUN_BYTES, RUNTIME_BYTES, plan_merge
 from worker.engine_process import EngineDied, EngineHung, EngineProcess, Failed, Finished, Progressed
 
 

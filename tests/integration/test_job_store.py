@@ -23,7 +23,7 @@ from app.storage.jobs import Deleted, JobStore
 from app.storage.queue import GRACE_MS, TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper
 from tests.conftest import RESULT
-from worker.engine.catalog.report import ScoreResult, Timings
+from worker.engine.catalog.contracts.report import ScoreResult, Timings
 
 LEASE_S = 10
 MAX_LOSSES = 3

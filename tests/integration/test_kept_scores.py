@@ -21,13 +21,13 @@ from app.main import create_app
 from app.storage.statistics import StatisticsFolder
 from tests.conftest import BASE_URL, free_port
 from tests.tiny import merge_spec, model_spec, silent, write_rows
+from worker.engine.catalog.contracts.report import MANIFEST
+from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, StoreSpec
+from worker.engine.catalog.contracts.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
 from worker.engine.catalog.methods import Statistic
-from worker.engine.catalog.report import MANIFEST
-from worker.engine.catalog.spec import MergeSpec, ScoreSpec, StoreSpec
-from worker.engine.catalog.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
 from worker.engine.checkpoints import reloading
-from worker.engine.pipeline import Engine
-from worker.engine.store import StatisticsStore
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.scoring.store import StatisticsStore
 
 CPU = torch.device("cpu")
 TOKENS = Tokens(tokenizer="3", inputs=["input_ids"], max_length=128, versions={"tokenizers": "1"})

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_checkpoint
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.known_layouts import MODELS, known_layout
 from worker.engine.checkpoints.layout import built_layout
 

@@ -12,8 +12,8 @@ from tests.tiny_language_models import LLAMA, tiny_model
 
 PROGRAM = """
 import json, sys
-from worker.engine.catalog.spec import MergeSpec
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.contracts.spec import MergeSpec
+from worker.engine.jobs.pipeline import Engine
 imported = []
 def told(phase, done, total, unit):
     if (phase, done) == ("merging", total):
@@ -54,7 +54,7 @@ def test_a_merge_that_loads_no_model_imports_nothing_that_loads_one_before_it_is
 MEANWHILE = """
 import sys
 from threading import Thread
-from worker.engine.libraries import IMPORTED, optuna, preload
+from worker.engine.runtime.libraries import IMPORTED, optuna, preload
 importing = Thread(target=preload)
 importing.start()
 while IMPORTED[0] not in sys.modules:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 from tests.tiny import tiny_checkpoint
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import LowRank, TensorInfo, inspect_checkpoint, read_header
+from worker.engine.catalog.checkpoints.headers import LowRank, TensorInfo, inspect_checkpoint, read_header
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.layout import check_layout
-from worker.engine.checkpoints.loading import _adapted
 from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.models.loading import _adapted
 
 
 def albert(folder: Path) -> Path:

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from worker.engine.backbone import Backbone
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, read_header
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.headers import CheckpointInfo, read_header
 from worker.engine.catalog.methods import METHODS, MethodParameters
-from worker.engine.catalog.planning import RUNTIME_BYTES, MergePlan, PlannedTensor
-from worker.engine.catalog.values import Place
+from worker.engine.catalog.planning.plan import RUNTIME_BYTES, MergePlan, PlannedTensor
+from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.writer import ShardWriter
-from worker.engine.device import peak_memory_bytes, reset_peak_memory
-from worker.engine.methods import BUILDERS, MeasuredModel
+from worker.engine.merging.backbone import Backbone
+from worker.engine.merging.methods import BUILDERS, MeasuredModel
+from worker.engine.runtime.device import peak_memory_bytes, reset_peak_memory
 
 WIDTH = 1000
 TINY_ROWS, SMALL_ROWS, LARGE_ROWS = 20, 3_000, 30_000  # in float32 80 kB, 12 MB and 120 MB

@@ -9,14 +9,14 @@ import pyarrow.parquet
 import pytest
 
 from tests.tiny import dataset_spec
-from worker.engine.catalog.errors import InvalidDataset
-from worker.engine.tables import MOST_ROWS, read_parquet
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.inputs.tables import MOST_ROWS, read_parquet
 
 READ = """
 import resource, sys
 from pathlib import Path
 from tests.tiny import dataset_spec
-from worker.engine.tables import read_parquet
+from worker.engine.inputs.tables import read_parquet
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = read_parquet(dataset_spec(Path(sys.argv[1])))
 found = rows.read(range(len(rows)))
@@ -63,7 +63,7 @@ def test_equal_texts_in_lists_are_held_once(tmp_path: Path, column: str) -> None
 
 def test_lists_count_in_the_memory_that_a_table_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed: list[int] = []
-    monkeypatch.setattr("worker.engine.tables.require_memory", needed.append)
+    monkeypatch.setattr("worker.engine.inputs.tables.require_memory", needed.append)
     for column in ("label", "the.label"):
         table = pyarrow.table({"text": ["one"] * 100, column: [list(range(1000))] * 100})
         pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")

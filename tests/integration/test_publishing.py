@@ -13,7 +13,7 @@ from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.searches import SearchFolder
 from tests.conftest import tiny_recipe, wait_until
-from worker.engine.catalog.spec import StoreSpec
+from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine_process import EngineProcess
 from worker.tasks import TaskRunner
 

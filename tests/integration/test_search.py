@@ -15,15 +15,15 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import Tensors, dataset_spec, edit_tensors, merge_spec, model_spec, read_model, silent, write_lines
-from worker.engine.catalog.errors import InvalidDataset
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.catalog.report import MergeResult, Search
-from worker.engine.catalog.rows import RowFile, sample
-from worker.engine.catalog.spec import CheckpointSpec, EvaluationSpec, MergeSpec
-from worker.engine.checkpoints.loading import load
-from worker.engine.pipeline import Engine
-from worker.engine.preparing import ModelRun
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.report import MergeResult, Search
+from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, MergeSpec
+from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.preparing import ModelRun
+from worker.engine.models.loading import load
 from worker.engine.search.bench import Bench
 from worker.engine.search.search import SHARES
 from worker.engine.search.splitting import halves

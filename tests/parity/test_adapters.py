@@ -37,14 +37,14 @@ from tests.tiny_language_models import (
     tiny_model,
     word_level_tokenizer,
 )
-from worker.engine.catalog.adapters import inspect_model
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
-from worker.engine.checkpoints.loading import load
+from worker.engine.catalog.checkpoints.adapters import inspect_model
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
+from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
-from worker.engine.pipeline import Engine
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.models.loading import load
 
 CPU = torch.device("cpu")
 QUERY = "bert.encoder.layer.1.attention.self.query"

@@ -22,11 +22,11 @@ from tests.tiny import (
     write_lines,
     write_rows,
 )
-from worker.engine.alignment import aligned
-from worker.engine.catalog.errors import InvalidDataset
-from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import EvaluationSpec
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.contracts.report import MergeResult
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.head_alignment import aligned
 
 ROWS = 40
 LABELS = {"two": 2, "three": 3, "grade": 1}

@@ -36,14 +36,14 @@ from tests.tiny import (
     write_rows,
 )
 from tests.tiny_families import TINY_FAMILIES, TinyFamily
-from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Nodes
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
-from worker.engine.catalog.rows import RowFile, sample
-from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.pipeline import Engine
-from worker.engine.scoring.data import Example, tokenize
+from worker.engine.catalog.planning.plan import MergePlan, plan_merge, required_family
+from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import score
 

@@ -13,12 +13,12 @@ from tests.parity.test_methods import dense_fisher
 from tests.parity.test_scores import Case, make_case
 from tests.tiny import float64_model, silent, tiny_checkpoint
 from tests.tiny_families import TINY_FAMILIES
-from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.checkpoints.loading import load
-from worker.engine.methods import MeasuredModel
-from worker.engine.pipeline import Engine
-from worker.engine.scoring.data import Example
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.inputs.examples import Example
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.methods import MeasuredModel
+from worker.engine.models.loading import load
 from worker.engine.scoring.estimators import EstimatorName, estimator_for
 from worker.engine.scoring.fisher import fisher
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from tests.tiny import dataset_spec, float64_model, read_rows, silent, tiny_checkpoint, write_rows
 from tests.tiny_families import TINY_FAMILIES
-from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import LinearInput, plan_merge
-from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.scoring.data import Example, tokenize
+from worker.engine.catalog.planning.plan import LinearInput, plan_merge
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.grams import grams, in_passes
 
 ROWS = 10

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tests.tiny import LAYERS, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_adapters import tiny_adapter
 from tests.tiny_language_models import tiny_model
-from worker.engine.catalog.adapters import inspect_model
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.interference import Interference, interference, spread_runs
+from worker.engine.catalog.checkpoints.adapters import inspect_model
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.merging.interference import Interference, interference, spread_runs
 
 Layers = dict[int | None, list[torch.Tensor]]
 

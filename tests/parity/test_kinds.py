@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tests.tiny import edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, TinyModel, tiny_model
-from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.methods import TaskArithmeticParameters
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.catalog.spec import CheckpointSpec
-from worker.engine.catalog.stacking import plan_job
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.jobs.pipeline import Engine
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -33,10 +33,10 @@ from tests.tiny_language_models import (
     logits_of,
     tiny_model,
 )
-from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import CheckpointSpec, EvaluationSpec
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.contracts.report import MergeResult
+from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec
+from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.jobs.pipeline import Engine
 
 WEIGHTS = (1.0, 3.0)
 METHODS: dict[str, dict[str, Any]] = {

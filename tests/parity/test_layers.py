@@ -26,16 +26,16 @@ from tests.tiny import (
     write_rows,
 )
 from tests.tiny_families import TINY_FAMILIES
-from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.families import Kind
-from worker.engine.catalog.headers import inspect_checkpoint
 from worker.engine.catalog.methods import AlignedRegMeanParameters
-from worker.engine.catalog.planning import MergePlan, plan_merge, required_family
-from worker.engine.catalog.values import PerTensor
-from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.layers import Expert, align_layers, linear_groups, ridge_step
-from worker.engine.pipeline import Engine
-from worker.engine.scoring.data import tokenize
+from worker.engine.catalog.planning.plan import MergePlan, plan_merge, required_family
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.catalog.primitives.values import PerTensor
+from worker.engine.inputs.examples import tokenize
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.layer_alignment import Expert, align_layers, linear_groups, ridge_step
+from worker.engine.models.loading import LoadedModel, load
 
 LAYERS = 3  # of which the first two are reached in another way than the rest
 ROWS = 25

@@ -32,8 +32,8 @@ from tests.tiny import (
 from worker.engine.catalog.families import Kind, Nodes
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import MaskFisherParameters
-from worker.engine.methods import BUILDERS, MeasuredModel
-from worker.engine.pipeline import Engine
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.methods import BUILDERS, MeasuredModel
 
 Scores = Mapping[str, Tensor]
 Array = NDArray[np.float64]

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tests.parity.test_merging import normalised, owner_of, shares
 from tests.tiny import merged_of
-from worker.engine.catalog.errors import NumericalError
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.deberta_v2 import DEBERTA_V2
 from worker.engine.catalog.methods import METHODS, Statistic
-from worker.engine.methods import BUILDERS, MeasuredModel
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.merging.methods import BUILDERS, MeasuredModel
 
 Array = NDArray[np.float64]
 Tensors = Mapping[str, Tensor]
@@ -418,7 +418,7 @@ def test_mask_regmean_solves_for_every_node(normalize: Any, rest: Any, columns: 
 
 def test_more_slices_than_are_factorised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {name: float64(t) for name, t in merge("mask_regmean", neuron_rows=True).items()}
-    monkeypatch.setattr("worker.engine.methods.regmean.BATCH_BYTES", 4 * 8 * HIDDEN**2)
+    monkeypatch.setattr("worker.engine.merging.methods.regmean.BATCH_BYTES", 4 * 8 * HIDDEN**2)
     assert_merged(merge("mask_regmean", neuron_rows=True), expected, 1e-7)
 
 

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from app.contracts.requests import MergeRequest
 from tests.tiny import LAYERS, merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
-from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.spec import CheckpointSpec
-from worker.engine.catalog.values import Place
-from worker.engine.methods import BUILDERS, MeasuredModel
-from worker.engine.methods.blocks import Block
-from worker.engine.methods.combine import combine
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.catalog.primitives.values import Place
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.methods import BUILDERS, MeasuredModel
+from worker.engine.merging.methods.blocks import Block
+from worker.engine.merging.methods.combine import combine
 
 Array = NDArray[np.float64]
 Dense = Callable[[Array, Sequence[Array], Sequence[float]], Array]

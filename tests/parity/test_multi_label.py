@@ -25,18 +25,18 @@ from tests.tiny import (
     tiny_texts,
     write_lines,
 )
-from worker.engine.catalog.errors import InvalidDataset, Place
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.labels import LabelMap, Task
-from worker.engine.catalog.rows import RowFile, sample
-from worker.engine.catalog.spec import EvaluationSpec
-from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.labels import LabelMap, Task
+from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.evaluation.metrics import bootstrap, metric_for
-from worker.engine.pipeline import Engine
-from worker.engine.scoring.data import Example, tokenize
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.inputs.tables import read_parquet
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import Empirical, Sampled, estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
-from worker.engine.tables import read_parquet
 
 NAMES = ("insult", "threat", "praise")
 PROBLEM = "multi_label_classification"

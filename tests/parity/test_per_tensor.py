@@ -32,11 +32,11 @@ from tests.parity.test_methods import (
 )
 from tests.tiny import merged_of
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters
-from worker.engine.catalog.values import PerTensor, Place
-from worker.engine.methods import BUILDERS
-from worker.engine.methods.mask_fisher import node_weights, weight_errors, weight_shares
+from worker.engine.catalog.primitives.values import PerTensor, Place
+from worker.engine.merging.methods import BUILDERS
+from worker.engine.merging.methods.mask_fisher import node_weights, weight_errors, weight_shares
+from worker.engine.merging.stopping import Scored, errors_at
 from worker.engine.scoring.statistics import NodeStatistics
-from worker.engine.stopping import Scored, errors_at
 
 # The three models' weights, and one more number, in every form.
 WEIGHTS: dict[str, tuple[Any, Any, Any]] = {

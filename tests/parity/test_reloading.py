@@ -12,13 +12,13 @@ import torch
 
 from tests.tiny import Tensors, edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
-from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.report import MergeResult
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError
 from worker.engine.checkpoints import reloading
 from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.layout import library_class
-from worker.engine.pipeline import Engine
+from worker.engine.jobs.pipeline import Engine
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,13 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.errors import Place
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.labels import LabelMap, Task
-from worker.engine.catalog.rows import Row, RowFile, sample
-from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.device import Precision
-from worker.engine.scoring.data import Example, tokenize
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.data.labels import LabelMap, Task
+from worker.engine.catalog.data.rows import Row, RowFile, sample
+from worker.engine.catalog.primitives.errors import Place
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.runtime.device import Precision
 from worker.engine.scoring.estimators import Empirical, Estimator, Expected, Regression, Sampled, estimator_for, uniform
 from worker.engine.scoring.scorer import score
 from worker.engine.scoring.statistics import NodeStatistics

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tests.tiny import edit_json, merge_spec, model_spec, read_model, silent, tiny_base
 from tests.tiny_families import TINY_BERT
-from worker.engine.catalog.errors import IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.catalog.report import MergeResult
-from worker.engine.catalog.spec import CheckpointSpec
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.contracts.report import MergeResult
+from worker.engine.catalog.contracts.spec import CheckpointSpec
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.jobs.pipeline import Engine
 
 WEIGHTS = (1.0, 3.0)
 TEXTS = ["one two three", "green", "six one red blue two", "four four"]

@@ -23,25 +23,25 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.errors import InvalidDataset
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import ScoreSpec, StoreSpec
+from worker.engine.catalog.contracts.statistics import Facts
+from worker.engine.catalog.data.labels import LabelMap
+from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.methods import MaskFisherParameters, RegMeanParameters, ScoringParameters, Statistic
 from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
-from worker.engine.catalog.rows import RowFile, sample
-from worker.engine.catalog.spec import ScoreSpec, StoreSpec
-from worker.engine.catalog.statistics import Facts
-from worker.engine.catalog.values import Place
-from worker.engine.checkpoints.loading import LoadedModel, load
-from worker.engine.methods import MeasuredModel
-from worker.engine.methods.mask_fisher import node_weights, weight_errors
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.primitives.values import Place
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.methods import MeasuredModel
+from worker.engine.merging.methods.mask_fisher import node_weights, weight_errors
+from worker.engine.merging.stopping import Scored, errors_at, point
+from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, block_ends, looks
 from worker.engine.scoring.statistics import NodeStatistics
-from worker.engine.stopping import Scored, errors_at, point
-from worker.engine.store import StatisticsStore
+from worker.engine.scoring.store import StatisticsStore
 
 Array = NDArray[np.float64]
 Squares = dict[str, Array]

@@ -12,9 +12,9 @@ from torch import Tensor
 from tests.tiny import edit_json, merge_spec, model_spec, read_model, silent
 from tests.tiny_families import WORDS
 from tests.tiny_language_models import LLAMA, tiny_model, word_level_tokenizer
-from worker.engine.catalog.errors import EngineError
-from worker.engine.catalog.spec import CheckpointSpec
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.contracts.spec import CheckpointSpec
+from worker.engine.catalog.primitives.errors import EngineError
+from worker.engine.jobs.pipeline import Engine
 
 MARKS = ("<s>", "</s>", "<unk>")
 WORDS_OF = {"base": WORDS[:20], "a": [*WORDS[5:20], "red"], "b": [*WORDS[24::-1]]}

@@ -28,16 +28,16 @@ from tests.tiny import (
     write_rows,
 )
 from tests.tiny_families import TINY_BERT, TINY_FAMILIES, WORDS, numbered
-from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.checkpoints.headers import TensorInfo, inspect_checkpoint, read_header
+from worker.engine.catalog.checkpoints.vocabulary import TokenRows
+from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
 from worker.engine.catalog.families import Kind, Slot
-from worker.engine.catalog.headers import TensorInfo, inspect_checkpoint, read_header
-from worker.engine.catalog.planning import PlannedTensor, plan_merge
-from worker.engine.catalog.spec import CheckpointSpec, MergeSpec
-from worker.engine.catalog.values import Place
-from worker.engine.catalog.vocabulary import TokenRows
+from worker.engine.catalog.planning.plan import PlannedTensor, plan_merge
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.pipeline import Engine
-from worker.engine.token_rows import read_by_token
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.merging.token_rows import read_by_token
 
 Array = NDArray[np.float64]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -27,8 +27,8 @@ from tests.tiny_language_models import (
     tiny_model,
     word_level_tokenizer,
 )
-from worker.engine.catalog.spec import CheckpointSpec
-from worker.engine.pipeline import Engine
+from worker.engine.catalog.contracts.spec import CheckpointSpec
+from worker.engine.jobs.pipeline import Engine
 
 MARKS = ("<s>", "</s>", "<unk>")
 WORDS_OF = {

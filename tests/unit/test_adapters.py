@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_adapters import edit_adapter, tiny_adapter
 from tests.tiny_families import TINY_BERT, TINY_FAMILIES
-from worker.engine.catalog.adapters import inspect_model
-from worker.engine.catalog.errors import EngineError, InvalidCheckpoint
-from worker.engine.catalog.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
-from worker.engine.catalog.labels import task_of
+from worker.engine.catalog.checkpoints.adapters import inspect_model
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
+from worker.engine.catalog.data.labels import task_of
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint
 
 SOURCE = "local:adapter"
 MODULE = "base_model.model.bert.encoder.layer.0.attention.self.query"

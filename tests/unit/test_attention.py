@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from worker.engine.checkpoints.attention import FUSED_FROM_TOKENS, attention, cpu_attention
-from worker.engine.device import computing_in, rounded_weights
+from worker.engine.models.attention import FUSED_FROM_TOKENS, attention, cpu_attention
+from worker.engine.runtime.device import computing_in, rounded_weights
 
 HEADS, WIDTH = 3, 8
 LENGTHS = [1, 7, FUSED_FROM_TOKENS - 1, FUSED_FROM_TOKENS]

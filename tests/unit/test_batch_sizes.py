@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.tiny import dataset_spec, silent, tiny_checkpoint, write_rows
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.labels import LabelMap
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.data.labels import LabelMap
+from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.methods import BATCH_TOKENS
-from worker.engine.catalog.rows import RowFile, sample
-from worker.engine.checkpoints.loading import LoadedModel, load
+from worker.engine.inputs.examples import Example, plan_batches, tokenize
+from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.batching import CANDIDATES, BatchSizes, _fastest
-from worker.engine.scoring.data import Example, plan_batches, tokenize
 from worker.engine.scoring.estimators import Expected
 from worker.engine.scoring.scorer import score
 

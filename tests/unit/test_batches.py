@@ -11,11 +11,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import POSITIONS, dataset_spec, edit_json, tiny_checkpoint
-from worker.engine.catalog.errors import InvalidDataset, Place
-from worker.engine.catalog.labels import LabelMap, Task
+from worker.engine.catalog.data.labels import LabelMap, Task
+from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.methods import BATCH_TOKENS
-from worker.engine.catalog.rows import Row
-from worker.engine.scoring.data import (
+from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.inputs.examples import (
     BLOCK_ROWS,
     SHORT_ROW,
     Example,

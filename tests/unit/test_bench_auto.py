@@ -2,7 +2,7 @@
 
 from bench.auto import Outcome, rows
 from tests.reports import invented_result
-from worker.engine.catalog.report import Difference
+from worker.engine.catalog.contracts.report import Difference
 
 
 def outcome(tasks: str, mean: float, ahead_of_others: float) -> Outcome:

@@ -11,12 +11,12 @@ from bench.experts import base_model_folder
 from bench.families import write_ancestor
 from bench.precision import Comparison, Expert, Family, agreement, compared_on, rows_of
 from tests.tiny import tiny_checkpoint
-from worker.engine.catalog.errors import Place
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.checkpoints.loading import load
+from worker.engine.catalog.primitives.errors import Place
 from worker.engine.evaluation.metrics import Array
-from worker.engine.scoring.data import Example
+from worker.engine.inputs.examples import Example
+from worker.engine.models.loading import load
 
 ROWS = 100
 TEXTS = ["the cat", "a much longer row, so that the first is padded"]

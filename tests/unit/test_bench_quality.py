@@ -10,11 +10,11 @@ import torch
 from bench import quality
 from bench.quality import ANCESTOR, FEW, METHODS, OTHER_EXPERT, REFITTED_ANCESTOR, Expert, Outcome, Report
 from tests.tiny import tiny_checkpoint
-from worker.engine.catalog.errors import Place
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.checkpoints.loading import load
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.primitives.errors import Place
 from worker.engine.evaluation.metrics import Array
-from worker.engine.scoring.data import Example
+from worker.engine.inputs.examples import Example
+from worker.engine.models.loading import load
 
 TASKS = ("a", "b", "c", "d", "e")
 ROWS = 200

@@ -8,7 +8,7 @@ from pathlib import Path
 from app.contracts.requests import MergeRequest
 from tests.conftest import REPOSITORY
 from worker.engine.catalog.methods import METHODS, AutoParameters
-from worker.engine.methods import BUILDERS
+from worker.engine.merging.methods import BUILDERS
 
 
 def test_the_reference_is_up_to_date(tmp_path: Path) -> None:

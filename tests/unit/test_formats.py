@@ -11,13 +11,13 @@ import pyarrow.parquet
 import pytest
 
 from tests.tiny import dataset_spec
-from worker.engine.catalog.errors import InvalidDataset, Place
-from worker.engine.catalog.formats import MAX_ROW_BYTES
-from worker.engine.catalog.labels import LabelMap, Task
-from worker.engine.catalog.notes import Doubt
-from worker.engine.catalog.rows import FIRST_ROWS, RowFile, Rows, check_first_rows, is_parquet, sample
-from worker.engine.catalog.spec import DatasetSpec
-from worker.engine.tables import TableRows, read_parquet
+from worker.engine.catalog.contracts.spec import DatasetSpec
+from worker.engine.catalog.data.formats import MAX_ROW_BYTES
+from worker.engine.catalog.data.labels import LabelMap, Task
+from worker.engine.catalog.data.rows import FIRST_ROWS, RowFile, Rows, check_first_rows, is_parquet, sample
+from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.inputs.tables import TableRows, read_parquet
 
 TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
 TEXTS = [

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.growth import MAX_GROWTH, check_growth
-from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.growth import MAX_GROWTH, check_growth
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 
 def charsmap(text: str) -> str:

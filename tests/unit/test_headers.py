@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.architectures import use_of
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import (
+from worker.engine.catalog.checkpoints.architectures import use_of
+from worker.engine.catalog.checkpoints.headers import (
     INDEX,
     MAX_CONFIG_BYTES,
     MAX_DEPTH,
@@ -32,6 +31,7 @@ from worker.engine.catalog.headers import (
     inspect_checkpoint,
     read_header,
 )
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 SOURCE = "local:expert"
 SHARD = "model-00001-of-00001.safetensors"

@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import pytest
 
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset, Place
-from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.labels import METRICS, LabelMap, Task, check_metric, label_map, task_of
-from worker.engine.catalog.notes import Doubt, in_order
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.data.labels import METRICS, LabelMap, Task, check_metric, label_map, task_of
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
+from worker.engine.catalog.primitives.notes import Doubt, in_order
 
 NAMED = Task("classification", 3, {"negative": 0, "neutral": 1, "positive": 2})
 REGRESSION = Task("regression", 1, {})

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from worker.engine.catalog.errors import EngineError
-from worker.engine.catalog.headers import CheckpointInfo
-from worker.engine.catalog.layer_settings import keys_of_layers, stacked_config
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.layer_settings import keys_of_layers, stacked_config
+from worker.engine.catalog.primitives.errors import EngineError
 
 
 def info(config: dict[str, Any], name: str = "a") -> CheckpointInfo:

@@ -12,15 +12,20 @@ import torch
 
 from tests.tiny import Tensors, edit_json, edit_tensors, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY_MODELS, TinyModel, tiny_model
-from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.identity import identify
-from worker.engine.catalog.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
-from worker.engine.catalog.library import completed
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.identity import identify
+from worker.engine.catalog.checkpoints.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
+from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.planning import RUNTIME_BYTES, MergePlan, plan_merge
-from worker.engine.catalog.slices import Slice
-from worker.engine.catalog.stacking import plan_job
+from worker.engine.catalog.planning.plan import RUNTIME_BYTES, MergePlan, plan_merge
+from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.primitives.errors import (
+    EngineError,
+    IncompatibleCheckpoints,
+    InvalidCheckpoint,
+    InvalidRequest,
+)
+from worker.engine.catalog.primitives.slices import Slice
 
 Spoiling = Callable[[Path], object]
 

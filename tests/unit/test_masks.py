@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.catalog.families import Site
-from worker.engine.scoring.masks import CHUNK_VALUES, MaskGradients, TokenSums, _kept
+from worker.engine.models.mask_gradients import CHUNK_VALUES, MaskGradients, TokenSums, _kept
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (9, 32, 1536), (2, 300, 3072), (1, 2, CHUNK_VALUES + 3)]
 

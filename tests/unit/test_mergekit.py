@@ -8,10 +8,10 @@ import pytest
 from app.contracts.requests import MergeRequest
 from app.services.mergekit import TRANSLATED, MergekitError, fields_there, names_of, translated
 from app.services.yaml_text import parse_yaml
-from worker.engine.catalog.layouts import place_of
+from worker.engine.catalog.checkpoints.layouts import place_of
+from worker.engine.catalog.contracts.spec import TokenSource
 from worker.engine.catalog.methods import METHODS, PassthroughParameters
-from worker.engine.catalog.spec import TokenSource
-from worker.engine.catalog.values import value_at
+from worker.engine.catalog.primitives.values import value_at
 
 # All that mergekit 0.1.5 registers.
 OF_MERGEKIT = {

@@ -25,12 +25,11 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.labels import METRICS, LabelMap, Task
-from worker.engine.catalog.report import MetricResult, Version
-from worker.engine.catalog.spec import EvaluationSpec, MetricName
-from worker.engine.checkpoints.loading import load
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.report import MetricResult, Version
+from worker.engine.catalog.contracts.spec import EvaluationSpec, MetricName
+from worker.engine.catalog.data.labels import METRICS, LabelMap, Task
+from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.evaluation import metrics as metrics_module
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import (
@@ -40,8 +39,9 @@ from worker.engine.evaluation.metrics import (
     likely_permutation,
     metric_for,
 )
-from worker.engine.pipeline import Engine
-from worker.engine.scoring.data import tokenize
+from worker.engine.inputs.examples import tokenize
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.models.loading import load
 
 TWO = Task("classification", 2, {})
 THREE = Task("classification", 3, {})

@@ -11,13 +11,14 @@ from app.services.json_text import NotJson, parse_json
 from app.services.mergekit import HUB_NAME
 from app.storage.inputs import HUB, JOB
 from tests.conftest import keeps_within
-from worker.engine.catalog import adapter_targets, adapters, headers, labels, layouts, modules, vocabulary
-from worker.engine.catalog.errors import EngineError
+from worker.engine.catalog.checkpoints import adapter_targets, adapters, headers, layouts, modules, vocabulary
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.patterns import ModulePatterns
+from worker.engine.catalog.data import labels
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.patterns import ModulePatterns
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.catalog.strict import did_you_mean
+from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.primitives.errors import EngineError
+from worker.engine.catalog.primitives.strict import did_you_mean
 
 LENGTH = 160_000
 PROMISE_S = 0.1

@@ -13,10 +13,10 @@ import tokenizers
 
 from app.contracts.jobs import ErrorCode, JobError
 from tests.conftest import RESULT
-from worker.engine.catalog import paths
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.paths import hide, in_one_line, without_paths
-from worker.engine.catalog.report import MergeResult
+from worker.engine.catalog.contracts.report import MergeResult
+from worker.engine.catalog.primitives import paths
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.paths import hide, in_one_line, without_paths
 
 HOME = str(Path.home())
 

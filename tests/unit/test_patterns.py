@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from worker.engine.catalog.patterns import Budget, ModulePatterns, Pattern
+from worker.engine.catalog.checkpoints.patterns import Budget, ModulePatterns, Pattern
 
 NAMES = (
     "query",

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 
 from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_base, tiny_checkpoint
-from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.families import Kind, Nodes, Slot
 from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.methods import AutoParameters, AverageParameters, Statistic, TiesParameters
-from worker.engine.catalog.parameters import parameter_problems
-from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.values import Filtered
+from worker.engine.catalog.planning.parameters import parameter_problems
+from worker.engine.catalog.planning.plan import MergePlan, plan_merge
+from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.primitives.values import Filtered
 
 LAYER = "bert.encoder.layer.1"
 

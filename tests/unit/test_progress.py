@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.contracts.jobs import Phase
-from worker.engine.catalog.spec import MergeSpec
+from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.progress import SHARES, ProgressMeter
 from worker.tasks import phases_of
 

@@ -9,10 +9,10 @@ import pytest
 
 from tests.tiny import edit_json
 from tests.tiny_language_models import LLAMA, tiny_model
-from worker.engine.catalog.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.methods import AverageParameters
-from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.stacking import plan_job
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.stacking import plan_job
 
 TEMPLATE = "{{ messages[0].content }}"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from worker.engine.catalog.errors import DiskFull, OutOfMemory
-from worker.engine.resources import (
+from worker.engine.catalog.primitives.errors import DiskFull, OutOfMemory
+from worker.engine.runtime.resources import (
     CGROUPS,
     available_memory,
     cgroup_left,

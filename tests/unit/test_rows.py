@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from tests.tiny import dataset_spec, write_lines
-from worker.engine.catalog.errors import InvalidDataset, Place
-from worker.engine.catalog.formats import MAX_ROW_BYTES
-from worker.engine.catalog.labels import LabelMap, Task
-from worker.engine.catalog.rows import FIRST_ROWS, Row, RowFile, check_first_rows, sample
-from worker.engine.catalog.spec import DatasetSpec
-from worker.engine.tables import read_parquet
+from worker.engine.catalog.contracts.spec import DatasetSpec
+from worker.engine.catalog.data.formats import MAX_ROW_BYTES
+from worker.engine.catalog.data.labels import LabelMap, Task
+from worker.engine.catalog.data.rows import FIRST_ROWS, Row, RowFile, check_first_rows, sample
+from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.inputs.tables import read_parquet
 
 TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
 THREE_ROWS = [{"text": "one two", "label": 0}, {"text": "žluť 猫 🙂", "label": 1}, {"text": "", "label": 0}]

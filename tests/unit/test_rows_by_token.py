@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from worker.engine.token_rows import ByToken
+from worker.engine.merging.token_rows import ByToken
 
 
 class Counted:

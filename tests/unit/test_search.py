@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from tests.reports import invented_result
 from tests.tiny import merge_spec, model_spec
-from worker.engine.catalog.errors import InvalidDataset, Place
+from worker.engine.catalog.contracts.report import Difference
+from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec, models_beside
+from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.methods import METHODS, AutoParameters, Choice, MethodParameters, default_candidates
 from worker.engine.catalog.methods.auto import space_of, with_values
-from worker.engine.catalog.report import Difference
-from worker.engine.catalog.rows import Row
-from worker.engine.catalog.spec import CheckpointSpec, MergeSpec, models_beside
+from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.search.job import judged_notes
 from worker.engine.search.journal import Journal, Look, Tried
 from worker.engine.search.search import search

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.tiny import versions_of
 from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.planning import HELD_BLOCKS
-from worker.engine.methods import selection
-from worker.engine.methods.blocks import Block
-from worker.engine.methods.selection import nth_largest
+from worker.engine.catalog.planning.plan import HELD_BLOCKS
+from worker.engine.merging.methods import selection
+from worker.engine.merging.methods.blocks import Block
+from worker.engine.merging.methods.selection import nth_largest
 
 SLOT = BERT.slot("bert.pooler.dense.weight")
 assert SLOT is not None

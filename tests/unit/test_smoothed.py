@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.labels import Task
-from worker.engine.catalog.spec import MetricName
+from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.data.labels import Task
 from worker.engine.evaluation import smoothed as module
 from worker.engine.evaluation.evaluate import predicted
 from worker.engine.evaluation.metrics import Array, metric_for

@@ -4,7 +4,7 @@ from typing import Annotated, Generic, TypeVar
 
 from pydantic import Field
 
-from worker.engine.catalog.strict import Strict
+from worker.engine.catalog.primitives.strict import Strict
 
 Number = TypeVar("Number", bound=float)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.errors import InvalidRequest
-from worker.engine.catalog.headers import inspect_checkpoint
-from worker.engine.catalog.notes import Doubt
-from worker.engine.catalog.planning import plan_merge
-from worker.engine.catalog.publishing import with_companions
-from worker.engine.catalog.templates import check_templates, problem_of
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.publishing import with_companions
+from worker.engine.catalog.planning.templates import check_templates, problem_of
+from worker.engine.catalog.primitives.errors import InvalidRequest
+from worker.engine.catalog.primitives.notes import Doubt
 
 BROKEN = [
     "{% broken",

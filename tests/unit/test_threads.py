@@ -8,7 +8,7 @@ from threading import enumerate as enumerate_threads
 import pytest
 import torch
 
-from worker.engine.threads import in_threads, pool
+from worker.engine.runtime.threads import in_threads, pool
 
 ITEMS = 50
 

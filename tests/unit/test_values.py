@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters, TaskArithmeticParameters, TiesParameters
-from worker.engine.catalog.values import (
+from worker.engine.catalog.primitives.values import (
     Filtered,
     PerTensor,
     Place,

@@ -10,8 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.tiny import edit_json, tiny_checkpoint, write_rows
-from worker.engine.catalog.errors import InvalidCheckpoint, InvalidDataset
-from worker.engine.catalog.headers import (
+from worker.engine.catalog.checkpoints.headers import (
     INDEX,
     MAX_DESCRIPTION_BYTES,
     MAX_TOKENIZER_BYTES,
@@ -19,7 +18,8 @@ from worker.engine.catalog.headers import (
     checkpoint_state,
     inspect_checkpoint,
 )
-from worker.engine.catalog.views import Views
+from worker.engine.catalog.checkpoints.views import Views
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.checkpoints.reader import TensorReader
 
 SOURCE = "local:expert"

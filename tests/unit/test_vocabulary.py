@@ -14,15 +14,21 @@ from app.contracts.requests import MergeRequest
 from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_families import WORDS
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model, word_level_tokenizer
-from worker.engine.catalog import vocabulary as catalog
-from worker.engine.catalog.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.catalog.headers import CheckpointInfo, inspect_checkpoint, read_tokenizer
+from worker.engine.catalog.checkpoints import vocabulary as catalog
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint, read_tokenizer
+from worker.engine.catalog.checkpoints.vocabulary import (
+    Vocabulary,
+    align_vocabularies,
+    is_token_indexed,
+    runs,
+    vocabulary_size,
+)
+from worker.engine.catalog.contracts.spec import VocabularyPolicy
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.planning import MergePlan, plan_merge
-from worker.engine.catalog.slices import Slice
-from worker.engine.catalog.spec import VocabularyPolicy
-from worker.engine.catalog.stacking import plan_job
-from worker.engine.catalog.vocabulary import Vocabulary, align_vocabularies, is_token_indexed, runs, vocabulary_size
+from worker.engine.catalog.planning.plan import MergePlan, plan_merge
+from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.primitives.slices import Slice
 
 ROWS = 12
 MATRIX = "bert.embeddings.word_embeddings.weight"

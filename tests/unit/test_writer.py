@@ -29,17 +29,17 @@ from tests.tiny import (
     tiny_texts,
     write_rows,
 )
-from worker.engine.catalog.errors import InvalidCheckpoint, NumericalError
+from worker.engine.catalog.checkpoints.headers import INDEX, inspect_checkpoint
+from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.families import Kind, Slot
-from worker.engine.catalog.headers import INDEX, inspect_checkpoint
-from worker.engine.catalog.planning import PlannedTensor
-from worker.engine.catalog.values import Place
-from worker.engine.catalog.views import Views
-from worker.engine.checkpoints.loading import ModelCache, load
+from worker.engine.catalog.planning.plan import PlannedTensor
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, NumericalError
+from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint, digest_file
 from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards, largest_first
-from worker.engine.pipeline import Engine
-from worker.engine.threads import in_threads
+from worker.engine.jobs.pipeline import Engine
+from worker.engine.models.loading import ModelCache, load
+from worker.engine.runtime.threads import in_threads
 
 CPU = torch.device("cpu")
 LABELS = {"two": 2, "three": 3, "one": 1}
@@ -467,7 +467,7 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "unknown activation": (config(hidden_act="nope"), ["transformers cannot load it"]),
     "a setting of the wrong type": (config(layer_norm_eps="small"), ["layer_norm_eps"]),
     "a padding token out of range": (config(pad_token_id=1000), ["transformers cannot load it"]),
-    "an unknown kind of tokenizer": (unknown_tokenizer, ["transformers cannot load it"]),
+    "an unknown kind of tokenizer": (unknown_tokenizer, ["tokenizer.json cannot be loaded"]),
     # Without these two, every word would be the same unknown token, and an id would read past the matrix.
     "no tokenizer": (no_tokenizer, ["tokenizer"]),
     "a token without embedding": (a_token_too_many, ["tokenizer"]),

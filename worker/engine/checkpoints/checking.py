@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import torch
 
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.layouts import is_buffer
-from worker.engine.catalog.planning import MergePlan
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.layouts import is_buffer
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.layout import check_layout, unread_tensors
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.methods.blocks import row_blocks
+from worker.engine.checkpoints.row_blocks import row_blocks
 
 
 def check_plan(plan: MergePlan) -> list[str]:

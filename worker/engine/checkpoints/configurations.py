@@ -17,11 +17,17 @@ from tempfile import TemporaryDirectory
 from types import CodeType
 from typing import Any
 
-from worker.engine.catalog.adapters import MAX_LABELS
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import CHAT_TEMPLATES, MAX_CONFIG_BYTES, TOKENIZER_FILES, CheckpointInfo, read_json
-from worker.engine.catalog.paths import in_one_line
-from worker.engine.libraries import tokenization_auto, transformers
+from worker.engine.catalog.checkpoints.adapters import MAX_LABELS
+from worker.engine.catalog.checkpoints.headers import (
+    CHAT_TEMPLATES,
+    MAX_CONFIG_BYTES,
+    TOKENIZER_FILES,
+    CheckpointInfo,
+    read_json,
+)
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.paths import in_one_line
+from worker.engine.runtime.libraries import tokenization_auto, transformers
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 """How the library loads anything: without the network and without code of a checkpoint."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worker.engine.catalog.architectures import architecture_of, labels_of
+from worker.engine.catalog.checkpoints.architectures import architecture_of, labels_of
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]

@@ -14,15 +14,15 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from worker.engine.catalog.architectures import architecture_of
-from worker.engine.catalog.errors import InvalidCheckpoint
+from worker.engine.catalog.checkpoints.architectures import architecture_of
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.layouts import spellings
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.headers import CheckpointInfo
-from worker.engine.catalog.layouts import spellings
-from worker.engine.catalog.paths import in_one_line
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.known_layouts import Layout, known_layout
-from worker.engine.libraries import conversion_mapping, transformers
+from worker.engine.runtime.libraries import conversion_mapping, transformers
 
 STORAGE = ("dtype", "torch_dtype", "transformers_version")
 """Keys of a configuration that change no tensor's name or shape, and that a merge writes anew."""

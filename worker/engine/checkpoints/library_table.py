@@ -1,8 +1,8 @@
 """Writes the table of transformers' models, for code that must not import transformers.
 
-`python -m worker.engine.checkpoints.library_table` writes `catalog/library.zip`. What a class has follows from its
-configuration in ways that only its code tells, so each class is built, without any memory for weights, from many
-configurations that differ from the default in one key. What holds in all of them is written down.
+`python -m worker.engine.checkpoints.library_table` writes `catalog/checkpoints/library.zip`. What a class has follows
+from its configuration in ways that only its code tells, so each class is built, without any memory for weights, from
+many configurations that differ from the default in one key. What holds in all of them is written down.
 """
 
 import json
@@ -20,9 +20,9 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
-from worker.engine.catalog.layouts import HARMLESS, is_of_training, layer_of
-from worker.engine.catalog.library import ACTIVATIONS, LAYER_KEYS, TABLE, Length, member, value_at
-from worker.engine.libraries import conversion_mapping, preload, transformers
+from worker.engine.catalog.checkpoints.layouts import HARMLESS, is_of_training, layer_of
+from worker.engine.catalog.checkpoints.library import ACTIVATIONS, LAYER_KEYS, TABLE, Length, member, value_at
+from worker.engine.runtime.libraries import conversion_mapping, preload, transformers
 
 Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -11,9 +11,15 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.errors import InvalidCheckpoint
-from worker.engine.catalog.headers import ADAPTER_CONFIG, TOKENIZER_FILES, TOO_MANY_OPEN, CheckpointInfo, TensorInfo
-from worker.engine.threads import in_threads
+from worker.engine.catalog.checkpoints.headers import (
+    ADAPTER_CONFIG,
+    TOKENIZER_FILES,
+    TOO_MANY_OPEN,
+    CheckpointInfo,
+    TensorInfo,
+)
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.runtime.threads import in_threads
 
 CLOCK_TICK_NS = 1_000_000_000  # a file that was written just now may be written again and have the same times
 TORCH_DTYPES = {

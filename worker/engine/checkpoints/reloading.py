@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.companion_checks import TEXT
-from worker.engine.catalog.errors import EngineError, InvalidCheckpoint, NumericalError, is_of_library
-from worker.engine.catalog.headers import (
+from worker.engine.catalog.checkpoints.companion_checks import TEXT
+from worker.engine.catalog.checkpoints.headers import (
     MAX_CONFIG_BYTES,
     TOKENIZER_FILES,
     CheckpointInfo,
     inspect_checkpoint,
     read_json,
 )
-from worker.engine.catalog.library import decoded
-from worker.engine.catalog.paths import in_one_line
-from worker.engine.catalog.planning import RUN_BYTES, MergePlan
-from worker.engine.catalog.publishing import beyond_matrix
-from worker.engine.catalog.vocabulary import vocabulary_size
+from worker.engine.catalog.checkpoints.library import decoded
+from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
+from worker.engine.catalog.planning.plan import RUN_BYTES, MergePlan
+from worker.engine.catalog.planning.publishing import beyond_matrix
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError, is_of_library
+from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import (
     check_layout,
@@ -39,8 +39,8 @@ from worker.engine.checkpoints.layout import (
 )
 from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.checkpoints.writer import write_config
-from worker.engine.libraries import transformers
-from worker.engine.resources import is_out_of_memory
+from worker.engine.runtime.libraries import transformers
+from worker.engine.runtime.resources import is_out_of_memory
 
 COMPUTED_BYTES = 256_000_000  # of tables that a model makes when it is built, from a few bytes of its configuration
 

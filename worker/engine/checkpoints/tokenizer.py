@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from worker.engine.catalog.companions import companions
-from worker.engine.catalog.headers import CHAT_TEMPLATES, OLDER_VOCABULARIES, CheckpointInfo
-from worker.engine.catalog.vocabulary import NewToken, Vocabulary
+from worker.engine.catalog.checkpoints.companions import companions
+from worker.engine.catalog.checkpoints.headers import CHAT_TEMPLATES, OLDER_VOCABULARIES, CheckpointInfo
+from worker.engine.catalog.checkpoints.vocabulary import NewToken, Vocabulary
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 

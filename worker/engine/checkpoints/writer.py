@@ -23,14 +23,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.headers import DTYPE_BYTES, ENCODER_CONFIGS, INDEX, MODULES, WEIGHTS, CheckpointInfo
-from worker.engine.catalog.library import encoded
-from worker.engine.catalog.planning import MergePlan, PlannedTensor
+from worker.engine.catalog.checkpoints.headers import (
+    DTYPE_BYTES,
+    ENCODER_CONFIGS,
+    INDEX,
+    MODULES,
+    WEIGHTS,
+    CheckpointInfo,
+)
+from worker.engine.catalog.checkpoints.library import encoded
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
+from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
+from worker.engine.checkpoints.row_blocks import is_finite
 from worker.engine.checkpoints.tokenizer import write_chat_template, write_tokenizer
-from worker.engine.methods.blocks import is_finite
-from worker.engine.threads import in_threads
+from worker.engine.runtime.threads import in_threads
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MODULE_KEYS = ("idx", "name", "path", "type", "kwargs")

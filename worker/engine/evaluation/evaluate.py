@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.data.labels import Task
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.labels import Task
-from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, computing_in
+from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.evaluation.metrics import Array
-from worker.engine.scoring.data import Batch, Example, collate, plan_batches
+from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision, computing_in
 
 OnRows = Callable[[int], None]
 

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.catalog.errors import NumericalError
-from worker.engine.catalog.labels import Task
-from worker.engine.catalog.report import Difference, MetricResult, Version
-from worker.engine.catalog.spec import EvaluationSpec, MetricName
-from worker.engine.libraries import optimize, sk, sparse, stats
+from worker.engine.catalog.contracts.report import Difference, MetricResult, Version
+from worker.engine.catalog.contracts.spec import EvaluationSpec, MetricName
+from worker.engine.catalog.data.labels import Task
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.runtime.libraries import optimize, sk, sparse, stats
 
 Array = NDArray[np.float64]
 Metric = Callable[[Array, Array], float]

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from worker.engine.catalog.architectures import use_of
+from worker.engine.catalog.checkpoints.architectures import use_of
+from worker.engine.catalog.contracts.report import MergeResult, MetricResult
+from worker.engine.catalog.contracts.spec import DatasetSpec, EvaluationSpec, MergeSpec
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import MergeResult, MetricResult
-from worker.engine.catalog.spec import DatasetSpec, EvaluationSpec, MergeSpec
+from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting.words import (
     ABOUT_METRICS,
     METRIC_COLUMNS,

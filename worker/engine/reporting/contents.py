@@ -15,16 +15,16 @@ import torch
 from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 
+from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
 from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.families.table import score_name
 from worker.engine.catalog.methods import PassthroughParameters, ScoringParameters
-from worker.engine.catalog.planning import TORCH_NAMES, MergePlan, PlannedTensor
-from worker.engine.catalog.spec import JobSpec, MergeSpec
-from worker.engine.catalog.strict import Strict
-from worker.engine.interference import Interference, TaskVectors, interference
-from worker.engine.methods import MeasuredModel
-from worker.engine.methods.combine import model_weights
-from worker.engine.methods.mask_fisher import node_weights
+from worker.engine.catalog.planning.plan import TORCH_NAMES, MergePlan, PlannedTensor
+from worker.engine.catalog.primitives.strict import Strict
+from worker.engine.merging.interference import Interference, TaskVectors, interference
+from worker.engine.merging.methods import MeasuredModel
+from worker.engine.merging.methods.combine import model_weights
+from worker.engine.merging.methods.mask_fisher import node_weights
 
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
 BLOCKS = 48  # rows and columns of a map, at most

@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from worker.engine.catalog.contracts.report import FailedTrial, MergeResult, MetricResult, Stopping, Trial, Version
 from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.report import FailedTrial, MergeResult, MetricResult, Stopping, Trial, Version
 from worker.engine.reporting.charts import (
     Bar,
     DotRow,

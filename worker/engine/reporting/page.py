@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from worker.engine.catalog.contracts.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
+from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
-from worker.engine.catalog.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting import figures
 from worker.engine.reporting.contents import Construction, Contents
 from worker.engine.reporting.html import Cell, Html, details, element, table

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from worker.engine.catalog.contracts.report import Candidate, MergeResult
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.report import Candidate, MergeResult
 
 METRIC_COLUMNS = [
     "model",

@@ -8,10 +8,10 @@ from itertools import cycle, islice
 import torch
 
 from worker.engine.catalog.methods import BATCH_TOKENS, LARGEST_BATCH_TOKENS
-from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, rounded_weights
-from worker.engine.resources import is_out_of_memory
-from worker.engine.scoring.data import Example
+from worker.engine.inputs.examples import Example
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision, rounded_weights
+from worker.engine.runtime.resources import is_out_of_memory
 from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import OnRows, score
 

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.labels import Task
-from worker.engine.scoring.data import Batch
-from worker.engine.scoring.masks import MaskGradients
+from worker.engine.catalog.data.labels import Task
+from worker.engine.inputs.examples import Batch
+from worker.engine.models.mask_gradients import MaskGradients
 
 TINY = torch.finfo(torch.float64).tiny  # instead of 0 where a quotient does not count
 AUTO_EXPECTED_LABELS = 8  # K - 1 backward passes; beyond this, one with a drawn label is the better use of the time

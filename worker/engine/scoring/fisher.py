@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.catalog.families import FAMILIES, Kind
-from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, computing_in
-from worker.engine.scoring.data import Batch, Example, collate
+from worker.engine.inputs.examples import Batch, Example, collate
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import OnRows, not_finite
 

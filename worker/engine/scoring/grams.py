@@ -6,10 +6,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.planning import GRAM_BYTES, LinearInput
-from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, computing_in
-from worker.engine.scoring.data import Batch, Example, collate, plan_batches
+from worker.engine.catalog.planning.plan import GRAM_BYTES, LinearInput
+from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.scorer import OnRows, not_finite
 
 

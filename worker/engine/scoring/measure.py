@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from worker.engine.catalog.contracts.statistics import Facts, Origin
 from worker.engine.catalog.methods import (
     GradientParameters,
     MaskFisherParameters,
@@ -13,19 +14,18 @@ from worker.engine.catalog.methods import (
     ScoringParameters,
     Statistic,
 )
-from worker.engine.catalog.planning import LinearInput
-from worker.engine.catalog.statistics import Facts, Origin
-from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, rounded_weights
+from worker.engine.catalog.planning.plan import LinearInput
+from worker.engine.inputs.examples import Example, plan_batches
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision, rounded_weights
 from worker.engine.scoring.batching import CANDIDATES, BatchSizes
-from worker.engine.scoring.data import Example, plan_batches
 from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.grams import grams, in_passes
 from worker.engine.scoring.sample import Sample, block_ends, looks
 from worker.engine.scoring.scorer import OnRows, paper_scores, score
 from worker.engine.scoring.statistics import STANDARD_ERROR, SUMS, NodeStatistics
-from worker.engine.store import Statistics, StatisticsStore
+from worker.engine.scoring.store import Statistics, StatisticsStore
 
 
 @dataclass

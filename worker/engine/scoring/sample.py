@@ -10,14 +10,14 @@ from itertools import pairwise
 
 import torch
 
-from worker.engine.catalog.labels import LabelMap
-from worker.engine.catalog.rows import Row
-from worker.engine.catalog.spec import DatasetSpec
-from worker.engine.catalog.statistics import Tokens
-from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.catalog.contracts.spec import DatasetSpec
+from worker.engine.catalog.contracts.statistics import Tokens
+from worker.engine.catalog.data.labels import LabelMap
+from worker.engine.catalog.data.rows import Row
 from worker.engine.checkpoints.reader import digest_tokenizer
-from worker.engine.scoring.data import BLOCK_ROWS, Example, tokenize
-from worker.engine.threads import pool
+from worker.engine.inputs.examples import BLOCK_ROWS, Example, tokenize
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.threads import pool
 
 FIRST_BLOCK_ROWS = 256
 PROBED_ROWS = 32

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.errors import NumericalError, Place
 from worker.engine.catalog.families import FAMILIES, Site
 from worker.engine.catalog.methods.mask_fisher import PAPER_BATCH_ROWS
-from worker.engine.checkpoints.loading import LoadedModel
-from worker.engine.device import Precision, computing_in, rounded_weights
-from worker.engine.scoring.data import Batch, Example, collate, plan_batches
+from worker.engine.catalog.primitives.errors import NumericalError, Place
+from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
+from worker.engine.models.loading import LoadedModel
+from worker.engine.models.mask_gradients import MaskGradients
+from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.scoring.estimators import Empirical, Estimator
-from worker.engine.scoring.masks import MaskGradients
 from worker.engine.scoring.statistics import NodeStatistics
 
 OnRows = Callable[[int], None]

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.engine.alignment import aligned
-from worker.engine.catalog.errors import NumericalError
+from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.planning import MergePlan, PlannedTensor
-from worker.engine.catalog.spec import LEAST_ALIGNMENT_ROWS
-from worker.engine.checkpoints.loading import LoadedModel
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
+from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES
-from worker.engine.device import Precision, computing_in, rounded_weights
+from worker.engine.checkpoints.row_blocks import is_finite
 from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
 from worker.engine.evaluation.metrics import Array, metric_for
 from worker.engine.evaluation.smoothed import smoothed
-from worker.engine.methods.blocks import is_finite
-from worker.engine.preparing import ModelRun, required_evaluation
-from worker.engine.scoring.data import Example
+from worker.engine.inputs.examples import Example
+from worker.engine.jobs.preparing import ModelRun, required_evaluation
+from worker.engine.merging.head_alignment import aligned
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.search.journal import Look
 
 State = Mapping[str, Tensor]

@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from worker.engine.backbone import plain_average
+from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, MetricResult, Search, mean_and_least
+from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import AutoParameters, AverageParameters
-from worker.engine.catalog.planning import MergePlan
-from worker.engine.catalog.report import Candidate, CandidateMetric, MetricResult, Search, mean_and_least
-from worker.engine.catalog.spec import MergeSpec
-from worker.engine.checkpoints.loading import ModelCache
-from worker.engine.device import Precision
-from worker.engine.merging import merged_state
-from worker.engine.phase import OnProgress, Phase
-from worker.engine.preparing import ModelRun
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.jobs.preparing import ModelRun
+from worker.engine.merging.backbone import plain_average
+from worker.engine.merging.mergers import merged_state
+from worker.engine.models.loading import ModelCache
+from worker.engine.runtime.device import Precision
+from worker.engine.runtime.progress import OnProgress, Phase
 from worker.engine.search.bench import Bench, State, Tryout
 from worker.engine.search.journal import Journal
 from worker.engine.search.search import Found, search

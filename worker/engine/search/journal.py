@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from worker.engine.catalog.strict import Strict
+from worker.engine.catalog.primitives.strict import Strict
 
 
 class Look(Strict):

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from worker.engine.catalog.errors import InvalidDataset, NumericalError
+from worker.engine.catalog.contracts.report import FailedTrial, Search, Trial
+from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import AutoParameters
-from worker.engine.catalog.report import FailedTrial, Search, Trial
-from worker.engine.catalog.spec import MergeSpec
-from worker.engine.libraries import optuna
+from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
+from worker.engine.runtime.libraries import optuna
 from worker.engine.search.bench import Side, Tryout, part
 from worker.engine.search.journal import Journal, Look, Tried
 from worker.engine.search.space import Proposal, Space

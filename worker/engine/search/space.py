@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import AutoParameters, Choice, MethodParameters, Range
 from worker.engine.catalog.methods.auto import ALIGN_RIDGE, WEIGHTS, space_of, with_values
-from worker.engine.catalog.spec import MergeSpec
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.primitives.values import PerTensor
 
 if TYPE_CHECKING:
     from optuna import Trial

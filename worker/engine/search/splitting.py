@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from worker.engine.catalog.errors import InvalidDataset
-from worker.engine.catalog.rows import Row
+from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.primitives.errors import InvalidDataset
 
 
 def halves(rows: Sequence[Row], seed: int, source: str) -> tuple[list[int], list[int]]:

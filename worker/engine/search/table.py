@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
+from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, Difference, mean_and_least
 from worker.engine.catalog.methods import MethodParameters
-from worker.engine.catalog.report import Candidate, CandidateMetric, Difference, mean_and_least
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.evaluation.metrics import Array, bootstrap, interval, metric_for
 from worker.engine.search.bench import Side, Tryout
 

@@ -1,4 +1,4 @@
-"""Every merge method: its parameters, formula, source and needs. The arithmetic is in `worker.engine.methods`."""
+"""Every merge method: parameters, formula, source and needs. The arithmetic is in `worker.engine.merging.methods`."""
 
 from worker.engine.catalog.methods.aligned_regmean import AlignedRegMeanParameters
 from worker.engine.catalog.methods.arcee_fusion import ArceeFusionParameters

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.regmean import RegressionParameters
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.primitives.values import PerTensor
 
 
 class AlignedRegMeanParameters(RegressionParameters):

@@ -11,7 +11,7 @@ from worker.engine.catalog.methods.task_vectors import (
     SumParameters,
     TaskVectorParameters,
 )
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.primitives.values import PerTensor
 
 
 class MaskingParameters(TaskVectorParameters):

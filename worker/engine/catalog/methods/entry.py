@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from worker.engine.catalog.strict import Strict
-from worker.engine.catalog.values import EVERY_NAME, PerTensor, Place, filters_of, value_at, values_of
+from worker.engine.catalog.primitives.strict import Strict
+from worker.engine.catalog.primitives.values import EVERY_NAME, PerTensor, Place, filters_of, value_at, values_of
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch, where no better number is known."""

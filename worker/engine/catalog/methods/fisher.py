@@ -3,7 +3,7 @@
 from typing import Literal
 
 from worker.engine.catalog.methods.entry import GradientParameters, MethodEntry, Range, Statistic
-from worker.engine.catalog.values import PerTensor, Share
+from worker.engine.catalog.primitives.values import PerTensor, Share
 
 
 class FisherParameters(GradientParameters):

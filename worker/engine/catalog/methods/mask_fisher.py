@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from worker.engine.catalog.methods.entry import Choice, GradientParameters, MethodEntry, Range, Statistic
-from worker.engine.catalog.values import PerTensor, Share
+from worker.engine.catalog.primitives.values import PerTensor, Share
 
-# The published rule in this method's own terms; see worker/engine/methods/paper.py for who owns what under it.
+# The published rule in this method's own terms; see worker/engine/merging/methods/paper.py for who owns what under it.
 PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
 
 PAPER_BATCH_ROWS = 32

@@ -7,7 +7,7 @@ from pydantic import Field
 from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, Statistic
 from worker.engine.catalog.methods.mask_fisher import ScoringParameters
 from worker.engine.catalog.methods.regmean import RIDGE, SHRINK
-from worker.engine.catalog.values import PerTensor, Share
+from worker.engine.catalog.primitives.values import PerTensor, Share
 
 
 class MaskRegMeanParameters(ScoringParameters):

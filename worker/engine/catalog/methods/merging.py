@@ -29,7 +29,7 @@ from worker.engine.catalog.methods.sce import SCE
 from worker.engine.catalog.methods.slerp import SLERP
 from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC
 from worker.engine.catalog.methods.ties import TIES
-from worker.engine.catalog.strict import did_you_mean
+from worker.engine.catalog.primitives.strict import did_you_mean
 
 METHODS: dict[str, MethodEntry[MethodParameters]] = {
     entry.name: entry

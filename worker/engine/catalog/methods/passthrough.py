@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Scale
-from worker.engine.catalog.slices import Slice
-from worker.engine.catalog.values import PerTensor, Place
+from worker.engine.catalog.primitives.slices import Slice
+from worker.engine.catalog.primitives.values import PerTensor, Place
 
 
 class PassthroughParameters(MethodParameters):

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Range, Statistic
-from worker.engine.catalog.values import PerTensor, Share
+from worker.engine.catalog.primitives.values import PerTensor, Share
 
 SHRINK = 1.0
 RIDGE = 1e-3

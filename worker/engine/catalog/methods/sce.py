@@ -6,7 +6,7 @@ from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import DataDecidesParameters
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.primitives.values import PerTensor
 
 
 class SceParameters(DataDecidesParameters):

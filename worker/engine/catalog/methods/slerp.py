@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
-from worker.engine.catalog.values import PerTensor, Place
+from worker.engine.catalog.primitives.values import PerTensor, Place
 
 
 class SlerpParameters(MethodParameters):

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import Density, ElectionParameters
-from worker.engine.catalog.values import PerTensor
+from worker.engine.catalog.primitives.values import PerTensor
 
 
 class TiesParameters(ElectionParameters):

@@ -1,0 +1,243 @@
+"""Checks that the files beside a model's weights load as its users load them, before a job is accepted.
+
+The library of tokenizers reads `tokenizer.json` here as it does for transformers; of the settings beside it, and of
+those of generation, the values' types are checked, which transformers finds out only when it loads them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+from worker.engine.catalog.checkpoints.companions import companions
+from worker.engine.catalog.checkpoints.headers import MAX_CONFIG_BYTES, SPECIAL_TOKENS, CheckpointInfo, read_json
+from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
+from worker.engine.catalog.primitives.paths import in_one_line
+
+TEXT = "Some text, to see whether it can be read."
+SIDES = ("left", "right")
+CACHES = (
+    "static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid",
+    "offloaded_hybrid_chunked", "dynamic", "offloaded", "quantized", "paged",
+)  # fmt: skip
+"""Values of `cache_implementation` that transformers takes."""
+MAX_REMEMBERED = 64  # digests of files that load, a few bytes each
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of tokenizers that take tokenizer.json as it is; others make theirs anew from its tokens."""
+_loadable: dict[bytes, None] = {}
+
+
+def check_companions(info: CheckpointInfo) -> None:
+    """Check what is published beside the weights of a model: its tokenizer, and its settings of generation.
+
+    Raises:
+        InvalidCheckpoint: names the file, the key and its value.
+    """
+    check_tokenizer(info)
+    file = companions(info).get("generation_config.json")
+    if file is not None:
+        content = read_json(file, info.source, MAX_CONFIG_BYTES)
+        _refuse(info, file.name, _problems_of_generation(content), "correct it, or remove the file")
+
+
+def check_tokenizer(info: CheckpointInfo) -> None:
+    """Check that a checkpoint's tokenizer loads.
+
+    Raises:
+        InvalidCheckpoint: names the file, the key and its value.
+    """
+    advice = "save the tokenizer anew by save_pretrained()"
+    path = info.tokenizer_path
+    contents: dict[str, dict[str, Any]] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        contents[name] = read_json(path / name, info.source, MAX_CONFIG_BYTES) if (path / name).exists() else {}
+    config = contents["tokenizer_config.json"]
+    _refuse(info, "tokenizer_config.json", _problems_of_config(config), advice)
+    # What a configuration says of added tokens goes before what older files say.
+    is_older = "added_tokens_decoder" not in config
+    if is_older:
+        named = contents["special_tokens_map.json"]
+        _refuse(info, "special_tokens_map.json", _problems_of_tokens(named, _is_described), advice)
+        if (path / "added_tokens.json").exists():
+            added = read_json(path / "added_tokens.json", info.source, MAX_CONFIG_BYTES)
+            problems = (f"{_short(token)} {_short(index)}" for token, index in added.items() if type(index) is not int)
+            _refuse(info, "added_tokens.json", (f"{one}, which is no token's id" for one in problems), advice)
+    if (path / "tokenizer.json").exists():
+        said = {**config, **contents["special_tokens_map.json"]} if is_older else config
+        _check_loads(info, said, is_older, is_rebuilt=config.get("tokenizer_class") not in (None, *PLAIN_CLASSES))
+
+
+def _refuse(info: CheckpointInfo, file: str, problems: Iterator[str], advice: str) -> None:
+    for problem in problems:
+        raise InvalidCheckpoint(info.source, f"{file} has {problem}; {advice}", file=file)
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------
+
+
+def _check_loads(info: CheckpointInfo, said: Mapping[str, Any], needs_added: bool, *, is_rebuilt: bool) -> None:
+    """Load tokenizer.json, and cut a text by it. What has once loaded is not loaded again.
+
+    Args:
+        said: what the files beside it say of special tokens.
+        needs_added: whether added tokens are read from it alone.
+        is_rebuilt: whether the tokenizer's class makes another of its tokens and of what the files beside it say.
+    """
+    file = info.tokenizer_path / "tokenizer.json"
+    reads(info.source, file.name)
+    raw = file.read_bytes()
+    unknown = said.get("unk_token")
+    unknown = unknown.get("content") if isinstance(unknown, dict) else unknown
+    renames_unknown = is_rebuilt and "unk_token" in said
+    asked = json.dumps([needs_added, renames_unknown, unknown]).encode()
+    key = hashlib.sha256(asked + hashlib.sha256(raw).digest()).digest()
+    if key in _loadable:
+        return
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+        if needs_added and b'"added_tokens"' not in raw:
+            raise ValueError("it has no added_tokens, and tokenizer_config.json no added_tokens_decoder")
+        model = tokenizer.model
+        if isinstance(model, tokenizers.models.WordPiece) and renames_unknown:
+            model.unk_token = str(unknown)
+        tokenizer.encode(TEXT)
+    except BaseException as error:  # the library has no class of its own for what it does not read
+        if not is_of_library(error):
+            raise
+        problem = f"tokenizer.json cannot be loaded: {in_one_line(error)}"
+        if renames_unknown and "Missing [UNK]" in problem:
+            problem += f", which tokenizer_config.json says is {_short(unknown)}"
+        raise InvalidCheckpoint(info.source, problem, file="tokenizer.json") from error
+    if len(_loadable) >= MAX_REMEMBERED:
+        del _loadable[next(iter(_loadable))]
+    _loadable[key] = None
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def _problems_of_config(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with a tokenizer_config.json."""
+    yield from _wrong(config, "tokenizer_class", "no text", lambda value: isinstance(value, str))
+    yield from _wrong(config, "model_max_length", "no number", _is_number)
+    for key in ("padding_side", "truncation_side"):
+        if key in config and config[key] not in SIDES:
+            yield f"{key} {_short(config[key])}, which is neither left nor right"
+    if "model_input_names" in config and not _is_list(config["model_input_names"], lambda one: isinstance(one, str)):
+        yield f"model_input_names {_short(config['model_input_names'])}, which is no list of text"
+    for key in ("do_lower_case", "tokenize_chinese_chars", "strip_accents", "add_prefix_space"):
+        yield from _wrong(config, key, "neither true nor false", lambda value: isinstance(value, bool))
+    if not isinstance(config.get("split_special_tokens", False), bool):
+        yield f"split_special_tokens {_short(config['split_special_tokens'])}, which is neither true nor false"
+    template = config.get("chat_template")
+    if isinstance(template, list) and not _is_list(template, _is_named_template):
+        yield f"chat_template {_short(template)}, which is no list of templates with their names"
+    yield from _problems_of_tokens(config, _is_typed)
+    decoder = config.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict):
+        yield f"added_tokens_decoder {_short(decoder)}, which is no object of tokens by their ids"
+        return
+    for index, token in decoder.items():
+        if not index.isascii() or not index.isdigit() or not _is_described(token):
+            yield f"added_tokens_decoder with {_short(index)}: {_short(token)}, which is no id with its token"
+
+
+def _problems_of_tokens(content: Mapping[str, Any], is_object: Callable[[Any], bool]) -> Iterator[str]:
+    """Yields special tokens that are none.
+
+    Args:
+        is_object: whether an object is a token; the older of two files does not say that it is one.
+    """
+    for key in SPECIAL_TOKENS:
+        yield from _wrong(content, key, "no token", lambda value: isinstance(value, str) or is_object(value))
+
+    def is_token(value: Any) -> bool:
+        return isinstance(value, str) or _is_typed(value)
+
+    for key in ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"):
+        value = content.get(key)
+        is_named = isinstance(value, dict) and all(map(is_token, value.values()))
+        is_listed = key != "model_specific_special_tokens" and _is_list(value, is_token)
+        if key == "extra_special_tokens" and is_object is _is_described:
+            is_listed = _is_list(value, lambda one: isinstance(one, str) or _is_described(one))
+        if value is not None and not is_named and not is_listed:
+            yield f"{key} {_short(value)}, which are no tokens"
+
+
+def _problems_of_generation(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with a generation_config.json."""
+    early = config.get("early_stopping")
+    if not isinstance(early, bool | None) and early not in (0, 1, "never"):
+        yield f"early_stopping {_short(early)}, which is neither true, false nor never"
+    for key in ("max_new_tokens", "pad_token_id", "num_return_sequences"):
+        yield from _wrong(config, key, "no number", _is_number)
+    most = config.get("max_new_tokens")
+    if most is not None and most <= 0:
+        yield f"max_new_tokens {_short(most)}, which is no number above 0"
+    cache = config.get("cache_implementation")
+    if cache is not None and cache not in CACHES:
+        yield f"cache_implementation {_short(cache)}; transformers takes {', '.join(CACHES)}"
+    yield from _wrong(
+        config, "suppress_tokens", "no list of tokens' ids", lambda value: _is_list(value, lambda one: type(one) is int)
+    )
+    beams, returned = config.get("num_beams"), config.get("num_return_sequences") or 1
+    if beams in (None, 1):
+        if returned > 1 and not config.get("do_sample"):
+            yield f"num_return_sequences {_short(returned)}, and neither beams nor do_sample"
+    elif _is_number(beams) and returned > beams:
+        yield f"num_return_sequences {_short(returned)}, and num_beams {_short(beams)}"
+    mark = config.get("watermarking_config")
+    if mark is not None and not _is_watermark(mark):
+        yield f"watermarking_config {_short(mark)}, which is none that transformers takes"
+
+
+def _is_watermark(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    share, width = value.get("greenlist_ratio", 0.25), value.get("context_width", 1)
+    return (
+        value.keys() <= {"greenlist_ratio", "bias", "hashing_key", "seeding_scheme", "context_width"}
+        and value.get("seeding_scheme", "lefthash") in ("selfhash", "lefthash")
+        and _is_number(share)
+        and 0 <= share <= 1
+        and _is_number(width)
+        and bool(width >= 1)
+    )
+
+
+def _wrong(config: Mapping[str, Any], key: str, what: str, is_right: Callable[[Any], bool]) -> Iterator[str]:
+    value = config.get(key)
+    if value is not None and not is_right(value):
+        yield f"{key} {_short(value)}, which is {what}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _is_list(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_right, value))
+
+
+def _is_named_template(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and "template" in value
+
+
+def _is_typed(value: Any) -> bool:
+    """Whether it is a token as a configuration has it, which says of itself that it is one."""
+    return isinstance(value, dict) and value.get("__type") == "AddedToken" and _is_described(value)
+
+
+def _is_described(value: Any) -> bool:
+    """Whether it is an object of a token's text and flags."""
+    if not isinstance(value, dict) or not isinstance(value.get("content", ""), str):
+        return False
+    flags = (value.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special"))
+    return all(isinstance(flag, bool) for flag in flags)
+
+
+def _short(value: object) -> str:
+    return repr(value)[:100]

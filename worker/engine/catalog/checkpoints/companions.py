@@ -1,0 +1,31 @@
+"""Files that are published beside a model's weights as they are: its tokenizer's, chat templates, settings."""
+
+from pathlib import Path
+
+from worker.engine.catalog.checkpoints.headers import (
+    COMPANIONS,
+    MORE_CHAT_TEMPLATES,
+    PROCESSORS,
+    TOKENIZER_FILES,
+    CheckpointInfo,
+    described_files,
+    file_names,
+)
+
+
+def companions(info: CheckpointInfo) -> dict[str, Path]:
+    """The path of each file that is published as it is, by its published name.
+
+    Beside an adapter's tokenizer there are no settings of generation and of processors, as a rule: they are the base's.
+    """
+    found = {}
+    if info.base is not None:
+        names = ("generation_config.json", *PROCESSORS)
+        found = {name: info.base.path / name for name in names if (info.base.path / name).is_file()}
+    described = described_files({*file_names(info.tokenizer_path)})
+    mine = [
+        name
+        for name in described
+        if name in TOKENIZER_FILES or name in COMPANIONS or MORE_CHAT_TEMPLATES.fullmatch(name)
+    ]
+    return found | {name: info.tokenizer_path / name for name in mine if (info.tokenizer_path / name).is_file()}

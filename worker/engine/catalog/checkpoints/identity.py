@@ -1,0 +1,378 @@
+"""Finds the class of transformers that a checkpoint has, and the tensors that this class does not read."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.architectures import labels_of
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.library import (
+    Architecture,
+    Kind,
+    Length,
+    activations,
+    collapsed,
+    completed,
+    kind_of,
+    says_untied,
+    ties,
+    value_of,
+)
+from worker.engine.catalog.checkpoints.settings import FUNCTIONS, check_settings
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+
+HARMLESS_WORDS = ("act", "activation", "dtype", "implementation", "mode", "method", "activation_function")
+"""Ends of keys whose values are words and change no tensor."""
+PREFERRED = ("ForConditionalGeneration", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
+"""Ends of class names; if several classes have the same tensors, as tied ones do, the first end is preferred."""
+PRE_TRAINING_HEADS = (
+    "cls", "lm_head", "lm_predictions", "mask_predictions", "discriminator_predictions", "generator_predictions",
+    "generator_lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector",
+)  # fmt: skip
+"""Modules of pre-training, also those of classes that transformers no longer has."""
+BIAS_SWITCHES = {
+    "attention_bias": re.compile(r"\.self_attn\.[qkvo]_proj\.bias$"),
+    "mlp_bias": re.compile(r"\.mlp\.(gate|up|down)_proj\.bias$"),
+}
+"""Keys that say whether a class has these biases, where no other key tells of biases."""
+LISTED = 3  # classes or tensors that a message names
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A checkpoint with its class in transformers; None where transformers has none of its name."""
+
+    info: CheckpointInfo
+    """The checkpoint, with `architectures` in its configuration."""
+    known: Architecture | None = None
+    notes: tuple[str, ...] = ()
+    leftovers: frozenset[str] = field(default_factory=frozenset)
+    """Tensors of heads that pre-training left; nothing is merged of them."""
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The model's name of each tensor, by its name on disk."""
+        return own_names(self.known, self.info.tensors) if self.known else {name: name for name in self.info.tensors}
+
+    @cached_property
+    def without_leftovers(self) -> CheckpointInfo:
+        tensors = {name: tensor for name, tensor in self.info.tensors.items() if name not in self.leftovers}
+        return replace(self.info, tensors=tensors)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration, with defaults for its missing keys."""
+        return completed(self.info.config)
+
+    @cached_property
+    def is_usual(self) -> bool:
+        """Whether the table was made from configurations like this one, so that it has all tensors."""
+        kind = kind_of(self.info.model_type)
+        if kind is None or self.known is None or self.known.converted:
+            return False
+        # What a class reads beside the keys of its configuration is not known.
+        beside = {key for key, value in self.info.config.items() if type(value) is int and not layouts.is_harmless(key)}
+        beside -= kind.defaults.keys() | kind.aliases.keys()
+        return not beside and not _unusual(self.config, completed(kind.defaults), self.known.untested)
+
+    @cached_property
+    def unread(self) -> list[str]:
+        """Tensors that the class does not have. Of a configuration like none in the table these are but heads that
+        other classes of the kind have; of a class that renames its tensors, nothing is known."""
+        kind = kind_of(self.info.model_type)
+        if kind is None or self.known is None or self.known.converted:
+            return []
+        family = FAMILIES.get(self.info.model_type)
+        slot = family.slot if family and self.known.name in family.architectures else lambda name: None
+        unread = [name for name, own in self.names.items() if not self._reads(own) and slot(name) is None]
+        if self.is_usual:
+            return unread
+        outer = [name for name in unread if layouts.layer_of(self.names[name]) is None]
+        return [name for name in outer if _is_read(name, kind.architectures.values())]
+
+    def _reads(self, own: str) -> bool:
+        """Whether the class has a tensor of this name under this configuration."""
+        if self.known is None or not self.known.reads(own):
+            return False
+        layered = collapsed(own)
+        switch = next((key for key, names in BIAS_SWITCHES.items() if names.search(layered)), None)
+        if switch is None or layered not in self.known.optional:
+            return True
+        others = [key for key in self.config if "bias" in key and key not in BIAS_SWITCHES]
+        return self.config.get(switch) is not False or bool(others)
+
+
+def identify(info: CheckpointInfo) -> Identity:
+    """Find out the class of a checkpoint: the one that `architectures` names, or else the only one of its tensors.
+
+    Raises:
+        InvalidCheckpoint: config.json names no class and the tensors are not those of one alone, or it names one that
+            lacks the head that is there.
+    """
+    layouts.require_kind(info)
+    check_settings(info)
+    kind, stated = kind_of(info.model_type), _stated(info)
+    if len(stated) == 1:
+        if stated[0].endswith("PreTrainedModel"):
+            problem = f"architectures in config.json names {stated[0][:100]}, which computes nothing by itself"
+            raise InvalidCheckpoint(info.source, f"{problem}; name the model's own class")
+        known = kind.architectures.get(stated[0]) if kind else None
+        if known is None:
+            notes = () if kind is None else (_unknown_class(info, stated[0]),)
+            return Identity(info, notes=notes)
+        notes = ()
+    else:
+        known = _inferred(info, kind, stated)
+        said = "names several architectures" if stated else "names no architectures"
+        notes = (f"config.json of {info.source} {said}; by its tensors it is a {known.name}",)
+        info = replace(info, config={**info.config, "architectures": [known.name]})
+    found = Identity(info, known, notes)
+    if kind is None:
+        return found
+    leftovers = _leftovers(found, known, kind)
+    _refuse_other_head(found, known, kind, leftovers)
+    if leftovers:
+        notes = (*notes, f"{_listed(sorted(leftovers))} of {info.source} was left out: {known.name} does not read it")
+    return replace(found, notes=notes, leftovers=leftovers)
+
+
+def _stated(info: CheckpointInfo) -> list[str]:
+    stated = info.config.get("architectures")
+    if stated is None:
+        return []
+    if not isinstance(stated, list) or not all(isinstance(name, str) and name for name in stated):
+        problem = f"architectures in config.json is {str(stated)[:100]!r}, not a list of one class's name"
+        raise InvalidCheckpoint(info.source, problem)
+    return list(dict.fromkeys(stated))
+
+
+def _unknown_class(info: CheckpointInfo, name: str) -> str:
+    return (
+        f"transformers has no {name[:100]} of model_type {info.model_type}, as config.json of {info.source} says; its "
+        "tensors were merged by their names alone"
+    )
+
+
+def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) -> Architecture:
+    """The only class that has the checkpoint's tensors, among those of the kind or those that are stated."""
+    said = f"names several architectures ({', '.join(stated)[:200]})" if stated else "has no architectures"
+    ask = "name the one class that the checkpoint is"
+    if kind is None:
+        problem = f"config.json {said}, and of model_type '{info.model_type[:100]}' no tensors are known; {ask}"
+        raise InvalidCheckpoint(info.source, problem)
+    candidates = [one for name, one in kind.architectures.items() if not stated or name in stated]
+    for may_have_leftovers in (False, True):
+        fitting = [one for one in candidates if _fits(one, info, kind, may_have_leftovers)]
+        if fitting:
+            break
+    else:
+        heads = [name for name in info.tensors if layouts.layer_of(name) is None][:LISTED]
+        problem = (
+            f"config.json {said}, and its tensors ({', '.join(heads)}, …) are those of no class of {kind.model_type}"
+        )
+        raise InvalidCheckpoint(info.source, f"{problem}; {ask}")
+    if len(fitting) > 1:
+        fitting = _preferred(fitting, info.config)
+    if len(fitting) > 1 and info.config.get("id2label"):  # which choices have not
+        fitting = [one for one in fitting if not one.name.endswith("ForMultipleChoice")]
+    if len(fitting) > 1:
+        problem = f"config.json {said}, and its tensors are those of {' and of '.join(one.name for one in fitting)}"
+        raise InvalidCheckpoint(info.source, f"{problem}; {ask}")
+    return fitting[0]
+
+
+def _fits(one: Architecture, info: CheckpointInfo, kind: Kind, may_have_leftovers: bool) -> bool:
+    if one.converted:
+        return False
+    found = Identity(info, one)
+    unread = set(found.unread)
+    if may_have_leftovers:
+        unread -= _leftovers(found, one, kind)
+    if unread or _absent(found, one):
+        return False
+    return not found.is_usual or next(_misshapen(found, one), None) is None
+
+
+def _preferred(fitting: Sequence[Architecture], config: Mapping[str, Any]) -> list[Architecture]:
+    """Choose one of several classes that do different things with the same tensors of a language model."""
+    endings = [ending for ending in PREFERRED if any(one.name.endswith(ending) for one in fitting)]
+    heads = [one for one in fitting if not one.is_pre_training and not one.name.endswith(("Model", *PREFERRED))]
+    if heads or not endings:
+        return list(fitting)
+    wanted = endings[-1] if config.get("is_decoder") else endings[0]
+    return [one for one in fitting if one.name.endswith(wanted)]
+
+
+def _leftovers(found: Identity, known: Architecture, kind: Kind) -> frozenset[str]:
+    """Unread tensors of heads that other classes of the kind are pre-trained with."""
+    others = [one for one in kind.architectures.values() if one.is_pre_training and one is not known]
+    bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
+    leftovers = set()
+    for name, own in found.names.items():
+        head = own.partition(".")[0]
+        if head in PRE_TRAINING_HEADS and not any(one.partition(".")[0] == head for one in known.all_names):
+            leftovers.add(name)
+    for name in found.unread:
+        own = found.names[name]
+        if layouts.layer_of(own) is None and _is_read(own, others) and not _is_read(own, bodies):
+            leftovers.add(name)
+    return frozenset(leftovers)
+
+
+def _is_read(name: str, classes: Iterable[Architecture]) -> bool:
+    return any(one.reads(own_names(one, [name])[name]) for one in classes)
+
+
+def _refuse_other_head(found: Identity, known: Architecture, kind: Kind, leftovers: frozenset[str]) -> None:
+    """Raises InvalidCheckpoint where a head is of another class: two of these may be of different tasks."""
+    bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
+    for name in found.unread:
+        own = found.names[name]
+        if name in leftovers or layouts.layer_of(own) is not None or _is_read(own, bodies):
+            continue
+        others = [one.name for one in kind.architectures.values() if one.reads(own)]
+        if others:
+            problem = (
+                f"architectures in config.json says {known.name}, which has no tensor {name}; {others[0]} has. "
+                "Name the class that the checkpoint is, or remove the tensor"
+            )
+            raise InvalidCheckpoint(found.info.source, problem, tensor=name)
+
+
+def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
+    """The class's name of each tensor on disk, which may lack the prefix of the model below the head."""
+    found = {}
+    for name in names:
+        if known.reads(name):
+            found[name] = name
+            continue
+        spellings = [
+            own
+            for spelling in layouts.spellings(name)
+            for own in (spelling, f"{known.prefix}.{spelling}", spelling.removeprefix(f"{known.prefix}."))
+        ]
+        found[name] = next((own for own in spellings if known.reads(own)), name)
+    return found
+
+
+# --- whether a checkpoint has what its class needs ---------------------------------------------------------
+
+
+def check_tensors(found: Identity) -> None:
+    """Check that a checkpoint has its class's tensors, in the shapes of its configuration, as far as they are known.
+
+    Raises:
+        InvalidCheckpoint: names the tensor.
+    """
+    known, info, kind = found.known, found.info, kind_of(found.info.model_type)
+    if known is None or kind is None:
+        return
+    check_present(found)
+    _check_words(info, kind.defaults, found.config)
+    if not _is_as_tabled(found):
+        return
+    for tensor, wanted in _misshapen(found, known):
+        problem = f"tensor {tensor.name} has shape {list(tensor.shape)}, by its configuration it would have {wanted}"
+        raise InvalidCheckpoint(info.source, problem, tensor=tensor.name)
+
+
+def _check_words(info: CheckpointInfo, defaults: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises InvalidCheckpoint for text in place of a number, and for functions that transformers does not have."""
+    for key, default in defaults.items():
+        value = config.get(key)
+        if not isinstance(value, str):
+            continue
+        if key.endswith(FUNCTIONS) and default in activations() and value not in activations():
+            problem = f"config.json has {key} {value[:100]!r}, which is no function that transformers knows"
+            raise InvalidCheckpoint(info.source, problem)
+        if isinstance(default, int | float):
+            raise InvalidCheckpoint(info.source, f"config.json has {key} {value[:100]!r}, which is text and no number")
+
+
+def check_present(found: Identity) -> None:
+    """Check that a checkpoint has its class's tensors, as far as they are known. Raises InvalidCheckpoint."""
+    known, info = found.known, found.info
+    if known is None or not _is_as_tabled(found):
+        return
+    for name in _absent(found, known):
+        problem = f"no tensor {name}, which {known.name} needs"
+        key = next((key for copy, _, key in known.ties if copy == name and key is not None), None)
+        if key is not None:
+            problem += f": {says_untied(info.config, key)}"
+        raise InvalidCheckpoint(info.source, problem, tensor=name)
+
+
+def _is_as_tabled(found: Identity) -> bool:
+    """Whether the table covers the checkpoint, and its names are those of the class."""
+    return found.is_usual and not any(layouts.layer_of(found.names[name]) is not None for name in found.unread)
+
+
+def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: frozenset[str], path: str = "") -> bool:
+    """Whether a key has a kind of value that was not tried, which may change the tensors."""
+    for key, default in defaults.items():
+        value = config.get(key, default)
+        where = f"{path}{key}"
+        if layouts.same(value, default) or layouts.is_harmless(key) or key in ("rope_parameters", "layer_types"):
+            continue
+        if isinstance(value, Mapping) and isinstance(default, Mapping) and "model_type" in default:
+            if value.get("model_type") != default["model_type"] or _unusual(value, default, untested, f"{where}."):
+                return True
+            continue
+        if where in untested:
+            return True
+        is_word = isinstance(value, str) and (default is None or isinstance(default, str))
+        if is_word and key.endswith(HARMLESS_WORDS):
+            continue
+        if type(value) not in (int, bool, float) or (type(default) not in (int, bool, float) and default is not None):
+            return True
+    return False
+
+
+def _absent(found: Identity, known: Architecture) -> list[str]:
+    """Tensors that the class needs and the checkpoint lacks."""
+    own = {found.names[name] for name in found.info.tensors}
+    active = dict(ties(known, found.config))
+    groups: dict[str, set[str]] = {}
+    for copy, original in active.items():
+        groups.setdefault(original, {original}).add(copy)
+    absent = []
+    for name in [*known.tensors, *(copy for copy in known.targets if copy not in active and copy in known.optional)]:
+        if name not in own and name not in known.unsaved and not own & groups.get(active.get(name, name), set()):
+            absent.append(name)
+    stacks: dict[str, set[int]] = {}
+    for name in own:
+        layer = layouts.layer_of(name)
+        if layer is not None:
+            stacks.setdefault(layer.stack, set()).add(layer.number)
+    for pattern in known.layers:
+        stack, _, _ = pattern.partition(".{}.")
+        absent += [one for number in sorted(stacks.get(stack, ())) if (one := pattern.format(number)) not in own]
+    return absent
+
+
+def _misshapen(found: Identity, known: Architecture) -> Iterator[tuple[TensorInfo, list[int]]]:
+    """Yields tensors with a wrong shape, each with the right one."""
+    values: dict[Length, int | None] = {"num_labels": len(labels_of(found.info.config))}
+    for name, tensor in found.info.tensors.items():
+        own = found.names[name]
+        lengths = known.tensors.get(own) or known.layers.get(collapsed(own))
+        if not lengths:
+            continue
+        wanted = []
+        for place, length in enumerate(lengths):
+            if length not in values:
+                values[length] = value_of(length, found.config)
+            value = values[length]
+            there = tensor.shape[place] if place < len(tensor.shape) else 0
+            wanted.append(value if type(value) is int else there)
+        if list(tensor.shape) != wanted:
+            yield tensor, wanted
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" (like {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"tensor {names[0]}{more}"

@@ -1,0 +1,293 @@
+"""The one door for checkpoints: which files make one is decided once, and each of them is opened once.
+
+A view is a private folder of what a checkpoint is made of. Files that describe it are copied; weight files are links to
+the files that are open, so that whatever is put in their place later is not read. Configurations lose the keys that
+steer what libraries load. Everything after reads the view alone.
+"""
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from worker.engine.catalog.checkpoints.headers import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    INDEX,
+    INNER_FOLDER,
+    MAX_CONFIG_BYTES,
+    MAX_DESCRIPTION_BYTES,
+    PICKLES,
+    TOO_MANY_OPEN,
+    WEIGHTS,
+    described_files,
+    is_of_library,
+    parsed_json,
+    readable,
+    size_limit,
+    weights_among,
+)
+from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
+
+MAX_NAMES = 100_000  # in a folder and its sub-folders; more would take long to list
+STEERING = re.compile(
+    r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*|use_kernels|kernel_config|trust_remote_code"
+    r"|device_map|tp_plan|pp_plan|weights_only|compile_config|gradient_checkpointing|torchscript|output_attentions"
+    r"|output_hidden_states|name_or_path|(vocab|tokenizer|merges|spm)_file|fast_tokenizer_files"
+)
+"""Keys of `config.json` that say which files, code or kernels a library takes, and how it runs a model."""
+STEERING_OF = {
+    "tokenizer_config.json": re.compile(r".*_files?|name_or_path|init_inputs|sp_model_kwargs|trust_remote_code"),
+    "special_tokens_map.json": re.compile(
+        r"(?!(additional|extra|model_specific)_special_tokens$|.*_token$).*", re.DOTALL
+    ),
+    "generation_config.json": re.compile(r"custom_generate|trust_remote_code|compile_config"),
+}
+"""The same of other files, by name: keys of their outermost object."""
+LABELS = ("label2id", "id2label")
+"""Keys whose objects have keys of the user's own."""
+CODE = re.compile("auto_map")
+CONFIGURATIONS = ("config.json", ADAPTER_CONFIG)
+
+
+class Views:
+    """Makes views, and removes them all at the end of its context."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+
+    def __enter__(self) -> "Views":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def open(self, path: Path, source: str, root: Path) -> Path:
+        """A view of the checkpoint folder `path`.
+
+        Args:
+            source: the name that messages give it.
+            root: the folder that every file must lie in, whatever links lead to it.
+
+        Raises:
+            InvalidCheckpoint: the folder or a file that is needed lies outside `root`, is no regular file, is too
+                large, or cannot be read.
+        """
+        view = self._folder()
+        with readable(source):
+            _fill(view, _Checkpoint(path, source, root, self._opened))
+        return view
+
+    def open_file(self, path: Path, source: str, root: Path) -> Path:
+        """A link by the same name to a data set's file, which is open. What cannot be opened is `path` itself.
+
+        Raises:
+            InvalidDataset: it lies outside `root`, or was changed to a link while it was opened.
+        """
+        link = self._folder() / path.name
+        try:
+            link.symlink_to(descriptor_path(open_beneath(path, root, self._opened)))
+        except LinkOut as error:
+            raise InvalidDataset(source, "it is a symbolic link out of the allowed folders") from error
+        except OSError as error:
+            if error.errno in TOO_MANY_OPEN:
+                raise
+            if error.errno == errno.ELOOP:
+                raise InvalidDataset(source, "it was changed while it was opened; try again") from error
+            return path  # whoever reads it says why not
+        return link
+
+    def _folder(self) -> Path:
+        return Path(self._opened.enter_context(TemporaryDirectory(prefix="maskmerge-view-")))
+
+
+class LinkOut(Exception):
+    """A link leads out of the folder that the file must lie in."""
+
+
+def open_beneath(path: Path, root: Path, opened: ExitStack) -> int:
+    """A descriptor for reading `path`, which stays open as long as `opened`.
+
+    Links that lead to another place below `root` count as that place. It is opened a folder at a time without following
+    a link, so that one that is put there meanwhile is an error.
+
+    Raises:
+        LinkOut: a link leads out of `root`.
+        OSError: it cannot be opened; ELOOP for a link that leads nowhere or was put there meanwhile.
+    """
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    if not real.is_relative_to(root):
+        raise LinkOut(path.name)
+    with ExitStack() as walking:
+        folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        walking.callback(os.close, folder)
+        *parents, name = real.relative_to(root).parts or (".",)
+        for part in parents:
+            folder = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            walking.callback(os.close, folder)
+        # A pipe would be waited on for ever.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def descriptor_path(descriptor: int) -> str:
+    """A path by which libraries open the same file again, whatever happened to its name."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+class _Checkpoint:
+    """A checkpoint's folder: its names, and its files opened."""
+
+    def __init__(self, path: Path, source: str, root: Path, opened: ExitStack) -> None:
+        self.source = source
+        self._path = path
+        self._root = root
+        self._opened = opened
+        if not path.is_dir():
+            raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
+
+    def names(self) -> list[str]:
+        """Names of the folder's files, and of those in its sub-folders that may hold files of a checkpoint."""
+        found: list[str] = []
+        for entry in _entries(self._path):
+            if entry.is_dir(follow_symlinks=False):
+                inner = _entries(Path(entry.path)) if INNER_FOLDER.fullmatch(entry.name) else ()
+                found += (f"{entry.name}/{file.name}" for file in inner)
+            elif not _leads_nowhere(entry):
+                found.append(entry.name)
+            if len(found) > MAX_NAMES:
+                raise InvalidCheckpoint(self.source, f"its folder has more than {MAX_NAMES} files")
+        return found
+
+    def open(self, name: str) -> int:
+        """A descriptor of a regular file."""
+        reads(self.source, name)
+        try:
+            descriptor = open_beneath(self._path / name, self._root, self._opened)
+        except LinkOut as error:
+            problem = f"{name} is a symbolic link out of the allowed folders"
+            raise InvalidCheckpoint(self.source, problem, file=name) from error
+        except OSError as error:
+            if error.errno in TOO_MANY_OPEN:  # nothing is wrong with the file
+                raise
+            if error.errno == errno.ELOOP:
+                problem = f"{name} is a symbolic link in a circle, or was changed while it was opened"
+                raise InvalidCheckpoint(self.source, problem, file=name) from error
+            raise InvalidCheckpoint(self.source, f"{name} cannot be read: {error.strerror}", file=name) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InvalidCheckpoint(self.source, f"{name} is not a regular file", file=name)
+        return descriptor
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        yield from entries
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether a name is a broken link, which counts as missing."""
+    return entry.is_symlink() and not os.path.lexists(os.path.realpath(entry.path))
+
+
+def _fill(view: Path, folder: _Checkpoint) -> None:
+    names = folder.names()
+    described = [name for name in described_files(names) if name != INDEX]
+    left = MAX_DESCRIPTION_BYTES
+    for name in described:
+        if name.endswith(WEIGHTS):  # of a module
+            _link(view, folder, name)
+        else:
+            left -= _copy(view, folder, name, left)
+
+    def read(name: str) -> bytes:
+        nonlocal left
+        left -= _copy(view, folder, name, left)
+        return (view / name).read_bytes()
+
+    for name in weights_among(names, read):
+        _link(view, folder, name)
+    for name in (*PICKLES, ADAPTER_PICKLE):
+        if name in names:  # it is not opened; that it is there explains what is not
+            (view / name).touch()
+
+
+def _link(view: Path, folder: _Checkpoint, name: str) -> None:
+    """Link to an open file, which is read where it is."""
+    (view / name).parent.mkdir(exist_ok=True)
+    (view / name).symlink_to(descriptor_path(folder.open(name)))
+
+
+def _copy(view: Path, folder: _Checkpoint, name: str, most: int) -> int:
+    """Copy a file that describes the checkpoint; how many bytes it has."""
+    descriptor = folder.open(name)
+    found = os.fstat(descriptor)
+    if found.st_size > size_limit(name):
+        raise InvalidCheckpoint(folder.source, f"{name} is larger than {size_limit(name)} bytes", file=name)
+    if found.st_size > most:
+        problem = f"configuration, tokenizer and index are larger than {MAX_DESCRIPTION_BYTES} bytes ({name})"
+        raise InvalidCheckpoint(folder.source, problem, file=name)
+    content = _read(descriptor, found.st_size)
+    if name in CONFIGURATIONS:
+        content = _without(STEERING, content, is_deep=True)
+    elif name in STEERING_OF:
+        content = _without(STEERING_OF[name], content)
+    if name == "tokenizer_config.json" and (view / "tokenizer.json").exists() and _has_own_class(view):
+        content = _without(CODE, content)
+    target = view / name
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(content)
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))  # `checkpoint_state` goes by it
+    return found.st_size
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size and (more := os.pread(descriptor, size - len(found), len(found))):
+        found += more
+    return bytes(found)
+
+
+def _has_own_class(view: Path) -> bool:
+    """Whether transformers has the model's own classes: with `tokenizer.json`, no tokenizer needs other code then."""
+    try:
+        config = parsed_json((view / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and is_of_library(config)
+
+
+def _without(keys: re.Pattern[str], content: bytes, is_deep: bool = False) -> bytes:
+    """A configuration without `keys`, as it is if it has none. What is no JSON is left for `inspect_checkpoint`.
+
+    Args:
+        is_deep: whether keys of inner objects count too.
+    """
+    if len(content) > MAX_CONFIG_BYTES:
+        return content
+    try:
+        values = parsed_json(content)
+        kept = _without_keys(values, keys, is_deep)
+    except (ValueError, RecursionError):
+        return content
+    return content if kept == values else json.dumps(kept, ensure_ascii=False, indent=2).encode()
+
+
+def _without_keys(values: Any, keys: re.Pattern[str], is_deep: bool) -> Any:
+    """JSON without the keys of objects that match wholly."""
+    if isinstance(values, dict):
+        return {
+            key: _without_keys(value, keys, is_deep) if is_deep and key not in LABELS else value
+            for key, value in values.items()
+            if not keys.fullmatch(key)
+        }
+    if isinstance(values, list) and is_deep:
+        return [_without_keys(value, keys, is_deep) for value in values]
+    return values

@@ -1,0 +1,211 @@
+"""Rows of a data set: of JSON lines and CSV files here, of Parquet and the hub in `worker.engine.inputs.tables`.
+
+A file is indexed by one pass over its bytes and parsed only where rows are used: a million rows cost 16 MB, whatever
+their length.
+"""
+
+import random
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from worker.engine.catalog.checkpoints.pointers import POINTER, WHAT_TO_DO, is_pointer
+from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.contracts.spec import DatasetSpec
+from worker.engine.catalog.data.formats import Csv, Format, JsonLines
+from worker.engine.catalog.data.labels import LabelMap
+from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.catalog.primitives.strict import did_you_mean
+
+FIRST_ROWS = 100  # what is checked before a job is accepted
+PARQUET = ".parquet"
+PARQUET_MAGIC = b"PAR1"
+FORMATS: Mapping[str, Callable[[str], Format]] = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": JsonLines,
+    ".csv": lambda source: Csv(source, ",", has_quotes=True),
+    ".tsv": lambda source: Csv(source, "\t", has_quotes=False),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. `place` is where it is in the data set, for messages; `label` is as read, not yet an id."""
+
+    place: Place
+    text: str
+    text_pair: str | None
+    label: Any
+
+
+class Rows(Protocol):
+    """The rows of a data set, in its own order."""
+
+    label_names: tuple[str, ...] | None
+    """What the data set itself calls its label ids 0, 1, …; None when it does not say."""
+    notes: Sequence[str]
+    """Notes of rows that were joined or passed over while they were read."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        """The rows at `indices`, in that order. Raises InvalidDataset naming place and column."""
+
+
+def sample(rows: Rows, spec: DatasetSpec, count: int | None, *, shuffle: bool = True) -> list[Row]:
+    """`count` rows without replacement in an order drawn from the spec's seed, or the first `count` in order.
+
+    The spec's `limit` counts too: the smaller of both is read.
+    """
+    wanted = min(n for n in (len(rows), spec.limit, count) if n is not None)
+    order = list(range(len(rows)))
+    if shuffle:  # all of it, so that fewer rows are always a prefix of more
+        random.Random(spec.seed).shuffle(order)
+    return rows.read(order[:wanted])
+
+
+class RowFile:
+    """The rows of a JSON lines or CSV file.
+
+    Raises:
+        InvalidDataset: names the line and the column.
+    """
+
+    label_names: tuple[str, ...] | None = None
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        self._spec = spec
+        self._format = _format(spec)
+        self._lines = array("Q")
+        self._offsets = array("Q")
+        with _opened(spec) as stream:
+            for line, offset in self._format.index(stream):
+                self._lines.append(line)
+                self._offsets.append(offset)
+        if not self._offsets:
+            raise InvalidDataset(spec.source, "no rows")
+        self.notes: Sequence[str] = self._format.notes
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        with _opened(self._spec) as stream:
+            places = ((self._lines[index], self._offsets[index]) for index in indices)
+            return [_read_row(self._format, stream, line, offset, self._spec) for line, offset in places]
+
+
+def check_first_rows(spec: DatasetSpec, labels: LabelMap | None, least_texts: int = 1) -> None:
+    """Refuse what the first rows show: another format, a missing column, an unknown label.
+
+    Of a Parquet file only that it is one; its columns are seen where its rows are read.
+
+    Args:
+        least_texts: distinct texts that are needed; counted where there are no rows but the first.
+
+    Raises:
+        InvalidDataset: names the line and the column.
+    """
+    with _opened(spec) as stream:
+        if _suffix(spec) == PARQUET:
+            if stream.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
+                raise InvalidDataset(spec.source, "not a Parquet file")
+            return
+        form = _format(spec)
+        first = list(islice(form.index(stream), FIRST_ROWS))
+        texts = set()
+        for line, offset in first:
+            row = _read_row(form, stream, line, offset, spec)
+            texts.add((row.text, row.text_pair))
+            if labels is not None and spec.label is not None:
+                labels.value(row.label, spec.source, row.place)
+    if not first:
+        raise InvalidDataset(spec.source, "no rows")
+    if len(first) < FIRST_ROWS and len(texts) < least_texts:
+        raise InvalidDataset(spec.source, f"{len(texts)} different texts, and {least_texts} are needed")
+
+
+def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec) -> Row:
+    """The asked columns as a row. Raises InvalidDataset naming place and column."""
+
+    def column(name: str) -> Any:
+        if name not in columns:
+            raise missing_column(spec.source, name, [str(key) for key in columns], place)
+        return columns[name]
+
+    def text(name: str) -> str:
+        value = column(name)
+        if not isinstance(value, str):
+            raise InvalidDataset(spec.source, f"column '{name}' is not text", place, column=name)
+        if "\0" in value:  # as in text that is not UTF-8, or where a disk lost what was written
+            raise InvalidDataset(spec.source, f"column '{name}' has a zero byte, which is no text", place, column=name)
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+            raise InvalidDataset(spec.source, f"column '{name}' is not Unicode text", place, column=name) from None
+        return value
+
+    return Row(
+        place=place,
+        text=text(spec.text),
+        text_pair=text(spec.text_pair) if spec.text_pair else None,
+        label=column(spec.label) if spec.label else None,
+    )
+
+
+def missing_column(source: str, name: str, known: list[str], place: Place | None = None) -> InvalidDataset:
+    return InvalidDataset(source, f"no column '{name}'{did_you_mean(name, known)}", place, column=name)
+
+
+def _read_row(form: Format, stream: BinaryIO, line: int, offset: int, spec: DatasetSpec) -> Row:
+    stream.seek(offset)
+    place = Place("line", line)
+    return row_of(form.parse(stream, place), place, spec)
+
+
+def _format(spec: DatasetSpec) -> Format:
+    try:
+        return FORMATS[_suffix(spec)](spec.source)
+    except KeyError:
+        known = ", ".join([*FORMATS, PARQUET])
+        raise InvalidDataset(spec.source, f"the format is told by the file's name; known are {known}") from None
+
+
+def _suffix(spec: DatasetSpec) -> str:
+    return local_file(spec).suffix.lower()
+
+
+def is_parquet(spec: DatasetSpec) -> bool:
+    return spec.path is not None and _suffix(spec) == PARQUET
+
+
+def local_file(spec: DatasetSpec) -> Path:
+    if spec.path is None:
+        raise TypeError(f"{spec.source} is no file")
+    return spec.path
+
+
+def refuse_pointer(start: bytes, spec: DatasetSpec) -> None:
+    """Raises InvalidDataset where a file begins as a Git LFS pointer does."""
+    if is_pointer(start):
+        raise InvalidDataset(spec.source, f"it is not there: {WHAT_TO_DO}")
+
+
+@contextmanager
+def _opened(spec: DatasetSpec) -> Iterator[BinaryIO]:
+    path = local_file(spec)
+    reads(spec.source, path.name)
+    if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+        raise InvalidDataset(spec.source, "cannot be read: not a regular file")
+    try:
+        with path.open("rb") as stream:
+            refuse_pointer(stream.read(len(POINTER)), spec)
+            stream.seek(0)
+            yield stream
+    except OSError as error:
+        raise InvalidDataset(spec.source, f"cannot be read: {error.strerror}") from error

@@ -1,0 +1,321 @@
+"""Plans a result that is put together from slices: which layers of which models become which layer."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.identity import identify
+from worker.engine.catalog.checkpoints.layer_settings import keys_of_layers, lists_of_layers, stacked_config
+from worker.engine.catalog.checkpoints.layouts import LAYER_COUNTS
+from worker.engine.catalog.checkpoints.settings import check_settings
+from worker.engine.catalog.checkpoints.vocabulary import (
+    Choices,
+    align_vocabularies,
+    check_names_tell_tokens,
+    token_keys,
+)
+from worker.engine.catalog.contracts.spec import Dtype, Heads, Tokens, VocabularyPolicy
+from worker.engine.catalog.methods import AutoParameters, BaseParameters, PassthroughParameters
+from worker.engine.catalog.planning.plan import (
+    MergePlan,
+    PlannedTensor,
+    check_vocabulary,
+    merged_tensor,
+    notes_of_settings,
+    plan_merge,
+    with_settings_of,
+)
+from worker.engine.catalog.planning.publishing import with_companions
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
+from worker.engine.catalog.primitives.slices import OutputSlice
+from worker.engine.catalog.primitives.values import Place
+
+SAME_VOCABULARY = (
+    "the slices' models need one vocabulary; output.vocabulary 'base' or 'union' merges them token by token"
+)
+
+
+def plan_job(
+    method: BaseParameters,
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    dtype: Dtype,
+    base: CheckpointInfo | None = None,
+    heads: Heads | None = None,
+    vocabulary: VocabularyPolicy = "error",
+    slices: Sequence[OutputSlice] | None = None,
+    config_from: str | None = None,
+    tokens: Tokens | None = None,
+    chat_template: str | None = None,
+) -> MergePlan:
+    """The plan of a merge by any method. See `plan_merge` and `plan_slices`.
+
+    Args:
+        config_from: name of the model, or `base`, whose configuration and tokenizer are published.
+    """
+    scale: Callable[[Place], float] | None = None
+    choices = None if tokens is None else Choices(names, tokens)
+    whose = None
+    if config_from is not None:
+        whose = base if config_from not in names else checkpoints[names.index(config_from)]
+    if isinstance(method, PassthroughParameters):
+        slices = [OutputSlice(sources=[part]) for part in method.slices]
+        scale = lambda place: method.at("scale", place)  # noqa: E731 - a closure over what is narrowed here
+    elif slices is None or _are_all_layers(slices, names, checkpoints, base):
+        plan = plan_merge(checkpoints, dtype, base, heads, vocabulary, whose, choices)
+        by_own_tokens = isinstance(method, AutoParameters) or method.refits_layers
+        if plan.vocabulary is not None and vocabulary == "error" and by_own_tokens:
+            problem = f"method {method.name} needs matrices with the same number of rows, padding included"
+            raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
+        return with_companions(plan, dtype, chat_template=chat_template)
+    if heads == "per_model":
+        raise InvalidRequest("slices make one model with one head", field="output.heads")
+    identities = [identify(info) for info in checkpoints]
+    whose = next((i.info for i, info in zip(identities, checkpoints, strict=True) if info is whose), whose)
+    checkpoints = [identity.info for identity in identities]
+    plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale, choices, whose)
+    notes = dict.fromkeys([*(note for identity in identities for note in identity.notes), *plan.notes])
+    plan = replace(plan, notes=tuple(notes))
+    only, *others = slices[-1].sources
+    last = None if others else checkpoints[names.index(only.model)]
+    return with_companions(plan, dtype, last=last, chat_template=chat_template)
+
+
+def _are_all_layers(
+    slices: Sequence[OutputSlice],
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    base: CheckpointInfo | None,
+) -> bool:
+    """Whether it is one slice of all layers of all models: a merge like any other."""
+    [one, *others] = slices
+    if others or [source.model for source in one.sources] != list(names):
+        return False
+    runs = [source.layers for source in one.sources] + ([one.base_layers] if one.base_layers else [])
+    infos = [*checkpoints, *([base] if base and one.base_layers else [])]
+    return all(
+        run in (None, (0, max(layouts.stacks_of(info.tensors).values(), default=0)))
+        for run, info in zip(runs, infos, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of the result: its models, and the layer of each of them and of the base."""
+
+    members: tuple[int, ...]
+    numbers: tuple[int, ...]
+    of_base: int
+
+
+def plan_slices(
+    slices: Sequence[OutputSlice],
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    dtype: Dtype,
+    base: CheckpointInfo | None = None,
+    vocabulary: VocabularyPolicy = "error",
+    scale: Callable[[Place], float] | None = None,
+    choices: Choices | None = None,
+    config_from: CheckpointInfo | None = None,
+) -> MergePlan:
+    """Lay out the model whose layers are those of the slices. What lies before the layers is merged of the first
+    slice's models, and what lies after them of the last slice's.
+
+    Args:
+        names: of the checkpoints, as slices name them.
+        scale: of each tensor, where tensors are copied from the one model that each slice has; else they are merged.
+        config_from: the one of them whose configuration, but for settings of layers, and tokenizer are published; None:
+            the first slice's first model's, and models that differ in settings that no shape shows are refused.
+
+    Raises:
+        InvalidRequest: a slice has layers that its model has not.
+        InvalidCheckpoint: an architecture whose layers are not one list, or a setting that cannot be put together.
+        IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
+    """
+    first_index = names.index(slices[0].sources[0].model)
+    first = checkpoints[first_index]
+    everyone = [*checkpoints, *([base] if base else ())]
+    states, differing = [], set[str]()
+    if base is not None and config_from is base:
+        check_settings(base)
+    for info in everyone:
+        layouts.check_architectures(first, info)
+        layouts.check_checkpoint(info)
+        besides = {*keys_of_layers(first.config), *keys_of_layers(info.config)}
+        if vocabulary != "error":
+            check_names_tell_tokens(info)
+            besides |= {*token_keys(first.config), *token_keys(info.config)}
+        elif first.vocabulary and info.vocabulary:
+            check_vocabulary(first, info, SAME_VOCABULARY)
+        differing |= {*layouts.check_configs(first, info, besides, settles=config_from is not None)}
+        states.append(layouts.tensors_by_name(info, first))
+    aligned = None
+    if vocabulary != "error":
+        aligned = align_vocabularies(vocabulary, checkpoints, base, base or first, choices)
+    copies = layouts.tied_copies(first.config, [states[first_index], *states])
+    tied = tuple(
+        (state[copy], state[of]) for state in states for copy, of in copies.items() if copy in state and of in state
+    )
+    states = [{name: tensor for name, tensor in state.items() if name not in copies} for state in states]
+    stack = _only_stack(first, states[first_index])
+    field = "slices" if scale is None else "method.slices"
+    layers = _layers(slices, names, checkpoints, base, states, stack, field)
+    inner = [_by_layer(state) for state in states]
+    # Some architectures alternate between layers of different kinds.
+    known = {_shapes(layer) for layer in inner[first_index].values()}
+    stacks = {stack: len(layers)}
+    backbone: list[PlannedTensor] = []
+
+    def add(name: str, members: Sequence[int], tensors: Sequence[Mapping[str, TensorInfo]], key: str) -> None:
+        """Add the tensor `key` of each member and of the base, which comes last in `tensors` if there is one."""
+        slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
+        tensor = tensors[0][key]
+        if layouts.is_buffer(tensor):
+            backbone.append(
+                PlannedTensor(slot, place, tensor.shape, tensor.dtype, (tensor,), is_copied=True, members=(members[0],))
+            )
+            return
+        infos = [checkpoints[member] for member in members]
+        origin = (base, tensors[len(members)].get(key)) if base is not None else None
+        planned = merged_tensor(slot, place, infos, tensors[: len(members)], key, origin, dtype, aligned)
+        rows = planned.token_rows
+        if rows is not None:
+            rows = rows.of(members)
+        copied = scale is not None and scale(place) == 1 and rows is None
+        backbone.append(replace(planned, token_rows=rows, members=tuple(members), is_copied=copied))
+
+    def add_outer(layer: _Layer, before: bool) -> None:
+        tensors = [states[member] for member in layer.members] + ([states[-1]] if base is not None else [])
+        for name in tensors[0]:
+            if layouts.layer_of(name) is None and layouts.is_before_layers(name) is before:
+                add(name, layer.members, tensors, name)
+
+    add_outer(layers[0], before=True)
+    for number, layer in enumerate(layers):
+        tensors = [inner[member].get(of, {}) for member, of in zip(layer.members, layer.numbers, strict=True)]
+        for member, of, found in zip(layer.members, layer.numbers, tensors, strict=True):
+            if _shapes(found) not in known:
+                problem = f"layer {of} of the second has other tensors or shapes than any layer of the first"
+                raise IncompatibleCheckpoints(first.source, checkpoints[member].source, problem)
+            if _shapes(found) != _shapes(tensors[0]):
+                problem = (
+                    f"layer {layer.numbers[0]} of the first has other tensors or shapes than layer {of} of the second"
+                )
+                raise IncompatibleCheckpoints(checkpoints[layer.members[0]].source, checkpoints[member].source, problem)
+        if base is not None:
+            tensors.append(inner[-1].get(layer.of_base, {}))
+        for key in tensors[0]:
+            add(f"{stack}.{number}.{key}", layer.members, tensors, key)
+    add_outer(layers[-1], before=False)
+    if len(backbone) > MAX_TENSORS:
+        raise InvalidRequest(f"the result would have {len(backbone)} tensors; {MAX_TENSORS} are allowed")
+    config = stacked_config(first, [(layer.members[0], layer.numbers[0]) for layer in layers], checkpoints)
+    for layer in layers:
+        _check_kinds(layer, checkpoints)
+    of_layers = {*keys_of_layers(first.config), *(keys_of_layers(config_from.config) if config_from else ())}
+    published = with_settings_of(replace(first, config=config), config_from, of_layers)
+    nothing = tuple(None for _ in checkpoints)
+    notes = notes_of_settings(everyone, differing, config_from)
+    return MergePlan(
+        None,
+        tuple(checkpoints),
+        base,
+        nothing,
+        tuple(backbone),
+        ((),),
+        (published,),
+        tied,
+        aligned,
+        config_from,
+        notes=tuple(notes),
+    )
+
+
+def layers_of_models(plan: MergePlan) -> list[int]:
+    """How many layers each model of a stack has, whatever of them the result has."""
+    first = plan.checkpoints[0]
+    stacks = [layouts.stacks_of(layouts.tensors_by_name(info, first)) for info in plan.checkpoints]
+    return [max(counts.values(), default=0) for counts in stacks]
+
+
+def copied_shares(plan: MergePlan) -> list[float]:
+    """The part of the result's bytes that each model gives; models of the same checkpoint have equal parts of its."""
+    given: Counter[str] = Counter()
+    for tensor in plan.backbone:
+        given[tensor.sources[0].source] += tensor.nbytes
+    models = Counter(info.source for info in plan.checkpoints)
+    return [given[info.source] / given.total() / models[info.source] for info in plan.checkpoints]
+
+
+def _only_stack(info: CheckpointInfo, state: Mapping[str, TensorInfo]) -> str:
+    stacks = layouts.stacks_of(state)
+    if len(stacks) != 1:
+        found = f"{len(stacks)} lists of layers ({', '.join(sorted(stacks))})" if stacks else "no list of layers"
+        raise InvalidCheckpoint(info.source, f"passthrough stacks the layers of one list, and there are {found}")
+    if not any(key in info.config for key in LAYER_COUNTS):
+        raise InvalidCheckpoint(info.source, f"config.json says the number of layers by none of {LAYER_COUNTS}")
+    return next(iter(stacks))
+
+
+def _layers(
+    slices: Sequence[OutputSlice],
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    base: CheckpointInfo | None,
+    states: Sequence[Mapping[str, TensorInfo]],
+    stack: str,
+    field: str,
+) -> list[_Layer]:
+    """The layers of the result."""
+    counts = [layouts.stacks_of(state).get(stack, 0) for state in states]
+    found: list[_Layer] = []
+    for index, part in enumerate(slices):
+        members = tuple(names.index(source.model) for source in part.sources)
+        layers = [s.layers or (0, counts[m]) for m, s in zip(members, part.sources, strict=True)]
+        of_base = part.base_layers or layers[0]
+        runs = [(checkpoints[m].source, counts[m], run) for m, run in zip(members, layers, strict=True)]
+        if base is not None:
+            runs.append((base.source, counts[-1], of_base))
+        for source, count, (start, stop) in runs:
+            if stop > count:
+                problem = f"{source} has {count} layers, [{start}, {stop}] are not all there"
+                raise InvalidRequest(problem, field=f"{field}.{index}")
+            if stop - start != layers[0][1] - layers[0][0]:
+                problem = (
+                    f"the slice has {stop - start} layers of {source}, and {layers[0][1] - layers[0][0]} of the first"
+                )
+                raise InvalidRequest(problem, field=f"{field}.{index}")
+        found += [
+            _Layer(members, tuple(start + offset for start, _ in layers), of_base[0] + offset)
+            for offset in range(layers[0][1] - layers[0][0])
+        ]
+    return found
+
+
+def _check_kinds(layer: _Layer, checkpoints: Sequence[CheckpointInfo]) -> None:
+    """Check that configurations say the same about all layers that are merged to one."""
+    first = checkpoints[layer.members[0]]
+    for member, number in zip(layer.members[1:], layer.numbers[1:], strict=True):
+        other = checkpoints[member]
+        for key in lists_of_layers(first.config):
+            ours, theirs = first.config[key], other.config.get(key)
+            if theirs is None or number >= len(theirs) or ours[layer.numbers[0]] != theirs[number]:
+                problem = f"{key} in config.json differs between layer {layer.numbers[0]} and layer {number}"
+                raise IncompatibleCheckpoints(first.source, other.source, problem)
+
+
+def _by_layer(state: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo]]:
+    """Tensors of every layer, by its number and the part of their names within it."""
+    found: dict[int, dict[str, TensorInfo]] = {}
+    for name, tensor in state.items():
+        layer = layouts.layer_of(name)
+        if layer is not None:
+            found.setdefault(layer.number, {})[layer.inner] = tensor
+    return found
+
+
+def _shapes(layer: Mapping[str, TensorInfo]) -> frozenset[tuple[str, tuple[int, ...]]]:
+    return frozenset((inner, tensor.shape) for inner, tensor in layer.items() if not layouts.is_buffer(tensor))

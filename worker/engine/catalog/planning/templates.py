@@ -1,0 +1,67 @@
+"""Checks that chat templates can be read: that they are Jinja, in the dialect that transformers reads.
+
+A template is parsed, never run: nothing says how long it would take. Of the API's processes, only those that inspect
+import this module, since Jinja takes a while to load.
+"""
+
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.publishing import chat_templates
+from worker.engine.catalog.primitives.errors import InvalidRequest
+from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.primitives.paths import in_one_line
+
+
+class _Generation(Extension):
+    """The tag by which templates mark what a model says; transformers has it beside Jinja's own."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def check_templates(plan: MergePlan, asked: str | None) -> list[str]:
+    """Notes of templates that would be published and are no Jinja.
+
+    Args:
+        asked: `output.chat_template`.
+
+    Raises:
+        InvalidRequest: it is no Jinja.
+    """
+    chosen = problem_of(plan.chat_template) if plan.chat_template is not None else None
+    if chosen and asked != "auto":
+        raise InvalidRequest(
+            f"it is no Jinja: {chosen}; mend the template, or leave it out", field="output.chat_template"
+        )
+    notes = [f"the most common chat template, which is published, is no Jinja: {chosen}"] if chosen else []
+    for info in plan.published:
+        owner = plan.tokens_of(info)
+        reads(owner.source, "chat templates")
+        for name, template in chat_templates(owner).items():
+            is_replaced = name == "chat template" and plan.chat_template is not None
+            if not is_replaced and (problem := problem_of(template)):
+                notes.append(f"the {name} of {owner.source} is no Jinja, and is published as it is: {problem}")
+    return [Doubt(note) for note in dict.fromkeys(notes)]
+
+
+def problem_of(template: str) -> str | None:
+    """What is wrong with a template; None where nothing is."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    try:
+        environment.parse(template)
+    except RecursionError:
+        return "it is nested too deeply"
+    except Exception as error:  # Jinja has errors of its own, and others of Python's for what it did not foresee
+        line = getattr(error, "lineno", None)
+        return in_one_line(error) + (f" (line {line})" if line else "")
+    return None

@@ -1,0 +1,64 @@
+"""A job's checkpoints and rows, wherever they come from.
+
+The libraries for tables and for the hub cost 110 MB and half a second, so they are loaded when they are needed, after
+those that every model needs: they look for each other.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker.engine.catalog.checkpoints.adapters import inspect_model
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
+from worker.engine.catalog.checkpoints.views import Views
+from worker.engine.catalog.contracts.spec import CheckpointSpec, DatasetSpec, JobSpec
+from worker.engine.catalog.data.rows import RowFile, Rows, is_parquet
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.runtime.libraries import preload
+from worker.engine.runtime.progress import OnProgress
+
+if TYPE_CHECKING:
+    from worker.engine.inputs.hub import Fetched
+
+
+class Inputs:
+    """Downloads what is on the hub when it is made, see `worker.engine.inputs.hub.fetch`.
+
+    Args:
+        views: where checkpoints are opened; they can be read as long as it is.
+    """
+
+    def __init__(self, spec: JobSpec, views: Views, on_progress: OnProgress) -> None:
+        self._views = views
+        self._fetched: Fetched | None = None
+        if spec.names_the_hub:
+            preload()
+            from worker.engine.inputs.hub import fetch
+
+            self._fetched = fetch(spec, on_progress)
+
+    def checkpoint(self, model: CheckpointSpec, base: CheckpointInfo | None = None) -> CheckpointInfo:
+        """Of an adapter, with what it adapts as `base`. Raises InvalidCheckpoint."""
+        if model.hub is not None and self._fetched is not None:
+            folder = self._fetched.checkpoints[model.hub]
+            root = folder.parent.parent  # the repository's part of the cache
+        elif model.path is not None:
+            folder, root = model.path, model.root or Path("/")
+        else:
+            raise TypeError(f"{model.source} is neither a folder nor on the hub")
+        info = inspect_model(self._views.open(folder, model.source, root), model.source, base)
+        if model.state not in (None, checkpoint_state(info)):
+            raise InvalidCheckpoint(model.source, "its files were changed after the job was accepted; post it again")
+        return info
+
+    def rows(self, spec: DatasetSpec) -> Rows:
+        """Raises InvalidDataset."""
+        if spec.hub is not None and self._fetched is not None:
+            return self._fetched.rows(spec)
+        if spec.path is not None and spec.root is not None:
+            spec = spec.model_copy(update={"path": self._views.open_file(spec.path, spec.source, spec.root)})
+        if is_parquet(spec):
+            preload()
+            from worker.engine.inputs.tables import read_parquet
+
+            return read_parquet(spec)
+        return RowFile(spec)

@@ -1,0 +1,367 @@
+"""What a job names on the Hugging Face hub, brought to this machine before the work begins.
+
+Files go to the hub library's own cache, which other programs share and where a file of one commit never changes. The
+token, the endpoint and the cache's place are the libraries' own variables: HF_TOKEN, HF_ENDPOINT, HF_HOME.
+"""
+
+import csv
+import errno
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import httpx2
+from datasets.packaged_modules.csv.csv import CsvConfig
+from fsspec.registry import known_implementations
+from huggingface_hub import HfApi, constants, errors, hf_hub_download
+from huggingface_hub.file_download import repo_folder_name
+from tqdm import tqdm
+
+from worker.engine.catalog.checkpoints.headers import described_files, weights_among
+from worker.engine.catalog.contracts.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
+from worker.engine.catalog.data.formats import Csv
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
+from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.primitives.paths import in_one_line
+from worker.engine.inputs.tables import LISTS, TableRows, rows_of_parquet, types_of_parquet
+from worker.engine.runtime.progress import OnProgress, Phase
+from worker.engine.runtime.resources import is_out_of_memory, require_space
+
+# Formats that hold rows. Others would decode images and sounds, or read what is no data of the repository.
+BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+QUOTES = ("quoting", "quotechar", "escapechar", "doublequote", "dialect")
+# What says which lines are rows, beside quotes.
+LINES = (
+    "header", "names", "skiprows", "nrows", "skipfooter", "comment", "index_col", "skip_blank_lines", "lineterminator",
+    "encoding", *QUOTES[1:],
+)  # fmt: skip
+PARQUET_ROWS = 1000  # decoded together: equal texts may be stored once, and one text may have a megabyte
+EXTRA_COLUMN = "__index_level_0__"  # how pandas names the first column, where rows have one field more than the header
+ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a download that was killed
+
+Kind = Literal["model", "dataset"]
+
+datasets.disable_progress_bars()  # they would fill the log
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # so that also a slow download makes progress, for want of which a job is lost
+# A data set's description may name files of any address, which building it would call. These are all that is needed.
+for protocol in set(known_implementations) - {"hf", "file", "local", "zip", "tar"}:
+    del known_implementations[protocol]
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    kind: Kind
+    source: HubSource
+    name: str
+    missing_bytes: int
+    """0 when it is in the cache."""
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """A table that is read from its files: decoded, a file of 130 kB may have 7 GB."""
+
+    files: tuple[Path, ...]
+    features: Mapping[str, Any]
+    """What the repository says of its columns, by name."""
+
+
+@dataclass
+class Fetched:
+    """Everything of a job that came from the hub."""
+
+    checkpoints: dict[HubSource, Path] = field(default_factory=dict)
+    """Folders, by repository and commit."""
+    tables: dict[tuple[HubSource, str | None, str | None], "datasets.Dataset | ParquetFiles"] = field(
+        default_factory=dict
+    )
+    """By repository, configuration and split."""
+    notes: dict[tuple[HubSource, str | None, str | None], list[str]] = field(default_factory=dict)
+    """Notes of rows that were joined or passed over, by data set."""
+
+    def rows(self, spec: DatasetSpec) -> TableRows:
+        """The rows of a data set. Raises InvalidDataset."""
+        table = self.tables[_table_key(spec)]
+        if isinstance(table, ParquetFiles):
+            label = table.features.get(spec.label) if spec.label is not None else None
+            feature = label.feature if isinstance(label, LISTS) else label
+            names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+            return rows_of_parquet(table.files, spec, names)
+        return TableRows(table, spec, notes=self.notes[_table_key(spec)])
+
+
+def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
+    """Download what is not in the cache yet.
+
+    Raises:
+        InvalidCheckpoint, InvalidDataset: there is no such repository, commit, configuration or split, the token may
+            not see it, or it is in no format that holds rows.
+        StorageError: the hub does not answer.
+        DiskFull: the cache has no room for it.
+    """
+    checkpoints = {checkpoint.hub: checkpoint for checkpoint in spec.checkpoints if checkpoint.hub}
+    tables = {_table_key(rows): rows for rows in spec.rows_to_read if rows.hub}
+    files: list[RemoteFile] = []
+    for source, checkpoint in checkpoints.items():
+        with _translated(checkpoint):
+            files += _checkpoint_files(source)
+    builders = {}
+    for (source, config, _), rows in tables.items():
+        if (source, config) not in builders:
+            with _translated(rows):
+                builder = _builder(rows, source)
+                builders[source, config] = builder
+                files += _data_files(rows, source, builder)
+    total = sum(file.missing_bytes for file in files)
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    require_space(cache, total, "the download")
+    downloading = Phase("downloading", total, "bytes", on_progress)
+    fetched = Fetched()
+    for source, checkpoint in checkpoints.items():
+        with _translated(checkpoint):
+            fetched.checkpoints[source] = _download(files, "model", source, downloading)
+    for (source, config, split), rows in tables.items():
+        with _translated(rows):
+            _download(files, "dataset", source, downloading)
+            builder = builders[source, config]
+            files_of_it = _parquet_files(rows, source, builder)
+            if files_of_it is not None:
+                fetched.tables[source, config, split] = files_of_it
+                continue
+            table, chosen = _prepared(rows, builder)
+            fetched.tables[source, config, split] = table
+            fetched.notes[source, config, split] = _notes_of_csv(rows, source, builder, table, chosen)
+    return fetched
+
+
+def _table_key(rows: DatasetSpec) -> tuple[HubSource, str | None, str | None]:
+    if rows.hub is None:
+        raise TypeError(f"{rows.source} is not on the hub")
+    return rows.hub, rows.config, rows.split
+
+
+def _checkpoint_files(source: HubSource) -> list[RemoteFile]:
+    names = HfApi().list_repo_files(source.repository, revision=source.commit)
+
+    def read(name: str) -> bytes:
+        return Path(hf_hub_download(source.repository, name, revision=source.commit)).read_bytes()
+
+    return [_remote_file("model", source, name) for name in (*described_files(names), *weights_among(names, read))]
+
+
+def _builder(rows: DatasetSpec, source: HubSource) -> Any:
+    # A folder of the same name here would be taken for the data set, so there is none.
+    with tempfile.TemporaryDirectory() as empty, chdir(empty):
+        builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit)
+        options: dict[str, Any] = {}
+        if _builder_name(builder) == "csv":
+            options = _csv_options(builder.config)
+        elif _builder_name(builder) == "parquet":  # by default all of a row group at once, which may be a whole file
+            options = {"batch_size": PARQUET_ROWS}
+        if options:
+            builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit, **options)
+    if _builder_name(builder) not in BUILDERS:
+        raise InvalidDataset(rows.source, f"its format is {_builder_name(builder)}; known are {', '.join(BUILDERS)}")
+    return builder
+
+
+def _csv_options(config: Any) -> dict[str, Any]:
+    """New options for the CSV reader.
+
+    Text that spells a missing value, as NA, is text. No line is passed over for its fields. Between tabs a quote is a
+    character, unless the data set's own description says something of quotes.
+    """
+    options = {"keep_default_na": False, "on_bad_lines": "error"}
+    if config.sep == "\t" and all(getattr(config, name) == getattr(CsvConfig(), name) for name in QUOTES):
+        options["quoting"] = csv.QUOTE_NONE
+    return options
+
+
+def _notes_of_csv(rows: DatasetSpec, source: HubSource, builder: Any, table: datasets.Dataset, split: str) -> list[str]:
+    """Where the library makes other rows of CSV than its lines say, which it does without a word.
+
+    Raises:
+        InvalidDataset: columns are shifted, since rows have more fields than the header.
+    """
+    if _builder_name(builder) != "csv":
+        return []
+    config, default = builder.config, CsvConfig()
+    if EXTRA_COLUMN in table.column_names:
+        problem = "its rows have more fields than its header, so it is not certain which columns these are"
+        raise InvalidDataset(rows.source, problem)
+    changed = [name for name in LINES if getattr(config, name) != getattr(default, name)]
+    if changed:
+        said = f"its description sets {', '.join(changed)} for its CSV, which changes what lines are rows"
+        return [f"{rows.source}: {said}; they were followed"]
+    notes: list[str] = []
+    found, uneven = 0, 0
+    names = _file_names(rows, source, builder, split)
+    for name in names:
+        path = Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
+        if path.suffix not in (".csv", ".tsv"):  # compressed, where only the library looks into
+            return []
+        form = Csv(f"{rows.source}, {name}", config.sep, has_quotes=config.quoting != csv.QUOTE_NONE)
+        try:
+            with path.open("rb") as stream:
+                found += sum(1 for _ in form.index(stream))
+        except InvalidDataset as error:
+            return [Doubt(f"{error.message}; the library read it in its own way")]
+        notes += form.notes
+        uneven += form.uneven
+    if uneven:
+        notes.append(
+            Doubt(f"{uneven} rows of {rows.source} have fewer fields than the header; others were taken as empty")
+        )
+    if names and found != len(table):
+        notes.append(Doubt(f"{rows.source} has {found} rows of CSV, of which the library made {len(table)}"))
+    return notes
+
+
+def _builder_name(builder: Any) -> str:
+    return type(builder).__module__.rpartition(".")[2]
+
+
+def _data_files(rows: DatasetSpec, source: HubSource, builder: Any) -> list[RemoteFile]:
+    """Files of the configuration, of all its splits: they are prepared together."""
+    names = {name for split in builder.config.data_files or {} for name in _file_names(rows, source, builder, split)}
+    return [_remote_file("dataset", source, name) for name in sorted(names)]
+
+
+def _file_names(rows: DatasetSpec, source: HubSource, builder: Any, split: str) -> list[str]:
+    """Names of the files that the configuration has for a split; none for a part of a split."""
+    prefix = f"hf://datasets/{source.repository}@{source.commit}/"
+    urls = [str(url) for url in (builder.config.data_files or {}).get(split, ())]
+    for url in urls:
+        if not url.startswith(prefix):
+            raise InvalidDataset(rows.source, f"its configuration names {url}, which is outside the repository")
+    return [url.removeprefix(prefix) for url in urls]
+
+
+def _parquet_files(rows: DatasetSpec, source: HubSource, builder: Any) -> ParquetFiles | None:
+    """The files of the split that was asked for, or of the only one; None where the library has to make the table: it
+    is no Parquet, a part of a split, some of its rows, or the repository names other types than the files have."""
+    if _builder_name(builder) != "parquet" or builder.config.columns or builder.config.filters:
+        return None
+    splits = list(builder.config.data_files or {})
+    split = rows.split or (str(splits[0]) if len(splits) == 1 else None)
+    names = _file_names(rows, source, builder, split) if split else []
+    if not names or not all(name.endswith(".parquet") for name in names):  # others may be compressed as a whole
+        return None
+    files = [
+        Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit)) for name in names
+    ]
+    features = builder.info.features or {}
+    for file in files:
+        types = types_of_parquet(file)
+        if any(name in types and feature() != types[name] for name, feature in features.items() if callable(feature)):
+            return None
+    return ParquetFiles(tuple(files), features)
+
+
+def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
+    plan = hf_hub_download(source.repository, name, repo_type=kind, revision=source.commit, dry_run=True)
+    return RemoteFile(kind, source, name, (plan.file_size or 0) if plan.will_download else 0)
+
+
+def _download(files: Sequence[RemoteFile], kind: Kind, source: HubSource, downloading: Phase) -> Path:
+    """Download a repository's files; the folder of their snapshot."""
+    path = Path()
+    for file in (file for file in files if (file.kind, file.source) == (kind, source)):
+        _remove_abandoned(file)
+        path = Path(
+            hf_hub_download(
+                file.source.repository,
+                file.name,
+                repo_type=file.kind,
+                revision=file.source.commit,
+                tqdm_class=_reporter(downloading),
+            )
+        )
+        for _ in Path(file.name).parts:
+            path = path.parent
+    return path
+
+
+def _remove_abandoned(file: RemoteFile) -> None:
+    """Parts of downloads that were killed: the library starts anew each time and never comes back for them."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=file.source.repository, repo_type=file.kind)
+    for part in folder.glob("blobs/*.incomplete"):
+        try:
+            if time.time() - part.stat().st_mtime > ABANDONED_S:
+                part.unlink()
+        except FileNotFoundError:
+            continue
+
+
+def _reporter(phase: Phase) -> Any:
+    """What the library takes for its progress bar."""
+
+    class Reporter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            phase.advance(int(n or 0))
+
+    return Reporter
+
+
+def _prepared(rows: DatasetSpec, builder: Any) -> tuple[datasets.Dataset, str]:
+    """The table of the split that was asked for, or of the only one, and the split's name."""
+    try:
+        builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
+    except Exception as error:
+        cause = error.__cause__ or error
+        if _is_the_machines(cause):
+            raise cause from None
+        # The libraries' own words may quote a row.
+        problem = f"its files cannot be read as {_builder_name(builder)} ({type(cause).__name__})"
+        raise InvalidDataset(rows.source, problem) from error
+    splits = list(builder.info.splits)
+    split = rows.split or (splits[0] if len(splits) == 1 else None)
+    if split is None:
+        raise InvalidDataset(rows.source, f"it has the splits {', '.join(splits)}; name one as split")
+    return builder.as_dataset(split=split), split
+
+
+@contextmanager
+def _translated(asked: CheckpointSpec | DatasetSpec) -> Iterator[None]:
+    """Turn the libraries' exceptions into ours."""
+    invalid = InvalidCheckpoint if isinstance(asked, CheckpointSpec) else InvalidDataset
+    try:
+        yield
+    except (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.RemoteEntryNotFoundError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
+        problem = "it is not on the hub any more, or this service's HF_TOKEN may not see it"
+        raise invalid(asked.source, problem) from error
+    except (httpx2.HTTPError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError) as error:
+        problem = f"the hub does not answer ({type(error).__name__})"
+        raise StorageError(f"{asked.source}: {problem}; try again", source=asked.source) from error
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
+        if _is_the_machines(error):
+            raise
+        raise invalid(asked.source, in_one_line(error)) from error
+    except EngineError:
+        raise
+    except Exception as error:
+        if _is_the_machines(error):
+            raise
+        # A description may break the library anywhere, and its words name folders of this machine.
+        finding = "cannot load it" if isinstance(asked, CheckpointSpec) else "finds no rows in it"
+        problem = f"the hub's library {finding} ({type(error).__name__})"
+        raise invalid(asked.source, problem) from error
+
+
+def _is_the_machines(error: BaseException) -> bool:
+    """Want of memory or of room: no fault of the input, and told as what it is elsewhere."""
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))

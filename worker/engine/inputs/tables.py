@@ -1,0 +1,228 @@
+"""Rows of tables: Parquet files and data sets of the hub, through the library `datasets`."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from worker.engine.catalog.contracts.spec import DatasetSpec
+from worker.engine.catalog.data.rows import Row, check_first_rows, local_file, missing_column, row_of
+from worker.engine.catalog.primitives.errors import EngineError, InvalidDataset, Place
+from worker.engine.runtime.resources import is_out_of_memory, require_memory
+
+LISTS = (datasets.List, datasets.LargeList)
+MOST_ROWS = 20_000_000  # of a Parquet file: their order alone, drawn from the seed, takes 0.7 GB
+MOST_VALUES = 200_000_000  # of a column of lists
+VALUE_BYTES = 8  # of a number, and of a text's place among the texts that differ
+
+
+class TableRows:
+    """The rows of a table; their places are row numbers.
+
+    Raises:
+        InvalidDataset: no rows, or a column that is not there or holds neither text nor labels.
+    """
+
+    def __init__(
+        self,
+        table: "datasets.Dataset | EncodedTable",
+        spec: DatasetSpec,
+        label_names: tuple[str, ...] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self._spec = spec
+        self.label_names = label_names
+        self.notes = notes
+        wanted = _wanted(spec, table.column_names)
+        for name in wanted:
+            feature = table.features[name]
+            if name == spec.label and isinstance(feature, LISTS):  # of a head whose labels apply each by itself
+                feature = feature.feature
+            if isinstance(feature, datasets.ClassLabel):
+                if name == spec.label:
+                    self.label_names = tuple(feature.names)
+            elif not isinstance(feature, datasets.Value):  # images and sounds are files that would be opened
+                raise InvalidDataset(spec.source, f"column '{name}' holds {type(feature).__name__}", column=name)
+        self._table = table.select_columns(wanted)  # what is not asked for is never decoded
+        if len(table) == 0:
+            raise InvalidDataset(spec.source, "no rows")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        with _reading(self._spec):
+            columns: dict[str, list[Any]] = self._table[list(indices)]
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return [row_of(row, Place("row", index + 1), self._spec) for index, row in zip(indices, rows, strict=True)]
+
+
+class EncodedTable:
+    """A table as Parquet stores it, where texts that are equal are there once: a file of 130 kB may have 7 GB of them.
+
+    It has of `datasets.Dataset` what `TableRows` asks for.
+    """
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        self._table = table
+        self.column_names: list[str] = table.column_names
+        plain = [field.with_type(_plain(field.type)) for field in table.schema]
+        self.features: Mapping[str, Any] = datasets.Features.from_arrow_schema(pyarrow.schema(plain))
+
+    def select_columns(self, names: list[str]) -> "EncodedTable":
+        return EncodedTable(self._table.select(names))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, indices: list[int]) -> dict[str, list[Any]]:
+        rows = self._table.take(pyarrow.array(indices, pyarrow.int64()))
+        return {
+            name: [value for part in rows.column(name).chunks for value in _values(part)] for name in rows.schema.names
+        }
+
+
+def _plain(kind: Any) -> Any:
+    """The type of the values, however they are encoded."""
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return kind.value_type
+    if types.is_list(kind) or types.is_list_view(kind) or types.is_fixed_size_list(kind):
+        return pyarrow.list_(_plain(kind.value_type))
+    if types.is_large_list(kind) or types.is_large_list_view(kind):
+        return pyarrow.large_list(_plain(kind.value_type))
+    return kind
+
+
+def _values(part: Any) -> list[Any]:
+    """Values of a column; rows with equal texts share one string."""
+    if not pyarrow.types.is_dictionary(part.type):
+        return list(part.to_pylist())
+    used = pyarrow.compute.unique(part.indices.drop_null())
+    texts = dict(zip(used.to_pylist(), part.dictionary.take(used).to_pylist(), strict=True))
+    return [None if index is None else texts[index] for index in part.indices.to_pylist()]
+
+
+def read_parquet(spec: DatasetSpec) -> TableRows:
+    """The rows of a local Parquet file. Raises InvalidDataset naming a missing column."""
+    check_first_rows(spec, labels=None)
+    return rows_of_parquet([local_file(spec)], spec)
+
+
+def rows_of_parquet(files: Sequence[Path], spec: DatasetSpec, label_names: tuple[str, ...] | None = None) -> TableRows:
+    """The rows of Parquet files that are one table.
+
+    Args:
+        label_names: names of the label ids; None: those that the first file names.
+
+    Raises:
+        InvalidDataset: names a missing column, or the files are no table.
+        OutOfMemory: there is less memory than they take.
+    """
+    with _reading(spec):
+        described = [pyarrow.parquet.ParquetFile(file) for file in files]
+        columns = _wanted(spec, described[0].schema_arrow.names)
+        _check_size([file.metadata for file in described], columns, spec)
+        parts = []
+        for path, one in zip(files, described, strict=True):
+            one.close()
+            with pyarrow.parquet.ParquetFile(path, read_dictionary=_texts(one.schema, columns)) as file:
+                # Each group by itself: lists of texts in several groups cannot be read at once.
+                groups = [file.read_row_group(index, columns) for index in range(file.num_row_groups)]
+                parts += groups or [file.read(columns)]
+        table = pyarrow.concat_tables(parts, promote_options="permissive").unify_dictionaries()
+        # Of what the library `datasets` wrote beside the columns, the label names alone are wanted.
+        names = label_names or _label_names(parts[0].schema.metadata or {}, spec)
+        return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names)
+
+
+def types_of_parquet(file: Path) -> Mapping[str, Any]:
+    """The Arrow type of each column of a file."""
+    with pyarrow.parquet.ParquetFile(file) as described:
+        return {field.name: field.type for field in described.schema_arrow}
+
+
+def _texts(schema: Any, columns: Sequence[str]) -> list[str]:
+    """Paths of what holds text in these columns, which may be lists of texts."""
+    parts = [schema.column(index) for index in range(len(schema))]
+    return [
+        part.path
+        for part in parts
+        if part.physical_type == "BYTE_ARRAY"
+        and part.logical_type.type in ("STRING", "NONE")
+        and _column_of(part.path, columns) is not None
+    ]
+
+
+def _column_of(path: str, columns: Iterable[str]) -> str | None:
+    """The column that a path within a file belongs to: a list's values are a column within it."""
+    return max((name for name in columns if f"{path}.".startswith(f"{name}.")), key=len, default=None)
+
+
+def _check_size(stated: Sequence[Any], columns: Sequence[str], spec: DatasetSpec) -> None:
+    """Check the sizes that files state in their metadata, before any of them is decoded.
+
+    Raises:
+        InvalidDataset: there are more rows, or a column has more values, than are read.
+        OutOfMemory: there is less memory than they take.
+    """
+    rows = sum(metadata.num_rows for metadata in stated)
+    if rows > MOST_ROWS:
+        raise InvalidDataset(spec.source, f"it has {rows} rows; {MOST_ROWS} are allowed")
+    needed = 0
+    counts = dict.fromkeys(columns, 0)
+    for group in (metadata.row_group(index) for metadata in stated for index in range(metadata.num_row_groups)):
+        for part in (group.column(index) for index in range(group.num_columns)):
+            name = _column_of(part.path_in_schema, counts)
+            if name is not None:
+                counts[name] += part.num_values
+                needed += part.total_uncompressed_size + VALUE_BYTES * part.num_values
+    for name, count in counts.items():
+        if count > MOST_VALUES:
+            raise InvalidDataset(
+                spec.source, f"column '{name}' has {count} values; {MOST_VALUES} are allowed", column=name
+            )
+    require_memory(needed)
+
+
+def _label_names(metadata: Mapping[bytes, bytes], spec: DatasetSpec) -> tuple[str, ...] | None:
+    try:
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][spec.label]
+        if isinstance(feature, list):  # a list's only entry says what it holds, as older versions wrote it
+            [feature] = feature
+        elif "feature" in feature:
+            feature = feature["feature"]
+        names = feature["names"] if feature["_type"] == "ClassLabel" else None
+        return tuple(names) if names and all(isinstance(name, str) for name in names) else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+@contextmanager
+def _reading(spec: DatasetSpec) -> Iterator[None]:
+    """The libraries raise whatever a malformed file happens to break, in words that may quote a row."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InvalidDataset(spec.source, f"not a readable table ({type(error).__name__})") from error
+
+
+def _wanted(spec: DatasetSpec, known: list[str]) -> list[str]:
+    """The asked columns. Raises InvalidDataset naming one that is not there."""
+    wanted = {name for name in (spec.text, spec.text_pair, spec.label) if name is not None}
+    for name in sorted(wanted):
+        if name not in known:
+            raise missing_column(spec.source, name, known)
+        if known.count(name) > 1:
+            raise InvalidDataset(spec.source, f"column '{name}' is there twice", column=name)
+    return sorted(wanted)

@@ -1,0 +1,142 @@
+"""The merged backbone, a run of rows at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.checkpoints.headers import TensorInfo
+from worker.engine.catalog.methods import AverageParameters
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.values import Place
+from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.checkpoints.row_blocks import is_finite, row_blocks
+from worker.engine.merging.methods import BUILDERS, MeasuredModel, Merger
+from worker.engine.merging.methods.blocks import Block, BlockMerge, Versions, required_base
+from worker.engine.merging.token_rows import read_by_token
+
+
+class Backbone:
+    """Merged backbone tensors, computed from lazily read inputs of the models that take part. Threads may share it.
+
+    Args:
+        scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives; of
+            one tensor.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        takes_part: Sequence[bool],
+        merger: Merger,
+        scale: Callable[[Place], float] = lambda place: 1.0,
+    ) -> None:
+        self._plan = plan
+        self._takes_part = takes_part
+        self._merger = merger
+        self._scale = scale
+        self._reader = TensorReader()
+
+    def __enter__(self) -> "Backbone":
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__(None)
+
+    def blocks(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows, and the merged tensor's values there, float32 or better; of one that is copied, as stored.
+
+        Raises:
+            InvalidCheckpoint: an input has NaN or infinity.
+        """
+        if planned.is_copied:
+            yield from self._copied(planned)
+            return
+        taking_part = self._taking_part(planned)
+        sources = [planned.sources[index] for index in taking_part]
+        versions = self._versions(planned, sources, taking_part)
+        has_base = planned.base is not None or self._plan.base is None
+        merge = self._scaled(self._merger(versions), self._scale(planned.place) if has_base else 1.0)
+        for block in versions.blocks():
+            merged = merge(block)
+            if not is_finite(merged):
+                _blame(block, sources, planned.base)
+            yield block.rows, merged
+            del block, merged  # before the next is read
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, to be loaded into a model."""
+        return {tensor.slot.name: self._whole(tensor) for tensor in self._plan.backbone}
+
+    def _whole(self, planned: PlannedTensor) -> Tensor:
+        parts = [part for _, part in self.blocks(planned)]
+        return torch.cat(parts) if planned.shape else parts[0]
+
+    def _copied(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
+        [source] = planned.sources
+        for rows in row_blocks(planned.shape):
+            values = self._reader.read(source, rows if planned.shape else None)
+            if not is_finite(values):
+                raise _not_finite(source)
+            yield rows, values
+
+    def _taking_part(self, planned: PlannedTensor) -> list[int]:
+        """Positions, among the tensor's sources, of the models that take part."""
+        models = range(len(self._takes_part)) if planned.members is None else planned.members
+        return [index for index, model in enumerate(models) if self._takes_part[model]]
+
+    def _versions(self, planned: PlannedTensor, sources: Sequence[TensorInfo], taking_part: Sequence[int]) -> Versions:
+        origin = planned.base if self._plan.base is not None else None
+
+        def read(rows: slice) -> Block:
+            if planned.token_rows is not None:
+                return read_by_token(self._reader, planned, taking_part, rows)
+            some = rows if planned.shape else None
+            versions = [self._reader.read(source, some) for source in sources]
+            return Block.of(rows, versions, self._reader.read(origin, some) if origin else None)
+
+        return Versions(planned.slot, planned.place, planned.shape, read)
+
+    @staticmethod
+    def _scaled(merge: BlockMerge, scale: float) -> BlockMerge:
+        if scale == 1:
+            return merge
+
+        def scaled(block: Block) -> Tensor:
+            base = required_base(block.base)
+            return torch.add(base, merge(block) - base, alpha=scale)
+
+        return scaled
+
+
+def _blame(block: Block, sources: Sequence[TensorInfo], base: TensorInfo | None) -> None:
+    """Raises InvalidCheckpoint where a version has NaN or infinity; else the method or the dtype is at fault."""
+    for source, values in [*zip(sources, block.versions, strict=True), (base, block.base)]:
+        if source is not None and values is not None and not is_finite(values):
+            raise _not_finite(source)
+
+
+def _not_finite(source: TensorInfo) -> InvalidCheckpoint:
+    problem = f"tensor {source.name} has values that are NaN or infinite"
+    return InvalidCheckpoint(source.source, problem, tensor=source.name)
+
+
+def given(state: Mapping[str, Tensor]) -> Merger:
+    """What is merged already, as a method: tensors by `Slot.name`."""
+
+    def prepare(versions: Versions) -> BlockMerge:
+        merged = state[versions.slot.name]
+        return lambda block: merged[block.rows] if merged.dim() else merged
+
+    return prepare
+
+
+def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:
+    """The unweighted average of the models that take part, to be loaded into a model."""
+    equal = [MeasuredModel(1.0) for takes in takes_part if takes]
+    without_base = replace(plan, base=None)  # an average does not read it
+    with Backbone(without_base, takes_part, BUILDERS["average"](AverageParameters(), equal)) as backbone:
+        return backbone.state()

@@ -1,0 +1,68 @@
+"""Head alignment: a kept head, refitted to the features of the merged backbone that it now reads."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.contracts.spec import ALIGN_RIDGE
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.evaluation.evaluate import OnRows, head_inputs, head_of
+from worker.engine.inputs.examples import Example
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision
+
+
+def aligned(
+    features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None, ridge: float = ALIGN_RIDGE
+) -> tuple[Tensor, Tensor | None]:
+    """The head that gives, on the merged backbone's features, what the expert gave on its own.
+
+    `argmin_W 1/n ||X W^T - Y||^2 + mu tr(X^T X / n) / d ||W - W_expert||^2`, with X augmented by 1 where there is a
+    bias, d its columns and mu the `ridge`: one ridge regression towards the expert's head, in float64. Where the
+    features are the expert's own, the head stays as it is.
+
+    Args:
+        features: X, (rows, width): what the head reads in the merged model.
+        outputs: Y, (rows, outputs): what the expert's own head makes of its own features, on the same rows.
+        weight: the expert's, (outputs, width); `bias`: (outputs,).
+
+    Returns:
+        Weight and bias, float64.
+    """
+    x = features.double()
+    head = weight.double()
+    if bias is not None:
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        head = torch.cat([head, bias.double()[:, None]], dim=1)
+    second_moment = x.T @ x / len(x)
+    held = ridge * second_moment.diagonal().mean()
+    residual = (outputs.double() - x @ head.T).T @ x / len(x)  # (outputs, columns)
+    factor = torch.linalg.cholesky(second_moment + held * torch.eye(x.shape[1], dtype=torch.float64))
+    head = head + torch.cholesky_solve(residual.T, factor).T
+    return (head, None) if bias is None else (head[:, :-1], head[:, -1])
+
+
+def align_head(
+    expert: LoadedModel,
+    merged: LoadedModel,
+    examples: Sequence[Example],
+    precision: Precision,
+    on_rows: OnRows,
+    ridge: float = ALIGN_RIDGE,
+    merged_examples: Sequence[Example] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of `merged`'s head, by name, refitted to what `expert` says of the examples; no model is changed.
+
+    Args:
+        merged_examples: the same rows in the tokens of `merged`, where these are others than the expert's.
+    """
+    head = head_of(expert)
+    weight, bias = head.weight.detach().cpu(), None if head.bias is None else head.bias.detach().cpu()
+    outputs = head_inputs(expert, examples, precision, on_rows) @ weight.double().T
+    if bias is not None:
+        outputs += bias.double()
+    features = head_inputs(merged, examples if merged_examples is None else merged_examples, precision, on_rows)
+    new_weight, new_bias = aligned(features, outputs, weight, bias, ridge)
+    name = FAMILIES[expert.info.model_type].logits
+    return {f"{name}.weight": new_weight} | ({} if new_bias is None else {f"{name}.bias": new_bias})

@@ -1,0 +1,143 @@
+"""How much the task vectors of models get in each other's way, by layer: their cosine, and conflicts of signs.
+
+With `t_i = theta_i - theta_0` over all merged values of a layer, `cosine = <t_i, t_j> / (|t_i| |t_j|)`; a value is in
+conflict where `t_i` and `t_j` have opposite signs (Yadav et al. 2023, arXiv 2306.01708, section 3), out of those where
+neither is 0.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.checkpoints.headers import FLOATS
+from worker.engine.catalog.planning.plan import BLOCK_ELEMENTS, MergePlan, PlannedTensor
+from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.merging.methods.blocks import CHUNK_ELEMENTS, Block
+from worker.engine.merging.token_rows import read_by_token
+
+RUNS = 32  # of rows, evenly spread over a tensor that is not read whole: each is a read of its own
+
+
+@dataclass
+class TaskVectors:
+    """Sums over the values of one layer; matrices are (models, models), float64."""
+
+    products: Tensor
+    """`<t_i, t_j>`."""
+    agreeing: Tensor
+    """Values of the same sign, without zeros."""
+    opposed: Tensor
+    """Values of opposite signs."""
+
+    @classmethod
+    def of_none(cls, models: int) -> "TaskVectors":
+        return cls(*torch.zeros(3, models, models, dtype=torch.float64))
+
+    def add(self, deltas: Tensor) -> None:
+        """`deltas`: (models, values), float64."""
+        self.products += deltas @ deltas.T
+        signs = deltas.sign()
+        present = signs.abs()
+        same, both = signs @ signs.T, present @ present.T  # whole numbers, exact in float64
+        self.agreeing += (both + same) / 2
+        self.opposed += (both - same) / 2
+
+    def __iadd__(self, other: "TaskVectors") -> "TaskVectors":
+        self.products += other.products
+        self.agreeing += other.agreeing
+        self.opposed += other.opposed
+        return self
+
+    @property
+    def cosines(self) -> Tensor:
+        """(models, models); NaN where a task vector is 0."""
+        lengths = self.products.diagonal().sqrt()
+        return self.products / (lengths[:, None] * lengths)
+
+    @property
+    def conflicts(self) -> Tensor:
+        """Shares of values with opposite signs, (models, models); NaN where no value changed in both."""
+        return self.opposed / (self.opposed + self.agreeing)
+
+
+@dataclass
+class Interference:
+    """`layers` by layer, None for what lies outside of them; `values` of each model were read, of `of` in all."""
+
+    models: int
+    layers: dict[int | None, TaskVectors] = field(default_factory=dict)
+    values: int = 0
+    of: int = 0
+
+    @property
+    def whole(self) -> TaskVectors:
+        """Over all layers."""
+        total = TaskVectors.of_none(self.models)
+        for layer in self.layers.values():
+            total += layer
+        return total
+
+    def of_pairs(self, matrix: Tensor) -> list[float]:
+        """Entries of a (models, models) matrix above the diagonal: (0, 1), (0, 2) and so on."""
+        rows, columns = torch.triu_indices(self.models, self.models, 1)
+        return matrix[rows, columns].tolist()
+
+
+def interference(plan: MergePlan, taking_part: Sequence[int], most: int = BLOCK_ELEMENTS) -> Interference | None:
+    """Of these models of the plan. None without a base, or where fewer than two take part.
+
+    Of each tensor at most `most` values of a model are read (or one row, if that is longer): tensors that are
+    no larger whole, others in runs of rows that are evenly spread.
+    """
+    if plan.base is None or len(taking_part) < 2:
+        return None
+    found = Interference(len(taking_part))
+    with TensorReader() as reader:
+        for planned in plan.backbone:
+            if planned.is_copied or planned.base is None or planned.base.dtype not in FLOATS:
+                continue
+            if planned.members is not None and not {*taking_part} <= {*planned.members}:
+                continue  # of a slice that some of them have no part in
+            layer = found.layers.setdefault(planned.slot.layer, TaskVectors.of_none(found.models))
+            found.of += math.prod(planned.shape)
+            for block in _blocks(reader, planned, taking_part, most):
+                found.values += block.versions[0].numel()
+                _add(layer, block)
+    return found if found.values else None
+
+
+def spread_runs(shape: Sequence[int], most: int) -> list[slice]:
+    """Runs of rows that are evenly spread, of at most so many values together; all rows where that is enough."""
+    rows = shape[0] if shape else 1
+    wanted = max(1, most // max(1, math.prod(shape[1:])))
+    if wanted >= rows:
+        return [slice(0, rows)]
+    count = min(RUNS, wanted)
+    length = wanted // count
+    starts = [index * (rows - length) // max(1, count - 1) for index in range(count)]
+    return [slice(start, start + length) for start in starts]
+
+
+def _blocks(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], most: int) -> list[Block]:
+    runs = spread_runs(planned.shape, most)
+    if planned.members is not None:
+        taking_part = [planned.members.index(model) for model in taking_part]
+    if planned.token_rows is not None:
+        return [read_by_token(reader, planned, taking_part, rows) for rows in runs]
+    sources = [planned.sources[index] for index in taking_part]
+    tensors = [*sources, *([planned.base] if planned.base else [])]
+    if not planned.shape:
+        *versions, base = [reader.read(tensor) for tensor in tensors]
+        return [Block.of(runs[0], versions, base)]
+    read = [list(reader.read_runs(tensor, runs)) for tensor in tensors]
+    return [Block.of(rows, versions, base) for rows, *versions, base in zip(runs, *read, strict=True)]
+
+
+def _add(layer: TaskVectors, block: Block) -> None:
+    """Chunk by chunk: what is in float64 stays small."""
+    deltas = [delta.reshape(-1) for delta in block.deltas]
+    for start in range(0, len(deltas[0]), CHUNK_ELEMENTS):
+        layer.add(torch.stack([delta[start : start + CHUNK_ELEMENTS] for delta in deltas]).double())

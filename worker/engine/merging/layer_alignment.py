@@ -1,0 +1,362 @@
+"""Layer alignment: linear layers refitted, in the order in which they run, to what they really read in a merge.
+
+A layer that was merged for the experts' inputs does not get them: what is before it was merged too, and errors add up
+with depth. Here each layer is fitted to the inputs that the merged layers before it give, and where its output is added
+to a residual, it makes up for what the residual lacks.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from worker.engine.catalog.families import Kind, Slot
+from worker.engine.catalog.families.table import LAYER_INPUTS
+from worker.engine.catalog.methods import AlignedRegMeanParameters
+from worker.engine.catalog.planning.plan import MergePlan, required_family
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, values_at
+from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.runtime.device import Precision, computing_in, rounded_weights
+from worker.engine.scoring.scorer import not_finite
+
+RIDGE = 1e-4  # of the mean diagonal entry: what no input spans stays as it is
+ORDER = (*LAYER_INPUTS, Kind.POOLER)
+RESIDUAL_NORMS = {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
+"""By what is added to a residual, the norm that reads the sum."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A model that takes part, and its rows, of the data set `source`."""
+
+    loaded: LoadedModel
+    weight: PerTensor[float]
+    examples: Sequence[Example]
+    source: str
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers that read the same, as paths of modules.
+
+    It is seen at the input of `reader`; `norm` reads the residual sum that the layers' output goes into, if it does.
+    """
+
+    input: str
+    layer: int | None
+    modules: tuple[str, ...]
+    reader: str
+    norm: str | None
+
+
+def linear_groups(plan: MergePlan) -> list[LinearGroup]:
+    """The linear layers that are refitted, in the order in which they run: four groups a layer, and the pooler."""
+    modules = {(t.slot.layer, t.slot.kind): _module(t.slot) for t in plan.backbone}
+    slots = [t.slot for t in plan.backbone if t.slot.input and t.slot.kind in ORDER]
+    slots.sort(key=lambda slot: (math.inf if slot.layer is None else slot.layer, ORDER.index(slot.kind)))
+    groups = []
+    for name, sharing in groupby(slots, key=lambda slot: slot.input):
+        members = list(sharing)
+        shown = next(slot for slot in members if slot.shows_input)
+        norm = RESIDUAL_NORMS.get(shown.kind)
+        groups.append(
+            LinearGroup(
+                input=str(name),
+                layer=shown.layer,
+                modules=tuple(_module(slot) for slot in members),
+                reader=_module(shown),
+                norm=modules[shown.layer, norm] if norm else None,
+            )
+        )
+    return groups
+
+
+def align_layers(
+    plan: MergePlan,
+    experts: Sequence[Expert],
+    merged: nn.Module,
+    parameters: AlignedRegMeanParameters,
+    precision: Precision,
+    on_group: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Refit the linear layers of `merged`, in place, so that they give what each expert's own layer gives.
+
+    With X_j (tokens, d) what the layer reads in `merged` on expert j's rows, augmented by 1 where there is a bias, and
+    E_j (tokens, outputs) what the expert's layer makes of what it reads there, minus what `merged`'s makes of X_j, the
+    layer V_0 = (W, b) becomes
+
+        V = V_0 + [sum_j lambda_j E_j^T X_j / n_j] [S + hold diag(S) + 1e-4 tr(S)/d I]^-1,
+        S = sum_j lambda_j X_j^T X_j / n_j,
+
+    with lambda_j summing to 1: a ridge regression towards V_0. lambda_j and `hold` are those of W's place. For layers
+    that are added to a residual, E_j is the difference of the sums. Sums and solution are float64, products of a batch
+    float32; padding does not count.
+
+    Held meanwhile, of all rows: the hidden states of one layer, of expert and merge, 8 bytes times the hidden size per
+    padded token.
+
+    Args:
+        merged: a model of the plan's family with the start as its backbone, on the experts' device.
+        on_group: called after each of `linear_groups`; may raise to stop.
+
+    Returns:
+        V - V_0 by `Slot.name`, float32 on the CPU.
+
+    Raises:
+        NumericalError: an input or an output is NaN or infinite; names the row.
+    """
+    by_layer = groupby(linear_groups(plan), key=lambda group: group.layer)
+    family = required_family(plan)
+    layers = family.size(plan.checkpoints[0].config, "layers")
+    places = {tensor.slot.name: tensor.place for tensor in plan.backbone}
+
+    def settings(module: str) -> _Settings:
+        place = places[f"{module}.weight"]
+        lambdas = tuple(values_at((expert.weight for expert in experts), place, DEFAULT_WEIGHT))
+        return _Settings(lambdas, parameters.at("hold", place))
+
+    blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
+    changes: dict[str, Tensor] = {}
+    with torch.inference_mode(), ExitStack() as stack:
+        for expert in experts:  # that of the merge changes from layer to layer
+            stack.enter_context(rounded_weights(expert.loaded.model, precision))
+        comparisons = [_Comparison(expert, merged, blocks, precision) for expert in experts]
+        for layer, groups in by_layer:
+            if layer is not None:
+                for comparison in comparisons:
+                    comparison.enter(layer)
+            for group in groups:
+                changes |= _refit(group, comparisons, merged, settings)
+                on_group()
+    return changes
+
+
+def refitted(
+    plan: MergePlan,
+    start: Mapping[str, Tensor],
+    experts: Sequence[Expert],
+    parameters: AlignedRegMeanParameters,
+    precision: Precision,
+    on_group: Callable[[], None],
+) -> dict[str, Tensor]:
+    """The merged backbone `start`, by `Slot.name`, after `align_layers`."""
+    first = experts[0].loaded
+    merged = load(first.info, first.device).model
+    merged.load_state_dict(dict(start), strict=False)
+    changes = align_layers(plan, experts, merged, parameters, precision, on_group)
+    del merged  # the sums take its place
+    return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}
+
+
+def ridge_step(moment: Tensor, error: Tensor, hold: float) -> Tensor:
+    """`N [S + hold diag(S) + 1e-4 tr(S)/d I]^-1`, (outputs, d), of S (d, d) and N (outputs, d), in float64.
+
+    It minimises the mean of `||e - x step^T||^2` plus `hold` and the ridge times the squares of the step, where S is
+    the mean of `x x^T`, and N that of `e x^T`.
+
+    Raises:
+        NumericalError: rounding leaves a matrix that is not positive definite.
+    """
+    diagonal = moment.diagonal()
+    factor, failed = torch.linalg.cholesky_ex(moment + torch.diag(hold * diagonal + RIDGE * diagonal.mean()))
+    if bool(failed):
+        raise NumericalError("rounding left the inputs of a linear layer without a solution; raise hold")
+    return torch.cholesky_solve(error.T, factor).T
+
+
+def _refit(
+    group: LinearGroup,
+    comparisons: Sequence["_Comparison"],
+    merged: nn.Module,
+    settings: Callable[[str], "_Settings"],
+) -> dict[str, Tensor]:
+    layers = [_linear(merged, module) for module in group.modules]
+    has_bias = all(layer.bias is not None for layer in layers)  # as one regression has either a constant or none
+    outputs, columns = [layer.out_features for layer in layers], layers[0].in_features + has_bias
+    alike: dict[_Settings, list[int]] = {}  # one regression for all that have the same
+    for number, module in enumerate(group.modules):
+        alike.setdefault(settings(module), []).append(number)
+    empty = torch.zeros(columns, columns, dtype=torch.float64, device=layers[0].weight.device)
+    moments = {of: empty.clone() for of in alike}
+    errors = {of: empty.new_zeros(sum(outputs[number] for number in members), columns) for of, members in alike.items()}
+    for expert, comparison in enumerate(comparisons):
+        for x, e in comparison.samples(group):
+            if has_bias:
+                x = pad(x, (0, 1), value=1.0)
+            by_layer = torch.split(e, outputs, dim=1)
+            products = x.T @ x
+            for of, members in alike.items():
+                share = of.lambdas[expert] / sum(of.lambdas) / comparison.count(group)
+                moments[of].add_(products, alpha=share)
+                errors[of].add_(torch.cat([by_layer[number] for number in members], dim=1).T @ x, alpha=share)
+    changes = {}
+    for of, members in alike.items():
+        step_of_all = ridge_step(moments[of], errors[of], of.hold).float()
+        steps = torch.split(step_of_all, [outputs[number] for number in members])
+        for number, step in zip(members, steps, strict=True):
+            module, layer = group.modules[number], layers[number]
+            changes[f"{module}.weight"] = step[:, : layer.in_features]
+            layer.weight.add_(step[:, : layer.in_features])
+            if has_bias:
+                changes[f"{module}.bias"] = step[:, -1]
+                layer.bias.add_(step[:, -1])
+    return {name: change.cpu().contiguous() for name, change in changes.items()}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Of one linear layer: every expert's lambda, and what it is held by."""
+
+    lambdas: tuple[float, ...]
+    hold: float
+
+
+class _Comparison:
+    """An expert and the merge, side by side on the expert's rows."""
+
+    def __init__(self, expert: Expert, merged: nn.Module, blocks: Sequence[str], precision: Precision) -> None:
+        loaded = expert.loaded
+        self.expert = expert
+        self._batches = list(collate(plan_batches(expert.examples), loaded.padding, loaded.device))
+        self._theirs, self._ours = (
+            _Run(model, blocks, self._batches, precision, loaded.device) for model in (loaded.model, merged)
+        )
+
+    def enter(self, layer: int) -> None:
+        self._theirs.enter(layer)
+        self._ours.enter(layer)
+
+    def count(self, group: LinearGroup) -> int:
+        """How many inputs the group has on all rows: tokens without padding, or, for the pooler, rows."""
+        return sum(1 if group.layer is None else example.length for example in self.expert.examples)
+
+    def samples(self, group: LinearGroup) -> Iterator[tuple[Tensor, Tensor]]:
+        """By batch: the inputs of the merge's layers, (tokens, width), and the expert's outputs minus the merge's.
+
+        The latter are (tokens, outputs), of the group's layers side by side. Both are float32, without padding.
+        """
+        for number, batch in enumerate(self._batches):
+            x, ours = self._ours.seen(number, group)
+            _, theirs = self._theirs.seen(number, group)
+            e = theirs - ours
+            finite = torch.isfinite(x.sum(-1) + e.sum(-1))  # NaN and infinity stay in a sum
+            if not bool(finite.all()):
+                row = int(_counted(batch, group).nonzero()[~finite][0, 0])
+                raise not_finite(f"what {group.input} reads or gives", batch.places[row], self.expert.source)
+            yield x, e
+
+
+class _Run:
+    """A model on batches of rows, layer by layer. Of each batch it holds what its present layer reads."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        batches: Sequence[Batch],
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._blocks = [model.get_submodule(block) for block in blocks]
+        self._batches = batches
+        self._computing = partial(computing_in, precision, device)
+        self._hidden: dict[int, Tensor] = {}  # (batch, tokens, width), by number of the batch
+
+    def enter(self, layer: int) -> None:
+        """Go on to the next layer.
+
+        The first two are reached through the whole model, as DeBERTa has a convolution between them. Any other reads
+        what the one before it gives.
+        """
+        for number in range(len(self._batches)):
+            if layer < 2:
+                self._hidden[number] = self._whole(number, [self._blocks[layer]])[0].args[0]
+            else:
+                with self._computing():
+                    hidden = self._block(number, layer - 1)()
+                self._hidden[number] = hidden[0] if isinstance(hidden, tuple) else hidden
+
+    def seen(self, number: int, group: LinearGroup) -> tuple[Tensor, Tensor]:
+        """What the group's layers read, (tokens, width), and what they give, (tokens, outputs); float32, no padding.
+
+        The latter is the residual sum where they are added to one, and else their outputs, side by side.
+        """
+        counted = _counted(self._batches[number], group)
+        modules = [self._model.get_submodule(path) for path in (group.reader, group.norm) if path]
+        if group.layer is None:
+            calls = self._whole(number, modules)
+        else:
+            block = self._block(number, group.layer)
+            with self._computing():
+                calls = _first_calls(block, modules)
+        x, *sums = (call.args[0][counted].float() for call in calls)
+        if sums:
+            return x, sums[0]
+        with self._computing():
+            return x, torch.cat([self._model.get_submodule(module)(x).float() for module in group.modules], dim=-1)
+
+    def _whole(self, number: int, modules: Sequence[nn.Module]) -> list["_Call"]:
+        """A pass of the whole model, as far as the modules."""
+        with self._computing():
+            return _first_calls(partial(self._model, **self._batches[number].inputs), modules)
+
+    def _block(self, number: int, layer: int) -> Callable[[], Any]:
+        """A pass of one block. What blocks take besides hidden states is the same for all of them."""
+        [first] = self._whole(number, self._blocks[:1])
+        return partial(self._blocks[layer], self._hidden[number], *first.args[1:], **first.kwargs)
+
+
+def _counted(batch: Batch, group: LinearGroup) -> Tensor:
+    """Which of a batch's inputs count: (batch, tokens), without padding; for the pooler, (batch,), the first token."""
+    is_text = batch.inputs["attention_mask"].bool()
+    return is_text[:, 0] if group.layer is None else is_text
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _AllCalled(Exception):
+    """The rest of the pass is not needed."""
+
+
+def _first_calls(run: Callable[[], object], modules: Sequence[nn.Module]) -> list[_Call]:
+    """The first call of each of the modules while `run` runs, which is stopped once all have been called."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, _Call(args, kwargs))
+        if len(calls) == len(modules):
+            raise _AllCalled
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    try:
+        with suppress(_AllCalled):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [calls[module] for module in modules]
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    module = model.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{path} is no linear layer")
+    return module
+
+
+def _module(slot: Slot) -> str:
+    return slot.name.rpartition(".")[0]

@@ -1,0 +1,13 @@
+"""`average`, see its catalog entry."""
+
+from worker.engine.catalog.methods import MethodParameters
+from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.merging.methods.combine import by_slices, model_weights
+
+
+def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
+    def prepare(versions: Versions) -> BlockMerge:
+        weights = model_weights(models, versions.place)[:, None]
+        return by_slices(versions, weights / weights.sum())
+
+    return prepare

@@ -1,0 +1,79 @@
+"""Convex combination of the versions of a tensor, slice by slice: what every weighted method ends in."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, Place, values_at
+from worker.engine.merging.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
+
+SUM_ROUNDING = 1e-12  # how far from 1 rounding may leave a sum of coefficients
+
+
+def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:
+    """The weights of the models for one tensor, (models,), float64, as given."""
+    weights = values_at((model.weight for model in models), place, DEFAULT_WEIGHT)
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def normalized(weights: Tensor, fallback: Tensor) -> Tensor:
+    """`weights` (models, nodes) divided by their sum over models; where that is zero, `fallback` (models,) is."""
+    total = weights.sum(0)
+    fallback = (fallback / fallback.sum())[:, None].expand_as(weights)
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), fallback)
+
+
+def combine(versions: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """`theta_1 + sum_j w_j (theta_j - theta_1)`, exact for identical versions and where one has all the weight.
+
+    Args:
+        versions: one tensor per model, of the same shape and dtype.
+        weights: (models, …), summing to 1 over models; what follows the first axis fits the versions' shape.
+    """
+    first = versions[0]
+    weights = weights.to(first.dtype)
+    merged = first.clone()
+    for version, weight in zip(versions[1:], weights[1:], strict=True):
+        if weight.numel() == 1:
+            merged.add_(version - first, alpha=float(weight))
+        else:
+            merged.addcmul_(version - first, weight)
+    alone = (weights == 1) & ((weights != 0).sum(0) == 1)
+    for version, is_alone in zip(versions[1:], alone[1:], strict=True):
+        if bool(is_alone.any()):
+            merged = torch.where(is_alone, version, merged)
+    return merged
+
+
+def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """`sum_j c_j theta_j`, computed as `combine` does, so that it is exact for identical versions and a sum of 1.
+
+    Args:
+        coefficients: as the weights of `combine`, but for their sum.
+    """
+    merged = combine(versions, coefficients)
+    beyond = coefficients.sum(0) - 1
+    beyond = torch.where(beyond.abs() < SUM_ROUNDING, 0.0, beyond).to(merged.dtype)
+    return merged.addcmul_(versions[0], beyond) if bool(beyond.any()) else merged
+
+
+def by_slices(versions: Versions, weights: Tensor, axis: int = 0) -> BlockMerge:
+    """`combine` with a weight for every slice.
+
+    Args:
+        weights: (models, slices), float64, summing to 1 over models. The tensor's `axis` is cut into `slices` equal
+            runs in order; one slice stands for the whole tensor.
+    """
+    models, slices = weights.shape
+    if slices == 1:
+        return lambda block: combine(block.versions, weights)
+    length = versions.shape[axis]
+    shape = [models, *(1 for _ in versions.shape)]
+    shape[axis + 1] = length
+    spread = weights.repeat_interleave(length // slices, dim=1).view(shape)
+
+    def merge(block: Block) -> Tensor:
+        return combine(block.versions, spread[:, block.rows] if axis == 0 else spread)
+
+    return merge

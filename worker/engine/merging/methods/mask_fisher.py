@@ -1,0 +1,130 @@
+"""`mask_fisher`: slices weighted by the scores of the mask nodes that own them.
+
+`w_j,s = lambda_j F'_j,s / sum_k lambda_k F'_k,s` with `F'` the score after normalisation and floor (Matena & Raffel
+2022, arXiv 2111.09832, equation 5, over mask nodes instead of parameters: arXiv 2403.09891, section 3).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.families import Nodes
+from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize, ScoringParameters
+from worker.engine.catalog.primitives.values import Place
+from worker.engine.merging.methods import paper
+from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.merging.methods.combine import by_slices, model_weights, normalized
+
+Scores = Mapping[str, Tensor]
+NodeWeights = Callable[[str, Place], Tensor]
+"""Merge weights of the nodes of one score name, in one tensor: (models, nodes), float64, summing to 1 over models."""
+
+
+def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
+    if not isinstance(parameters, MaskFisherParameters):
+        raise TypeError(f"parameters of mask_fisher expected, got {type(parameters).__name__}")
+    if parameters.preset == "paper":
+        return paper.build(models)
+    owned = node_weights(models, parameters)
+    rest = rest_weights(models, parameters.rest)
+
+    def prepare(versions: Versions) -> BlockMerge:
+        owner = versions.slot.owner
+        if owner is not None:
+            return by_slices(versions, owned(owner.score, versions.place), owner.axis)
+        return by_slices(versions, rest(versions.slot.layer, versions.place))
+
+    return prepare
+
+
+def node_weights(models: list[MeasuredModel], parameters: ScoringParameters) -> NodeWeights:
+    scores = [normalize_scores(model.scores, parameters.normalize) for model in models]
+
+    def at(score: str, place: Place) -> Tensor:
+        lambdas = model_weights(models, place)
+        least = parameters.at("floor", place)
+        of_models = [lam * floored(s[score], least) for lam, s in zip(lambdas, scores, strict=True)]
+        return normalized(torch.stack(of_models), lambdas)
+
+    return at
+
+
+def weight_errors(weights: Tensor, relative: Tensor) -> Tensor:
+    """Standard errors of merge weights whose models were measured on rows of their own.
+
+    By the delta method `se(w_j)^2 = w_j^2 [(1 - w_j)^2 rho_j^2 + sum_(k != j) w_k^2 rho_k^2]`, whatever the lambdas.
+
+    Args:
+        weights: (models, nodes), see `NodeWeights`.
+        relative: `rho` of each model, (models, nodes), see `NodeStatistics.relative_errors`.
+
+    Returns:
+        (models, nodes).
+    """
+    variance = relative**2
+    of_all = (weights**2 * variance).sum(0)
+    return weights * (of_all + (1 - 2 * weights) * variance).clamp_min(0).sqrt()
+
+
+def rest_weights(
+    models: list[MeasuredModel], rest: Literal["uniform", "model"]
+) -> Callable[[int | None, Place], Tensor]:
+    """Merge weights of what no node owns, by layer (None outside the layers) and place: (models, 1), float64.
+
+    `uniform`: lambda alone. `model`: lambda times the sum over both kinds of the mean model-normalised score, of the
+    layer, or for what lies outside the layers of the model.
+    """
+    by_model: list[dict[int | None, Tensor]] = []
+    for model in models if rest == "model" else ():
+        layers: dict[int | None, Tensor] = {}
+        for site, score in normalize_scores(model.scores, "model").items():
+            layer = int(re.findall(r"layers\.(\d+)\.", site)[0])
+            layers[layer] = layers.get(layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
+        layers[None] = torch.stack(list(layers.values())).mean(0)
+        by_model.append(layers)
+
+    def at(layer: int | None, place: Place) -> Tensor:
+        lambdas = model_weights(models, place)
+        if rest == "uniform":
+            return (lambdas / lambdas.sum())[:, None]
+        return normalized(torch.stack([lam * m[layer] for lam, m in zip(lambdas, by_model, strict=True)]), lambdas)
+
+    return at
+
+
+def normalize_scores(scores: Scores, normalize: Normalize) -> dict[str, Tensor]:
+    """`F'` before the floor. `layer`: over its layer's mean, per kind, a mean of 0 counting as 1; `model`: over the
+    L2 norm of its kind in the model, a norm of 0 counting as 1."""
+    if normalize == "none":
+        return dict(scores)
+    if normalize == "layer":
+        return {site: score / _or_one(score.mean()) for site, score in scores.items()}
+    norms = {
+        nodes: torch.cat([s for site, s in scores.items() if site.endswith(f".{nodes}")]).norm() for nodes in Nodes
+    }
+    return {site: score / _or_one(norms[Nodes(site.rpartition(".")[2])]) for site, score in scores.items()}
+
+
+def floored(score: Tensor, floor: float) -> Tensor:
+    """No score of a layer, (nodes,), below `floor` times their mean.
+
+    A node that is dead in every model falls back to lambda; a layer that is dead in one model has no say there.
+    """
+    return score.clamp_min(floor * float(score.mean()))
+
+
+def weight_shares(weights: NodeWeights, owned: Mapping[str, Sequence[Place]]) -> list[float]:
+    """Each model's mean merge weight over all nodes; a node's is the mean over the tensors that it owns slices of.
+
+    Args:
+        owned: the places of these tensors by score name, see `MergePlan.owned`.
+    """
+    of_nodes = [torch.stack([weights(score, place) for place in places]).mean(0) for score, places in owned.items()]
+    return torch.cat(of_nodes, dim=1).mean(1).tolist()
+
+
+def _or_one(value: Tensor) -> Tensor:
+    return torch.where(value > 0, value, 1.0)

@@ -1,0 +1,106 @@
+"""`regmean`, see its catalog entry.
+
+It is the least-squares solution of `sum_j lambda_j ||X_j W^T - X_j W_j^T||^2` (arXiv 2212.09849, equation 2), with
+`G_j` the mean instead of the sum over tokens, so that a model with more or longer rows has no more of a say.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.methods import MethodParameters, RegressionParameters
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.merging.methods.combine import by_slices, model_weights
+
+BATCH_BYTES = 128_000_000  # of the matrices that are factorised at once
+STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves a matrix that is not positive definite
+
+
+def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
+    if not isinstance(parameters, RegressionParameters):
+        raise TypeError(f"parameters of regmean expected, got {type(parameters).__name__}")
+
+    def prepare(versions: Versions) -> BlockMerge:
+        source, place = versions.slot.input, versions.place
+        weights = model_weights(models, place)[:, None]
+        weights /= weights.sum()
+        if source is None:
+            return by_slices(versions, weights)
+        whole = versions.whole().versions
+        shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
+        merged = regress(source, whole, models, weights, shrink, ridge)
+        return lambda block: merged[block.rows]
+
+    return prepare
+
+
+def regress(
+    source: str,
+    versions: Sequence[Tensor],
+    models: Sequence[MeasuredModel],
+    weights: Tensor,
+    shrink: float,
+    ridge: float,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """`W_s = W_1,s + [sum_j w_j,s (W_j,s - W_1,s) G_j] [sum_j w_j,s G_j]^-1`, exact for identical versions.
+
+    Args:
+        source: the name of the layer's input. No more than one model's Gram matrix of it is held at a time.
+        versions: one matrix per model, (outputs, inputs).
+        weights: (models, slices), float64; a factor common to the models does not matter. The rows are cut into
+            `slices` equal runs.
+        shrink: multiplies what is off the diagonal of each `G_j`.
+        ridge: what is added to its diagonal, in units of the mean diagonal entry over all models. Where that is 0,
+            every `G_j` counts as the identity, and the result is the weighted mean.
+        columns: (models, inputs), float64: weights of the columns, `G_j` becoming `D_j G_j D_j` with `D_j` the
+            diagonal matrix of their square roots.
+
+    Returns:
+        The merged matrix in the versions' dtype; solved in float64.
+
+    Raises:
+        NumericalError: a Gram matrix has no finite entries or is far from positive semidefinite.
+    """
+    mean = sum(float(model.grams[source].diagonal().double().mean()) for model in models) / len(models)
+
+    def conditioned(added: float, index: int) -> Tensor:
+        """A model's matrix, off-diagonal entries times `shrink`, `added` on the diagonal; float64."""
+        gram = models[index].grams[source] if mean else torch.eye(versions[0].shape[1])
+        found = shrink * gram.double()
+        found.diagonal().copy_(gram.diagonal() + added)
+        if columns is not None:
+            root = columns[index].sqrt()
+            found.mul_(root[:, None]).mul_(root)
+        return found
+
+    for stronger in STRONGER_RIDGES:
+        step = _solve(versions, partial(conditioned, (ridge + stronger) * mean), weights)
+        if step is not None:
+            return (versions[0].double() + step).to(versions[0].dtype)
+    raise NumericalError(f"the Gram matrices of {source} are not positive semidefinite", input=source)
+
+
+def _solve(versions: Sequence[Tensor], gram_of: Callable[[int], Tensor], weights: Tensor) -> Tensor | None:
+    """The change of the first version, (outputs, inputs); None where a slice's matrix cannot be factorised."""
+    first = versions[0].double()
+    slices, (outputs, inputs) = weights.shape[1], first.shape
+    by_slice = (slices, outputs // slices, inputs)
+    batch = max(1, BATCH_BYTES // (8 * inputs**2))
+    step = torch.empty(by_slice, dtype=torch.float64)
+    for start in range(0, slices, batch):
+        chosen = slice(start, start + batch)
+        left = torch.zeros(len(step[chosen]), inputs, inputs, dtype=torch.float64)
+        right = torch.zeros_like(step[chosen])
+        for index, (version, weight) in enumerate(zip(versions, weights[:, chosen, None, None], strict=True)):
+            gram = gram_of(index)
+            left.addcmul_(weight, gram)
+            right += (weight * (version.double() - first).view(by_slice)[chosen]) @ gram
+        factor, info = torch.linalg.cholesky_ex(left)
+        if bool(info.any()):
+            return None
+        step[chosen] = torch.cholesky_solve(right.mT, factor).mT
+    return step.view(outputs, inputs)

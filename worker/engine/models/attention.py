@@ -1,0 +1,69 @@
+"""The attention of models on a CPU: of two ways to the same function, the faster for number format and length.
+
+PyTorch's fused kernel has a slow backward pass there in bfloat16, and at the lengths of sentences in float32 too. Plain
+products are fast if nothing on the way becomes float32 by accident, as with transformers' float32 mask.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from worker.engine.runtime.libraries import masking_utils, transformers
+
+CPU_ATTENTION = "maskmerge_cpu"
+FUSED_FROM_TOKENS = 256  # in float32; measured, see docs/speed.md
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """`softmax(scaling q k^T + mask) v`, in eval mode, as `transformers.AttentionInterface` wants it.
+
+    Args:
+        query, key, value: (batch, heads, tokens, head_dim).
+        attention_mask: added to the scores, (batch, 1, tokens, tokens); None where nothing is masked.
+
+    Returns:
+        (batch, tokens, heads, head_dim); the second is the probabilities, which nobody reads.
+
+    Raises:
+        TypeError: a family wants more of its attention than is computed here.
+    """
+    wanted = [name for name, value in {"dropout": dropout, "is_causal": is_causal, **others}.items() if value]
+    if wanted:
+        raise TypeError(f"attention has no {', '.join(wanted)}; load this family with another implementation")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.dtype is not torch.bfloat16 and query.shape[2] >= FUSED_FROM_TOKENS:
+        fused = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        return fused.transpose(1, 2).contiguous(), None
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        scores += attention_mask  # in place, which keeps their format: a product does not need its own result
+    return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None
+
+
+def mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for plain products, in the format that these have: no float32 where they are bfloat16."""
+    if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    made: Tensor | None = masking_utils.eager_mask(dtype=dtype, **kwargs)
+    return made
+
+
+@cache
+def cpu_attention() -> str:
+    """The name under which transformers knows it from now on."""
+    transformers.AttentionInterface.register(CPU_ATTENTION, attention)
+    transformers.AttentionMaskInterface.register(CPU_ATTENTION, mask)
+    return CPU_ATTENTION

@@ -1,0 +1,184 @@
+"""Checkpoints as running models: loaded once, kept warm within a memory budget."""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, described_files
+from worker.engine.catalog.data.labels import Task, task_of
+from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.planning.plan import CACHE_BYTES, require_tokenizer
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
+from worker.engine.catalog.primitives.paths import in_one_line
+from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
+from worker.engine.checkpoints.layout import check_layout, misshapen
+from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
+from worker.engine.inputs.examples import padding_values
+from worker.engine.models.attention import cpu_attention
+from worker.engine.runtime.libraries import transformers
+from worker.engine.runtime.resources import is_out_of_memory
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A float32 model in eval mode on its device, with what feeds it."""
+
+    info: CheckpointInfo
+    task: Task
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    max_length: int
+    padding: dict[str, int]
+
+
+def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
+    """Load with transformers: safetensors only, no code from the checkpoint, no network.
+
+    Raises:
+        InvalidCheckpoint: transformers cannot load it, a weight is missing, or a weight is NaN or infinite.
+    """
+    family = FAMILIES[info.model_type]
+    require_tokenizer(info)
+    check_tokenizer(info)
+    # None: fused where the family has it.
+    attention = None if device.type == "cuda" else cpu_attention()
+    try:
+        check_layout(info)  # before memory is taken for a model of any size that its configuration claims
+        if info.base is None:
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                info.path,
+                config=library_config(info.config, info.source),
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, by name
+                **OFFLINE,
+            )
+        else:
+            model, report = _adapted(info, attention), {"mismatched_keys": (), "missing_keys": ()}
+        # Without a tokenizer_config.json, its class is that of the model's type.
+        with tokenizer_folder(info) as folder:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config, **OFFLINE)
+    except InvalidCheckpoint:
+        raise
+    except BaseException as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
+        if is_out_of_memory(error) or not is_of_library(error):
+            raise
+        raise InvalidCheckpoint(info.source, f"transformers cannot load it: {in_one_line(error)}") from error
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise misshapen(info, name, found, wanted)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InvalidCheckpoint(info.source, f"no tensor {missing[0]}, which {info.architecture} needs")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
+    model.eval().requires_grad_(False).to(device)
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= model.config.vocab_size:
+        problem = f"its tokenizer has ids up to {last}, its embedding matrix {model.config.vocab_size} rows"
+        raise InvalidCheckpoint(info.source, problem)
+    tokenizer.model_input_names = _inputs(tokenizer, model)
+    positions = family.max_tokens(info.config)
+    return LoadedModel(
+        info=info,
+        task=task_of(info),
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        max_length=min(positions, _length_limit(tokenizer, positions)),
+        padding=padding_values(tokenizer),
+    )
+
+
+def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
+    """The model that an adapter makes of its base, whose layout was checked."""
+    config = library_config(info.config, info.source)
+    model: nn.Module = transformers.AutoModelForSequenceClassification.from_config(
+        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
+    family, parameters = FAMILIES[info.model_type], dict(model.named_parameters())
+    with TensorReader() as reader, torch.no_grad():
+        for tensor in info.tensors.values():
+            slot = family.slot(tensor.name)
+            parameter = None if slot is None else parameters.pop(slot.name, None)
+            if parameter is None:
+                continue
+            if parameter.shape != tensor.shape:  # which copying would stretch, where it has an axis of 1
+                raise misshapen(info, tensor.name, tensor.shape, parameter.shape)
+            parameter.copy_(reader.read(tensor))
+    if parameters:
+        raise InvalidCheckpoint(info.source, f"no tensor {next(iter(parameters))}, which {info.architecture} needs")
+    return model
+
+
+def _inputs(tokenizer: Any, model: Any) -> list[str]:
+    """The tokenizer's outputs that the model takes.
+
+    With one segment or none, every token is of the same and the ids say nothing; a tokenizer that counts to two would
+    reach beyond the matrix.
+    """
+    taken = set(inspect.signature(model.forward).parameters)
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        taken.discard("token_type_ids")
+    # Without a mask, padding would be read as text; not every tokenizer's configuration asks for one.
+    names = dict.fromkeys(["input_ids", *tokenizer.model_input_names, "attention_mask"])
+    return [name for name in names if name in taken]
+
+
+def _length_limit(tokenizer: Any, positions: int) -> int:
+    """What the tokenizer's own configuration says, if it is a length at all."""
+    limit = tokenizer.model_max_length
+    return limit if isinstance(limit, int) and limit > 0 else positions
+
+
+class ModelCache:
+    """The models used last, by the state of their files; the oldest go when the budget is exceeded."""
+
+    def __init__(self, device: torch.device, capacity_bytes: int = CACHE_BYTES) -> None:
+        self._device = device
+        self._capacity = capacity_bytes
+        self._models: OrderedDict[tuple[object, ...], LoadedModel] = OrderedDict()
+
+    def get(self, info: CheckpointInfo) -> LoadedModel:
+        key = _state(info)
+        if key in self._models:
+            self._models[key] = replace(self._models[key], info=info)  # whose view is open now
+            self._models.move_to_end(key)
+        else:
+            self._models[key] = load(info, self._device)
+            while len(self._models) > 1 and sum(_bytes(m) for m in self._models.values()) > self._capacity:
+                self._models.popitem(last=False)
+        return self._models[key]
+
+    def bytes_besides(self, infos: Sequence[CheckpointInfo]) -> int:
+        """Held for other checkpoints than these."""
+        keys = {_state(info) for info in infos}
+        return sum(_bytes(model) for key, model in self._models.items() if key not in keys)
+
+    def keep_only(self, infos: Sequence[CheckpointInfo]) -> None:
+        keys = {_state(info) for info in infos}
+        for key in [key for key in self._models if key not in keys]:
+            del self._models[key]
+
+
+def _state(info: CheckpointInfo) -> tuple[object, ...]:
+    """What a loaded model depends on, wherever the checkpoint's view is: tokenizer and configuration count as much as
+    the weights, and messages name the source."""
+    described = described_files({file.name for file in info.path.iterdir()})
+    own = [(name, digest_file(info.path / name)) for name in described]
+    weights = [(name, *file_identity((info.path / name).stat())) for name in info.weight_files]
+    state = (info.source, *own, *weights)
+    return state if info.base is None else (*state, _state(info.base))
+
+
+def _bytes(loaded: LoadedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in loaded.model.parameters())

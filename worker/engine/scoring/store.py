@@ -1,0 +1,272 @@
+"""Statistics kept for later merges, each under the digest of all that its content follows from."""
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, About, Facts, KeptFile, Origin
+from worker.engine.catalog.primitives.errors import DiskFull, StorageError
+from worker.engine.checkpoints.reader import digest_file
+from worker.engine.checkpoints.writer import save_tensors
+from worker.engine.runtime.resources import is_out_of_memory
+
+ASSEMBLED = ".assembled-"
+LOCK = ".lock-"
+ABANDONED_S = 3600.0  # a folder that nobody has written to for so long is of a process that was killed
+LOCK_POLL_S = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class Statistics(Mapping[str, Tensor]):
+    """Tensors of one kept statistic, each read from disk when it is asked for."""
+
+    def __init__(self, folder: Path, about: About, stack: ExitStack) -> None:
+        self.about = about
+        self._files: dict[str, Any] = {}
+        for part in _parts(folder):
+            file = stack.enter_context(safe_open(part, framework="pt"))
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class StatisticsStore:
+    """A folder that several processes may share, while in context.
+
+    Entries appear by one rename. Beyond `max_bytes` those that were used longest ago are removed; what is in use stays
+    readable, since its files are open.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "StatisticsStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def get(self, facts: Facts) -> Statistics | None:
+        """What was kept of these facts; None when there is nothing, or nothing readable."""
+        entry = self.folder / facts.address
+        if not entry.exists():
+            return None
+        try:
+            os.utime(entry)  # it was used now
+            about = About.model_validate_json((entry / ABOUT).read_bytes())
+            found = Statistics(entry, about, self._stack)  # opened first, so that what is checked is what will be read
+            if _files(entry) == about.files:
+                return found
+            problem = "its files are not those that were written"
+        except (SafetensorError, OSError, ValidationError) as error:
+            problem = str(error)  # removed this moment by another process, or damaged
+        logger.warning("the statistic %s cannot be read and is measured again: %s", entry.name, problem)
+        self._remove(entry)
+        return None
+
+    def get_or_compute(
+        self, facts: Facts, origin: Origin, parts: Iterable[Mapping[str, Tensor]], on_wait: Callable[[], None]
+    ) -> tuple[Statistics, bool]:
+        """What is kept of the facts, and whether it was there already; else `parts` are computed and kept.
+
+        Of several processes that want the same, one computes; the others wait for it, and one of them takes over when
+        it ends without a result.
+
+        Args:
+            parts: nothing of it is computed before it is iterated over.
+            on_wait: called several times a second while another process computes; may raise to stop.
+
+        Raises:
+            DiskFull, StorageError: the folder has no room, or cannot be used.
+        """
+        found = self.get(facts)
+        if found is not None:
+            return found, True
+        with self.alone_with(facts, on_wait):
+            found = self.get(facts)
+            if found is not None:
+                return found, True
+            return self.put(facts, origin, parts), False
+
+    @contextmanager
+    def alone_with(self, facts: Facts, on_wait: Callable[[], None]) -> Iterator[None]:
+        """While no other process is in here with the same facts; the kernel frees the place of one that dies.
+
+        Args:
+            on_wait: called several times a second while another one is; may raise to stop.
+
+        Raises:
+            StorageError: the folder cannot be used.
+        """
+        with _translated():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f"{LOCK}{facts.address}"
+        while True:
+            with _translated():
+                descriptor = _try_lock(lock)
+            if descriptor is not None:
+                break
+            on_wait()
+            time.sleep(LOCK_POLL_S)
+        try:
+            yield
+        finally:
+            _unlock(lock, descriptor)
+
+    def put(self, facts: Facts, origin: Origin, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
+        """Keep tensors under the facts; each part is written before the next is asked for.
+
+        Raises:
+            DiskFull, StorageError: the folder has no room, or cannot be used.
+        """
+        assembled = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
+        try:
+            with _translated():
+                return self._put(assembled, facts, origin, parts)
+        except BaseException:
+            shutil.rmtree(assembled, ignore_errors=True)
+            raise
+
+    def _put(self, assembled: Path, facts: Facts, origin: Origin, parts: Iterable[Mapping[str, Tensor]]) -> Statistics:
+        assembled.mkdir(parents=True)
+        self._tidy()
+        for number, part in enumerate(parts):
+            path = assembled / f"{number:05d}.safetensors"
+            save_tensors(part, path, {"format": "pt"})
+            _flush(path)
+        about = About(facts=facts, origin=origin, files=_files(assembled), created_at=datetime.now(UTC))
+        kept = Statistics(assembled, about, self._stack)
+        (assembled / ABOUT).write_text(about.model_dump_json(indent=1), encoding="utf-8")
+        _flush(assembled / ABOUT)
+        entry = self.folder / facts.address
+        try:
+            assembled.rename(entry)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            if self.get(facts) is None:  # what was there is no statistic, and gone now
+                assembled.rename(entry)
+            else:  # another process was as fast, and both are the same
+                shutil.rmtree(assembled)
+        return kept
+
+    def _remove(self, entry: Path) -> None:
+        """Out of sight first: a process that is killed meanwhile must not leave half of it under its address."""
+        hidden = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
+        try:
+            entry.rename(hidden)
+        except OSError:  # another process was as fast, or nobody may: then it is found to be damaged each time
+            return
+        if hidden.is_dir():
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            hidden.unlink()
+
+    def _tidy(self) -> None:
+        """Remove what killed processes left, and what was used longest ago while there is too much."""
+        entries = []
+        for entry in self.folder.iterdir():
+            if entry.name.startswith(LOCK):
+                _remove_free_lock(entry)
+                continue
+            try:
+                changed = entry.stat().st_mtime
+                size = sum(file.stat().st_size for file in entry.iterdir())
+            except OSError:  # removed this moment by another process
+                continue
+            if ADDRESS.fullmatch(entry.name):
+                entries.append((changed, size, entry))
+            elif entry.name.startswith(ASSEMBLED) and time.time() - changed > ABANDONED_S:
+                shutil.rmtree(entry, ignore_errors=True)
+        total = sum(size for _, size, _ in entries)
+        for _, size, entry in sorted(entries):
+            if total <= self._max_bytes:
+                break
+            self._remove(entry)
+            total -= size
+
+
+def _parts(entry: Path) -> list[Path]:
+    return sorted(entry.glob("*.safetensors"))
+
+
+def _files(entry: Path) -> list[KeptFile]:
+    return [KeptFile(name=part.name, bytes=part.stat().st_size, sha256=digest_file(part)) for part in _parts(entry)]
+
+
+def _try_lock(lock: Path) -> int | None:
+    """A descriptor that holds the lock; None while another one does."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # whoever held it last removed it after it was opened here
+
+
+def _unlock(lock: Path, descriptor: int) -> None:
+    """Removed first: who has opened it by now will find that it is not the file of that name any more."""
+    lock.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _remove_free_lock(lock: Path) -> None:
+    """One that is left was a killed process's."""
+    with suppress(OSError):
+        descriptor = _try_lock(lock)
+        if descriptor is not None:
+            _unlock(lock, descriptor)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What the file system says, as errors of the engine."""
+    try:
+        yield
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("there is no space left for statistics; see MASKMERGE_MAX_STATISTICS_BYTES") from error
+        raise StorageError(f"the folder of statistics cannot be used: {error.strerror}") from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
