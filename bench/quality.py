@@ -42,7 +42,7 @@ from worker.engine.catalog.methods import (
     Statistic,
 )
 from worker.engine.catalog.planning.plan import MergePlan, plan_merge
-from worker.engine.checkpoints.reader import digest_checkpoint
+from worker.engine.checkpoints.reader import Digests
 from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, Array, bootstrap
 from worker.engine.inputs.examples import Example, tokenize
@@ -169,7 +169,7 @@ class Bench:
                 spec, read = self.rows_of(expert.name, "train")
                 own = Sample(read[:rows], len(read), spec, model, LabelMap(model.task))
                 found = Measured()
-                measurer.measure(found, model, digest_checkpoint(expert.info), own, len(own), lambda _: None)
+                measurer.measure(found, model, Digests().of_checkpoint(expert.info), own, len(own), lambda _: None)
                 expert.measured[label] = MeasuredModel(
                     1.0, found.scores, found.of(Statistic.GRAM), found.of(Statistic.FISHER)
                 )

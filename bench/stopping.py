@@ -29,7 +29,7 @@ from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.catalog.planning.plan import plan_merge
-from worker.engine.checkpoints.reader import digest_checkpoint
+from worker.engine.checkpoints.reader import Digests
 from worker.engine.evaluation.metrics import Array, bootstrap
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights
@@ -103,7 +103,7 @@ class StoppingBench:
                 self.owned = plan.owned
                 measurer = Measurer(METHOD, plan.linear_inputs, self.bench.precision, store, BatchSizes())
                 found = Measured()
-                measurer.measure(found, model, digest_checkpoint(expert.info), own, len(own), lambda _: None)
+                measurer.measure(found, model, Digests().of_checkpoint(expert.info), own, len(own), lambda _: None)
                 self.scored[name] = Scored(1.0, found.sums, len(own))
                 console.print(f"{name}: {len(own)} rows, {time.monotonic() - start:.0f} s", highlight=False)
 

@@ -42,7 +42,7 @@ from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_ch
 from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
 from worker.engine.catalog.planning.plan import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
-from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint
+from worker.engine.checkpoints.reader import Digests, TensorReader
 from worker.engine.jobs.pipeline import Engine
 from worker.engine.models.loading import load
 
@@ -379,11 +379,11 @@ def test_the_digest_is_of_adapter_and_base(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base")
     other = tiny_checkpoint(tmp_path / "other", seed=7)
     adapter = tiny_adapter(tmp_path / "a", base)
-    before = digest_checkpoint(adapted(adapter, base))
-    assert before == digest_checkpoint(adapted(adapter, base))
-    assert before != digest_checkpoint(adapted(adapter, other))
+    before = Digests().of_checkpoint(adapted(adapter, base))
+    assert before == Digests().of_checkpoint(adapted(adapter, base))
+    assert before != Digests().of_checkpoint(adapted(adapter, other))
     edit_adapter(adapter, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
-    assert before != digest_checkpoint(adapted(adapter, base))
+    assert before != Digests().of_checkpoint(adapted(adapter, base))
 
 
 def test_a_head_that_peft_added_to_a_decoder_is_merged_over_a_language_model(tmp_path: Path) -> None:

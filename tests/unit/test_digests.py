@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import edit_json, tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.checkpoints import reader
-from worker.engine.checkpoints.reader import CLOCK_TICK_NS, Digests, digest_checkpoint, digest_file
+from worker.engine.checkpoints.reader import CLOCK_TICK_NS, Digests, digest_file
 
 WEIGHTS = "model.safetensors"
 
@@ -56,7 +56,7 @@ def test_a_changed_file_alone_is_read_again(checkpoint: Path, read: list[str]) -
     before = digests.of_checkpoint(inspect_checkpoint(checkpoint, "x"))
     edit_json(checkpoint / "config.json", id2label={"0": "no", "1": "yes"})
     changed = inspect_checkpoint(checkpoint, "x")
-    assert digests.of_checkpoint(changed) == digest_checkpoint(changed) != before
+    assert digests.of_checkpoint(changed) == Digests().of_checkpoint(changed) != before
     assert read[:3] == ["config.json", WEIGHTS, "config.json"]
 
 
@@ -72,7 +72,7 @@ def test_other_bytes_of_the_same_size_with_the_old_time_of_change_are_noticed(ch
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-    assert digests.of_checkpoint(info) == digest_checkpoint(info) != before
+    assert digests.of_checkpoint(info) == Digests().of_checkpoint(info) != before
 
 
 def test_another_file_in_its_place_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_another_file_in_its_place_is_noticed(checkpoint: Path, tmp_path: Path) 
     other = tiny_checkpoint(tmp_path / "other", seed=1) / WEIGHTS
     shutil.copystat(checkpoint / WEIGHTS, other)
     other.replace(checkpoint / WEIGHTS)
-    assert digests.of_checkpoint(info) == digest_checkpoint(info) != before
+    assert digests.of_checkpoint(info) == Digests().of_checkpoint(info) != before
 
 
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, read: list[str]) -> None:
@@ -101,5 +101,5 @@ def test_several_at_once_have_the_digests_of_each_alone(tmp_path: Path, read: li
     infos = [inspect_checkpoint(folder, "x") for folder in (*folders, folders[0])]
     together = Digests().of_checkpoints(infos, threads=2)
     assert sorted(read) == sorted(["config.json", WEIGHTS] * 3), "a file that is named twice is read once"
-    assert together == [digest_checkpoint(info) for info in infos]
+    assert together == [Digests().of_checkpoint(info) for info in infos]
     assert len(set(together)) == 3

@@ -35,7 +35,7 @@ from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.planning.plan import PlannedTensor
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, NumericalError
 from worker.engine.catalog.primitives.values import Place
-from worker.engine.checkpoints.reader import TensorReader, digest_checkpoint, digest_file
+from worker.engine.checkpoints.reader import Digests, TensorReader, digest_file
 from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards, largest_first
 from worker.engine.jobs.pipeline import Engine
 from worker.engine.models.loading import ModelCache, load
@@ -556,7 +556,7 @@ def test_a_file_is_not_blamed_for_too_many_that_are_open(checkpoint: Path) -> No
 
 def test_the_digest_of_a_checkpoint_is_of_its_weights_and_config(checkpoint: Path) -> None:
     def digest() -> str:
-        return digest_checkpoint(inspect_checkpoint(checkpoint, "x"))
+        return Digests().of_checkpoint(inspect_checkpoint(checkpoint, "x"))
 
     first = digest()
     lines = "".join(

@@ -178,11 +178,6 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def digest_checkpoint(info: CheckpointInfo) -> str:
-    """See `Digests.of_checkpoint`."""
-    return Digests().of_checkpoint(info)
-
-
 def digest_tokenizer(info: CheckpointInfo) -> str:
     """sha256, hex, over the names and digests of the tokenizer's files."""
     names = [name for name in TOKENIZER_FILES if (info.tokenizer_path / name).exists()]
