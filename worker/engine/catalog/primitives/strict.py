@@ -68,13 +68,13 @@ class Strict(BaseModel):
     @classmethod
     def _refuse_unknown_fields(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            known = list(cls.model_fields)
+            known = cls.model_fields  # looked up once: pydantic makes it anew for whoever asks
             for name in data:
-                if name not in cls.model_fields:
+                if name not in known:
                     raise PydanticCustomError(
                         "unknown_field",
                         "unknown field '{field}'{hint}",
-                        {"field": str(name)[:LONGEST_NAME], "hint": did_you_mean(str(name), known)},
+                        {"field": str(name)[:LONGEST_NAME], "hint": did_you_mean(str(name), list(known))},
                     )
         return data
 
