@@ -1,16 +1,16 @@
 """A small client of the HTTP contract, for scripts and notebooks."""
 
 import hashlib
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource, SSEError
 
 CHUNK_BYTES = 1 << 20
 RECONNECT_S = 1.0
@@ -123,9 +123,11 @@ class Client:
                         response.read()
                         raise RequestRefused(_content(response))
                     away_since = None
-                    for event in _parse(response.iter_text()):
+                    for event in EventSource(response).iter_sse():
                         is_news, last_event_id = True, event.id
-                        yield event
+                        yield Event(event.id, event.event, event.json())
+            except SSEError as error:
+                raise NoService(response) from error
             except (httpx.TransportError, RequestRefused) as error:
                 is_away = isinstance(error, httpx.TransportError) or error.problem.get("status") == 503
                 away_since = away_since or time.monotonic()
@@ -208,18 +210,3 @@ def _content(response: httpx.Response) -> dict[str, Any]:
     if not isinstance(content, dict) or (response.is_error and "code" not in content):
         raise NoService(response)
     return content
-
-
-def _parse(chunks: Iterable[str]) -> Iterator[Event]:
-    """Server-sent events; comments keep the connection alive and say nothing."""
-    buffer = ""
-    fields: dict[str, str] = {}
-    for chunk in chunks:
-        *lines, buffer = (buffer + chunk).split("\n")
-        for line in lines:
-            name, _, value = line.rstrip("\r").partition(":")
-            if name:
-                fields[name] = value.removeprefix(" ")
-            elif "data" in fields and not value:
-                yield Event(fields["id"], fields["event"], json.loads(fields["data"]))
-                fields = {}

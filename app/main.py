@@ -22,7 +22,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        expire = partial(remove_outlived, services.store, services.artifacts, services.searches)
+        expire = partial(remove_outlived, services.store.records, services.artifacts, services.searches)
         repeaters = [Repeater(SWEEP_S, services.reaper.sweep), Repeater(EXPIRY_S, expire)]
         for repeater in repeaters:
             repeater.start()

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.contracts.references import is_reference
+
 MERGEKIT_KEYS = frozenset({"model", "base_model", "tokenizer_source", "source"})
 OWN_KEYS = frozenset({"checkpoint", "base", "source"})
-SCHEMES = ("local:", "hf:", "job:", "s3:")
 WORDS = ("base", "union")
 """Words that a recipe may have in place of a tokenizer's source."""
 
@@ -46,7 +47,7 @@ def taken_for_the_hubs(recipe: Any, fields: Collection[str]) -> list[str]:
 
     if isinstance(recipe, dict) and "merge_method" in recipe:
         _walked(recipe, MERGEKIT_KEYS, "", look)
-    return [name for name in dict.fromkeys(found) if name and name not in WORDS and not name.startswith(SCHEMES)]
+    return [name for name in dict.fromkeys(found) if name and name not in WORDS and not is_reference(name)]
 
 
 def _walked(value: Any, keys: frozenset[str], field: str, reference: Callable[[str, str], str]) -> Any:
@@ -72,7 +73,7 @@ def _references(field: str, name: str, roots: Sequence[Path]) -> str:
 
 
 def _reference(field: str, name: str, roots: Sequence[Path]) -> str:
-    if name.startswith(SCHEMES):
+    if is_reference(name):
         return name
     path = Path(os.path.abspath(Path(name).expanduser()))  # not resolved: the service follows links itself
     if not path.exists():

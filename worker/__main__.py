@@ -19,20 +19,22 @@ from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app.contracts.jobs import Status, TaskId
+from app.contracts.jobs import Attempt, Outcome, Status, TaskId
 from app.contracts.settings import Settings
-from app.storage.artifacts import ArtifactFolder
+from app.storage.artifacts import open_artifacts
+from app.storage.artifacts.store import artifact_name
 from app.storage.connection import connect, connect_for_rq
-from app.storage.inputs import JobInputs, LocalInputs
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
+from app.storage.sources import Sources
+from app.storage.sources.source import SourceContext
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine.catalog.contracts.statistics import FOLDER
 from worker.engine.catalog.primitives.paths import hide
 from worker.engine_process import EngineProcess
-from worker.tasks import REDIS_RETRY_S, TaskRunner
+from worker.tasks import REDIS_RETRY_S, Storage, TaskRunner
 
 BEAT_S = 2.0
 LOOK_S = 2  # how often a worker without a job looks after its engine
@@ -127,10 +129,10 @@ def run(settings: Settings) -> int:
     hide(*settings.local_roots, settings.data_dir)
     url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    store = JobStore(connect(url, patience=3), settings.queue, settings.lease_seconds, settings.max_losses)
+    store = JobStore(connect(url, patience=3), settings.prefix, settings.lease_seconds, settings.max_losses)
     rq_redis = connect_for_rq(url)
     queue = TaskQueue(rq_redis, settings.queue, store)
-    artifacts = ArtifactFolder(settings.data_dir)
+    artifacts = open_artifacts(settings.data_dir)
     artifacts.prepare()
     searches = SearchFolder(settings.data_dir)
     cores = len(os.sched_getaffinity(0))
@@ -145,24 +147,15 @@ def run(settings: Settings) -> int:
         job_class=job_class(functions),
         worker_ttl=60,
     )
-    runner = TaskRunner(
-        worker=name,
-        store=store,
-        artifacts=artifacts,
-        searches=searches,
-        inputs=LocalInputs(settings.local_roots),
-        job_inputs=JobInputs(store.get, artifacts),
-        engine=engine,
-        statistics=StoreSpec(folder=settings.data_dir.resolve() / FOLDER, max_bytes=settings.max_statistics_bytes),
-        lease_seconds=settings.lease_seconds,
-        max_engine_bytes=settings.max_worker_bytes,
-        is_stopping=lambda: worker.is_stopping,
-    )
+    sources = Sources(SourceContext(settings.local_roots, settings.data_dir, artifacts, store.records.outcome))
+    statistics = StoreSpec(folder=settings.data_dir.resolve() / FOLDER, max_bytes=settings.max_statistics_bytes)
+    storage = Storage(store, sources, artifacts, searches, statistics)
+    runner = TaskRunner(name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping)
     functions.update(runner.functions)
     engine.start()
     worker.between_jobs = runner.look_after_engine
     repeaters = [
-        Repeater(BEAT_S, lambda: store.beat(name, ALIVE_S) if engine.is_well() else None),
+        Repeater(BEAT_S, lambda: store.workers.beat(name, ALIVE_S) if engine.is_well() else None),
         Repeater(SWEEP_S, Reaper(store, queue).sweep),
         Repeater(TIDY_S, lambda: artifacts.sweep(partial(_is_wanted, store))),
         Repeater(TIDY_S, lambda: searches.sweep(partial(may_go_on, store))),
@@ -175,25 +168,29 @@ def run(settings: Settings) -> int:
         for repeater in repeaters:
             repeater.stop()
         engine.kill()
-        store.sign_off(name)
+        store.workers.sign_off(name)
     return 0 if worker.is_stopping else 1
 
 
 def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> bool:
     """Whether an attempt's folder is in use, or of a job that this Redis knows nothing of."""
-    current = store.attempt_is_current(task, attempt)
+    current = store.tasks.attempt_is_current(task, attempt)
     if current is None:
-        return store.gone(task.job) is None
+        return store.records.gone(task.job) is None
     if current:
         return True
-    record = store.get(task.job)
-    return published and record is not None and record.artifact == f"{task.job}.{attempt}"
+    outcome = store.records.outcome(task.job)
+    return (
+        published
+        and isinstance(outcome, Outcome)
+        and outcome.artifact == artifact_name(Attempt(task=task, number=attempt))
+    )
 
 
 def may_go_on(store: JobStore, job: str) -> bool:
     """Whether what the job tried may be of use to another attempt."""
-    record = store.get(job)
-    return record is not None and record.status not in (Status.SUCCEEDED, Status.CANCELLED)
+    outcome = store.records.outcome(job)
+    return isinstance(outcome, Outcome) and outcome.status not in (Status.SUCCEEDED, Status.CANCELLED)
 
 
 if __name__ == "__main__":

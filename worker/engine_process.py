@@ -24,6 +24,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Annotated, Any, BinaryIO, Literal
 
+import psutil
 from pydantic import BaseModel, Field, TypeAdapter
 
 from app.contracts.jobs import JobError, Phase
@@ -221,10 +222,11 @@ class EngineProcess:
         return self._running().pid
 
     def resident_bytes(self) -> int:
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-        return 0
+        """Memory that it holds; 0 when it is gone."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            return 0
 
     @property
     def _signs(self) -> Vitals:
@@ -338,14 +340,19 @@ def _job_error(error: Exception) -> JobError:
             "checkpoints of fewer files"
         )
     if isinstance(error, EngineError):
-        detail: dict[str, Any] = json.loads(json.dumps(error.detail, default=str))
-        return JobError.model_validate(
-            {"code": error.code, "message": error.message, "retryable": error.retryable, "detail": detail}
-        )
+        return as_job_error(error)
     # The trace goes to the log without the exception's text, which may quote a row.
     logger.error("unexpected %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     message = f"unexpected {type(error).__name__} in the engine; the worker's log has the trace"
     return JobError.model_validate({"code": "internal", "message": message})
+
+
+def as_job_error(error: EngineError) -> JobError:
+    """The error as the job's record keeps it."""
+    detail: dict[str, Any] = json.loads(json.dumps(error.detail, default=str))
+    return JobError.model_validate(
+        {"code": error.code, "message": error.message, "retryable": error.retryable, "detail": detail}
+    )
 
 
 def _open_as_many_files_as_allowed() -> None:

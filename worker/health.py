@@ -15,11 +15,11 @@ def problem(settings: Settings) -> str | None:
     if settings.redis_url is None:
         return "MASKMERGE_REDIS_URL is not set"
     redis = connect(settings.redis_url.get_secret_value(), patience=0, timeout_s=3)
-    store = JobStore(redis, settings.queue, settings.lease_seconds, settings.max_losses)
+    store = JobStore(redis, settings.prefix, settings.lease_seconds, settings.max_losses)
     host = socket.gethostname()
     try:
         # A worker's name is its host, its process id and a random part.
-        if host in {name.rsplit("-", 2)[0] for name in store.live_worker_names()}:
+        if host in {name.rsplit("-", 2)[0] for name in store.workers.names()}:
             return None
     except RedisError as error:
         return f"Redis does not answer: {error}"

@@ -5,22 +5,37 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from app.contracts.jobs import Attempt, ErrorCode, JobError, Kind, Phase, Progress, Record, Stage, Status, TaskId
+from app.contracts.jobs import (
+    Attempt,
+    ErrorCode,
+    JobError,
+    Kind,
+    Phase,
+    Progress,
+    Record,
+    Stage,
+    Status,
+    TaskId,
+)
+from app.contracts.references import ReferenceError
 from app.contracts.requests import Dataset, Evaluation, MeasuredModelRequest, MergeRequest, ModelRequest, ScoreRequest
-from app.storage.artifacts import ArtifactFolder
-from app.storage.inputs import JobInputs, JobReference, LocalInputs, ReferenceError, hub_reference, job_reference
+from app.storage.artifacts.store import ArtifactStore
 from app.storage.jobs import JobStore
 from app.storage.searches import SearchFolder
+from app.storage.sources import Sources
+from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import Columns, JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.methods import AutoParameters
-from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
-from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
+from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter
 
 TICK_S = 0.2  # how soon a stop, a lost lease or a finished job is noticed
@@ -28,7 +43,7 @@ RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
 REDIS_RETRY_S = 1.0
 LONGEST_RENEWAL_S = 2.0  # renewing is also how the worker hears of a cancel, which is to take effect within 5 s
 
-Outcome = TypeVar("Outcome")
+Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
 
 
@@ -36,38 +51,50 @@ class Stopping(Exception):
     """The worker was asked to end while Redis was away; the lease will hand the task on."""
 
 
+class Unwanted(Exception):
+    """Nobody wants an attempt any more while its inputs are fetched; `status` is its job's, None for a lost lease."""
+
+    def __init__(self, status: Status | None) -> None:
+        super().__init__(f"the job is {status}")
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Everything that a worker reads and writes, but for what its engine does."""
+
+    store: JobStore
+    sources: Sources
+    artifacts: ArtifactStore
+    searches: SearchFolder
+    statistics: StoreSpec
+
+
 class TaskRunner:
-    """Runs one task at a time in the engine process.
+    """Runs one task at a time in the engine process. Its lease is renewed at least four times within its time.
 
     Args:
-        lease_seconds: the lease is renewed at least four times within it.
+        worker: the worker's name.
+        max_engine_bytes: an engine process that holds more after a job is replaced.
         is_stopping: whether the worker was asked to end; the task is handed back then.
     """
 
     def __init__(
         self,
-        *,
         worker: str,
-        store: JobStore,
-        artifacts: ArtifactFolder,
-        searches: SearchFolder,
-        inputs: LocalInputs,
-        job_inputs: JobInputs,
+        storage: Storage,
         engine: EngineProcess,
-        statistics: StoreSpec,
-        lease_seconds: float,
         max_engine_bytes: int,
         is_stopping: Callable[[], bool],
     ) -> None:
         self._worker = worker
-        self._store = store
-        self._artifacts = artifacts
-        self._searches = searches
-        self._inputs = inputs
-        self._job_inputs = job_inputs
+        self._store = storage.store
+        self._sources = storage.sources
+        self._artifacts = storage.artifacts
+        self._searches = storage.searches
+        self._statistics = storage.statistics
         self._engine = engine
-        self._statistics = statistics
-        self._renew_interval = min(lease_seconds / 4, LONGEST_RENEWAL_S)
+        self._renew_interval = min(storage.store.tasks.lease_seconds / 4, LONGEST_RENEWAL_S)
         self._max_engine_bytes = max_engine_bytes
         self._is_stopping = is_stopping
 
@@ -81,7 +108,7 @@ class TaskRunner:
         if not self.look_after_engine():
             logger.warning("%s is left to others: there is no engine", task_id)
             return  # it goes on waiting, and is handed out again
-        attempt = self._store.claim(TaskId.parse(task_id), self._worker)
+        attempt = self._store.tasks.claim(TaskId.parse(task_id), self._worker)
         if attempt is None:
             logger.info("%s is not waiting any more", task_id)
             return
@@ -93,7 +120,7 @@ class TaskRunner:
         except Stopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
         except EngineError as error:
-            self._fail(attempt, JobError(code=ErrorCode(error.code), message=error.message))
+            self._fail(attempt, as_job_error(error))
         except OSError as error:
             code = ErrorCode.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ErrorCode.STORAGE_ERROR
             message = f"the data folder cannot be written: {error.strerror}"
@@ -109,11 +136,18 @@ class TaskRunner:
             self.look_after_engine()
 
     def _attempt(self, attempt: Attempt) -> None:
-        record = self._store.get(attempt.task.job)
+        record = self._store.records.get(attempt.task.job)
         if record is None:
             return
         folder = self._keeping(attempt, lambda: self._artifacts.begin(attempt))
-        spec = self._spec(record, folder, attempt)
+        try:
+            spec = self._spec(record, folder, attempt)
+        except Unwanted as end:
+            if self._is_stopping():
+                self._hand_back(attempt)
+            else:
+                self._withdraw(attempt, end.status)
+            return
         meter = ProgressMeter(phases_of(spec))
         self._engine.run(spec)
         recorded = time.monotonic()
@@ -151,12 +185,12 @@ class TaskRunner:
     def _renew(self, attempt: Attempt, progress: Progress | None) -> Status | None:
         """The job's status, None when the attempt is no longer ours; while Redis is away nobody knows better."""
         try:
-            return self._store.renew(attempt, progress)
+            return self._store.tasks.renew(attempt, progress)
         except RedisError as error:
             logger.warning("job %s: Redis is away: %s", attempt.task.job, error)
             return Status.RUNNING
 
-    def _keeping(self, attempt: Attempt, call: Callable[[], Outcome]) -> Outcome:
+    def _keeping(self, attempt: Attempt, call: Callable[[], Answer]) -> Answer:
         """The outcome of a call that may take longer than the lease: flushing or removing large files."""
         with ThreadPoolExecutor(1) as pool:
             outcome = pool.submit(call)
@@ -167,7 +201,7 @@ class TaskRunner:
     def _withdraw(self, attempt: Attempt, status: Status | None) -> None:
         """Leave nothing of an attempt whose result nobody wants: the job was cancelled, or the lease was lost."""
         self._artifacts.discard(attempt)
-        if self._insist(lambda: self._store.acknowledge_cancel(attempt)):
+        if self._insist(lambda: self._store.tasks.acknowledge_cancel(attempt)):
             self._searches.remove(attempt.task.job)
             logger.info("job %s: attempt %d cancelled", attempt.task.job, attempt.number)
         else:
@@ -176,13 +210,13 @@ class TaskRunner:
     def _publish(self, attempt: Attempt, record: Record, result: MergeResult | ScoreResult) -> None:
         start = time.monotonic()
         artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt))
-        started = self._insist(lambda: self._store.get(attempt.task.job))
+        started = self._insist(lambda: self._store.records.get(attempt.task.job))
         queued = ((started or record).started_ms or record.created_ms) - record.created_ms
         timings = result.timings.model_copy(
             update={"queue_seconds": queued / 1000, "publish_seconds": round(time.monotonic() - start, 3)}
         )
         final = result.model_copy(update={"timings": timings})
-        if self._insist(lambda: self._store.succeed(attempt, final, artifact)):
+        if self._insist(lambda: self._store.tasks.succeed(attempt, final, artifact)):
             self._searches.remove(attempt.task.job)
             logger.info("job %s: attempt %d succeeded", attempt.task.job, attempt.number)
         else:
@@ -192,7 +226,7 @@ class TaskRunner:
         self._artifacts.discard(attempt)
         logger.info("job %s: attempt %d failed: %s", attempt.task.job, attempt.number, error.code)
         try:
-            if not self._insist(lambda: self._store.fail(attempt, error)):
+            if not self._insist(lambda: self._store.tasks.fail(attempt, error)):
                 self._withdraw(attempt, None)
         except Stopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
@@ -201,7 +235,7 @@ class TaskRunner:
         """Put the task back so that another worker, or this one's successor, begins at once."""
         self._engine.kill()
         self._artifacts.discard(attempt)
-        self._store.release(attempt, lost=False)
+        self._store.tasks.release(attempt, lost=False)
         logger.info("job %s: attempt %d handed back", attempt.task.job, attempt.number)
 
     def _engine_died(self, attempt: Attempt, death: EngineDied) -> None:
@@ -212,7 +246,7 @@ class TaskRunner:
             return
         self._artifacts.discard(attempt)
         try:
-            self._insist(lambda: self._store.release(attempt, lost=True))
+            self._insist(lambda: self._store.tasks.release(attempt, lost=True))
         except Stopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
 
@@ -239,7 +273,7 @@ class TaskRunner:
             return False
         return True
 
-    def _insist(self, call: Callable[[], Outcome]) -> Outcome:
+    def _insist(self, call: Callable[[], Answer]) -> Answer:
         """The outcome of a store call, however long Redis is away. Raises Stopping when asked to end meanwhile."""
         while True:
             try:
@@ -251,18 +285,20 @@ class TaskRunner:
                 time.sleep(REDIS_RETRY_S)
 
     def _spec(self, record: Record, folder: Path, attempt: Attempt) -> MergeSpec | ScoreSpec:
+        """The engine's input, with everything fetched that the engine does not fetch itself."""
+        inputs = _Inputs(record, partial(self._fetch, attempt))
         common = {"name": record.name, "recipe": record.request, "folder": folder, "store": self._statistics}
         if record.kind is Kind.SCORES:
             wanted = ScoreRequest.model_validate(record.request)
-            models = [self._model(model, record) for model in wanted.models]
+            models = [inputs.model(model) for model in wanted.models]
             return ScoreSpec.model_validate({**common, "method": wanted.method.model_dump(), "models": models})
         request = MergeRequest.model_validate(record.request)
         searches = isinstance(request.method, AutoParameters)
         return MergeSpec.model_validate(
             {
                 **common,
-                "models": [self._model(model, record) for model in request.models],
-                "base": None if request.base is None else self._checkpoint(request.base, record),
+                "models": [inputs.model(model) for model in request.models],
+                "base": None if request.base is None else inputs.checkpoint(request.base),
                 "method": request.method.model_dump(),
                 "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
                 **request.model_dump(include={"slices", "notes", "strict_filters"}),
@@ -271,43 +307,65 @@ class TaskRunner:
             }
         )
 
-    def _model(self, model: MeasuredModelRequest, record: Record) -> dict[str, object]:
-        spec = {"name": model.name, **self._checkpoint(model.checkpoint, record), "dataset": self._rows(model.dataset)}
+    def _fetch(self, attempt: Attempt, reference: str, kind: InputKind, state: str | None) -> FetchedInput:
+        """Fetch an input while the lease is kept. Raises Unwanted, StorageError, or as a checkpoint or data set.
+
+        The input was there when the job was accepted; it may not be any more.
+        """
+        renewed = time.monotonic()
+
+        def on_bytes(done: int, total: int) -> None:
+            nonlocal renewed
+            if self._is_stopping():
+                raise Unwanted(Status.QUEUED)
+            if time.monotonic() - renewed >= RECORD_INTERVAL_S:
+                renewed = time.monotonic()
+                progress = Progress(phase=Phase.DOWNLOADING, done=done, total=total, unit="bytes")
+                status = self._renew(attempt, progress)
+                if status is not Status.RUNNING:
+                    raise Unwanted(status)
+
+        try:
+            return self._insist(lambda: self._sources.fetch(reference, kind, state, on_bytes))
+        except SourceUnavailable as error:
+            raise StorageError(f"{error}; try again", source=reference) from error
+        except ReferenceError as error:
+            invalid = InvalidCheckpoint if kind == "checkpoint" else InvalidDataset
+            raise invalid(reference, str(error)) from error
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A job's inputs as the engine takes them.
+
+    Args:
+        fetch: takes a reference, its kind and its state when the job was accepted.
+    """
+
+    record: Record
+    fetch: Callable[[str, InputKind, str | None], FetchedInput]
+
+    def model(self, model: MeasuredModelRequest) -> dict[str, object]:
+        spec = {"name": model.name, **self.checkpoint(model.checkpoint), "dataset": self._rows(model.dataset)}
         if isinstance(model, ModelRequest):
             own = model.model_dump(include={"weight", "parameters", "min_retention"})
             spec |= {**own, "evaluation": self._rows(model.evaluation)}
         return spec
 
-    def _checkpoint(self, reference: str, record: Record) -> dict[str, object]:
-        where = self._resolve(reference, InvalidCheckpoint)
-        return {"source": reference, **where, "state": record.inputs.get(reference)}
+    def checkpoint(self, reference: str) -> dict[str, object]:
+        found = self.fetch(reference, "checkpoint", self.record.inputs.get(reference))
+        return {"source": reference, **_where(found), "state": found.state}
 
     def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
         if rows is None:
             return None
         spec = rows.model_dump(include={*Columns.model_fields, "config", "split", "metric"})
-        where = self._resolve(rows.source, InvalidDataset)
-        return {**spec, "source": rows.source, **where}
+        return {**spec, "source": rows.source, **_where(self.fetch(rows.source, "rows", None))}
 
-    def _resolve(self, reference: str, invalid: type[InvalidCheckpoint | InvalidDataset]) -> dict[str, object]:
-        """Path and root, or repository and commit. It was there when the job was accepted; it may not be any more."""
-        try:
-            on_hub = hub_reference(reference)
-            if on_hub is not None:
-                return {"hub": {"repository": on_hub.repository, "commit": on_hub.revision}}
-            of_job = job_reference(reference)
-            path, root = self._inputs.resolve(reference) if of_job is None else self._of_job(of_job)
-            return {"path": path, "root": root}
-        except ReferenceError as error:
-            raise invalid(reference, str(error)) from error
 
-    def _of_job(self, reference: JobReference) -> tuple[Path, Path]:
-        try:
-            return self._insist(lambda: self._job_inputs.resolve(reference))
-        except ReferenceError as error:
-            if self._insist(lambda: self._store.get(reference.job)) is not None:
-                raise
-            raise ReferenceError(f"job {reference.job} was deleted after this one was accepted") from error
+def _where(found: FetchedInput) -> dict[str, object]:
+    """Path and root, or repository and commit."""
+    return {"hub": found.hub} if found.place is None else {"path": found.place.path, "root": found.place.root}
 
 
 def phases_of(spec: JobSpec) -> list[Phase]:

@@ -1,16 +1,15 @@
 """Tells whether a process hangs: it is stopped, deadlocked, or waits for something that never comes."""
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+import psutil
 
 LONGEST_LOOK_S = (
     5.0  # what passes between two looks counts for no more: the machine, or who looks, may have stood still
 )
 LEAST_WORK = 0.005  # of a processor; beats take a twentieth of it
 LEAST_WORK_S = 0.05  # five ticks of the kernel's clock: a single one proves nothing
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Vitals:
@@ -82,7 +81,7 @@ class Vitals:
 def processor_seconds(pid: int) -> float:
     """Processor seconds that all threads of a process have used; 0 when it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        taken = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    return float(taken.user + taken.system)

@@ -1,5 +1,5 @@
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from urllib.parse import quote
@@ -99,10 +99,10 @@ def archive(record: RecordOf, services: ServicesOf) -> ArchiveResponse:
     return ArchiveResponse(_all_files(record, services), record.id, finished, ExitStack())
 
 
-def _all_files(record: Record, services: Services) -> list[StoredFile]:
+def _all_files(record: Record, services: Services) -> Sequence[StoredFile]:
     """Every file of the artifact, after checking that each still has its length."""
     with _intact(record, services) as artifact:
-        files = services.artifacts.files(artifact)
+        files = services.artifacts.open(artifact).files
         for file in files:
             file.check()
         return files
@@ -111,7 +111,7 @@ def _all_files(record: Record, services: Services) -> list[StoredFile]:
 def _file(name: str, record: Record, services: Services) -> tuple[StoredFile, ExitStack]:
     """One of these files, held open until the stack is closed."""
     with _intact(record, services) as artifact:
-        for file in services.artifacts.files(artifact):
+        for file in services.artifacts.open(artifact).files:
             if file.name == name:
                 return held_open(file)
     raise ProblemError(Problem.NOT_FOUND, f"the artifact of job {record.id} has no file '{name}'")

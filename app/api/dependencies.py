@@ -19,7 +19,7 @@ JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{28}$", description="A job's id")
 
 
 def get_record(job_id: JobId, services: ServicesOf) -> Record:
-    record = services.store.get(job_id)
+    record = services.store.records.get(job_id)
     if record is None:
         raise no_job(job_id, services)
     return record
@@ -27,7 +27,7 @@ def get_record(job_id: JobId, services: ServicesOf) -> Record:
 
 def no_job(job_id: str, services: Services) -> ProblemError:
     """The problem for a job that is not there: it says why the job is gone, or that there never was one."""
-    return ProblemError(Problem.NOT_FOUND, absence(job_id, services.store.gone(job_id)))
+    return ProblemError(Problem.NOT_FOUND, absence(job_id, services.store.records.gone(job_id)))
 
 
 RecordOf = Annotated[Record, Depends(get_record)]

@@ -12,7 +12,7 @@ from app.api.conditional import PreconditionsOf
 from app.api.files import held_open, serve
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
-from app.storage.files import StoredFile
+from app.storage.files import LocalFile
 
 router = APIRouter(route_class=StrictRoute, include_in_schema=False)
 
@@ -41,9 +41,9 @@ POLICY = (
 )
 
 
-def _stored(name: str) -> StoredFile:
+def _stored(name: str) -> LocalFile:
     content = (STATIC / name).read_bytes()
-    return StoredFile(name, len(content), hashlib.sha256(content).hexdigest(), STATIC / name)
+    return LocalFile(name, len(content), hashlib.sha256(content).hexdigest(), STATIC / name)
 
 
 PARTS = {name: _stored(name) for name in ("swagger-ui.css", "swagger-ui-bundle.js")}

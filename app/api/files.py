@@ -6,19 +6,18 @@ import mimetypes
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime
 from email.utils import formatdate
 from pathlib import Path
 
 from fastapi import Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from app.api.conditional import Preconditions, not_modified
 from app.api.ranges import wanted_ranges
-from app.storage.files import Damaged, StoredFile
+from app.storage.files import Damaged, LocalFile, StoredFile
 
 CHUNK_BYTES = 1 << 20
 CACHING = "private, immutable"
@@ -35,7 +34,7 @@ class StoredFileResponse(FileResponse):
         held: closed when the file is sent.
     """
 
-    def __init__(self, file: StoredFile, disposition: str, held: ExitStack) -> None:
+    def __init__(self, file: LocalFile, disposition: str, held: ExitStack) -> None:
         digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
         super().__init__(
             file.path,
@@ -85,13 +84,17 @@ class ArchiveResponse(StreamingResponse):
 def held_open(file: StoredFile) -> tuple[StoredFile, ExitStack]:
     """The file by its descriptor, which stays readable until the stack is closed. Raises Damaged."""
     held = ExitStack()
+    if file.url is not None:
+        return file, held
     stream = held.enter_context(file.open())
-    return replace(file, path=Path(f"/proc/self/fd/{stream.fileno()}")), held
+    return LocalFile(file.name, file.bytes, file.sha256, Path(f"/proc/self/fd/{stream.fileno()}")), held
 
 
 def serve(file: StoredFile, held: ExitStack, preconditions: Preconditions, disposition: str = "attachment") -> Response:
-    """The file, or 304 when the caller has it; either way `held` is closed in the end."""
+    """The file, or where clients read it themselves, or 304 when the caller has it; `held` is closed in the end."""
     with held:
+        if not isinstance(file, LocalFile):
+            return RedirectResponse(str(file.url), 307)
         modified = file.path.stat().st_mtime
         if not preconditions.is_current(_etag(file), modified):
             return StoredFileResponse(file, disposition, held.pop_all())

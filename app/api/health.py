@@ -30,7 +30,7 @@ def readyz(services: ServicesOf) -> Readiness:
     missing: list[FieldError] = []
     workers = 0
     try:
-        workers = services.store.live_workers()
+        workers = services.store.workers.count()
         if workers == 0:
             missing.append(FieldError(field="workers", message="no worker is alive"))
     except RedisError:

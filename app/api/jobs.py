@@ -13,7 +13,7 @@ from app.api.prefer import Wait, applied
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Job, JobSummary, Record, Status
-from app.storage.jobs import Deleted
+from app.storage.records import Deleted
 
 router = APIRouter(tags=["jobs"], route_class=StrictRoute)
 
@@ -38,14 +38,10 @@ def list_jobs(
     after: Annotated[str | None, Query(pattern=r"^[0-9a-f]{28}$", description="The `next` of the page before")] = None,
 ) -> JobPage:
     """Jobs, newest first, in short: without their requests, and without the candidates and trials of a search."""
-    wanted = [_label(text) for text in label or ()]
-
-    def matches(record: Record) -> bool:
-        return (status is None or record.status is status) and all(record.labels.get(k) == v for k, v in wanted)
-
-    found = list(islice(filter(matches, services.store.newest(after)), limit + 1))
+    labels = [_label(text) for text in label or ()]
+    found = list(islice(services.store.records.newest(after, status, labels), limit + 1))
     page = found[:limit]
-    return JobPage(data=[record.summary() for record in page], next=page[-1].id if len(found) > limit else None)
+    return JobPage(data=[job.public() for job in page], next=page[-1].id if len(found) > limit else None)
 
 
 @router.get("/jobs/{job_id}", response_model=Job, responses={200: {"headers": SHOWN}, 304: NOT_MODIFIED})
@@ -76,7 +72,7 @@ async def get_job(
 def cancel(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Cancel a job: at once while it waits, within 5 s while it runs. 409 when it has succeeded or failed."""
     preconditions.check(_etag(record))
-    status = services.store.cancel(record.id)
+    status = services.store.records.cancel(record.id)
     if status is Status.CANCELLED:  # while it waited; else its worker removes what was tried
         services.searches.remove(record.id)
     if status in (Status.SUCCEEDED, Status.FAILED):
@@ -101,14 +97,15 @@ def delete(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
     Downloads that have begun go on to their end.
     """
     preconditions.check(_etag(record))
-    deleted = services.store.delete(record.id)
+    deleted = services.store.records.delete(record.id)
     if deleted is Deleted.NOT_ENDED:
         current = get_record(record.id, services)
         raise ProblemError(Problem.CONFLICT, f"job {record.id} is {current.status.value}; cancel it first")
     if deleted is Deleted.NO_SUCH_JOB:
         raise no_job(record.id, services)
     # The record went first, so that no reader finds one without its artifact; what a crash leaves is swept.
-    services.artifacts.remove(record)
+    if record.artifact is not None:
+        services.artifacts.remove(record.artifact)
     services.searches.remove(record.id)
 
 

@@ -27,7 +27,7 @@ async def submitted(
     if wait is not None:
         with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise
             await services.watcher.end(record.id, record.revision, wait)
-            later = await run_in_threadpool(services.store.get, record.id)
+            later = await run_in_threadpool(services.store.records.get, record.id)
             record = later or record  # deleted meanwhile
     response.headers.update({"Location": f"/jobs/{record.id}", **applied(wait)})
     return record.public()

@@ -148,41 +148,25 @@ class Job(JobCore):
     result: MergeResult | ScoreResult | None
 
 
-class Record(BaseModel):
-    """A job as stored.
-
-    `revision` is the number of its latest event; `artifact` names the published folder; `inputs` is the state of each
-    checkpoint when the job was accepted, by its reference.
-    """
+class RecordCore(BaseModel):
+    """The fields that a job's record and its summary share, as they are stored."""
 
     id: str
     kind: Kind
     name: str
     status: Status
     attempt: int
-    revision: int
     created_ms: int
     started_ms: int | None
     finished_ms: int | None
     expires_ms: int | None
     progress: Progress
     error: JobError | None
-    request: dict[str, Any]
-    result: MergeResult | ScoreResult | None
     labels: dict[str, str]
-    inputs: dict[str, str]
-    artifact: str | None
 
-    def public(self) -> Job:
-        return Job(**self._core(), request=self.request, result=self.result)
+    def core(self) -> dict[str, Any]:
+        """The fields of `JobCore`."""
 
-    def summary(self) -> JobSummary:
-        result: MergeSummary | ScoreResult | None = self.result
-        if isinstance(result, MergeResult):
-            result = MergeSummary.model_validate({name: getattr(result, name) for name in MergeSummary.model_fields})
-        return JobSummary(**self._core(), result=result)
-
-    def _core(self) -> dict[str, Any]:
         def time(ms: int | None) -> datetime | None:
             return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
 
@@ -207,6 +191,41 @@ class Record(BaseModel):
                 report=f"/jobs/{self.id}/report",
             ),
         }
+
+
+class RecordSummary(RecordCore):
+    """What a list of jobs shows of a record."""
+
+    result: MergeSummary | ScoreResult | None
+
+    def public(self) -> JobSummary:
+        return JobSummary(**self.core(), result=self.result)
+
+
+class Record(RecordCore):
+    """A job as stored.
+
+    `revision` is the number of its latest event; `artifact` names the published artifact; `inputs` is the state of each
+    checkpoint when the job was accepted, by its reference.
+    """
+
+    revision: int
+    request: dict[str, Any]
+    result: MergeResult | ScoreResult | None
+    inputs: dict[str, str]
+    artifact: str | None
+
+    def public(self) -> Job:
+        return Job(**self.core(), request=self.request, result=self.result)
+
+
+class Outcome(BaseModel):
+    """What has become of a job so far: its status, and the name of its artifact if there is one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Status
+    artifact: str | None
 
 
 class Stage(StrEnum):

@@ -39,7 +39,9 @@ class Settings(BaseSettings):
     threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of a worker's arithmetic; the cores divided by the workers when not set."""
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "maskmerge"
-    """Name of the RQ queue, and prefix of every key in Redis."""
+    """Name of the RQ queue that hands jobs to workers."""
+    key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    """What the names of all keys in Redis begin with, but for those of RQ; the queue's name when not set."""
     lease_seconds: Annotated[float, Field(ge=2, le=3600)] = 10
     """A running attempt that has not renewed its lease for this time counts as lost."""
     max_losses: Annotated[int, Field(ge=1)] = 5
@@ -90,6 +92,11 @@ class Settings(BaseSettings):
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - listened on, but no place to connect to
         host = anywhere.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all keys in Redis begin with."""
+        return self.queue if self.key_prefix is None else self.key_prefix
 
     def text(self, name: str) -> str:
         """The value of a setting as its environment variable would have it; empty when there is none."""

@@ -1,16 +1,16 @@
 """Checks a request as far as that needs no weights: inspects what it names, and plans the job."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.references import ReferenceError
 from app.contracts.requests import (
     LEAST_EVALUATED,
     Dataset,
@@ -19,16 +19,16 @@ from app.contracts.requests import (
     ScoreRequest,
     not_available_yet,
 )
-from app.storage.artifacts import ArtifactFolder
-from app.storage.hub import Hub, HubUnavailable
-from app.storage.inputs import JobInputs, LocalInputs, ReferenceError, hub_reference, job_reference
+from app.storage.inputs import RootedPath
+from app.storage.sources import Sources
+from app.storage.sources.source import SourceUnavailable
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import Columns, DatasetSpec, models_beside
-from worker.engine.catalog.data.labels import METRICS, Task, check_metric, label_map
+from worker.engine.catalog.data.labels import METRICS, LabelMap, Task, check_metric, label_map
 from worker.engine.catalog.data.rows import check_first_rows
 from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
 from worker.engine.catalog.planning.parameters import parameter_problems
@@ -91,7 +91,7 @@ class Accepted(BaseModel):
     request: dict[str, Any]
     """The request with its defaults filled in."""
     states: dict[str, str]
-    """States of local checkpoints by their references; those of the hub do not change."""
+    """States of checkpoints by their references, but for those that never change."""
     plan: Plan | None
     """The plan of a merge; None for other kinds of job."""
 
@@ -99,11 +99,9 @@ class Accepted(BaseModel):
 class Checker:
     """Inspects what one request names. It needs no Redis, and leaves nothing behind."""
 
-    def __init__(self, inputs: LocalInputs, job_inputs: JobInputs, artifacts: ArtifactFolder, hub: Hub, at: At) -> None:
-        self._inputs = inputs
-        self._job_inputs = job_inputs
-        self._artifacts = artifacts
-        self._hub = hub
+    def __init__(self, sources: Sources, free_bytes: Callable[[], int], at: At) -> None:
+        self._sources = sources
+        self._free_bytes = free_bytes
         self._at = at
         self._views = Views()
 
@@ -129,7 +127,7 @@ class Checker:
             kept["checkpoint"] = info.source
             where = f"models.{index}.dataset"
             kept["dataset"]["source"] = self._rows(where, model.dataset, task, request.method.needs_labels)
-        return Accepted(request=accepted, states=_states(checkpoints), plan=None)
+        return Accepted(request=accepted, states=self._states(checkpoints), plan=None)
 
     def _merge(self, request: MergeRequest) -> Accepted:
         output, names = request.output, [model.name for model in request.models]
@@ -174,7 +172,7 @@ class Checker:
                 _refuse([("layers", f"the models have {found} layers, the recipe says {request.layers}")])
         weights, own = [m.weight for m in request.models], [m.parameters for m in request.models]
         _refuse(parameter_problems(plan, request.method, weights, own, strict_filters=request.strict_filters))
-        free = self._artifacts.free_bytes()
+        free = self._free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
             raise ProblemError(Problem.NO_SPACE, detail)
@@ -204,36 +202,38 @@ class Checker:
                 least = LEAST_EVALUATED if isinstance(request.method, AutoParameters) else 1
                 source = self._rows(f"{where}.evaluation", model.evaluation, task, True, least)
                 kept["evaluation"]["source"] = source
-        return Accepted(request=accepted, states=_states(plan.all_checkpoints), plan=_plan(request, accepted, plan))
+        return Accepted(
+            request=accepted, states=self._states(plan.all_checkpoints), plan=_plan(request, accepted, plan)
+        )
 
     def _checkpoint(self, field: str, reference: str, inspect: Inspect = inspect_checkpoint) -> CheckpointInfo:
-        """The headers of a checkpoint; its source is the reference, for the hub with its present commit."""
+        """The headers of a checkpoint; its source is the reference to keep."""
         self._at(field)
         with _refusing(field):
-            on_hub, of_job = hub_reference(reference), job_reference(reference)
-            if on_hub is None:
-                path, root = self._inputs.resolve(reference) if of_job is None else self._job_inputs.resolve(of_job)
-                return inspect(self._views.open(path, reference, root), reference)
-            pinned = self._hub.pinned(on_hub, "model")
-            with TemporaryDirectory(prefix="maskmerge-outline-") as name:
-                folder = Path(name)
-                self._hub.outline(pinned, folder)
-                return inspect(self._views.open(folder, str(pinned), folder), str(pinned))
+            kept = self._sources.resolve(reference, "checkpoint")
+            with self._sources.inspect(kept) as place:
+                return inspect(self._views.open(place.path, str(kept), place.root), str(kept))
 
     def _rows(
         self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool, least_texts: int = 1
     ) -> str:
-        """The reference to keep: of the hub, where the rows themselves are checked by the worker, with its commit."""
+        """The reference to keep. Rows of the hub are checked by the worker."""
         self._at(field)
         labels = None
         if needs_labels:
             with _refusing(f"{field}.label_names"):
                 labels, _ = label_map(task, rows.source, rows.label_names)
-        with _refusing(f"{field}.source"):
-            on_hub = hub_reference(rows.source)
-            if on_hub is not None:
-                return str(self._hub.pinned(on_hub, "dataset"))
-            path, root = self._inputs.resolve(rows.source)
+        with ExitStack() as held:
+            with _refusing(f"{field}.source"):
+                kept = self._sources.resolve(rows.source, "rows")
+                place = held.enter_context(self._sources.inspect_rows(kept))
+            if place is not None:
+                self._check_rows(field, rows, place, labels, least_texts)
+        return str(kept)
+
+    def _check_rows(
+        self, field: str, rows: Dataset | Evaluation, place: RootedPath, labels: LabelMap | None, least_texts: int
+    ) -> None:
         for name in ("config", "split"):
             if getattr(rows, name) is not None:
                 message = "is for data sets of the hub; a file is one split"
@@ -241,10 +241,13 @@ class Checker:
                 raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)
         columns = rows.model_dump(include=set(Columns.model_fields))
         with _refusing(field):
-            file = self._views.open_file(path, rows.source, root)
-            spec = DatasetSpec(source=rows.source, path=file, **columns)
-            check_first_rows(spec, labels, least_texts)
-        return rows.source
+            file = self._views.open_file(place.path, rows.source, place.root)
+            check_first_rows(DatasetSpec(source=rows.source, path=file, **columns), labels, least_texts)
+
+    def _states(self, checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
+        with _refusing("models"):
+            states = {info.source: self._sources.state(info) for info in checkpoints}
+        return {source: state for source, state in states.items() if state is not None}
 
 
 def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:
@@ -298,11 +301,6 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
 
 def _checkpoint_field(index: int) -> str:
     return f"models.{index}.checkpoint"
-
-
-def _states(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
-    with _refusing("models"):
-        return {info.source: checkpoint_state(info) for info in checkpoints if hub_reference(info.source) is None}
 
 
 def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
@@ -367,7 +365,7 @@ def _refusing(field: str) -> Iterator[None]:
         problem = Problem.INVALID_REQUEST if error.available else Problem.NOT_AVAILABLE
         errors = [FieldError(field=field, message=str(error))]
         raise ProblemError(problem, _sentence(errors), errors) from error
-    except HubUnavailable as error:
+    except SourceUnavailable as error:
         errors = [FieldError(field=field, message=str(error))]
         raise ProblemError(Problem.HUB_UNAVAILABLE, _sentence(errors), errors, **{"Retry-After": "10"}) from error
     except EngineError as error:

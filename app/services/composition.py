@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from app.contracts.settings import Settings
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
-from app.storage.artifacts import ArtifactFolder
+from app.storage.artifacts import open_artifacts
+from app.storage.artifacts.store import ArtifactStore
 from app.storage.connection import connect_for_answers, connect_for_dispatching, connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import JobStore
@@ -23,7 +24,7 @@ class Services:
     settings: Settings
     store: JobStore
     watcher: JobWatcher
-    artifacts: ArtifactFolder
+    artifacts: ArtifactStore
     searches: SearchFolder
     inspectors: Inspectors
     jobs: Jobs
@@ -39,18 +40,18 @@ def compose(settings: Settings) -> Services:
     url = settings.redis_url.get_secret_value()
     store = JobStore(
         connect_for_answers(url),
-        settings.queue,
+        settings.prefix,
         settings.lease_seconds,
         settings.max_losses,
         retention_seconds=settings.job_retention,
     )
     queue = TaskQueue(connect_for_dispatching(url), settings.queue, store)
-    artifacts = ArtifactFolder(settings.data_dir)
+    artifacts = open_artifacts(settings.data_dir)
     artifacts.prepare()
     inspectors = Inspectors(settings.local_roots, settings.data_dir)
     jobs = Jobs(store, queue, inspectors, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
-    watcher = JobWatcher(watching, settings.queue)
+    watcher = JobWatcher(watching, settings.prefix)
     statistics = StatisticsFolder(settings.data_dir)
     searches = SearchFolder(settings.data_dir)
     return Services(settings, store, watcher, artifacts, searches, inspectors, jobs, statistics, Reaper(store, queue))

@@ -28,12 +28,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.contracts.jobs import Gone, Kind, Status
+from app.contracts.jobs import Gone, Kind, Outcome
 from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
 from app.services.bodies import Body
 from app.services.checks import Accepted
-from app.storage.hub import DEADLINE_S, REQUEST_TIMEOUT_S
 from app.storage.scratch import Scratch
+from app.storage.sources import is_remote
+from app.storage.sources.source import DEADLINE_S, REQUEST_TIMEOUT_S
 
 HUB_S = DEADLINE_S + REQUEST_TIMEOUT_S  # the hub's own deadline is looked at between two requests
 START_S = 60.0  # loading what checks need, on a machine that is busy
@@ -57,13 +58,6 @@ class Limits:
     """Seconds that a request waits for its turn."""
 
 
-class JobOutcome(BaseModel):
-    """The state of a job whose models a request names."""
-
-    status: Status
-    artifact: str | None
-
-
 class Text(BaseModel):
     """A body to be read."""
 
@@ -85,7 +79,7 @@ class Inspection(BaseModel):
     """The request as it was sent, without defaults."""
     local_roots: tuple[Path, ...]
     data_dir: Path
-    jobs: dict[str, JobOutcome | Gone]
+    jobs: dict[str, Outcome | Gone]
     """Jobs that the request names, by id, as far as they exist or it is known why they are gone."""
     scratch: Path
     """Folder for temporary files, which a killed process leaves behind."""
@@ -206,7 +200,7 @@ class Inspectors:
             self._process.wait()
         self._control = self._process = None
 
-    async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, JobOutcome | Gone]) -> Accepted:
+    async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, Outcome | Gone]) -> Accepted:
         """The answer of `Checker.check`.
 
         Args:
@@ -216,7 +210,7 @@ class Inspectors:
             ProblemError: the recipe or an input is refused, also for the time or the memory that inspecting it takes;
                 or too many requests wait already.
         """
-        async with self._place(names_hub=any(source.startswith("hf:") for source in sources(request))):
+        async with self._place(names_hub=any(map(is_remote, sources(request)))):
             scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
             try:
                 inspection = Inspection(

@@ -39,9 +39,9 @@ from app.services.inspection import (
     Reading,
     Refused,
 )
-from app.storage import hub
-from app.storage.artifacts import ArtifactFolder
-from app.storage.inputs import JobInputs, LocalInputs
+from app.storage.artifacts import open_artifacts
+from app.storage.sources import Sources, preload
+from app.storage.sources.source import SourceContext
 from worker.engine.catalog.checkpoints.library import activations
 from worker.engine.catalog.checkpoints.reading import observed
 
@@ -53,6 +53,7 @@ def serve(control: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the API ends this one
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how copies ended
     activations()  # so that copies have read the table of the library's models
+    preload()
     gc.collect()
     gc.freeze()  # so that collecting garbage in a copy does not write to all that it shares with this process
     inspector = os.getpid()
@@ -125,14 +126,9 @@ def _outcome(question: Question, told: "_Told") -> Allowed | Read:
 def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
     tempfile.tempdir = str(inspection.scratch)
     kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is Kind.MERGE else ScoreRequest
-    artifacts = ArtifactFolder(inspection.data_dir)
-    checker = Checker(
-        LocalInputs(inspection.local_roots),
-        JobInputs(inspection.jobs.get, artifacts),
-        artifacts,
-        hub.Hub(told.waiting),
-        told.at,
-    )
+    artifacts = open_artifacts(inspection.data_dir)
+    context = SourceContext(inspection.local_roots, inspection.data_dir, artifacts, inspection.jobs.get, told.waiting)
+    checker = Checker(Sources(context), artifacts.free_bytes, told.at)
     with observed(told.reads):
         return Allowed(accepted=checker.check(kind.model_validate(inspection.request)))
 

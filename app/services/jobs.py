@@ -7,13 +7,14 @@ from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Gone, Kind, Record, Stage, TaskId
+from app.contracts.jobs import Gone, Kind, Outcome, Record, Stage, TaskId
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.checks import Accepted, Plan
-from app.services.inspection import Inspectors, JobOutcome, sources
-from app.storage.inputs import ReferenceError, job_reference
-from app.storage.jobs import Created, JobStore
+from app.services.inspection import Inspectors, sources
+from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
+from app.storage.records import Created
+from app.storage.sources.job import job_named
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Jobs:
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         idempotency = None if idempotency_key is None else (idempotency_key, digest)
         # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
-        created = await run_sync(self._store.remembered, *(idempotency or ("", "")))
+        created = await run_sync(self._store.records.remembered, *(idempotency or ("", "")))
         if created is None:
             accepted = await self._check(request)
             created = await run_sync(self._create, request, accepted, idempotency)
@@ -45,7 +46,7 @@ class Jobs:
     def _create(
         self, request: MergeRequest | ScoreRequest, accepted: Accepted, idempotency: tuple[str, str] | None
     ) -> Created:
-        return self._store.create(
+        return self._store.records.create(
             accepted.request,
             request.title,
             request.labels,
@@ -64,14 +65,14 @@ class Jobs:
             )
         if not created.existing:
             self._dispatch(TaskId(job=created.job_id, stage=Stage.MERGE))
-        record = self._store.get(created.job_id)
+        record = self._store.records.get(created.job_id)
         if record is None:
             raise ProblemError(Problem.CONFLICT, "the job of this Idempotency-Key was deleted; use a new key")
         return record
 
     def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job anew. False when it is neither."""
-        task = self._store.retry(job_id)
+        task = self._store.records.retry(job_id)
         if task is not None:
             self._dispatch(task)
         return task is not None
@@ -89,29 +90,9 @@ class Jobs:
         return plan
 
     async def _check(self, request: MergeRequest | ScoreRequest) -> Accepted:
-        named = _jobs_named(request)
+        named = {job_id for source in sources(request) if (job_id := job_named(source)) is not None}
         return await self._inspectors.check(request, await run_sync(self._outcomes, named) if named else {})
 
-    def _outcomes(self, ids: set[str]) -> dict[str, JobOutcome | Gone]:
-        found: dict[str, JobOutcome | Gone] = {}
-        for job_id in ids:
-            record = self._store.get(job_id)
-            gone = self._store.gone(job_id) if record is None else None
-            if record is not None:
-                found[job_id] = JobOutcome(status=record.status, artifact=record.artifact)
-            elif gone is not None:
-                found[job_id] = gone
-        return found
-
-
-def _jobs_named(request: MergeRequest | ScoreRequest) -> set[str]:
-    """Ids of the jobs whose models the request names. Malformed references are skipped and refused later."""
-    found = set()
-    for source in sources(request):
-        try:
-            reference = job_reference(source)
-        except ReferenceError:
-            continue
-        if reference is not None:
-            found.add(reference.job)
-    return found
+    def _outcomes(self, ids: set[str]) -> dict[str, Outcome | Gone]:
+        found = ((job_id, self._store.records.outcome(job_id)) for job_id in ids)
+        return {job_id: outcome for job_id, outcome in found if outcome is not None}

@@ -13,13 +13,13 @@ from enum import Enum
 from itertools import accumulate
 from typing import Any, Literal
 
+from app.contracts.references import SCHEMES, is_reference
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.primitives.strict import did_you_mean
 from worker.engine.catalog.primitives.values import EVERY_NAME
 
 REQUIRED = object()
-OWN_SCHEMES = ("local:", "hf:", "job:", "s3:")
-ADAPTER = re.compile(rf"\+({'|'.join(OWN_SCHEMES)})")
+ADAPTER = re.compile(rf"\+({'|'.join(SCHEMES)}):")
 """What parts a model from its adapter where both are references. The path of a folder may have a plain `+`."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)
 LONGEST_NAME = 60
@@ -638,7 +638,7 @@ def _optional_reference(entry: Mapping[str, Any], key: str, place: str) -> str |
         return None
     if not isinstance(name, str) or not name:
         raise MergekitError(place, "give a name, as ORG/NAME or local:PATH")
-    is_own = name.startswith(OWN_SCHEMES)
+    is_own = is_reference(name)
     if ADAPTER.search(name) or (not is_own and "+" in name):
         of, _, adapter = name[:200].partition("+")
         problem = f"'{adapter}' is an adapter of '{of}', which must be the recipe's base_model"

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from app.contracts.events import Event, EventKind, LogEntry, StatusChange
 from app.contracts.jobs import Progress, Status
-from app.storage.jobs import job_keys
+from app.storage.keys import Keys
 
 TURN_MS = 5_000  # one wait for news, after which a deleted job is noticed and, among many readers, the next has a turn
 
@@ -27,7 +27,7 @@ class JobWatcher:
 
     def __init__(self, redis: Redis, prefix: str) -> None:
         self._redis = redis
-        self._prefix = prefix
+        self._keys = Keys(prefix)
         self._stopping = asyncio.Event()
 
     async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
@@ -46,7 +46,7 @@ class JobWatcher:
 
     async def change(self, job_id: str, after: int, timeout_s: float) -> None:
         """Return when the record is later than revision `after` or gone, or the time is over."""
-        record = job_keys(self._prefix, job_id)[0]
+        record = self._keys.record(job_id)
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while await self._answer(self._redis.exists(record)):
@@ -61,13 +61,13 @@ class JobWatcher:
         await self._redis.aclose()
 
     async def _is_over(self, job_id: str, after: int) -> bool:
-        record = job_keys(self._prefix, job_id)[0]
+        record = self._keys.record(job_id)
         status, revision = await self._answer(self._redis.hmget(record, ["status", "revision"])) or (None, 0)
         return status is None or (Status(status).is_final and int(revision) <= after)
 
     async def _news(self, job_id: str, after: int) -> list[Event]:
         """Events later than `after`, in order, as soon as there are any; empty when a turn is over."""
-        _, events, progress = job_keys(self._prefix, job_id)
+        events, progress = self._keys.events(job_id), self._keys.progress(job_id)
         # Both streams in one command, so that nothing falls between them.
         found: list[tuple[str, Entries]] | None = await self._answer(
             self._redis.xread({events: str(after), progress: str(after)}, block=TURN_MS)

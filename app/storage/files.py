@@ -1,32 +1,56 @@
+"""Files that were published, wherever they are stored."""
+
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 
 class Damaged(Exception):
     """A file differs from what was written, or is missing; the message names it."""
 
 
-@dataclass(frozen=True)
-class StoredFile:
+class StoredFile(Protocol):
     """A file that never changes. `name` is what callers know it by, and may hold slashes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    @property
+    def url(self) -> str | None:
+        """Where clients can read the file themselves; None when it is to be sent to them."""
+
+    def check(self) -> None:
+        """Raises Damaged unless the file is there and has its length."""
+
+    def open(self) -> BinaryIO:
+        """Open the file, which stays readable after it is removed. Raises Damaged as `check` does."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of this machine."""
 
     name: str
     bytes: int
     sha256: str
     path: Path
+    url: str | None = None
 
     def check(self) -> None:
-        """Raises Damaged unless the file is there and has its length."""
         try:
             self._check(self.path.stat())
         except OSError as error:
             raise self._missing(error) from error
 
     def open(self) -> BinaryIO:
-        """Open the file, which stays readable after it is removed. Raises Damaged as `check` does."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""RQ as transport: it carries task ids to workers, at least once. What a task's state is, the job store says."""
+"""RQ as transport: it carries task ids to workers, at least once. What a task's state is, `Tasks` says."""
 
 import secrets
 
@@ -27,12 +27,12 @@ class TaskQueue:
     def dispatch(self, task: TaskId) -> None:
         """Hand `task` to RQ. The message has an id of its own, so that no two dispatches share RQ's bookkeeping."""
         message = f"{task}-{secrets.token_hex(4)}"
-        self._store.dispatched(task, message)
+        self._store.tasks.dispatched(task, message)
         self._queue.enqueue_call(
             str(task.stage),  # a name in the worker's table of functions, never imported
             args=(str(task),),
             job_id=message,
-            timeout=-1,  # the lease watches over the work, see leases.py
+            timeout=-1,  # leases watch over the work, see `app.storage.tasks`
             result_ttl=0,
             failure_ttl=3600,
             description=str(task),
@@ -42,8 +42,8 @@ class TaskQueue:
         """Dispatch every waiting task that RQ does not have; how many there were."""
         now = self._store.clock()
         lost = 0
-        for task in self._store.due(now - GRACE_MS):
-            message = self._store.message(task)
+        for task in self._store.tasks.due(now - GRACE_MS):
+            message = self._store.tasks.message(task)
             if message is None or self._queue.get_job_position(message) is None:
                 self.dispatch(task)
                 lost += 1

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from app.storage.artifacts import ArtifactFolder
+from app.storage.artifacts.store import ArtifactStore
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
+from app.storage.records import Records
 from app.storage.searches import SearchFolder
 
 EXPIRY_S = 5.0
@@ -40,31 +41,32 @@ class Reaper:
         While Redis did not answer nobody could renew a lease, so that after such a time all have as long as a lease to
         do so.
         """
-        self._store.time_out()
+        self._store.records.time_out()
         now = self._clock()
-        if self._answered is not None and now - self._answered > SWEEP_S + self._store.lease_seconds / 2:
-            self._spare_until = now + self._store.lease_seconds
+        if self._answered is not None and now - self._answered > SWEEP_S + self._store.tasks.lease_seconds / 2:
+            self._spare_until = now + self._store.tasks.lease_seconds
         self._answered = now
         if now >= self._spare_until:
             self._release_expired()
         self._queue.dispatch_lost()
 
     def _release_expired(self) -> None:
-        for attempt in self._store.expired():
-            if self._store.release(attempt, lost=True, only_expired=True):
+        for attempt in self._store.tasks.expired():
+            if self._store.tasks.release(attempt, lost=True, only_expired=True):
                 logger.warning("job %s lost its worker in attempt %d", attempt.task.job, attempt.number)
 
 
-def remove_outlived(store: JobStore, artifacts: ArtifactFolder, searches: SearchFolder) -> None:
+def remove_outlived(records: Records, artifacts: ArtifactStore, searches: SearchFolder) -> None:
     """Forget the jobs that have been kept for their time, and remove what they made.
 
     The record goes first, so that no reader finds one without its artifact; what a crash leaves is swept as nobody's.
     """
-    for record in store.outlived():
-        if store.expire(record):
-            logger.info("job %s has been kept for its time and is removed", record.id)
-            artifacts.remove(record)
-            searches.remove(record.id)
+    for job in records.outlived():
+        if records.expire(job):
+            logger.info("job %s has been kept for its time and is removed", job.id)
+            if job.artifact is not None:
+                artifacts.remove(job.artifact)
+            searches.remove(job.id)
 
 
 class Repeater(threading.Thread):

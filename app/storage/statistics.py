@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from app.storage.files import StoredFile
+from app.storage.files import LocalFile
 from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, FOLDER, About
 
 
@@ -21,7 +21,7 @@ class KeptStatistic:
     about: About
     path: Path
 
-    def open(self) -> tuple[list[StoredFile], ExitStack]:
+    def open(self) -> tuple[list[LocalFile], ExitStack]:
         """Its files, which stay readable until the stack is closed, even when the statistic is removed meanwhile.
 
         Raises FileNotFoundError when it is gone, or not as long as it was.
@@ -34,7 +34,7 @@ class KeptStatistic:
                     raise FileNotFoundError(self.path / file.name)
                 part = f".{number:05d}" if len(self.about.files) > 1 else ""
                 name = f"{self.title}{part}.safetensors"
-                files.append(StoredFile(name, file.bytes, file.sha256, Path(f"/proc/self/fd/{stream.fileno()}")))
+                files.append(LocalFile(name, file.bytes, file.sha256, Path(f"/proc/self/fd/{stream.fileno()}")))
             return files, opened.pop_all()
 
     @property

@@ -19,7 +19,7 @@ from redis import Redis
 from app.contracts.jobs import Stage, TaskId
 from app.contracts.settings import Settings
 from app.server import Server
-from app.storage.artifacts import ArtifactFolder
+from app.storage.artifacts.folder import FolderStore
 from app.storage.jobs import JobStore
 from tests.conftest import HANGS_S, RESULT, assert_problem, free_port, wait_until
 from worker.__main__ import _is_wanted
@@ -48,7 +48,7 @@ class Api:
             **settings,
         )
         self.store = JobStore(redis, "test", lease_seconds=10, max_losses=3)
-        self.artifacts = ArtifactFolder(data_dir)
+        self.artifacts = FolderStore(data_dir)
         self.data_dir = data_dir
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS_S)
         self._server = Server(configured)
@@ -58,8 +58,8 @@ class Api:
 
     def succeeded(self, files: dict[str, bytes] = FILES, result: Any = RESULT) -> str:
         """A job with an artifact."""
-        task = TaskId(job=self.store.create({"name": "all of it"}, "name", {}).job_id, stage=Stage.MERGE)
-        attempt = self.store.claim(task, "worker")
+        task = TaskId(job=self.store.records.create({"name": "all of it"}, "name", {}).job_id, stage=Stage.MERGE)
+        attempt = self.store.tasks.claim(task, "worker")
         assert attempt is not None
         folder = self.artifacts.begin(attempt)
         entries = []
@@ -68,7 +68,7 @@ class Api:
             (folder / name).write_bytes(content)
             entries.append({"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
         (folder / "manifest.json").write_text(json.dumps({"files": entries, "versions": {}}))
-        assert self.store.succeed(attempt, result, self.artifacts.publish(attempt))
+        assert self.store.tasks.succeed(attempt, result, self.artifacts.publish(attempt))
         return task.job
 
     def folder(self, job_id: str) -> Path:
@@ -236,18 +236,18 @@ def test_a_job_that_was_kept_for_its_time_is_removed_with_its_artifact(
 def test_what_a_crash_leaves_of_a_removed_job_is_nobodys_and_what_of_an_unknown_one_is_kept(
     redis: Redis, tmp_path: Path
 ) -> None:
-    store, artifacts = JobStore(redis, "test", lease_seconds=10, max_losses=3), ArtifactFolder(tmp_path)
+    store, artifacts = JobStore(redis, "test", lease_seconds=10, max_losses=3), FolderStore(tmp_path)
     artifacts.prepare()
     folders = []
     for _ in range(3):
-        task = TaskId(job=store.create({}, "name", {}).job_id, stage=Stage.MERGE)
-        attempt = store.claim(task, "worker")
+        task = TaskId(job=store.records.create({}, "name", {}).job_id, stage=Stage.MERGE)
+        attempt = store.tasks.claim(task, "worker")
         assert attempt is not None
         artifacts.begin(attempt)
-        store.succeed(attempt, RESULT, artifacts.publish(attempt))
+        store.tasks.succeed(attempt, RESULT, artifacts.publish(attempt))
         folders.append(tmp_path / "artifacts" / f"{task.job}.1")
     removed, kept, unknown = folders
-    store.delete(removed.name.partition(".")[0])  # and then the process is killed
+    store.records.delete(removed.name.partition(".")[0])  # and then the process is killed
     redis.delete(*redis.keys(f"test:*{unknown.name.partition('.')[0]}*"))
     assert artifacts.sweep(lambda *found: _is_wanted(store, *found)) == 1
     assert [folder.exists() for folder in (removed, kept, unknown)] == [False, True, True]

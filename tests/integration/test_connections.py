@@ -133,7 +133,7 @@ def test_answers_that_take_long_are_not_cut_off(port: int, redis: Redis) -> None
 
     def cancel() -> None:
         time.sleep(4 * REQUEST_S)
-        store.cancel(job_id)
+        store.records.cancel(job_id)
 
     ending = threading.Thread(target=cancel)
     ending.start()
@@ -190,7 +190,7 @@ def test_a_connection_too_many_is_refused_where_all_others_are_at_work(
             assert reader.recv(65536).startswith(b"HTTP/1.1 200")
         with connected(port) as connection:
             assert code(rest(connection)) == (503, "too_busy")
-        store.cancel(job_id)
+        store.records.cancel(job_id)
         assert all(b"cancelled" in rest(reader) for reader in readers)
     wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200, "room")
 

@@ -18,7 +18,8 @@ from app.embedded_redis import EmbeddedRedis
 from app.main import create_app
 from app.storage.connection import connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
-from app.storage.jobs import PROGRESS_KEPT, JobStore
+from app.storage.jobs import JobStore
+from app.storage.scripts import PROGRESS_KEPT
 from tests.conftest import BASE_URL, HANGS_S, RESULT, wait_until
 
 MAX_LOSSES = 3
@@ -62,11 +63,11 @@ def read(redis_url: str) -> Read:
 
 
 def new_job(store: JobStore) -> TaskId:
-    return TaskId(job=store.create({"some": "request"}, "name", {}).job_id, stage=Stage.MERGE)
+    return TaskId(job=store.records.create({"some": "request"}, "name", {}).job_id, stage=Stage.MERGE)
 
 
 def claimed(store: JobStore, task: TaskId) -> Attempt:
-    attempt = store.claim(task, "machine-1")
+    attempt = store.tasks.claim(task, "machine-1")
     assert attempt is not None
     return attempt
 
@@ -119,8 +120,8 @@ id: 6
 def test_the_wire_form_of_every_kind(store: JobStore, api: TestClient) -> None:
     task = new_job(store)
     attempt = claimed(store, task)
-    store.renew(attempt, halfway())
-    store.fail(attempt, FAILURE)
+    store.tasks.renew(attempt, halfway())
+    store.tasks.fail(attempt, FAILURE)
     response = api.get(f"/jobs/{task.job}/events")
     assert (response.status_code, response.text) == (200, WIRE)
     assert response.headers["Content-Type"].startswith("text/event-stream")
@@ -132,8 +133,8 @@ def test_the_wire_form_of_every_kind(store: JobStore, api: TestClient) -> None:
 def test_a_reader_goes_on_after_the_last_event_it_has(store: JobStore, api: TestClient, after: int) -> None:
     task = new_job(store)
     attempt = claimed(store, task)
-    store.renew(attempt, halfway())
-    store.fail(attempt, FAILURE)
+    store.tasks.renew(attempt, halfway())
+    store.tasks.fail(attempt, FAILURE)
     response = api.get(f"/jobs/{task.job}/events", headers={"Last-Event-ID": str(after)})
     rest = "".join(f"{event}\n\n" for event in WIRE.split("\n\n")[after:-1])
     assert (response.status_code, response.text) == (200 if rest else 204, rest)
@@ -155,11 +156,11 @@ def test_the_events_of_an_unknown_job_are_not_found(api: TestClient) -> None:
 
 def test_events_tell_the_whole_way_of_a_job_and_are_numbered_by_its_revision(store: JobStore, read: Read) -> None:
     task = new_job(store)
-    store.release(claimed(store, task), lost=True)
-    store.release(claimed(store, task), lost=False)
+    store.tasks.release(claimed(store, task), lost=True)
+    store.tasks.release(claimed(store, task), lost=False)
     attempt = claimed(store, task)
-    store.renew(attempt, halfway())
-    store.succeed(attempt, NOTED, "folder")
+    store.tasks.renew(attempt, halfway())
+    store.tasks.succeed(attempt, NOTED, "folder")
     events = read(task.job)
     start = ["running", "attempt_started", "loading 0"]
     again = ["queued", "queued 0"]
@@ -167,7 +168,7 @@ def test_events_tell_the_whole_way_of_a_job_and_are_numbered_by_its_revision(sto
         "queued", *start, "attempt_lost", *again, *start, "attempt_handed_back", *again, *start,
         "scoring 1", "note", "note", "done 1", "succeeded",
     ]  # fmt: skip
-    record = store.get(task.job)
+    record = store.records.get(task.job)
     assert record is not None
     assert [event.id for event in events] == list(range(1, record.revision + 1))
     logged = [event.data for event in events if isinstance(event.data, LogEntry)]
@@ -179,7 +180,7 @@ def test_events_tell_the_whole_way_of_a_job_and_are_numbered_by_its_revision(sto
 def test_a_job_that_is_lost_too_often_says_why_it_failed(store: JobStore, read: Read) -> None:
     task = new_job(store)
     for _ in range(MAX_LOSSES):
-        store.release(claimed(store, task), lost=True)
+        store.tasks.release(claimed(store, task), lost=True)
     last = read(task.job)[-1].data
     assert isinstance(last, StatusChange)
     assert last.error is not None
@@ -188,30 +189,30 @@ def test_a_job_that_is_lost_too_often_says_why_it_failed(store: JobStore, read: 
 
 def test_cancelling_is_told_whether_the_job_waits_runs_or_is_lost(store: JobStore, read: Read) -> None:
     waiting, running, lost = (new_job(store) for _ in range(3))
-    store.cancel(waiting.job)
+    store.records.cancel(waiting.job)
     assert told(read(waiting.job)) == ["queued", "cancelled"]
     attempt = claimed(store, running)
-    store.cancel(running.job)
-    store.acknowledge_cancel(attempt)
+    store.records.cancel(running.job)
+    store.tasks.acknowledge_cancel(attempt)
     assert told(read(running.job))[-2:] == ["cancelling", "cancelled"]
     attempt = claimed(store, lost)
-    store.cancel(lost.job)
-    store.release(attempt, lost=True)
+    store.records.cancel(lost.job)
+    store.tasks.release(attempt, lost=True)
     assert told(read(lost.job))[-3:] == ["cancelling", "attempt_lost", "cancelled"]
 
 
 def test_a_call_that_is_repeated_because_its_answer_got_lost_adds_no_event(
     store: JobStore, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.storage.jobs.secrets.token_hex", lambda count: "0" * 2 * count)
+    monkeypatch.setattr("app.storage.records.secrets.token_hex", lambda count: "0" * 2 * count)
     task = new_job(store)
     assert new_job(store) == task
     attempt = claimed(store, task)
     for _ in range(2):
-        store.renew(attempt, halfway())
-    store.renew(attempt)
+        store.tasks.renew(attempt, halfway())
+    store.tasks.renew(attempt)
     for _ in range(2):
-        assert store.succeed(attempt, NOTED, "folder")
+        assert store.tasks.succeed(attempt, NOTED, "folder")
     ending = ["scoring 1", "note", "note", "done 1", "succeeded"]
     assert told(read(task.job)) == ["queued", "running", "attempt_started", "loading 0", *ending]
 
@@ -219,18 +220,18 @@ def test_a_call_that_is_repeated_because_its_answer_got_lost_adds_no_event(
 def test_a_write_that_is_refused_adds_no_event(store: JobStore, read: Read) -> None:
     task = new_job(store)
     old = claimed(store, task)
-    store.release(old, lost=True)
+    store.tasks.release(old, lost=True)
     attempt = claimed(store, task)
-    store.cancel(task.job)
-    store.acknowledge_cancel(attempt)
+    store.records.cancel(task.job)
+    store.tasks.acknowledge_cancel(attempt)
     before = read(task.job)
     for late in (old, attempt):
-        store.renew(late, halfway())
-        store.fail(late, FAILURE)
-        store.succeed(late, NOTED, "folder")
-        store.release(late, lost=True)
-    store.cancel(task.job)
-    assert store.claim(task, "machine-2") is None
+        store.tasks.renew(late, halfway())
+        store.tasks.fail(late, FAILURE)
+        store.tasks.succeed(late, NOTED, "folder")
+        store.tasks.release(late, lost=True)
+    store.records.cancel(task.job)
+    assert store.tasks.claim(task, "machine-2") is None
     assert read(task.job) == before
 
 
@@ -239,8 +240,8 @@ def test_a_long_job_keeps_its_newest_progress_and_every_other_event(store: JobSt
     attempt = claimed(store, task)
     count = PROGRESS_KEPT + 500
     for done in range(1, count + 1):
-        store.renew(attempt, halfway(done))
-    store.fail(attempt, FAILURE)
+        store.tasks.renew(attempt, halfway(done))
+    store.tasks.fail(attempt, FAILURE)
     events = told(read(task.job))
     assert events[:3] == ["queued", "running", "attempt_started"]
     kept = events[3:-1]
@@ -254,13 +255,13 @@ def test_progress_is_forgotten_a_while_after_the_end_but_not_when_the_job_is_tri
     store: JobStore, redis: Redis, read: Read
 ) -> None:
     task = new_job(store)
-    store.fail(claimed(store, task), FAILURE)
+    store.tasks.fail(claimed(store, task), FAILURE)
     progress = f"test:progress:{task.job}"
     assert 0 < redis.ttl(progress) <= 3600
     assert redis.ttl(f"test:events:{task.job}") == -1
-    store.retry(task.job)
+    store.records.retry(task.job)
     assert redis.ttl(progress) == -1
-    store.fail(claimed(store, task), FAILURE)
+    store.tasks.fail(claimed(store, task), FAILURE)
     redis.delete(progress)  # as its expiry does
     start = ["running", "attempt_started"]
     assert told(read(task.job)) == ["queued", *start, "failed", "queued", *start, "failed"]
@@ -270,12 +271,12 @@ def test_a_retry_goes_on_in_the_same_log_and_the_earlier_end_does_not_end_the_st
     store: JobStore, read: Read, api: TestClient
 ) -> None:
     task = new_job(store)
-    store.fail(claimed(store, task), FAILURE)
+    store.tasks.fail(claimed(store, task), FAILURE)
     seen = read(task.job)[-1].id
     assert api.get(f"/jobs/{task.job}/events", headers={"Last-Event-ID": str(seen)}).status_code == 204
-    store.retry(task.job)
+    store.records.retry(task.job)
     attempt = claimed(store, task)
-    store.succeed(attempt, NOTED, "folder")
+    store.tasks.succeed(attempt, NOTED, "folder")
     start = ["running", "attempt_started", "loading 0"]
     second = ["queued", "queued 0", *start, "note", "note", "done 1", "succeeded"]
     assert told(read(task.job)) == ["queued", *start, "failed", *second]
@@ -288,8 +289,8 @@ def test_deleting_a_job_ends_its_readers_and_leaves_nothing_but_that_it_was(
     store: JobStore, redis: Redis, read: Read
 ) -> None:
     task = new_job(store)
-    store.fail(claimed(store, task), FAILURE)
-    assert store.delete(task.job)
+    store.tasks.fail(claimed(store, task), FAILURE)
+    assert store.records.delete(task.job)
     assert [key for key in redis.scan_iter("test:*") if task.job in str(key)] == [f"test:gone:{task.job}"]
     assert read(task.job) == []
 
@@ -307,7 +308,7 @@ def test_more_readers_than_connections_take_turns(store: JobStore, redis: Redis,
             readers = [group.create_task(follow(task)) for task in tasks]
             await asyncio.to_thread(wait_until, lambda: int(redis.info("clients")["blocked_clients"]) == 2, "two turns")
             for task in tasks:
-                await asyncio.to_thread(store.cancel, task.job)
+                await asyncio.to_thread(store.records.cancel, task.job)
         await watcher.close()
         return [reader.result() for reader in readers]
 
@@ -323,7 +324,7 @@ def test_a_change_wakes_those_who_wait_for_it(store: JobStore, redis: Redis, red
             group.create_task(watcher.change(task.job, 1, 60))
             group.create_task(watcher.end(task.job, 1, 60))
             await asyncio.to_thread(wait_until, lambda: int(redis.info("clients")["blocked_clients"]) == 2, "both")
-            await asyncio.to_thread(store.cancel, task.job)
+            await asyncio.to_thread(store.records.cancel, task.job)
         await watcher.close()
 
     asyncio.run(scenario())
@@ -337,8 +338,8 @@ def test_a_slow_reader_holds_no_connection_and_misses_nothing(store: JobStore, r
         slow = watcher.follow(task.job)
         first = await anext(slow)
         attempt = claimed(store, task)
-        store.renew(attempt, halfway())
-        store.fail(attempt, FAILURE)
+        store.tasks.renew(attempt, halfway())
+        store.tasks.fail(attempt, FAILURE)
         quick = [event async for event in watcher.follow(task.job)]
         assert told(quick)[-1] == "failed"
         assert [first, *[event async for event in slow]] == quick
@@ -365,7 +366,7 @@ def test_readers_that_go_give_their_connections_back(store: JobStore, redis: Red
                     wait_until, lambda: int(redis.info("clients")["blocked_clients"]) == 2, "two to wait"
                 )
                 group.cancel_scope.cancel()
-        store.cancel(task.job)
+        store.records.cancel(task.job)
         assert told([event async for event in watcher.follow(task.job)]) == ["queued", "cancelled"]
         await watcher.close()
 

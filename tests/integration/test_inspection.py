@@ -18,7 +18,7 @@ from app.contracts.requests import MergeRequest
 from app.services.bodies import read_body
 from app.services.checks import Accepted
 from app.services.inspection import Inspectors, Limits
-from app.storage.artifacts import ArtifactFolder
+from app.storage.artifacts.folder import FolderStore
 from tests.conftest import HANGS_S, tiny_recipe
 
 LONG = 1_000_000  # tokens that take some seconds to read
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
 
 @asynccontextmanager
 async def inspecting(inputs: Path, data: Path, limits: Limits = PATIENT) -> AsyncIterator[Inspectors]:
-    ArtifactFolder(data).prepare()
+    FolderStore(data).prepare()
     inspectors = Inspectors((inputs,), data, limits)
     inspectors.start()
     try:

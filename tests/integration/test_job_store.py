@@ -1,5 +1,7 @@
 """The job store and the queue against a real Redis, with a clock that the test moves."""
 
+import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -19,15 +21,27 @@ from app.contracts.jobs import (
     TaskId,
 )
 from app.storage.connection import connect_for_rq
-from app.storage.jobs import Deleted, JobStore
+from app.storage.jobs import JobStore
 from app.storage.queue import GRACE_MS, TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper
+from app.storage.records import Deleted
+from app.storage.scripts import FOLDER
 from tests.conftest import RESULT
-from worker.engine.catalog.contracts.report import ScoreResult, Timings
+from worker.engine.catalog.contracts.report import MergeSummary, ScoreResult, Search, Timings
 
 LEASE_S = 10
 MAX_LOSSES = 3
 SCORES = ScoreResult(models=[], method={}, timings=Timings(), peak_memory_bytes=1, device="cpu", notes=[])
+SEARCHED = RESULT.model_copy(
+    update={
+        "candidates": [],
+        "search": Search(
+            objective="mean_retention", search_rows={"a": 1}, held_out_rows={}, min_retention={}, feasible=True,
+            chosen=0, trials=[], failed=[],
+        ),
+    }
+)  # fmt: skip
+LONG = {"candidates", "search"}
 FAILURE = JobError(code=ErrorCode.INTERNAL, message="broken")
 
 
@@ -58,17 +72,17 @@ def queue(redis: Redis, redis_url: str, store: JobStore) -> TaskQueue:
 
 
 def new_job(store: JobStore, **labels: str) -> TaskId:
-    return TaskId(job=store.create({"some": "request"}, "name", labels).job_id, stage=Stage.MERGE)
+    return TaskId(job=store.records.create({"some": "request"}, "name", labels).job_id, stage=Stage.MERGE)
 
 
 def record_of(store: JobStore, task: TaskId) -> Record:
-    record = store.get(task.job)
+    record = store.records.get(task.job)
     assert record is not None
     return record
 
 
 def claimed(store: JobStore, task: TaskId) -> Attempt:
-    attempt = store.claim(task, "worker")
+    attempt = store.tasks.claim(task, "worker")
     assert attempt is not None
     return attempt
 
@@ -79,59 +93,131 @@ def test_a_new_job_is_queued_and_waits_to_be_dispatched(store: JobStore) -> None
     assert (record.status, record.attempt, record.revision) == (Status.QUEUED, 0, 1)
     assert record.request == {"some": "request"}
     assert record.labels == {"team": "search"}
-    assert store.due(0) == [task]
+    assert store.tasks.due(0) == [task]
 
 
 def test_a_job_has_its_kind_and_one_stored_before_there_were_kinds_is_a_merge(store: JobStore, redis: Redis) -> None:
-    scores = TaskId(job=store.create({}, "name", {}, kind=Kind.SCORES).job_id, stage=Stage.MERGE)
+    scores = TaskId(job=store.records.create({}, "name", {}, kind=Kind.SCORES).job_id, stage=Stage.MERGE)
     assert record_of(store, scores).kind is Kind.SCORES
-    assert store.succeed(claimed(store, scores), SCORES, "folder")
+    assert store.tasks.succeed(claimed(store, scores), SCORES, "folder")
     assert record_of(store, scores).result == SCORES
     merge = new_job(store)
     assert redis.hdel(f"test:job:{merge.job}", "kind") == 1
-    assert store.succeed(claimed(store, merge), RESULT, "folder")
+    assert store.tasks.succeed(claimed(store, merge), RESULT, "folder")
     assert (record_of(store, merge).kind, record_of(store, merge).result) == (Kind.MERGE, RESULT)
+
+
+def as_the_last_release_kept_it(store: JobStore, redis: Redis, task: TaskId) -> None:
+    """Writes a succeeded job's record anew as it was when a record held its result and there were no summaries."""
+    result = redis.getdel(f"test:result:{task.job}")
+    assert isinstance(result, str)
+    assert redis.hdel(f"test:job:{task.job}", "summary") == 1
+    assert redis.hset(f"test:job:{task.job}", "result", result) == 1
+    assert sorted(redis.hkeys(f"test:job:{task.job}")) == [
+        "artifact", "attempt", "created_ms", "finished_ms", "inputs", "kind", "labels", "name", "progress", "request",
+        "result", "revision", "started_ms", "status",
+    ]  # fmt: skip
+
+
+def test_records_of_the_last_release_are_read_listed_and_deleted(store: JobStore, redis: Redis, clock: Clock) -> None:
+    merge = new_job(store, team="search")
+    assert store.tasks.succeed(claimed(store, merge), SEARCHED, "folder")
+    clock.advance(1)
+    scores = TaskId(job=store.records.create({}, "name", {}, kind=Kind.SCORES).job_id, stage=Stage.MERGE)
+    assert store.tasks.succeed(claimed(store, scores), SCORES, "folder")
+    records = [record_of(store, task) for task in (merge, scores)]
+    listed = list(store.records.newest())
+    for task in (merge, scores):
+        as_the_last_release_kept_it(store, redis, task)
+    assert [record_of(store, task) for task in (merge, scores)] == records
+    assert records[0].result == SEARCHED
+    assert list(store.records.newest()) == listed
+    in_short = MergeSummary.model_validate(RESULT.model_dump(exclude=LONG))
+    assert [summary.result for summary in listed] == [SCORES, in_short]
+    assert [summary.id for summary in store.records.newest(labels=[("team", "search")])] == [merge.job]
+    assert store.records.delete(merge.job) is Deleted.DONE
+    assert [key for key in redis.scan_iter("test:*") if merge.job in str(key)] == [f"test:gone:{merge.job}"]
+
+
+def test_a_result_is_kept_beside_its_record_which_has_it_in_short(store: JobStore, redis: Redis) -> None:
+    task = new_job(store)
+    assert store.tasks.succeed(claimed(store, task), SEARCHED, "folder")
+    kept = json.loads(str(redis.get(f"test:result:{task.job}")))
+    assert kept == SEARCHED.model_dump(mode="json")
+    summary = json.loads(str(redis.hget(f"test:job:{task.job}", "summary")))
+    assert summary == {name: value for name, value in kept.items() if name not in LONG}
+    assert "result" not in redis.hkeys(f"test:job:{task.job}")
+    assert store.records.delete(task.job) is Deleted.DONE
+    assert not redis.exists(f"test:result:{task.job}")
+
+
+def test_scripts_change_what_belongs_to_a_job_through_one_function_alone() -> None:
+    scripts = {path.stem: path.read_text() for path in FOLDER.glob("*.lua")}
+    writes = re.compile(r"redis\.call\('(?!HGET|EXISTS)[A-Z]+', (job|result|events|progress_events)\b")
+    assert {name for name, text in scripts.items() if writes.search(text)} == {"prelude"}
+    changing = {"create", "claim", "renew", "finish", "release", "cancel", "retry", "time_out"}
+    assert {name for name, text in scripts.items() if "change_job(" in text} == {"prelude", *changing}
+
+
+def test_jobs_are_listed_by_status_and_labels_without_reading_what_is_long(store: JobStore, clock: Clock) -> None:
+    tasks = []
+    for number in range(5):
+        tasks.append(new_job(store, team="search", number=str(number % 2)))
+        clock.advance(1)
+    assert store.tasks.succeed(claimed(store, tasks[1]), SEARCHED, "folder")
+    assert store.records.cancel(tasks[3].job) is Status.CANCELLED
+
+    def listed(status: Status | None = None, *labels: tuple[str, str]) -> list[int]:
+        found = store.records.newest(status=status, labels=labels)
+        return [[task.job for task in tasks].index(summary.id) for summary in found]
+
+    assert listed() == [4, 3, 2, 1, 0]
+    assert listed(Status.QUEUED) == [4, 2, 0]
+    assert listed(Status.SUCCEEDED) == [1]
+    assert listed(None, ("number", "1")) == [3, 1]
+    assert listed(Status.CANCELLED, ("team", "search"), ("number", "1")) == [3]
+    assert listed(None, ("number", "0"), ("number", "1")) == listed(None, ("absent", "")) == []
 
 
 def test_only_one_worker_claims_a_task(store: JobStore) -> None:
     task = new_job(store)
-    first = store.claim(task, "one")
+    first = store.tasks.claim(task, "one")
     assert first is not None
     assert first.number == 1
-    assert store.claim(task, "two") is None
+    assert store.tasks.claim(task, "two") is None
     assert record_of(store, task).status is Status.RUNNING
-    assert store.due(2**53) == []
+    assert store.tasks.due(2**53) == []
 
 
 def test_a_worker_whose_claim_was_not_answered_claims_the_same_attempt_again(store: JobStore, clock: Clock) -> None:
     task = new_job(store)
-    first = store.claim(task, "one")
+    first = store.tasks.claim(task, "one")
     before = record_of(store, task)
     clock.advance(LEASE_S - 1)
-    assert store.claim(task, "one") == first
+    assert store.tasks.claim(task, "one") == first
     assert record_of(store, task) == before
     clock.advance(LEASE_S - 1)
-    assert store.expired() == []
-    assert store.claim(task, "two") is None
+    assert store.tasks.expired() == []
+    assert store.tasks.claim(task, "two") is None
 
 
 def test_a_lease_lasts_as_long_as_it_is_renewed(store: JobStore, clock: Clock) -> None:
     attempt = claimed(store, new_job(store))
     clock.advance(LEASE_S - 1)
-    assert store.renew(attempt) is Status.RUNNING
+    assert store.tasks.renew(attempt) is Status.RUNNING
     clock.advance(LEASE_S - 1)
-    assert store.expired() == []
+    assert store.tasks.expired() == []
     clock.advance(1)
-    assert store.expired() == [attempt]
+    assert store.tasks.expired() == [attempt]
 
 
 def test_renewing_records_progress_and_changes_the_revision(store: JobStore) -> None:
     task = new_job(store)
     attempt = claimed(store, task)
     before = record_of(store, task).revision
-    store.renew(attempt)
+    store.tasks.renew(attempt)
     assert record_of(store, task).revision == before
-    store.renew(attempt, Progress(phase=Phase.SCORING, done=1, total=2, unit="examples", fraction=0.5))
+    store.tasks.renew(attempt, Progress(phase=Phase.SCORING, done=1, total=2, unit="examples", fraction=0.5))
     after = record_of(store, task)
     assert after.revision == before + 1
     assert after.progress.fraction == 0.5
@@ -139,10 +225,10 @@ def test_renewing_records_progress_and_changes_the_revision(store: JobStore) -> 
 
 Write = Callable[[JobStore, Attempt], object]
 WRITES: dict[str, Write] = {
-    "succeed": lambda store, attempt: store.succeed(attempt, RESULT, "folder"),
-    "fail": lambda store, attempt: store.fail(attempt, FAILURE),
-    "renew": lambda store, attempt: store.renew(attempt, Progress(fraction=0.9)),
-    "release": lambda store, attempt: store.release(attempt, lost=False),
+    "succeed": lambda store, attempt: store.tasks.succeed(attempt, RESULT, "folder"),
+    "fail": lambda store, attempt: store.tasks.fail(attempt, FAILURE),
+    "renew": lambda store, attempt: store.tasks.renew(attempt, Progress(fraction=0.9)),
+    "release": lambda store, attempt: store.tasks.release(attempt, lost=False),
 }
 
 
@@ -151,56 +237,56 @@ def test_an_attempt_that_was_replaced_can_write_nothing(store: JobStore, clock: 
     task = new_job(store)
     old = claimed(store, task)
     clock.advance(LEASE_S + 1)
-    assert store.release(old, lost=True, only_expired=True)
+    assert store.tasks.release(old, lost=True, only_expired=True)
     new = claimed(store, task)
     before = record_of(store, task)
     assert not WRITES[write](store, old)
     assert record_of(store, task) == before
-    assert store.succeed(new, RESULT, "folder")
+    assert store.tasks.succeed(new, RESULT, "folder")
 
 
 @pytest.mark.parametrize("write", [name for name in WRITES if name != "succeed"])
 def test_a_job_ends_once(store: JobStore, write: str) -> None:
     task = new_job(store)
     attempt = claimed(store, task)
-    assert store.succeed(attempt, RESULT, "folder")
+    assert store.tasks.succeed(attempt, RESULT, "folder")
     before = record_of(store, task)
     assert before.status is Status.SUCCEEDED
     assert before.artifact == "folder"
     assert before.progress.fraction == 1
     assert not WRITES[write](store, attempt)
     assert record_of(store, task) == before
-    assert store.claim(task, "another") is None
+    assert store.tasks.claim(task, "another") is None
 
 
 def test_ending_a_job_again_because_the_answer_got_lost_is_no_failure(store: JobStore) -> None:
     """Otherwise the worker would take its result for unwanted and remove it."""
     task = new_job(store)
     attempt = claimed(store, task)
-    assert store.succeed(attempt, RESULT, "folder")
+    assert store.tasks.succeed(attempt, RESULT, "folder")
     before = record_of(store, task)
-    assert store.succeed(attempt, RESULT, "folder")
+    assert store.tasks.succeed(attempt, RESULT, "folder")
     assert record_of(store, task) == before
 
 
 def test_creating_a_job_again_because_the_answer_got_lost_changes_nothing(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.storage.jobs.secrets.token_hex", lambda count: "0" * 2 * count)
+    monkeypatch.setattr("app.storage.records.secrets.token_hex", lambda count: "0" * 2 * count)
     task = new_job(store)
     attempt = claimed(store, task)
     assert new_job(store) == task
-    assert store.renew(attempt) is Status.RUNNING
+    assert store.tasks.renew(attempt) is Status.RUNNING
     assert record_of(store, task).attempt == 1
 
 
 def test_a_lease_renewed_in_time_is_not_released_by_the_reaper(store: JobStore, clock: Clock) -> None:
     attempt = claimed(store, new_job(store))
     clock.advance(LEASE_S + 1)
-    assert store.expired() == [attempt]
-    store.renew(attempt)
-    assert not store.release(attempt, lost=True, only_expired=True)
-    assert store.renew(attempt) is Status.RUNNING
+    assert store.tasks.expired() == [attempt]
+    store.tasks.renew(attempt)
+    assert not store.tasks.release(attempt, lost=True, only_expired=True)
+    assert store.tasks.renew(attempt) is Status.RUNNING
 
 
 def test_handing_back_counts_as_no_loss(store: JobStore) -> None:
@@ -208,7 +294,7 @@ def test_handing_back_counts_as_no_loss(store: JobStore) -> None:
     for number in range(1, 2 * MAX_LOSSES):
         attempt = claimed(store, task)
         assert attempt.number == number
-        assert store.release(attempt, lost=False)
+        assert store.tasks.release(attempt, lost=False)
     assert record_of(store, task).status is Status.QUEUED
 
 
@@ -216,27 +302,27 @@ def test_a_job_that_loses_every_worker_fails_and_says_so(store: JobStore) -> Non
     task = new_job(store)
     for _ in range(MAX_LOSSES):
         assert record_of(store, task).status is Status.QUEUED
-        assert store.release(claimed(store, task), lost=True)
+        assert store.tasks.release(claimed(store, task), lost=True)
     record = record_of(store, task)
     assert record.status is Status.FAILED
     assert record.error is not None
     assert record.error.code is ErrorCode.WORKER_LOST
     assert record.error.retryable
     assert record.finished_ms is not None
-    assert store.expired() == []
-    assert store.due(2**53) == []
+    assert store.tasks.expired() == []
+    assert store.tasks.due(2**53) == []
 
 
 def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
-    first = store.create({}, "name", {}, ("key", "digest"))
-    again = store.create({}, "name", {}, ("key", "digest"))
+    first = store.records.create({}, "name", {}, ("key", "digest"))
+    again = store.records.create({}, "name", {}, ("key", "digest"))
     assert not first.existing
     assert (again.job_id, again.existing, again.same_body) == (first.job_id, True, True)
-    other = store.create({}, "name", {}, ("key", "another"))
+    other = store.records.create({}, "name", {}, ("key", "another"))
     assert (other.existing, other.same_body) == (True, False)
-    assert [record.id for record in store.newest()] == [first.job_id]
-    assert store.remembered("key", "digest") == again
-    assert store.remembered("no such key", "digest") is None
+    assert [record.id for record in store.records.newest()] == [first.job_id]
+    assert store.records.remembered("key", "digest") == again
+    assert store.records.remembered("no such key", "digest") is None
 
 
 def test_jobs_are_listed_newest_first_across_pages(store: JobStore, clock: Clock) -> None:
@@ -244,20 +330,20 @@ def test_jobs_are_listed_newest_first_across_pages(store: JobStore, clock: Clock
     for _ in range(205):
         ids.append(new_job(store).job)
         clock.advance(0.001)
-    assert [record.id for record in store.newest()] == ids[::-1]
-    assert [record.id for record in store.newest(after=ids[200])] == ids[199::-1]
+    assert [record.id for record in store.records.newest()] == ids[::-1]
+    assert [record.id for record in store.records.newest(after=ids[200])] == ids[199::-1]
 
 
 def test_live_workers_are_those_that_beat_lately(store: JobStore, clock: Clock) -> None:
-    store.beat("one", 10)
+    store.workers.beat("one", 10)
     clock.advance(6)
-    store.beat("two", 10)
-    assert store.live_workers() == 2
+    store.workers.beat("two", 10)
+    assert store.workers.count() == 2
     clock.advance(6)
-    assert store.live_workers() == 1
-    assert store.live_worker_names() == ["two"]
-    store.sign_off("two")
-    assert store.live_workers() == 0
+    assert store.workers.count() == 1
+    assert store.workers.names() == ["two"]
+    store.workers.sign_off("two")
+    assert store.workers.count() == 0
 
 
 def test_the_reaper_puts_an_expired_attempt_back_in_the_queue(
@@ -307,24 +393,24 @@ def test_the_states_form_a_closed_table() -> None:
 
 def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
     task = new_job(store)
-    assert store.cancel(task.job) is Status.CANCELLED
+    assert store.records.cancel(task.job) is Status.CANCELLED
     assert record_of(store, task).finished_ms is not None
-    assert store.claim(task, "worker") is None
-    assert store.due(2**53) == []
+    assert store.tasks.claim(task, "worker") is None
+    assert store.tasks.due(2**53) == []
 
 
 def test_a_running_job_is_asked_to_stop_and_its_attempt_says_when(store: JobStore) -> None:
     task = new_job(store)
     attempt = claimed(store, task)
-    assert not store.acknowledge_cancel(attempt)
-    assert store.cancel(task.job) is Status.CANCELLING
-    assert store.cancel(task.job) is Status.CANCELLING
-    assert store.renew(attempt) is Status.CANCELLING
-    assert not store.succeed(attempt, RESULT, "folder")
-    assert not store.fail(attempt, FAILURE)
-    assert store.acknowledge_cancel(attempt)
+    assert not store.tasks.acknowledge_cancel(attempt)
+    assert store.records.cancel(task.job) is Status.CANCELLING
+    assert store.records.cancel(task.job) is Status.CANCELLING
+    assert store.tasks.renew(attempt) is Status.CANCELLING
+    assert not store.tasks.succeed(attempt, RESULT, "folder")
+    assert not store.tasks.fail(attempt, FAILURE)
+    assert store.tasks.acknowledge_cancel(attempt)
     assert record_of(store, task).status is Status.CANCELLED
-    assert store.cancel(task.job) is Status.CANCELLED
+    assert store.records.cancel(task.job) is Status.CANCELLED
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -333,70 +419,70 @@ def test_a_job_that_loses_its_worker_while_it_is_cancelled_is_cancelled(
 ) -> None:
     task = new_job(store)
     attempt = claimed(store, task)
-    store.cancel(task.job)
+    store.records.cancel(task.job)
     clock.advance(LEASE_S + 1)
-    assert store.release(attempt, lost=lost)
+    assert store.tasks.release(attempt, lost=lost)
     assert record_of(store, task).status is Status.CANCELLED
-    assert store.due(2**53) == []
+    assert store.tasks.due(2**53) == []
 
 
 def test_a_job_that_ended_cannot_be_cancelled(store: JobStore) -> None:
     succeeded, failed = new_job(store), new_job(store)
-    store.succeed(claimed(store, succeeded), RESULT, "folder")
-    store.fail(claimed(store, failed), FAILURE)
+    store.tasks.succeed(claimed(store, succeeded), RESULT, "folder")
+    store.tasks.fail(claimed(store, failed), FAILURE)
     before = [record_of(store, task) for task in (succeeded, failed)]
-    assert [store.cancel(task.job) for task in (succeeded, failed)] == [Status.SUCCEEDED, Status.FAILED]
+    assert [store.records.cancel(task.job) for task in (succeeded, failed)] == [Status.SUCCEEDED, Status.FAILED]
     assert [record_of(store, task) for task in (succeeded, failed)] == before
-    assert store.cancel("0" * 28) is None
+    assert store.records.cancel("0" * 28) is None
 
 
 def test_retrying_begins_a_new_attempt_with_a_clean_record(store: JobStore) -> None:
     task = new_job(store)
     for _ in range(MAX_LOSSES):
-        store.release(claimed(store, task), lost=True)
+        store.tasks.release(claimed(store, task), lost=True)
     assert record_of(store, task).status is Status.FAILED
-    assert store.retry(task.job) == task
+    assert store.records.retry(task.job) == task
     record = record_of(store, task)
     assert (record.status, record.error, record.finished_ms) == (Status.QUEUED, None, None)
     attempt = claimed(store, task)
     assert attempt.number == MAX_LOSSES + 1
-    assert store.release(attempt, lost=True), "earlier losses do not count against the new run"
+    assert store.tasks.release(attempt, lost=True), "earlier losses do not count against the new run"
     assert record_of(store, task).status is Status.QUEUED
 
 
 def test_only_failed_and_cancelled_jobs_are_retried(store: JobStore) -> None:
     task = new_job(store)
-    assert store.retry(task.job) is None
+    assert store.records.retry(task.job) is None
     attempt = claimed(store, task)
-    assert store.retry(task.job) is None
-    store.cancel(task.job)
-    assert store.retry(task.job) is None
-    store.acknowledge_cancel(attempt)
-    assert store.retry(task.job) == task
-    store.succeed(claimed(store, task), RESULT, "folder")
-    assert store.retry(task.job) is None
-    assert store.retry("0" * 28) is None
+    assert store.records.retry(task.job) is None
+    store.records.cancel(task.job)
+    assert store.records.retry(task.job) is None
+    store.tasks.acknowledge_cancel(attempt)
+    assert store.records.retry(task.job) == task
+    store.tasks.succeed(claimed(store, task), RESULT, "folder")
+    assert store.records.retry(task.job) is None
+    assert store.records.retry("0" * 28) is None
 
 
 def test_only_jobs_that_ended_are_deleted_and_nothing_of_them_stays_but_that_they_were(
     store: JobStore, redis: Redis
 ) -> None:
     task = new_job(store)
-    assert store.delete(task.job) is Deleted.NOT_ENDED
+    assert store.records.delete(task.job) is Deleted.NOT_ENDED
     attempt = claimed(store, task)
-    assert store.delete(task.job) is Deleted.NOT_ENDED
-    store.fail(attempt, FAILURE)
-    assert store.gone(task.job) is None
-    assert store.delete(task.job) is Deleted.DONE
-    assert store.get(task.job) is None
+    assert store.records.delete(task.job) is Deleted.NOT_ENDED
+    store.tasks.fail(attempt, FAILURE)
+    assert store.records.gone(task.job) is None
+    assert store.records.delete(task.job) is Deleted.DONE
+    assert store.records.get(task.job) is None
     assert [key for key in redis.scan_iter("test:*") if task.job in str(key)] == [f"test:gone:{task.job}"]
-    assert list(store.newest()) == []
-    assert store.delete(task.job) is Deleted.NO_SUCH_JOB
-    assert store.gone(task.job) is Gone.DELETED
+    assert list(store.records.newest()) == []
+    assert store.records.delete(task.job) is Deleted.NO_SUCH_JOB
+    assert store.records.gone(task.job) is Gone.DELETED
 
 
 def timed(store: JobStore, seconds: float) -> TaskId:
-    return TaskId(job=store.create({}, "name", {}, deadline_seconds=seconds).job_id, stage=Stage.MERGE)
+    return TaskId(job=store.records.create({}, "name", {}, deadline_seconds=seconds).job_id, stage=Stage.MERGE)
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["waiting", "running"])
@@ -404,38 +490,38 @@ def test_a_job_past_its_deadline_fails_whether_it_waits_or_runs(store: JobStore,
     task = timed(store, 5.5)
     attempt = claimed(store, task) if runs else None
     clock.advance(5.4)
-    assert store.time_out() == 0
+    assert store.records.time_out() == 0
     clock.advance(0.1)
-    assert store.time_out() == 1
+    assert store.records.time_out() == 1
     record = record_of(store, task)
     assert record.status is Status.FAILED
     assert record.error is not None
     assert (record.error.code, record.error.retryable) == (ErrorCode.TIMEOUT, True)
     assert "deadline_seconds, 5.5" in record.error.message
     assert record.finished_ms == clock.now
-    assert store.time_out() == 0
-    assert (store.due(2**53), store.expired()) == ([], [])
+    assert store.records.time_out() == 0
+    assert (store.tasks.due(2**53), store.tasks.expired()) == ([], [])
     if attempt is not None:  # the worker hears of it, and nothing that it does counts
-        assert store.renew(attempt) is None
-        assert not store.succeed(attempt, RESULT, "folder")
-        assert not store.release(attempt, lost=True)
+        assert store.tasks.renew(attempt) is None
+        assert not store.tasks.succeed(attempt, RESULT, "folder")
+        assert not store.tasks.release(attempt, lost=True)
         assert record_of(store, task) == record
 
 
 def test_all_attempts_share_a_deadline_and_a_retry_has_as_long_again(store: JobStore, clock: Clock) -> None:
     task = timed(store, 10)
     clock.advance(4)
-    store.release(claimed(store, task), lost=True)
+    store.tasks.release(claimed(store, task), lost=True)
     clock.advance(4)
-    store.release(claimed(store, task), lost=False)
+    store.tasks.release(claimed(store, task), lost=False)
     clock.advance(2)
-    assert store.time_out() == 1
-    assert store.retry(task.job) == task
+    assert store.records.time_out() == 1
+    assert store.records.retry(task.job) == task
     clock.advance(9)
-    assert store.time_out() == 0
-    assert store.succeed(claimed(store, task), RESULT, "folder")
+    assert store.records.time_out() == 0
+    assert store.tasks.succeed(claimed(store, task), RESULT, "folder")
     clock.advance(100)
-    assert store.time_out() == 0
+    assert store.records.time_out() == 0
     assert record_of(store, task).status is Status.SUCCEEDED
 
 
@@ -445,10 +531,10 @@ def test_past_the_deadline_nothing_begins_and_nothing_succeeds_before_anybody_ha
     waiting, running = timed(store, 10), timed(store, 10)
     attempt = claimed(store, running)
     clock.advance(10)
-    assert store.claim(waiting, "worker") is None
-    assert not store.succeed(attempt, RESULT, "folder")
+    assert store.tasks.claim(waiting, "worker") is None
+    assert not store.tasks.succeed(attempt, RESULT, "folder")
     assert record_of(store, running).status is Status.RUNNING
-    assert store.time_out() == 2
+    assert store.records.time_out() == 2
     assert not [task for task in (waiting, running) if record_of(store, task).status is not Status.FAILED]
 
 
@@ -456,16 +542,16 @@ def test_a_job_that_is_being_cancelled_or_has_ended_has_no_deadline(
     store: JobStore, clock: Clock, redis: Redis
 ) -> None:
     cancelled, cancelling, failed, lost = [timed(store, 10) for _ in range(4)]
-    store.cancel(cancelled.job)
+    store.records.cancel(cancelled.job)
     attempt = claimed(store, cancelling)
-    store.cancel(cancelling.job)
-    store.fail(claimed(store, failed), FAILURE)
+    store.records.cancel(cancelling.job)
+    store.tasks.fail(claimed(store, failed), FAILURE)
     for _ in range(MAX_LOSSES):
-        store.release(claimed(store, lost), lost=True)
+        store.tasks.release(claimed(store, lost), lost=True)
     assert redis.zcard("test:deadlines") == 0
     clock.advance(100)
-    assert store.time_out() == 0
-    assert store.acknowledge_cancel(attempt)
+    assert store.records.time_out() == 0
+    assert store.tasks.acknowledge_cancel(attempt)
 
 
 RETENTION_S = 1000.0
@@ -478,7 +564,7 @@ def forgetting(redis: Redis, clock: Clock) -> JobStore:
 
 def ended(store: JobStore) -> TaskId:
     task = new_job(store)
-    assert store.succeed(claimed(store, task), RESULT, f"{task.job}.1")
+    assert store.tasks.succeed(claimed(store, task), RESULT, f"{task.job}.1")
     return task
 
 
@@ -486,29 +572,29 @@ def test_a_job_is_kept_for_its_time_after_its_end_and_no_longer(forgetting: JobS
     waiting = new_job(forgetting)
     failed = new_job(forgetting)
     clock.advance(RETENTION_S)
-    forgetting.fail(claimed(forgetting, failed), FAILURE)
+    forgetting.tasks.fail(claimed(forgetting, failed), FAILURE)
     record = record_of(forgetting, failed)
     assert record.expires_ms == clock.now + RETENTION_S * 1000
     clock.advance(RETENTION_S - 1)
-    assert list(forgetting.outlived()) == []
+    assert list(forgetting.records.outlived()) == []
     clock.advance(1)
-    assert [found.id for found in forgetting.outlived()] == [failed.job]
-    assert forgetting.expire(record)
-    assert not forgetting.expire(record)
-    assert (forgetting.get(failed.job), forgetting.gone(failed.job)) == (None, Gone.EXPIRED)
+    assert [found.id for found in forgetting.records.outlived()] == [failed.job]
+    assert forgetting.records.expire(record)
+    assert not forgetting.records.expire(record)
+    assert (forgetting.records.get(failed.job), forgetting.records.gone(failed.job)) == (None, Gone.EXPIRED)
     assert record_of(forgetting, waiting).expires_ms is None
 
 
 def test_a_job_that_is_tried_again_meanwhile_does_not_expire(forgetting: JobStore, clock: Clock) -> None:
     task = new_job(forgetting)
-    forgetting.fail(claimed(forgetting, task), FAILURE)
+    forgetting.tasks.fail(claimed(forgetting, task), FAILURE)
     clock.advance(RETENTION_S)
-    [record] = forgetting.outlived()
-    forgetting.retry(task.job)
-    assert not forgetting.expire(record)
-    forgetting.fail(claimed(forgetting, task), FAILURE)
-    assert not forgetting.expire(record)
-    assert list(forgetting.outlived()) == []
+    [record] = forgetting.records.outlived()
+    forgetting.records.retry(task.job)
+    assert not forgetting.records.expire(record)
+    forgetting.tasks.fail(claimed(forgetting, task), FAILURE)
+    assert not forgetting.records.expire(record)
+    assert list(forgetting.records.outlived()) == []
 
 
 def test_sweeps_at_their_usual_pace_release_what_has_the_shortest_lease(
@@ -520,7 +606,7 @@ def test_sweeps_at_their_usual_pace_release_what_has_the_shortest_lease(
     for _ in range(2):
         reaper.sweep()
         clock.advance(SWEEP_S)
-    assert not store.attempt_is_current(attempt.task, attempt.number)
+    assert not store.tasks.attempt_is_current(attempt.task, attempt.number)
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["waiting", "running"])
@@ -529,26 +615,26 @@ def test_a_job_whose_models_are_read_by_an_active_one_is_kept_until_that_ends(
 ) -> None:
     read, other = ended(forgetting), ended(forgetting)
     inputs = {f"job:{read.job}/a": "state", "local:b": "state"}
-    reading = TaskId(job=forgetting.create({}, "chain", {}, inputs=inputs).job_id, stage=Stage.MERGE)
+    reading = TaskId(job=forgetting.records.create({}, "chain", {}, inputs=inputs).job_id, stage=Stage.MERGE)
     attempt = claimed(forgetting, reading) if runs else None
     clock.advance(RETENTION_S)
-    assert [record.id for record in forgetting.outlived()] == [other.job]
-    forgetting.fail(attempt or claimed(forgetting, reading), FAILURE)
-    assert {record.id for record in forgetting.outlived()} == {read.job, other.job}
+    assert [record.id for record in forgetting.records.outlived()] == [other.job]
+    forgetting.tasks.fail(attempt or claimed(forgetting, reading), FAILURE)
+    assert {record.id for record in forgetting.records.outlived()} == {read.job, other.job}
 
 
 def test_many_outlived_jobs_are_found_page_by_page_while_they_are_removed(forgetting: JobStore, clock: Clock) -> None:
     jobs = [ended(forgetting) for _ in range(105)]
     clock.advance(RETENTION_S)
-    removed = [record.id for record in forgetting.outlived() if forgetting.expire(record)]
+    removed = [record.id for record in forgetting.records.outlived() if forgetting.records.expire(record)]
     assert sorted(removed) == sorted(task.job for task in jobs)
-    assert list(forgetting.newest()) == []
+    assert list(forgetting.records.newest()) == []
 
 
 def test_without_a_retention_nothing_expires(store: JobStore, clock: Clock) -> None:
     task = ended(store)
     clock.advance(10_000_000)
-    assert list(store.outlived()) == []
+    assert list(store.records.outlived()) == []
     assert record_of(store, task).expires_ms is None
 
 
@@ -560,8 +646,8 @@ def test_after_a_time_without_redis_leases_can_be_renewed_before_they_are_taken_
     reaper.sweep()
     clock.advance(LEASE_S * 3)  # no sweep came through
     reaper.sweep()
-    assert store.attempt_is_current(attempt.task, attempt.number)
+    assert store.tasks.attempt_is_current(attempt.task, attempt.number)
     for _ in range(4):
         clock.advance(LEASE_S / 4)
         reaper.sweep()
-    assert not store.attempt_is_current(attempt.task, attempt.number)
+    assert not store.tasks.attempt_is_current(attempt.task, attempt.number)

@@ -8,48 +8,49 @@ from redis import Redis
 
 from app.contracts.jobs import Attempt, Record, Stage, Status, TaskId
 from app.contracts.requests import MergeRequest
-from app.storage.artifacts import ArtifactFolder
-from app.storage.inputs import JobInputs, LocalInputs
+from app.storage.artifacts.folder import FolderStore
 from app.storage.jobs import JobStore
 from app.storage.searches import SearchFolder
+from app.storage.sources import Sources
+from app.storage.sources.source import SourceContext
 from tests.conftest import tiny_recipe, wait_until
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine_process import EngineProcess
-from worker.tasks import TaskRunner
+from worker.tasks import Storage, TaskRunner
 
 LEASE_S = 2
-Publish = Callable[[ArtifactFolder, JobStore, Attempt], str]
+Publish = Callable[[FolderStore, JobStore, Attempt], str]
 
 
-def cancel_first(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
-    assert store.cancel(attempt.task.job) is Status.CANCELLING
+def cancel_first(artifacts: FolderStore, store: JobStore, attempt: Attempt) -> str:
+    assert store.records.cancel(attempt.task.job) is Status.CANCELLING
     return artifacts.publish(attempt)
 
 
-def cancel_after_the_rename(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
+def cancel_after_the_rename(artifacts: FolderStore, store: JobStore, attempt: Attempt) -> str:
     name = artifacts.publish(attempt)
-    assert store.cancel(attempt.task.job) is Status.CANCELLING
+    assert store.records.cancel(attempt.task.job) is Status.CANCELLING
     return name
 
 
-def longer_than_the_lease(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
+def longer_than_the_lease(artifacts: FolderStore, store: JobStore, attempt: Attempt) -> str:
     """Until the lease as it was would have run out."""
     expiry = store.clock() + LEASE_S * 1000
     wait_until(lambda: store.clock() > expiry, "the lease's time to pass")
-    assert not store.expired()
+    assert not store.tasks.expired()
     return artifacts.publish(attempt)
 
 
-def undisturbed(artifacts: ArtifactFolder, store: JobStore, attempt: Attempt) -> str:
+def undisturbed(artifacts: FolderStore, store: JobStore, attempt: Attempt) -> str:
     return artifacts.publish(attempt)
 
 
-class DisturbedFolder(ArtifactFolder):
+class DisturbedFolder(FolderStore):
     """Publishes as `how` says."""
 
     def __init__(self, data_dir: Path, store: JobStore, how: Publish) -> None:
         super().__init__(data_dir)
-        self._undisturbed = ArtifactFolder(data_dir)
+        self._undisturbed = FolderStore(data_dir)
         self._store = store
         self._how = how
 
@@ -73,25 +74,21 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
     def run(how: Publish) -> Record:
         artifacts = DisturbedFolder(tmp_path, store, how)
         artifacts.prepare()
+        sources = Sources(SourceContext([tiny_inputs], tmp_path, artifacts, store.records.outcome))
+        statistics = StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9)
         runner = TaskRunner(
-            worker="test",
-            store=store,
-            artifacts=artifacts,
-            searches=SearchFolder(tmp_path),
-            inputs=LocalInputs([tiny_inputs]),
-            job_inputs=JobInputs(store.get, artifacts),
-            engine=engine,
-            statistics=StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9),
-            lease_seconds=LEASE_S,
+            "test",
+            Storage(store, sources, artifacts, SearchFolder(tmp_path), statistics),
+            engine,
             max_engine_bytes=2**40,
             is_stopping=lambda: False,
         )
         recipe = {**tiny_recipe("a", name="average"), "evaluate": False}
         del recipe["models"][0]["evaluation"]
         request = MergeRequest.model_validate(recipe)
-        task = TaskId(job=store.create(request.model_dump(mode="json"), "name", {}).job_id, stage=Stage.MERGE)
+        task = TaskId(job=store.records.create(request.model_dump(mode="json"), "name", {}).job_id, stage=Stage.MERGE)
         runner.run(str(task))
-        record = store.get(task.job)
+        record = store.records.get(task.job)
         assert record is not None
         return record
 

@@ -17,20 +17,20 @@ def test_only_journals_that_another_attempt_may_read_outlast_a_sweep(redis: Redi
     searches = SearchFolder(tmp_path)
 
     def attempt() -> Attempt:
-        task = TaskId(job=store.create({}, "name", {}).job_id, stage=Stage.MERGE)
-        claimed = store.claim(task, "worker")
+        task = TaskId(job=store.records.create({}, "name", {}).job_id, stage=Stage.MERGE)
+        claimed = store.tasks.claim(task, "worker")
         assert claimed is not None
         searches.begin(claimed).write_text("a trial\n")
         return claimed
 
     running, handed_back, failed, cancelled, succeeded, deleted = [attempt() for _ in range(6)]
-    store.release(handed_back, lost=False)
-    store.fail(failed, JobError(code=ErrorCode.WORKER_LOST, message="lost"))
-    store.cancel(cancelled.task.job)
-    store.acknowledge_cancel(cancelled)
-    store.succeed(succeeded, RESULT, "artifact")
-    store.fail(deleted, JobError(code=ErrorCode.WORKER_LOST, message="lost"))
-    store.delete(deleted.task.job)
+    store.tasks.release(handed_back, lost=False)
+    store.tasks.fail(failed, JobError(code=ErrorCode.WORKER_LOST, message="lost"))
+    store.records.cancel(cancelled.task.job)
+    store.tasks.acknowledge_cancel(cancelled)
+    store.tasks.succeed(succeeded, RESULT, "artifact")
+    store.tasks.fail(deleted, JobError(code=ErrorCode.WORKER_LOST, message="lost"))
+    store.records.delete(deleted.task.job)
     assert searches.sweep(partial(may_go_on, store)) == 3
     kept = {file.name.partition(".")[0] for file in (tmp_path / "searches").iterdir()}
     assert kept == {running.task.job, handed_back.task.job, failed.task.job}

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from app.contracts.errors import ProblemError
 from app.contracts.requests import MergeRequest
 from app.services.checks import Checker
-from app.storage.artifacts import ArtifactFolder
-from app.storage.hub import Hub
-from app.storage.inputs import JobInputs, LocalInputs
+from app.storage.artifacts import open_artifacts
+from app.storage.sources import Sources
+from app.storage.sources.source import SourceContext
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_language_models import LLAMA, tiny_model
@@ -209,11 +208,10 @@ def pair(models: dict[str, Path], tmp_path: Path) -> Callable[[str, str, Change]
 
 def of_validation(root: Path, data: Path) -> str | None:
     """The message with which validation refuses the merge, without the request's field; None if it accepts it."""
-    artifacts = ArtifactFolder(data)
+    artifacts = open_artifacts(data)
     artifacts.prepare()
-    checker = Checker(
-        LocalInputs((root,)), JobInputs(lambda _: None, artifacts), artifacts, Hub(nullcontext), lambda _: None
-    )
+    sources = Sources(SourceContext((root,), data, artifacts, lambda _: None))
+    checker = Checker(sources, artifacts.free_bytes, lambda _: None)
     models = [{"name": name, "checkpoint": f"local:{name}"} for name in "ab"]
     try:
         checker.check(MergeRequest.model_validate({"models": models, "method": {"name": "linear"}}))

@@ -9,7 +9,8 @@ import pytest
 
 from app.services.json_text import NotJson, parse_json
 from app.services.mergekit import HUB_NAME
-from app.storage.inputs import HUB, JOB
+from app.storage.sources.hf import HUB
+from app.storage.sources.job import JOB
 from tests.conftest import keeps_within
 from worker.engine.catalog.checkpoints import adapter_targets, adapters, headers, layouts, modules, vocabulary
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo

@@ -21,6 +21,12 @@ def test_settings_are_read_from_variables(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings.lease_seconds == 20
 
 
+def test_the_prefix_of_keys_is_the_name_of_the_queue_unless_it_is_set() -> None:
+    assert Settings().prefix == Settings().queue == "maskmerge"
+    assert Settings(queue="gpu").prefix == "gpu"
+    assert Settings(queue="gpu", key_prefix="records").prefix == "records"
+
+
 def test_settings_prints_every_setting_and_masks_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

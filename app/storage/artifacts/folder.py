@@ -1,0 +1,133 @@
+"""Published artifacts as folders: assembled out of sight, visible by one rename."""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from app.contracts.jobs import Attempt, Stage, TaskId
+from app.storage.artifacts.store import Manifest, artifact_name
+from app.storage.files import Damaged, LocalFile
+from app.storage.inputs import OnBytes, RootedPath
+from worker.engine.catalog.contracts.report import MANIFEST
+
+logger = logging.getLogger(__name__)
+
+
+class FolderStore:
+    """`work/<job>.<attempt>` while an attempt assembles, `artifacts/<job>.<attempt>` once published."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._work = data_dir.resolve() / "work"
+        self._published = data_dir.resolve() / "artifacts"
+
+    def prepare(self) -> None:
+        for folder in (self._work, self._published):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def is_writable(self) -> bool:
+        return all(folder.is_dir() and os.access(folder, os.W_OK) for folder in (self._work, self._published))
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self._work).free
+
+    def begin(self, attempt: Attempt) -> Path:
+        for parent in (self._work, self._published):
+            for earlier in parent.glob(f"{attempt.task.job}.*"):
+                shutil.rmtree(earlier, ignore_errors=True)
+        folder = self._work / artifact_name(attempt)
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish(self, attempt: Attempt) -> str:
+        """Rename the folder. Files are flushed first, so that a machine's crash after that leaves no empty ones."""
+        name = artifact_name(attempt)
+        folder = self._work / name
+        for path in [*folder.rglob("*"), folder]:
+            _flush(path)
+        (self._work / name).rename(self._published / name)
+        _flush(self._published)
+        return name
+
+    def discard(self, attempt: Attempt) -> None:
+        for parent in (self._work, self._published):
+            shutil.rmtree(parent / artifact_name(attempt), ignore_errors=True)
+
+    def remove(self, artifact: str) -> None:
+        shutil.rmtree(self._published / artifact, ignore_errors=True)
+
+    def open(self, artifact: str) -> "FolderArtifact":
+        return FolderArtifact(self._published / artifact)
+
+    def sweep(self, is_wanted: Callable[[TaskId, int, bool], bool]) -> int:
+        removed = 0
+        for parent in (self._work, self._published):
+            for folder in parent.iterdir() if parent.is_dir() else ():
+                job, dot, number = folder.name.partition(".")
+                if dot and number.isdigit():
+                    task = TaskId(job=job, stage=Stage.MERGE)
+                    if not is_wanted(task, int(number), parent is self._published):
+                        logger.info("removing %s, left by an attempt that did not end", folder.name)
+                        shutil.rmtree(folder, ignore_errors=True)
+                        removed += 1
+        return removed
+
+
+class FolderArtifact:
+    """A published folder, whose models may be read where they lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def files(self) -> Sequence[LocalFile]:
+        if not self._folder.is_dir():
+            raise FileNotFoundError(self._folder)
+        path = self._folder / MANIFEST
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise Damaged(f"{MANIFEST} is missing or broken") from error
+        listed = Manifest.parse(content).files
+        files = [LocalFile(file.name, file.bytes, file.sha256, self._folder / file.name) for file in listed]
+        return [*files, LocalFile(MANIFEST, len(content), hashlib.sha256(content).hexdigest(), path)]
+
+    @property
+    def models(self) -> Sequence[str]:
+        return list(self._models)
+
+    @contextmanager
+    def inspect(self, model: str) -> Iterator[RootedPath]:
+        yield self._checked(model)
+
+    def fetch(self, model: str, on_bytes: OnBytes) -> RootedPath:
+        return self._checked(model)
+
+    @cached_property
+    def _models(self) -> dict[str, Path]:
+        """Folders of the models, by name: `models/<name>`, and `model` where the artifact has but one."""
+        found = {path.name: path for path in sorted(self._folder.glob("models/*")) if path.is_dir()}
+        if (self._folder / "model").is_dir():
+            found.setdefault("model", self._folder / "model")
+        return found
+
+    def _checked(self, model: str) -> RootedPath:
+        """A model's folder, whose files all have their length."""
+        path = self._models[model]
+        name = path.relative_to(self._folder).as_posix()
+        for file in self.files:
+            if file.name.startswith(f"{name}/"):
+                file.check()
+        return RootedPath(path, self._folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

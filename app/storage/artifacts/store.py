@@ -1,0 +1,100 @@
+"""What a store of artifacts does, whichever kind it is.
+
+An attempt assembles its artifact in a folder of this machine and publishes it: before that no reader sees any of it,
+and after it, all. The job's record says which attempt's artifact is the job's; one that no record names is nobody's and
+is swept.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from app.contracts.jobs import Attempt, TaskId
+from app.storage.files import Damaged, StoredFile
+from app.storage.inputs import OnBytes, RootedPath
+from worker.engine.catalog.contracts.report import MANIFEST
+
+
+class Artifact(Protocol):
+    """A published artifact. Nothing of it is read before it is asked for; all of it raises
+
+    FileNotFoundError: there is no such artifact.
+    Damaged: its manifest is not what was written, or a file is missing or has another length.
+    """
+
+    @property
+    def files(self) -> Sequence[StoredFile]:
+        """Every file, from the manifest, which is the last of them and is read once. None is looked at yet."""
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names of the models, each a checkpoint."""
+
+    def inspect(self, model: str) -> AbstractContextManager[RootedPath]:
+        """A folder with what the headers of a model need: of its weights the headers are enough."""
+
+    def fetch(self, model: str, on_bytes: OnBytes) -> RootedPath:
+        """A folder with all files of a model."""
+
+
+class ArtifactStore(Protocol):
+    """Where artifacts are published. It raises OSError when it cannot be written or read."""
+
+    def prepare(self) -> None:
+        """Make the store ready for use."""
+
+    def is_writable(self) -> bool: ...
+
+    def free_bytes(self) -> int:
+        """Room for further artifacts."""
+
+    def begin(self, attempt: Attempt) -> Path:
+        """An empty folder, private to the attempt; what earlier attempts of the job left is removed."""
+
+    def publish(self, attempt: Attempt) -> str:
+        """Make the attempt's folder readable by its name, which is returned; all of it or nothing."""
+
+    def discard(self, attempt: Attempt) -> None:
+        """Remove whatever the attempt left, published or not."""
+
+    def open(self, artifact: str) -> Artifact: ...
+
+    def remove(self, artifact: str) -> None:
+        """Remove the artifact of a job that is forgotten."""
+
+    def sweep(self, is_wanted: Callable[[TaskId, int, bool], bool]) -> int:
+        """Remove what crashes left; `is_wanted(task, attempt, published)` says what stays. How much went."""
+
+
+class ManifestFile(BaseModel):
+    """The fields of a manifest's entry that are read here."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\x00]+(/[^/\x00]+)*$")]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below(cls, name: str) -> str:
+        if {".", ".."} & set(name.split("/")):
+            raise ValueError("leads out of its folder")
+        return name
+
+
+class Manifest(BaseModel):
+    files: list[ManifestFile]
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Manifest":
+        """Raises Damaged."""
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            raise Damaged(f"{MANIFEST} is missing or broken") from error
+
+
+def artifact_name(attempt: Attempt) -> str:
+    return f"{attempt.task.job}.{attempt.number}"

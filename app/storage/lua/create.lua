@@ -1,0 +1,15 @@
+-- Creates a queued job with its task. Returns false, or what the idempotency key remembers.
+local jobs, task, due, idempotency = unpack(KEYS, 6)
+local job_id, task_id, remembered, remembered_s = unpack(ARGV, 2, 5)
+if redis.call('EXISTS', job) == 1 then return false end
+if remembered ~= '' then
+  local before = redis.call('GET', idempotency)
+  if before then return before end
+  redis.call('SET', idempotency, remembered, 'EX', remembered_s)
+end
+redis.call('ZADD', jobs, 0, job_id)
+redis.call('HSET', task, 'state', 'queued', 'attempt', 0, 'losses', 0)
+redis.call('ZADD', due, 0, task_id)
+change_job({fields = {unpack(ARGV, 6)}, {'status', 'queued'}})
+start_the_time(task_id)
+return false

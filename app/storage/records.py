@@ -1,0 +1,296 @@
+"""Records of jobs: what became of each since it was accepted. They are the truth; RQ only carries task ids."""
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, cast
+
+from redis import Redis
+
+from app.contracts.jobs import (
+    ErrorCode,
+    Gone,
+    JobError,
+    Kind,
+    Outcome,
+    Progress,
+    Record,
+    RecordSummary,
+    Stage,
+    Status,
+    TaskId,
+)
+from app.storage.keys import Keys
+from app.storage.scripts import JobScripts, flat, listed, source
+from app.storage.sources.job import job_named
+from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
+
+GONE_KEPT_S = 30 * 86_400  # why a job is gone; what is left of its files is known for nobody's as long
+PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
+SUMMARY_FIELDS = (
+    "kind", "name", "status", "attempt", "created_ms", "started_ms", "finished_ms", "progress", "error", "labels",
+    "summary", "result",
+)  # fmt: skip
+
+
+class Deleted(IntEnum):
+    """The outcome of a deletion; the numbers are those of the script."""
+
+    NO_SUCH_JOB = 0
+    DONE = 1
+    NOT_ENDED = 2
+
+
+@dataclass(frozen=True)
+class Created:
+    """`existing` when the idempotency key was used before; `same_body` whether with the same body."""
+
+    job_id: str
+    existing: bool
+    same_body: bool = True
+
+
+@dataclass(frozen=True)
+class Outlived:
+    """A job that was kept for its time."""
+
+    id: str
+    finished_ms: int
+    artifact: str | None
+
+
+class Records:
+    """Stores records. It raises redis exceptions when Redis is away; everything else is a return value.
+
+    Args:
+        redis: a client with decode_responses.
+        retention_seconds: how long a job is kept after its end; for ever when None.
+    """
+
+    def __init__(self, redis: Redis, keys: Keys, scripts: JobScripts, retention_seconds: float | None) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._scripts = scripts
+        self._retention_ms = None if retention_seconds is None else int(retention_seconds * 1000)
+        self._summaries = redis.register_script(source("summaries"))
+
+    def create(
+        self,
+        request: dict[str, Any],
+        name: str,
+        labels: dict[str, str],
+        idempotency: tuple[str, str] | None = None,
+        idempotency_seconds: int = 86_400,
+        inputs: Mapping[str, str] | None = None,
+        kind: Kind = Kind.MERGE,
+        deadline_seconds: float | None = None,
+    ) -> Created:
+        """Create a queued job with its task.
+
+        Args:
+            idempotency: (key, digest of the body).
+            inputs: state of each checkpoint by its reference, for the worker to compare.
+            deadline_seconds: what the job may take from now on, or from a later retry, waiting included.
+        """
+        now = self._scripts.clock()
+        job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
+        task = _task(job_id)
+        fields = {
+            "kind": kind,
+            "name": name,
+            "attempt": 0,
+            "created_ms": now,
+            "request": json.dumps(request),
+            "labels": json.dumps(labels),
+            "inputs": json.dumps(inputs or {}),
+            "progress": Progress().model_dump_json(),
+        }
+        if deadline_seconds is not None:
+            fields["deadline_ms"] = int(deadline_seconds * 1000)
+        key, digest = idempotency or ("", "")
+        remembered = f"{job_id} {digest}" if key else ""
+        before = self._scripts.run(
+            "create",
+            job_id,
+            [self._keys.jobs, self._keys.task(task), self._keys.due, self._keys.idempotency(key)],
+            [job_id, str(task), remembered, idempotency_seconds, *flat(fields)],
+        )
+        return _earlier(str(before), digest) if before else Created(job_id, existing=False)
+
+    def remembered(self, idempotency_key: str, digest: str) -> Created | None:
+        """The job that the key made before, if there is one."""
+        before = self._redis.get(self._keys.idempotency(idempotency_key))
+        return _earlier(str(before), digest) if before else None
+
+    def get(self, job_id: str) -> Record | None:
+        """The whole record; None where there is no such job."""
+        fields = cast(dict[str, str], self._redis.hgetall(self._keys.record(job_id)))
+        if not fields:
+            return None
+        result: MergeResult | ScoreResult | None = None
+        if fields["status"] == Status.SUCCEEDED:
+            stored = fields.get("result") or cast(str | None, self._redis.get(self._keys.result(job_id)))
+            if stored is None:  # the job was deleted between the two reads
+                return None
+            result = (MergeResult if _kind(fields) is Kind.MERGE else ScoreResult).model_validate_json(stored)
+        return Record(
+            **self._core(job_id, fields),
+            revision=int(fields["revision"]),
+            request=json.loads(fields["request"]),
+            result=result,
+            inputs=json.loads(fields["inputs"]),
+            artifact=fields.get("artifact"),
+        )
+
+    def outcome(self, job_id: str) -> Outcome | Gone | None:
+        """What has become of a job; or why it is gone, or None where there never was one, as far as is known."""
+        status, artifact = cast(list[str | None], self._redis.hmget(self._keys.record(job_id), ["status", "artifact"]))
+        return self.gone(job_id) if status is None else Outcome(status=Status(status), artifact=artifact)
+
+    def newest(
+        self, after: str | None = None, status: Status | None = None, labels: Sequence[tuple[str, str]] = ()
+    ) -> Iterator[RecordSummary]:
+        """Jobs in short, newest first, older than the job `after`; read in pages as they are consumed.
+
+        Args:
+            status, labels: only jobs in this state, and with all of these labels.
+        """
+        begin = f"({after}" if after else "+"
+        while True:
+            arguments: list[str | int] = [begin, PAGE, self._keys.record(""), *SUMMARY_FIELDS]
+            found = cast(list[Any], self._summaries(keys=[self._keys.jobs], args=arguments))
+            ids, rows = cast(list[str], found[::2]), cast(list[list[str | None]], found[1::2])
+            for job_id, row in zip(ids, rows, strict=True):
+                fields = {name: value for name, value in zip(SUMMARY_FIELDS, row, strict=True) if value is not None}
+                if "status" not in fields or (status is not None and fields["status"] != status):
+                    continue
+                if labels and not set(labels) <= json.loads(fields["labels"]).items():
+                    continue
+                yield RecordSummary(**self._core(job_id, fields), result=_summary(fields))
+            if len(ids) < PAGE:
+                return
+            begin = f"({ids[-1]}"
+
+    def cancel(self, job_id: str) -> Status | None:
+        """Cancel what waits, ask what runs to stop; the job's status after it, None when there is no such job."""
+        task = _task(job_id)
+        status = self._scripts.run("cancel", job_id, [self._keys.task(task), self._keys.due], [str(task)])
+        return Status(status) if status else None
+
+    def retry(self, job_id: str) -> TaskId | None:
+        """Queue a failed or cancelled job anew; its task, to be dispatched. None when it is neither."""
+        task = _task(job_id)
+        again = listed(Status.QUEUED.predecessors - {Status.RUNNING})
+        keys = [self._keys.task(task), self._keys.due]
+        done = self._scripts.run("retry", job_id, keys, [str(task), again, Progress().model_dump_json()])
+        return task if done else None
+
+    def delete(self, job_id: str, *, ended_by_ms: int | None = None) -> Deleted:
+        """Forget a job that has ended (by `ended_by_ms`, if given). Its files then belong to no job."""
+        latest = 2**53 if ended_by_ms is None else ended_by_ms
+        why = Gone.DELETED if ended_by_ms is None else Gone.EXPIRED
+        keys = [self._keys.task(_task(job_id)), self._keys.jobs, self._keys.gone(job_id)]
+        return Deleted(self._scripts.run("delete", job_id, keys, [job_id, latest, why, GONE_KEPT_S]))
+
+    def gone(self, job_id: str) -> Gone | None:
+        """Why the job is gone; None when it exists, never existed, or was removed long ago."""
+        why = self._redis.get(self._keys.gone(job_id))
+        return Gone(str(why)) if why else None
+
+    def outlived(self) -> Iterator[Outlived]:
+        """Ended jobs that were kept for their time, oldest first, except those whose models an active job reads."""
+        if self._retention_ms is None:
+            return
+        ended_by = self._scripts.clock() - self._retention_ms
+        before = f"({max(0, ended_by) + 1:012x}"  # an id begins with the time that its job was made at
+        position, read = "-", None
+        while True:
+            ids = cast(list[str], self._redis.zrangebylex(self._keys.jobs, position, before, start=0, num=PAGE))
+            for job_id in ids:
+                finished, artifact = cast(
+                    list[str | None], self._redis.hmget(self._keys.record(job_id), ["finished_ms", "artifact"])
+                )
+                if finished is None or int(finished) > ended_by:
+                    continue
+                read = self._read_by_active_jobs() if read is None else read
+                if job_id not in read:
+                    yield Outlived(job_id, int(finished), artifact)
+            if len(ids) < PAGE:
+                return
+            position = f"({ids[-1]}"
+
+    def expire(self, job: Outlived | Record) -> bool:
+        """Forget an outlived job. False when it was retried meanwhile, or is gone already."""
+        return self.delete(job.id, ended_by_ms=job.finished_ms) is Deleted.DONE
+
+    def time_out(self) -> int:
+        """End the jobs whose deadline has passed, waiting or running; how many there were."""
+        names = cast(list[str], self._redis.zrangebyscore(self._keys.deadlines, "-inf", self._scripts.clock()))
+        ended = 0
+        for task in map(TaskId.parse, names):
+            allowed = self._redis.hget(self._keys.record(task.job), "deadline_ms")
+            error = JobError(
+                code=ErrorCode.TIMEOUT,
+                message=f"the job did not end within its deadline_seconds, {int(allowed or 0) / 1000:g}; a retry has "
+                "as long again",
+                retryable=True,
+            )
+            keys = [self._keys.task(task), self._keys.leases, self._keys.due]
+            ended += self._scripts.run("time_out", task.job, keys, [str(task), error.model_dump_json()])
+        return ended
+
+    def _read_by_active_jobs(self) -> set[str]:
+        """Ids of the jobs whose models active jobs name."""
+        tasks = [name for key in (self._keys.due, self._keys.leases) for name in self._redis.zrange(key, 0, -1)]
+        active = [self._redis.hget(self._keys.record(TaskId.parse(str(name)).job), "inputs") for name in tasks]
+        named = (job_named(reference) for inputs in active if inputs is not None for reference in json.loads(inputs))
+        return {job_id for job_id in named if job_id is not None}
+
+    def _core(self, job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+        """The fields of `RecordCore`."""
+
+        def number(name: str) -> int | None:
+            return int(fields[name]) if name in fields else None
+
+        finished, retention = number("finished_ms"), self._retention_ms
+        return {
+            "id": job_id,
+            "kind": _kind(fields),
+            "name": fields["name"],
+            "status": Status(fields["status"]),
+            "attempt": int(fields["attempt"]),
+            "created_ms": int(fields["created_ms"]),
+            "started_ms": number("started_ms"),
+            "finished_ms": finished,
+            "expires_ms": None if finished is None or retention is None else finished + retention,
+            "progress": Progress.model_validate_json(fields["progress"]),
+            "error": JobError.model_validate_json(fields["error"]) if "error" in fields else None,
+            "labels": json.loads(fields["labels"]),
+        }
+
+
+def _task(job_id: str) -> TaskId:
+    """The task that does all of a job's work."""
+    return TaskId(job=job_id, stage=Stage.MERGE)
+
+
+def _kind(fields: Mapping[str, str]) -> Kind:
+    return Kind(fields.get("kind", Kind.MERGE))  # records that were stored before there were kinds have none
+
+
+def _summary(fields: Mapping[str, str]) -> MergeSummary | ScoreResult | None:
+    """The result in short. Records of releases that kept no summary have the result itself."""
+    summary = MergeSummary if _kind(fields) is Kind.MERGE else ScoreResult
+    if "summary" in fields:
+        return summary.model_validate_json(fields["summary"])
+    if "result" in fields:
+        result = json.loads(fields["result"])
+        return summary.model_validate({name: result[name] for name in summary.model_fields if name in result})
+    return None
+
+
+def _earlier(remembered: str, digest: str) -> Created:
+    job_id, _, earlier_digest = remembered.partition(" ")
+    return Created(job_id, existing=True, same_body=earlier_digest == digest)

@@ -1,0 +1,71 @@
+"""The Lua scripts that change what Redis holds of jobs.
+
+Each write is one script, so that it is whole or not at all, and a compare-and-set: against the job's status (the
+transitions of `Status`) and, from a worker, against its attempt number. When an answer gets lost the client asks again
+by itself, so creating a job, claiming it, recording its progress and ending it are the same the second time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+from redis.commands.core import Script
+
+from app.contracts.jobs import Status
+from app.storage.keys import Keys
+
+Clock = Callable[[], int]
+"""Milliseconds since the epoch."""
+
+FOLDER = Path(__file__).parent / "lua"
+PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
+PROGRESS_KEPT_S = 3600  # after the job's end; its other events stay as long as its record
+CONSTANTS = (
+    f"local FINAL = {{{', '.join(f'{status} = true' for status in Status if status.is_final)}}}\n"
+    f"local PROGRESS_KEPT, PROGRESS_KEPT_S = {PROGRESS_KEPT}, {PROGRESS_KEPT_S}\n"
+)
+
+
+class JobScripts:
+    """Runs the scripts in `app/storage/lua`, each of which begins with `prelude.lua`.
+
+    Args:
+        redis: a client with decode_responses.
+        clock: Redis' own by default, so that the machines of a deployment need not agree on the time.
+    """
+
+    def __init__(self, redis: Redis, keys: Keys, clock: Clock | None = None) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._scripts: dict[str, Script] = {}
+        self.clock = clock or self._redis_clock
+
+    def run(self, name: str, job_id: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """Run a script on a job, with the keys and the time that all scripts begin with."""
+        if name not in self._scripts:
+            self._scripts[name] = self._redis.register_script(CONSTANTS + source("prelude") + source(name))
+        names = self._keys
+        shared = [names.record(job_id), names.result(job_id), names.events(job_id), names.progress(job_id)]
+        return self._scripts[name](keys=[*shared, names.deadlines, *keys], args=[self.clock(), *arguments])
+
+    def _redis_clock(self) -> int:
+        seconds, micros = self._redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+
+@cache
+def source(name: str) -> str:
+    """The text of a script."""
+    return (FOLDER / f"{name}.lua").read_text(encoding="utf-8")
+
+
+def listed(statuses: Iterable[Status]) -> str:
+    """Statuses as scripts search them: ,a,b,"""
+    return "," + ",".join(sorted(statuses)) + ","
+
+
+def flat(fields: dict[str, Any]) -> list[Any]:
+    """A hash's fields as Redis takes them: each name followed by its value."""
+    return [part for pair in fields.items() for part in pair]

@@ -1,0 +1,68 @@
+"""Where inputs come from. The kinds of reference are told apart here and nowhere else.
+
+The source behind a scheme is the file of that name in this folder, with `opened(context)`, a `Source`, and `IS_REMOTE`:
+whether its answers come from other machines, which may take their time. It is imported when a reference needs it.
+"""
+
+from contextlib import AbstractContextManager
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from types import ModuleType
+
+from app.contracts.references import Reference, ReferenceError
+from app.storage.inputs import OnBytes, RootedPath
+from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+
+
+class Sources:
+    """Every source of this service. Each method raises as those of `Source`."""
+
+    def __init__(self, context: SourceContext) -> None:
+        self._context = context
+        self._opened: dict[str, Source] = {}
+
+    def resolve(self, text: str, kind: InputKind) -> Reference:
+        reference = Reference.parse(text)
+        return self._of(reference).resolve(reference, kind)
+
+    def inspect(self, reference: Reference) -> AbstractContextManager[RootedPath]:
+        return self._of(reference).inspect(reference)
+
+    def inspect_rows(self, reference: Reference) -> AbstractContextManager[RootedPath | None]:
+        return self._of(reference).inspect_rows(reference)
+
+    def fetch(self, text: str, kind: InputKind, state: str | None, on_bytes: OnBytes) -> FetchedInput:
+        reference = Reference.parse(text)
+        return self._of(reference).fetch(reference, kind, state, on_bytes)
+
+    def state(self, info: CheckpointInfo) -> str | None:
+        return self._of(Reference.parse(info.source)).state(info)
+
+    def _of(self, reference: Reference) -> Source:
+        if reference.scheme not in self._opened:
+            self._opened[reference.scheme] = _module(reference.scheme).opened(self._context)
+        return self._opened[reference.scheme]
+
+
+def is_remote(text: str) -> bool:
+    """Whether a reference names what another machine must be asked for; False for malformed ones."""
+    try:
+        return bool(_module(Reference.parse(text).scheme).IS_REMOTE)
+    except ReferenceError:
+        return False
+
+
+def preload() -> None:
+    """Import every source with the libraries that it uses."""
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+
+
+def _module(scheme: str) -> ModuleType:
+    name = f"{__name__}.{scheme}"
+    if find_spec(name) is None:
+        others = "use local: or hf:, or job: for a model"
+        raise ReferenceError(f"'{scheme}:' references are not available yet; {others}", available=False)
+    return import_module(name)

@@ -1,0 +1,108 @@
+"""`job:ID/MODEL`: models of earlier jobs' artifacts, so that merges can be chained."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+from app.contracts.jobs import Gone, Outcome, Status, absence
+from app.contracts.references import Reference, ReferenceError
+from app.storage.artifacts.store import Artifact, ArtifactStore
+from app.storage.files import Damaged
+from app.storage.inputs import OnBytes, RootedPath
+from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
+
+IS_REMOTE = False
+JOB = re.compile(r"(?P<job>[0-9a-f]{28})/(?P<model>(?!\.+$)[A-Za-z0-9._-]{1,64})")
+
+
+def opened(context: SourceContext) -> Source:
+    return JobSource(context.outcome, context.artifacts)
+
+
+def job_named(text: str) -> str | None:
+    """Id of the job whose model a reference names; None for references of other kinds, and for malformed ones."""
+    try:
+        reference = Reference.parse(text)
+        return _parsed(reference)[0] if reference.scheme == "job" else None
+    except ReferenceError:
+        return None
+
+
+class JobSource:
+    """Finds models in the artifacts of jobs that succeeded.
+
+    Args:
+        outcome: see `SourceContext`.
+    """
+
+    def __init__(self, outcome: Callable[[str], Outcome | Gone | None], artifacts: ArtifactStore) -> None:
+        self._outcome = outcome
+        self._artifacts = artifacts
+
+    def resolve(self, reference: Reference, kind: InputKind) -> Reference:
+        if kind == "rows":
+            raise ReferenceError(f"'{reference}' names a model of a job, which has no rows; use local: or hf:")
+        return reference
+
+    @contextmanager
+    def inspect(self, reference: Reference) -> Iterator[RootedPath]:
+        with ExitStack() as held:
+            with _intact(reference):
+                artifact, model = self._artifact(reference)
+                place = held.enter_context(artifact.inspect(model))
+            yield place
+
+    def inspect_rows(self, reference: Reference) -> AbstractContextManager[RootedPath | None]:
+        raise TypeError(f"{reference} was resolved, though it has no rows")
+
+    def fetch(self, reference: Reference, kind: InputKind, state: str | None, on_bytes: OnBytes) -> FetchedInput:
+        try:
+            with _intact(reference):
+                artifact, model = self._artifact(reference)
+                return FetchedInput(artifact.fetch(model, on_bytes), state=state)
+        except ReferenceError as error:
+            job, _ = _parsed(reference)
+            if isinstance(self._outcome(job), Outcome):
+                raise
+            raise ReferenceError(f"job {job} was deleted after this one was accepted") from error
+
+    def state(self, info: CheckpointInfo) -> str | None:
+        return checkpoint_state(info)
+
+    def _artifact(self, reference: Reference) -> tuple[Artifact, str]:
+        """The artifact, and the model's name in it.
+
+        Raises:
+            ReferenceError: there is no such job, it did not succeed, or its artifact has no such model.
+        """
+        name, model = _parsed(reference)
+        job = self._outcome(name)
+        if job is None or isinstance(job, Gone):
+            raise ReferenceError(f"'{reference}': {absence(name, job)}")
+        if job.status is not Status.SUCCEEDED or job.artifact is None:
+            raise ReferenceError(f"'{reference}': job {name} is {job.status}, and has no models before it succeeded")
+        artifact = self._artifacts.open(job.artifact)
+        if model not in artifact.models:
+            there = f"there are {', '.join(artifact.models)}" if artifact.models else "it made none"
+            raise ReferenceError(f"'{reference}': job {name} has no model {model}; {there}")
+        return artifact, model
+
+
+@contextmanager
+def _intact(reference: Reference) -> Iterator[None]:
+    """Turn what is found wrong with an artifact into a ReferenceError."""
+    try:
+        yield
+    except (FileNotFoundError, Damaged) as error:
+        why = str(error) if isinstance(error, Damaged) else "it is gone"
+        job, _ = _parsed(reference)
+        raise ReferenceError(f"'{reference}': the artifact of job {job} is damaged: {why}") from error
+
+
+def _parsed(reference: Reference) -> tuple[str, str]:
+    """(the job's id, the model's name). Raises ReferenceError."""
+    match = JOB.fullmatch(reference.rest)
+    if match is None:
+        raise ReferenceError(f"'{str(reference)[:200]}' is no model of a job; write job:ID/MODEL")
+    return match["job"], match["model"]
