@@ -230,7 +230,7 @@ def test_what_is_found_of_roberta_holds_of_those_that_share_its_code(family: str
     """Scores to the bit, so that studies of RoBERTa's rounding need no repetition."""
     roberta = make_case("roberta", tmp_path).experts["two"]
     other = Path(shutil.copytree(roberta, tmp_path / "other"))
-    edit_json(other / "config.json", model_type=family, architectures=list(FAMILIES[family].architectures))
+    edit_json(other / "config.json", model_type=family, architectures=[FAMILIES[family].head.architecture])
     found = []
     for checkpoint in (roberta, other):
         loaded = load(inspect_checkpoint(checkpoint, checkpoint.name), CPU)
@@ -499,13 +499,13 @@ def test_a_missing_tensor_is_refused_by_name_whoever_lacks_it(case: Case, tmp_pa
 
 
 def test_every_module_of_the_head_is_needed_and_its_last_counts_the_labels(case: Case, tmp_path: Path) -> None:
-    for module in case.table.heads:
+    for module in case.table.head.modules:
         pair = copied(case, tmp_path / module)
         edit_tensors(pair[0], lambda found, m=module: {n: t for n, t in found.items() if n != f"{m}.weight"})  # type: ignore[misc]
         assert_refused(pair, InvalidCheckpoint, f"no tensor {module}.weight")
     pair = copied(case, tmp_path / "labels")
     edit_json(pair[1] / "config.json", id2label={str(i): f"l{i}" for i in range(5)})
-    assert_refused(pair, InvalidCheckpoint, "5 labels", f"{case.table.logits}.weight", "[3, 16]")
+    assert_refused(pair, InvalidCheckpoint, "5 labels", f"{case.table.head.logits}.weight", "[3, 16]")
 
 
 def test_another_family_is_refused_by_both_names(case: Case, tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_another_family_is_refused_by_both_names(case: Case, tmp_path: Path) -> 
 def test_another_architecture_of_the_family_is_refused(case: Case, tmp_path: Path) -> None:
     pair = copied(case, tmp_path)
     edit_json(pair[0] / "config.json", architectures=["SomethingForTokenClassification"])
-    assert_refused(pair, IncompatibleCheckpoints, "SomethingForTokenClassification", case.table.architectures[0])
+    assert_refused(pair, IncompatibleCheckpoints, "SomethingForTokenClassification", case.table.head.architecture)
 
 
 def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> None:
@@ -695,7 +695,7 @@ def test_every_module_that_a_table_names_is_in_a_model() -> None:
                 found |= dict(AutoModelForSequenceClassification.from_config(config).named_modules()).keys()
         inner = [table.layer_path(0) + module for module in table.layer_modules]
         outer = [table.prefix + module for module in table.outer_modules]
-        assert {*inner, *outer, *table.heads, table.embeddings} <= found
+        assert {*inner, *outer, *table.head.modules, table.embeddings} <= found
 
 
 def test_every_table_is_tested() -> None:

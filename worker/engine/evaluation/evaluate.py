@@ -20,7 +20,7 @@ OnRows = Callable[[int], None]
 
 def head_of(loaded: LoadedModel) -> nn.Linear:
     """The linear layer that gives the logits."""
-    module = loaded.model.get_submodule(FAMILIES[loaded.info.model_type].logits)
+    module = loaded.model.get_submodule(FAMILIES[loaded.info.model_type].head.logits)
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{loaded.info.architecture} has no linear head")
     return module

@@ -64,5 +64,5 @@ def align_head(
         outputs += bias.double()
     features = head_inputs(merged, examples if merged_examples is None else merged_examples, precision, on_rows)
     new_weight, new_bias = aligned(features, outputs, weight, bias, ridge)
-    name = FAMILIES[expert.info.model_type].logits
+    name = FAMILIES[expert.info.model_type].head.logits
     return {f"{name}.weight": new_weight} | ({} if new_bias is None else {f"{name}.bias": new_bias})

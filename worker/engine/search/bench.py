@@ -200,7 +200,7 @@ class Bench:
 
     def stored_head(self, index: int, head: Head) -> Head:
         """The last layer of the expert `index` as it would be stored."""
-        logits = FAMILIES[self._models[index].info.model_type].logits
+        logits = FAMILIES[self._models[index].info.model_type].head.logits
 
         def stored(part: str, values: Tensor) -> Tensor:
             name = f"{logits}.{part}"

@@ -361,7 +361,7 @@ def _of_base(base: CheckpointInfo, family: Family | None) -> dict[str, TensorInf
         slot = family.slot(tensor.name) or family.slot(family.prefix + tensor.name)
         if slot is None or slot.kind is Kind.UNREAD:
             continue
-        if slot.kind is Kind.HEAD and base.architecture not in family.architectures:
+        if slot.kind is Kind.HEAD and base.architecture != family.head.architecture:
             continue
         if slot.name in found:
             raise InvalidCheckpoint(base.source, f"tensor {slot.name} is there under two spellings")
@@ -450,17 +450,17 @@ def _task_config(
     adapter: Adapter, path: Path, base: CheckpointInfo, family: Family, replaced: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
     """The base's configuration, with what says which head there is and what its outputs are called."""
-    task_type, is_classifier = adapter.config.task_type, base.architecture in family.architectures
+    task_type, is_classifier = adapter.config.task_type, base.architecture == family.head.architecture
     if task_type not in (None, "SEQ_CLS"):
         problem = f"task_type {task_type[:40]} is not available for {family.model_type}; SEQ_CLS is"
         raise InvalidCheckpoint(adapter.source, problem)
-    logits = replaced.get(f"{family.logits}.weight")
+    logits = replaced.get(f"{family.head.logits}.weight")
     if logits is None and not is_classifier:
         problem = f"neither it nor {base.source} has a head; save it with modules_to_save, as PEFT does for SEQ_CLS"
         raise InvalidCheckpoint(adapter.source, problem)
     if logits is None:
         return base.config
-    architectures = base.config["architectures"] if is_classifier else [family.architectures[0]]
+    architectures = base.config["architectures"] if is_classifier else [family.head.architecture]
     return {**_labelled(adapter, path, base, logits, is_classifier), "architectures": architectures}
 
 

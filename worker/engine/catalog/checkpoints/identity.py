@@ -87,7 +87,7 @@ class Identity:
         if kind is None or self.known is None or self.known.converted:
             return []
         family = FAMILIES.get(self.info.model_type)
-        slot = family.slot if family and self.known.name in family.architectures else lambda name: None
+        slot = family.slot if family and self.known.name == family.head.architecture else lambda name: None
         unread = [name for name, own in self.names.items() if not self._reads(own) and slot(name) is None]
         if self.is_usual:
             return unread

@@ -103,10 +103,10 @@ def task_of(info: CheckpointInfo) -> Task:
     config, family = info.config, FAMILIES[info.model_type]
     names = _labels(info, "id2label")
     outputs = len(names) if names else config.get("num_labels", 2)
-    for module in family.heads:
+    for module in family.head.modules:
         if f"{module}.weight" not in info.tensors:
             raise InvalidCheckpoint(info.source, f"no tensor {module}.weight, which {info.architecture} needs")
-    logits = info.tensors[f"{family.logits}.weight"]
+    logits = info.tensors[f"{family.head.logits}.weight"]
     if logits.shape[:1] != (outputs,):
         raise InvalidCheckpoint(
             info.source, f"config.json names {outputs} labels, {logits.name} has shape {list(logits.shape)}"

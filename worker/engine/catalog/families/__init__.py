@@ -5,6 +5,7 @@ from worker.engine.catalog.families.camembert import CAMEMBERT
 from worker.engine.catalog.families.deberta_v2 import DEBERTA_V2
 from worker.engine.catalog.families.distilbert import DISTILBERT
 from worker.engine.catalog.families.electra import ELECTRA
+from worker.engine.catalog.families.head import Head
 from worker.engine.catalog.families.mpnet import MPNET
 from worker.engine.catalog.families.roberta import ROBERTA
 from worker.engine.catalog.families.table import Family, Kind, Nodes, Owner, Site, Slot
@@ -15,4 +16,4 @@ FAMILIES: dict[str, Family] = {
     for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA, DEBERTA_V2, MPNET)
 }
 
-__all__ = ["FAMILIES", "Family", "Kind", "Nodes", "Owner", "Site", "Slot"]
+__all__ = ["FAMILIES", "Family", "Head", "Kind", "Nodes", "Owner", "Site", "Slot"]

@@ -1,10 +1,11 @@
 """BERT (Devlin et al. 2019) for sequence classification and regression."""
 
+from worker.engine.catalog.families.head import Head
 from worker.engine.catalog.families.table import Family, Kind
 
 BERT = Family(
     model_type="bert",
-    architectures=("BertForSequenceClassification",),
+    head=Head("BertForSequenceClassification", ("classifier",), reads_first_token=True),
     prefix="bert.",
     embeddings="bert.embeddings",
     layers="encoder.layer.{layer}",
@@ -25,7 +26,6 @@ BERT = Family(
         "embeddings.LayerNorm": Kind.EMBEDDING,
         "pooler.dense": Kind.POOLER,  # pre-trained with the next-sentence task, so experts share its ancestor too
     },
-    heads=("classifier",),
     unread=("embeddings.position_ids",),
     config_names={
         "layers": "num_hidden_layers",
@@ -36,5 +36,4 @@ BERT = Family(
     },
     settings={"vocab_size": 30522, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
     supported={"position_embedding_type": "absolute"},
-    reads_first_token=True,
 )

@@ -7,6 +7,6 @@ from worker.engine.catalog.families.roberta import ROBERTA
 CAMEMBERT = replace(
     ROBERTA,
     model_type="camembert",
-    architectures=("CamembertForSequenceClassification",),
+    head=replace(ROBERTA.head, architecture="CamembertForSequenceClassification"),
     settings={**ROBERTA.settings, "vocab_size": 30522},
 )

@@ -1,11 +1,12 @@
 """DeBERTa v2 and v3 (He et al. 2021, arXiv 2006.03654, 2111.09543) for sequence classification and regression."""
 
 from worker.engine.catalog.families.bert import BERT
+from worker.engine.catalog.families.head import Head
 from worker.engine.catalog.families.table import Family, Kind
 
 DEBERTA_V2 = Family(
     model_type="deberta-v2",
-    architectures=("DebertaV2ForSequenceClassification",),
+    head=Head("DebertaV2ForSequenceClassification", ("pooler.dense", "classifier"), reads_first_token=True),
     prefix="deberta.",
     embeddings="deberta.embeddings",
     layers="encoder.layer.{layer}",
@@ -35,7 +36,6 @@ DEBERTA_V2 = Family(
     },
     # Unlike BERT's, the pooler is no part of what was pre-trained: each fine-tuning draws its own, so two of them have
     # no ancestor in common and their mean is a mean of strangers. It stays with the classifier that learnt to read it.
-    heads=("pooler.dense", "classifier"),
     unread=("embeddings.position_ids",),
     # With relative positions alone any length would run; beyond these positions, none was ever trained.
     config_names=BERT.config_names,
@@ -56,5 +56,4 @@ DEBERTA_V2 = Family(
     },
     supported={},
     attention_rows=5,  # with what tokens say to positions, and positions to tokens
-    reads_first_token=True,
 )

@@ -1,10 +1,11 @@
 """DistilBERT (Sanh et al. 2019, arXiv 1910.01108) for sequence classification and regression."""
 
+from worker.engine.catalog.families.head import Head
 from worker.engine.catalog.families.table import Family, Kind
 
 DISTILBERT = Family(
     model_type="distilbert",
-    architectures=("DistilBertForSequenceClassification",),
+    head=Head("DistilBertForSequenceClassification", ("pre_classifier", "classifier"), reads_first_token=True),
     prefix="distilbert.",
     embeddings="distilbert.embeddings",
     layers="transformer.layer.{layer}",
@@ -23,7 +24,6 @@ DISTILBERT = Family(
         "embeddings.position_embeddings": Kind.EMBEDDING,
         "embeddings.LayerNorm": Kind.EMBEDDING,
     },
-    heads=("pre_classifier", "classifier"),
     unread=("embeddings.position_ids",),
     config_names={
         "layers": "n_layers",
@@ -35,5 +35,4 @@ DISTILBERT = Family(
     # Sinusoidal positions are only another start: the matrix is saved, and loaded, like a learned one.
     settings={"vocab_size": 30522, "activation": "gelu"},
     supported={},
-    reads_first_token=True,
 )

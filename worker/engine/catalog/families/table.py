@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
+
+from worker.engine.catalog.families.head import Head
 
 
 class Nodes(StrEnum):
@@ -128,7 +130,8 @@ class Family:
     """
 
     model_type: str
-    architectures: tuple[str, ...]
+    head: Head
+    """The head that its checkpoints have; see `under` for other kinds."""
     prefix: str
     embeddings: str
     """Module path of what turns token ids into vectors; gradients end there."""
@@ -137,8 +140,6 @@ class Family:
     """By path within a layer. A weight may have a bias or none, a module may be missing where a setting says so."""
     outer_modules: Mapping[str, Kind]
     """Under `prefix`, outside the layers."""
-    heads: tuple[str, ...]
-    """What fine-tuning starts from scratch, kept per model, in the order it runs; the last module gives the logits."""
     unread: tuple[str, ...]
     """Tensors under `prefix` that transformers once saved in such checkpoints and no longer reads; left out."""
     config_names: Mapping[str, str]
@@ -151,15 +152,12 @@ class Family:
     """Keys for which one value alone is available; absence means it."""
     padding_position: str | None = None
     """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
-    reads_first_token: bool = False
-    """Whether the head reads the first token of the last layer alone: of the others no more than attention matters."""
     attention_rows: int = 1
     """Rows as long as the sequence that the backward pass keeps in each layer, per token and head."""
 
-    @property
-    def logits(self) -> str:
-        """The module that gives the logits."""
-        return self.heads[-1]
+    def under(self, head: Head) -> "Family":
+        """The same backbone with another head."""
+        return replace(self, head=head)
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
         """A size from the configuration; `what` is a key of `config_names`. Raises ValueError naming the key."""
@@ -195,11 +193,11 @@ class Family:
         module, _, part = name.rpartition(".")
         part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
-        if canonical in (self.prefix + unread for unread in self.unread):
+        if canonical in (self.prefix + unread for unread in (*self.unread, *self.head.unread)):
             return Slot(canonical, Kind.UNREAD, None, False)
         if part not in ("weight", "bias"):
             return None
-        if module in self.heads:
+        if module in self.head.modules:
             return Slot(canonical, Kind.HEAD, None, part == "bias")
         if not module.startswith(self.prefix):
             return None
@@ -223,7 +221,7 @@ class Family:
     def narrowing(self, config: Mapping[str, Any]) -> list[str]:
         """Modules of the last layer from whose input on one token is enough, the first: outputs that are read, and
         their gradients, stay what they are."""
-        if not self.reads_first_token:
+        if not self.head.reads_first_token:
             return []
         last = self.layer_path(self.size(config, "layers") - 1)
         return [last + module for module, kind in self.layer_modules.items() if kind in AFTER_ATTENTION]

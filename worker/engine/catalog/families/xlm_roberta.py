@@ -7,6 +7,6 @@ from worker.engine.catalog.families.roberta import ROBERTA
 XLM_ROBERTA = replace(
     ROBERTA,
     model_type="xlm-roberta",
-    architectures=("XLMRobertaForSequenceClassification",),
+    head=replace(ROBERTA.head, architecture="XLMRobertaForSequenceClassification"),
     settings={**ROBERTA.settings, "vocab_size": 30522},
 )

@@ -674,7 +674,7 @@ def required_family(plan: MergePlan) -> Family:
     """The table that measuring a model needs. Raises InvalidCheckpoint when its architecture has none."""
     if plan.family is None:
         info = plan.checkpoints[0]
-        known = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
+        known = ", ".join(family.head.architecture for family in FAMILIES.values())
         raise InvalidCheckpoint(info.source, f"{_named(info)} has no table to measure it by; available are {known}")
     return plan.family
 
@@ -699,7 +699,7 @@ def require_tokenizer(info: CheckpointInfo) -> None:
 def _table_of(info: CheckpointInfo) -> Family | None:
     """Raises InvalidCheckpoint where there is one, and the checkpoint says what is not available of it."""
     family = FAMILIES.get(info.model_type)
-    if family is None or info.architecture not in family.architectures:
+    if family is None or info.architecture != family.head.architecture:
         return None
     if info.config.get("quantization_config"):
         raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
