@@ -41,7 +41,8 @@ from worker.engine.catalog.methods import (
     MethodParameters,
     Statistic,
 )
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, Array, bootstrap

@@ -28,7 +28,7 @@ from worker.engine.catalog.contracts.report import StoppingPoint
 from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.methods import MaskFisherParameters
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.evaluation.metrics import Array, bootstrap
 from worker.engine.merging.methods import MeasuredModel

@@ -31,8 +31,10 @@ from worker.engine.catalog.contracts.spec import Columns, DatasetSpec, models_be
 from worker.engine.catalog.data.labels import METRICS, LabelMap, Task, check_metric, label_map
 from worker.engine.catalog.data.rows import check_first_rows
 from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
+from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge, required_task
+from worker.engine.catalog.planning.plan import MergePlan, required_task
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.stacking import layers_of_models, plan_job
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
@@ -264,19 +266,16 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
     evaluates = _evaluates(request)
     aligns = _aligns(request, plan) and any(model.dataset for model in request.models)
     longest = plan.family.max_tokens(plan.checkpoints[0].config) if plan.family else 0
+    needs = MemoryNeeds(
+        method,
+        loads_models=_loads_models(request, plan),
+        models_beside=models_beside(evaluates, aligns, method),
+        tokens_held=measured * longest if method.refits_layers else 0,
+    )
     return Plan(
         bytes_to_read=plan.bytes_to_read,
         bytes_to_write=plan.bytes_to_write,
-        peak_memory_bytes=plan.peak_memory_bytes(
-            statistics=method.statistics,
-            models_beside=models_beside(evaluates, aligns, method),
-            tokens_held=measured * longest if method.refits_layers else 0,
-            batch_rows=method.batch_rows,
-            batch_tokens=method.most_batch_tokens,
-            loads_models=_loads_models(request, plan),
-            merges_rows=method.merges_rows,
-            selects_by_rank=method.selects_by_rank,
-        ),
+        peak_memory_bytes=estimate(plan, needs),
         examples=measured,
         candidates=[candidate.name for candidate in method.methods] if isinstance(method, AutoParameters) else None,
         trials=method.trials if isinstance(method, AutoParameters) else None,

@@ -11,7 +11,7 @@ from app.client import Client
 from tests.conftest import Service, assert_problem, tiny_recipe
 from tests.tiny import edit_json, read_model, tiny_checkpoint
 from tests.tiny_language_models import GPT2, loaded_model, logits_of, tiny_model
-from worker.engine.catalog.planning.plan import RUNTIME_BYTES
+from worker.engine.catalog.planning.memory import RUNTIME_BYTES
 
 Recipe = dict[str, Any]
 

@@ -15,7 +15,7 @@ from tests.reports import UGLY, invented_contents, invented_result
 from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import PAGE_POLICY
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.reporting.page import merge_page
 
 VIEWS: list[tuple[int, Literal["light", "dark"]]] = [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")]

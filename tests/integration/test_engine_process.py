@@ -16,7 +16,9 @@ from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_che
 from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
-from worker.engine.catalog.planning.plan import RUN_BYTES, RUNTIME_BYTES, plan_merge
+from worker.engine.catalog.methods import AverageParameters
+from worker.engine.catalog.planning.memory import RUN_BYTES, RUNTIME_BYTES, MemoryNeeds, estimate
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine_process import EngineDied, EngineHung, EngineProcess, Failed, Finished, Progressed
 
 
@@ -251,7 +253,7 @@ def test_a_merge_that_loads_no_model_holds_rows_alone(fresh: EngineProcess, tmp_
     fresh.run(merge_spec(tmp_path / "out", [model_spec(folder) for folder in models], {"name": "average"}))
     event = last_event(fresh)
     assert isinstance(event, Finished), event
-    planned = plan.peak_memory_bytes(loads_models=False, threads=1)
+    planned = estimate(plan, MemoryNeeds(AverageParameters(), loads_models=False, threads=1))
     assert event.result.peak_memory_bytes < planned < RUNTIME_BYTES + size
     assert event.result.peak_memory_bytes - idle < size
 
@@ -281,12 +283,12 @@ def test_the_plans_memory_is_what_a_merge_takes(fresh: EngineProcess, tmp_path: 
     fresh.run(spec)
     event = last_event(fresh)
     assert isinstance(event, Finished), event
-    planned = plan.peak_memory_bytes(
-        statistics=spec.method.statistics,
+    needs = MemoryNeeds(
+        spec.method,
         models_beside=spec.models_beside,
         tokens_held=len(names) * 200 * POSITIONS if spec.method.refits_layers else 0,
-        batch_rows=spec.method.batch_rows,
         value_bytes=2 if spec.method.precision == "bfloat16" else 4,
     )
+    planned = estimate(plan, needs)
     assert event.result.peak_memory_bytes < planned
     assert event.result.peak_memory_bytes - idle > 0.4 * (planned - RUNTIME_BYTES)

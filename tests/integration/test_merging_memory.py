@@ -15,7 +15,8 @@ from worker.engine.catalog.checkpoints.headers import CheckpointInfo, read_heade
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS, MethodParameters
-from worker.engine.catalog.planning.plan import RUNTIME_BYTES, MergePlan, PlannedTensor
+from worker.engine.catalog.planning.memory import RUNTIME_BYTES, MemoryNeeds, estimate
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.writer import ShardWriter
 from worker.engine.merging.backbone import Backbone
@@ -138,5 +139,5 @@ def test_no_less_is_announced_than_many_models_take(
     """Of one tensor of several blocks, in a process that has no memory of others to use again."""
     parameters = merge_parameters(method, **given)
     plan = planned(tmp_path, MANY_ROWS, models=MODELS, drawn=MANY_ROWS)
-    announced = plan.peak_memory_bytes(loads_models=False, selects_by_rank=parameters.selects_by_rank, threads=1)
+    announced = estimate(plan, MemoryNeeds(parameters, loads_models=False, threads=1))
     assert 0.2 * (announced - RUNTIME_BYTES) < alone(taken, plan, parameters, tmp_path) < announced - RUNTIME_BYTES

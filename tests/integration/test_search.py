@@ -19,7 +19,7 @@ from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult, Search
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, MergeSpec
 from worker.engine.catalog.data.rows import RowFile, sample
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.jobs.pipeline import Engine
 from worker.engine.jobs.preparing import ModelRun

@@ -40,7 +40,7 @@ from tests.tiny_language_models import (
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.reader import Digests, TensorReader
 from worker.engine.jobs.pipeline import Engine

@@ -39,7 +39,8 @@ from tests.tiny_families import TINY_FAMILIES, TinyFamily
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import FAMILIES, Family, Kind, Nodes
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge, required_family
+from worker.engine.catalog.planning.plan import MergePlan, required_family
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.jobs.pipeline import Engine

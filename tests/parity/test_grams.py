@@ -11,7 +11,8 @@ from tests.tiny import dataset_spec, float64_model, read_rows, silent, tiny_chec
 from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.planning.plan import LinearInput, plan_merge
+from worker.engine.catalog.planning.plan import LinearInput
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.models.loading import LoadedModel, load

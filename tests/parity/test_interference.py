@@ -12,7 +12,7 @@ from tests.tiny_adapters import tiny_adapter
 from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.merging.interference import Interference, interference, spread_runs
 
 Layers = dict[int | None, list[torch.Tensor]]

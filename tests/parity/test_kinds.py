@@ -16,7 +16,7 @@ from tests.tiny_language_models import GPT2, LLAMA, TinyModel, tiny_model
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.methods import TaskArithmeticParameters
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.stacking import plan_job
 from worker.engine.jobs.pipeline import Engine
 

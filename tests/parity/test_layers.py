@@ -29,7 +29,8 @@ from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.methods import AlignedRegMeanParameters
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge, required_family
+from worker.engine.catalog.planning.plan import MergePlan, required_family
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.inputs.examples import tokenize

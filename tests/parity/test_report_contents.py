@@ -30,7 +30,7 @@ from tests.tiny import (
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, HubSource, MergeSpec
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.jobs.pipeline import Engine
 from worker.engine.reporting import contents
 from worker.engine.reporting.card import model_card

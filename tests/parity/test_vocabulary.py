@@ -32,7 +32,8 @@ from worker.engine.catalog.checkpoints.headers import TensorInfo, inspect_checkp
 from worker.engine.catalog.checkpoints.vocabulary import TokenRows
 from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
 from worker.engine.catalog.families import Kind, Slot
-from worker.engine.catalog.planning.plan import PlannedTensor, plan_merge
+from worker.engine.catalog.planning.plan import PlannedTensor
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.reader import TensorReader

@@ -16,8 +16,10 @@ from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.checkpoints.identity import identify
 from worker.engine.catalog.checkpoints.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
 from worker.engine.catalog.checkpoints.library import completed
-from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.planning.plan import RUNTIME_BYTES, MergePlan, plan_merge
+from worker.engine.catalog.methods import AverageParameters, PassthroughParameters, RegMeanParameters
+from worker.engine.catalog.planning.memory import RUNTIME_BYTES, MemoryNeeds, estimate
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.stacking import plan_job
 from worker.engine.catalog.primitives.errors import (
     EngineError,
@@ -104,8 +106,11 @@ def test_memory_of_a_merge_that_loads_no_model_is_that_of_blocks(originals: Path
     largest = 128 * 16  # the embeddings: smaller than a block
     of_one_thread = (4 * 2 + 6) * 4 * largest
     run = sum(tensor.nbytes for tensor in found.backbone)  # once, before it is published
-    assert found.peak_memory_bytes(loads_models=False, threads=3) == RUNTIME_BYTES + 3 * of_one_thread + run
-    whole = found.peak_memory_bytes(loads_models=False, merges_rows=False, threads=3)
+    assert (
+        estimate(found, MemoryNeeds(AverageParameters(), loads_models=False, threads=3))
+        == RUNTIME_BYTES + 3 * of_one_thread + run
+    )
+    whole = estimate(found, MemoryNeeds(RegMeanParameters(), loads_models=False, threads=3))
     assert whole == RUNTIME_BYTES + of_one_thread + run
 
 
@@ -522,7 +527,7 @@ def test_what_follows_the_layers_is_the_last_slices_models(originals: Path) -> N
         "model.embed_tokens.weight": "llama-1", "model.norm.weight": "llama-2", "lm_head.weight": "llama-2",
     }  # fmt: skip
     run = sum(tensor.nbytes for tensor in found.backbone)
-    assert found.peak_memory_bytes(loads_models=False) == RUNTIME_BYTES + run
+    assert estimate(found, MemoryNeeds(AverageParameters(), loads_models=False)) == RUNTIME_BYTES + run
 
 
 STACKS: dict[str, tuple[TinyModel, Spoiling | None, list[tuple[str, int, int]], type[EngineError], list[str]]] = {

@@ -17,7 +17,7 @@ from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.data import labels
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.planning.plan import plan_merge
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.strict import did_you_mean
 

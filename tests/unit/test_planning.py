@@ -3,6 +3,7 @@
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,17 @@ from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors,
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.families import Kind, Nodes, Slot
 from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.methods import AutoParameters, AverageParameters, Statistic, TiesParameters
+from worker.engine.catalog.methods import (
+    AutoParameters,
+    AverageParameters,
+    MaskFisherParameters,
+    RegMeanParameters,
+    TiesParameters,
+)
+from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Filtered
 
@@ -117,9 +126,10 @@ def test_the_plan_says_what_linear_layers_read_and_counts_what_measuring_them_ho
     expected |= {f"layers.{layer}.feed_forward": hidden for layer in range(LAYERS)}
     expected |= {f"layers.{layer}.neurons": NEURONS for layer in range(LAYERS)} | {"pooler": hidden}
     assert {seen.name: seen.width for seen in found.linear_inputs} == expected
-    for more in ({"statistics": {Statistic.MASK_FISHER}}, {"statistics": {Statistic.GRAM}}, {"models_beside": 2}):
-        assert found.peak_memory_bytes(10, **more) > found.peak_memory_bytes(10)
-    held = found.peak_memory_bytes(10, tokens_held=1000) - found.peak_memory_bytes(10, tokens_held=400)
+    least = MemoryNeeds(AverageParameters(), longest_row=10)
+    for more in ({"method": MaskFisherParameters()}, {"method": RegMeanParameters()}, {"models_beside": 2}):
+        assert estimate(found, replace(least, **more)) > estimate(found, least)
+    held = estimate(found, replace(least, tokens_held=1000)) - estimate(found, replace(least, tokens_held=400))
     assert held == 600 * 2 * 4 * hidden
 
 
@@ -147,7 +157,7 @@ def test_the_plan_counts_bytes_and_owners(pair: list[Path]) -> None:
     backbone_bytes = sizes[0] - headers[0] - 4 * (16 + 1) * 2
     assert found.bytes_to_write == backbone_bytes + head_bytes
     assert plan(pair, "bfloat16").bytes_to_write * 2 == found.bytes_to_write
-    assert found.peak_memory_bytes() > found.bytes_to_read
+    assert estimate(found, MemoryNeeds(AverageParameters())) > found.bytes_to_read
     # Of a layer: query, key, value with biases and the output's columns; first projection with bias, second's columns.
     assert found.owners() == {"heads": 7 * LAYERS, "neurons": 3 * LAYERS, "rest": 5 + 2 + 6 * LAYERS}
 

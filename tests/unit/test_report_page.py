@@ -13,7 +13,8 @@ from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import MergeSpec
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.reporting.charts import Scale, heat
 from worker.engine.reporting.colours import (
     AMOUNT_DARK,

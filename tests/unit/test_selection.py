@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiny import versions_of
 from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.planning.plan import HELD_BLOCKS
+from worker.engine.catalog.planning.memory import HELD_BLOCKS
 from worker.engine.merging.methods import selection
 from worker.engine.merging.methods.blocks import Block
 from worker.engine.merging.methods.selection import nth_largest

@@ -25,7 +25,8 @@ from worker.engine.catalog.checkpoints.vocabulary import (
 )
 from worker.engine.catalog.contracts.spec import VocabularyPolicy
 from worker.engine.catalog.methods import PassthroughParameters
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.stacking import plan_job
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.slices import Slice

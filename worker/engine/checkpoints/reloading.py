@@ -24,7 +24,8 @@ from worker.engine.catalog.checkpoints.headers import (
 )
 from worker.engine.catalog.checkpoints.library import decoded
 from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
-from worker.engine.catalog.planning.plan import RUN_BYTES, MergePlan
+from worker.engine.catalog.planning.memory import RUN_BYTES
+from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.publishing import beyond_matrix
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line

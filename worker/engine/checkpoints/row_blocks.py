@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.planning.plan import BLOCK_ELEMENTS
+from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 
 
 def row_blocks(shape: Sequence[int], block_elements: int = BLOCK_ELEMENTS) -> list[slice]:

@@ -31,7 +31,9 @@ from worker.engine.catalog.methods import (
     ScoringParameters,
     Statistic,
 )
-from worker.engine.catalog.planning.plan import MergePlan, plan_merge, required_family
+from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
+from worker.engine.catalog.planning.plan import MergePlan, required_family
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.stacking import plan_job
 from worker.engine.catalog.planning.templates import check_templates
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
@@ -277,19 +279,16 @@ class Engine:
         self, plan: MergePlan, spec: JobSpec, precision: Precision, longest_row: int, tokens_held: int = 0
     ) -> None:
         """Of this machine; on a GPU, activations take none of it. Models of earlier merges make room."""
-        needed = plan.peak_memory_bytes(
-            longest_row,
-            statistics=spec.method.statistics,
-            models_beside=spec.models_beside,
-            tokens_held=tokens_held,
-            batch_rows=spec.method.batch_rows,
-            batch_tokens=spec.method.most_batch_tokens,
-            value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
+        needs = MemoryNeeds(
+            spec.method,
             loads_models=spec.loads_models,
-            merges_rows=spec.method.merges_rows,
-            selects_by_rank=spec.method.selects_by_rank,
+            models_beside=spec.models_beside,
+            longest_row=longest_row,
+            tokens_held=tokens_held,
+            value_bytes=0 if self._device.type == "cuda" else 2 if precision == "bfloat16" else 4,
             threads=torch.get_num_threads(),
         )
+        needed = estimate(plan, needs)
         loaded = plan.checkpoints if spec.loads_models else []
         if needed + self._models.bytes_besides(loaded) > available_memory():
             self._models.keep_only(loaded)

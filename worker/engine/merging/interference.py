@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.checkpoints.headers import FLOATS
-from worker.engine.catalog.planning.plan import BLOCK_ELEMENTS, MergePlan, PlannedTensor
+from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.merging.methods.blocks import CHUNK_ELEMENTS, Block
 from worker.engine.merging.token_rows import read_by_token

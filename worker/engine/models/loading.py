@@ -13,7 +13,8 @@ from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, described_files
 from worker.engine.catalog.data.labels import Task, task_of
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.planning.plan import CACHE_BYTES, require_tokenizer
+from worker.engine.catalog.planning.memory import CACHE_BYTES
+from worker.engine.catalog.planning.plan import require_tokenizer
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder

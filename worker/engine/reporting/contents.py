@@ -19,7 +19,8 @@ from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
 from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.families.table import score_name
 from worker.engine.catalog.methods import PassthroughParameters, ScoringParameters
-from worker.engine.catalog.planning.plan import TORCH_NAMES, MergePlan, PlannedTensor
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
+from worker.engine.catalog.planning.tensors import TORCH_NAMES
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.merging.interference import Interference, TaskVectors, interference
 from worker.engine.merging.methods import MeasuredModel

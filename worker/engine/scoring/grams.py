@@ -6,7 +6,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.planning.plan import GRAM_BYTES, LinearInput
+from worker.engine.catalog.planning.memory import GRAM_BYTES
+from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in

@@ -22,7 +22,8 @@ from worker.engine.catalog.checkpoints.modules import SENTENCE_CONFIG, Module, M
 from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
 from worker.engine.catalog.contracts.spec import Dtype
 from worker.engine.catalog.families import Kind, Slot
-from worker.engine.catalog.planning.plan import MergePlan, PlannedModules, PlannedTensor, output_dtype
+from worker.engine.catalog.planning.plan import MergePlan, PlannedModules, PlannedTensor
+from worker.engine.catalog.planning.tensors import output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
 from worker.engine.catalog.primitives.values import Place
 

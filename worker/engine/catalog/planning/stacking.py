@@ -18,16 +18,11 @@ from worker.engine.catalog.checkpoints.vocabulary import (
 )
 from worker.engine.catalog.contracts.spec import Dtype, Heads, Tokens, VocabularyPolicy
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, PassthroughParameters
-from worker.engine.catalog.planning.plan import (
-    MergePlan,
-    PlannedTensor,
-    check_vocabulary,
-    merged_tensor,
-    notes_of_settings,
-    plan_merge,
-    with_settings_of,
-)
+from worker.engine.catalog.planning.comparing import check_vocabulary, notes_of_settings, with_settings_of
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.publishing import with_companions
+from worker.engine.catalog.planning.tensors import merged_tensor
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.values import Place

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Slot
-from worker.engine.catalog.planning.plan import BLOCK_ELEMENTS
+from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 from worker.engine.catalog.primitives.values import PerTensor, Place
 from worker.engine.checkpoints.row_blocks import row_blocks
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.catalog.planning.plan import HELD_BLOCKS
+from worker.engine.catalog.planning.memory import HELD_BLOCKS
 from worker.engine.merging.methods.blocks import SAMPLED_RUNS, Block, Versions
 
 SAMPLE_ELEMENTS = 1 << 15

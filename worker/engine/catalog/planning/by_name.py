@@ -1,0 +1,143 @@
+"""Plans a merge of an architecture without a table: every tensor is merged with those of its name."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.headers import FLOATS, TensorInfo
+from worker.engine.catalog.checkpoints.identity import Identity, check_present, own_names
+from worker.engine.catalog.checkpoints.tied import tied_in_base, without_copies
+from worker.engine.catalog.checkpoints.vocabulary import check_names_tell_tokens, token_keys
+from worker.engine.catalog.planning.comparing import (
+    Asked,
+    check_vocabulary,
+    check_vocabulary_size,
+    differences_from_base,
+    listed,
+    notes_of_heads,
+    notes_of_settings,
+    with_settings_of,
+)
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
+from worker.engine.catalog.planning.tensors import check_shape, merged_tensor
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
+
+
+def planned_by_name(identities: Sequence[Identity], asked: Asked) -> MergePlan:
+    """Every tensor is merged with those of its name; buffers are copied, and copies of tied weights left out."""
+    checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
+    first, notes, differing = checkpoints[0], list[str](), set[str]()
+    everyone = [*checkpoints, *([base] if base else ())]
+    if base is not None and base.model_type != first.model_type:
+        layouts.check_architectures(first, base)
+    for identity in identities:
+        if identity.known is None or identity.known.converted:  # of others, `check_tensors` knows better
+            layouts.check_checkpoint(identity.info)
+        else:
+            check_present(identity)
+    for info in everyone:
+        layouts.check_weights(info)
+        besides: set[str] = set()
+        if vocabulary == "error":
+            check_vocabulary_size(first, info)
+            if first.vocabulary and info.vocabulary:
+                check_vocabulary(first, info)
+        else:
+            check_names_tell_tokens(info)
+            besides = {*token_keys(first.config), *token_keys(info.config)}
+        if base is not None and info is base:
+            differing |= differences_from_base(first, info, None, asked, notes, besides)
+        else:
+            differing |= {*layouts.check_configs(first, info, besides, settles=asked.config_from is not None)}
+    aligned = asked.aligned(checkpoints)
+    read = [
+        replace(i.info, tensors={n: t for n, t in i.info.tensors.items() if n not in i.leftovers}) for i in identities
+    ]
+    states = [layouts.tensors_by_name(info, read[0]) for info in (*read, *([base] if base else ()))]
+    own, tied = without_copies(identities[0], states, len(checkpoints))
+    versions, ancestor = own[: len(checkpoints)], own[-1] if base else {}
+    notes += _left_out_unread(identities, versions)
+    stacks = layouts.stacks_of(versions[0])
+    backbone, alone = [], []
+    for name, tensor in versions[0].items():
+        slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
+        if layouts.is_buffer(tensor) or _is_unsaved(identities[0], name):
+            for info, other in zip(everyone, own, strict=True):
+                if name in other:
+                    check_shape(first, tensor, info, other[name])
+            source = ancestor.get(name, tensor)
+            backbone.append(PlannedTensor(slot, place, tensor.shape, source.dtype, (source,), is_copied=True))
+            continue
+        origin = None
+        if base is not None:
+            found = ancestor.get(name) or tied_in_base(identities[0], name, base.config, ancestor)
+            if _is_head(identities[0], name) and (found is None or found.shape[1:] != tensor.shape[1:]):
+                alone.append(name)
+            else:
+                origin = (base, found)
+        backbone.append(merged_tensor(slot, place, checkpoints, versions, name, origin, asked.dtype, aligned))
+    for info, state in zip(checkpoints, versions, strict=True):
+        for name, tensor in state.items():
+            is_derived = layouts.is_buffer(tensor) or _is_unsaved(identities[0], name)
+            if name not in versions[0] and not is_derived:
+                raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
+    if not any(t.dtype in FLOATS for t in backbone):
+        raise InvalidCheckpoint(first.source, "it has no tensor of floats to merge")
+    if base is not None:
+        notes += notes_of_heads(base, alone)
+    more = notes_of_settings(everyone, differing, asked.config_from)
+    published = (with_settings_of(first, asked.config_from),)
+    nothing = tuple(None for _ in checkpoints)
+    return MergePlan(
+        None,
+        tuple(checkpoints),
+        base,
+        nothing,
+        tuple(backbone),
+        ((),),
+        published,
+        tuple(tied),
+        aligned,
+        asked.config_from,
+        notes=(*notes, *more),
+    )
+
+
+def _is_head(first: Identity, name: str) -> bool:
+    """Whether a tensor is what fine-tuning may have started from scratch, so that a base may lack it."""
+    if layouts.layer_of(name) is not None:
+        return False
+    if "pooler" in name.split(".") or first.known is None or first.known.converted:
+        return layouts.ends_with(name, (*layouts.OUTPUT_EMBEDDINGS, *layouts.HEADS)) or "pooler" in name.split(".")
+    own = own_names(first.known, [name])[name]
+    is_body = first.known.name.endswith("Model") and not first.known.is_pre_training
+    return (
+        not is_body
+        and not own.startswith(f"{first.known.prefix}.")
+        and not layouts.ends_with(name, (*layouts.EMBEDDINGS, *layouts.SHARED_EMBEDDINGS))
+    )
+
+
+def _is_unsaved(first: Identity, name: str) -> bool:
+    """Whether the library computes the tensor from the configuration, and does not save it."""
+    known = first.known
+    return known is not None and bool(known.unsaved) and own_names(known, [name])[name] in known.unsaved
+
+
+def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, TensorInfo]]) -> list[str]:
+    """Notes of tensors that the class does not read; those that only some models have are removed."""
+    notes = []
+    known = identities[0].known
+    if known is None or known.converted:
+        return []
+    unread = {name for i in identities for name in (*i.unread, *(i.names[one] for one in i.unread))}
+    unread = {name for state in states for name in state if name in unread and not layouts.is_buffer(state[name])}
+    for name in sorted(unread):
+        if not all(name in state for state in states):
+            for state in states:
+                state.pop(name, None)
+            notes.append(f"tensor {name} was left out: only some models have it, and {known.name} does not read it")
+    merged = sorted(name for name in unread if all(name in state for state in states))
+    if merged:
+        notes.append(f"{listed(merged)} is not one that {known.name} reads; it was merged all the same")
+    return notes

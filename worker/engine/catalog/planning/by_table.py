@@ -1,0 +1,232 @@
+"""Plans a merge of an architecture that has a table: the table says what each tensor is and who owns its slices."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.headers import FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.identity import Identity
+from worker.engine.catalog.contracts.spec import VocabularyPolicy
+from worker.engine.catalog.data.labels import task_of
+from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
+from worker.engine.catalog.planning.comparing import (
+    VOCABULARY_ADVICE,
+    Asked,
+    check_vocabulary,
+    check_vocabulary_size,
+    differences_from_base,
+    listed,
+    notes_of_heads,
+    notes_of_settings,
+    with_settings_of,
+)
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, require_tokenizer
+from worker.engine.catalog.planning.tensors import merged_tensor, output_dtype
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.primitives.values import Place
+
+
+def table_of(info: CheckpointInfo) -> Family | None:
+    """Raises InvalidCheckpoint where there is one, and the checkpoint says what is not available of it."""
+    family = FAMILIES.get(info.model_type)
+    if family is None or info.architecture != family.head.architecture:
+        return None
+    if info.config.get("quantization_config"):
+        raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
+    if info.config.get("is_decoder"):
+        raise InvalidCheckpoint(info.source, "is_decoder is not available for this family")
+    for key, only in family.supported.items():
+        value = family.setting(info.config, key)
+        if value != only:
+            raise InvalidCheckpoint(info.source, f"{key} {value!r} is not available for this family; {only!r} is")
+    return family
+
+
+def planned_by_table(family: Family, identities: Sequence[Identity], asked: Asked) -> MergePlan:
+    checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
+    first, everyone = checkpoints[0], [*checkpoints, *([base] if base else ())]
+    tasks, differing, notes = [], set[str](), list[str]()
+    slots = [_slots(identity, family) for identity in identities]
+    for info, of in zip(checkpoints, slots, strict=True):
+        require_tokenizer(info)
+        _check_sizes(info, of, family)
+        tasks.append(task_of(info))
+        differing |= _check_settings(first, info, family, asked)
+        if vocabulary == "error":
+            check_vocabulary(first, info)
+        if asked.merges_heads:
+            layouts.check_labels(first, info)
+            if tasks[-1].problem != tasks[0].problem:
+                problem = f"their heads have different tasks: {tasks[0].problem}, {tasks[-1].problem}"
+                raise IncompatibleCheckpoints(first.source, info.source, problem)
+    ancestor: dict[str, TensorInfo] = {}
+    if base is not None:
+        ancestor = _ancestor(
+            first, base, family, (Kind.UNREAD,) if asked.merges_heads else (Kind.HEAD, Kind.UNREAD), vocabulary
+        )
+        differing |= differences_from_base(first, base, family, asked, notes)
+    # A base that was pre-trained without a pooler is the ancestor of none: each began at random, like the heads.
+    kept = {Kind.HEAD}
+    if base is not None and Kind.POOLER not in {slot.kind for name in ancestor if (slot := family.slot(name))}:
+        kept.add(Kind.POOLER)
+    apart = {Kind.UNREAD} if asked.merges_heads else {*kept, Kind.UNREAD}
+    aligned = asked.aligned(checkpoints)
+    place = partial(_place, family.size(first.config, "layers"))
+    named = [{name: tensor for name, (_, tensor) in of.items()} for of in slots]
+    backbone, alone = [], []
+    for name, (slot, tensor) in slots[0].items():
+        if slot.kind in apart:
+            continue
+        origin = None
+        if base is not None:
+            found = ancestor.get(slot.name)
+            if slot.kind in kept and (found is None or found.shape != tensor.shape):
+                alone.append(name)
+            else:
+                origin = (base, found)
+        backbone.append(merged_tensor(slot, place(slot), checkpoints, named, name, origin, asked.dtype, aligned))
+    for info, of in zip(checkpoints, slots, strict=True):
+        for name, (slot, _) in of.items():
+            if slot.kind not in apart and name not in slots[0]:
+                raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
+    if base is not None:
+        notes += notes_of_heads(base, alone)
+    more = notes_of_settings(everyone, differing, asked.config_from)
+    published = [with_settings_of(info, asked.config_from) for info in checkpoints]
+    whole = MergePlan(
+        family,
+        tuple(checkpoints),
+        base,
+        tuple(tasks),
+        tuple(backbone),
+        ((),),
+        tuple(published[:1]),
+        vocabulary=aligned,
+        config_from=asked.config_from,
+        notes=(*notes, *more),
+    )
+    if asked.merges_heads:
+        return whole
+    if Kind.POOLER in kept and (poolers := [name for name, (slot, _) in slots[0].items() if slot.kind is Kind.POOLER]):
+        note = f"{base.source if base else ''} has no {listed(poolers)}: every model kept its own, with its head"
+        whole = replace(whole, notes=(*whole.notes, note))
+    heads = tuple(
+        tuple(
+            PlannedTensor(
+                slot, place(slot), tensor.shape, output_dtype([tensor], asked.dtype), (tensor,), is_copied=True
+            )
+            for slot, tensor in of.values()
+            if slot.kind in kept
+        )
+        for of in slots
+    )
+    return replace(whole, heads=heads, published=tuple(published))
+
+
+def _slots(identity: Identity, family: Family) -> dict[str, tuple[Slot, TensorInfo]]:
+    info, slots = identity.info, dict[str, tuple[Slot, TensorInfo]]()
+    for tensor in info.tensors.values():
+        if tensor.name in identity.leftovers:
+            continue
+        slot = family.slot(tensor.name)
+        if slot is None:
+            raise InvalidCheckpoint(
+                info.source, f"tensor {tensor.name} is unknown in {family.model_type}; nothing is averaged by guess"
+            )
+        if slot.kind is not Kind.UNREAD and tensor.dtype not in FLOATS:
+            raise InvalidCheckpoint(info.source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
+        if slot.name in slots:
+            raise InvalidCheckpoint(info.source, f"tensor {slot.name} is there under two spellings")
+        slots[slot.name] = (slot, tensor)
+    return slots
+
+
+def _place(layers: int, slot: Slot) -> Place:
+    if slot.layer is not None:
+        return Place(slot.name, slot.layer / max(1, layers - 1), slot.layer, layers)
+    return Place(slot.name, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
+
+
+def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInfo]], family: Family) -> None:
+    try:
+        sizes = {what: family.size(info.config, what) for what in family.config_names}
+        family.max_tokens(info.config)
+    except ValueError as error:
+        raise InvalidCheckpoint(info.source, str(error)) from error
+    if sizes["hidden"] % sizes["heads"]:
+        raise InvalidCheckpoint(info.source, f"hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
+    owned = {Kind.QUERY: (0, "hidden"), Kind.UP: (0, "neurons"), Kind.DOWN: (1, "neurons")}
+    layers: dict[int, set[str]] = {}
+    for slot, tensor in slots.values():
+        if slot.layer is not None:
+            layers.setdefault(slot.layer, set()).add(slot.name.removeprefix(family.layer_path(slot.layer)))
+        if slot.kind in owned and not slot.is_bias:
+            axis, what = owned[slot.kind]
+            if len(tensor.shape) != 2 or tensor.shape[axis] != sizes[what]:
+                raise InvalidCheckpoint(
+                    info.source,
+                    f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {sizes[what]} {what}",
+                )
+    if len(layers) != sizes["layers"] or max(layers) != sizes["layers"] - 1:
+        raise InvalidCheckpoint(info.source, f"{len(layers)} layers are there, config.json says {sizes['layers']}")
+    everywhere = set.union(*layers.values())
+    for layer, names in layers.items():
+        for name in sorted(everywhere - names):
+            raise InvalidCheckpoint(info.source, f"no tensor {family.layer_path(layer)}{name}; other layers have it")
+
+
+def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: Asked) -> set[str]:
+    """Settings in which they may differ, since it is said whose count, and do.
+
+    Raises:
+        IncompatibleCheckpoints: names the setting and both values.
+    """
+    differing = set()
+    for key in (*family.config_names.values(), *family.settings):
+        if key == "vocab_size" and asked.vocabulary != "error":
+            continue
+        ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
+        if layouts.same(ours, theirs):
+            continue
+        is_size = key in (*family.config_names.values(), family.padding_position)
+        is_free = not is_size and layouts.shows_in_no_shape(key, ours, theirs)
+        if not is_free or asked.config_from is None:
+            advice = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
+            advice = f"; {layouts.SETTINGS_ADVICE}" if is_free else advice
+            raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours!r}, {theirs!r}{advice}")
+        differing.add(key)
+    return differing
+
+
+def _ancestor(
+    first: CheckpointInfo,
+    base: CheckpointInfo,
+    family: Family,
+    apart: Collection[Kind],
+    vocabulary: VocabularyPolicy,
+) -> dict[str, TensorInfo]:
+    """The base's backbone by canonical name, without what is `apart`: where heads are kept, it may have any or none.
+    Its names may lack the family's prefix."""
+    if base.model_type != family.model_type:
+        raise IncompatibleCheckpoints(
+            first.source, base.source, f"architectures differ: {first.model_type}, {base.model_type}"
+        )
+    if base.config.get("quantization_config"):
+        raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
+    for key in family.config_names.values():
+        ours, theirs = first.config.get(key), base.config.get(key)
+        if not layouts.same(ours, theirs):
+            raise IncompatibleCheckpoints(first.source, base.source, f"{key} differs: {ours!r}, {theirs!r}")
+    if vocabulary == "error":
+        check_vocabulary_size(first, base)
+    if base.vocabulary and vocabulary == "error":
+        check_vocabulary(first, base)
+    found = {}
+    for tensor in base.tensors.values():
+        slot = family.slot(tensor.name) or family.slot(family.prefix + tensor.name)
+        if slot is not None and slot.kind not in apart:
+            if slot.name in found:
+                raise InvalidCheckpoint(base.source, f"tensor {slot.name} is there under two spellings")
+            found[slot.name] = tensor
+    return found

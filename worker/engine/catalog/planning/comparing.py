@@ -1,0 +1,117 @@
+"""Whether the settings and vocabularies of checkpoints fit each other, given what a request says whose count."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.library import completed, value_at
+from worker.engine.catalog.checkpoints.vocabulary import Choices, Vocabulary, align_vocabularies, vocabulary_size
+from worker.engine.catalog.contracts.spec import Dtype, VocabularyPolicy
+from worker.engine.catalog.families import Family
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
+
+VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The settings of a merge in a request, beside its models."""
+
+    dtype: Dtype
+    base: CheckpointInfo | None
+    merges_heads: bool
+    vocabulary: VocabularyPolicy
+    config_from: CheckpointInfo | None
+    choices: Choices | None
+    rows_of: CheckpointInfo | None
+    """The model whose number of rows the output has, if only the padding of matrices differs."""
+
+    def aligned(self, checkpoints: Sequence[CheckpointInfo]) -> Vocabulary | None:
+        if self.vocabulary == "error":
+            return None
+        return align_vocabularies(self.vocabulary, checkpoints, self.base, self.rows_of, self.choices)
+
+
+def check_vocabulary_size(first: CheckpointInfo, info: CheckpointInfo) -> None:
+    ours, theirs = vocabulary_size(first.config), vocabulary_size(info.config)
+    if None not in (ours, theirs) and ours != theirs:
+        problem = f"vocab_size differs: {ours!r}, {theirs!r}; {VOCABULARY_ADVICE}"
+        raise IncompatibleCheckpoints(first.source, info.source, problem)
+
+
+def check_vocabulary(first: CheckpointInfo, info: CheckpointInfo, advice: str = VOCABULARY_ADVICE) -> None:
+    """Raises IncompatibleCheckpoints where their tokenizers have other tokens, or other ids of them."""
+    common = first.vocabulary.keys() & info.vocabulary.keys()
+    if not common:
+        problem = "their tokenizers are stored in different forms; save both as tokenizer.json, by save_pretrained()"
+        raise IncompatibleCheckpoints(first.source, info.source, problem)
+    if all(first.vocabulary[form] != info.vocabulary[form] for form in common):
+        problem = f"their tokenizers have different vocabularies; {advice}"
+        raise IncompatibleCheckpoints(first.source, info.source, problem)
+
+
+def differences_from_base(
+    first: CheckpointInfo,
+    base: CheckpointInfo,
+    family: Family | None,
+    asked: Asked,
+    notes: list[str],
+    besides: Collection[str] = (),
+) -> set[str]:
+    """Settings in which the base differs, if it is the one whose settings count. A base is never run, so that those
+    which only matter then are noted.
+
+    Raises:
+        IncompatibleCheckpoints: a size or another setting that says what tensors are for.
+    """
+    found = set()
+    compared = {*family.config_names.values(), *family.settings} - {family.padding_position} if family else None
+    for key, ours, theirs in layouts.differences(completed(first.config), completed(base.config)):
+        if key in besides or key.endswith("_token_id") or key in layouts.STRUCTURAL:
+            continue
+        if compared is not None and key not in compared:
+            continue
+        if not layouts.shows_in_no_shape(key, ours, theirs):
+            problem = f"{key} differs in config.json: {layouts.short(ours)}, {layouts.short(theirs)}"
+            raise IncompatibleCheckpoints(first.source, base.source, problem)
+        found.add(key)
+        if asked.config_from is not base:
+            values = f"{layouts.short(ours)} in the models, {layouts.short(theirs)} in {base.source}"
+            notes.append(f"{key} differs from the base's: {values}; the base is not run, so that of the models counts")
+    return found if asked.config_from is base else set()
+
+
+def with_settings_of(
+    info: CheckpointInfo, whose: CheckpointInfo | None, besides: Collection[str] = ()
+) -> CheckpointInfo:
+    """A checkpoint as it is published where another one's configuration counts. See `layouts.with_settings_of`."""
+    if whose is None:
+        return info
+    return replace(info, config=layouts.with_settings_of(info.config, whose.config, besides))
+
+
+def notes_of_settings(
+    everyone: Sequence[CheckpointInfo], keys: Collection[str], whose: CheckpointInfo | None
+) -> list[str]:
+    """Notes of settings that differ and change what a model computes, with the values of all."""
+    if whose is None:
+        return []
+    notes = []
+    for key in sorted(keys):
+        values = {info.source: layouts.short(value_at(completed(info.config), key)) for info in everyone}
+        listed = ", ".join(f"{value} in {source}" for source, value in values.items())
+        notes.append(f"{key} differs: {listed}; that of {whose.source} counts, whose configuration is published")
+    return notes
+
+
+def notes_of_heads(base: CheckpointInfo, alone: Sequence[str]) -> list[str]:
+    """A note of tensors that the base lacks, so that they have no task vector."""
+    if not alone:
+        return []
+    return [f"{base.source} has no {listed(alone)} to compare with: it was averaged by the models' weights"]
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f" (like {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"tensor {names[0]}{more}"
