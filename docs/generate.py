@@ -93,7 +93,7 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield ""
     yield "## Architectures"
     yield ""
-    families = [[f"`{f.model_type}`", ", ".join(f"`{a}`" for a in f.architectures)] for f in FAMILIES.values()]
+    families = [[f"`{family.model_type}`", f"`{family.head.architecture}`"] for family in FAMILIES.values()]
     yield from _table(["model_type", "architectures"], families)
     yield ""
     yield "## Settings"
