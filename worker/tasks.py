@@ -33,7 +33,6 @@ from app.storage.sources import Sources
 from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import Columns, JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
-from worker.engine.catalog.methods import AutoParameters
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter
@@ -293,7 +292,7 @@ class TaskRunner:
             models = [inputs.model(model) for model in wanted.models]
             return ScoreSpec.model_validate({**common, "method": wanted.method.model_dump(), "models": models})
         request = MergeRequest.model_validate(record.request)
-        searches = isinstance(request.method, AutoParameters)
+        searches = request.method.search is not None
         return MergeSpec.model_validate(
             {
                 **common,
@@ -374,7 +373,7 @@ def phases_of(spec: JobSpec) -> list[Phase]:
     phases.append(Phase.LOADING)
     if spec.method.statistics:
         phases.append(Phase.SCORING)
-    if isinstance(spec.method, AutoParameters):
+    if spec.method.search is not None:
         phases.append(Phase.SEARCHING)
     if isinstance(spec, MergeSpec):
         phases.append(Phase.MERGING)

@@ -21,13 +21,12 @@ from worker.engine.catalog.contracts.spec import (
 )
 from worker.engine.catalog.methods import (
     AUTO,
+    MASK_FISHER,
     METHODS,
     AutoParameters,
     BaseParameters,
-    MaskFisherParameters,
     Method,
     MethodParameters,
-    PassthroughParameters,
     check_name,
     default_candidates,
 )
@@ -259,7 +258,8 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     @model_validator(mode="after")
     def _auto_has_candidates(self) -> Self:
-        if not isinstance(self.method, AutoParameters) or self.method.candidates is not None:
+        search = self.method.search
+        if search is None or search.candidates is not None:
             return self
         taking_part = [model for model in self.models if model.takes_part]
         names = default_candidates(
@@ -268,7 +268,7 @@ class MergeRequest(JobRequest[ModelRequest]):
             models=len(taking_part),
         )
         try:
-            method = AutoParameters.model_validate({**self.method.model_dump(), "candidates": names})
+            method = search.with_candidates(names)
         except ValidationError as invalid:
             errors = [_problem(("method", AUTO.name, *error["loc"]), error["msg"], names) for error in invalid.errors()]
             raise ValidationError.from_exception_data(type(self).__name__, errors) from invalid
@@ -276,7 +276,7 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> Self:
-        if isinstance(self.method, AutoParameters):
+        if self.method.search is not None:
             if self.slices is not None:
                 why = "method auto merges whole models; leave it out"
                 _refuse(type(self), [_problem(("slices",), why, None)])
@@ -290,7 +290,7 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     @model_validator(mode="after")
     def _models_can_be_merged(self) -> Self:
-        if isinstance(self.method, AutoParameters):
+        if self.method.search is not None:
             return self
         if self.method.needs_base and self.base is None:
             named = "base" in METHODS[self.method.name].needs
@@ -301,10 +301,11 @@ class MergeRequest(JobRequest[ModelRequest]):
                 f"method {self.method.name} compares experts and merge token by token, so they need one vocabulary; "
                 "leave out output.vocabulary"
             )
-        if isinstance(self.method, PassthroughParameters):
+        if self.method.stacked_slices:
             _check_slices(self.method, self)
         elif self.slices is not None:
-            _refuse(type(self), _slice_problems(self.method, self.slices, self))
+            [method] = self.method.methods
+            _refuse(type(self), _slice_problems(method, self.slices, self))
         return self
 
     @model_validator(mode="after")
@@ -336,15 +337,15 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     @model_validator(mode="after")
     def _own_parameters_suit_the_method(self) -> Self:
-        if isinstance(self.method, MethodParameters):
-            method = self.method
+        if self.method.search is None:
+            [method] = self.method.methods
             _refuse(type(self), (e for i, m in enumerate(self.models) for e in _own_parameter_errors(method, i, m)))
         return self
 
     @model_validator(mode="after")
     def _models_suit_the_method(self) -> Self:
-        method = self.method
-        if isinstance(method, MethodParameters):
+        if self.method.search is None:
+            [method] = self.method.methods
             for why in _misfits(method, self.models, counts=self.slices is None):
                 raise ValueError(f"method {method.name} {why}")
         return self
@@ -363,7 +364,7 @@ def _refuse(request: type[Strict], problems: Iterable[InitErrorDetails]) -> None
 
 def _named(method: BaseParameters, those: Sequence[MethodParameters]) -> str:
     """The method, or those of its candidates."""
-    if isinstance(method, MethodParameters):
+    if method.search is None:
         return f"method {method.name}"
     names = dict.fromkeys(one.name for one in those)
     return f"candidate{'s' if len(names) > 1 else ''} {', '.join(names)}"
@@ -394,7 +395,7 @@ def _misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts
         yield "does not go by the models' weights; leave them out, or make them equal"
 
 
-def _search_problems(method: AutoParameters, request: MergeRequest) -> Iterator[InitErrorDetails]:
+def _search_problems(method: BaseParameters, request: MergeRequest) -> Iterator[InitErrorDetails]:
     """The reasons why `auto` cannot try every candidate on rows of every model."""
     if not request.evaluate:
         why = "method auto chooses by what merges keep of every model, so it evaluates; leave evaluate out"
@@ -473,10 +474,10 @@ def _own_parameter_errors(method: MethodParameters, index: int, model: ModelRequ
             yield InitErrorDetails(type=error, loc=(*where, *found["loc"]), input=found["input"])
 
 
-def _check_slices(method: PassthroughParameters, request: MergeRequest) -> None:
+def _check_slices(method: BaseParameters, request: MergeRequest) -> None:
     """Raises ValueError where slices and models do not name each other, or models have what stacking ignores."""
     models = [model.name for model in request.models]
-    used = {part.model for part in method.slices}
+    used = {part.model for part in method.stacked_slices}
     for name in sorted(used - set(models)):
         raise ValueError(f"a slice is of model '{name}'{did_you_mean(name, models)}; models are {', '.join(models)}")
     for model in request.models:
@@ -484,13 +485,13 @@ def _check_slices(method: PassthroughParameters, request: MergeRequest) -> None:
             raise ValueError(f"no slice is of model '{model.name}'; leave the model out")
         if model.weight != 1 or model.dataset is not None or model.evaluation is not None:
             raise ValueError(
-                "method passthrough copies layers: weight, dataset and evaluation of model "
+                f"method {method.name} copies layers: weight, dataset and evaluation of model "
                 f"'{model.name}' would have no effect; leave them out"
             )
     if request.slices is not None:
-        raise ValueError("method passthrough has slices of its own, method.slices; leave slices out")
+        raise ValueError(f"method {method.name} has slices of its own, method.slices; leave slices out")
     if request.base is not None:
-        raise ValueError("method passthrough copies layers, a base would have no effect; leave it out")
+        raise ValueError(f"method {method.name} copies layers, a base would have no effect; leave it out")
 
 
 def _slice_problems(
@@ -533,7 +534,7 @@ def _measurable(method: Any) -> Any:
 class ScoreRequest(JobRequest[ScoredModelRequest]):
     """`POST /scores`. The models need not fit each other."""
 
-    method: Annotated[Method, BeforeValidator(_measurable)] = MaskFisherParameters()
+    method: Annotated[Method, BeforeValidator(_measurable)] = MASK_FISHER.parameters()
     """Whose statistics are computed; parameters that concern merging alone change nothing, but for where `examples:
     "auto"` stops: each model by itself, as if merged with one of the same scores, errors and weight."""
 

@@ -30,7 +30,7 @@ from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import Columns, DatasetSpec, models_beside
 from worker.engine.catalog.data.labels import METRICS, LabelMap, Task, check_metric, label_map
 from worker.engine.catalog.data.rows import check_first_rows
-from worker.engine.catalog.methods import METHODS, AutoParameters, PassthroughParameters
+from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan, required_task
@@ -39,7 +39,7 @@ from worker.engine.catalog.planning.stacking import layers_of_models, plan_job
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
 
-NO_ADAPTERS = "method passthrough takes no adapters; merge it into its base first (method average with one model)"
+NO_ADAPTERS = "takes no adapters; merge it into its base first (method average with one model)"
 
 Inspect = Callable[[Path, str], CheckpointInfo]
 At = Callable[[str], None]
@@ -137,8 +137,8 @@ class Checker:
         needs_base = output.vocabulary != "error" or of_base
         base = self._checkpoint("base", request.base) if request.base else None
         inspect = partial(inspect_model, base=base)
-        if isinstance(request.method, PassthroughParameters):
-            inspect = partial(inspect, without_base=NO_ADAPTERS)
+        if request.method.stacked_slices:
+            inspect = partial(inspect, without_base=f"method {request.method.name} {NO_ADAPTERS}")
         checkpoints = [
             self._checkpoint(_checkpoint_field(index), model.checkpoint, inspect)
             for index, model in enumerate(request.models)
@@ -201,7 +201,7 @@ class Checker:
                 with _refusing(f"{where}.evaluation.metric"):
                     check_metric(metric, task, model.evaluation.source)
                 kept["evaluation"]["metric"] = metric
-                least = LEAST_EVALUATED if isinstance(request.method, AutoParameters) else 1
+                least = LEAST_EVALUATED if request.method.search else 1
                 source = self._rows(f"{where}.evaluation", model.evaluation, task, True, least)
                 kept["evaluation"]["source"] = source
         return Accepted(
@@ -277,8 +277,8 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
         bytes_to_write=plan.bytes_to_write,
         peak_memory_bytes=estimate(plan, needs),
         examples=measured,
-        candidates=[candidate.name for candidate in method.methods] if isinstance(method, AutoParameters) else None,
-        trials=method.trials if isinstance(method, AutoParameters) else None,
+        candidates=[candidate.name for candidate in method.methods] if method.search else None,
+        trials=method.search.trials if method.search else None,
         tensors=len(plan.backbone),
         owners=dict(plan.owners()),
         models=[
@@ -306,8 +306,8 @@ def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
     """Refuses what needs a table of the architecture where there is none: measuring, alignment, evaluation."""
     name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
     errors = []
-    does = "evaluates" if isinstance(request.method, AutoParameters) else "measures"
-    if request.method.statistics or isinstance(request.method, AutoParameters):
+    does = "evaluates" if request.method.search else "measures"
+    if request.method.statistics or request.method.search:
         others = ", ".join(other for other, entry in METHODS.items() if "dataset" not in entry.needs)
         message = f"{request.method.name} {does} models, for which {name} has no table; methods without are {others}"
         errors.append(FieldError(field="method.name", message=message))

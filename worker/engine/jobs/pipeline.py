@@ -23,14 +23,7 @@ from worker.engine.catalog.contracts.report import (
     mean_and_least,
 )
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
-from worker.engine.catalog.methods import (
-    AlignedRegMeanParameters,
-    AutoParameters,
-    MeasuringParameters,
-    MethodParameters,
-    ScoringParameters,
-    Statistic,
-)
+from worker.engine.catalog.methods import MethodParameters, Statistic
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_merge
@@ -150,7 +143,7 @@ class Engine:
             with clock.measure("score_seconds"):
                 work = []
                 for asked, own in zip(spec.method.methods, by_method, strict=True):
-                    if isinstance(asked, MeasuringParameters):
+                    if asked.statistics:
                         measurer = Measurer(asked, plan.linear_inputs, precision, store, self._batches)
                         work.append((asked, [(measurer, run) for run in own]))
                 scoring = _scoring([one for _, measured in work for one in measured], on_progress)
@@ -161,10 +154,10 @@ class Engine:
                     notes += truncations(run)
 
         found, candidates, made = None, None, None
-        if isinstance(spec.method, AutoParameters):
+        if spec.method.search is not None:
             with clock.measure("search_seconds"):
                 found, candidates, made = search_job(
-                    spec, spec.method, plan, by_method, self._models, precision, on_progress
+                    spec, spec.method.search, plan, by_method, self._models, precision, on_progress
                 )
             runs = by_method[found.chosen.candidate]
             spec = with_chosen(spec, found.chosen)
@@ -228,8 +221,9 @@ class Engine:
         notes: list[str] = []
         clock = Stopwatch()
         precision = resolve_precision(spec.method.precision, self._device)
-        if not isinstance(spec.method, MeasuringParameters):
-            raise TypeError(f"method {spec.method.name} measures nothing")
+        [method] = spec.method.methods
+        if not method.statistics:
+            raise TypeError(f"method {method.name} measures nothing")
 
         measured = []
         with clock.measure("load_seconds"):
@@ -247,13 +241,13 @@ class Engine:
                 run = prepare(spec, model, info, digest, inputs, self._models, notes)
                 self._require_memory(plan, spec, precision, longest_row(run))
                 notes += plan.notes
-                measured.append((Measurer(spec.method, plan.linear_inputs, precision, store, self._batches), run))
+                measured.append((Measurer(method, plan.linear_inputs, precision, store, self._batches), run))
                 loading.advance()
 
         with clock.measure("score_seconds"):
             scoring = _scoring(measured, on_progress)
             for one, plan in zip(measured, plans, strict=True):
-                self._measure(spec.method, [one], plan, scoring)
+                self._measure(method, [one], plan, scoring)
 
         _check_unchanged(states)
         runs = [run for _, run in measured]
@@ -261,7 +255,7 @@ class Engine:
             notes += truncations(run)
         result = ScoreResult(
             models=[
-                scored_model(run, stopping_of(spec.method, [run], plan, notes)[0])
+                scored_model(run, stopping_of(method, [run], plan, notes)[0])
                 for run, plan in zip(runs, plans, strict=True)
             ],
             method=as_run(spec, precision, runs),
@@ -296,7 +290,7 @@ class Engine:
 
     def _measure(
         self,
-        method: MeasuringParameters,
+        method: MethodParameters,
         measured: Sequence[tuple[Measurer, ModelRun]],
         plan: MergePlan,
         scoring: Phase,
@@ -311,7 +305,8 @@ class Engine:
             loaded = self._models.get(run.info)
             measurer.measure(run.measured, loaded, run.digest, sample, rows, scoring.advance, statistics)
 
-        if not isinstance(method, ScoringParameters) or method.tolerance is None:
+        stopping = method.scoring
+        if stopping is None or stopping.tolerance is None:
             for measurer, run, sample in samples:
                 extend(measurer, run, sample, len(sample), method.statistics)
             return
@@ -319,8 +314,8 @@ class Engine:
             for measurer, run, sample in samples:
                 if run.measured.rows < len(sample):
                     extend(measurer, run, sample, min(rows, len(sample)), {Statistic.MASK_FISHER})
-            reached = point(method, with_errors([run for _, run, _ in samples]), rows, plan.owned)
-            if reached is not None and reached.error <= method.tolerance:
+            reached = point(stopping, with_errors([run for _, run, _ in samples]), rows, plan.owned)
+            if reached is not None and reached.error <= stopping.tolerance:
                 break
         for measurer, run, sample in samples:
             extend(measurer, run, sample, run.measured.rows, method.statistics - {Statistic.MASK_FISHER})
@@ -344,7 +339,7 @@ class Engine:
         scale: Callable[[Place], float] = method.distance
         if made is not None:  # scaled already
             merger, scale = given(made), lambda place: 1.0
-        elif isinstance(method, AlignedRegMeanParameters):
+        elif method.refits_layers:
             merger = given(refitted_state(method, merger, runs, plan, self._models, precision, merging.advance))
         # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
         threads = torch.get_num_threads() if method.merges_rows else None

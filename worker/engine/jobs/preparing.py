@@ -14,7 +14,7 @@ from worker.engine.catalog.contracts.spec import (
 )
 from worker.engine.catalog.data.labels import LabelMap, label_map
 from worker.engine.catalog.data.rows import Row, Rows, sample
-from worker.engine.catalog.methods import AutoParameters, MethodParameters, Statistic
+from worker.engine.catalog.methods import MethodParameters, Statistic
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt
@@ -106,8 +106,8 @@ def prepare(
             run.evaluation_rows = read
         notes += truncated
         held_out = {(row.text, row.text_pair) for row in read}
-        if isinstance(spec.method, AutoParameters):
-            searched, judged = halves(read, spec.method.seed, model.evaluation.source)
+        if spec.method.search is not None:
+            searched, judged = halves(read, spec.method.search.seed, model.evaluation.source)
             examples = run.evaluation
             run.searched, run.evaluation = [examples[i] for i in searched], [examples[i] for i in judged]
     method, dataset = spec.method, model.dataset

@@ -5,7 +5,7 @@ from typing import Any
 
 from worker.engine.catalog.contracts.report import ModelResult, ScoredModel, ScoresFile, Stopping
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
-from worker.engine.catalog.methods import MethodParameters, ScoringParameters
+from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.parameters import unmatched_filters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.jobs.preparing import ModelRun
@@ -68,16 +68,17 @@ def stopping_of(
 ) -> tuple[Stopping | None, list[float | None]]:
     """How well the merge weights are known, and for each model its weights' error."""
     models = with_errors(runs)
-    if not isinstance(method, ScoringParameters) or not models:
+    scoring = method.scoring
+    if scoring is None or not models:
         return None, [None] * len(runs)
-    found = stopping(method, models, plan.owned)
+    found = stopping(scoring, models, plan.owned)
     if found.reached is False and found.curve:
         whose = "each model" if len(runs) > 1 else runs[0].spec.name
         notes.append(
             f"after {found.curve[-1].examples} rows of {whose} the merge weights are known to "
-            f"{found.curve[-1].error:.3f}, not to the tolerance {method.tolerance:g}"
+            f"{found.curve[-1].error:.3f}, not to the tolerance {scoring.tolerance:g}"
         )
-    errors = iter(errors_of_models(method, models, plan.owned))
+    errors = iter(errors_of_models(scoring, models, plan.owned))
     return found, [next(errors) if run.scored else None for run in runs]
 
 

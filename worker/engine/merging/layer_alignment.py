@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
-from worker.engine.catalog.methods import AlignedRegMeanParameters
+from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, values_at
@@ -84,7 +84,7 @@ def align_layers(
     plan: MergePlan,
     experts: Sequence[Expert],
     merged: nn.Module,
-    parameters: AlignedRegMeanParameters,
+    parameters: MethodParameters,
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ def refitted(
     plan: MergePlan,
     start: Mapping[str, Tensor],
     experts: Sequence[Expert],
-    parameters: AlignedRegMeanParameters,
+    parameters: MethodParameters,
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:

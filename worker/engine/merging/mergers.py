@@ -7,19 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import (
-    AlignedRegMeanParameters,
-    AverageParameters,
-    MethodParameters,
-    PassthroughParameters,
-    ScoringParameters,
-)
+from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.stacking import copied_shares
 from worker.engine.jobs.preparing import ModelRun, required_dataset
 from worker.engine.merging.backbone import Backbone, given
-from worker.engine.merging.layer_alignment import Expert, refitted
-from worker.engine.merging.methods import BUILDERS, MeasuredModel, Merger
+from worker.engine.merging.layer_alignment import Expert
+from worker.engine.merging.methods import BUILDERS, REFITS, MeasuredModel, Merger, average
 from worker.engine.merging.methods.combine import model_weights
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.merging.token_rows import ByToken
@@ -54,7 +48,7 @@ def _merger_of(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePl
 
 def weighted_average(runs: Sequence[ModelRun], plan: MergePlan) -> Merger:
     """The average by the weights of the models that take part, whatever the method."""
-    return BUILDERS["average"](AverageParameters(), _taking_part(runs, plan))
+    return average.average(_taking_part(runs, plan))
 
 
 def mean_shares(method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan) -> list[float | None]:
@@ -68,9 +62,9 @@ def _taking_part(runs: Sequence[ModelRun], plan: MergePlan) -> list[MeasuredMode
 
 
 def _mean_shares(method: MethodParameters, models: list[MeasuredModel], plan: MergePlan) -> Sequence[float | None]:
-    if isinstance(method, ScoringParameters):  # by what was measured
-        return weight_shares(node_weights(models, method), plan.owned)
-    if isinstance(method, PassthroughParameters):  # by the tensors' sources
+    if method.scoring is not None:  # by what was measured
+        return weight_shares(node_weights(models, method.scoring), plan.owned)
+    if method.stacked_slices:  # by the tensors' sources
         return copied_shares(plan)
     if plan.is_of_slices:
         return [None] * len(models)
@@ -98,14 +92,14 @@ def merged_state(
 ) -> dict[str, Tensor]:
     """The merged backbone, in memory."""
     merger = merger_of(method, runs, plan)
-    if isinstance(method, AlignedRegMeanParameters):
+    if method.refits_layers:
         merger = given(refitted_state(method, merger, runs, plan, models, precision, lambda: None))
     with Backbone(plan, [run.takes_part for run in runs], merger, method.distance) as backbone:
         return backbone.state()
 
 
 def refitted_state(
-    method: AlignedRegMeanParameters,
+    method: MethodParameters,
     start: Merger,
     runs: list[ModelRun],
     plan: MergePlan,
@@ -121,4 +115,4 @@ def refitted_state(
     ]
     with Backbone(plan, [run.takes_part for run in runs], start) as backbone:
         started = backbone.state()
-    return refitted(plan, started, experts, method, precision, on_group)
+    return REFITS[method.name](plan, started, experts, method, precision, on_group)

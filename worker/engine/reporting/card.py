@@ -10,7 +10,6 @@ import yaml
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult
 from worker.engine.catalog.contracts.spec import DatasetSpec, EvaluationSpec, MergeSpec
-from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting.words import (
     ABOUT_METRICS,
@@ -118,15 +117,15 @@ def _dataset(rows: EvaluationSpec | DatasetSpec) -> dict[str, str]:
 def _card_summary(spec: MergeSpec, result: MergeResult) -> str:
     names = ", ".join(model.name for model in spec.models)
     models = f"{len(spec.models)} models ({names})" if len(spec.models) > 1 else f"one model ({names})"
-    if isinstance(spec.method, PassthroughParameters):
-        return f"Layers of {models}, stacked by `passthrough`."
+    if spec.method.stacked_slices:
+        return f"Layers of {models}, stacked by `{spec.method.name}`."
     return f"A merge of {models} by `{result.method['name']}`."
 
 
 def _card_models(spec: MergeSpec, result: MergeResult) -> list[str]:
     models = [[m.name, _code(m.checkpoint)] for m in result.models]
-    if isinstance(spec.method, PassthroughParameters):
-        stack = _markdown_table(SLICE_COLUMNS, slice_rows(spec.method))
+    if spec.method.stacked_slices:
+        stack = _markdown_table(SLICE_COLUMNS, slice_rows(spec.method.stacked_slices))
         return [*_markdown_table(["model", "checkpoint"], models), "", *stack]
     columns = ["model", "checkpoint", "mean merge weight"]
     rows = [[*row, number(m.weight_share, 3)] for row, m in zip(models, result.models, strict=True)]
@@ -138,7 +137,7 @@ def _card_models(spec: MergeSpec, result: MergeResult) -> list[str]:
 
 
 def _card_parameters(spec: MergeSpec, result: MergeResult) -> list[str]:
-    if isinstance(spec.method, PassthroughParameters):  # they are its slices
+    if spec.method.stacked_slices:  # they are its slices
         return []
     given = {key: value for key, value in result.method.items() if key != "name" and value is not None}
     return [f"Parameters of the method: {_card_values(given)}.", ""]

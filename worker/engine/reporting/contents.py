@@ -18,7 +18,6 @@ from torch import Tensor
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
 from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.families.table import score_name
-from worker.engine.catalog.methods import PassthroughParameters, ScoringParameters
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.tensors import TORCH_NAMES
 from worker.engine.catalog.primitives.strict import Strict
@@ -162,7 +161,7 @@ class Contents(Strict):
 def of_merge(spec: MergeSpec, plan: MergePlan, scores: Scores) -> Contents:
     names = [model.name for model in spec.models]
     taking_part = [index for index, model in enumerate(spec.models) if model.takes_part]
-    found = None if isinstance(spec.method, PassthroughParameters) else interference(plan, taking_part)
+    found = None if spec.method.stacked_slices else interference(plan, taking_part)
     return Contents(
         construction=_construction(spec, plan),
         maps=_maps(spec, scores, plan),
@@ -191,9 +190,10 @@ def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps 
         return None
     weights: dict[str, Tensor] = {}
     lambdas: dict[str, float] = {}
-    if plan is not None and isinstance(spec.method, ScoringParameters):
+    [method] = spec.method.methods
+    if plan is not None and method.scoring is not None:
         models = [MeasuredModel(m.weight, scores[m.name], parameters=m.parameters) for m in scored]
-        of_place = node_weights(models, spec.method)
+        of_place = node_weights(models, method.scoring)
         weights = {
             score: torch.stack([of_place(score, place) for place in places]).mean(0)
             for score, places in plan.owned.items()

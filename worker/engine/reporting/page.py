@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from worker.engine.catalog.contracts.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
-from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting import figures
 from worker.engine.reporting.contents import Construction, Contents
@@ -148,8 +147,8 @@ def _seconds(seconds: float) -> str:
 
 def _summary(spec: MergeSpec, result: MergeResult) -> str:
     names = listed([model.name for model in spec.models])
-    if isinstance(spec.method, PassthroughParameters):
-        return f"Layers of {names}, stacked by passthrough."
+    if spec.method.stacked_slices:
+        return f"Layers of {names}, stacked by {spec.method.name}."
     base = f" Their base is {spec.base.source}." if spec.base else ""
     return f"{names}, merged by {result.method['name']}.{base}"
 
@@ -171,7 +170,7 @@ def _notes(result: JobResult) -> Section:
 def _merged(
     spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None
 ) -> list[Html | None]:
-    is_stack = isinstance(spec.method, PassthroughParameters)
+    is_stack = bool(spec.method.stacked_slices)
     measured = any(m.examples for m in result.models)
     columns: dict[str, list[str]] = {
         "model": [m.name for m in result.models],
@@ -191,8 +190,8 @@ def _merged(
     rows = list(zip(*columns.values(), strict=True))
     made = contents.construction
     parts: list[Html | None] = [table(list(columns), rows, "Models", numeric=numeric)]
-    if isinstance(spec.method, PassthroughParameters):
-        parts.append(table(SLICE_COLUMNS, slice_rows(spec.method), "Slices"))
+    if spec.method.stacked_slices:
+        parts.append(table(SLICE_COLUMNS, slice_rows(spec.method.stacked_slices), "Slices"))
     return [*parts, *(_construction(made, is_stack) if made else ())]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.engine.catalog.contracts.report import Candidate, MergeResult
-from worker.engine.catalog.methods import PassthroughParameters
+from worker.engine.catalog.primitives.slices import Slice
 
 METRIC_COLUMNS = [
     "model",
@@ -114,14 +114,11 @@ def settings_of(values: Mapping[str, Any]) -> str:
 SLICE_COLUMNS = ["layers here", "model", "its layers"]
 
 
-def slice_rows(method: PassthroughParameters) -> list[list[str]]:
+def slice_rows(slices: Sequence[Slice]) -> list[list[str]]:
     rows, first = [], 0
-    if any(part.layers is None for part in method.slices):
-        return [
-            ["", part.model, "all" if part.layers is None else "{} to {}".format(*part.layers)]
-            for part in method.slices
-        ]
-    for part in method.slices:
+    if any(part.layers is None for part in slices):
+        return [["", part.model, "all" if part.layers is None else "{} to {}".format(*part.layers)] for part in slices]
+    for part in slices:
         start, stop = part.layers or (0, 0)
         rows.append([f"{first} to {first + stop - start - 1}", part.model, f"{start} to {stop - 1}"])
         first += stop - start

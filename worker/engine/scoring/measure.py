@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from worker.engine.catalog.contracts.statistics import Facts, Origin
-from worker.engine.catalog.methods import (
-    GradientParameters,
-    MaskFisherParameters,
-    MeasuringParameters,
-    ScoringParameters,
-    Statistic,
-)
+from worker.engine.catalog.methods import MethodParameters, Statistic
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.models.loading import LoadedModel
@@ -69,7 +63,7 @@ class Measurer:
 
     def __init__(
         self,
-        method: MeasuringParameters,
+        method: MethodParameters,
         inputs: Sequence[LinearInput],
         precision: Precision,
         store: StatisticsStore,
@@ -195,8 +189,7 @@ class Measurer:
     @property
     def _asked_tokens(self) -> int | None:
         """Of a batch, where the method names their number."""
-        asked = self._method.batch_tokens if isinstance(self._method, ScoringParameters) else "auto"
-        return None if asked == "auto" else asked
+        return self._method.asked_batch_tokens
 
     def _tokens(
         self,
@@ -223,9 +216,8 @@ class Measurer:
 
     def _estimator(self, loaded: LoadedModel) -> Estimator | None:
         """Which label gradients are of, with `auto` resolved; None where there are none."""
-        if isinstance(self._method, GradientParameters):
-            return estimator_for(self._method.estimator, loaded.task, self._method.seed)
-        return None
+        asked = self._method.gradients
+        return None if asked is None else estimator_for(asked.estimator, loaded.task, asked.seed)
 
     def _facts(
         self, statistic: Statistic, estimator: Estimator | None, digest: str, sample: Sample, rows: int
@@ -248,7 +240,7 @@ class Measurer:
 
     @property
     def _is_paper(self) -> bool:
-        return isinstance(self._method, MaskFisherParameters) and self._method.preset == "paper"
+        return self._method.batch_rows is not None
 
     def _computed(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, MetricResult, Search, mean_and_least
 from worker.engine.catalog.contracts.spec import MergeSpec
-from worker.engine.catalog.methods import AutoParameters, AverageParameters
+from worker.engine.catalog.methods import AVERAGE, AutoParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.jobs.preparing import ModelRun
 from worker.engine.merging.backbone import plain_average
@@ -93,7 +93,7 @@ def search_job(
         Line(
             name=name,
             kind="average" if name == PLAIN_AVERAGE else "expert",
-            method=AverageParameters() if name == PLAIN_AVERAGE else None,
+            method=AVERAGE.parameters() if name == PLAIN_AVERAGE else None,
             weights={model: float(takes) for model, takes in zip(names, takes_part, strict=True)},
             align_ridge=ridge,
             trial=None,

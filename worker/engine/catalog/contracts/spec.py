@@ -158,14 +158,8 @@ class StoreSpec(Strict):
 
 
 def models_beside(evaluates: bool, aligns: bool, method: BaseParameters) -> int:
-    """Models that are held beside the experts: the merge, and the plain average that it is compared with.
-
-    Where layers are refitted: the merge, what it starts from, and what changes. `auto` also holds a model to try merges
-    in, and keeps what it refitted.
-    """
-    if isinstance(method, AutoParameters):
-        return 3 + sum(candidate.refits_layers for candidate in method.methods)
-    return 3 if method.refits_layers else 2 if evaluates else 1 if aligns else 0
+    """Models that are held beside the experts: the method's own, or else the merge and the plain average beside it."""
+    return max(method.models_beside, 2 if evaluates else 1 if aligns else 0)
 
 
 class JobSpec(Strict):

@@ -3,7 +3,7 @@
 from worker.engine.catalog.methods.aligned_regmean import AlignedRegMeanParameters
 from worker.engine.catalog.methods.arcee_fusion import ArceeFusionParameters
 from worker.engine.catalog.methods.auto import AUTO, AutoParameters, default_candidates
-from worker.engine.catalog.methods.average import AverageParameters
+from worker.engine.catalog.methods.average import AVERAGE, AverageParameters
 from worker.engine.catalog.methods.breadcrumbs import (
     BreadcrumbsParameters,
     BreadcrumbsTiesParameters,
@@ -27,7 +27,7 @@ from worker.engine.catalog.methods.entry import (
 from worker.engine.catalog.methods.fisher import FisherParameters
 from worker.engine.catalog.methods.karcher import KarcherParameters
 from worker.engine.catalog.methods.linear import LinearParameters
-from worker.engine.catalog.methods.mask_fisher import MaskFisherParameters, Normalize, ScoringParameters
+from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, Normalize, ScoringParameters
 from worker.engine.catalog.methods.mask_regmean import MaskRegMeanParameters
 from worker.engine.catalog.methods.merging import METHODS, Method, check_name
 from worker.engine.catalog.methods.model_stock import ModelStockParameters
@@ -50,8 +50,10 @@ from worker.engine.catalog.methods.ties import TiesParameters
 
 __all__ = [
     "AUTO",
+    "AVERAGE",
     "BATCH_TOKENS",
     "LARGEST_BATCH_TOKENS",
+    "MASK_FISHER",
     "METHODS",
     "AlignedRegMeanParameters",
     "ArceeFusionParameters",

@@ -7,7 +7,6 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, f
 
 from worker.engine.catalog.methods.entry import (
     BaseParameters,
-    MeasuringParameters,
     MethodEntry,
     MethodParameters,
     Range,
@@ -90,9 +89,17 @@ class AutoParameters(BaseParameters):
         """With the search's precision, and with its `examples` where a candidate names none."""
         return [with_values(candidate, self._common(candidate)) for candidate in self.candidates or ()]
 
+    @property
+    def search(self) -> "AutoParameters":
+        return self
+
+    def with_candidates(self, names: Sequence[str]) -> "AutoParameters":
+        """The same search over the candidates of these names. Raises ValidationError."""
+        return self.model_validate({**self.model_dump(), "candidates": names})
+
     def _common(self, candidate: MethodParameters) -> dict[str, Any]:
         common: dict[str, Any] = {"precision": self.precision}
-        if isinstance(candidate, MeasuringParameters) and "examples" not in candidate.model_fields_set:
+        if candidate.statistics and "examples" not in candidate.model_fields_set:
             common["examples"] = self.examples
         return common
 
@@ -119,6 +126,11 @@ class AutoParameters(BaseParameters):
     @property
     def refits_layers(self) -> bool:
         return any(method.refits_layers for method in self.methods)
+
+    @property
+    def models_beside(self) -> int:
+        """Beside what others hold, there are a model to try merges in, and every merge that was refitted."""
+        return 3 + sum(method.refits_layers for method in self.methods)
 
     @property
     def most_batch_tokens(self) -> int:

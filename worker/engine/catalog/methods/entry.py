@@ -3,12 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from worker.engine.catalog.primitives.slices import Slice
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import EVERY_NAME, PerTensor, Place, filters_of, value_at, values_of
+
+if TYPE_CHECKING:
+    from worker.engine.catalog.methods.auto import AutoParameters
+    from worker.engine.catalog.methods.mask_fisher import ScoringParameters
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch, where no better number is known."""
@@ -50,6 +55,16 @@ class BaseParameters(Strict):
         raise NotImplementedError
 
     @property
+    def search(self) -> "AutoParameters | None":
+        """These parameters, if they are of a search over several methods; None for a method that merges."""
+        return None
+
+    @property
+    def stacked_slices(self) -> Sequence[Slice]:
+        """The slices of models that the method stacks instead of merging models; empty for all other methods."""
+        return ()
+
+    @property
     def statistics(self) -> frozenset[Statistic]:
         return frozenset()
 
@@ -88,6 +103,14 @@ class BaseParameters(Strict):
         return False
 
     @property
+    def models_beside(self) -> int:
+        """Number of models that the method itself holds beside the experts.
+
+        Where layers are refitted, these are the merge, what it starts from, and what changes.
+        """
+        return 3 if self.refits_layers else 0
+
+    @property
     def most_batch_tokens(self) -> int:
         """Padded tokens of the largest batch on a CPU, if no row is longer."""
         return LARGEST_BATCH_TOKENS
@@ -107,6 +130,21 @@ class MethodParameters(BaseParameters):
     @property
     def methods(self) -> "Sequence[MethodParameters]":
         return [self]
+
+    @property
+    def gradients(self) -> "GradientParameters | None":
+        """These parameters, if measuring takes gradients of a label's likelihood; else None."""
+        return None
+
+    @property
+    def scoring(self) -> "ScoringParameters | None":
+        """These parameters, if slices are weighted by the scores of mask nodes; else None."""
+        return None
+
+    @property
+    def asked_batch_tokens(self) -> int | None:
+        """Padded tokens that are computed together, where the method names their number; None: what is fastest."""
+        return None
 
     @property
     def needs_base(self) -> bool:
@@ -187,6 +225,10 @@ class GradientParameters(MeasuringParameters):
     """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Draws the labels of the estimator `sampled`."""
+
+    @property
+    def gradients(self) -> "GradientParameters":
+        return self
 
     @property
     def needs_labels(self) -> bool:

@@ -50,8 +50,16 @@ class ScoringParameters(GradientParameters):
         return frozenset({Statistic.MASK_FISHER})
 
     @property
+    def scoring(self) -> "ScoringParameters":
+        return self
+
+    @property
+    def asked_batch_tokens(self) -> int | None:
+        return None if self.batch_tokens == "auto" else self.batch_tokens
+
+    @property
     def most_batch_tokens(self) -> int:
-        return super().most_batch_tokens if self.batch_tokens == "auto" else self.batch_tokens
+        return self.asked_batch_tokens or super().most_batch_tokens
 
 
 class MaskFisherParameters(ScoringParameters):

@@ -1,5 +1,6 @@
 """`passthrough`: stacks layers of one or several models to one model."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,6 +17,10 @@ class PassthroughParameters(MethodParameters):
     slices: Annotated[list[Slice], Field(min_length=1, max_length=1000)]
     """What becomes the layers 0, 1, … of the result. What lies before the layers is of the first slice's model, as are
     configuration and tokenizer; what lies after them is of the last slice's."""
+
+    @property
+    def stacked_slices(self) -> Sequence[Slice]:
+        return self.slices
 
     @property
     def needs_base(self) -> bool:

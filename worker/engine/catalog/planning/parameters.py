@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain, islice
 
-from worker.engine.catalog.methods import AutoParameters, BaseParameters
+from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, filters_of, values_at
 
@@ -40,7 +40,7 @@ def unmatched_filters(
     """(field of the request, problem) of every filter that matches no tensor."""
     settings: dict[str, object] = {}
     for number, one in enumerate(method.methods):
-        field = f"method.candidates.{number}" if isinstance(method, AutoParameters) else "method"
+        field = f"method.candidates.{number}" if method.search else "method"
         settings |= {f"{field}.{name}": getattr(one, name) for name in type(one).model_fields}
     settings |= {f"models.{index}.weight": weight for index, weight in enumerate(weights)}
     for index, own in enumerate(of_models):

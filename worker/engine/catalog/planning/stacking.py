@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from worker.engine.catalog.checkpoints import layouts
 from worker.engine.catalog.checkpoints.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
@@ -17,7 +18,7 @@ from worker.engine.catalog.checkpoints.vocabulary import (
     token_keys,
 )
 from worker.engine.catalog.contracts.spec import Dtype, Heads, Tokens, VocabularyPolicy
-from worker.engine.catalog.methods import AutoParameters, BaseParameters, PassthroughParameters
+from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.comparing import check_vocabulary, notes_of_settings, with_settings_of
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.planner import plan_merge
@@ -55,12 +56,13 @@ def plan_job(
     whose = None
     if config_from is not None:
         whose = base if config_from not in names else checkpoints[names.index(config_from)]
-    if isinstance(method, PassthroughParameters):
-        slices = [OutputSlice(sources=[part]) for part in method.slices]
-        scale = lambda place: method.at("scale", place)  # noqa: E731 - a closure over what is narrowed here
+    if method.stacked_slices:
+        slices = [OutputSlice(sources=[part]) for part in method.stacked_slices]
+        [stacking] = method.methods
+        scale = partial(stacking.at, "scale")
     elif slices is None or _are_all_layers(slices, names, checkpoints, base):
         plan = plan_merge(checkpoints, dtype, base, heads, vocabulary, whose, choices)
-        by_own_tokens = isinstance(method, AutoParameters) or method.refits_layers
+        by_own_tokens = method.search is not None or method.refits_layers
         if plan.vocabulary is not None and vocabulary == "error" and by_own_tokens:
             problem = f"method {method.name} needs matrices with the same number of rows, padding included"
             raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)

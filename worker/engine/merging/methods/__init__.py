@@ -3,10 +3,15 @@
 A method is built once per merge by its `build` and then called for each backbone tensor.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
 
 from worker.engine.catalog.methods import METHODS, MethodParameters
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.merging.layer_alignment import Expert
 from worker.engine.merging.methods import (
+    aligned_regmean,
     arcee_fusion,
     average,
     breadcrumbs,
@@ -30,8 +35,14 @@ from worker.engine.merging.methods import (
     ties,
 )
 from worker.engine.merging.methods.blocks import MeasuredModel, Merger
+from worker.engine.runtime.device import Precision
 
 Build = Callable[[MethodParameters, list[MeasuredModel]], Merger]
+Refit = Callable[
+    [MergePlan, Mapping[str, Tensor], Sequence[Expert], MethodParameters, Precision, Callable[[], None]],
+    dict[str, Tensor],
+]
+"""Refits the layers of a merged backbone to the experts; calls back after each group of layers."""
 
 BUILDERS: Mapping[str, Build] = {
     "average": average.build,
@@ -58,11 +69,14 @@ BUILDERS: Mapping[str, Build] = {
     "fisher": fisher.build,
     "regmean": regmean.build,
     "mask_regmean": mask_regmean.build,
-    "aligned_regmean": regmean.build,  # where it starts
+    "aligned_regmean": aligned_regmean.build,
     "passthrough": passthrough.build,
 }
+
+REFITS: Mapping[str, Refit] = {"aligned_regmean": aligned_regmean.refit}
+"""By name, of methods whose `refits_layers` is true: what is made of the merge that `BUILDERS` begins with."""
 
 if BUILDERS.keys() != METHODS.keys():
     raise ImportError(f"catalog and arithmetic disagree on the methods: {BUILDERS.keys() ^ METHODS.keys()}")
 
-__all__ = ["BUILDERS", "Build", "MeasuredModel", "Merger"]
+__all__ = ["BUILDERS", "REFITS", "Build", "MeasuredModel", "Merger", "Refit", "average"]
