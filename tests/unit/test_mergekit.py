@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from app.contracts.requests import MergeRequest
-from app.services.mergekit import TRANSLATED, MergekitError, fields_there, names_of, translated
+from app.services.mergekit import MergekitError, fields_there, translated
+from app.services.mergekit.known import TRANSLATED
+from app.services.mergekit.models import names_of
 from app.services.yaml_text import parse_yaml
 from worker.engine.catalog.checkpoints.layouts import place_of
 from worker.engine.catalog.contracts.spec import TokenSource

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.services.json_text import NotJson, parse_json
-from app.services.mergekit import HUB_NAME
+from app.services.mergekit.recipe import HUB_NAME
 from app.storage.sources.hf import HUB
 from app.storage.sources.job import JOB
 from tests.conftest import keeps_within
