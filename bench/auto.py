@@ -36,7 +36,7 @@ from worker.engine.catalog.contracts.spec import (
     StoreSpec,
 )
 from worker.engine.catalog.methods import default_candidates
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 MEAN_TARGETS = {2: 0.99, 4: 0.985}
 ALL_TARGET = 0.97

@@ -39,7 +39,7 @@ from worker.engine.catalog.primitives.values import Place
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import Array, bootstrap
 from worker.engine.inputs.examples import Example, tokenize
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights
 from worker.engine.models.loading import LoadedModel, load

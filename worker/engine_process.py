@@ -274,7 +274,7 @@ def serve(requests: BinaryIO, events: int) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    from worker.engine.jobs.pipeline import Engine
+    from worker.engine.jobs.engine import Engine
     from worker.engine.runtime.libraries import preload
     from worker.engine.runtime.threads import pool
 
@@ -296,7 +296,7 @@ def serve(requests: BinaryIO, events: int) -> None:
         try:
             spec = SPEC.validate_json(request)
             told = Throttled(events)
-            result = engine.merge(spec, told) if isinstance(spec, MergeSpec) else engine.score(spec, told)
+            result = engine.run(spec, told)
         except Exception as error:
             _send(events, Failed(error=_job_error(error)))
         else:

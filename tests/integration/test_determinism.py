@@ -13,7 +13,7 @@ from worker.engine.catalog.contracts.spec import CheckpointSpec, StoreSpec
 from worker.engine.catalog.methods import METHODS
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.row_blocks import row_blocks
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 HIDDEN = 1024  # square matrices of so many rows are several blocks
 EXAMPLES = 8

@@ -26,7 +26,7 @@ from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
 from worker.engine.catalog.methods import Statistic
 from worker.engine.checkpoints import reloading
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.scoring.store import StatisticsStore
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from tests.tiny_language_models import LLAMA, tiny_model
 PROGRAM = """
 import json, sys
 from worker.engine.catalog.contracts.spec import MergeSpec
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 imported = []
 def told(phase, done, total, unit):
     if (phase, done) == ("merging", total):

@@ -21,8 +21,8 @@ from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec,
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidDataset
-from worker.engine.jobs.pipeline import Engine
-from worker.engine.jobs.preparing import ModelRun
+from worker.engine.jobs.engine import Engine
+from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import load
 from worker.engine.search.bench import Bench
 from worker.engine.search.search import SHARES
@@ -288,7 +288,7 @@ def test_of_an_expert_no_more_is_held_than_what_is_not_merged(tiny_inputs: Path)
     plan, loaded = plan_merge([info]), load(info, CPU)
     bench = Bench(plan, "float32")
     model = model_spec(info.path, evaluation=EvaluationSpec(source="a", metric="accuracy"))
-    bench.add(ModelRun(model, info, "unused"), loaded)
+    bench.add(JobModel(model, info, "unused"), loaded)
     parameters = dict(loaded.model.named_parameters())
     held = weakref.WeakValueDictionary({tensor.slot.name: parameters[tensor.slot.name] for tensor in plan.backbone})
     assert len(held) == len(plan.backbone)

@@ -43,7 +43,7 @@ from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.reader import Digests, TensorReader
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import load
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_language_models import LLAMA, tiny_model
 from worker.engine.catalog.primitives.errors import EngineError
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 Change = Callable[[Any], Any]
 """Changes the content of a JSON file in place, or returns another."""

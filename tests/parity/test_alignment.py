@@ -25,7 +25,7 @@ from tests.tiny import (
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.head_alignment import aligned
 
 ROWS = 40

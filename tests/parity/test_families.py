@@ -43,7 +43,7 @@ from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.inputs.examples import Example, tokenize
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import score

@@ -16,7 +16,7 @@ from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.inputs.examples import Example
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.models.loading import load
 from worker.engine.scoring.estimators import EstimatorName, estimator_for

@@ -18,7 +18,7 @@ from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.methods import TaskArithmeticParameters
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.stacking import plan_job
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,

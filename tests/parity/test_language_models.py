@@ -36,7 +36,7 @@ from tests.tiny_language_models import (
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 WEIGHTS = (1.0, 3.0)
 METHODS: dict[str, dict[str, Any]] = {

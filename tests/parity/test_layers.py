@@ -34,7 +34,7 @@ from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.inputs.examples import tokenize
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.layer_alignment import Expert, align_layers, linear_groups, ridge_step
 from worker.engine.models.loading import LoadedModel, load
 

@@ -32,7 +32,7 @@ from tests.tiny import (
 from worker.engine.catalog.families import Kind, Nodes
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import MaskFisherParameters
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
 
 Scores = Mapping[str, Tensor]

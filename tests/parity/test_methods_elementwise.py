@@ -22,7 +22,7 @@ from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import Place
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
 from worker.engine.merging.methods.blocks import Block
 from worker.engine.merging.methods.combine import combine

@@ -33,7 +33,7 @@ from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.evaluation.metrics import bootstrap, metric_for
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.inputs.tables import read_parquet
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import Empirical, Sampled, estimator_for
 from worker.engine.scoring.scorer import paper_scores, score

@@ -24,7 +24,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 BATCH = 32
 EXAMPLES = 70  # two batches and a partial one

@@ -18,7 +18,7 @@ from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoi
 from worker.engine.checkpoints import reloading
 from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.layout import library_class
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, HubSource, MergeSpec
 from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.reporting import contents
 from worker.engine.reporting.card import model_card
 

@@ -15,7 +15,7 @@ from tests.tiny_families import TINY_BERT
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 WEIGHTS = (1.0, 3.0)
 TEXTS = ["one two three", "green", "six one red blue two", "four four"]

@@ -15,7 +15,7 @@ from tests.tiny import edit_json, merge_spec, model_spec, read_model, silent
 from tests.tiny_language_models import LLAMA, loaded_model, logits_of, tiny_model
 from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.primitives.slices import OutputSlice
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 NAMES = ("base", "one", "two")
 OUTER = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")

@@ -32,7 +32,7 @@ from worker.engine.catalog.methods import MaskFisherParameters, RegMeanParameter
 from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.primitives.values import Place
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_errors
 from worker.engine.merging.stopping import Scored, errors_at, point

@@ -14,7 +14,7 @@ from tests.tiny_families import WORDS
 from tests.tiny_language_models import LLAMA, tiny_model, word_level_tokenizer
 from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.primitives.errors import EngineError
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 MARKS = ("<s>", "</s>", "<unk>")
 WORDS_OF = {"base": WORDS[:20], "a": [*WORDS[5:20], "red"], "b": [*WORDS[24::-1]]}

@@ -37,7 +37,7 @@ from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.merging.token_rows import read_by_token
 
 Array = NDArray[np.float64]

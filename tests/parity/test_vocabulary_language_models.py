@@ -28,7 +28,7 @@ from tests.tiny_language_models import (
     word_level_tokenizer,
 )
 from worker.engine.catalog.contracts.spec import CheckpointSpec
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 MARKS = ("<s>", "</s>", "<unk>")
 WORDS_OF = {

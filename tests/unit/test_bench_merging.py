@@ -25,7 +25,7 @@ from bench.merging import (
 )
 from tests.tiny import silent
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 
 TINY_LLAMA = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"

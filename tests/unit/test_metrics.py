@@ -40,7 +40,7 @@ from worker.engine.evaluation.metrics import (
     metric_for,
 )
 from worker.engine.inputs.examples import tokenize
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import load
 
 TWO = Task("classification", 2, {})

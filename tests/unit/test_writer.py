@@ -37,7 +37,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint, Numerical
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.reader import Digests, TensorReader, digest_file
 from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards, largest_first
-from worker.engine.jobs.pipeline import Engine
+from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import ModelCache, load
 from worker.engine.runtime.threads import in_threads
 

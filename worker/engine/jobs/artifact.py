@@ -9,11 +9,11 @@ from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors, write_json
+from worker.engine.merging.job_models import JobModel
 from worker.engine.reporting import contents
 from worker.engine.reporting.card import model_card
 from worker.engine.reporting.contents import Contents, Scores
 from worker.engine.reporting.page import NOT_KNOWN_YET, merge_page, score_page
-from worker.engine.scoring.measure import Measured
 
 REPEATING = {"checkpoint", "digest", "examples", "batch_tokens"}  # what the same bits need, of each model
 
@@ -26,15 +26,16 @@ def model_folders(folder: Path, names: Sequence[str], *, is_one: bool) -> dict[s
     return folders
 
 
-def write_scores(folder: Path, name: str, digest: str, measured: Measured) -> None:
+def write_scores(folder: Path, model: JobModel) -> None:
     """`scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
+    measured = model.measured
     scores = measured.scores_and_errors
     if not scores:
         return
     (folder / "scores").mkdir(exist_ok=True)
-    about = {"estimator": measured.estimator, "examples": measured.rows, "checkpoint": digest}
+    about = {"estimator": measured.estimator, "examples": measured.rows, "checkpoint": model.digest}
     # One key: the library writes several in any order.
-    save_tensors(scores, folder / "scores" / f"{name}.safetensors", {"maskmerge": json.dumps(about)})
+    save_tensors(scores, folder / "scores" / f"{model.name}.safetensors", {"maskmerge": json.dumps(about)})
 
 
 def write_documents(

@@ -1,185 +1,142 @@
-"""A job's models with their rows, read and tokenised before any work is spent."""
+"""The step that reads a model's rows, tokenised before any work is spent, and checks that inputs stay what they are."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
 from worker.engine.catalog.contracts.spec import (
     LEAST_ALIGNMENT_ROWS,
     DatasetSpec,
     EvaluationSpec,
     JobSpec,
     MergeSpec,
-    ModelSpec,
 )
 from worker.engine.catalog.data.labels import LabelMap, label_map
 from worker.engine.catalog.data.rows import Row, Rows, sample
-from worker.engine.catalog.methods import MethodParameters, Statistic
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.inputs.examples import Example, plan_batches, tokenize
 from worker.engine.inputs.fetching import Inputs
-from worker.engine.merging.methods import MeasuredModel
-from worker.engine.merging.stopping import Scored
-from worker.engine.models.loading import LoadedModel, ModelCache
-from worker.engine.scoring.measure import Measured
+from worker.engine.jobs.context import JobContext
+from worker.engine.merging.job_models import JobModel, ModelRows
+from worker.engine.models.loading import LoadedModel
 from worker.engine.scoring.sample import Sample
 from worker.engine.search.splitting import halves
 
-
-@dataclass
-class ModelRun:
-    """What one job knows of one model: its rows, and then its statistics."""
-
-    spec: ModelSpec
-    info: CheckpointInfo
-    digest: str
-    sample: Sample | None = None
-    """Rows to measure."""
-    unseen: list[Example] = field(default_factory=list)
-    """Rows to fit layers to; none of them is in `evaluation`."""
-    truncated: list[str] = field(default_factory=list)
-    """A note, where some of `unseen` were."""
-    alignment: list[Example] = field(default_factory=list)
-    """Rows to align the head on; none of them is in `evaluation`."""
-    alignment_rows: list[Row] = field(default_factory=list)
-    """The texts of `alignment`, for a merge with another tokenizer."""
-    searched: list[Example] = field(default_factory=list)
-    """Rows of the evaluation that `auto` searches on; none of them is in `evaluation`."""
-    evaluation: list[Example] = field(default_factory=list)
-    """Those that the result is judged by."""
-    evaluation_rows: list[Row] = field(default_factory=list)
-    """The same of `evaluation`, where vocabularies may differ."""
-    measured: Measured = field(default_factory=Measured)
-
-    @property
-    def takes_part(self) -> bool:
-        return self.spec.takes_part
-
-    @property
-    def as_measured(self) -> MeasuredModel:
-        measured = self.measured
-        return MeasuredModel(
-            self.spec.weight,
-            measured.scores,
-            measured.of(Statistic.GRAM),
-            measured.of(Statistic.FISHER),
-            self.spec.parameters,
-        )
-
-    @property
-    def scored(self) -> Scored | None:
-        """None when it has no scores with errors."""
-        if self.sample is None or not self.measured.sums:
-            return None
-        return Scored(self.spec.weight, self.measured.sums, self.sample.population)
+HeldOut = Collection[tuple[str, str | None]]
+"""Texts of rows that a model is evaluated on, and that nothing is fitted to."""
 
 
-def prepare(
-    spec: JobSpec,
-    model: ModelSpec,
-    info: CheckpointInfo,
-    digest: str,
-    inputs: Inputs,
-    models: ModelCache,
-    notes: list[str],
-) -> ModelRun:
+@dataclass(frozen=True)
+class InputStates:
+    """What the checkpoints' files were when the job began."""
+
+    states: Sequence[tuple[CheckpointInfo, str]]
+
+    @classmethod
+    def of(cls, checkpoints: Sequence[CheckpointInfo]) -> "InputStates":
+        return cls([(info, checkpoint_state(info)) for info in checkpoints])
+
+    def check_unchanged(self) -> None:
+        """Raises InvalidCheckpoint where a file was changed since."""
+        for info, state in self.states:
+            if checkpoint_state(info) != state:
+                raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
+
+
+def prepare(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> JobModel:
     """Check a model's weights and read its rows: whatever is wrong with them is found before any work is spent."""
-    run = ModelRun(model, info, digest)
-    evaluates = isinstance(spec, MergeSpec) and spec.evaluate and model.evaluation is not None
-    if not evaluates and not any(spec.rows_wanted(model)):
-        check_layout(info)
-        if isinstance(spec, MergeSpec) and spec.output.align_heads:
-            notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
-        return run
-    loaded = models.get(info)
-    held_out: set[tuple[str, str | None]] = set()
-    if isinstance(spec, MergeSpec) and spec.evaluate and model.evaluation is not None:
-        rows = inputs.rows(model.evaluation)
-        labels = _label_map(loaded, model.evaluation, rows, notes)
-        read = sample(rows, model.evaluation, None)
-        run.evaluation, truncated = examples_from(loaded, model.evaluation, read, labels)
-        notes += [*rows.notes, *_from_one(labels, model.evaluation, read), *_whose_f1(labels, model.evaluation)]
-        if spec.output.vocabulary != "error":
-            run.evaluation_rows = read
-        notes += truncated
-        held_out = {(row.text, row.text_pair) for row in read}
-        if spec.method.search is not None:
-            searched, judged = halves(read, spec.method.search.seed, model.evaluation.source)
-            examples = run.evaluation
-            run.searched, run.evaluation = [examples[i] for i in searched], [examples[i] for i in judged]
-    method, dataset = spec.method, model.dataset
-    measured, aligned_on = spec.rows_wanted(model)
-    if measured or aligned_on:
-        dataset = required_dataset(model)
-        rows = inputs.rows(dataset)
-        needed = _label_map(loaded, dataset, rows, notes) if measured and method.needs_labels else None
-        fitted_on = max(aligned_on, measured if method.refits_layers else 0)
-        read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
-        notes += rows.notes
-        if measured:
-            population = min(len(rows), dataset.limit or len(rows))
-            run.sample = Sample(read[:measured], population, dataset, loaded, needed)
-            notes += [] if needed is None else _from_one(needed, dataset, read[:measured])
-        looked_at = unseen[-1] + 1 if len(unseen) == fitted_on and unseen else len(read)
-        if fitted_on and looked_at > len(unseen):
-            notes.append(
-                f"{looked_at - len(unseen)} rows of {dataset.source} are rows that {model.name} is evaluated on; "
-                "nothing was fitted to them"
-            )
-        run.unseen, run.truncated = examples_from(loaded, dataset, [read[place] for place in unseen], None)
-        run.alignment = run.unseen[:aligned_on]
-        run.alignment_rows = [read[place] for place in unseen[:aligned_on]]
-        if not unseen and measured and method.refits_layers:
-            problem = f"every row is one that {model.name} is evaluated on; method {method.name} needs others"
-            raise InvalidDataset(dataset.source, problem)
-        distinct = len({(read[place].text, read[place].text_pair) for place in unseen[:aligned_on]})
-        if distinct < min(aligned_on, LEAST_ALIGNMENT_ROWS):
-            run.alignment = []
-            notes.append(
-                f"the head of {model.name} was kept as it was: {dataset.source} has {distinct} rows that it is not "
-                f"evaluated on, and {LEAST_ALIGNMENT_ROWS} are needed to align it"
-            )
-    elif isinstance(spec, MergeSpec) and spec.output.align_heads:
-        notes.append(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
-    return run
+    asked = model.spec
+    wants_rows, evaluates = any(spec.rows_wanted(asked)), spec.evaluate and asked.evaluation is not None
+    held_out: HeldOut = set()
+    if not wants_rows and not evaluates:
+        check_layout(model.info)
+    if evaluates:
+        model, held_out = with_evaluation(spec, model, inputs, context)
+    if wants_rows:
+        return with_dataset(spec, model, inputs, context, held_out)
+    if spec.output.align_heads:
+        context.note(f"the head of {model.name} was kept as it was: no dataset names rows to align it on")
+    return model
 
 
-def measured_by(method: MethodParameters, spec: JobSpec, run: ModelRun) -> ModelRun:
-    """The model as one of the job's methods sees it: with the rows that this one measures and fits to."""
-    rows = method.most_examples
-    _, aligned_on = spec.rows_wanted(run.spec)
-    return replace(
-        run,
-        sample=run.sample.first(rows) if run.sample and rows else None,
-        unseen=run.unseen[: max(aligned_on, rows)],
-        measured=Measured(),
+def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> tuple[JobModel, HeldOut]:
+    """The model with the rows that the result is judged by, and that `auto` searches on; and the texts of both."""
+    evaluation, loaded = model.evaluation, context.models.get(model.info)
+    rows = inputs.rows(evaluation)
+    labels = _label_map(loaded, evaluation, rows, context)
+    read = sample(rows, evaluation, None)
+    examples, truncated = examples_from(loaded, evaluation, read, labels)
+    context.note(*rows.notes, *_from_one(labels, evaluation, read), *_whose_f1(labels, evaluation), *truncated)
+    searched: list[int] = []
+    judged = list(range(len(read)))
+    if spec.method.search is not None:
+        searched, judged = halves(read, spec.method.search.seed, evaluation.source)
+    found = ModelRows(
+        searched=[examples[place] for place in searched],
+        evaluation=[examples[place] for place in judged],
+        evaluation_texts=[read[place] for place in judged] if spec.output.vocabulary != "error" else [],
     )
+    return replace(model, rows=found), {(row.text, row.text_pair) for row in read}
 
 
-def longest_row(run: ModelRun) -> int:
+def with_dataset(
+    spec: JobSpec, model: JobModel, inputs: Inputs, context: JobContext, held_out: HeldOut = frozenset()
+) -> JobModel:
+    """The model with the rows of its data set: to measure, to fit layers to, and to align its head on."""
+    method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
+    measured, aligned_on = spec.rows_wanted(model.spec)
+    rows = inputs.rows(dataset)
+    needed = _label_map(loaded, dataset, rows, context) if measured and method.needs_labels else None
+    fitted_on = max(aligned_on, measured if method.refits_layers else 0)
+    read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
+    context.note(*rows.notes)
+    to_measure = None
+    if measured:
+        population = min(len(rows), dataset.limit or len(rows))
+        to_measure = Sample(read[:measured], population, dataset, loaded, needed)
+        context.note(*([] if needed is None else _from_one(needed, dataset, read[:measured])))
+    looked_at = unseen[-1] + 1 if len(unseen) == fitted_on and unseen else len(read)
+    if fitted_on and looked_at > len(unseen):
+        context.note(
+            f"{looked_at - len(unseen)} rows of {dataset.source} are rows that {model.name} is evaluated on; "
+            "nothing was fitted to them"
+        )
+    texts = [read[place] for place in unseen]
+    fitted, truncated = examples_from(loaded, dataset, texts, None)
+    if not unseen and measured and method.refits_layers:
+        problem = f"every row is one that {model.name} is evaluated on; method {method.name} needs others"
+        raise InvalidDataset(dataset.source, problem)
+    distinct = len({(row.text, row.text_pair) for row in texts[:aligned_on]})
+    if distinct < min(aligned_on, LEAST_ALIGNMENT_ROWS):
+        aligned_on = 0
+        context.note(
+            f"the head of {model.name} was kept as it was: {dataset.source} has {distinct} rows that it is not "
+            f"evaluated on, and {LEAST_ALIGNMENT_ROWS} are needed to align it"
+        )
+    found = replace(
+        model.rows,
+        sample=to_measure,
+        fitted=fitted,
+        alignment=fitted[:aligned_on],
+        alignment_texts=texts[:aligned_on],
+        truncated=truncated,
+    )
+    return replace(model, rows=found)
+
+
+def longest_row(model: JobModel) -> int:
     """Tokens of the model's longest row, as far as they are known."""
-    lengths = [example.length for example in (*run.unseen, *run.searched, *run.evaluation)]
-    return max([*lengths, run.sample.longest() if run.sample else 1])
+    rows = model.rows
+    lengths = [example.length for example in (*rows.fitted, *rows.searched, *rows.evaluation)]
+    return max([*lengths, rows.sample.longest() if rows.sample else 1])
 
 
-def padded_tokens(run: ModelRun) -> int:
-    """Of the batches of the rows that layers are fitted to."""
-    return sum(len(batch) * batch[-1].length for batch in plan_batches(run.unseen)) if run.takes_part else 0
-
-
-def required_dataset(model: ModelSpec) -> DatasetSpec:
-    if model.dataset is None:
-        raise InvalidDataset(model.name, "no data set; the method needs one for every model")
-    return model.dataset
-
-
-def required_evaluation(model: ModelSpec) -> EvaluationSpec:
-    if model.evaluation is None:
-        raise InvalidDataset(model.name, "no evaluation; method auto needs one for every model")
-    return model.evaluation
+def padded_tokens(model: JobModel) -> int:
+    """Tokens, with padding, of the batches of the rows that layers are fitted to."""
+    return sum(len(batch) * batch[-1].length for batch in plan_batches(model.rows.fitted)) if model.takes_part else 0
 
 
 def _read(
@@ -187,7 +144,7 @@ def _read(
     dataset: DatasetSpec,
     measured: int,
     fitted_on: int,
-    held_out: Collection[tuple[str, str | None]],
+    held_out: HeldOut,
     *,
     shuffle: bool,
 ) -> tuple[list[Row], list[int]]:
@@ -201,10 +158,10 @@ def _read(
         wanted += max(measured, fitted_on)
 
 
-def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, notes: list[str]) -> LabelMap:
+def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, context: JobContext) -> LabelMap:
     """How the rows' labels are the head's; whatever is not plain is noted."""
     labels, found = label_map(loaded.task, dataset.source, dataset.label_names, rows.label_names, loaded.info.source)
-    notes += found
+    context.note(*found)
     return labels
 
 
@@ -238,25 +195,19 @@ def examples_from(
     if not rows:  # tokenizers do not take none
         return [], []
     tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
-    return tokenized.examples, _truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
+    return tokenized.examples, truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
 
 
 def examples_of(
-    plan: MergePlan, merged: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], examples: list[Example]
-) -> tuple[list[Example], list[str]]:
+    plan: MergePlan, merged: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], examples: Sequence[Example]
+) -> tuple[Sequence[Example], list[str]]:
     """An expert's examples as the merged model reads them, the same unless vocabularies differ; and notes."""
     return (examples, []) if plan.vocabulary is None else examples_from(merged, dataset, rows, None)
 
 
-def _truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:
+def truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:
+    """A note where some of the rows were truncated."""
     if not truncated:
         return []
     limit = min(max_length, dataset.max_length or max_length)
     return [f"{truncated} of {rows} rows of {dataset.source} are longer than {limit} tokens and were truncated"]
-
-
-def truncations(run: ModelRun) -> list[str]:
-    """Of the rows that were measured in this job, or else of those that the head is aligned on."""
-    measured = run.sample
-    found = [] if measured is None else _truncation(*measured.truncated, measured.spec, measured.max_length)
-    return found or run.truncated

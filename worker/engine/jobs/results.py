@@ -8,46 +8,47 @@ from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
 from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.parameters import unmatched_filters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.jobs.preparing import ModelRun
+from worker.engine.jobs.context import JobContext
+from worker.engine.merging.job_models import JobModel
 from worker.engine.merging.stopping import Scored, errors_of_models, stopping
 from worker.engine.runtime.device import Precision
 
 
-def model_result(run: ModelRun, weight_share: float | None, weight_error: float | None) -> ModelResult:
+def model_result(model: JobModel, weight_share: float | None, weight_error: float | None) -> ModelResult:
     return ModelResult(
-        **_measured_fields(run),
-        aligned_examples=len(run.alignment),
+        **_measured_fields(model),
+        aligned_examples=len(model.rows.alignment),
         weight_share=weight_share,
         weight_error=weight_error,
-        parameters=run.spec.parameters,
+        parameters=model.spec.parameters,
     )
 
 
-def scored_model(run: ModelRun, stopping: Stopping | None) -> ScoredModel:
+def scored_model(model: JobModel, stopping: Stopping | None) -> ScoredModel:
     scores = []
-    for statistics in run.measured.statistics.values():
+    for statistics in model.measured.statistics.values():
         facts = statistics.about.facts
         href = f"/scores/{facts.address}"
         scores.append(
             ScoresFile(statistic=facts.statistic, digest=facts.address, href=href, bytes=statistics.about.bytes)
         )
-    return ScoredModel(**_measured_fields(run), estimator=run.measured.estimator, stopping=stopping, scores=scores)
+    return ScoredModel(**_measured_fields(model), estimator=model.measured.estimator, stopping=stopping, scores=scores)
 
 
-def _measured_fields(run: ModelRun) -> dict[str, Any]:
+def _measured_fields(model: JobModel) -> dict[str, Any]:
     return {
-        "name": run.spec.name,
-        "checkpoint": run.spec.source,
-        "commit": run.spec.hub.commit if run.spec.hub else None,
-        "digest": run.digest,
-        "examples": run.measured.rows,
-        "batch_tokens": run.measured.batch_tokens,
-        "score_seconds": round(run.measured.seconds, 3),
-        "score_cached": run.measured.cached,
+        "name": model.name,
+        "checkpoint": model.spec.source,
+        "commit": model.spec.hub.commit if model.spec.hub else None,
+        "digest": model.digest,
+        "examples": model.measured.rows,
+        "batch_tokens": model.measured.batch_tokens,
+        "score_seconds": round(model.measured.seconds, 3),
+        "score_cached": model.measured.cached,
     }
 
 
-def as_run(spec: JobSpec, precision: Precision, runs: Sequence[ModelRun]) -> dict[str, Any]:
+def as_run(spec: JobSpec, precision: Precision, models: Sequence[JobModel]) -> dict[str, Any]:
     """The method with `auto` resolved: one value where the models agree, else by model.
 
     Precision is that of forward and backward passes, and left out where there are none.
@@ -56,7 +57,7 @@ def as_run(spec: JobSpec, precision: Precision, runs: Sequence[ModelRun]) -> dic
     if spec.loads_models:
         resolved["precision"] = precision
     for parameter in ("estimator", "batch_tokens"):
-        found = {run.spec.name: getattr(run.measured, parameter) for run in runs}
+        found = {model.name: getattr(model.measured, parameter) for model in models}
         found = {name: value for name, value in found.items() if value is not None}
         if found:
             resolved[parameter] = next(iter(found.values())) if len(set(found.values())) == 1 else found
@@ -64,26 +65,27 @@ def as_run(spec: JobSpec, precision: Precision, runs: Sequence[ModelRun]) -> dic
 
 
 def stopping_of(
-    method: MethodParameters, runs: Sequence[ModelRun], plan: MergePlan, notes: list[str]
+    method: MethodParameters, models: Sequence[JobModel], plan: MergePlan, context: JobContext
 ) -> tuple[Stopping | None, list[float | None]]:
     """How well the merge weights are known, and for each model its weights' error."""
-    models = with_errors(runs)
+    scored = with_errors(models)
     scoring = method.scoring
-    if scoring is None or not models:
-        return None, [None] * len(runs)
-    found = stopping(scoring, models, plan.owned)
+    if scoring is None or not scored:
+        return None, [None] * len(models)
+    found = stopping(scoring, scored, plan.owned)
     if found.reached is False and found.curve:
-        whose = "each model" if len(runs) > 1 else runs[0].spec.name
-        notes.append(
+        whose = "each model" if len(models) > 1 else models[0].name
+        context.note(
             f"after {found.curve[-1].examples} rows of {whose} the merge weights are known to "
             f"{found.curve[-1].error:.3f}, not to the tolerance {scoring.tolerance:g}"
         )
-    errors = iter(errors_of_models(scoring, models, plan.owned))
-    return found, [next(errors) if run.scored else None for run in runs]
+    errors = iter(errors_of_models(scoring, scored, plan.owned))
+    return found, [next(errors) if model.scored else None for model in models]
 
 
-def with_errors(runs: Sequence[ModelRun]) -> list[Scored]:
-    return [scored for run in runs if (scored := run.scored) is not None]
+def with_errors(models: Sequence[JobModel]) -> list[Scored]:
+    """The models that have scores with errors."""
+    return [scored for model in models if (scored := model.scored) is not None]
 
 
 def vocabulary_notes(plan: MergePlan) -> list[str]:

@@ -32,7 +32,7 @@ class Backbone:
         merger: Merger,
         scale: Callable[[Place], float] = lambda place: 1.0,
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         self._takes_part = takes_part
         self._merger = merger
         self._scale = scale
@@ -57,7 +57,7 @@ class Backbone:
         taking_part = self._taking_part(planned)
         sources = [planned.sources[index] for index in taking_part]
         versions = self._versions(planned, sources, taking_part)
-        has_base = planned.base is not None or self._plan.base is None
+        has_base = planned.base is not None or self.plan.base is None
         merge = self._scaled(self._merger(versions), self._scale(planned.place) if has_base else 1.0)
         for block in versions.blocks():
             merged = merge(block)
@@ -68,7 +68,7 @@ class Backbone:
 
     def state(self) -> dict[str, Tensor]:
         """All of it, to be loaded into a model."""
-        return {tensor.slot.name: self._whole(tensor) for tensor in self._plan.backbone}
+        return {tensor.slot.name: self._whole(tensor) for tensor in self.plan.backbone}
 
     def _whole(self, planned: PlannedTensor) -> Tensor:
         parts = [part for _, part in self.blocks(planned)]
@@ -88,7 +88,7 @@ class Backbone:
         return [index for index, model in enumerate(models) if self._takes_part[model]]
 
     def _versions(self, planned: PlannedTensor, sources: Sequence[TensorInfo], taking_part: Sequence[int]) -> Versions:
-        origin = planned.base if self._plan.base is not None else None
+        origin = planned.base if self.plan.base is not None else None
 
         def read(rows: slice) -> Block:
             if planned.token_rows is not None:

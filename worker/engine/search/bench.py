@@ -20,8 +20,8 @@ from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
 from worker.engine.evaluation.metrics import Array, metric_for
 from worker.engine.evaluation.smoothed import smoothed
 from worker.engine.inputs.examples import Example
-from worker.engine.jobs.preparing import ModelRun, required_evaluation
 from worker.engine.merging.head_alignment import aligned
+from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.search.journal import Look
@@ -38,19 +38,20 @@ class Side:
     The expert itself is not kept.
     """
 
-    def __init__(self, run: ModelRun, loaded: LoadedModel, precision: Precision) -> None:
-        self.name = run.spec.name
+    def __init__(self, expert: JobModel, loaded: LoadedModel, precision: Precision) -> None:
+        self.name = expert.name
         self.task = loaded.task
         self._device, self._precision = loaded.device, precision
-        self.evaluation = required_evaluation(run.spec)
-        self.searched, self.held_out, self.alignment = run.searched, run.evaluation, run.alignment
+        self.evaluation = expert.evaluation
+        rows = expert.rows
+        self.searched, self.held_out, self.alignment = rows.searched, rows.evaluation, rows.alignment
         self.labels, self.held_out_labels = _labels(self.searched), _labels(self.held_out)
         head = head_of(loaded)
         bias = None if head.bias is None else head.bias.detach().cpu().double()
         self.head: Head = (head.weight.detach().cpu().double(), bias)
         with rounded_weights(loaded.model, precision):
             own, aligning, judged = (
-                _read(loaded, rows, precision) for rows in (self.searched, self.alignment, self.held_out)
+                _read(loaded, examples, precision) for examples in (self.searched, self.alignment, self.held_out)
             )
         self.targets = _outputs(aligning, self.head)
         self.held_out_predicted = self.predicted(judged, self.head)
@@ -171,9 +172,9 @@ class Bench:
         self._models: list[LoadedModel] = []
         self._present: State | None = None
 
-    def add(self, run: ModelRun, loaded: LoadedModel) -> None:
+    def add(self, expert: JobModel, loaded: LoadedModel) -> None:
         """Another expert, with its rows."""
-        self.sides.append(Side(run, loaded, self._precision))
+        self.sides.append(Side(expert, loaded, self._precision))
         if not self._backbone:
             self._backbone = {
                 name: nn.Parameter(parameter.detach().clone(), requires_grad=False)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -14,8 +14,8 @@ from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, M
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import AVERAGE, AutoParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.jobs.preparing import ModelRun
 from worker.engine.merging.backbone import plain_average
+from worker.engine.merging.job_models import JobModel, experts_of
 from worker.engine.merging.mergers import merged_state
 from worker.engine.models.loading import ModelCache
 from worker.engine.runtime.device import Precision
@@ -30,25 +30,38 @@ FEW_ROWS = 32
 """Held-out rows of a model: fewer say little."""
 
 
+@dataclass(frozen=True)
+class SearchResult:
+    """The end of a search over a job's models."""
+
+    found: Found
+    candidates: Sequence[Candidate]
+    """The table: what each candidate is worth on the held-out rows."""
+    state: State | None
+    """The chosen backbone, only where layers were refitted: any other is made again faster than it is worth its
+    memory."""
+
+
 def search_job(
     spec: MergeSpec,
     auto: AutoParameters,
     plan: MergePlan,
-    by_method: Sequence[list[ModelRun]],
-    models: ModelCache,
+    by_method: Sequence[Sequence[JobModel]],
+    cache: ModelCache,
     precision: Precision,
     on_progress: OnProgress,
-) -> tuple[Found, list[Candidate], State | None]:
-    """What came of all trials, the table of what they are worth on the held-out rows, and the chosen backbone.
+) -> SearchResult:
+    """Try merges as `auto` says, and judge each candidate's best on the held-out rows.
 
-    The latter only where layers were refitted; any other is made again faster than it is worth its memory.
+    Args:
+        by_method: the job's models as each candidate measured them.
     """
-    [runs, *_] = by_method  # rows are the same for all
+    [models, *_] = by_method  # rows are the same for all
     bench = Bench(plan, precision)
-    for run in runs:
-        bench.add(run, models.get(run.info))
-    space = Space(spec, auto, aligns=any(run.alignment for run in runs))
-    searching = Phase("searching", auto.trials + len(space) + 1 + len(runs), "merges", on_progress)
+    for model in models:
+        bench.add(model, cache.get(model.info))
+    space = Space(spec, auto, aligns=any(model.rows.alignment for model in models))
+    searching = Phase("searching", auto.trials + len(space) + 1 + len(models), "merges", on_progress)
 
     refitted: dict[str, Tryout] = {}
 
@@ -63,17 +76,18 @@ def search_job(
     def merged(proposal: Proposal) -> dict[str, Tensor]:
         own = by_method[proposal.candidate]
         weighed = [
-            replace(run, spec=run.spec.model_copy(update={"weight": weight}))
-            for run, weight in zip(own, proposal.weights, strict=True)
+            replace(model, spec=model.spec.model_copy(update={"weight": weight}))
+            for model, weight in zip(own, proposal.weights, strict=True)
         ]
-        return merged_state(proposal.method, weighed, plan, models, precision)
+        measured = [model.for_method for model in weighed]
+        return merged_state(proposal.method, measured, partial(experts_of, weighed, cache), plan, precision)
 
     def averaged(takes_part: Sequence[bool]) -> Tryout:
         return Tryout(bench, plain_average(plan, takes_part))
 
-    identity = _identity(spec, auto, runs, precision)
+    identity = _identity(spec, auto, models, precision)
     found = search(spec, auto, space, bench.sides, made, Journal(spec.journal, identity), searching.advance)
-    names = [run.spec.name for run in runs]
+    names = [model.name for model in models]
     lines = [
         Line(
             name=space.names[candidate],
@@ -87,14 +101,14 @@ def search_job(
         for candidate, (number, proposal) in found.best.items()
     ]
     ridge = spec.output.align_ridge
-    backbones = {PLAIN_AVERAGE: [run.takes_part for run in runs]}
+    backbones = {PLAIN_AVERAGE: [model.takes_part for model in models]}
     backbones |= {f"expert {name}": [name == other for other in names] for name in names}
     lines += [
         Line(
             name=name,
             kind="average" if name == PLAIN_AVERAGE else "expert",
             method=AVERAGE.parameters() if name == PLAIN_AVERAGE else None,
-            weights={model: float(takes) for model, takes in zip(names, takes_part, strict=True)},
+            weights={of: float(takes) for of, takes in zip(names, takes_part, strict=True)},
             align_ridge=ridge,
             trial=None,
             tryout=partial(averaged, takes_part),
@@ -103,8 +117,8 @@ def search_job(
     ]
     searching.advance(len(space) - len(found.best))  # candidates of which no merge could be made have no line
     candidates = table(lines, bench.sides, found.search.chosen, searching.advance)
-    chosen = made(found.chosen).state if found.chosen.method.refits_layers else None
-    return found, candidates, chosen
+    state = made(found.chosen).state if found.chosen.method.refits_layers else None
+    return SearchResult(found, candidates, state)
 
 
 def with_chosen(spec: MergeSpec, chosen: Proposal) -> MergeSpec:
@@ -116,25 +130,26 @@ def with_chosen(spec: MergeSpec, chosen: Proposal) -> MergeSpec:
     return spec.model_copy(update={"method": chosen.method, "models": models, "output": output})
 
 
-def _identity(spec: MergeSpec, auto: AutoParameters, runs: Sequence[ModelRun], precision: Precision) -> str:
+def _identity(spec: MergeSpec, auto: AutoParameters, models: Sequence[JobModel], precision: Precision) -> str:
     """Of all that the outcomes of trials follow from: a digest."""
     facts: dict[str, Any] = {
         "method": auto.model_dump(mode="json"),
-        "models": [run.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for run in runs],
-        "metrics": [run.spec.evaluation and run.spec.evaluation.metric for run in runs],
-        "checkpoints": [run.digest for run in runs],
+        "models": [m.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for m in models],
+        "metrics": [m.spec.evaluation and m.spec.evaluation.metric for m in models],
+        "checkpoints": [model.digest for model in models],
         "base": spec.base and spec.base.state,
         "output": spec.output.model_dump(mode="json", include={"dtype", "align_ridge"}),
         "precision": precision,
         "versions": {name: version(name) for name in ("maskmerge", "optuna", "torch", "transformers")},
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for run in runs:
-        for examples in (run.searched, run.alignment, run.unseen):
+    for model in models:
+        rows = model.rows
+        for examples in (rows.searched, rows.alignment, rows.fitted):
             for example in examples:
                 digest.update(json.dumps([dict(example.encoding), example.label]).encode())
-        if run.sample is not None:
-            digest.update(run.sample.digest(len(run.sample), with_labels=True).encode())
+        if rows.sample is not None:
+            digest.update(rows.sample.digest(len(rows.sample), with_labels=True).encode())
     return digest.hexdigest()
 
 

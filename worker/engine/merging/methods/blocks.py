@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
-from worker.engine.catalog.primitives.values import PerTensor, Place
+from worker.engine.catalog.primitives.values import PerTensor, Place, takes_part
 from worker.engine.checkpoints.row_blocks import row_blocks
 
 CHUNK_ELEMENTS = 1 << 16  # of one version, that several steps go through at once: they stay in a core's cache
@@ -136,6 +136,11 @@ class MeasuredModel:
     """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """Its own values of the method's, see `MethodParameters.of_model`."""
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether its weight is other than 0 for any tensor."""
+        return takes_part(self.weight)
 
 
 def required_base(base: Tensor | None) -> Tensor:

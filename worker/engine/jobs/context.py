@@ -1,0 +1,96 @@
+"""What every step of a job has at hand: models, statistics and inputs; and where notes, progress and times go."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from worker.engine.catalog.checkpoints.views import Views
+from worker.engine.catalog.contracts.report import Timings
+from worker.engine.catalog.contracts.spec import JobSpec, StoreSpec
+from worker.engine.catalog.primitives.notes import in_order
+from worker.engine.checkpoints.reader import Digests
+from worker.engine.models.loading import ModelCache
+from worker.engine.runtime.device import Precision, reset_peak_memory, resolve_precision
+from worker.engine.runtime.progress import OnProgress, Phase
+from worker.engine.scoring.batching import BatchSizes
+from worker.engine.scoring.store import StatisticsStore
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """What outlives jobs: models, batch sizes and digests that the next job need not find out anew."""
+
+    device: torch.device
+    models: ModelCache
+    batches: BatchSizes
+    digests: Digests
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """One job's surroundings. Steps are functions of values; what they tell and how long they take goes here."""
+
+    lasting: Lasting
+    precision: Precision
+    store: StatisticsStore
+    views: Views
+    on_progress: OnProgress
+    _notes: list[str] = field(default_factory=list)
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lasting.device
+
+    @property
+    def models(self) -> ModelCache:
+        return self.lasting.models
+
+    def note(self, *notes: str) -> None:
+        """Tell the reader of the result."""
+        self._notes.extend(notes)
+
+    def note_first(self, *notes: str) -> None:
+        """Tell the reader of the result before everything that was noted so far."""
+        self._notes[:0] = notes
+
+    @property
+    def notes(self) -> list[str]:
+        """All notes, those first that put a number in question."""
+        return in_order(self._notes)
+
+    def phase(self, name: str, total: int, unit: str) -> Phase:
+        """Begin a phase of the job's progress."""
+        return Phase(name, total, unit, self.on_progress)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Take the time of a step for the field `name` of `Timings`."""
+        start = time.monotonic()
+        yield
+        self._seconds[name] = round(time.monotonic() - start, 3)
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(**self._seconds)
+
+
+@contextmanager
+def job_context(spec: JobSpec, lasting: Lasting, on_progress: OnProgress) -> Iterator[JobContext]:
+    """Begin a job: its folder, views of its inputs, and its statistics, which without a place for them are kept until
+    the job is done, so that several candidates of one job share them."""
+    reset_peak_memory()
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        where = spec.store
+        if where is None:
+            where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=sys.maxsize)
+        views = stack.enter_context(Views())
+        store = stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
+        yield JobContext(lasting, resolve_precision(spec.method.precision, lasting.device), store, views, on_progress)

@@ -1,0 +1,42 @@
+"""The engine: it runs jobs, and keeps what outlives them."""
+
+import torch
+
+from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
+from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec
+from worker.engine.checkpoints.reader import Digests
+from worker.engine.jobs.context import Lasting, job_context
+from worker.engine.jobs.merge import merge
+from worker.engine.jobs.score import score
+from worker.engine.models.loading import ModelCache
+from worker.engine.runtime.device import best_device
+from worker.engine.runtime.progress import OnProgress
+from worker.engine.scoring.batching import BatchSizes
+
+
+class Engine:
+    """Runs jobs one after the other, keeping models warm between them.
+
+    All methods leave a complete artifact in the job's folder.
+
+    Raises:
+        EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        device = device or best_device()
+        self._lasting = Lasting(device, ModelCache(device), BatchSizes(), Digests())
+
+    def run(self, spec: MergeSpec | ScoreSpec, on_progress: OnProgress) -> MergeResult | ScoreResult:
+        """Run a job of either kind."""
+        return self.merge(spec, on_progress) if isinstance(spec, MergeSpec) else self.score(spec, on_progress)
+
+    def merge(self, spec: MergeSpec, on_progress: OnProgress) -> MergeResult:
+        """Run a whole merge."""
+        with job_context(spec, self._lasting, on_progress) as context:
+            return merge(spec, context)
+
+    def score(self, spec: ScoreSpec, on_progress: OnProgress) -> ScoreResult:
+        """Measure every model, and keep its statistics."""
+        with job_context(spec, self._lasting, on_progress) as context:
+            return score(spec, context)

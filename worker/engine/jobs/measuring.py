@@ -1,0 +1,84 @@
+"""The step that measures: statistics of every model, on as many of its rows as they take."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from worker.engine.catalog.contracts.spec import JobSpec
+from worker.engine.catalog.methods import MethodParameters, Statistic
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.jobs.context import JobContext
+from worker.engine.jobs.preparing import truncation
+from worker.engine.jobs.results import with_errors
+from worker.engine.merging.job_models import JobModel
+from worker.engine.merging.stopping import point
+from worker.engine.runtime.progress import Phase
+from worker.engine.scoring.measure import Measured, Measurer
+from worker.engine.scoring.sample import Sample, looks
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Models that one method measures, and the plan of their merge."""
+
+    method: MethodParameters
+    plan: MergePlan
+    models: Sequence[JobModel]
+
+
+def for_method(method: MethodParameters, spec: JobSpec, model: JobModel) -> JobModel:
+    """The model as one of the job's methods sees it: with the rows that this one measures and fits to."""
+    wanted = method.most_examples
+    _, aligned_on = spec.rows_wanted(model.spec)
+    rows = model.rows
+    sample = rows.sample.first(wanted) if rows.sample and wanted else None
+    return replace(model, rows=replace(rows, sample=sample, fitted=rows.fitted[: max(aligned_on, wanted)]))
+
+
+def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobModel]]:
+    """The models of every part of the work, measured. The phase ends where each is measured on all of its rows."""
+    store, batches = context.store, context.lasting.batches
+    measurers = [Measurer(part.method, part.plan.linear_inputs, context.precision, store, batches) for part in work]
+    total = sum(
+        measurer.passes * len(model.rows.sample)
+        for measurer, part in zip(measurers, work, strict=True)
+        for model in part.models
+        if model.rows.sample is not None
+    )
+    scoring = context.phase("scoring", total, "examples")
+    return [_measure(part, measurer, scoring, context) for measurer, part in zip(measurers, work, strict=True)]
+
+
+def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobContext) -> list[JobModel]:
+    """All statistics of every model that takes part; with `examples: "auto"`, of as many rows as it takes to know the
+    weights of their merge."""
+    method = work.method
+    models = [replace(model, measured=Measured()) for model in work.models]
+    samples = [(model, model.rows.sample) for model in models if model.rows.sample is not None]
+
+    def extend(model: JobModel, sample: Sample, rows: int, statistics: Collection[Statistic]) -> None:
+        loaded = context.models.get(model.info)
+        measurer.measure(model.measured, loaded, model.digest, sample, rows, scoring.advance, statistics)
+
+    stopping = method.scoring
+    if stopping is None or stopping.tolerance is None:
+        for model, sample in samples:
+            extend(model, sample, len(sample), method.statistics)
+        return models
+    for rows in looks(max(len(sample) for _, sample in samples)):
+        for model, sample in samples:
+            if model.measured.rows < len(sample):
+                extend(model, sample, min(rows, len(sample)), {Statistic.MASK_FISHER})
+        reached = point(stopping, with_errors([model for model, _ in samples]), rows, work.plan.owned)
+        if reached is not None and reached.error <= stopping.tolerance:
+            break
+    for model, sample in samples:
+        extend(model, sample, model.measured.rows, method.statistics - {Statistic.MASK_FISHER})
+    return models
+
+
+def truncations(model: JobModel) -> Sequence[str]:
+    """A note of the truncated among the rows that were measured in this job, or else of those that layers and the head
+    are fitted to."""
+    sample = model.rows.sample
+    found = [] if sample is None else truncation(*sample.truncated, sample.spec, sample.max_length)
+    return found or model.rows.truncated

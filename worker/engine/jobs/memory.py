@@ -1,0 +1,38 @@
+"""Whether the machine has the memory that a job needs."""
+
+import torch
+
+from worker.engine.catalog.contracts.spec import JobSpec
+from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.jobs.context import JobContext
+from worker.engine.runtime.resources import available_memory, require_memory
+
+
+def require_memory_of_job(
+    plan: MergePlan, spec: JobSpec, context: JobContext, longest_row: int, tokens_held: int = 0
+) -> None:
+    """Make room by giving up models of earlier jobs. On a GPU, activations take none of this machine's memory.
+
+    Args:
+        longest_row: tokens of the job's longest row, as far as they are known.
+        tokens_held: padded tokens of all rows that layers are refitted to at once.
+
+    Raises:
+        OutOfMemory: the machine has less than the job needs.
+    """
+    on_gpu = context.device.type == "cuda"
+    needs = MemoryNeeds(
+        spec.method,
+        loads_models=spec.loads_models,
+        models_beside=spec.models_beside,
+        longest_row=longest_row,
+        tokens_held=tokens_held,
+        value_bytes=0 if on_gpu else 2 if context.precision == "bfloat16" else 4,
+        threads=torch.get_num_threads(),
+    )
+    needed = estimate(plan, needs)
+    loaded = plan.checkpoints if spec.loads_models else []
+    if needed + context.models.bytes_besides(loaded) > available_memory():
+        context.models.keep_only(loaded)
+    require_memory(needed)

@@ -1,0 +1,282 @@
+"""The job that merges, as a list of steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.report import Candidate, MergeResult, MetricResult, Search, mean_and_least
+from worker.engine.catalog.contracts.spec import MergeSpec
+from worker.engine.catalog.methods import MethodParameters
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.planning.templates import check_templates
+from worker.engine.catalog.primitives.values import Place
+from worker.engine.checkpoints.checking import check_plan
+from worker.engine.checkpoints.reloading import Reloading
+from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
+from worker.engine.inputs.fetching import Inputs
+from worker.engine.jobs import artifact
+from worker.engine.jobs.context import JobContext
+from worker.engine.jobs.evaluating import evaluate
+from worker.engine.jobs.measuring import Measuring, for_method, measure, truncations
+from worker.engine.jobs.memory import require_memory_of_job
+from worker.engine.jobs.preparing import InputStates, examples_of, longest_row, padded_tokens, prepare
+from worker.engine.jobs.results import as_run, filter_notes, model_result, stopping_of, vocabulary_notes
+from worker.engine.merging.backbone import Backbone, given
+from worker.engine.merging.head_alignment import align_head
+from worker.engine.merging.job_models import JobModel, experts_of
+from worker.engine.merging.layer_alignment import linear_groups
+from worker.engine.merging.mergers import mean_shares, merger_of, refitted_state, weighted_average
+from worker.engine.models.loading import load as load_model
+from worker.engine.runtime.device import peak_memory_bytes
+from worker.engine.runtime.resources import require_space
+from worker.engine.search.bench import State
+from worker.engine.search.job import floor_notes, judged_notes, search_job, with_chosen, with_published
+
+
+def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
+    """Run the whole merge and leave a complete artifact in `spec.folder`."""
+    loaded = load(spec, context)
+    by_method = measure_all(spec, loaded, context)
+    chosen = choose(spec, loaded.plan, by_method, context)
+    written = write(chosen, loaded.plan, context)
+    written = align(chosen, loaded.plan, written, context)
+    metrics = evaluate(chosen.models, loaded.plan, written.folders, context)
+    candidates = judge(chosen, metrics, context)
+    context.note_first(*loaded.reloading.check_published(written.published))
+    loaded.states.check_unchanged()
+    return publish(chosen, loaded, written, Judged(metrics, candidates), context)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a merge begins with."""
+
+    plan: MergePlan
+    models: Sequence[JobModel]
+    base_digest: str | None
+    states: InputStates
+    reloading: Reloading
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is merged: as it was asked for, or as `auto` chose it."""
+
+    spec: MergeSpec
+    models: Sequence[JobModel]
+    search: Search | None = None
+    candidates: Sequence[Candidate] | None = None
+    state: State | None = None
+    """The backbone, where it is made already."""
+
+    @property
+    def method(self) -> MethodParameters:
+        [method] = self.spec.method.methods
+        return method
+
+
+@dataclass(frozen=True)
+class Written:
+    """The models in the artifact."""
+
+    folders: Mapping[str, Path]
+    """By model, the folder of its merge."""
+    digests: Mapping[Path, str]
+    """sha256 of the files that were digested as they were written."""
+    shares: Sequence[float | None]
+    """Every model's mean merge weight."""
+
+    @property
+    def published(self) -> list[Path]:
+        """Every folder once."""
+        return list(dict.fromkeys(self.folders.values()))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How well the merge does."""
+
+    metrics: Mapping[str, MetricResult] | None
+    """By model."""
+    candidates: Sequence[Candidate] | None
+
+
+def load(spec: MergeSpec, context: JobContext) -> Loaded:
+    """Open the checkpoints, plan the merge, check that what it publishes will load, and read the models' rows."""
+    context.note(*spec.notes)
+    with context.timed("load_seconds"):
+        inputs = Inputs(spec, context.views, context.on_progress)
+        base = inputs.checkpoint(spec.base) if spec.base else None
+        checkpoints = [inputs.checkpoint(model, base) for model in spec.models]
+        output = spec.output
+        plan = plan_job(
+            spec.method,
+            [model.name for model in spec.models],
+            checkpoints,
+            output.dtype,
+            base,
+            output.heads,
+            output.vocabulary,
+            spec.slices,
+            output.config_from,
+            output,
+            output.chat_template,
+        )
+        context.note(*(filter_notes(plan, spec) if not spec.strict_filters else []))
+        context.note(*(note for info in plan.all_checkpoints for note in info.notes))
+        context.note(*plan.notes, *vocabulary_notes(plan))
+        states = InputStates.of(plan.all_checkpoints)
+        require_space(spec.folder, plan.bytes_to_write, "the artifact")
+        require_memory_of_job(plan, spec, context, longest_row=1)
+        context.note(*check_templates(plan, output.chat_template))
+        context.note(*check_plan(plan))
+        reloading = Reloading(plan)
+        reloading.check_descriptions()
+        loading = context.phase("loading", len(spec.models), "models")
+        digests = context.lasting.digests.of_checkpoints(plan.all_checkpoints, torch.get_num_threads())
+        base_digest = digests.pop() if plan.base else None
+        models = []
+        for asked, info, digest in zip(spec.models, plan.checkpoints, digests, strict=True):
+            models.append(prepare(spec, JobModel(asked, info, digest), inputs, context))
+            loading.advance()
+        on_cpu = context.device.type == "cpu"
+        held = sum(map(padded_tokens, models)) if spec.method.refits_layers and on_cpu else 0
+        require_memory_of_job(plan, spec, context, max(map(longest_row, models)), held)
+        return Loaded(plan, models, base_digest, states, reloading)
+
+
+def measure_all(spec: MergeSpec, loaded: Loaded, context: JobContext) -> list[list[JobModel]]:
+    """The models as each of the job's methods measured them."""
+    methods = spec.method.methods
+    by_method = [[for_method(method, spec, model) for model in loaded.models] for method in methods]
+    if not spec.method.statistics:
+        return by_method
+    with context.timed("score_seconds"):
+        work = {
+            index: Measuring(method, loaded.plan, by_method[index])
+            for index, method in enumerate(methods)
+            if method.statistics
+        }
+        for index, measured in zip(work, measure(list(work.values()), context), strict=True):
+            by_method[index] = measured
+    for models in by_method:
+        for model in models:
+            context.note(*truncations(model))
+    return by_method
+
+
+def choose(spec: MergeSpec, plan: MergePlan, by_method: Sequence[Sequence[JobModel]], context: JobContext) -> Chosen:
+    """What `auto` finds best; or what was asked for."""
+    auto = spec.method.search
+    if auto is None:
+        [models] = by_method
+        return Chosen(spec, models)
+    with context.timed("search_seconds"):
+        result = search_job(spec, auto, plan, by_method, context.models, context.precision, context.on_progress)
+    found = result.found
+    chosen = with_chosen(spec, found.chosen)
+    context.note(*floor_notes(found.search))
+    models = [
+        replace(model, spec=asked)
+        for model, asked in zip(by_method[found.chosen.candidate], chosen.models, strict=True)
+    ]
+    return Chosen(chosen, models, found.search, result.candidates, result.state)
+
+
+def write(chosen: Chosen, plan: MergePlan, context: JobContext) -> Written:
+    """Merge the models that take part into the artifact, or store what is merged already."""
+    method, spec = chosen.method, chosen.spec
+    with context.timed("merge_seconds"):
+        models = [model.for_method for model in chosen.models]
+        shares = mean_shares(method, models, plan)
+        names = [model.name for model in chosen.models]
+        folders = artifact.model_folders(spec.folder, names, is_one=plan.merges_heads)
+        tensors = len(plan.backbone) + sum(len(head) for head in plan.heads)
+        refits = len(linear_groups(plan)) if method.refits_layers and chosen.state is None else 0
+        merging = context.phase("merging", tensors + refits, "tensors")
+        merger = merger_of(method, models, plan)
+        takes_part = [model.takes_part for model in models]
+        scale: Callable[[Place], float] = method.distance
+        if chosen.state is not None:  # scaled already
+            merger, scale = given(chosen.state), lambda place: 1.0
+        elif method.refits_layers:
+            start = Backbone(plan, takes_part, merger)
+            experts = partial(experts_of, chosen.models, context.models)  # not held while writing
+            merger = given(refitted_state(method, start, experts(), context.precision, merging.advance))
+        # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
+        threads = torch.get_num_threads() if method.merges_rows else None
+        published = list(dict.fromkeys(folders.values()))
+        most = spec.output.max_shard_bytes
+        with Backbone(plan, takes_part, merger, scale) as backbone:
+            digests = write_models(plan, published, backbone.blocks, most, threads, merging.advance)
+        with Backbone(replace(plan, base=None), takes_part, weighted_average(models, plan)) as modules:
+            write_modules(plan, published, modules.blocks)
+        return Written(folders, digests, shares)
+
+
+def align(chosen: Chosen, plan: MergePlan, written: Written, context: JobContext) -> Written:
+    """Refit every kept head to the merged backbone, in the artifact."""
+    if not chosen.spec.aligns:
+        return written
+    digests = dict(written.digests)
+    with context.timed("align_seconds"):
+        rows = sum(len(model.rows.alignment) for model in chosen.models)
+        aligning = context.phase("aligning", 2 * rows, "examples")
+        for model, planned in zip(chosen.models, plan.heads, strict=True):
+            examples = model.rows.alignment
+            if not examples:
+                continue
+            folder = written.folders[model.name]
+            expert = context.models.get(model.info)
+            merged = load_model(inspect_checkpoint(folder, f"models/{model.name}"), context.device)
+            by_merge, _ = examples_of(plan, merged, model.dataset, model.rows.alignment_texts, examples)
+            ridge = chosen.spec.output.align_ridge
+            head = align_head(expert, merged, examples, context.precision, aligning.advance, ridge, by_merge)
+            path, digest = rewrite_head(folder, planned, head)
+            digests[path] = digest
+    return replace(written, digests=digests)
+
+
+def judge(
+    chosen: Chosen, metrics: Mapping[str, MetricResult] | None, context: JobContext
+) -> Sequence[Candidate] | None:
+    """The table of `auto` with the numbers of what was published."""
+    if chosen.search is None or chosen.candidates is None:
+        return None
+    candidates = with_published(chosen.candidates, metrics)
+    context.note(*judged_notes(chosen.search, candidates))
+    return candidates
+
+
+def publish(chosen: Chosen, loaded: Loaded, written: Written, judged: Judged, context: JobContext) -> MergeResult:
+    """Write the scores and all documents to the artifact."""
+    spec, models, plan = chosen.spec, chosen.models, loaded.plan
+    known, errors = stopping_of(chosen.method, models, plan, context)
+    mean_retention, min_retention = mean_and_least((judged.metrics or {}).values())
+    result = MergeResult(
+        models=[
+            model_result(model, share, error)
+            for model, share, error in zip(models, written.shares, errors, strict=True)
+        ],
+        metrics=judged.metrics,
+        mean_retention=mean_retention,
+        min_retention=min_retention,
+        candidates=judged.candidates,
+        search=chosen.search,
+        stopping=known,
+        method=as_run(spec, context.precision, models),
+        timings=context.timings,
+        peak_memory_bytes=peak_memory_bytes(),
+        device=str(context.device),
+        notes=context.notes,
+    )
+    for model in models:
+        artifact.write_scores(spec.folder, model)
+    scores = {model.name: model.measured.scores for model in models}
+    artifact.write_documents(spec, plan, result, loaded.base_digest, written.digests, scores)
+    return result
