@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
-    """An option that, when it is not given, leaves the setting to its variable."""
+    """Add an option that leaves the setting to its environment variable when it is not given."""
     parser.add_argument(*names, default=None, **options)
 
 
@@ -122,7 +122,7 @@ class _Stop(Exception):
 
 @contextmanager
 def _service(url: str) -> Iterator["Client"]:
-    """A client of which every error ends the command."""
+    """Yield a client whose errors all end the command."""
     import httpx
 
     from app.client import Client, NoService, RequestRefused
@@ -134,7 +134,7 @@ def _service(url: str) -> Iterator["Client"]:
         raise _Stop(str(error.problem.get("detail"))) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _Stop(f"{url}: {error}; `maskmerge serve` starts a service") from error
-    except (NoService, OSError, ValueError) as error:  # of the recipe's file or the output's
+    except (NoService, OSError, ValueError) as error:  # reading the recipe or writing the output failed
         raise _Stop(str(error)) from error
 
 
@@ -147,9 +147,9 @@ def _interruptible(message: str) -> Iterator[None]:
 
 
 def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str, Any]:
-    """The request's body, its media type and what it says: the file, with references in place of this machine's paths.
+    """Return the request's body, its media type, and its parsed content. References replace this machine's paths.
 
-    What it says is None where the file cannot be read as what it is; the service says what is wrong with it then.
+    The content is None where the file is not the JSON or YAML that it should be; the service then says what is wrong.
     """
     from app.recipe_paths import PathError, with_references
     from app.services.yaml_text import NotYaml, parse_yaml
@@ -169,7 +169,7 @@ def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str, An
 
 
 def _merge(recipe: Path, url: str, waits: bool, output: Path | None, roots: Sequence[Path] | None) -> int:
-    """0: accepted or succeeded; 1: the job failed; 2: it was refused, or a file or the service is not there."""
+    """Return 0: accepted or succeeded; 1: the job failed; 2: it was refused, or a file or the service is not there."""
     import httpx
 
     from app.client import RequestRefused
@@ -214,7 +214,7 @@ def _merge(recipe: Path, url: str, waits: bool, output: Path | None, roots: Sequ
 
 
 def _download(job: str, url: str, output: Path) -> int:
-    """0: everything is there; 2: the job has made nothing, or a file or the service is not there."""
+    """Return 0: everything is there; 2: the job has made nothing, or a file or the service is not there."""
     with _service(url) as client, _interruptible("not all is there; the same command fetches what is missing"):
         client.download(job, output)
     print(f"downloaded to {output}")
@@ -222,7 +222,7 @@ def _download(job: str, url: str, output: Path) -> int:
 
 
 def _news(events: Iterable["Event"]) -> Iterator[str]:
-    """A line for every status, note and phase, and for every tenth of a phase that is done."""
+    """Yield a line for every status, note and phase, and for every tenth of a phase that is done."""
     shown = None
     for event in events:
         data = event.data
@@ -238,7 +238,7 @@ def _news(events: Iterable["Event"]) -> Iterator[str]:
 
 
 def _found(result: dict[str, Any]) -> Iterator[str]:
-    """Lines about what `auto` chose, and from which table; none for other methods."""
+    """Yield lines about what `auto` chose, and from which table; other methods have none."""
     search, candidates = result["search"], result["candidates"]
     if search is None or candidates is None:
         return

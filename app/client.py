@@ -36,7 +36,7 @@ class NoService(Exception):
 
 @dataclass(frozen=True)
 class Event:
-    """`kind` is status, progress or log; the reference says what `data` holds."""
+    """An event of a job. `kind` is status, progress or log; the reference says what `data` holds."""
 
     id: str
     kind: str
@@ -47,7 +47,7 @@ class Client:
     """Talks to one service; every method raises NoService where something else answers.
 
     Args:
-        base_url: as `http://127.0.0.1:8000`.
+        base_url: URL of the service, as `http://127.0.0.1:8000`.
     """
 
     def __init__(self, base_url: str, timeout_s: float = 30) -> None:
@@ -68,17 +68,20 @@ class Client:
             return False
 
     def merge(self, recipe: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
-        """Queue a merge; the job. Raises RequestRefused."""
+        """Queue a merge and return the job. Raises RequestRefused."""
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         return self._json("POST", "/merge", json=recipe, headers=headers)
 
     def merge_recipe(self, recipe: bytes, media_type: str) -> dict[str, Any]:
-        """Queue a merge of a recipe as it is in a file: application/json, or application/yaml, also mergekit's; the
-        job. Raises RequestRefused."""
+        """Queue a merge by the bytes of a recipe file, and return the job. Raises RequestRefused.
+
+        Args:
+            media_type: application/json, or application/yaml, also for mergekit's recipes.
+        """
         return self._json("POST", "/merge", content=recipe, headers={"Content-Type": media_type})
 
     def score(self, recipe: dict[str, Any], idempotency_key: str | None = None) -> dict[str, Any]:
-        """Queue the computation of scores, as `POST /scores` takes it; the job. Raises RequestRefused."""
+        """Queue the computation of scores, as `POST /scores` takes it, and return the job. Raises RequestRefused."""
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         return self._json("POST", "/scores", json=recipe, headers=headers)
 
@@ -90,11 +93,11 @@ class Client:
         return self._json("GET", f"/jobs/{job_id}")
 
     def jobs(self, **query: Any) -> Iterator[dict[str, Any]]:
-        """All jobs, newest first; `query` as `GET /jobs` takes it."""
+        """Yield all jobs, newest first. `query` has the parameters of `GET /jobs`."""
         return self._pages("/jobs", query)
 
     def scores(self, **query: Any) -> Iterator[dict[str, Any]]:
-        """All statistics that are kept, newest first; `query` as `GET /scores` takes it."""
+        """Yield all statistics that are kept, newest first. `query` has the parameters of `GET /scores`."""
         return self._pages("/scores", query)
 
     def cancel(self, job_id: str) -> dict[str, Any]:
@@ -106,7 +109,7 @@ class Client:
         return self._json("POST", f"/jobs/{job_id}/retry")
 
     def events(self, job_id: str, last_event_id: str | None = None) -> Iterator[Event]:
-        """What happens to the job, from its first event or after `last_event_id`, to its end.
+        """Yield the job's events, from the first or from the one after `last_event_id`, to its end.
 
         Connects again by itself, without loss or repetition, when the connection or the service goes away; gives up
         when the service is away for a minute. Raises RequestRefused or httpx.TransportError.
@@ -137,7 +140,7 @@ class Client:
                 time.sleep(RECONNECT_S)
 
     def wait(self, job_id: str) -> dict[str, Any]:
-        """The job when it has ended. Raises as `events` does."""
+        """Wait for the job's end, and return it. Raises as `events` does."""
         for _ in self.events(job_id):
             pass
         return self.job(job_id)
@@ -147,9 +150,9 @@ class Client:
         return files
 
     def download(self, job_id: str, folder: Path) -> None:
-        """The whole artifact into `folder`, every file checked by its sha256 before it has its name.
+        """Download the whole artifact into `folder`. Each file is checked by its sha256 before it gets its name.
 
-        Files that are there already, as an earlier download left them, are kept. Large files of equal content, as the
+        Files that an earlier download left there are kept. Large files of equal content, as the
         shared backbone, are fetched once and hard-linked. Raises OSError when a file does not arrive as announced,
         would lie outside the folder, or is there with other content.
         """
@@ -202,7 +205,7 @@ class Client:
 
 
 def _content(response: httpx.Response) -> dict[str, Any]:
-    """The answer's object, of an error the problem document. Raises NoService where it is none."""
+    """Return the answer's JSON object: for an error, the problem document. Raises NoService where it is no object."""
     try:
         content = response.json()
     except ValueError as error:

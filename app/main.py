@@ -1,4 +1,4 @@
-"""The API process, composed."""
+"""Composes the API process."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

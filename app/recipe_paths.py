@@ -1,6 +1,6 @@
-"""Paths of this machine in a recipe, as users of mergekit write them, as references that the service knows.
+"""Turns paths of this machine in a recipe, as users of mergekit write them, into references that the service knows.
 
-A service reads its local roots alone, and does not say where they are; who runs the command line on its machine knows.
+A service only reads its local roots, and does not say where they are; who runs the command line on its machine knows.
 """
 
 import os
@@ -17,19 +17,19 @@ WORDS = ("base", "union")
 
 
 class PathError(ValueError):
-    """Names the field and the path, and says what to do."""
+    """A path cannot become a reference; the message names the field and the path, and says what to do."""
 
 
 def with_references(recipe: Any, roots: Sequence[Path]) -> Any:
-    """The recipe, mergekit's or our own, with `local:PATH` for every folder or file of this machine that it names.
+    """Return the recipe, mergekit's or our own, with `local:PATH` for each folder or file of this machine in it.
 
-    As in mergekit, a name that is there as a path from the working directory is that, and else one on the hub.
+    As in mergekit, a name that exists as a path from the working directory is that path, and else a name on the hub.
 
     Args:
-        roots: local roots of the service, as it was given them.
+        roots: local roots of the service, as its settings have them.
 
     Raises:
-        PathError: a path that is not there, or lies under no root.
+        PathError: a path does not exist, or lies under no root.
     """
     if not isinstance(recipe, dict):
         return recipe
@@ -38,7 +38,7 @@ def with_references(recipe: Any, roots: Sequence[Path]) -> Any:
 
 
 def taken_for_the_hubs(recipe: Any, fields: Collection[str]) -> list[str]:
-    """Names that these fields of a recipe of mergekit have, and that are no references or paths of this machine."""
+    """Return the names in these fields of a recipe of mergekit that are no references or paths of this machine."""
     found: list[str] = []
 
     def look(field: str, name: str) -> str:
@@ -64,7 +64,7 @@ def _walked(value: Any, keys: frozenset[str], field: str, reference: Callable[[s
 
 
 def _references(field: str, name: str, roots: Sequence[Path]) -> str:
-    """The reference of a model, or of a model and its adapter (`BASE+ADAPTER`)."""
+    """Return the reference of a model, or of a model and its adapter (`BASE+ADAPTER`)."""
     if name in WORDS or not name or "\0" in name:
         return name
     if Path(name).exists():

@@ -17,8 +17,8 @@ from app.contracts.settings import Settings
 from app.main import create_app
 
 MOST_CONNECTIONS = 1000
-MOST_HEADER_BYTES = 16_384  # of a request, with its first line
-OTHER_FILES = 400  # that the process may have open beside those of connections, most of them to Redis
+MOST_HEADER_BYTES = 16_384  # counted for each request, with its first line
+OTHER_FILES = 400  # those that the process may have open beside its clients' connections, most of them to Redis
 FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is one, and what it downloads another
 
 
@@ -60,8 +60,8 @@ class Server(uvicorn.Server):
 class Connection(H11Protocol):
     """A client's connection. It is cut off when a request does not arrive whole in time; uvicorn would wait for ever.
 
-    There are never more than a number of them: a new one takes the place of that which has sent least for longest. An
-    answer that is under way is never cut off, however slowly its reader reads.
+    The number of connections is limited: a new one takes the place of the one whose request is awaited longest.
+    An answer that is under way is never cut off, however slowly its reader reads.
 
     Args:
         request_s: seconds from a request's first byte to its last.
@@ -153,6 +153,6 @@ class Connection(H11Protocol):
 
 
 def _most_connections() -> int:
-    """As many connections as the limit of open files allows."""
+    """Return how many connections the limit of open files allows."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, min(MOST_CONNECTIONS, (allowed - OTHER_FILES) // 2))

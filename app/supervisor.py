@@ -1,4 +1,4 @@
-"""`maskmerge serve`: Redis, API and workers as children of one process that starts them again and stops them all."""
+"""`maskmerge serve` runs Redis, API and workers as children of one process, which restarts them and stops them all."""
 
 import fcntl
 import logging
@@ -23,8 +23,8 @@ from app.embedded_redis import EmbeddedRedis
 
 TICK_S = 0.1
 LOCK_WAIT_S = 15  # children of a killed supervisor are gone within a moment
-REDIS_START_S = 60  # reading a long append-only file
-STOP_S = 15  # what a child has before it is killed
+REDIS_START_S = 60  # a long append-only file takes so long to read
+STOP_S = 15  # time that a child has before it is killed
 LONGEST_BACKOFF_S = 10.0
 STEADY_S = 30.0  # a child that ran for so long starts again at once
 
@@ -50,7 +50,7 @@ class Child:
 class Supervisor:
     """Starts Redis (unless `settings.redis_url` names one), API and workers, and keeps them running.
 
-    One thread, so that children may be started with a hook that ties their life to this process.
+    It has one thread, so that children may be started with a hook that ties their life to this process.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -61,7 +61,7 @@ class Supervisor:
         self._children: list[Child] = []
 
     def run(self) -> int:
-        """Until SIGTERM or Ctrl-C. Raises DataDirInUse, NoRedisServer or OSError when it cannot start."""
+        """Run until SIGTERM or Ctrl-C. Raises DataDirInUse, NoRedisServer or OSError when it cannot start."""
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         signal.signal(signal.SIGINT, self._ask_to_stop)
         _check_free(self._settings.host, self._settings.port)
@@ -103,7 +103,7 @@ class Supervisor:
         return self._redis.url
 
     def _environment(self, redis_url: str, data_dir: Path) -> dict[str, str]:
-        """The settings, as the children read them; secrets travel here and not in argv."""
+        """Return the settings as the children read them; secrets travel here and not in argv."""
         environment = dict(os.environ)
         for name in type(self._settings).model_fields:
             value = getattr(self._settings, name)
@@ -160,7 +160,7 @@ class Supervisor:
         self._stopping = True
 
     def _stop(self) -> None:
-        """API and workers first, Redis when nobody needs it any more."""
+        """Stop API and workers first, and Redis when nobody needs it any more."""
         redis = [child for child in self._children if child.name == "redis"]
         for group in ([child for child in self._children if child.name != "redis"], redis):
             running = [child.process for child in group if child.process is not None]
@@ -180,7 +180,7 @@ class Supervisor:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raises OSError when the API could not listen there: better to hear it now than from every restart of the API."""
+    """Raise OSError when the API could not listen there; otherwise every restart of the API would say so."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -193,7 +193,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _lock(path: Path, is_stopping: Callable[[], bool]) -> int:
-    """An exclusive lock on the data folder, held while the descriptor is open anywhere."""
+    """Take an exclusive lock on the data folder. It is held while the returned descriptor is open anywhere."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:

@@ -100,7 +100,7 @@ def archive(record: RecordOf, services: ServicesOf) -> ArchiveResponse:
 
 
 def _all_files(record: Record, services: Services) -> Sequence[StoredFile]:
-    """Every file of the artifact, after checking that each still has its length."""
+    """Return every file of the artifact, after checking that each still has its length."""
     with _intact(record, services) as artifact:
         files = services.artifacts.open(artifact).files
         for file in files:
@@ -109,7 +109,7 @@ def _all_files(record: Record, services: Services) -> Sequence[StoredFile]:
 
 
 def _file(name: str, record: Record, services: Services) -> tuple[StoredFile, ExitStack]:
-    """One of these files, held open until the stack is closed."""
+    """Return one of these files, held open until the stack is closed."""
     with _intact(record, services) as artifact:
         for file in services.artifacts.open(artifact).files:
             if file.name == name:
@@ -119,7 +119,7 @@ def _file(name: str, record: Record, services: Services) -> tuple[StoredFile, Ex
 
 @contextmanager
 def _intact(record: Record, services: Services) -> Iterator[str]:
-    """The artifact's name. What is found wrong with it becomes a problem: of the job, if that was removed meanwhile."""
+    """Yield the artifact's name. A fault of it becomes a problem; if the job is gone, the problem says so."""
     if record.status is not Status.SUCCEEDED or record.artifact is None:
         raise ProblemError(
             Problem.CONFLICT, f"job {record.id} is {record.status.value}; its artifact comes with success"

@@ -11,7 +11,7 @@ from app.contracts.errors import Problem, ProblemError
 
 
 class Preconditions:
-    """What a request's headers say of the copy that its sender has."""
+    """The copies of a resource that a request's headers name, because its sender has or means them."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Preconditions:
         """Whether the sender has the present copy, so that it need not be sent.
 
         Args:
-            modified: when it was made, in seconds since 1970; None where that is not known.
+            modified: time at which it was made, in seconds since 1970; None where that is not known.
 
         Raises:
-            ProblemError: it means another copy.
+            ProblemError: the sender means another copy.
         """
         self._check(etag, modified)
         if self._known is not None:
@@ -79,12 +79,12 @@ def _tags(fields: Sequence[str] | None) -> list[str] | None:
 
 
 def _names(tags: Sequence[str], etag: str, *, is_weak: bool) -> bool:
-    """Whether a tag among them is the present one; by a strong comparison, a weak tag is none."""
+    """Return whether a tag among them is the present one. By a strong comparison, a weak tag names nothing."""
     return "*" in tags or etag in ([tag.removeprefix("W/") for tag in tags] if is_weak else tags)
 
 
 def _date(field: str | None) -> datetime | None:
-    """A header's date; None for what is no date, which is as if it were not there."""
+    """Return a header's date. A header that is no date is ignored: None."""
     try:
         found = parsedate_to_datetime(field) if field is not None else None
     except (ValueError, OverflowError):

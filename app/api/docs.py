@@ -1,4 +1,4 @@
-"""`/docs`: the OpenAPI document as a page. Every part comes from here; FastAPI's own asks another host for them."""
+"""`/docs` shows the OpenAPI document as a page. Its files come from here; FastAPI's page loads them from elsewhere."""
 
 import hashlib
 from base64 import b64encode

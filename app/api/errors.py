@@ -1,4 +1,4 @@
-"""Every way out that is not a success, in one body shape."""
+"""Every answer that is not a success has one body shape, which is made here."""
 
 import json
 import logging
@@ -82,7 +82,7 @@ def _http(request: Request, error: Exception) -> Response:
 
 
 def _methods(request: Request) -> Iterator[str]:
-    """All methods that the path takes, over all its routes; a route that refuses only knows its own."""
+    """Yield all methods that the path takes, over all its routes; a route that refuses only knows its own."""
     for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
         scope = {"type": "http", "method": method, "path": request.scope["path"]}
         if any(route.matches(dict(scope))[0] is Match.FULL for route in request.app.routes):
@@ -101,7 +101,7 @@ def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def field_of(location: Sequence[object]) -> str:
-    """`models.0.checkpoint`: without the word body, and without the tags that unions put in the way."""
+    """Return a field's path, as `models.0.checkpoint`, without the word body and the tags that unions add to it."""
     parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal[", "<"))]
     if len(parts) > 1 and parts[0] == "method":
         parts.pop(1)

@@ -28,7 +28,7 @@ LastEventId = Annotated[Numbered | None, Header(description="The last event that
 
 
 def get_position(record: RecordOf, response: Response, last_event_id: LastEventId = None) -> int | None:
-    """The event to go on after; None, and a 204, when the job has ended and its last event is known."""
+    """Return the event to go on after; None, and a 204, when the job has ended and its last event is known."""
     after = int(last_event_id or 0)
     if after > record.revision:
         message = f"job {record.id} has no event {after} yet"
@@ -47,10 +47,10 @@ def get_position(record: RecordOf, response: Response, last_event_id: LastEventI
 async def events(
     job_id: JobId, after: Annotated[int | None, Depends(get_position)], services: ServicesOf
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happens to a job, as server-sent events from the first, or after `Last-Event-ID`, to the job's end.
+    """Send a job's events, as server-sent events: from the first, or from the one after `Last-Event-ID`, to its end.
 
     A reader that loses the connection comes back with `Last-Event-ID` and misses nothing; one that has seen the end
-    gets 204. Of progress the newest thousand events are kept, and for an hour after the end.
+    gets 204. Only the newest thousand events of progress are kept, until an hour after the end.
     """
     if after is None:
         return

@@ -31,7 +31,7 @@ class StoredFileResponse(FileResponse):
     """A file, with ranges; a range that cannot be had is a problem document like every other refusal.
 
     Args:
-        held: closed when the file is sent.
+        held: stack that is closed when the file is sent.
     """
 
     def __init__(self, file: LocalFile, disposition: str, held: ExitStack) -> None:
@@ -57,10 +57,10 @@ class StoredFileResponse(FileResponse):
 
 
 class ArchiveResponse(StreamingResponse):
-    """Files as a tar, made while it is sent; a large file that is there under several names is in it once.
+    """Files as a tar, made while it is sent. A large file that has several names is in it once.
 
     Args:
-        held: closed when the archive is sent.
+        held: stack that is closed when the archive is sent.
     """
 
     def __init__(self, files: Sequence[StoredFile], name: str, modified: datetime, held: ExitStack) -> None:
@@ -82,7 +82,7 @@ class ArchiveResponse(StreamingResponse):
 
 
 def held_open(file: StoredFile) -> tuple[StoredFile, ExitStack]:
-    """The file by its descriptor, which stays readable until the stack is closed. Raises Damaged."""
+    """Open the file. It can then be read by its descriptor until the stack is closed. Raises Damaged."""
     held = ExitStack()
     if file.url is not None:
         return file, held
@@ -91,7 +91,7 @@ def held_open(file: StoredFile) -> tuple[StoredFile, ExitStack]:
 
 
 def serve(file: StoredFile, held: ExitStack, preconditions: Preconditions, disposition: str = "attachment") -> Response:
-    """The file, or where clients read it themselves, or 304 when the caller has it; `held` is closed in the end."""
+    """Answer with the file, its URL if clients can read it there, or 304 if the caller has it; `held` is closed."""
     with held:
         if not isinstance(file, LocalFile):
             return RedirectResponse(str(file.url), 307)
@@ -112,7 +112,7 @@ def _etag(file: StoredFile) -> str:
 
 
 def _tar_entries(files: Sequence[StoredFile], modified: datetime) -> Iterator[tuple[bytes, StoredFile | None]]:
-    """(header, file whose bytes follow, or None for a link to an earlier one)."""
+    """Yield pairs: a header, and the file whose bytes follow it, or None for a link to an earlier file."""
     first: dict[str, str] = {}
     for file in files:
         entry = tarfile.TarInfo(file.name)

@@ -14,7 +14,7 @@ class HeadAsGet:
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
-        headers = [pair for pair in scope["headers"] if pair[0] != b"range"]  # ranges are of GET alone (section 14.2)
+        headers = [pair for pair in scope["headers"] if pair[0] != b"range"]  # only GET has ranges (section 14.2)
         with anyio.CancelScope() as answering:
 
             async def send_headers(message: Message) -> None:

@@ -29,7 +29,7 @@ class OwnHosts:
     A forwarded name (`X-Forwarded-Host`) counts for nothing, because any client can send one.
 
     Args:
-        names: further names of the service.
+        names: other names of the service.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
@@ -48,7 +48,7 @@ class OwnHosts:
         await self._app(scope, receive, send)
 
     def _admitted(self, scope: Scope) -> Scope:
-        """The request, its target in the usual form. Raises ProblemError."""
+        """Return the request with its target in the usual form. Raises ProblemError."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1:
@@ -112,7 +112,7 @@ def _is_loopback(name: str) -> bool:
 
 
 def _without_brackets(name: str) -> str:
-    """A name or address as names are compared: in small letters, without the root's dot and an address's brackets."""
+    """Return a host as it is compared: in small letters, without the root's dot and an address's brackets."""
     plain = name.lower().removesuffix(".").removeprefix("[").removesuffix("]")
     try:
         return str(ip_address(plain))

@@ -54,8 +54,8 @@ async def get_job(
 ) -> Job | Response:
     """A job. Its ETag changes with every write; `If-None-Match` answers 304 while it has not.
 
-    `Prefer: wait=N` waits up to N (at most 60) seconds for a change: of what `If-None-Match` names, or, without it, of
-    a job that has not ended.
+    `Prefer: wait=N` waits up to N (at most 60) seconds: until the job differs from the version that `If-None-Match`
+    names, or, without that header, until a job that has not ended changes.
     """
     is_known = preconditions.is_current(_etag(record))
     if wait is not None and (is_known or (not preconditions.names_known and not record.status.is_final)):

@@ -45,5 +45,5 @@ async def merge(
 
 @router.post("/merge/validate", openapi_extra=YAML_BODY)
 async def validate(body: MergeBody, services: ServicesOf) -> Plan:
-    """Everything `POST /merge` checks, and what the job would do; nothing is queued."""
+    """Check everything that `POST /merge` checks, and say what the job would do. Nothing is queued."""
     return await services.jobs.plan(body)

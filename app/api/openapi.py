@@ -46,7 +46,7 @@ ACCEPTED: Responses = {
 
 def file_responses(media_type: str) -> Responses:
     """The responses of a route that sends a file of this type."""
-    content: dict[str, Any] = {media_type: {}}  # without a schema: a part of a JSON file is no JSON
+    content: dict[str, Any] = {media_type: {}}  # there is no schema, because a part of a JSON file is not JSON
     described = headers(
         ETag="Changes when the content does",
         Repr_Digest="The file's sha256 (RFC 9530)",
@@ -63,7 +63,7 @@ def file_responses(media_type: str) -> Responses:
 
 
 class Api(FastAPI):
-    """FastAPI, with other descriptions of refusals and of optional parameters."""
+    """FastAPI with other descriptions of refusals and of optional parameters."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

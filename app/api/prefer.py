@@ -1,4 +1,4 @@
-"""`Prefer: wait=N` (RFC 7240): how long the caller likes to wait for news."""
+"""Callers say with `Prefer: wait=N` (RFC 7240) how long they like to wait for news."""
 
 import re
 from typing import Annotated
@@ -11,7 +11,7 @@ LONGEST_WAIT_S = 60  # what proxies commonly allow an answer to take
 def get_wait(
     prefer: Annotated[list[str] | None, Header(description="`wait=N`: seconds, at most 60; others are ignored")] = None,
 ) -> int | None:
-    """Seconds; None when nothing is preferred. What cannot be honoured is ignored, as the RFC has it."""
+    """Return the preferred seconds, or None. Preferences that cannot be honoured are ignored, as the RFC says."""
     for preference in ",".join(prefer or ()).split(","):
         name, _, value = preference.partition(";")[0].partition("=")  # parameters have no meaning here
         if name.strip().lower() == "wait":  # the first counts
@@ -24,5 +24,5 @@ Wait = Annotated[int | None, Depends(get_wait)]
 
 
 def applied(wait: int | None) -> dict[str, str]:
-    """The header that says which preference was honoured."""
+    """Return the header that says which preference was honoured."""
     return {} if wait is None else {"Preference-Applied": f"wait={wait}"}

@@ -12,7 +12,7 @@ LONGEST_DIGITS = 18  # more than any file has bytes; beyond thousands, Python re
 
 
 def wanted_ranges(headers: Headers, size: int, etag: str) -> list[tuple[int, int]] | None:
-    """The (first, last) bytes that are asked for and are there; None when the whole file is to be sent.
+    """Return the (first, last) bytes that are asked for and are there; None when the whole file is to be sent.
 
     A unit that is not known is ignored, and so are more ranges than `MOST_RANGES`, several Range headers, and ranges of
     another version of the file, which `If-Range` names. A date there names none, since the file has a tag.
@@ -40,7 +40,7 @@ def wanted_ranges(headers: Headers, size: int, etag: str) -> list[tuple[int, int
 
 
 def _bounds(match: re.Match[str], size: int) -> tuple[int, int]:
-    """The first and last byte within the file. Raises ProblemError when the last is before the first."""
+    """Return the first and last byte within the file. Raises ProblemError when the last is before the first."""
     first, last, suffix = (None if text in (None, "") else _number(text) for text in match.groups())
     if suffix is not None:
         return (max(size - suffix, 0), size - 1) if suffix else (size, size - 1)

@@ -47,11 +47,11 @@ class ScoresEntry(BaseModel):
     checkpoint: str
     """Digest of the checkpoint."""
     source: str
-    """The reference that the checkpoint was first measured under."""
+    """Reference by which the checkpoint was named when it was first measured."""
     dataset: str
-    """The reference of the rows that it was first measured on."""
+    """Reference of the rows that it was first measured on."""
     examples: int
-    """Rows."""
+    """Number of rows that were measured."""
     estimator: str | None
     precision: str
     seed: int | None
@@ -59,15 +59,15 @@ class ScoresEntry(BaseModel):
     paper: bool
     """Whether it was computed by the published rule."""
     population: int | None
-    """Rows of the data set, which standard errors depend on; null where there are none."""
+    """Number of rows of the data set, which standard errors depend on; null where there are no standard errors."""
     max_length: int
-    """Tokens that a row was cut to."""
+    """Number of tokens that a row was cut to."""
     batch_tokens: int | None
-    """Padded tokens that were computed together; null where that does not count."""
+    """Number of padded tokens that were computed together; null where the statistic does not depend on it."""
     bytes: int
     created_at: AwareDatetime
     used_at: AwareDatetime
-    """When a job last used it; those that were used longest ago make room for others."""
+    """Time at which a job last used it. The statistics that were used longest ago make room for others."""
     href: str
 
 
@@ -85,8 +85,8 @@ async def score(
 ) -> Job:
     """Queue a job that computes a method's statistics of each model and keeps them; nothing is merged.
 
-    Whatever job needs the same later, a merge or another of these, finds them. `Prefer: wait=N` waits up to N (at most
-    60) seconds for the job's end; the status is 202 then too.
+    Later jobs that need the same statistics, merges among them, find them. `Prefer: wait=N` waits up to N (at most 60)
+    seconds for the job's end; the status is 202 then too.
     """
     return await submitted(services, body, idempotency_key, wait, response)
 
@@ -103,7 +103,7 @@ def list_scores(
         str | None, Query(pattern=r"^[0-9a-f]{14}-[0-9a-f]{64}$", description="The `next` of the page before")
     ] = None,
 ) -> ScoresPage:
-    """Statistics that are kept, newest first."""
+    """List the statistics that are kept, newest first."""
     wanted = checkpoint and checkpoint.removeprefix(PREFIX)
 
     def matches(kept: KeptStatistic) -> bool:
@@ -124,7 +124,7 @@ def get_scores(
     services: ServicesOf,
     preconditions: PreconditionsOf,
 ) -> Response:
-    """A statistic's safetensors file, with ranges and a strong ETag; one of several parts comes as a tar of them."""
+    """A statistic's safetensors file, with ranges and a strong ETag. If it has several files, they come as a tar."""
     address = digest.removeprefix(PREFIX)
     try:
         kept = services.statistics.get(address)
@@ -137,7 +137,7 @@ def get_scores(
 
 
 def _entry(kept: KeptStatistic) -> ScoresEntry | None:
-    """The entry of a statistic; None when it is gone."""
+    """Return the entry of a statistic; None when it is gone."""
     used_at = kept.used_at()
     if used_at is None:
         return None

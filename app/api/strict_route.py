@@ -18,7 +18,7 @@ from worker.engine.catalog.primitives.strict import did_you_mean, limit_hints
 
 JSON = "application/json"
 YAML = ("application/yaml", "application/x-yaml", "text/yaml")
-FEW_BYTES = 16_384  # of JSON, which are read within some milliseconds
+FEW_BYTES = 16_384  # JSON of this size is read within some milliseconds
 
 
 class StrictRoute(APIRoute):
@@ -44,14 +44,14 @@ class StrictRoute(APIRoute):
                 if len(request.headers.getlist(name)) > 1:
                     raise _malformed(name, "is there more than once")
             response = await handle(await self._read(request) if has_body else request)
-            if response.status_code == 204 and "content-type" in response.headers:  # it would be that of a body
+            if response.status_code == 204 and "content-type" in response.headers:  # there is no body to have it
                 del response.headers["content-type"]
             return response
 
         return handler
 
     async def _read(self, request: Request) -> Request:
-        """The request with its body read. Raises ProblemError."""
+        """Return the request with its body read. Raises ProblemError."""
         media_type = self._media_type(request)
         try:
             body = await request.body()
@@ -66,7 +66,7 @@ class StrictRoute(APIRoute):
         return _ReadRequest(request, found.content)
 
     def _media_type(self, request: Request) -> str:
-        """The media type of the body. Raises ProblemError."""
+        """Return the media type of the body. Raises ProblemError."""
         encodings = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
         if encodings not in ("", "identity"):
             detail = f"Content-Encoding is '{encodings[:100]}'; send the body as it is"
@@ -91,7 +91,7 @@ class _ReadRequest(Request):
         self._content = content
 
     async def body(self) -> bytes:
-        return b"read"  # that there is one is all that is asked for
+        return b"read"  # FastAPI only asks whether there is a body
 
     async def json(self) -> Any:
         return self._content
@@ -114,7 +114,7 @@ def _malformed(name: str, message: str) -> ProblemError:
 
 
 def _parameters(dependant: Dependant) -> Iterator[tuple[str, str, bool]]:
-    """(query or header, name, whether it may be repeated) for every parameter of a route and its dependencies."""
+    """Yield (query or header, name, whether it may be repeated) for each parameter of a route and its dependencies."""
     for kind, fields in (("query", dependant.query_params), ("header", dependant.header_params)):
         for field in fields:
             yield kind, field.alias, _is_list(field.field_info)

@@ -22,7 +22,7 @@ async def submitted(
     wait: int | None,
     response: Response,
 ) -> Job:
-    """The job, after its end or at most `wait` seconds; its place goes into the response's headers."""
+    """Submit a request, wait for the job's end for at most `wait` seconds, and return it. Headers say where it is."""
     record = await services.jobs.submit(request, idempotency_key)
     if wait is not None:
         with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise

@@ -1,4 +1,4 @@
-"""Bodies that are YAML, on routes that take JSON: our own requests, or recipes of mergekit."""
+"""Routes that take JSON also take YAML: our own requests, or recipes of mergekit."""
 
 from fastapi import Request
 
@@ -18,8 +18,10 @@ class YamlRoute(StrictRoute):
 
 
 def as_sent(request: Request, field: str) -> str:
-    """What a field of the request is called in the body: of mergekit's recipes, there. Without an index into filters,
-    since the translation's are of several mappings."""
+    """Return the path that a field of the request has in the body, which is another path in a recipe of mergekit.
+
+    It has no index into filters, because those of the translation come from several mappings.
+    """
     fields: dict[str, str] = getattr(request.state, "fields_there", {})
     known = max((ours for ours in fields if field == ours or field.startswith(f"{ours}.")), key=len, default=None)
     if known is None:

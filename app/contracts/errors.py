@@ -1,4 +1,4 @@
-"""What the API answers when it does not do what it was asked: one table, one body shape (RFC 9457)."""
+"""The API's answers when it does not do what it was asked: one table, one body shape (RFC 9457)."""
 
 from enum import Enum
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class Problem(Enum):
-    """Stable code → (HTTP status, title)."""
+    """The kinds of problem. Each has a stable code, an HTTP status and a title."""
 
     MALFORMED = ("malformed", 400, "The request is malformed")
     FOREIGN_ORIGIN = ("foreign_origin", 403, "The request comes from another site's page")
@@ -45,12 +45,12 @@ class Problem(Enum):
 
 class FieldError(BaseModel):
     field: str
-    """Path of the field, as `models.0.checkpoint`."""
+    """Path of the field, such as `models.0.checkpoint`."""
     message: str
 
 
 class ProblemBody(BaseModel):
-    """`application/problem+json`."""
+    """Body of every answer that is not a success, `application/problem+json`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -64,7 +64,7 @@ class ProblemBody(BaseModel):
 
 
 class ProblemError(Exception):
-    """Raised anywhere in the app; becomes the answer."""
+    """Ends a request from anywhere in the app, and becomes its answer."""
 
     def __init__(self, problem: Problem, detail: str, errors: list[FieldError] | None = None, **headers: str) -> None:
         super().__init__(detail)

@@ -1,4 +1,4 @@
-"""What a job tells those who watch it. The union is closed: a reader that knows these three kinds knows all."""
+"""Events of a job, as its watchers see them. The union is closed: a reader that knows these three kinds knows all."""
 
 from enum import StrEnum
 

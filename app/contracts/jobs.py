@@ -53,7 +53,7 @@ class Gone(StrEnum):
 
 
 def absence(job_id: str, gone: Gone | None) -> str:
-    """Says why a job is not there: how it went, or that there never was one."""
+    """Say why a job is not there: it was deleted or kept for its time, or there never was one."""
     if gone is None:
         return f"there is no job {job_id}"
     return f"job {job_id} was deleted" if gone is Gone.DELETED else f"job {job_id} was kept for its time and is removed"
@@ -73,7 +73,7 @@ class Phase(StrEnum):
 
 
 class Progress(BaseModel):
-    """`fraction` of the whole job; never falls within an attempt."""
+    """How far a job is. `fraction` is that of the whole job, and never falls within an attempt."""
 
     phase: Phase = Phase.QUEUED
     done: int = 0
@@ -122,12 +122,12 @@ class JobCore(BaseModel):
     name: str
     status: Status
     attempt: int
-    """How many times the work was started; 0 while it never was."""
+    """Number of times that the work was started."""
     created_at: AwareDatetime
     started_at: AwareDatetime | None
     finished_at: AwareDatetime | None
     expires_at: AwareDatetime | None
-    """When the job and its artifact are removed; null while it has not ended."""
+    """Time at which the job and its artifact are removed; null while it has not ended."""
     progress: Progress
     error: JobError | None
     labels: dict[str, str]
@@ -135,7 +135,7 @@ class JobCore(BaseModel):
 
 
 class JobSummary(JobCore):
-    """A job in `GET /jobs`: without its request, and without the candidates and trials of a search."""
+    """A job as `GET /jobs` lists it, without its request and without the candidates and trials of a search."""
 
     result: MergeSummary | ScoreResult | None
 
@@ -165,7 +165,7 @@ class RecordCore(BaseModel):
     labels: dict[str, str]
 
     def core(self) -> dict[str, Any]:
-        """The fields of `JobCore`."""
+        """Return the fields of `JobCore`."""
 
         def time(ms: int | None) -> datetime | None:
             return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
@@ -194,7 +194,7 @@ class RecordCore(BaseModel):
 
 
 class RecordSummary(RecordCore):
-    """What a list of jobs shows of a record."""
+    """The part of a record that a list of jobs shows."""
 
     result: MergeSummary | ScoreResult | None
 
@@ -203,7 +203,7 @@ class RecordSummary(RecordCore):
 
 
 class Record(RecordCore):
-    """A job as stored.
+    """A job as it is stored.
 
     `revision` is the number of its latest event; `artifact` names the published artifact; `inputs` is the state of each
     checkpoint when the job was accepted, by its reference.
@@ -220,7 +220,7 @@ class Record(RecordCore):
 
 
 class Outcome(BaseModel):
-    """What has become of a job so far: its status, and the name of its artifact if there is one."""
+    """A job's status, and the name of its artifact if there is one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -229,10 +229,10 @@ class Outcome(BaseModel):
 
 
 class Stage(StrEnum):
-    """What a task does; the worker has one function for each."""
+    """The work that a task does; the worker has one function for each stage."""
 
     MERGE = "merge"
-    """All of a job's work, whatever its kind."""
+    """All of a job's work, whichever kind of job it is."""
 
 
 class TaskState(StrEnum):

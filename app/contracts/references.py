@@ -1,4 +1,4 @@
-"""References to inputs, as `local:experts/a`. What may follow a scheme is known to `app.storage.sources`."""
+"""References to inputs, as `local:experts/a`. `app.storage.sources` knows what may follow a scheme."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,11 @@ SCHEMES = ("local", "hf", "s3", "job")
 
 
 class ReferenceError(ValueError):
-    """The reference is malformed, not allowed, or names nothing. `available` is False for what comes later."""
+    """The reference is malformed, not allowed, or names nothing.
+
+    Args:
+        available: False for references that only a later version can read.
+    """
 
     def __init__(self, message: str, *, available: bool = True) -> None:
         super().__init__(message)

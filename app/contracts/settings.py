@@ -13,7 +13,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def _seconds(value: object) -> object:
-    """Seconds of a duration such as `90d`; any other value is returned unchanged."""
+    """Return the seconds of a duration such as `90d`, and any other value unchanged."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhd])", value.strip()) if isinstance(value, str) else None
     return float(found[1]) * UNITS[found[2]] if found else value
 
@@ -41,11 +41,11 @@ class Settings(BaseSettings):
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "maskmerge"
     """Name of the RQ queue that hands jobs to workers."""
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
-    """What the names of all keys in Redis begin with, but for those of RQ; the queue's name when not set."""
+    """Text with which the names of all keys in Redis begin, except those of RQ; the queue's name when not set."""
     lease_seconds: Annotated[float, Field(ge=2, le=3600)] = 10
     """A running attempt that has not renewed its lease for this time counts as lost."""
     max_losses: Annotated[int, Field(ge=1)] = 5
-    """How many times a job may lose its worker before it fails with worker_lost."""
+    """Number of times that a job may lose its worker; at the last of them it fails with worker_lost."""
     heartbeat_seconds: Annotated[float, Field(ge=2, le=3600)] = 30
     """An engine process sends a heartbeat every second. If it sends nothing and uses no processor time for this long,
     it counts as hung, with a job or without. It is killed and replaced, and its job is tried again."""
@@ -62,12 +62,12 @@ class Settings(BaseSettings):
     """Room for statistics that are kept for later merges. Beyond it, those that were not used for longest are
     removed."""
     job_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e10)] = 90 * 86_400
-    """How long a job is kept after its end, with its artifact: in seconds, or as 90d, 12h or 30m. If a waiting or
-    running job reads its models, it is kept until that job ends."""
+    """Time for which a job and its artifact are kept after the job's end: in seconds, or as 90d, 12h or 30m. If a
+    waiting or running job reads its models, it is kept until that job ends."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
-    """How long an Idempotency-Key is remembered."""
+    """Seconds for which an Idempotency-Key is remembered."""
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
-    """Least level of what is logged."""
+    """Lowest level of the messages that are logged."""
 
     @field_validator("local_roots", "allowed_hosts", mode="before")
     @classmethod
@@ -88,25 +88,25 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> str:
-        """The URL by which this machine reaches the API."""
+        """URL by which this machine reaches the API."""
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - listened on, but no place to connect to
         host = anywhere.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def prefix(self) -> str:
-        """What the names of all keys in Redis begin with."""
+        """Text with which the names of all keys in Redis begin, except those of RQ."""
         return self.queue if self.key_prefix is None else self.key_prefix
 
     def text(self, name: str) -> str:
-        """The value of a setting as its environment variable would have it; empty when there is none."""
+        """Return the value of a setting as its environment variable would have it; empty when there is none."""
         value = getattr(self, name)
         if isinstance(value, tuple):
             return SEPARATORS[name].join(str(part) for part in value)
         return "" if value is None else str(value)
 
     def describe(self) -> list[tuple[str, str, str]]:
-        """(variable, current value, meaning) of every setting; secrets are masked."""
+        """Return (variable, current value, meaning) of every setting; secrets are masked."""
         return [
             (f"MASKMERGE_{name.upper()}", self.text(name), field.description or "")
             for name, field in type(self).model_fields.items()

@@ -12,13 +12,13 @@ from app.services.yaml_text import NotYaml, parse_yaml
 @dataclass(frozen=True)
 class Body:
     content: Any
-    """The request that the body holds; of a recipe of mergekit, the translation."""
+    """The request that the body holds; for a recipe of mergekit, its translation."""
     fields_there: dict[str, str]
-    """What fields of a translation are called in mergekit's recipe."""
+    """Maps paths of fields in a translation to their paths in mergekit's recipe."""
 
 
 def read_body(body: bytes, *, is_yaml: bool) -> Body:
-    """Raises ProblemError."""
+    """Read a body as JSON or YAML. Raises ProblemError."""
     try:
         if not is_yaml:
             return Body(parse_json(body), {})

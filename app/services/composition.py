@@ -33,7 +33,7 @@ class Services:
 
 
 def compose(settings: Settings) -> Services:
-    """Raises ValueError when no Redis is named."""
+    """Make the services. Raises ValueError when no Redis is named."""
     if settings.redis_url is None:
         raise ValueError("MASKMERGE_REDIS_URL is not set; set it, or use 'maskmerge serve', which brings its own Redis")
     hide(*settings.local_roots, settings.data_dir)

@@ -1,9 +1,9 @@
-"""The API's end of inspections: what a request names is read in a process that can be killed.
+"""The API's end of inspections: the inputs that a request names are read in a process that can be killed.
 
-What checkpoints and data sets hold comes from outside, and whoever made it may have made it to take for ever to read,
-or all memory. So one process, the inspector, has loaded all that checks need and does nothing but copy itself for each
-request; the copy reads, plans, answers and ends (see `app.services.inspector`). It costs some milliseconds, what one
-request does to it no other can feel, and its limits are those of one request.
+Checkpoints and data sets come from outside, and may be made to take for ever to read, or all memory. So one process,
+the inspector, loads all that checks need and then only copies itself, once for each request. The copy reads, plans,
+answers and ends (see `app.services.inspector`). A copy costs some milliseconds, cannot disturb other requests, and has
+the limits of one request.
 """
 
 import asyncio
@@ -46,16 +46,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    seconds: float = 10.0  # for whoever waits; a tokenizer of 260,000 tokens takes 1.5 s where both cores are busy
+    seconds: float = 10.0  # a caller waits; a tokenizer of 260,000 tokens takes 1.5 s where both cores are busy
     """Seconds of reading and planning for one request."""
     memory_bytes: int = 4_000_000_000  # such a tokenizer takes 0.3 GB; hostile ones of 50 MB, some GB
     """Bytes of memory for one request."""
     places: int = max(2, min(8, os.cpu_count() or 1))  # one takes a core for as long as it lasts
-    """How many requests are inspected at once."""
+    """Number of requests that are inspected at once."""
     hub_places: int = 8  # they wait for it most of the time
-    """How many requests that name the hub are inspected beside these."""
-    queue_seconds: float = 30.0  # for whoever waits
-    """Seconds that a request waits for its turn."""
+    """Number of requests that name the hub and are inspected beside these."""
+    queue_seconds: float = 30.0  # a caller waits
+    """Seconds for which a request waits for its turn."""
 
 
 class Text(BaseModel):
@@ -80,7 +80,7 @@ class Inspection(BaseModel):
     local_roots: tuple[Path, ...]
     data_dir: Path
     jobs: dict[str, Outcome | Gone]
-    """Jobs that the request names, by id, as far as they exist or it is known why they are gone."""
+    """The jobs that the request names, by id: those that exist, and those of which it is known why they are gone."""
     scratch: Path
     """Folder for temporary files, which a killed process leaves behind."""
     memory_bytes: int
@@ -98,7 +98,7 @@ class Began(BaseModel):
 
 
 class Reading(BaseModel):
-    """Said before a file is read. `field` is the request's, `source` the reference of a checkpoint or data set."""
+    """Sent before a file is read. `field` is the request's, `source` the reference of a checkpoint or data set."""
 
     event: Literal["reading"] = "reading"
     field: str
@@ -107,7 +107,7 @@ class Reading(BaseModel):
 
 
 class Hub(BaseModel):
-    """Said before the hub is waited for, and after it."""
+    """Sent before the hub is waited for, and after it."""
 
     event: Literal["hub"] = "hub"
     is_waited_for: bool
@@ -119,8 +119,8 @@ class Allowed(BaseModel):
 
 
 class Read(BaseModel):
-    """What a body holds: `Body.content` and `Body.fields_there` as JSON. It is ASCII, since texts may have halves of
-    characters."""
+    """The content of a body: `Body.content` and `Body.fields_there` as JSON. It is ASCII, because texts may have halves
+    of characters."""
 
     event: Literal["read"] = "read"
     text: str
@@ -157,7 +157,7 @@ class InspectorDied(Exception):
 
 
 class Inspectors:
-    """Asks copies of the inspector. For the event loop's thread alone, so that they die with it (`die_with_parent`)."""
+    """Asks copies of the inspector. Only the event loop's thread may use it: they die with it (`die_with_parent`)."""
 
     def __init__(self, local_roots: tuple[Path, ...], data_dir: Path, limits: Limits = Limits()) -> None:
         self._local_roots = tuple(root.absolute() for root in local_roots)
@@ -170,7 +170,7 @@ class Inspectors:
         self._scratch: Scratch | None = None
 
     def start(self) -> None:
-        """Start the inspector; what is asked before it has loaded all waits for it."""
+        """Start the inspector. Questions that come before it is loaded wait for it."""
         self._end()
         self._scratch = self._scratch or Scratch()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -201,10 +201,10 @@ class Inspectors:
         self._control = self._process = None
 
     async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, Outcome | Gone]) -> Accepted:
-        """The answer of `Checker.check`.
+        """Return the answer of `Checker.check`.
 
         Args:
-            jobs: of those that the request names, which are there, or why they are gone.
+            jobs: outcome of each job that the request names, or why it is gone.
 
         Raises:
             ProblemError: the recipe or an input is refused, also for the time or the memory that inspecting it takes;
@@ -230,7 +230,7 @@ class Inspectors:
         return answer.accepted
 
     async def read(self, body: bytes, *, is_yaml: bool) -> Body:
-        """The answer of `read_body`. Raises ProblemError, also where too many requests wait already."""
+        """Return the answer of `read_body`. Raises ProblemError, also where too many requests wait already."""
         async with self._place():
             text = Text(
                 body=body,
@@ -261,7 +261,7 @@ class Inspectors:
             places.release()
 
     async def _ask(self, question: Question) -> Allowed | Read:
-        for _ in range(2):  # whatever ended the inspector, another is soon there
+        for _ in range(2):  # another inspector is soon there, whatever ended this one
             reader, writer = await asyncio.open_unix_connection(sock=self._copy(), limit=MAX_ANSWER_BYTES)
             conversation = _Conversation(reader, writer, self._limits.seconds)
             try:
@@ -298,7 +298,7 @@ class _Conversation:
     seconds: float
     """Seconds that the inspection may take, without waiting for the hub."""
     process: int = -1
-    """A descriptor of the process, so that no other process with the same number is ended."""
+    """Descriptor of the process, so that no other process with the same number is ended."""
     place: Reading = field(default_factory=lambda: Reading(field="", source="", file=""))
     """The file that it reads now."""
 
@@ -349,7 +349,7 @@ class _Conversation:
         self.writer.close()
 
     async def _next(self, timeout_s: float) -> Event | None:
-        """The next message; None when the copy has ended. Raises TimeoutError."""
+        """Return the next message; None when the copy has ended. Raises TimeoutError."""
         async with asyncio.timeout(max(0.0, timeout_s)):
             try:
                 line = await self.reader.readline()
@@ -365,7 +365,7 @@ class _Conversation:
         return ProblemError(Problem.HUB_UNAVAILABLE, detail, errors, **{"Retry-After": "10"})
 
     def _refused(self, why: str) -> ProblemError:
-        """The refusal of what is being read now."""
+        """Return the refusal of the file that is being read now."""
         place, is_rows = self.place, self.place.field.endswith((".dataset", ".evaluation"))
         what = "data set" if is_rows else "checkpoint"
         where = f"{what} {place.source[:LONGEST_QUOTE]}: {place.file}: " if place.source else ""

@@ -1,7 +1,7 @@
 """The inspector's end of inspections; `app.services.inspection` is the API's.
 
 The inspector itself reads nothing from outside. It copies itself (`fork`) for every socket that it is handed, and the
-copy answers what comes through that.
+copy answers the question that comes through that socket.
 """
 
 import gc
@@ -98,7 +98,7 @@ def _answer(connection: socket.socket) -> None:
 
 
 def _whole(text: str) -> str:
-    """Text with a mark for each half of a character, which a quoted body may have and UTF-8 has not."""
+    """Replace each half of a character by a mark; a quoted body may have halves, but UTF-8 cannot."""
     return text.encode(errors="replace").decode()
 
 
@@ -134,7 +134,7 @@ def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
 
 
 class _Told:
-    """Tells the API each step before it is done."""
+    """Tells the API of each step before it is done."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

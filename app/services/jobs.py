@@ -1,4 +1,4 @@
-"""Accepting a job: its checks, then its record."""
+"""Accepts jobs: checks the request, then makes the record."""
 
 import hashlib
 import logging
@@ -29,7 +29,7 @@ class Jobs:
         self._idempotency_seconds = idempotency_seconds
 
     async def submit(self, request: MergeRequest | ScoreRequest, idempotency_key: str | None) -> Record:
-        """A queued job, or the one that the same key made before.
+        """Return the queued job, or the one that the same key made before.
 
         Raises:
             ProblemError: the recipe or an input is refused, or the key came with another body.
@@ -58,7 +58,7 @@ class Jobs:
         )
 
     def _record(self, created: Created) -> Record:
-        """The job's record after it is dispatched."""
+        """Dispatch a new job, and return its record."""
         if created.existing and not created.same_body:
             raise ProblemError(
                 Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
@@ -71,7 +71,7 @@ class Jobs:
         return record
 
     def retry(self, job_id: str) -> bool:
-        """Queue a failed or cancelled job anew. False when it is neither."""
+        """Queue a failed or cancelled job anew. Returns False when it is neither."""
         task = self._store.records.retry(job_id)
         if task is not None:
             self._dispatch(task)
@@ -84,7 +84,7 @@ class Jobs:
             logger.warning("job %s waits for Redis: %s", task.job, error)
 
     async def plan(self, request: MergeRequest) -> Plan:
-        """Raises ProblemError, as `submit`."""
+        """Return what the job would do. Raises ProblemError, as `submit`."""
         plan = (await self._check(request)).plan
         assert plan is not None  # noqa: S101 - for the type checker: every merge has one
         return plan

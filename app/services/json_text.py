@@ -1,4 +1,4 @@
-"""Reads JSON from outside, as the RFC has it, without anything that readers understand in two ways."""
+"""Reads JSON from outside, as the RFC defines it, and refuses whatever readers understand in two ways."""
 
 import json
 import math
@@ -17,16 +17,16 @@ class NotJson(ValueError):
 
 
 def parse_json(body: bytes) -> Any:
-    """The value.
+    """Return the value of a JSON text.
 
     Raises:
-        NotJson: it is not JSON or not UTF-8, has a key twice, a number that is none or none that can be held, or is too
-            deep or has too many values.
+        NotJson: it is not JSON or not UTF-8, repeats a key, has a number that is infinite, undefined or too long, is
+            nested too deeply, or has too many values.
     """
     members = 0
 
     def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Stops early, since to collect the garbage of very many objects takes longer than to read them."""
+        """Count values, to stop early: collecting the garbage of very many objects takes longer than reading them."""
         nonlocal members
         found = _object(pairs)
         members += len(pairs)

@@ -29,15 +29,15 @@ PLAIN = {  # what plain words of YAML 1.2's core schema stand for
 
 
 class NotYaml(ValueError):
-    """Says what is wrong, and at which line."""
+    """The text is not acceptable YAML; the message says why, and at which line."""
 
 
 def parse_yaml(text: bytes) -> Any:
-    """One document of texts, numbers, booleans, null, lists and mappings by text.
+    """Return the value of one document of texts, numbers, booleans, null, lists, and mappings whose keys are texts.
 
     Raises:
-        NotYaml: it is not YAML or not UTF-8, repeats a key, has other tags, has what YAML 1.1 and 1.2 read as different
-            numbers or lines, or is larger or deeper than a recipe is.
+        NotYaml: it is not YAML or not UTF-8, repeats a key, has other tags, has numbers or lines that YAML 1.1 and 1.2
+            read differently, or is larger or deeper than a recipe is.
     """
     if len(text) > MOST_BYTES:
         raise NotYaml(f"it has {len(text)} bytes; recipes have at most {MOST_BYTES}")
@@ -129,7 +129,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_decimal(self, node: ScalarNode) -> float:
         self._check(node, "float")
-        is_special = node.value[-1] in "fFnN"  # of .inf and .nan
+        is_special = node.value[-1] in "fFnN"  # .inf and .nan are spelled so
         value = float(node.value) if len(node.value) <= LONGEST_NUMBER and not is_special else math.inf
         if not math.isfinite(value):
             raise ConstructorError(None, None, f"{node.value[:40]} is no number that JSON has", node.start_mark)

@@ -9,14 +9,14 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from redis.retry import Retry
 
-ANSWER_S = 1.5  # who asks the API hears within 2 s that Redis does not answer
-HUNG_S = 1.0  # how long nobody else waits after that
+ANSWER_S = 1.5  # callers of the API hear within 2 s that Redis does not answer
+HUNG_S = 1.0  # time for which nobody else waits after that
 
 
 class ImpatientRedis(Redis):
-    """Once Redis has not answered in time, fails at once for a moment.
+    """A client that, once Redis has not answered in time, fails at once for a moment.
 
-    Else those who wait would hold all threads that answer, and the next in line would wait for them first.
+    Otherwise those who wait would hold all threads that answer, and the next in line would wait for them first.
     """
 
     _hung_until = 0.0
@@ -32,12 +32,12 @@ class ImpatientRedis(Redis):
 
 
 def connect_for_answers(url: str) -> "Redis":
-    """The API's client. It tries again twice when it is refused, but not when Redis hangs."""
+    """Make the API's client. It tries again twice when it is refused, but not when Redis hangs."""
     return ImpatientRedis.from_url(url, decode_responses=True, **_impatience())
 
 
 def connect_for_dispatching(url: str) -> "Redis":
-    """The same for RQ in the API; it does not decode responses."""
+    """Make such a client for RQ in the API; it does not decode responses."""
     return ImpatientRedis.from_url(url, **_impatience())
 
 
@@ -50,7 +50,7 @@ def _impatience() -> dict[str, Any]:
 
 
 def connect(url: str, *, patience: int, timeout_s: float = 5) -> "Redis":
-    """A worker's client, which retries a lost connection `patience` times, at most 1 s apart, to outlast a restart."""
+    """Make a worker's client. It retries a lost connection `patience` times, at most 1 s apart, to outlast restarts."""
     return Redis.from_url(
         url,
         decode_responses=True,
@@ -63,14 +63,14 @@ def connect(url: str, *, patience: int, timeout_s: float = 5) -> "Redis":
 
 
 def connect_for_rq(url: str) -> "Redis":
-    """RQ keeps bytes and blocks longer than any read timeout; it has its own retries."""
+    """Make RQ's client. RQ keeps bytes, blocks longer than any read timeout, and has its own retries."""
     return Redis.from_url(url, socket_connect_timeout=5, health_check_interval=15)
 
 
 def connect_for_watching(url: str, *, most: int, longest_wait_s: float) -> "asyncio.Redis":
-    """A client for calls that wait; when `most` are at it, others take turns with them.
+    """Make a client for calls that wait. At most `most` wait at once, and others take turns with them.
 
-    It outlasts a restart of Redis, since those who wait are in no hurry.
+    It outlasts a restart of Redis, because those who wait are in no hurry.
     """
     pool: asyncio.BlockingConnectionPool = asyncio.BlockingConnectionPool.from_url(
         url,

@@ -1,4 +1,4 @@
-"""Following a job as it changes. Those who wait hold neither a thread nor, when there are many, a connection each."""
+"""Follows jobs as they change. A waiting reader holds no thread and, where there are many, no connection of its own."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ Entries = list[tuple[str, dict[str, str]]]
 
 
 class JobWatcher:
-    """Raises redis exceptions when Redis is away for longer than the client's patience.
+    """Waits for changes of jobs. Raises redis exceptions when Redis is away for longer than the client's patience.
 
     Args:
         redis: a client with decode_responses whose pool has others wait when all its connections are in use, and whose
@@ -31,14 +31,14 @@ class JobWatcher:
         self._stopping = asyncio.Event()
 
     async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
-        """Events later than `after` as they come, until the job has ended and all are read, or it is deleted."""
+        """Yield events later than `after` as they come, until the job has ended and all are read, or it is deleted."""
         while not await self._is_over(job_id, after):
             for event in await self._news(job_id, after):
                 yield event
                 after = event.id
 
     async def end(self, job_id: str, after: int, timeout_s: float) -> None:
-        """Return when the job has ended or is gone, or the time is over. `after` is a revision that is known."""
+        """Return when the job has ended or is gone, or the time is over. The caller knows revision `after`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 async for _ in self.follow(job_id, after):
@@ -66,7 +66,7 @@ class JobWatcher:
         return status is None or (Status(status).is_final and int(revision) <= after)
 
     async def _news(self, job_id: str, after: int) -> list[Event]:
-        """Events later than `after`, in order, as soon as there are any; empty when a turn is over."""
+        """Return events later than `after`, in order, as soon as there are any; none when a turn is over."""
         events, progress = self._keys.events(job_id), self._keys.progress(job_id)
         # Both streams in one command, so that nothing falls between them.
         found: list[tuple[str, Entries]] | None = await self._answer(
@@ -75,7 +75,7 @@ class JobWatcher:
         return sorted((_event(*entry) for _, entries in found or () for entry in entries), key=lambda event: event.id)
 
     async def _answer(self, command: Awaitable[Any]) -> Any:
-        """What Redis answers; None when the service stops before it does."""
+        """Return Redis's answer; None when the service stops before it comes."""
         reading = asyncio.ensure_future(command)
         reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the reader may be gone by then
         stopping = asyncio.ensure_future(self._stopping.wait())

@@ -1,4 +1,4 @@
-"""Files that were published, wherever they are stored."""
+"""Published files, wherever they are stored."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ class Damaged(Exception):
 
 
 class StoredFile(Protocol):
-    """A file that never changes. `name` is what callers know it by, and may hold slashes."""
+    """A file that never changes. Callers know it by `name`, which may hold slashes."""
 
     @property
     def name(self) -> str: ...
@@ -25,7 +25,7 @@ class StoredFile(Protocol):
 
     @property
     def url(self) -> str | None:
-        """Where clients can read the file themselves; None when it is to be sent to them."""
+        """URL at which clients can read the file themselves; None when the API must send it."""
 
     def check(self) -> None:
         """Raises Damaged unless the file is there and has its length."""

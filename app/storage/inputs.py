@@ -1,11 +1,11 @@
-"""Where inputs lie on this machine, and how fetching them is reported."""
+"""Places of inputs on this machine, and the reports of fetching them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 OnBytes = Callable[[int, int], None]
-"""Is called with the bytes that are fetched and those in all. It raises when nobody wants them any more."""
+"""Called with the number of bytes fetched and the number in all. It raises when nobody wants them any more."""
 
 
 @dataclass(frozen=True)

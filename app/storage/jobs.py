@@ -17,7 +17,7 @@ class JobStore:
     """Records, tasks and workers below one prefix; see `Records` and `Tasks` for the arguments.
 
     Args:
-        clock: Redis' own by default, so that the machines of a deployment need not agree on the time.
+        clock: the clock of Redis by default, so that the machines of a deployment need not agree on the time.
     """
 
     def __init__(

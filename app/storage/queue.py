@@ -1,4 +1,4 @@
-"""RQ as transport: it carries task ids to workers, at least once. What a task's state is, `Tasks` says."""
+"""RQ as transport: it carries task ids to workers, at least once. `Tasks` knows the state of each task."""
 
 import secrets
 
@@ -39,7 +39,7 @@ class TaskQueue:
         )
 
     def dispatch_lost(self) -> int:
-        """Dispatch every waiting task that RQ does not have; how many there were."""
+        """Dispatch every waiting task that RQ does not have, and return how many there were."""
         now = self._store.clock()
         lost = 0
         for task in self._store.tasks.due(now - GRACE_MS):

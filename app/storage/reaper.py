@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Reaper:
-    """
+    """Puts lost attempts and lost tasks back in the queue, and ends jobs past their deadline.
+
     Args:
-        clock: seconds, monotonic.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, store: JobStore, queue: TaskQueue, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,8 +39,8 @@ class Reaper:
     def sweep(self) -> None:
         """End jobs past their deadline, release expired attempts, and hand waiting tasks that RQ lost to it again.
 
-        While Redis did not answer nobody could renew a lease, so that after such a time all have as long as a lease to
-        do so.
+        While Redis does not answer, nobody can renew a lease. After such a time all attempts have the length of a lease
+        to do so.
         """
         self._store.records.time_out()
         now = self._clock()
@@ -59,7 +60,8 @@ class Reaper:
 def remove_outlived(records: Records, artifacts: ArtifactStore, searches: SearchFolder) -> None:
     """Forget the jobs that have been kept for their time, and remove what they made.
 
-    The record goes first, so that no reader finds one without its artifact; what a crash leaves is swept as nobody's.
+    The record goes first, so that no reader finds one without its artifact. If a crash leaves the artifact, it is
+    swept, because no record names it.
     """
     for job in records.outlived():
         if records.expire(job):

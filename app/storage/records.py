@@ -1,4 +1,4 @@
-"""Records of jobs: what became of each since it was accepted. They are the truth; RQ only carries task ids."""
+"""Records of jobs, which say what became of each. They are the truth; RQ only carries task ids."""
 
 import json
 import secrets
@@ -45,7 +45,7 @@ class Deleted(IntEnum):
 
 @dataclass(frozen=True)
 class Created:
-    """`existing` when the idempotency key was used before; `same_body` whether with the same body."""
+    """A job that a request made. `existing`: its idempotency key was used before; `same_body`: with the same body."""
 
     job_id: str
     existing: bool
@@ -54,7 +54,7 @@ class Created:
 
 @dataclass(frozen=True)
 class Outlived:
-    """A job that was kept for its time."""
+    """An ended job whose time to be kept is over."""
 
     id: str
     finished_ms: int
@@ -62,11 +62,11 @@ class Outlived:
 
 
 class Records:
-    """Stores records. It raises redis exceptions when Redis is away; everything else is a return value.
+    """Stores records. It raises redis exceptions when Redis is away, and reports everything else by return values.
 
     Args:
         redis: a client with decode_responses.
-        retention_seconds: how long a job is kept after its end; for ever when None.
+        retention_seconds: time for which a job is kept after its end; for ever when None.
     """
 
     def __init__(self, redis: Redis, keys: Keys, scripts: JobScripts, retention_seconds: float | None) -> None:
@@ -92,7 +92,7 @@ class Records:
         Args:
             idempotency: (key, digest of the body).
             inputs: state of each checkpoint by its reference, for the worker to compare.
-            deadline_seconds: what the job may take from now on, or from a later retry, waiting included.
+            deadline_seconds: time that the job may take from now on, or from a later retry, waiting included.
         """
         now = self._scripts.clock()
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
@@ -120,12 +120,12 @@ class Records:
         return _earlier(str(before), digest) if before else Created(job_id, existing=False)
 
     def remembered(self, idempotency_key: str, digest: str) -> Created | None:
-        """The job that the key made before, if there is one."""
+        """Return the job that the key made before, if there is one."""
         before = self._redis.get(self._keys.idempotency(idempotency_key))
         return _earlier(str(before), digest) if before else None
 
     def get(self, job_id: str) -> Record | None:
-        """The whole record; None where there is no such job."""
+        """Return the whole record; None where there is no such job."""
         fields = cast(dict[str, str], self._redis.hgetall(self._keys.record(job_id)))
         if not fields:
             return None
@@ -145,17 +145,17 @@ class Records:
         )
 
     def outcome(self, job_id: str) -> Outcome | Gone | None:
-        """What has become of a job; or why it is gone, or None where there never was one, as far as is known."""
+        """Return a job's status and artifact, or why it is gone; None where no job with this id is known."""
         status, artifact = cast(list[str | None], self._redis.hmget(self._keys.record(job_id), ["status", "artifact"]))
         return self.gone(job_id) if status is None else Outcome(status=Status(status), artifact=artifact)
 
     def newest(
         self, after: str | None = None, status: Status | None = None, labels: Sequence[tuple[str, str]] = ()
     ) -> Iterator[RecordSummary]:
-        """Jobs in short, newest first, older than the job `after`; read in pages as they are consumed.
+        """Yield jobs in short, newest first, older than the job `after`. They are read in pages as they are consumed.
 
         Args:
-            status, labels: only jobs in this state, and with all of these labels.
+            status, labels: restrict the list to jobs in this state, and with all of these labels.
         """
         begin = f"({after}" if after else "+"
         while True:
@@ -174,13 +174,13 @@ class Records:
             begin = f"({ids[-1]}"
 
     def cancel(self, job_id: str) -> Status | None:
-        """Cancel what waits, ask what runs to stop; the job's status after it, None when there is no such job."""
+        """Cancel a waiting job, or ask a running one to stop. Returns its new status; None where there is none."""
         task = _task(job_id)
         status = self._scripts.run("cancel", job_id, [self._keys.task(task), self._keys.due], [str(task)])
         return Status(status) if status else None
 
     def retry(self, job_id: str) -> TaskId | None:
-        """Queue a failed or cancelled job anew; its task, to be dispatched. None when it is neither."""
+        """Queue a failed or cancelled job anew. Returns its task, to be dispatched; None when it is neither."""
         task = _task(job_id)
         again = listed(Status.QUEUED.predecessors - {Status.RUNNING})
         keys = [self._keys.task(task), self._keys.due]
@@ -195,12 +195,12 @@ class Records:
         return Deleted(self._scripts.run("delete", job_id, keys, [job_id, latest, why, GONE_KEPT_S]))
 
     def gone(self, job_id: str) -> Gone | None:
-        """Why the job is gone; None when it exists, never existed, or was removed long ago."""
+        """Return why the job is gone; None when it exists, never existed, or was removed long ago."""
         why = self._redis.get(self._keys.gone(job_id))
         return Gone(str(why)) if why else None
 
     def outlived(self) -> Iterator[Outlived]:
-        """Ended jobs that were kept for their time, oldest first, except those whose models an active job reads."""
+        """Yield ended jobs that were kept for their time, oldest first, unless an active job reads their models."""
         if self._retention_ms is None:
             return
         ended_by = self._scripts.clock() - self._retention_ms
@@ -222,11 +222,11 @@ class Records:
             position = f"({ids[-1]}"
 
     def expire(self, job: Outlived | Record) -> bool:
-        """Forget an outlived job. False when it was retried meanwhile, or is gone already."""
+        """Forget an outlived job. Returns False when it was retried meanwhile, or is gone already."""
         return self.delete(job.id, ended_by_ms=job.finished_ms) is Deleted.DONE
 
     def time_out(self) -> int:
-        """End the jobs whose deadline has passed, waiting or running; how many there were."""
+        """End the jobs whose deadline has passed, waiting or running, and return how many there were."""
         names = cast(list[str], self._redis.zrangebyscore(self._keys.deadlines, "-inf", self._scripts.clock()))
         ended = 0
         for task in map(TaskId.parse, names):
@@ -242,14 +242,14 @@ class Records:
         return ended
 
     def _read_by_active_jobs(self) -> set[str]:
-        """Ids of the jobs whose models active jobs name."""
+        """Return the ids of the jobs whose models active jobs name."""
         tasks = [name for key in (self._keys.due, self._keys.leases) for name in self._redis.zrange(key, 0, -1)]
         active = [self._redis.hget(self._keys.record(TaskId.parse(str(name)).job), "inputs") for name in tasks]
         named = (job_named(reference) for inputs in active if inputs is not None for reference in json.loads(inputs))
         return {job_id for job_id in named if job_id is not None}
 
     def _core(self, job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
-        """The fields of `RecordCore`."""
+        """Return the fields of `RecordCore`."""
 
         def number(name: str) -> int | None:
             return int(fields[name]) if name in fields else None
@@ -272,7 +272,7 @@ class Records:
 
 
 def _task(job_id: str) -> TaskId:
-    """The task that does all of a job's work."""
+    """Return the task that does all of a job's work."""
     return TaskId(job=job_id, stage=Stage.MERGE)
 
 
@@ -281,7 +281,7 @@ def _kind(fields: Mapping[str, str]) -> Kind:
 
 
 def _summary(fields: Mapping[str, str]) -> MergeSummary | ScoreResult | None:
-    """The result in short. Records of releases that kept no summary have the result itself."""
+    """Return the result in short. Records of releases that kept no summary have the result itself."""
     summary = MergeSummary if _kind(fields) is Kind.MERGE else ScoreResult
     if "summary" in fields:
         return summary.model_validate_json(fields["summary"])

@@ -14,7 +14,7 @@ YOUNG_S = 60.0  # a folder may be made and not locked yet
 class Scratch:
     """A folder that is locked as long as this process lives and has not removed it.
 
-    Making one removes those that processes left which are gone.
+    Making one removes the folders of processes that are gone.
     """
 
     def __init__(self) -> None:

@@ -17,11 +17,11 @@ from app.contracts.jobs import Status
 from app.storage.keys import Keys
 
 Clock = Callable[[], int]
-"""Milliseconds since the epoch."""
+"""Returns milliseconds since the epoch."""
 
 FOLDER = Path(__file__).parent / "lua"
 PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
-PROGRESS_KEPT_S = 3600  # after the job's end; its other events stay as long as its record
+PROGRESS_KEPT_S = 3600  # an hour after the job's end; its other events stay as long as its record
 CONSTANTS = (
     f"local FINAL = {{{', '.join(f'{status} = true' for status in Status if status.is_final)}}}\n"
     f"local PROGRESS_KEPT, PROGRESS_KEPT_S = {PROGRESS_KEPT}, {PROGRESS_KEPT_S}\n"
@@ -33,7 +33,7 @@ class JobScripts:
 
     Args:
         redis: a client with decode_responses.
-        clock: Redis' own by default, so that the machines of a deployment need not agree on the time.
+        clock: the clock of Redis by default, so that the machines of a deployment need not agree on the time.
     """
 
     def __init__(self, redis: Redis, keys: Keys, clock: Clock | None = None) -> None:
@@ -57,15 +57,15 @@ class JobScripts:
 
 @cache
 def source(name: str) -> str:
-    """The text of a script."""
+    """Return the text of a script."""
     return (FOLDER / f"{name}.lua").read_text(encoding="utf-8")
 
 
 def listed(statuses: Iterable[Status]) -> str:
-    """Statuses as scripts search them: ,a,b,"""
+    """Join statuses into the text that scripts search: ,a,b,"""
     return "," + ",".join(sorted(statuses)) + ","
 
 
 def flat(fields: dict[str, Any]) -> list[Any]:
-    """A hash's fields as Redis takes them: each name followed by its value."""
+    """Return a hash's fields as Redis takes them: each name followed by its value."""
     return [part for pair in fields.items() for part in pair]

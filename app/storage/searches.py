@@ -1,4 +1,4 @@
-"""Keeps in the data folder what `auto` tried, from one attempt of a job to the next."""
+"""Keeps the trials of `auto` in the data folder, from one attempt of a job to the next."""
 
 import logging
 import shutil
@@ -11,17 +11,17 @@ logger = logging.getLogger(__name__)
 
 
 class SearchFolder:
-    """`searches/<job>.<attempt>.jsonl`: every trial up to and in that attempt; at most one file of a job counts.
+    """Keeps journals, `searches/<job>.<attempt>.jsonl`, each with every trial up to that attempt; the last one counts.
 
-    An attempt goes on with a copy of what the one before it wrote, so that an engine that does not know yet that its
-    lease is lost writes where nobody reads.
+    An attempt goes on with a copy of the journal before it, so that an engine that does not know yet that its lease is
+    lost writes where nobody reads.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir.resolve() / "searches"
 
     def begin(self, attempt: Attempt) -> Path:
-        """The attempt's journal, which has what earlier attempts tried. Raises OSError when it cannot be written."""
+        """Make the attempt's journal with the trials of earlier attempts. Raises OSError when it cannot be written."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{attempt.task.job}.{attempt.number}.jsonl"
         journals = self._folder.glob(f"{attempt.task.job}.*.jsonl")
@@ -35,12 +35,12 @@ class SearchFolder:
         return path
 
     def remove(self, job: str) -> None:
-        """Forget what a job tried."""
+        """Forget the trials of a job."""
         for file in self._folder.glob(f"{job}.*"):
             file.unlink(missing_ok=True)
 
     def sweep(self, is_wanted: Callable[[str], bool]) -> int:
-        """Remove what is left of jobs that `is_wanted` says no of. How many files went."""
+        """Remove the journals of the jobs for which `is_wanted` is False, and return how many there were."""
         removed = 0
         for file in self._folder.glob("*.*"):
             if not is_wanted(file.name.partition(".")[0]):

@@ -1,4 +1,4 @@
-"""The statistics that workers keep, as they are found in the data folder: any of them may vanish at any moment."""
+"""Finds the statistics that workers keep in the data folder. Any of them may vanish at any moment."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,12 +17,12 @@ from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, FOLDER, A
 class KeptStatistic:
     address: str
     state: tuple[int, int]
-    """Of its folder: one that takes another's place may have its inode, but not its time of change too."""
+    """Inode and time of change of its folder. A folder that takes its place may have the same inode, but not both."""
     about: About
     path: Path
 
     def open(self) -> tuple[list[LocalFile], ExitStack]:
-        """Its files, which stay readable until the stack is closed, even when the statistic is removed meanwhile.
+        """Open its files. They stay readable until the stack is closed, even when the statistic is removed meanwhile.
 
         Raises FileNotFoundError when it is gone, or not as long as it was.
         """
@@ -39,16 +39,16 @@ class KeptStatistic:
 
     @property
     def title(self) -> str:
-        """Names what is downloaded."""
+        """Name of the file that is downloaded."""
         return f"{self.about.facts.statistic}-{self.address[:12]}"
 
     @property
     def age_key(self) -> str:
-        """Sorts by time, then by address."""
+        """Key that sorts by time, then by address."""
         return f"{int(self.about.created_at.timestamp() * 1_000_000):014x}-{self.address}"
 
     def used_at(self) -> datetime | None:
-        """When the statistic was last used; None when it is gone."""
+        """Time at which the statistic was last used; None when it is gone."""
         try:
             return datetime.fromtimestamp(self.path.stat().st_mtime, UTC)
         except FileNotFoundError:
@@ -56,14 +56,14 @@ class KeptStatistic:
 
 
 class StatisticsFolder:
-    """What is under one address never changes, so each entry is read once."""
+    """Lists the statistics of a data folder. The content of an address never changes, so each entry is read once."""
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir.resolve() / FOLDER
         self._known: dict[str, KeptStatistic] = {}
 
     def newest(self, after: str | None = None) -> Iterator[KeptStatistic]:
-        """Newest first, older than the `age_key` given."""
+        """Yield statistics, newest first, older than the `age_key` given."""
         found = {entry.name: kept for entry in self._entries() if (kept := self._kept(entry)) is not None}
         self._known = found
         for kept in sorted(found.values(), key=lambda kept: kept.age_key, reverse=True):
@@ -71,7 +71,7 @@ class StatisticsFolder:
                 yield kept
 
     def get(self, address: str) -> KeptStatistic:
-        """Raises FileNotFoundError when none is kept there."""
+        """Return the statistic at an address. Raises FileNotFoundError when none is kept there."""
         path = self._folder / address
         kept = _read(path, _state(path.stat()))
         if kept is None:

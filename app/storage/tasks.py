@@ -1,4 +1,4 @@
-"""Tasks: what waits for a worker, what a worker does with one, and leases that show whether it still does."""
+"""Tasks: some wait for a worker, some run under a lease, which shows whether their worker is still at it."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -16,8 +16,8 @@ class Tasks:
 
     Args:
         redis: a client with decode_responses.
-        lease_seconds: how long an attempt is ours without renewing its lease.
-        max_losses: how often a task may lose its worker before its job fails.
+        lease_seconds: time for which an attempt is ours without renewing its lease.
+        max_losses: number of times that a task may lose its worker before its job fails.
     """
 
     def __init__(self, redis: Redis, keys: Keys, scripts: JobScripts, lease_seconds: float, max_losses: int) -> None:
@@ -29,7 +29,7 @@ class Tasks:
         self._max_losses = max_losses
 
     def claim(self, task: TaskId, worker: str) -> Attempt | None:
-        """Start an attempt; None when the task is not waiting (done, running elsewhere, cancelled, deleted)."""
+        """Start an attempt. Returns None when the task does not wait (done, running elsewhere, cancelled, deleted)."""
         number = self._scripts.run(
             "claim",
             task.job,
@@ -39,10 +39,7 @@ class Tasks:
         return Attempt(task=task, number=int(number)) if number else None
 
     def renew(self, attempt: Attempt, progress: Progress | None = None) -> Status | None:
-        """Extend the lease and perhaps record progress.
-
-        The job's status; None when the attempt is no longer ours.
-        """
+        """Extend the lease and perhaps record progress. Returns the job's status; None when the attempt is not ours."""
         status = self._scripts.run(
             "renew",
             attempt.task.job,
@@ -57,7 +54,7 @@ class Tasks:
         return Status(status) if status else None
 
     def succeed(self, attempt: Attempt, result: MergeResult | ScoreResult, artifact: str) -> bool:
-        """Final. False when the attempt is no longer ours; its artifact must go then."""
+        """End the job with success. Returns False when the attempt is no longer ours; its artifact must go then."""
         in_short = set(MergeSummary.model_fields) if isinstance(result, MergeResult) else None
         return self._end(
             attempt,
@@ -68,17 +65,17 @@ class Tasks:
         )
 
     def fail(self, attempt: Attempt, error: JobError) -> bool:
-        """Final. False when the attempt is no longer ours."""
+        """End the job with an error. Returns False when the attempt is no longer ours."""
         return self._end(attempt, Status.FAILED, {"error": error.model_dump_json()})
 
     def acknowledge_cancel(self, attempt: Attempt) -> bool:
-        """Final. False when nobody asked for it, or when the attempt is no longer ours."""
+        """End the job as cancelled. Returns False when nobody asked for it, or when the attempt is no longer ours."""
         return self._end(attempt, Status.CANCELLED, {})
 
     def release(self, attempt: Attempt, *, lost: bool, only_expired: bool = False) -> bool:
         """Put the task back in the queue; a task that is `lost` too often fails its job instead.
 
-        False when there was nothing to release: the attempt ended, or (`only_expired`) its lease was renewed.
+        Returns False when there was nothing to release: the attempt ended, or (`only_expired`) its lease was renewed.
         """
         error = JobError(
             code=ErrorCode.WORKER_LOST,
@@ -102,7 +99,7 @@ class Tasks:
         return bool(outcome)
 
     def expired(self) -> list[Attempt]:
-        """Running attempts whose lease ran out."""
+        """Return the running attempts whose lease ran out."""
         names = cast(list[str], self._redis.zrangebyscore(self._keys.leases, "-inf", self._scripts.clock()))
         attempts = []
         for name in names:
@@ -113,14 +110,14 @@ class Tasks:
         return attempts
 
     def attempt_is_current(self, task: TaskId, number: int) -> bool | None:
-        """Whether this attempt is running; None when nothing is known of the job."""
+        """Return whether this attempt is running; None when nothing is known of the job."""
         state, attempt = cast(list[str | None], self._redis.hmget(self._keys.task(task), "state", "attempt"))
         if state is None or attempt is None:
             return None
         return state == TaskState.RUNNING and int(attempt) == number
 
     def due(self, dispatched_before_ms: int) -> list[TaskId]:
-        """Waiting tasks that were not handed to RQ since then."""
+        """Return the waiting tasks that were not handed to RQ since then."""
         names = cast(list[str], self._redis.zrangebyscore(self._keys.due, "-inf", dispatched_before_ms))
         return [TaskId.parse(name) for name in names]
 
@@ -130,7 +127,7 @@ class Tasks:
         self._redis.hset(self._keys.task(task), "message", message)
 
     def message(self, task: TaskId) -> str | None:
-        """The RQ job that carried the task last."""
+        """Return the id of the RQ job that carried the task last."""
         return cast(str | None, self._redis.hget(self._keys.task(task), "message"))
 
     def _end(

@@ -9,7 +9,7 @@ from app.storage.scripts import Clock
 
 
 class Workers:
-    """Raises redis exceptions when Redis is away.
+    """Records which workers are alive. Raises redis exceptions when Redis is away.
 
     Args:
         redis: a client with decode_responses.
@@ -21,7 +21,7 @@ class Workers:
         self._clock = clock
 
     def beat(self, worker: str, seconds: float) -> None:
-        """Note that a worker lives, for so long."""
+        """Note that a worker is alive for the next `seconds`."""
         now = self._clock()
         self._redis.zremrangebyscore(self._keys.workers, "-inf", now)
         self._redis.zadd(self._keys.workers, {worker: now + int(seconds * 1000)})

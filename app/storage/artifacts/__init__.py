@@ -7,5 +7,5 @@ from app.storage.artifacts.store import ArtifactStore
 
 
 def open_artifacts(data_dir: Path) -> ArtifactStore:
-    """The store that the service is set up with."""
+    """Open the store that the service is set up with."""
     return FolderStore(data_dir)

@@ -1,4 +1,4 @@
-"""Published artifacts as folders: assembled out of sight, visible by one rename."""
+"""Published artifacts as folders, which are assembled out of sight and become visible by one rename."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class FolderStore:
-    """`work/<job>.<attempt>` while an attempt assembles, `artifacts/<job>.<attempt>` once published."""
+    """Keeps artifacts in `work/<job>.<attempt>` while attempts assemble them, then in `artifacts/<job>.<attempt>`."""
 
     def __init__(self, data_dir: Path) -> None:
         self._work = data_dir.resolve() / "work"
@@ -109,14 +109,14 @@ class FolderArtifact:
 
     @cached_property
     def _models(self) -> dict[str, Path]:
-        """Folders of the models, by name: `models/<name>`, and `model` where the artifact has but one."""
+        """Folders of the models, by name: `models/<name>`, or `model` where the artifact has only one."""
         found = {path.name: path for path in sorted(self._folder.glob("models/*")) if path.is_dir()}
         if (self._folder / "model").is_dir():
             found.setdefault("model", self._folder / "model")
         return found
 
     def _checked(self, model: str) -> RootedPath:
-        """A model's folder, whose files all have their length."""
+        """Return a model's folder, after checking that all its files have their length."""
         path = self._models[model]
         name = path.relative_to(self._folder).as_posix()
         for file in self.files:

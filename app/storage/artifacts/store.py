@@ -1,8 +1,7 @@
-"""What a store of artifacts does, whichever kind it is.
+"""The interface of every store of artifacts.
 
-An attempt assembles its artifact in a folder of this machine and publishes it: before that no reader sees any of it,
-and after it, all. The job's record says which attempt's artifact is the job's; one that no record names is nobody's and
-is swept.
+An attempt assembles its artifact in a folder of this machine, and publishes it whole: readers see all of it or nothing.
+The job's record says which attempt's artifact is the job's. An artifact that no record names is swept.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,29 +18,30 @@ from worker.engine.catalog.contracts.report import MANIFEST
 
 
 class Artifact(Protocol):
-    """A published artifact. Nothing of it is read before it is asked for; all of it raises
+    """A published artifact. Nothing of it is read before it is asked for.
 
-    FileNotFoundError: there is no such artifact.
-    Damaged: its manifest is not what was written, or a file is missing or has another length.
+    Raises:
+        FileNotFoundError: there is no such artifact.
+        Damaged: its manifest is not what was written, or a file is missing or has another length.
     """
 
     @property
     def files(self) -> Sequence[StoredFile]:
-        """Every file, from the manifest, which is the last of them and is read once. None is looked at yet."""
+        """All files, as the manifest lists them, itself last. It is read once; the files are not looked at yet."""
 
     @property
     def models(self) -> Sequence[str]:
         """Names of the models, each a checkpoint."""
 
     def inspect(self, model: str) -> AbstractContextManager[RootedPath]:
-        """A folder with what the headers of a model need: of its weights the headers are enough."""
+        """Provide a folder with the files from which a model's headers are read; weight files may be headers alone."""
 
     def fetch(self, model: str, on_bytes: OnBytes) -> RootedPath:
-        """A folder with all files of a model."""
+        """Provide a folder with all files of a model."""
 
 
 class ArtifactStore(Protocol):
-    """Where artifacts are published. It raises OSError when it cannot be written or read."""
+    """A store in which artifacts are published. It raises OSError when it cannot be written or read."""
 
     def prepare(self) -> None:
         """Make the store ready for use."""
@@ -49,13 +49,13 @@ class ArtifactStore(Protocol):
     def is_writable(self) -> bool: ...
 
     def free_bytes(self) -> int:
-        """Room for further artifacts."""
+        """Return the number of bytes that further artifacts may take."""
 
     def begin(self, attempt: Attempt) -> Path:
-        """An empty folder, private to the attempt; what earlier attempts of the job left is removed."""
+        """Make an empty folder, private to the attempt, and remove whatever earlier attempts of the job left."""
 
     def publish(self, attempt: Attempt) -> str:
-        """Make the attempt's folder readable by its name, which is returned; all of it or nothing."""
+        """Make the whole of the attempt's folder readable by a name, and return that name."""
 
     def discard(self, attempt: Attempt) -> None:
         """Remove whatever the attempt left, published or not."""
@@ -66,11 +66,11 @@ class ArtifactStore(Protocol):
         """Remove the artifact of a job that is forgotten."""
 
     def sweep(self, is_wanted: Callable[[TaskId, int, bool], bool]) -> int:
-        """Remove what crashes left; `is_wanted(task, attempt, published)` says what stays. How much went."""
+        """Remove what crashes left, and return how many. `is_wanted(task, attempt, published)` says what stays."""
 
 
 class ManifestFile(BaseModel):
-    """The fields of a manifest's entry that are read here."""
+    """An entry of a manifest, with the fields that are read here."""
 
     name: Annotated[str, Field(pattern=r"^[^/\x00]+(/[^/\x00]+)*$")]
     bytes: Annotated[int, Field(ge=0)]
@@ -89,7 +89,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def parse(cls, content: bytes) -> "Manifest":
-        """Raises Damaged."""
+        """Read a manifest. Raises Damaged."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:

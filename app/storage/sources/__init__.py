@@ -1,7 +1,7 @@
-"""Where inputs come from. The kinds of reference are told apart here and nowhere else.
+"""Sources of inputs. The schemes of references are told apart here and nowhere else.
 
-The source behind a scheme is the file of that name in this folder, with `opened(context)`, a `Source`, and `IS_REMOTE`:
-whether its answers come from other machines, which may take their time. It is imported when a reference needs it.
+The source for a scheme is the module of that name in this folder. It has `opened(context)`, which returns a `Source`,
+and `IS_REMOTE`, which says whether its answers come from other machines. It is imported when a reference needs it.
 """
 
 from contextlib import AbstractContextManager
@@ -47,7 +47,7 @@ class Sources:
 
 
 def is_remote(text: str) -> bool:
-    """Whether a reference names what another machine must be asked for; False for malformed ones."""
+    """Return whether another machine must be asked for what a reference names; False for malformed ones."""
     try:
         return bool(_module(Reference.parse(text).scheme).IS_REMOTE)
     except ReferenceError:

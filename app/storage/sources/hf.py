@@ -38,7 +38,7 @@ class Repository:
 
     @classmethod
     def parse(cls, reference: Reference) -> "Repository":
-        """Raises ReferenceError when the reference is malformed."""
+        """Read the rest of a reference. Raises ReferenceError when it is malformed."""
         match = HUB.fullmatch(reference.rest)
         if match is None or ".." in reference.rest:
             raise ReferenceError(
@@ -48,7 +48,7 @@ class Repository:
 
 
 class HubRepositories:
-    """Asks the hub. Data sets are looked at by the worker alone, and the engine downloads what it reads.
+    """Asks the hub. Only the worker looks at data sets, and the engine downloads what it reads.
 
     Args:
         waiting: see `SourceContext`.

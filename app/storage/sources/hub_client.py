@@ -1,4 +1,4 @@
-"""The Hugging Face hub as the API sees it: which commit a revision is, and a checkpoint's headers without its weights.
+"""Asks the Hugging Face hub which commit a revision is, and for a checkpoint's headers without its weights.
 
 Endpoint and token are the hub library's own variables, HF_ENDPOINT and HF_TOKEN.
 """
@@ -46,7 +46,7 @@ class Hub:
     """Asks the hub for one request: each thing once, and all within `DEADLINE_S`.
 
     Args:
-        waiting: is entered while the hub is waited for.
+        waiting: makes a context that is entered while the hub is waited for.
     """
 
     def __init__(self, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -55,7 +55,7 @@ class Hub:
         self._pinned: dict[tuple[Repository, Kind], Repository] = {}
 
     def pinned(self, repository: Repository, kind: Kind) -> Repository:
-        """The same repository at the commit that the revision is now.
+        """Return the same repository at the commit that the revision is now.
 
         Raises:
             ReferenceError: there is no such repository or revision, or the token may not see it.
@@ -75,14 +75,14 @@ class Hub:
         return self._pinned[repository, kind]
 
     def outline(self, repository: Repository, folder: Path) -> None:
-        """Write the outline of a pinned checkpoint: what describes it whole, and weight files as their headers alone.
+        """Write the outline of a pinned checkpoint: its small files whole, and its weight files as their headers alone.
 
         Weight files have their true size but, as sparse files, no weights, so that `inspect_checkpoint` finds in
         `folder` what it would find in the checkpoint itself.
 
         Raises:
             ReferenceError, SourceUnavailable: as `pinned`.
-            InvalidCheckpoint: a file is too large to be what it is named.
+            InvalidCheckpoint: a file is larger than any file of its name can be.
         """
         with _translated(repository):
             with self._waiting():
@@ -122,7 +122,7 @@ class Hub:
                     (folder / name).touch()
 
     def _read(self, repository: Repository, name: str, begin: int, end: int) -> bytes:
-        """Bytes `begin` to `end` of a file, which a server without ranges precedes with all before them."""
+        """Return bytes `begin` to `end` of a file; a server without ranges sends all bytes before them too."""
         if begin >= end:
             return b""
         url = hf_hub_url(repository.name, name, revision=repository.revision)
@@ -143,7 +143,7 @@ class Hub:
         return bytes(found[skip : skip + end - begin])
 
     def _seconds_left(self, repository: Repository) -> float:
-        """For the next step. Raises SourceUnavailable when none are."""
+        """Return the seconds that are left for the next request. Raises SourceUnavailable when there are none."""
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise SourceUnavailable(f"the hub takes more than {DEADLINE_S:.0f} s to describe {repository}")

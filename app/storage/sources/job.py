@@ -21,7 +21,7 @@ def opened(context: SourceContext) -> Source:
 
 
 def job_named(text: str) -> str | None:
-    """Id of the job whose model a reference names; None for references of other kinds, and for malformed ones."""
+    """Return the id of the job whose model a reference names; None for other schemes and malformed references."""
     try:
         reference = Reference.parse(text)
         return _parsed(reference)[0] if reference.scheme == "job" else None
@@ -71,7 +71,7 @@ class JobSource:
         return checkpoint_state(info)
 
     def _artifact(self, reference: Reference) -> tuple[Artifact, str]:
-        """The artifact, and the model's name in it.
+        """Return the artifact, and the model's name in it.
 
         Raises:
             ReferenceError: there is no such job, it did not succeed, or its artifact has no such model.
@@ -91,7 +91,7 @@ class JobSource:
 
 @contextmanager
 def _intact(reference: Reference) -> Iterator[None]:
-    """Turn what is found wrong with an artifact into a ReferenceError."""
+    """Turn any damage of an artifact into a ReferenceError."""
     try:
         yield
     except (FileNotFoundError, Damaged) as error:
@@ -101,7 +101,7 @@ def _intact(reference: Reference) -> Iterator[None]:
 
 
 def _parsed(reference: Reference) -> tuple[str, str]:
-    """(the job's id, the model's name). Raises ReferenceError."""
+    """Return (the job's id, the model's name). Raises ReferenceError."""
     match = JOB.fullmatch(reference.rest)
     if match is None:
         raise ReferenceError(f"'{str(reference)[:200]}' is no model of a job; write job:ID/MODEL")

@@ -40,7 +40,7 @@ class LocalSource:
         return checkpoint_state(info)
 
     def _place(self, reference: Reference) -> RootedPath:
-        """Raises ReferenceError, which says what is wrong without saying where the roots are."""
+        """Find a place under the roots. Raises ReferenceError, which does not tell where the roots are."""
         if not reference.rest or "\0" in reference.rest:
             raise ReferenceError(f"'{reference}' names no path")
         relative = PurePosixPath(reference.rest)

@@ -1,4 +1,4 @@
-"""What a source of inputs does, whichever scheme its references have."""
+"""The interface of every source of inputs, whichever scheme its references have."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,7 @@ from worker.engine.catalog.contracts.spec import HubSource
 InputKind = Literal["checkpoint", "rows"]
 
 REQUEST_TIMEOUT_S = 10.0
-DEADLINE_S = 30.0  # for all that one request names of a remote source; whoever posts it waits
+DEADLINE_S = 30.0  # limits all that one request asks of a remote source, because its caller waits
 
 
 class SourceUnavailable(Exception):
@@ -25,47 +25,51 @@ class SourceUnavailable(Exception):
 
 @dataclass(frozen=True)
 class FetchedInput:
-    """Where the engine finds an input: in a place on this machine, or on the hub, which it downloads from itself."""
+    """An input that the engine can read: a place on this machine, or one on the hub, from which it downloads itself."""
 
     place: RootedPath | None = None
     hub: HubSource | None = None
     state: str | None = None
-    """What `checkpoint_state` must say of the place; None where it need not be asked, since nothing changes there."""
+    """State that `checkpoint_state` must find at the place; None where nothing ever changes."""
 
 
 class Source(Protocol):
-    """Each raises ReferenceError for what is malformed, not there or not allowed, and SourceUnavailable."""
+    """A source of inputs.
+
+    Each method raises ReferenceError for a reference that is malformed, names nothing or is not allowed, and
+    SourceUnavailable when a remote source does not answer.
+    """
 
     def resolve(self, reference: Reference, kind: InputKind) -> Reference:
-        """The reference as the job keeps it, which names the same for as long as the source can promise: of a branch,
-        its present commit."""
+        """Return the reference as the job keeps it. It names the same input for as long as the source can promise: a
+        branch becomes its present commit."""
 
     def inspect(self, reference: Reference) -> AbstractContextManager[RootedPath]:
-        """A checkpoint, or an outline of it: what describes it whole, and weight files as their headers alone, in
-        sparse files of their true size."""
+        """Provide a checkpoint, or its outline: small files whole, and weight files as their headers alone, in sparse
+        files of their true size."""
 
     def inspect_rows(self, reference: Reference) -> AbstractContextManager[RootedPath | None]:
-        """A file with at least the first rows of a data set; None where only the worker looks at it."""
+        """Provide a file with at least the first rows of a data set; None where only the worker looks at it."""
 
     def fetch(self, reference: Reference, kind: InputKind, state: str | None, on_bytes: OnBytes) -> FetchedInput:
         """Bring an input to this machine, unless the engine does so.
 
         Args:
-            state: what `state` said when the job was accepted.
+            state: the state of the checkpoint when the job was accepted.
         """
 
     def state(self, info: CheckpointInfo) -> str | None:
-        """Tells whether an inspected checkpoint has changed since; None where nothing ever changes."""
+        """Return the state of an inspected checkpoint, which tells whether it changed; None where nothing changes."""
 
 
 @dataclass(frozen=True)
 class SourceContext:
-    """What sources are opened with."""
+    """The things that sources need when they are opened."""
 
     local_roots: Sequence[Path]
     data_dir: Path
     artifacts: ArtifactStore
     outcome: Callable[[str], Outcome | Gone | None]
-    """What has become of the job with an id; or why it is gone, or None where there is no such job."""
+    """Returns the outcome of the job with an id, or why it is gone; None where there is no such job."""
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Entered while a remote source is waited for."""
+    """Makes a context that is entered while a remote source is waited for."""
