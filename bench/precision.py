@@ -31,13 +31,13 @@ from bench.families import fine_tune, write_ancestor, write_rows
 from bench.table import console, shown
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import DatasetSpec, MergeSpec, StoreSpec
-from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import FAMILIES, Nodes
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.tasks import LabelMap
 from worker.engine.evaluation.evaluate import predict
-from worker.engine.evaluation.metrics import Array, bootstrap
+from worker.engine.evaluation.metrics import bootstrap
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import MeasuredModel
@@ -45,6 +45,7 @@ from worker.engine.merging.methods.mask_fisher import node_weights
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import Precision, best_device
 from worker.engine.scoring.statistics import STANDARD_ERROR
+from worker.engine.tasks.metrics import Array
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HEADS = ("kept", "aligned")

@@ -32,7 +32,6 @@ from bench.experts import base_model_folder, prepare
 from bench.table import console, shown
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.contracts.spec import DatasetSpec
-from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
@@ -43,9 +42,10 @@ from worker.engine.catalog.methods import (
 )
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.catalog.tasks import LabelMap
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.evaluation.evaluate import head_inputs, head_of
-from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, Array, bootstrap
+from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, bootstrap
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.merging import layer_alignment as layers
 from worker.engine.merging.backbone import Backbone
@@ -57,6 +57,7 @@ from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample
 from worker.engine.scoring.store import StatisticsStore
+from worker.engine.tasks.metrics import Array
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"name": "average"},

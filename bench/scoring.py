@@ -32,15 +32,16 @@ from bench.experts import PACKAGED, base_model_folder
 from bench.table import shown
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import DatasetSpec
-from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.primitives.errors import Place
+from worker.engine.catalog.tasks import LabelMap
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches, tokenize
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import Precision, best_device, computing_in, resolve_precision, rounded_weights
 from worker.engine.scoring.batching import UNTRIED
-from worker.engine.scoring.estimators import EstimatorName, estimator_for
+from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import mask_gradients, score, sites_of
+from worker.engine.tasks import EstimatorName
 
 ROUNDS = 3
 PUBLISHED_ROWS = 64  # of the references, which are slow: their time is per row

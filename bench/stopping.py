@@ -25,12 +25,12 @@ from torch import Tensor
 from bench.quality import HEADS, SEED, Bench, Combination, Outcome
 from bench.table import console, shown
 from worker.engine.catalog.contracts.report import StoppingPoint
-from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.catalog.tasks import LabelMap
 from worker.engine.checkpoints.reader import Digests
-from worker.engine.evaluation.metrics import Array, bootstrap
+from worker.engine.evaluation.metrics import bootstrap
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights
 from worker.engine.merging.stopping import Owned, Scored, errors_at, point
@@ -39,6 +39,7 @@ from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import Sample, looks
 from worker.engine.scoring.store import StatisticsStore
+from worker.engine.tasks.metrics import Array
 
 ALIGNMENT_ROWS = 512
 MOST_SHARE = 0.25  # of the rows

@@ -28,7 +28,6 @@ from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import Columns, DatasetSpec, models_beside
-from worker.engine.catalog.data.labels import METRICS, LabelMap, Task, check_metric, label_map
 from worker.engine.catalog.data.rows import check_first_rows
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
@@ -38,6 +37,7 @@ from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.stacking import layers_of_models, plan_job
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
+from worker.engine.catalog.tasks import LabelMap, Task, check_metric, label_map
 
 NO_ADAPTERS = "takes no adapters; merge it into its base first (method average with one model)"
 
@@ -197,7 +197,7 @@ class Checker:
                 source = self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
                 kept["dataset"]["source"] = source
             if model.evaluation is not None:
-                metric = model.evaluation.metric or METRICS[task.problem][0]
+                metric = model.evaluation.metric or task.metrics[0]
                 with _refusing(f"{where}.evaluation.metric"):
                     check_metric(metric, task, model.evaluation.source)
                 kept["evaluation"]["metric"] = metric
@@ -285,7 +285,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
             PlannedModel(
                 name=model.name,
                 architecture=info.architecture,
-                task=f"{task.problem}, {task.outputs} outputs" if task else use_of(info.config).pipeline_tag or "",
+                task=f"{task.name}, {task.outputs} outputs" if task else use_of(info.config).pipeline_tag or "",
                 head=_becomes(request, plan, index),
                 tokens=vocabulary and vocabulary.shared[index],
                 new_tokens=vocabulary and vocabulary.introduced[index],

@@ -13,6 +13,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 
 from tests.tiny import tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import LowRank, TensorInfo, inspect_checkpoint, read_header
+from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.checkpoints.reader import TensorReader
@@ -46,15 +47,15 @@ def test_a_configuration_of_endless_layers_is_refused_while_they_are_built(tmp_p
 
 def test_no_weight_of_an_adapted_model_is_drawn_at_random(tmp_path: Path) -> None:
     info = inspect_checkpoint(tiny_checkpoint(tmp_path / "model"), "local:model")
-    model = _adapted(info, None)
+    model = _adapted(info, FAMILIES["bert"], None)
     name = "bert.encoder.layer.1.output.dense.bias"
     with TensorReader() as reader:
         assert torch.equal(model.get_parameter(name), reader.read(info.tensors[name]))
     others = {key: tensor for key, tensor in info.tensors.items() if key != name}
     with pytest.raises(InvalidCheckpoint, match=f"no tensor {name}, which BertForSequenceClassification needs"):
-        _adapted(replace(info, tensors=others), None)
+        _adapted(replace(info, tensors=others), FAMILIES["bert"], None)
     with pytest.raises(InvalidCheckpoint, match=f"tensor {name} has shape"):
-        _adapted(replace(info, tensors={**others, name: narrowed(tmp_path, name)}), None)
+        _adapted(replace(info, tensors={**others, name: narrowed(tmp_path, name)}), FAMILIES["bert"], None)
 
 
 def narrowed(folder: Path, name: str) -> TensorInfo:

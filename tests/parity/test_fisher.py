@@ -19,8 +19,9 @@ from worker.engine.inputs.examples import Example
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.models.loading import load
-from worker.engine.scoring.estimators import EstimatorName, estimator_for
+from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.fisher import fisher
+from worker.engine.tasks import EstimatorName
 
 ROWS = 20  # more than a block
 ROUNDING = 1e-11  # squares of gradients that are zero but for float32

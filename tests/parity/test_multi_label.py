@@ -27,9 +27,9 @@ from tests.tiny import (
 )
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
-from worker.engine.catalog.data.labels import LabelMap, Task
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.catalog.tasks import LabelMap, MultiLabel
 from worker.engine.evaluation.metrics import bootstrap, metric_for
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.inputs.tables import read_parquet
@@ -40,7 +40,7 @@ from worker.engine.scoring.scorer import paper_scores, score
 
 NAMES = ("insult", "threat", "praise")
 PROBLEM = "multi_label_classification"
-TASK = Task("multi_label", 3, {name: index for index, name in enumerate(NAMES)})
+TASK = MultiLabel(3, {name: index for index, name in enumerate(NAMES)})
 ROWS = 30
 
 

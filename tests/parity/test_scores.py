@@ -24,15 +24,16 @@ from tests.tiny import (
     write_rows,
 )
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
-from worker.engine.catalog.data.labels import LabelMap, Task
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.primitives.errors import Place
+from worker.engine.catalog.tasks import Classification, LabelMap, Regression
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import Precision
-from worker.engine.scoring.estimators import Empirical, Estimator, Expected, Regression, Sampled, estimator_for, uniform
+from worker.engine.scoring.estimators import Empirical, Estimator, Expected, Sampled, estimator_for
 from worker.engine.scoring.scorer import score
 from worker.engine.scoring.statistics import NodeStatistics
+from worker.engine.tasks.drawing import uniform
 
 ROWS = 70
 ENGINE_TOLERANCE = 1e-4  # of a score, float32 against float64
@@ -231,7 +232,7 @@ def test_one_row_of_one_word_has_scores(cases: dict[int, Case], labels: int) -> 
 
 
 def test_sampled_scores_depend_neither_on_batches_nor_on_shards(cases: dict[int, Case]) -> None:
-    case, estimator = cases[5], Sampled(seed=3)
+    case, estimator = cases[5], Sampled(cases[5].loaded.task, seed=3)
     whole = case.score(estimator, batch=1)
     assert_same_in_norm(case.score(estimator, batch=7).scores(), whole.scores())
     assert_same_in_norm(case.score(estimator, examples=case.examples[::-1], batch=64).scores(), whole.scores())
@@ -246,7 +247,7 @@ def test_the_mean_of_sampled_scores_over_seeds_approaches_the_expected_scores(ca
     case = cases[3]
     seeds = 100
     expected = case.score().scores()
-    drawn = [case.score(Sampled(seed)).scores() for seed in range(seeds)]
+    drawn = [case.score(Sampled(case.loaded.task, seed)).scores() for seed in range(seeds)]
     for name, scores in expected.items():
         of_seeds = torch.stack([of_seed[name] for of_seed in drawn])
         error = of_seeds.std(0) / seeds**0.5
@@ -311,13 +312,13 @@ def test_bfloat16_scores_rank_the_nodes_as_float32_scores_do(cases: dict[int, Ca
         ("expected", 9, Expected),
         ("sampled", 2, Sampled),
         ("empirical", 2, Empirical),
-        ("auto", 1, Regression),
-        ("expected", 1, Regression),
-        ("sampled", 1, Regression),
+        ("auto", 1, Expected),
+        ("expected", 1, Expected),
+        ("sampled", 1, Expected),
     ],
 )
 def test_the_estimator_follows_from_its_name_and_the_number_of_labels(name: Any, labels: int, chosen: type) -> None:
-    task = Task("classification" if labels > 1 else "regression", labels, {})
+    task = Classification(labels, {}) if labels > 1 else Regression(1, {})
     assert type(estimator_for(name, task, seed=0)) is chosen
 
 

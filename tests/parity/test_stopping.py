@@ -26,12 +26,12 @@ from tests.tiny import (
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import Facts
-from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.methods import MaskFisherParameters, RegMeanParameters, ScoringParameters, Statistic
 from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.tasks import LabelMap
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_errors
@@ -296,7 +296,7 @@ def test_scores_of_blocks_are_those_of_all_rows(case: Case, tmp_path: Path) -> N
         kept = dict(found.of(Statistic.MASK_FISHER))
     examples = [example for block in own.blocks(0, ROWS) for example in block]
     assert [example.index for example in examples] == list(range(ROWS))
-    each = [score(case.loaded, [e], Expected(), "float32", "rows", silent).total for e in examples]
+    each = [score(case.loaded, [e], Expected(case.loaded.task), "float32", "rows", silent).total for e in examples]
     for site in each[0]:
         q = np.stack([of[site].numpy() for of in each])
         products = (q * q.mean(1, keepdims=True)).sum(0)

@@ -15,8 +15,8 @@ from tests.tiny_adapters import edit_adapter, tiny_adapter
 from tests.tiny_families import TINY_BERT, TINY_FAMILIES
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
-from worker.engine.catalog.data.labels import task_of
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint
+from worker.engine.catalog.tasks import task_of
 
 SOURCE = "local:adapter"
 MODULE = "base_model.model.bert.encoder.layer.0.attention.self.query"
@@ -83,7 +83,7 @@ def test_tokenizer_and_labels_are_the_adapter_s_or_else_the_base_s(adapter: Path
 def test_another_number_of_labels_has_other_names(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base", names=["bad", "good"], problem_type="single_label_classification")
     adapter = tiny_adapter(tmp_path / "adapter", base, labels=1)
-    assert task_of(inspect(adapter, base)).problem == "regression"
+    assert task_of(inspect(adapter, base)).name == "regression"
 
 
 def test_the_state_changes_with_the_adapter_s_files(adapter: Path, base: Path) -> None:

@@ -11,10 +11,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import POSITIONS, dataset_spec, edit_json, tiny_checkpoint
-from worker.engine.catalog.data.labels import LabelMap, Task
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.catalog.tasks import Classification, LabelMap
 from worker.engine.inputs.examples import (
     BLOCK_ROWS,
     SHORT_ROW,
@@ -26,7 +26,7 @@ from worker.engine.inputs.examples import (
     tokenize,
 )
 
-LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
+LABELS = LabelMap(Classification(2, {"no": 0, "yes": 1}))
 CPU = torch.device("cpu")
 CLS, SEP, ONE, TWO, THREE = 2, 3, 5, 6, 7
 PAD = {"input_ids": 9, "attention_mask": 0}

@@ -14,9 +14,9 @@ from tests.tiny import tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.primitives.errors import Place
-from worker.engine.evaluation.metrics import Array
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import load
+from worker.engine.tasks.metrics import Array
 
 ROWS = 100
 TEXTS = ["the cat", "a much longer row, so that the first is padded"]

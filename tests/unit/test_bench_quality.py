@@ -12,9 +12,9 @@ from bench.quality import ANCESTOR, FEW, METHODS, OTHER_EXPERT, REFITTED_ANCESTO
 from tests.tiny import tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.primitives.errors import Place
-from worker.engine.evaluation.metrics import Array
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import load
+from worker.engine.tasks.metrics import Array
 
 TASKS = ("a", "b", "c", "d", "e")
 ROWS = 200

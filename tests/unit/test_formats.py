@@ -13,13 +13,13 @@ import pytest
 from tests.tiny import dataset_spec
 from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.formats import MAX_ROW_BYTES
-from worker.engine.catalog.data.labels import LabelMap, Task
 from worker.engine.catalog.data.rows import FIRST_ROWS, RowFile, Rows, check_first_rows, is_parquet, sample
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.tasks import Classification, LabelMap, MultiLabel
 from worker.engine.inputs.tables import TableRows, read_parquet
 
-TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
+TWO_LABELS = LabelMap(Classification(2, {"no": 0, "yes": 1}))
 TEXTS = [
     "plain",
     'a "quoted", text',
@@ -275,7 +275,7 @@ LISTS = {
         [["insult", "praise"], []], pyarrow.list_(pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
     ),
 }  # fmt: skip
-THREE_LABELS = LabelMap(Task("multi_label", 3, {"insult": 0, "threat": 1, "praise": 2}))
+THREE_LABELS = LabelMap(MultiLabel(3, {"insult": 0, "threat": 1, "praise": 2}))
 
 
 @pytest.mark.parametrize("case", LISTS)

@@ -7,14 +7,25 @@ from typing import Any, cast
 import pytest
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
-from worker.engine.catalog.data.labels import METRICS, LabelMap, Task, check_metric, label_map, task_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.primitives.notes import Doubt, in_order
+from worker.engine.catalog.tasks import (
+    TASKS,
+    Classification,
+    LabelMap,
+    MultiLabel,
+    Regression,
+    Task,
+    check_metric,
+    label_map,
+    task_of,
+)
 
-NAMED = Task("classification", 3, {"negative": 0, "neutral": 1, "positive": 2})
-REGRESSION = Task("regression", 1, {})
-SEVERAL = Task("multi_label", 3, NAMED.label_ids)
+NAMED = Classification(3, {"negative": 0, "neutral": 1, "positive": 2})
+REGRESSION = Regression(1, {})
+SEVERAL = MultiLabel(3, NAMED.label_ids)
 NAMES = {"0": "negative", "1": "neutral", "2": "positive"}
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
 IDS = {name: int(index) for index, name in NAMES.items()}
 
 
@@ -22,7 +33,7 @@ def checkpoint(config: Mapping[str, Any], rows: int | None = None) -> Checkpoint
     tensors = {}
     if rows is not None:
         tensors["classifier.weight"] = TensorInfo("local:expert", "classifier.weight", Path("x"), 8, "F32", (rows, 16))
-    return CheckpointInfo("local:expert", Path("expert"), {"model_type": "bert", **config}, tensors, {}, Path("expert"))
+    return CheckpointInfo("local:expert", Path("expert"), {**BERT, **config}, tensors, {}, Path("expert"))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +55,7 @@ def test_the_task_follows_from_the_config_as_in_transformers(config: dict[str, A
 @pytest.mark.parametrize(("config", "outputs"), [({}, 2), ({"num_labels": 4}, 4)])
 def test_labels_without_names_are_counted(config: dict[str, Any], outputs: int) -> None:
     task = task_of(checkpoint(config, rows=outputs))
-    assert (task.problem, task.outputs) == ("classification", outputs)
+    assert (task.name, task.outputs) == ("classification", outputs)
 
 
 def test_labels_named_one_way_only_are_known_by_name() -> None:
@@ -157,19 +168,19 @@ def test_a_long_name_is_cut_in_the_message() -> None:
     assert len(caught.value.message) < 300
 
 
-@pytest.mark.parametrize("task", [NAMED, SEVERAL, REGRESSION], ids=lambda task: cast(Task, task).problem)
+@pytest.mark.parametrize("task", [NAMED, SEVERAL, REGRESSION], ids=lambda task: cast(Task, task).name)
 def test_each_task_has_its_own_metrics(task: Task) -> None:
-    for metrics in METRICS.values():
-        for metric in metrics:
-            if metric in METRICS[task.problem]:
+    for of_task in TASKS:
+        for metric in of_task.metrics:
+            if metric in task.metrics:
                 check_metric(metric, task, "rows")
             else:
-                with pytest.raises(InvalidDataset, match=f"rows: metric {metric} is not one of {task.problem}"):
+                with pytest.raises(InvalidDataset, match=f"rows: metric {metric} is not one of {task.name}"):
                     check_metric(metric, task, "rows")
-    assert METRICS[task.problem]
+    assert task.metrics
 
 
-STARS = Task("classification", 5, {str(star): star - 1 for star in range(1, 6)})
+STARS = Classification(5, {str(star): star - 1 for star in range(1, 6)})
 
 
 def test_text_that_is_a_name_is_that_name_even_if_it_spells_a_number() -> None:
@@ -211,25 +222,24 @@ def test_another_order_of_the_labels_is_known(
 
 
 PLACE = Place("line", 1)
-NLI = Task("classification", 3, {"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2})
-PAIR = Task("classification", 2, {"not_entailment": 0, "entailment": 1})
-BARE = Task("classification", 3, {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})
-TWINS = Task("classification", 3, {"Yes": 0, "yes": 1, "no": 2})
-SIGNS = Task("classification", 3, {"-1": 0, "0": 1, "1": 2})
-MORE_STARS = Task("classification", 5, {f"{star} star{'s' if star > 1 else ''}": star - 1 for star in range(1, 6)})
-SHUFFLED = Task("classification", 3, {"LABEL_2": 0, "LABEL_0": 1, "LABEL_1": 2})
-TURNED = Task("classification", 2, {"LABEL_1": 0, "LABEL_0": 1})
-LEVELS = Task("classification", 3, {"none": 0, "level 1": 1, "level 2": 2})
-ILLNESSES = Task("classification", 3, {"flu": 0, "Covid-19": 1, "H5N1": 2})
-POINTS = Task("multi_label", 3, {"1 point": 0, "2 points": 1, "3 points": 2})
-DIGITS = Task("classification", 3, {"0": 0, "1": 1, "2": 2})
-TRUTHS = Task("classification", 2, {"True": 0, "False": 1})
-SIX = Task(
-    "multi_label", 6, {"toxic": 0, "severe": 1, "obscene": 2, "threat": 3, "insult": 4, "hate": 5}
+NLI = Classification(3, {"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2})
+PAIR = Classification(2, {"not_entailment": 0, "entailment": 1})
+BARE = Classification(3, {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})
+TWINS = Classification(3, {"Yes": 0, "yes": 1, "no": 2})
+SIGNS = Classification(3, {"-1": 0, "0": 1, "1": 2})
+MORE_STARS = Classification(5, {f"{star} star{'s' if star > 1 else ''}": star - 1 for star in range(1, 6)})
+SHUFFLED = Classification(3, {"LABEL_2": 0, "LABEL_0": 1, "LABEL_1": 2})
+TURNED = Classification(2, {"LABEL_1": 0, "LABEL_0": 1})
+LEVELS = Classification(3, {"none": 0, "level 1": 1, "level 2": 2})
+ILLNESSES = Classification(3, {"flu": 0, "Covid-19": 1, "H5N1": 2})
+POINTS = MultiLabel(3, {"1 point": 0, "2 points": 1, "3 points": 2})
+DIGITS = Classification(3, {"0": 0, "1": 1, "2": 2})
+TRUTHS = Classification(2, {"True": 0, "False": 1})
+SIX = MultiLabel(6, {"toxic": 0, "severe": 1, "obscene": 2, "threat": 3, "insult": 4, "hate": 5}
 )  # fmt: skip
-TWO = Task("multi_label", 2, {"toxic": 0, "severe": 1})
-ONE = Task("multi_label", 1, {"toxic": 0})
-STARRED = Task("multi_label", 3, {"1": 0, "2": 1, "3": 2})
+TWO = MultiLabel(2, {"toxic": 0, "severe": 1})
+ONE = MultiLabel(1, {"toxic": 0})
+STARRED = MultiLabel(3, {"1": 0, "2": 1, "3": 2})
 
 
 @pytest.mark.parametrize(

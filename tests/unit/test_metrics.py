@@ -28,24 +28,19 @@ from tests.tiny import (
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MetricName
-from worker.engine.catalog.data.labels import METRICS, LabelMap, Task
 from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.catalog.tasks import Classification, LabelMap, Regression, Task
 from worker.engine.evaluation import metrics as metrics_module
 from worker.engine.evaluation.evaluate import predict
-from worker.engine.evaluation.metrics import (
-    Array,
-    bootstrap,
-    compare,
-    likely_permutation,
-    metric_for,
-)
+from worker.engine.evaluation.metrics import bootstrap, compare, metric_for
 from worker.engine.inputs.examples import tokenize
 from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import load
+from worker.engine.tasks.metrics import Array, likely_permutation
 
-TWO = Task("classification", 2, {})
-THREE = Task("classification", 3, {})
-REGRESSION = Task("regression", 1, {})
+TWO = Classification(2, {})
+THREE = Classification(3, {})
+REGRESSION = Regression(1, {})
 CPU = torch.device("cpu")
 
 # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives
@@ -92,7 +87,7 @@ def test_metrics_have_their_closed_forms(
 @pytest.mark.parametrize("task", [TWO, THREE, REGRESSION], ids=["two", "three", "regression"])
 def test_a_perfect_prediction_is_worth_one(task: Task) -> None:
     labels = array([0, 1, 2, 1, 0] if task is not TWO else [0, 1, 0, 1, 0])
-    for name in METRICS[task.problem]:
+    for name in task.metrics:
         assert metric_for(name, task)(labels, labels) == pytest.approx(1)
 
 
@@ -116,7 +111,7 @@ def random_classes(rows: int, classes: int, accuracies: Sequence[float], seed: i
 CLASSES = {
     "two": (TWO, *random_classes(60, 2, [0.9, 0.5])),
     "three": (THREE, *random_classes(60, 3, [0.9, 0.5])),
-    "label never seen": (Task("classification", 7, {}), *random_classes(40, 5, [0.7])),
+    "label never seen": (Classification(7, {}), *random_classes(40, 5, [0.7])),
     "few rows, some resamples of one class": (THREE, *random_classes(4, 3, [0.9, 0.2, 0.0])),
     "one class in labels": (TWO, array([1] * 9), [array([1] * 9), array([0] * 9), array([1, 0, 0] * 3)]),
     "one class in predictions": (THREE, array([0, 1, 2] * 4), [array([0] * 12), array([2] * 12)]),
@@ -168,7 +163,7 @@ def test_resampled_correlations_are_scipys(name: MetricName, case: str) -> None:
 def test_resamples_do_not_depend_on_how_many_are_computed_at_once(
     monkeypatch: pytest.MonkeyPatch, name: MetricName, chunk: int
 ) -> None:
-    task = THREE if name in METRICS["classification"] else REGRESSION
+    task = THREE if name in THREE.metrics else REGRESSION
     labels, predictions = random_classes(200, 3, [0.8, 0.6])
     at_once = bootstrap(name, task, labels, predictions, seed=0)
     monkeypatch.setattr(metrics_module, "CHUNK_VALUES", chunk)

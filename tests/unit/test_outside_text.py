@@ -15,11 +15,11 @@ from tests.conftest import keeps_within
 from worker.engine.catalog.checkpoints import adapter_targets, adapters, headers, layouts, modules, vocabulary
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
-from worker.engine.catalog.data import labels
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.strict import did_you_mean
+from worker.engine.catalog.tasks import names as labels
 
 LENGTH = 160_000
 PROMISE_S = 0.1

@@ -9,12 +9,12 @@ import pytest
 from tests.tiny import dataset_spec, write_lines
 from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.formats import MAX_ROW_BYTES
-from worker.engine.catalog.data.labels import LabelMap, Task
 from worker.engine.catalog.data.rows import FIRST_ROWS, Row, RowFile, check_first_rows, sample
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.catalog.tasks import Classification, LabelMap
 from worker.engine.inputs.tables import read_parquet
 
-TWO_LABELS = LabelMap(Task("classification", 2, {"no": 0, "yes": 1}))
+TWO_LABELS = LabelMap(Classification(2, {"no": 0, "yes": 1}))
 THREE_ROWS = [{"text": "one two", "label": 0}, {"text": "žluť 猫 🙂", "label": 1}, {"text": "", "label": 0}]
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import MetricName
-from worker.engine.catalog.data.labels import Task
-from worker.engine.evaluation import smoothed as module
-from worker.engine.evaluation.evaluate import predicted
-from worker.engine.evaluation.metrics import Array, metric_for
-from worker.engine.evaluation.smoothed import WIDTH, smoothed
+from worker.engine.catalog.tasks import Classification, MultiLabel, Regression, Task
+from worker.engine.evaluation.metrics import metric_for
+from worker.engine.tasks import kind_of
+from worker.engine.tasks import smoothing as module
+from worker.engine.tasks.metrics import Array
+from worker.engine.tasks.smoothing import WIDTH
 
-TWO, THREE = Task("classification", 2, {}), Task("classification", 3, {})
-SEVERAL, VALUE = Task("multi_label", 3, {}), Task("regression", 1, {})
+TWO, THREE = Classification(2, {}), Classification(3, {})
+SEVERAL, VALUE = MultiLabel(3, {}), Regression(1, {})
 OF_CLASSES: list[MetricName] = ["accuracy", "f1", "matthews"]
 CASES: list[tuple[Task, MetricName]] = [
     *itertools.product([TWO, THREE], OF_CLASSES),
@@ -31,10 +32,10 @@ def drawn(task: Task, rows: int = 60, seed: int = 0) -> tuple[Array, Tensor]:
     """Labels, and logits that know something of them."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(rows, task.outputs))
-    if task.problem == "regression":
+    if task.name == "regression":
         labels = rng.normal(size=rows)
         return labels, torch.from_numpy(labels[:, None] + noise).float()
-    if task.problem == "multi_label":
+    if task.name == "multi_label":
         labels = (rng.random((rows, task.outputs)) < 0.4).astype(np.float64)
         return labels, torch.from_numpy(2 * labels - 1 + noise).float()
     labels = rng.integers(0, task.outputs, rows).astype(np.float64)
@@ -44,10 +45,10 @@ def drawn(task: Task, rows: int = 60, seed: int = 0) -> tuple[Array, Tensor]:
 def shares(task: Task, logits: Tensor) -> list[list[float]]:
     """Of each row's prediction, written out: the probability of each class, or that each label applies."""
     rows = [[float(value) for value in row] for row in logits.double()]
-    if task.problem == "classification":
+    if task.name == "classification":
         rows = [[value - sum(row) / len(row) for value in row] for row in rows]
     size = math.sqrt(sum(value**2 for row in rows for value in row) / (len(rows) * len(rows[0])))
-    if task.problem == "multi_label":
+    if task.name == "multi_label":
         return [[1 / (1 + math.exp(-value / (WIDTH * size))) for value in row] for row in rows]
     found = []
     for row in rows:
@@ -79,7 +80,9 @@ def of_table(name: MetricName, labels: Array, of_rows: list[list[float]]) -> flo
 @pytest.mark.parametrize("task", [TWO, THREE])
 def test_of_classes_it_is_the_metric_of_the_expected_table(name: MetricName, task: Task) -> None:
     labels, logits = drawn(task)
-    assert smoothed(name, task, labels, logits) == pytest.approx(of_table(name, labels, shares(task, logits)), abs=1e-9)
+    assert kind_of(task).smoothed(name, labels, logits) == pytest.approx(
+        of_table(name, labels, shares(task, logits)), abs=1e-9
+    )
 
 
 def test_of_several_labels_it_is_that_of_each_decision() -> None:
@@ -88,10 +91,10 @@ def test_of_several_labels_it_is_that_of_each_decision() -> None:
     right = [
         math.prod(s if y else 1 - s for s, y in zip(*pair, strict=True)) for pair in zip(of_rows, labels, strict=True)
     ]
-    assert smoothed("accuracy", SEVERAL, labels, logits) == pytest.approx(sum(right) / len(right), abs=1e-9)
+    assert kind_of(SEVERAL).smoothed("accuracy", labels, logits) == pytest.approx(sum(right) / len(right), abs=1e-9)
     hits = sum(s * y for pair in zip(of_rows, labels, strict=True) for s, y in zip(*pair, strict=True))
     either = sum(s + y for pair in zip(of_rows, labels, strict=True) for s, y in zip(*pair, strict=True))
-    assert smoothed("f1", SEVERAL, labels, logits) == pytest.approx(2 * hits / either, abs=1e-9)
+    assert kind_of(SEVERAL).smoothed("f1", labels, logits) == pytest.approx(2 * hits / either, abs=1e-9)
 
 
 @pytest.mark.parametrize(("task", "name"), CASES)
@@ -100,24 +103,28 @@ def test_where_the_step_is_narrow_it_is_the_metric(
 ) -> None:
     monkeypatch.setattr(module, "WIDTH", 1e-9)
     labels, logits = drawn(task)
-    expected = metric_for(name, task)(labels, predicted(logits, task))
-    assert smoothed(name, task, labels, logits) == pytest.approx(expected, abs=1e-9)
+    expected = metric_for(name, task)(labels, kind_of(task).predicted(logits))
+    assert kind_of(task).smoothed(name, labels, logits) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(("task", "name"), CASES)
 def test_how_large_logits_are_does_not_matter(task: Task, name: MetricName) -> None:
     labels, logits = drawn(task)
-    assert smoothed(name, task, labels, 1000 * logits) == pytest.approx(smoothed(name, task, labels, logits), abs=1e-6)
-    if task.problem == "classification":
+    assert kind_of(task).smoothed(name, labels, 1000 * logits) == pytest.approx(
+        kind_of(task).smoothed(name, labels, logits), abs=1e-6
+    )
+    if task.name == "classification":
         moved = logits + torch.arange(len(logits))[:, None]
-        assert smoothed(name, task, labels, moved) == pytest.approx(smoothed(name, task, labels, logits), abs=1e-4)
+        assert kind_of(task).smoothed(name, labels, moved) == pytest.approx(
+            kind_of(task).smoothed(name, labels, logits), abs=1e-4
+        )
 
 
-@pytest.mark.parametrize(("task", "name"), [case for case in CASES if case[0].problem == "classification"])
+@pytest.mark.parametrize(("task", "name"), [case for case in CASES if case[0].name == "classification"])
 def test_logits_that_say_nothing_are_no_error(task: Task, name: MetricName) -> None:
     labels, logits = drawn(task)
     expected = {"accuracy": 1 / task.outputs, "matthews": 0.0}
-    found = smoothed(name, task, labels, torch.ones_like(logits))
+    found = kind_of(task).smoothed(name, labels, torch.ones_like(logits))
     assert found == pytest.approx(expected.get(name, found), abs=1e-12)
     assert math.isfinite(found)
 
@@ -133,7 +140,9 @@ def test_which_of_two_is_better_is_seen_more_often() -> None:
     for _ in range(300):
         labels = rng.integers(0, 2, 100).astype(np.float64)
         better, worse = model(labels, 2.0, rng), model(labels, 1.7, rng)
-        seen["smoothed"] += smoothed("accuracy", TWO, labels, better) > smoothed("accuracy", TWO, labels, worse)
-        accuracies = [metric_for("accuracy", TWO)(labels, predicted(one, TWO)) for one in (better, worse)]
+        seen["smoothed"] += kind_of(TWO).smoothed("accuracy", labels, better) > kind_of(TWO).smoothed(
+            "accuracy", labels, worse
+        )
+        accuracies = [metric_for("accuracy", TWO)(labels, kind_of(TWO).predicted(one)) for one in (better, worse)]
         seen["itself"] += accuracies[0] > accuracies[1]
     assert seen["smoothed"] > seen["itself"] + 15

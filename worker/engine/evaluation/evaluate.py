@@ -7,20 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.data.labels import Task
-from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.evaluation.metrics import Array
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
+from worker.engine.tasks.metrics import Array
 
 OnRows = Callable[[int], None]
 
 
 def head_of(loaded: LoadedModel) -> nn.Linear:
     """The linear layer that gives the logits."""
-    module = loaded.model.get_submodule(FAMILIES[loaded.info.model_type].head.logits)
+    module = loaded.model.get_submodule(loaded.family.head.logits)
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{loaded.info.architecture} has no linear head")
     return module
@@ -32,13 +30,10 @@ def predict(
     precision: Precision,
     on_rows: OnRows,
 ) -> Array:
-    """Predicted class ids, or values for regression, (rows,), in the order of `examples`.
-
-    Of a multi-label head (rows, labels): 1 for what is more likely than not to apply, else 0.
-    """
+    """Predictions in the order of `examples`, see `HeadKind.predicted`."""
     predictions = _unknown(loaded, examples)
     for batch, _, logits in _forward(loaded, examples, precision):
-        predictions[batch.indices.numpy()] = predicted(logits, loaded.task)
+        predictions[batch.indices.numpy()] = loaded.kind.predicted(logits)
         on_rows(len(batch))
     return predictions
 
@@ -54,9 +49,9 @@ def predict_with(
     own, others = (_unknown(loaded, examples) for _ in range(2))
     for batch, features, logits in _forward(loaded, examples, precision):
         rows = batch.indices.numpy()
-        own[rows] = predicted(logits, loaded.task)
+        own[rows] = loaded.kind.predicted(logits)
         with computing_in(precision, loaded.device):
-            others[rows] = predicted(other(features).float(), loaded.task)
+            others[rows] = loaded.kind.predicted(other(features).float())
         on_rows(len(batch))
     return own, others
 
@@ -94,17 +89,4 @@ def _forward(
 
 def _unknown(loaded: LoadedModel, examples: Sequence[Example]) -> Array:
     """Room for the predictions."""
-    of_each = (loaded.task.outputs,) if loaded.task.problem == "multi_label" else ()
-    return np.full((len(examples), *of_each), np.nan)
-
-
-def predicted(logits: Tensor, task: Task) -> Array:
-    """Class ids, values, or 1 and 0 for every label, as the head's task has it: (rows,), or (rows, labels)."""
-    match task.problem:
-        case "regression":
-            values = logits[:, 0]
-        case "multi_label":
-            values = logits > 0
-        case _:
-            values = logits.argmax(-1)
-    return values.cpu().double().numpy()
+    return np.full((len(examples), *loaded.kind.shape), np.nan)

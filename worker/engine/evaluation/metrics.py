@@ -1,61 +1,24 @@
 """Metrics, from scikit-learn and SciPy, and their paired bootstrap over several predictions of the same rows."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from worker.engine.catalog.contracts.report import Difference, MetricResult, Version
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MetricName
-from worker.engine.catalog.data.labels import Task
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.runtime.libraries import optimize, sk, sparse, stats
-
-Array = NDArray[np.float64]
-Metric = Callable[[Array, Array], float]
-"""From labels and predictions, each (rows,), or of a multi-label head (rows, labels), to the metric."""
-ResampledMetric = Callable[[Array], Array]
-"""From how often each row was drawn, (rows, resamples), to the metric of each prediction, (predictions, resamples)."""
+from worker.engine.catalog.tasks import Task
+from worker.engine.tasks import kind_of
+from worker.engine.tasks.metrics import Array, Metric
 
 BOOTSTRAP_RESAMPLES = 1000
 CHUNK_VALUES = 2**17  # counts of rows at a time, 1 MiB: what is computed from them stays in a core's cache
-LOST_TO_CANCELLATION = 1e-6  # of a sum of squares: less is left of it than ten digits
-SUSPICIOUS_GAIN = 0.1  # of accuracy
-CHANCE_ERRORS = 3  # standard errors of a share, at most 1 / sqrt(rows) each, that renaming labels may gain by chance
-
-
-def _f1(average: Literal["binary", "macro", "micro"]) -> Metric:
-    return lambda labels, predictions: float(sk.f1_score(labels, predictions, average=average, zero_division=0))
-
-
-def _zero_for_constants(of: Metric) -> Metric:
-    """Correlations are undefined where labels or predictions do not vary; nothing is predicted then."""
-    return lambda labels, predictions: (
-        0.0 if np.ptp(labels) == 0 or np.ptp(predictions) == 0 else float(of(labels, predictions))
-    )
-
-
-_SIMPLE: dict[MetricName, Metric] = {
-    "accuracy": lambda labels, predictions: float(sk.accuracy_score(labels, predictions)),
-    "matthews": _zero_for_constants(lambda labels, predictions: sk.matthews_corrcoef(labels, predictions)),
-    "pearson": _zero_for_constants(lambda labels, predictions: stats.pearsonr(labels, predictions).statistic),
-    "spearman": _zero_for_constants(lambda labels, predictions: stats.spearmanr(labels, predictions).statistic),
-}
 
 
 def metric_for(name: MetricName, task: Task) -> Metric:
-    """The metric of a head's task.
-
-    f1 is of label 1 with two labels, the unweighted mean over labels with more, and of a multi-label head that of all
-    its yes or no decisions together; accuracy is the share of rows of which all of these are right.
-    """
-    if name == "f1" and task.problem == "multi_label":
-        return _f1("micro")
-    if name == "f1":
-        return _f1("binary" if task.outputs == 2 else "macro")
-    return _SIMPLE[name]
+    """The metric of a head's task."""
+    return kind_of(task).metric(name)
 
 
 def compare(
@@ -112,14 +75,7 @@ def bootstrap(name: MetricName, task: Task, labels: Array, predictions: Sequence
     Args:
         labels, predictions: (rows,) each, or of a multi-label head (rows, labels).
     """
-    if task.problem == "multi_label":
-        metric = of_decisions(name, labels, predictions)
-    elif name == "pearson":
-        metric = _pearson(labels, predictions)
-    elif name == "spearman":
-        metric = _spearman(labels, predictions)
-    else:
-        metric = of_classes(name, labels, [_indicator(classes, task.outputs) for classes in predictions])
+    metric = kind_of(task).resampled(name, labels, predictions)
     return np.concatenate([metric(counts) for counts in _resamples(len(labels), seed)], axis=1)
 
 
@@ -133,138 +89,3 @@ def _resamples(rows: int, seed: int) -> Iterator[Array]:
         for resample in range(size):
             counts[:, resample] = np.bincount(rng.integers(0, rows, rows), minlength=rows)
         yield counts
-
-
-def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> ResampledMetric:
-    """Accuracy, F1 and Matthews' correlation (Gorodkin 2004) of the confusion tables' diagonals and margins.
-
-    Args:
-        labels: (rows,)
-        predictions: (classes, rows) each, 1 where the row is predicted to be of the class, or a share of it; dense or
-            sparse.
-    """
-    classes = predictions[0].shape[0]
-    of_labels = _indicator(labels, classes)
-    of_predictions = [sparse.csr_array(one) for one in predictions]
-    of_hits = [one.multiply(of_labels).tocsr() for one in of_predictions]
-
-    def values(counts: Array) -> Array:
-        rows = counts[:, 0].sum()
-        found = []
-        for hit, of_prediction in zip(of_hits, of_predictions, strict=True):
-            hits = hit @ counts  # (classes, resamples), as the other two
-            if name == "accuracy":
-                found.append(hits.sum(0) / rows)
-                continue
-            labelled, predicted = of_labels @ counts, of_prediction @ counts
-            if name == "f1":
-                f1 = _ratio(2 * hits, labelled + predicted)
-                present = (labelled + predicted > 0).sum(0)  # the mean is over these alone, as in scikit-learn
-                found.append(f1[1] if classes == 2 else f1.sum(0) / present)
-            else:
-                covariance = hits.sum(0) * rows - (labelled * predicted).sum(0)
-                variances = (rows**2 - (labelled**2).sum(0), rows**2 - (predicted**2).sum(0))
-                found.append(_correlation(covariance, *variances))
-        return np.stack(found)
-
-    return values
-
-
-def of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """Of a multi-label head: accuracy of whole rows, or F1 of all decisions together, from sums over rows.
-
-    Args:
-        labels, predictions: (rows, labels), 1 where the label applies, else 0; of predictions also shares of it.
-    """
-
-    def values(counts: Array) -> Array:
-        found = []
-        for predicted in predictions:
-            if name == "accuracy":
-                right = 1 - np.abs(predicted - labels)
-                found.append(right.prod(1) @ counts / counts[:, 0].sum())
-            else:
-                found.append(_ratio(2 * (predicted * labels).sum(1) @ counts, (predicted + labels).sum(1) @ counts))
-        return np.stack(found)
-
-    return values
-
-
-def _pearson(labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """From sums of values, squares and products; where squares cancel to little, from the drawn rows themselves."""
-    versions = np.stack([_standardised(values) for values in (labels, *predictions)])
-    of_values, of_squares = sparse.csr_array(versions), sparse.csr_array(versions**2)
-    of_products = sparse.csr_array(versions[0] * versions[1:])
-
-    def values(counts: Array) -> Array:
-        rows = counts[:, 0].sum()
-        sums, squares = of_values @ counts, of_squares @ counts
-        variances = np.maximum(squares - sums**2 / rows, 0)
-        covariances = of_products @ counts - sums[0] * sums[1:] / rows
-        found = _correlation(covariances, variances[0], variances[1:])
-        cancelled = variances <= LOST_TO_CANCELLATION * squares
-        for version, resample in np.argwhere(cancelled[0] | cancelled[1:]):
-            drawn = np.repeat(np.arange(len(labels)), counts[:, resample].astype(int))
-            found[version, resample] = _SIMPLE["pearson"](labels[drawn], predictions[version][drawn])
-        return found
-
-    return values
-
-
-def _spearman(labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """Correlation of average ranks among the drawn rows, all in whole numbers: twice the rank, less its mean."""
-    codes = [np.unique(values, return_inverse=True)[1] for values in (labels, *predictions)]
-    indicators = [_indicator(of_rows, int(of_rows.max()) + 1) for of_rows in codes]
-
-    def values(counts: Array) -> Array:
-        of_labels, variance = _ranks(indicators[0] @ counts)
-        weighted = counts * of_labels[codes[0]]
-        found = []
-        for indicator in indicators[1:]:
-            ranks, own_variance = _ranks(indicator @ counts)
-            covariance = np.einsum("vr,vr->r", indicator @ weighted, ranks)
-            found.append(_correlation(covariance, variance, own_variance))
-        return np.stack(found)
-
-    return values
-
-
-def _ranks(drawn: Array) -> tuple[Array, Array]:
-    """Of each distinct value, ascending, drawn so often: its centred rank, doubled, and the ranks' sum of squares."""
-    through = np.cumsum(drawn, axis=0)
-    ranks = 2 * through - drawn - through[-1]
-    return ranks, np.einsum("vr,vr,vr->r", drawn, ranks, ranks)
-
-
-def _correlation(covariance: Array, first_variance: Array, second_variance: Array) -> Array:
-    return np.clip(_ratio(covariance, np.sqrt(first_variance) * np.sqrt(second_variance)), -1, 1)
-
-
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """Zero where the denominator is."""
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
-
-
-def _indicator(codes: Array, kinds: int) -> Any:
-    """(kinds, rows): 1 where the row is of the kind. Its product with counts says how often each kind was drawn."""
-    rows = np.arange(len(codes))
-    return sparse.csr_array((np.ones(len(codes)), (codes.astype(int), rows)), shape=(kinds, len(codes)))
-
-
-def _standardised(values: Array) -> Array:
-    """Moved and scaled to mean 0 and at most 1 in size, which no correlation notices and no square overflows."""
-    centred: Array = values - values.mean()
-    return centred / (float(np.abs(centred).max()) or 1.0)
-
-
-def likely_permutation(labels: Array, predictions: Array, outputs: int) -> list[int] | None:
-    """For each label of the rows, the class whose predictions match it best, one to one.
-
-    None unless reading the labels so raises accuracy by more than chance and by `SUSPICIOUS_GAIN`: then the ids
-    probably mean other things in the data set than in the model.
-    """
-    counts = np.zeros((outputs, outputs))
-    np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)
-    rows, classes = optimize.linear_sum_assignment(counts, maximize=True)
-    gain = (counts[rows, classes].sum() - counts.trace()) / len(labels)
-    return classes.tolist() if gain > max(SUSPICIOUS_GAIN, CHANCE_ERRORS / len(labels) ** 0.5) else None

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import DatasetSpec
-from worker.engine.catalog.data.labels import Label, LabelMap
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.catalog.tasks import Label, LabelMap
 from worker.engine.runtime.resources import is_out_of_memory
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample

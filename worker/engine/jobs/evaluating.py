@@ -15,13 +15,14 @@ from worker.engine.catalog.contracts.report import MetricResult, Version
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
-from worker.engine.evaluation.metrics import Array, compare, likely_permutation
+from worker.engine.evaluation.metrics import compare
 from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.preparing import examples_of
 from worker.engine.merging.backbone import plain_average
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import load
 from worker.engine.runtime.progress import Phase
+from worker.engine.tasks.metrics import Array
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,14 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     loaded = context.models.get(model.info)
     labels = np.array([e.label for e in examples], dtype=np.float64)
     expert_predictions = predict(loaded, examples, precision, evaluating.advance)
-    if loaded.task.problem == "classification":
-        better = likely_permutation(labels, expert_predictions, loaded.task.outputs)
-        if better:
-            context.note(
-                Doubt(
-                    f"{model.spec.source} fits {evaluation.source} far better when its labels 0 to {len(better) - 1} "
-                    f"are read as {', '.join(map(str, better))}; do both mean the same by them?"
-                )
+    better = loaded.kind.likely_permutation(labels, expert_predictions)
+    if better:
+        context.note(
+            Doubt(
+                f"{model.spec.source} fits {evaluation.source} far better when its labels 0 to {len(better) - 1} "
+                f"are read as {', '.join(map(str, better))}; do both mean the same by them?"
             )
+        )
     name = "model" if published.plan.merges_heads else f"models/{model.name}"
     merged = load(inspect_checkpoint(published.folders[model.name], name), context.device)
     examples, truncated = examples_of(published.plan, merged, evaluation, model.rows.evaluation_texts, examples)

@@ -11,11 +11,11 @@ from worker.engine.catalog.contracts.spec import (
     JobSpec,
     MergeSpec,
 )
-from worker.engine.catalog.data.labels import LabelMap, label_map
 from worker.engine.catalog.data.rows import Row, Rows, sample
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.tasks import LabelMap, label_map
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.inputs.examples import Example, plan_batches, tokenize
 from worker.engine.inputs.fetching import Inputs
@@ -168,7 +168,7 @@ def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, context: J
 def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
     """A doubt if F1 of two labels is that of another label than the data set's authors would take."""
     order = labels.permutation
-    if evaluation.metric != "f1" or labels.task.problem != "classification" or labels.task.outputs > 2 or not order:
+    if evaluation.metric != "f1" or not labels.task.f1_is_of_one or not order:
         return []
     name = next((name for name, index in labels.task.label_ids.items() if index == 1), "1")
     return [

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import ALIGN_RIDGE
-from worker.engine.catalog.families import FAMILIES
 from worker.engine.evaluation.evaluate import OnRows, head_inputs, head_of
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
@@ -64,5 +63,5 @@ def align_head(
         outputs += bias.double()
     features = head_inputs(merged, examples if merged_examples is None else merged_examples, precision, on_rows)
     new_weight, new_bias = aligned(features, outputs, weight, bias, ridge)
-    name = FAMILIES[expert.info.model_type].head.logits
+    name = expert.family.head.logits
     return {f"{name}.weight": new_weight} | ({} if new_bias is None else {f"{name}.bias": new_bias})

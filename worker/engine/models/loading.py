@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, described_files
-from worker.engine.catalog.data.labels import Task, task_of
-from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.families import Family
 from worker.engine.catalog.planning.memory import CACHE_BYTES
-from worker.engine.catalog.planning.plan import require_tokenizer
+from worker.engine.catalog.planning.plan import require_tokenizer, required_table
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
+from worker.engine.catalog.tasks import Task, task_of
 from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
 from worker.engine.checkpoints.layout import check_layout, misshapen
 from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
@@ -24,6 +25,7 @@ from worker.engine.inputs.examples import padding_values
 from worker.engine.models.attention import cpu_attention
 from worker.engine.runtime.libraries import transformers
 from worker.engine.runtime.resources import is_out_of_memory
+from worker.engine.tasks import HeadKind, kind_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,11 @@ class LoadedModel:
     """A float32 model in eval mode on its device, with what feeds it."""
 
     info: CheckpointInfo
+    family: Family
+    """The table of its backbone, under its head."""
     task: Task
+    kind: HeadKind[Any]
+    """The head as it is run."""
     model: nn.Module
     tokenizer: Any
     device: torch.device
@@ -45,7 +51,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     Raises:
         InvalidCheckpoint: transformers cannot load it, a weight is missing, or a weight is NaN or infinite.
     """
-    family = FAMILIES[info.model_type]
+    family = required_table(info)
     require_tokenizer(info)
     check_tokenizer(info)
     # None: fused where the family has it.
@@ -53,7 +59,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     try:
         check_layout(info)  # before memory is taken for a model of any size that its configuration claims
         if info.base is None:
-            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            model, report = _auto_class(info).from_pretrained(
                 info.path,
                 config=library_config(info.config, info.source),
                 use_safetensors=True,
@@ -64,7 +70,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
                 **OFFLINE,
             )
         else:
-            model, report = _adapted(info, attention), {"mismatched_keys": (), "missing_keys": ()}
+            model, report = _adapted(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
         # Without a tokenizer_config.json, its class is that of the model's type.
         with tokenizer_folder(info) as folder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config, **OFFLINE)
@@ -89,9 +95,12 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         raise InvalidCheckpoint(info.source, problem)
     tokenizer.model_input_names = _inputs(tokenizer, model)
     positions = family.max_tokens(info.config)
+    task = task_of(info)
     return LoadedModel(
         info=info,
-        task=task_of(info),
+        family=family,
+        task=task,
+        kind=kind_of(task),
         model=model,
         tokenizer=tokenizer,
         device=device,
@@ -100,13 +109,13 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     )
 
 
-def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
+def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.Module:
     """The model that an adapter makes of its base, whose layout was checked."""
     config = library_config(info.config, info.source)
-    model: nn.Module = transformers.AutoModelForSequenceClassification.from_config(
+    model: nn.Module = _auto_class(info).from_config(
         config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
-    family, parameters = FAMILIES[info.model_type], dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with TensorReader() as reader, torch.no_grad():
         for tensor in info.tensors.values():
             slot = family.slot(tensor.name)
@@ -119,6 +128,10 @@ def _adapted(info: CheckpointInfo, attention: str | None) -> nn.Module:
     if parameters:
         raise InvalidCheckpoint(info.source, f"no tensor {next(iter(parameters))}, which {info.architecture} needs")
     return model
+
+
+def _auto_class(info: CheckpointInfo) -> Any:
+    return getattr(transformers, use_of(info.config).auto_class)
 
 
 def _inputs(tokenizer: Any, model: Any) -> list[str]:

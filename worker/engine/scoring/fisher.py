@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.families import FAMILIES, Kind
+from worker.engine.catalog.families import Kind
 from worker.engine.inputs.examples import Batch, Example, collate
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
@@ -39,7 +39,7 @@ def fisher(
     Raises:
         NumericalError: a gradient is NaN or infinite; names the row.
     """
-    family = FAMILIES[loaded.info.model_type]
+    family = loaded.family
     shapes = {}
     for name, tensor in loaded.info.tensors.items():
         slot = family.slot(name)

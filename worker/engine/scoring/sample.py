@@ -12,8 +12,8 @@ import torch
 
 from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.contracts.statistics import Tokens
-from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.tasks import LabelMap
 from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.inputs.examples import BLOCK_ROWS, Example, tokenize
 from worker.engine.models.loading import LoadedModel

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import FAMILIES, Site
+from worker.engine.catalog.families import Site
 from worker.engine.catalog.methods.mask_fisher import PAPER_BATCH_ROWS
 from worker.engine.catalog.primitives.errors import NumericalError, Place
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
@@ -20,7 +20,7 @@ OnRows = Callable[[int], None]
 
 
 def sites_of(loaded: LoadedModel) -> list[Site]:
-    return list(FAMILIES[loaded.info.model_type].sites(loaded.info.config))
+    return list(loaded.family.sites(loaded.info.config))
 
 
 def score(
@@ -59,10 +59,9 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
     """The published code's scores: the gradient of each batch's mean loss, squared, summed over batches.
 
     Batches of 32 rows in the data set's order, padded to their longest row; float32; a partial last batch as it is.
-    The loss is the model's own: cross entropy, its mean over the labels of a multi-label head, or for regression the
-    squared error, twice the Gaussian's.
+    The loss is the model's own, see `HeadKind.loss_per_likelihood`.
     """
-    loss_per_likelihood = {"regression": 2.0, "multi_label": 1 / loaded.task.outputs}.get(loaded.task.problem, 1.0)
+    loss_per_likelihood = loaded.kind.loss_per_likelihood
     empirical = Empirical(loaded.task)
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
     totals: dict[str, Tensor] = {}
@@ -78,7 +77,7 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
 
 
 def mask_gradients(loaded: LoadedModel) -> MaskGradients:
-    family, config = FAMILIES[loaded.info.model_type], loaded.info.config
+    family, config = loaded.family, loaded.info.config
     return MaskGradients(loaded.model, sites_of(loaded), family.narrowing(config))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worker.engine.catalog.families import Nodes
 from worker.engine.catalog.methods import Normalize
-from worker.engine.scoring.estimators import TINY
+from worker.engine.tasks.kind import TINY
 
 STANDARD_ERROR = ".stderr"
 SUMS = (".sum", ".sum_squares", ".sum_products")

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS
-from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES
 from worker.engine.checkpoints.row_blocks import is_finite
-from worker.engine.evaluation.evaluate import head_inputs, head_of, predicted
-from worker.engine.evaluation.metrics import Array, metric_for
-from worker.engine.evaluation.smoothed import smoothed
+from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.inputs.examples import Example
 from worker.engine.merging.head_alignment import aligned
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.search.journal import Look
+from worker.engine.tasks.metrics import Array
 
 State = Mapping[str, Tensor]
 """A backbone, by `Slot.name`."""
@@ -40,7 +38,7 @@ class Side:
 
     def __init__(self, expert: JobModel, loaded: LoadedModel, precision: Precision) -> None:
         self.name = expert.name
-        self.task = loaded.task
+        self.kind = loaded.kind
         self._device, self._precision = loaded.device, precision
         self.evaluation = expert.evaluation
         rows = expert.rows
@@ -58,7 +56,7 @@ class Side:
         self._logits = self._of(own, self.head)
 
     def predicted(self, features: Tensor, head: Head) -> Array:
-        return predicted(self._of(features, head), self.task)
+        return self.kind.predicted(self._of(features, head))
 
     def _of(self, features: Tensor, head: Head) -> Tensor:
         """Logits, in the precision in which the whole model predicts, so that near ties end alike."""
@@ -93,10 +91,10 @@ class Side:
         return retention, self._smoothed(logits) / smoothed_expert if smoothed_expert else retention
 
     def _metric(self, logits: Tensor) -> float:
-        return metric_for(self.evaluation.metric, self.task)(self.labels[: len(logits)], predicted(logits, self.task))
+        return self.kind.metric(self.evaluation.metric)(self.labels[: len(logits)], self.kind.predicted(logits))
 
     def _smoothed(self, logits: Tensor) -> float:
-        return smoothed(self.evaluation.metric, self.task, self.labels[: len(logits)], logits)
+        return self.kind.smoothed(self.evaluation.metric, self.labels[: len(logits)], logits)
 
 
 class Seen:
@@ -201,7 +199,7 @@ class Bench:
 
     def stored_head(self, index: int, head: Head) -> Head:
         """The last layer of the expert `index` as it would be stored."""
-        logits = FAMILIES[self._models[index].info.model_type].head.logits
+        logits = self._models[index].family.head.logits
 
         def stored(part: str, values: Tensor) -> Tensor:
             name = f"{logits}.{part}"

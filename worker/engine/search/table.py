@@ -9,8 +9,9 @@ import numpy as np
 from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, Difference, mean_and_least
 from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.primitives.values import PerTensor
-from worker.engine.evaluation.metrics import Array, bootstrap, interval, metric_for
+from worker.engine.evaluation.metrics import bootstrap, interval, metric_for
 from worker.engine.search.bench import Side, Tryout
+from worker.engine.tasks.metrics import Array
 
 PLAIN_AVERAGE = "plain average"
 
@@ -71,7 +72,7 @@ def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Ca
 
 
 def _judged(side: Side, predictions: Sequence[Array]) -> list[_Judged]:
-    name, task, labels = side.evaluation.metric, side.task, side.held_out_labels
+    name, task, labels = side.evaluation.metric, side.kind.task, side.held_out_labels
     metric = metric_for(name, task)
     expert = metric(labels, side.held_out_predicted)
     resampled = bootstrap(name, task, labels, predictions, side.evaluation.seed)

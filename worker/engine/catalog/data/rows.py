@@ -17,7 +17,6 @@ from worker.engine.catalog.checkpoints.pointers import POINTER, WHAT_TO_DO, is_p
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.formats import Csv, Format, JsonLines
-from worker.engine.catalog.data.labels import LabelMap
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
 
@@ -41,6 +40,13 @@ class Row:
     text: str
     text_pair: str | None
     label: Any
+
+
+class Labels(Protocol):
+    """How labels of rows are read."""
+
+    def value(self, label: Any, source: str, place: Place) -> object:
+        """What a row's label is to the head. Raises InvalidDataset."""
 
 
 class Rows(Protocol):
@@ -100,7 +106,7 @@ class RowFile:
             return [_read_row(self._format, stream, line, offset, self._spec) for line, offset in places]
 
 
-def check_first_rows(spec: DatasetSpec, labels: LabelMap | None, least_texts: int = 1) -> None:
+def check_first_rows(spec: DatasetSpec, labels: Labels | None, least_texts: int = 1) -> None:
     """Refuse what the first rows show: another format, a missing column, an unknown label.
 
     Of a Parquet file only that it is one; its columns are seen where its rows are read.

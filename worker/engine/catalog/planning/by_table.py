@@ -8,8 +8,7 @@ from worker.engine.catalog.checkpoints import layouts
 from worker.engine.catalog.checkpoints.headers import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity
 from worker.engine.catalog.contracts.spec import VocabularyPolicy
-from worker.engine.catalog.data.labels import task_of
-from worker.engine.catalog.families import FAMILIES, Family, Kind, Slot
+from worker.engine.catalog.families import Family, Kind, Slot
 from worker.engine.catalog.planning.comparing import (
     VOCABULARY_ADVICE,
     Asked,
@@ -25,12 +24,13 @@ from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, requir
 from worker.engine.catalog.planning.tensors import merged_tensor, output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.tasks import family_of, task_of
 
 
 def table_of(info: CheckpointInfo) -> Family | None:
     """Raises InvalidCheckpoint where there is one, and the checkpoint says what is not available of it."""
-    family = FAMILIES.get(info.model_type)
-    if family is None or info.architecture != family.head.architecture:
+    family = family_of(info)
+    if family is None:
         return None
     if info.config.get("quantization_config"):
         raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
@@ -57,8 +57,8 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Aske
             check_vocabulary(first, info)
         if asked.merges_heads:
             layouts.check_labels(first, info)
-            if tasks[-1].problem != tasks[0].problem:
-                problem = f"their heads have different tasks: {tasks[0].problem}, {tasks[-1].problem}"
+            if tasks[-1].name != tasks[0].name:
+                problem = f"their heads have different tasks: {tasks[0].name}, {tasks[-1].name}"
                 raise IncompatibleCheckpoints(first.source, info.source, problem)
     ancestor: dict[str, TensorInfo] = {}
     if base is not None:

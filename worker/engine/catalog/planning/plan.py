@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from worker.engine.catalog.checkpoints.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.modules import Modules
 from worker.engine.catalog.checkpoints.vocabulary import TokenRows, Vocabulary
-from worker.engine.catalog.data.labels import Task
-from worker.engine.catalog.families import FAMILIES, Family, Slot
+from worker.engine.catalog.families import Family, Slot
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.tasks import Task, family_of, known_architectures
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,16 @@ class MergePlan:
 
 def required_family(plan: MergePlan) -> Family:
     """The table that measuring a model needs. Raises InvalidCheckpoint when its architecture has none."""
-    if plan.family is None:
-        info = plan.checkpoints[0]
-        known = ", ".join(family.head.architecture for family in FAMILIES.values())
+    return required_table(plan.checkpoints[0]) if plan.family is None else plan.family
+
+
+def required_table(info: CheckpointInfo) -> Family:
+    """The table of a checkpoint's backbone, under its head. Raises InvalidCheckpoint when there is none."""
+    family = family_of(info)
+    if family is None:
+        known = ", ".join(known_architectures())
         raise InvalidCheckpoint(info.source, f"{named(info)} has no table to measure it by; available are {known}")
-    return plan.family
+    return family
 
 
 def required_task(plan: MergePlan) -> Task:

@@ -1,0 +1,59 @@
+"""What a checkpoint predicts. Adding a kind of head is one file here, and one in `worker.engine.tasks`."""
+
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.families import FAMILIES, Family
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.tasks.classification import Classification
+from worker.engine.catalog.tasks.labels import check_metric, label_map
+from worker.engine.catalog.tasks.multi_label import MultiLabel
+from worker.engine.catalog.tasks.regression import Regression
+from worker.engine.catalog.tasks.task import Label, LabelMap, Task, outputs_of
+
+TASKS: tuple[type[Task], ...] = (MultiLabel, Regression, Classification)
+"""Of those with the same ending, the first whose configuration a checkpoint has is its task."""
+
+
+def family_of(info: CheckpointInfo) -> Family | None:
+    """The table of a checkpoint's backbone under the head that it has; None where there is none of both."""
+    family = FAMILIES.get(info.model_type)
+    if family is None:
+        return None
+    heads = [family.head, *(task.heads[family.model_type] for task in TASKS if family.model_type in task.heads)]
+    return next((family.under(head) for head in heads if head.architecture == info.architecture), None)
+
+
+def task_of(info: CheckpointInfo) -> Task:
+    """The task of a checkpoint's head, from its configuration.
+
+    Raises:
+        InvalidCheckpoint: there is no table of its architecture, the head is not whole, or what the configuration says
+            of it is not available.
+    """
+    family = family_of(info)
+    if family is None:
+        raise InvalidCheckpoint(info.source, f"architecture '{info.architecture}' has no table")
+    outputs = outputs_of(info, family.head)
+    kinds = (kind for kind in TASKS if info.architecture.endswith(kind.ending))
+    return next(task for kind in kinds if (task := kind.of(info, outputs)) is not None)
+
+
+def known_architectures() -> list[str]:
+    """Names of the classes of which both backbone and head have a table."""
+    beside = [head.architecture for task in TASKS for head in task.heads.values()]
+    return [*(family.head.architecture for family in FAMILIES.values()), *beside]
+
+
+__all__ = [
+    "TASKS",
+    "Classification",
+    "Label",
+    "LabelMap",
+    "MultiLabel",
+    "Regression",
+    "Task",
+    "check_metric",
+    "family_of",
+    "known_architectures",
+    "label_map",
+    "task_of",
+]

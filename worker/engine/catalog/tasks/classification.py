@@ -1,0 +1,33 @@
+"""A sequence has one of several labels."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.primitives.errors import Place
+from worker.engine.catalog.tasks.names import label_ids
+from worker.engine.catalog.tasks.task import LabelMap, Task
+
+
+class Classification(Task):
+    """The label of a row is an id or a name."""
+
+    name = "classification"
+    ending = "ForSequenceClassification"
+    metrics = ("accuracy", "f1", "matthews")
+
+    @classmethod
+    def of(cls, info: CheckpointInfo, outputs: int) -> Self:
+        return cls(outputs, *label_ids(info, outputs))
+
+    def value(self, label: Any, labels: LabelMap, source: str, place: Place) -> int:
+        return labels.id(label, source, place)
+
+    def begins_at_one(self, labels: Sequence[Any]) -> bool:
+        """Whether no label is 0, and each other occurs."""
+        ids = set(labels)
+        return not any(isinstance(one, str | bool) for one in ids) and ids == set(range(1, self.outputs))
+
+    @property
+    def f1_is_of_one(self) -> bool:
+        return self.outputs == 2

@@ -1,0 +1,80 @@
+"""How the labels of a data set are those of a head."""
+
+from collections.abc import Sequence
+
+from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.primitives.strict import MOST_NAMES
+from worker.engine.catalog.tasks.names import SHOWN_NAME, are_bare
+from worker.engine.catalog.tasks.task import LabelMap, Task
+
+
+def check_metric(metric: MetricName, task: Task, source: str) -> None:
+    """Raises InvalidDataset when the metric is not one of the head's task."""
+    if metric not in task.metrics:
+        raise InvalidDataset(source, f"metric {metric} is not one of {task.name}: {', '.join(task.metrics)}")
+
+
+def label_map(
+    task: Task, source: str, asked: Sequence[str] | None, own: Sequence[str] | None = None, checkpoint: str = ""
+) -> tuple[LabelMap, list[str]]:
+    """The map from a data set's labels to the head's, with notes for the reader.
+
+    Args:
+        asked: what the request says that the data set calls its ids.
+        own: what the data set itself says.
+        checkpoint: what notes call the head's.
+
+    Raises:
+        InvalidDataset: names are given, and it is not certain which labels of the checkpoint they are.
+    """
+    own = None if own is None or are_bare((name, index) for index, name in enumerate(own)) else own
+    if asked:
+        labels = LabelMap(task, tuple(asked))
+        labels.check_names(source)
+        return labels, [*_otherwise_named(labels, source, own or ()), *_reordered(labels, checkpoint, source)]
+    labels = LabelMap(task)
+    if own is None:
+        return labels, []
+    shown = ", ".join(name[:SHOWN_NAME] for name in own[:MOST_NAMES])
+    if not task.has_classes:
+        return labels, [
+            Doubt(f"the labels of {source} are classes ({shown}); their ids were taken as numbers, for {checkpoint}")
+        ]
+    if not task.contradiction and all(task.id_of(name) is None for name in own):
+        if task.has_no_names:
+            return labels, [
+                Doubt(
+                    f"{source} calls its labels {shown}; {checkpoint} has no names for its own, so it is not certain "
+                    "that they are in the same order: ids were taken as they are; label_names can say their order"
+                )
+            ]
+        theirs = ", ".join(sorted(task.label_ids, key=lambda name: task.label_ids[name])[:MOST_NAMES])
+        problem = f"it calls its labels {shown}, and none of them is one of {checkpoint}'s, {theirs}"
+        raise InvalidDataset(source, f"{problem}; say with label_names which of these its ids 0, 1, … are")
+    labels = LabelMap(task, tuple(own))
+    LabelMap(task, tuple(name for name in own if task.contradiction or task.id_of(name) is not None)).check_names(
+        source
+    )
+    return labels, _reordered(labels, checkpoint, source)
+
+
+def _otherwise_named(labels: LabelMap, source: str, own: Sequence[str]) -> list[str]:
+    """A doubt if the request's names and the data set's are different labels of the checkpoint."""
+    for index, (name, other) in enumerate(zip(labels.names or (), own, strict=False)):
+        if labels.task.id_of(other) not in (None, labels.task.id_of(name)):
+            said = f"'{name[:SHOWN_NAME]}', and the data set itself '{other[:SHOWN_NAME]}'"
+            return [Doubt(f"label_names calls the label {index} of {source} {said}; label_names was followed")]
+    return []
+
+
+def _reordered(labels: LabelMap, checkpoint: str, source: str) -> list[str]:
+    ids = labels.permutation
+    if ids is None:
+        return []
+    order = ", ".join("none" if index is None else str(index) for index in ids)
+    return [
+        f"the labels of {source} are in another order than those of {checkpoint}: its ids 0 to {len(ids) - 1} are the "
+        f"checkpoint's {order}"
+    ]

@@ -1,0 +1,37 @@
+"""A sequence has a number."""
+
+import math
+from typing import Any, Self
+
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
+from worker.engine.catalog.tasks.names import NUMBER
+from worker.engine.catalog.tasks.task import LabelMap, Task
+
+
+class Regression(Task):
+    """The label of a row is a finite number."""
+
+    name = "regression"
+    ending = "ForSequenceClassification"
+    metrics = ("pearson", "spearman")
+    has_classes = False
+
+    @classmethod
+    def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:
+        """As in transformers: one output is regression if nothing else is said."""
+        if outputs != 1 and info.config.get("problem_type") != "regression":
+            return None
+        if outputs != 1:
+            raise InvalidCheckpoint(info.source, f"regression with {outputs} outputs is not available yet")
+        return cls(1, {})
+
+    def value(self, label: Any, labels: LabelMap, source: str, place: Place) -> float:
+        try:
+            is_number = not isinstance(label, bool | str) or NUMBER.fullmatch(str(label).strip())
+            value = float(label) if is_number and not isinstance(label, bool) else math.nan
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise InvalidDataset(source, "the label of a regression is a finite number", place)
+        return value

@@ -1,0 +1,226 @@
+"""What a head predicts, and what a data set's labels are to it."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.families import Head
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
+from worker.engine.catalog.primitives.strict import did_you_mean
+from worker.engine.catalog.tasks.names import DIGITS, LONGEST_NAME, NUMBER, SHOWN_NAME, are_bare, labels_in, normal
+
+Label = int | float | tuple[float, ...]
+"""A class id, a number, or several of them, as the head's task has it."""
+TRUTH = {"false": False, "true": True}
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A head's task. Each kind of head is a subclass, in a file of its own."""
+
+    name: ClassVar[str]
+    """What plans and messages call it."""
+    ending: ClassVar[str]
+    """How the names of the classes with such a head end."""
+    heads: ClassVar[Mapping[str, Head]] = {}
+    """Such heads by the model type of their backbone, beside those that the families' own tables have."""
+    metrics: ClassVar[tuple[MetricName, ...]]
+    """The metrics that such a head is evaluated by; the first is the default."""
+    has_classes: ClassVar[bool] = True
+    """Whether labels are ids of classes, which may have names."""
+
+    outputs: int
+    """Width of the logits."""
+    label_ids: dict[str, int]
+    """Ids of the labels by name."""
+    contradiction: str = ""
+    """What config.json says of the names in two ways; then names do not count, and only ids are certain."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:
+        """The task of a checkpoint whose class has the ending; None where its configuration says another.
+
+        Raises:
+            InvalidCheckpoint: it says what is not available.
+        """
+
+    @abstractmethod
+    def value(self, label: Any, labels: "LabelMap", source: str, place: Place) -> Label:
+        """The head's value of a row's `label`. Raises InvalidDataset, see `LabelMap.value`."""
+
+    def begins_at_one(self, labels: Sequence[Any]) -> bool:
+        """Whether these labels of rows, if they are ids that were taken as they are, are perhaps one too high."""
+        return False
+
+    @property
+    def f1_is_of_one(self) -> bool:
+        """Whether F1 is of the label 1 alone."""
+        return False
+
+    @cached_property
+    def by_normal_name(self) -> dict[str, set[int]]:
+        """The ids by a name's normal form, which several names may share."""
+        found = defaultdict(set)
+        for name, index in self.label_ids.items():
+            found[normal(name)].add(index)
+        return dict(found)
+
+    @cached_property
+    def has_no_names(self) -> bool:
+        return are_bare(self.label_ids.items())
+
+    @cached_property
+    def numbers_are_names(self) -> bool:
+        """Whether a label's name is another number than its id, as those of one to five stars."""
+        return any(NUMBER.fullmatch(name) and float(name) != index for name, index in self.label_ids.items())
+
+    @cached_property
+    def number_beside_id(self) -> tuple[int, str] | None:
+        """A number that labels of rows may be and that is in another name than that of the label with this id.
+
+        As `1 star` is for the id 0: then the label 1 of a row may be `1 star` or `2 stars`.
+        """
+        for name, index in self.label_ids.items():
+            numbers = DIGITS.findall(name[:LONGEST_NAME])
+            if len(numbers) == 1 and index != int(numbers[0]) <= self.outputs:
+                return int(numbers[0]), name
+        return None
+
+    def id_of(self, name: str) -> int | None:
+        """The label of this name, or the only one that differs just in case, spaces, `_` and `-`."""
+        if name in self.label_ids:
+            return self.label_ids[name]
+        ids = self.by_normal_name.get(normal(name), set())
+        return next(iter(ids)) if len(ids) == 1 else None
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """From a row's label to the head's.
+
+    Integers are the checkpoint's own ids, unless `names` says what the data set calls them: then a label, number or
+    name, is looked up by name among the checkpoint's.
+    """
+
+    task: Task
+    names: tuple[str, ...] | None = None
+
+    def value(self, label: Any, source: str, place: Place) -> Label:
+        """The head's value of a row's `label`. Text that is no name counts as the number that it spells, as in CSV.
+
+        Raises:
+            InvalidDataset: the label is missing, unknown, out of range, or may mean two things.
+        """
+        return self.task.value(label, self, source, place)
+
+    def id(self, label: Any, source: str, place: Place) -> int:
+        """The head's id of one label. Raises InvalidDataset, see `value`."""
+        label = self.spelt(label)
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
+        if isinstance(label, bool):
+            if self.task.id_of(str(label)) is not None:
+                return self._by_name(str(label), source, place)
+            if self.count != len(TRUTH):
+                problem = f"the label is {str(label).lower()}, and the head has {self.count} labels, not two"
+                raise InvalidDataset(source, problem, place)
+        if isinstance(label, str):
+            return self._by_name(label, source, place)
+        if label is None:
+            raise InvalidDataset(source, "the row has no label", place)
+        if not isinstance(label, int):
+            raise InvalidDataset(source, f"the label is {type(label).__name__}, not an id or a name", place)
+        if self.names is None and self.task.numbers_are_names:
+            problem = f"label {str(label)[:20]} may be an id or a name; names that are numbers are written as text"
+            raise InvalidDataset(source, f"{problem}, ids need label_names", place)
+        if self.names is None and self.task.number_beside_id is not None:
+            number, name = self.task.number_beside_id
+            index = self.task.label_ids[name]
+            problem = f"label {str(label)[:20]} may be an id or the number in a name: the checkpoint calls the label "
+            problem += f"{index} '{name[:SHOWN_NAME]}', which may also be meant by {number}"
+            advice = "write names in the rows, or say with label_names which labels the ids 0, 1, … are"
+            raise InvalidDataset(source, f"{problem}; {advice}", place)
+        if not 0 <= label < self.count:
+            problem = f"label {str(label)[:20]} is out of range: ids are 0 to {self.count - 1}"
+            unlabelled = "; -1 is what test splits have in place of labels" if label == -1 else ""
+            raise InvalidDataset(source, problem + unlabelled, place)
+        return int(label) if self.names is None else self._by_name(self.names[label], source, place)
+
+    @property
+    def count(self) -> int:
+        """The number of the data set's ids."""
+        return self.task.outputs if self.names is None else len(self.names)
+
+    def spelt(self, label: Any) -> Any:
+        """The number or truth value that text spells which is no name; anything else as it is."""
+        if not isinstance(label, str) or self.task.id_of(label) is not None:
+            return label
+        text = label.strip()
+        if NUMBER.fullmatch(text) and not self.task.numbers_are_names:
+            return int(text) if text.lstrip("+-").isdecimal() else float(text)
+        return TRUTH.get(text.lower(), label) if self.count == len(TRUTH) else label
+
+    def check_names(self, source: str) -> None:
+        """Raises InvalidDataset when a name of the data set is none of the checkpoint's, or two are the same one."""
+        if self.names and not self.task.has_classes:
+            raise InvalidDataset(source, "label_names are for classes; the checkpoint predicts a number")
+        found: dict[int, str] = {}
+        for name in self.names or ():
+            index = self._by_name(name, source, None)
+            if index in found:
+                both = f"'{found[index][:SHOWN_NAME]}' and '{name[:SHOWN_NAME]}'"
+                raise InvalidDataset(source, f"its labels {both} are the same label of the checkpoint, {index}")
+            found[index] = name
+
+    @property
+    def permutation(self) -> list[int | None] | None:
+        """The checkpoint's id of each of the data set's ids, where they differ; None in it for one that it lacks."""
+        ids = [self.task.id_of(name) for name in self.names or ()]
+        return None if all(own in (index, None) for index, own in enumerate(ids)) else ids
+
+    def begins_at_one(self, labels: Iterable[Any]) -> bool:
+        """Whether these, if they are ids of classes taken as they are, are all but the first: perhaps one too high."""
+        return self.names is None and self.task.begins_at_one([self.spelt(label) for label in labels])
+
+    def _by_name(self, name: str, source: str, place: Place | None) -> int:
+        if self.task.contradiction:
+            problem = f"its label '{name[:SHOWN_NAME]}' cannot be looked up: {self.task.contradiction}"
+            raise InvalidDataset(source, f"{problem}; correct the checkpoint's config.json", place)
+        index = self.task.id_of(name)
+        if index is None:
+            # Labels are a closed set that the data set's owner chose, so naming one gives no row's text away.
+            alike = sorted(other for other in self.task.label_ids if normal(other) == normal(name))
+            of_names = "" if place else " of label_names"
+            said = f"label '{name[:SHOWN_NAME]}'{of_names}"
+            if alike:
+                either = " or ".join(f"'{other[:SHOWN_NAME]}'" for other in alike)
+                raise InvalidDataset(source, f"{said} is unknown; did you mean {either}?", place)
+            missing = "; the row has no label" if not name.strip() else did_you_mean(name, list(self.task.label_ids))
+            advice = "; label_names can say which of these it is" if self.names and place else ""
+            raise InvalidDataset(source, f"{said} is unknown{missing}{advice}", place)
+        return index
+
+
+def outputs_of(info: CheckpointInfo, head: Head) -> int:
+    """The number of a head's outputs, in which configuration and tensors agree.
+
+    Raises:
+        InvalidCheckpoint: they do not, or a module of the head is not there.
+    """
+    names = labels_in(info, "id2label")
+    outputs: int = len(names) if names else info.config.get("num_labels", 2)
+    for module in head.modules:
+        if f"{module}.weight" not in info.tensors:
+            raise InvalidCheckpoint(info.source, f"no tensor {module}.weight, which {info.architecture} needs")
+    logits = info.tensors[f"{head.logits}.weight"]
+    if logits.shape[:1] != (outputs,):
+        raise InvalidCheckpoint(
+            info.source, f"config.json names {outputs} labels, {logits.name} has shape {list(logits.shape)}"
+        )
+    return outputs

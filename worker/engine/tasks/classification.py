@@ -1,0 +1,75 @@
+"""A sequence has one of several labels: the likelihood is the softmax of the logits."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.tasks import Classification
+from worker.engine.inputs.examples import Batch
+from worker.engine.tasks import metrics
+from worker.engine.tasks.drawing import uniform
+from worker.engine.tasks.kind import TINY, HeadKind, Passes, one_pass
+from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+from worker.engine.tasks.smoothing import scaled
+
+
+class ClassificationHead(HeadKind[Classification]):
+    """Predictions are ids of classes."""
+
+    def expected(self, logits: Tensor, batch: Batch) -> Passes:
+        """`sum_y p_y d_y^2 - (sum_y p_y d_y)^2`, with `d_y` the derivative of `z_y`.
+
+        By the law of total variance, label by label from the likeliest on, with `s_k` the sum of `p_k` and all after it
+        and `m_k` their mean of `d`: `sum_k p_k s_k+1 / s_k (d_k - m_k+1)^2`. K labels cost K - 1 backward passes on one
+        graph.
+        """
+        p, ranked = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
+        sums = p.flip(-1).cumsum(-1).flip(-1)
+        later = sums[:, 1:]
+        weights = p[:, :-1] * later / sums[:, :-1].clamp_min(TINY)
+        mean_of_later = p[:, None] / later.clamp_min(TINY)[:, :, None]  # (batch, labels - 1, labels)
+        contrasts = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:-1] - mean_of_later.triu(1)
+        return weights, torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
+
+    def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
+        draws = torch.tensor([uniform(seed, int(i)) for i in batch.indices], dtype=torch.float64)
+        return one_pass(of_label(logits, drawn(logits, draws)))
+
+    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
+        return one_pass(of_label(logits, labels))
+
+    def decision(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def metric(self, name: MetricName) -> Metric:
+        """F1 is of label 1 with two labels, the unweighted mean over labels with more."""
+        if name == "f1":
+            return metrics.f1("binary" if self.task.f1_is_of_one else "macro")
+        return metrics.SIMPLE[name]
+
+    def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+        outputs = self.task.outputs
+        return metrics.of_classes(name, labels, [metrics.indicator(classes, outputs) for classes in predictions])
+
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+        decisive = logits.double()
+        is_of_class = scaled(decisive - decisive.mean(1, keepdim=True)).softmax(1).numpy()
+        return float(metrics.of_classes(name, labels, [is_of_class.T])(np.ones((len(labels), 1)))[0, 0])
+
+    def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
+        return metrics.likely_permutation(labels, predictions, self.task.outputs)
+
+
+def drawn(logits: Tensor, draws: Tensor) -> Tensor:
+    """Labels from the model's distribution, (batch,), by numbers between 0 and 1, (batch,)."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return (draws[:, None].to(cumulative.device) >= cumulative[:, :-1]).sum(-1)
+
+
+def of_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """The derivative of each example's `log p` of its label by the logits: (batch, labels), float64."""
+    own = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return own - logits.double().softmax(-1)

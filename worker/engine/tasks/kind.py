@@ -1,0 +1,90 @@
+"""What the engine does with a kind of head: which derivatives its scores are of, what it predicts, and how well."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.tasks import Task
+from worker.engine.inputs.examples import Batch
+from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+
+AUTO_EXPECTED_LABELS = 8  # K - 1 backward passes; beyond this, one with a drawn label is the better use of the time
+
+TINY = torch.finfo(torch.float64).tiny  # instead of 0 where a quotient does not count
+
+EstimatorName = Literal["auto", "expected", "sampled", "empirical"]
+ResolvedEstimator = Literal["expected", "sampled", "empirical"]
+Passes = tuple[Tensor, Tensor]
+"""Weights of squared derivatives, (batch, passes), and what each derivative is of: coefficients of the logits, (batch,
+passes, outputs); float64."""
+T = TypeVar("T", bound=Task)
+
+
+class HeadKind(ABC, Generic[T]):
+    """A kind of head. With `z` the logits, an example's expected squared gradient is the sum over passes of `weight`
+    times the squared derivative of `sum_y coefficient_y z_y`, one backward pass each. Nothing is subtracted, so nearly
+    certain predictions lose no digits."""
+
+    def __init__(self, task: T) -> None:
+        self.task = task
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of one label, or prediction."""
+        return ()
+
+    @property
+    def loss_per_likelihood(self) -> float:
+        """The loss that the published code differentiates, over the negative log-likelihood."""
+        return 1.0
+
+    def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
+        """The estimator that is used where this one is asked for."""
+        if asked != "auto":
+            return asked
+        return "sampled" if self.task.outputs > AUTO_EXPECTED_LABELS else "expected"
+
+    @abstractmethod
+    def expected(self, logits: Tensor, batch: Batch) -> Passes:
+        """The expectation of the squared gradient over the model's own labels."""
+
+    @abstractmethod
+    def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
+        """The gradient of the log-likelihood of a label that is drawn from the model, seeded per example."""
+
+    @abstractmethod
+    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
+        """The gradient of the log-likelihood of the rows' own labels."""
+
+    @abstractmethod
+    def decision(self, logits: Tensor) -> Tensor:
+        """Predictions by the logits, (rows, outputs), in the shape of the labels: (rows, …)."""
+
+    def predicted(self, logits: Tensor) -> Array:
+        return self.decision(logits).cpu().double().numpy()
+
+    @abstractmethod
+    def metric(self, name: MetricName) -> Metric:
+        """One of the task's metrics."""
+
+    @abstractmethod
+    def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+        """The same of every prediction, on resampled rows."""
+
+    @abstractmethod
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+        """The same where predictions count as partly right, see `worker.engine.tasks.smoothing`."""
+
+    def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
+        """Classes that the data set's ids probably mean, in the order of these ids; None where they mean the same."""
+        return None
+
+
+def one_pass(coefficients: Tensor) -> Passes:
+    """Squares of single derivatives, of coefficients (batch, outputs)."""
+    weights = torch.ones(len(coefficients), 1, dtype=torch.float64, device=coefficients.device)
+    return weights, coefficients[:, None]

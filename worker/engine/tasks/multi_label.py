@@ -1,0 +1,59 @@
+"""Labels apply independently of each other: the likelihood of each is the sigmoid of its logit."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.tasks import MultiLabel
+from worker.engine.inputs.examples import Batch
+from worker.engine.tasks import metrics
+from worker.engine.tasks.drawing import uniform
+from worker.engine.tasks.kind import HeadKind, Passes, one_pass
+from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+from worker.engine.tasks.smoothing import scaled
+
+
+class MultiLabelHead(HeadKind[MultiLabel]):
+    """Predictions are 1 for each label that is more likely than not to apply, else 0."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.task.outputs,)
+
+    @property
+    def loss_per_likelihood(self) -> float:
+        """The loss is the mean over labels."""
+        return 1 / self.task.outputs
+
+    def expected(self, logits: Tensor, batch: Batch) -> Passes:
+        """`sum_k p_k (1 - p_k) d_k^2`. K labels cost K backward passes on one graph."""
+        z = logits.double()
+        each = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        return z.sigmoid() * (-z).sigmoid(), each.expand(len(z), -1, -1)  # 1 - p without cancellation
+
+    def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
+        """Whether each label applies is drawn by itself."""
+        p = logits.double().sigmoid()
+        draws = [[uniform(seed, int(i), label) for label in range(p.shape[1])] for i in batch.indices]
+        applies = torch.tensor(draws, dtype=torch.float64).to(p.device) < p
+        return one_pass(applies.double() - p)
+
+    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
+        return one_pass(labels.double() - logits.double().sigmoid())
+
+    def decision(self, logits: Tensor) -> Tensor:
+        return logits > 0
+
+    def metric(self, name: MetricName) -> Metric:
+        """F1 is of all yes or no decisions together; accuracy is the share of rows of which all of them are right."""
+        return metrics.f1("micro") if name == "f1" else metrics.SIMPLE[name]
+
+    def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+        return metrics.of_decisions(name, labels, predictions)
+
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+        applies = scaled(logits.double()).sigmoid().numpy()
+        return float(metrics.of_decisions(name, labels, [applies])(np.ones((len(labels), 1)))[0, 0])

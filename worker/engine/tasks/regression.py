@@ -1,0 +1,49 @@
+"""A sequence has a number: the likelihood is a Gaussian of unit variance around the prediction."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.tasks import Regression
+from worker.engine.inputs.examples import Batch
+from worker.engine.tasks import metrics
+from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator, one_pass
+from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+
+
+class RegressionHead(HeadKind[Regression]):
+    """Predictions are numbers."""
+
+    @property
+    def loss_per_likelihood(self) -> float:
+        """The loss is the squared error, twice the Gaussian's."""
+        return 2.0
+
+    def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
+        """The expectation over the Gaussian, unless the row's own residual is asked for."""
+        return "empirical" if asked == "empirical" else "expected"
+
+    def expected(self, logits: Tensor, batch: Batch) -> Passes:
+        """The square of the prediction's own derivative."""
+        return one_pass(torch.ones_like(logits, dtype=torch.float64))
+
+    def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
+        return self.expected(logits, batch)
+
+    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
+        return one_pass(labels.double()[:, None] - logits.double())
+
+    def decision(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    def metric(self, name: MetricName) -> Metric:
+        return metrics.SIMPLE[name]
+
+    def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+        found = metrics.resampled_pearson if name == "pearson" else metrics.resampled_spearman
+        return found(labels, predictions)
+
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+        return self.metric(name)(labels, self.predicted(logits))
