@@ -37,7 +37,7 @@ from worker.engine_process import EngineProcess
 from worker.tasks import REDIS_RETRY_S, Storage, TaskRunner
 
 BEAT_S = 2.0
-LOOK_S = 2  # how often a worker without a job looks after its engine
+LOOK_S = 2  # a worker without a job looks after its engine this often
 RQ_BEAT_S = 20.0
 TIDY_S = 600.0  # folders that crashes left cost nothing but space
 ALIVE_S = 10.0  # a worker that has not beaten for so long does not count as live
@@ -55,7 +55,7 @@ class TaskWorker(SimpleWorker):
 
     is_stopping = False
     between_jobs: Callable[[], object] = staticmethod(lambda: None)
-    """A function that is called every few seconds while there is no job."""
+    """Called every few seconds while there is no job."""
     _is_busy = False
 
     @property
@@ -71,7 +71,7 @@ class TaskWorker(SimpleWorker):
             self.between_jobs()
         last = self.last_heartbeat
         if last is None or (datetime.now(UTC) - last).total_seconds() > RQ_BEAT_S:
-            with suppress(RedisError):  # it is for RQ's own lists of workers alone
+            with suppress(RedisError):  # only RQ's own lists of workers need it
                 super().heartbeat(timeout)
 
     def check_for_suspension(self, burst: bool) -> None:
@@ -96,7 +96,7 @@ class TaskWorker(SimpleWorker):
         self._is_busy = True
         try:
             super().execute_job(job, queue)
-        except RedisError as error:  # what is in RQ's own lists does not count, see `due`
+        except RedisError as error:  # RQ's own lists do not count, see `due`
             logger.warning("Redis does not answer: %s", error)
         finally:
             self._is_busy = False
@@ -108,7 +108,7 @@ class TaskWorker(SimpleWorker):
 
 
 def job_class(functions: Functions) -> type[Job]:
-    """RQ's job, with functions from the table alone."""
+    """Make RQ's class of jobs that only runs functions of the table."""
 
     class TableJob(Job):
         @property
@@ -122,7 +122,7 @@ def job_class(functions: Functions) -> type[Job]:
 
 
 def run(settings: Settings) -> int:
-    """Work until asked to stop. The exit status: 0 when asked, 1 when Redis went away for good."""
+    """Work until asked to stop. Returns the exit status: 0 when asked, 1 when Redis went away for good."""
     if settings.redis_url is None:
         print("MASKMERGE_REDIS_URL is not set", file=sys.stderr)  # noqa: T201
         return 2
@@ -173,7 +173,7 @@ def run(settings: Settings) -> int:
 
 
 def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> bool:
-    """Whether an attempt's folder is in use, or of a job that this Redis knows nothing of."""
+    """Return whether an attempt's folder is in use, or belongs to a job that this Redis does not know."""
     current = store.tasks.attempt_is_current(task, attempt)
     if current is None:
         return store.records.gone(task.job) is None
@@ -188,7 +188,7 @@ def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> 
 
 
 def may_go_on(store: JobStore, job: str) -> bool:
-    """Whether what the job tried may be of use to another attempt."""
+    """Return whether another attempt of the job may use the trials of earlier ones."""
     outcome = store.records.outcome(job)
     return isinstance(outcome, Outcome) and outcome.status not in (Status.SUCCEEDED, Status.CANCELLED)
 

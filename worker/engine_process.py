@@ -1,9 +1,9 @@
-"""The long-lived process that runs the engine, seen from both ends of its pipes.
+"""Runs the engine in a long-lived process, and has both ends of its pipes.
 
 Loading torch and transformers takes seconds and CUDA does not survive a fork, so the worker keeps one engine process
 and feeds it jobs as JSON lines; events come back the same way. The worker kills it when a job must stop, and starts
-another when it died, hung or grew too large. It takes jobs as soon as it can merge, and goes on importing what models
-are loaded with. Whatever it does, it sends a beat every second, so that the worker can tell when it hangs.
+another when it died, hung or grew too large. It takes jobs as soon as it can merge, and goes on importing the libraries
+that load models. Whatever it does, it sends a beat every second, so that the worker can tell when it hangs.
 """
 
 import gc
@@ -38,14 +38,14 @@ from worker.engine.catalog.primitives.paths import hide
 from worker.vitals import Vitals, processor_seconds
 
 BEAT_S = 1.0
-WELL_S = 10.0  # not heard of and idle for longer, it is no engine to count on
+WELL_S = 10.0  # an engine that is silent and idle for longer is not counted on
 START_TIMEOUT_S = 120  # importing torch and transformers from a cold disk
 PROGRESS_INTERVAL_S = 0.1  # the worker records at most two a second; the pipe need not carry more than this
 READ_BYTES = 1 << 16
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
-"""glibc keeps this much of what is freed; by default the blocks of a merge go back to the kernel, which clears every
-page again when the next one takes it."""
-FIRST_JOB_S = 0.1  # that an engine which was started for a job waits for it
+"""Settings by which glibc keeps this many bytes of freed memory. By default the blocks of a merge go back to the
+kernel, which clears every page again when the next block takes it."""
+FIRST_JOB_S = 0.1  # an engine that was started for a job waits so long for it
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ EVENT: TypeAdapter[Ready | Warm | Beat | Progressed | Finished | Failed] = TypeA
 
 
 class EngineDied(Exception):
-    """The process ended by itself, or by somebody else's hand. `out_of_memory` when the kernel took it for memory."""
+    """The process ended by itself, or was killed by another. `out_of_memory`: the kernel killed it to free memory."""
 
     def __init__(self, returncode: int, out_of_memory: bool) -> None:
         super().__init__(f"the engine process ended with {returncode}")
@@ -102,10 +102,12 @@ class EngineHung(EngineDied):
 
 
 class EngineProcess:
-    """The worker's end. Not for several threads, but for `is_well`; start it from the main one (see `die_with_parent`).
+    """The worker's end of the engine process.
+
+    Only one thread may use it, except for `is_well`; it must be started from the main thread (see `die_with_parent`).
 
     Args:
-        heartbeat_seconds, stall_seconds: when it is taken for hung, see `Vitals`.
+        heartbeat_seconds, stall_seconds: times after which it counts as hung, see `Vitals`.
     """
 
     def __init__(self, threads: int, heartbeat_seconds: float = 30, stall_seconds: float = 600) -> None:
@@ -119,7 +121,7 @@ class EngineProcess:
         self._buffer = b""
         self._oom_kills = 0
         self.is_warm = False
-        """Whether it has imported all libraries, also those that not every job needs; `poll` notices."""
+        """Whether it has imported all libraries, also those that only some jobs need. `poll` sets it."""
 
     def start(self) -> None:
         """Start it and wait until it takes jobs. Raises EngineDied when that fails."""
@@ -133,10 +135,10 @@ class EngineProcess:
             stdout=sys.stderr,
             pass_fds=[write_end],
             env={
-                **MALLOC,  # unless whoever runs the worker says otherwise
+                **MALLOC,  # the worker's own environment takes precedence
                 **{
                     name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"
-                },  # holds a password
+                },  # Redis's URL holds a password
                 "TMPDIR": str(self._scratch.path),
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -157,7 +159,7 @@ class EngineProcess:
         self._is_ready = True
 
     def run(self, spec: JobSpec) -> None:
-        """Begin a job; what becomes of it comes from `poll`. Raises EngineDied."""
+        """Begin a job, whose events come from `poll`. Raises EngineDied."""
         process = self._running()
         try:
             assert process.stdin is not None  # noqa: S101 - it is a pipe, see start
@@ -168,9 +170,9 @@ class EngineProcess:
         self._signs.begins()
 
     def poll(self, timeout_s: float) -> list[Ready | Progressed | Finished | Failed]:
-        """Events since the last call, after waiting at most `timeout_s` for one. Raises EngineDied.
+        """Return the events since the last call, after waiting at most `timeout_s` for one. Raises EngineDied.
 
-        To be called often, also while it has no job: it is here that one that hangs is noticed, and killed.
+        Call it often, also while there is no job: it notices a hanging process and kills it.
         """
         events = self._read(timeout_s)
         for event in events:
@@ -200,21 +202,21 @@ class EngineProcess:
         return [EVENT.validate_json(line) for line in lines]
 
     def kill(self) -> None:
-        """End it at once, whatever it does."""
+        """End the process at once, whatever it does."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             process, self._process = self._process, None
             os.close(self._events)
             if process.stdin is not None:
-                with suppress(BrokenPipeError):  # closing sends what a process that died before did not take
+                with suppress(BrokenPipeError):  # closing sends the rest, which a dead process does not take
                     process.stdin.close()
         if self._scratch is not None:
             self._scratch.remove()
             self._scratch = None
 
     def is_well(self) -> bool:
-        """Whether the process takes jobs, as far as is known. Any thread may call this."""
+        """Return whether the process takes jobs, as far as is known. Any thread may call this."""
         return self._process is not None and self._is_ready and self._signs.seems_well(WELL_S)
 
     @property
@@ -222,7 +224,7 @@ class EngineProcess:
         return self._running().pid
 
     def resident_bytes(self) -> int:
-        """Memory that it holds; 0 when it is gone."""
+        """Return the bytes of memory that the process holds; 0 when it is gone."""
         try:
             return int(psutil.Process(self.pid).memory_info().rss)
         except psutil.NoSuchProcess:
@@ -248,7 +250,7 @@ class EngineProcess:
 
 
 def _oom_kills() -> int:
-    """Kills for want of memory so far: in this control group and on this machine."""
+    """Return the number of kills for want of memory so far, in this control group and on this machine."""
     found = 0
     for file in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
         try:
@@ -261,15 +263,17 @@ def _oom_kills() -> int:
 
 # --- the engine's end
 
-_sending = Lock()  # a line at a time: two threads have something to say
+_sending = Lock()  # two threads send events, a line at a time
 
 
 def serve(requests: BinaryIO, events: int) -> None:
-    """Run jobs one after the other until the worker closes the pipe. What not every job needs is imported when none
-    is there yet, or after the first."""
+    """Run jobs one after the other until the worker closes the pipe.
+
+    Libraries that only some jobs need are imported while there is no job yet, or after the first job.
+    """
     Thread(target=_beat, args=(events,), daemon=True).start()
-    # Nothing of what is imported will be garbage. To look for it takes a tenth of the time of importing, and in jobs a
-    # tenth of a second now and then.
+    # Nothing that is imported will become garbage. Looking for garbage takes a tenth of the time of importing, and in
+    # jobs a tenth of a second now and then.
     gc.disable()
     import torch
 
@@ -306,7 +310,7 @@ def serve(requests: BinaryIO, events: int) -> None:
 
 
 class Throttled:
-    """Sends progress, but not more often than anybody reads; the ends of a phase always."""
+    """Sends progress, but no more often than anybody reads it. The first and last of a phase are always sent."""
 
     def __init__(self, events: int) -> None:
         self._events = events
@@ -320,7 +324,7 @@ class Throttled:
 
 
 def _job_error(error: Exception) -> JobError:
-    """The one place where foreign exceptions become job errors."""
+    """Turn any exception into a job's error; no other place does so."""
     import errno
 
     from worker.engine.runtime.resources import is_out_of_memory
@@ -348,7 +352,7 @@ def _job_error(error: Exception) -> JobError:
 
 
 def as_job_error(error: EngineError) -> JobError:
-    """The error as the job's record keeps it."""
+    """Return the error as the job's record keeps it."""
     detail: dict[str, Any] = json.loads(json.dumps(error.detail, default=str))
     return JobError.model_validate(
         {"code": error.code, "message": error.message, "retryable": error.retryable, "detail": detail}
@@ -356,7 +360,7 @@ def as_job_error(error: EngineError) -> JobError:
 
 
 def _open_as_many_files_as_allowed() -> None:
-    """A merge holds every weight file of every model open; the usual limit is there for programs that use select."""
+    """Raise the limit of open files: a merge holds all weight files open. The usual limit is for the sake of select."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

@@ -1,4 +1,4 @@
-"""`python -m worker.health`: exit status 0 while a worker of this host lives, as a container's health check asks."""
+"""`python -m worker.health` has exit status 0 while a worker of this host lives, as a container's health check asks."""
 
 import socket
 import sys
@@ -11,7 +11,7 @@ from app.storage.jobs import JobStore
 
 
 def problem(settings: Settings) -> str | None:
-    """What is wrong, or None."""
+    """Say what is wrong, or return None."""
     if settings.redis_url is None:
         return "MASKMERGE_REDIS_URL is not set"
     redis = connect(settings.redis_url.get_secret_value(), patience=0, timeout_s=3)

@@ -1,13 +1,13 @@
-"""From the engine's phases to one fraction of the whole job, and an estimate of what is left."""
+"""Computes, from the engine's phases, the fraction of the whole job that is done, and an estimate of the time left."""
 
 import time
 from collections.abc import Callable, Sequence
 
 from app.contracts.jobs import Phase, Progress
 
-# Seconds the phases took on two MiniLM experts with 1,024 rows each on two cores, as shares.
-# Downloading, which only merges from the hub do, depends on the line; searching, which merges, aligns and evaluates
-# many times over, on the number of trials.
+# Shares of the seconds that the phases took on two MiniLM experts with 1,024 rows each on two cores.
+# The time of downloading, which only jobs with inputs on the hub do, depends on the connection. That of searching,
+# which merges, aligns and evaluates many times, depends on the number of trials.
 SHARES = {
     Phase.DOWNLOADING: 50,
     Phase.LOADING: 5,
@@ -25,8 +25,8 @@ class ProgressMeter:
     """Progress of one attempt; `fraction` never falls.
 
     Args:
-        phases: those that this job goes through, in order.
-        clock: seconds, monotonic.
+        phases: the phases that this job goes through, in order.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, phases: Sequence[Phase], clock: Callable[[], float] = time.monotonic) -> None:

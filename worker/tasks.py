@@ -1,4 +1,4 @@
-"""What a worker does with a task, and the only place where contracts become the engine's input and back."""
+"""Runs a worker's tasks. It is the only place where contracts become the engine's input, and its output contracts."""
 
 import errno
 import logging
@@ -37,7 +37,7 @@ from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoi
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter
 
-TICK_S = 0.2  # how soon a stop, a lost lease or a finished job is noticed
+TICK_S = 0.2  # a stop, a lost lease or a finished job is noticed within this time
 RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
 REDIS_RETRY_S = 1.0
 LONGEST_RENEWAL_S = 2.0  # renewing is also how the worker hears of a cancel, which is to take effect within 5 s
@@ -51,7 +51,7 @@ class Stopping(Exception):
 
 
 class Unwanted(Exception):
-    """Nobody wants an attempt any more while its inputs are fetched; `status` is its job's, None for a lost lease."""
+    """Nobody wants the attempt whose inputs are fetched. `status` is its job's, or None for a lost lease."""
 
     def __init__(self, status: Status | None) -> None:
         super().__init__(f"the job is {status}")
@@ -60,7 +60,7 @@ class Unwanted(Exception):
 
 @dataclass(frozen=True)
 class Storage:
-    """Everything that a worker reads and writes, but for what its engine does."""
+    """Everything that a worker reads and writes, except what its engine reads and writes."""
 
     store: JobStore
     sources: Sources
@@ -74,8 +74,8 @@ class TaskRunner:
 
     Args:
         worker: the worker's name.
-        max_engine_bytes: an engine process that holds more after a job is replaced.
-        is_stopping: whether the worker was asked to end; the task is handed back then.
+        max_engine_bytes: memory above which an engine process is replaced after a job.
+        is_stopping: tells whether the worker was asked to end; the task is handed back then.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class TaskRunner:
 
     @property
     def functions(self) -> dict[str, Callable[[str], None]]:
-        """The fixed table of what a message from the queue may run."""
+        """Table of the functions that a message from the queue may run."""
         return {Stage.MERGE.value: self.run}
 
     def run(self, task_id: str) -> None:
-        """One attempt at a job. Whatever happens, the record says so and the worker lives on."""
+        """Make one attempt at a job. Whatever happens, the record says so and the worker lives on."""
         if not self.look_after_engine():
             logger.warning("%s is left to others: there is no engine", task_id)
             return  # it goes on waiting, and is handed out again
@@ -128,7 +128,7 @@ class TaskRunner:
             logger.warning("job %s: Redis is away, the lease runs out: %s", attempt.task.job, error)
         except Exception:
             logger.exception("job %s: attempt %d failed unexpectedly", attempt.task.job, attempt.number)
-            self._engine.kill()  # it may still be at work, and the next task must not hear of that
+            self._engine.kill()  # it may still be at work, and the next task must not get its events
             message = "unexpected error in the worker; its log has the trace"
             self._fail(attempt, JobError(code=ErrorCode.INTERNAL, message=message))
         finally:
@@ -182,7 +182,10 @@ class TaskRunner:
                     return
 
     def _renew(self, attempt: Attempt, progress: Progress | None) -> Status | None:
-        """The job's status, None when the attempt is no longer ours; while Redis is away nobody knows better."""
+        """Renew the lease. Returns the job's status, or None when the attempt is no longer ours.
+
+        While Redis is away, the attempt counts as ours, because nobody knows better.
+        """
         try:
             return self._store.tasks.renew(attempt, progress)
         except RedisError as error:
@@ -190,7 +193,7 @@ class TaskRunner:
             return Status.RUNNING
 
     def _keeping(self, attempt: Attempt, call: Callable[[], Answer]) -> Answer:
-        """The outcome of a call that may take longer than the lease: flushing or removing large files."""
+        """Return the outcome of a call that may take longer than the lease, as flushing or removing large files."""
         with ThreadPoolExecutor(1) as pool:
             outcome = pool.submit(call)
             while outcome not in wait([outcome], timeout=self._renew_interval).done:
@@ -198,7 +201,7 @@ class TaskRunner:
             return outcome.result()
 
     def _withdraw(self, attempt: Attempt, status: Status | None) -> None:
-        """Leave nothing of an attempt whose result nobody wants: the job was cancelled, or the lease was lost."""
+        """Remove all traces of an attempt whose result nobody wants: the job was cancelled, or the lease was lost."""
         self._artifacts.discard(attempt)
         if self._insist(lambda: self._store.tasks.acknowledge_cancel(attempt)):
             self._searches.remove(attempt.task.job)
@@ -250,9 +253,9 @@ class TaskRunner:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
 
     def look_after_engine(self) -> bool:
-        """Have an engine process that can take a job, whether there is one; to be called often between jobs.
+        """Replace an engine process that died, hangs or holds too much memory. Call it often between jobs.
 
-        Another one is started where it died, hangs or holds too much.
+        Returns whether there is an engine process that can take a job.
         """
         try:
             self._engine.poll(0)
@@ -273,7 +276,7 @@ class TaskRunner:
         return True
 
     def _insist(self, call: Callable[[], Answer]) -> Answer:
-        """The outcome of a store call, however long Redis is away. Raises Stopping when asked to end meanwhile."""
+        """Return the outcome of a store call, however long Redis is away. Raises Stopping when asked to end."""
         while True:
             try:
                 return call()
@@ -284,7 +287,7 @@ class TaskRunner:
                 time.sleep(REDIS_RETRY_S)
 
     def _spec(self, record: Record, folder: Path, attempt: Attempt) -> MergeSpec | ScoreSpec:
-        """The engine's input, with everything fetched that the engine does not fetch itself."""
+        """Make the engine's input, and fetch everything that the engine does not fetch itself."""
         inputs = _Inputs(record, partial(self._fetch, attempt))
         common = {"name": record.name, "recipe": record.request, "folder": folder, "store": self._statistics}
         if record.kind is Kind.SCORES:
@@ -307,9 +310,12 @@ class TaskRunner:
         )
 
     def _fetch(self, attempt: Attempt, reference: str, kind: InputKind, state: str | None) -> FetchedInput:
-        """Fetch an input while the lease is kept. Raises Unwanted, StorageError, or as a checkpoint or data set.
+        """Fetch an input while the lease is kept.
 
-        The input was there when the job was accepted; it may not be any more.
+        Raises:
+            Unwanted: nobody wants the attempt any more.
+            StorageError: the storage fails.
+            InvalidCheckpoint, InvalidDataset: the input, which was there when the job was accepted, is not there now.
         """
         renewed = time.monotonic()
 
@@ -338,7 +344,7 @@ class _Inputs:
     """A job's inputs as the engine takes them.
 
     Args:
-        fetch: takes a reference, its kind and its state when the job was accepted.
+        fetch: fetches an input, by its reference, its kind and its state when the job was accepted.
     """
 
     record: Record
@@ -363,12 +369,12 @@ class _Inputs:
 
 
 def _where(found: FetchedInput) -> dict[str, object]:
-    """Path and root, or repository and commit."""
+    """Say where an input is: its path and root, or its repository and commit."""
     return {"hub": found.hub} if found.place is None else {"path": found.place.path, "root": found.place.root}
 
 
 def phases_of(spec: JobSpec) -> list[Phase]:
-    """The phases that this job goes through."""
+    """Return the phases that this job goes through."""
     phases = [Phase.DOWNLOADING] if spec.names_the_hub else []
     phases.append(Phase.LOADING)
     if spec.method.statistics:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import psutil
 
 LONGEST_LOOK_S = (
-    5.0  # what passes between two looks counts for no more: the machine, or who looks, may have stood still
+    5.0  # time between two looks counts for no more: the machine, or the looking worker, may have stood still
 )
-LEAST_WORK = 0.005  # of a processor; beats take a twentieth of it
+LEAST_WORK = 0.005  # share of a processor; beats take a twentieth of it
 LEAST_WORK_S = 0.05  # five ticks of the kernel's clock: a single one proves nothing
 
 
@@ -21,10 +21,10 @@ class Vitals:
     one when the process only waits, or holds its interpreter all the time.
 
     Args:
-        heartbeat_seconds: how long it may be silent while it does not work.
-        stall_seconds: how long a job may be without progress while the process does not work, or is silent.
-        clock: seconds, monotonic.
-        processor_seconds: what the process has taken.
+        heartbeat_seconds: time for which it may be silent while it does not work.
+        stall_seconds: time for which a job may be without progress while the process does not work, or is silent.
+        clock: monotonic clock, in seconds.
+        processor_seconds: returns the processor time that the process has used.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Vitals:
             self._stalled = 0.0
 
     def look(self) -> str | None:
-        """Why the process is taken for hung, or None. Call this often."""
+        """Return why the process counts as hung, or None. Call this often."""
         now = self._clock()
         passed = min(now - self._looked, LONGEST_LOOK_S)
         self._looked = now
@@ -74,12 +74,12 @@ class Vitals:
         return None
 
     def seems_well(self, seconds: float) -> bool:
-        """Whether the process sent something or used processor time within so many seconds."""
+        """Return whether the process sent something or used processor time within the last `seconds`."""
         return min(self._silent, self._resting) < seconds
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor seconds that all threads of a process have used; 0 when it is gone."""
+    """Return the processor seconds that all threads of a process have used; 0 when it is gone."""
     try:
         taken = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess:

@@ -1,7 +1,7 @@
 """Checks that the files beside a model's weights load as its users load them, before a job is accepted.
 
-The library of tokenizers reads `tokenizer.json` here as it does for transformers; of the settings beside it, and of
-those of generation, the values' types are checked, which transformers finds out only when it loads them.
+The library of tokenizers reads `tokenizer.json` here as it does for transformers. In the settings beside it, and in
+those of generation, the types of values are checked, which transformers does only when it loads them.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ CACHES = (
 """Values of `cache_implementation` that transformers takes."""
 MAX_REMEMBERED = 64  # digests of files that load, a few bytes each
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes of tokenizers that take tokenizer.json as it is; others make theirs anew from its tokens."""
+"""Classes of tokenizers that take tokenizer.json as it is; others build a tokenizer anew from its tokens."""
 _loadable: dict[bytes, None] = {}
 
 
 def check_companions(info: CheckpointInfo) -> None:
-    """Check what is published beside the weights of a model: its tokenizer, and its settings of generation.
+    """Check the files that are published beside the weights of a model: its tokenizer, and its settings of generation.
 
     Raises:
         InvalidCheckpoint: names the file, the key and its value.
@@ -56,7 +56,7 @@ def check_tokenizer(info: CheckpointInfo) -> None:
         contents[name] = read_json(path / name, info.source, MAX_CONFIG_BYTES) if (path / name).exists() else {}
     config = contents["tokenizer_config.json"]
     _refuse(info, "tokenizer_config.json", _problems_of_config(config), advice)
-    # What a configuration says of added tokens goes before what older files say.
+    # A configuration's own list of added tokens takes precedence over older files.
     is_older = "added_tokens_decoder" not in config
     if is_older:
         named = contents["special_tokens_map.json"]
@@ -79,12 +79,12 @@ def _refuse(info: CheckpointInfo, file: str, problems: Iterator[str], advice: st
 
 
 def _check_loads(info: CheckpointInfo, said: Mapping[str, Any], needs_added: bool, *, is_rebuilt: bool) -> None:
-    """Load tokenizer.json, and cut a text by it. What has once loaded is not loaded again.
+    """Load tokenizer.json, and cut a text by it. A file that has loaded once is not loaded again.
 
     Args:
-        said: what the files beside it say of special tokens.
-        needs_added: whether added tokens are read from it alone.
-        is_rebuilt: whether the tokenizer's class makes another of its tokens and of what the files beside it say.
+        said: the special tokens that the files beside it name.
+        needs_added: whether added tokens are only read from it.
+        is_rebuilt: whether the tokenizer's class builds another tokenizer from its tokens and the files beside it.
     """
     file = info.tokenizer_path / "tokenizer.json"
     reads(info.source, file.name)
@@ -104,7 +104,7 @@ def _check_loads(info: CheckpointInfo, said: Mapping[str, Any], needs_added: boo
         if isinstance(model, tokenizers.models.WordPiece) and renames_unknown:
             model.unk_token = str(unknown)
         tokenizer.encode(TEXT)
-    except BaseException as error:  # the library has no class of its own for what it does not read
+    except BaseException as error:  # the library has no exception of its own for files that it cannot read
         if not is_of_library(error):
             raise
         problem = f"tokenizer.json cannot be loaded: {in_one_line(error)}"
@@ -120,7 +120,7 @@ def _check_loads(info: CheckpointInfo, said: Mapping[str, Any], needs_added: boo
 
 
 def _problems_of_config(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what is wrong with a tokenizer_config.json."""
+    """Yield the problems of a tokenizer_config.json."""
     yield from _wrong(config, "tokenizer_class", "no text", lambda value: isinstance(value, str))
     yield from _wrong(config, "model_max_length", "no number", _is_number)
     for key in ("padding_side", "truncation_side"):
@@ -146,10 +146,10 @@ def _problems_of_config(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _problems_of_tokens(content: Mapping[str, Any], is_object: Callable[[Any], bool]) -> Iterator[str]:
-    """Yields special tokens that are none.
+    """Yield the problems of values that should be special tokens.
 
     Args:
-        is_object: whether an object is a token; the older of two files does not say that it is one.
+        is_object: tells whether an object is a token; in the older of two files it does not say so of itself.
     """
     for key in SPECIAL_TOKENS:
         yield from _wrong(content, key, "no token", lambda value: isinstance(value, str) or is_object(value))
@@ -168,7 +168,7 @@ def _problems_of_tokens(content: Mapping[str, Any], is_object: Callable[[Any], b
 
 
 def _problems_of_generation(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what is wrong with a generation_config.json."""
+    """Yield the problems of a generation_config.json."""
     early = config.get("early_stopping")
     if not isinstance(early, bool | None) and early not in (0, 1, "never"):
         yield f"early_stopping {_short(early)}, which is neither true, false nor never"
@@ -227,12 +227,12 @@ def _is_named_template(value: Any) -> bool:
 
 
 def _is_typed(value: Any) -> bool:
-    """Whether it is a token as a configuration has it, which says of itself that it is one."""
+    """Return whether it is a token as configurations have them, with a key that says so."""
     return isinstance(value, dict) and value.get("__type") == "AddedToken" and _is_described(value)
 
 
 def _is_described(value: Any) -> bool:
-    """Whether it is an object of a token's text and flags."""
+    """Return whether it is an object with a token's text and flags."""
     if not isinstance(value, dict) or not isinstance(value.get("content", ""), str):
         return False
     flags = (value.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special"))

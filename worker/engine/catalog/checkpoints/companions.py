@@ -1,4 +1,4 @@
-"""Files that are published beside a model's weights as they are: its tokenizer's, chat templates, settings."""
+"""Finds the files that are published unchanged beside a model's weights: tokenizer, chat templates, settings."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from worker.engine.catalog.checkpoints.headers import (
 
 
 def companions(info: CheckpointInfo) -> dict[str, Path]:
-    """The path of each file that is published as it is, by its published name.
+    """Return the path of each file that is published as it is, by its published name.
 
-    Beside an adapter's tokenizer there are no settings of generation and of processors, as a rule: they are the base's.
+    An adapter usually has a tokenizer but no settings of generation and of processors; those of its base are taken.
     """
     found = {}
     if info.base is not None:

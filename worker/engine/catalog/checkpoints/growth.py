@@ -1,4 +1,4 @@
-"""How much longer a tokenizer can make a text: a few hundred bytes of rules could make it larger than all memory."""
+"""Limits how much longer a tokenizer can make a text: a few hundred bytes of rules could make it exceed all memory."""
 
 import base64
 import binascii
@@ -7,17 +7,17 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-MAX_GROWTH = 3000  # of the longest sequences in use, ALBERT's and XLNet's, about 1300 in the worst text
-MAX_AFFIX = 1000  # characters of what is put before, after or in place of each piece
+MAX_GROWTH = 3000  # the longest sequences of steps in use, ALBERT's and XLNet's, reach 1300 in the worst text
+MAX_AFFIX = 1000  # characters that are put before, after or in place of each piece
 GROWTH_OF_KINDS = {"NFKC": 18, "NFKD": 18, "NFC": 4, "NFD": 4, "BertNormalizer": 12, "ByteLevel": 4}
 GROWTH_OF_KINDS |= {"Lowercase": 2, "Metaspace": 2}
-"""How many characters one can become, by the type of a step."""
+"""Largest number of characters that one can become, by the type of a step."""
 TAKES_A_CHARACTER = re.compile(r"(?:[^\\()\[\]{}*?|^$.]|\\[sSdDwWnrt.]|\.|\[[^\\\[\]&^]+\]|\{[1-9][0-9]*,?[0-9]*\})+")
-"""Patterns that match no empty text for certain."""
+"""Matches patterns that certainly match no empty text."""
 
 
 def check_growth(content: Mapping[str, Any]) -> None:
-    """Raises ValueError if the rules of a `tokenizer.json` can make a text much longer, or repeat long tokens."""
+    """Raise ValueError if the rules of a `tokenizer.json` can make a text much longer, or repeat long tokens."""
     text = _growth(content.get("normalizer")) * _growth(content.get("pre_tokenizer"))
     for part, growth in (
         ("normalizer and pre_tokenizer", text),
@@ -34,7 +34,7 @@ def check_growth(content: Mapping[str, Any]) -> None:
 
 
 def _growth(step: Any) -> float:
-    """The most times longer that a step makes a text. What is malformed counts as 1: the library refuses it."""
+    """Return the largest factor by which a step lengthens a text; 1 for malformed steps, which the library refuses."""
     if not isinstance(step, dict):
         return 1
     kind = step.get("type", "Sequence" if any(isinstance(value, list) for value in step.values()) else None)
@@ -43,7 +43,7 @@ def _growth(step: Any) -> float:
         inner = step.get(key)
         for one in inner if isinstance(inner, list) else ():
             growth = min(growth * _growth(one), MAX_GROWTH + 1)
-    # Steps are told by their keys: the library does without a type.
+    # Steps are recognised by their keys, because the library also takes steps without a type.
     if "pattern" in step and "content" in step:
         return growth * _of_replace(step["pattern"], step["content"])
     if "prepend" in step:
@@ -75,7 +75,10 @@ def _of_replace(pattern: Any, content: Any) -> float:
 
 
 def _of_map(charsmap: Any) -> int:
-    """The longest text that replaces a character, in SentencePiece's format: a trie's size, the trie, texts."""
+    """Return the length of the longest text that replaces a character.
+
+    SentencePiece's format is a trie's size, the trie, then the texts.
+    """
     try:
         raw = base64.b64decode(_text(charsmap))
         (size,) = struct.unpack_from("<I", raw)
@@ -86,7 +89,7 @@ def _of_map(charsmap: Any) -> int:
 
 
 def _of_template(step: Mapping[str, Any], pieces: Any) -> int:
-    """How often a template has a text, and the tokens that it adds."""
+    """Return how often a template has a text, plus the number of tokens that it adds."""
     specials = step.get("special_tokens")
     growth = 0
     for piece in pieces if isinstance(pieces, list) else ():

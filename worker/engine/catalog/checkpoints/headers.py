@@ -1,7 +1,7 @@
-"""Reading a checkpoint's description (config, tensor names, dtypes, shapes) without reading a weight.
+"""Reads a checkpoint's description (config, tensor names, dtypes, shapes) without reading a weight.
 
 A checkpoint is a folder as `save_pretrained` writes it: `config.json`, and `model.safetensors` or
-`model.safetensors.index.json` with its shards. Of adapters, see `adapters`. Nothing here unpickles or runs anything;
+`model.safetensors.index.json` with its shards. See `adapters` for adapters. Nothing here unpickles or runs anything;
 sizes are checked before anything is parsed.
 """
 
@@ -27,22 +27,22 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 MAX_HEADER_BYTES = 10_000_000  # the largest real models have headers of 1 to 2 MB
 MAX_TENSORS = 100_000
 MAX_RANK = 8  # axes of a tensor; the largest real one has 6
-MAX_SIZE = 2**63 - 1  # along an axis, and of an offset: what whoever reads the format can hold
+MAX_SIZE = 2**63 - 1  # largest length of an axis, and offset, that readers of the format can hold
 MAX_NAME = 500  # characters of a tensor's name; the longest real ones have 150
 MAX_DEPTH = 32  # lists and objects within each other; the deepest real ones, pipelines of tokenizers, have 10
-MAX_DIGITS = 100  # of a number in JSON; the longest real one, model_max_length, has 31
-MAX_KEYS = 300_000  # in all objects of a configuration: 100,000 labels by id and by name, and some more
-MAX_KEY = 1000  # characters of a configuration's key, which a label's name is too
+MAX_DIGITS = 100  # digits of a number in JSON; the longest real one, model_max_length, has 31
+MAX_KEYS = 300_000  # keys of all objects in a configuration: 100,000 labels by id and by name, and some more
+MAX_KEY = 1000  # characters of a configuration's key; names of labels are keys too
 MAX_CONFIG_BYTES = 5_000_000
 MAX_TOKENIZER_BYTES = 50_000_000  # the largest real ones have 35 MB
-MAX_MODULE_BYTES = 1_000_000_000  # of the weights of a sentence-transformers module; the largest real ones have 50 MB
+MAX_MODULE_BYTES = 1_000_000_000  # weights of a sentence-transformers module; the largest real ones have 50 MB
 MAX_TEMPLATE_BYTES = 1_000_000  # the largest real ones have 30 kB
-MAX_DESCRIPTION_BYTES = 80_000_000  # of all files beside the weights
+MAX_DESCRIPTION_BYTES = 80_000_000  # all files beside the weights together
 MAX_DESCRIPTION_FILES = 200
 MAX_WEIGHT_FILES = 1000
 
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
-"""Error numbers of the system when this process or the machine may open no more files."""
+"""The system's error numbers when this process or the machine may open no more files."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -50,7 +50,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = ("F64", "F32", "BF16", "F16")
-# What quantised weights are stored in, by the format's names.
+# Data types of quantised weights, by the format's names.
 QUANTISED = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E4M3FNUZ": "float8", "F8_E5M2FNUZ": "float8"}
 QUANTISED |= {"F8_E8M0": "float8", "F6_E2M3": "float6", "F6_E3M2": "float6", "F4": "float4"}
 QUANTISED |= dict.fromkeys(("U16", "U32", "U64"), "packed")
@@ -72,7 +72,8 @@ OLDER_VOCABULARIES = (
     "merges.txt",
     "bpe.codes",
     *SENTENCEPIECE,
-    # Of single kinds of models: Marian, FSMT, Whisper, LUKE, RoCBert, GPT-NeoX Japanese, BARTpho, ProphetNet.
+    # Only single kinds of models have these: Marian, FSMT, Whisper, LUKE, RoCBert, GPT-NeoX Japanese, BARTpho,
+    # ProphetNet.
     "source.spm",
     "target.spm",
     "target_vocab.json",
@@ -91,11 +92,11 @@ OLDER_VOCABULARIES = (
 """Files with tokens that are read beside tokenizer.json, or instead of it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *OLDER_VOCABULARIES)
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE)
-"""Files that `vocabulary_of` goes by."""
-MAX_VOCABULARIES = 64  # that are remembered, a few hundred bytes each
+"""Files that `vocabulary_of` reads."""
+MAX_VOCABULARIES = 64  # number that is remembered, a few hundred bytes each
 _vocabularies: dict[tuple[tuple[str, bytes], ...], tuple[Mapping[str, str], int | None]] = {}
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""How images and sound become a model's inputs."""
+"""Files that say how images and sound become a model's inputs."""
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 """Chat templates of the tokenizer and, in older folders, of the processor."""
 MORE_CHAT_TEMPLATES = re.compile(r"additional_chat_templates/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}\.jinja")
@@ -106,32 +107,35 @@ ENCODER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-"""Names that sentence-transformers has had for the settings of the transformer itself; it takes the first one."""
+"""Names that sentence-transformers has used for the settings of the transformer itself; it takes the first one."""
 SENTENCE_FILES = (MODULES, "config_sentence_transformers.json", *ENCODER_CONFIGS)
 """Files of a sentence-transformers folder, besides the folders of its modules."""
 MODULE_FILE = re.compile(r"[0-9]{1,2}_[A-Za-z0-9_]{1,64}/(config\.json|model\.safetensors)")
 INNER_FOLDER = re.compile(r"additional_chat_templates|[0-9]{1,2}_[A-Za-z0-9_]{1,64}")
 """Names of sub-folders that may hold files of a checkpoint."""
 SPECIAL_TOKENS = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # of whole models
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # files of whole models
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to a matrix: `scaling * B A`, (outputs, inputs), or its transpose where that is stored."""
+    """The update that an adapter adds to a matrix: `scaling * B A`, (outputs, inputs), or its transpose.
+
+    The transpose is added where the matrix is stored as (inputs, outputs).
+    """
 
     a: "TensorInfo"
-    """(rank, inputs)"""
+    """The matrix A, (rank, inputs)."""
     b: "TensorInfo"
-    """(outputs, rank)"""
+    """The matrix B, (outputs, rank)."""
     scaling: float
     transposed: bool
-    """Whether the matrix is stored as (inputs, outputs), as embeddings are and the layers of GPT-2."""
+    """Whether the matrix is stored as (inputs, outputs), as embeddings and the layers of GPT-2 are."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor on disk: where it is and what it is. `source` is its checkpoint's, for messages."""
+    """One tensor on disk: its place, data type and shape. `source` is its checkpoint's, for messages."""
 
     source: str
     name: str
@@ -141,7 +145,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     delta: LowRank | None = None
-    """Added when the tensor is read."""
+    """An adapter's update, which is added when the tensor is read."""
 
     @property
     def file(self) -> str:
@@ -163,13 +167,13 @@ class CheckpointInfo:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     vocabulary: Mapping[str, str]
-    """Digests of what cuts text into token ids, by the form it is stored in; empty where there is no tokenizer."""
+    """Digests of the rules that cut text into token ids, by the form they are stored in; empty without a tokenizer."""
     tokenizer_path: Path
     """Folder of the tokenizer's files."""
     base: "CheckpointInfo | None" = None
-    """For an adapter, the model that it adapts: its tensors belong to this checkpoint, its files do not."""
+    """The model that an adapter adapts. Its tensors are among this checkpoint's, its files are not."""
     last_token: int | None = None
-    """The highest id that the tokenizer gives; None where its files do not tell."""
+    """Highest id that the tokenizer gives; None where its files do not tell."""
     notes: tuple[str, ...] = ()
     """Notes for the result of a job that reads the checkpoint."""
 
@@ -183,7 +187,7 @@ class CheckpointInfo:
 
     @property
     def weight_files(self) -> list[str]:
-        """Names of its own."""
+        """Names of the checkpoint's own weight files."""
         if self.base is not None:
             return [ADAPTER_WEIGHTS]
         return sorted({tensor.file for tensor in self.tensors.values()})
@@ -195,28 +199,28 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer's tokens, and what has to agree for the tokens of two to mean the same."""
+    """A tokenizer's tokens, and the rules that must agree for the tokens of two tokenizers to mean the same."""
 
     kind: str
-    """`BPE`, `WordPiece`, `Unigram` or `WordLevel`."""
+    """Type of the tokenizer's model: `BPE`, `WordPiece`, `Unigram` or `WordLevel`."""
     ids: Mapping[str, int]
     added: Mapping[str, Mapping[str, Any]]
-    """For each token, how it is found in text, as an entry of tokenizer.json's `added_tokens`."""
+    """Added tokens, each with the entry of tokenizer.json's `added_tokens` that says how it is found in text."""
     merges: tuple[tuple[str, str], ...]
-    """Merges of a BPE, in order."""
+    """Pairs of pieces that a BPE merges, in order."""
     scores: Mapping[str, float]
-    """Scores of a Unigram's pieces."""
+    """Log probabilities of a Unigram's pieces."""
     special: Mapping[str, str]
-    """Special tokens by role, as `pad_token`, without those that no file names."""
+    """Special tokens by role, such as `pad_token`; roles that no file names are missing."""
     affixes: tuple[str, str]
-    """What tells a piece that continues a word, and one that ends it."""
+    """Prefix of a piece that continues a word, and suffix of one that ends it."""
 
 
 def inspect_checkpoint(path: Path, source: str) -> CheckpointInfo:
-    """Read config and headers of the checkpoint folder `path`, of a whole model.
+    """Read config and headers of a whole model's checkpoint folder.
 
     Args:
-        path: a view, see `views`, where the checkpoint comes from outside.
+        path: the folder; a view, see `views`, where the checkpoint comes from outside.
 
     Raises:
         InvalidCheckpoint: names the file or tensor and what to do.
@@ -227,7 +231,7 @@ def inspect_checkpoint(path: Path, source: str) -> CheckpointInfo:
 
 @contextmanager
 def readable(source: str) -> Iterator[None]:
-    """Raises InvalidCheckpoint for what the system says of the files."""
+    """Turn the system's errors about files into InvalidCheckpoint."""
     try:
         yield
     except OSError as error:  # a name too long, links in a circle
@@ -237,7 +241,7 @@ def readable(source: str) -> Iterator[None]:
 
 
 def check_folder(path: Path, source: str) -> None:
-    """Raises InvalidCheckpoint where there is no folder, and for a tokenizer that names code to run."""
+    """Raise InvalidCheckpoint where there is no folder, and for a tokenizer that names code to run."""
     if not path.is_dir():
         raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
     check_description(path, source)
@@ -250,7 +254,7 @@ def check_description(path: Path, source: str) -> None:
     """Check sizes and first bytes of the files beside the weights.
 
     Raises:
-        InvalidCheckpoint: one is too large, all are together, or one is a Git LFS pointer.
+        InvalidCheckpoint: one is too large, all together are too large, or one is a Git LFS pointer.
     """
     names = described_files({*file_names(path)})
     sizes = {}
@@ -275,7 +279,7 @@ def check_description(path: Path, source: str) -> None:
 
 
 def size_limit(name: str) -> int:
-    """How many bytes a file beside the weights may have."""
+    """Return the number of bytes that a file beside the weights may have."""
     if name in ("tokenizer.json", *OLDER_VOCABULARIES):
         return MAX_TOKENIZER_BYTES
     if name.endswith(WEIGHTS):
@@ -286,13 +290,13 @@ def size_limit(name: str) -> int:
 
 
 def refuse_pointer(name: str, start: bytes, source: str) -> None:
-    """Raises InvalidCheckpoint where a file begins as a Git LFS pointer does."""
+    """Raise InvalidCheckpoint where a file begins as a Git LFS pointer does."""
     if is_pointer(start):
         raise InvalidCheckpoint(source, f"{name} is not there: {WHAT_TO_DO}", file=name)
 
 
 def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
-    """Raises InvalidCheckpoint where a configuration names code to run."""
+    """Raise InvalidCheckpoint where a configuration names code to run."""
     if content.get("auto_map"):
         raise InvalidCheckpoint(
             source, f"{name} has auto_map, which would run code from the checkpoint; this service never does"
@@ -300,14 +304,14 @@ def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
 
 
 def is_of_library(config: Mapping[str, Any]) -> bool:
-    """Whether transformers has the model's own class, so that code beside the checkpoint is not needed."""
+    """Return whether transformers has the model's own class, so that code beside the checkpoint is not needed."""
     kind = kind_of(config.get("model_type", ""))
     name = architecture_of(config)
     return kind is not None and (not name or name in kind.architectures)
 
 
 def without_code(config: dict[str, Any], source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A model's configuration without the code that it names, and a note where it named some.
+    """Return a model's configuration without the code that it names, and a note where it named some.
 
     Raises:
         InvalidCheckpoint: it names code, and transformers has no class of its own in its place.
@@ -351,19 +355,19 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
 
 
 def is_packed(tensor: TensorInfo) -> bool:
-    """Whether a tensor is a part of quantised weights: integers named as a weight, or their scales and the like."""
+    """Return whether a tensor is part of quantised weights: integers named as a weight, or their scales and so on."""
     return PACKED.search(tensor.name) is not None or (
         tensor.dtype not in FLOATS and (tensor.name == "weight" or tensor.name.endswith(".weight"))
     )
 
 
 def _may_be_packed(tensor: TensorInfo) -> bool:
-    """Whether a tensor may be a part of quantised weights, if a configuration says that there are some."""
+    """Return whether a tensor may be part of quantised weights, if a configuration says that there are some."""
     return is_packed(tensor) or tensor.dtype in INTEGERS_THAT_PACK
 
 
 def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
-    """Tensors of one safetensors file, in the order of their bytes.
+    """Read the tensors of one safetensors file, in the order of their bytes.
 
     The format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes without gaps
     (https://huggingface.co/docs/safetensors, *Format*).
@@ -421,7 +425,7 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
 
 
 def _tensor(source: str, file: Path, data: int, name: str, entry: object) -> tuple[TensorInfo, int, int]:
-    """Raises ValueError for what the format does not have."""
+    """Read one entry of a header. Raises ValueError for an entry that the format does not allow."""
     if not isinstance(entry, dict):
         raise ValueError(f"what it says of tensor {name[:MAX_NAME]} is no JSON object")
     if len(name) > MAX_NAME:
@@ -451,7 +455,7 @@ def _tensor(source: str, file: Path, data: int, name: str, entry: object) -> tup
 
 
 def checkpoint_state(info: CheckpointInfo) -> str:
-    """Names, sizes and times of the checkpoint's own files; it changes when one of them is written.
+    """Return a digest of the names, sizes and times of the checkpoint's own files, which changes when one is written.
 
     Raises:
         InvalidCheckpoint: a file is gone.
@@ -467,10 +471,10 @@ def checkpoint_state(info: CheckpointInfo) -> str:
 
 
 def described_files(names: Collection[str]) -> list[str]:
-    """The files of a checkpoint beside its weights: configurations, tokenizer, templates, index.
+    """Return the files of a checkpoint beside its weights: configurations, tokenizer, templates, index.
 
     Args:
-        names: of files, relative to the checkpoint's folder, with `/` between a folder and what is in it.
+        names: names of files, relative to the checkpoint's folder, with `/` after a folder.
     """
     wanted = ("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, *COMPANIONS, *SENTENCE_FILES, INDEX)
     inner = (MORE_CHAT_TEMPLATES, MODULE_FILE) if MODULES in names else (MORE_CHAT_TEMPLATES,)
@@ -481,7 +485,7 @@ def described_files(names: Collection[str]) -> list[str]:
 
 
 def file_names(folder: Path) -> Iterator[str]:
-    """Names in a checkpoint's folder; those of sub-folders that may hold its files are followed by their contents."""
+    """Yield the names in a checkpoint's folder; sub-folders that may hold its files are followed by their contents."""
     for entry in folder.iterdir():
         yield entry.name
         if INNER_FOLDER.fullmatch(entry.name) and entry.is_dir():
@@ -489,12 +493,12 @@ def file_names(folder: Path) -> Iterator[str]:
 
 
 def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[str]:
-    """The weight files of a checkpoint whose files are `names`.
+    """Return the weight files of a checkpoint whose files are `names`.
 
-    The rule is that of transformers' `from_pretrained`: one file goes before an index, whose shards are then not read.
+    The rule is that of transformers' `from_pretrained`: a single file takes precedence over an index and its shards.
 
     Args:
-        read: the content of a file.
+        read: returns the content of a file.
     """
     found = [name for name in (WEIGHTS, ADAPTER_WEIGHTS) if name in names]
     if WEIGHTS in found or INDEX not in names:
@@ -507,7 +511,7 @@ def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[
 
 
 def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[list[str], Mapping[str, object]]:
-    """Names of the files, see `weights_among`, and by tensor the file in which an index says that it is."""
+    """Return the names of the weight files, see `weights_among`, and each tensor's file according to the index."""
     if (path / WEIGHTS).is_file():
         return [WEIGHTS], {}
     if (path / INDEX).exists():
@@ -545,13 +549,17 @@ def _read(file: Path, source: str, limit: int) -> bytes:
 
 
 def parsed_json(raw: bytes) -> Any:
-    """Raises ValueError for what is no JSON, for nesting and numbers beyond anything real, and for half a surrogate
-    pair, which no file could hold as UTF-8."""
+    """Read JSON.
+
+    Raises:
+        ValueError: it is no JSON, has nesting or numbers beyond anything real, or has half a surrogate pair, which no
+            file could hold as UTF-8.
+    """
     content = json.loads(raw, parse_int=_integer)
     for depth, _ in enumerate(_levels(content)):
         if depth == MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
-    if b"\\u" in raw:  # in no other way can there be one
+    if b"\\u" in raw:  # only an escape can spell half a pair
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -566,7 +574,7 @@ def _integer(digits: str) -> int:
 
 
 def _levels(content: Any) -> Iterator[list[Any]]:
-    """Yields the objects and lists of a JSON value level by level, the outermost first."""
+    """Yield the objects and lists of a JSON value level by level, the outermost first."""
     level = [content] if isinstance(content, dict | list) else []
     while level:
         yield level
@@ -575,7 +583,7 @@ def _levels(content: Any) -> Iterator[list[Any]]:
 
 
 def _check_keys(content: Any) -> None:
-    """Raises ValueError for more or longer keys than configurations have: each is compared and may be quoted."""
+    """Raise ValueError for more or longer keys than configurations have: each is compared and may be quoted."""
     count = 0
     for level in _levels(content):
         objects = [value for value in level if isinstance(value, dict)]
@@ -588,7 +596,7 @@ def _check_keys(content: Any) -> None:
 
 
 def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
-    """Raises InvalidCheckpoint when it is missing, larger than `limit` bytes or no JSON object."""
+    """Read a JSON object. Raises InvalidCheckpoint when it is missing, larger than `limit` bytes or no JSON object."""
     try:
         content = parsed_json(_read(file, source, limit))
         if limit <= MAX_CONFIG_BYTES:  # vocabularies and indices have keys of their own
@@ -601,7 +609,7 @@ def read_json(file: Path, source: str, limit: int) -> dict[str, Any]:
 
 
 def module_entries(file: Path, source: str) -> list[dict[str, Any]]:
-    """The entries of a `modules.json`; `path` and `type` of each are text.
+    """Return the entries of a `modules.json`; `path` and `type` of each are text.
 
     Raises:
         InvalidCheckpoint: it is malformed, or the transformer lies in a sub-folder, as old versions saved it.
@@ -625,7 +633,7 @@ def module_entries(file: Path, source: str) -> list[dict[str, Any]]:
 
 
 def read_tokenizer(info: CheckpointInfo) -> Tokenizer | None:
-    """From the files that `CheckpointInfo.vocabulary` is of; None where no file has tokens with their ids.
+    """Read a tokenizer from the files of `CheckpointInfo.vocabulary`; None where no file has tokens with their ids.
 
     Raises:
         InvalidCheckpoint: a file is malformed.
@@ -702,11 +710,12 @@ def _special_tokens(path: Path, source: str) -> dict[str, str]:
 
 
 def vocabulary_of(path: Path, source: str) -> tuple[dict[str, str], int | None]:
-    """Digests by form, and the last id if the files tell. `tokens`: of token → id pairs, with a BPE's merges or a
-    Unigram's scores; formatting and post-processing do not matter. `sentencepiece`: of the file, whose pieces have ids
-    only once a tokenizer's class has shifted them.
+    """Return the digests of a vocabulary by the form it is stored in, and its last id if the files tell it.
 
-    Models that are merged have the same tokenizer, as a rule, so what is known of the same bytes is not found anew.
+    The digest `tokens` is that of the pairs token → id, with a BPE's merges or a Unigram's scores; formatting and
+    post-processing do not matter. The digest `sentencepiece` is that of the file, whose pieces have ids only once a
+    tokenizer's class has shifted them. Models that are merged usually have the same tokenizer, so results are
+    remembered by the bytes of the files.
     """
     names = [name for name in VOCABULARIES if (path / name).exists()]
     contents = {name: _read(path / name, source, size_limit(name)) for name in names}
@@ -735,11 +744,11 @@ def _vocabulary_of(path: Path, source: str, contents: Mapping[str, bytes]) -> tu
 
 
 def _tokens(path: Path, source: str) -> list[Any] | None:
-    """The same for the same tokens, whichever of the files they are in; None where there is none of them."""
+    """Return a value that is the same for the same tokens, whichever file they are in; None where there is no file."""
     if (path / "tokenizer.json").exists():
         content = read_json(path / "tokenizer.json", source, MAX_TOKENIZER_BYTES)
         model = content.get("model")
-        # The library takes text in place of a vocabulary for the name of a file, and opens it.
+        # If a text is in the place of the vocabulary, the library takes it for the name of a file, and opens it.
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not model["vocab"]:
             raise InvalidCheckpoint(source, "tokenizer.json has no vocabulary of its own")
         try:
@@ -767,7 +776,7 @@ def _tokens(path: Path, source: str) -> list[Any] | None:
 
 
 def _added(entries: Any, vocabulary: Any, source: str) -> dict[str, Any]:
-    """Tokens of tokenizer.json's list that are beyond its vocabulary, a mapping or a list of pieces with scores."""
+    """Return the added tokens of tokenizer.json that its vocabulary, a mapping or a list of pieces, does not have."""
     try:
         known = vocabulary if isinstance(vocabulary, dict) else {piece[0]: i for i, piece in enumerate(vocabulary)}
         return _beyond(known, {entry["content"]: entry["id"] for entry in entries or ()})
@@ -784,4 +793,4 @@ def _lines(file: Path, source: str) -> list[str]:
         text = _read(file, source, MAX_TOKENIZER_BYTES).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read as UTF-8: {error}") from error
-    return text.removesuffix("\n").split("\n")  # a token may be a character that splitlines() takes for a line's end
+    return text.removesuffix("\n").split("\n")  # splitlines() would take some tokens for the end of a line

@@ -1,4 +1,4 @@
-"""Finds the class of transformers that a checkpoint has, and the tensors that this class does not read."""
+"""Finds a checkpoint's class in transformers, and the tensors that this class does not read."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,13 +33,13 @@ PRE_TRAINING_HEADS = (
     "cls", "lm_head", "lm_predictions", "mask_predictions", "discriminator_predictions", "generator_predictions",
     "generator_lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector",
 )  # fmt: skip
-"""Modules of pre-training, also those of classes that transformers no longer has."""
+"""Modules of pre-training heads, also those of classes that transformers no longer has."""
 BIAS_SWITCHES = {
     "attention_bias": re.compile(r"\.self_attn\.[qkvo]_proj\.bias$"),
     "mlp_bias": re.compile(r"\.mlp\.(gate|up|down)_proj\.bias$"),
 }
 """Keys that say whether a class has these biases, where no other key tells of biases."""
-LISTED = 3  # classes or tensors that a message names
+LISTED = 3  # number of classes or tensors that a message names
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Identity:
     known: Architecture | None = None
     notes: tuple[str, ...] = ()
     leftovers: frozenset[str] = field(default_factory=frozenset)
-    """Tensors of heads that pre-training left; nothing is merged of them."""
+    """Tensors of heads that pre-training left, which are not merged."""
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The model's name of each tensor, by its name on disk."""
+        """The name that the model gives each tensor, by its name on disk."""
         return own_names(self.known, self.info.tensors) if self.known else {name: name for name in self.info.tensors}
 
     @cached_property
@@ -74,15 +74,18 @@ class Identity:
         kind = kind_of(self.info.model_type)
         if kind is None or self.known is None or self.known.converted:
             return False
-        # What a class reads beside the keys of its configuration is not known.
+        # It is not known which other keys a class reads.
         beside = {key for key, value in self.info.config.items() if type(value) is int and not layouts.is_harmless(key)}
         beside -= kind.defaults.keys() | kind.aliases.keys()
         return not beside and not _unusual(self.config, completed(kind.defaults), self.known.untested)
 
     @cached_property
     def unread(self) -> list[str]:
-        """Tensors that the class does not have. Of a configuration like none in the table these are but heads that
-        other classes of the kind have; of a class that renames its tensors, nothing is known."""
+        """Tensors that the class does not have.
+
+        If the configuration is like none in the table, only heads that other classes of the kind have are listed. If
+        the class renames its tensors, nothing is known.
+        """
         kind = kind_of(self.info.model_type)
         if kind is None or self.known is None or self.known.converted:
             return []
@@ -95,7 +98,7 @@ class Identity:
         return [name for name in outer if _is_read(name, kind.architectures.values())]
 
     def _reads(self, own: str) -> bool:
-        """Whether the class has a tensor of this name under this configuration."""
+        """Return whether the class has a tensor of this name under this configuration."""
         if self.known is None or not self.known.reads(own):
             return False
         layered = collapsed(own)
@@ -107,11 +110,11 @@ class Identity:
 
 
 def identify(info: CheckpointInfo) -> Identity:
-    """Find out the class of a checkpoint: the one that `architectures` names, or else the only one of its tensors.
+    """Find the class of a checkpoint: the one that `architectures` names, or else the only one with its tensors.
 
     Raises:
-        InvalidCheckpoint: config.json names no class and the tensors are not those of one alone, or it names one that
-            lacks the head that is there.
+        InvalidCheckpoint: config.json names no class and not exactly one class has the tensors, or it names a class
+            that lacks the checkpoint's head.
     """
     layouts.require_kind(info)
     check_settings(info)
@@ -158,7 +161,7 @@ def _unknown_class(info: CheckpointInfo, name: str) -> str:
 
 
 def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) -> Architecture:
-    """The only class that has the checkpoint's tensors, among those of the kind or those that are stated."""
+    """Return the only class that has the checkpoint's tensors, among those of the kind or those that are stated."""
     said = f"names several architectures ({', '.join(stated)[:200]})" if stated else "has no architectures"
     ask = "name the one class that the checkpoint is"
     if kind is None:
@@ -198,7 +201,7 @@ def _fits(one: Architecture, info: CheckpointInfo, kind: Kind, may_have_leftover
 
 
 def _preferred(fitting: Sequence[Architecture], config: Mapping[str, Any]) -> list[Architecture]:
-    """Choose one of several classes that do different things with the same tensors of a language model."""
+    """Choose among several classes that do different things with the same tensors of a language model."""
     endings = [ending for ending in PREFERRED if any(one.name.endswith(ending) for one in fitting)]
     heads = [one for one in fitting if not one.is_pre_training and not one.name.endswith(("Model", *PREFERRED))]
     if heads or not endings:
@@ -208,7 +211,7 @@ def _preferred(fitting: Sequence[Architecture], config: Mapping[str, Any]) -> li
 
 
 def _leftovers(found: Identity, known: Architecture, kind: Kind) -> frozenset[str]:
-    """Unread tensors of heads that other classes of the kind are pre-trained with."""
+    """Return the unread tensors of heads that other classes of the kind are pre-trained with."""
     others = [one for one in kind.architectures.values() if one.is_pre_training and one is not known]
     bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
     leftovers = set()
@@ -228,7 +231,7 @@ def _is_read(name: str, classes: Iterable[Architecture]) -> bool:
 
 
 def _refuse_other_head(found: Identity, known: Architecture, kind: Kind, leftovers: frozenset[str]) -> None:
-    """Raises InvalidCheckpoint where a head is of another class: two of these may be of different tasks."""
+    """Raise InvalidCheckpoint where the head is another class's: two such models may have different tasks."""
     bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
     for name in found.unread:
         own = found.names[name]
@@ -244,7 +247,7 @@ def _refuse_other_head(found: Identity, known: Architecture, kind: Kind, leftove
 
 
 def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
-    """The class's name of each tensor on disk, which may lack the prefix of the model below the head."""
+    """Return the class's name of each tensor on disk, which may lack the prefix of the model below the head."""
     found = {}
     for name in names:
         if known.reads(name):
@@ -281,7 +284,7 @@ def check_tensors(found: Identity) -> None:
 
 
 def _check_words(info: CheckpointInfo, defaults: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises InvalidCheckpoint for text in place of a number, and for functions that transformers does not have."""
+    """Raise InvalidCheckpoint for text in place of a number, and for functions that transformers does not have."""
     for key, default in defaults.items():
         value = config.get(key)
         if not isinstance(value, str):
@@ -307,12 +310,12 @@ def check_present(found: Identity) -> None:
 
 
 def _is_as_tabled(found: Identity) -> bool:
-    """Whether the table covers the checkpoint, and its names are those of the class."""
+    """Return whether the table covers the checkpoint, and its names are those of the class."""
     return found.is_usual and not any(layouts.layer_of(found.names[name]) is not None for name in found.unread)
 
 
 def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: frozenset[str], path: str = "") -> bool:
-    """Whether a key has a kind of value that was not tried, which may change the tensors."""
+    """Return whether a key has a kind of value that the table's models were not built with; it may change tensors."""
     for key, default in defaults.items():
         value = config.get(key, default)
         where = f"{path}{key}"
@@ -333,7 +336,7 @@ def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: f
 
 
 def _absent(found: Identity, known: Architecture) -> list[str]:
-    """Tensors that the class needs and the checkpoint lacks."""
+    """Return the tensors that the class needs and the checkpoint lacks."""
     own = {found.names[name] for name in found.info.tensors}
     active = dict(ties(known, found.config))
     groups: dict[str, set[str]] = {}
@@ -355,7 +358,7 @@ def _absent(found: Identity, known: Architecture) -> list[str]:
 
 
 def _misshapen(found: Identity, known: Architecture) -> Iterator[tuple[TensorInfo, list[int]]]:
-    """Yields tensors with a wrong shape, each with the right one."""
+    """Yield tensors with a wrong shape, each with the right one."""
     values: dict[Length, int | None] = {"num_labels": len(labels_of(found.info.config))}
     for name, tensor in found.info.tensors.items():
         own = found.names[name]

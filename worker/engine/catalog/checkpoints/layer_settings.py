@@ -1,8 +1,8 @@
-"""Puts a configuration's settings of single layers together when layers are stacked anew.
+"""Combines the configurations' settings of single layers when layers are stacked anew.
 
-Lists with an entry for each layer are put together like the layers; lists of numbers of layers are numbered anew; a
-count of first layers is counted anew. What follows from a layer's number by a rule, as "every fourth", stays only where
-every layer keeps its place in that rule. Whatever cannot be decided is refused by name.
+Lists with an entry for each layer are put together like the layers. Lists of numbers of layers are numbered anew. A
+count of first layers is counted anew. A rule by layer number, such as "every fourth", stays only where every layer
+keeps its place in that rule. Whatever cannot be decided is refused by name.
 """
 
 import re
@@ -26,7 +26,7 @@ NUMBERS = re.compile(
 )
 """Names of lists of numbers of layers."""
 FIRST = frozenset({"first_k_dense_replace", "num_dense_layers", "num_first_dense_layers", "max_window_layers"})
-"""Counts of first layers that are of another kind than those after them."""
+"""Keys that count the first layers, where these are of another kind than those after them."""
 RULES: Mapping[str, str | None] = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
@@ -42,17 +42,17 @@ RULES: Mapping[str, str | None] = {
     "layer_group_size": "layer_types",
     "hybrid_layer_interval": None,
 }
-"""Keys of periods of layer kinds, with the list of kinds by layer that takes precedence over them."""
+"""Keys of periods of layer kinds, each with the list of kinds by layer that takes precedence over it."""
 UNSAID: Mapping[str, int] = {
     "gemma2": 2, "vaultgemma": 2, "gpt_oss": 2, "gpt_neo": 2, "cohere2": 4, "exaone4": 4, "qwen3_next": 4, "gemma3": 6,
     "gemma3_text": 6, "modernbert": 3, "olmo3": 4, "gemma3n_text": 5, "gemma4_text": 6, "smollm3": 4, "llama4_text": 4,
 }  # fmt: skip
-"""The period by `model_type`, where neither a list nor a period says it."""
+"""Period of layer kinds by `model_type`, where neither a list nor a period is in the configuration."""
 SUPERSEDED = {"first_k_dense_replace": "mlp_layer_types", "max_window_layers": "layer_types"}
 
 
 def keys_of_layers(config: Mapping[str, Any]) -> list[str]:
-    """Keys of a configuration that follow from the number of layers, or say something of each."""
+    """Return the keys of a configuration that follow from the number of layers, or that describe each layer."""
     numbers = [key for key, value in config.items() if isinstance(value, list) and NUMBERS.fullmatch(key)]
     return list(dict.fromkeys([*LAYER_COUNTS, *lists_of_layers(config), *numbers, *FIRST, *_nested(config)]))
 
@@ -60,14 +60,14 @@ def keys_of_layers(config: Mapping[str, Any]) -> list[str]:
 def stacked_config(
     first: CheckpointInfo, sources: Sequence[Source], checkpoints: Sequence[CheckpointInfo]
 ) -> dict[str, Any]:
-    """The first model's configuration, with the new number of layers, and what the sources' models say of theirs.
+    """Return the first model's configuration with the new layers: their number, and the sources' settings of each.
 
     Args:
-        sources: of each layer of the result.
+        sources: the source of each layer of the result.
 
     Raises:
-        InvalidCheckpoint: a setting that cannot be put together, by its name.
-        IncompatibleCheckpoints: a model says nothing of one of its layers that another says.
+        InvalidCheckpoint: a setting cannot be combined; the message names it.
+        IncompatibleCheckpoints: a model lacks a setting of its layers that another has.
     """
     stacked = dict(first.config)
     as_it_was = [number for _, number in sources] == list(range(layer_count(first.config) or 0))
@@ -83,7 +83,7 @@ def stacked_config(
     for key, value in first.config.items():
         if key in of_each or key in HARMLESS:
             continue
-        if key == "attention_types":  # of GPT-Neo: kinds, and how often they return
+        if key == "attention_types":  # GPT-Neo has kinds, and how often they return
             stacked[key] = [[[_expanded(checkpoints[model], key)[number] for model, number in sources], 1]]
         elif isinstance(value, list) and NUMBERS.fullmatch(key):
             named = [checkpoints[model].config.get(key) for model, _ in sources]
@@ -106,7 +106,7 @@ def stacked_config(
 
 
 def lists_of_layers(config: Mapping[str, Any]) -> list[str]:
-    """Keys whose values say something of every layer; a text may do so by its letters."""
+    """Return the keys whose values describe every layer; a text may do so by its letters."""
     count = layer_count(config)
     found = []
     for key, value in config.items():
@@ -158,7 +158,7 @@ def _count_anew(
 
 
 def _check_rule(first: CheckpointInfo, key: str, period: int, sources: Sequence[Source]) -> None:
-    """Check that every layer has the kind that the rule gives its new number."""
+    """Check that every layer has the kind that the rule gives to its new number."""
     instead = RULES.get(key)
     if period < 2 or (instead is not None and first.config.get(instead)):
         return
@@ -172,7 +172,7 @@ def _check_rule(first: CheckpointInfo, key: str, period: int, sources: Sequence[
 
 
 def _check_known(first: CheckpointInfo, key: str, value: Any) -> None:
-    """Refuses what may say something of layers in a way that is not known."""
+    """Refuse a setting that may describe layers in a way that is not known."""
     problem = None
     if isinstance(value, list) and len(value) == layer_count(first.config) and not key.endswith("token_id"):
         problem = "has as many entries as there are layers"

@@ -1,7 +1,7 @@
 """Reads the table of transformers' models that `checkpoints.library_table` writes.
 
-Names of classes, the tensors that each has, which of them are tied, and what missing keys of a configuration mean. With
-it, who must not import transformers decides the same as those who do.
+It has the names of classes, the tensors that each has, which of them are tied, and the meaning of a configuration's
+missing keys. With it, code that must not import transformers decides the same as code that does.
 """
 
 import json
@@ -20,13 +20,13 @@ TABLE = Path(__file__).with_name("library.zip")
 LAYER = re.compile(
     r"(?P<stack>(?:.+?\.)??(?:layers|layer|h|blocks|block))\.(?P<number>[0-9]{1,6})\.(?P<inner>.+)", re.DOTALL
 )
-"""The first number that follows the name of a list of layers: T5 has lists within its layers."""
+"""Matches the first number that follows the name of a list of layers: T5 has lists within its layers."""
 LAYER_KEYS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers",
     "encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers", "depth",
 )  # fmt: skip
 PRE_TRAINING = re.compile(r".*(ForPreTraining|ForMaskedLM|ForCausalLM|LMHeadModel|ForNextSentencePrediction)")
-"""Classes that models are pre-trained as. What fine-tuning leaves of their heads is read by nobody."""
+"""Matches names of classes that models are pre-trained as. Nothing reads their heads after fine-tuning."""
 FLOAT = "__float__"
 FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 OLDER_ROTARY = {
@@ -34,36 +34,36 @@ OLDER_ROTARY = {
     "partial_rotary_factor": "partial_rotary_factor", "rotary_pct": "partial_rotary_factor",
     "rope_local_base_freq": "local_theta", "local_rope_theta": "local_theta", "rope_scaling": "rope_scaling",
 }  # fmt: skip
-"""Keys of rotary positions as they were spelt before `rope_parameters` held all of them."""
+"""Older keys of rotary positions, each with its name in `rope_parameters`, which now holds all of them."""
 LOCAL_ATTENTION = "sliding_attention"
 
 ACTIVATIONS = "activations"
-"""Name of the table's file of the functions that a configuration may name."""
+"""Name of the table's file that lists the functions that a configuration may name."""
 
 Length = int | str | None
-"""Length of an axis: a number, an expression of the configuration's keys (`a`, `2*a`, `a*b` or `a/b`), or unknown."""
+"""Length of an axis: a number, an expression of the configuration's keys (`a`, `2*a`, `a*b` or `a/b`), or None."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One class of transformers that has weights. Layers are counted by `{}` in names."""
+    """One class of transformers that has weights. In names, `{}` stands for the number of a layer."""
 
     name: str
     prefix: str
     """Prefix of the model below the head, which names in a checkpoint may lack."""
     ties: tuple[tuple[str, str, str | None], ...]
-    """(copy, original, key): the tensors that are one where the configuration's key is true, or always."""
+    """(copy, original, key): tensors that are one where the configuration's key is true, or always if it is None."""
     unsaved: frozenset[str]
-    """Tensors that `save_pretrained` leaves out: they follow from the configuration."""
+    """Tensors that `save_pretrained` leaves out, because they follow from the configuration."""
     buffers: frozenset[str]
     untested: frozenset[str]
-    """Keys whose other values no model could be built from, so that nothing is known of what they change."""
+    """Keys that could not be varied when models were built, so that their effect on tensors is unknown."""
     optional: frozenset[str]
     """Tensors that only some configurations have."""
     tensors: Mapping[str, Sequence[Length]]
     """Tensors that all configurations have."""
     layers: Mapping[str, Sequence[Length]]
-    """The same for tensors in every layer."""
+    """Tensors that every layer of a list has."""
     converted: bool
     """Whether checkpoints have other tensor names than the model."""
 
@@ -76,7 +76,7 @@ class Architecture:
         return frozenset(copy for copy, _, _ in self.ties)
 
     def reads(self, name: str) -> bool:
-        """Whether a model of the class has a tensor of this name."""
+        """Return whether a model of the class has a tensor of this name."""
         layered = collapsed(name)
         return (
             name in self.tensors
@@ -98,14 +98,14 @@ class Kind:
 
     model_type: str
     defaults: Mapping[str, Any]
-    """All keys with the values that their absence means."""
+    """All keys, each with the value that its absence means."""
     derived: Mapping[str, Mapping[str, Any]]
-    """Keys whose absence means what others say, with how that follows, as far as it is known."""
+    """Keys whose missing value follows from other keys, each with the rule as far as it is known."""
     aliases: Mapping[str, str]
     """Other spellings of keys."""
     architectures: Mapping[str, Architecture]
     types: Mapping[str, Sequence[str]]
-    """Types of JSON that keys take, of keys whose class refuses all others; see `type_name`."""
+    """Types of JSON that keys take, for keys whose class refuses all others; see `type_name`."""
 
 
 TYPE_NAMES: Mapping[type, str] = {
@@ -114,18 +114,18 @@ TYPE_NAMES: Mapping[type, str] = {
 
 
 def type_name(value: Any) -> str:
-    """The table's name of a JSON value's type."""
+    """Return the table's name of a JSON value's type."""
     return TYPE_NAMES[type(value)]
 
 
 def kind_of(model_type: str) -> Kind | None:
-    """The entry of a kind of model; None if transformers does not have it."""
+    """Return the entry of a kind of model; None if transformers does not have it."""
     return _kind(model_type) if isinstance(model_type, str) else None
 
 
 @lru_cache(maxsize=1)
 def _table() -> ZipFile:
-    """The table, in memory: copies of a process would share a file's position. Reading its contents takes 10 ms."""
+    """Read the table into memory, because copies of a process would share a file's position. This takes 10 ms."""
     return ZipFile(BytesIO(TABLE.read_bytes()))
 
 
@@ -155,18 +155,18 @@ def _kind(model_type: str) -> Kind | None:
 
 
 def member(model_type: str) -> str:
-    """Name of the table's file of this kind."""
+    """Return the name of the table's file for this kind."""
     return f"{model_type}.json"
 
 
 def architecture(config: Mapping[str, Any], name: str) -> Architecture | None:
-    """The entry of a class; None if transformers does not have it for this kind of model."""
+    """Return the entry of a class; None if transformers does not have it for this kind of model."""
     kind = kind_of(config.get("model_type", ""))
     return kind.architectures.get(name) if kind else None
 
 
 def collapsed(name: str) -> str:
-    """A tensor's name without the number of its layer."""
+    """Return a tensor's name with `{}` in place of its layer's number."""
     match = LAYER.fullmatch(name)
     return f"{match['stack']}.{{}}.{match['inner']}" if match else name
 
@@ -175,7 +175,7 @@ def collapsed(name: str) -> str:
 
 
 def decoded(value: Any) -> Any:
-    """Decodes floats that JSON cannot hold, which transformers writes as `{"__float__": "Infinity"}`."""
+    """Decode floats that JSON cannot hold, which transformers writes as `{"__float__": "Infinity"}`."""
     if isinstance(value, dict):
         if value.keys() == {FLOAT} and isinstance(value[FLOAT], str) and value[FLOAT] in FLOATS:
             return FLOATS[value[FLOAT]]
@@ -184,7 +184,7 @@ def decoded(value: Any) -> Any:
 
 
 def encoded(value: Any) -> Any:
-    """The inverse of `decoded`, for files that every JSON reader accepts."""
+    """Invert `decoded`, for files that every JSON reader accepts."""
     if isinstance(value, float):
         name = next((name for name, known in FLOATS.items() if repr(known) == repr(value)), None)
         return value if name is None else {FLOAT: name}
@@ -194,9 +194,9 @@ def encoded(value: Any) -> Any:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with what its missing keys mean, in the spelling of newer versions of transformers.
+    """Fill in the missing keys of a configuration, in the spelling of newer versions of transformers.
 
-    A key is left out whose meaning follows from others in a way that is not known here.
+    A missing key stays missing if it follows from others in a way that is not known here.
     """
     kind = kind_of(config.get("model_type", ""))
     known = {kind.aliases.get(key, key) if kind else key: value for key, value in config.items()}
@@ -227,7 +227,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _derived(rule: Mapping[str, Any], config: Mapping[str, Any], kind: Kind) -> Any:
-    """The value that a missing key stands for; None if that is not known."""
+    """Return the value that a missing key stands for; None if that is not known."""
     if "is" in rule:
         return value_of(rule["is"], config)
     period = rule.get("period")
@@ -242,10 +242,10 @@ def with_rotary(config: Mapping[str, Any], default: Any = None) -> dict[str, Any
     """Write rotary positions as newer versions of transformers do: one object of all their parameters.
 
     Args:
-        default: that object, where the configuration says nothing.
+        default: the object to use where the configuration says nothing.
     """
     known = dict(config)
-    if "rope_type" in known:  # that object itself
+    if "rope_type" in known:  # `rope_parameters` itself
         return known
     keys = [key for key in OLDER_ROTARY if key in known and (default is None or not _is_own(key, default))]
     older = {OLDER_ROTARY[key]: known.pop(key) for key in keys}
@@ -277,12 +277,12 @@ def with_rotary(config: Mapping[str, Any], default: Any = None) -> dict[str, Any
 
 
 def _is_own(key: str, default: Any) -> bool:
-    """Whether newer versions still keep the key outside the object of rotary parameters."""
+    """Return whether newer versions still keep the key outside the object of rotary parameters."""
     return key == "partial_rotary_factor" and not (isinstance(default, Mapping) and key in default)
 
 
 def value_of(length: Length, config: Mapping[str, Any]) -> int | None:
-    """The size on an axis; None if the configuration does not say it."""
+    """Return the length of an axis; None if the configuration does not give it."""
     if not isinstance(length, str):
         return length
     operator = next((sign for sign in "*/" if sign in length), "")
@@ -297,30 +297,30 @@ def value_of(length: Length, config: Mapping[str, Any]) -> int | None:
 
 @lru_cache(maxsize=1)
 def activations() -> frozenset[str]:
-    """Names of all functions that a configuration may name as a model's."""
+    """Return the names of all activation functions that a configuration may name."""
     return frozenset(json.loads(_table().read(ACTIVATIONS)))
 
 
 def value_at(config: Mapping[str, Any], path: str) -> Any:
-    """The value of a key, with inner keys after a dot; None if it is missing."""
+    """Return the value of a key, with inner keys after a dot; None if it is missing."""
     for key in path.split("."):
         config = config.get(key) if isinstance(config, Mapping) else None  # type: ignore[assignment]
     return config
 
 
 def ties(found: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(copy, original) of the tensors that a completed configuration makes one."""
+    """Yield (copy, original) of the tensors that a completed configuration makes one."""
     for copy, original, key in found.ties:
         if key is None or value_at(config, key):
             yield copy, original
 
 
 def says_untied(config: Mapping[str, Any], key: str) -> str:
-    """In words, that a configuration ties no matrices by this key, or that the library's default does not."""
+    """Say in words that a configuration ties no matrices by this key, or that the library's default does not."""
     is_said = value_at(config, key) is not None
     return f"its configuration says {key}: false" if is_said else f"its configuration has no {key}, which is then false"
 
 
 def others_of(kind: Kind, names: Collection[str]) -> list[Architecture]:
-    """Classes of this kind that have one of these tensors."""
+    """Return the classes of this kind that have one of these tensors."""
     return [one for one in kind.architectures.values() if any(one.reads(name) for name in names)]

@@ -1,7 +1,7 @@
-"""Folders of sentence-transformers: `modules.json` lists what is done with the transformer's output, as pooling.
+"""Folders of sentence-transformers, whose `modules.json` lists the steps after the transformer, such as pooling.
 
-Each module lies in a folder of its own with its settings, and its weights where it has some. The transformer itself
-lies in the checkpoint's folder, as any other. https://sbert.net/docs/package_reference/sentence_transformer/modules.html
+Each module lies in a folder of its own with its settings, and its weights if it has any. The transformer itself lies in
+the checkpoint's folder, as any other. https://sbert.net/docs/package_reference/sentence_transformer/modules.html
 """
 
 import re
@@ -39,7 +39,7 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""How older versions spell `pooling_mode`, in the order in which vectors are joined."""
+"""Older spellings of `pooling_mode`, in the order in which vectors are joined."""
 ACTIVATION = re.compile(r"torch\.nn\.modules\.[a-z]{1,40}\.[A-Za-z0-9]{1,40}")
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Pooling": {"include_prompt": True},
@@ -55,9 +55,9 @@ ENCODER_KEYS = (
     "transformer_task", "modality_config", "module_output_name", "processing_kwargs", "unpad_inputs", "query_length",
     "document_length", "query_expansion", "max_seq_length", "do_lower_case",
 )  # fmt: skip
-"""Settings of the transformer itself that are published; others say what to load from elsewhere, and how."""
+"""Settings of the transformer itself that are published. Others control what is loaded from elsewhere, and how."""
 COMPUTING = {"transformer_task": "feature-extraction", "do_lower_case": False}
-"""Those of them that change the computation, with the value that a missing key stands for."""
+"""Settings among these that change the computation, each with the value that a missing key stands for."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ class Modules:
 
     info: CheckpointInfo
     path: Path
-    """Folder of the files; for an adapter without `modules.json` that of the base."""
+    """Folder of the files; for an adapter without `modules.json`, the folder of its base."""
     entries: tuple[Mapping[str, Any], ...]
     """Entries of modules.json, the transformer's first."""
     steps: tuple[Module, ...]
     unknown: str | None
-    """The class of a module that cannot be published; then the others are not read."""
+    """Class of a module that cannot be published; if there is one, the others are not read."""
     encoder: Mapping[str, Any]
-    """Settings of the transformer, as the most tokens of a text."""
+    """Settings of the transformer, such as the largest number of tokens of a text."""
 
     @property
     def files(self) -> dict[str, Path]:
-        """Files that are published as they are, by name."""
+        """Files that are published unchanged, by name."""
         names = [SENTENCE_CONFIG, *(f"{step.folder}/config.json" for step in self.steps)]
         return {name: self.path / name for name in names if (self.path / name).is_file()}
 
@@ -97,7 +97,7 @@ def read_modules(info: CheckpointInfo) -> Modules | None:
     """Read the modules of a checkpoint; None if it is not a folder of sentence-transformers.
 
     Raises:
-        InvalidCheckpoint: a file is malformed or missing, or names a folder that is none of a module.
+        InvalidCheckpoint: a file is malformed or missing, or names a folder that is not a module's.
     """
     path, source = info.path, info.source
     if info.base is not None and not (path / MODULES).is_file():
@@ -188,7 +188,7 @@ def _encoder(path: Path, source: str) -> dict[str, Any]:
 
 
 def check_agree(first: Modules, other: Modules) -> None:
-    """Raises IncompatibleCheckpoints if modules do different things with a transformer's output."""
+    """Raise IncompatibleCheckpoints if modules do different things with a transformer's output."""
     problem = None
     ours, theirs = [[step.kind for step in modules.steps] for modules in (first, other)]
     if ours != theirs:

@@ -1,7 +1,7 @@
 """Patterns for names of modules, as PEFT's configurations have them, matched in bounded time.
 
-They are regular expressions and come from outside: Python's own library may take for ever to match one, others all
-memory to read one. What names need of them is matched here, by the set of places that can have been reached.
+They are regular expressions from outside. Python's own library may take for ever to match one, and other libraries all
+memory to read one. The part of the syntax that names need is matched here, by the set of places reached so far.
 """
 
 import re
@@ -9,22 +9,22 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-STEPS = 5_000_000  # of all matching together: some seconds; thousands of names with as many patterns take a tenth
-LONGEST = 1000  # characters
-DEEPEST = 20  # groups within each other
+STEPS = 5_000_000  # for all matching together, some seconds; thousands of names with as many patterns take a tenth
+LONGEST = 1000  # characters of a pattern
+DEEPEST = 20  # levels of groups within each other
 CHARACTER = re.compile(r"\\[.\-_dDwW]|\.|\[\^?(?:\\[.\-_dw]|[\w.\-])+\]|[\w\-]", re.ASCII)
 TIMES = re.compile(r"(?:[*+?]|\{(?P<least>\d{1,3})(?:(?P<comma>,)(?P<most>\d{0,3}))?\})\??", re.ASCII)
 PLACE = re.compile(r"\^|\$|\\b")
 
 
 class Budget:
-    """Steps that are left for matching."""
+    """Counts the steps that are left for matching."""
 
     def __init__(self, steps: int = STEPS) -> None:
         self._left = steps
 
     def spend(self, steps: int) -> None:
-        """Raises ValueError when none are left."""
+        """Take steps. Raises ValueError when too few are left."""
         self._left -= steps
         if self._left < 0:
             raise ValueError("its patterns take too long to match")
@@ -34,7 +34,7 @@ class Part(Protocol):
     """A part of a pattern."""
 
     def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
-        """Where a match can end that begins at one of `at`."""
+        """Return the places where a match that begins at one of `at` can end."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Repeated:
-    """A part, `least` to `most` times."""
+    """A part that is repeated, `least` to `most` times."""
 
     part: Part
     least: int
@@ -113,7 +113,7 @@ class Pattern:
     `+`, `?` and numbers of times as `{1,3}`, as well as `^`, `$`, `\\b` and `|`.
 
     Args:
-        budget: of all patterns that are matched together.
+        budget: the steps for all patterns that are matched together.
 
     Raises:
         ValueError: the pattern has anything else.
@@ -123,21 +123,23 @@ class Pattern:
         self._parsed, self._budget = _Parser(text).whole(), budget
 
     def ends(self, name: str, starts: Set[int]) -> set[int]:
-        """Where a match can end that begins at one of `starts`; raises ValueError when that takes too long."""
+        """Return the places where matches that begin at `starts` can end. Raises ValueError if it takes too long."""
         self._budget.spend(1)
         return self._parsed.after(name, starts, self._budget)
 
     def is_all_of(self, name: str) -> bool:
-        """Whether the pattern matches all of the name."""
+        """Return whether the pattern matches all of the name."""
         return len(name) in self.ends(name, {0})
 
     def is_part_of(self, name: str) -> bool:
-        """Whether the pattern matches what is between dots in the name, or its ends."""
+        """Return whether the pattern matches a part of the name between dots or the name's ends."""
         return any(end == len(name) or name[end] == "." for end in self.ends(name, beginnings(name)))
 
 
 class ModulePatterns:
-    """Values by pattern, see `Pattern`: a module has that of the first that matches its name, or its end after a dot.
+    """Values by pattern, see `Pattern`. A module has the value of the first pattern that matches its name or its end.
+
+    An end of a name begins after a dot.
 
     Raises:
         ValueError: a pattern is not available.
@@ -148,7 +150,7 @@ class ModulePatterns:
         self._values = [(_length(pattern), Pattern(pattern, self._budget), value) for pattern, value in values.items()]
 
     def value(self, name: str, default: float) -> float:
-        """Raises ValueError when matching takes more than `STEPS`."""
+        """Return a module's value. Raises ValueError when matching takes more than `STEPS`."""
         places = beginnings(name)
         for length, pattern, value in self._values:
             starts = places if length is None else places & {len(name) - length}
@@ -159,7 +161,7 @@ class ModulePatterns:
 
 
 def beginnings(name: str) -> set[int]:
-    """Where the name begins, and what follows its dots."""
+    """Return the places where the name begins and where a part after a dot begins."""
     return {0, *(index + 1 for index, character in enumerate(name) if character == ".")}
 
 
@@ -168,7 +170,7 @@ def _is_word(text: str) -> bool:
 
 
 def _length(pattern: str) -> int | None:
-    """Length of all that the pattern matches; None if it differs, or the pattern is not plain."""
+    """Return the length of every text that the pattern matches; None if it varies, or the pattern is not plain."""
     return len(pattern) if re.fullmatch(r"[\w.\-]*", pattern) else None
 
 

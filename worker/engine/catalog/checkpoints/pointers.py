@@ -1,4 +1,4 @@
-"""Git LFS pointers: a few lines of text in the place of a file that was not fetched with its repository.
+"""Recognises Git LFS pointers: a few lines of text in place of a file that was not fetched with its repository.
 
 https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 """
@@ -8,5 +8,5 @@ WHAT_TO_DO = "a Git LFS pointer stands in its place; fetch the file itself by `g
 
 
 def is_pointer(start: bytes) -> bool:
-    """Whether a file that begins with these bytes is a Git LFS pointer."""
+    """Return whether a file that begins with these bytes is a Git LFS pointer."""
     return start.startswith(POINTER)

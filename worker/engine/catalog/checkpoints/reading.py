@@ -1,11 +1,11 @@
-"""Tells which file is being read, so that it can be named if reading it does not end."""
+"""Tells which file is being read, so that a message can name it if reading it does not end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 Observer = Callable[[str, str], None]
-"""A function that is called with a checkpoint's or data set's reference and the name of the file read next."""
+"""Called with a checkpoint's or data set's reference and the name of the file that is read next."""
 
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 

@@ -1,6 +1,6 @@
 """Checks values of a configuration that no class of transformers takes, so that they are refused before a job begins.
 
-Sizes that tensors show are checked with the tensors, in `identity`.
+Sizes that shapes of tensors show are checked with the tensors, in `identity`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ PAD_FREELY = frozenset(
         "wav2vec2-bert", "wav2vec2-conformer", "wavlm", "xlnet", "xlstm",
     }
 )  # fmt: skip
-"""Kinds of models whose matrix of tokens has no row for padding, so that its id may be any."""
+"""Kinds of models whose embedding matrix has no row for padding, so that the padding token may have any id."""
 
 
 def check_settings(info: CheckpointInfo) -> None:
@@ -69,7 +69,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _misfits(config: Mapping[str, Any], kind: Kind) -> Iterator[str]:
-    """Yields values of types that the class of the configuration refuses."""
+    """Yield the values whose types the class of the configuration refuses."""
     for key, value in config.items():
         taken = kind.types.get(kind.aliases.get(key, key))
         if taken is not None and type_name(value) not in taken:
@@ -98,7 +98,7 @@ def _problems_of_kind(config: Mapping[str, Any], kind: Kind) -> list[str]:
         if key.endswith(FUNCTIONS) and isinstance(default, str) and value is not None and not isinstance(value, str):
             problems.append(f"{key} {_short(value)}, which is no function's name")
     types, layers = known.get("layer_types"), known.get("num_hidden_layers")
-    if types is not None:  # transformers checks it of every class, also of those that do not use it
+    if types is not None:  # transformers checks it for every class, also for those that do not use it
         if not isinstance(types, list) or not all(isinstance(one, str) for one in types):
             problems.append(f"layer_types {_short(types)}, which is no list of text")
         elif "layer_types" in config and type(layers) is int and len(types) != layers:

@@ -15,15 +15,15 @@ Pair = tuple[TensorInfo, TensorInfo]
 def without_copies(
     first: Identity, states: Sequence[State], models: int
 ) -> tuple[list[dict[str, TensorInfo]], list[Pair]]:
-    """Every checkpoint's tensors with one name for those that are one, and the copies that must equal them.
+    """Leave out stored copies of tied tensors, so that each tensor has one name in every checkpoint.
 
     Args:
-        first: whose class and configuration say which tensors are tied.
-        states: of every checkpoint, by the names of the first.
-        models: how many of them are merged; what follows is the base.
+        first: the identity whose class and configuration say which tensors are tied.
+        states: the tensors of every checkpoint, by the names of the first.
+        models: number of checkpoints that are merged; the base follows them.
 
     Returns:
-        The tensors, and as pairs the copies that are left out and what they are copies of.
+        The tensors of each checkpoint, and pairs: each copy that is left out with its original, which must equal it.
     """
     groups = _groups(first, states, models)
     found, pairs = [], []
@@ -43,7 +43,7 @@ def without_copies(
 
 
 def tied_in_base(first: Identity, name: str, base_config: Mapping[str, object], state: State) -> TensorInfo | None:
-    """The tensor that a base ties `name` to, if the models have it separately."""
+    """Return the tensor that a base ties `name` to, if the models have it separately."""
     if first.known is None:
         return None
     by_own = _by_own(first, [state])
@@ -55,7 +55,7 @@ def tied_in_base(first: Identity, name: str, base_config: Mapping[str, object], 
 
 
 def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[str]]:
-    """Groups of names of one tensor, the name that it keeps first."""
+    """Return groups of names of one tensor; the name that it keeps comes first."""
     config = completed(first.info.config)
     if first.known is None or first.known.converted:
         by_original: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[
     members: dict[str, list[str]] = {}
     for copy, original in originals.items():
         if unties_output and ends_with(copy, OUTPUT_EMBEDDINGS) and all(named.get(copy) in s for s in states[:models]):
-            continue  # as T5 1.1, whose class says that both are one and whose checkpoints have two
+            continue  # T5 1.1's class says that both are one, but its checkpoints have two
         while original in originals:
             original = originals[original]
         members.setdefault(original, [original]).append(copy)
@@ -81,7 +81,7 @@ def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[
 
 
 def _by_own(first: Identity, states: Sequence[State]) -> dict[str, str]:
-    """The name of each tensor in the states, by the name that the class gives it."""
+    """Return the name of each tensor in the states, by the name that the class gives it."""
     if first.known is None:
         return {name: name for state in states for name in state}
     names = dict.fromkeys(name for state in states for name in state)

@@ -1,8 +1,8 @@
-"""The one door for checkpoints: which files make one is decided once, and each of them is opened once.
+"""Opens checkpoints, each by a view: which files it has is decided once, and each of them is opened once.
 
-A view is a private folder of what a checkpoint is made of. Files that describe it are copied; weight files are links to
-the files that are open, so that whatever is put in their place later is not read. Configurations lose the keys that
-steer what libraries load. Everything after reads the view alone.
+A view is a private folder of a checkpoint's files. Files that describe it are copied; weight files are links to the
+open files, so that a file that is put in their place later is not read. Configurations lose the keys that steer what
+libraries load. Everything after this reads only the view.
 """
 
 import errno
@@ -36,13 +36,13 @@ from worker.engine.catalog.checkpoints.headers import (
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 
-MAX_NAMES = 100_000  # in a folder and its sub-folders; more would take long to list
+MAX_NAMES = 100_000  # names in a folder and its sub-folders; more would take long to list
 STEERING = re.compile(
     r"transformers_weights|custom_pipelines|_?(attn|experts)_implementation.*|use_kernels|kernel_config|trust_remote_code"
     r"|device_map|tp_plan|pp_plan|weights_only|compile_config|gradient_checkpointing|torchscript|output_attentions"
     r"|output_hidden_states|name_or_path|(vocab|tokenizer|merges|spm)_file|fast_tokenizer_files"
 )
-"""Keys of `config.json` that say which files, code or kernels a library takes, and how it runs a model."""
+"""Keys of `config.json` that select the files, code or kernels that a library takes, and how it runs a model."""
 STEERING_OF = {
     "tokenizer_config.json": re.compile(r".*_files?|name_or_path|init_inputs|sp_model_kwargs|trust_remote_code"),
     "special_tokens_map.json": re.compile(
@@ -50,9 +50,9 @@ STEERING_OF = {
     ),
     "generation_config.json": re.compile(r"custom_generate|trust_remote_code|compile_config"),
 }
-"""The same of other files, by name: keys of their outermost object."""
+"""Such keys of other files, by the file's name; only keys of the outermost object count."""
 LABELS = ("label2id", "id2label")
-"""Keys whose objects have keys of the user's own."""
+"""Keys of objects whose own keys a user chooses."""
 CODE = re.compile("auto_map")
 CONFIGURATIONS = ("config.json", ADAPTER_CONFIG)
 
@@ -70,11 +70,11 @@ class Views:
         self._opened.close()
 
     def open(self, path: Path, source: str, root: Path) -> Path:
-        """A view of the checkpoint folder `path`.
+        """Make a view of the checkpoint folder `path`.
 
         Args:
-            source: the name that messages give it.
-            root: the folder that every file must lie in, whatever links lead to it.
+            source: name of the checkpoint in messages.
+            root: folder in which every file must lie, whatever links lead to it.
 
         Raises:
             InvalidCheckpoint: the folder or a file that is needed lies outside `root`, is no regular file, is too
@@ -86,10 +86,10 @@ class Views:
         return view
 
     def open_file(self, path: Path, source: str, root: Path) -> Path:
-        """A link by the same name to a data set's file, which is open. What cannot be opened is `path` itself.
+        """Open a data set's file, and return a link to it with the same name; `path` itself where it cannot be opened.
 
         Raises:
-            InvalidDataset: it lies outside `root`, or was changed to a link while it was opened.
+            InvalidDataset: the file lies outside `root`, or was changed to a link while it was opened.
         """
         link = self._folder() / path.name
         try:
@@ -101,7 +101,7 @@ class Views:
                 raise
             if error.errno == errno.ELOOP:
                 raise InvalidDataset(source, "it was changed while it was opened; try again") from error
-            return path  # whoever reads it says why not
+            return path  # its reader says why it cannot be opened
         return link
 
     def _folder(self) -> Path:
@@ -113,10 +113,10 @@ class LinkOut(Exception):
 
 
 def open_beneath(path: Path, root: Path, opened: ExitStack) -> int:
-    """A descriptor for reading `path`, which stays open as long as `opened`.
+    """Return a descriptor for reading `path`, which stays open as long as `opened`.
 
-    Links that lead to another place below `root` count as that place. It is opened a folder at a time without following
-    a link, so that one that is put there meanwhile is an error.
+    Links that lead to another place below `root` count as that place. The path is opened a folder at a time without
+    following links, so that a link that is put there meanwhile is an error.
 
     Raises:
         LinkOut: a link leads out of `root`.
@@ -132,14 +132,14 @@ def open_beneath(path: Path, root: Path, opened: ExitStack) -> int:
         for part in parents:
             folder = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
             walking.callback(os.close, folder)
-        # A pipe would be waited on for ever.
+        # Opening a pipe would wait for ever.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     opened.callback(os.close, descriptor)
     return descriptor
 
 
 def descriptor_path(descriptor: int) -> str:
-    """A path by which libraries open the same file again, whatever happened to its name."""
+    """Return a path by which libraries open the same file again, whatever happened to its name."""
     return f"/proc/self/fd/{descriptor}"
 
 
@@ -168,7 +168,7 @@ class _Checkpoint:
         return found
 
     def open(self, name: str) -> int:
-        """A descriptor of a regular file."""
+        """Open a regular file, and return its descriptor."""
         reads(self.source, name)
         try:
             descriptor = open_beneath(self._path / name, self._root, self._opened)
@@ -193,7 +193,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
-    """Whether a name is a broken link, which counts as missing."""
+    """Return whether a name is a broken link, which counts as missing."""
     return entry.is_symlink() and not os.path.lexists(os.path.realpath(entry.path))
 
 
@@ -202,7 +202,7 @@ def _fill(view: Path, folder: _Checkpoint) -> None:
     described = [name for name in described_files(names) if name != INDEX]
     left = MAX_DESCRIPTION_BYTES
     for name in described:
-        if name.endswith(WEIGHTS):  # of a module
+        if name.endswith(WEIGHTS):  # weights of a module
             _link(view, folder, name)
         else:
             left -= _copy(view, folder, name, left)
@@ -215,18 +215,18 @@ def _fill(view: Path, folder: _Checkpoint) -> None:
     for name in weights_among(names, read):
         _link(view, folder, name)
     for name in (*PICKLES, ADAPTER_PICKLE):
-        if name in names:  # it is not opened; that it is there explains what is not
+        if name in names:  # it is not opened; its presence explains why other files are missing
             (view / name).touch()
 
 
 def _link(view: Path, folder: _Checkpoint, name: str) -> None:
-    """Link to an open file, which is read where it is."""
+    """Make a link to an open file, which is read where it is."""
     (view / name).parent.mkdir(exist_ok=True)
     (view / name).symlink_to(descriptor_path(folder.open(name)))
 
 
 def _copy(view: Path, folder: _Checkpoint, name: str, most: int) -> int:
-    """Copy a file that describes the checkpoint; how many bytes it has."""
+    """Copy a file that describes the checkpoint, and return its number of bytes."""
     descriptor = folder.open(name)
     found = os.fstat(descriptor)
     if found.st_size > size_limit(name):
@@ -244,7 +244,7 @@ def _copy(view: Path, folder: _Checkpoint, name: str, most: int) -> int:
     target = view / name
     target.parent.mkdir(exist_ok=True)
     target.write_bytes(content)
-    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))  # `checkpoint_state` goes by it
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))  # `checkpoint_state` depends on it
     return found.st_size
 
 
@@ -256,7 +256,7 @@ def _read(descriptor: int, size: int) -> bytes:
 
 
 def _has_own_class(view: Path) -> bool:
-    """Whether transformers has the model's own classes: with `tokenizer.json`, no tokenizer needs other code then."""
+    """Return whether transformers has the model's own classes; then a tokenizer with `tokenizer.json` needs no code."""
     try:
         config = parsed_json((view / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -265,7 +265,9 @@ def _has_own_class(view: Path) -> bool:
 
 
 def _without(keys: re.Pattern[str], content: bytes, is_deep: bool = False) -> bytes:
-    """A configuration without `keys`, as it is if it has none. What is no JSON is left for `inspect_checkpoint`.
+    """Return a configuration without `keys`. It is unchanged if it has none of them, or is no JSON.
+
+    `inspect_checkpoint` refuses what is no JSON.
 
     Args:
         is_deep: whether keys of inner objects count too.
@@ -281,7 +283,7 @@ def _without(keys: re.Pattern[str], content: bytes, is_deep: bool = False) -> by
 
 
 def _without_keys(values: Any, keys: re.Pattern[str], is_deep: bool) -> Any:
-    """JSON without the keys of objects that match wholly."""
+    """Return a JSON value without the keys of its objects that `keys` matches wholly."""
     if isinstance(values, dict):
         return {
             key: _without_keys(value, keys, is_deep) if is_deep and key not in LABELS else value

@@ -1,4 +1,4 @@
-"""Vocabularies that differ: which rows of each model's matrices are which token of the output.
+"""Aligns vocabularies that differ: finds the rows of each model's matrices that belong to each token of the output.
 
 A row of an embedding matrix, or of a language model's head, stands for a token. Where tokenizers number their tokens
 differently, rows are merged by token.
@@ -17,7 +17,7 @@ from worker.engine.catalog.contracts.spec import Tokens
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.strict import did_you_mean
 
-MAX_ROWS = 1_000_000  # of the output; the largest real vocabularies have 260,000 tokens
+MAX_ROWS = 1_000_000  # rows of the output; the largest real vocabularies have 260,000 tokens
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
 TOKEN_INDEXED = (
     *EMBEDDINGS,
@@ -28,18 +28,18 @@ TOKEN_INDEXED = (
 )
 """Ends of names of tensors with a row for each token."""
 COMMON_NAMES = ("embeddings.weight", "decoder.weight", "decoder.bias", "proj_out.weight", "proj_out.bias")
-"""Those among them that tensors have too which know of no tokens."""
+"""Ends among them that other tensors have too, which have nothing to do with tokens."""
 POSITIONS = re.compile(r"position|wpe")
 TUNED_TOKENS = ("bos_token", "eos_token", "pad_token")
-"""Special tokens that instruction tuning changes; to a decoder they are tokens like all others."""
+"""Special tokens that instruction tuning changes; a decoder treats them like all other tokens."""
 
 
 def is_token_indexed(name: str, shape: Sequence[int], rows: int) -> bool:
-    """Whether the tensor has a row for each token: an input embedding, or a language model's head.
+    """Return whether the tensor has a row for each token: an input embedding, or a language model's head.
 
     Args:
-        rows: of the model's embedding matrix. A tensor of another number that goes by a name that others have too is
-            none.
+        rows: number of rows of the model's embedding matrix. A tensor that has another number of rows and one of the
+            `COMMON_NAMES` has no rows of tokens.
     """
     if layer_of(name) is not None or not ends_with(name, TOKEN_INDEXED):
         return False
@@ -47,7 +47,7 @@ def is_token_indexed(name: str, shape: Sequence[int], rows: int) -> bool:
 
 
 def check_rows(info: CheckpointInfo, tensor: TensorInfo) -> None:
-    """Raises InvalidCheckpoint where a token-indexed tensor has not the rows that the configuration says."""
+    """Raise InvalidCheckpoint where a token-indexed tensor has another number of rows than the configuration says."""
     rows = vocabulary_size(info.config)
     if tensor.shape[:1] != (rows,):
         problem = f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says vocab_size {rows}"
@@ -56,28 +56,28 @@ def check_rows(info: CheckpointInfo, tensor: TensorInfo) -> None:
 
 @dataclass(frozen=True)
 class GivenRow:
-    """The row of a token for models that lack it, and with `force` for all."""
+    """The row that a recipe gives a token in the models that lack it, or, with `force`, in all models."""
 
     model: int | None
-    """Position of the model whose row it is; None: the base's, or zeros."""
+    """Position of the model whose row it is; None: the base, or zeros."""
     row: int | None
-    """The token's id there; None means zeros."""
+    """Number of the row in that model; None: zeros."""
     force: bool
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """By row of the output, the row of the same token in each model and in the base; -1 where it has none."""
+    """Maps each row of the output to its token's row in each model and in the base; -1 where there is none."""
 
     models: tuple["array[int]", ...]
     base: "array[int] | None"
     given: Mapping[int, GivenRow] = field(default_factory=dict)
-    """What a recipe says about single rows, by the row's number in the output."""
+    """Rows that a recipe gives to single tokens, by the row's number in the output."""
     padding: int = 0
-    """How many of the last rows are the mean of all others."""
+    """Number of last rows that are the mean of all others."""
 
     def of(self, members: Sequence[int]) -> "TokenRows":
-        """The rows for some of the models. Raises InvalidRequest if a row is to be that of another model."""
+        """Return the rows for some of the models. Raises InvalidRequest if a recipe takes a row from another model."""
         given = {}
         for place, one in self.given.items():
             if one.model is not None and one.model not in members:
@@ -103,7 +103,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token that `union` appends. `entry` is that of `added_tokens`, for one that is found in text as it is."""
+    """A token that `union` appends. If it is found in text as it is, `entry` is its entry of `added_tokens`."""
 
     content: str
     id: int
@@ -112,30 +112,29 @@ class NewToken:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The output's: that of `owner`, and new tokens after its last row."""
+    """The output's vocabulary: that of `owner`, with new tokens after its last row."""
 
     owner: CheckpointInfo
-    """The base, or the first model where there is none."""
+    """The base, or the first model where there is no base."""
     rows: int
-    """Number of rows of the output's matrices, with those of no token."""
+    """Number of rows of the output's matrices, including rows of no token."""
     tokens: int
     new: tuple[NewToken, ...]
     merges: tuple[tuple[str, str], ...]
-    """Merges of a BPE by which new tokens are made; they follow the owner's."""
+    """Pairs of pieces from which a BPE makes new tokens; they follow the owner's merges."""
     token_rows: TokenRows
     shared: tuple[int, ...]
-    """How many of the output's tokens each model has."""
+    """Number of the output's tokens that each model has."""
     introduced: tuple[int, ...]
-    """How many new tokens come from each model, as the first that has them."""
+    """Number of new tokens that each model is the first to have."""
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A model's configuration, with the output's number of rows and the owner's ids of special tokens."""
+        """Return a model's configuration with the output's number of rows and the owner's ids of special tokens."""
         return _with_tokens(config, self.owner.config, self.rows)
 
 
 def pads_differ(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> bool:
-    """Whether all have the same tokens, and matrices of different numbers of rows that are enough for them: the rows
-    beyond are padding."""
+    """Return whether all have the same tokens, but matrices with different numbers of padding rows after them."""
     everyone = [*checkpoints, *([base] if base else ())]
     rows = [vocabulary_size(info.config) for info in everyone]
     known = [row for row in rows if row is not None]
@@ -149,12 +148,12 @@ def pads_differ(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | No
 
 
 def _differ(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
-    """Whether two tokenizers, given as digests by form, have different tokens."""
+    """Return whether two tokenizers, given as digests by form, have different tokens."""
     return all(ours[form] != theirs[form] for form in ours.keys() & theirs.keys())
 
 
 ADDED = {"normalized": True}
-"""Flags of a token that a recipe adds, as the library has them by default."""
+"""Flags of a token that a recipe adds; they are the library's defaults."""
 
 
 def align_vocabularies(
@@ -164,18 +163,18 @@ def align_vocabularies(
     owner: CheckpointInfo | None = None,
     choices: Choices | None = None,
 ) -> Vocabulary:
-    """The output's vocabulary, and where its tokens are in the models.
+    """Find the output's vocabulary, and the rows of its tokens in the models.
 
-    The owner's rows stay where they are, also those of no token, which no other model has. `union` appends the other
-    models' further tokens in the order of the models and of their ids.
+    The owner's rows keep their numbers, also rows of no token, which no other model has. `union` appends the tokens
+    that only other models have, in the order of the models and of their ids.
 
     Args:
-        owner: by default the base, or the first model where there is none.
+        owner: the model whose vocabulary comes first; by default the base, or the first model where there is no base.
 
     Raises:
         InvalidCheckpoint: a tokenizer has no ids to align by, or an id beyond its embedding matrix.
-        IncompatibleCheckpoints: tokens of the two do not mean the same, or one tokenizer cannot have both's.
-        InvalidRequest: a model or a token that `choices` name is not there.
+        IncompatibleCheckpoints: tokens of two models do not mean the same, or one tokenizer cannot have all of them.
+        InvalidRequest: there is no such model or token as `choices` name.
     """
     if choices is not None and choices.tokens.vocabulary_of is not None:
         owner = checkpoints[choices.position(choices.tokens.vocabulary_of, "vocabulary_of")]
@@ -252,7 +251,7 @@ def _places_in(
     places: Mapping[str, int],
     total: int,
 ) -> "array[int]":
-    """The base's rows of the output's tokens; where it is the owner, its rows of no token too."""
+    """Return the base's rows of the output's tokens; if it is the owner, its rows of no token too."""
     if base is owner:
         return array("i", range(rows)) + array("i", [-1]) * (total - rows)
     tokenizer = _tokenizer(base)
@@ -288,7 +287,7 @@ def _given(
 
 
 def runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(row, own row, length) of every stretch that is contiguous on both sides; what is -1 is left out."""
+    """Yield (row, own row, length) of every stretch that is contiguous on both sides; entries of -1 are left out."""
     start = 0
     while start < len(places):
         stop = start + 1
@@ -300,10 +299,10 @@ def runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def check_names_tell_tokens(info: CheckpointInfo) -> None:
-    """Of an architecture without a table, whose tensors are known by their names.
+    """Check an architecture without a table, whose token-indexed tensors are only known by their names.
 
     Raises:
-        InvalidCheckpoint: another tensor may have a value for each token, which would be merged with that of others.
+        InvalidCheckpoint: another tensor may have a value for each token, which would be merged with other tokens'.
     """
     rows = vocabulary_size(info.config)
     for tensor in info.tensors.values():
@@ -317,7 +316,7 @@ def check_names_tell_tokens(info: CheckpointInfo) -> None:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Rows of the embedding matrix; None where the configuration does not say."""
+    """Return the number of rows of the embedding matrix; None where the configuration does not say."""
     for part in (config, config.get("text_config")):
         rows = part.get("vocab_size") if isinstance(part, Mapping) else None
         if type(rows) is int and rows > 0:
@@ -326,8 +325,10 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 
 
 def token_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that follow from the vocabulary, inner keys after a dot; not the id of padding, from which positions may be
-    counted."""
+    """Yield the keys that follow from the vocabulary, with inner keys after a dot.
+
+    The id of padding is not among them, because positions may be counted from it.
+    """
     for key in config:
         if key == "vocab_size" or (key.endswith("_token_id") and key != "pad_token_id"):
             yield key
@@ -377,7 +378,7 @@ def _tokenizer(info: CheckpointInfo) -> Tokenizer:
 
 
 def _check_same_kind(owner: CheckpointInfo, of_owner: Tokenizer, info: CheckpointInfo, tokenizer: Tokenizer) -> None:
-    """Whether tokens that are spelt the same are the same."""
+    """Check that tokens that are spelt the same are the same."""
     problem = None
     if tokenizer.kind != of_owner.kind:
         problem = f"their tokenizers are of different kinds: {of_owner.kind}, {tokenizer.kind}"
@@ -401,7 +402,7 @@ def _check_same_kind(owner: CheckpointInfo, of_owner: Tokenizer, info: Checkpoin
 def _check_room(
     owner: CheckpointInfo, of_owner: Tokenizer, info: CheckpointInfo, rows: int, new: Sequence[NewToken]
 ) -> None:
-    """Whether the owner's tokenizer can have the new tokens at their rows."""
+    """Check that the owner's tokenizer can have the new tokens at their rows."""
     if not new:
         return
     if not (owner.tokenizer_path / "tokenizer.json").exists():
