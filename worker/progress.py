@@ -16,6 +16,7 @@ SHARES = {
     Phase.MERGING: 5,
     Phase.ALIGNING: 12,
     Phase.EVALUATING: 28,
+    Phase.COMPARING: 3,
     Phase.PUBLISHING: 2,
 }
 LEAST_FRACTION = 0.02  # an estimate from less than this is a guess

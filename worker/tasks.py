@@ -387,4 +387,6 @@ def phases_of(spec: JobSpec) -> list[Phase]:
             phases.append(Phase.ALIGNING)
         if spec.evaluates:
             phases.append(Phase.EVALUATING)
+        if spec.compares:
+            phases.append(Phase.COMPARING)
     return [*phases, Phase.PUBLISHING]

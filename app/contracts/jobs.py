@@ -68,6 +68,7 @@ class Phase(StrEnum):
     MERGING = "merging"
     ALIGNING = "aligning"
     EVALUATING = "evaluating"
+    COMPARING = "comparing"
     PUBLISHING = "publishing"
     DONE = "done"
 

@@ -143,6 +143,9 @@ class Output(Tokens):
     chat_template: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
     """The published chat template: Jinja, or `auto` for the one that most models have. Null: the published tokenizer's
     own."""
+    interference: bool = True
+    """Compare the models' differences from the base for the report, which reads the checkpoints once more. Without
+    effect where no base is named."""
     publish: str | None = None
 
     @field_validator("chat_template")

@@ -372,7 +372,7 @@ def test_progress_never_falls_and_names_its_phase(service: Service) -> None:
     wait_until(watch, "the job to end", interval_s=0.02)
     fractions = [fraction for _, fraction in seen]
     assert fractions == sorted(fractions)
-    phases = {"queued", "loading", "scoring", "merging", "aligning", "evaluating", "publishing", "done"}
+    phases = {"queued", "loading", "scoring", "merging", "aligning", "evaluating", "comparing", "publishing", "done"}
     assert phases >= {phase for phase, _ in seen}
 
 

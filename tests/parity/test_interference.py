@@ -1,19 +1,30 @@
 """Cosines and conflicts of signs, against a dense computation in float64."""
 
+import json
+import os
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import LAYERS, edit_tensors, tiny_base, tiny_checkpoint
+from app.contracts.jobs import Phase
+from tests.tiny import LAYERS, edit_tensors, merge_spec, silent, tiny_base, tiny_checkpoint
 from tests.tiny_adapters import tiny_adapter
 from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec, ModelSpec
+from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
+from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.merging.interference import Interference, interference, spread_runs
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.jobs.engine import Engine
+from worker.engine.merging.interference import Interference, compared_tensors, interference, spread_runs
+from worker.tasks import phases_of
 
 Layers = dict[int | None, list[torch.Tensor]]
 
@@ -39,7 +50,11 @@ def dense(base: Path, models: list[Path]) -> Layers:
 
 def found_in(base: Path, models: list[Path], taking_part: list[int] | None = None) -> Interference:
     plan = plan_merge([inspect_checkpoint(m, m.name) for m in models], base=inspect_checkpoint(base, "base"))
-    found = interference(plan, taking_part or list(range(len(models))))
+    return compared(plan, taking_part or list(range(len(models))))
+
+
+def compared(plan: MergePlan, taking_part: list[int], most: int = BLOCK_ELEMENTS) -> Interference:
+    found = interference(compared_tensors(plan, taking_part), taking_part, most)
     assert found is not None
     return found
 
@@ -83,8 +98,7 @@ def test_of_a_large_tensor_as_many_rows_are_read_as_a_block_has(models: tuple[Pa
     base, folders = models
     most = 64
     plan = plan_merge([inspect_checkpoint(f, f.name) for f in folders], base=inspect_checkpoint(base, "base"))
-    found = interference(plan, [0, 1, 2], most)
-    assert found is not None
+    found = compared(plan, [0, 1, 2], most)
     origin, *tensors = (load_file(folder / "model.safetensors") for folder in (base, *folders))
     products, values = torch.zeros(3, 3, dtype=torch.float64), 0
     for planned in plan.backbone:
@@ -103,8 +117,7 @@ def test_adapters_change_their_base_by_what_they_add(tmp_path: Path) -> None:
     adapters = [tiny_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate("ab")]
     ancestor = inspect_checkpoint(base, "base")
     plan = plan_merge([inspect_model(f, f.name, ancestor) for f in adapters], base=ancestor)
-    found = interference(plan, [0, 1])
-    assert found is not None
+    found = compared(plan, [0, 1])
     deltas = []
     for planned in plan.backbone:
         of = [torch.zeros(planned.shape, dtype=torch.float64) for _ in adapters]
@@ -136,8 +149,60 @@ def test_a_model_that_is_its_base_has_neither(tmp_path: Path) -> None:
 def test_without_a_base_or_with_one_model_there_is_nothing_to_compare(models: tuple[Path, list[Path]]) -> None:
     base, folders = models
     infos = [inspect_checkpoint(folder, folder.name) for folder in folders]
-    assert interference(plan_merge(infos), [0, 1]) is None
-    assert interference(plan_merge(infos, base=inspect_checkpoint(base, "base")), [1]) is None
+    assert compared_tensors(plan_merge(infos), [0, 1]) == []
+    assert compared_tensors(plan_merge(infos, base=inspect_checkpoint(base, "base")), [1]) == []
+    assert interference([], [0, 1]) is None
+
+
+# --- the step of a job -------------------------------------------------------------------------------
+
+
+def job(models: tuple[Path, list[Path]], folder: Path, **output: Any) -> MergeSpec:
+    base, folders = models
+    specs = [ModelSpec(name=f.name, source=f"local:{f.name}", path=f, parameters={}) for f in folders]
+    spec = merge_spec(folder, specs, {"name": "average", "precision": "auto"}, **output)
+    return spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)})
+
+
+def test_a_job_compares_after_merging_and_says_how_long_it_took(
+    models: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    phases: list[str] = []
+    result = Engine().merge(job(models, tmp_path / "out"), lambda phase, *_: phases.append(phase))
+    assert list(dict.fromkeys(phases)) == ["loading", "merging", "comparing"]
+    assert result.timings.interference_seconds > 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["interference"]["pairs_in_all"] == 3
+    assert report["timings"]["interference_seconds"] == result.timings.interference_seconds
+
+
+def test_files_that_change_while_they_are_compared_are_noticed(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    def change(phase: str, *_: object) -> None:
+        if phase == "comparing":
+            os.utime(models[0] / "model.safetensors", ns=(0, 0))
+
+    with pytest.raises(InvalidCheckpoint, match="changed while the job ran"):
+        Engine().merge(job(models, tmp_path / "out"), change)
+
+
+def test_switched_off_nothing_is_read_again(
+    models: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> TensorReader:
+        raise AssertionError("the checkpoints are read once more")
+
+    monkeypatch.setattr("worker.engine.merging.interference.TensorReader", refuse)
+    phases: list[str] = []
+    spec = job(models, tmp_path / "out", interference=False)
+    result = Engine().merge(spec, lambda phase, *_: phases.append(phase))
+    assert "comparing" not in phases
+    assert Phase.COMPARING not in phases_of(spec)
+    assert result.timings.interference_seconds == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["interference"] is None
+    assert "interference" not in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(AssertionError, match="once more"):
+        Engine().merge(job(models, tmp_path / "on"), silent)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (100, 8), (1000, 8), (999, 3), (5, 200), (3, 5000), (1_000_000,)])

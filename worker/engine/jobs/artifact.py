@@ -9,6 +9,7 @@ from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors, write_json
+from worker.engine.merging.interference import Interference
 from worker.engine.merging.job_models import JobModel
 from worker.engine.reporting import contents
 from worker.engine.reporting.card import model_card
@@ -45,6 +46,7 @@ def write_documents(
     base: str | None,
     digests: Mapping[Path, str],
     scores: Scores,
+    interference: Interference | None,
 ) -> None:
     """Everything for people and programs beside the weights; the manifest names every other file.
 
@@ -53,9 +55,10 @@ def write_documents(
         base: digest of the plan's base.
         digests: sha256 of files that were digested as they were written, which need not be read again.
         scores: of the models that were scored.
+        interference: of the models' task vectors, where they were compared.
     """
     ancestor = {"checkpoint": plan.base.source, "digest": base} if plan.base else None
-    found = contents.of_merge(spec, plan, scores)
+    found = contents.of_merge(spec, plan, scores, interference)
     _write_report(spec, result, found, merge_page(spec, plan, result, found, base), owners=plan.owners(), base=ancestor)
     (spec.folder / "README.md").write_text(model_card(spec, plan, result), encoding="utf-8")
     _write_manifest(spec.folder, result, result.models, digests, found, base=ancestor)

@@ -28,6 +28,7 @@ from worker.engine.jobs.preparing import InputStates, examples_of, longest_row, 
 from worker.engine.jobs.results import as_run, filter_notes, model_result, stopping_of, vocabulary_notes
 from worker.engine.merging.backbone import Backbone, given
 from worker.engine.merging.head_alignment import align_head
+from worker.engine.merging.interference import Interference, compared_tensors, interference
 from worker.engine.merging.job_models import JobModel, experts_of
 from worker.engine.merging.layer_alignment import linear_groups
 from worker.engine.merging.mergers import mean_shares, merger_of, refitted_state, weighted_average
@@ -47,9 +48,10 @@ def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
     written = align(chosen, loaded.plan, written, context)
     metrics = evaluate(chosen.models, loaded.plan, written.folders, context)
     candidates = judge(chosen, metrics, context)
+    found = compare(chosen, loaded.plan, context)
     context.note_first(*loaded.reloading.check_published(written.published))
     loaded.states.check_unchanged()
-    return publish(chosen, loaded, written, Judged(metrics, candidates), context)
+    return publish(chosen, loaded, written, Judged(metrics, candidates, found), context)
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,12 @@ class Written:
 
 @dataclass(frozen=True)
 class Judged:
-    """How well the merge does."""
+    """How well the merge does, and how its models get in each other's way."""
 
     metrics: Mapping[str, MetricResult] | None
     """By model."""
     candidates: Sequence[Candidate] | None
+    interference: Interference | None
 
 
 def load(spec: MergeSpec, context: JobContext) -> Loaded:
@@ -253,6 +256,17 @@ def judge(
     return candidates
 
 
+def compare(chosen: Chosen, plan: MergePlan, context: JobContext) -> Interference | None:
+    """How the task vectors of the models that take part interfere; None where nobody asks for it."""
+    taking_part = [index for index, model in enumerate(chosen.models) if model.takes_part]
+    tensors = compared_tensors(plan, taking_part) if chosen.spec.compares else []
+    if not tensors:
+        return None
+    with context.timed("interference_seconds"):
+        comparing = context.phase("comparing", len(tensors), "tensors")
+        return interference(tensors, taking_part, on_tensor=comparing.advance)
+
+
 def publish(chosen: Chosen, loaded: Loaded, written: Written, judged: Judged, context: JobContext) -> MergeResult:
     """Write the scores and all documents to the artifact."""
     spec, models, plan = chosen.spec, chosen.models, loaded.plan
@@ -278,5 +292,5 @@ def publish(chosen: Chosen, loaded: Loaded, written: Written, judged: Judged, co
     for model in models:
         artifact.write_scores(spec.folder, model)
     scores = {model.name: model.measured.scores for model in models}
-    artifact.write_documents(spec, plan, result, loaded.base_digest, written.digests, scores)
+    artifact.write_documents(spec, plan, result, loaded.base_digest, written.digests, scores, judged.interference)
     return result

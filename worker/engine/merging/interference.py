@@ -6,8 +6,8 @@ neither is 0.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,14 +64,17 @@ class TaskVectors:
         return self.opposed / (self.opposed + self.agreeing)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Interference:
-    """`layers` by layer, None for what lies outside of them; `values` of each model were read, of `of` in all."""
+    """What was found of `models` task vectors."""
 
     models: int
-    layers: dict[int | None, TaskVectors] = field(default_factory=dict)
-    values: int = 0
-    of: int = 0
+    layers: Mapping[int | None, TaskVectors]
+    """By layer; None: everything outside the layers."""
+    values: int
+    """Number of values of each model that were read."""
+    of: int
+    """Number of values of each model in all."""
 
     @property
     def whole(self) -> TaskVectors:
@@ -87,27 +90,43 @@ class Interference:
         return matrix[rows, columns].tolist()
 
 
-def interference(plan: MergePlan, taking_part: Sequence[int], most: int = BLOCK_ELEMENTS) -> Interference | None:
-    """Of these models of the plan. None without a base, or where fewer than two take part.
+def compared_tensors(plan: MergePlan, taking_part: Sequence[int]) -> list[PlannedTensor]:
+    """The tensors in which these models of the plan have task vectors; none without a base, or of fewer than two."""
+    if plan.base is None or len(taking_part) < 2:
+        return []
+    return [
+        planned
+        for planned in plan.backbone
+        if not planned.is_copied
+        and planned.base is not None
+        and planned.base.dtype in FLOATS
+        # All of them have a part in its slice.
+        and (planned.members is None or {*taking_part} <= {*planned.members})
+    ]
+
+
+def interference(
+    tensors: Sequence[PlannedTensor],
+    taking_part: Sequence[int],
+    most: int = BLOCK_ELEMENTS,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> Interference | None:
+    """How the task vectors of these models of the plan interfere in `compared_tensors`; None where that is nothing.
 
     Of each tensor at most `most` values of a model are read (or one row, if that is longer): tensors that are
     no larger whole, others in runs of rows that are evenly spread.
     """
-    if plan.base is None or len(taking_part) < 2:
-        return None
-    found = Interference(len(taking_part))
+    layers: dict[int | None, TaskVectors] = {}
+    values, of = 0, 0
     with TensorReader() as reader:
-        for planned in plan.backbone:
-            if planned.is_copied or planned.base is None or planned.base.dtype not in FLOATS:
-                continue
-            if planned.members is not None and not {*taking_part} <= {*planned.members}:
-                continue  # of a slice that some of them have no part in
-            layer = found.layers.setdefault(planned.slot.layer, TaskVectors.of_none(found.models))
-            found.of += math.prod(planned.shape)
+        for planned in tensors:
+            layer = layers.setdefault(planned.slot.layer, TaskVectors.of_none(len(taking_part)))
+            of += math.prod(planned.shape)
             for block in _blocks(reader, planned, taking_part, most):
-                found.values += block.versions[0].numel()
+                values += block.versions[0].numel()
                 _add(layer, block)
-    return found if found.values else None
+            on_tensor()
+    return Interference(len(taking_part), layers, values, of) if values else None
 
 
 def spread_runs(shape: Sequence[int], most: int) -> list[slice]:

@@ -21,7 +21,7 @@ from worker.engine.catalog.families.table import score_name
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.tensors import TORCH_NAMES
 from worker.engine.catalog.primitives.strict import Strict
-from worker.engine.merging.interference import Interference, TaskVectors, interference
+from worker.engine.merging.interference import Interference, TaskVectors
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.combine import model_weights
 from worker.engine.merging.methods.mask_fisher import node_weights
@@ -153,19 +153,17 @@ class Contents(Strict):
     maps: Maps | None
     """Null where no mask node was scored."""
     interference: InterferenceReport | None
-    """Null without a base, or where fewer than two models take part."""
+    """Null without a base, where fewer than two models take part, and where the job leaves it out."""
     threads: int
     versions: Mapping[str, str]
 
 
-def of_merge(spec: MergeSpec, plan: MergePlan, scores: Scores) -> Contents:
-    names = [model.name for model in spec.models]
-    taking_part = [index for index, model in enumerate(spec.models) if model.takes_part]
-    found = None if spec.method.stacked_slices else interference(plan, taking_part)
+def of_merge(spec: MergeSpec, plan: MergePlan, scores: Scores, interference: Interference | None) -> Contents:
+    taking_part = [model.name for model in spec.models if model.takes_part]
     return Contents(
         construction=_construction(spec, plan),
         maps=_maps(spec, scores, plan),
-        interference=None if found is None else _interference(found, [names[index] for index in taking_part]),
+        interference=None if interference is None else _interference(interference, taking_part),
         threads=torch.get_num_threads(),
         versions=versions(),
     )

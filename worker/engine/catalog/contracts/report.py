@@ -205,6 +205,7 @@ class Timings(Strict):
     merge_seconds: float = 0.0
     align_seconds: float = 0.0
     evaluate_seconds: float = 0.0
+    interference_seconds: float = 0.0
     publish_seconds: float = 0.0
 
 

@@ -148,6 +148,7 @@ class OutputSpec(Tokens):
     config_from: str | None = None
     """Name of the model, or `base`, whose settings count if models differ in settings that no shape shows."""
     chat_template: str | None = None
+    interference: bool = True
 
 
 class StoreSpec(Strict):
@@ -236,6 +237,11 @@ class MergeSpec(JobSpec):
     @property
     def aligns(self) -> bool:
         return self.output.align_heads and any(model.dataset for model in self.models)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the models' task vectors are compared: there is a base, and two models take part at least."""
+        return self.output.interference and self.base is not None and sum(m.takes_part for m in self.models) > 1
 
     @property
     def checkpoints(self) -> list[CheckpointSpec]:
