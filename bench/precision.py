@@ -32,7 +32,7 @@ from bench.table import console, shown
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import DatasetSpec, MergeSpec, StoreSpec
 from worker.engine.catalog.data.rows import RowFile, sample
-from worker.engine.catalog.families import FAMILIES, Nodes
+from worker.engine.catalog.families import FAMILIES, NODE_KINDS, ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.catalog.tasks import LabelMap
@@ -44,7 +44,6 @@ from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import Precision, best_device
-from worker.engine.scoring.statistics import STANDARD_ERROR
 from worker.engine.tasks.metrics import Array
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -57,7 +56,7 @@ LEAST_SPEARMAN = 0.999
 MOST_DIFFERENCE = 1e-4  # of a hidden state from BERT's: rounding
 SEED = 0
 METHOD = MaskFisherParameters()
-Scores = dict[str, Tensor]
+Scores = dict[ScoreName, Tensor]
 
 
 @dataclass
@@ -217,14 +216,16 @@ class Bench:
 def read_scores(artifact: Path, model: str) -> Scores:
     """Without their standard errors."""
     found = load_file(artifact / "scores" / f"{model}.safetensors")
-    return {site: scores for site, scores in found.items() if not site.endswith(STANDARD_ERROR)}
+    layers = range(sum(name.endswith(".heads") for name in found))
+    names = [ScoreName(layer, NODE_KINDS[kind]) for layer in layers for kind in ("heads", "neurons")]
+    return {name: found[name] for name in names}
 
 
 def labels_of(examples: list[Example]) -> Array:
     return np.array([example.label for example in examples], dtype=np.float64)
 
 
-def rank_correlation(one: Mapping[str, Tensor], other: Mapping[str, Tensor], sites: list[str]) -> float:
+def rank_correlation(one: Scores, other: Scores, sites: list[ScoreName]) -> float:
     """Spearman's over the nodes of all sites together."""
     return float(spearmanr(*(torch.cat([scores[site] for site in sites]).numpy() for scores in (one, other)))[0])
 
@@ -233,10 +234,10 @@ def agreement(float32: Mapping[str, Scores], bfloat16: Mapping[str, Scores]) -> 
     """The lowest over the experts; scores by task."""
     found: dict[str, list[float]] = {"neurons": [], "heads": [], "layer": []}
     for task, exact in float32.items():
-        for nodes in Nodes:
-            sites = [site for site in exact if site.endswith(f".{nodes}")]
-            found[nodes].append(rank_correlation(exact, bfloat16[task], sites))
-            if nodes is Nodes.NEURONS:
+        for kind in ("heads", "neurons"):
+            sites = [site for site in exact if site.kind.name == kind]
+            found[kind].append(rank_correlation(exact, bfloat16[task], sites))
+            if kind == "neurons":
                 found["layer"].append(min(rank_correlation(exact, bfloat16[task], [site]) for site in sites))
     weights = [
         node_weights([MeasuredModel(1.0, scores) for scores in of.values()], METHOD) for of in (float32, bfloat16)

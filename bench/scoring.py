@@ -133,9 +133,10 @@ def multiplied_masks(loaded: LoadedModel) -> Iterator[dict[str, Tensor]]:
     masks: dict[str, Tensor] = {}
     handles = []
     for site in sites_of(loaded):
-        masks[site.score] = torch.ones(site.nodes, requires_grad=True, device=loaded.device)
+        [(score, nodes)] = site.counts.items()
+        masks[score] = torch.ones(nodes, requires_grad=True, device=loaded.device)
 
-        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], mask: Tensor = masks[site.score]) -> Tensor:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...], mask: Tensor = masks[score]) -> Tensor:
             by_node = inputs[0].view(*inputs[0].shape[:2], len(mask), -1)
             return (by_node * mask[:, None]).view_as(inputs[0])
 

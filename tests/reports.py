@@ -17,7 +17,6 @@ from worker.engine.catalog.contracts.report import (
     Timings,
     Trial,
 )
-from worker.engine.catalog.families import Nodes
 from worker.engine.reporting.contents import (
     Construction,
     Contents,
@@ -157,7 +156,7 @@ def invented_contents(
         construction=Construction(
             groups=[
                 TensorGroup(
-                    kind="query", owner=Nodes.HEADS, outside_layers=False, copied=False, tensors=24, values=10**6,
+                    kind="query", owner="heads", outside_layers=False, copied=False, tensors=24, values=10**6,
                     dtypes=["float32"],
                 )
             ],
@@ -176,12 +175,12 @@ def invented_contents(
                 NodeMap(
                     nodes=nodes,
                     layers=96,
-                    count=128 * (1 + 20 * (nodes is Nodes.NEURONS)),
+                    count=128 * (1 + 20 * (nodes == "neurons")),
                     scores={name: grid(columns) for name in shown},
                     weights={name: grid(columns) for name in shown},
                     lambdas=dict.fromkeys(shown, 1 / len(names)),
                 )
-                for nodes in Nodes
+                for nodes in ("heads", "neurons")
             ],
         ),
         interference=InterferenceReport(

@@ -38,7 +38,7 @@ from tests.tiny import (
 from tests.tiny_families import TINY_FAMILIES, TinyFamily
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.data.rows import RowFile, sample
-from worker.engine.catalog.families import FAMILIES, Family, Kind, Nodes
+from worker.engine.catalog.families import FAMILIES, NODE_KINDS, Family, Kind, NodeKind, ScoreName
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
@@ -50,8 +50,8 @@ from worker.engine.scoring.scorer import score
 
 ROWS = 12
 LABELS = {"two": 2, "three": 3, "grade": 1}
-COUNTS = {Nodes.HEADS: HEADS, Nodes.NEURONS: NEURONS}
-NODES = [(nodes, layer, index) for nodes, index in ((Nodes.HEADS, 2), (Nodes.NEURONS, 7)) for layer in range(LAYERS)]
+COUNTS = {NODE_KINDS["heads"]: HEADS, NODE_KINDS["neurons"]: NEURONS}
+NODES = [(nodes, layer, index) for nodes, index in zip(COUNTS, (2, 7), strict=True) for layer in range(LAYERS)]
 CPU = torch.device("cpu")
 ENGINE_TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 INVARIANCE = 1e-5  # relative in norm per layer and kind: what METHOD promises of float32
@@ -73,12 +73,12 @@ class Case:
     def experts(self) -> dict[str, Path]:
         return {name: self.root / name for name in LABELS}
 
-    def owned(self, nodes: Nodes, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Kind, int]]:
+    def owned(self, nodes: NodeKind, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Kind, int]]:
         """By the product's table: the tensors of which these nodes own slices, and along which axis."""
         for name in tensors:
             slot = self.table.slot(name)
             assert slot is not None, name
-            if slot.owner is not None and (slot.owner.nodes, slot.owner.layer) == (nodes, layer):
+            if slot.owner is not None and slot.owner.score == ScoreName(layer, nodes):
                 yield name, slot.kind, slot.owner.axis
 
 
@@ -143,7 +143,7 @@ def examples_of(loaded: LoadedModel, rows: Path) -> list[Example]:
     return tokenize(read_rows(rows), dataset_spec(rows), loaded.tokenizer, loaded.max_length, None).examples
 
 
-def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[str, Tensor]:
+def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[ScoreName, Tensor]:
     """Scores by masks that are there: a row at a time, no padding, float64, a backward pass for every label."""
     model, tokenizer = float64_model(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     masks = insert_masks(model, tiny)
@@ -158,13 +158,15 @@ def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[str, Tensor]:
             for sum_, gradient in zip(total, torch.autograd.grad(output, masks, retain_graph=True), strict=True):
                 sum_ += weight * gradient**2 / len(lines)
     return {
-        f"layers.{layer}.{nodes}": of_kind[layer]
+        ScoreName(layer, nodes): of_kind[layer]
         for nodes, of_kind in zip(COUNTS, total, strict=True)
         for layer in range(LAYERS)
     }
 
 
-def assert_same_in_norm(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+def assert_same_in_norm(
+    found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], tolerance: float
+) -> None:
     assert found.keys() == expected.keys()
     for name, scores in expected.items():
         assert float(scores.norm()) > 0, name
@@ -188,7 +190,7 @@ def test_scores_do_not_depend_on_batches_or_padding(case: Case) -> None:
     assert len({example.length for example in examples}) > 3
     estimator = estimator_for("expected", loaded.task, seed=0)
 
-    def scores(batches: list[list[Example]]) -> dict[str, Tensor]:
+    def scores(batches: list[list[Example]]) -> dict[ScoreName, Tensor]:
         return score(loaded, examples, estimator, "float32", "rows", silent, batches).scores()
 
     alone = scores([[example] for example in examples])
@@ -199,10 +201,11 @@ def test_scores_do_not_depend_on_batches_or_padding(case: Case) -> None:
 def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case) -> None:
     loaded = load(inspect_checkpoint(case.experts["three"], "three"), CPU)
     examples = examples_of(loaded, case.root / "three.jsonl")
-    seen: dict[str, list[int]] = {}
+    seen: dict[ScoreName, list[int]] = {}
     for site in case.table.sites(loaded.info.config):
+        [score_name] = site.counts
 
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = site.score) -> None:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: ScoreName = score_name) -> None:
             seen.setdefault(name, []).append(inputs[0].shape[1])
 
         loaded.model.get_submodule(site.module).register_forward_hook(note)
@@ -210,7 +213,7 @@ def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case)
     score(loaded, examples, estimator_for("expected", loaded.task, seed=0), "float32", "rows", silent, [examples])
 
     longest = max(example.length for example in examples)
-    last = [f"layers.{LAYERS - 1}.{nodes}" for nodes in Nodes]
+    last = [ScoreName(LAYERS - 1, nodes) for nodes in COUNTS]
     assert longest > 1
     assert seen == {name: [1 if name in last else longest] for name in seen}
     assert set(last) < seen.keys()
@@ -248,7 +251,7 @@ def test_what_is_found_of_roberta_holds_of_those_that_share_its_code(family: str
 
 @pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
 def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
-    case: Case, tmp_path: Path, nodes: Nodes, layer: int, index: int
+    case: Case, tmp_path: Path, nodes: NodeKind, layer: int, index: int
 ) -> None:
     multiplier, inputs, expert = -1.7, probe(case), case.experts["three"]
     masked = float64_model(expert)
@@ -257,7 +260,7 @@ def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
         expected = masked(**inputs).logits
     assert not torch.allclose(expected, logits(expert, inputs))
     # A head's mask can be seen on either side of its context, a neuron's only behind the non-linearity.
-    for kind in (Kind.VALUE, Kind.ATTENTION_OUTPUT) if nodes is Nodes.HEADS else (Kind.DOWN,):
+    for kind in (Kind.VALUE, Kind.ATTENTION_OUTPUT) if nodes.name == "heads" else (Kind.DOWN,):
         scaled = Path(shutil.copytree(expert, tmp_path / kind))
 
         def scale(tensors: Tensors, kind: Kind = kind) -> Tensors:
@@ -273,7 +276,7 @@ def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
 
 @pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
 def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
-    case: Case, nodes: Nodes, layer: int, index: int
+    case: Case, nodes: NodeKind, layer: int, index: int
 ) -> None:
     model = float64_model(case.experts["three"])
     mask = insert_masks(model, case.tiny)[list(COUNTS).index(nodes)]

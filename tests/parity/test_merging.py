@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.score_names import named
 from tests.tiny import (
     HEADS,
     LAYERS,
@@ -29,13 +30,13 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.families import Kind, Nodes
+from worker.engine.catalog.families import NODE_KINDS, Kind, NodeKind, ScoreName
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
 
-Scores = Mapping[str, Tensor]
+Scores = Mapping[Any, Tensor]
 Array = NDArray[np.float64]
 
 COUNTS = {"heads": HEADS, "neurons": NEURONS}
@@ -165,7 +166,7 @@ def assert_merged(found: Mapping[str, Tensor], expected: Mapping[str, Array], to
         np.testing.assert_allclose(found[name].double().numpy(), tensor, rtol=0, atol=tolerance, err_msg=name)
 
 
-def random_scores(seed: int, scale: float) -> dict[str, Tensor]:
+def random_scores(seed: int, scale: float) -> dict[ScoreName, Tensor]:
     """Heavy-tailed scores with a node that is dead in every model, one that is dead in this, and a dead layer."""
     generator = torch.Generator().manual_seed(seed)
     scores = {}
@@ -174,8 +175,8 @@ def random_scores(seed: int, scale: float) -> dict[str, Tensor]:
             score = scale * torch.randn(count, generator=generator, dtype=torch.float64).mul(2).exp()
             score[0] = 0
             score[1 + seed] = 0
-            scores[f"layers.{layer}.{kind}"] = score
-    scores["layers.1.neurons"] = torch.zeros(NEURONS, dtype=torch.float64)
+            scores[named(f"layers.{layer}.{kind}")] = score
+    scores[named("layers.1.neurons")] = torch.zeros(NEURONS, dtype=torch.float64)
     return scores
 
 
@@ -220,8 +221,12 @@ def test_the_artifact_is_the_dense_computation_with_its_own_scores(
 def test_a_layer_that_is_dead_in_one_model_does_not_outvote_the_others(normalize: Any) -> None:
     slot = BERT.slot("bert.encoder.layer.0.intermediate.dense.bias")
     assert slot is not None
-    alive = {f"layers.{i}.{kind}": torch.full((n,), 1e-6).double() for i in range(LAYERS) for kind, n in COUNTS.items()}
-    dead = {**alive, "layers.0.neurons": torch.zeros(NEURONS, dtype=torch.float64)}
+    alive = {
+        named(f"layers.{i}.{kind}"): torch.full((n,), 1e-6).double()
+        for i in range(LAYERS)
+        for kind, n in COUNTS.items()
+    }
+    dead = {**alive, named("layers.0.neurons"): torch.zeros(NEURONS, dtype=torch.float64)}
     merger = BUILDERS["mask_fisher"](
         MaskFisherParameters(normalize=normalize), [MeasuredModel(1.0, alive), MeasuredModel(1.0, dead)]
     )
@@ -235,36 +240,40 @@ def probe(checkpoints: list[Path]) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(5, 100, (3, 12), generator=generator)}
 
 
-NODES = [(nodes, layer, index) for nodes, index in ((Nodes.HEADS, 2), (Nodes.NEURONS, 7)) for layer in range(LAYERS)]
+NODES = [
+    (nodes, layer, index)
+    for nodes, index in ((NODE_KINDS["heads"], 2), (NODE_KINDS["neurons"], 7))
+    for layer in range(LAYERS)
+]
 
 
 @pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
 @pytest.mark.parametrize("multiplier", [0.0, 0.3, -2.0])
 def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
-    checkpoints: list[Path], probe: Tensors, nodes: Nodes, layer: int, index: int, multiplier: float
+    checkpoints: list[Path], probe: Tensors, nodes: NodeKind, layer: int, index: int, multiplier: float
 ) -> None:
     masked = float64_model(checkpoints[1])
     with torch.no_grad():
-        insert_masks(masked)[list(COUNTS).index(nodes)][layer, index] = multiplier
+        insert_masks(masked)[list(COUNTS).index(nodes.name)][layer, index] = multiplier
         expected = masked(**probe).logits
         assert not torch.allclose(expected, float64_model(checkpoints[1])(**probe).logits)
         # A head's mask can be seen on either side of its context, a neuron's only behind the non-linearity.
-        for kinds in ({Kind.VALUE}, {Kind.ATTENTION_OUTPUT}) if nodes is Nodes.HEADS else ({Kind.DOWN},):
+        for kinds in ({Kind.VALUE}, {Kind.ATTENTION_OUTPUT}) if nodes.name == "heads" else ({Kind.DOWN},):
             scaled = float64_model(checkpoints[1])
             for name, parameter in scaled.named_parameters():
                 slot = BERT.slot(name)
                 if slot and slot.kind in kinds and slot.owner and slot.layer == layer:
-                    assert slot.owner.nodes is nodes
-                    owned_slice(parameter, slot.owner.axis, COUNTS[nodes], index).mul_(multiplier)
+                    assert slot.owner.score.kind == nodes
+                    owned_slice(parameter, slot.owner.axis, COUNTS[nodes.name], index).mul_(multiplier)
             torch.testing.assert_close(scaled(**probe).logits, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
 def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
-    checkpoints: list[Path], probe: Tensors, nodes: Nodes, layer: int, index: int
+    checkpoints: list[Path], probe: Tensors, nodes: NodeKind, layer: int, index: int
 ) -> None:
     model = float64_model(checkpoints[1])
-    mask = insert_masks(model)[list(COUNTS).index(nodes)]
+    mask = insert_masks(model)[list(COUNTS).index(nodes.name)]
     with torch.no_grad():
         mask[layer, index] = 0
     model(**probe).logits.pow(2).sum().backward()
@@ -275,8 +284,8 @@ def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
         if name.endswith("key.bias"):
             parameter.grad[parameter.grad.abs() < 1e-12] = 1  # softmax does not see it: its gradient is rounding
         owner = slot.owner
-        if owner is not None and (owner.nodes, owner.layer) == (nodes, layer):
-            owned = owned_slice(parameter.grad, owner.axis, COUNTS[nodes], index)
+        if owner is not None and owner.score == ScoreName(layer, nodes):
+            owned = owned_slice(parameter.grad, owner.axis, COUNTS[nodes.name], index)
             assert name.endswith("key.bias") or not owned.any(), name
             owned.fill_(1)
         if slot.kind is not Kind.EMBEDDING:

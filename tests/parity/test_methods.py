@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.parity.test_merging import normalised, owner_of, shares
+from tests.score_names import named
 from tests.tiny import merged_of
-from worker.engine.catalog.families import Slot
+from worker.engine.catalog.families import ScoreName, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.deberta_v2 import DEBERTA_V2
 from worker.engine.catalog.methods import METHODS, Statistic
@@ -91,7 +92,7 @@ def random_grams(seed: int, tokens: int = 50) -> dict[str, Tensor]:
     return grams
 
 
-def random_scores(seed: int) -> dict[str, Tensor]:
+def random_scores(seed: int) -> dict[ScoreName, Tensor]:
     """Heavy-tailed, with a node that is dead in every model, and one more in this."""
     rng = generator(2000 + seed)
     scores = {}
@@ -100,7 +101,7 @@ def random_scores(seed: int) -> dict[str, Tensor]:
             score = 10.0**seed * torch.randn(count, generator=rng, dtype=torch.float64).mul(2).exp()
             if kind == "neurons":
                 score[0] = score[1 + seed] = 0
-            scores[f"layers.{layer}.{kind}"] = score
+            scores[named(f"layers.{layer}.{kind}")] = score
     return scores
 
 

@@ -13,6 +13,7 @@ from pyarrow.parquet import write_table
 from sklearn import metrics as sk
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.score_names import named
 from tests.tiny import (
     LAYERS,
     dataset_spec,
@@ -28,6 +29,7 @@ from tests.tiny import (
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.tasks import LabelMap, MultiLabel
 from worker.engine.evaluation.metrics import bootstrap, metric_for
@@ -70,7 +72,7 @@ def examples(folder: Path, loaded: LoadedModel) -> list[Example]:
     return tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task)).examples
 
 
-def likelihoods(folder: Path, examples: list[Example], own: bool) -> dict[str, np.ndarray]:
+def likelihoods(folder: Path, examples: list[Example], own: bool) -> dict[ScoreName, np.ndarray]:
     """Of each row: the sum over sets of labels of `p(set) (d log p(set) / dm)^2`, one at a time, in float64."""
     model = float64_model(folder / "expert")
     masks = insert_masks(model)
@@ -87,7 +89,11 @@ def likelihoods(folder: Path, examples: list[Example], own: bool) -> dict[str, n
                 sum_ += weight * g**2
         found.append(total)
     heads, neurons = (torch.stack(kind).mean(0).numpy() for kind in zip(*found, strict=True))
-    return {f"layers.{i}.{kind}": of[i] for i in range(LAYERS) for kind, of in (("heads", heads), ("neurons", neurons))}
+    return {
+        named(f"layers.{i}.{kind}"): of[i]
+        for i in range(LAYERS)
+        for kind, of in (("heads", heads), ("neurons", neurons))
+    }
 
 
 def test_expected_scores_are_the_expectation_over_all_sets_of_labels(
@@ -163,7 +169,7 @@ def test_the_published_rule_takes_the_models_own_loss(
     for layer in range(LAYERS):
         for kind, of in zip(("heads", "neurons"), gradients, strict=True):
             exact = of[layer].numpy() ** 2
-            np.testing.assert_allclose(found[f"layers.{layer}.{kind}"].numpy(), exact, rtol=1e-3, atol=1e-12)
+            np.testing.assert_allclose(found[named(f"layers.{layer}.{kind}")].numpy(), exact, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize(

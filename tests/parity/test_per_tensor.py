@@ -30,6 +30,7 @@ from tests.parity.test_methods import (
     slot_of,
     solved,
 )
+from tests.score_names import named
 from tests.tiny import merged_of
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters
 from worker.engine.catalog.primitives.values import PerTensor, Place
@@ -168,9 +169,11 @@ def test_weight_shares_are_means_over_the_tensors_that_nodes_own() -> None:
     first, second = parsed([{"filter": "*query*", "value": 3.0}, {"filter": "*", "value": 1.0}]), 1.0
     models = [replace(MODELS[0], weight=first), replace(MODELS[1], weight=second)]
     places = {
-        "layers.0.heads": [place_of(f"bert.encoder.layer.0.attention.self.{what}.weight") for what in ("query", "key")]
+        named("layers.0.heads"): [
+            place_of(f"bert.encoder.layer.0.attention.self.{what}.weight") for what in ("query", "key")
+        ]
     }
-    even = [replace(m, scores={"layers.0.heads": torch.ones(4).double()}) for m in models]
+    even = [replace(m, scores={named("layers.0.heads"): torch.ones(4).double()}) for m in models]
     shares = weight_shares(node_weights(even, MaskFisherParameters(floor=0.0)), places)
     assert shares == pytest.approx([(0.75 + 0.5) / 2, 0.375])
 
@@ -180,21 +183,21 @@ def test_errors_of_merge_weights_are_root_mean_squares_over_tensors() -> None:
     of_models = []
     for _ in range(2):
         sums = NodeStatistics()
-        sums.add({"layers.0.heads": torch.randn(50, 4, generator=rng).exp()})
+        sums.add({named("layers.0.heads"): torch.randn(50, 4, generator=rng).exp()})
         of_models.append(sums)
     weight = parsed([{"filter": "*query*", "value": 3.0}, {"filter": "*", "value": 1.0}])
     floor = parsed([{"filter": "*query*", "value": 1.0}])
     names = [f"bert.encoder.layer.0.attention.self.{what}.weight" for what in ("query", "key")]
     method = METHODS["mask_fisher"].parameters(name="mask_fisher").model_copy(update={"floor": floor})
     scored = [Scored(weight, {50: of_models[0]}, 10**6), Scored(1.0, {50: of_models[1]}, 10**6)]
-    found = errors_at(method, scored, 50, {"layers.0.heads": [place_of(name) for name in names]})  # type: ignore[arg-type]
+    found = errors_at(method, scored, 50, {named("layers.0.heads"): [place_of(name) for name in names]})  # type: ignore[arg-type]
     squares = []
     for lam, least in ((3.0, 1.0), (1.0, 1e-3)):
-        scores = [sums.scores()["layers.0.heads"] for sums in of_models]
+        scores = [sums.scores()[named("layers.0.heads")] for sums in of_models]
         floored = [torch.maximum(s / s.mean(), torch.tensor(least).double()) for s in scores]
         w = torch.stack([lam * floored[0], floored[1]])
         w /= w.sum(0)
-        rho = torch.stack([s.relative_errors(10**6, "layer", least)["layers.0.heads"] for s in of_models])
+        rho = torch.stack([s.relative_errors(10**6, "layer", least)[named("layers.0.heads")] for s in of_models])
         squares.append(weight_errors(w, rho) ** 2)
     assert found is not None
-    torch.testing.assert_close(found["layers.0.heads"], ((squares[0] + squares[1]) / 2).sqrt())
+    torch.testing.assert_close(found[named("layers.0.heads")], ((squares[0] + squares[1]) / 2).sqrt())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY
 from tests.reports import invented_result
+from tests.score_names import named
 from tests.tiny import (
     HEADS,
     LAYERS,
@@ -94,7 +95,7 @@ def test_large_maps_are_means_over_runs_of_nodes_and_layers(merged: tuple[MergeS
     layers, nodes = 100, 1000
     generator = torch.Generator().manual_seed(0)
     scores = {
-        f"layers.{layer}.{kind}": torch.rand(nodes, generator=generator, dtype=torch.float64)
+        named(f"layers.{layer}.{kind}"): torch.rand(nodes, generator=generator, dtype=torch.float64)
         for layer in range(layers)
         for kind in ("heads", "neurons")
     }
@@ -102,7 +103,7 @@ def test_large_maps_are_means_over_runs_of_nodes_and_layers(merged: tuple[MergeS
     assert maps is not None
     assert (maps.models, maps.left_out) == (["a"], 0)
     for of in maps.maps:
-        dense = np.stack([scores[f"layers.{layer}.{of.nodes}"].numpy() for layer in range(layers)])
+        dense = np.stack([scores[named(f"layers.{layer}.{of.nodes}")].numpy() for layer in range(layers)])
         wanted = [
             [part.mean(1).mean() for part in np.array_split(rows, contents.BLOCKS, 1)]
             for rows in np.array_split(dense, contents.BLOCKS)
@@ -115,7 +116,7 @@ def test_models_of_different_sizes_have_maps_of_their_own(merged: tuple[MergeSpe
     sizes = {"a": (2, 3, 5), "b": (4, 2, 5)}
     scores = {
         name: {
-            f"layers.{layer}.{kind}": torch.rand(count, dtype=torch.float64)
+            named(f"layers.{layer}.{kind}"): torch.rand(count, dtype=torch.float64)
             for layer in range(layers)
             for kind, count in (("heads", heads), ("neurons", neurons))
         }
@@ -124,11 +125,11 @@ def test_models_of_different_sizes_have_maps_of_their_own(merged: tuple[MergeSpe
     maps = contents.of_scores(merged[0], scores).maps
     assert maps is not None
     assert maps.models == ["a", "b"]
-    found = {(name, of.layers, of.nodes.value, of.count) for of in maps.maps for name in of.scores}
+    found = {(name, of.layers, of.nodes, of.count) for of in maps.maps for name in of.scores}
     assert found == {("a", 2, "heads", 3), ("a", 2, "neurons", 5), ("b", 4, "heads", 2), ("b", 4, "neurons", 5)}
     for of in maps.maps:
         for name, grid in of.scores.items():
-            wanted = np.stack([scores[name][f"layers.{layer}.{of.nodes}"].numpy() for layer in range(of.layers)])
+            wanted = np.stack([scores[name][named(f"layers.{layer}.{of.nodes}")].numpy() for layer in range(of.layers)])
             np.testing.assert_allclose(np.array(grid, dtype=float), wanted, rtol=1e-3)
 
 

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from tests.score_names import named
 from tests.tiny import (
     LAYERS,
     Tensors,
@@ -25,6 +26,7 @@ from tests.tiny import (
 )
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.data.rows import Row, RowFile, sample
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import Place
 from worker.engine.catalog.tasks import Classification, LabelMap, Regression
 from worker.engine.inputs.examples import Example, tokenize
@@ -81,12 +83,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Case]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(cases: dict[int, Case]) -> dict[int, dict[str, Tensor]]:
+def one_by_one(cases: dict[int, Case]) -> dict[int, dict[ScoreName, Tensor]]:
     """The engine's scores from batches of one row, by number of labels."""
     return {labels: case.score(batch=1).scores() for labels, case in cases.items()}
 
 
-def squares(case: Case, rule: Literal["expected", "empirical"]) -> dict[str, Tensor]:
+def squares(case: Case, rule: Literal["expected", "empirical"]) -> dict[ScoreName, Tensor]:
     """Each row's squared mask gradient, (rows, nodes) by score name.
 
     `expected`: the sum over labels of `p(y|x) (d log p(y|x) / dm)^2`; of a regression the squared derivative of the
@@ -111,17 +113,22 @@ def squares(case: Case, rule: Literal["expected", "empirical"]) -> dict[str, Ten
                 sum_ += weight * gradient**2
         found.append(total)
     heads, neurons = (torch.stack(of_kind) for of_kind in zip(*found, strict=True))  # (rows, layers, nodes)
-    named = [(f"layers.{i}", i) for i in range(LAYERS)]
-    return {f"{n}.heads": heads[:, i] for n, i in named} | {f"{n}.neurons": neurons[:, i] for n, i in named}
+    return {
+        named(f"layers.{i}.{kind}"): of_kind[:, i]
+        for kind, of_kind in (("heads", heads), ("neurons", neurons))
+        for i in range(LAYERS)
+    }
 
 
-def assert_same_in_norm(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = INVARIANCE) -> None:
+def assert_same_in_norm(
+    found: dict[ScoreName, Tensor], expected: dict[ScoreName, Tensor], tolerance: float = INVARIANCE
+) -> None:
     assert found.keys() == expected.keys()
     for name, scores in expected.items():
         assert float((found[name] - scores).norm() / scores.norm()) <= tolerance, name
 
 
-def assert_each_score_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_each_score_close(found: dict[ScoreName, Tensor], expected: dict[ScoreName, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, scores in expected.items():
         np.testing.assert_allclose(found[name].numpy(), scores.numpy(), rtol=ENGINE_TOLERANCE, atol=0, err_msg=name)
@@ -163,14 +170,14 @@ def test_expected_scores_do_not_depend_on_the_order_of_the_labels(tmp_path: Path
 @pytest.mark.parametrize("labels", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [7, 64, None])
 def test_scores_do_not_depend_on_batch_size(
-    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], labels: int, batch: int | None
+    cases: dict[int, Case], one_by_one: dict[int, dict[ScoreName, Tensor]], labels: int, batch: int | None
 ) -> None:
     assert_same_in_norm(cases[labels].score(batch=batch).scores(), one_by_one[labels])
 
 
 @pytest.mark.parametrize("labels", [1, 3])
 def test_scores_do_not_depend_on_the_order_of_the_rows(
-    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], labels: int
+    cases: dict[int, Case], one_by_one: dict[int, dict[ScoreName, Tensor]], labels: int
 ) -> None:
     case = cases[labels]
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
@@ -180,7 +187,7 @@ def test_scores_do_not_depend_on_the_order_of_the_rows(
 
 @pytest.mark.parametrize("labels", [1, 3])
 def test_scores_do_not_depend_on_padding(
-    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], labels: int
+    cases: dict[int, Case], one_by_one: dict[int, dict[ScoreName, Tensor]], labels: int
 ) -> None:
     case = cases[labels]
     longest = case.loaded.max_length
@@ -194,7 +201,7 @@ def test_scores_do_not_depend_on_padding(
 
 
 def test_scores_do_not_depend_on_how_the_feed_forward_layers_are_chunked(
-    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], tmp_path: Path
+    cases: dict[int, Case], one_by_one: dict[int, dict[ScoreName, Tensor]], tmp_path: Path
 ) -> None:
     """`chunk_size_feed_forward` saves memory in the forward pass, and calls a layer's second projection often."""
     case = cases[3]
@@ -205,7 +212,7 @@ def test_scores_do_not_depend_on_how_the_feed_forward_layers_are_chunked(
 
 
 def test_scores_do_not_depend_on_what_else_the_config_asks_the_model_to_return(
-    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], tmp_path: Path
+    cases: dict[int, Case], one_by_one: dict[int, dict[ScoreName, Tensor]], tmp_path: Path
 ) -> None:
     case = cases[3]
     talkative = tiny_checkpoint(tmp_path / "talkative", labels=3, seed=3)
@@ -290,15 +297,15 @@ def test_standard_errors_are_of_a_sample_without_replacement(cases: dict[int, Ca
 
 def test_one_example_has_no_standard_error_to_tell() -> None:
     statistics = NodeStatistics()
-    statistics.add({"layers.0.heads": torch.tensor([[1.0, 2.0]])})
-    assert statistics.standard_errors(10)["layers.0.heads"].tolist() == [0.0, 0.0]
+    statistics.add({named("layers.0.heads"): torch.tensor([[1.0, 2.0]])})
+    assert statistics.standard_errors(10)[named("layers.0.heads")].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3, 5])
 def test_bfloat16_scores_rank_the_nodes_as_float32_scores_do(cases: dict[int, Case], labels: int) -> None:
     case = cases[labels]
     exact, rough = case.score().scores(), case.score(precision="bfloat16").scores()
-    for name in (f"layers.{layer}.neurons" for layer in range(LAYERS)):  # four heads are too few to rank
+    for name in (named(f"layers.{layer}.neurons") for layer in range(LAYERS)):  # four heads are too few to rank
         assert spearmanr(exact[name], rough[name])[0] >= 0.99, name
     assert spearmanr(torch.cat(list(exact.values())), torch.cat(list(rough.values())))[0] >= 0.99
 
@@ -334,7 +341,7 @@ def test_scoring_leaves_the_model_as_it_was(cases: dict[int, Case]) -> None:
 
 @pytest.mark.parametrize("names", [["input_ids"], [], ["nope"], "x"])
 def test_scores_do_not_depend_on_what_the_tokenizer_says_the_model_reads(
-    cases: dict[int, Case], one_by_one: dict[int, dict[str, Tensor]], tmp_path: Path, names: Any
+    cases: dict[int, Case], one_by_one: dict[int, dict[ScoreName, Tensor]], tmp_path: Path, names: Any
 ) -> None:
     """A mask there must be: without one, the padding of a batch would be read as text."""
     silent_tokenizer = tiny_checkpoint(tmp_path / "silent", labels=3, seed=3)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from tests.score_names import named
 from tests.tiny import (
     LAYERS,
     dataset_spec,
@@ -27,6 +28,7 @@ from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import Facts
 from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters, RegMeanParameters, ScoringParameters, Statistic
 from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
 from worker.engine.catalog.primitives.errors import InvalidDataset
@@ -44,10 +46,15 @@ from worker.engine.scoring.statistics import NodeStatistics
 from worker.engine.scoring.store import StatisticsStore
 
 Array = NDArray[np.float64]
-Squares = dict[str, Array]
+Squares = dict[ScoreName, Array]
 """By score name, (rows, nodes)."""
 
-SITES = {"layers.0.heads": 4, "layers.1.heads": 4, "layers.0.neurons": 24, "layers.1.neurons": 24}
+SITES = {
+    named("layers.0.heads"): 4,
+    named("layers.1.heads"): 4,
+    named("layers.0.neurons"): 24,
+    named("layers.1.neurons"): 24,
+}
 OWNED = {site: [Place(site, 0.0)] for site in SITES}
 ROWS = 700
 BOOTSTRAP_TOLERANCE = 0.1  # of a root mean square over a layer's nodes, with 400 resamples of 1,500 rows
@@ -60,8 +67,8 @@ def squares(seed: int, rows: int) -> Squares:
     found = {}
     for site, nodes in SITES.items():
         found[site] = example * rng.lognormal(0, 1.0, (1, nodes)) * rng.lognormal(0, 0.7, (rows, nodes))
-    found["layers.0.neurons"][:, 3] = 0  # dead
-    found["layers.1.neurons"][:, 5] *= 1e-5  # below the floor
+    found[named("layers.0.neurons")][:, 3] = 0  # dead
+    found[named("layers.1.neurons")][:, 5] *= 1e-5  # below the floor
     return found
 
 
@@ -115,16 +122,16 @@ def test_errors_over_the_models_norm_are_bounded_by_at_most_a_few_times_what_the
 @pytest.mark.parametrize("normalize", ["layer", "none"])
 def test_a_node_at_the_floor_is_as_uncertain_as_its_layers_mean(normalize: Any) -> None:
     q = squares(3, 300)
-    found = statistics(q).relative_errors(10**9, normalize, floor=1e-3)["layers.1.neurons"]
-    unfloored = statistics(q).relative_errors(10**9, normalize)["layers.1.neurons"]
-    of_rows = q["layers.1.neurons"].mean(1)
+    found = statistics(q).relative_errors(10**9, normalize, floor=1e-3)[named("layers.1.neurons")]
+    unfloored = statistics(q).relative_errors(10**9, normalize)[named("layers.1.neurons")]
+    of_rows = q[named("layers.1.neurons")].mean(1)
     expected = 0.0 if normalize == "layer" else of_rows.std(ddof=1) / 300**0.5 / of_rows.mean()
     expected *= (1 - 300 / 10**9) ** 0.5
     assert float(found[5]) == pytest.approx(expected, rel=1e-9)
     assert torch.equal(found[torch.arange(24) != 5], unfloored[torch.arange(24) != 5])
 
 
-def merge_weights(scores: Sequence[Mapping[str, Array]], lambdas: Sequence[float], floor: float) -> Squares:
+def merge_weights(scores: Sequence[Mapping[ScoreName, Array]], lambdas: Sequence[float], floor: float) -> Squares:
     """(models, nodes) by score name, of scores normalised by layer."""
     found = {}
     for site in SITES:
@@ -138,7 +145,7 @@ def engine_errors(models: Sequence[Squares], lambdas: Sequence[float], populatio
     """The same from the engine's sums, with its default floor."""
     method = MaskFisherParameters()
     scored = [
-        Scored(lam, {len(q["layers.0.heads"]): statistics(q)}, population)
+        Scored(lam, {len(q[named("layers.0.heads")]): statistics(q)}, population)
         for lam, q, population in zip(lambdas, models, populations, strict=True)
     ]
     found = errors_at(method, scored, 10**9, OWNED)
@@ -170,7 +177,7 @@ def test_errors_of_merge_weights_are_those_of_the_bootstrap_over_rows() -> None:
     rows, lambdas = 1500, (1.0, 0.7)
     models = [squares(seed, rows) for seed in (20, 21)]
     rng = np.random.default_rng(0)
-    draws: dict[str, list[Array]] = {site: [] for site in SITES}
+    draws: dict[ScoreName, list[Array]] = {site: [] for site in SITES}
     for _ in range(400):
         counts = [rng.multinomial(rows, np.full(rows, 1 / rows)) / rows for _ in models]
         means = [{site: c @ of for site, of in q.items()} for c, q in zip(counts, models, strict=True)]
@@ -185,8 +192,8 @@ def test_errors_of_merge_weights_are_those_of_the_bootstrap_over_rows() -> None:
 
 def test_a_model_alone_stands_against_one_as_uncertain_as_itself() -> None:
     q = squares(30, 400)
-    (of_twins, _) = engine_errors([q], (1.0,), (10**9,))["layers.0.heads"]
-    rho = statistics(q).relative_errors(10**9, floor=1e-3)["layers.0.heads"].numpy()
+    (of_twins, _) = engine_errors([q], (1.0,), (10**9,))[named("layers.0.heads")]
+    rho = statistics(q).relative_errors(10**9, floor=1e-3)[named("layers.0.heads")].numpy()
     np.testing.assert_allclose(of_twins, rho / 8**0.5, rtol=1e-12)
 
 
@@ -196,8 +203,8 @@ def test_only_shares_matter_and_a_model_without_weight_has_no_error() -> None:
     found = weight_errors(weights, torch.stack([rho, rho]))
     assert found.tolist()[1][0] == found.tolist()[0][0] == 0
     np.testing.assert_allclose(found[:, 1].numpy(), 0.5 * 0.5 * 0.2 * 2**0.5)
-    models = [MeasuredModel(lam, {"layers.0.heads": torch.ones(2).double()}) for lam in (3.0, 3.0)]
-    weights = node_weights(models, MaskFisherParameters(floor=0.0))("layers.0.heads", Place("", 0.0))
+    models = [MeasuredModel(lam, {named("layers.0.heads"): torch.ones(2).double()}) for lam in (3.0, 3.0)]
+    weights = node_weights(models, MaskFisherParameters(floor=0.0))(named("layers.0.heads"), Place("", 0.0))
     assert torch.equal(weights, torch.full((2, 2), 0.5).double())
 
 

@@ -9,6 +9,7 @@ import torch
 from tests.tiny import dataset_spec, silent, tiny_checkpoint, write_rows
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.tasks import LabelMap
 from worker.engine.inputs.examples import Example, plan_batches, tokenize
@@ -121,7 +122,7 @@ def test_trying_ends_where_memory_does(examples: list[Example]) -> None:
 def test_scores_depend_on_it_by_rounding_only_and_the_same_number_gives_the_same_bits(
     loaded: LoadedModel, examples: list[Example]
 ) -> None:
-    def scores(tokens: int) -> dict[str, torch.Tensor]:
+    def scores(tokens: int) -> dict[ScoreName, torch.Tensor]:
         batches = plan_batches(examples, tokens)
         return score(loaded, examples, Expected(loaded.task), "float32", "rows", silent, batches).scores()
 

@@ -10,9 +10,10 @@ from scipy.stats import spearmanr
 from bench.experts import base_model_folder
 from bench.families import write_ancestor
 from bench.precision import Comparison, Expert, Family, agreement, compared_on, rows_of
+from tests.score_names import named
 from tests.tiny import tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
-from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.families import FAMILIES, ScoreName
 from worker.engine.catalog.primitives.errors import Place
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import load
@@ -41,17 +42,25 @@ def test_an_ancestor_is_the_packaged_bert_under_another_name(family: str, tmp_pa
 
 def test_agreement_is_the_lower_experts_over_all_nodes_and_in_the_worst_layer() -> None:
     rng = np.random.default_rng(0)
-    shapes = {"layers.0.neurons": 30, "layers.1.neurons": 30, "layers.0.heads": 6, "layers.1.heads": 6}
+    shapes = {
+        named("layers.0.neurons"): 30,
+        named("layers.1.neurons"): 30,
+        named("layers.0.heads"): 6,
+        named("layers.1.heads"): 6,
+    }
     exact = {task: {site: torch.tensor(rng.exponential(size=n)) for site, n in shapes.items()} for task in ("a", "b")}
     rough = {task: {site: of * torch.tensor(rng.normal(1, 0.2, len(of))).abs() for site, of in sites.items()}
              for task, sites in exact.items()}  # fmt: skip
     found = agreement(exact, rough)
 
-    def correlation(task: str, *sites: str) -> float:
+    def correlation(task: str, *sites: ScoreName) -> float:
         both = [np.concatenate([of[task][site].numpy() for site in sites]) for of in (exact, rough)]
         return float(spearmanr(*both)[0])
 
-    neurons, heads = (("layers.0.neurons", "layers.1.neurons"), ("layers.0.heads", "layers.1.heads"))
+    neurons, heads = (
+        (named("layers.0.neurons"), named("layers.1.neurons")),
+        (named("layers.0.heads"), named("layers.1.heads")),
+    )
     assert found.neurons == pytest.approx(min(correlation(task, *neurons) for task in exact))
     assert found.heads == pytest.approx(min(correlation(task, *heads) for task in exact))
     assert found.layer == pytest.approx(min(correlation(task, site) for task in exact for site in neurons))
@@ -86,8 +95,8 @@ def test_a_difference_is_noise_where_its_interval_has_zero(expert: Expert, bfloa
 
 def test_the_targets_name_what_misses_them(expert: Expert) -> None:
     rng = np.random.default_rng(0)
-    sites = {f"layers.0.{nodes}": torch.tensor(rng.exponential(size=50)) for nodes in ("neurons", "heads")}
-    swapped = {**sites, "layers.0.heads": sites["layers.0.heads"].flip(0)}
+    sites = {named(f"layers.0.{nodes}"): torch.tensor(rng.exponential(size=50)) for nodes in ("neurons", "heads")}
+    swapped = {**sites, named("layers.0.heads"): sites[named("layers.0.heads")].flip(0)}
     merges = {("kept", "a"): Comparison(0.8, 0.4, (-0.5, -0.3), 40), ("aligned", "a"): Comparison(0.8, 0.8, (0, 0), 0)}
     rows = rows_of({"bert": Family([expert], agreement({"a": sites}, {"a": swapped}), merges)})
     assert [row["what"] for row in rows if not row["met"]] == [

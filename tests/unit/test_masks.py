@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.score_names import named
 from worker.engine.catalog.families import Site
 from worker.engine.models.mask_gradients import CHUNK_VALUES, MaskGradients, TokenSums, _kept
 
@@ -34,6 +35,10 @@ def test_sums_over_tokens_are_exact_whatever_the_chunks(
         assert float(((found.double() - exact).abs() / size).max()) < 1e-6
 
 
+FIRST, SECOND = named("layers.0.neurons"), named("layers.1.neurons")
+SITES = [Site("down", {FIRST: 6}), Site("last", {SECOND: 3})]
+
+
 class Network(nn.Module):
     """Two layers, each of a mask site; the first depends on nothing that was differentiated before."""
 
@@ -57,7 +62,7 @@ def test_gradients_are_those_of_inserted_masks(activation: nn.Module, dtype: tor
     torch.manual_seed(0)
     network = Network(activation).to(dtype).eval()
     x = torch.randn(5, 3, 4, dtype=dtype)
-    with MaskGradients(network, [Site("first", "down", 6), Site("second", "last", 3)]) as gradients:
+    with MaskGradients(network, SITES) as gradients:
         output = network(x)
         twice = [gradients.of(output, last=False), gradients.of(output, last=True)]
         network(x)  # another pass starts another graph
@@ -67,7 +72,7 @@ def test_gradients_are_those_of_inserted_masks(activation: nn.Module, dtype: tor
     wide = network.activation(network.again(hidden)) * masks[1].repeat_interleave(2, 1)[:, None]
     wanted = torch.autograd.grad(network.last(wide).sum(), masks)
     for found in twice:
-        for name, exact in zip(("first", "second"), wanted, strict=True):
+        for name, exact in zip((FIRST, SECOND), wanted, strict=True):
             torch.testing.assert_close(found[name], exact.double(), rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +94,7 @@ def test_no_graph_outlives_its_pass(activation: nn.Module) -> None:
     network.last.register_forward_hook(lambda _, inputs, output: alive.extend(map(weakref.ref, (*inputs, output))))
     gc.disable()
     try:
-        with MaskGradients(network, [Site("first", "down", 6), Site("second", "last", 3)]) as gradients:
+        with MaskGradients(network, SITES) as gradients:
             for _ in range(3):
                 gradients.of(network(torch.randn(5, 3, 4)), last=True)
         assert len(alive) == 6
@@ -101,7 +106,7 @@ def test_no_graph_outlives_its_pass(activation: nn.Module) -> None:
 def test_gradients_need_a_pass() -> None:
     network = Network(nn.ReLU())
     with (
-        MaskGradients(network, [Site("first", "down", 6)]) as gradients,
+        MaskGradients(network, SITES[:1]) as gradients,
         pytest.raises(RuntimeError, match="no forward"),
     ):
         gradients.of(torch.ones(1), last=True)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.score_names import named
 from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
-from worker.engine.catalog.families import Kind, Nodes, Slot
+from worker.engine.catalog.families import Kind, Owner, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import (
     AutoParameters,
@@ -68,7 +69,7 @@ def test_places_run_from_the_first_layer_to_the_last(pair: list[Path], tmp_path:
     assert {depths[name] for name in depths if "pooler" in name or ".layer.1." in name} == {1.0}
     assert found.layers == LAYERS == 2
     [query] = [t for t in found.backbone if t.slot.name == f"{LAYER}.attention.self.query.bias"]
-    assert query.place in found.owned["layers.1.heads"]
+    assert query.place in found.owned[named("layers.1.heads")]
     assert {len(places) for name, places in found.owned.items() if "heads" in name} == {7}
     one = plan([tiny_checkpoint(tmp_path / "one", layers=1)])
     assert {t.place.depth for t in one.backbone if t.slot.layer is not None} == {0.0}
@@ -358,7 +359,10 @@ def test_older_spellings_are_planned_under_their_newer_names(pair: list[Path]) -
 @pytest.mark.parametrize(
     ("name", "slot"),
     [
-        (f"{LAYER}.attention.self.value.bias", Slot(f"{LAYER}.attention.self.value.bias", Kind.VALUE, 1, True)),
+        (
+            f"{LAYER}.attention.self.value.bias",
+            Slot(f"{LAYER}.attention.self.value.bias", Kind.VALUE, 1, True, Owner(named("layers.1.heads"), 0)),
+        ),
         (f"{LAYER}.output.LayerNorm.gamma", Slot(f"{LAYER}.output.LayerNorm.weight", Kind.FEED_FORWARD_NORM, 1, False)),
         ("bert.embeddings.LayerNorm.beta", Slot("bert.embeddings.LayerNorm.bias", Kind.EMBEDDING, None, True)),
         ("bert.pooler.dense.weight", Slot("bert.pooler.dense.weight", Kind.POOLER, None, False)),
@@ -377,8 +381,8 @@ def test_the_table_places_a_tensor_or_does_not_know_it(name: str, slot: Slot | N
 
 def test_every_mask_has_a_site_and_no_site_is_there_twice(pair: list[Path]) -> None:
     sites = list(BERT.sites(inspect_checkpoint(pair[0], "local:m0").config))
-    counts = {Nodes.HEADS: HEADS, Nodes.NEURONS: NEURONS}
-    assert {site.score: site.nodes for site in sites} == {
+    counts = {"heads": HEADS, "neurons": NEURONS}
+    assert {score: nodes for site in sites for score, nodes in site.counts.items()} == {
         f"layers.{layer}.{nodes}": count for layer in range(LAYERS) for nodes, count in counts.items()
     }
     assert len({site.module for site in sites}) == len(sites) == 2 * LAYERS

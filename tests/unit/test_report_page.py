@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.reports import UGLY, invented_contents, invented_result
+from tests.score_names import named
 from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
@@ -171,7 +172,7 @@ def test_a_hundred_models_of_96_layers_make_no_large_page(merged: tuple[MergeSpe
     names = [f"model-with-a-name-of-its-own-{number}" for number in range(100)]
     scores = {
         name: {
-            f"layers.{layer}.{nodes}": torch.rand(count, dtype=torch.float64) ** 4
+            named(f"layers.{layer}.{nodes}"): torch.rand(count, dtype=torch.float64) ** 4
             for layer in range(96)
             for nodes, count in (("heads", 128), ("neurons", 300))
         }

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.contracts.report import Stopping, StoppingPoint
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import ScoringParameters
 from worker.engine.catalog.primitives.values import PerTensor, Place
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_errors
 from worker.engine.scoring.statistics import NodeStatistics
 
-Owned = Mapping[str, Sequence[Place]]
+Owned = Mapping[ScoreName, Sequence[Place]]
 """See `MergePlan.owned`."""
 
 LEAST_ROWS = 2  # one has no standard error
@@ -33,7 +34,9 @@ class Scored:
         return self.sums.get(min(rows, max(self.sums)))
 
 
-def errors_at(method: ScoringParameters, models: Sequence[Scored], rows: int, owned: Owned) -> dict[str, Tensor] | None:
+def errors_at(
+    method: ScoringParameters, models: Sequence[Scored], rows: int, owned: Owned
+) -> dict[ScoreName, Tensor] | None:
     """Standard errors of the merge weights after `rows` rows of each model: by score name, (models, nodes).
 
     Of a node whose weights differ between tensors, it is the root mean square over the tensors that it owns slices of.
@@ -49,10 +52,10 @@ def errors_at(method: ScoringParameters, models: Sequence[Scored], rows: int, ow
     weights = node_weights([MeasuredModel(m.weight, sums.scores()) for m, sums in found], method)
 
     @cache
-    def relative(floor: float) -> list[dict[str, Tensor]]:
+    def relative(floor: float) -> list[dict[ScoreName, Tensor]]:
         return [sums.relative_errors(m.population, method.normalize, floor) for m, sums in found]
 
-    def errors(score: str, place: Place) -> Tensor:
+    def errors(score: ScoreName, place: Place) -> Tensor:
         of_models = relative(method.at("floor", place))
         return weight_errors(weights(score, place), torch.stack([rho[score] for rho in of_models]))
 

@@ -1,7 +1,8 @@
 """Gradients by mask nodes, one example at a time, from one batched backward pass.
 
 No mask exists. A node's mask multiplies its activation `c`, so the derivative of an example's output by it, at mask 1,
-is the sum of `c * dL/dc` over the example's tokens (and, for a head, over its width). The examples of a batch do not
+is the sum of `c * dL/dc` over the example's tokens (and, for a head, over its width; for heads that share a key and a
+value, over all of them: a mask of theirs multiplies all their contexts). The examples of a batch do not
 see each other, so keeping the batch axis gives exact per-example gradients, and no parameter gradient is computed.
 """
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from worker.engine.catalog.families import Site
+from worker.engine.catalog.families import ScoreName, Site
 
 CHUNK_VALUES = 1 << 17  # of a product that is summed at once, in float32 512 kB: it stays in the cache of a core
 
@@ -32,7 +33,7 @@ class MaskGradients:
     def __init__(self, model: nn.Module, sites: Sequence[Site], narrowing: Sequence[str] = ()) -> None:
         model.requires_grad_(False)
         self._roots: list[Tensor] = []
-        self._gradients: dict[str, Tensor] = {}
+        self._gradients: dict[ScoreName, Tensor] = {}
         self._token_sums = TokenSums()
         self._handles = [model.register_forward_pre_hook(self._forget)]
         for module in narrowing:  # before the sites' own hooks, which are then to see one token
@@ -50,7 +51,7 @@ class MaskGradients:
         self._roots.clear()
         self._gradients = {}  # what was given out stays
 
-    def of(self, outputs: Tensor, *, last: bool) -> dict[str, Tensor]:
+    def of(self, outputs: Tensor, *, last: bool) -> dict[ScoreName, Tensor]:
         """Derivatives of each example's output by every mask node.
 
         Args:
@@ -74,15 +75,16 @@ class MaskGradients:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if not torch.is_grad_enabled():
                 return None
-            activation = inputs[0]  # (batch, tokens, nodes * width)
+            activation = inputs[0]  # (batch, tokens, values)
             if not activation.requires_grad:
                 activation = activation.detach().requires_grad_()
                 self._roots.append(activation)
             kept = _kept(activation)
 
             def contract(gradient: Tensor) -> None:
-                by_value = self._token_sums(kept(), gradient).double()  # (batch, nodes * width)
-                self._gradients[site.score] = by_value.view(len(by_value), site.nodes, -1).sum(-1)
+                by_value = self._token_sums(kept(), gradient).double()  # (batch, values)
+                for score, nodes in site.counts.items():
+                    self._gradients[score] = by_value.view(len(by_value), nodes, -1).sum(-1)
 
             activation.register_hook(contract)  # type: ignore[no-untyped-call]
             return activation, *inputs[1:]

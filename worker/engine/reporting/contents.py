@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
-from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.families.table import score_name
+from worker.engine.catalog.families import NodeKind, ScoreName
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.tensors import TORCH_NAMES
 from worker.engine.catalog.primitives.strict import Strict
@@ -33,7 +32,7 @@ MOST_PAIRS = 45  # of models, that are listed: those of ten
 DIGITS = 4  # significant ones
 DTYPES = {short: long for long, short in TORCH_NAMES.items()}
 
-Scores = Mapping[str, Mapping[str, Tensor]]
+Scores = Mapping[str, Mapping[ScoreName, Tensor]]
 """By model and score name: (nodes,)."""
 
 
@@ -52,7 +51,8 @@ Known = Annotated[float | None, BeforeValidator(rounded)]
 class NodeMap(Strict):
     """Scores and merge weights of one kind of mask node, of models of one size."""
 
-    nodes: Nodes
+    nodes: str
+    """Name of the kind."""
     layers: int
     count: int
     """Nodes of a layer."""
@@ -111,8 +111,8 @@ class TensorGroup(Strict):
     """Tensors of the merged backbone that were treated alike."""
 
     kind: str
-    owner: Nodes | None
-    """Nodes that own slices; null where none does."""
+    owner: str | None
+    """Name of the kind of node that owns slices; null where none does."""
     outside_layers: bool
     copied: bool
     """Whether they are one model's, as they were."""
@@ -186,7 +186,7 @@ def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps 
     scored = [model for model in spec.models if scores.get(model.name)]
     if not scored:
         return None
-    weights: dict[str, Tensor] = {}
+    weights: dict[ScoreName, Tensor] = {}
     lambdas: dict[str, float] = {}
     [method] = spec.method.methods
     if plan is not None and method.scoring is not None:
@@ -202,19 +202,19 @@ def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps 
     factor = 2 if weights else 1
     cells = accumulate(factor * _cells(scores[model.name]) for model in scored)
     shown = max(1, sum(so_far <= MOST_CELLS for so_far in cells))
-    shapes: dict[tuple[int, Nodes, int], list[str]] = {}
+    shapes: dict[tuple[int, NodeKind, int], list[str]] = {}
     for model in scored[:shown]:
         own = scores[model.name]
-        for nodes in Nodes:
-            shapes.setdefault((_layers(own), nodes, len(own[score_name(0, nodes)])), []).append(model.name)
+        for kind in _kinds(own):
+            shapes.setdefault((_layers(own), kind, len(own[ScoreName(0, kind)])), []).append(model.name)
     places = {model.name: index for index, model in enumerate(scored)}
     maps = []
-    for (layers, nodes, count), names in shapes.items():
-        sites = [score_name(layer, nodes) for layer in range(layers)]
+    for (layers, kind, count), names in shapes.items():
+        sites = [ScoreName(layer, kind) for layer in range(layers)]
         decided = {name: _blocks([weights[site][places[name]] for site in sites]) for name in names if weights}
         maps.append(
             NodeMap(
-                nodes=nodes,
+                nodes=kind.name,
                 layers=layers,
                 count=count,
                 scores={name: _blocks([scores[name][site] for site in sites]) for name in names},
@@ -225,13 +225,17 @@ def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps 
     return Maps(models=list(places)[:shown], left_out=len(scored) - shown, maps=maps)
 
 
-def _layers(scores: Mapping[str, Tensor]) -> int:
-    return sum(name.endswith(f".{Nodes.HEADS}") for name in scores)
+def _layers(scores: Mapping[ScoreName, Tensor]) -> int:
+    return len({name.layer for name in scores})
 
 
-def _cells(scores: Mapping[str, Tensor]) -> int:
+def _kinds(scores: Mapping[ScoreName, Tensor]) -> list[NodeKind]:
+    return sorted({name.kind for name in scores}, key=lambda kind: kind.name)
+
+
+def _cells(scores: Mapping[ScoreName, Tensor]) -> int:
     """Of a model's maps of scores."""
-    return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[score_name(0, nodes)])) for nodes in Nodes)
+    return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[ScoreName(0, kind)])) for kind in _kinds(scores))
 
 
 def _blocks(by_layer: Sequence[Tensor]) -> list[list[Any]]:
@@ -272,10 +276,10 @@ def _interference(found: Interference, names: Sequence[str]) -> InterferenceRepo
 
 
 def _construction(spec: MergeSpec, plan: MergePlan) -> Construction:
-    groups: dict[tuple[str, Nodes | None, bool, bool], list[PlannedTensor]] = {}
+    groups: dict[tuple[str, str | None, bool, bool], list[PlannedTensor]] = {}
     for tensor in plan.backbone:
         slot = tensor.slot
-        key = (str(slot.kind), slot.owner.nodes if slot.owner else None, slot.layer is None, tensor.is_copied)
+        key = (str(slot.kind), slot.owner.score.kind.name if slot.owner else None, slot.layer is None, tensor.is_copied)
         groups.setdefault(key, []).append(tensor)
     vocabulary = plan.vocabulary
     return Construction(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.engine.catalog.contracts.report import FailedTrial, MergeResult, MetricResult, Stopping, Trial, Version
-from worker.engine.catalog.families import Nodes
+from worker.engine.catalog.families import NODE_KINDS
 from worker.engine.reporting.charts import (
     Bar,
     DotRow,
@@ -41,7 +41,6 @@ MOST_PARAMETERS = 6
 WIDE_RANGE = 50  # of a parameter's values, from which its axis is logarithmic
 REACH = 0.95  # share of merge weights that a map tells apart; those further out have its last colours
 OCTAVES = 3.0  # a map of scores goes from 1/8 of the mean to 8 times
-NAMES = {Nodes.HEADS: "attention heads", Nodes.NEURONS: "neurons"}
 VERSIONS: dict[Version, str] = {
     "expert": "expert",
     "average": "plain average",
@@ -287,12 +286,12 @@ def scores(maps: Maps | None) -> list[Html]:
             grid = of.scores[name]
             mean = _mean(grid)
             levels = [[_octave(value, mean) for value in row] for row in grid]
-            title = f"Scores of {name}: {NAMES[of.nodes]} by layer"
+            title = f"Scores of {name}: {NODE_KINDS[of.nodes].title} by layer"
             said = f"Mean {mean:.3g}. The largest mean of a block is {max(_flat(grid)):.3g}{_where(of, grid)}."
             picture = heat(
                 f"scores-{of.nodes}-{index}", title, said, levels, ramp="a", rows=of.layers, columns=of.count
             )
-            drawn.append((f"{NAMES[of.nodes]}, mean {mean:.3g}", picture, _grid_table(of, grid, title)))
+            drawn.append((f"{NODE_KINDS[of.nodes].title}, mean {mean:.3g}", picture, _grid_table(of, grid, title)))
         parts.append(_of_model(name, drawn))
     return parts
 
@@ -320,12 +319,12 @@ def weights(maps: Maps | None) -> list[Html]:
             grid, middle = of.weights[name], of.lambdas[name] or 0.0
             levels = [[_balance(value, middle, reach) for value in row] for row in grid]
             flat = _flat(grid)
-            title = f"Merge weights of {name}: {NAMES[of.nodes]} by layer"
+            title = f"Merge weights of {name}: {NODE_KINDS[of.nodes].title} by layer"
             said = f"From {min(flat):.3f} to {max(flat):.3f}, {middle:.3f} by the model's weight alone."
             picture = heat(
                 f"weights-{of.nodes}-{index}", title, said, levels, ramp="b", rows=of.layers, columns=of.count
             )
-            label = f"{NAMES[of.nodes]}, mean {_mean(grid):.3f}"
+            label = f"{NODE_KINDS[of.nodes].title}, mean {_mean(grid):.3f}"
             drawn.append((label, picture, _grid_table(of, grid, title)))
         parts.append(_of_model(name, drawn))
     return parts
@@ -346,7 +345,7 @@ def _left_out(maps: Maps, *, says_blocks: bool = True) -> list[Html]:
     for of in maps.maps:
         grid = next(iter(of.scores.values()))
         if len(grid[0]) < of.count:
-            pooled[f"{len(grid[0])} blocks of {of.count} {NAMES[of.nodes]}"] = None
+            pooled[f"{len(grid[0])} blocks of {of.count} {NODE_KINDS[of.nodes].title}"] = None
         if len(grid) < of.layers:
             pooled[f"{len(grid)} runs of {of.layers} layers"] = None
     said = []

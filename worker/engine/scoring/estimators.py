@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.tasks import Task
 from worker.engine.inputs.examples import Batch
 from worker.engine.models.mask_gradients import MaskGradients
 from worker.engine.tasks import EstimatorName, kind_of
 from worker.engine.tasks.kind import Passes
 
-Scores = dict[str, Tensor]
+Scores = dict[ScoreName, Tensor]
 """By score name: (batch, nodes), float64."""
 
 

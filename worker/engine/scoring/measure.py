@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from worker.engine.catalog.contracts.statistics import Facts, Origin
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import MethodParameters, Statistic
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Example, plan_batches
@@ -17,7 +18,7 @@ from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.grams import grams, in_passes
 from worker.engine.scoring.sample import Sample, block_ends, looks
-from worker.engine.scoring.scorer import OnRows, paper_scores, score
+from worker.engine.scoring.scorer import OnRows, paper_scores, score, score_names
 from worker.engine.scoring.statistics import STANDARD_ERROR, SUMS, NodeStatistics
 from worker.engine.scoring.store import Statistics, StatisticsStore
 
@@ -28,6 +29,8 @@ class Measured:
 
     rows: int = 0
     statistics: dict[Statistic, Statistics] = field(default_factory=dict)
+    names: tuple[ScoreName, ...] = ()
+    """Names of the scores of the model's mask nodes."""
     sums: dict[int, NodeStatistics] = field(default_factory=dict)
     """What the scores of its first rows follow from, by how many these are: at every look that is known."""
     estimator: str | None = None
@@ -40,17 +43,15 @@ class Measured:
         return self.statistics.get(statistic) or {}
 
     @property
-    def scores(self) -> dict[str, Tensor]:
+    def scores(self) -> dict[ScoreName, Tensor]:
         """Of mask nodes: (nodes,), float64, by score name."""
-        return self._scores_but(STANDARD_ERROR, *SUMS)
+        found = self.of(Statistic.MASK_FISHER)
+        return {name: found[name] for name in self.names} if found else {}
 
     @property
     def scores_and_errors(self) -> dict[str, Tensor]:
         """Scores, and each one's standard error under its name and `.stderr`."""
-        return self._scores_but(*SUMS)
-
-    def _scores_but(self, *suffixes: str) -> dict[str, Tensor]:
-        return {name: of for name, of in self.of(Statistic.MASK_FISHER).items() if not name.endswith(suffixes)}
+        return {name: of for name, of in self.of(Statistic.MASK_FISHER).items() if not name.endswith(SUMS)}
 
 
 class Measurer:
@@ -99,6 +100,7 @@ class Measurer:
         """
         start = time.monotonic()
         measured.cached = measured.cached or not measured.statistics
+        measured.names = tuple(sorted(score_names(loaded)))
         estimator = self._estimator(loaded)
         measured.estimator = estimator.name if estimator else None
         for statistic in sorted(self._method.statistics if statistics is None else statistics):
@@ -162,7 +164,7 @@ class Measurer:
                 parts = [sums.scores() | named | sums.named()]
                 origin = _origin(loaded, sample, look, measured.batch_tokens)
                 kept = self._store.put(facts(look), origin, parts)
-                measured.sums[look] = NodeStatistics.from_named(look, kept)
+                measured.sums[look] = NodeStatistics.from_named(look, measured.names, kept)
                 measured.statistics[Statistic.MASK_FISHER] = kept
 
     def _find(self, measured: Measured, facts: Callable[[int], Facts], rows: int) -> int:
@@ -175,7 +177,7 @@ class Measurer:
         for end in reversed([end for end in block_ends(rows) if end > known]):
             kept = self._store.get(facts(end))
             if kept is not None and asked in (None, kept.about.origin.batch_tokens):
-                measured.sums[end] = NodeStatistics.from_named(end, kept)
+                measured.sums[end] = NodeStatistics.from_named(end, measured.names, kept)
                 measured.statistics[Statistic.MASK_FISHER] = kept
                 measured.batch_tokens = kept.about.origin.batch_tokens
                 known = end
@@ -183,7 +185,7 @@ class Measurer:
         for look in [look for look in looks(known) if look > 0 and look not in measured.sums]:
             kept = self._store.get(facts(look))
             if kept is not None:
-                measured.sums[look] = NodeStatistics.from_named(look, kept)
+                measured.sums[look] = NodeStatistics.from_named(look, measured.names, kept)
         return known
 
     @property
@@ -261,7 +263,7 @@ class Measurer:
         elif statistic is Statistic.FISHER:
             yield fisher(loaded, examples, estimator, self._precision, sample.source, on_rows)
         else:
-            yield paper_scores(loaded, examples, sample.source, on_rows)
+            yield {str(n): of for n, of in paper_scores(loaded, examples, sample.source, on_rows).items()}
 
 
 def _origin(loaded: LoadedModel, sample: Sample, rows: int, batch_tokens: int | None = None) -> Origin:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Site
+from worker.engine.catalog.families import ScoreName, Site
 from worker.engine.catalog.methods.mask_fisher import PAPER_BATCH_ROWS
 from worker.engine.catalog.primitives.errors import NumericalError, Place
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
@@ -21,6 +21,10 @@ OnRows = Callable[[int], None]
 
 def sites_of(loaded: LoadedModel) -> list[Site]:
     return list(loaded.family.sites(loaded.info.config))
+
+
+def score_names(loaded: LoadedModel) -> list[ScoreName]:
+    return [score for site in sites_of(loaded) for score in site.counts]
 
 
 def score(
@@ -55,7 +59,9 @@ def score(
     return statistics
 
 
-def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, on_rows: OnRows) -> dict[str, Tensor]:
+def paper_scores(
+    loaded: LoadedModel, examples: Sequence[Example], source: str, on_rows: OnRows
+) -> dict[ScoreName, Tensor]:
     """The published code's scores: the gradient of each batch's mean loss, squared, summed over batches.
 
     Batches of 32 rows in the data set's order, padded to their longest row; float32; a partial last batch as it is.
@@ -64,7 +70,7 @@ def paper_scores(loaded: LoadedModel, examples: Sequence[Example], source: str, 
     loss_per_likelihood = loaded.kind.loss_per_likelihood
     empirical = Empirical(loaded.task)
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
-    totals: dict[str, Tensor] = {}
+    totals: dict[ScoreName, Tensor] = {}
     with mask_gradients(loaded) as gradients:
         for batch in collate(ordered, loaded.padding, loaded.device):
             logits = loaded.model(**batch.inputs).logits
@@ -81,7 +87,7 @@ def mask_gradients(loaded: LoadedModel) -> MaskGradients:
     return MaskGradients(loaded.model, sites_of(loaded), family.narrowing(config))
 
 
-def _check_finite(values: dict[str, Tensor], batch: Batch, source: str) -> None:
+def _check_finite(values: dict[ScoreName, Tensor], batch: Batch, source: str) -> None:
     for site, value in values.items():
         finite = torch.isfinite(value.sum(-1))  # NaN and infinity stay in a sum
         if not bool(finite.all()):

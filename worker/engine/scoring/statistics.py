@@ -1,13 +1,13 @@
 """Sums over examples from which scores and their standard errors follow. Sums add, so shards do."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Nodes
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import Normalize
 from worker.engine.tasks.kind import TINY
 
@@ -24,11 +24,11 @@ class NodeStatistics:
     """
 
     examples: int = 0
-    total: dict[str, Tensor] = field(default_factory=dict)
-    total_squares: dict[str, Tensor] = field(default_factory=dict)
-    total_products: dict[str, Tensor] = field(default_factory=dict)
+    total: dict[ScoreName, Tensor] = field(default_factory=dict)
+    total_squares: dict[ScoreName, Tensor] = field(default_factory=dict)
+    total_products: dict[ScoreName, Tensor] = field(default_factory=dict)
 
-    def add(self, squares: dict[str, Tensor]) -> None:
+    def add(self, squares: Mapping[ScoreName, Tensor]) -> None:
         """Add a batch: `squares` by score name, (batch, nodes)."""
         for site, q in squares.items():
             q = q.detach().to("cpu", torch.float64)
@@ -41,18 +41,20 @@ class NodeStatistics:
             self._accumulate(site, other.total[site], other.total_squares[site], other.total_products[site])
         self.examples += other.examples
 
-    def scores(self) -> dict[str, Tensor]:
+    def scores(self) -> dict[ScoreName, Tensor]:
         """`F_i`: the mean of `q` over examples."""
         return {site: total / self.examples for site, total in self.total.items()}
 
-    def standard_errors(self, population: int) -> dict[str, Tensor]:
+    def standard_errors(self, population: int) -> dict[ScoreName, Tensor]:
         """Of each score: `sqrt(var(q) / n * (1 - n / population))`, zero when every row was scored.
 
         Scores are heavy-tailed; below a few hundred examples these are too small.
         """
         return {site: variance.sqrt() for site, variance, _, _ in self._covariances(population)}
 
-    def relative_errors(self, population: int, normalize: Normalize = "layer", floor: float = 0.0) -> dict[str, Tensor]:
+    def relative_errors(
+        self, population: int, normalize: Normalize = "layer", floor: float = 0.0
+    ) -> dict[ScoreName, Tensor]:
         """`rho_i`: standard error of the score after normalisation and floor, over that score; 0 where the score is 0.
 
         - `layer`: `F' = F_i / M` with `M` the mean over the name's nodes. By the delta method its variance is that of
@@ -75,8 +77,8 @@ class NodeStatistics:
             unfloored[site] = torch.where(score > 0, relative, 0.0).clamp_min(0).sqrt()
             found[site] = torch.where(score < floor * mean, floored.sqrt(), unfloored[site])
         if normalize == "model":
-            for nodes in Nodes:
-                sites = [site for site in found if site.endswith(f".{nodes}")]
+            for kind in dict.fromkeys(site.kind for site in found):
+                sites = [site for site in found if site.kind == kind]
                 squares = torch.cat([scores[site] ** 2 for site in sites])
                 of_norm = _ratio((squares * torch.cat([unfloored[site] for site in sites])).sum(), squares.sum())
                 found |= {site: found[site] + of_norm for site in sites}
@@ -88,12 +90,12 @@ class NodeStatistics:
         return {f"{site}{suffix}": of[site] for suffix, of in zip(SUMS, sums, strict=True) for site in of}
 
     @classmethod
-    def from_named(cls, examples: int, tensors: Mapping[str, Tensor]) -> Self:
-        """What `named` gave, among other tensors."""
-        sums = [{n.removesuffix(suffix): tensors[n] for n in tensors if n.endswith(suffix)} for suffix in SUMS]
+    def from_named(cls, examples: int, names: Iterable[ScoreName], tensors: Mapping[str, Tensor]) -> Self:
+        """The sums that `named` gave of these scores, among other tensors."""
+        sums = [{name: tensors[f"{name}{suffix}"] for name in sorted(names)} for suffix in SUMS]
         return cls(examples, *sums)
 
-    def _covariances(self, population: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    def _covariances(self, population: int) -> Iterator[tuple[ScoreName, Tensor, Tensor, Tensor]]:
         """Per score name: of the mean over examples of `q` the variance, its covariance with that of `m`, and the
         latter's variance; of a sample without replacement. Zero from one example alone, or from all of them."""
         n = self.examples
@@ -106,7 +108,7 @@ class NodeStatistics:
             of_mean = (products.mean() - mean**2 / n).clamp_min(0)
             yield site, factor * variance, factor * (products - total * mean / n), factor * of_mean
 
-    def _accumulate(self, site: str, total: Tensor, squares: Tensor, products: Tensor) -> None:
+    def _accumulate(self, site: ScoreName, total: Tensor, squares: Tensor, products: Tensor) -> None:
         for of, new in ((self.total, total), (self.total_squares, squares), (self.total_products, products)):
             of[site] = of[site] + new if site in of else new
 

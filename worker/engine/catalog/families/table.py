@@ -8,13 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from worker.engine.catalog.families.head import Head
-
-
-class Nodes(StrEnum):
-    """The two kinds of mask node. The values are the last part of a score's name."""
-
-    HEADS = "heads"
-    NEURONS = "neurons"
+from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NodeKind, ScoreName
 
 
 class Kind(StrEnum):
@@ -28,6 +22,7 @@ class Kind(StrEnum):
     POSITION = "position"  # a head's own view of relative positions
     ATTENTION_OUTPUT = "attention_output"
     ATTENTION_NORM = "attention_norm"
+    GATE = "gate"  # what a gated feed-forward layer multiplies its neurons by
     UP = "up"
     DOWN = "down"
     FEED_FORWARD_NORM = "feed_forward_norm"
@@ -38,27 +33,49 @@ class Kind(StrEnum):
     OTHER = "other"  # of an architecture without a table
 
 
-ROW_OWNERS = {
-    Kind.QUERY: Nodes.HEADS,
-    Kind.KEY: Nodes.HEADS,
-    Kind.VALUE: Nodes.HEADS,
-    Kind.POSITION: Nodes.HEADS,
-    Kind.UP: Nodes.NEURONS,
-}
-COLUMN_OWNERS = {Kind.ATTENTION_OUTPUT: Nodes.HEADS, Kind.DOWN: Nodes.NEURONS}
+@dataclass(frozen=True)
+class Ownership:
+    """The kinds of node that own slices of a layer's tensors, by the kind of module.
 
-# What a linear layer reads.
+    A node owns as many neighbouring rows of a weight and of its bias, or columns of a weight, as each other node.
+    """
+
+    rows: Mapping[Kind, NodeKind]
+    columns: Mapping[Kind, NodeKind]
+    """Each kind of node is seen at the input of the module whose columns it owns."""
+
+    @property
+    def kinds(self) -> tuple[NodeKind, ...]:
+        return tuple(dict.fromkeys((*self.rows.values(), *self.columns.values())))
+
+
+MULTI_HEAD = Ownership(
+    rows={Kind.QUERY: HEADS, Kind.KEY: HEADS, Kind.VALUE: HEADS, Kind.POSITION: HEADS, Kind.UP: NEURONS},
+    columns={Kind.ATTENTION_OUTPUT: HEADS, Kind.DOWN: NEURONS},
+)
+"""Ownership where every head has its own query, key and value."""
+GROUPED_QUERY = Ownership(
+    rows={Kind.QUERY: HEADS, Kind.KEY: KV_HEADS, Kind.VALUE: KV_HEADS, Kind.GATE: NEURONS, Kind.UP: NEURONS},
+    columns=MULTI_HEAD.columns,
+)
+"""Ownership where groups of heads share a key and a value (Ainslie et al. 2023, arXiv 2305.13245)."""
+
 LAYER_INPUTS = {
     Kind.QUERY: "attention",
     Kind.KEY: "attention",
     Kind.VALUE: "attention",
-    Kind.ATTENTION_OUTPUT: str(Nodes.HEADS),
+    Kind.ATTENTION_OUTPUT: "heads",
+    Kind.GATE: "feed_forward",
     Kind.UP: "feed_forward",
-    Kind.DOWN: str(Nodes.NEURONS),
+    Kind.DOWN: "neurons",
 }
+"""Names of what a layer's linear modules read, in the order in which they run."""
 OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler"}
 
-AFTER_ATTENTION = (Kind.ATTENTION_OUTPUT, Kind.ATTENTION_NORM, Kind.UP)
+NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.GATE)
+"""Modules whose input is seen elsewhere: query and key share that of value, and may run on positions too."""
+
+AFTER_ATTENTION = (Kind.ATTENTION_OUTPUT, Kind.ATTENTION_NORM, Kind.GATE, Kind.UP)
 """What lies after a layer's attention and reads what still has all tokens: its output, or a residual."""
 
 OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
@@ -69,13 +86,8 @@ OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
 class Owner:
     """The nodes of one layer own slices along one axis of a tensor, in order and of equal length."""
 
-    nodes: Nodes
-    layer: int
+    score: ScoreName
     axis: int
-
-    @property
-    def score(self) -> str:
-        return score_name(self.layer, self.nodes)
 
 
 @dataclass(frozen=True)
@@ -86,17 +98,8 @@ class Slot:
     kind: Kind
     layer: int | None
     is_bias: bool
-
-    @property
-    def owner(self) -> Owner | None:
-        """Who owns the slices; None for `rest` (norms, output biases, embeddings, pooler) and heads."""
-        if self.layer is None:
-            return None
-        if self.kind in ROW_OWNERS:
-            return Owner(ROW_OWNERS[self.kind], self.layer, axis=0)
-        if self.kind in COLUMN_OWNERS and not self.is_bias:
-            return Owner(COLUMN_OWNERS[self.kind], self.layer, axis=1)
-        return None
+    owner: Owner | None = None
+    """The nodes that own its slices; None for `rest` (norms, output biases, embeddings, pooler) and heads."""
 
     @property
     def input(self) -> str | None:
@@ -109,17 +112,17 @@ class Slot:
 
     @property
     def shows_input(self) -> bool:
-        """Whether the module is where to see `input`: query and key share value's, and may run on positions too."""
-        return self.input is not None and self.kind not in (Kind.QUERY, Kind.KEY)
+        """Whether the module is where to see `input`."""
+        return self.input is not None and self.kind not in NOT_SHOWING_INPUT
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a layer's nodes are seen: the input of `module`, (batch, tokens, nodes * width)."""
+    """Where nodes of a layer are seen: the input of `module`, (batch, tokens, values)."""
 
-    score: str
     module: str
-    nodes: int
+    counts: Mapping[ScoreName, int]
+    """Nodes of each kind that is seen there: of each kind, the nodes are equal runs of the values, in order."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,13 @@ class Family:
     """Keys for which one value alone is available; absence means it."""
     padding_position: str | None = None
     """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
+    ownership: Ownership = MULTI_HEAD
+    norms_first: bool = False
+    """Whether a layer's norms are before attention and feed-forward layer, outside the residuals, or after the sums."""
+    hidden_vectors: int = 16
+    """Vectors of the hidden size that the backward pass keeps in each layer, per token."""
+    neuron_vectors: int = 4
+    """The same of those with a value for each neuron."""
     attention_rows: int = 1
     """Rows as long as the sequence that the backward pass keeps in each layer, per token and head."""
 
@@ -160,12 +170,27 @@ class Family:
         return replace(self, head=head)
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
-        """A size from the configuration; `what` is a key of `config_names`. Raises ValueError naming the key."""
-        key = self.config_names[what]
-        value = config.get(key)
+        """A size from the configuration; `what` is a key of `config_names`, `kv_heads` or `head_size`.
+
+        Where the configuration does not say otherwise, each head has its own key and value, and all heads together
+        are as wide as the hidden states.
+
+        Raises:
+            ValueError: names the key.
+        """
+        key = self.config_names.get(what)
+        value = None if key is None else config.get(key)
+        if value is None and what == "kv_heads":
+            return self.size(config, "heads")
+        if value is None and what == "head_size":
+            return self.size(config, "hidden") // self.size(config, "heads")
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ValueError(f"config.json has no usable {key}")
         return value
+
+    def owned(self, config: Mapping[str, Any], kind: NodeKind) -> int:
+        """How many rows or columns of a tensor all nodes of a layer own together. Raises ValueError naming the key."""
+        return self.size(config, kind.count) * (1 if kind.width is None else self.size(config, kind.width))
 
     def max_tokens(self, config: Mapping[str, Any]) -> int:
         """Tokens of the longest row that the positions are enough for. Raises ValueError naming the key."""
@@ -207,16 +232,25 @@ class Family:
         match = self._layer_pattern.fullmatch(inner)
         if match is None or match["module"] not in self.layer_modules:
             return None
-        return Slot(canonical, self.layer_modules[match["module"]], int(match["layer"]), part == "bias")
+        kind, layer, is_bias = self.layer_modules[match["module"]], int(match["layer"]), part == "bias"
+        return Slot(canonical, kind, layer, is_bias, self._owner(kind, layer, is_bias))
+
+    def _owner(self, kind: Kind, layer: int, is_bias: bool) -> Owner | None:
+        if kind in self.ownership.rows:
+            return Owner(ScoreName(layer, self.ownership.rows[kind]), axis=0)
+        if kind in self.ownership.columns and not is_bias:
+            return Owner(ScoreName(layer, self.ownership.columns[kind]), axis=1)
+        return None
 
     def sites(self, config: Mapping[str, Any]) -> Iterator[Site]:
         """Where to see every mask node of a model with this configuration, layer by layer."""
-        counts = {Nodes.HEADS: self.size(config, "heads"), Nodes.NEURONS: self.size(config, "neurons")}
         for layer in range(self.size(config, "layers")):
             for module, kind in self.layer_modules.items():
-                nodes = COLUMN_OWNERS.get(kind)
-                if nodes is not None:
-                    yield Site(score_name(layer, nodes), self.layer_path(layer) + module, counts[nodes])
+                seen = self.ownership.columns.get(kind)
+                if seen is not None:
+                    kinds = [nodes for nodes in self.ownership.kinds if seen in (nodes, nodes.groups)]
+                    counts = {ScoreName(layer, nodes): self.size(config, nodes.count) for nodes in kinds}
+                    yield Site(self.layer_path(layer) + module, counts)
 
     def narrowing(self, config: Mapping[str, Any]) -> list[str]:
         """Modules of the last layer from whose input on one token is enough, the first: outputs that are read, and
@@ -234,8 +268,3 @@ class Family:
     def _layer_pattern(self) -> re.Pattern[str]:
         before, after = self.layers.split("{layer}")
         return re.compile(rf"{re.escape(before)}(?P<layer>\d{{1,6}}){re.escape(after)}\.(?P<module>.+)")
-
-
-def score_name(layer: int, nodes: Nodes) -> str:
-    """Name of one layer's scores of one kind, as in `scores/<model>.safetensors`."""
-    return f"layers.{layer}.{nodes}"

@@ -154,19 +154,19 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
         family.max_tokens(info.config)
     except ValueError as error:
         raise InvalidCheckpoint(info.source, str(error)) from error
-    if sizes["hidden"] % sizes["heads"]:
+    if "head_size" not in sizes and sizes["hidden"] % sizes["heads"]:
         raise InvalidCheckpoint(info.source, f"hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
-    owned = {Kind.QUERY: (0, "hidden"), Kind.UP: (0, "neurons"), Kind.DOWN: (1, "neurons")}
     layers: dict[int, set[str]] = {}
     for slot, tensor in slots.values():
         if slot.layer is not None:
             layers.setdefault(slot.layer, set()).add(slot.name.removeprefix(family.layer_path(slot.layer)))
-        if slot.kind in owned and not slot.is_bias:
-            axis, what = owned[slot.kind]
-            if len(tensor.shape) != 2 or tensor.shape[axis] != sizes[what]:
+        if slot.kind in (Kind.QUERY, Kind.UP, Kind.DOWN) and slot.owner is not None and not slot.is_bias:
+            kind = slot.owner.score.kind
+            owned = family.owned(info.config, kind)
+            if len(tensor.shape) != 2 or tensor.shape[slot.owner.axis] != owned:
+                what = "hidden" if kind.width and owned == sizes["hidden"] else kind.name
                 raise InvalidCheckpoint(
-                    info.source,
-                    f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {sizes[what]} {what}",
+                    info.source, f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {owned} {what}"
                 )
     if len(layers) != sizes["layers"] or max(layers) != sizes["layers"] - 1:
         raise InvalidCheckpoint(info.source, f"{len(layers)} layers are there, config.json says {sizes['layers']}")

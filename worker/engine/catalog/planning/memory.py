@@ -119,8 +119,10 @@ class _Running:
         attention.
         """
         sizes = self.sizes
+        family = required_family(self.plan)
         attention = sizes["heads"] * self.longest_row
-        kept = 16 * sizes["hidden"] + 4 * sizes["neurons"] + required_family(self.plan).attention_rows * attention
+        kept = family.hidden_vectors * sizes["hidden"] + family.neuron_vectors * sizes["neurons"]
+        kept += family.attention_rows * attention
         passing = PASSING_ATTENTION_ROWS * attention
         return tokens * ((sizes["layers"] if layers is None else layers) * kept + passing) * self.needs.value_bytes
 

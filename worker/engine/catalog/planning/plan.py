@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from worker.engine.catalog.checkpoints.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.modules import Modules
 from worker.engine.catalog.checkpoints.vocabulary import TokenRows, Vocabulary
-from worker.engine.catalog.families import Family, Slot
+from worker.engine.catalog.families import Family, ScoreName, Slot
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.catalog.tasks import Task, family_of, known_architectures
@@ -138,17 +138,17 @@ class MergePlan:
         return len({tensor.slot.layer for tensor in self.backbone if tensor.slot.layer is not None})
 
     @property
-    def owned(self) -> Mapping[str, Sequence[Place]]:
+    def owned(self) -> Mapping[ScoreName, Sequence[Place]]:
         """The places of the tensors that nodes own slices of, by score name."""
-        places: dict[str, list[Place]] = {}
+        places: dict[ScoreName, list[Place]] = {}
         for tensor in self.backbone:
             if tensor.slot.owner is not None:
                 places.setdefault(tensor.slot.owner.score, []).append(tensor.place)
         return places
 
     def owners(self) -> Mapping[str, int]:
-        """How many backbone tensors are owned by `heads`, by `neurons`, and by no node (`rest`)."""
-        return Counter(str(t.slot.owner.nodes) if t.slot.owner else "rest" for t in self.backbone)
+        """How many backbone tensors are owned by each kind of node, and by no node (`rest`)."""
+        return Counter(t.slot.owner.score.kind.name if t.slot.owner else "rest" for t in self.backbone)
 
 
 def required_family(plan: MergePlan) -> Family:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Slot
+from worker.engine.catalog.families import ScoreName, Slot
 from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 from worker.engine.catalog.primitives.values import PerTensor, Place, takes_part
 from worker.engine.checkpoints.row_blocks import row_blocks
@@ -128,7 +128,7 @@ class MeasuredModel:
 
     weight: PerTensor[float]
     """See `model_weights`."""
-    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[ScoreName, Tensor] = field(default_factory=dict)
     """Of mask nodes: (nodes,), float64, by score name."""
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""

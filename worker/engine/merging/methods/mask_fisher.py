@@ -4,22 +4,21 @@
 2022, arXiv 2111.09832, equation 5, over mask nodes instead of parameters: arXiv 2403.09891, section 3).
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Nodes
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize, ScoringParameters
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.merging.methods import paper
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_slices, model_weights, normalized
 
-Scores = Mapping[str, Tensor]
-NodeWeights = Callable[[str, Place], Tensor]
+Scores = Mapping[ScoreName, Tensor]
+NodeWeights = Callable[[ScoreName, Place], Tensor]
 """Merge weights of the nodes of one score name, in one tensor: (models, nodes), float64, summing to 1 over models."""
 
 
@@ -43,7 +42,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 def node_weights(models: list[MeasuredModel], parameters: ScoringParameters) -> NodeWeights:
     scores = [normalize_scores(model.scores, parameters.normalize) for model in models]
 
-    def at(score: str, place: Place) -> Tensor:
+    def at(score: ScoreName, place: Place) -> Tensor:
         lambdas = model_weights(models, place)
         least = parameters.at("floor", place)
         of_models = [lam * floored(s[score], least) for lam, s in zip(lambdas, scores, strict=True)]
@@ -74,15 +73,14 @@ def rest_weights(
 ) -> Callable[[int | None, Place], Tensor]:
     """Merge weights of what no node owns, by layer (None outside the layers) and place: (models, 1), float64.
 
-    `uniform`: lambda alone. `model`: lambda times the sum over both kinds of the mean model-normalised score, of the
+    `uniform`: lambda alone. `model`: lambda times the sum over the kinds of the mean model-normalised score, of the
     layer, or for what lies outside the layers of the model.
     """
     by_model: list[dict[int | None, Tensor]] = []
     for model in models if rest == "model" else ():
         layers: dict[int | None, Tensor] = {}
         for site, score in normalize_scores(model.scores, "model").items():
-            layer = int(re.findall(r"layers\.(\d+)\.", site)[0])
-            layers[layer] = layers.get(layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
+            layers[site.layer] = layers.get(site.layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
         layers[None] = torch.stack(list(layers.values())).mean(0)
         by_model.append(layers)
 
@@ -95,7 +93,7 @@ def rest_weights(
     return at
 
 
-def normalize_scores(scores: Scores, normalize: Normalize) -> dict[str, Tensor]:
+def normalize_scores(scores: Scores, normalize: Normalize) -> dict[ScoreName, Tensor]:
     """`F'` before the floor. `layer`: over its layer's mean, per kind, a mean of 0 counting as 1; `model`: over the
     L2 norm of its kind in the model, a norm of 0 counting as 1."""
     if normalize == "none":
@@ -103,9 +101,10 @@ def normalize_scores(scores: Scores, normalize: Normalize) -> dict[str, Tensor]:
     if normalize == "layer":
         return {site: score / _or_one(score.mean()) for site, score in scores.items()}
     norms = {
-        nodes: torch.cat([s for site, s in scores.items() if site.endswith(f".{nodes}")]).norm() for nodes in Nodes
+        kind: torch.cat([score for site, score in scores.items() if site.kind == kind]).norm()
+        for kind in {site.kind for site in scores}
     }
-    return {site: score / _or_one(norms[Nodes(site.rpartition(".")[2])]) for site, score in scores.items()}
+    return {site: score / _or_one(norms[site.kind]) for site, score in scores.items()}
 
 
 def floored(score: Tensor, floor: float) -> Tensor:
@@ -116,7 +115,7 @@ def floored(score: Tensor, floor: float) -> Tensor:
     return score.clamp_min(floor * float(score.mean()))
 
 
-def weight_shares(weights: NodeWeights, owned: Mapping[str, Sequence[Place]]) -> list[float]:
+def weight_shares(weights: NodeWeights, owned: Mapping[ScoreName, Sequence[Place]]) -> list[float]:
     """Each model's mean merge weight over all nodes; a node's is the mean over the tensors that it owns slices of.
 
     Args:

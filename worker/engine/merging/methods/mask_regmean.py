@@ -6,8 +6,7 @@ A row o of a node minimises `sum_j w_j,o (w - w_j,o) G_j (w - w_j,o)^T`. With eq
 
 import torch
 
-from worker.engine.catalog.families import Nodes
-from worker.engine.catalog.families.table import Owner
+from worker.engine.catalog.families import NEURONS, Owner
 from worker.engine.catalog.methods import MaskRegMeanParameters, MethodParameters
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_slices, model_weights
@@ -37,7 +36,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         weights, columns = by_lambda, None
         if owner is None:
             weights = rest(versions.slot.layer, place)
-        elif owner.axis == 0 and (owner.nodes is Nodes.HEADS or parameters.neuron_rows):
+        elif owner.axis == 0 and (owner.score.kind != NEURONS or parameters.neuron_rows):
             weights = owned(owner.score, place)
         elif owner.axis == 1 and parameters.columns:
             of_nodes = owned(owner.score, place)

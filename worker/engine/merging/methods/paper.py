@@ -8,28 +8,26 @@ and pooler the mean over layers of both. Raw sums, no normalisation; a sum of ze
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Kind, Nodes
-from worker.engine.catalog.families.table import score_name
+from worker.engine.catalog.families import HEADS, NEURONS, Kind, ScoreName
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_slices, model_weights, normalized
 
-BY_NODE = {Kind.QUERY: Nodes.HEADS, Kind.KEY: Nodes.HEADS, Kind.POSITION: Nodes.HEADS, Kind.UP: Nodes.NEURONS}
+BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.UP)
 BY_LAYER_MEAN = {
-    Kind.VALUE: Nodes.HEADS,
-    Kind.ATTENTION_OUTPUT: Nodes.HEADS,
-    Kind.ATTENTION_NORM: Nodes.HEADS,
-    Kind.DOWN: Nodes.NEURONS,
-    Kind.FEED_FORWARD_NORM: Nodes.NEURONS,
+    Kind.VALUE: HEADS,
+    Kind.ATTENTION_OUTPUT: HEADS,
+    Kind.ATTENTION_NORM: HEADS,
+    Kind.DOWN: NEURONS,
+    Kind.FEED_FORWARD_NORM: NEURONS,
 }
 
 
 def build(models: list[MeasuredModel]) -> Merger:
-    layers = len(models[0].scores) // len(Nodes)
+    def stacked(score: ScoreName) -> Tensor:
+        return torch.stack([m.scores[score] for m in models])  # (models, nodes)
 
-    def stacked(layer: int, nodes: Nodes) -> Tensor:
-        return torch.stack([m.scores[score_name(layer, nodes)] for m in models])  # (models, nodes)
-
-    overall = torch.stack([stacked(layer, n).mean(1) for layer in range(layers) for n in Nodes]).sum(0) / layers
+    scores = sorted(models[0].scores, key=lambda score: (score.layer, score.kind.name))
+    overall = torch.stack([stacked(score).mean(1) for score in scores]).sum(0) / len({score.layer for score in scores})
 
     def prepare(versions: Versions) -> BlockMerge:
         slot = versions.slot
@@ -40,8 +38,9 @@ def build(models: list[MeasuredModel]) -> Merger:
 
         if slot.layer is None:
             return by_slices(versions, weights(overall[:, None]))
-        if slot.kind in BY_NODE:
-            return by_slices(versions, weights(stacked(slot.layer, BY_NODE[slot.kind])))
-        return by_slices(versions, weights(stacked(slot.layer, BY_LAYER_MEAN[slot.kind]).mean(1, keepdim=True)))
+        if slot.kind in BY_NODE and slot.owner is not None:
+            return by_slices(versions, weights(stacked(slot.owner.score)))
+        of_layer = ScoreName(slot.layer, BY_LAYER_MEAN[slot.kind])
+        return by_slices(versions, weights(stacked(of_layer).mean(1, keepdim=True)))
 
     return prepare

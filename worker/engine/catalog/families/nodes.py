@@ -1,0 +1,50 @@
+"""Kinds of mask node, and the names of their scores."""
+
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """One kind of mask node, of which every layer of a model has equally many."""
+
+    name: str
+    """The last part of a score's name."""
+    title: str
+    """Name of several nodes in reports."""
+    count: str
+    """The size of a family, see `Family.size`, that says how many nodes a layer has."""
+    width: str | None = None
+    """The size that says how many rows or columns each node's slice of a tensor has; None means one."""
+    groups: "NodeKind | None" = None
+    """The kind whose nodes are grouped: a node of this kind stands for a run of these, all runs equally long. Its
+    gradient is the sum of theirs, and is squared after summing."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+HEADS = NodeKind("heads", "attention heads", count="heads", width="head_size")
+KV_HEADS = NodeKind("kv_heads", "key and value heads", count="kv_heads", width="head_size", groups=HEADS)
+NEURONS = NodeKind("neurons", "neurons", count="neurons")
+
+NODE_KINDS = {kind.name: kind for kind in (HEADS, KV_HEADS, NEURONS)}
+
+
+class ScoreName(str):
+    """Name of one layer's scores of one kind, as in `scores/<model>.safetensors`: `layers.0.heads`.
+
+    It is the text that is written, and knows what it is the name of, so that nobody has to parse it.
+    """
+
+    __slots__ = ("kind", "layer")
+    layer: int
+    kind: NodeKind
+
+    def __new__(cls, layer: int, kind: NodeKind) -> Self:
+        name = super().__new__(cls, f"layers.{layer}.{kind}")
+        name.layer, name.kind = layer, kind
+        return name
+
+    def __getnewargs__(self) -> tuple[int, NodeKind]:  # type: ignore[override]
+        return self.layer, self.kind
