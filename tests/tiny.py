@@ -187,18 +187,25 @@ def float64_model(checkpoint: Path) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float64).eval()
 
 
-def insert_masks(model: Any, family: TinyFamily = TINY_BERT) -> tuple[Tensor, Tensor]:
-    """Real masks at one: (layers, heads) times the heads' contexts, (layers, neurons) times the activations."""
-    heads = torch.ones(LAYERS, HEADS, dtype=torch.float64, requires_grad=True)
-    neurons = torch.ones(LAYERS, NEURONS, dtype=torch.float64, requires_grad=True)
+def insert_masks(model: Any, family: TinyFamily = TINY_BERT) -> tuple[Tensor, ...]:
+    """Real masks at one of each kind of node: (layers, heads) times the heads' contexts, (layers, neurons) times the
+    activations, and (layers, heads that others share) times the contexts of all heads that share one."""
+    masks = {
+        kind: torch.ones(LAYERS, count, dtype=torch.float64, requires_grad=True)
+        for kind, count in family.counts(HEADS, NEURONS).items()
+    }
     for layer, block in enumerate(model.get_submodule(family.layers)):
-        _multiply_input(block.get_submodule(family.heads_out), heads, layer, model.config.hidden_size // HEADS)
-        _multiply_input(block.get_submodule(family.neurons_out), neurons, layer, 1)
-    return heads, neurons
+        for kind, mask in masks.items():
+            module = block.get_submodule(family.neurons_out if kind == "neurons" else family.heads_out)
+            _multiply_input(module, mask, layer)
+    return tuple(masks.values())
 
 
-def _multiply_input(module: nn.Module, masks: Tensor, layer: int, width: int) -> None:
-    module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * masks[layer].repeat_interleave(width), *inputs[1:]))
+def _multiply_input(module: nn.Module, masks: Tensor, layer: int) -> None:
+    def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return inputs[0] * masks[layer].repeat_interleave(inputs[0].shape[-1] // masks.shape[1]), *inputs[1:]
+
+    module.register_forward_pre_hook(multiply)
 
 
 def silent(*_: object) -> None:

@@ -80,7 +80,8 @@ class TinyFamily:
     """Whose rows, and biases, belong to heads."""
     heads_out: str
     """Whose columns belong to heads: its input is their contexts."""
-    neurons_in: str
+    neurons_in: tuple[str, ...]
+    """Whose rows, and biases, belong to neurons."""
     neurons_out: str
     head: tuple[str, ...]
     """What the names of the task head's tensors begin with."""
@@ -88,6 +89,10 @@ class TinyFamily:
     values: str
     """Of `heads_in`, the one whose rows make a head's context."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    kv_heads_in: tuple[str, ...] = ()
+    """Whose rows, and biases, belong to heads that several heads share."""
+    kv_heads: int = 0
+    """How many these are."""
     reserved_positions: int = 0
     size_names: tuple[str, str, str, str] = (
         "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
@@ -95,6 +100,10 @@ class TinyFamily:
 
     def sizes(self, hidden: int, heads: int, layers: int, neurons: int) -> dict[str, int]:
         return dict(zip(self.size_names, (hidden, heads, layers, neurons), strict=True))
+
+    def counts(self, heads: int, neurons: int) -> dict[str, int]:
+        """How many nodes of each kind a layer has."""
+        return {"heads": heads, "neurons": neurons} | ({"kv_heads": self.kv_heads} if self.kv_heads else {})
 
     def owner_of(self, name: str) -> tuple[str, int] | None:
         """The score and the axis of the tensor `name`; None for what no node owns."""
@@ -104,7 +113,9 @@ class TinyFamily:
         module, _, part = inner.rpartition(".")
         if module in self.heads_in:
             return f"layers.{layer}.heads", 0
-        if module == self.neurons_in:
+        if module in self.kv_heads_in:
+            return f"layers.{layer}.kv_heads", 0
+        if module in self.neurons_in:
             return f"layers.{layer}.neurons", 0
         if part == "weight" and module in (self.heads_out, self.neurons_out):
             return f"layers.{layer}.{'heads' if module == self.heads_out else 'neurons'}", 1
@@ -117,7 +128,7 @@ TINY_BERT = TinyFamily(
     heads_in=("attention.self.query", "attention.self.key", "attention.self.value"),
     values="attention.self.value",
     heads_out="attention.output.dense",
-    neurons_in="intermediate.dense",
+    neurons_in=("intermediate.dense",),
     neurons_out="output.dense",
     head=("classifier.",),
     tokenizer=wordpiece,
@@ -159,7 +170,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         heads_in=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         values="attention.v_lin",
         heads_out="attention.out_lin",
-        neurons_in="ffn.lin1",
+        neurons_in=("ffn.lin1",),
         neurons_out="ffn.lin2",
         head=("pre_classifier.", "classifier."),
         tokenizer=wordpiece,

@@ -38,7 +38,7 @@ from tests.tiny import (
 from tests.tiny_families import TINY_FAMILIES, TinyFamily
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.data.rows import RowFile, sample
-from worker.engine.catalog.families import FAMILIES, NODE_KINDS, Family, Kind, NodeKind, ScoreName
+from worker.engine.catalog.families import FAMILIES, NODE_KINDS, Family, Kind, ScoreName
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
@@ -50,8 +50,8 @@ from worker.engine.scoring.scorer import score
 
 ROWS = 12
 LABELS = {"two": 2, "three": 3, "grade": 1}
-COUNTS = {NODE_KINDS["heads"]: HEADS, NODE_KINDS["neurons"]: NEURONS}
-NODES = [(nodes, layer, index) for nodes, index in zip(COUNTS, (2, 7), strict=True) for layer in range(LAYERS)]
+INDICES = {"heads": 2, "neurons": 7, "kv_heads": 1}
+NODES = [(kind, layer, index) for kind, index in INDICES.items() for layer in range(LAYERS)]
 CPU = torch.device("cpu")
 ENGINE_TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 INVARIANCE = 1e-5  # relative in norm per layer and kind: what METHOD promises of float32
@@ -73,12 +73,20 @@ class Case:
     def experts(self) -> dict[str, Path]:
         return {name: self.root / name for name in LABELS}
 
-    def owned(self, nodes: NodeKind, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Kind, int]]:
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.tiny.counts(HEADS, NEURONS)
+
+    def require(self, nodes: str) -> None:
+        if nodes not in self.counts:
+            pytest.skip(f"{self.name} has no {nodes}")
+
+    def owned(self, nodes: str, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Kind, int]]:
         """By the product's table: the tensors of which these nodes own slices, and along which axis."""
         for name in tensors:
             slot = self.table.slot(name)
             assert slot is not None, name
-            if slot.owner is not None and slot.owner.score == ScoreName(layer, nodes):
+            if slot.owner is not None and slot.owner.score == f"layers.{layer}.{nodes}":
                 yield name, slot.kind, slot.owner.axis
 
 
@@ -158,8 +166,8 @@ def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[ScoreName, Tensor]:
             for sum_, gradient in zip(total, torch.autograd.grad(output, masks, retain_graph=True), strict=True):
                 sum_ += weight * gradient**2 / len(lines)
     return {
-        ScoreName(layer, nodes): of_kind[layer]
-        for nodes, of_kind in zip(COUNTS, total, strict=True)
+        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
+        for nodes, of_kind in zip(tiny.counts(HEADS, NEURONS), total, strict=True)
         for layer in range(LAYERS)
     }
 
@@ -203,7 +211,7 @@ def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case)
     examples = examples_of(loaded, case.root / "three.jsonl")
     seen: dict[ScoreName, list[int]] = {}
     for site in case.table.sites(loaded.info.config):
-        [score_name] = site.counts
+        score_name = next(iter(site.counts))
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: ScoreName = score_name) -> None:
             seen.setdefault(name, []).append(inputs[0].shape[1])
@@ -213,10 +221,11 @@ def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case)
     score(loaded, examples, estimator_for("expected", loaded.task, seed=0), "float32", "rows", silent, [examples])
 
     longest = max(example.length for example in examples)
-    last = [ScoreName(LAYERS - 1, nodes) for nodes in COUNTS]
+    last = [f"layers.{LAYERS - 1}.{nodes}" for nodes in ("heads", "neurons") if case.table.head.reads_first_token]
     assert longest > 1
     assert seen == {name: [1 if name in last else longest] for name in seen}
-    assert set(last) < seen.keys()
+    assert {*last} < {*seen}
+    assert len(seen) == 2 * LAYERS
 
 
 def test_bfloat16_gives_scores_of_the_same_order(case: Case) -> None:
@@ -251,23 +260,28 @@ def test_what_is_found_of_roberta_holds_of_those_that_share_its_code(family: str
 
 @pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
 def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
-    case: Case, tmp_path: Path, nodes: NodeKind, layer: int, index: int
+    case: Case, tmp_path: Path, nodes: str, layer: int, index: int
 ) -> None:
+    case.require(nodes)
     multiplier, inputs, expert = -1.7, probe(case), case.experts["three"]
     masked = float64_model(expert)
     with torch.no_grad():
-        insert_masks(masked, case.tiny)[list(COUNTS).index(nodes)][layer, index] = multiplier
+        insert_masks(masked, case.tiny)[list(case.counts).index(nodes)][layer, index] = multiplier
         expected = masked(**inputs).logits
     assert not torch.allclose(expected, logits(expert, inputs))
-    # A head's mask can be seen on either side of its context, a neuron's only behind the non-linearity.
-    for kind in (Kind.VALUE, Kind.ATTENTION_OUTPUT) if nodes.name == "heads" else (Kind.DOWN,):
+    # A head's mask can be seen on either side of its context if the value is its own, a neuron's only behind the
+    # non-linearity.
+    owned = {kind for _, kind, _ in case.owned(nodes, layer, read_model(expert))}
+    behind = [kind for kind in (Kind.VALUE, Kind.ATTENTION_OUTPUT, Kind.DOWN) if kind in owned]
+    assert behind
+    for kind in behind:
         scaled = Path(shutil.copytree(expert, tmp_path / kind))
 
         def scale(tensors: Tensors, kind: Kind = kind) -> Tensors:
             wide = {name: tensor.double() for name, tensor in tensors.items()}
             for name, of_kind, axis in case.owned(nodes, layer, tensors):
                 if of_kind is kind:
-                    owned_slice(wide[name], axis, COUNTS[nodes], index).mul_(multiplier)
+                    owned_slice(wide[name], axis, case.counts[nodes], index).mul_(multiplier)
             return wide
 
         edit_tensors(scaled, scale)
@@ -276,15 +290,18 @@ def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
 
 @pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
 def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
-    case: Case, nodes: NodeKind, layer: int, index: int
+    case: Case, nodes: str, layer: int, index: int
 ) -> None:
+    case.require(nodes)
     model = float64_model(case.experts["three"])
-    mask = insert_masks(model, case.tiny)[list(COUNTS).index(nodes)]
+    mask = insert_masks(model, case.tiny)[list(case.counts).index(nodes)]
     with torch.no_grad():
         mask[layer, index] = 0
     model(**probe(case)).logits.pow(2).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    owned = {name: axis for name, _, axis in case.owned(nodes, layer, gradients)}
+    grouped = NODE_KINDS[nodes].groups  # with what heads share, these heads are masked too
+    masked = [nodes, *([grouped.name] if grouped else ())]
+    owned = {name: axis for kind in masked for name, _, axis in case.owned(kind, layer, gradients)}
     for name, gradient in gradients.items():
         slot = case.table.slot(name)
         assert slot is not None, name
@@ -292,7 +309,7 @@ def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
         is_invisible = slot.is_bias and (slot.kind is Kind.KEY or "pos_key_proj" in name)
         visible = gradient.abs() > 1e-12 if is_invisible else gradient != 0
         if name in owned:
-            mine = owned_slice(visible, owned[name], COUNTS[nodes], index)
+            mine = owned_slice(visible, owned[name], case.counts[nodes], index)
             assert not mine.any(), name
             mine.fill_(True)
         if slot.layer is not None and not is_invisible:
@@ -346,7 +363,7 @@ def test_the_merge_computes_what_a_model_assembled_by_hand_computes(case: Case, 
     versions = [read_model(path) for path in case.experts.values()]
     scores = [load_file(tmp_path / "scores" / f"{name}.safetensors") for name in case.experts]
     scores = [{n: s for n, s in of_model.items() if not n.endswith("stderr")} for of_model in scores]
-    assert scores[0].keys() == {f"layers.{layer}.{nodes}" for layer in range(LAYERS) for nodes in COUNTS}
+    assert scores[0].keys() == {f"layers.{layer}.{nodes}" for layer in range(LAYERS) for nodes in case.counts}
     backbones = [{n: t for n, t in v.items() if not n.startswith(case.tiny.head)} for v in versions]
     by_hand = dense_merge(case, backbones, scores)
     inputs = probe(case)

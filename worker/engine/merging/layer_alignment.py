@@ -30,8 +30,6 @@ from worker.engine.scoring.scorer import not_finite
 
 RIDGE = 1e-4  # of the mean diagonal entry: what no input spans stays as it is
 ORDER = (*LAYER_INPUTS, Kind.POOLER)
-RESIDUAL_NORMS = {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
-"""By what is added to a residual, the norm that reads the sum."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class Expert:
 class LinearGroup:
     """Linear layers that read the same, as paths of modules.
 
-    It is seen at the input of `reader`; `norm` reads the residual sum that the layers' output goes into, if it does.
+    It is seen at the input of `reader`. Where the layers' output is added to a residual, the sum is what `norm` reads,
+    or what the block gives.
     """
 
     input: str
@@ -56,6 +55,7 @@ class LinearGroup:
     modules: tuple[str, ...]
     reader: str
     norm: str | None
+    ends_block: bool = False
 
 
 def linear_groups(plan: MergePlan) -> list[LinearGroup]:
@@ -63,11 +63,12 @@ def linear_groups(plan: MergePlan) -> list[LinearGroup]:
     modules = {(t.slot.layer, t.slot.kind): _module(t.slot) for t in plan.backbone}
     slots = [t.slot for t in plan.backbone if t.slot.input and t.slot.kind in ORDER]
     slots.sort(key=lambda slot: (math.inf if slot.layer is None else slot.layer, ORDER.index(slot.kind)))
+    norms = required_family(plan).residual_norms
     groups = []
     for name, sharing in groupby(slots, key=lambda slot: slot.input):
         members = list(sharing)
         shown = next(slot for slot in members if slot.shows_input)
-        norm = RESIDUAL_NORMS.get(shown.kind)
+        norm = norms.get(shown.kind)
         groups.append(
             LinearGroup(
                 input=str(name),
@@ -75,6 +76,7 @@ def linear_groups(plan: MergePlan) -> list[LinearGroup]:
                 modules=tuple(_module(slot) for slot in members),
                 reader=_module(shown),
                 norm=modules[shown.layer, norm] if norm else None,
+                ends_block=shown.kind in norms and norm is None,
             )
         )
     return groups
@@ -282,9 +284,7 @@ class _Run:
             if layer < 2:
                 self._hidden[number] = self._whole(number, [self._blocks[layer]])[0].args[0]
             else:
-                with self._computing():
-                    hidden = self._block(number, layer - 1)()
-                self._hidden[number] = hidden[0] if isinstance(hidden, tuple) else hidden
+                self._hidden[number] = self._given(number, layer - 1)
 
     def seen(self, number: int, group: LinearGroup) -> tuple[Tensor, Tensor]:
         """What the group's layers read, (tokens, width), and what they give, (tokens, outputs); float32, no padding.
@@ -300,10 +300,19 @@ class _Run:
             with self._computing():
                 calls = _first_calls(block, modules)
         x, *sums = (call.args[0][counted].float() for call in calls)
+        if group.layer is not None and group.ends_block:
+            sums = [self._given(number, group.layer)[counted].float()]
         if sums:
             return x, sums[0]
         with self._computing():
             return x, torch.cat([self._model.get_submodule(module)(x).float() for module in group.modules], dim=-1)
+
+    def _given(self, number: int, layer: int) -> Tensor:
+        """What a block makes of what is held."""
+        with self._computing():
+            given = self._block(number, layer)()
+        hidden: Tensor = given[0] if isinstance(given, tuple) else given
+        return hidden
 
     def _whole(self, number: int, modules: Sequence[nn.Module]) -> list["_Call"]:
         """A pass of the whole model, as far as the modules."""

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from worker.engine.runtime.libraries import masking_utils, transformers
 
 CPU_ATTENTION = "maskmerge_cpu"
+SAID_BY_THE_MASK = ("position_ids", "use_cache", "cache_position", "past_key_values")
 FUSED_FROM_TOKENS = 256  # in float32; measured, see docs/speed.md
 
 
@@ -31,8 +32,10 @@ def attention(
     """`softmax(scaling q k^T + mask) v`, in eval mode, as `transformers.AttentionInterface` wants it.
 
     Args:
-        query, key, value: (batch, heads, tokens, head_dim).
+        query, key, value: (batch, heads, tokens, head_dim); key and value may have fewer heads, of which each serves a
+            run of the query's.
         attention_mask: added to the scores, (batch, 1, tokens, tokens); None where nothing is masked.
+        others: settings of other implementations. What a model tells all of them of its positions, the mask has in it.
 
     Returns:
         (batch, tokens, heads, head_dim); the second is the probabilities, which nobody reads.
@@ -40,10 +43,14 @@ def attention(
     Raises:
         TypeError: a family wants more of its attention than is computed here.
     """
-    wanted = [name for name, value in {"dropout": dropout, "is_causal": is_causal, **others}.items() if value]
+    settings = {name: value for name, value in others.items() if name not in SAID_BY_THE_MASK}
+    wanted = [name for name, value in {"dropout": dropout, "is_causal": is_causal, **settings}.items() if value]
     if wanted:
         raise TypeError(f"attention has no {', '.join(wanted)}; load this family with another implementation")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if key.shape[1] != query.shape[1]:
+        sharing = query.shape[1] // key.shape[1]
+        key, value = (of.repeat_interleave(sharing, dim=1) for of in (key, value))
     if query.dtype is not torch.bfloat16 and query.shape[2] >= FUSED_FROM_TOKENS:
         fused = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return fused.transpose(1, 2).contiguous(), None

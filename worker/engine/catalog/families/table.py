@@ -165,6 +165,16 @@ class Family:
     attention_rows: int = 1
     """Rows as long as the sequence that the backward pass keeps in each layer, per token and head."""
 
+    @property
+    def residual_norms(self) -> Mapping[Kind, Kind | None]:
+        """Maps each kind of module whose output is added to a residual to the norm that reads the sum.
+
+        None means that the sum is what the layer gives.
+        """
+        if self.norms_first:
+            return {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None}
+        return {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
+
     def under(self, head: Head) -> "Family":
         """The same backbone with another head."""
         return replace(self, head=head)

@@ -12,7 +12,7 @@ from worker.engine.catalog.families import HEADS, NEURONS, Kind, ScoreName
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_slices, model_weights, normalized
 
-BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.UP)
+BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.GATE, Kind.UP)
 BY_LAYER_MEAN = {
     Kind.VALUE: HEADS,
     Kind.ATTENTION_OUTPUT: HEADS,
