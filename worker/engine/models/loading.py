@@ -88,6 +88,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
+    model.config.use_cache = False  # rows are computed whole, and blocks of layers again and again
     model.eval().requires_grad_(False).to(device)
     last = max(tokenizer.get_vocab().values(), default=0)
     if last >= model.config.vocab_size:

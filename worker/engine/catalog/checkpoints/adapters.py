@@ -260,6 +260,8 @@ def _config(path: Path, source: str) -> AdapterConfig:
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
     """The checkpoint that the adapter makes of its base: its tensors replace the base's, or are added to them."""
     family = FAMILIES.get(base.model_type)
+    if family is not None and base.architecture in family.merged_by_name and adapter.config.task_type != "SEQ_CLS":
+        family = None
     config, tensors = base.config, _of_base(base, family)
     head = _class_with_head(adapter, base, tensors) if family is None else None
     replaced = _replaced(adapter, base, family, tensors, head)

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     DOWN = "down"
     FEED_FORWARD_NORM = "feed_forward_norm"
     CONVOLUTION = "convolution"
+    FINAL_NORM = "final_norm"  # of what the last layer gives, where norms come first
     POOLER = "pooler"
     HEAD = "head"
     UNREAD = "unread"
@@ -155,6 +156,8 @@ class Family:
     """Keys for which one value alone is available; absence means it."""
     padding_position: str | None = None
     """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
+    merged_by_name: tuple[str, ...] = ()
+    """Classes on the same backbone whose heads no table tells: they, and adapters to them, are merged by name."""
     ownership: Ownership = MULTI_HEAD
     norms_first: bool = False
     """Whether a layer's norms are before attention and feed-forward layer, outside the residuals, or after the sums."""

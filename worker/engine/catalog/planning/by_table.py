@@ -7,6 +7,7 @@ from functools import partial
 from worker.engine.catalog.checkpoints import layouts
 from worker.engine.catalog.checkpoints.headers import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity
+from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.contracts.spec import VocabularyPolicy
 from worker.engine.catalog.families import Family, Kind, Slot
 from worker.engine.catalog.planning.comparing import (
@@ -186,7 +187,7 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family,
     for key in (*family.config_names.values(), *family.settings):
         if key == "vocab_size" and asked.vocabulary != "error":
             continue
-        ours, theirs = family.setting(first.config, key), family.setting(info.config, key)
+        ours, theirs = (family.setting(completed(one.config), key) for one in (first, info))  # however spelt
         if layouts.same(ours, theirs):
             continue
         is_size = key in (*family.config_names.values(), family.padding_position)
