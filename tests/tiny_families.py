@@ -93,6 +93,9 @@ class TinyFamily:
     """Whose rows, and biases, belong to heads that several heads share."""
     kv_heads: int = 0
     """How many these are."""
+    rounding: float = 0.2
+    """What rounding to bfloat16 may change of its scores, in norm: without norms after the sums, so small a model with
+    random weights is ill-conditioned."""
     reserved_positions: int = 0
     size_names: tuple[str, str, str, str] = (
         "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",

@@ -241,7 +241,7 @@ def test_bfloat16_gives_scores_of_the_same_order(case: Case) -> None:
     estimator = estimator_for("expected", loaded.task, seed=0)
     exact = score(loaded, examples, estimator, "float32", "rows", silent).scores()
     narrow = score(loaded, examples, estimator, "bfloat16", "rows", silent).scores()
-    assert_same_in_norm(narrow, exact, 0.2)
+    assert_same_in_norm(narrow, exact, case.tiny.rounding)
 
 
 @pytest.mark.parametrize("family", ["xlm-roberta", "camembert"])
