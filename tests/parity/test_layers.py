@@ -298,7 +298,7 @@ def test_every_linear_layer_of_the_blocks_is_refitted_once(case: Case) -> None:
     modules = [module for group in groups for module in group.modules]
     slots = [required_family(case.plan).slot(f"{module}.weight") for module in modules]
     assert len(set(modules)) == len(modules) == LAYERS * len(kinds) + any(s and s.kind is Kind.POOLER for s in slots)
-    assert [bool(group.norm) for group in groups[:4]] == [False, True, False, True]
+    assert [bool(group.norm or group.ends_block) for group in groups[:4]] == [False, True, False, True]
 
 
 def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:
@@ -312,7 +312,7 @@ def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:
 
 
 def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
-    """Of a model on an expert's rows, one at a time: what each norm reads, (tokens, width), in the order they run."""
+    """Of a model on an expert's rows, one at a time: the sums as norms read them, in that order, (tokens, width)."""
     model = float64_model(folder)
     seen: dict[nn.Module, list[Tensor]] = {}
 
@@ -321,12 +321,13 @@ def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
 
     for name, module in model.named_modules():
         slot = required_family(case.plan).slot(f"{name}.weight")
-        if slot is not None and slot.kind in NORMS:
+        if slot is not None and slot.kind in (*NORMS, Kind.FINAL_NORM):
             module.register_forward_pre_hook(before)
     with torch.no_grad():
         for example in case.expert(expert, expert.with_suffix(".jsonl"), 1.0).examples:
             model(**{key: torch.tensor([ids]) for key, ids in example.encoding.items()})
-    return [torch.cat(sums) for sums in seen.values()]
+    sums = [torch.cat(sums) for sums in seen.values()]
+    return sums[1:] if required_family(case.plan).norms_first else sums  # the first norm there reads the embeddings
 
 
 def residual_errors(case: Case, folder: Path, expert: Path) -> list[float]:
