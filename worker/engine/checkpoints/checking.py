@@ -1,4 +1,4 @@
-"""Checks what headers do not show: whether tied weights are equal."""
+"""Checks whether tied weights are equal, which headers do not show."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +15,10 @@ from worker.engine.checkpoints.row_blocks import row_blocks
 
 
 def check_plan(plan: MergePlan) -> list[str]:
-    """Of a plan without a table; one with a table has had these checks from headers.
+    """Check a plan without a table; for one with a table, planning has made these checks from headers.
 
     Returns:
-        Notes of what is merged though transformers does not read it.
+        Notes of tensors that are merged though transformers does not read them.
 
     Raises:
         InvalidCheckpoint: tensors that are said to be tied differ, or transformers takes no such configuration.
@@ -44,7 +44,10 @@ def _notes_of_unread(published: CheckpointInfo) -> list[str]:
 
 
 def _check_tied(pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> None:
-    """transformers takes unequal ones for two matrices, whatever the configuration says; one of them would be lost."""
+    """Check that tied tensors are equal.
+
+    transformers takes unequal ones for two matrices, whatever the configuration says, and one of them would be lost.
+    """
     with TensorReader() as reader:
         for copy, original in pairs:
             for rows in row_blocks(original.shape):

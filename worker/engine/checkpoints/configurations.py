@@ -1,7 +1,7 @@
-"""Configurations as libraries get them: with the keys that a model's own class knows, and none that steer loading.
+"""Makes configurations for libraries: with the keys that a model's own class knows, and none that steer loading.
 
-A key that no class knows changes no model, yet libraries act on some, wherever they come from: which files hold the
-weights, which kernels run, what is recomputed. An allow-list leaves nothing of that to the checkpoint.
+A key that no class knows changes no model, yet libraries act on some: they select the files that hold the weights, the
+kernels that run, or the values that are recomputed. An allow-list leaves none of these choices to the checkpoint.
 """
 
 import inspect
@@ -30,10 +30,10 @@ from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.runtime.libraries import tokenization_auto, transformers
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
-"""How the library loads anything: without the network and without code of a checkpoint."""
+"""Arguments by which the library loads anything without the network and without code of a checkpoint."""
 SETTINGS = {
     "return_dict": True,
-    "output_attentions": False,  # what is asked for here costs time, and not every attention can give it
+    "output_attentions": False,  # outputs cost time, and not every attention can give them
     "output_hidden_states": False,
     "chunk_size_feed_forward": 0,  # in chunks, the second projection would see parts of its input
 }
@@ -45,9 +45,9 @@ SHARED_KEYS = frozenset(
         "per_layer_config", "tie_last_hidden_states",
     }
 )  # fmt: skip
-"""Keys that the base class of all configurations takes and that say what a model is."""
+"""Keys that the base class of all configurations takes and that describe the model."""
 NEVER = frozenset({"gradient_checkpointing", "torchscript", "pruned_heads", "quantization_config", *SETTINGS})
-"""Keys that some classes know and that say how a model is loaded or run."""
+"""Keys that some classes know but that control how a model is loaded or run."""
 READ_BY_MODELS = re.compile(r"config\.([a-zA-Z]\w*)|config, ['\"]([a-zA-Z]\w*)['\"]")
 TOKEN_KEYS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
 TOKENIZER_KEYS = TOKEN_KEYS | {
@@ -60,11 +60,11 @@ TOKENIZER_KEYS = TOKEN_KEYS | {
 PLACES = re.compile(
     r".*(_file|_files|_path|_dir|_object|_kwargs)|vocab|merges|name_or_path|backend|is_local|init_inputs"
 )
-"""Parameters of tokenizers' classes that name files, or that are not for a configuration to set."""
+"""Parameters of tokenizers' classes that name files, or that a configuration must not set."""
 
 
 def library_config(config: Mapping[str, Any], source: str) -> Any:
-    """The library's configuration object of a checkpoint's `config.json`.
+    """Make the library's configuration object from a checkpoint's `config.json`.
 
     Raises:
         InvalidCheckpoint: the library takes no such configuration.
@@ -74,15 +74,15 @@ def library_config(config: Mapping[str, Any], source: str) -> Any:
         raise InvalidCheckpoint(source, f"config.json says {str(labels)[:20]} num_labels; {MAX_LABELS} are allowed")
     try:
         return transformers.AutoConfig.for_model(**{**known_keys(config), **SETTINGS})
-    except Exception as error:  # whatever the library thinks of the values
+    except Exception as error:  # the library raises various exceptions for values
         raise InvalidCheckpoint(source, f"transformers cannot load it: {in_one_line(error)}") from error
 
 
 def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that the class of its `model_type` knows; inner configurations likewise."""
+    """Return the keys of a configuration that the class of its `model_type` knows; inner configurations likewise."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
-        return dict(config)  # whoever takes it refuses it
+        return dict(config)  # the library that takes it refuses it
     return _known(config, transformers.CONFIG_MAPPING[model_type])
 
 
@@ -100,7 +100,7 @@ def _known(config: Mapping[str, Any], of: Any) -> dict[str, Any]:
 
 
 def _inner_class(config: Mapping[str, Any], declared: Any) -> Any:
-    """The class of an inner configuration, whose own `model_type` counts where the outer class leaves it open."""
+    """Return the class of an inner configuration: by its own `model_type` where the outer class leaves it open."""
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING:
         return transformers.CONFIG_MAPPING[model_type]
@@ -109,7 +109,7 @@ def _inner_class(config: Mapping[str, Any], declared: Any) -> Any:
 
 @cache
 def _keys_of(of: Any) -> frozenset[str]:
-    """Keys that a configuration's class, or the models that are built from it, name in their code."""
+    """Return the keys that a configuration's class, or the models that are built from it, name in their code."""
     found = {field.name for field in fields(of)} | {*of.attribute_map, *getattr(of, "sub_configs", ())}
     for owner in of.__mro__:
         if owner.__module__.startswith("transformers.models."):
@@ -121,7 +121,7 @@ def _keys_of(of: Any) -> frozenset[str]:
 
 
 def _strings(code: CodeType) -> Iterator[str]:
-    """Strings among a function's constants, including those of inner functions."""
+    """Yield the strings among a function's constants, including those of inner functions."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _strings(constant)
@@ -131,7 +131,7 @@ def _strings(code: CodeType) -> Iterator[str]:
 
 
 def _read_by_models(module: str) -> set[str]:
-    """Attributes of configurations that models in the same folder read, even if no class declares them."""
+    """Return the attributes of configurations that models in the same folder read, even if no class declares them."""
     folder = Path(sys.modules[module].__file__ or "").parent
     texts = [file.read_text(encoding="utf-8") for file in folder.glob("modeling_*.py")]
     return {name for text in texts for found in READ_BY_MODELS.finditer(text) for name in found.groups() if name}
@@ -139,7 +139,7 @@ def _read_by_models(module: str) -> set[str]:
 
 @contextmanager
 def tokenizer_folder(info: CheckpointInfo) -> Iterator[Path]:
-    """A folder of the tokenizer's files for libraries, in which configurations have allowed keys alone."""
+    """Make a folder of the tokenizer's files for libraries, in which configurations only have allowed keys."""
     with TemporaryDirectory(prefix="maskmerge-tokenizer-") as name:
         folder = Path(name)
         for file_name in (*TOKENIZER_FILES, *CHAT_TEMPLATES):
@@ -160,13 +160,13 @@ def tokenizer_folder(info: CheckpointInfo) -> Iterator[Path]:
 
 
 def _is_token(key: str, value: Any) -> bool:
-    """Whether a key names a special token; models may have further ones of their own."""
+    """Return whether a key names a special token; models may have further ones of their own."""
     return key.endswith("_token") and (isinstance(value, str | dict) or value is None)
 
 
 @cache
 def _tokenizer_keys(name: Any) -> frozenset[str]:
-    """Keys of the base class, and parameters of the class of this name in the library, if it has one."""
+    """Return keys of the base class, and parameters of the class of this name in the library, if it has one."""
     found = tokenization_auto.tokenizer_class_from_name(name) if isinstance(name, str) else None
     owners = found.__mro__ if isinstance(found, type) else ()
     names = {

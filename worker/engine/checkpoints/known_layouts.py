@@ -1,7 +1,7 @@
 """Layouts of the models that are merged most, by their configuration, as transformers builds them.
 
-Building a model to look at its layout takes seconds of imports. What is here may only say yes: a configuration with
-anything unusual has no layout here, and transformers decides.
+Building a model to look at its layout takes seconds of imports. This module only knows usual models: a configuration
+with anything unusual has no layout here, and transformers decides.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ Check = Callable[[object], bool]
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model has, by the names that it gives its tensors."""
+    """The tensors of a model, by the names that it gives them."""
 
     shapes: dict[str, Shape]
-    """Of the parameters; of tied ones, under the first of their names."""
+    """Shapes of the parameters; tied ones have the first of their names."""
     tied: dict[str, set[str]]
-    """Other names of the same parameter."""
+    """Other names of each tied parameter."""
     buffers: frozenset[str]
     prefix: str
     """Prefix of the model below the head, which names in a checkpoint may lack."""
@@ -31,15 +31,15 @@ class Layout:
 
     @property
     def groups(self) -> list[set[str]]:
-        """Names of one parameter."""
+        """Sets of the names of each tied parameter."""
         return [{name, *others} for name, others in self.tied.items()]
 
 
 def known_layout(config: Config, tensors: int) -> Layout | None:
-    """None where transformers has to be asked.
+    """Return the layout of a usual model; None where transformers has to be asked.
 
     Args:
-        tensors: of the checkpoint; a configuration of more layers than that is none of these.
+        tensors: number of the checkpoint's tensors; a configuration of more layers than that is unusual.
     """
     model = MODELS.get(architecture_of(config))
     if model is None or config.get("model_type") != model.model_type or len(config["architectures"]) != 1:
@@ -58,7 +58,7 @@ def known_layout(config: Config, tensors: int) -> Layout | None:
     return Layout(shapes, tied, frozenset(model.buffers), model.prefix)
 
 
-# --- values that mean nothing unusual ------------------------------------------------------------------
+# --- values that are usual ------------------------------------------------------------------------------
 
 
 def is_count(value: object) -> bool:
@@ -90,7 +90,7 @@ def is_text(value: object) -> bool:
 
 
 def is_labels(value: object) -> bool:
-    """Names by id, from 0 on."""
+    """Return whether it is a mapping of ids, from 0 on, to names."""
     return (
         isinstance(value, dict)
         and value.keys() == {str(number) for number in range(len(value))}
@@ -104,7 +104,7 @@ def is_label_ids(value: object) -> bool:
 
 
 def is_rotary(value: object) -> bool:
-    """No scaling of rotary positions, or Llama 3's."""
+    """Return whether rotary positions are not scaled, or are scaled as Llama 3's."""
     if value is None:
         return True
     if not isinstance(value, dict):
@@ -166,9 +166,9 @@ class Model:
     """One architecture of transformers.
 
     Args:
-        keys: what its configurations may say, and which values.
+        keys: the keys that its configurations may have, each with a check of its value.
         sizes: keys that a configuration must have.
-        shapes: None where the configuration fits no such model.
+        shapes: makes the shapes of tensors from a configuration; None where it fits no such model.
     """
 
     model_type: str
@@ -263,11 +263,11 @@ def distilbert_shapes(config: Config) -> dict[str, Shape] | None:
 
 
 def decoder_shapes(*, biased: bool = False, norms_heads: bool = False) -> Callable[[Config], dict[str, Shape] | None]:
-    """Of Llama and its like.
+    """Make the function that gives shapes of Llama and similar decoders.
 
     Args:
         biased: whether query, key and value have biases.
-        norms_heads: whether queries and keys are normed.
+        norms_heads: whether queries and keys have norms.
     """
 
     def shapes(config: Config) -> dict[str, Shape] | None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint has the tensors that its configuration wants; no weight is read."""
+"""Checks whether a checkpoint has the tensors that its configuration requires, without reading a weight."""
 
 import json
 import re
@@ -25,12 +25,12 @@ from worker.engine.checkpoints.known_layouts import Layout, known_layout
 from worker.engine.runtime.libraries import conversion_mapping, transformers
 
 STORAGE = ("dtype", "torch_dtype", "transformers_version")
-"""Keys of a configuration that change no tensor's name or shape, and that a merge writes anew."""
+"""Keys of a configuration that change no tensor's name or shape, and that a merge replaces."""
 PARTS_PER_TENSOR, PARTS_BESIDE = 10, 1000  # modules and parameters; in BERT there are 2.2 for each tensor
 
 
 def check_layout(info: CheckpointInfo) -> None:
-    """Whether the model that transformers makes of the configuration has the checkpoint's tensors; reads no weights.
+    """Check that the model that transformers makes of the configuration has the checkpoint's tensors.
 
     Nothing is known of an architecture that is not one of the library's own, nor of one whose tensors it renames or
     rearranges while it loads them.
@@ -58,7 +58,7 @@ def misshapen(info: CheckpointInfo, name: str, found: Sequence[int], wanted: Seq
 
 
 def unread_tensors(info: CheckpointInfo) -> list[str]:
-    """Names of the tensors that transformers does not read; none where `check_layout` knows nothing either."""
+    """Return the names of tensors that transformers does not read; none where `check_layout` knows nothing either."""
     layout = _layout_of(info)
     if layout is None:
         return []
@@ -67,7 +67,7 @@ def unread_tensors(info: CheckpointInfo) -> list[str]:
 
 
 def _shapes(info: CheckpointInfo, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors by the names that the model gives them."""
+    """Return shapes of tensors by the names that the model gives them."""
     family = FAMILIES.get(info.model_type)
     found = {}
     for name, tensor in info.tensors.items():
@@ -80,7 +80,7 @@ def _shapes(info: CheckpointInfo, layout: Layout) -> dict[str, tuple[int, ...]]:
 
 
 def stores_copies(info: CheckpointInfo) -> bool | None:
-    """Whether it has two tensors that the model takes for one; None where `check_layout` knows nothing either."""
+    """Return whether it has two tensors that are one in the model; None where `check_layout` knows nothing either."""
     layout = _layout_of(info)
     if layout is None:
         return None
@@ -97,13 +97,13 @@ def _without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_known(info: CheckpointInfo) -> bool:
-    """Whether the layout is known without transformers, whose import takes seconds."""
+    """Return whether the layout is known without transformers, whose import takes seconds."""
     return known_layout(_without_storage(info.config), len(info.tensors)) is not None
 
 
 @lru_cache(maxsize=64)
 def _layout(config: str, source: str, tensors: int) -> Layout | None:
-    """None where transformers' own names and shapes are not those of a checkpoint."""
+    """Return a configuration's layout; None where transformers' own names and shapes are not those of a checkpoint."""
     values = json.loads(config)
     known = known_layout(values, tensors)
     if known is not None:
@@ -112,7 +112,7 @@ def _layout(config: str, source: str, tensors: int) -> Layout | None:
 
 
 def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | None:
-    """Of the model that transformers makes of a configuration; None where it has others than a checkpoint of it."""
+    """Return the layout of the model that transformers builds; None where checkpoints have other names or shapes."""
     model_class = library_class(architecture_of(values))
     if model_class is None or values.get("model_type") not in transformers.CONFIG_MAPPING:
         return None
@@ -135,12 +135,12 @@ def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | 
         return Layout(shapes, tied, buffers, model.base_model_prefix, unsaved)
     except InvalidCheckpoint:
         raise
-    except Exception as error:  # whatever transformers thinks of the configuration
+    except Exception as error:  # transformers raises various exceptions for configurations
         raise InvalidCheckpoint(source, f"transformers cannot load it: {in_one_line(error)}") from error
 
 
 def computed_bytes(info: CheckpointInfo, model_class: Any, config: Any) -> int:
-    """Bytes of what a model computes when it is built, such as tables of positions, which no tensor shows."""
+    """Return the bytes of values that a model computes when it is built, such as tables of positions."""
     with torch.device("meta"), _built_for(len(info.tensors), info.source):
         model = model_class._from_config(config, attn_implementation="eager")
     computed = [*model.buffers(), *(one for one in model.parameters() if not one.requires_grad)]
@@ -149,9 +149,9 @@ def computed_bytes(info: CheckpointInfo, model_class: Any, config: Any) -> int:
 
 @contextmanager
 def _built_for(tensors: int, source: str) -> Iterator[None]:
-    """Stops building a model that is far larger than a checkpoint of so many tensors.
+    """Stop the building of a model that is far larger than a checkpoint of so many tensors.
 
-    How many layers it gets is for a few bytes of its configuration to say, under a key of any name.
+    A few bytes of its configuration, under a key of any name, decide how many layers it gets.
     """
     left = PARTS_PER_TENSOR * tensors + PARTS_BESIDE
 
@@ -170,7 +170,7 @@ def _built_for(tensors: int, source: str) -> Iterator[None]:
 
 
 def library_class(name: str) -> Any:
-    """The model class of this name that transformers itself has; None where there is none."""
+    """Return the model class of this name that transformers itself has; None where there is none."""
     try:
         found = getattr(transformers, name, None)
     except (ImportError, RuntimeError):  # it needs a library that is not there

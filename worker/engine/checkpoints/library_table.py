@@ -1,8 +1,8 @@
 """Writes the table of transformers' models, for code that must not import transformers.
 
-`python -m worker.engine.checkpoints.library_table` writes `catalog/checkpoints/library.zip`. What a class has follows
-from its configuration in ways that only its code tells, so each class is built, without any memory for weights, from
-many configurations that differ from the default in one key. What holds in all of them is written down.
+`python -m worker.engine.checkpoints.library_table` writes `catalog/checkpoints/library.zip`. The tensors of a class
+depend on its configuration in ways that only its code tells. So each class is built, without memory for weights, from
+many configurations that differ from the default in one key. The table has whatever holds for all of them.
 """
 
 import json
@@ -37,13 +37,13 @@ KIND_KEYS = (
     "first_k_dense", "mlp_only", "moe_layer", "cross_attention_layers", "full_attn_idxs", "dense_layers",
     "lorb", "kv_source", "kv_shared", "per_layer", "interleave", "every",
 )  # fmt: skip
-"""Parts of names of keys that may give layers different tensors, which one change of a key may not show."""
+"""Parts of names of keys that may give layers different tensors, which a change of one key may not show."""
 DERIVED_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "transformers_version")
 """Keys that follow from the number of layers."""
 LONGEST_LIST = 128
-"""The most layers for which lists over layers are compared, to find their period."""
+"""Largest number of layers for which lists over layers are compared, to find their period."""
 WORDS: Mapping[str, tuple[str, ...]] = {"feed_forward_proj": ("gated-gelu", "relu"), "ffn_type": ("gated-gelu",)}
-"""Settings in words that change which tensors there are."""
+"""Settings in words that change the set of tensors."""
 BLOCKS = (
     "attention",
     "full_attention",
@@ -59,9 +59,9 @@ LAYER_WORDS: Mapping[str, tuple[str, ...]] = {
     "layers_block_type": (*BLOCKS, "recurrent", "moe", "mlp"),
     "mlp_layer_types": ("dense", "sparse"),
 }
-"""Kinds of layers."""
+"""Keys of lists over layers, each with the kinds of layers that it may name."""
 SHOWN = frozenset({"head_dim", "n_inner", "n_ctx"})
-"""Keys that may differ between checkpoints since shapes show them."""
+"""Keys that may differ between checkpoints, because shapes show them."""
 
 
 PLAIN_TYPES: Mapping[Any, str] = {
@@ -78,15 +78,15 @@ SAMPLES: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass
 class Seen:
-    """Counts what the models of one class have, over those that were built so far."""
+    """Counts of the tensors and lists of layers in the models of one class that were built so far."""
 
     models: int = 0
     outer: dict[str, int] = field(default_factory=dict)
-    """How many of the models have the tensor."""
+    """Number of models that have the tensor."""
     stacks: dict[str, int] = field(default_factory=dict)
-    """How many of the models have the list of layers."""
+    """Number of models that have the list of layers."""
     inner: dict[tuple[str, str], int] = field(default_factory=dict)
-    """How many of the models have the tensor in every layer of the list."""
+    """Number of models that have the tensor in every layer of the list."""
     inner_somewhere: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -118,7 +118,7 @@ def write(entries: Iterable[Config]) -> None:
 
 
 def described(model_type: str) -> Config | None:
-    """One entry of the table; None if the configuration of the kind has no defaults."""
+    """Make one entry of the table; None if the configuration of the kind has no defaults."""
     try:
         config_class = transformers.CONFIG_MAPPING[model_type]
         defaults = plain(config_class())
@@ -140,7 +140,7 @@ def described(model_type: str) -> Config | None:
 
 
 def classes_of(model_type: str) -> set[str]:
-    """Names of the classes that any Auto class makes of this kind of model."""
+    """Return the names of the classes that any Auto class makes for this kind of model."""
     auto = sys.modules["transformers.models.auto.modeling_auto"]
     found: set[str] = set()
     for mapping in (name for name in vars(auto) if name.endswith("MAPPING_NAMES") and name.startswith("MODEL")):
@@ -150,15 +150,15 @@ def classes_of(model_type: str) -> set[str]:
 
 
 def plain(config: Any) -> Config:
-    """The whole configuration as `save_pretrained` would write it."""
+    """Return the whole configuration as `save_pretrained` would write it."""
     return dict(json.loads(json.dumps(type(config)._encode_special_floats(config.to_dict()), default=str)))
 
 
-# --- what a configuration leaves out ----------------------------------------------------------------------
+# --- missing keys of configurations -----------------------------------------------------------------------
 
 
 def derived_of(config_class: Any, defaults: Config) -> Config:
-    """Keys whose default follows from others: `{key: {"by": those, "is": what it equals, "period": list}}`."""
+    """Find keys whose default follows from others: `{key: {"by": keys, "is": expression, "period": list}}`."""
     by: dict[str, set[str]] = {}
     samples = [defaults]
     for key, value in defaults.items():
@@ -174,7 +174,7 @@ def derived_of(config_class: Any, defaults: Config) -> Config:
     found = {}
     for name, keys in sorted(by.items()):
         rule: Config = {"by": sorted(keys)}
-        # Given by itself, it may be anything.
+        # A key that the sample sets itself may have any value.
         following = [sample for sample in samples if name not in sample or sample is defaults or name in by]
         lengths = [sample.get(name) for sample in following if not is_given(sample, name, defaults, keys)]
         others = [sample for sample in following if not is_given(sample, name, defaults, keys)]
@@ -188,12 +188,12 @@ def derived_of(config_class: Any, defaults: Config) -> Config:
 
 
 def is_given(sample: Config, name: str, defaults: Config, keys: Collection[str]) -> bool:
-    """Whether the sample varies the key itself, rather than one that it follows from."""
+    """Return whether the sample varies the key itself, rather than one that it follows from."""
     return sample.get(name) != defaults.get(name) and all(sample.get(key) == defaults.get(key) for key in keys)
 
 
 def expression(lengths: Sequence[Any], samples: Sequence[Config], keys: Iterable[str]) -> str | None:
-    """An expression of keys (inner ones after a dot) that equals every length: `a`, `a*b`, `a/b` or `2*a`."""
+    """Find an expression of keys (inner ones after a dot) that equals every length: `a`, `a*b`, `a/b` or `2*a`."""
     if not all(type(length) is int for length in lengths):
         return None
     columns = {key: [value_at(sample, key) for sample in samples] for key in keys}
@@ -215,7 +215,7 @@ def expression(lengths: Sequence[Any], samples: Sequence[Config], keys: Iterable
 
 
 def period_of(config_class: Any, defaults: Config, name: str) -> list[Any] | None:
-    """The period that a list over layers repeats for any number of layers; None if there is none."""
+    """Find the period that a list over layers repeats for any number of layers; None if there is none."""
     count = next((key for key in LAYER_KEYS if type(defaults.get(key)) is int), None)
     if count is None:
         return None
@@ -235,7 +235,7 @@ def period_of(config_class: Any, defaults: Config, name: str) -> list[Any] | Non
 
 
 def variations(key: str, value: Any) -> list[Any]:
-    """Other values of a key, for a model that is otherwise the same."""
+    """Return other values of a key, for a model that is otherwise the same."""
     if key in HARMLESS - SHOWN or is_of_training(key) or key.endswith("_token_id"):
         return []
     if key in WORDS:
@@ -253,7 +253,7 @@ def variations(key: str, value: Any) -> list[Any]:
 
 
 def types_of(config_class: Any) -> dict[str, list[str]]:
-    """Types of JSON that each key of a configuration takes, where the class refuses values of all others."""
+    """Return the types of JSON that each key of a configuration takes, where the class refuses all other types."""
     found = {}
     for key, hint in ((one.name, one.type) for one in fields(config_class)):
         taken = taken_by(hint)
@@ -265,7 +265,7 @@ def types_of(config_class: Any) -> dict[str, list[str]]:
 
 
 def taken_by(hint: Any) -> set[str] | None:
-    """The types of JSON that a type hint allows; None if it is of another kind than JSON has."""
+    """Return the types of JSON that a type hint allows; None if JSON has no such type."""
     origin = get_origin(hint)
     if hint in PLAIN_TYPES or origin in PLAIN_TYPES:
         return {PLAIN_TYPES[origin or hint]}
@@ -291,11 +291,11 @@ def refuses(config_class: Any, key: str, value: Any) -> bool:
     return False
 
 
-# --- what a class has -------------------------------------------------------------------------------------
+# --- tensors of a class -----------------------------------------------------------------------------------
 
 
 def architecture(name: str, config_class: Any, defaults: Config) -> Config | None:
-    """The entry of one class: names, ties and sizes. None if it cannot be built from a configuration alone."""
+    """Make the entry of one class: names, ties and sizes. None if it cannot be built from a configuration alone."""
     model_class = class_named(name)
     if model_class is None:
         return None
@@ -377,7 +377,7 @@ def in_stack(tensor: str, stack: str, inner: str) -> bool:
 
 
 def dims(tensor: str, samples: Sequence[tuple[Config, Shapes]], keys: Sequence[str]) -> list[Length]:
-    """For each axis its fixed length, or the expression that equals it in every sample; else None."""
+    """Return for each axis its fixed length, or the expression that equals it in every sample, or else None."""
     having = [(config, shapes[tensor]) for config, shapes in samples if tensor in shapes]
     if len({len(shape) for _, shape in having}) != 1:
         return []
@@ -390,7 +390,7 @@ def dims(tensor: str, samples: Sequence[tuple[Config, Shapes]], keys: Sequence[s
 
 
 def with_labels(config: Config, path: Path = (), value: Any = None) -> Config:
-    """Adds the number of labels, which configurations do not hold as a number."""
+    """Add the number of labels, which configurations do not hold as a number."""
     return {**config, "num_labels": value if path == ("num_labels",) else DEFAULT_LABELS}
 
 
@@ -403,7 +403,7 @@ def paths_of(config: Config) -> Iterator[str]:
 
 
 def few_layers(config_class: Any, defaults: Config) -> Config:
-    """Settings for a model of as few layers as there may be; two, so that one can differ from the other."""
+    """Return settings for a model with as few layers as possible, but two, so that they can differ."""
     settings: Config = {}
     for key, value in defaults.items():
         if isinstance(value, dict) and "model_type" in value:
@@ -422,7 +422,7 @@ def few_layers(config_class: Any, defaults: Config) -> Config:
 
 
 def built(model_class: Any, config_class: Any, settings: Config) -> Any:
-    """The model, without memory for its weights; None where there is no such model, or it is very large."""
+    """Build the model without memory for its weights; None where there is no such model, or it is very large."""
     try:
         with torch.device("meta"), no_init_weights():
             return model_class._from_config(config_class(**settings), attn_implementation="eager")
@@ -435,7 +435,7 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def ties_of(model: Any) -> list[tuple[str, str]]:
-    """Pairs (copy, original) of tied tensors outside the layers."""
+    """Return pairs (copy, original) of tied tensors outside the layers."""
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
     return [(target, source) for target, source in pairs if not any(part.isdigit() for part in target.split("."))]
 
@@ -458,7 +458,7 @@ def count(seen: Seen, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def varied_paths(config: Config) -> Iterator[tuple[Path, Any]]:
-    """Keys, including those of inner configurations, with another value for each."""
+    """Yield keys, including those of inner configurations, each with another value."""
     for key, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
             yield from (((key, inner), v) for inner, one in value.items() for v in variations(inner, one))

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints, read where they lie, a run of rows at a time."""
+"""Reads tensors of checkpoints where they lie, a run of rows at a time."""
 
 import hashlib
 import math
@@ -39,7 +39,7 @@ TORCH_DTYPES = {
 class TensorReader:
     """Opens each weight file once, while in context. Threads may share it.
 
-    Files are read, not mapped: what is read counts as memory of the process no longer than it is held.
+    Files are read, not mapped, so that values count as memory of the process only while they are held.
     """
 
     def __init__(self) -> None:
@@ -55,16 +55,17 @@ class TensorReader:
         self._descriptors.clear()
 
     def read(self, tensor: TensorInfo, rows: slice | None = None) -> Tensor:
-        """The tensor, or some of its rows: (rows, *tensor.shape[1:]).
+        """Read a tensor, or some of its rows: (rows, *tensor.shape[1:]).
 
-        As it is stored in its own dtype; one that an adapter adds to in float32, or float64 where one of both is.
+        The result has the stored dtype. If an adapter adds to the tensor, it has float32, or float64 if either of them
+        has that.
 
         Args:
-            rows: start and stop along the first axis, of a tensor that has one.
+            rows: start and stop along the first axis, for a tensor that has one.
 
         Raises:
-            InvalidCheckpoint: the file is no longer what its header said.
-            OSError: as many files are open as this process may have.
+            InvalidCheckpoint: the file no longer agrees with its header.
+            OSError: this process may open no more files.
         """
         if tensor.delta is None:
             return self._stored(tensor, rows)
@@ -72,7 +73,7 @@ class TensorReader:
         return found
 
     def read_runs(self, tensor: TensorInfo, runs: Iterable[slice]) -> Iterator[Tensor]:
-        """`read` of each run of rows; the factor that all of them share is read once."""
+        """Yield `read` of each run of rows; the factor that all of them share is read once."""
         delta = tensor.delta
         if delta is None:
             yield from (self._stored(tensor, rows) for rows in runs)
@@ -84,7 +85,7 @@ class TensorReader:
             yield self._stored(tensor, rows).to(wide).addmm_(own.to(wide), shared, alpha=delta.scaling)
 
     def _columns(self, matrix: TensorInfo, columns: slice) -> Tensor:
-        """Some of a matrix's columns, of which nothing else is held."""
+        """Read some of a matrix's columns, and hold nothing else of it."""
         rows, width = matrix.shape
         count = columns.stop - columns.start
         return torch.stack([self._values(matrix, (count,), row * width + columns.start) for row in range(rows)])
@@ -96,7 +97,7 @@ class TensorReader:
         return self._values(tensor, (rows.stop - rows.start, *inner), rows.start * math.prod(inner))
 
     def _values(self, tensor: TensorInfo, shape: tuple[int, ...], start: int) -> Tensor:
-        """Consecutive values of the file, from the tensor's value number `start` on."""
+        """Read consecutive values of a tensor from the file, from its value number `start` on."""
         found = torch.empty(shape, dtype=TORCH_DTYPES[tensor.dtype])
         left = as_bytes(found)
         position = tensor.offset + start * found.element_size()
@@ -121,24 +122,24 @@ class TensorReader:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    flat = tensor.as_strided((tensor.numel(),), (1,))  # of one element, a contiguous tensor may have any stride
+    """Return the memory of a contiguous tensor on the CPU."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # a contiguous tensor of one element may have any stride
     return flat.view(torch.uint8).numpy().data
 
 
 class Digests:
-    """sha256 of files, hex. Each is computed once while size and times of the file stay what they are."""
+    """Computes the sha256 of files, in hexadecimal, once for each file until its size or times change."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], str] = {}
 
     def of_checkpoint(self, info: CheckpointInfo) -> str:
-        """`sha256:` over the names and digests of config and weight files; of an adapter, with its base's digest."""
+        """Return `sha256:` over names and digests of config and weight files, and over an adapter's base's digest."""
         [digest] = self.of_checkpoints([info], threads=1)
         return digest
 
     def of_checkpoints(self, infos: Sequence[CheckpointInfo], threads: int) -> list[str]:
-        """As `of_checkpoint`, a file in each thread."""
+        """Return `of_checkpoint` for each checkpoint; each thread reads one file at a time."""
         bases = [info.base for info in infos if info.base is not None]
         files = {info.path / name for info in (*infos, *bases) for name in _files(info)}
         of_files: dict[Path, str] = {}
@@ -168,18 +169,18 @@ class Digests:
 
 
 def file_identity(stat: os.stat_result) -> tuple[int, ...]:
-    """A value that stays equal while a file is the same and is not written to, by whatever path it is opened."""
+    """Return a value that stays equal while a file is the same and is not written to, whichever path opens it."""
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def digest_file(path: Path) -> str:
-    """sha256 of a file, hex."""
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_tokenizer(info: CheckpointInfo) -> str:
-    """sha256, hex, over the names and digests of the tokenizer's files."""
+    """Return the sha256, in hexadecimal, over the names and digests of the tokenizer's files."""
     names = [name for name in TOKENIZER_FILES if (info.tokenizer_path / name).exists()]
     return _joined({name: digest_file(info.tokenizer_path / name) for name in names})
 

@@ -1,7 +1,7 @@
-"""Checks that what a job will publish loads: configuration, tokenizer and weights, with a forward pass of small models.
+"""Checks that a job's models load: configuration, tokenizer and weights, and a forward pass of small models.
 
 Weights are mapped into memory, not read, so this takes no memory of its own and little time. A forward pass reads them
-all, so only small models are run; every weight of larger ones was found to be finite when it was written.
+all, so only small models are run. The weights of larger ones were checked to be finite when they were written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,13 +43,13 @@ from worker.engine.checkpoints.writer import write_config
 from worker.engine.runtime.libraries import transformers
 from worker.engine.runtime.resources import is_out_of_memory
 
-COMPUTED_BYTES = 256_000_000  # of tables that a model makes when it is built, from a few bytes of its configuration
+COMPUTED_BYTES = 256_000_000  # for tables that a model makes when it is built, from a few bytes of its configuration
 
 
 class Reloading:
-    """Checks whether what a plan will publish loads, and then whether what was published does.
+    """Checks whether the models of a plan will load, and later whether the published ones do.
 
-    What is the same in several folders is checked once.
+    Descriptions that are the same in several folders are checked once.
     """
 
     def __init__(self, plan: MergePlan) -> None:
@@ -58,13 +58,13 @@ class Reloading:
         self._were_run: set[str] = set()
 
     def check_descriptions(self) -> None:
-        """Check what needs no merged weights, so that a job fails before its work begins: configuration, tokenizer
-        and layout of models whose layout is not known without transformers.
+        """Check everything that needs no merged weights, so that a job fails before its work begins.
 
-        Of the others, planning has checked all but what single classes of tokenizers refuse.
+        These are configuration, tokenizer and layout of models whose layout is not known without transformers. For
+        other models, planning has checked all but what single classes of tokenizers refuse.
 
         Raises:
-            InvalidCheckpoint: a model would not load, whatever of its inputs is at fault.
+            InvalidCheckpoint: a model would not load, whichever of its inputs is at fault.
         """
         for info, head in zip(self._plan.published, self._plan.heads, strict=True):
             owner = self._plan.tokens_of(info)
@@ -89,14 +89,14 @@ class Reloading:
         """Check that the folder of every model to be published loads as it will for its user.
 
         Where the names, shapes and ties of a class's tensors are known, headers tell whether it takes those of a
-        folder; of small models, the first of each class is loaded with its weights and run.
+        folder. Among small models, the first of each class is loaded with its weights and run.
 
         Returns:
-            Notes of what its user must know.
+            Notes for the models' users.
 
         Raises:
-            InvalidCheckpoint: a folder does not load, whatever of its inputs is at fault.
-            NumericalError: the inputs' outputs are finite, the merge's are not.
+            InvalidCheckpoint: a folder does not load, whichever of its inputs is at fault.
+            NumericalError: the outputs of the inputs are finite, but not those of the merge.
         """
         notes: list[str] = []
         for folder, origin in zip(folders, self._plan.published, strict=True):
@@ -131,15 +131,15 @@ class Reloading:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a published tokenizer makes of `TEXT`; a tokenizer itself may take some hundred MB."""
+    """The tokens that a published tokenizer gives for `TEXT`; the tokenizer itself, which is large, is not kept."""
 
     ids: Sequence[int] | None
-    """None where no tokenizer is published or it cannot be loaded here."""
+    """Ids of the tokens; None where no tokenizer is published or it cannot be loaded here."""
     notes: list[str]
 
 
 def _class_of(info: CheckpointInfo) -> Any:
-    """The class that transformers has for the checkpoint; None where it has none."""
+    """Return the class that transformers has for the checkpoint; None where it has none."""
     return library_class(info.architecture) if info.model_type in transformers.CONFIG_MAPPING else None
 
 
@@ -149,10 +149,10 @@ def _config_in(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _check_config(published: CheckpointInfo) -> None:
-    """Load the file itself: its user has no allow-list of keys. No code of a checkpoint is run for it."""
+    """Load the configuration file itself, because users have no allow-list of keys. No code of a checkpoint is run."""
     try:
         transformers.AutoConfig.from_pretrained(published.path, **OFFLINE)
-    except Exception as error:  # whatever transformers thinks of the configuration
+    except Exception as error:  # transformers raises various exceptions for configurations
         raise _unloadable(published, "config.json", error) from error
 
 
@@ -167,28 +167,28 @@ def _cut(info: CheckpointInfo, config: Any, plan: MergePlan) -> _Text:
         return _Text(None, [])
     owner = plan.tokens_of(info).source
     try:
-        # Without a tokenizer_config.json, its class is that of the model's type.
+        # Without a tokenizer_config.json, its class follows from the model's type.
         with tokenizer_folder(info) as folder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, **OFFLINE)
         last = max(tokenizer.get_vocab().values(), default=0)
         ids = tokenizer(TEXT)["input_ids"]
     except ImportError as error:
         return _Text(None, [f"the published tokenizer was not loaded anew: {in_one_line(error)}"])
-    except BaseException as error:  # the library has no class of its own for what it does not read
+    except BaseException as error:  # the library has no exception of its own for files that it cannot read
         if is_out_of_memory(error) or not is_of_library(error):
             raise
         names = ", ".join(name for name in TOKENIZER_FILES if (info.tokenizer_path / name).exists())
         problem = f"its tokenizer does not load ({names}): {in_one_line(error)}; save it anew by save_pretrained()"
         raise InvalidCheckpoint(owner, problem) from error
-    if beyond_matrix(info):  # which planning has said
+    if beyond_matrix(info):  # planning has made this note
         return _Text(ids, [])
-    # Its files beside tokenizer.json may add tokens, and so may its class.
+    # The files beside tokenizer.json may add tokens, and so may the tokenizer's class.
     note = beyond_matrix(info, last)
     return _Text(ids, [note] if note else [])
 
 
 def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:
-    """The loaded model, and notes; None if a library that it needs is missing, or it computes large tables."""
+    """Return the loaded model, and notes; None if a library that it needs is missing, or it computes large tables."""
     try:
         computed = computed_bytes(published, model_class, deepcopy(config))
         if computed > COMPUTED_BYTES:
@@ -225,7 +225,7 @@ def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[An
 
 
 def _check_tied(published: CheckpointInfo, model: Any) -> None:
-    """transformers takes stored copies that differ for matrices of their own, whatever the configuration says."""
+    """Check that tied weights stay tied: transformers takes stored copies that differ for matrices of their own."""
     for copy, original in model.all_tied_weights_keys.items():
         tensors = [model.state_dict(keep_vars=True).get(name) for name in (copy, original)]
         if None in tensors or tensors[0].data_ptr() == tensors[1].data_ptr():
@@ -244,7 +244,7 @@ def _run(published: CheckpointInfo, model: Any, ids: Sequence[int] | None, origi
     problem = _problem_of(published, model, inputs)
     if problem is None:
         return
-    # Not every model runs on this alone. What a merge's own model does not do either, the merge need not.
+    # Not every model runs on these inputs alone. The merge need not do what its own model does not do either.
     if origin.base is None and _problem_of(origin, _loaded(origin, type(model)), inputs) is None:
         raise problem
 
@@ -257,7 +257,7 @@ def _loaded(origin: CheckpointInfo, model_class: Any) -> Any:
 
 
 def _inputs(model: Any, ids: Sequence[int] | None, rows: int | None) -> Mapping[str, Tensor] | None:
-    """A text of the model's own tokens; None of a model that takes something else."""
+    """Return a text of the model's own tokens as inputs; None for a model that takes something else."""
     if model.main_input_name != "input_ids" or rows is None:
         return None
     known = [index for index in (range(4) if ids is None else ids) if index < rows] or [0]
@@ -268,12 +268,12 @@ def _inputs(model: Any, ids: Sequence[int] | None, rows: int | None) -> Mapping[
 
 
 def _problem_of(info: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor]) -> EngineError | None:
-    if model.dtype == torch.float16:  # in which CPUs lack operations, and what is finite on a GPU may not be
+    if model.dtype == torch.float16:  # CPUs lack operations in it, and values that a GPU keeps finite may overflow
         model = model.float()
     try:
         with torch.inference_mode():
             outputs = model.eval()(**inputs)
-    except Exception as error:  # whatever a model's code meets
+    except Exception as error:  # a model's code may raise anything
         if is_out_of_memory(error):
             raise
         problem = f"the merge with its configuration does not run, though the models do: {in_one_line(error)}"

@@ -1,4 +1,4 @@
-"""Tensors a run of rows at a time, so that none is held whole."""
+"""Handles tensors a run of rows at a time, so that none is held whole."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 
 
 def row_blocks(shape: Sequence[int], block_elements: int = BLOCK_ELEMENTS) -> list[slice]:
-    """Runs of rows of at most so many elements; a longer row is a run of its own."""
+    """Cut a tensor into runs of rows of at most `block_elements` elements; a longer row is a run of its own."""
     rows = shape[0] if shape else 1
     step = max(1, block_elements // max(1, math.prod(shape[1:])))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)] or [slice(0, 0)]
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: both stay in a sum, which takes an eighth of looking at every value."""
+    """Return whether no value is NaN or infinite. Both stay in a sum, which takes an eighth of the time of a test."""
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

@@ -1,4 +1,4 @@
-"""The tokenizer's files of a merged model."""
+"""Writes the tokenizer's files of a merged model."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def write_tokenizer(owner: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:
-    """The files of the tokenizer's owner, with the new tokens of the vocabulary if it has any.
+    """Write the files of the tokenizer's owner, with the new tokens of the vocabulary if it has any.
 
-    New tokens are in tokenizer.json alone, which is what is read first; other files with tokens are left out.
+    New tokens are only in tokenizer.json, which is read first; other files with tokens are left out.
     """
     new = vocabulary is not None and vocabulary.new
     for name, file in companions(owner).items():
@@ -28,7 +28,7 @@ def write_tokenizer(owner: CheckpointInfo, vocabulary: Vocabulary | None, folder
     _write(folder / "tokenizer.json", _extended(content, vocabulary))
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
-    decoder = config.get("added_tokens_decoder")  # what transformers saved before its version 5, and still reads
+    decoder = config.get("added_tokens_decoder")  # transformers saved it before version 5, and still reads it
     if isinstance(decoder, dict):
         more = {str(token.id): _entry(token) for token in vocabulary.new if token.entry is not None}
         _write(config_file, {**config, "added_tokens_decoder": {**decoder, **more}})
@@ -46,10 +46,10 @@ def write_chat_template(template: str, folder: Path) -> None:
 
 
 def _extended(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """tokenizer.json with the new tokens at their ids.
+    """Return the content of tokenizer.json with the new tokens at their ids.
 
-    Added tokens, the owner's too, are then in the model's vocabulary where it has ids: of others, the library makes up
-    ids itself, by the vocabulary's size.
+    If the model's vocabulary has ids, all added tokens, the owner's too, are put into it: to others the library gives
+    ids of its own, by the vocabulary's size.
     """
     model = dict(content["model"])
     before = content.get("added_tokens") or []

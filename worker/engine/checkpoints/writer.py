@@ -1,4 +1,4 @@
-"""Writing checkpoints: each tensor once, at its place, in one pass over the inputs.
+"""Writes checkpoints: each tensor once, at its place, in one pass over the inputs.
 
 The layout is known from the plan, so a shard has its header and its size before any tensor is computed, and tensors may
 come in any order. Nothing is held longer than a run of rows.
@@ -41,23 +41,23 @@ from worker.engine.runtime.threads import in_threads
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MODULE_KEYS = ("idx", "name", "path", "type", "kwargs")
-LARGE = 16  # a tensor is that has more than a thread's part of the elements over this
-DIGEST_BYTES = 1 << 18  # read again into the same memory, which stays in a cache
+LARGE = 16  # a tensor is large that has more elements than a thread's part of all elements, divided by this
+DIGEST_BYTES = 1 << 18  # each part is read into the same memory, which stays in a cache
 
 Rows = Iterable[tuple[slice, Tensor]]
-"""Runs of rows along a tensor's first axis, and the values there."""
+"""Runs of rows along a tensor's first axis, each with its values."""
 
 
 class ShardWriter:
-    """One safetensors file whose tensors are written at their places, in any order and from several threads.
+    """Writes one safetensors file, whose tensors may come in any order and from several threads.
 
-    The file is there from the first tensor on, has its whole size from then on, and is closed after the last. Leaving
-    the context earlier leaves no file behind. It is not flushed to the disk.
+    The file exists with its whole size from the first tensor on, and is closed after the last. Leaving the context
+    earlier leaves no file behind. The file is not flushed to the disk.
     """
 
     def __init__(self, path: Path, tensors: Sequence[PlannedTensor]) -> None:
         self.path = path
-        # Wider dtypes first keeps every tensor aligned, as the format's own library does.
+        # With wider dtypes first every tensor is aligned, as in the format's own library.
         self.tensors = sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])
         self._header = _header(self.tensors)
         ends = [*accumulate((t.nbytes for t in self.tensors), initial=len(self._header))]
@@ -83,11 +83,11 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file, once it is complete."""
+        """The sha256 of the whole file, once it is complete."""
         return self._digest.hexdigest()
 
     def write(self, planned: PlannedTensor, rows: Rows) -> None:
-        """One of `tensors`, whole, cast to its planned dtype.
+        """Write one of `tensors` as a whole, cast to its planned dtype.
 
         Raises:
             NumericalError: a value is NaN or beyond the dtype.
@@ -120,10 +120,10 @@ class ShardWriter:
             return self._descriptor
 
     def _follow(self, descriptor: int) -> None:
-        """Digest what is complete from the file's start on, and close the file at its end.
+        """Digest the complete part of the file from its start on, and close the file at its end.
 
-        One thread does it at a time. Another that completes a tensor meanwhile leaves it to that one, which looks again
-        once it has let go.
+        One thread does so at a time. Another thread that completes a tensor meanwhile leaves it to this one, which
+        looks again after it has released the lock.
         """
         while self._next_is_complete() and self._digesting.acquire(blocking=False):
             try:
@@ -166,7 +166,7 @@ def _header(tensors: Sequence[PlannedTensor]) -> bytes:
 
 
 def _write_at(descriptor: int, data: memoryview, position: int) -> int:
-    """The position after it."""
+    """Write data at a position, and return the position after it."""
     while data:
         count = os.pwrite(descriptor, data, position)
         data, position = data[count:], position + count
@@ -183,16 +183,17 @@ def write_models(
 ) -> dict[Path, str]:
     """Write every published model's folder: the shared backbone once, hard-linked, and each model's own head.
 
-    What fits into one file is `model.safetensors`, as transformers and its users expect.
+    A model that fits into one file is `model.safetensors`, as transformers and its users expect.
 
     Args:
-        folders: existing, one for each of `plan.published`.
-        rows_of: computes a tensor, or reads it where it is copied.
-        threads: on which tensors are computed, each by one; None: one after the other in this thread, with all cores.
+        folders: existing folders, one for each of `plan.published`.
+        rows_of: computes a tensor, or reads it if it is copied.
+        threads: number of threads, each of which computes one tensor at a time; None: this thread computes one after
+            the other, with all cores.
         on_tensor: called after each tensor; may raise to stop.
 
     Returns:
-        The sha256 of every shard, taken while it was written; of a shared one under its first name.
+        The sha256 of every shard, taken while it was written; a shared shard is under its first name.
     """
     shards = cut_into_shards(plan.backbone, max_shard_bytes)
     count = len(shards) + (not plan.merges_heads)  # each model's head is one more
@@ -226,11 +227,11 @@ def write_models(
 
 
 def write_modules(plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[PlannedTensor], Rows]) -> None:
-    """Write what every published model has of sentence-transformers' modules.
+    """Write the modules of sentence-transformers of every published model.
 
     Args:
-        folders: as of `write_models`.
-        rows_of: computes a tensor of a module, or reads it where it is copied.
+        folders: existing folders, one for each of `plan.published`.
+        rows_of: computes a tensor of a module, or reads it if it is copied.
     """
     for folder, planned in zip(folders, plan.modules, strict=bool(plan.modules)):
         if planned is None:
@@ -253,13 +254,13 @@ def write_modules(plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[P
 def largest_first(
     work: Sequence[tuple[ShardWriter, PlannedTensor]], threads: int
 ) -> list[tuple[ShardWriter, PlannedTensor]]:
-    """Tensors whose time all other threads might spend waiting, were they the last; then the files' order."""
+    """Put large tensors first, because other threads would wait for one that comes last. The rest keep their order."""
     much = sum(math.prod(tensor.shape) for _, tensor in work) / (LARGE * threads)
     return sorted(work, key=lambda item: math.prod(item[1].shape) < much)
 
 
 def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[str, Tensor]) -> tuple[Path, str]:
-    """Write a model's own shard anew, with other tensors for some names; the file and its sha256."""
+    """Write a model's own shard anew, with other tensors for some names. Returns the file and its sha256."""
     path = max(folder.glob("model-*.safetensors"))  # the last shard, see `write_models`
     path.unlink()
     with TensorReader() as reader, ShardWriter(path, head) as writer:
@@ -271,7 +272,7 @@ def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[
 
 
 def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
-    """Consecutive runs of at most `max_bytes`; a larger tensor is a shard of its own."""
+    """Cut tensors into consecutive runs of at most `max_bytes`; a larger tensor is a shard of its own."""
     shards: list[list[PlannedTensor]] = []
     size = 0
     for tensor in tensors:
@@ -284,7 +285,7 @@ def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[li
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file that others may read. Raises OSError where the library has an exception of its own."""
+    """Save a safetensors file that others may read. Raises OSError where the library has an exception of its own."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
@@ -300,7 +301,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_config(info: CheckpointInfo, plan: MergePlan, folder: Path) -> None:
-    # Where the input lay is nobody's business, and `dtype` replaces the older key.
+    # The place of the input is nobody's business, and `dtype` replaces the older key.
     config = {key: value for key, value in info.config.items() if key not in ("_name_or_path", "torch_dtype")}
     if plan.vocabulary is not None:
         config = plan.vocabulary.config(config)

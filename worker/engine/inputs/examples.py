@@ -1,4 +1,4 @@
-"""From rows to padded batches of tokens."""
+"""Turns rows into padded batches of tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from worker.engine.catalog.tasks import Label, LabelMap
 from worker.engine.runtime.resources import is_out_of_memory
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
-SHORT_ROW = 16  # tokens; a batch has no more rows than of such fit into it
+SHORT_ROW = 16  # tokens; a batch has at most as many rows as rows of this length fit into it
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors on the device: tokens, each (batch, tokens), and labels, (batch,) or (batch, labels), if any."""
+    """Padded tensors on the device: inputs, each (batch, tokens), and labels, (batch,) or (batch, labels), if any."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
@@ -49,7 +49,7 @@ class Batch:
 class Tokenized:
     examples: list[Example]
     truncated: int
-    """Rows longer than the limit, cut at its end."""
+    """Number of rows that were longer than the limit and were cut."""
 
 
 def tokenize(
@@ -62,10 +62,10 @@ def tokenize(
 ) -> Tokenized:
     """Tokenise `rows`, truncating to `max_length` tokens (and to the data set's own limit).
 
-    Labels are read when `labels` says how. `first` is the place of the first row in the data set's seeded order.
+    Labels are read if `labels` is given. `first` is the place of the first row in the data set's seeded order.
 
     Raises:
-        InvalidDataset: a row without tokens, or a label that the head does not have.
+        InvalidDataset: a row has no tokens, or a label that the head does not have.
     """
     limit = min(max_length, spec.max_length or max_length)
     special = tokenizer.num_special_tokens_to_add(pair=spec.text_pair is not None)
@@ -94,7 +94,7 @@ def tokenize(
 
 
 def plan_batches(examples: Sequence[Example], tokens: int = BATCH_TOKENS) -> list[list[Example]]:
-    """Batches of similar length within blocks of the given order, each of at most `tokens` padded tokens.
+    """Make batches of rows of similar length within blocks of the given order, each of at most `tokens` padded tokens.
 
     A row longer than the budget is a batch of its own.
     """
@@ -130,7 +130,7 @@ def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device
 
 
 def padding_values(tokenizer: Any) -> dict[str, int]:
-    """What each model input is padded with."""
+    """Return the value that pads each model input."""
     return {
         "input_ids": tokenizer.pad_token_id or 0,
         "token_type_ids": tokenizer.pad_token_type_id,

@@ -1,7 +1,7 @@
-"""A job's checkpoints and rows, wherever they come from.
+"""Opens a job's checkpoints and rows, wherever they come from.
 
-The libraries for tables and for the hub cost 110 MB and half a second, so they are loaded when they are needed, after
-those that every model needs: they look for each other.
+The libraries for tables and for the hub cost 110 MB and half a second, so they are loaded when they are needed. They
+come after the libraries that every model needs, because these look for each other.
 """
 
 from pathlib import Path
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class Inputs:
-    """Downloads what is on the hub when it is made, see `worker.engine.inputs.hub.fetch`.
+    """A job's inputs. Making it downloads those on the hub, see `worker.engine.inputs.hub.fetch`.
 
     Args:
-        views: where checkpoints are opened; they can be read as long as it is.
+        views: opens checkpoints, which can be read as long as its context lasts.
     """
 
     def __init__(self, spec: JobSpec, views: Views, on_progress: OnProgress) -> None:
@@ -37,7 +37,7 @@ class Inputs:
             self._fetched = fetch(spec, on_progress)
 
     def checkpoint(self, model: CheckpointSpec, base: CheckpointInfo | None = None) -> CheckpointInfo:
-        """Of an adapter, with what it adapts as `base`. Raises InvalidCheckpoint."""
+        """Open a checkpoint; an adapter needs the model that it adapts as `base`. Raises InvalidCheckpoint."""
         if model.hub is not None and self._fetched is not None:
             folder = self._fetched.checkpoints[model.hub]
             root = folder.parent.parent  # the repository's part of the cache
@@ -51,7 +51,7 @@ class Inputs:
         return info
 
     def rows(self, spec: DatasetSpec) -> Rows:
-        """Raises InvalidDataset."""
+        """Open a data set. Raises InvalidDataset."""
         if spec.hub is not None and self._fetched is not None:
             return self._fetched.rows(spec)
         if spec.path is not None and spec.root is not None:

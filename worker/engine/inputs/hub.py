@@ -1,7 +1,7 @@
-"""What a job names on the Hugging Face hub, brought to this machine before the work begins.
+"""Brings a job's inputs on the Hugging Face hub to this machine before the work begins.
 
 Files go to the hub library's own cache, which other programs share and where a file of one commit never changes. The
-token, the endpoint and the cache's place are the libraries' own variables: HF_TOKEN, HF_ENDPOINT, HF_HOME.
+libraries' own variables set the token, the endpoint and the cache's folder: HF_TOKEN, HF_ENDPOINT, HF_HOME.
 """
 
 import csv
@@ -32,17 +32,17 @@ from worker.engine.inputs.tables import LISTS, TableRows, rows_of_parquet, types
 from worker.engine.runtime.progress import OnProgress, Phase
 from worker.engine.runtime.resources import is_out_of_memory, require_space
 
-# Formats that hold rows. Others would decode images and sounds, or read what is no data of the repository.
+# Formats that hold rows. Others would decode images and sounds, or read files that are no data of the repository.
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 QUOTES = ("quoting", "quotechar", "escapechar", "doublequote", "dialect")
-# What says which lines are rows, beside quotes.
+# Options of CSV that say which lines are rows, besides quotes.
 LINES = (
     "header", "names", "skiprows", "nrows", "skipfooter", "comment", "index_col", "skip_blank_lines", "lineterminator",
     "encoding", *QUOTES[1:],
 )  # fmt: skip
-PARQUET_ROWS = 1000  # decoded together: equal texts may be stored once, and one text may have a megabyte
-EXTRA_COLUMN = "__index_level_0__"  # how pandas names the first column, where rows have one field more than the header
-ABANDONED_S = 3600.0  # a file that nobody has written to for so long is of a download that was killed
+PARQUET_ROWS = 1000  # number decoded together: equal texts may be stored once, and one text may have a megabyte
+EXTRA_COLUMN = "__index_level_0__"  # pandas' name of the first column, if rows have one field more than the header
+ABANDONED_S = 3600.0  # a file that nobody has written to for so long is left of a download that was killed
 
 Kind = Literal["model", "dataset"]
 
@@ -59,33 +59,33 @@ class RemoteFile:
     source: HubSource
     name: str
     missing_bytes: int
-    """0 when it is in the cache."""
+    """Number of bytes to download; 0 when the file is in the cache."""
 
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """A table that is read from its files: decoded, a file of 130 kB may have 7 GB."""
+    """A table that is read from its files, because a decoded file of 130 kB may have 7 GB."""
 
     files: tuple[Path, ...]
     features: Mapping[str, Any]
-    """What the repository says of its columns, by name."""
+    """The repository's description of the columns, by name."""
 
 
 @dataclass
 class Fetched:
-    """Everything of a job that came from the hub."""
+    """A job's inputs from the hub."""
 
     checkpoints: dict[HubSource, Path] = field(default_factory=dict)
-    """Folders, by repository and commit."""
+    """Folders of checkpoints, by repository and commit."""
     tables: dict[tuple[HubSource, str | None, str | None], "datasets.Dataset | ParquetFiles"] = field(
         default_factory=dict
     )
-    """By repository, configuration and split."""
+    """Tables by repository, configuration and split."""
     notes: dict[tuple[HubSource, str | None, str | None], list[str]] = field(default_factory=dict)
-    """Notes of rows that were joined or passed over, by data set."""
+    """Notes of rows that were joined or skipped, by repository, configuration and split."""
 
     def rows(self, spec: DatasetSpec) -> TableRows:
-        """The rows of a data set. Raises InvalidDataset."""
+        """Return the rows of a data set. Raises InvalidDataset."""
         table = self.tables[_table_key(spec)]
         if isinstance(table, ParquetFiles):
             label = table.features.get(spec.label) if spec.label is not None else None
@@ -96,11 +96,11 @@ class Fetched:
 
 
 def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
-    """Download what is not in the cache yet.
+    """Download the inputs that are not in the cache yet.
 
     Raises:
         InvalidCheckpoint, InvalidDataset: there is no such repository, commit, configuration or split, the token may
-            not see it, or it is in no format that holds rows.
+            not see it, or its format holds no rows.
         StorageError: the hub does not answer.
         DiskFull: the cache has no room for it.
     """
@@ -156,13 +156,13 @@ def _checkpoint_files(source: HubSource) -> list[RemoteFile]:
 
 
 def _builder(rows: DatasetSpec, source: HubSource) -> Any:
-    # A folder of the same name here would be taken for the data set, so there is none.
+    # A folder of the same name in the working directory would be taken for the data set, so that is empty.
     with tempfile.TemporaryDirectory() as empty, chdir(empty):
         builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit)
         options: dict[str, Any] = {}
         if _builder_name(builder) == "csv":
             options = _csv_options(builder.config)
-        elif _builder_name(builder) == "parquet":  # by default all of a row group at once, which may be a whole file
+        elif _builder_name(builder) == "parquet":  # the default is a whole row group, which may be the whole file
             options = {"batch_size": PARQUET_ROWS}
         if options:
             builder = datasets.load_dataset_builder(source.repository, rows.config, revision=source.commit, **options)
@@ -172,10 +172,10 @@ def _builder(rows: DatasetSpec, source: HubSource) -> Any:
 
 
 def _csv_options(config: Any) -> dict[str, Any]:
-    """New options for the CSV reader.
+    """Return new options for the CSV reader.
 
-    Text that spells a missing value, as NA, is text. No line is passed over for its fields. Between tabs a quote is a
-    character, unless the data set's own description says something of quotes.
+    Text that spells a missing value, such as NA, is text. No line is skipped because of its fields. In tab-separated
+    files a quote is a plain character, unless the data set's own description has an option for quotes.
     """
     options = {"keep_default_na": False, "on_bad_lines": "error"}
     if config.sep == "\t" and all(getattr(config, name) == getattr(CsvConfig(), name) for name in QUOTES):
@@ -184,10 +184,10 @@ def _csv_options(config: Any) -> dict[str, Any]:
 
 
 def _notes_of_csv(rows: DatasetSpec, source: HubSource, builder: Any, table: datasets.Dataset, split: str) -> list[str]:
-    """Where the library makes other rows of CSV than its lines say, which it does without a word.
+    """Note where the library makes other rows of CSV than its lines say, which it does without a word.
 
     Raises:
-        InvalidDataset: columns are shifted, since rows have more fields than the header.
+        InvalidDataset: columns are shifted, because rows have more fields than the header.
     """
     if _builder_name(builder) != "csv":
         return []
@@ -204,7 +204,7 @@ def _notes_of_csv(rows: DatasetSpec, source: HubSource, builder: Any, table: dat
     names = _file_names(rows, source, builder, split)
     for name in names:
         path = Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
-        if path.suffix not in (".csv", ".tsv"):  # compressed, where only the library looks into
+        if path.suffix not in (".csv", ".tsv"):  # only the library reads compressed files
             return []
         form = Csv(f"{rows.source}, {name}", config.sep, has_quotes=config.quoting != csv.QUOTE_NONE)
         try:
@@ -228,13 +228,13 @@ def _builder_name(builder: Any) -> str:
 
 
 def _data_files(rows: DatasetSpec, source: HubSource, builder: Any) -> list[RemoteFile]:
-    """Files of the configuration, of all its splits: they are prepared together."""
+    """Return the files of all splits of the configuration, because these are prepared together."""
     names = {name for split in builder.config.data_files or {} for name in _file_names(rows, source, builder, split)}
     return [_remote_file("dataset", source, name) for name in sorted(names)]
 
 
 def _file_names(rows: DatasetSpec, source: HubSource, builder: Any, split: str) -> list[str]:
-    """Names of the files that the configuration has for a split; none for a part of a split."""
+    """Return the names of a split's files in the configuration; none for a part of a split."""
     prefix = f"hf://datasets/{source.repository}@{source.commit}/"
     urls = [str(url) for url in (builder.config.data_files or {}).get(split, ())]
     for url in urls:
@@ -244,8 +244,11 @@ def _file_names(rows: DatasetSpec, source: HubSource, builder: Any, split: str) 
 
 
 def _parquet_files(rows: DatasetSpec, source: HubSource, builder: Any) -> ParquetFiles | None:
-    """The files of the split that was asked for, or of the only one; None where the library has to make the table: it
-    is no Parquet, a part of a split, some of its rows, or the repository names other types than the files have."""
+    """Return the files of the split that was asked for, or of the only one; None where the library must make the table.
+
+    It must for files that are no Parquet, for a part of a split or some of its rows, and where the repository names
+    other types than the files have.
+    """
     if _builder_name(builder) != "parquet" or builder.config.columns or builder.config.filters:
         return None
     splits = list(builder.config.data_files or {})
@@ -270,7 +273,7 @@ def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
 
 
 def _download(files: Sequence[RemoteFile], kind: Kind, source: HubSource, downloading: Phase) -> Path:
-    """Download a repository's files; the folder of their snapshot."""
+    """Download a repository's files, and return the folder of their snapshot."""
     path = Path()
     for file in (file for file in files if (file.kind, file.source) == (kind, source)):
         _remove_abandoned(file)
@@ -289,7 +292,7 @@ def _download(files: Sequence[RemoteFile], kind: Kind, source: HubSource, downlo
 
 
 def _remove_abandoned(file: RemoteFile) -> None:
-    """Parts of downloads that were killed: the library starts anew each time and never comes back for them."""
+    """Remove parts of killed downloads: the library starts anew each time and never uses them again."""
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=file.source.repository, repo_type=file.kind)
     for part in folder.glob("blobs/*.incomplete"):
         try:
@@ -300,7 +303,7 @@ def _remove_abandoned(file: RemoteFile) -> None:
 
 
 def _reporter(phase: Phase) -> Any:
-    """What the library takes for its progress bar."""
+    """Make a class that the library takes for its progress bar, and that reports to `phase`."""
 
     class Reporter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -313,7 +316,7 @@ def _reporter(phase: Phase) -> Any:
 
 
 def _prepared(rows: DatasetSpec, builder: Any) -> tuple[datasets.Dataset, str]:
-    """The table of the split that was asked for, or of the only one, and the split's name."""
+    """Return the table of the split that was asked for, or of the only one, and the split's name."""
     try:
         builder.download_and_prepare(verification_mode="no_checks")  # sizes in a description may be of an older commit
     except Exception as error:
@@ -363,5 +366,5 @@ def _translated(asked: CheckpointSpec | DatasetSpec) -> Iterator[None]:
 
 
 def _is_the_machines(error: BaseException) -> bool:
-    """Want of memory or of room: no fault of the input, and told as what it is elsewhere."""
+    """Return whether memory or disk space ran out, which is no fault of the input and is reported elsewhere."""
     return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))

@@ -1,4 +1,4 @@
-"""Rows of tables: Parquet files and data sets of the hub, through the library `datasets`."""
+"""Reads rows of tables: Parquet files and data sets of the hub, through the library `datasets`."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,16 +17,16 @@ from worker.engine.catalog.primitives.errors import EngineError, InvalidDataset,
 from worker.engine.runtime.resources import is_out_of_memory, require_memory
 
 LISTS = (datasets.List, datasets.LargeList)
-MOST_ROWS = 20_000_000  # of a Parquet file: their order alone, drawn from the seed, takes 0.7 GB
-MOST_VALUES = 200_000_000  # of a column of lists
-VALUE_BYTES = 8  # of a number, and of a text's place among the texts that differ
+MOST_ROWS = 20_000_000  # rows of a Parquet file: their order alone, drawn from the seed, takes 0.7 GB
+MOST_VALUES = 200_000_000  # values in a column of lists
+VALUE_BYTES = 8  # size of a number, and of a text's index among the distinct texts
 
 
 class TableRows:
-    """The rows of a table; their places are row numbers.
+    """The rows of a table, whose places are row numbers.
 
     Raises:
-        InvalidDataset: no rows, or a column that is not there or holds neither text nor labels.
+        InvalidDataset: there are no rows, or a column is missing or holds neither text nor labels.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class TableRows:
         wanted = _wanted(spec, table.column_names)
         for name in wanted:
             feature = table.features[name]
-            if name == spec.label and isinstance(feature, LISTS):  # of a head whose labels apply each by itself
+            if name == spec.label and isinstance(feature, LISTS):  # a multi-label head has such labels
                 feature = feature.feature
             if isinstance(feature, datasets.ClassLabel):
                 if name == spec.label:
                     self.label_names = tuple(feature.names)
-            elif not isinstance(feature, datasets.Value):  # images and sounds are files that would be opened
+            elif not isinstance(feature, datasets.Value):  # images and sounds would open files
                 raise InvalidDataset(spec.source, f"column '{name}' holds {type(feature).__name__}", column=name)
-        self._table = table.select_columns(wanted)  # what is not asked for is never decoded
+        self._table = table.select_columns(wanted)  # other columns are never decoded
         if len(table) == 0:
             raise InvalidDataset(spec.source, "no rows")
 
@@ -64,9 +64,9 @@ class TableRows:
 
 
 class EncodedTable:
-    """A table as Parquet stores it, where texts that are equal are there once: a file of 130 kB may have 7 GB of them.
+    """A table as Parquet stores it, with equal texts once. Decoded, a file of 130 kB may have 7 GB of texts.
 
-    It has of `datasets.Dataset` what `TableRows` asks for.
+    It has the part of the interface of `datasets.Dataset` that `TableRows` uses.
     """
 
     def __init__(self, table: pyarrow.Table) -> None:
@@ -89,7 +89,7 @@ class EncodedTable:
 
 
 def _plain(kind: Any) -> Any:
-    """The type of the values, however they are encoded."""
+    """Return the type of the values, however they are encoded."""
     types = pyarrow.types
     if types.is_dictionary(kind):
         return kind.value_type
@@ -101,7 +101,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _values(part: Any) -> list[Any]:
-    """Values of a column; rows with equal texts share one string."""
+    """Return the values of a column; rows with equal texts share one string."""
     if not pyarrow.types.is_dictionary(part.type):
         return list(part.to_pylist())
     used = pyarrow.compute.unique(part.indices.drop_null())
@@ -110,19 +110,19 @@ def _values(part: Any) -> list[Any]:
 
 
 def read_parquet(spec: DatasetSpec) -> TableRows:
-    """The rows of a local Parquet file. Raises InvalidDataset naming a missing column."""
+    """Read the rows of a local Parquet file. Raises InvalidDataset, which names a missing column."""
     check_first_rows(spec, labels=None)
     return rows_of_parquet([local_file(spec)], spec)
 
 
 def rows_of_parquet(files: Sequence[Path], spec: DatasetSpec, label_names: tuple[str, ...] | None = None) -> TableRows:
-    """The rows of Parquet files that are one table.
+    """Read the rows of Parquet files that are one table.
 
     Args:
-        label_names: names of the label ids; None: those that the first file names.
+        label_names: names of the label ids; None: the names in the first file.
 
     Raises:
-        InvalidDataset: names a missing column, or the files are no table.
+        InvalidDataset: a column is missing, or the files are no table.
         OutOfMemory: there is less memory than they take.
     """
     with _reading(spec):
@@ -133,23 +133,23 @@ def rows_of_parquet(files: Sequence[Path], spec: DatasetSpec, label_names: tuple
         for path, one in zip(files, described, strict=True):
             one.close()
             with pyarrow.parquet.ParquetFile(path, read_dictionary=_texts(one.schema, columns)) as file:
-                # Each group by itself: lists of texts in several groups cannot be read at once.
+                # Each group is read by itself, because lists of texts in several groups cannot be read at once.
                 groups = [file.read_row_group(index, columns) for index in range(file.num_row_groups)]
                 parts += groups or [file.read(columns)]
         table = pyarrow.concat_tables(parts, promote_options="permissive").unify_dictionaries()
-        # Of what the library `datasets` wrote beside the columns, the label names alone are wanted.
+        # Only the label names are read from the metadata that the library `datasets` wrote beside the columns.
         names = label_names or _label_names(parts[0].schema.metadata or {}, spec)
         return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names)
 
 
 def types_of_parquet(file: Path) -> Mapping[str, Any]:
-    """The Arrow type of each column of a file."""
+    """Return the Arrow type of each column of a file."""
     with pyarrow.parquet.ParquetFile(file) as described:
         return {field.name: field.type for field in described.schema_arrow}
 
 
 def _texts(schema: Any, columns: Sequence[str]) -> list[str]:
-    """Paths of what holds text in these columns, which may be lists of texts."""
+    """Return the paths of texts in these columns, which may be lists of texts."""
     parts = [schema.column(index) for index in range(len(schema))]
     return [
         part.path
@@ -161,7 +161,7 @@ def _texts(schema: Any, columns: Sequence[str]) -> list[str]:
 
 
 def _column_of(path: str, columns: Iterable[str]) -> str | None:
-    """The column that a path within a file belongs to: a list's values are a column within it."""
+    """Return the column to which a path within a file belongs: a list's values are a column within it."""
     return max((name for name in columns if f"{path}.".startswith(f"{name}.")), key=len, default=None)
 
 
@@ -169,7 +169,7 @@ def _check_size(stated: Sequence[Any], columns: Sequence[str], spec: DatasetSpec
     """Check the sizes that files state in their metadata, before any of them is decoded.
 
     Raises:
-        InvalidDataset: there are more rows, or a column has more values, than are read.
+        InvalidDataset: there are more rows, or a column has more values, than the limits allow.
         OutOfMemory: there is less memory than they take.
     """
     rows = sum(metadata.num_rows for metadata in stated)
@@ -206,7 +206,7 @@ def _label_names(metadata: Mapping[bytes, bytes], spec: DatasetSpec) -> tuple[st
 
 @contextmanager
 def _reading(spec: DatasetSpec) -> Iterator[None]:
-    """The libraries raise whatever a malformed file happens to break, in words that may quote a row."""
+    """Turn exceptions of the libraries into InvalidDataset, without their messages, which may quote rows."""
     try:
         yield
     except EngineError:
@@ -218,7 +218,7 @@ def _reading(spec: DatasetSpec) -> Iterator[None]:
 
 
 def _wanted(spec: DatasetSpec, known: list[str]) -> list[str]:
-    """The asked columns. Raises InvalidDataset naming one that is not there."""
+    """Return the columns to read. Raises InvalidDataset, which names a missing one."""
     wanted = {name for name in (spec.text, spec.text_pair, spec.label) if name is not None}
     for name in sorted(wanted):
         if name not in known:

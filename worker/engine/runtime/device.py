@@ -1,4 +1,4 @@
-"""The device of the work and its number formats."""
+"""Chooses the device of the work and its number formats."""
 
 import logging
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def best_device() -> torch.device:
 
 
 def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
-    """`auto`: bfloat16 where the device multiplies matrices of it in hardware, else float32."""
+    """Resolve `auto`: bfloat16 where the device multiplies such matrices in hardware, else float32."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
@@ -31,7 +31,7 @@ def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: tor
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Matrix products in `precision`, and what reads one alone: activation functions, on a CPU attention's softmax.
+    """Compute matrix products in `precision`, and functions that only read them: activations, and softmax on a CPU.
 
     Residual streams and norms stay float32, and so does softmax on a GPU.
     """
@@ -41,7 +41,7 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def rounded_weights(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Linear layers hold their weights in `precision`; afterwards those that they had, untouched.
+    """Hold the weights of linear layers in `precision`; afterwards the layers have their own weights again.
 
     Autocast would round every weight again in every pass.
     """
@@ -69,7 +69,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Highest resident memory of this process since `reset_peak_memory`."""
+    """Return the highest resident memory of this process since `reset_peak_memory`, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

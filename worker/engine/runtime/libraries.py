@@ -1,4 +1,4 @@
-"""Libraries that take seconds to import, imported together when something of one is first used.
+"""Imports the libraries that take seconds to import, all together, when something of one is first used.
 
 A merge that loads no model and evaluates nothing needs none of them; importing is half of what it would take.
 """
@@ -24,10 +24,10 @@ _importing = Lock()
 
 
 def preload() -> None:
-    """Import all of them; who calls it meanwhile waits.
+    """Import all of them; other threads that call it meanwhile wait.
 
-    They import themselves and each other in circles, and look for each other in what is imported: whoever used one
-    while another thread is at the next would now and then find a part of it.
+    The libraries import themselves and each other in circles, and look whether others are imported. A thread that used
+    one while another thread imports the next would sometimes find only a part of it.
     """
     with _importing:
         for name in IMPORTED:
@@ -35,7 +35,7 @@ def preload() -> None:
 
 
 class Library:
-    """A module of `IMPORTED`, or that these import."""
+    """A module of `IMPORTED`, or one that these import."""
 
     def __init__(self, name: str) -> None:
         self._name = name

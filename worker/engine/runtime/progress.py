@@ -1,15 +1,15 @@
-"""How a merge tells how far it is."""
+"""Reports the progress of a job."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 OnProgress = Callable[[str, int, int, str], None]
-"""phase, done, total, unit. May raise to stop the merge."""
+"""Called with phase, done, total and unit. It may raise to stop the job."""
 
 
 @dataclass
 class Phase:
-    """Counts what is done within a phase and tells the listener."""
+    """Counts the work done within a phase, and tells the listener."""
 
     name: str
     total: int

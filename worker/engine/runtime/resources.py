@@ -1,4 +1,4 @@
-"""What this machine has left for a job, compared with what the job needs before any work is spent on it."""
+"""Compares the memory and disk space that are left with a job's needs, before any work is spent on it."""
 
 import resource
 import shutil
@@ -8,12 +8,12 @@ import torch
 
 from worker.engine.catalog.primitives.errors import DiskFull, OutOfMemory
 
-# Of each version of control groups: where it is, its limit and its usage, and what of the usage can be had back.
+# For each version of control groups: its folder, and its limit, its usage, and the part of the usage that can be freed.
 CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-# What PyTorch, oneDNN, C++ and the system say when an allocation fails, in exceptions of no class of their own.
+# Messages of PyTorch, oneDNN, C++ and the system when an allocation fails; the exceptions have no class of their own.
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "bad_alloc", "Cannot allocate memory")
 
 
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def require_memory(needed_bytes: int) -> None:
-    """Raises OutOfMemory with both figures when the job needs more than there is."""
+    """Raise OutOfMemory with both figures when the job needs more memory than there is."""
     available = available_memory()
     if needed_bytes > available:
         raise OutOfMemory(
@@ -36,7 +36,7 @@ def require_memory(needed_bytes: int) -> None:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises DiskFull with both figures when the disk of `folder` has no room for `what`."""
+    """Raise DiskFull with both figures when the disk of `folder` has no room for `what`."""
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise DiskFull(
@@ -47,7 +47,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 def available_memory() -> int:
-    """Bytes that this process may hold: what it holds now and what machine, control group and limits have left."""
+    """Return the bytes that this process may hold: those that it holds, and those that machine and limits have left."""
     status = _fields(Path("/proc/self/status"))
     left = [_fields(Path("/proc/meminfo"))["MemAvailable"]]
     left += [bytes_left for group in CGROUPS if (bytes_left := cgroup_left(*group)) is not None]
@@ -58,7 +58,7 @@ def available_memory() -> int:
 
 
 def cgroup_left(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
-    """Bytes that a control group has left; None where there is no such group, or no limit.
+    """Return the bytes that a control group has left; None where there is no such group, or no limit.
 
     Its usage counts pages of files that were read or written, which the kernel gives up before it runs short.
     """
@@ -71,7 +71,7 @@ def cgroup_left(folder: Path, limit: str, usage: str, reclaimable: str) -> int |
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """Bytes by name, of the lines that end in kB."""
+    """Return the bytes of the lines that end in kB, by name."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 

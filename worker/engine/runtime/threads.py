@@ -1,4 +1,4 @@
-"""Work on several threads, each of which computes alone, so that results do not depend on how many there are."""
+"""Runs work on several threads, each of which computes alone, so that results do not depend on their number."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -14,19 +14,19 @@ Item = TypeVar("Item")
 
 @cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, all of them running, which are kept.
+    """Return a pool of `threads` running threads, which is kept.
 
-    Whoever starts a thread waits for ever when there is no memory left for its first frame (CPython issue 140746), so
-    the engine starts none in the middle of a job. Raises RuntimeError where the system has no more threads to give.
+    Starting a thread waits for ever when there is no memory left for its first frame (CPython issue 140746), so the
+    engine starts none in the middle of a job. Raises RuntimeError where the system has no more threads.
     """
     executor = ThreadPoolExecutor(threads)
     all_run = Barrier(threads + 1)
     try:
         for _ in range(threads):
-            executor.submit(all_run.wait)  # for a task the executor starts a thread, unless one is idle: none is
+            executor.submit(all_run.wait)  # the executor starts a thread for each, because none is idle
         all_run.wait()
     except RuntimeError:
-        all_run.abort()  # else those that were started would wait for the others, and the process for them
+        all_run.abort()  # otherwise started threads would wait for the others, and the process for them
         raise
     return executor
 
@@ -34,16 +34,16 @@ def pool(threads: int) -> ThreadPoolExecutor:
 def in_threads(
     work: Callable[[Item], None], items: Iterable[Item], threads: int | None, on_done: Callable[[], None]
 ) -> None:
-    """`work` on every item; they are begun in order.
+    """Call `work` on every item; items are begun in order.
 
-    Within a thread PyTorch uses no other: where it splits a sum would depend on their number.
+    PyTorch uses no further threads within a thread, because the places where it splits a sum depend on their number.
 
     Args:
-        threads: how many; None: one item after the other in this thread, in which PyTorch uses as many as it likes.
+        threads: number of threads; None: one item after the other in this thread, in which PyTorch uses all cores.
         on_done: called in this thread after each item; may raise to stop.
 
     Raises:
-        What the first `work` to fail raises, or `on_done`. Nothing is at work any more then.
+        The exception of the first `work` that fails, or of `on_done`. No thread is at work any more then.
     """
     if threads is None:
         for item in items:

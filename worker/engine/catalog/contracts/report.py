@@ -14,7 +14,7 @@ from worker.engine.catalog.primitives.values import PerTensor
 MANIFEST = "manifest.json"
 """The artifact's list of all its other files, with bytes and sha256; written last."""
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-"""What a browser may do for the report page (Content-Security-Policy): show it."""
+"""Content-Security-Policy of the report page: a browser may show it and nothing more."""
 
 
 class MeasuredModel(Strict):
@@ -22,32 +22,33 @@ class MeasuredModel(Strict):
 
     name: str
     checkpoint: str
-    """The reference as accepted."""
+    """The checkpoint's reference as the job was accepted with it."""
     commit: str | None = None
-    """Of a checkpoint from the hub."""
+    """Commit of a checkpoint from the hub."""
     digest: str
     """sha256 over the names and sha256 of the checkpoint's weight files and config."""
     examples: int
-    """Rows that were measured."""
+    """Number of rows that were measured."""
     batch_tokens: int | None = None
-    """Padded tokens that were computed together for its scores; null where the method has none, or parts differ."""
+    """Number of padded tokens that were computed together for its scores; null where the method has no scores, or parts
+    of them were computed with different numbers."""
     score_seconds: float
     score_cached: bool
-    """Whether all of its statistics were there from an earlier job, or from another that ran at the same time."""
+    """Whether another job, an earlier or a simultaneous one, had measured all of its statistics."""
 
 
 class ModelResult(MeasuredModel):
     aligned_examples: int
-    """Rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
+    """Number of rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float | None
-    """Mean merge weight over all owned slices. Of methods that do not weight slices by scores, lambda's share, and of
-    slerp t's, which is the mean over all merged parameters where it differs between them. Null where only the data tell
-    what a model weighs: model_stock, sce."""
+    """Mean merge weight over all owned slices. For methods that do not weight slices by scores it is lambda's share,
+    and for slerp t's; where these differ between merged parameters, it is their mean. Null for model_stock and sce,
+    whose weights follow from the tensors' values."""
     weight_error: float | None = None
-    """Root mean square, over all nodes, of the standard error of its merge weights; null where there is none to tell.
-    From fewer than a few hundred rows it is too small to be believed."""
+    """Root mean square, over all nodes, of the standard error of its merge weights; null where it has none. It is an
+    underestimate if fewer than a few hundred rows were measured."""
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
-    """Its own values of the method's parameters."""
+    """The model's own values of the method's parameters."""
 
 
 Version = Literal["expert", "average", "merged_kept_head", "merged"]
@@ -62,7 +63,7 @@ class Difference(Strict):
 class MetricResult(Strict):
     metric: MetricName
     examples: int
-    """Rows of the evaluation."""
+    """Number of rows that were evaluated."""
     expert: float
     average: float
     """Metric of the plain, unweighted average of the same checkpoints, with the expert's own head."""
@@ -75,7 +76,7 @@ class MetricResult(Strict):
     interval: tuple[float, float]
     """95 % bootstrap percentile interval of `merged` over rows."""
     intervals: dict[Version, tuple[float, float]]
-    """The same interval for each version; that of `merged` equals `interval`."""
+    """The same kind of interval for each version; that of `merged` equals `interval`."""
     differences: dict[Version, Difference]
     """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
 
@@ -86,33 +87,33 @@ class CandidateMetric(Strict):
     metric: MetricName
     value: float
     interval: tuple[float, float]
-    """95 % bootstrap percentile interval over rows; all candidates are on the same resamples."""
+    """95 % bootstrap percentile interval over rows; all candidates are evaluated on the same resamples."""
     retention: float | None
-    """value / the expert's own; null where that is not positive."""
+    """value / the expert's own metric; null where that is not positive."""
 
 
 class Candidate(Strict):
-    """A line of the table of `auto`: a model that could have been published, on the held-out rows."""
+    """A row of the table of `auto`: a model that could have been published, evaluated on the held-out rows."""
 
     name: str
-    """Unique: the method's, `plain average`, `expert NAME` for a backbone that nobody merged."""
+    """Unique name: that of the method, `plain average`, or `expert NAME` for the backbone of a single expert."""
     kind: Literal["method", "average", "expert"]
     method: dict[str, Any] | None
-    """All parameters, of the method's best trial; null for an expert."""
+    """All parameters of the method's best trial; null for an expert."""
     weights: dict[str, PerTensor[float]]
-    """lambda of each model."""
+    """Each model's weight, lambda."""
     align_ridge: float | None
     """Ridge of head alignment; null if no head was aligned."""
     trial: int | None
-    """Its number; null for what is not searched for."""
+    """Number of the best trial; null for candidates that are not searched for."""
     metrics: dict[str, CandidateMetric]
-    """By model."""
+    """Metrics by model."""
     mean_retention: float | None
     min_retention: float | None
     behind: Difference | None
-    """Mean retention of the chosen one minus this one's, by a paired bootstrap over each model's rows."""
+    """Mean retention of the chosen candidate minus this one's, by a paired bootstrap over each model's rows."""
     chosen: bool
-    """Whether the artifact has this one."""
+    """Whether the artifact has this candidate."""
 
 
 class Proposed(Strict):
@@ -121,80 +122,81 @@ class Proposed(Strict):
     number: int
     """Number of the trial, from 0 in order."""
     candidate: str
-    """Name of its line in the table."""
+    """Name of the candidate that was tried."""
     parameters: dict[str, Any]
-    """The parameters of the trial; weights as `weight NAME`."""
+    """Parameters of the trial; the weight of a model is `weight NAME`."""
     seconds: float
 
 
 class FailedTrial(Proposed):
     error: Told
-    """Why it failed, as numbers that are not finite, or a matrix that cannot be solved for."""
+    """Reason for the failure, such as numbers that are not finite, or a matrix that cannot be solved for."""
 
 
 class Trial(Proposed):
-    """A merge that was made and looked at."""
+    """A merge that was made and evaluated."""
 
     rows: int
-    """Search rows of the model that has most, on which it was evaluated."""
+    """Number of search rows on which it was evaluated, of the model that has most."""
     retentions: dict[str, float]
-    """By model, on these rows."""
+    """Retention of each model on these rows."""
     smoothed: dict[str, float]
-    """The same of the metric where a prediction counts as partly right, by its distance from the border to another."""
+    """Retention of the smoothed metric, in which a prediction is partly right by its distance from the decision border,
+    by model."""
     objective: float
-    """Mean or least of `smoothed`, lower by what `retentions` lack to the models' `min_retention`."""
+    """Mean or least of `smoothed`, lowered by the amounts by which `retentions` miss the models' `min_retention`."""
     pruned: bool
-    """Whether it was given up before all search rows."""
+    """Whether it was given up before it was evaluated on all search rows."""
 
 
 class Search(Strict):
-    """How `auto` found what it chose."""
+    """The search by which `auto` chose a merge."""
 
     objective: Literal["mean_retention", "min_retention"]
     search_rows: dict[str, int]
     held_out_rows: dict[str, int]
-    """By model, of its evaluation; no row is in both."""
+    """Number of held-out rows of each model's evaluation. No row is also a search row."""
     min_retention: dict[str, float]
-    """The floors that were asked for, by model."""
+    """Least retention that was asked for, by model."""
     feasible: bool
-    """Whether the chosen one reaches them on the search rows."""
+    """Whether the chosen trial reaches these on the search rows."""
     chosen: int
-    """Number of the trial."""
+    """Number of the chosen trial."""
     trials: list[Trial]
     failed: Annotated[list[FailedTrial], Field(default_factory=list)]
     """Merges that could not be made."""
 
     @property
     def best(self) -> Trial:
-        """The one that was chosen."""
+        """The trial that was chosen."""
         return next(trial for trial in self.trials if trial.number == self.chosen)
 
 
 def mean_and_least(metrics: Iterable[MetricResult | CandidateMetric]) -> tuple[float | None, float | None]:
-    """Of the retentions of those models that have one; None where none has."""
+    """Return the mean and the least of the retentions; None where no model has one."""
     retentions = [metric.retention for metric in metrics if metric.retention is not None]
     return (sum(retentions) / len(retentions), min(retentions)) if retentions else (None, None)
 
 
 class StoppingPoint(Strict):
     examples: int
-    """Rows of each model, or all of a model that has fewer."""
+    """Number of rows of each model; a model that has fewer counts with all."""
     error: float
     """The largest of `errors`."""
     errors: dict[str, float]
-    """By score name: root mean square, over the name's nodes, of the standard error of the merge weights; of the model
-    for which it is largest."""
+    """Root mean square, over a score name's nodes, of the standard error of the merge weights, for the model for which
+    it is largest; by score name."""
 
 
 class Stopping(Strict):
-    """How well the merge weights are known."""
+    """Accuracy of the merge weights."""
 
     tolerance: float | None
-    """Of `examples: "auto"`; null where the number of rows was given."""
+    """Tolerance of `examples: "auto"`; null where the number of rows was given."""
     reached: bool | None
-    """Whether the last error is within the tolerance; null where there is none."""
+    """Whether the last error is within the tolerance; null where there is no tolerance."""
     curve: list[StoppingPoint]
-    """At 256, 512, 1024 rows and so on, as far as it is known, and at the last."""
+    """Errors at 256, 512, 1024 rows and so on, as far as they are known, and at the last row."""
 
 
 class Timings(Strict):
@@ -210,20 +212,20 @@ class Timings(Strict):
 
 
 class JobResult(Strict):
-    """The common part of results of every kind."""
+    """The common part of all jobs' results."""
 
     method: dict[str, Any]
-    """The method as it ran, with `auto` resolved, and without `precision` if no model was run."""
+    """The method as it ran: values of `auto` are resolved, and `precision` is left out if no model was run."""
     timings: Timings
     peak_memory_bytes: int
     device: str
     notes: list[Told]
-    """Notes for the reader: first those that put a number in question, as labels whose order is not certain; then those
-    of what was done, as rows that were truncated."""
+    """Notes for the reader. Doubts come first, which put a number in question, such as labels whose order is not
+    certain; then notes of what was done, such as rows that were truncated."""
 
 
 class MergeSummary(JobResult):
-    """A merge's result, without how `auto` found it."""
+    """A merge's result, without the search and the candidates of `auto`."""
 
     models: list[ModelResult]
     metrics: dict[str, MetricResult] | None
@@ -235,13 +237,14 @@ class MergeSummary(JobResult):
 
 class MergeResult(MergeSummary):
     candidates: list[Candidate] | None = None
-    """For `auto`: each method's best, the plain average and the single experts, all on the same held-out rows."""
+    """Candidates of `auto`: each method's best trial, the plain average and the single experts, all evaluated on the
+    same held-out rows."""
     search: Search | None = None
     """The search of `auto`."""
 
 
 class ScoresFile(Strict):
-    """A statistic as it is kept; it can be fetched until the store needs its room for others."""
+    """A statistic that is kept. It can be fetched until the store needs its room for others."""
 
     statistic: Statistic
     digest: str
@@ -252,10 +255,10 @@ class ScoresFile(Strict):
 
 class ScoredModel(MeasuredModel):
     estimator: str | None
-    """The estimator, with `auto` resolved; null if the method takes no gradients."""
+    """The estimator that was used; null if the method takes no gradients."""
     stopping: Stopping | None = None
-    """How well the merge weights would be known, were it merged with a model of the same scores, errors and weight; of
-    methods that weight by the scores of mask nodes, but for the preset `paper`."""
+    """Accuracy that the merge weights would have in a merge with a model of the same scores, errors and weight. Present
+    for methods that weight by scores of mask nodes, except with the preset `paper`."""
     scores: list[ScoresFile]
 
 

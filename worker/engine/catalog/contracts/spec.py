@@ -15,11 +15,11 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Heads = Literal["per_model", "merged"]
 VocabularyPolicy = Literal["error", "union", "base"]
 ALIGNMENT_ROWS = 512
-"""Rows that a head is aligned on, at most."""
+"""Largest number of rows that a head is aligned on."""
 ALIGN_RIDGE = 0.1
-"""How strongly an aligned head is held to what it was, in units of the mean square of its inputs."""
+"""Strength that holds an aligned head to its former weights, in units of the mean square of its inputs."""
 LEAST_ALIGNMENT_ROWS = 16
-"""Distinct rows; on fewer a head is kept as it was."""
+"""Least number of distinct rows that a head is aligned on; with fewer it is kept as it was."""
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -27,14 +27,14 @@ class TokenSource(Strict):
     """The row of one token of the output."""
 
     source: Literal["own", "model", "base", "zero"] = "own"
-    """Whose row it is: each model's own, one model's, the base's, or zeros. Any but the first counts for models that
-    lack the token, and with `force` for all."""
+    """Origin of the row: each model's own, one model's, the base's, or zeros. Any but the first counts for models that
+    lack the token, and with `force` for all models."""
     model: Annotated[str, Field(max_length=64)] | None = None
     """Name of the model."""
     token: Annotated[str, Field(max_length=1000)] | None = None
-    """The token whose row it is there; null: the token itself."""
+    """Token whose row is taken in that model; null: the token itself."""
     id: Annotated[int, Field(ge=0)] | None = None
-    """The row's number there, instead of a token."""
+    """Number of the row in that model, instead of a token."""
     force: bool = False
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ class Tokens(Strict):
     """Name of the model whose vocabulary `base` keeps, and whose tokenizer is published; null: the base's, or the first
     model's where no base is named."""
     tokens: Annotated[dict[str, TokenSource], Field(max_length=10_000)] | None = None
-    """Rows of single tokens. One that the vocabulary lacks is added to it."""
+    """Rows of single tokens. A token that the vocabulary lacks is added to it."""
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """The number of rows of embedding matrices is a multiple of this; added rows are the mean of all others."""
 
@@ -69,20 +69,20 @@ def _unique(names: list[str]) -> list[str]:
 
 
 class Columns(Strict):
-    """Which columns of a data set are read, and which of its rows."""
+    """The columns of a data set that are read, and the choice of its rows."""
 
     text: Name = "text"
     text_pair: Name | None = None
     label: Name | None = None
     """Column of the labels; absent for unlabelled text."""
     label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
-    """What the data set calls its label ids 0, 1, …; matched by name to the checkpoint's labels."""
+    """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Rows to use; null for all."""
+    """Number of rows to use; null for all."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Which rows, and in which order."""
+    """Seed from which the rows and their order are drawn."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a row; longer ones are truncated. Default: the model's limit."""
+    """Largest number of tokens of a row; longer rows are truncated. Default: the model's limit."""
 
 
 class HubSource(Strict):
@@ -98,7 +98,7 @@ class DatasetSpec(Columns):
     source: str
     path: Path | None = None
     root: Path | None = None
-    """Folder that the file must lie in, after following links; None for any."""
+    """Folder in which the file must lie, after following links; None for any."""
     hub: HubSource | None = None
     config: str | None = None
     split: str | None = None
@@ -114,75 +114,77 @@ class CheckpointSpec(Strict):
     source: str
     path: Path | None = None
     hub: HubSource | None = None
-    """Where the checkpoint is when it is no local folder."""
+    """Repository of the checkpoint; None for a local folder."""
     state: str | None = None
-    """`checkpoint_state` when the job was accepted."""
+    """Value of `checkpoint_state` when the job was accepted."""
     root: Path | None = None
-    """Folder that the checkpoint's files must lie under, after following links; None for any."""
+    """Folder under which the checkpoint's files must lie, after following links; None for any."""
 
 
 class ModelSpec(CheckpointSpec):
     name: str
     weight: PerTensor[float] = DEFAULT_WEIGHT
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
-    """Its own values of the method's, see `MethodParameters.of_model`."""
+    """The model's own values of the method's parameters, see `MethodParameters.of_model`."""
     dataset: DatasetSpec | None = None
     evaluation: EvaluationSpec | None = None
     min_retention: float | None = None
-    """The share of its metric that the merge chosen by `auto` must keep."""
+    """Share of its metric that the merge chosen by `auto` must keep."""
 
     @property
     def takes_part(self) -> bool:
-        """Whether its weight is other than 0 for any tensor."""
+        """Whether its weight is not 0 for at least one tensor."""
         return takes_part(self.weight)
 
 
 class OutputSpec(Tokens):
     dtype: Dtype = "auto"
     heads: Heads | None = None
-    """None: by kind, see `plan_merge`."""
+    """How heads are treated; None: by kind, see `plan_merge`."""
     align_heads: bool = False
     align_ridge: float = ALIGN_RIDGE
     max_shard_bytes: int = 5_000_000_000
     vocabulary: VocabularyPolicy = "error"
     config_from: str | None = None
-    """Name of the model, or `base`, whose settings count if models differ in settings that no shape shows."""
+    """Name of the model, or `base`, whose settings are taken if models differ in settings that no shape shows."""
     chat_template: str | None = None
     interference: bool = True
 
 
 class StoreSpec(Strict):
-    """Where statistics are kept for later merges, and how much of them."""
+    """The folder in which statistics are kept for later merges, and its size limit."""
 
     folder: Path
     max_bytes: int
 
 
 def models_beside(evaluates: bool, aligns: bool, method: BaseParameters) -> int:
-    """Models that are held beside the experts: the method's own, or else the merge and the plain average beside it."""
+    """Return the number of models that are held beside the experts: the merge, the plain average, the method's own."""
     return max(method.models_beside, 2 if evaluates else 1 if aligns else 0)
 
 
 class JobSpec(Strict):
-    """What jobs of every kind have in common. `recipe` is the request that reproduces the job, stored in the artifact
-    as it is."""
+    """The common part of all jobs' specifications.
+
+    `recipe` is the request that reproduces the job, and is stored in the artifact as it is.
+    """
 
     name: str
     models: list[ModelSpec]
     method: SerializeAsAny[Annotated[Method | AutoParameters, Field(discriminator="name")]]
     recipe: dict[str, Any]
     folder: Path
-    """Where the artifact is assembled; empty and private to this attempt."""
+    """Folder in which the artifact is assembled; empty and private to this attempt."""
     store: StoreSpec | None = None
-    """None: statistics are computed and forgotten."""
+    """Store of statistics; None: they are computed and forgotten."""
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
-        """How many of the first rows of the model's data set are measured at most, and its head is aligned on."""
+        """Return how many of the first rows of a model's data set are measured at most, and how many its head needs."""
         return self.method.most_examples if model.takes_part else 0, 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
-        """Data sets to measure on, of models that take part, or to align heads on, and evaluations to make."""
+        """Return the data sets of models that take part, on which they are measured or aligned, and the evaluations."""
         return [m.dataset for m in self.models if m.dataset and any(self.rows_wanted(m))]
 
     @property
@@ -195,7 +197,7 @@ class JobSpec(Strict):
 
     @property
     def models_beside(self) -> int:
-        """Models that are held beside those that the job names."""
+        """Number of models that are held beside those that the job names."""
         return 0
 
     @property
@@ -204,27 +206,27 @@ class JobSpec(Strict):
 
 
 class ScoreSpec(JobSpec):
-    """Statistics of models, each by itself."""
+    """A job that measures statistics of models, each by itself."""
 
     kind: Literal["scores"] = "scores"
 
 
 class MergeSpec(JobSpec):
-    """A whole merge."""
+    """A job that merges models."""
 
     kind: Literal["merge"] = "merge"
     base: CheckpointSpec | None = None
     """The common ancestor, for methods that merge differences from it."""
     output: OutputSpec
     slices: list[OutputSlice] | None = None
-    """The slices of the result; None: all layers, or those of the method."""
+    """Slices of the result; None: all layers, or those of the method."""
     notes: tuple[str, ...] = ()
-    """Notes that the result begins with."""
+    """Notes with which the result begins."""
     strict_filters: bool = True
-    """Whether a filter that matches no tensor was refused; if not, there is a note of it."""
+    """Whether a filter that matches no tensor is refused; if not, the result has a note of it."""
     evaluate: bool
     journal: Path | None = None
-    """Where `auto` keeps what it tried, for an attempt after this one; None: it is forgotten."""
+    """File in which `auto` keeps its trials for an attempt after this one; None: they are forgotten."""
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         measured, _ = super().rows_wanted(model)

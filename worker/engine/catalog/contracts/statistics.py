@@ -1,4 +1,4 @@
-"""Statistics as they are kept: `statistics/<address>/` holds safetensors files, and `about.json` says what they are.
+"""The format of kept statistics: `statistics/<address>/` holds safetensors files, and `about.json` describes them.
 
 The worker writes them, the API lists them and hands them out.
 """
@@ -14,14 +14,14 @@ from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.primitives.strict import Strict
 
 FOLDER = "statistics"
-"""Within the data folder."""
+"""Name of the folder of statistics within the data folder."""
 ABOUT = "about.json"
 ADDRESS = re.compile("[0-9a-f]{64}")
 FORMAT = 3  # raise it when the same facts would give other numbers
 
 
 class Tokens(Strict):
-    """All that a row's tokens follow from, beside its texts."""
+    """Everything that a row's tokens depend on, besides its texts."""
 
     tokenizer: str
     """sha256 over the tokenizer's files."""
@@ -29,11 +29,11 @@ class Tokens(Strict):
     """The tokenizer's outputs that the model takes."""
     max_length: int
     versions: dict[str, str]
-    """Of the libraries that make the tokens."""
+    """Versions of the libraries that make the tokens."""
 
 
 class Facts(Strict):
-    """All that a statistic follows from: the same facts are the same statistic. None where something does not count."""
+    """Everything that a statistic depends on: the same facts give the same statistic. None stands for no influence."""
 
     statistic: Statistic
     checkpoint: str
@@ -44,30 +44,30 @@ class Facts(Strict):
     precision: str
     estimator: str | None = None
     seed: int | None = None
-    """Draws the labels of the estimator `sampled`."""
+    """Seed from which the labels of the estimator `sampled` are drawn."""
     population: int | None = None
-    """Rows of the data set, which standard errors depend on."""
+    """Number of rows of the data set, which standard errors depend on."""
     paper: bool | None = None
     """Whether batches are those of the published code."""
 
     @property
     def address(self) -> str:
-        """sha256 of the facts, hex."""
+        """The sha256 of the facts, in hexadecimal."""
         content = {"format": FORMAT, **self.model_dump(mode="json", exclude_none=True)}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class Origin(Strict):
-    """Where a statistic was first measured, for people: no part of its address."""
+    """The job's inputs when a statistic was first measured, for people; they are no part of its address."""
 
     checkpoint: str
     """Reference of the checkpoint."""
     dataset: str
     """Reference of the data set."""
     examples: int
-    """Rows."""
+    """Number of rows."""
     batch_tokens: int | None = None
-    """Padded tokens that were computed together, of scores of mask nodes."""
+    """Number of padded tokens that were computed together; only scores of mask nodes have it."""
 
 
 class KeptFile(Strict):
@@ -77,7 +77,7 @@ class KeptFile(Strict):
 
 
 class About(Strict):
-    """`about.json`."""
+    """Content of `about.json`."""
 
     facts: Facts
     origin: Origin

@@ -17,7 +17,7 @@ from worker.engine.catalog.primitives.paths import told, without_paths
 
 
 class Place(NamedTuple):
-    """Where in a data set: a line of a file, or a row of a table, counted from 1."""
+    """A place in a data set: a line of a file, or a row of a table, counted from 1."""
 
     unit: Literal["line", "row"]
     number: int
@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
 
 class EngineError(Exception):
-    """Base of all. `message` is for a person; `detail` holds the same facts as fields.
+    """Base of all errors. `message` is for a person; `detail` holds the same facts as fields.
 
     `code` is one of the stable job error codes; `retryable` says whether the same job may succeed another time.
     """
@@ -36,7 +36,7 @@ class EngineError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, **detail: object) -> None:
-        # Inputs may hold halves of surrogate pairs, which nothing that writes UTF-8 takes.
+        # Inputs may hold halves of surrogate pairs, which UTF-8 cannot encode.
         self.message = without_paths(_encodable(message))
         self.detail = {
             key: _encodable(value) if isinstance(value, str) else value for key, value in told(detail).items()
@@ -94,5 +94,5 @@ class StorageError(EngineError):
 
 
 def is_of_library(error: BaseException) -> bool:
-    """Whether it is an error, or a panic of compiled code, as tokenizers has at some files; no signal to stop."""
+    """Return whether it is an error, or a panic of compiled code, as tokenizers has for some files; no stop signal."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -1,4 +1,4 @@
-"""Notes of a result for its reader. Those that put a number in question come first."""
+"""Notes of a result for its reader. Doubts, which put a number in question, come first."""
 
 from collections.abc import Iterable
 
@@ -10,5 +10,5 @@ class Doubt(str):
 
 
 def in_order(notes: Iterable[str]) -> list[str]:
-    """Doubts first, each note once, otherwise as they came."""
+    """Put doubts first and keep each note once; otherwise the order stays."""
     return [str(note) for note in sorted(dict.fromkeys(notes), key=lambda note: not isinstance(note, Doubt))]

@@ -1,7 +1,7 @@
-"""No message tells where on this machine anything lies: what libraries and the system say is stripped of it here.
+"""Strips paths of this machine from messages, also from those of libraries and the system.
 
-What they say goes to whoever posted the job, who knows folders by references alone. Of an absolute path its last part
-is left, which names the file. Errors, notes and answers pass through here where they are made, whoever worded them.
+Messages go to the user who posted the job, who knows folders by references alone. The last part of an absolute path is
+left, because it names the file. Errors, notes and answers pass through here when they are made, whoever worded them.
 """
 
 import os
@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-_END = r"""\s'"`<>|,;:()\[\]{}"""  # none of these is in a path that stands without quotes
-_BEGIN = r"(?<![\w./~-])(?<!local:)"  # neither within a word, an address or a relative path, nor what a caller wrote
+_END = r"""\s'"`<>|,;:()\[\]{}"""  # a path without quotes has none of these
+_BEGIN = r"(?<![\w./~-])(?<!local:)"  # not within a word, an address, a relative path or a reference
 _hidden: set[str] = set()
 
 
@@ -26,7 +26,7 @@ def hide(*folders: Path) -> None:
 
 
 def without_paths(text: str) -> str:
-    """The text with absolute paths of this machine cut down to their last parts."""
+    """Cut absolute paths of this machine in a text down to their last parts."""
     if "/" not in text:
         return text
     for pattern in _patterns():
@@ -53,7 +53,7 @@ def _last_part(found: re.Match[str]) -> str:
 
 @lru_cache(1)
 def _patterns() -> list[re.Pattern[str]]:
-    """In quotes, where a path may have spaces; below a folder that is known; below any folder at the root."""
+    """Return patterns of paths: in quotes, which may have spaces; below a known folder; below any root folder."""
     usual = (tempfile.gettempdir(), sys.prefix, sys.base_prefix, str(Path.home()), str(Path(__file__).parents[4]))
     known = sorted({folder for folder in (*_hidden, *usual) if folder != "/"}, key=len, reverse=True)
     roots = sorted(entry.name for entry in os.scandir("/") if entry.is_dir())
@@ -68,5 +68,5 @@ def _patterns() -> list[re.Pattern[str]]:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's message in one line, with at most 300 characters and no paths of this machine."""
+    """Return an error's message in one line, with at most 300 characters and no paths of this machine."""
     return (without_paths(" ".join(str(error).split())) or type(error).__name__)[:300]

@@ -8,7 +8,7 @@ from worker.engine.catalog.primitives.strict import Strict
 
 Number = Annotated[int, Field(ge=0, le=100_000)]
 Run = tuple[Number, Number]
-"""The first layer, and the one after the last, from 0."""
+"""The number of the first layer, and that of the one after the last, counted from 0."""
 
 
 def _check_run(run: Run) -> None:
@@ -23,7 +23,7 @@ class Slice(Strict):
     model: str
     """The model's name in the request's `models`."""
     layers: Run | None = None
-    """The first, and the one after the last, from 0; null: all."""
+    """The number of the first layer, and that of the one after the last, counted from 0; null: all layers."""
 
     @model_validator(mode="after")
     def _has_layers(self) -> Self:
@@ -33,10 +33,10 @@ class Slice(Strict):
 
 
 class OutputSlice(Strict):
-    """Consecutive layers of the result, each merged of one layer of every source."""
+    """Consecutive layers of the result, each merged from one layer of every source."""
 
     sources: Annotated[list[Slice], Field(min_length=1, max_length=64)]
-    """Runs of the same length, of different models. The others take no part in these layers."""
+    """Runs of the same length, of different models. Other models take no part in these layers."""
     base_layers: Run | None = None
     """Layers of the base; null: the same as the first source's."""
 

@@ -1,4 +1,4 @@
-"""A pydantic model that refuses what it does not know, and says what was probably meant."""
+"""A pydantic model that refuses unknown fields, and says which one was probably meant."""
 
 import ast
 import inspect
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-LONGEST_NAME = 40  # of what is quoted: columns of a file without a header are its first row
+LONGEST_NAME = 40  # characters of a quoted name: columns of a file without a header are its first row
 MOST_NAMES = 20
 MOST_COMPARED = 1000  # names, each of which takes 0.1 ms; of more, the first ones
 
@@ -21,12 +21,12 @@ _comparisons: ContextVar[list[int] | None] = ContextVar("comparisons", default=N
 
 
 def limit_hints() -> None:
-    """Lets all hints of this context together compare as many names as one may: a request can ask for thousands."""
+    """Limit all hints of this context together to the comparisons of one: a request can cause thousands of hints."""
     _comparisons.set([MOST_COMPARED])
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, whatever its case, else the list of them."""
+    """Return `; did you mean 'x'?` for the nearest known name, whatever its case, or else the list of known names."""
     shown = [one if len(one) <= LONGEST_NAME else f"{one[:LONGEST_NAME]}…" for one in sorted(known)]
     left = _comparisons.get() or [MOST_COMPARED]
     compared = shown[: left[0]]
@@ -42,7 +42,7 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 def _refuse_conversions(schema: Any) -> None:
-    """Lists and names of constants stay what JSON can spell, which a whole model that is strict would refuse."""
+    """Make numbers and booleans strict. A model that is strict as a whole would refuse JSON's lists and constants."""
     if isinstance(schema, dict):
         if schema.get("type") in ("int", "float", "bool"):
             schema["strict"] = True
@@ -68,7 +68,7 @@ class Strict(BaseModel):
     @classmethod
     def _refuse_unknown_fields(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            known = cls.model_fields  # looked up once: pydantic makes it anew for whoever asks
+            known = cls.model_fields  # looked up once, because pydantic makes it anew each time
             for name in data:
                 if name not in known:
                     raise PydanticCustomError(
@@ -80,8 +80,10 @@ class Strict(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Describes fields by the texts below them. `use_attribute_docstrings` does so as a class is made, which is
-        most of the time that importing the catalog would take."""
+        """Describe fields by their docstrings.
+
+        `use_attribute_docstrings` would do so when a class is made, and take most of the time of importing the catalog.
+        """
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema).get("properties", {})
         for owner in reversed(cls.__mro__):
@@ -94,10 +96,10 @@ class Strict(BaseModel):
 
 @cache
 def _texts_below(owner: type) -> dict[str, str]:
-    """By the name of the annotated attribute that the text follows."""
+    """Return the docstrings of a class's attributes, by the name of the attribute."""
     try:
         [definition] = ast.parse(dedent(inspect.getsource(owner))).body
-    except OSError:  # a generic class with its type: nobody wrote it down
+    except OSError:  # a generic class with its type has no source
         return {}
     texts = {}
     for attribute, text in pairwise(getattr(definition, "body", ())):

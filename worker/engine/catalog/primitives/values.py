@@ -24,12 +24,12 @@ from worker.engine.catalog.primitives.strict import Strict
 Number = TypeVar("Number", bound=float)
 
 EVERY_NAME = "*"
-DEFAULT_WEIGHT = 1.0  # of a model, for tensors that none of its filters names
+DEFAULT_WEIGHT = 1.0  # a model's weight for tensors that none of its filters matches
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is in its model: `depth` is 0 at the first layer and before it, 1 at the last and after it."""
+    """A tensor's place in its model. `depth` is 0 at the first layer and before it, 1 at the last and after it."""
 
     name: str
     depth: float
@@ -46,7 +46,7 @@ Where = (
 
 
 def _form(setting: object) -> str | None:
-    """Which form a setting has, so that what is wrong with it is told of that form alone; None: it has none."""
+    """Return the form that a setting has, so that errors are about that form alone; None if it has no known form."""
     if not isinstance(setting, list | tuple):
         return "<number>" if _spells_a_number(setting) else None
     filters = [isinstance(entry, dict | Filtered) for entry in setting]
@@ -61,14 +61,14 @@ def _spells_a_number(setting: object) -> bool:
     if not isinstance(setting, str):
         return isinstance(setting, int | float)
     try:
-        float(setting)  # as 1e-3, which YAML takes for a text
+        float(setting)  # YAML takes 1e-3, for example, for a text
     except ValueError:
         return False
     return True
 
 
 def _is_misread(setting: object) -> bool:
-    """Whether Python takes it for a number, but nobody who writes JSON or YAML does: true, yes, 1_0."""
+    """Return whether Python takes it for a number, but writers of JSON or YAML do not: true, yes, 1_0."""
     return isinstance(setting, bool) or (isinstance(setting, str) and "_" in setting)
 
 
@@ -99,19 +99,19 @@ class Filtered(Strict, Generic[Number]):
     model_config = ConfigDict(title="Filtered")
 
     filter: Annotated[str, Field(min_length=1, max_length=1000)]
-    """As `*.attention.*`; `*` alone matches every name."""
+    """Glob for names of tensors, such as `*.attention.*`; `*` alone matches every name."""
     value: NumberOrLayers[Number]
     where: Where | None = None
-    """Tensors of layers alone, or of these layers: the first, and the one after the last, from 0; or those before or
-    after all layers. A list of numbers then runs from the first of these layers to the last; where it is but one, that
-    has the last number. Null: any tensor."""
+    """Restricts the value to tensors of layers; to these layers: the first, and the one after the last, counted from 0;
+    or to tensors before or after all layers. A list of numbers then runs from the first of these layers to the last; a
+    single layer has the last number. Null: any tensor."""
 
     @model_serializer(mode="wrap")
     def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in handler(self).items() if key != "where" or value is not None}
 
     def covers(self, place: Place) -> bool:
-        """Whether the value applies at the tensor's place, whatever its name."""
+        """Return whether the value applies at the tensor's place, whatever its name."""
         if self.where is None:
             return True
         if self.where in ("before", "after"):
@@ -121,7 +121,7 @@ class Filtered(Strict, Generic[Number]):
         return self.where[0] <= place.layer < self.where[1]
 
     def at(self, place: Place) -> float:
-        """The value at the place of a tensor that the entry covers."""
+        """Return the value at the place of a tensor that the entry covers."""
         if not isinstance(self.value, list):
             return self.value
         if self.where is None or place.layer is None:
@@ -131,7 +131,7 @@ class Filtered(Strict, Generic[Number]):
 
 
 class _FiltersInPlace:
-    """In JSON Schema; by reference they would be named after all that is known of their number."""
+    """Writes filters in place in JSON Schema. References would be named after all that is known of their number."""
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler(core_schema)
@@ -145,7 +145,7 @@ if TYPE_CHECKING:
 else:
 
     class PerTensor:
-        """As a class, since an alias does not pass its number on to a generic model."""
+        """A class, because an alias does not pass its number on to a generic model."""
 
         def __class_getitem__(cls, number: Any) -> Any:
             return Annotated[
@@ -175,7 +175,7 @@ def value_at(
     default: float,
     matches: Callable[[str, str], bool] = fnmatchcase,
 ) -> float:
-    """The value of a `PerTensor` parameter for one tensor."""
+    """Return the value of a `PerTensor` parameter for one tensor."""
     if not isinstance(setting, list):
         return setting
     numbers = [value for value in setting if not isinstance(value, Filtered)]
@@ -188,18 +188,18 @@ def value_at(
 
 
 def values_at(settings: Iterable[PerTensor[float]], place: Place, default: float) -> list[float]:
-    """`value_at` of several parameters; a filter that several of them have is matched once."""
+    """Return `value_at` of several parameters; a filter that several of them have is matched once."""
     matches = cache(fnmatchcase)
     return [value_at(setting, place, default, matches) for setting in settings]
 
 
 def filters_of(setting: Any) -> list[Filtered[float]]:
-    """The filters of what may be a `PerTensor` parameter, in order."""
+    """Return the filters of a value in order; none if it is no `PerTensor` parameter with filters."""
     return [entry for entry in setting if isinstance(entry, Filtered)] if isinstance(setting, list) else []
 
 
 def values_of(setting: PerTensor[float], default: float) -> Iterator[float]:
-    """Every number in a `PerTensor` parameter, and the default where a tensor may have it."""
+    """Yield every number in a `PerTensor` parameter, and the default where a tensor may have it."""
     filters = filters_of(setting)
     for given in setting if isinstance(setting, list) else [setting]:
         value = given.value if isinstance(given, Filtered) else given
@@ -209,7 +209,7 @@ def values_of(setting: PerTensor[float], default: float) -> Iterator[float]:
 
 
 def takes_part(weight: PerTensor[float]) -> bool:
-    """Whether a model with this weight takes part in the merge of any tensor."""
+    """Return whether a model with this weight takes part in the merge of any tensor."""
     return any(value != 0 for value in values_of(weight, DEFAULT_WEIGHT))
 
 
@@ -218,7 +218,7 @@ def is_ever_negative(weight: PerTensor[float]) -> bool:
 
 
 def _interpolated(values: Sequence[float], depth: float) -> float:
-    """Linear between values at depths 0, 1/(n-1), …, 1."""
+    """Interpolate linearly between values at depths 0, 1/(n-1), …, 1."""
     at = depth * (len(values) - 1)
     index = min(int(at), len(values) - 2)
     if index < 0:
