@@ -1,7 +1,7 @@
 """Layouts of the models that are merged most, by their configuration, as transformers builds them.
 
-Building a model to look at its layout takes seconds of imports. This module only knows usual models: a configuration
-with anything unusual has no layout here, and transformers decides.
+Building a model to look at its layout takes seconds of imports. Names and shapes are those of the library's table.
+This module only knows usual models: a configuration with anything unusual has no layout here, and transformers decides.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.engine.catalog.checkpoints.architectures import architecture_of, labels_of
+from worker.engine.catalog.checkpoints.library import Architecture, architecture, completed, ties, value_of
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -35,6 +36,15 @@ class Layout:
         return [{name, *others} for name, others in self.tied.items()]
 
 
+UNTOLD = {
+    "q_proj": "head_dim*num_attention_heads",
+    "k_proj": "head_dim*num_key_value_heads",
+    "v_proj": "head_dim*num_key_value_heads",
+    "o_proj": "head_dim*num_attention_heads",
+}
+"""Lengths by module that the table leaves open: the configurations that it was made from did not tell them apart."""
+
+
 def known_layout(config: Config, tensors: int) -> Layout | None:
     """Return the layout of a usual model; None where transformers has to be asked.
 
@@ -48,14 +58,34 @@ def known_layout(config: Config, tensors: int) -> Layout | None:
         return None
     if not model.sizes <= config.keys() or config[model.layers] > tensors:
         return None
-    shapes = model.shapes(config)
-    if shapes is None or not 0 <= (config.get("pad_token_id") or 0) < config["vocab_size"]:
+    if not model.fits(config) or not 0 <= (config.get("pad_token_id") or 0) < config["vocab_size"]:
         return None
-    tied = {}
-    if model.ties and config.get("tie_word_embeddings", False):
-        del shapes[OUTPUT]
-        tied = {INPUT: {OUTPUT}}
-    return Layout(shapes, tied, frozenset(model.buffers), model.prefix)
+    found = architecture(config, architecture_of(config))
+    return None if found is None else _layout(found, config, config[model.layers])
+
+
+def _layout(found: Architecture, config: Config, layers: int) -> Layout | None:
+    """Return the layout that the table tells; None where it does not tell every shape."""
+    full = {**completed(config), "num_labels": len(labels_of(config))}
+    if "hidden_size" in full and full.get("head_dim") is None:
+        full["head_dim"] = full["hidden_size"] // full["num_attention_heads"]
+    in_layers = [
+        (name.replace("{}", str(number), 1), shape) for number in range(layers) for name, shape in found.layers.items()
+    ]
+    shapes: dict[str, Shape] = {}
+    for name, lengths in (*found.tensors.items(), *in_layers):
+        module = name.split(".")[-2]
+        shape = [value_of(UNTOLD.get(module) if length is None else length, full) for length in lengths]
+        if None in shape:
+            return None
+        shapes[name] = tuple(length for length in shape if length is not None)
+    tied: dict[str, set[str]] = {}
+    for copy, original in ties(found, full):
+        tied.setdefault(original, set()).add(copy)
+    for copy, original, _ in found.ties:
+        if copy not in tied.get(original, ()):
+            shapes[copy] = shapes[original]
+    return Layout(shapes, tied, found.buffers, found.prefix)
 
 
 # --- values that are usual ------------------------------------------------------------------------------
@@ -168,140 +198,34 @@ class Model:
     Args:
         keys: the keys that its configurations may have, each with a check of its value.
         sizes: keys that a configuration must have.
-        shapes: makes the shapes of tensors from a configuration; None where it fits no such model.
+        fits: whether the sizes of a configuration fit each other.
+        layers: the key of the number of layers.
     """
 
     model_type: str
-    prefix: str
     keys: Mapping[str, Check]
     sizes: frozenset[str]
-    shapes: Callable[[Config], dict[str, Shape] | None]
-    buffers: tuple[str, ...]
+    fits: Callable[[Config], bool]
     layers: str = "num_hidden_layers"
-    ties: bool = False
 
 
-def linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+def has_whole_heads(config: Config) -> bool:
+    return bool(config["hidden_size"] % config["num_attention_heads"] == 0)
 
 
-def norm(name: str, width: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+def has_whole_distilled_heads(config: Config) -> bool:
+    return bool(config["dim"] % config["n_heads"] == 0)
 
 
-def bert_shapes(config: Config) -> dict[str, Shape] | None:
-    hidden = config["hidden_size"]
-    if hidden % config["num_attention_heads"]:
-        return None
-    return {
-        **_embeddings("bert", config, ("word", "position", "token_type")),
-        "bert.embeddings.LayerNorm.weight": (hidden,),
-        "bert.embeddings.LayerNorm.bias": (hidden,),
-        **_encoder("bert", config),
-        **linear("bert.pooler.dense", hidden, hidden),
-        **linear("classifier", len(labels_of(config)), hidden),
-    }
+def has_padding_position(config: Config) -> bool:
+    return has_whole_heads(config) and (config.get("pad_token_id") or 0) < config["max_position_embeddings"]
 
 
-def roberta_shapes(config: Config) -> dict[str, Shape] | None:
-    hidden = config["hidden_size"]
-    if hidden % config["num_attention_heads"] or (config.get("pad_token_id") or 0) >= config["max_position_embeddings"]:
-        return None
-    return {
-        **_embeddings("roberta", config, ("word", "token_type")),
-        **norm("roberta.embeddings.LayerNorm", hidden),
-        **_embeddings("roberta", config, ("position",)),
-        **_encoder("roberta", config),
-        **linear("classifier.dense", hidden, hidden),
-        **linear("classifier.out_proj", len(labels_of(config)), hidden),
-    }
+def has_whole_groups(config: Config) -> bool:
+    heads = config["num_attention_heads"]
+    counted = len(config.get("layer_types", ())) in (0, config["num_hidden_layers"])
+    return has_whole_heads(config) and heads % config.get("num_key_value_heads", heads) == 0 and counted
 
-
-def _embeddings(prefix: str, config: Config, kinds: tuple[str, ...]) -> dict[str, Shape]:
-    rows = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
-    return {
-        f"{prefix}.embeddings.{kind}_embeddings.weight": (config[rows[kind]], config["hidden_size"]) for kind in kinds
-    }
-
-
-def _encoder(prefix: str, config: Config) -> dict[str, Shape]:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    shapes: dict[str, Shape] = {}
-    for number in range(config["num_hidden_layers"]):
-        layer = f"{prefix}.encoder.layer.{number}"
-        for part in ("self.query", "self.key", "self.value", "output.dense"):
-            shapes |= linear(f"{layer}.attention.{part}", hidden, hidden)
-        shapes |= norm(f"{layer}.attention.output.LayerNorm", hidden)
-        shapes |= linear(f"{layer}.intermediate.dense", inner, hidden)
-        shapes |= linear(f"{layer}.output.dense", hidden, inner)
-        shapes |= norm(f"{layer}.output.LayerNorm", hidden)
-    return shapes
-
-
-def distilbert_shapes(config: Config) -> dict[str, Shape] | None:
-    hidden, inner = config["dim"], config["hidden_dim"]
-    if hidden % config["n_heads"]:
-        return None
-    shapes: dict[str, Shape] = {
-        "distilbert.embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
-        "distilbert.embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
-        **norm("distilbert.embeddings.LayerNorm", hidden),
-    }
-    for number in range(config["n_layers"]):
-        layer = f"distilbert.transformer.layer.{number}"
-        for part in ("q_lin", "k_lin", "v_lin", "out_lin"):
-            shapes |= linear(f"{layer}.attention.{part}", hidden, hidden)
-        shapes |= norm(f"{layer}.sa_layer_norm", hidden)
-        shapes |= linear(f"{layer}.ffn.lin1", inner, hidden)
-        shapes |= linear(f"{layer}.ffn.lin2", hidden, inner)
-        shapes |= norm(f"{layer}.output_layer_norm", hidden)
-    return {
-        **shapes,
-        **linear("pre_classifier", hidden, hidden),
-        **linear("classifier", len(labels_of(config)), hidden),
-    }
-
-
-def decoder_shapes(*, biased: bool = False, norms_heads: bool = False) -> Callable[[Config], dict[str, Shape] | None]:
-    """Make the function that gives shapes of Llama and similar decoders.
-
-    Args:
-        biased: whether query, key and value have biases.
-        norms_heads: whether queries and keys have norms.
-    """
-
-    def shapes(config: Config) -> dict[str, Shape] | None:
-        hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-        shared = config.get("num_key_value_heads", heads)
-        if (
-            hidden % heads
-            or heads % shared
-            or len(config.get("layer_types", ())) not in (0, config["num_hidden_layers"])
-        ):
-            return None
-        width = config.get("head_dim") or hidden // heads
-        found: dict[str, Shape] = {INPUT: (config["vocab_size"], hidden)}
-        for number in range(config["num_hidden_layers"]):
-            layer = f"model.layers.{number}"
-            for part, outputs in (("q_proj", heads * width), ("k_proj", shared * width), ("v_proj", shared * width)):
-                found |= linear(f"{layer}.self_attn.{part}", outputs, hidden)
-                if not biased:
-                    del found[f"{layer}.self_attn.{part}.bias"]
-            found[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads * width)
-            if norms_heads:
-                found |= {f"{layer}.self_attn.{part}_norm.weight": (width,) for part in "qk"}
-            found[f"{layer}.mlp.gate_proj.weight"] = (inner, hidden)
-            found[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
-            found[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-            found[f"{layer}.input_layernorm.weight"] = (hidden,)
-            found[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        return {**found, "model.norm.weight": (hidden,), OUTPUT: (config["vocab_size"], hidden)}
-
-    return shapes
-
-
-INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-BUFFERS = ("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq")
 
 BERT = {
     **COMMON,
@@ -356,40 +280,16 @@ DISTILBERT_SIZES = frozenset({"vocab_size", "max_position_embeddings", "dim", "h
 GROUPED_SIZES = SIZES | {"num_key_value_heads"}
 
 
-def _encoder_buffers(prefix: str) -> tuple[str, str]:
-    return f"{prefix}.embeddings.position_ids", f"{prefix}.embeddings.token_type_ids"
-
-
 MODELS: Mapping[str, Model] = {
-    "BertForSequenceClassification": Model("bert", "bert", BERT, BERT_SIZES, bert_shapes, _encoder_buffers("bert")),
-    "RobertaForSequenceClassification": Model(
-        "roberta", "roberta", BERT, BERT_SIZES, roberta_shapes, _encoder_buffers("roberta")
-    ),
-    "XLMRobertaForSequenceClassification": Model(
-        "xlm-roberta", "roberta", BERT, BERT_SIZES, roberta_shapes, _encoder_buffers("roberta")
-    ),
-    "CamembertForSequenceClassification": Model(
-        "camembert", "roberta", BERT, BERT_SIZES, roberta_shapes, _encoder_buffers("roberta")
-    ),
+    "BertForSequenceClassification": Model("bert", BERT, BERT_SIZES, has_whole_heads),
+    "RobertaForSequenceClassification": Model("roberta", BERT, BERT_SIZES, has_padding_position),
+    "XLMRobertaForSequenceClassification": Model("xlm-roberta", BERT, BERT_SIZES, has_padding_position),
+    "CamembertForSequenceClassification": Model("camembert", BERT, BERT_SIZES, has_padding_position),
     "DistilBertForSequenceClassification": Model(
-        "distilbert",
-        "distilbert",
-        DISTILBERT,
-        DISTILBERT_SIZES,
-        distilbert_shapes,
-        ("distilbert.embeddings.position_ids",),
-        layers="n_layers",
+        "distilbert", DISTILBERT, DISTILBERT_SIZES, has_whole_distilled_heads, layers="n_layers"
     ),
-    "LlamaForCausalLM": Model("llama", "model", LLAMA, SIZES, decoder_shapes(), BUFFERS, ties=True),
-    "MistralForCausalLM": Model("mistral", "model", MISTRAL, GROUPED_SIZES, decoder_shapes(), BUFFERS, ties=True),
-    "Qwen2ForCausalLM": Model("qwen2", "model", QWEN2, GROUPED_SIZES, decoder_shapes(biased=True), BUFFERS, ties=True),
-    "Qwen3ForCausalLM": Model(
-        "qwen3",
-        "model",
-        QWEN3,
-        GROUPED_SIZES | {"head_dim"},
-        decoder_shapes(norms_heads=True),
-        BUFFERS,
-        ties=True,
-    ),
+    "LlamaForCausalLM": Model("llama", LLAMA, SIZES, has_whole_groups),
+    "MistralForCausalLM": Model("mistral", MISTRAL, GROUPED_SIZES, has_whole_groups),
+    "Qwen2ForCausalLM": Model("qwen2", QWEN2, GROUPED_SIZES, has_whole_groups),
+    "Qwen3ForCausalLM": Model("qwen3", QWEN3, GROUPED_SIZES | {"head_dim"}, has_whole_groups),
 }
