@@ -4,18 +4,20 @@
 gradient is summed over the batch inside the backward pass, so squares of single examples need a pass for each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from worker.engine.catalog.families import Kind
+from worker.engine.catalog.methods import Statistic
 from worker.engine.inputs.examples import Batch, Example, collate
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import OnRows, not_finite
+from worker.engine.scoring.work import Measured, Pass, Work
 
 BLOCK_ROWS = 16  # squares are summed in float32 over so few examples, and the blocks in float64
 
@@ -117,3 +119,14 @@ def _differentiable(model: nn.Module, embeddings: nn.Module, parameters: Sequenc
         model.requires_grad_(False)
         for table in tables:
             table.sparse = False
+
+
+def _measure(work: Work, measured: Measured) -> None:
+    work.find_or_compute(measured, work.facts_of_gradients(Statistic.FISHER, work.rows), _parts(work))
+
+
+def _parts(work: Work) -> Iterator[Mapping[str, Tensor]]:
+    yield fisher(work.loaded, work.examples, work.required_estimator, work.precision, work.sample.source, work.on_rows)
+
+
+PASS = Pass(Statistic.FISHER, _measure)

@@ -1,17 +1,19 @@
 """Gram matrices of what a model's linear layers read, over its rows' tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
+from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning.memory import GRAM_BYTES
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.scorer import OnRows, not_finite
+from worker.engine.scoring.work import Measured, Pass, Work
 
 
 def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> list[list[LinearInput]]:
@@ -112,3 +114,17 @@ class _Sums:
             product = x.T @ x
         self.totals[name] += product
         self.counts[name] += len(x)
+
+
+def _measure(work: Work, measured: Measured) -> None:
+    passes = in_passes(work.inputs)
+    work.find_or_compute(measured, work.facts(Statistic.GRAM, work.rows), _parts(work, passes), len(passes))
+
+
+def _parts(work: Work, passes: Sequence[Sequence[LinearInput]]) -> Iterator[Mapping[str, Tensor]]:
+    examples = work.examples
+    for inputs in passes:
+        yield grams(work.loaded, inputs, examples, work.precision, work.sample.source, work.on_rows)
+
+
+PASS = Pass(Statistic.GRAM, _measure, lambda inputs: len(in_passes(inputs)))

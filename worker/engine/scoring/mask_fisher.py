@@ -1,0 +1,114 @@
+"""Scores of mask nodes, with the sums that their errors follow from: block by block, so that more rows go on from
+fewer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from worker.engine.catalog.contracts.statistics import Facts
+from worker.engine.catalog.methods import Statistic
+from worker.engine.inputs.examples import Example, plan_batches
+from worker.engine.runtime.device import rounded_weights
+from worker.engine.scoring.batching import CANDIDATES
+from worker.engine.scoring.sample import block_ends, looks
+from worker.engine.scoring.scorer import paper_scores, score, score_names
+from worker.engine.scoring.statistics import STANDARD_ERROR, NodeStatistics
+from worker.engine.scoring.work import Measured, Pass, Work
+
+
+def _measure(work: Work, measured: Measured) -> None:
+    measured.names = tuple(sorted(score_names(work.loaded)))
+    if work.method.batch_rows is not None:
+        work.find_or_compute(measured, _facts(work, work.rows), _published(work))
+    else:
+        _score(work, measured)
+
+
+def _published(work: Work) -> Iterator[Mapping[str, Tensor]]:
+    """What the published code computes, by batches of its own, which have no errors."""
+    scores = paper_scores(work.loaded, work.examples, work.sample.source, work.on_rows)
+    yield {str(name): of for name, of in scores.items()}
+
+
+def _facts(work: Work, rows: int) -> Facts:
+    more = {"population": work.sample.population, "paper": work.method.batch_rows is not None}
+    return work.facts_of_gradients(Statistic.MASK_FISHER, rows).model_copy(update=more)
+
+
+def _score(work: Work, measured: Measured) -> None:
+    """Scores of the first rows, from the longest run of whole blocks whose sums are known; every look is kept.
+
+    Of several processes that want the same, one goes through the rows; the others wait for it.
+    """
+    counted = max(measured.sums, default=0)
+    known = _find(work, measured)
+    if known == work.rows:
+        work.on_rows(known - counted)
+        return
+    alone = work.store.alone_with(_facts(work, work.rows), lambda: work.on_rows(0))
+    # Weights are rounded here once, and not anew for every block.
+    with alone, rounded_weights(work.loaded.model, work.precision):
+        known = _find(work, measured)
+        work.on_rows(known - counted)
+        sums = NodeStatistics()
+        tokens = 0
+        if known:
+            sums.merge(measured.sums[known])
+        for look in [look for look in looks(work.rows) if look > known]:
+            measured.cached = False
+            for block in work.sample.blocks(sums.examples, look):
+                if not tokens:
+                    tokens = _tokens(work, measured, block, work.rows - known)
+                    measured.batch_tokens = tokens if measured.batch_tokens == tokens or not known else None
+                sums.merge(_scored(work, block, tokens))
+            errors = sums.standard_errors(work.sample.population)
+            named = {f"{site}{STANDARD_ERROR}": error for site, error in errors.items()}
+            parts = [sums.scores() | named | sums.named()]
+            kept = work.store.put(_facts(work, look), work.origin(look, measured.batch_tokens), parts)
+            measured.sums[look] = NodeStatistics.from_named(look, measured.names, kept)
+            measured.statistics[Statistic.MASK_FISHER] = kept
+
+
+def _scored(work: Work, block: Sequence[Example], tokens: int) -> NodeStatistics:
+    batches = plan_batches(block, tokens)
+    return score(work.loaded, block, work.required_estimator, work.precision, work.sample.source, work.on_rows, batches)
+
+
+def _find(work: Work, measured: Measured) -> int:
+    """Add the longest run of whole blocks that is kept, and the looks before it; how many rows are known then.
+
+    Where the method names the tokens of a batch, only what was computed by so many counts as kept.
+    """
+    known = max(measured.sums, default=0)
+    asked = work.method.asked_batch_tokens
+    for end in reversed([end for end in block_ends(work.rows) if end > known]):
+        kept = work.store.get(_facts(work, end))
+        if kept is not None and asked in (None, kept.about.origin.batch_tokens):
+            measured.sums[end] = NodeStatistics.from_named(end, measured.names, kept)
+            measured.statistics[Statistic.MASK_FISHER] = kept
+            measured.batch_tokens = kept.about.origin.batch_tokens
+            known = end
+            break
+    for look in [look for look in looks(known) if look > 0 and look not in measured.sums]:
+        kept = work.store.get(_facts(work, look))
+        if kept is not None:
+            measured.sums[look] = NodeStatistics.from_named(look, measured.names, kept)
+    return known
+
+
+def _tokens(work: Work, measured: Measured, block: Sequence[Example], rows: int) -> int:
+    """Padded tokens that are computed together, of `rows` rows like those of the block.
+
+    What was begun goes on by the same number, if that is none that only another device can hold.
+    """
+    asked = work.method.asked_batch_tokens
+    if asked is not None:
+        return asked
+    if measured.batch_tokens in CANDIDATES[work.loaded.device.type]:
+        return measured.batch_tokens
+    return work.batches.find(
+        work.loaded, block, rows, work.required_estimator, work.precision, work.sample.source, work.on_rows
+    )
+
+
+PASS = Pass(Statistic.MASK_FISHER, _measure)

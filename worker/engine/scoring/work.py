@@ -1,0 +1,138 @@
+"""One model's measuring by one method: what a statistic's pass over the rows is given, and what it fills."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from worker.engine.catalog.contracts.statistics import Facts, Origin
+from worker.engine.catalog.families import ScoreName
+from worker.engine.catalog.methods import MethodParameters, Statistic
+from worker.engine.catalog.planning.plan import LinearInput
+from worker.engine.inputs.examples import Example
+from worker.engine.models.loading import LoadedModel
+from worker.engine.runtime.device import Precision
+from worker.engine.scoring.batching import BatchSizes
+from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
+from worker.engine.scoring.sample import Sample
+from worker.engine.scoring.scorer import OnRows
+from worker.engine.scoring.statistics import SUMS, NodeStatistics
+from worker.engine.scoring.store import Statistics, StatisticsStore
+
+
+@dataclass
+class Measured:
+    """A model's statistics, of its first `rows` rows. `cached` when all of them were found."""
+
+    rows: int = 0
+    statistics: dict[Statistic, Statistics] = field(default_factory=dict)
+    names: tuple[ScoreName, ...] = ()
+    """Names of the scores of the model's mask nodes."""
+    sums: dict[int, NodeStatistics] = field(default_factory=dict)
+    """What the scores of its first rows follow from, by how many these are: at every look that is known."""
+    estimator: str | None = None
+    batch_tokens: int | None = None
+    """Padded tokens that were computed together for the scores; None where parts were computed by different numbers."""
+    cached: bool = False
+    seconds: float = 0.0
+
+    def of(self, statistic: Statistic) -> Mapping[str, Tensor]:
+        return self.statistics.get(statistic) or {}
+
+    @property
+    def scores(self) -> dict[ScoreName, Tensor]:
+        """Of mask nodes: (nodes,), float64, by score name."""
+        found = self.of(Statistic.MASK_FISHER)
+        return {name: found[name] for name in self.names} if found else {}
+
+    @property
+    def scores_and_errors(self) -> dict[str, Tensor]:
+        """Scores, and each one's standard error under its name and `.stderr`."""
+        return {name: of for name, of in self.of(Statistic.MASK_FISHER).items() if not name.endswith(SUMS)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Measuring the first `rows` rows of one model for one method."""
+
+    method: MethodParameters
+    inputs: Sequence[LinearInput]
+    """The inputs of the backbone's linear layers."""
+    loaded: LoadedModel
+    digest: str
+    """The checkpoint's."""
+    sample: Sample
+    rows: int
+    precision: Precision
+    store: StatisticsStore
+    batches: BatchSizes
+    on_rows: OnRows
+
+    @cached_property
+    def estimator(self) -> Estimator | None:
+        """Which label gradients are of, with `auto` resolved; None where the method takes no gradients."""
+        asked = self.method.gradients
+        return None if asked is None else estimator_for(asked.estimator, self.loaded.task, asked.seed)
+
+    @property
+    def required_estimator(self) -> Estimator:
+        if self.estimator is None:
+            raise TypeError(f"method {self.method.name} has no estimator to measure with")
+        return self.estimator
+
+    @property
+    def examples(self) -> list[Example]:
+        return [example for block in self.sample.blocks(0, self.rows) for example in block]
+
+    def facts(self, statistic: Statistic, rows: int) -> Facts:
+        """All that a statistic of the first `rows` follows from that takes no gradients."""
+        return Facts(
+            statistic=statistic,
+            checkpoint=self.digest,
+            rows=self.sample.digest(rows, with_labels=False),
+            tokens=self.sample.tokens,
+            precision=self.precision,
+        )
+
+    def facts_of_gradients(self, statistic: Statistic, rows: int) -> Facts:
+        """All that a statistic of the first `rows` follows from that is made of gradients."""
+        estimator = self.required_estimator
+        more = {
+            "rows": self.sample.digest(rows, with_labels=self.method.needs_labels),
+            "estimator": estimator.name,
+            "seed": estimator.seed if isinstance(estimator, Sampled) else None,
+        }
+        return self.facts(statistic, rows).model_copy(update=more)
+
+    def origin(self, rows: int, batch_tokens: int | None = None) -> Origin:
+        return Origin(
+            checkpoint=self.loaded.info.source, dataset=self.sample.source, examples=rows, batch_tokens=batch_tokens
+        )
+
+    def find_or_compute(
+        self, measured: Measured, facts: Facts, parts: Iterator[Mapping[str, Tensor]], passes: int = 1
+    ) -> None:
+        """Add a statistic of all rows to `measured`: as it is kept, or else from `parts`, of which one is held at once.
+
+        Args:
+            passes: how often `parts` go through the rows.
+        """
+        kept, was_there = self.store.get_or_compute(
+            facts, self.origin(self.rows), parts, on_wait=lambda: self.on_rows(0)
+        )
+        if was_there:
+            self.on_rows(self.rows * passes)
+        measured.cached &= was_there
+        measured.statistics[facts.statistic] = kept
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How one statistic is measured."""
+
+    statistic: Statistic
+    measure: Callable[[Work, Measured], None]
+    """Adds the statistic to what was measured; goes on from what is known of fewer rows, if it can."""
+    passes: Callable[[Sequence[LinearInput]], int] = lambda inputs: 1
+    """How often each row is gone through, of a model whose linear layers have these inputs."""
