@@ -16,6 +16,7 @@ from worker.engine.catalog.contracts.spec import (
     Heads,
     MetricName,
     Name,
+    OutputSpec,
     Tokens,
     VocabularyPolicy,
 )
@@ -147,6 +148,11 @@ class Output(Tokens):
     """Compare the models' differences from the base for the report, which reads the checkpoints once more. Without
     effect where no base is named."""
     publish: str | None = None
+
+    @property
+    def spec(self) -> OutputSpec:
+        """What the engine knows of it."""
+        return OutputSpec.model_validate(self.model_dump(include=set(OutputSpec.model_fields)))
 
     @field_validator("chat_template")
     @classmethod

@@ -33,8 +33,8 @@ from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan, required_task
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.planning.stacking import layers_of_models, plan_job
+from worker.engine.catalog.planning.planner import plan_job, plan_merge
+from worker.engine.catalog.planning.stacking import layers_of_models
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
 from worker.engine.catalog.tasks import LabelMap, Task, check_metric, label_map
@@ -132,9 +132,6 @@ class Checker:
         return Accepted(request=accepted, states=self._states(checkpoints), plan=None)
 
     def _merge(self, request: MergeRequest) -> Accepted:
-        output, names = request.output, [model.name for model in request.models]
-        of_base = output.config_from == "base" and "base" not in names
-        needs_base = output.vocabulary != "error" or of_base
         base = self._checkpoint("base", request.base) if request.base else None
         inspect = partial(inspect_model, base=base)
         if request.method.stacked_slices:
@@ -143,27 +140,10 @@ class Checker:
             self._checkpoint(_checkpoint_field(index), model.checkpoint, inspect)
             for index, model in enumerate(request.models)
         ]
-        planned = partial(
-            plan_job,
-            request.method,
-            names,
-            checkpoints,
-            output.dtype,
-            heads=output.heads,
-            vocabulary=output.vocabulary,
-            slices=request.slices,
-            config_from=output.config_from,
-            tokens=output,
-            chat_template=output.chat_template,
-        )
         self._at("models")
-        with _refusing("models"):  # where the base's vocabulary or settings count; without it, others would be refused
-            plan = planned(base=base if needs_base else None)
-        if base is not None and not needs_base:
-            with _refusing("base"):
-                plan = planned(base=base)
+        plan = _planned(request, checkpoints, base)
         with _refusing("output.chat_template"):
-            doubts = _check_templates(plan, output.chat_template)
+            doubts = _check_templates(plan, request.output.chat_template)
         plan = replace(plan, notes=tuple(in_order([*doubts, *plan.notes])))
         if plan.family is None:
             _refuse_rows(request, plan)
@@ -250,6 +230,24 @@ class Checker:
         with _refusing("models"):
             states = {info.source: self._sources.state(info) for info in checkpoints}
         return {source: state for source, state in states.items() if state is not None}
+
+
+def _planned(request: MergeRequest, checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> MergePlan:
+    """The plan of the merge; where it has none, the fault is the base's if there is one without the base.
+
+    Where the base's vocabulary or settings count, there may be none without it, and the fault is the models'.
+    """
+    output, names = request.output, [model.name for model in request.models]
+    planned = partial(plan_job, request.method, names, checkpoints, output.spec, slices=request.slices)
+    try:
+        return planned(base)
+    except EngineError:
+        base_counts = output.vocabulary != "error" or (output.config_from == "base" and "base" not in names)
+        if base is not None and not base_counts:
+            with _refusing("models"):
+                planned()
+        with _refusing("models" if base is None or base_counts else "base"):
+            raise
 
 
 def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:

@@ -14,10 +14,9 @@ from torch import Tensor
 from tests.tiny import edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, TinyModel, tiny_model
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import CheckpointSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, OutputSpec
 from worker.engine.catalog.methods import TaskArithmeticParameters
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.jobs.engine import Engine
 
 SMALL = {
@@ -220,7 +219,7 @@ def test_padding_from_which_positions_count_stays_the_models(tmp_path: Path) -> 
     edit_json(folders[-1] / "config.json", pad_token_id=0, eos_token_id=5)
     a, b, base = (inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders)
     names = ["a", "b"]
-    plan = plan_job(TaskArithmeticParameters(), names, [a, b], "auto", base, "merged", config_from="base")
+    plan = plan_job(TaskArithmeticParameters(), names, [a, b], OutputSpec(heads="merged", config_from="base"), base)
     assert (plan.published[0].config["pad_token_id"], plan.published[0].config["eos_token_id"]) == (1, 5)
     assert "pad_token_id differs: 1 in local:a, 1 in local:b, 0 in local:base; published is 1" in plan.notes
 

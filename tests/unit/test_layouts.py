@@ -16,11 +16,11 @@ from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.checkpoints.identity import identify
 from worker.engine.catalog.checkpoints.layouts import differences, is_before_layers, layer_of, place_of, stacks_of
 from worker.engine.catalog.checkpoints.library import completed
+from worker.engine.catalog.contracts.spec import OutputSpec
 from worker.engine.catalog.methods import AverageParameters, PassthroughParameters, RegMeanParameters
 from worker.engine.catalog.planning.memory import RUNTIME_BYTES, MemoryNeeds, estimate
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.catalog.primitives.errors import (
     EngineError,
     IncompatibleCheckpoints,
@@ -500,7 +500,7 @@ def test_classifiers_without_a_table_need_equal_labels(tmp_path: Path) -> None:
 def stacked(slices: list[tuple[str, int, int]], *folders: Path) -> MergePlan:
     parts = [Slice(model=model, layers=(start, stop)) for model, start, stop in slices]
     infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
-    return plan_job(PassthroughParameters(slices=parts), [folder.name for folder in folders], infos, "auto")
+    return plan_job(PassthroughParameters(slices=parts), [folder.name for folder in folders], infos, OutputSpec())
 
 
 def test_slices_become_the_layers_in_their_order(originals: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from tests.tiny import edit_json
 from tests.tiny_language_models import LLAMA, tiny_model
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import OutputSpec
 from worker.engine.catalog.methods import AverageParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.planning.planner import plan_job
 
 TEMPLATE = "{{ messages[0].content }}"
 
@@ -24,7 +25,7 @@ def pair(tmp_path: Path) -> list[Path]:
 
 def planned(folders: Sequence[Path], **more: Any) -> MergePlan:
     checkpoints = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
-    return plan_job(AverageParameters(), [folder.name for folder in folders], checkpoints, "auto", **more)
+    return plan_job(AverageParameters(), [folder.name for folder in folders], checkpoints, OutputSpec(**more))
 
 
 def write(folder: Path, name: str, content: str) -> int:

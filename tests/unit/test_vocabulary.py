@@ -23,11 +23,10 @@ from worker.engine.catalog.checkpoints.vocabulary import (
     runs,
     vocabulary_size,
 )
-from worker.engine.catalog.contracts.spec import VocabularyPolicy
+from worker.engine.catalog.contracts.spec import OutputSpec, VocabularyPolicy
 from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.slices import Slice
 
@@ -460,8 +459,8 @@ def test_stacked_layers_have_one_vocabulary(tmp_path: Path) -> None:
     infos = [inspect_checkpoint(path, f"local:{path.name}") for path in folders]
     method = PassthroughParameters(slices=[Slice(model=name, layers=(0, 2)) for name in "ab"])
     with pytest.raises(IncompatibleCheckpoints, match=r"output\.vocabulary 'base' or 'union'"):
-        plan_job(method, ["a", "b"], infos, "auto")
-    found = plan_job(method, ["a", "b"], infos, "auto", vocabulary="union")
+        plan_job(method, ["a", "b"], infos, OutputSpec())
+    found = plan_job(method, ["a", "b"], infos, OutputSpec(vocabulary="union"))
     assert found.vocabulary is not None
     by_name = {tensor.slot.name: tensor for tensor in found.backbone}
     for name, model in (("model.embed_tokens.weight", 0), ("lm_head.weight", 1)):

@@ -12,7 +12,7 @@ from worker.engine.catalog.contracts.report import Candidate, MergeResult, Metri
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.stacking import plan_job
+from worker.engine.catalog.planning.planner import plan_job
 from worker.engine.catalog.planning.templates import check_templates
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.checking import check_plan
@@ -121,14 +121,9 @@ def load(spec: MergeSpec, context: JobContext) -> Loaded:
             spec.method,
             [model.name for model in spec.models],
             checkpoints,
-            output.dtype,
-            base,
-            output.heads,
-            output.vocabulary,
-            spec.slices,
-            output.config_from,
             output,
-            output.chat_template,
+            base,
+            spec.slices,
         )
         context.note(*(filter_notes(plan, spec) if not spec.strict_filters else []))
         context.note(*(note for info in plan.all_checkpoints for note in info.notes))

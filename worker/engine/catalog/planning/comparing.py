@@ -24,7 +24,7 @@ class Asked:
     vocabulary: VocabularyPolicy
     config_from: CheckpointInfo | None
     choices: Choices | None
-    rows_of: CheckpointInfo | None
+    rows_of: CheckpointInfo | None = None
     """The model whose number of rows the output has, if only the padding of matrices differs."""
 
     def aligned(self, checkpoints: Sequence[CheckpointInfo]) -> Vocabulary | None:

@@ -1,19 +1,25 @@
 """Plans merges: whatever can be refused is refused here, before a byte of weights is read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from worker.engine.catalog.checkpoints import layouts
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.checkpoints.identity import check_tensors, identify
 from worker.engine.catalog.checkpoints.settings import check_settings
 from worker.engine.catalog.checkpoints.vocabulary import Choices, pads_differ, vocabulary_size
-from worker.engine.catalog.contracts.spec import Dtype, Heads, VocabularyPolicy
+from worker.engine.catalog.contracts.spec import Dtype, Heads, OutputSpec, VocabularyPolicy
+from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.by_name import planned_by_name
 from worker.engine.catalog.planning.by_table import planned_by_table, table_of
 from worker.engine.catalog.planning.comparing import Asked
 from worker.engine.catalog.planning.plan import MergePlan, named
-from worker.engine.catalog.primitives.errors import InvalidRequest
+from worker.engine.catalog.planning.publishing import with_companions
+from worker.engine.catalog.planning.stacking import plan_slices
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidRequest
+from worker.engine.catalog.primitives.slices import OutputSlice
+from worker.engine.catalog.primitives.values import Place
 
 
 def plan_merge(
@@ -72,4 +78,60 @@ def _note_of_padding(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo
     return (
         f"embedding matrices have different numbers of rows for the same tokens ({listed}): those beyond the tokens "
         f"are padding, and the merge has the rows of {owner.source}"
+    )
+
+
+def plan_job(
+    method: BaseParameters,
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    output: OutputSpec,
+    base: CheckpointInfo | None = None,
+    slices: Sequence[OutputSlice] | None = None,
+) -> MergePlan:
+    """The plan of a merge by any method, with all files that are published. See `plan_merge` and `plan_slices`."""
+    choices, whose = Choices(names, output), None
+    if output.config_from is not None:
+        whose = base if output.config_from not in names else checkpoints[names.index(output.config_from)]
+    scale: Callable[[Place], float] | None = None
+    if method.stacked_slices:
+        slices = [OutputSlice(sources=[part]) for part in method.stacked_slices]
+        [stacking] = method.methods
+        scale = partial(stacking.at, "scale")
+    elif slices is None or _are_all_layers(slices, names, checkpoints, base):
+        plan = plan_merge(checkpoints, output.dtype, base, output.heads, output.vocabulary, whose, choices)
+        by_own_tokens = method.search is not None or method.refits_layers
+        if plan.vocabulary is not None and output.vocabulary == "error" and by_own_tokens:
+            problem = f"method {method.name} needs matrices with the same number of rows, padding included"
+            raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
+        return with_companions(plan, output.dtype, chat_template=output.chat_template)
+    if output.heads == "per_model":
+        raise InvalidRequest("slices make one model with one head", field="output.heads")
+    identities = [identify(info) for info in checkpoints]
+    whose = next((i.info for i, info in zip(identities, checkpoints, strict=True) if info is whose), whose)
+    checkpoints = [identity.info for identity in identities]
+    asked = Asked(output.dtype, base, True, output.vocabulary, whose, choices)
+    plan = plan_slices(slices, names, checkpoints, asked, scale)
+    notes = dict.fromkeys([*(note for identity in identities for note in identity.notes), *plan.notes])
+    plan = replace(plan, notes=tuple(notes))
+    only, *others = slices[-1].sources
+    last = None if others else checkpoints[names.index(only.model)]
+    return with_companions(plan, output.dtype, last=last, chat_template=output.chat_template)
+
+
+def _are_all_layers(
+    slices: Sequence[OutputSlice],
+    names: Sequence[str],
+    checkpoints: Sequence[CheckpointInfo],
+    base: CheckpointInfo | None,
+) -> bool:
+    """Whether it is one slice of all layers of all models: a merge like any other."""
+    [one, *others] = slices
+    if others or [source.model for source in one.sources] != list(names):
+        return False
+    runs = [source.layers for source in one.sources] + ([one.base_layers] if one.base_layers else [])
+    infos = [*checkpoints, *([base] if base and one.base_layers else [])]
+    return all(
+        run in (None, (0, max(layouts.stacks_of(info.tensors).values(), default=0)))
+        for run, info in zip(runs, infos, strict=True)
     )

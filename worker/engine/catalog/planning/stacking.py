@@ -3,26 +3,18 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from worker.engine.catalog.checkpoints import layouts
 from worker.engine.catalog.checkpoints.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
-from worker.engine.catalog.checkpoints.identity import identify
 from worker.engine.catalog.checkpoints.layer_settings import keys_of_layers, lists_of_layers, stacked_config
 from worker.engine.catalog.checkpoints.layouts import LAYER_COUNTS
 from worker.engine.catalog.checkpoints.settings import check_settings
 from worker.engine.catalog.checkpoints.vocabulary import (
-    Choices,
-    align_vocabularies,
     check_names_tell_tokens,
     token_keys,
 )
-from worker.engine.catalog.contracts.spec import Dtype, Heads, Tokens, VocabularyPolicy
-from worker.engine.catalog.methods import BaseParameters
-from worker.engine.catalog.planning.comparing import check_vocabulary, notes_of_settings, with_settings_of
+from worker.engine.catalog.planning.comparing import Asked, check_vocabulary, notes_of_settings, with_settings_of
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.planning.publishing import with_companions
 from worker.engine.catalog.planning.tensors import merged_tensor
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.slices import OutputSlice
@@ -31,71 +23,6 @@ from worker.engine.catalog.primitives.values import Place
 SAME_VOCABULARY = (
     "the slices' models need one vocabulary; output.vocabulary 'base' or 'union' merges them token by token"
 )
-
-
-def plan_job(
-    method: BaseParameters,
-    names: Sequence[str],
-    checkpoints: Sequence[CheckpointInfo],
-    dtype: Dtype,
-    base: CheckpointInfo | None = None,
-    heads: Heads | None = None,
-    vocabulary: VocabularyPolicy = "error",
-    slices: Sequence[OutputSlice] | None = None,
-    config_from: str | None = None,
-    tokens: Tokens | None = None,
-    chat_template: str | None = None,
-) -> MergePlan:
-    """The plan of a merge by any method. See `plan_merge` and `plan_slices`.
-
-    Args:
-        config_from: name of the model, or `base`, whose configuration and tokenizer are published.
-    """
-    scale: Callable[[Place], float] | None = None
-    choices = None if tokens is None else Choices(names, tokens)
-    whose = None
-    if config_from is not None:
-        whose = base if config_from not in names else checkpoints[names.index(config_from)]
-    if method.stacked_slices:
-        slices = [OutputSlice(sources=[part]) for part in method.stacked_slices]
-        [stacking] = method.methods
-        scale = partial(stacking.at, "scale")
-    elif slices is None or _are_all_layers(slices, names, checkpoints, base):
-        plan = plan_merge(checkpoints, dtype, base, heads, vocabulary, whose, choices)
-        by_own_tokens = method.search is not None or method.refits_layers
-        if plan.vocabulary is not None and vocabulary == "error" and by_own_tokens:
-            problem = f"method {method.name} needs matrices with the same number of rows, padding included"
-            raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
-        return with_companions(plan, dtype, chat_template=chat_template)
-    if heads == "per_model":
-        raise InvalidRequest("slices make one model with one head", field="output.heads")
-    identities = [identify(info) for info in checkpoints]
-    whose = next((i.info for i, info in zip(identities, checkpoints, strict=True) if info is whose), whose)
-    checkpoints = [identity.info for identity in identities]
-    plan = plan_slices(slices, names, checkpoints, dtype, base, vocabulary, scale, choices, whose)
-    notes = dict.fromkeys([*(note for identity in identities for note in identity.notes), *plan.notes])
-    plan = replace(plan, notes=tuple(notes))
-    only, *others = slices[-1].sources
-    last = None if others else checkpoints[names.index(only.model)]
-    return with_companions(plan, dtype, last=last, chat_template=chat_template)
-
-
-def _are_all_layers(
-    slices: Sequence[OutputSlice],
-    names: Sequence[str],
-    checkpoints: Sequence[CheckpointInfo],
-    base: CheckpointInfo | None,
-) -> bool:
-    """Whether it is one slice of all layers of all models: a merge like any other."""
-    [one, *others] = slices
-    if others or [source.model for source in one.sources] != list(names):
-        return False
-    runs = [source.layers for source in one.sources] + ([one.base_layers] if one.base_layers else [])
-    infos = [*checkpoints, *([base] if base and one.base_layers else [])]
-    return all(
-        run in (None, (0, max(layouts.stacks_of(info.tensors).values(), default=0)))
-        for run, info in zip(runs, infos, strict=True)
-    )
 
 
 @dataclass(frozen=True)
@@ -111,12 +38,8 @@ def plan_slices(
     slices: Sequence[OutputSlice],
     names: Sequence[str],
     checkpoints: Sequence[CheckpointInfo],
-    dtype: Dtype,
-    base: CheckpointInfo | None = None,
-    vocabulary: VocabularyPolicy = "error",
+    asked: Asked,
     scale: Callable[[Place], float] | None = None,
-    choices: Choices | None = None,
-    config_from: CheckpointInfo | None = None,
 ) -> MergePlan:
     """Lay out the model whose layers are those of the slices. What lies before the layers is merged of the first
     slice's models, and what lies after them of the last slice's.
@@ -124,14 +47,15 @@ def plan_slices(
     Args:
         names: of the checkpoints, as slices name them.
         scale: of each tensor, where tensors are copied from the one model that each slice has; else they are merged.
-        config_from: the one of them whose configuration, but for settings of layers, and tokenizer are published; None:
-            the first slice's first model's, and models that differ in settings that no shape shows are refused.
+        asked: where it names no configuration, that of the first slice's first model is published, and models that
+            differ in settings that no shape shows are refused; settings of layers are each layer's own.
 
     Raises:
         InvalidRequest: a slice has layers that its model has not.
         InvalidCheckpoint: an architecture whose layers are not one list, or a setting that cannot be put together.
         IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
     """
+    base, vocabulary, config_from = asked.base, asked.vocabulary, asked.config_from
     first_index = names.index(slices[0].sources[0].model)
     first = checkpoints[first_index]
     everyone = [*checkpoints, *([base] if base else ())]
@@ -149,9 +73,7 @@ def plan_slices(
             check_vocabulary(first, info, SAME_VOCABULARY)
         differing |= {*layouts.check_configs(first, info, besides, settles=config_from is not None)}
         states.append(layouts.tensors_by_name(info, first))
-    aligned = None
-    if vocabulary != "error":
-        aligned = align_vocabularies(vocabulary, checkpoints, base, base or first, choices)
+    aligned = replace(asked, rows_of=base or first).aligned(checkpoints)
     copies = layouts.tied_copies(first.config, [states[first_index], *states])
     tied = tuple(
         (state[copy], state[of]) for state in states for copy, of in copies.items() if copy in state and of in state
@@ -177,7 +99,7 @@ def plan_slices(
             return
         infos = [checkpoints[member] for member in members]
         origin = (base, tensors[len(members)].get(key)) if base is not None else None
-        planned = merged_tensor(slot, place, infos, tensors[: len(members)], key, origin, dtype, aligned)
+        planned = merged_tensor(slot, place, infos, tensors[: len(members)], key, origin, asked.dtype, aligned)
         rows = planned.token_rows
         if rows is not None:
             rows = rows.of(members)
