@@ -12,7 +12,8 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.checkpoints.row_blocks import is_finite, row_blocks
-from worker.engine.merging.methods import MeasuredModel, Merger, average
+from worker.engine.merging.methods import MeasuredModel, Merger
+from worker.engine.merging.methods.average import average
 from worker.engine.merging.methods.blocks import Block, BlockMerge, Versions, required_base
 from worker.engine.merging.token_rows import read_by_token
 
@@ -137,5 +138,5 @@ def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tens
     """The unweighted average of the models that take part, to be loaded into a model."""
     equal = [MeasuredModel(1.0) for takes in takes_part if takes]
     without_base = replace(plan, base=None)  # an average does not read it
-    with Backbone(without_base, takes_part, average.average(equal)) as backbone:
+    with Backbone(without_base, takes_part, average(equal)) as backbone:
         return backbone.state()

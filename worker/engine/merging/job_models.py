@@ -68,6 +68,7 @@ class JobModel:
             measured.of(Statistic.GRAM),
             measured.of(Statistic.FISHER),
             self.spec.parameters,
+            measured.statistics,
         )
 
     @property

@@ -12,7 +12,8 @@ from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.stacking import copied_shares
 from worker.engine.merging.backbone import Backbone, given
 from worker.engine.merging.layer_alignment import Expert
-from worker.engine.merging.methods import BUILDERS, REFITS, MeasuredModel, Merger, average
+from worker.engine.merging.methods import BUILDERS, REFITS, MeasuredModel, Merger
+from worker.engine.merging.methods.average import average
 from worker.engine.merging.methods.combine import model_weights
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_shares
 from worker.engine.merging.token_rows import ByToken
@@ -46,7 +47,7 @@ def _merger_of(method: MethodParameters, models: Sequence[MeasuredModel], plan: 
 
 def weighted_average(models: Sequence[MeasuredModel], plan: MergePlan) -> Merger:
     """The average by the weights of the models that take part, whatever the method."""
-    return average.average(_taking_part(models, plan))
+    return average(_taking_part(models, plan))
 
 
 def mean_shares(method: MethodParameters, models: Sequence[MeasuredModel], plan: MergePlan) -> list[float | None]:

@@ -1,67 +1,50 @@
 """All methods that merge, in the order in which they are listed."""
 
-from collections.abc import Iterable
+import pkgutil
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from worker.engine.catalog.methods.aligned_regmean import ALIGNED_REGMEAN
-from worker.engine.catalog.methods.arcee_fusion import ARCEE_FUSION
-from worker.engine.catalog.methods.average import AVERAGE
-from worker.engine.catalog.methods.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
-from worker.engine.catalog.methods.dare import DARE_LINEAR, DARE_TIES
-from worker.engine.catalog.methods.della import DELLA, DELLA_LINEAR
 from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
-from worker.engine.catalog.methods.fisher import FISHER
-from worker.engine.catalog.methods.karcher import KARCHER
-from worker.engine.catalog.methods.linear import LINEAR
-from worker.engine.catalog.methods.mask_fisher import MASK_FISHER
-from worker.engine.catalog.methods.mask_regmean import MASK_REGMEAN
-from worker.engine.catalog.methods.model_stock import MODEL_STOCK
-from worker.engine.catalog.methods.multislerp import MULTISLERP
-from worker.engine.catalog.methods.nearswap import NEARSWAP
-from worker.engine.catalog.methods.nuslerp import NUSLERP
-from worker.engine.catalog.methods.passthrough import PASSTHROUGH
-from worker.engine.catalog.methods.ram import RAM, RAMPLUS_TL
-from worker.engine.catalog.methods.regmean import REGMEAN
-from worker.engine.catalog.methods.sce import SCE
-from worker.engine.catalog.methods.slerp import SLERP
-from worker.engine.catalog.methods.task_arithmetic import TASK_ARITHMETIC
-from worker.engine.catalog.methods.ties import TIES
 from worker.engine.catalog.primitives.strict import did_you_mean
 
-METHODS: dict[str, MethodEntry[MethodParameters]] = {
-    entry.name: entry
-    for entry in (
-        AVERAGE,
-        MASK_FISHER,
-        TASK_ARITHMETIC,
-        TIES,
-        FISHER,
-        REGMEAN,
-        MASK_REGMEAN,
-        ALIGNED_REGMEAN,
-        LINEAR,
-        SLERP,
-        NUSLERP,
-        MULTISLERP,
-        KARCHER,
-        DARE_LINEAR,
-        DARE_TIES,
-        DELLA,
-        DELLA_LINEAR,
-        BREADCRUMBS,
-        BREADCRUMBS_TIES,
-        MODEL_STOCK,
-        SCE,
-        RAM,
-        RAMPLUS_TL,
-        NEARSWAP,
-        ARCEE_FUSION,
-        PASSTHROUGH,
-    )
-}
+NO_METHODS = ("auto", "entry", "merging")
+"""Modules of this package that have no method which merges."""
+LISTED_FIRST = (
+    "average", "mask_fisher", "task_arithmetic", "ties", "fisher", "regmean", "mask_regmean", "aligned_regmean",
+    "linear", "slerp", "nuslerp", "multislerp", "karcher", "dare_linear", "dare_ties", "della", "della_linear",
+    "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion",
+    "passthrough",
+)  # fmt: skip
+"""Names of the methods that lists begin with; further ones follow by name."""
+
+
+def _found() -> Iterator[MethodEntry[MethodParameters]]:
+    """The entries of all modules beside this one: to add a method takes a file here, and one for its arithmetic."""
+    folder = Path(__file__).parent
+    for name in sorted(module.name for module in pkgutil.iter_modules([str(folder)])):
+        if name not in NO_METHODS:
+            module = import_module(f"{__package__}.{name}")
+            found = [value for value in vars(module).values() if isinstance(value, MethodEntry)]
+            yield from (entry for entry in found if entry.parameters.__module__ == module.__name__)
+
+
+def _by_name(entries: Iterable[MethodEntry[MethodParameters]]) -> dict[str, MethodEntry[MethodParameters]]:
+    """In the order in which they are listed. Raises ImportError where two have the same name."""
+    methods: dict[str, MethodEntry[MethodParameters]] = {}
+    for entry in entries:
+        if entry.name in methods:
+            raise ImportError(f"two methods are called {entry.name}")
+        methods[entry.name] = entry
+    order = [*LISTED_FIRST, *sorted(methods.keys() - set(LISTED_FIRST))]
+    return {name: methods[name] for name in order}
+
+
+METHODS = _by_name(_found())
 
 if TYPE_CHECKING:
     Method = MethodParameters

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import ScoreName, Slot
+from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 from worker.engine.catalog.primitives.values import PerTensor, Place, takes_part
 from worker.engine.checkpoints.row_blocks import row_blocks
@@ -136,6 +137,8 @@ class MeasuredModel:
     """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """Its own values of the method's, see `MethodParameters.of_model`."""
+    statistics: Mapping[Statistic, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Whatever was measured, as it is kept, by the statistics that the method names; the three above are of these."""
 
     @property
     def takes_part(self) -> bool:
