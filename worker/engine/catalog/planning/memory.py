@@ -152,6 +152,9 @@ MEASURING_BYTES: Mapping[Statistic, Callable[[_Running], int]] = {
 }
 """What measuring a statistic takes beside the models, and merging by it."""
 
+if MEASURING_BYTES.keys() != set(Statistic):
+    raise ImportError(f"statistics whose memory is not known: {set(Statistic) - MEASURING_BYTES.keys()}")
+
 
 def _merging_bytes(plan: MergePlan, needs: MemoryNeeds) -> int:
     """Bytes of every model's version of what is merged at once, the base's, and what methods make of them."""
