@@ -35,7 +35,6 @@ from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.methods import (
     AlignedRegMeanParameters,
-    MeasuringParameters,
     Method,
     MethodParameters,
     Statistic,
@@ -50,7 +49,7 @@ from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.merging import layer_alignment as layers
 from worker.engine.merging.backbone import Backbone
 from worker.engine.merging.head_alignment import aligned
-from worker.engine.merging.methods import BUILDERS, MeasuredModel
+from worker.engine.merging.methods import BUILDERS, REFITS, MeasuredModel
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import best_device, resolve_precision
 from worker.engine.scoring.batching import BatchSizes
@@ -164,7 +163,7 @@ class Bench:
         """What the method needs of every expert, from OUT/statistics where it was measured before."""
         for expert in self.experts.values():
             expert.measured[label] = MeasuredModel(1.0)
-            if isinstance(method, MeasuringParameters):
+            if method.statistics:
                 plan = plan_merge([expert.info])
                 measurer = Measurer(method, plan.linear_inputs, self.precision, self.store, BatchSizes())
                 model = load(expert.info, self.device)  # the one at hand has another backbone by now
@@ -180,17 +179,17 @@ class Bench:
         experts = [self.experts[task] for task in tasks]
         plan = plan_merge([expert.info for expert in experts], base=self.base)
         start = self.state(plan, method, [expert.measured[label] for expert in experts])
-        return self._aligned(method, plan, experts, start) if isinstance(method, AlignedRegMeanParameters) else start
+        return self._aligned(method, plan, experts, start) if method.refits_layers else start
 
     def _aligned(
-        self, method: AlignedRegMeanParameters, plan: MergePlan, experts: Sequence[Expert], start: dict[str, Tensor]
+        self, method: MethodParameters, plan: MergePlan, experts: Sequence[Expert], start: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The start with its linear layers refitted."""
         sides = [
             layers.Expert(load(expert.info, self.device), 1.0, expert.rows[: self.rows], expert.name)
             for expert in experts
         ]
-        return layers.refitted(plan, start, sides, method, self.precision, lambda: None)
+        return REFITS[method.name](plan, start, sides, method, self.precision, lambda: None)
 
     def evaluate(self, state: Mapping[str, Tensor], task: str, rows: int | None = None) -> Outcome:
         expert = self.experts[task]
