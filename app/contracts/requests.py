@@ -251,13 +251,11 @@ class MergeRequest(JobRequest[ModelRequest]):
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
     device: Literal["cpu", "cuda"] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _published_rule_keeps_heads(cls, data: Any) -> Any:
-        method, output = (data.get("method"), data.get("output", {})) if isinstance(data, dict) else (None, None)
-        if isinstance(method, dict) and method.get("preset") == "paper" and isinstance(output, dict):
-            return {**data, "output": {"align_heads": False, **output}}
-        return data
+    @model_validator(mode="after")
+    def _method_may_keep_heads(self) -> Self:
+        if self.method.aligns_heads or "align_heads" in self.output.model_fields_set:
+            return self
+        return self.model_copy(update={"output": self.output.model_copy(update={"align_heads": False})})
 
     @model_validator(mode="after")
     def _some_model_takes_part(self) -> Self:

@@ -103,6 +103,11 @@ class BaseParameters(Strict):
         return False
 
     @property
+    def aligns_heads(self) -> bool:
+        """Whether kept heads are aligned to the merge where a request does not say."""
+        return True
+
+    @property
     def models_beside(self) -> int:
         """Number of models that the method itself holds beside the experts.
 

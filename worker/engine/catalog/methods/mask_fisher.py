@@ -84,6 +84,10 @@ class MaskFisherParameters(ScoringParameters):
         return data
 
     @property
+    def aligns_heads(self) -> bool:
+        return self.preset is None
+
+    @property
     def batch_rows(self) -> int | None:
         return PAPER_BATCH_ROWS if self.preset == "paper" else None
 
