@@ -180,7 +180,7 @@ class Family:
 
     def under(self, head: Head) -> "Family":
         """The same backbone with another head."""
-        return replace(self, head=head)
+        return self if head == self.head else replace(self, head=head)
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
         """A size from the configuration; `what` is a key of `config_names`, `kv_heads` or `head_size`.
