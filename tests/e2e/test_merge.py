@@ -19,7 +19,7 @@ from app.client import Client
 from tests.conftest import Service, assert_tells_no_paths, keeps_within, tiny_recipe, wait_until
 from tests.tiny import LAYERS, Tensors, read_model, write_rows
 from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
+from worker.engine.catalog.methods.parameters import MOST_AUTO_EXAMPLES
 
 
 @pytest.fixture(scope="module")

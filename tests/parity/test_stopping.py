@@ -30,7 +30,7 @@ from worker.engine.catalog.contracts.statistics import Facts
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters, RegMeanParameters, ScoringParameters, Statistic
-from worker.engine.catalog.methods.entry import MOST_AUTO_EXAMPLES
+from worker.engine.catalog.methods.parameters import MOST_AUTO_EXAMPLES
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.catalog.tasks import LabelMap

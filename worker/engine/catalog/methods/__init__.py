@@ -11,29 +11,28 @@ from worker.engine.catalog.methods.breadcrumbs import (
 )
 from worker.engine.catalog.methods.dare import DareLinearParameters, DareTiesParameters
 from worker.engine.catalog.methods.della import DellaDroppingParameters, DellaLinearParameters, DellaParameters
-from worker.engine.catalog.methods.entry import (
-    BATCH_TOKENS,
-    LARGEST_BATCH_TOKENS,
-    BaseParameters,
-    Choice,
-    GradientParameters,
-    MeasuringParameters,
-    MethodEntry,
-    MethodParameters,
-    Range,
-    SearchSpace,
-    Statistic,
-)
+from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, SearchSpace
 from worker.engine.catalog.methods.fisher import FisherParameters
 from worker.engine.catalog.methods.karcher import KarcherParameters
 from worker.engine.catalog.methods.linear import LinearParameters
-from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters, Normalize, ScoringParameters
+from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters
 from worker.engine.catalog.methods.mask_regmean import MaskRegMeanParameters
 from worker.engine.catalog.methods.merging import METHODS, Method, check_name
 from worker.engine.catalog.methods.model_stock import ModelStockParameters
 from worker.engine.catalog.methods.multislerp import MultiSlerpParameters
 from worker.engine.catalog.methods.nearswap import NearSwapParameters
 from worker.engine.catalog.methods.nuslerp import NuSlerpParameters
+from worker.engine.catalog.methods.parameters import (
+    BATCH_TOKENS,
+    LARGEST_BATCH_TOKENS,
+    BaseParameters,
+    GradientParameters,
+    MeasuringParameters,
+    MethodParameters,
+    Normalize,
+    ScoringParameters,
+    Statistic,
+)
 from worker.engine.catalog.methods.passthrough import PassthroughParameters
 from worker.engine.catalog.methods.ram import RamParameters, RamPlusParameters
 from worker.engine.catalog.methods.regmean import RegMeanParameters, RegressionParameters

@@ -5,15 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
 
-from worker.engine.catalog.methods.entry import (
-    BaseParameters,
-    MethodEntry,
-    MethodParameters,
-    Range,
-    SearchSpace,
-    Statistic,
-)
+from worker.engine.catalog.methods.entry import MethodEntry, Range, SearchSpace
 from worker.engine.catalog.methods.merging import METHODS, Method, check_name
+from worker.engine.catalog.methods.parameters import BaseParameters, MethodParameters, Statistic
 
 MOST_CANDIDATES = 50
 DEFAULT_CANDIDATES = (

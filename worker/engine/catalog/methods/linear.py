@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range, cancels
+from worker.engine.catalog.methods.entry import MethodEntry, Range
+from worker.engine.catalog.methods.parameters import MethodParameters, cancels
 
 
 class LinearParameters(MethodParameters):

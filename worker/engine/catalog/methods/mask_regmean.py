@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, Statistic
-from worker.engine.catalog.methods.mask_fisher import ScoringParameters
+from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range
+from worker.engine.catalog.methods.parameters import ScoringParameters, Statistic
 from worker.engine.catalog.methods.regmean import RIDGE, SHRINK
 from worker.engine.catalog.primitives.values import PerTensor, Share
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.parameters import MethodParameters
 from worker.engine.catalog.primitives.strict import did_you_mean
 
-NO_METHODS = ("auto", "entry", "merging")
+NO_METHODS = ("auto", "entry", "merging", "parameters")
 """Modules of this package that have no method which merges."""
 LISTED_FIRST = (
     "average", "mask_fisher", "task_arithmetic", "ties", "fisher", "regmean", "mask_regmean", "aligned_regmean",

@@ -5,7 +5,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range, cancels
+from worker.engine.catalog.methods.entry import MethodEntry, Range
+from worker.engine.catalog.methods.parameters import MethodParameters, cancels
 
 
 class MultiSlerpParameters(MethodParameters):

@@ -2,7 +2,8 @@
 
 from typing import ClassVar, Literal
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
+from worker.engine.catalog.methods.entry import MethodEntry, Range
+from worker.engine.catalog.methods.parameters import MethodParameters
 
 
 class NuSlerpParameters(MethodParameters):

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Scale
+from worker.engine.catalog.methods.entry import MethodEntry
+from worker.engine.catalog.methods.parameters import MethodParameters, Scale
 from worker.engine.catalog.primitives.slices import Slice
 from worker.engine.catalog.primitives.values import PerTensor, Place
 

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from worker.engine.catalog.methods.entry import MeasuringParameters, MethodEntry, Range, Statistic
+from worker.engine.catalog.methods.entry import MethodEntry, Range
+from worker.engine.catalog.methods.parameters import MeasuringParameters, Statistic
 from worker.engine.catalog.primitives.values import PerTensor, Share
 
 SHRINK = 1.0

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodEntry, MethodParameters, Range
+from worker.engine.catalog.methods.entry import MethodEntry, Range
+from worker.engine.catalog.methods.parameters import MethodParameters
 from worker.engine.catalog.primitives.values import PerTensor, Place
 
 

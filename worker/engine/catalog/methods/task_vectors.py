@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from worker.engine.catalog.methods.entry import MethodParameters, Scale
+from worker.engine.catalog.methods.parameters import MethodParameters, Scale
 from worker.engine.catalog.primitives.values import PerTensor, Place
 
 Density = Annotated[float, Field(gt=0, le=1)]

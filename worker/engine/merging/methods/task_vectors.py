@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.methods import ElectionParameters, TaskVectorParameters
-from worker.engine.catalog.methods.entry import LEAST_SUM, cancels
+from worker.engine.catalog.methods.parameters import LEAST_SUM, cancels
 from worker.engine.merging.methods.blocks import (
     CHUNK_ELEMENTS,
     Block,

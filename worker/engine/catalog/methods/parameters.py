@@ -1,0 +1,286 @@
+"""What methods are asked: parameters with an answer to every question that others have of a method."""
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from worker.engine.catalog.primitives.slices import Slice
+from worker.engine.catalog.primitives.strict import Strict
+from worker.engine.catalog.primitives.values import EVERY_NAME, PerTensor, Place, Share, filters_of, value_at, values_of
+
+if TYPE_CHECKING:
+    from worker.engine.catalog.methods.auto import AutoParameters
+
+BATCH_TOKENS = 2048
+"""Padded tokens of a batch, where no better number is known."""
+LARGEST_BATCH_TOKENS = 4096
+"""That is tried on a CPU."""
+
+
+class Statistic(StrEnum):
+    """What a method may need to know of every model, measured on its own rows."""
+
+    MASK_FISHER = "mask_fisher"
+    """Fisher information of the mask nodes."""
+    GRAM = "gram"
+    """Gram matrices of the inputs of linear layers."""
+    FISHER = "fisher"
+    """Fisher information of every parameter."""
+
+
+Scale = Annotated[float, Field(ge=-10, le=10)]
+
+MOST_AUTO_EXAMPLES = 16_384
+"""Rows of each data set beyond which `examples: "auto"` does not go on."""
+TOLERANCE = 0.1
+Normalize = Literal["layer", "model", "none"]
+
+
+class BaseParameters(Strict):
+    """What a method asks of a job: of one that merges, and of `auto`, which tries several of them."""
+
+    per_model: ClassVar[tuple[str, ...]] = ()
+    """Names of the `PerTensor` parameters of which a model may have values of its own."""
+    takes_negative_weights: ClassVar[bool] = False
+
+    name: str
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Forward and backward passes: bfloat16 where the device has matrix units for it, else float32."""
+
+    @property
+    def methods(self) -> "Sequence[MethodParameters]":
+        """The methods that are run: itself, or the candidates of `auto`."""
+        raise NotImplementedError
+
+    @property
+    def search(self) -> "AutoParameters | None":
+        """These parameters, if they are of a search over several methods; None for a method that merges."""
+        return None
+
+    @property
+    def stacked_slices(self) -> Sequence[Slice]:
+        """The slices of models that the method stacks instead of merging models; empty for all other methods."""
+        return ()
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    @property
+    def most_examples(self) -> int:
+        """Rows of each data set that are measured at most."""
+        return 0
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+    @property
+    def weighs_models(self) -> bool:
+        """Whether the models' weights have a say; else they must be equal."""
+        return True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether computing the statistics reads the data set's labels."""
+        return False
+
+    @property
+    def merges_rows(self) -> bool:
+        """Whether some rows of a tensor can be merged without the others; else, all of it is held at once."""
+        return Statistic.GRAM not in self.statistics
+
+    @property
+    def selects_by_rank(self) -> bool:
+        """Whether values of a rank are looked for among a tensor's."""
+        return False
+
+    @property
+    def refits_layers(self) -> bool:
+        """Whether linear layers are refitted to what they read in the merge, which keeps all experts loaded."""
+        return False
+
+    @property
+    def aligns_heads(self) -> bool:
+        """Whether kept heads are aligned to the merge where a request does not say."""
+        return True
+
+    @property
+    def models_beside(self) -> int:
+        """Number of models that the method itself holds beside the experts.
+
+        Where layers are refitted, these are the merge, what it starts from, and what changes.
+        """
+        return 3 if self.refits_layers else 0
+
+    @property
+    def most_batch_tokens(self) -> int:
+        """Padded tokens of the largest batch on a CPU, if no row is longer."""
+        return LARGEST_BATCH_TOKENS
+
+    @property
+    def batch_rows(self) -> int | None:
+        """Rows of a batch where the method prescribes them; None where batches keep to a budget of tokens."""
+        return None
+
+
+class MethodParameters(BaseParameters):
+    """Parameters common to all methods."""
+
+    scale: PerTensor[Scale] = 1.0
+    """The merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; other than 1 it needs a base."""
+
+    @property
+    def methods(self) -> "Sequence[MethodParameters]":
+        return [self]
+
+    @property
+    def gradients(self) -> "GradientParameters | None":
+        """These parameters, if measuring takes gradients of a label's likelihood; else None."""
+        return None
+
+    @property
+    def scoring(self) -> "ScoringParameters | None":
+        """These parameters, if slices are weighted by the scores of mask nodes; else None."""
+        return None
+
+    @property
+    def asked_batch_tokens(self) -> int | None:
+        """Padded tokens that are computed together, where the method names their number; None: what is fastest."""
+        return None
+
+    @property
+    def needs_base(self) -> bool:
+        return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
+
+    def at(self, name: str, place: Place) -> float:
+        """The value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
+        return value_at(getattr(self, name), place, type(self).model_fields[name].default)
+
+    def of_model(self, own: Mapping[str, PerTensor[float]]) -> Self:
+        """The parameters of a model that has some values of its own; where none of its filters matches, these count.
+
+        Args:
+            own: by names in `per_model`.
+
+        Raises:
+            ValidationError: a value is out of the parameter's bounds.
+        """
+        if not own:
+            return self
+        given = self.model_dump()
+        for name, value in own.items():
+            of_all = given[name] if filters_of(getattr(self, name)) else [{"filter": EVERY_NAME, "value": given[name]}]
+            filters = [entry.model_dump() for entry in filters_of(value)]
+            given[name] = [*filters, *of_all] if filters else value
+        return type(self).model_validate(given)
+
+    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
+        """Each model's share in the merge of one tensor, summing to 1, or all 0 where no model has a weight there.
+
+        None: only the data tell, or a weight is below 0, so that there are no shares.
+
+        Args:
+            weights: of the models that take part.
+        """
+        total = sum(weights)
+        return None if min(weights) < 0 else [weight / total if total else 0.0 for weight in weights]
+
+    def weights_problem(self, weights: Sequence[float]) -> str | None:
+        """What is wrong with the models' weights of one tensor; the caller's sentence goes on with "for tensor ..."."""
+        return None if any(weights) else "the weights of all models are 0"
+
+    def distance(self, place: Place) -> float:
+        """The value of `scale` for one tensor."""
+        return self.at("scale", place)
+
+
+LEAST_SUM = 1e-8
+"""Least sum of weights, relative to their size, that is divided by; less is the rounding error of 0."""
+
+
+def cancels(weights: Sequence[float]) -> bool:
+    """Whether there are weights, and their sum is 0 but for rounding."""
+    return abs(sum(weights)) < LEAST_SUM * max(1.0, *map(abs, weights))
+
+
+class MeasuringParameters(MethodParameters):
+    """Parameters of methods that measure every model on its rows."""
+
+    examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
+    """Rows of each data set that are measured."""
+
+    @model_validator(mode="after")
+    def _auto_stops_by_scores(self) -> Self:
+        if self.examples == "auto" and Statistic.MASK_FISHER not in self.statistics:
+            raise ValueError(f"examples 'auto' stops by scores of mask nodes, and {self.name} has none; give a number")
+        return self
+
+    @property
+    def most_examples(self) -> int:
+        return MOST_AUTO_EXAMPLES if self.examples == "auto" else self.examples
+
+
+class GradientParameters(MeasuringParameters):
+    """Parameters of methods that measure Fisher information."""
+
+    estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
+    """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Draws the labels of the estimator `sampled`."""
+
+    @property
+    def gradients(self) -> "GradientParameters":
+        return self
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.estimator == "empirical"
+
+
+class ScoringParameters(GradientParameters):
+    """Parameters of methods that weight slices by the scores of mask nodes."""
+
+    examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 2048
+    """Rows of each data set that are scored; `auto` stops when the merge weights are known to `tolerance`."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Standard error of the merge weights, in the root mean square over a layer's nodes, at which `examples: "auto"`
+    stops; 0.1 when absent."""
+    batch_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
+    """Padded tokens that are computed together; `auto` finds the fastest by trying. It changes scores by rounding only;
+    the number that is in the manifest gives the same bits again."""
+    normalize: Normalize = "layer"
+    """Scores are divided by their layer's mean, or by their L2 norm over the model, per kind of node."""
+    rest: Literal["uniform", "model"] = "uniform"
+    """Weights of what no node owns: lambda alone, or the mean model-normalised score of its block (or of the model)."""
+    floor: PerTensor[Share] = 1e-3
+    """Least score of a node, as a share of its layer's mean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_has_a_tolerance(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            tolerance = data.get("tolerance")
+            if data.get("examples") == "auto":
+                return {**data, "tolerance": TOLERANCE if tolerance is None else tolerance}
+            if tolerance is not None:
+                raise ValueError("tolerance says when examples 'auto' stops; ask for that, or leave tolerance out")
+        return data
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return frozenset({Statistic.MASK_FISHER})
+
+    @property
+    def scoring(self) -> "ScoringParameters":
+        return self
+
+    @property
+    def asked_batch_tokens(self) -> int | None:
+        return None if self.batch_tokens == "auto" else self.batch_tokens
+
+    @property
+    def most_batch_tokens(self) -> int:
+        return self.asked_batch_tokens or super().most_batch_tokens
