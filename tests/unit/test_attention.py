@@ -45,6 +45,16 @@ def test_it_gives_what_transformers_gives_in_float64_and_its_gradients(
         torch.testing.assert_close(one.double(), other, rtol=10 * tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_keys_and_values_that_heads_share_are_those_of_each(tokens: int) -> None:
+    drawn = torch.randn(6, 2, 2, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
+    query, key, value = drawn[:2].flatten(0, 1).view(2, 4, tokens, WIDTH), drawn[2], drawn[3]
+    found, _ = attention(nn.Module(), query, key, value, padding(tokens, torch.float32), position_ids=torch.ones(1, 2))
+    keys, values = (torch.stack([of[:, head // 2] for head in range(4)], dim=1) for of in (key, value))
+    wanted, _ = attention(nn.Module(), query, keys, values, padding(tokens, torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def bert(kind: str) -> BertForSequenceClassification:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
