@@ -9,7 +9,7 @@ from worker.engine.catalog.checkpoints.identity import Identity, check_present, 
 from worker.engine.catalog.checkpoints.tied import tied_in_base, without_copies
 from worker.engine.catalog.checkpoints.vocabulary import check_names_tell_tokens, token_keys
 from worker.engine.catalog.planning.comparing import (
-    Asked,
+    MergeSettings,
     check_vocabulary,
     check_vocabulary_size,
     differences_from_base,
@@ -23,7 +23,7 @@ from worker.engine.catalog.planning.tensors import check_shape, merged_tensor
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
 
-def planned_by_name(identities: Sequence[Identity], asked: Asked) -> MergePlan:
+def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> MergePlan:
     """Every tensor is merged with those of its name; buffers are copied, and copies of tied weights left out."""
     checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
     first, notes, differing = checkpoints[0], list[str](), set[str]()

@@ -12,7 +12,7 @@ from worker.engine.catalog.contracts.spec import VocabularyPolicy
 from worker.engine.catalog.families import Family, Kind, Slot
 from worker.engine.catalog.planning.comparing import (
     VOCABULARY_ADVICE,
-    Asked,
+    MergeSettings,
     check_vocabulary,
     check_vocabulary_size,
     differences_from_base,
@@ -44,7 +44,7 @@ def table_of(info: CheckpointInfo) -> Family | None:
     return family
 
 
-def planned_by_table(family: Family, identities: Sequence[Identity], asked: Asked) -> MergePlan:
+def planned_by_table(family: Family, identities: Sequence[Identity], asked: MergeSettings) -> MergePlan:
     checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
     first, everyone = checkpoints[0], [*checkpoints, *([base] if base else ())]
     tasks, differing, notes = [], set[str](), list[str]()
@@ -177,7 +177,7 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
             raise InvalidCheckpoint(info.source, f"no tensor {family.layer_path(layer)}{name}; other layers have it")
 
 
-def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: Asked) -> set[str]:
+def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: MergeSettings) -> set[str]:
     """Settings in which they may differ, since it is said whose count, and do.
 
     Raises:

@@ -15,7 +15,7 @@ VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by to
 
 
 @dataclass(frozen=True)
-class Asked:
+class MergeSettings:
     """The settings of a merge in a request, beside its models."""
 
     dtype: Dtype
@@ -55,7 +55,7 @@ def differences_from_base(
     first: CheckpointInfo,
     base: CheckpointInfo,
     family: Family | None,
-    asked: Asked,
+    asked: MergeSettings,
     notes: list[str],
     besides: Collection[str] = (),
 ) -> set[str]:

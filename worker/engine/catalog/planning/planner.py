@@ -13,7 +13,7 @@ from worker.engine.catalog.contracts.spec import Dtype, Heads, OutputSpec, Vocab
 from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.by_name import planned_by_name
 from worker.engine.catalog.planning.by_table import planned_by_table, table_of
-from worker.engine.catalog.planning.comparing import Asked
+from worker.engine.catalog.planning.comparing import MergeSettings
 from worker.engine.catalog.planning.plan import MergePlan, named
 from worker.engine.catalog.planning.publishing import with_companions
 from worker.engine.catalog.planning.stacking import plan_slices
@@ -59,7 +59,7 @@ def plan_merge(
     if vocabulary == "error" and pads_differ(checkpoints, base):
         vocabulary, owner = "base", whose or first
         notes.append(_note_of_padding(checkpoints, base, owner))
-    asked = Asked(dtype, base, heads == "merged", vocabulary, whose, choices, owner)
+    asked = MergeSettings(dtype, base, heads == "merged", vocabulary, whose, choices, owner)
     if tables[0] is None:
         if heads == "per_model":
             problem = f"no table tells the head of {named(first)} from the rest: all tensors are merged"
@@ -110,7 +110,7 @@ def plan_job(
     identities = [identify(info) for info in checkpoints]
     whose = next((i.info for i, info in zip(identities, checkpoints, strict=True) if info is whose), whose)
     checkpoints = [identity.info for identity in identities]
-    asked = Asked(output.dtype, base, True, output.vocabulary, whose, choices)
+    asked = MergeSettings(output.dtype, base, True, output.vocabulary, whose, choices)
     plan = plan_slices(slices, names, checkpoints, asked, scale)
     notes = dict.fromkeys([*(note for identity in identities for note in identity.notes), *plan.notes])
     plan = replace(plan, notes=tuple(notes))

@@ -13,7 +13,12 @@ from worker.engine.catalog.checkpoints.vocabulary import (
     check_names_tell_tokens,
     token_keys,
 )
-from worker.engine.catalog.planning.comparing import Asked, check_vocabulary, notes_of_settings, with_settings_of
+from worker.engine.catalog.planning.comparing import (
+    MergeSettings,
+    check_vocabulary,
+    notes_of_settings,
+    with_settings_of,
+)
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.tensors import merged_tensor
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
@@ -38,7 +43,7 @@ def plan_slices(
     slices: Sequence[OutputSlice],
     names: Sequence[str],
     checkpoints: Sequence[CheckpointInfo],
-    asked: Asked,
+    asked: MergeSettings,
     scale: Callable[[Place], float] | None = None,
 ) -> MergePlan:
     """Lay out the model whose layers are those of the slices. What lies before the layers is merged of the first
