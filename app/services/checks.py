@@ -28,7 +28,7 @@ from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import Columns, DatasetSpec, models_beside
-from worker.engine.catalog.data.rows import check_first_rows
+from worker.engine.catalog.data.rows import TextColumn, check_first_rows
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems
@@ -210,11 +210,17 @@ class Checker:
                 kept = self._sources.resolve(rows.source, "rows")
                 place = held.enter_context(self._sources.inspect_rows(kept))
             if place is not None:
-                self._check_rows(field, rows, place, labels, least_texts)
+                self._check_rows(field, rows, place, labels, least_texts, task.texts)
         return str(kept)
 
     def _check_rows(
-        self, field: str, rows: Dataset | Evaluation, place: RootedPath, labels: LabelMap | None, least_texts: int
+        self,
+        field: str,
+        rows: Dataset | Evaluation,
+        place: RootedPath,
+        labels: LabelMap | None,
+        least_texts: int,
+        texts: TextColumn,
     ) -> None:
         for name in ("config", "split"):
             if getattr(rows, name) is not None:
@@ -224,7 +230,7 @@ class Checker:
         columns = rows.model_dump(include=set(Columns.model_fields))
         with _refusing(field):
             file = self._views.open_file(place.path, rows.source, place.root)
-            check_first_rows(DatasetSpec(source=rows.source, path=file, **columns), labels, least_texts)
+            check_first_rows(DatasetSpec(source=rows.source, path=file, **columns), labels, least_texts, texts)
 
     def _states(self, checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
         with _refusing("models"):

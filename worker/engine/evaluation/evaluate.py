@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ def predict(
 ) -> Array:
     """Predictions in the order of `examples`, see `HeadKind.predicted`."""
     predictions = _unknown(loaded, examples)
-    for batch, _, logits in _forward(loaded, examples, precision):
-        predictions[batch.indices.numpy()] = loaded.kind.predicted(logits)
+    for batch, places, _, logits in _forward(loaded, examples, precision):
+        predictions[places.numpy()] = loaded.kind.predicted(logits)
         on_rows(len(batch))
     return predictions
 
@@ -47,8 +48,8 @@ def predict_with(
 ) -> tuple[Array, Array]:
     """As `predict`, with the model's own head and with another in its place, by one pass."""
     own, others = (_unknown(loaded, examples) for _ in range(2))
-    for batch, features, logits in _forward(loaded, examples, precision):
-        rows = batch.indices.numpy()
+    for batch, places, features, logits in _forward(loaded, examples, precision):
+        rows = places.numpy()
         own[rows] = loaded.kind.predicted(logits)
         with computing_in(precision, loaded.device):
             others[rows] = loaded.kind.predicted(other(features).float())
@@ -57,22 +58,24 @@ def predict_with(
 
 
 def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows) -> Tensor:
-    """What the head's linear layer reads, (rows, width), float64 on the CPU, in the order of `examples`."""
-    inputs = torch.empty(len(examples), head_of(loaded).in_features, dtype=torch.float64)
-    for batch, features, _ in _forward(loaded, examples, precision):
-        inputs[batch.indices] = features.cpu().double()
+    """What the head's linear layer reads for each output, (outputs, width), float64 on the CPU, row by row."""
+    inputs = torch.empty(sum(example.outputs for example in examples), head_of(loaded).in_features, dtype=torch.float64)
+    for batch, places, features, _ in _forward(loaded, examples, precision):
+        inputs[places] = features.cpu().double()
         on_rows(len(batch))
     return inputs
 
 
 def _forward(
     loaded: LoadedModel, examples: Sequence[Example], precision: Precision
-) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Batches, what the head reads, (batch, width), and the logits, (batch, outputs), float32.
+) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+    """Batches, the places of their outputs among those of all examples, (outputs,), what the head reads for each,
+    (outputs, width), and its logits, (outputs, labels), float32.
 
     A batch's indices are places in `examples`, which may be some of a data set's.
     """
     numbered = [replace(example, index=index) for index, example in enumerate(examples)]
+    first = [0, *accumulate(example.outputs for example in examples)]
     read: list[Tensor] = []
     handle = head_of(loaded).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
@@ -82,11 +85,12 @@ def _forward(
                     logits = loaded.model(**batch.inputs).logits.float()
                 if not bool(torch.isfinite(logits).all()):
                     raise NumericalError(f"{loaded.info.source} gives logits that are NaN or infinite")
-                yield batch, read.pop(), logits
+                places = [place for row in batch.indices.tolist() for place in range(first[row], first[row + 1])]
+                yield batch, torch.tensor(places), batch.of_outputs(read.pop()), batch.of_outputs(logits)
     finally:
         handle.remove()
 
 
 def _unknown(loaded: LoadedModel, examples: Sequence[Example]) -> Array:
     """Room for the predictions."""
-    return np.full((len(examples), *loaded.kind.shape), np.nan)
+    return np.full((sum(example.outputs for example in examples), *loaded.kind.shape), np.nan)

@@ -22,7 +22,11 @@ def metric_for(name: MetricName, task: Task) -> Metric:
 
 
 def compare(
-    evaluation: EvaluationSpec, task: Task, labels: Array, predictions: Mapping[Version, Array]
+    evaluation: EvaluationSpec,
+    task: Task,
+    labels: Array,
+    predictions: Mapping[Version, Array],
+    outputs: Sequence[int] | None = None,
 ) -> MetricResult:
     """The metric of every version's predictions, and what the merge gains or loses against each other version.
 
@@ -30,8 +34,9 @@ def compare(
     each resample draws the same rows for all versions, so what makes a row hard for all of them cancels in differences.
 
     Args:
-        labels: (rows,), or of a multi-label head (rows, labels).
+        labels: (outputs,), or of a multi-label head (outputs, labels).
         predictions: of all versions, in the same shape. The evaluation's seed draws the rows.
+        outputs: of each row; None: one of each.
 
     Raises:
         NumericalError: a metric is not finite.
@@ -40,11 +45,11 @@ def compare(
     values = {version: metric(labels, predicted) for version, predicted in predictions.items()}
     if not all(map(math.isfinite, values.values())):
         raise NumericalError(f"{evaluation.metric} of {evaluation.source} is not finite; are its labels too large?")
-    draws = bootstrap(evaluation.metric, task, labels, list(predictions.values()), evaluation.seed)
+    draws = bootstrap(evaluation.metric, task, labels, list(predictions.values()), evaluation.seed, outputs)
     resampled = dict(zip(predictions, draws, strict=True))
     return MetricResult(
         metric=evaluation.metric,
-        examples=len(labels),
+        examples=len(labels if outputs is None else outputs),
         expert=values["expert"],
         average=values["average"],
         merged=values["merged"],
@@ -69,14 +74,25 @@ def interval(resampled: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(name: MetricName, task: Task, labels: Array, predictions: Sequence[Array], seed: int) -> Array:
+def bootstrap(
+    name: MetricName,
+    task: Task,
+    labels: Array,
+    predictions: Sequence[Array],
+    seed: int,
+    outputs: Sequence[int] | None = None,
+) -> Array:
     """The metric of every prediction on resampled rows, (predictions, resamples); all are on the same resamples.
 
     Args:
-        labels, predictions: (rows,) each, or of a multi-label head (rows, labels).
+        labels, predictions: (outputs,) each, or of a multi-label head (outputs, labels).
+        outputs: of each row, all of which are drawn together; None: one of each.
     """
     metric = kind_of(task).resampled(name, labels, predictions)
-    return np.concatenate([metric(counts) for counts in _resamples(len(labels), seed)], axis=1)
+    if outputs is None or set(outputs) == {1}:
+        return np.concatenate([metric(counts) for counts in _resamples(len(labels), seed)], axis=1)
+    drawn = (np.repeat(counts, outputs, axis=0) for counts in _resamples(len(outputs), seed))
+    return np.concatenate([metric(counts) for counts in drawn], axis=1)
 
 
 def _resamples(rows: int, seed: int) -> Iterator[Array]:

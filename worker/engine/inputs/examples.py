@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import DatasetSpec
-from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.data.rows import Row, Text
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.tasks import Label, LabelMap
@@ -26,6 +28,18 @@ class Example:
     place: Place
     encoding: Mapping[str, list[int]]
     label: Label | None
+    """The label of the row; where it has several outputs, a tuple of their labels."""
+    positions: tuple[int, ...] | None = None
+    """The tokens whose outputs have labels, ascending; None where the row has one output."""
+
+    @property
+    def outputs(self) -> int:
+        return 1 if self.positions is None else len(self.positions)
+
+    @property
+    def labels(self) -> Sequence[Any]:
+        """The label of each output."""
+        return self.label if self.positions is not None and isinstance(self.label, tuple) else (self.label,)
 
     @property
     def length(self) -> int:
@@ -34,15 +48,56 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors on the device: inputs, each (batch, tokens), and labels, (batch,) or (batch, labels), if any."""
+    """Padded tensors on the device: tokens, (batch, tokens) each; labels if any, (outputs,) or (outputs, labels)."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
     indices: Tensor
     places: tuple[Place, ...]
+    positions: Tensor | None = None
+    """Whether a token's output has a label, (batch, tokens); None where each row has one output."""
+
+    def of_outputs(self, values: Tensor) -> Tensor:
+        """What the model gives for each output, row by row: (batch, …) or (batch, tokens, …) to (outputs, …)."""
+        return values if self.positions is None else values[self.positions]
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+class Reading(Protocol):
+    """How a kind of head reads rows."""
+
+    @property
+    def tokenizer_arguments(self) -> Mapping[str, Any]:
+        """Further arguments of the tokenizer."""
+
+    def answers(
+        self, row: Row, encoding: Any, label: Label | None, source: str
+    ) -> tuple[tuple[int, ...] | None, Label | None]:
+        """The row's `Example.positions` and `Example.label`.
+
+        Args:
+            encoding: the row as the library `tokenizers` gives it.
+            label: the whole row's.
+
+        Raises:
+            InvalidDataset: the label is not one for these texts.
+        """
+
+
+class OneOutput:
+    """A row has one output."""
+
+    tokenizer_arguments: Mapping[str, Any] = {}
+
+    def answers(
+        self, row: Row, encoding: Any, label: Label | None, source: str
+    ) -> tuple[tuple[int, ...] | None, Label | None]:
+        return None, label
+
+
+ONE_OUTPUT = OneOutput()
 
 
 @dataclass(frozen=True)
@@ -59,6 +114,7 @@ def tokenize(
     max_length: int,
     labels: LabelMap | None,
     first: int = 0,
+    reading: Reading = ONE_OUTPUT,
 ) -> Tokenized:
     """Tokenise `rows`, truncating to `max_length` tokens (and to the data set's own limit).
 
@@ -74,7 +130,13 @@ def tokenize(
     pairs = None if spec.text_pair is None else [row.text_pair for row in rows]
     try:
         encoded = tokenizer(
-            [row.text for row in rows], pairs, truncation=True, max_length=limit, padding=False, verbose=False
+            [_as_listed(row.text) for row in rows],
+            pairs,
+            truncation=True,
+            max_length=limit,
+            padding=False,
+            verbose=False,
+            **reading.tokenizer_arguments,
         )
     except Exception as error:  # tokenizers raise bare exceptions, and their texts may quote a row
         if is_out_of_memory(error):
@@ -89,8 +151,19 @@ def tokenize(
         if not encoding["input_ids"]:
             raise InvalidDataset(spec.source, "no tokens", row.place)
         label = None if labels is None or spec.label is None else labels.value(row.label, spec.source, row.place)
-        examples.append(Example(first + index, row.place, encoding, label))
+        tokens = encoded.encodings[index] if encoded.encodings else None
+        positions, label = reading.answers(row, tokens, label, spec.source)
+        examples.append(Example(first + index, row.place, encoding, label, positions))
     return Tokenized(examples, overflowing)
+
+
+def _as_listed(text: Text) -> str | list[str]:
+    return text if isinstance(text, str) else list(text)
+
+
+def labels_of(examples: Sequence[Example]) -> NDArray[np.float64]:
+    """Labels of all outputs, row by row: (outputs,) or (outputs, labels)."""
+    return np.array([label for example in examples for label in example.labels], dtype=np.float64)
 
 
 def plan_batches(examples: Sequence[Example], tokens: int = BATCH_TOKENS) -> list[list[Example]]:
@@ -124,9 +197,14 @@ def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device
         }
         labels = None
         if examples[0].label is not None:
-            labels = torch.tensor([e.label for e in examples], device=device)
+            labels = torch.tensor([label for e in examples for label in e.labels], device=device)
+        positions = None
+        if examples[0].positions is not None:
+            positions = torch.zeros(len(examples), longest, dtype=torch.bool, device=device)
+            for row, example in enumerate(examples):
+                positions[row, list(example.positions or ())] = True
         indices = torch.tensor([e.index for e in examples], dtype=torch.int64)
-        yield Batch(inputs, labels, indices, tuple(e.place for e in examples))
+        yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions)
 
 
 def padding_values(tokenizer: Any) -> dict[str, int]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from worker.engine.catalog.checkpoints.headers import described_files, weights_among
 from worker.engine.catalog.contracts.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
 from worker.engine.catalog.data.formats import Csv
+from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line
@@ -84,15 +85,15 @@ class Fetched:
     notes: dict[tuple[HubSource, str | None, str | None], list[str]] = field(default_factory=dict)
     """Notes of rows that were joined or skipped, by repository, configuration and split."""
 
-    def rows(self, spec: DatasetSpec) -> TableRows:
+    def rows(self, spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> TableRows:
         """Return the rows of a data set. Raises InvalidDataset."""
         table = self.tables[_table_key(spec)]
         if isinstance(table, ParquetFiles):
             label = table.features.get(spec.label) if spec.label is not None else None
             feature = label.feature if isinstance(label, LISTS) else label
             names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-            return rows_of_parquet(table.files, spec, names)
-        return TableRows(table, spec, notes=self.notes[_table_key(spec)])
+            return rows_of_parquet(table.files, spec, names, texts)
+        return TableRows(table, spec, notes=self.notes[_table_key(spec)], texts=texts)
 
 
 def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:

@@ -12,7 +12,15 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from worker.engine.catalog.contracts.spec import DatasetSpec
-from worker.engine.catalog.data.rows import Row, check_first_rows, local_file, missing_column, row_of
+from worker.engine.catalog.data.rows import (
+    ONE_TEXT,
+    Row,
+    TextColumn,
+    check_first_rows,
+    local_file,
+    missing_column,
+    row_of,
+)
 from worker.engine.catalog.primitives.errors import EngineError, InvalidDataset, Place
 from worker.engine.runtime.resources import is_out_of_memory, require_memory
 
@@ -35,14 +43,16 @@ class TableRows:
         spec: DatasetSpec,
         label_names: tuple[str, ...] | None = None,
         notes: Sequence[str] = (),
+        texts: TextColumn = ONE_TEXT,
     ) -> None:
         self._spec = spec
+        self._texts = texts
         self.label_names = label_names
         self.notes = notes
         wanted = _wanted(spec, table.column_names)
         for name in wanted:
             feature = table.features[name]
-            if name == spec.label and isinstance(feature, LISTS):  # a multi-label head has such labels
+            if isinstance(feature, LISTS) and (name == spec.label or texts.is_list):
                 feature = feature.feature
             if isinstance(feature, datasets.ClassLabel):
                 if name == spec.label:
@@ -60,7 +70,10 @@ class TableRows:
         with _reading(self._spec):
             columns: dict[str, list[Any]] = self._table[list(indices)]
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        return [row_of(row, Place("row", index + 1), self._spec) for index, row in zip(indices, rows, strict=True)]
+        return [
+            row_of(row, Place("row", index + 1), self._spec, self._texts)
+            for index, row in zip(indices, rows, strict=True)
+        ]
 
 
 class EncodedTable:
@@ -109,13 +122,18 @@ def _values(part: Any) -> list[Any]:
     return [None if index is None else texts[index] for index in part.indices.to_pylist()]
 
 
-def read_parquet(spec: DatasetSpec) -> TableRows:
+def read_parquet(spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> TableRows:
     """Read the rows of a local Parquet file. Raises InvalidDataset, which names a missing column."""
     check_first_rows(spec, labels=None)
-    return rows_of_parquet([local_file(spec)], spec)
+    return rows_of_parquet([local_file(spec)], spec, texts=texts)
 
 
-def rows_of_parquet(files: Sequence[Path], spec: DatasetSpec, label_names: tuple[str, ...] | None = None) -> TableRows:
+def rows_of_parquet(
+    files: Sequence[Path],
+    spec: DatasetSpec,
+    label_names: tuple[str, ...] | None = None,
+    texts: TextColumn = ONE_TEXT,
+) -> TableRows:
     """Read the rows of Parquet files that are one table.
 
     Args:
@@ -139,7 +157,7 @@ def rows_of_parquet(files: Sequence[Path], spec: DatasetSpec, label_names: tuple
         table = pyarrow.concat_tables(parts, promote_options="permissive").unify_dictionaries()
         # Only the label names are read from the metadata that the library `datasets` wrote beside the columns.
         names = label_names or _label_names(parts[0].schema.metadata or {}, spec)
-        return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names)
+        return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names, texts=texts)
 
 
 def types_of_parquet(file: Path) -> Mapping[str, Any]:

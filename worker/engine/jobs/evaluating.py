@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
@@ -16,6 +15,7 @@ from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import compare
+from worker.engine.inputs.examples import labels_of
 from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.preparing import examples_of
 from worker.engine.merging.backbone import plain_average
@@ -56,7 +56,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     """One model's rows; its merge is held no longer than this takes."""
     evaluation, examples, precision = model.evaluation, model.rows.evaluation, context.precision
     loaded = context.models.get(model.info)
-    labels = np.array([e.label for e in examples], dtype=np.float64)
+    labels, outputs = labels_of(examples), [example.outputs for example in examples]
     expert_predictions = predict(loaded, examples, precision, evaluating.advance)
     better = loaded.kind.likely_permutation(labels, expert_predictions)
     if better:
@@ -81,4 +81,4 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
         "merged_kept_head": kept_predictions,
         "merged": merged_predictions,
     }
-    return compare(evaluation, loaded.task, labels, predictions)
+    return compare(evaluation, loaded.task, labels, predictions, outputs)

@@ -11,7 +11,7 @@ from worker.engine.catalog.contracts.spec import (
     JobSpec,
     MergeSpec,
 )
-from worker.engine.catalog.data.rows import Row, Rows, sample
+from worker.engine.catalog.data.rows import Row, Rows, Text, sample
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt
@@ -25,7 +25,7 @@ from worker.engine.models.loading import LoadedModel
 from worker.engine.scoring.sample import Sample
 from worker.engine.search.splitting import halves
 
-HeldOut = Collection[tuple[str, str | None]]
+HeldOut = Collection[tuple[Text, Text | None]]
 """Texts of rows that a model is evaluated on, and that nothing is fitted to."""
 
 
@@ -65,7 +65,7 @@ def prepare(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContex
 def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> tuple[JobModel, HeldOut]:
     """The model with the rows that the result is judged by, and that `auto` searches on; and the texts of both."""
     evaluation, loaded = model.evaluation, context.models.get(model.info)
-    rows = inputs.rows(evaluation)
+    rows = inputs.rows(evaluation, loaded.task.texts)
     labels = _label_map(loaded, evaluation, rows, context)
     read = sample(rows, evaluation, None)
     examples, truncated = examples_from(loaded, evaluation, read, labels)
@@ -88,7 +88,7 @@ def with_dataset(
     """The model with the rows of its data set: to measure, to fit layers to, and to align its head on."""
     method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
     measured, aligned_on = spec.rows_wanted(model.spec)
-    rows = inputs.rows(dataset)
+    rows = inputs.rows(dataset, loaded.task.texts)
     needed = _label_map(loaded, dataset, rows, context) if measured and method.needs_labels else None
     fitted_on = max(aligned_on, measured if method.refits_layers else 0)
     read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
@@ -194,7 +194,7 @@ def examples_from(
     """The rows tokenised, and a note where some were truncated."""
     if not rows:  # tokenizers do not take none
         return [], []
-    tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
+    tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels, reading=loaded.kind)
     return tokenized.examples, truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
 
 
@@ -202,7 +202,13 @@ def examples_of(
     plan: MergePlan, merged: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], examples: Sequence[Example]
 ) -> tuple[Sequence[Example], list[str]]:
     """An expert's examples as the merged model reads them, the same unless vocabularies differ; and notes."""
-    return (examples, []) if plan.vocabulary is None else examples_from(merged, dataset, rows, None)
+    if plan.vocabulary is None:
+        return examples, []
+    found, notes = examples_from(merged, dataset, rows, None)
+    if [one.outputs for one in found] != [one.outputs for one in examples]:
+        problem = "the merge's tokenizer cuts rows where the model's own does not; set a smaller max_length"
+        raise InvalidDataset(dataset.source, problem)
+    return found, notes
 
 
 def truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:

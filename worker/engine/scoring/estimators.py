@@ -29,25 +29,22 @@ class Estimator(ABC):
 
     @abstractmethod
     def contrasts(self, logits: Tensor, batch: Batch) -> Passes:
-        """What to differentiate.
-
-        Args:
-            logits: (batch, labels).
-
-        Returns:
-            Weights of the squares, (batch, passes), and coefficients of the logits, (batch, passes, labels); float64.
-        """
+        """What to differentiate, by the logits of a forward pass, (batch, …)."""
 
     def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
         """Each example's expected squared gradient by every mask node."""
         weights, contrasts = self.contrasts(logits.detach(), batch)
         total: Scores = {}
         for k in range(weights.shape[1]):
-            output = (contrasts[:, k].to(logits.dtype) * logits).sum(-1)
-            for site, g in gradients.of(output, last=k == weights.shape[1] - 1).items():
+            for site, g in gradients.of(_combined(logits, contrasts[k]), last=k == weights.shape[1] - 1).items():
                 square = g.square().mul_(weights[:, k, None])
                 total[site] = total[site] + square if site in total else square
         return total
+
+
+def _combined(logits: Tensor, coefficients: Tensor) -> Tensor:
+    """The sum of each example's logits with these coefficients, (batch,)."""
+    return (coefficients.to(logits.dtype) * logits).flatten(1).sum(-1)
 
 
 class Expected(Estimator):
@@ -67,12 +64,12 @@ class Empirical(Estimator):
     def contrasts(self, logits: Tensor, batch: Batch) -> Passes:
         if batch.labels is None:
             raise RuntimeError("the empirical estimator needs labels; planning should have refused this")
-        return self._kind.empirical(logits, batch.labels)
+        return self._kind.empirical(logits, batch, batch.labels)
 
     def gradients(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
         """The gradients themselves, for the published rule, which squares their batch mean."""
         _, contrasts = self.contrasts(logits.detach(), batch)
-        return gradients.of((contrasts[:, 0].to(logits.dtype) * logits).sum(-1), last=True)
+        return gradients.of(_combined(logits, contrasts[0]), last=True)
 
 
 class Sampled(Estimator):

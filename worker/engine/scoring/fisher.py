@@ -80,7 +80,7 @@ def _add_squares(
         found = torch.autograd.grad(
             logits,
             list(parameters.values()),
-            contrasts[:, k].to(logits.dtype),
+            contrasts[k].to(logits.dtype),
             retain_graph=k < passes - 1,
             allow_unused=True,
         )

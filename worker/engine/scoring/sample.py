@@ -42,6 +42,7 @@ class Sample:
         self.spec = spec
         self._rows = rows
         self._tokenizer = loaded.tokenizer
+        self._reading = loaded.kind
         self.max_length = loaded.max_length
         self._labels = labels
         self._tokenized: dict[int, tuple[int, int]] = {}  # truncated, and all, by first row of the block
@@ -96,12 +97,16 @@ class Sample:
 
     def longest(self) -> int:
         """Tokens of the longest among the rows of most bytes, which is about that of all."""
-        by_bytes = sorted(self._rows, key=lambda row: len(row.text.encode()) + len((row.text_pair or "").encode()))
-        found = tokenize(by_bytes[-PROBED_ROWS:], self.spec, self._tokenizer, self.max_length, None)
+        by_bytes = sorted(self._rows, key=lambda row: row.nbytes)
+        found = tokenize(
+            by_bytes[-PROBED_ROWS:], self.spec, self._tokenizer, self.max_length, None, reading=self._reading
+        )
         return max(example.length for example in found.examples)
 
     def _tokenize(self, start: int, stop: int) -> list[Example]:
-        found = tokenize(self._rows[start:stop], self.spec, self._tokenizer, self.max_length, self._labels, start)
+        found = tokenize(
+            self._rows[start:stop], self.spec, self._tokenizer, self.max_length, self._labels, start, self._reading
+        )
         self._tokenized[start] = (found.truncated, len(found.examples))
         return found.examples
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES
 from worker.engine.checkpoints.row_blocks import is_finite
 from worker.engine.evaluation.evaluate import head_inputs, head_of
-from worker.engine.inputs.examples import Example
+from worker.engine.inputs.examples import Example, labels_of
 from worker.engine.merging.head_alignment import aligned
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import LoadedModel
@@ -43,7 +42,7 @@ class Side:
         self.evaluation = expert.evaluation
         rows = expert.rows
         self.searched, self.held_out, self.alignment = rows.searched, rows.evaluation, rows.alignment
-        self.labels, self.held_out_labels = _labels(self.searched), _labels(self.held_out)
+        self.labels, self.held_out_labels = labels_of(self.searched), labels_of(self.held_out)
         head = head_of(loaded)
         bias = None if head.bias is None else head.bias.detach().cpu().double()
         self.head: Head = (head.weight.detach().cpu().double(), bias)
@@ -98,18 +97,21 @@ class Side:
 
 
 class Seen:
-    """What the heads read of rows with one merge, (rows, width), computed as far as it is asked for."""
+    """What the heads read of rows with one merge, (outputs, width), computed as far as it is asked for."""
 
-    def __init__(self, read: Callable[[slice], Tensor]) -> None:
+    def __init__(self, examples: Sequence[Example], read: Callable[[slice], Tensor]) -> None:
+        self._examples = examples
         self._read = read
-        self._known: Tensor | None = None
+        self._known: list[Tensor] = []
+        self._rows = 0
 
     def first(self, rows: int) -> Tensor:
-        if self._known is None:
-            self._known = self._read(slice(rows))
-        elif rows > len(self._known):
-            self._known = torch.cat([self._known, self._read(slice(len(self._known), rows))])
-        return self._known[:rows]
+        if rows > self._rows or not self._known:
+            further = self._read(slice(self._rows, rows))
+            self._known = [torch.cat([*self._known, further]) if self._known else further]
+            self._rows = rows
+        [known] = self._known
+        return known[: sum(example.outputs for example in self._examples[:rows])]
 
 
 class Tryout:
@@ -121,7 +123,7 @@ class Tryout:
         self._sides = bench.sides
 
         def seen(index: int, rows: Sequence[Example]) -> Seen:
-            return Seen(partial(bench.read, state, index, rows))
+            return Seen(rows, partial(bench.read, state, index, rows))
 
         self._searched = [seen(index, side.searched) for index, side in enumerate(bench.sides)]
         self._alignment = [seen(index, side.alignment) for index, side in enumerate(bench.sides)]
@@ -150,7 +152,8 @@ class Tryout:
         if not side.alignment:
             return self._bench.stored_head(index, side.head)
         rows = min(len(side.alignment), max(LEAST_ALIGNMENT_ROWS, part(side.alignment, share)))
-        found = aligned(self._alignment[index].first(rows), side.targets[:rows], *side.head, ridge)
+        features = self._alignment[index].first(rows)
+        found = aligned(features, side.targets[: len(features)], *side.head, ridge)
         return self._bench.stored_head(index, found)
 
 
@@ -238,10 +241,6 @@ def _stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_finite(stored):
         raise NumericalError(f"tensor {name} has values beyond {str(dtype).removeprefix('torch.')}", tensor=name)
     return stored
-
-
-def _labels(examples: Sequence[Example]) -> Array:
-    return np.array([example.label for example in examples], dtype=np.float64)
 
 
 def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.data.rows import Row, Text
 from worker.engine.catalog.primitives.errors import InvalidDataset
 
 
@@ -19,13 +19,13 @@ def halves(rows: Sequence[Row], seed: int, source: str) -> tuple[list[int], list
     Raises:
         InvalidDataset: there are not two different texts.
     """
-    places: dict[tuple[str, str | None], list[int]] = {}
+    places: dict[tuple[Text, Text | None], list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault((row.text, row.text_pair), []).append(place)
     if len(places) < 2:
         raise InvalidDataset(source, "method auto needs two different rows at least, to search on and to report on")
 
-    def drawn(text: tuple[str, str | None]) -> bytes:
+    def drawn(text: tuple[Text, Text | None]) -> bytes:
         return hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
 
     searched: list[int] = []

@@ -75,7 +75,7 @@ def _judged(side: Side, predictions: Sequence[Array]) -> list[_Judged]:
     name, task, labels = side.evaluation.metric, side.kind.task, side.held_out_labels
     metric = metric_for(name, task)
     expert = metric(labels, side.held_out_predicted)
-    resampled = bootstrap(name, task, labels, predictions, side.evaluation.seed)
+    resampled = bootstrap(name, task, labels, predictions, side.evaluation.seed, [one.outputs for one in side.held_out])
     found = []
     for predicted, draws in zip(predictions, resampled, strict=True):
         value = metric(labels, predicted)

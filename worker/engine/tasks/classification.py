@@ -32,13 +32,14 @@ class ClassificationHead(HeadKind[Classification]):
         weights = p[:, :-1] * later / sums[:, :-1].clamp_min(TINY)
         mean_of_later = p[:, None] / later.clamp_min(TINY)[:, :, None]  # (batch, labels - 1, labels)
         contrasts = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:-1] - mean_of_later.triu(1)
-        return weights, torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
+        by_label = torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
+        return weights, by_label.unbind(1)
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         draws = torch.tensor([uniform(seed, int(i)) for i in batch.indices], dtype=torch.float64)
         return one_pass(of_label(logits, drawn(logits, draws)))
 
-    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
+    def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
         return one_pass(of_label(logits, labels))
 
     def decision(self, logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import MetricName
 from worker.engine.catalog.tasks import Task
-from worker.engine.inputs.examples import Batch
+from worker.engine.inputs.examples import Batch, OneOutput
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 
 AUTO_EXPECTED_LABELS = 8  # K - 1 backward passes; beyond this, one with a drawn label is the better use of the time
@@ -18,13 +18,13 @@ TINY = torch.finfo(torch.float64).tiny  # instead of 0 where a quotient does not
 
 EstimatorName = Literal["auto", "expected", "sampled", "empirical"]
 ResolvedEstimator = Literal["expected", "sampled", "empirical"]
-Passes = tuple[Tensor, Tensor]
-"""Weights of squared derivatives, (batch, passes), and what each derivative is of: coefficients of the logits, (batch,
-passes, outputs); float64."""
+Passes = tuple[Tensor, Sequence[Tensor]]
+"""Weights of squared derivatives, (batch, passes), and for each pass what the derivative is of: coefficients of the
+logits, in their shape; float64."""
 T = TypeVar("T", bound=Task)
 
 
-class HeadKind(ABC, Generic[T]):
+class HeadKind(OneOutput, ABC, Generic[T]):
     """A kind of head. With `z` the logits, an example's expected squared gradient is the sum over passes of `weight`
     times the squared derivative of `sum_y coefficient_y z_y`, one backward pass each. Nothing is subtracted, so nearly
     certain predictions lose no digits."""
@@ -57,12 +57,12 @@ class HeadKind(ABC, Generic[T]):
         """The gradient of the log-likelihood of a label that is drawn from the model, seeded per example."""
 
     @abstractmethod
-    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
-        """The gradient of the log-likelihood of the rows' own labels."""
+    def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
+        """The gradient of the log-likelihood of the batch's own labels, as in `Batch.labels`."""
 
     @abstractmethod
     def decision(self, logits: Tensor) -> Tensor:
-        """Predictions by the logits, (rows, outputs), in the shape of the labels: (rows, …)."""
+        """Predictions by the logits, one for each, in the shape of the labels: (rows, outputs) to (rows, …)."""
 
     def predicted(self, logits: Tensor) -> Array:
         return self.decision(logits).cpu().double().numpy()
@@ -85,6 +85,6 @@ class HeadKind(ABC, Generic[T]):
 
 
 def one_pass(coefficients: Tensor) -> Passes:
-    """Squares of single derivatives, of coefficients (batch, outputs)."""
+    """Squares of single derivatives, of coefficients (batch, …)."""
     weights = torch.ones(len(coefficients), 1, dtype=torch.float64, device=coefficients.device)
-    return weights, coefficients[:, None]
+    return weights, [coefficients]

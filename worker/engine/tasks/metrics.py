@@ -53,7 +53,7 @@ def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> R
     of_hits = [one.multiply(of_labels).tocsr() for one in of_predictions]
 
     def values(counts: Array) -> Array:
-        rows = counts[:, 0].sum()
+        rows = counts.sum(0)
         found = []
         for hit, of_prediction in zip(of_hits, of_predictions, strict=True):
             hits = hit @ counts  # (classes, resamples), as the other two

@@ -32,7 +32,7 @@ class MultiLabelHead(HeadKind[MultiLabel]):
         """`sum_k p_k (1 - p_k) d_k^2`. K labels cost K backward passes on one graph."""
         z = logits.double()
         each = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        return z.sigmoid() * (-z).sigmoid(), each.expand(len(z), -1, -1)  # 1 - p without cancellation
+        return z.sigmoid() * (-z).sigmoid(), each.expand(len(z), -1, -1).unbind(1)  # 1 - p without cancellation
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         """Whether each label applies is drawn by itself."""
@@ -41,7 +41,7 @@ class MultiLabelHead(HeadKind[MultiLabel]):
         applies = torch.tensor(draws, dtype=torch.float64).to(p.device) < p
         return one_pass(applies.double() - p)
 
-    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
+    def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
         return one_pass(labels.double() - logits.double().sigmoid())
 
     def decision(self, logits: Tensor) -> Tensor:

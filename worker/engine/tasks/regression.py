@@ -32,7 +32,7 @@ class RegressionHead(HeadKind[Regression]):
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         return self.expected(logits, batch)
 
-    def empirical(self, logits: Tensor, labels: Tensor) -> Passes:
+    def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
         return one_pass(labels.double()[:, None] - logits.double())
 
     def decision(self, logits: Tensor) -> Tensor:

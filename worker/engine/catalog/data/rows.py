@@ -32,14 +32,51 @@ FORMATS: Mapping[str, Callable[[str], Format]] = {
 }
 
 
+Text = str | tuple[str, ...]
+"""A text, or its words."""
+
+
+class TextColumn:
+    """How a row's text is read from its column: here a value is one text."""
+
+    is_list = False
+    """Whether a value is a list; a row has no second text then."""
+
+    def read(self, value: Any, name: str, source: str, place: Place) -> Text:
+        """Raises InvalidDataset naming place and column."""
+        return read_text(value, name, source, place)
+
+
+ONE_TEXT = TextColumn()
+
+
+def read_text(value: Any, name: str, source: str, place: Place) -> str:
+    """Text as it is in a column. Raises InvalidDataset naming place and column."""
+    if not isinstance(value, str):
+        raise InvalidDataset(source, f"column '{name}' is not text", place, column=name)
+    if "\0" in value:  # as in text that is not UTF-8, or where a disk lost what was written
+        raise InvalidDataset(source, f"column '{name}' has a zero byte, which is no text", place, column=name)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        raise InvalidDataset(source, f"column '{name}' is not Unicode text", place, column=name) from None
+    return value
+
+
 @dataclass(frozen=True)
 class Row:
     """One row. `place` is where it is in the data set, for messages; `label` is as read, not yet an id."""
 
     place: Place
-    text: str
-    text_pair: str | None
+    text: Text
+    text_pair: Text | None
     label: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the row's texts."""
+        texts = [self.text, self.text_pair or ""]
+        return sum(len(part.encode()) for text in texts for part in ([text] if isinstance(text, str) else text))
 
 
 class Labels(Protocol):
@@ -84,8 +121,9 @@ class RowFile:
 
     label_names: tuple[str, ...] | None = None
 
-    def __init__(self, spec: DatasetSpec) -> None:
+    def __init__(self, spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> None:
         self._spec = spec
+        self._texts = texts
         self._format = _format(spec)
         self._lines = array("Q")
         self._offsets = array("Q")
@@ -103,10 +141,12 @@ class RowFile:
     def read(self, indices: Sequence[int]) -> list[Row]:
         with _opened(self._spec) as stream:
             places = ((self._lines[index], self._offsets[index]) for index in indices)
-            return [_read_row(self._format, stream, line, offset, self._spec) for line, offset in places]
+            return [_read_row(self._format, stream, line, offset, self._spec, self._texts) for line, offset in places]
 
 
-def check_first_rows(spec: DatasetSpec, labels: Labels | None, least_texts: int = 1) -> None:
+def check_first_rows(
+    spec: DatasetSpec, labels: Labels | None, least_texts: int = 1, texts: TextColumn = ONE_TEXT
+) -> None:
     """Refuse what the first rows show: another format, a missing column, an unknown label.
 
     Of a Parquet file only that it is one; its columns are seen where its rows are read.
@@ -124,19 +164,19 @@ def check_first_rows(spec: DatasetSpec, labels: Labels | None, least_texts: int 
             return
         form = _format(spec)
         first = list(islice(form.index(stream), FIRST_ROWS))
-        texts = set()
+        found = set()
         for line, offset in first:
-            row = _read_row(form, stream, line, offset, spec)
-            texts.add((row.text, row.text_pair))
+            row = _read_row(form, stream, line, offset, spec, texts)
+            found.add((row.text, row.text_pair))
             if labels is not None and spec.label is not None:
                 labels.value(row.label, spec.source, row.place)
     if not first:
         raise InvalidDataset(spec.source, "no rows")
-    if len(first) < FIRST_ROWS and len(texts) < least_texts:
-        raise InvalidDataset(spec.source, f"{len(texts)} different texts, and {least_texts} are needed")
+    if len(first) < FIRST_ROWS and len(found) < least_texts:
+        raise InvalidDataset(spec.source, f"{len(found)} different texts, and {least_texts} are needed")
 
 
-def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec) -> Row:
+def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> Row:
     """The asked columns as a row. Raises InvalidDataset naming place and column."""
 
     def column(name: str) -> Any:
@@ -144,18 +184,11 @@ def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec) -> Row:
             raise missing_column(spec.source, name, [str(key) for key in columns], place)
         return columns[name]
 
-    def text(name: str) -> str:
-        value = column(name)
-        if not isinstance(value, str):
-            raise InvalidDataset(spec.source, f"column '{name}' is not text", place, column=name)
-        if "\0" in value:  # as in text that is not UTF-8, or where a disk lost what was written
-            raise InvalidDataset(spec.source, f"column '{name}' has a zero byte, which is no text", place, column=name)
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-            raise InvalidDataset(spec.source, f"column '{name}' is not Unicode text", place, column=name) from None
-        return value
+    def text(name: str) -> Text:
+        return texts.read(column(name), name, spec.source, place)
 
+    if texts.is_list and spec.text_pair:
+        raise InvalidDataset(spec.source, "text_pair is for texts, not for lists", place, column=spec.text_pair)
     return Row(
         place=place,
         text=text(spec.text),
@@ -168,10 +201,10 @@ def missing_column(source: str, name: str, known: list[str], place: Place | None
     return InvalidDataset(source, f"no column '{name}'{did_you_mean(name, known)}", place, column=name)
 
 
-def _read_row(form: Format, stream: BinaryIO, line: int, offset: int, spec: DatasetSpec) -> Row:
+def _read_row(form: Format, stream: BinaryIO, line: int, offset: int, spec: DatasetSpec, texts: TextColumn) -> Row:
     stream.seek(offset)
     place = Place("line", line)
-    return row_of(form.parse(stream, place), place, spec)
+    return row_of(form.parse(stream, place), place, spec, texts)
 
 
 def _format(spec: DatasetSpec) -> Format:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
 from worker.engine.catalog.families import Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
@@ -31,6 +32,8 @@ class Task(ABC):
     """Such heads by the model type of their backbone, beside those that the families' own tables have."""
     metrics: ClassVar[tuple[MetricName, ...]]
     """The metrics that such a head is evaluated by; the first is the default."""
+    texts: ClassVar[TextColumn] = ONE_TEXT
+    """How a row's text is read."""
     has_classes: ClassVar[bool] = True
     """Whether labels are ids of classes, which may have names."""
 
