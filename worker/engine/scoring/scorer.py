@@ -67,7 +67,6 @@ def paper_scores(
     Batches of 32 rows in the data set's order, padded to their longest row; float32; a partial last batch as it is.
     The loss is the model's own, see `HeadKind.loss_per_likelihood`.
     """
-    loss_per_likelihood = loaded.kind.loss_per_likelihood
     empirical = Empirical(loaded.task)
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
     totals: dict[ScoreName, Tensor] = {}
@@ -76,8 +75,9 @@ def paper_scores(
             logits = loaded.model(**batch.inputs).logits
             by_example = empirical.gradients(logits, batch, gradients)
             _check_finite(by_example, batch, source)
+            factor = loaded.kind.loss_per_likelihood(batch)
             for site, g in by_example.items():
-                totals[site] = totals.get(site, torch.zeros(())) + (loss_per_likelihood * g.mean(0).cpu()) ** 2
+                totals[site] = totals.get(site, torch.zeros(())) + (factor * g.mean(0).cpu()) ** 2
             on_rows(len(batch))
     return totals
 

@@ -37,9 +37,8 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         """Sizes of one label, or prediction."""
         return ()
 
-    @property
-    def loss_per_likelihood(self) -> float:
-        """The loss that the published code differentiates, over the negative log-likelihood."""
+    def loss_per_likelihood(self, batch: Batch) -> float:
+        """The batch's loss, as the published code takes it, over the mean negative log-likelihood of its rows."""
         return 1.0
 
     def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
