@@ -158,6 +158,22 @@ def test_resampled_correlations_are_scipys(name: MetricName, case: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
+def test_resamples_draw_rows_with_all_their_outputs() -> None:
+    rng = np.random.default_rng(1)
+    outputs = rng.integers(1, 6, 30)
+    labels, predicted = (array(rng.integers(0, 3, outputs.sum())) for _ in range(2))
+    ends = np.cumsum(outputs)
+    for name in THREE.metrics:
+        again = np.random.default_rng(7)
+        found = bootstrap(name, THREE, labels, [predicted], 7, outputs.tolist())
+        for resample in range(20):
+            rows = again.integers(0, 30, 30)
+            drawn = np.concatenate([np.arange(ends[row] - outputs[row], ends[row]) for row in rows])
+            assert found[0, resample] == pytest.approx(
+                metric_for(name, THREE)(labels[drawn], predicted[drawn]), abs=1e-12
+            )
+
+
 @pytest.mark.parametrize("name", ["accuracy", "f1", "matthews", "pearson", "spearman"])
 @pytest.mark.parametrize("chunk", [1, 200, 7 * 200 + 5])
 def test_resamples_do_not_depend_on_how_many_are_computed_at_once(
