@@ -169,8 +169,8 @@ class Bench:
                 model = load(expert.info, self.device)  # the one at hand has another backbone by now
                 spec, read = self.rows_of(expert.name, "train")
                 own = Sample(read[:rows], len(read), spec, model, LabelMap(model.task))
-                found = Measured()
-                measurer.measure(found, model, Digests().of_checkpoint(expert.info), own, len(own), lambda _: None)
+                digest = Digests().of_checkpoint(expert.info)
+                found = measurer.measure(Measured(), model, digest, own, len(own), lambda _: None)
                 expert.measured[label] = MeasuredModel(
                     1.0, found.scores, found.of(Statistic.GRAM), found.of(Statistic.FISHER)
                 )

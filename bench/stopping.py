@@ -103,8 +103,8 @@ class StoppingBench:
                 plan = plan_merge([expert.info])
                 self.owned = plan.owned
                 measurer = Measurer(METHOD, plan.linear_inputs, self.bench.precision, store, BatchSizes())
-                found = Measured()
-                measurer.measure(found, model, Digests().of_checkpoint(expert.info), own, len(own), lambda _: None)
+                digest = Digests().of_checkpoint(expert.info)
+                found = measurer.measure(Measured(), model, digest, own, len(own), lambda _: None)
                 self.scored[name] = Scored(1.0, found.sums, len(own))
                 console.print(f"{name}: {len(own)} rows, {time.monotonic() - start:.0f} s", highlight=False)
 

@@ -240,9 +240,8 @@ class Case:
     ) -> tuple[Measured, Sample]:
         """Scores of the first rows; the sample says how many of them were tokenised for it."""
         measurer = Measurer(method or MaskFisherParameters(), [], "float32", store, BatchSizes())
-        own, found = self.sample(rows), measured or Measured()
-        measurer.measure(found, self.loaded, "digest", own, rows, silent)
-        return found, own
+        own = self.sample(rows)
+        return measurer.measure(measured or Measured(), self.loaded, "digest", own, rows, silent), own
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +275,7 @@ def test_going_on_from_fewer_rows_gives_the_bits_of_all_at_once(case: Case, tmp_
         assert_same_bits(rest, whole)
         measured = Measured()
         for rows in (256, 512, ROWS):
-            _, own = case.measure(forgetful, rows, measured)
+            measured, own = case.measure(forgetful, rows, measured)
         assert own.truncated == (0, ROWS - 512)
         assert_same_bits(measured, whole)
 

@@ -13,7 +13,7 @@ from worker.engine.merging.job_models import JobModel
 from worker.engine.merging.stopping import point
 from worker.engine.runtime.progress import Phase
 from worker.engine.scoring.measure import Measured, Measurer
-from worker.engine.scoring.sample import Sample, looks
+from worker.engine.scoring.sample import looks
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,30 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
     """All statistics of every model that takes part; with `examples: "auto"`, of as many rows as it takes to know the
     weights of their merge."""
     method = work.method
-    models = [replace(model, measured=Measured()) for model in work.models]
-    samples = [(model, model.rows.sample) for model in models if model.rows.sample is not None]
+    found = [replace(model, measured=Measured()) for model in work.models]
+    samples = {index: model.rows.sample for index, model in enumerate(found) if model.rows.sample is not None}
 
-    def extend(model: JobModel, sample: Sample, rows: int, statistics: Collection[Statistic]) -> None:
+    def extend(index: int, rows: int, statistics: Collection[Statistic]) -> None:
+        model, sample = found[index], samples[index]
         loaded = context.models.get(model.info)
-        measurer.measure(model.measured, loaded, model.digest, sample, rows, scoring.advance, statistics)
+        known = measurer.measure(model.measured, loaded, model.digest, sample, rows, scoring.advance, statistics)
+        found[index] = replace(model, measured=known)
 
     stopping = method.scoring
     if stopping is None or stopping.tolerance is None:
-        for model, sample in samples:
-            extend(model, sample, len(sample), method.statistics)
-        return models
-    for rows in looks(max(len(sample) for _, sample in samples)):
-        for model, sample in samples:
-            if model.measured.rows < len(sample):
-                extend(model, sample, min(rows, len(sample)), {Statistic.MASK_FISHER})
-        reached = point(stopping, with_errors([model for model, _ in samples]), rows, work.plan.owned)
+        for index, sample in samples.items():
+            extend(index, len(sample), method.statistics)
+        return found
+    for rows in looks(max(map(len, samples.values()))):
+        for index, sample in samples.items():
+            if found[index].measured.rows < len(sample):
+                extend(index, min(rows, len(sample)), {Statistic.MASK_FISHER})
+        reached = point(stopping, with_errors([found[index] for index in samples]), rows, work.plan.owned)
         if reached is not None and reached.error <= stopping.tolerance:
             break
-    for model, sample in samples:
-        extend(model, sample, model.measured.rows, method.statistics - {Statistic.MASK_FISHER})
-    return models
+    for index in samples:
+        extend(index, found[index].measured.rows, method.statistics - {Statistic.MASK_FISHER})
+    return found
 
 
 def truncations(model: JobModel) -> Sequence[str]:

@@ -26,7 +26,7 @@ class Scored:
     """A model with `weight` lambda, scored on rows out of `population`: the sums, by how many rows they are of."""
 
     weight: PerTensor[float]
-    sums: dict[int, NodeStatistics]
+    sums: Mapping[int, NodeStatistics]
     population: int
 
     def at(self, rows: int) -> NodeStatistics | None:

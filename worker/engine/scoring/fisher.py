@@ -121,8 +121,8 @@ def _differentiable(model: nn.Module, embeddings: nn.Module, parameters: Sequenc
             table.sparse = False
 
 
-def _measure(work: Work, measured: Measured) -> None:
-    work.find_or_compute(measured, work.facts_of_gradients(Statistic.FISHER, work.rows), _parts(work))
+def _measure(work: Work, measured: Measured) -> Measured:
+    return work.find_or_compute(measured, work.facts_of_gradients(Statistic.FISHER, work.rows), _parts(work))
 
 
 def _parts(work: Work) -> Iterator[Mapping[str, Tensor]]:

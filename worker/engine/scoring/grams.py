@@ -116,9 +116,9 @@ class _Sums:
         self.counts[name] += len(x)
 
 
-def _measure(work: Work, measured: Measured) -> None:
+def _measure(work: Work, measured: Measured) -> Measured:
     passes = in_passes(work.inputs)
-    work.find_or_compute(measured, work.facts(Statistic.GRAM, work.rows), _parts(work, passes), len(passes))
+    return work.find_or_compute(measured, work.facts(Statistic.GRAM, work.rows), _parts(work, passes), len(passes))
 
 
 def _parts(work: Work, passes: Sequence[Sequence[LinearInput]]) -> Iterator[Mapping[str, Tensor]]:

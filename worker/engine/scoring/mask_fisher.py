@@ -2,6 +2,7 @@
 fewer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -16,12 +17,11 @@ from worker.engine.scoring.statistics import STANDARD_ERROR, NodeStatistics
 from worker.engine.scoring.work import Measured, Pass, Work
 
 
-def _measure(work: Work, measured: Measured) -> None:
-    measured.names = tuple(sorted(score_names(work.loaded)))
+def _measure(work: Work, measured: Measured) -> Measured:
+    measured = replace(measured, names=tuple(sorted(score_names(work.loaded))))
     if work.method.batch_rows is not None:
-        work.find_or_compute(measured, _facts(work, work.rows), _published(work))
-    else:
-        _score(work, measured)
+        return work.find_or_compute(measured, _facts(work, work.rows), _published(work))
+    return _with_scores(work, measured)
 
 
 def _published(work: Work) -> Iterator[Mapping[str, Tensor]]:
@@ -35,38 +35,38 @@ def _facts(work: Work, rows: int) -> Facts:
     return work.facts_of_gradients(Statistic.MASK_FISHER, rows).model_copy(update=more)
 
 
-def _score(work: Work, measured: Measured) -> None:
+def _with_scores(work: Work, measured: Measured) -> Measured:
     """Scores of the first rows, from the longest run of whole blocks whose sums are known; every look is kept.
 
     Of several processes that want the same, one goes through the rows; the others wait for it.
     """
-    counted = max(measured.sums, default=0)
-    known = _find(work, measured)
-    if known == work.rows:
-        work.on_rows(known - counted)
-        return
+    found = _with_kept(work, measured)
+    if found.scored_rows == work.rows:
+        work.on_rows(found.scored_rows - measured.scored_rows)
+        return found
     alone = work.store.alone_with(_facts(work, work.rows), lambda: work.on_rows(0))
     # Weights are rounded here once, and not anew for every block.
     with alone, rounded_weights(work.loaded.model, work.precision):
-        known = _find(work, measured)
-        work.on_rows(known - counted)
+        found = _with_kept(work, found)
+        known = found.scored_rows
+        work.on_rows(known - measured.scored_rows)
         sums = NodeStatistics()
         tokens = 0
         if known:
-            sums.merge(measured.sums[known])
+            sums.merge(found.sums[known])
         for look in [look for look in looks(work.rows) if look > known]:
-            measured.cached = False
             for block in work.sample.blocks(sums.examples, look):
                 if not tokens:
-                    tokens = _tokens(work, measured, block, work.rows - known)
-                    measured.batch_tokens = tokens if measured.batch_tokens == tokens or not known else None
+                    tokens = _tokens(work, found, block, work.rows - known)
+                    are_all_alike = found.batch_tokens == tokens or not known
+                    found = replace(found, batch_tokens=tokens if are_all_alike else None)
                 sums.merge(_scored(work, block, tokens))
             errors = sums.standard_errors(work.sample.population)
             named = {f"{site}{STANDARD_ERROR}": error for site, error in errors.items()}
             parts = [sums.scores() | named | sums.named()]
-            kept = work.store.put(_facts(work, look), work.origin(look, measured.batch_tokens), parts)
-            measured.sums[look] = NodeStatistics.from_named(look, measured.names, kept)
-            measured.statistics[Statistic.MASK_FISHER] = kept
+            kept = work.store.put(_facts(work, look), work.origin(look, found.batch_tokens), parts)
+            found = replace(found.with_scores(look, kept), cached=False)
+    return found
 
 
 def _scored(work: Work, block: Sequence[Example], tokens: int) -> NodeStatistics:
@@ -74,26 +74,24 @@ def _scored(work: Work, block: Sequence[Example], tokens: int) -> NodeStatistics
     return score(work.loaded, block, work.required_estimator, work.precision, work.sample.source, work.on_rows, batches)
 
 
-def _find(work: Work, measured: Measured) -> int:
-    """Add the longest run of whole blocks that is kept, and the looks before it; how many rows are known then.
+def _with_kept(work: Work, measured: Measured) -> Measured:
+    """What was measured with the longest run of whole blocks that is kept, and the looks before it.
 
     Where the method names the tokens of a batch, only what was computed by so many counts as kept.
     """
-    known = max(measured.sums, default=0)
     asked = work.method.asked_batch_tokens
-    for end in reversed([end for end in block_ends(work.rows) if end > known]):
+    found = measured
+    for end in reversed([end for end in block_ends(work.rows) if end > measured.scored_rows]):
         kept = work.store.get(_facts(work, end))
         if kept is not None and asked in (None, kept.about.origin.batch_tokens):
-            measured.sums[end] = NodeStatistics.from_named(end, measured.names, kept)
-            measured.statistics[Statistic.MASK_FISHER] = kept
-            measured.batch_tokens = kept.about.origin.batch_tokens
-            known = end
+            found = replace(found.with_scores(end, kept), batch_tokens=kept.about.origin.batch_tokens)
             break
-    for look in [look for look in looks(known) if look > 0 and look not in measured.sums]:
+    sums = dict(found.sums)
+    for look in [look for look in looks(found.scored_rows) if look > 0 and look not in sums]:
         kept = work.store.get(_facts(work, look))
         if kept is not None:
-            measured.sums[look] = NodeStatistics.from_named(look, measured.names, kept)
-    return known
+            sums[look] = NodeStatistics.from_named(look, found.names, kept)
+    return replace(found, sums=sums)
 
 
 def _tokens(work: Work, measured: Measured, block: Sequence[Example], rows: int) -> int:

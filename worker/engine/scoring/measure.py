@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from worker.engine.catalog.methods import MethodParameters, Statistic
 from worker.engine.catalog.planning.plan import LinearInput
@@ -53,8 +54,8 @@ class Measurer:
         rows: int,
         on_rows: OnRows,
         statistics: Collection[Statistic] | None = None,
-    ) -> None:
-        """Add statistics of the first `rows` rows to `measured`: all of the method's, or those that are named.
+    ) -> Measured:
+        """What was `measured` with statistics of the first `rows` rows: all of the method's, or those that are named.
 
         Mask scores go on from what is known of fewer rows. `digest` is the checkpoint's.
 
@@ -74,9 +75,11 @@ class Measurer:
             self._batches,
             on_rows,
         )
-        measured.cached = measured.cached or not measured.statistics
-        measured.estimator = work.estimator.name if work.estimator else None
+        found = replace(
+            measured,
+            cached=measured.cached or not measured.statistics,
+            estimator=work.estimator.name if work.estimator else None,
+        )
         for statistic in sorted(self._method.statistics if statistics is None else statistics):
-            PASSES[statistic].measure(work, measured)
-        measured.rows = rows
-        measured.seconds += time.monotonic() - start
+            found = PASSES[statistic].measure(work, found)
+        return replace(found, rows=rows, seconds=found.seconds + time.monotonic() - start)

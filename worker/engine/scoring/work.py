@@ -1,7 +1,7 @@
-"""One model's measuring by one method: what a statistic's pass over the rows is given, and what it fills."""
+"""One model's measuring by one method: what a statistic's pass over the rows is given, and what it returns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -21,21 +21,34 @@ from worker.engine.scoring.statistics import SUMS, NodeStatistics
 from worker.engine.scoring.store import Statistics, StatisticsStore
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
     """A model's statistics, of its first `rows` rows. `cached` when all of them were found."""
 
     rows: int = 0
-    statistics: dict[Statistic, Statistics] = field(default_factory=dict)
+    statistics: Mapping[Statistic, Statistics] = field(default_factory=dict)
     names: tuple[ScoreName, ...] = ()
     """Names of the scores of the model's mask nodes."""
-    sums: dict[int, NodeStatistics] = field(default_factory=dict)
+    sums: Mapping[int, NodeStatistics] = field(default_factory=dict)
     """What the scores of its first rows follow from, by how many these are: at every look that is known."""
     estimator: str | None = None
     batch_tokens: int | None = None
     """Padded tokens that were computed together for the scores; None where parts were computed by different numbers."""
     cached: bool = False
     seconds: float = 0.0
+
+    @property
+    def scored_rows(self) -> int:
+        """Number of first rows whose scores, and the sums that these follow from, are known."""
+        return max(self.sums, default=0)
+
+    def with_statistic(self, statistic: Statistic, kept: Statistics) -> "Measured":
+        return replace(self, statistics={**self.statistics, statistic: kept})
+
+    def with_scores(self, rows: int, kept: Statistics) -> "Measured":
+        """With the scores of the first `rows` rows."""
+        sums = {**self.sums, rows: NodeStatistics.from_named(rows, self.names, kept)}
+        return replace(self.with_statistic(Statistic.MASK_FISHER, kept), sums=sums)
 
     def of(self, statistic: Statistic) -> Mapping[str, Tensor]:
         return self.statistics.get(statistic) or {}
@@ -112,8 +125,8 @@ class Work:
 
     def find_or_compute(
         self, measured: Measured, facts: Facts, parts: Iterator[Mapping[str, Tensor]], passes: int = 1
-    ) -> None:
-        """Add a statistic of all rows to `measured`: as it is kept, or else from `parts`, of which one is held at once.
+    ) -> Measured:
+        """What was `measured` with a statistic of all rows: as it is kept, or else from `parts`, held one at a time.
 
         Args:
             passes: how often `parts` go through the rows.
@@ -123,8 +136,7 @@ class Work:
         )
         if was_there:
             self.on_rows(self.rows * passes)
-        measured.cached &= was_there
-        measured.statistics[facts.statistic] = kept
+        return replace(measured.with_statistic(facts.statistic, kept), cached=measured.cached and was_there)
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,7 @@ class Pass:
     """How one statistic is measured."""
 
     statistic: Statistic
-    measure: Callable[[Work, Measured], None]
-    """Adds the statistic to what was measured; goes on from what is known of fewer rows, if it can."""
+    measure: Callable[[Work, Measured], Measured]
+    """Returns what was measured with the statistic; goes on from what is known of fewer rows, if it can."""
     passes: Callable[[Sequence[LinearInput]], int] = lambda inputs: 1
     """How often each row is gone through, of a model whose linear layers have these inputs."""
