@@ -1,4 +1,4 @@
-"""What a caller may ask for: the whole schema, including what is refused as not available yet."""
+"""The whole schema of requests, including fields that are refused because they are not available yet."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,9 +44,9 @@ from worker.engine.catalog.primitives.values import (
 
 LONGEST_TITLE = 200
 LONGEST_DEADLINE_S = 366 * 86_400
-MOST_FILTERS = 1000  # of a request; each is matched against the names of all tensors
-MOST_ERRORS = 20  # that one answer tells
-LEAST_EVALUATED = 2  # rows, where `auto` splits them
+MOST_FILTERS = 1000  # filters of a request; each is matched against the names of all tensors
+MOST_ERRORS = 20  # errors that one answer tells
+LEAST_EVALUATED = 2  # evaluation rows, if `auto` splits them
 
 LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
 
@@ -57,9 +57,9 @@ class Dataset(Columns):
     source: str
     """Reference to a JSON lines, CSV or Parquet file, or to a data set on the hub."""
     config: Name | None = None
-    """Configuration of a data set on the hub, where it has several."""
+    """Configuration of a data set on the hub, if it has several."""
     split: Name | None = None
-    """Split of a data set on the hub, where it has several."""
+    """Split of a data set on the hub, if it has several."""
     target: str | None = None
     messages: str | None = None
     tokens: str | None = None
@@ -75,14 +75,15 @@ class Evaluation(Dataset):
     label: Name = "label"
     """Column of the labels."""
     metric: MetricName | None = None
-    """Default: accuracy for classification, f1 for several labels at once, pearson for regression."""
+    """Metric to compare; default: accuracy for classification, f1 for several labels at once, pearson for
+    regression."""
 
 
 class MeasuredModelRequest(Strict):
     """A model as every kind of job names it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-    """Unique; names the model's folder or file in the artifact."""
+    """Unique name, which is also that of the model's folder or file in the artifact."""
     checkpoint: str
     """Reference to a folder written by `save_pretrained`, to a repository on the hub, or to a model of an earlier job;
     in a merge also to a LoRA adapter of `base`."""
@@ -102,14 +103,14 @@ class MeasuredModelRequest(Strict):
 
 class ModelRequest(MeasuredModelRequest):
     weight: PerTensor[Weight] = DEFAULT_WEIGHT
-    """lambda: this model's say in the merge; 0 takes it out. Below 0 it is subtracted, in methods that add models or
-    task vectors up. `auto` tries a third to three times of it, unless a model has a list or filters."""
+    """Weight of this model in the merge, lambda; 0 leaves it out. Below 0 it is subtracted, in methods that add up
+    models or task vectors. `auto` tries a third to three times of it, unless a model has a list or filters."""
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
     """This model's own values of the method's parameters that `per_model` of `GET /methods` names. Where none of its
     filters matches a tensor, the method's value counts."""
     evaluation: Evaluation | None = None
     min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
-    """For the method `auto`: the share of this expert's metric that the merge must keep, if any trial does."""
+    """Share of this expert's metric that a merge chosen by `auto` must keep, if any trial does."""
 
     @property
     def takes_part(self) -> bool:
@@ -122,31 +123,31 @@ class ScoredModelRequest(MeasuredModelRequest):
 
 class Output(Tokens):
     dtype: Dtype = "auto"
-    """Storage of the merged tensors; `auto` keeps the inputs' own."""
+    """Data type in which merged tensors are stored; `auto` keeps the inputs' own."""
     heads: Heads | None = None
-    """`per_model`: the merged backbone with each model's own head, in `models/`. `merged`: heads are merged like the
-    rest, to one model in `model/`; classifiers need equal labels for it. Default: `per_model` for classifiers of the
-    architectures with a table, `merged` for all others, as language models."""
+    """Treatment of heads. `per_model`: the merged backbone gets each model's own head, in `models/`. `merged`: heads
+    are merged like all other tensors, to one model in `model/`, for which classifiers need equal labels. Default:
+    `per_model` for classifiers of architectures with a table, `merged` for all others, such as language models."""
     align_heads: bool = True
-    """Refit each kept head to the merged backbone, on the model's own `dataset` and without labels; the preset `paper`
-    leaves it out unless it is asked for. Without effect, and shown as false, where heads are merged."""
+    """Whether to refit each kept head to the merged backbone, on the model's own `dataset` and without labels. With the
+    preset `paper` it is false by default. It has no effect, and is shown as false, where heads are merged."""
     align_ridge: Annotated[float, Field(gt=0, le=100)] = ALIGN_RIDGE
-    """How strongly an aligned head is held to what it was, in units of the mean square of its inputs. `auto` searches
-    for it, and takes no other than the default here."""
+    """Strength that holds an aligned head to its former weights, in units of the mean square of its inputs. `auto`
+    searches for it, and only accepts the default here."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     vocabulary: VocabularyPolicy = "error"
-    """Of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of the first
-    model where no base is named; `union` appends the other models' further tokens to that."""
+    """Treatment of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of
+    the first model where no base is named; `union` appends the other models' further tokens to that."""
     config_from: str | None = None
     """Name of the model, or `base`, whose configuration and tokenizer are published. Models may then differ in settings
-    that no shape shows, as the base of rotary positions, their scaling, windows or the epsilon of norms; without it,
-    such models are refused. Each published model keeps its own labels."""
+    that no shape shows, such as the base of rotary positions, their scaling, windows or the epsilon of norms; without
+    it, such models are refused. Each published model keeps its own labels."""
     chat_template: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
     """The published chat template: Jinja, or `auto` for the one that most models have. Null: the published tokenizer's
     own."""
     interference: bool = True
-    """Compare the models' differences from the base for the report, which reads the checkpoints once more. Without
-    effect where no base is named."""
+    """Whether to compare the models' differences from the base for the report, which reads the checkpoints once more.
+    It has no effect where no base is named."""
     publish: str | None = None
 
     @property
@@ -192,18 +193,18 @@ class JobRequest(Strict, Generic[Model]):
     """The common part of requests for every kind of job."""
 
     name: Annotated[str, Field(max_length=LONGEST_TITLE)] | None = None
-    """A title for people; default: the models' names joined by +, as far as there is room."""
+    """Title for people; default: the models' names joined by +, as far as there is room."""
     method: RequestedMethod
     models: Annotated[list[Model], Field(min_length=1, max_length=64)]
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
     deadline_seconds: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
-    """Time that the job has from its acceptance, with its time in the queue and all attempts. A job that has not ended
-    by then fails with `timeout` and publishes nothing. A retry has the same time again. Null: no limit."""
+    """Seconds that the job has from its acceptance, including its time in the queue and all attempts. A job that has
+    not ended by then fails with `timeout` and publishes nothing. A retry has the same time again. Null: no limit."""
 
     @model_validator(mode="before")
     @classmethod
     def _is_unicode(cls, data: Any) -> Any:
-        """JSON can spell half a surrogate pair, which nothing that writes UTF-8 takes."""
+        """Refuse halves of surrogate pairs, which JSON can spell but UTF-8 cannot encode."""
         try:
             json.dumps(data if isinstance(data, dict) else None, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -230,12 +231,12 @@ class JobRequest(Strict, Generic[Model]):
 
 
 class MergeRequest(JobRequest[ModelRequest]):
-    """`POST /merge`."""
+    """Body of `POST /merge`."""
 
     base: Annotated[str, Field(min_length=1)] | None = None
-    """Reference to the checkpoint that all models were fine-tuned from, adapters too, with any head or none."""
+    """Reference to the checkpoint from which all models, adapters too, were fine-tuned, with any head or none."""
     layers: Annotated[int, Field(ge=1)] | None = None
-    """How many layers the models must have; null: any number. Translations of recipes that name all layers set it."""
+    """Number of layers that the models must have; null: any. Translations of recipes that name all layers set it."""
     slices: Annotated[list[OutputSlice], Field(min_length=1, max_length=1000)] | None = None
     """Slices that become the layers 0, 1, … of the result; the method merges each of them from layers of its sources.
     Tensors before the layers are merged from the first slice's models, and those after them from the last slice's.
@@ -244,9 +245,9 @@ class MergeRequest(JobRequest[ModelRequest]):
     strict_filters: bool = True
     """Whether a filter that matches no tensor is refused; otherwise the result has a note of it."""
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100, default_factory=list)]
-    """Notes that the result begins with: what a translation of another tool's recipe has left out."""
+    """Notes with which the result begins, such as those of a translation about what it left out of a recipe."""
     evaluate: bool = True
-    """Compare expert, plain average and merge on each model's evaluation rows."""
+    """Whether to compare expert, plain average and merge on each model's evaluation rows."""
     webhook: Webhook | None = None
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
     device: Literal["cpu", "cuda"] | None = None
@@ -363,14 +364,14 @@ def _problem(where: tuple[str | int, ...], why: str, value: Any) -> InitErrorDet
 
 
 def _refuse(request: type[Strict], problems: Iterable[InitErrorDetails]) -> None:
-    """Raises ValidationError if there are any, with the first ones: nobody reads thousands, and each takes time."""
+    """Raise ValidationError with the first problems, if there are any: nobody reads thousands, and each takes time."""
     found = list(islice(problems, MOST_ERRORS))
     if found:
         raise ValidationError.from_exception_data(request.__name__, found)
 
 
 def _named(method: BaseParameters, those: Sequence[MethodParameters]) -> str:
-    """The method, or those of its candidates."""
+    """Name the method, or those of its candidates."""
     if method.search is None:
         return f"method {method.name}"
     names = dict.fromkeys(one.name for one in those)
@@ -378,7 +379,7 @@ def _named(method: BaseParameters, those: Sequence[MethodParameters]) -> str:
 
 
 def _unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest) -> Iterator[InitErrorDetails]:
-    """The reasons why the model `index` cannot be measured."""
+    """Yield the reasons why the model `index` cannot be measured."""
     if not model.takes_part:
         return
     measuring = [one for one in method.methods if one.statistics]
@@ -392,7 +393,7 @@ def _unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest)
 
 
 def _misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts: bool = True) -> Iterator[str]:
-    """What of the models' number and weights does not suit the method; it is the subject."""
+    """Yield how the models' number and weights do not suit the method, which is the subject of each sentence."""
     weights = [model.weight for model in models if model.takes_part]
     entry = METHODS[method.name]
     least, most = entry.models
@@ -403,7 +404,7 @@ def _misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts
 
 
 def _search_problems(method: BaseParameters, request: MergeRequest) -> Iterator[InitErrorDetails]:
-    """The reasons why `auto` cannot try every candidate on rows of every model."""
+    """Yield the reasons why `auto` cannot try every candidate on rows of every model."""
     if not request.evaluate:
         why = "method auto chooses by what merges keep of every model, so it evaluates; leave evaluate out"
         yield _problem(("evaluate",), why, request.evaluate)
@@ -441,7 +442,7 @@ def _search_problems(method: BaseParameters, request: MergeRequest) -> Iterator[
 
 
 def _negative_weights(method: str, index: int, weight: PerTensor[Weight]) -> Iterator[InitErrorDetails]:
-    """An error for every weight below 0 of the model `index`."""
+    """Yield an error for every weight below 0 of the model `index`."""
     if not is_ever_negative(weight):
         return
     takers = ", ".join(name for name, entry in METHODS.items() if entry.parameters.takes_negative_weights)
@@ -458,7 +459,7 @@ def _negative_weights(method: str, index: int, weight: PerTensor[Weight]) -> Ite
 
 
 def _own_parameter_errors(method: MethodParameters, index: int, model: ModelRequest) -> Iterator[InitErrorDetails]:
-    """Errors in the own parameters of the model `index`."""
+    """Yield errors in the own parameters of the model `index`."""
     where = ("models", index, "parameters")
     unknown = [name for name in model.parameters if name not in method.per_model]
     for name in unknown:
@@ -482,7 +483,7 @@ def _own_parameter_errors(method: MethodParameters, index: int, model: ModelRequ
 
 
 def _check_slices(method: BaseParameters, request: MergeRequest) -> None:
-    """Raises ValueError where slices and models do not name each other, or models have what stacking ignores."""
+    """Raise ValueError where slices and models do not name each other, or models have fields that stacking ignores."""
     models = [model.name for model in request.models]
     used = {part.model for part in method.stacked_slices}
     for name in sorted(used - set(models)):
@@ -504,7 +505,7 @@ def _check_slices(method: BaseParameters, request: MergeRequest) -> None:
 def _slice_problems(
     method: MethodParameters, slices: Sequence[OutputSlice], request: MergeRequest
 ) -> Iterator[InitErrorDetails]:
-    """The reasons why the models cannot be merged slice by slice."""
+    """Yield the reasons why the models cannot be merged slice by slice."""
     if method.statistics:
         why = f"method {method.name} measures whole models, and merges no slices of them; leave it out"
         yield _problem(("slices",), why, None)
@@ -539,11 +540,11 @@ def _measurable(method: Any) -> Any:
 
 
 class ScoreRequest(JobRequest[ScoredModelRequest]):
-    """`POST /scores`. The models need not fit each other."""
+    """Body of `POST /scores`. The models need not fit each other."""
 
     method: Annotated[Method, BeforeValidator(_measurable)] = MASK_FISHER.parameters()
-    """Whose statistics are computed; parameters that concern merging alone change nothing, but for where `examples:
-    "auto"` stops: each model by itself, as if merged with one of the same scores, errors and weight."""
+    """Method whose statistics are computed. Parameters of merging alone only change where `examples: "auto"` stops: it
+    stops for each model by itself, as if merged with one of the same scores, errors and weight."""
 
     @field_validator("method")
     @classmethod
@@ -554,7 +555,7 @@ class ScoreRequest(JobRequest[ScoredModelRequest]):
 
 
 def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, str]]:
-    """(field, why) of everything the schema knows and this version cannot do: refused rather than ignored."""
+    """Return (field, why) of everything that the schema knows and this version cannot do, which is refused."""
     return [(field, "is not available yet; leave it out") for field in _later(request)]
 
 

@@ -1,4 +1,4 @@
-"""Checks a request as far as that needs no weights: inspects what it names, and plans the job."""
+"""Checks a request without reading weights: inspects the inputs that it names, and plans the job."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,7 +43,7 @@ NO_ADAPTERS = "takes no adapters; merge it into its base first (method average w
 
 Inspect = Callable[[Path, str], CheckpointInfo]
 At = Callable[[str], None]
-"""A function that is called with the field of the request that is checked next."""
+"""Called with the field of the request that is checked next."""
 
 
 class PlannedModel(BaseModel):
@@ -53,53 +53,53 @@ class PlannedModel(BaseModel):
     architecture: str
     task: str
     head: str
-    """What the model's task head becomes."""
+    """Treatment of the model's head in the result."""
     tokens: int | None
-    """Number of tokens of the output that the model has, where `output.vocabulary` is not `error`."""
+    """Number of the output's tokens that the model has, if `output.vocabulary` is not `error`."""
     new_tokens: int | None
-    """How many of these `union` appends for it: the base and the models before it lack them."""
+    """Number of these that `union` appends for it, because the base and the models before it lack them."""
 
 
 class Plan(BaseModel):
-    """The answer of `POST /merge/validate`: what the job would do."""
+    """The answer of `POST /merge/validate`, which tells what the job would do."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     bytes_to_read: int
     bytes_to_write: int
     peak_memory_bytes: int
-    """An estimate for one worker, in float32, with the longest rows that the models take."""
+    """Estimate for one worker, in float32, with the longest rows that the models take."""
     examples: int
-    """The most rows that would be measured, over all models."""
+    """Largest number of rows that would be measured, over all models."""
     candidates: list[str] | None
     """Names of the methods that `auto` would try."""
     trials: int | None
     """Number of merges that `auto` would try."""
     tensors: int
     owners: dict[str, int]
-    """How many merged tensors belong to heads, to neurons, and to no node (rest)."""
+    """Number of merged tensors that belong to each kind of node, and to no node (rest)."""
     models: list[PlannedModel]
     tokens: int | None
-    """Number of tokens of the output's tokenizer, where `output.vocabulary` is not `error`."""
+    """Number of tokens of the output's tokenizer, if `output.vocabulary` is not `error`."""
     notes: list[str]
-    """Notes that the result will begin with: what is left out, assumed, or merged in another way."""
+    """Notes with which the result will begin: what is left out, assumed, or merged in another way."""
     request: dict[str, Any]
     """The request as it would be accepted, with defaults filled in."""
 
 
 class Accepted(BaseModel):
-    """A request that was accepted, with what its job needs to know."""
+    """A request that was accepted, with the facts that its job needs."""
 
     request: dict[str, Any]
     """The request with its defaults filled in."""
     states: dict[str, str]
-    """States of checkpoints by their references, but for those that never change."""
+    """States of checkpoints by their references, except those that never change."""
     plan: Plan | None
     """The plan of a merge; None for other kinds of job."""
 
 
 class Checker:
-    """Inspects what one request names. It needs no Redis, and leaves nothing behind."""
+    """Inspects the inputs that one request names. It needs no Redis, and leaves nothing behind."""
 
     def __init__(self, sources: Sources, free_bytes: Callable[[], int], at: At) -> None:
         self._sources = sources
@@ -108,7 +108,7 @@ class Checker:
         self._views = Views()
 
     def check(self, request: MergeRequest | ScoreRequest) -> Accepted:
-        """Raises ProblemError: the recipe or an input is refused."""
+        """Check a request. Raises ProblemError when the recipe or an input is refused."""
         later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
         if later:
             raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
@@ -189,7 +189,7 @@ class Checker:
         )
 
     def _checkpoint(self, field: str, reference: str, inspect: Inspect = inspect_checkpoint) -> CheckpointInfo:
-        """The headers of a checkpoint; its source is the reference to keep."""
+        """Read the headers of a checkpoint; its source is the reference to keep."""
         self._at(field)
         with _refusing(field):
             kept = self._sources.resolve(reference, "checkpoint")
@@ -199,7 +199,7 @@ class Checker:
     def _rows(
         self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool, least_texts: int = 1
     ) -> str:
-        """The reference to keep. Rows of the hub are checked by the worker."""
+        """Check rows, and return the reference to keep. The worker checks rows of the hub."""
         self._at(field)
         labels = None
         if needs_labels:
@@ -258,7 +258,7 @@ def _planned(request: MergeRequest, checkpoints: Sequence[CheckpointInfo], base:
 
 def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:
     from worker.engine.catalog.planning.templates import (
-        check_templates,  # which loads Jinja: only inspectors need it
+        check_templates,  # imported here because it loads Jinja, which only inspectors need
     )
 
     return check_templates(plan, asked)
@@ -307,7 +307,7 @@ def _checkpoint_field(index: int) -> str:
 
 
 def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
-    """Refuses what needs a table of the architecture where there is none: measuring, alignment, evaluation."""
+    """Refuse measuring, alignment and evaluation where the architecture has no table, which they need."""
     name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
     errors = []
     does = "evaluates" if request.method.search else "measures"
@@ -325,12 +325,12 @@ def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
 
 
 def _aligns(request: MergeRequest, plan: MergePlan) -> bool:
-    """Whether heads are aligned if the models have rows for it."""
+    """Return whether heads are aligned if the models have rows for it."""
     return request.output.align_heads and not plan.merges_heads
 
 
 def _measured(request: MergeRequest) -> int:
-    """The most rows that would be measured, over all models."""
+    """Return the largest number of rows that would be measured, over all models."""
     examples = request.method.most_examples
     limits = [model.dataset.limit or examples for model in request.models if model.dataset and model.takes_part]
     return sum(min(examples, limit) for limit in limits)
@@ -341,13 +341,13 @@ def _evaluates(request: MergeRequest) -> bool:
 
 
 def _loads_models(request: MergeRequest, plan: MergePlan) -> bool:
-    """Whether the job runs its models, rather than merging their weights alone."""
+    """Return whether the job runs its models, instead of only merging their weights."""
     aligns = _aligns(request, plan) and any(model.dataset for model in request.models)
     return bool(_measured(request)) or _evaluates(request) or aligns
 
 
 def _becomes(request: MergeRequest, plan: MergePlan, index: int) -> str:
-    """What becomes of a model's head in the result."""
+    """Say how a model's head is treated in the result."""
     if plan.merges_heads:
         return "merged like the rest into model"
     model = request.models[index]
@@ -361,7 +361,7 @@ def _becomes(request: MergeRequest, plan: MergePlan, index: int) -> str:
 
 @contextmanager
 def _refusing(field: str) -> Iterator[None]:
-    """Turn what inputs, hub and the engine's catalog refuse into a problem that names the request's field."""
+    """Turn refusals of inputs, hub and the engine's catalog into a problem that names the request's field."""
     try:
         yield
     except ReferenceError as error:
@@ -378,7 +378,7 @@ def _refusing(field: str) -> Iterator[None]:
 
 
 def _refuse(problems: Iterable[tuple[str, str]]) -> None:
-    """Raises ProblemError for what is wrong with the request, as (field, why), if anything is."""
+    """Raise ProblemError with the problems of the request, each (field, why), if there are any."""
     errors = [FieldError(field=field, message=message) for field, message in problems]
     if errors:
         raise ProblemError(Problem.INVALID_REQUEST, _sentence(errors), errors)

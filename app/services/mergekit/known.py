@@ -1,6 +1,6 @@
-"""The methods of mergekit that have a counterpart here, and what their parameters are when a recipe leaves them out.
+"""The methods of mergekit that have a counterpart here, with their parameters and defaults.
 
-Defaults are mergekit's (0.1.5), never ours, so that the request says all of what mergekit would do.
+Defaults are mergekit's (0.1.5), never ours, so that the request says everything that mergekit would do.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ class Base(Enum):
 
 @dataclass(frozen=True)
 class Parameter:
-    """Of a method of mergekit.
+    """A parameter of a method of mergekit.
 
-    `ours` is the method's parameter here, where it is called otherwise. A method here that has none does what the
-    default says.
+    `ours` is the name of the method's parameter here, if it is another. A method here that has no such parameter does
+    what the default says.
     """
 
     default: Any = REQUIRED
     kind: Literal["number", "flag", "count", "plain"] = "number"
-    """A number may differ by tensor; a plain value may not."""
+    """Kind of value. A number may differ between tensors; a plain value may not."""
     ours: str | None = None
 
 
@@ -40,7 +40,7 @@ class Method:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     weighs_models: bool = False
     without_effect: frozenset[str] = frozenset()
-    """Parameters that mergekit takes and that change nothing."""
+    """Parameters that mergekit takes but that change nothing."""
 
 
 def flag(default: bool, ours: str | None = None) -> Parameter:

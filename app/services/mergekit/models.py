@@ -1,4 +1,4 @@
-"""The method, the models and the slices of a request for a recipe of mergekit."""
+"""Makes the method, the models and the slices of a request for a recipe of mergekit."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from app.services.mergekit.parameters import (
 from app.services.mergekit.recipe import LONGEST_NAME, MergekitError, Part, Recipe, Source, place_of
 from worker.engine.catalog.methods import METHODS
 
-BASE = "base"  # what `output.config_from` calls the base of a request
+BASE = "base"  # name of a request's base in `output.config_from`
 
 
 def merged(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The method's parameters, the models, and the other fields of the request."""
+    """Return the method's parameters, the models, and the other fields of the request."""
     name, method = recipe.name, recipe.method
     rest: dict[str, Any] = {}
     from_base = method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN)
@@ -79,7 +79,7 @@ def merged(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[s
 
 
 def stacked(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The same for `passthrough`: slices of one model each, stacked, or one whole model."""
+    """Return the same for `passthrough`: slices of one model each, stacked, or one whole model."""
     for part in recipe.parts:
         if len(part.sources) != 1 or (not recipe.is_sliced and recipe.base not in (None, part.sources[0].reference)):
             place = f"{part.place}.sources" if recipe.is_sliced else "models"
@@ -101,7 +101,7 @@ def stacked(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[
 
 
 def ordered(recipe: Recipe, part: Part, sources: Sequence[Source]) -> list[Source]:
-    """The models of a part, the base first: configuration and tokenizer of the result are its own."""
+    """Return the models of a part, the base first: configuration and tokenizer of the result are its own."""
     if recipe.method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN):
         return [source for source in sources if source.reference != part.base]
     return sorted(sources, key=lambda source: source.reference != part.base)
@@ -112,12 +112,12 @@ def _slice(source: Source, short: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _taken(recipe: Recipe, references: Sequence[str]) -> list[str]:
-    """Names that no model may have: if the base is none of them, `base` is the base."""
+    """Return names that no model may have: if the base is not among the models, `base` is the base."""
     return [] if recipe.base is None or recipe.base in references else [BASE]
 
 
 def names_of(references: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
-    """Short and unique: the last part of each path, numbered where two are the same, or the name is taken."""
+    """Return short and unique names: the last part of each path, numbered if two are the same or a name is taken."""
     names: list[str] = []
     for reference in references:
         last = reference.partition(":")[2].partition("@")[0].rstrip("/").rpartition("/")[2]

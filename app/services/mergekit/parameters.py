@@ -1,4 +1,4 @@
-"""Parameters of a recipe of mergekit as values of requests, with its filters and lists by layers."""
+"""Translates parameters of a recipe of mergekit, with its filters and lists by layers, into values of requests."""
 
 import glob
 import re
@@ -21,7 +21,7 @@ def value_of(name: str, parameter: Parameter, recipe: Recipe, parts: Sequence[Pa
 
 
 def value_of_model(recipe: Recipe, parts: Sequence[Part], reference: str, name: str, default: Any) -> Any:
-    """The value of a model's own parameter over all parts."""
+    """Return the value of a model's own parameter over all parts."""
     settings: list[Any] = []
     for part, start in zip(parts, recipe.starts, strict=True):
         source = part.source_of(reference)
@@ -34,7 +34,7 @@ def value_of_model(recipe: Recipe, parts: Sequence[Part], reference: str, name: 
 
 
 def number_of(chain: Chain, name: str, default: Any, place: str) -> Any:
-    """A `PerTensor` value. Where no filter of one mapping matches, mergekit looks into the next."""
+    """Return a `PerTensor` value. Where no filter of one mapping matches, mergekit looks into the next."""
     filters: list[dict[str, Any]] = []
     value = default
     for where, given in chain:
@@ -62,7 +62,7 @@ def number_of(chain: Chain, name: str, default: Any, place: str) -> Any:
 
 
 def _one_value(name: str, parameter: Parameter, chain: Chain) -> Any:
-    """A flag or a count: of all tensors."""
+    """Return a flag or a count, which is the same for all tensors."""
     place, value = next(((p, given[name]) for p, given in chain if name in given), ("", parameter.default))
     if parameter.kind == "flag" and value in (True, False):
         return bool(value)
@@ -75,14 +75,14 @@ def _one_value(name: str, parameter: Parameter, chain: Chain) -> Any:
 
 
 def vectors(recipe: Recipe) -> str:
-    """The part of a tensor that `nuslerp` takes as one vector."""
+    """Return the part of a tensor that `nuslerp` takes as one vector."""
     if value_of("nuslerp_flatten", flag(True), recipe, recipe.parts):
         return "tensor"
     return "columns" if value_of("nuslerp_row_wise", flag(False), recipe, recipe.parts) else "rows"
 
 
 def _filter(entry: Any, place: str) -> dict[str, Any]:
-    """mergekit's filter is a part of the name, ours a glob of all of it."""
+    """Translate a filter: mergekit's is a part of the name, ours a glob for all of it."""
     if not isinstance(entry, dict):
         raise MergekitError(place, "give an entry with value, and with filter if it is not for all tensors")
     part = entry.get("filter")
@@ -93,7 +93,7 @@ def _filter(entry: Any, place: str) -> dict[str, Any]:
 
 
 def _numbers(given: Any, field: str) -> Any:
-    """A number, or a list of them, in which YAML may have left 1e-3 a text."""
+    """Read a number or a list of numbers, in which YAML may have left 1e-3 as a text."""
     if isinstance(given, list):
         if not given:
             raise MergekitError(field, "give at least one number")
@@ -108,13 +108,15 @@ def _numbers(given: Any, field: str) -> Any:
 
 
 def plain_chain(chain: Chain, name: str) -> Chain:
-    """Drops values of null, which mean the default."""
+    """Drop values of null, which mean the default."""
     return [(where, {k: v for k, v in given.items() if k != name or v is not None}) for where, given in chain]
 
 
 def check_numbering(setting: Any, source: Source, start: int, name: str) -> None:
-    """mergekit looks for filters of a model's own parameters in the names that its tensors have before they are put
-    together."""
+    """Check that filters of a model's own parameters do not depend on the numbers of layers.
+
+    mergekit matches them with the names that the model's tensors have before they are put together.
+    """
     if source.layers is None or source.layers[0] == start or not isinstance(setting, list):
         return
     for entry in setting:
@@ -124,9 +126,10 @@ def check_numbering(setting: Any, source: Source, start: int, name: str) -> None
 
 
 def over_parts(recipe: Recipe, settings: Sequence[Any]) -> Any:
-    """A `PerTensor` value with mergekit's numbers, of what the parameter is in each part; None: it has no say there.
+    """Return a `PerTensor` value with mergekit's numbers from a parameter's setting in each part.
 
-    A list of numbers is of layers alone there, and what lies outside of them has the first.
+    None: the parameter has no influence in a part. A list of numbers is for layers alone there, and tensors outside the
+    layers have the first number.
     """
     known = [setting for setting in settings if setting is not None]
     if len(known) == 1 and len(settings) == 1:
@@ -151,7 +154,7 @@ def _has_lists(setting: Any) -> bool:
 
 
 def _placed(setting: Any, places: Sequence[Any], *, always: bool = False) -> Any:
-    """Adds a `where` for each of these places; None means all, which takes two entries for a list of numbers."""
+    """Add a `where` for each of these places; None means all, which takes two entries for a list of numbers."""
     if not always and not _has_lists(setting):
         return setting
     is_plain = not isinstance(setting, list) or not any(isinstance(entry, dict) for entry in setting)

@@ -1,4 +1,4 @@
-"""Reads a recipe of mergekit: its models, slices and the places where parameters are looked for."""
+"""Reads a recipe of mergekit: its models, its slices, and the places where its parameters are."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.primitives.strict import did_you_mean
 
 ADAPTER = re.compile(rf"\+({'|'.join(SCHEMES)}):")
-"""What parts a model from its adapter where both are references. The path of a folder may have a plain `+`."""
+"""Matches the text between a model and its adapter if both are references. A folder's path may have a plain `+`."""
 
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", re.ASCII)
@@ -32,11 +32,11 @@ KEYS = (
 
 
 Chain = Sequence[tuple[str, Mapping[str, Any]]]
-"""Places where parameters are looked for, (field, mapping); the first that has one counts."""
+"""Places where parameters are looked for, each (field, mapping); the first that has a parameter counts."""
 
 
 class MergekitError(ValueError):
-    """`field` is a path in mergekit's recipe."""
+    """The recipe cannot be translated. `field` is a path in mergekit's recipe."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
@@ -54,7 +54,7 @@ class Source:
     is_adapter: bool = False
     """Whether it is an adapter of the base."""
     layers: tuple[int, int] | None = None
-    """The range of layers; None means all."""
+    """Range of layers; None means all."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Recipe:
 
     @property
     def starts(self) -> list[int]:
-        """The first layer of the result in each part."""
+        """Number of the result's first layer in each part."""
         return [0, *accumulate(part.length or 0 for part in self.parts)][:-1]
 
 
@@ -184,7 +184,7 @@ def _length(layers: tuple[int, int]) -> int:
 
 
 def _reference(entry: Mapping[str, Any], place: str, base: str | None = None) -> str:
-    """The reference of the model, or of the adapter in `BASE+ADAPTER`."""
+    """Return the reference of the model, or of the adapter in `BASE+ADAPTER`."""
     adapter = _adapter_of(base, entry.get("model"))
     known = entry if adapter is None else {"model": adapter}
     reference = optional_reference(known, "model", f"{place}.model")
@@ -235,7 +235,7 @@ def _layer_range(source: Mapping[str, Any], place: str) -> tuple[int, int]:
 
 
 def _entries(recipe: Mapping[str, Any], key: str, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, mapping) of each entry of a list."""
+    """Yield (place, mapping) of each entry of a list."""
     where = f"{place}.{key}" if place else key
     entries = recipe.get(key)
     if not isinstance(entries, list) or not entries:
@@ -256,7 +256,7 @@ def mapping_of(recipe: Mapping[str, Any], key: str, place: str) -> Mapping[str, 
 
 
 def pass_over(given: Mapping[str, Any], known: Sequence[str], place: str, notes: list[str]) -> None:
-    """Adds notes of keys that mergekit does not read."""
+    """Add notes of keys that mergekit does not read."""
     for key in given:
         if key not in known and len(notes) < MOST_NOTES:
             where = f"{place}.{key}" if place else str(key)

@@ -1,4 +1,4 @@
-"""Whose tokens and chat template a recipe of mergekit gives the result."""
+"""Translates the parts of a recipe of mergekit about the result's tokens and chat template."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,10 @@ CHATML = (
 
 
 def vocabulary(recipe: Mapping[str, Any], read: Recipe, names: Mapping[str, str], notes: list[str]) -> dict[str, Any]:
-    """The fields of `output` that say whose tokens the result has.
+    """Return the fields of `output` that say whose tokens the result has.
 
     Args:
-        names: of the models, by their references.
+        names: names of the models, by their references.
     """
     field, source = "tokenizer_source", recipe.get("tokenizer_source")
     tokenizer = recipe.get("tokenizer")
@@ -54,7 +54,7 @@ def vocabulary(recipe: Mapping[str, Any], read: Recipe, names: Mapping[str, str]
 
 
 def _chat_template(given: object) -> str:
-    """The chat template: Jinja, `auto`, or `chatml`, the only named template of mergekit that is known here."""
+    """Return the chat template: Jinja, `auto`, or `chatml`, the only named template of mergekit that is known here."""
     if given == "chatml":
         return CHATML
     if not isinstance(given, str) or (given != "auto" and "{" not in given):
@@ -64,7 +64,7 @@ def _chat_template(given: object) -> str:
 
 
 def _token(said: Any, place: str, read: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
-    """Translates an entry of `tokenizer.tokens`: whose row a token gets."""
+    """Translate an entry of `tokenizer.tokens`, which says whose row a token gets."""
     said = {} if said is None else said
     if not isinstance(said, dict):
         raise MergekitError(place, "give a mapping with source, and with force if all models are to have its row")

@@ -1,6 +1,6 @@
-"""Recipes of mergekit as requests for a merge: its `merge_method`, models, slices and parameters in our own terms.
+"""Translates recipes of mergekit into requests for a merge, with models, slices and parameters in our own terms.
 
-What cannot be said here is refused by the name that it has there.
+Whatever has no counterpart here is refused by its name in mergekit.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from app.services.mergekit.tokens import vocabulary
 
 
 def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What to post to `/merge` for a recipe of mergekit.
+    """Return the body to post to `/merge` for a recipe of mergekit.
 
     Raises:
         MergekitError: the first thing in it that has no counterpart, or that mergekit itself would refuse.
@@ -28,7 +28,7 @@ def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     output = {"dtype": _dtype(recipe), **vocabulary(recipe, read, names, notes), "align_heads": False}
     if read.base is not None and read.method.base is Base.MODEL and output["vocabulary"] != "error":
         if read.name != "passthrough":
-            rest.setdefault("base", read.base)  # whose row a token has that a model lacks
+            rest.setdefault("base", read.base)  # its rows are those of tokens that a model lacks
         elif read.base in names:
             output.setdefault("vocabulary_of", names[read.base])
     if read.base in names:
@@ -51,7 +51,7 @@ def translated(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, str]:
-    """The recipe's field behind each field of `request`, which is the translation of `recipe`."""
+    """Return the recipe's field behind each field of `request`, which is the translation of `recipe`."""
     read = read_recipe(recipe)
     fields = {
         "base": "base_model",
@@ -89,7 +89,7 @@ def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[
 
 
 def _dtype(recipe: Mapping[str, Any]) -> str:
-    """mergekit also computes in `dtype`; here that is float32 or better."""
+    """Return the data type of the output. mergekit also computes in `dtype`; here that is done in float32 or better."""
     for key in ("out_dtype", "dtype"):
         dtype = recipe.get(key)
         if dtype is not None:

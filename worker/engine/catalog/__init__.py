@@ -1,5 +1,5 @@
-"""What the engine can do, described without doing it.
+"""Describes what the engine can do, without doing it.
 
-Standard library and pydantic only: the API imports this package to validate, plan and describe, and must not pay for
-torch.
+This package only imports the standard library and pydantic, because the API uses it to validate, plan and describe, and
+must not load torch.
 """

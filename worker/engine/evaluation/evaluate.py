@@ -1,4 +1,4 @@
-"""What a model makes of rows: predictions, and what its head reads."""
+"""Runs models on rows, for their predictions and the inputs of their heads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ OnRows = Callable[[int], None]
 
 
 def head_of(loaded: LoadedModel) -> nn.Linear:
-    """The linear layer that gives the logits."""
+    """Return the linear layer that gives the logits."""
     module = loaded.model.get_submodule(loaded.family.head.logits)
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{loaded.info.architecture} has no linear head")
@@ -31,7 +31,7 @@ def predict(
     precision: Precision,
     on_rows: OnRows,
 ) -> Array:
-    """Predictions in the order of `examples`, see `HeadKind.predicted`."""
+    """Compute predictions in the order of `examples`, see `HeadKind.predicted`."""
     predictions = _unknown(loaded, examples)
     for batch, places, _, logits in _forward(loaded, examples, precision):
         predictions[places.numpy()] = loaded.kind.predicted(logits)
@@ -46,7 +46,7 @@ def predict_with(
     precision: Precision,
     on_rows: OnRows,
 ) -> tuple[Array, Array]:
-    """As `predict`, with the model's own head and with another in its place, by one pass."""
+    """Compute predictions as `predict`, with the model's own head and with another in its place, in one pass."""
     own, others = (_unknown(loaded, examples) for _ in range(2))
     for batch, places, features, logits in _forward(loaded, examples, precision):
         rows = places.numpy()
@@ -92,5 +92,5 @@ def _forward(
 
 
 def _unknown(loaded: LoadedModel, examples: Sequence[Example]) -> Array:
-    """Room for the predictions."""
+    """Make an array for the predictions."""
     return np.full((sum(example.outputs for example in examples), *loaded.kind.shape), np.nan)

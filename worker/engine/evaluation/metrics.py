@@ -13,11 +13,11 @@ from worker.engine.tasks import kind_of
 from worker.engine.tasks.metrics import Array, Metric
 
 BOOTSTRAP_RESAMPLES = 1000
-CHUNK_VALUES = 2**17  # counts of rows at a time, 1 MiB: what is computed from them stays in a core's cache
+CHUNK_VALUES = 2**17  # number of counts of rows at a time, 1 MiB: values computed from them stay in a core's cache
 
 
 def metric_for(name: MetricName, task: Task) -> Metric:
-    """The metric of a head's task."""
+    """Return the metric of this name for a head's task."""
     return kind_of(task).metric(name)
 
 
@@ -28,7 +28,7 @@ def compare(
     predictions: Mapping[Version, Array],
     outputs: Sequence[int] | None = None,
 ) -> MetricResult:
-    """The metric of every version's predictions, and what the merge gains or loses against each other version.
+    """Compute the metric of every version's predictions, and the merge's difference from each other version.
 
     Intervals are 95 % bootstrap percentile intervals (Efron and Tibshirani 1993, chapter 13). The bootstrap is paired:
     each resample draws the same rows for all versions, so what makes a row hard for all of them cancels in differences.
@@ -69,7 +69,7 @@ def compare(
 
 
 def interval(resampled: Array) -> tuple[float, float]:
-    """95 %, percentiles."""
+    """Return the 95 % percentile interval."""
     low, high = np.quantile(resampled, [0.025, 0.975])
     return float(low), float(high)
 
@@ -96,7 +96,7 @@ def bootstrap(
 
 
 def _resamples(rows: int, seed: int) -> Iterator[Array]:
-    """How often each row is drawn, (rows, resamples), a chunk of resamples at a time."""
+    """Yield how often each row is drawn, (rows, resamples), a chunk of resamples at a time."""
     rng = np.random.default_rng(seed)
     chunk = max(1, CHUNK_VALUES // rows)
     for start in range(0, BOOTSTRAP_RESAMPLES, chunk):

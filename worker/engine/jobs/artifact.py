@@ -1,4 +1,4 @@
-"""The folder that a job publishes: models, scores, report, card, recipe, and the manifest, which is written last."""
+"""Writes the folder that a job publishes: models, scores, report, card, recipe, and at last the manifest."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from worker.engine.reporting.card import model_card
 from worker.engine.reporting.contents import Contents, Scores
 from worker.engine.reporting.page import NOT_KNOWN_YET, merge_page, score_page
 
-REPEATING = {"checkpoint", "digest", "examples", "batch_tokens"}  # what the same bits need, of each model
+REPEATING = {"checkpoint", "digest", "examples", "batch_tokens"}  # fields of each model that the same bits depend on
 
 
 def model_folders(folder: Path, names: Sequence[str], *, is_one: bool) -> dict[str, Path]:
@@ -28,14 +28,14 @@ def model_folders(folder: Path, names: Sequence[str], *, is_one: bool) -> dict[s
 
 
 def write_scores(folder: Path, model: JobModel) -> None:
-    """`scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
+    """Write `scores/<model>.safetensors`: float64, (nodes,) per name, and `<name>.stderr` where errors are known."""
     measured = model.measured
     scores = measured.scores_and_errors
     if not scores:
         return
     (folder / "scores").mkdir(exist_ok=True)
     about = {"estimator": measured.estimator, "examples": measured.rows, "checkpoint": model.digest}
-    # One key: the library writes several in any order.
+    # There is only one key, because the library writes several in any order.
     save_tensors(scores, folder / "scores" / f"{model.name}.safetensors", {"maskmerge": json.dumps(about)})
 
 
@@ -48,14 +48,14 @@ def write_documents(
     scores: Scores,
     interference: Interference | None,
 ) -> None:
-    """Everything for people and programs beside the weights; the manifest names every other file.
+    """Write everything for people and programs beside the weights; the manifest names every other file.
 
     Args:
-        spec: with the method and the weights as they were run.
+        spec: the job, with the method and the weights as they were run.
         base: digest of the plan's base.
-        digests: sha256 of files that were digested as they were written, which need not be read again.
-        scores: of the models that were scored.
-        interference: of the models' task vectors, where they were compared.
+        digests: sha256 of files that were digested while they were written, which need not be read again.
+        scores: scores of the models that were scored.
+        interference: interference of the models' task vectors, where they were compared.
     """
     ancestor = {"checkpoint": plan.base.source, "digest": base} if plan.base else None
     found = contents.of_merge(spec, plan, scores, interference)
@@ -65,7 +65,7 @@ def write_documents(
 
 
 def write_score_documents(spec: ScoreSpec, result: ScoreResult, scores: Scores) -> None:
-    """Everything for people and programs beside the scores; the manifest names every other file."""
+    """Write everything for people and programs beside the scores; the manifest names every other file."""
     found = contents.of_scores(spec, scores)
     _write_report(spec, result, found, score_page(spec, result, found))
     _write_manifest(spec.folder, result, result.models, {}, found)
@@ -107,6 +107,6 @@ def _write_manifest(
 
 
 def _inode(path: Path) -> tuple[int, int]:
-    """What a file is, under whichever name: the shared backbone has one in every model's folder."""
+    """Identify a file under whichever name: the shared backbone has a name in every model's folder."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino

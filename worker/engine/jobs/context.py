@@ -1,4 +1,4 @@
-"""What every step of a job has at hand: models, statistics and inputs; and where notes, progress and times go."""
+"""The context of a job's steps: models, statistics and inputs, and the place for notes, progress and times."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ from worker.engine.scoring.store import StatisticsStore
 
 @dataclass(frozen=True)
 class Lasting:
-    """What outlives jobs: models, batch sizes and digests that the next job need not find out anew."""
+    """Objects that outlive jobs: models, batch sizes and digests that the next job need not find out anew."""
 
     device: torch.device
     models: ModelCache
@@ -34,7 +34,7 @@ class Lasting:
 
 @dataclass(frozen=True)
 class JobContext:
-    """One job's surroundings. Steps are functions of values; what they tell and how long they take goes here."""
+    """One job's context. Steps are functions of values; their notes, progress and times go here."""
 
     lasting: Lasting
     precision: Precision
@@ -53,16 +53,16 @@ class JobContext:
         return self.lasting.models
 
     def note(self, *notes: str) -> None:
-        """Tell the reader of the result."""
+        """Add notes for the reader of the result."""
         self._notes.extend(notes)
 
     def note_first(self, *notes: str) -> None:
-        """Tell the reader of the result before everything that was noted so far."""
+        """Add notes for the reader of the result before all that were added so far."""
         self._notes[:0] = notes
 
     @property
     def notes(self) -> list[str]:
-        """All notes, those first that put a number in question."""
+        """All notes, with doubts first."""
         return in_order(self._notes)
 
     def phase(self, name: str, total: int, unit: str) -> Phase:
@@ -83,8 +83,10 @@ class JobContext:
 
 @contextmanager
 def job_context(spec: JobSpec, lasting: Lasting, on_progress: OnProgress) -> Iterator[JobContext]:
-    """Begin a job: its folder, views of its inputs, and its statistics, which without a place for them are kept until
-    the job is done, so that several candidates of one job share them."""
+    """Begin a job: its folder, views of its inputs, and its statistics.
+
+    Statistics without a store are kept until the job is done, so that several candidates of one job share them.
+    """
     reset_peak_memory()
     spec.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

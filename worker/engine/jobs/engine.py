@@ -1,4 +1,4 @@
-"""The engine: it runs jobs, and keeps what outlives them."""
+"""The engine, which runs jobs and keeps the objects that outlive them."""
 
 import torch
 
@@ -20,7 +20,8 @@ class Engine:
     All methods leave a complete artifact in the job's folder.
 
     Raises:
-        EngineError: what was wrong, naming the file, tensor or row. Anything else is a fault of ours.
+        EngineError: the job cannot be done; the message names the file, tensor or row. Any other exception is a fault
+            of the engine.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

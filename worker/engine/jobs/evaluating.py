@@ -27,11 +27,11 @@ from worker.engine.tasks.metrics import Array
 
 @dataclass(frozen=True)
 class Published:
-    """The merge in the artifact, and what it is compared with."""
+    """The merge in the artifact, and the average that it is compared with."""
 
     plan: MergePlan
     folders: Mapping[str, Path]
-    """By model."""
+    """Folders by model."""
     average: Mapping[str, Tensor]
     """The plain average of the models that take part."""
 
@@ -39,7 +39,7 @@ class Published:
 def evaluate(
     models: Sequence[JobModel], plan: MergePlan, folders: Mapping[str, Path], context: JobContext
 ) -> dict[str, MetricResult] | None:
-    """By model; None where no model has rows to be evaluated on."""
+    """Compute metrics by model; None where no model has rows to be evaluated on."""
     if not any(model.rows.evaluation for model in models):
         return None
     with context.timed("evaluate_seconds"):
@@ -53,7 +53,7 @@ def evaluate(
 
 
 def _evaluated(model: JobModel, published: Published, evaluating: Phase, context: JobContext) -> MetricResult:
-    """One model's rows; its merge is held no longer than this takes."""
+    """Evaluate on one model's rows. Its merge is only held meanwhile."""
     evaluation, examples, precision = model.evaluation, model.rows.evaluation, context.precision
     loaded = context.models.get(model.info)
     labels, outputs = labels_of(examples), [example.outputs for example in examples]

@@ -1,4 +1,4 @@
-"""Whether the machine has the memory that a job needs."""
+"""Checks whether the machine has the memory that a job needs."""
 
 import torch
 
@@ -12,11 +12,13 @@ from worker.engine.runtime.resources import available_memory, require_memory
 def require_memory_of_job(
     plan: MergePlan, spec: JobSpec, context: JobContext, longest_row: int, tokens_held: int = 0
 ) -> None:
-    """Make room by giving up models of earlier jobs. On a GPU, activations take none of this machine's memory.
+    """Check that the job's memory is there, and make room by giving up models of earlier jobs.
+
+    On a GPU, activations take none of this machine's memory.
 
     Args:
-        longest_row: tokens of the job's longest row, as far as they are known.
-        tokens_held: padded tokens of all rows that layers are refitted to at once.
+        longest_row: number of tokens of the job's longest row, as far as it is known.
+        tokens_held: number of padded tokens of all rows that layers are refitted to at once.
 
     Raises:
         OutOfMemory: the machine has less than the job needs.

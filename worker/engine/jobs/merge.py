@@ -56,7 +56,7 @@ def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a merge begins with."""
+    """The inputs of a merge, opened and checked."""
 
     plan: MergePlan
     models: Sequence[JobModel]
@@ -67,14 +67,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is merged: as it was asked for, or as `auto` chose it."""
+    """The merge to make: the one that was asked for, or the one that `auto` chose."""
 
     spec: MergeSpec
     models: Sequence[JobModel]
     search: Search | None = None
     candidates: Sequence[Candidate] | None = None
     state: State | None = None
-    """The backbone, where it is made already."""
+    """The merged backbone, if it is already made."""
 
     @property
     def method(self) -> MethodParameters:
@@ -87,24 +87,24 @@ class Written:
     """The models in the artifact."""
 
     folders: Mapping[str, Path]
-    """By model, the folder of its merge."""
+    """Folder of each model's merge, by model."""
     digests: Mapping[Path, str]
-    """sha256 of the files that were digested as they were written."""
+    """The sha256 of the files that were digested while they were written."""
     shares: Sequence[float | None]
     """Every model's mean merge weight."""
 
     @property
     def published(self) -> list[Path]:
-        """Every folder once."""
+        """All folders, each once."""
         return list(dict.fromkeys(self.folders.values()))
 
 
 @dataclass(frozen=True)
 class Judged:
-    """How well the merge does, and how its models get in each other's way."""
+    """The merge's metrics, and the interference of its models."""
 
     metrics: Mapping[str, MetricResult] | None
-    """By model."""
+    """Metrics by model."""
     candidates: Sequence[Candidate] | None
     interference: Interference | None
 
@@ -149,7 +149,7 @@ def load(spec: MergeSpec, context: JobContext) -> Loaded:
 
 
 def measure_all(spec: MergeSpec, loaded: Loaded, context: JobContext) -> list[list[JobModel]]:
-    """The models as each of the job's methods measured them."""
+    """Measure the models for each of the job's methods."""
     methods = spec.method.methods
     by_method = [[for_method(method, spec, model) for model in loaded.models] for method in methods]
     if not spec.method.statistics:
@@ -169,7 +169,7 @@ def measure_all(spec: MergeSpec, loaded: Loaded, context: JobContext) -> list[li
 
 
 def choose(spec: MergeSpec, plan: MergePlan, by_method: Sequence[Sequence[JobModel]], context: JobContext) -> Chosen:
-    """What `auto` finds best; or what was asked for."""
+    """Return the merge that `auto` finds best, or the one that was asked for."""
     auto = spec.method.search
     if auto is None:
         [models] = by_method
@@ -187,7 +187,7 @@ def choose(spec: MergeSpec, plan: MergePlan, by_method: Sequence[Sequence[JobMod
 
 
 def write(chosen: Chosen, plan: MergePlan, context: JobContext) -> Written:
-    """Merge the models that take part into the artifact, or store what is merged already."""
+    """Merge the models that take part into the artifact, or store the backbone that is merged already."""
     method, spec = chosen.method, chosen.spec
     with context.timed("merge_seconds"):
         models = [model.for_method for model in chosen.models]
@@ -200,13 +200,13 @@ def write(chosen: Chosen, plan: MergePlan, context: JobContext) -> Written:
         merger = merger_of(method, models, plan)
         takes_part = [model.takes_part for model in models]
         scale: Callable[[Place], float] = method.distance
-        if chosen.state is not None:  # scaled already
+        if chosen.state is not None:  # it is scaled already
             merger, scale = given(chosen.state), lambda place: 1.0
         elif method.refits_layers:
             start = Backbone(plan, takes_part, merger)
             experts = partial(experts_of, chosen.models, context.models)  # not held while writing
             merger = given(refitted_state(method, start, experts(), context.precision, merging.advance))
-        # Alone with its rows, a tensor has a thread; solving for a whole one takes them all.
+        # A tensor that is merged by rows has one thread; solving for a whole tensor takes all of them.
         threads = torch.get_num_threads() if method.merges_rows else None
         published = list(dict.fromkeys(folders.values()))
         most = spec.output.max_shard_bytes
@@ -243,7 +243,7 @@ def align(chosen: Chosen, plan: MergePlan, written: Written, context: JobContext
 def judge(
     chosen: Chosen, metrics: Mapping[str, MetricResult] | None, context: JobContext
 ) -> Sequence[Candidate] | None:
-    """The table of `auto` with the numbers of what was published."""
+    """Return the table of `auto` with the metrics of the published merge."""
     if chosen.search is None or chosen.candidates is None:
         return None
     candidates = with_published(chosen.candidates, metrics)
@@ -252,7 +252,7 @@ def judge(
 
 
 def compare(chosen: Chosen, plan: MergePlan, context: JobContext) -> Interference | None:
-    """How the task vectors of the models that take part interfere; None where nobody asks for it."""
+    """Compute the interference of the models' task vectors; None where it is not asked for."""
     taking_part = [index for index, model in enumerate(chosen.models) if model.takes_part]
     tensors = compared_tensors(plan, taking_part) if chosen.spec.compares else []
     if not tensors:

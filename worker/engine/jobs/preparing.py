@@ -1,4 +1,4 @@
-"""The step that reads a model's rows, tokenised before any work is spent, and checks that inputs stay what they are."""
+"""The step that reads and tokenises a model's rows before any work is spent, and checks that inputs do not change."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +26,12 @@ from worker.engine.scoring.sample import Sample
 from worker.engine.search.splitting import halves
 
 HeldOut = Collection[tuple[Text, Text | None]]
-"""Texts of rows that a model is evaluated on, and that nothing is fitted to."""
+"""Texts of the rows on which a model is evaluated. Nothing is fitted to them."""
 
 
 @dataclass(frozen=True)
 class InputStates:
-    """What the checkpoints' files were when the job began."""
+    """The states of the checkpoints when the job began."""
 
     states: Sequence[tuple[CheckpointInfo, str]]
 
@@ -40,14 +40,14 @@ class InputStates:
         return cls([(info, checkpoint_state(info)) for info in checkpoints])
 
     def check_unchanged(self) -> None:
-        """Raises InvalidCheckpoint where a file was changed since."""
+        """Raise InvalidCheckpoint where a file was changed since."""
         for info, state in self.states:
             if checkpoint_state(info) != state:
                 raise InvalidCheckpoint(info.source, "its files were changed while the job ran; post it again")
 
 
 def prepare(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> JobModel:
-    """Check a model's weights and read its rows: whatever is wrong with them is found before any work is spent."""
+    """Check a model's weights and read its rows, so that their faults are found before any work is spent."""
     asked = model.spec
     wants_rows, evaluates = any(spec.rows_wanted(asked)), spec.evaluate and asked.evaluation is not None
     held_out: HeldOut = set()
@@ -63,7 +63,7 @@ def prepare(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContex
 
 
 def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> tuple[JobModel, HeldOut]:
-    """The model with the rows that the result is judged by, and that `auto` searches on; and the texts of both."""
+    """Add the rows on which the result is judged and those on which `auto` searches; return their texts too."""
     evaluation, loaded = model.evaluation, context.models.get(model.info)
     rows = inputs.rows(evaluation, loaded.task.texts)
     labels = _label_map(loaded, evaluation, rows, context)
@@ -85,7 +85,7 @@ def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: J
 def with_dataset(
     spec: JobSpec, model: JobModel, inputs: Inputs, context: JobContext, held_out: HeldOut = frozenset()
 ) -> JobModel:
-    """The model with the rows of its data set: to measure, to fit layers to, and to align its head on."""
+    """Add the rows of the model's data set: to measure, to fit layers to, and to align its head on."""
     method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
     measured, aligned_on = spec.rows_wanted(model.spec)
     rows = inputs.rows(dataset, loaded.task.texts)
@@ -128,14 +128,14 @@ def with_dataset(
 
 
 def longest_row(model: JobModel) -> int:
-    """Tokens of the model's longest row, as far as they are known."""
+    """Return the number of tokens of the model's longest row, as far as it is known."""
     rows = model.rows
     lengths = [example.length for example in (*rows.fitted, *rows.searched, *rows.evaluation)]
     return max([*lengths, rows.sample.longest() if rows.sample else 1])
 
 
 def padded_tokens(model: JobModel) -> int:
-    """Tokens, with padding, of the batches of the rows that layers are fitted to."""
+    """Return the number of tokens, with padding, in the batches of rows that layers are fitted to."""
     return sum(len(batch) * batch[-1].length for batch in plan_batches(model.rows.fitted)) if model.takes_part else 0
 
 
@@ -148,7 +148,10 @@ def _read(
     *,
     shuffle: bool,
 ) -> tuple[list[Row], list[int]]:
-    """Rows to measure first, and the places of rows to fit to, which are not held out: more are read to have enough."""
+    """Read rows to measure, and find the rows to fit to, which are not held out: more are read to have enough.
+
+    Returns the rows, those to measure first, and the places of the rows to fit to.
+    """
     wanted = max(measured, fitted_on)
     while True:
         read = sample(rows, dataset, wanted, shuffle=shuffle)
@@ -159,14 +162,14 @@ def _read(
 
 
 def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, context: JobContext) -> LabelMap:
-    """How the rows' labels are the head's; whatever is not plain is noted."""
+    """Match the rows' labels to the head's; whatever is not plain is noted."""
     labels, found = label_map(loaded.task, dataset.source, dataset.label_names, rows.label_names, loaded.info.source)
     context.note(*found)
     return labels
 
 
 def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
-    """A doubt if F1 of two labels is that of another label than the data set's authors would take."""
+    """Return a doubt if F1 of two labels is that of another label than the data set's authors would take."""
     order = labels.permutation
     if evaluation.metric != "f1" or not labels.task.f1_is_of_one or not order:
         return []
@@ -177,7 +180,7 @@ def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
 
 
 def _from_one(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:
-    """A doubt if ids that were taken as they are may be one too high."""
+    """Return a doubt if ids that were taken as they are may be one too high."""
     if not labels.begins_at_one(row.label for row in rows):
         return []
     last = labels.task.outputs - 1
@@ -191,8 +194,8 @@ def _from_one(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> li
 def examples_from(
     loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], labels: LabelMap | None
 ) -> tuple[list[Example], list[str]]:
-    """The rows tokenised, and a note where some were truncated."""
-    if not rows:  # tokenizers do not take none
+    """Tokenise the rows, and note if some were truncated."""
+    if not rows:  # tokenizers refuse to cut no rows
         return [], []
     tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels, reading=loaded.kind)
     return tokenized.examples, truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
@@ -201,7 +204,7 @@ def examples_from(
 def examples_of(
     plan: MergePlan, merged: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], examples: Sequence[Example]
 ) -> tuple[Sequence[Example], list[str]]:
-    """An expert's examples as the merged model reads them, the same unless vocabularies differ; and notes."""
+    """Return an expert's examples as the merged model reads them, and notes. They differ only if vocabularies do."""
     if plan.vocabulary is None:
         return examples, []
     found, notes = examples_from(merged, dataset, rows, None)
@@ -212,7 +215,7 @@ def examples_of(
 
 
 def truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:
-    """A note where some of the rows were truncated."""
+    """Note if some of the rows were truncated."""
     if not truncated:
         return []
     limit = min(max_length, dataset.max_length or max_length)

@@ -1,4 +1,4 @@
-"""What a job says of itself when its work is done."""
+"""Makes a job's result when its work is done."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,9 +49,9 @@ def _measured_fields(model: JobModel) -> dict[str, Any]:
 
 
 def as_run(spec: JobSpec, precision: Precision, models: Sequence[JobModel]) -> dict[str, Any]:
-    """The method with `auto` resolved: one value where the models agree, else by model.
+    """Return the method with `auto` resolved: one value where the models agree, else values by model.
 
-    Precision is that of forward and backward passes, and left out where there are none.
+    Precision is that of forward and backward passes, and is left out where there are none.
     """
     resolved = spec.method.model_dump(exclude={"precision"})
     if spec.loads_models:
@@ -67,7 +67,7 @@ def as_run(spec: JobSpec, precision: Precision, models: Sequence[JobModel]) -> d
 def stopping_of(
     method: MethodParameters, models: Sequence[JobModel], plan: MergePlan, context: JobContext
 ) -> tuple[Stopping | None, list[float | None]]:
-    """How well the merge weights are known, and for each model its weights' error."""
+    """Compute the errors of the merge weights: their curve, and the error of each model's weights."""
     scored = with_errors(models)
     scoring = method.scoring
     if scoring is None or not scored:
@@ -84,7 +84,7 @@ def stopping_of(
 
 
 def with_errors(models: Sequence[JobModel]) -> list[Scored]:
-    """The models that have scores with errors."""
+    """Return the models that have scores with errors."""
     return [scored for model in models if (scored := model.scored) is not None]
 
 
@@ -112,7 +112,7 @@ def vocabulary_notes(plan: MergePlan) -> list[str]:
 
 
 def filter_notes(plan: MergePlan, spec: MergeSpec) -> list[str]:
-    """Notes of filters that match no tensor, which the request allows."""
+    """Return notes of filters that match no tensor, which the request allows."""
     own = [model.parameters for model in spec.models]
     found = unmatched_filters(plan, spec.method, [model.weight for model in spec.models], own)
     return [f"{field}: {problem}; it changed nothing" for field, problem in found]

@@ -35,7 +35,7 @@ def score(spec: ScoreSpec, context: JobContext) -> ScoreResult:
 
 @dataclass(frozen=True)
 class LoadedScores:
-    """What a job of scores begins with. Each model has a plan of its own, as if it were merged alone."""
+    """The inputs of a job of scores. Each model has a plan of its own, as if it were merged alone."""
 
     plans: Sequence[MergePlan]
     models: Sequence[JobModel]

@@ -1,4 +1,4 @@
-"""The merged backbone, a run of rows at a time."""
+"""Computes the merged backbone, a run of rows at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +22,8 @@ class Backbone:
     """Merged backbone tensors, computed from lazily read inputs of the models that take part. Threads may share it.
 
     Args:
-        scale: s in `theta_0 + s (theta - theta_0)`, with theta_0 the base and theta what the method gives; of
-            one tensor.
+        scale: gives s in `theta_0 + s (theta - theta_0)` for the place of a tensor, with theta_0 the base and theta
+            the method's result.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Backbone:
         self._reader.__exit__(None)
 
     def blocks(self, planned: PlannedTensor) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of rows, and the merged tensor's values there, float32 or better; of one that is copied, as stored.
+        """Yield runs of rows and the merged tensor's values, float32 or better; a copied tensor has its own dtype.
 
         Raises:
             InvalidCheckpoint: an input has NaN or infinity.
@@ -65,10 +65,10 @@ class Backbone:
             if not is_finite(merged):
                 _blame(block, sources, planned.base)
             yield block.rows, merged
-            del block, merged  # before the next is read
+            del block, merged  # freed before the next is read
 
     def state(self) -> dict[str, Tensor]:
-        """All of it, to be loaded into a model."""
+        """Compute the whole backbone, to be loaded into a model."""
         return {tensor.slot.name: self._whole(tensor) for tensor in self.plan.backbone}
 
     def _whole(self, planned: PlannedTensor) -> Tensor:
@@ -84,7 +84,7 @@ class Backbone:
             yield rows, values
 
     def _taking_part(self, planned: PlannedTensor) -> list[int]:
-        """Positions, among the tensor's sources, of the models that take part."""
+        """Return the positions, among the tensor's sources, of the models that take part."""
         models = range(len(self._takes_part)) if planned.members is None else planned.members
         return [index for index, model in enumerate(models) if self._takes_part[model]]
 
@@ -113,7 +113,7 @@ class Backbone:
 
 
 def _blame(block: Block, sources: Sequence[TensorInfo], base: TensorInfo | None) -> None:
-    """Raises InvalidCheckpoint where a version has NaN or infinity; else the method or the dtype is at fault."""
+    """Raise InvalidCheckpoint where a version has NaN or infinity; otherwise the method or the dtype is at fault."""
     for source, values in [*zip(sources, block.versions, strict=True), (base, block.base)]:
         if source is not None and values is not None and not is_finite(values):
             raise _not_finite(source)
@@ -125,7 +125,7 @@ def _not_finite(source: TensorInfo) -> InvalidCheckpoint:
 
 
 def given(state: Mapping[str, Tensor]) -> Merger:
-    """What is merged already, as a method: tensors by `Slot.name`."""
+    """Make a method of a backbone that is merged already: tensors by `Slot.name`."""
 
     def prepare(versions: Versions) -> BlockMerge:
         merged = state[versions.slot.name]
@@ -135,7 +135,7 @@ def given(state: Mapping[str, Tensor]) -> Merger:
 
 
 def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:
-    """The unweighted average of the models that take part, to be loaded into a model."""
+    """Compute the unweighted average of the models that take part, to be loaded into a model."""
     equal = [MeasuredModel(1.0) for takes in takes_part if takes]
     without_base = replace(plan, base=None)  # an average does not read it
     with Backbone(without_base, takes_part, average(equal)) as backbone:

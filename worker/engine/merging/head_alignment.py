@@ -1,4 +1,4 @@
-"""Head alignment: a kept head, refitted to the features of the merged backbone that it now reads."""
+"""Head alignment: a kept head is refitted to the features of the merged backbone, which it now reads."""
 
 from collections.abc import Sequence
 
@@ -15,16 +15,16 @@ from worker.engine.runtime.device import Precision
 def aligned(
     features: Tensor, outputs: Tensor, weight: Tensor, bias: Tensor | None, ridge: float = ALIGN_RIDGE
 ) -> tuple[Tensor, Tensor | None]:
-    """The head that gives, on the merged backbone's features, what the expert gave on its own.
+    """Fit the head whose outputs on the merged backbone's features are closest to the expert's on its own features.
 
     `argmin_W 1/n ||X W^T - Y||^2 + mu tr(X^T X / n) / d ||W - W_expert||^2`, with X augmented by 1 where there is a
     bias, d its columns and mu the `ridge`: one ridge regression towards the expert's head, in float64. Where the
     features are the expert's own, the head stays as it is.
 
     Args:
-        features: X, (rows, width): what the head reads in the merged model.
-        outputs: Y, (rows, outputs): what the expert's own head makes of its own features, on the same rows.
-        weight: the expert's, (outputs, width); `bias`: (outputs,).
+        features: X, (rows, width), the features that the head reads in the merged model.
+        outputs: Y, (rows, outputs), the outputs of the expert's own head on its own features, for the same rows.
+        weight, bias: the expert's head, (outputs, width) and (outputs,).
 
     Returns:
         Weight and bias, float64.
@@ -51,10 +51,10 @@ def align_head(
     ridge: float = ALIGN_RIDGE,
     merged_examples: Sequence[Example] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of `merged`'s head, by name, refitted to what `expert` says of the examples; no model is changed.
+    """Return the tensors of `merged`'s head, by name, refitted to the outputs of `expert`; no model is changed.
 
     Args:
-        merged_examples: the same rows in the tokens of `merged`, where these are others than the expert's.
+        merged_examples: the same rows in the tokens of `merged`, where these differ from the expert's.
     """
     head = head_of(expert)
     weight, bias = head.weight.detach().cpu(), None if head.bias is None else head.bias.detach().cpu()

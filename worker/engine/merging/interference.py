@@ -1,4 +1,4 @@
-"""How much the task vectors of models get in each other's way, by layer: their cosine, and conflicts of signs.
+"""Measures how far task vectors of different models contradict each other, by layer: cosines and sign conflicts.
 
 With `t_i = theta_i - theta_0` over all merged values of a layer, `cosine = <t_i, t_j> / (|t_i| |t_j|)`; a value is in
 conflict where `t_i` and `t_j` have opposite signs (Yadav et al. 2023, arXiv 2306.01708, section 3), out of those where
@@ -19,7 +19,7 @@ from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.merging.methods.blocks import CHUNK_ELEMENTS, Block
 from worker.engine.merging.token_rows import read_by_token
 
-RUNS = 32  # of rows, evenly spread over a tensor that is not read whole: each is a read of its own
+RUNS = 32  # runs of rows, evenly spread over a tensor that is not read whole: each is a read of its own
 
 
 @dataclass
@@ -27,18 +27,18 @@ class TaskVectors:
     """Sums over the values of one layer; matrices are (models, models), float64."""
 
     products: Tensor
-    """`<t_i, t_j>`."""
+    """Inner products `<t_i, t_j>`."""
     agreeing: Tensor
-    """Values of the same sign, without zeros."""
+    """Numbers of values with the same sign, without zeros."""
     opposed: Tensor
-    """Values of opposite signs."""
+    """Numbers of values with opposite signs."""
 
     @classmethod
     def of_none(cls, models: int) -> "TaskVectors":
         return cls(*torch.zeros(3, models, models, dtype=torch.float64))
 
     def add(self, deltas: Tensor) -> None:
-        """`deltas`: (models, values), float64."""
+        """Add values of the task vectors, (models, values), float64."""
         self.products += deltas @ deltas.T
         signs = deltas.sign()
         present = signs.abs()
@@ -54,7 +54,7 @@ class TaskVectors:
 
     @property
     def cosines(self) -> Tensor:
-        """(models, models); NaN where a task vector is 0."""
+        """Cosines of the task vectors, (models, models); NaN where a task vector is 0."""
         lengths = self.products.diagonal().sqrt()
         return self.products / (lengths[:, None] * lengths)
 
@@ -66,11 +66,11 @@ class TaskVectors:
 
 @dataclass(frozen=True)
 class Interference:
-    """What was found of `models` task vectors."""
+    """The interference of `models` task vectors."""
 
     models: int
     layers: Mapping[int | None, TaskVectors]
-    """By layer; None: everything outside the layers."""
+    """Sums by layer; None: everything outside the layers."""
     values: int
     """Number of values of each model that were read."""
     of: int
@@ -78,20 +78,20 @@ class Interference:
 
     @property
     def whole(self) -> TaskVectors:
-        """Over all layers."""
+        """Sums over all layers."""
         total = TaskVectors.of_none(self.models)
         for layer in self.layers.values():
             total += layer
         return total
 
     def of_pairs(self, matrix: Tensor) -> list[float]:
-        """Entries of a (models, models) matrix above the diagonal: (0, 1), (0, 2) and so on."""
+        """Return the entries of a (models, models) matrix above the diagonal: (0, 1), (0, 2) and so on."""
         rows, columns = torch.triu_indices(self.models, self.models, 1)
         return matrix[rows, columns].tolist()
 
 
 def compared_tensors(plan: MergePlan, taking_part: Sequence[int]) -> list[PlannedTensor]:
-    """The tensors in which these models of the plan have task vectors; none without a base, or of fewer than two."""
+    """Return the tensors in which these models have task vectors; none without a base or with fewer than two models."""
     if plan.base is None or len(taking_part) < 2:
         return []
     return [
@@ -100,7 +100,7 @@ def compared_tensors(plan: MergePlan, taking_part: Sequence[int]) -> list[Planne
         if not planned.is_copied
         and planned.base is not None
         and planned.base.dtype in FLOATS
-        # All of them have a part in its slice.
+        # All of the models take part in the tensor's slice.
         and (planned.members is None or {*taking_part} <= {*planned.members})
     ]
 
@@ -111,10 +111,10 @@ def interference(
     most: int = BLOCK_ELEMENTS,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> Interference | None:
-    """How the task vectors of these models of the plan interfere in `compared_tensors`; None where that is nothing.
+    """Compare the task vectors of these models of the plan in `compared_tensors`; None where there are none.
 
-    Of each tensor at most `most` values of a model are read (or one row, if that is longer): tensors that are
-    no larger whole, others in runs of rows that are evenly spread.
+    At most `most` values of each model are read from a tensor (or one row, if that is longer). Larger tensors are read
+    in runs of rows that are evenly spread.
     """
     layers: dict[int | None, TaskVectors] = {}
     values, of = 0, 0
@@ -130,7 +130,7 @@ def interference(
 
 
 def spread_runs(shape: Sequence[int], most: int) -> list[slice]:
-    """Runs of rows that are evenly spread, of at most so many values together; all rows where that is enough."""
+    """Return evenly spread runs of rows with at most `most` values together; all rows where they have no more."""
     rows = shape[0] if shape else 1
     wanted = max(1, most // max(1, math.prod(shape[1:])))
     if wanted >= rows:
@@ -157,7 +157,7 @@ def _blocks(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[
 
 
 def _add(layer: TaskVectors, block: Block) -> None:
-    """Chunk by chunk: what is in float64 stays small."""
+    """Add a block chunk by chunk, so that values in float64 stay few."""
     deltas = [delta.reshape(-1) for delta in block.deltas]
     for start in range(0, len(deltas[0]), CHUNK_ELEMENTS):
         layer.add(torch.stack([delta[start : start + CHUNK_ELEMENTS] for delta in deltas]).double())

@@ -1,4 +1,4 @@
-"""The models of a job, with the rows and the statistics that merging and searching take from them."""
+"""The models of a job, with the rows and the statistics that merging and searching need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from worker.engine.scoring.sample import Sample
 
 @dataclass(frozen=True)
 class ModelRows:
-    """A model's rows, by what they are for. No row to fit to and no searched row is also in `evaluation`."""
+    """A model's rows, by their purpose. No row to fit to and no searched row is also in `evaluation`."""
 
     sample: Sample | None = None
     """Rows to measure."""
@@ -28,20 +28,20 @@ class ModelRows:
     alignment: Sequence[Example] = ()
     """Rows to align the head on."""
     alignment_texts: Sequence[Row] = ()
-    """The texts of `alignment`, for a merge with another tokenizer."""
+    """Texts of `alignment`, for a merge with another tokenizer."""
     searched: Sequence[Example] = ()
     """Rows of the evaluation that `auto` searches on."""
     evaluation: Sequence[Example] = ()
-    """Rows of the evaluation that the result is judged by."""
+    """Rows of the evaluation on which the result is judged."""
     evaluation_texts: Sequence[Row] = ()
-    """The texts of `evaluation`, where vocabularies may differ."""
+    """Texts of `evaluation`, where vocabularies may differ."""
     truncated: Sequence[str] = ()
-    """A note, where some of `fitted` were truncated."""
+    """A note if some of `fitted` were truncated."""
 
 
 @dataclass(frozen=True)
 class JobModel:
-    """A model of a job: its specification, checkpoint and rows, and what was measured of it so far."""
+    """A model of a job: its specification, checkpoint and rows, and its statistics so far."""
 
     spec: ModelSpec
     info: CheckpointInfo
@@ -73,28 +73,28 @@ class JobModel:
 
     @property
     def scored(self) -> Scored | None:
-        """None when it has no scores with errors."""
+        """The model's scores, from which errors follow; None when it has no scores with errors."""
         if self.rows.sample is None or not self.measured.sums:
             return None
         return Scored(self.spec.weight, self.measured.sums, self.rows.sample.population)
 
     @property
     def dataset(self) -> DatasetSpec:
-        """Its data set. Raises InvalidDataset where it names none."""
+        """The model's data set. Raises InvalidDataset where it names none."""
         if self.spec.dataset is None:
             raise InvalidDataset(self.name, "no data set; the method needs one for every model")
         return self.spec.dataset
 
     @property
     def evaluation(self) -> EvaluationSpec:
-        """Its evaluation. Raises InvalidDataset where it names none."""
+        """The model's evaluation. Raises InvalidDataset where it names none."""
         if self.spec.evaluation is None:
             raise InvalidDataset(self.name, "no evaluation; method auto needs one for every model")
         return self.spec.evaluation
 
 
 def experts_of(models: Sequence[JobModel], cache: ModelCache) -> list[Expert]:
-    """The models that take part, loaded, with the rows that layers are fitted to."""
+    """Load the models that take part, with the rows that layers are fitted to."""
     return [
         Expert(cache.get(model.info), model.spec.weight, model.rows.fitted, model.dataset.source)
         for model in models

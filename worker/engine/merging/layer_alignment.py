@@ -1,8 +1,8 @@
-"""Layer alignment: linear layers refitted, in the order in which they run, to what they really read in a merge.
+"""Layer alignment: linear layers are refitted, in the order in which they run, to their real inputs in a merge.
 
-A layer that was merged for the experts' inputs does not get them: what is before it was merged too, and errors add up
-with depth. Here each layer is fitted to the inputs that the merged layers before it give, and where its output is added
-to a residual, it makes up for what the residual lacks.
+A layer that was merged for the experts' inputs does not get them: the layers before it were merged too, and errors add
+up with depth. Here each layer is fitted to the inputs that the merged layers before it give. Where its output is added
+to a residual, it also corrects the error of the residual.
 """
 
 import math
@@ -28,13 +28,13 @@ from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.scoring.scorer import not_finite
 
-RIDGE = 1e-4  # of the mean diagonal entry: what no input spans stays as it is
+RIDGE = 1e-4  # share of the mean diagonal entry: directions that no input spans stay as they are
 ORDER = (*LAYER_INPUTS, Kind.POOLER)
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A model that takes part, and its rows, of the data set `source`."""
+    """A model that takes part, and its rows, from the data set `source`."""
 
     loaded: LoadedModel
     weight: PerTensor[float]
@@ -44,10 +44,10 @@ class Expert:
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linear layers that read the same, as paths of modules.
+    """Linear layers with the same input, as paths of modules.
 
-    It is seen at the input of `reader`. Where the layers' output is added to a residual, the sum is what `norm` reads,
-    or what the block gives.
+    The input is seen at the module `reader`. Where the layers' output is added to a residual, the sum is the input of
+    `norm`, or the output of the block.
     """
 
     input: str
@@ -59,7 +59,7 @@ class LinearGroup:
 
 
 def linear_groups(plan: MergePlan) -> list[LinearGroup]:
-    """The linear layers that are refitted, in the order in which they run: four groups a layer, and the pooler."""
+    """Return the linear layers that are refitted, in the order of a pass: four groups a layer, and the pooler."""
     modules = {(t.slot.layer, t.slot.kind): _module(t.slot) for t in plan.backbone}
     slots = [t.slot for t in plan.backbone if t.slot.input and t.slot.kind in ORDER]
     slots.sort(key=lambda slot: (math.inf if slot.layer is None else slot.layer, ORDER.index(slot.kind)))
@@ -90,11 +90,11 @@ def align_layers(
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """Refit the linear layers of `merged`, in place, so that they give what each expert's own layer gives.
+    """Refit the linear layers of `merged`, in place, so that their outputs approach those of each expert's own layers.
 
-    With X_j (tokens, d) what the layer reads in `merged` on expert j's rows, augmented by 1 where there is a bias, and
-    E_j (tokens, outputs) what the expert's layer makes of what it reads there, minus what `merged`'s makes of X_j, the
-    layer V_0 = (W, b) becomes
+    X_j (tokens, d) are the layer's inputs in `merged` on expert j's rows, augmented by 1 where there is a bias. E_j
+    (tokens, outputs) are the outputs of the expert's layer on its own inputs, minus those of `merged`'s layer on X_j.
+    The layer V_0 = (W, b) becomes
 
         V = V_0 + [sum_j lambda_j E_j^T X_j / n_j] [S + hold diag(S) + 1e-4 tr(S)/d I]^-1,
         S = sum_j lambda_j X_j^T X_j / n_j,
@@ -103,8 +103,8 @@ def align_layers(
     that are added to a residual, E_j is the difference of the sums. Sums and solution are float64, products of a batch
     float32; padding does not count.
 
-    Held meanwhile, of all rows: the hidden states of one layer, of expert and merge, 8 bytes times the hidden size per
-    padded token.
+    Meanwhile the hidden states of one layer are held for all rows, of expert and merge: 8 bytes times the hidden size
+    per padded token.
 
     Args:
         merged: a model of the plan's family with the start as its backbone, on the experts' device.
@@ -114,7 +114,7 @@ def align_layers(
         V - V_0 by `Slot.name`, float32 on the CPU.
 
     Raises:
-        NumericalError: an input or an output is NaN or infinite; names the row.
+        NumericalError: an input or an output is NaN or infinite; the message names the row.
     """
     by_layer = groupby(linear_groups(plan), key=lambda group: group.layer)
     family = required_family(plan)
@@ -129,7 +129,7 @@ def align_layers(
     blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
     changes: dict[str, Tensor] = {}
     with torch.inference_mode(), ExitStack() as stack:
-        for expert in experts:  # that of the merge changes from layer to layer
+        for expert in experts:  # the merge's state changes from layer to layer
             stack.enter_context(rounded_weights(expert.loaded.model, precision))
         comparisons = [_Comparison(expert, merged, blocks, precision) for expert in experts]
         for layer, groups in by_layer:
@@ -150,7 +150,7 @@ def refitted(
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """The merged backbone `start`, by `Slot.name`, after `align_layers`."""
+    """Return the merged backbone `start`, by `Slot.name`, after `align_layers`."""
     first = experts[0].loaded
     merged = load(first.info, first.device).model
     merged.load_state_dict(dict(start), strict=False)
@@ -160,7 +160,7 @@ def refitted(
 
 
 def ridge_step(moment: Tensor, error: Tensor, hold: float) -> Tensor:
-    """`N [S + hold diag(S) + 1e-4 tr(S)/d I]^-1`, (outputs, d), of S (d, d) and N (outputs, d), in float64.
+    """Compute `N [S + hold diag(S) + 1e-4 tr(S)/d I]^-1`, (outputs, d), from S (d, d) and N (outputs, d), in float64.
 
     It minimises the mean of `||e - x step^T||^2` plus `hold` and the ridge times the squares of the step, where S is
     the mean of `x x^T`, and N that of `e x^T`.
@@ -182,9 +182,9 @@ def _refit(
     settings: Callable[[str], "_Settings"],
 ) -> dict[str, Tensor]:
     layers = [_linear(merged, module) for module in group.modules]
-    has_bias = all(layer.bias is not None for layer in layers)  # as one regression has either a constant or none
+    has_bias = all(layer.bias is not None for layer in layers)  # a regression has either a constant or none
     outputs, columns = [layer.out_features for layer in layers], layers[0].in_features + has_bias
-    alike: dict[_Settings, list[int]] = {}  # one regression for all that have the same
+    alike: dict[_Settings, list[int]] = {}  # layers with the same settings share a regression
     for number, module in enumerate(group.modules):
         alike.setdefault(settings(module), []).append(number)
     empty = torch.zeros(columns, columns, dtype=torch.float64, device=layers[0].weight.device)
@@ -216,7 +216,7 @@ def _refit(
 
 @dataclass(frozen=True)
 class _Settings:
-    """Of one linear layer: every expert's lambda, and what it is held by."""
+    """Settings of one linear layer: every expert's lambda, and the strength that holds it."""
 
     lambdas: tuple[float, ...]
     hold: float
@@ -238,13 +238,14 @@ class _Comparison:
         self._ours.enter(layer)
 
     def count(self, group: LinearGroup) -> int:
-        """How many inputs the group has on all rows: tokens without padding, or, for the pooler, rows."""
+        """Return the number of the group's inputs on all rows: tokens without padding, or, for the pooler, rows."""
         return sum(1 if group.layer is None else example.length for example in self.expert.examples)
 
     def samples(self, group: LinearGroup) -> Iterator[tuple[Tensor, Tensor]]:
-        """By batch: the inputs of the merge's layers, (tokens, width), and the expert's outputs minus the merge's.
+        """Yield for each batch the inputs of the merge's layers, (tokens, width), and the errors of their outputs.
 
-        The latter are (tokens, outputs), of the group's layers side by side. Both are float32, without padding.
+        The errors are the expert's outputs minus the merge's, (tokens, outputs), with the group's layers side by side.
+        Both are float32, without padding.
         """
         for number, batch in enumerate(self._batches):
             x, ours = self._ours.seen(number, group)
@@ -258,7 +259,7 @@ class _Comparison:
 
 
 class _Run:
-    """A model on batches of rows, layer by layer. Of each batch it holds what its present layer reads."""
+    """Runs a model on batches of rows, layer by layer. For each batch it holds the input of its present layer."""
 
     def __init__(
         self,
@@ -277,8 +278,8 @@ class _Run:
     def enter(self, layer: int) -> None:
         """Go on to the next layer.
 
-        The first two are reached through the whole model, as DeBERTa has a convolution between them. Any other reads
-        what the one before it gives.
+        The first two are reached through the whole model, because DeBERTa has a convolution between them. Any other
+        layer reads the output of the one before it.
         """
         for number in range(len(self._batches)):
             if layer < 2:
@@ -287,9 +288,9 @@ class _Run:
                 self._hidden[number] = self._given(number, layer - 1)
 
     def seen(self, number: int, group: LinearGroup) -> tuple[Tensor, Tensor]:
-        """What the group's layers read, (tokens, width), and what they give, (tokens, outputs); float32, no padding.
+        """Return inputs of the group's layers, (tokens, width), and outputs, (tokens, outputs); float32, no padding.
 
-        The latter is the residual sum where they are added to one, and else their outputs, side by side.
+        The outputs are the residual sum where the layers are added to one, and else the layers' outputs, side by side.
         """
         counted = _counted(self._batches[number], group)
         modules = [self._model.get_submodule(path) for path in (group.reader, group.norm) if path]
@@ -308,25 +309,25 @@ class _Run:
             return x, torch.cat([self._model.get_submodule(module)(x).float() for module in group.modules], dim=-1)
 
     def _given(self, number: int, layer: int) -> Tensor:
-        """What a block makes of what is held."""
+        """Return the output of a block for the held input."""
         with self._computing():
             given = self._block(number, layer)()
         hidden: Tensor = given[0] if isinstance(given, tuple) else given
         return hidden
 
     def _whole(self, number: int, modules: Sequence[nn.Module]) -> list["_Call"]:
-        """A pass of the whole model, as far as the modules."""
+        """Run the whole model up to the modules, and return their first calls."""
         with self._computing():
             return _first_calls(partial(self._model, **self._batches[number].inputs), modules)
 
     def _block(self, number: int, layer: int) -> Callable[[], Any]:
-        """A pass of one block. What blocks take besides hidden states is the same for all of them."""
+        """Return a pass of one block. All blocks take the same arguments besides hidden states."""
         [first] = self._whole(number, self._blocks[:1])
         return partial(self._blocks[layer], self._hidden[number], *first.args[1:], **first.kwargs)
 
 
 def _counted(batch: Batch, group: LinearGroup) -> Tensor:
-    """Which of a batch's inputs count: (batch, tokens), without padding; for the pooler, (batch,), the first token."""
+    """Mark the inputs of a batch that count: (batch, tokens), no padding; for the pooler, (batch,), the first token."""
     is_text = batch.inputs["attention_mask"].bool()
     return is_text[:, 0] if group.layer is None else is_text
 
@@ -342,7 +343,7 @@ class _AllCalled(Exception):
 
 
 def _first_calls(run: Callable[[], object], modules: Sequence[nn.Module]) -> list[_Call]:
-    """The first call of each of the modules while `run` runs, which is stopped once all have been called."""
+    """Return the first call of each module while `run` runs, which is stopped once all have been called."""
     calls: dict[nn.Module, _Call] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A method over the models of a job, and the backbone that it makes in memory."""
+"""Applies a method to the models of a job, and makes the merged backbone in memory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ from worker.engine.runtime.device import Precision
 
 
 def merger_of(method: MethodParameters, models: Sequence[MeasuredModel], plan: MergePlan) -> Merger:
-    """The method over the models that take part; of slices, over those of each.
+    """Return the method over the models that take part; with slices, over those of each slice.
 
-    What the base has no tensor for is averaged where the method needs one.
+    Tensors that the base lacks are averaged if the method needs a base.
     """
     merger = _merger_of(method, models, plan)
     without_base = {tensor.slot.name for tensor in plan.backbone if tensor.base is None and tensor.members is None}
@@ -46,12 +46,12 @@ def _merger_of(method: MethodParameters, models: Sequence[MeasuredModel], plan: 
 
 
 def weighted_average(models: Sequence[MeasuredModel], plan: MergePlan) -> Merger:
-    """The average by the weights of the models that take part, whatever the method."""
+    """Return the average by the weights of the models that take part, whichever method is used."""
     return average(_taking_part(models, plan))
 
 
 def mean_shares(method: MethodParameters, models: Sequence[MeasuredModel], plan: MergePlan) -> list[float | None]:
-    """Every model's mean merge weight; None where it is not known."""
+    """Return every model's mean merge weight; None where it is not known."""
     shares = iter(_mean_shares(method, _taking_part(models, plan), plan))
     return [next(shares) if model.takes_part else 0.0 for model in models]
 
@@ -79,7 +79,7 @@ def _mean_shares(method: MethodParameters, models: list[MeasuredModel], plan: Me
 
 
 def _by_token(model: MeasuredModel, index: int, plan: MergePlan) -> MeasuredModel:
-    """What was measured of the plan's model `index`, at the output's rows; of slices nothing is measured."""
+    """Return the plan's model `index` with its statistics at the output's rows; slices have no statistics."""
     if plan.is_of_slices:
         return model
     places = {t.slot.name: t.token_rows.models[index] for t in plan.backbone if t.token_rows is not None}
@@ -93,7 +93,7 @@ def merged_state(
     plan: MergePlan,
     precision: Precision,
 ) -> dict[str, Tensor]:
-    """The merged backbone, in memory.
+    """Compute the merged backbone in memory.
 
     Args:
         experts: loads the models that take part, for methods that refit layers to their rows.
@@ -114,7 +114,7 @@ def refitted_state(
     precision: Precision,
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """The backbone `start`, with its layers refitted to the experts."""
+    """Return the backbone `start`, with its layers refitted to the experts."""
     with start:
         started = start.state()
     return REFITS[method.name](start.plan, started, experts, method, precision, on_group)

@@ -1,4 +1,4 @@
-"""Rows of token-indexed tensors at the places that their tokens have in the output, see `catalog.vocabulary`."""
+"""Puts rows of token-indexed tensors at their tokens' places in the output, see `catalog.checkpoints.vocabulary`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from worker.engine.merging.methods.blocks import Block, Rows
 
 
 def read_by_token(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], rows: slice) -> Block:
-    """Some rows of the output, of each model that takes part and of the base.
+    """Read some rows of the output, for each model that takes part and for the base.
 
-    A model's row is its own for the token; where it has none, the base's; where that has none either, the mean of the
-    rows of those models that take part and have the token, or else of all that have it. The base's is the same mean
-    where it lacks the token. Means are float64.
+    A model's row is its own for the token. Where it has none, it is the base's; where that has none either, the mean
+    over the models that take part and have the token, or else over all models that have it. The base's row is the same
+    mean where it lacks the token. Means are float64.
 
     Raises:
         InvalidCheckpoint: an input has NaN or infinity, which the mean would give to others.
@@ -60,7 +60,7 @@ def read_by_token(reader: TensorReader, planned: PlannedTensor, taking_part: Seq
 
 
 def _given_row(reader: TensorReader, planned: PlannedTensor, given: GivenRow) -> Tensor:
-    """The row that a recipe gives a token, float64."""
+    """Read the row that a recipe gives a token, float64."""
     source = planned.base if given.model is None else planned.sources[given.model]
     if given.row is None or source is None:
         return torch.zeros(planned.shape[1:], dtype=torch.float64)
@@ -83,7 +83,7 @@ def _give(
 
 
 def _pad(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], block: Block, first: int) -> None:
-    """Give the block's rows from `first` of the tensor on the mean of all before it, of each version by itself."""
+    """Give the block's rows from the tensor's row `first` on the mean of all rows before it, in each version."""
     sums = [torch.zeros(planned.shape[1:], dtype=torch.float64) for _ in taking_part]
     of_base = torch.zeros(planned.shape[1:], dtype=torch.float64)
     for rows in row_blocks((first, *planned.shape[1:])):
@@ -100,7 +100,7 @@ def _pad(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int
 
 
 def _read(reader: TensorReader, source: TensorInfo, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Values, zero where a place is -1, float32 or float64; and which rows are there."""
+    """Read values, float32 or float64, zero where a place is -1; and mark the rows that are there."""
     has = torch.tensor(places) >= 0
     stored = [source] if source.delta is None else [source, source.delta.a, source.delta.b]
     wide = torch.float64 if any(tensor.dtype == "F64" for tensor in stored) else torch.float32
@@ -122,7 +122,7 @@ def _add(parts: Sequence[tuple[Tensor, Tensor]], sums: Tensor, counts: Tensor) -
 
 
 def _chosen(version: tuple[Tensor, Tensor], instead: Tensor) -> Tensor:
-    """The version's rows where it has them; in its dtype."""
+    """Take the version's rows where it has them, and else those of `instead`; in the version's dtype."""
     values, has = version
     return torch.where(_as_rows(has, values), values, instead.to(values.dtype))
 
@@ -133,11 +133,11 @@ def _as_rows(factors: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowsByToken:
-    """What was measured of a tensor, with rows where the output has their tokens; those of tokens it lacks are 0."""
+    """A tensor's statistic, with its rows where the output has their tokens; rows of tokens that it lacks are 0."""
 
     measured: Rows
     places: Sequence[int]
-    """Its own rows by row of the output."""
+    """The tensor's own rows, by row of the output."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -152,10 +152,10 @@ class RowsByToken:
 
 
 class ByToken(Mapping[str, Rows]):
-    """What was measured of every parameter of a model, by tensor: `RowsByToken` where there are places for it."""
+    """The statistics of every parameter of a model, by tensor: `RowsByToken` for those in `places`."""
 
     def __init__(self, measured: Mapping[str, Rows], places: Mapping[str, Sequence[int]]) -> None:
-        """`places` are the model's own rows by row of the output, of each token-indexed tensor."""
+        """Wrap statistics; `places` has, for each token-indexed tensor, the model's own rows by row of the output."""
         self._measured = measured
         self._places = places
 

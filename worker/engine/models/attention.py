@@ -1,7 +1,7 @@
-"""The attention of models on a CPU: of two ways to the same function, the faster for number format and length.
+"""Computes attention on a CPU in one of two ways, whichever is faster for the number format and the length.
 
-PyTorch's fused kernel has a slow backward pass there in bfloat16, and at the lengths of sentences in float32 too. Plain
-products are fast if nothing on the way becomes float32 by accident, as with transformers' float32 mask.
+PyTorch's fused kernel has a slow backward pass on CPUs in bfloat16, and for lengths of sentences in float32 too. Plain
+products are fast if no intermediate value becomes float32 by accident, as it does with transformers' float32 mask.
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ from worker.engine.runtime.libraries import masking_utils, transformers
 
 CPU_ATTENTION = "maskmerge_cpu"
 SAID_BY_THE_MASK = ("position_ids", "use_cache", "cache_position", "past_key_values")
-FUSED_FROM_TOKENS = 256  # in float32; measured, see docs/speed.md
+FUSED_FROM_TOKENS = 256  # number of tokens in float32; measured, see docs/speed.md
 
 
 def attention(
@@ -29,19 +29,19 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """`softmax(scaling q k^T + mask) v`, in eval mode, as `transformers.AttentionInterface` wants it.
+    """Compute `softmax(scaling q k^T + mask) v`, in eval mode, as a function for `transformers.AttentionInterface`.
 
     Args:
-        query, key, value: (batch, heads, tokens, head_dim); key and value may have fewer heads, of which each serves a
-            run of the query's.
+        query, key, value: (batch, heads, tokens, head_dim); key and value may have fewer heads, each of which serves a
+            run of the query's heads.
         attention_mask: added to the scores, (batch, 1, tokens, tokens); None where nothing is masked.
-        others: settings of other implementations. What a model tells all of them of its positions, the mask has in it.
+        others: settings of other implementations. The mask already contains a model's settings of positions.
 
     Returns:
-        (batch, tokens, heads, head_dim); the second is the probabilities, which nobody reads.
+        The result, (batch, tokens, heads, head_dim), and None in place of the probabilities, which nobody reads.
 
     Raises:
-        TypeError: a family wants more of its attention than is computed here.
+        TypeError: a family needs a kind of attention that is not computed here.
     """
     settings = {name: value for name, value in others.items() if name not in SAID_BY_THE_MASK}
     wanted = [name for name, value in {"dropout": dropout, "is_causal": is_causal, **settings}.items() if value]
@@ -56,12 +56,12 @@ def attention(
         return fused.transpose(1, 2).contiguous(), None
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
-        scores += attention_mask  # in place, which keeps their format: a product does not need its own result
+        scores += attention_mask  # in place, which keeps the format and is safe: a product does not need its result
     return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None
 
 
 def mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
-    """transformers' mask for plain products, in the format that these have: no float32 where they are bfloat16."""
+    """Make transformers' mask for plain products in their format: no float32 where they are bfloat16."""
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     made: Tensor | None = masking_utils.eager_mask(dtype=dtype, **kwargs)
@@ -70,7 +70,7 @@ def mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
 
 @cache
 def cpu_attention() -> str:
-    """The name under which transformers knows it from now on."""
+    """Register the attention with transformers, and return its name there."""
     transformers.AttentionInterface.register(CPU_ATTENTION, attention)
     transformers.AttentionMaskInterface.register(CPU_ATTENTION, mask)
     return CPU_ATTENTION

@@ -1,4 +1,4 @@
-"""Checkpoints as running models: loaded once, kept warm within a memory budget."""
+"""Loads checkpoints as running models: once each, kept warm within a memory budget."""
 
 import inspect
 from collections import OrderedDict
@@ -30,14 +30,14 @@ from worker.engine.tasks import HeadKind, kind_of
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float32 model in eval mode on its device, with what feeds it."""
+    """A float32 model in eval mode on its device, with its tokenizer."""
 
     info: CheckpointInfo
     family: Family
-    """The table of its backbone, under its head."""
+    """The table of its backbone."""
     task: Task
     kind: HeadKind[Any]
-    """The head as it is run."""
+    """The head as the engine runs it."""
     model: nn.Module
     tokenizer: Any
     device: torch.device
@@ -54,10 +54,10 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     family = required_table(info)
     require_tokenizer(info)
     check_tokenizer(info)
-    # None: fused where the family has it.
+    # With None, families that have a fused attention use it.
     attention = None if device.type == "cuda" else cpu_attention()
     try:
-        check_layout(info)  # before memory is taken for a model of any size that its configuration claims
+        check_layout(info)  # first, because the configuration may claim a model of any size
         if info.base is None:
             model, report = _auto_class(info).from_pretrained(
                 info.path,
@@ -71,12 +71,12 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             )
         else:
             model, report = _adapted(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
-        # Without a tokenizer_config.json, its class is that of the model's type.
+        # Without a tokenizer_config.json, its class follows from the model's type.
         with tokenizer_folder(info) as folder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config, **OFFLINE)
     except InvalidCheckpoint:
         raise
-    except BaseException as error:  # whatever transformers, tokenizers or their checks of the configuration think of it
+    except BaseException as error:  # transformers, tokenizers and their checks of the configuration raise anything
         if is_out_of_memory(error) or not is_of_library(error):
             raise
         raise InvalidCheckpoint(info.source, f"transformers cannot load it: {in_one_line(error)}") from error
@@ -111,7 +111,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
 
 
 def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.Module:
-    """The model that an adapter makes of its base, whose layout was checked."""
+    """Apply an adapter to its base, whose layout was checked, and return the model."""
     config = library_config(info.config, info.source)
     model: nn.Module = _auto_class(info).from_config(
         config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
@@ -123,7 +123,7 @@ def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.
             parameter = None if slot is None else parameters.pop(slot.name, None)
             if parameter is None:
                 continue
-            if parameter.shape != tensor.shape:  # which copying would stretch, where it has an axis of 1
+            if parameter.shape != tensor.shape:  # copying would stretch a tensor that has an axis of 1
                 raise misshapen(info, tensor.name, tensor.shape, parameter.shape)
             parameter.copy_(reader.read(tensor))
     if parameters:
@@ -136,9 +136,9 @@ def _auto_class(info: CheckpointInfo) -> Any:
 
 
 def _inputs(tokenizer: Any, model: Any) -> list[str]:
-    """The tokenizer's outputs that the model takes.
+    """Return the tokenizer's outputs that the model takes.
 
-    With one segment or none, every token is of the same and the ids say nothing; a tokenizer that counts to two would
+    If a model has one segment or none, ids of segments say nothing, and those of a tokenizer with two segments would
     reach beyond the matrix.
     """
     taken = set(inspect.signature(model.forward).parameters)
@@ -150,13 +150,13 @@ def _inputs(tokenizer: Any, model: Any) -> list[str]:
 
 
 def _length_limit(tokenizer: Any, positions: int) -> int:
-    """What the tokenizer's own configuration says, if it is a length at all."""
+    """Return the limit of the tokenizer's own configuration if it has one, and otherwise `positions`."""
     limit = tokenizer.model_max_length
     return limit if isinstance(limit, int) and limit > 0 else positions
 
 
 class ModelCache:
-    """The models used last, by the state of their files; the oldest go when the budget is exceeded."""
+    """Keeps the models used last, by the state of their files; the oldest go when the budget is exceeded."""
 
     def __init__(self, device: torch.device, capacity_bytes: int = CACHE_BYTES) -> None:
         self._device = device
@@ -166,7 +166,7 @@ class ModelCache:
     def get(self, info: CheckpointInfo) -> LoadedModel:
         key = _state(info)
         if key in self._models:
-            self._models[key] = replace(self._models[key], info=info)  # whose view is open now
+            self._models[key] = replace(self._models[key], info=info)  # the view of this `info` is open now
             self._models.move_to_end(key)
         else:
             self._models[key] = load(info, self._device)
@@ -175,7 +175,7 @@ class ModelCache:
         return self._models[key]
 
     def bytes_besides(self, infos: Sequence[CheckpointInfo]) -> int:
-        """Held for other checkpoints than these."""
+        """Return the bytes that are held for other checkpoints than these."""
         keys = {_state(info) for info in infos}
         return sum(_bytes(model) for key, model in self._models.items() if key not in keys)
 
@@ -186,8 +186,10 @@ class ModelCache:
 
 
 def _state(info: CheckpointInfo) -> tuple[object, ...]:
-    """What a loaded model depends on, wherever the checkpoint's view is: tokenizer and configuration count as much as
-    the weights, and messages name the source."""
+    """Return everything that a loaded model depends on, wherever the checkpoint's view is.
+
+    Tokenizer and configuration count as much as the weights, and so does the source, which messages name.
+    """
     described = described_files({file.name for file in info.path.iterdir()})
     own = [(name, digest_file(info.path / name)) for name in described]
     weights = [(name, *file_identity((info.path / name).stat())) for name in info.weight_files]

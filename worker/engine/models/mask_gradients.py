@@ -1,9 +1,10 @@
-"""Gradients by mask nodes, one example at a time, from one batched backward pass.
+"""Gradients by mask nodes, for each example by itself, from one batched backward pass.
 
-No mask exists. A node's mask multiplies its activation `c`, so the derivative of an example's output by it, at mask 1,
-is the sum of `c * dL/dc` over the example's tokens (and, for a head, over its width; for heads that share a key and a
-value, over all of them: a mask of theirs multiplies all their contexts). The examples of a batch do not
-see each other, so keeping the batch axis gives exact per-example gradients, and no parameter gradient is computed.
+No mask is inserted. A node's mask would multiply its activation `c`, so the derivative of an example's output by it, at
+mask 1, is the sum of `c * dL/dc` over the example's tokens. For an attention head the sum is also over its width; for
+heads that share a key and a value it is over all of them, because their mask multiplies all their contexts. The
+examples of a batch do not see each other, so keeping the batch axis gives exact gradients of each example, and no
+gradient by a parameter is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,19 +16,19 @@ from torch.nn.functional import gelu
 
 from worker.engine.catalog.families import ScoreName, Site
 
-CHUNK_VALUES = 1 << 17  # of a product that is summed at once, in float32 512 kB: it stays in the cache of a core
+CHUNK_VALUES = 1 << 17  # values of a product that are summed at once, 512 kB in float32: they stay in a core's cache
 
 
 class MaskGradients:
     """Hooks on a model's mask sites, while in context.
 
-    The graph starts at the first sites that a forward pass reaches: nothing before them is differentiated. Nor is
-    anything computed of tokens that the head does not read, where that is known.
+    The graph starts at the first sites that a forward pass reaches: nothing before them is differentiated. Where it is
+    known which tokens the head does not read, nothing is computed for them.
 
     Args:
-        model: in eval mode; its parameters' requires_grad is switched off for good.
-        sites: where the nodes are seen, see `Family.sites`.
-        narrowing: modules from whose input on the first token is enough, see `Family.narrowing`.
+        model: a model in eval mode; its parameters' requires_grad is switched off for good.
+        sites: the modules at whose inputs the nodes are seen, see `Family.sites`.
+        narrowing: modules from whose input on only the first token is needed, see `Family.narrowing`.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], narrowing: Sequence[str] = ()) -> None:
@@ -36,7 +37,7 @@ class MaskGradients:
         self._gradients: dict[ScoreName, Tensor] = {}
         self._token_sums = TokenSums()
         self._handles = [model.register_forward_pre_hook(self._forget)]
-        for module in narrowing:  # before the sites' own hooks, which are then to see one token
+        for module in narrowing:  # before the sites' own hooks, which then see one token
             self._handles.append(model.get_submodule(module).register_forward_pre_hook(_first_token))
         for site in sites:
             hook = self._watch(site)
@@ -49,17 +50,17 @@ class MaskGradients:
         for handle in self._handles:
             handle.remove()
         self._roots.clear()
-        self._gradients = {}  # what was given out stays
+        self._gradients = {}  # a new object, because the caller has the old one
 
     def of(self, outputs: Tensor, *, last: bool) -> dict[ScoreName, Tensor]:
-        """Derivatives of each example's output by every mask node.
+        """Compute the derivatives of each example's output by every mask node.
 
         Args:
-            outputs: (batch,), of the latest forward pass; `outputs[b]` depends on example b alone.
+            outputs: (batch,), from the latest forward pass; `outputs[b]` depends on example b alone.
             last: whether the graph may be freed.
 
         Returns:
-            By score name, (batch, nodes), float64.
+            Derivatives by score name, (batch, nodes), float64.
         """
         if not self._roots:
             raise RuntimeError("no forward pass ran inside the context")
@@ -93,18 +94,19 @@ class MaskGradients:
 
 
 def _first_token(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """(batch, tokens, values) to (batch, 1, values); added to a residual of all tokens, it is right at the first.
+    """Cut (batch, tokens, values) to (batch, 1, values). Added to a residual of all tokens, it is right at the first.
 
-    In one piece: of a view, PyTorch multiplies every example by a copy of the weights of its own.
+    The result is contiguous, because with a view PyTorch multiplies every example by its own copy of the weights.
     """
     return inputs[0][:, :1].contiguous(), *inputs[1:]
 
 
 class TokenSums:
-    """`sum_t activation * gradient` of each example: (batch, tokens, values) twice to (batch, values).
+    """Computes `sum_t activation * gradient` for each example, from (batch, tokens, values) twice to (batch, values).
 
-    Products and sums are float32 (float64 of float64), also of bfloat16 factors. On a CPU a chunk at a time, in buffers
-    that stay in the cache and are used again: to read both factors once is then nearly all that it costs.
+    Products and sums are float32, also those of bfloat16 factors, or float64 for float64 factors. A CPU computes a
+    chunk at a time, in buffers that stay in the cache and are used again, so that reading both factors once is nearly
+    the whole cost.
     """
 
     def __init__(self) -> None:
@@ -117,7 +119,7 @@ class TokenSums:
         batch, tokens, values = activation.shape
         result = torch.zeros(batch, values, dtype=wide)
         rows = max(1, CHUNK_VALUES // (tokens * values))
-        most = min(tokens, max(1, CHUNK_VALUES // values))  # tokens, where one example is more than a chunk
+        most = min(tokens, max(1, CHUNK_VALUES // values))  # number of tokens, where an example exceeds a chunk
         for row in range(0, batch, rows):
             for token in range(0, tokens, most):
                 chunk = slice(row, row + rows), slice(token, token + most)
@@ -135,14 +137,15 @@ class TokenSums:
 
 
 def _kept(activation: Tensor) -> Callable[[], Tensor]:
-    """The activation when it is needed: of GELU in float32, computed again from what autograd keeps of it anyway.
+    """Return a function that gives the activation when it is needed.
 
-    Holding the feed-forward activations adds 47 % to what the graph keeps in float32 and 38 % in bfloat16, where
-    computing them again would cost more of the time.
+    That of GELU in float32 is computed again from its input, which autograd keeps anyway. Holding the feed-forward
+    activations adds 47 % to the memory of the graph in float32 and 38 % in bfloat16, where computing them again would
+    cost more of the time.
     """
     node: Any = activation.grad_fn
     if node is not None and node.name() == "GeluBackward0" and activation.dtype is torch.float32:
-        # Not the node itself: it holds its hooks, so a hook that held it would keep the whole graph alive.
+        # The hook must not hold the node itself: the node holds its hooks, so that would keep the whole graph alive.
         source, approximate = node._saved_self.detach(), node._saved_approximate
         return lambda: gelu(source, approximate=approximate)
     held = activation.detach()

@@ -1,4 +1,4 @@
-"""The model card in the hub's format: what it was made of, how well it does, and how to load it."""
+"""The model card in the hub's format: the model's origins, its metrics, and how to load it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from worker.engine.reporting.words import (
 )
 
 METRIC_TYPES = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
-"""The hub's names of metrics, where they are others."""
+"""The hub's names of metrics, where they differ from ours."""
 
 
 def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
@@ -74,7 +74,7 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
 
 
 def _metadata(spec: MergeSpec, result: MergeResult, library: str, tag: str | None) -> dict[str, Any]:
-    """The card's head, by which the hub finds the model and links it to its origins that are there."""
+    """Make the card's metadata, by which the hub finds the model and links it to those of its origins that it has."""
     repositories = list(dict.fromkeys(c.hub.repository for c in spec.checkpoints if c.hub))
     read = [rows for model in spec.models for rows in (model.dataset, model.evaluation) if rows]
     datasets = list(dict.fromkeys(rows.hub.repository for rows in read if rows.hub))
@@ -89,7 +89,7 @@ def _metadata(spec: MergeSpec, result: MergeResult, library: str, tag: str | Non
 
 
 def _evaluated(spec: MergeSpec, metrics: Mapping[str, MetricResult], tag: str | None) -> dict[str, Any]:
-    """The hub's form of evaluations: one for each model that has one, of the model as published."""
+    """Return evaluations of the published models in the hub's form, one for each model that has one."""
     evaluations = {model.name: model.evaluation for model in spec.models if model.evaluation}
     results = [
         {
@@ -137,14 +137,14 @@ def _card_models(spec: MergeSpec, result: MergeResult) -> list[str]:
 
 
 def _card_parameters(spec: MergeSpec, result: MergeResult) -> list[str]:
-    if spec.method.stacked_slices:  # they are its slices
+    if spec.method.stacked_slices:  # the slices are its parameters
         return []
     given = {key: value for key, value in result.method.items() if key != "name" and value is not None}
     return [f"Parameters of the method: {_card_values(given)}.", ""]
 
 
 def _code(text: str) -> str:
-    """As code, which a backtick would end."""
+    """Format a text as code, which a backtick would end."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 

@@ -1,4 +1,4 @@
-"""Pictures as SVG, from numbers alone.
+"""Draws pictures as SVG, from numbers alone.
 
 The plot is the SVG's own box: positions across are in per cent and stretch with the page, heights are in pixels, and
 labels lie in margins beside the box. So text has one size on every screen, without scripts.
@@ -20,16 +20,16 @@ SHAPES = (
     "M0 5.2L5.2 -4.2H-5.2z",  # triangle, down
     "M-1.8 -5.2h3.6v3.4h3.4v3.6h-3.4v3.4h-3.6v-3.4h-3.4v-3.6h3.4z",  # plus
 )
-TEXT_DROP = 4  # from the middle of a line of text to where it stands
-LABEL_PX = 7.0  # of a letter, for making room
+TEXT_DROP = 4  # pixels from the middle of a line of text down to its baseline
+LABEL_PX = 7.0  # width of a letter, for making room
 ROW = 24
 LINE_HEIGHT = 170
-AXIS = 22  # below a plot
+AXIS = 22  # pixels below a plot
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers to per cent of the plot's width, or to pixels of its height."""
+    """Maps numbers to per cent of the plot's width, or to pixels of its height."""
 
     low: float
     high: float
@@ -50,7 +50,7 @@ class Scale:
 
     @property
     def ticks(self) -> list[float]:
-        """Round numbers within, about four; on a logarithmic axis powers of ten."""
+        """Return about four round numbers within the scale; on a logarithmic axis powers of ten."""
         if self.is_log:
             powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             return [10.0**power for power in powers]
@@ -60,7 +60,7 @@ class Scale:
 
     @classmethod
     def around(cls, values: Sequence[float], *, least: float = 0.0) -> "Scale":
-        """Round ends around all values; at least so wide."""
+        """Make a scale with round ends around all values, at least `least` wide."""
         low, high = min(values), max(values)
         if high - low < least:
             low, high = (low + high - least) / 2, (low + high + least) / 2
@@ -70,7 +70,7 @@ class Scale:
 
 
 def _step(width: float) -> float:
-    """The next of 1, 2, 5, 10 and so on."""
+    """Return the next of 1, 2, 5, 10 and so on."""
     power = 10.0 ** math.floor(math.log10(width))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * 0.999)
 
@@ -80,14 +80,14 @@ def percent(share: float) -> str:
 
 
 def short(value: float) -> str:
-    """A tick's number."""
+    """Format a tick's number."""
     return f"{value:.6g}"
 
 
 def picture(
     key: str, title: str, description: str, height: float, *content: Content, left: float = 0, right: float = 0
 ) -> Html:
-    """An image that says what it shows. `key` is unique on the page."""
+    """Make an image with a title and a description. `key` is unique on the page."""
     return element(
         "svg",
         element("title", title, id=f"{key}-t"),
@@ -112,14 +112,14 @@ def line(x1: str, y1: float, x2: str, y2: float, kind: str) -> Html:
 
 
 def marker(index: int, x: str, y: float, *, hollow: bool = False) -> Html:
-    """The shape and colour of series `index`; there are thirty-six together."""
+    """Draw the shape and colour of series `index`; there are thirty-six pairs of them."""
     kind = f"{'hollow' if hollow else 'mark'} l{index % LINES + 1}"
     shape = SHAPES[(index + index // LINES) % len(SHAPES)]
     return element("svg", element("path", d=shape, class_=kind), x=x, y=y, role="none")
 
 
 def key(entries: Sequence[tuple[int, str]], *, hollow: str | None = None) -> Html:
-    """What the series' marks mean."""
+    """Explain the marks of the series."""
 
     def entry(mark: Html, words: str) -> Html:
         sample = element("svg", mark, width=12, height=12, aria_hidden="true")
@@ -141,7 +141,7 @@ class Bar:
 
 
 def bars(name: str, title: str, description: str, rows: Sequence[Bar], *, low: float = 0.0, high: float = 1.0) -> Html:
-    """Horizontal bars from 0, with intervals, in lines of their own label and value."""
+    """Draw horizontal bars from 0, with intervals; each line has a label and a value."""
     scale = Scale(low, high)
     left = 8 + LABEL_PX * max(len(row.label) for row in rows)
     right = 10 + LABEL_PX * max(len(row.written) for row in rows)
@@ -171,15 +171,15 @@ def bars(name: str, title: str, description: str, rows: Sequence[Bar], *, low: f
 
 @dataclass(frozen=True)
 class Series:
-    """`index` gives shape and colour, see `marker`."""
+    """One series of a plot. `index` gives its shape and colour, see `marker`."""
 
     index: int
     points: Sequence[tuple[float, float]]
     spans: Sequence[tuple[float, float]] = ()
-    """Least and most at each point."""
+    """Least and largest value at each point."""
     is_joined: bool = True
     hollow: frozenset[int] = frozenset()
-    """Points that are drawn so."""
+    """Indices of the points that are drawn hollow."""
 
 
 @dataclass(frozen=True)
@@ -191,15 +191,15 @@ class Plot:
     series: Sequence[Series]
     x_label: str
     x_ticks: Sequence[tuple[float, str]] = ()
-    """Where, and what is written; by default round numbers."""
+    """Places of ticks, each with its text; by default round numbers."""
     limits: Sequence[tuple[float, str]] = ()
     """Horizontal lines with their names."""
     steps: Sequence[tuple[float, float]] = ()
-    """A line that goes on level until the next point."""
+    """Points of a line that stays level until the next point."""
     letters: Sequence[tuple[float, float, str]] = ()
-    """Small words above points."""
+    """Places of small words above points, each with its text."""
     rings: Sequence[tuple[float, float]] = ()
-    """Points that are marked once more."""
+    """Points that are marked with a ring."""
     height: float = LINE_HEIGHT
 
 
@@ -253,7 +253,7 @@ def _series(series: Series, of: Plot) -> list[Html]:
 class DotRow:
     label: str
     dots: Sequence[tuple[int, float]]
-    """Series and value."""
+    """Pairs of series and value."""
     mean: float | None
     spread: tuple[float, float] | None
     strong: bool = False
@@ -262,7 +262,7 @@ class DotRow:
 def dots(
     name: str, title: str, description: str, rows: Sequence[DotRow], scale: Scale, limits: Iterable[float]
 ) -> Html:
-    """A row of dots for each label, their mean as a bar across, and vertical limits."""
+    """Draw a row of dots for each label, their mean as a bar across, and vertical limits."""
     row_height = 44
     height = row_height * len(rows)
     drawn: list[Html] = []
@@ -296,11 +296,11 @@ def heat(
     rows: int,
     columns: int,
 ) -> Html:
-    """Cells of a map by level, 0 to 8; first row on top.
+    """Draw the cells of a map by level, 0 to 8; the first row is on top.
 
     Args:
-        ramp: `a` from little to much, `b` around a middle.
-        rows: layers that the map's rows stand for, columns: nodes.
+        ramp: `a` for colours from little to much, `b` for colours around a middle.
+        rows, columns: numbers of layers and nodes that the map's rows and columns stand for.
     """
     height = min(260, max(96, 14 * len(levels)))
     left = 14 + LABEL_PX * len(str(rows - 1))
@@ -325,7 +325,7 @@ def heat(
 
 
 def _cells(levels: Sequence[Sequence[int | None]], ramp: str) -> list[Html]:
-    """One path for each level; neighbours in a row are one rectangle."""
+    """Make one path for each level; neighbours in a row are one rectangle."""
     paths: dict[int, list[str]] = {}
     for row, cells in enumerate(levels):
         start = 0
@@ -339,7 +339,7 @@ def _cells(levels: Sequence[Sequence[int | None]], ramp: str) -> list[Html]:
 
 
 def ramp(kind: str, low: str, high: str, middle: str | None = None) -> Html:
-    """What a map's colours mean."""
+    """Explain the colours of a map."""
     swatches = [element("rect", x=18 * i, y=0, width=18, height=12, class_=f"{kind}{i}") for i in range(LEVELS)]
     drawn = element("svg", swatches, width=18 * LEVELS, height=12, aria_hidden="true", class_="cells")
     said = [element("span", low), drawn, element("span", high)]

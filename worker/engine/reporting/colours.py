@@ -1,6 +1,6 @@
 """The page's colours, in both schemes. Tests hold their contrasts: text 4.5 to 1, lines and marks of pictures 3 to 1.
 
-Hues stay apart for colour-blind readers; shapes and words tell apart what colours do.
+Hues stay apart for colour-blind readers; whatever colours tell apart, shapes and words tell apart too.
 """
 
 TEXT = ("text", "muted", "link")
@@ -42,18 +42,18 @@ DARK = {
     "line6": "#dcb73c",
 }
 
-LINES = 6  # colours of series
-LEVELS = 9  # of a map's colours
+LINES = 6  # number of colours of series
+LEVELS = 9  # number of colours of a map
 
-# From little to much, light to dark where the page is light: what is much stands out in both.
+# Colours from little to much go from light to dark where the page is light, so that large values stand out in both.
 AMOUNT_LIGHT = ("#eef2f7", "#dae6f2", "#bfd6ea", "#9dc1de", "#74a8d0", "#4d8cc0", "#2b70ac", "#12548f", "#08386a")
 AMOUNT_DARK = ("#1a212a", "#1d2d3e", "#203b55", "#244c70", "#2a5f8d", "#3a78ac", "#5794c8", "#84b4de", "#bcd8f2")
-# From less than a share to more, the share itself in the middle.
+# Colours from less than a share to more, with the share itself in the middle.
 BALANCE_LIGHT = ("#8a3c04", "#bb5f12", "#e0944b", "#f3cda2", "#eef0f2", "#b7d2ea", "#70a6d6", "#2f75b3", "#0a4480")
 BALANCE_DARK = ("#ffbd7a", "#dd8a35", "#a8621d", "#5f3d1c", "#262d35", "#1f4566", "#2c6ba6", "#559bd6", "#a9d2ff")
 
 
 def variables(scheme: dict[str, str], amount: tuple[str, ...], balance: tuple[str, ...]) -> str:
-    """As custom properties of CSS."""
+    """Write colours as custom properties of CSS."""
     named = {**scheme, **{f"a{i}": c for i, c in enumerate(amount)}, **{f"b{i}": c for i, c in enumerate(balance)}}
     return " ".join(f"--{name}: {colour};" for name, colour in named.items())

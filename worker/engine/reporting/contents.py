@@ -1,6 +1,7 @@
-"""What a report says beyond the job's result: the data of its pictures, and how the merge was put together.
+"""Contents of a report beyond the job's result: the data of its pictures, and the construction of the merge.
 
-Large models are shown in means over blocks, and so many models that a page stays small; what was left out is said.
+Large models are shown as means over blocks, and only so many models that a page stays small. The report says what was
+left out.
 """
 
 import math
@@ -27,17 +28,17 @@ from worker.engine.merging.methods.mask_fisher import node_weights
 
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
 BLOCKS = 48  # rows and columns of a map, at most
-MOST_CELLS = 24_000  # of all maps of a page: about 0.6 MB with their tables
-MOST_PAIRS = 45  # of models, that are listed: those of ten
-DIGITS = 4  # significant ones
+MOST_CELLS = 24_000  # cells of all maps on a page: about 0.6 MB with their tables
+MOST_PAIRS = 45  # pairs of models that are listed: those of ten models
+DIGITS = 4  # significant digits
 DTYPES = {short: long for long, short in TORCH_NAMES.items()}
 
 Scores = Mapping[str, Mapping[ScoreName, Tensor]]
-"""By model and score name: (nodes,)."""
+"""Scores by model and score name, (nodes,)."""
 
 
 def rounded(value: float | None) -> float | None:
-    """To `DIGITS` significant digits; None for what is no finite number."""
+    """Round to `DIGITS` significant digits; None for what is no finite number."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{DIGITS}g}")
@@ -45,36 +46,36 @@ def rounded(value: float | None) -> float | None:
 
 Rounded = Annotated[float, AfterValidator(lambda value: float(f"{value:.{DIGITS}g}"))]
 Known = Annotated[float | None, BeforeValidator(rounded)]
-"""Null where there is no such number."""
+"""A number, or null where there is none."""
 
 
 class NodeMap(Strict):
     """Scores and merge weights of one kind of mask node, of models of one size."""
 
     nodes: str
-    """Name of the kind."""
+    """Name of the kind of node."""
     layers: int
     count: int
-    """Nodes of a layer."""
+    """Number of nodes of a layer."""
     scores: dict[str, list[list[Known]]]
-    """By model: for each run of layers, from the first on, the means over runs of nodes, all runs equally long but for
-    rounding."""
+    """Scores by model: for each run of layers, from the first on, the means over runs of nodes. All runs are equally
+    long, up to rounding."""
     weights: dict[str, list[list[Known]]]
     """Merge weights in the same form; empty where scores decide no weights."""
     lambdas: dict[str, Known]
-    """By model, the merge weight that it has where all scores are equal."""
+    """Merge weight that each model has where all scores are equal."""
 
 
 class Maps(Strict):
     models: list[str]
-    """Those that are in the maps, the first of the merge."""
+    """Names of the models in the maps, which are the first of the merge."""
     left_out: int
-    """How many more there are."""
+    """Number of other models."""
     maps: list[NodeMap]
 
 
 class Spread(Strict):
-    """Over pairs of models."""
+    """Mean, least and largest value over pairs of models."""
 
     mean: Rounded
     least: Rounded
@@ -83,28 +84,29 @@ class Spread(Strict):
 
 class LayerInterference(Strict):
     layer: int | None
-    """Null: everything outside the layers."""
+    """Number of the layer; null: everything outside the layers."""
     cosine: Spread | None
     sign_conflicts: Spread | None
 
 
 class PairInterference(Strict):
-    """Of two models' task vectors over all layers."""
+    """Interference of two models' task vectors over all layers."""
 
     models: tuple[str, str]
     cosine: Known
-    """Null where a task vector is 0."""
+    """Cosine of the task vectors; null where one is 0."""
     sign_conflicts: Known
-    """Share in opposite directions, of the values that both models changed; null where there are none."""
+    """Share of the values that both models changed which they changed in opposite directions; null where there are
+    none."""
 
 
 class InterferenceReport(Strict):
     share_read: Rounded
-    """Of the values of each model that it was computed from."""
+    """Share of each model's values from which it was computed."""
     layers: list[LayerInterference]
     pairs: list[PairInterference]
     pairs_in_all: int
-    """Means are over all of them, also where not all are listed."""
+    """Number of all pairs. Means are over all of them, also where not all are listed."""
 
 
 class TensorGroup(Strict):
@@ -115,7 +117,7 @@ class TensorGroup(Strict):
     """Name of the kind of node that owns slices; null where none does."""
     outside_layers: bool
     copied: bool
-    """Whether they are one model's, as they were."""
+    """Whether they are copied unchanged from one model."""
     tensors: int
     values: int
     dtypes: list[str]
@@ -127,19 +129,19 @@ class VocabularyReport(Strict):
     rows: int
     tokens: int
     new: int
-    """Tokens that other models brought."""
+    """Number of tokens that come from other models."""
     shared: dict[str, int]
-    """By model, how many of the output's tokens it has."""
+    """Number of the output's tokens that each model has."""
 
 
 class Construction(Strict):
-    """What was put together, and how."""
+    """The parts of the merge, and how each was made."""
 
     groups: list[TensorGroup]
     heads: str
-    """`merged`: with the backbone; `aligned`: each model's own, refitted to it; `kept`: as they were."""
+    """Treatment of heads. `merged`: with the backbone; `aligned`: each refitted to the backbone; `kept`: unchanged."""
     dtype: str
-    """Of most values."""
+    """Data type of most values."""
     vocabulary: VocabularyReport | None
     bytes_read: int
     bytes_written: int
@@ -149,11 +151,12 @@ class Contents(Strict):
     """Keys of `report.json` beside those of the job's result."""
 
     construction: Construction | None
-    """Null of scores."""
+    """Construction of the merge; null for a job of scores."""
     maps: Maps | None
-    """Null where no mask node was scored."""
+    """Maps of scores and merge weights; null where no mask node was scored."""
     interference: InterferenceReport | None
-    """Null without a base, where fewer than two models take part, and where the job leaves it out."""
+    """Interference of task vectors; null without a base, if fewer than two models take part, and if the job leaves it
+    out."""
     threads: int
     versions: Mapping[str, str]
 
@@ -182,7 +185,7 @@ def versions() -> Mapping[str, str]:
 
 
 def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps | None:
-    """`plan` of a merge, whose weights are shown beside the scores."""
+    """Make the maps; if there is the `plan` of a merge, its weights are shown beside the scores."""
     scored = [model for model in spec.models if scores.get(model.name)]
     if not scored:
         return None
@@ -234,12 +237,12 @@ def _kinds(scores: Mapping[ScoreName, Tensor]) -> list[NodeKind]:
 
 
 def _cells(scores: Mapping[ScoreName, Tensor]) -> int:
-    """Of a model's maps of scores."""
+    """Count the cells of a model's maps of scores."""
     return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[ScoreName(0, kind)])) for kind in _kinds(scores))
 
 
 def _blocks(by_layer: Sequence[Tensor]) -> list[list[Any]]:
-    """Means over at most `BLOCKS` runs of nodes, and of layers; every layer has as many nodes."""
+    """Compute means over at most `BLOCKS` runs of nodes and of layers; every layer has as many nodes."""
     nodes = torch.stack(list(by_layer))
     columns = torch.stack([part.mean(1) for part in nodes.tensor_split(min(BLOCKS, nodes.shape[1]), 1)], dim=1)
     rows = torch.stack([part.mean(0) for part in columns.tensor_split(min(BLOCKS, len(nodes)))])
@@ -312,5 +315,5 @@ def _construction(spec: MergeSpec, plan: MergePlan) -> Construction:
 
 
 def dtype_name(name: str) -> str:
-    """As PyTorch spells it."""
+    """Return a data type's name as PyTorch spells it."""
     return DTYPES.get(name, name.lower())

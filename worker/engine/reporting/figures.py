@@ -1,4 +1,4 @@
-"""The report's pictures: each with what it says in words and a table of its numbers."""
+"""Makes the report's pictures, each with a description in words and a table of its numbers."""
 
 import math
 import statistics
@@ -32,14 +32,14 @@ from worker.engine.reporting.words import (
     settings_of,
 )
 
-MOST_DOTTED = 12  # models that a row of dots tells apart
-MOST_LETTERED = 60  # trials with their candidate's letter
-MOST_LETTERS = 36  # of a name above a line, which a phone has room for
-MOST_TRIALS = 200  # in a table
-LEAST_TRIALS = 4  # from which a parameter's relation to the objective shows
+MOST_DOTTED = 12  # number of models that a row of dots tells apart
+MOST_LETTERED = 60  # number of trials that are marked with their candidate's letter
+MOST_LETTERS = 36  # letters of a name above a line, for which a phone has room
+MOST_TRIALS = 200  # number of trials in a table
+LEAST_TRIALS = 4  # number of trials from which a parameter's relation to the objective shows
 MOST_PARAMETERS = 6
-WIDE_RANGE = 50  # of a parameter's values, from which its axis is logarithmic
-REACH = 0.95  # share of merge weights that a map tells apart; those further out have its last colours
+WIDE_RANGE = 50  # ratio of a parameter's largest and least value from which its axis is logarithmic
+REACH = 0.95  # share of merge weights that a map tells apart; others have its last colours
 OCTAVES = 3.0  # a map of scores goes from 1/8 of the mean to 8 times
 VERSIONS: dict[Version, str] = {
     "expert": "expert",
@@ -57,7 +57,7 @@ Grid = Sequence[Sequence[Known]]
 
 
 def versions(metrics: Mapping[str, MetricResult]) -> Html:
-    """Bars of each model's expert, plain average, and merge with kept and with its own head."""
+    """Draw bars for each model's expert, plain average, and merge with the kept and with its own head."""
     low = min(0.0, *(m.intervals[version][0] for m in metrics.values() for version in m.intervals))
     cards = []
     for index, (name, m) in enumerate(metrics.items()):
@@ -114,7 +114,7 @@ def candidates(result: MergeResult) -> list[Html]:
 
 
 def _floors(floors: Mapping[str, float]) -> str:
-    """Which line is whose."""
+    """Say which limit belongs to which model."""
     by_value: dict[float, list[str]] = {}
     for name, value in floors.items():
         by_value.setdefault(value, []).append(name)
@@ -211,7 +211,7 @@ def _trials(trials: Sequence[Trial], names: Sequence[str], chosen: Trial | None,
 
 
 def _parameters(trials: Sequence[Trial], chosen: Trial | None) -> Html | None:
-    """The objective over each number that was tried, of the chosen trial's candidate."""
+    """Draw the objective over each number that was tried for the chosen trial's candidate."""
     of = [trial for trial in trials if chosen is not None and trial.candidate == chosen.candidate]
     if chosen is None or len(of) < LEAST_TRIALS:
         return None
@@ -236,7 +236,7 @@ def _parameters(trials: Sequence[Trial], chosen: Trial | None) -> Html | None:
 
 
 def _parameter_scale(values: Sequence[float]) -> Scale:
-    """Logarithmic where values are spread over orders of magnitude."""
+    """Make a scale, which is logarithmic if values are spread over orders of magnitude."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= WIDE_RANGE:
         return Scale(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)), is_log=True)
@@ -271,7 +271,7 @@ def _trial_table(trials: Sequence[Trial]) -> Html:
 
 
 def scores(maps: Maps | None) -> list[Html]:
-    """A map of heads and one of neurons for each model, each relative to the model's mean."""
+    """Draw a map of each kind of node for each model, relative to the model's mean."""
     if maps is None:
         return []
     about = (
@@ -297,7 +297,7 @@ def scores(maps: Maps | None) -> list[Html]:
 
 
 def weights(maps: Maps | None) -> list[Html]:
-    """The same of merge weights, around what each model has by its lambda."""
+    """Draw such maps of merge weights, around the weight that each model has by its lambda."""
     if maps is None or not any(of.weights for of in maps.maps):
         return []
     apart = sorted(
@@ -387,7 +387,7 @@ def _level(share: float) -> int:
 
 
 def _grid_table(of: NodeMap, grid: Grid, caption: str) -> Html:
-    """Lines are layers, columns nodes or blocks of them, by their first."""
+    """Make a table whose rows are layers and whose columns are nodes, or blocks of them, by their first."""
     width = max(map(len, grid))
     columns = ["layer", *(str(_first(index, of.count, width)) for index in range(width))]
     rows = [
@@ -398,7 +398,7 @@ def _grid_table(of: NodeMap, grid: Grid, caption: str) -> Html:
 
 
 def _first(index: int, of: int, parts: int) -> int:
-    """The first of run `index`: the first runs are one longer where they cannot all be equally long."""
+    """Return the first entry of run `index`. If not all runs can be equally long, the first ones are one longer."""
     return index * (of // parts) + min(index, of % parts)
 
 
@@ -459,7 +459,7 @@ def _by_layer(
 
 
 def certainty(stopping: Stopping | None, model: str | None = None, index: int = 0) -> list[Html]:
-    """The error curve. `model`: of this one alone, the job's number `index`."""
+    """Draw the error curve; with `model`, that of this model alone, the job's number `index`."""
     if stopping is None or not stopping.curve:
         return []
     curve = stopping.curve

@@ -1,4 +1,4 @@
-"""HTML and SVG from Python: whatever is no markup already is escaped, so that no name or note can become any."""
+"""Makes HTML and SVG. Whatever is not markup yet is escaped, so that no name or note can become markup."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -15,9 +15,9 @@ Content = str | Html | Iterable["Content"] | None
 
 
 def element(tag: str, *content: Content, **attributes: str | float | bool | None) -> Html:
-    """An element. Of names of attributes, a last `_` is dropped and others are `-`; None and False leave one out."""
+    """Make an element. In names of attributes, a last `_` is dropped and others become `-`; None and False drop one."""
     given = "".join(_attribute(name, value) for name, value in attributes.items())
-    if tag == "meta":  # the only one here that HTML does not close
+    if tag == "meta":  # the only element here that HTML does not close
         return Html(f"<meta{given}>")
     return Html(f"<{tag}{given}>{markup(content)}</{tag}>" if content else f"<{tag}{given}></{tag}>")
 
@@ -42,7 +42,7 @@ def _attribute(name: str, value: str | float | bool | None) -> str:
 
 
 def shorter(value: float) -> str:
-    """A coordinate: what is beyond a hundredth of a pixel nobody sees."""
+    """Format a coordinate to a hundredth of a pixel, because nobody sees more."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
@@ -50,10 +50,10 @@ Cell = str | Html
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, *, numeric: Sequence[int] = ()) -> Html:
-    """A table in a box that scrolls by itself; the first column names the rows.
+    """Make a table in a box that scrolls by itself; the first column names the rows.
 
     Args:
-        numeric: columns of numbers, which are aligned to the right.
+        numeric: indices of the columns of numbers, which are aligned to the right.
     """
 
     def align(index: int) -> str | None:

@@ -1,4 +1,4 @@
-"""`report.html`: one file without scripts that asks for nothing, told from the question that a user has first."""
+"""`report.html`: one file without scripts that loads nothing else, and begins with a user's first question."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from worker.engine.reporting.words import (
     slice_rows,
 )
 
-NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # while the report is written; the job's result has them
+NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # unknown while the report is written; the job's result has them
 MOST_RECIPE_LETTERS = 100_000
 HEADS = {
     "merged": "merged with the backbone",
@@ -34,13 +34,13 @@ HEADS = {
 @dataclass(frozen=True)
 class Section:
     name: str
-    """One word, for links to it."""
+    """Name in links to the section, one word."""
     title: str
     content: Sequence[Html | None]
 
 
 def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None) -> str:
-    """`base` is the digest of the plan's base."""
+    """Make the page of a merge. `base` is the digest of the plan's base."""
     sections = [
         _notes(result),
         Section("retention", "What the merge kept of each expert", _retention(result)),

@@ -1,4 +1,4 @@
-"""Numbers and tables as both pages, report and card, write them."""
+"""Formats numbers and tables for both report and card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ ALIGNED = (
     ", with heads aligned to each, to the plain average too; where it is compared as one of the versions, it keeps the "
     "experts' heads"
 )
-MOST_WEIGHTS = 8  # in a sentence; report.json has all
+MOST_WEIGHTS = 8  # number of weights in a sentence; report.json has all
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -62,7 +62,7 @@ def metric_rows(result: MergeResult) -> list[list[str]]:
 
 
 def candidate_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the candidates' table: a column of each model's metric, on held-out rows."""
+    """Return columns and rows of the candidates' table, with a column for each model's metric on held-out rows."""
     candidates = result.candidates or []
     models = {name: found.metric for candidate in candidates for name, found in candidate.metrics.items()}
     given_up = {trial.number for trial in result.search.trials if trial.pruned} if result.search else set()
@@ -85,7 +85,7 @@ def about_candidates(candidates: Sequence[Candidate]) -> str:
 
 
 def candidate_remarks(result: MergeResult) -> list[str]:
-    """What was chosen."""
+    """Say which candidate was chosen, and remark on the table."""
     candidates = result.candidates or []
     chosen = next((candidate for candidate in candidates if candidate.chosen), None)
     if chosen is None or result.search is None:
@@ -126,14 +126,14 @@ def slice_rows(slices: Sequence[Slice]) -> list[list[str]]:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Names in a sentence, not all of very many."""
+    """List names in a sentence, but not all if there are very many."""
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def size(count: int) -> str:
-    """Bytes, in the largest unit that leaves a whole number."""
+    """Format bytes in the largest unit that leaves a whole number."""
     for unit, of in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= of:
             return f"{count / of:.3g} {unit}" if count < 1000 * of else f"{count / of:,.0f} {unit}"

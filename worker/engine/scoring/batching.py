@@ -1,4 +1,4 @@
-"""How many tokens are computed at once: found by trying, remembered, and written down so that a run can be repeated."""
+"""Finds by trials how many tokens are best computed at once. The number is remembered and recorded, to repeat a run."""
 
 import logging
 import time
@@ -20,14 +20,14 @@ CANDIDATES = {
     "cuda": (4096, 8192, 16384, 32768, 65536, 131072),
 }
 UNTRIED = {"cpu": BATCH_TOKENS, "cuda": 16384}
-TRIAL_SHARE = 0.05  # of the work to come; where trying would take more, it is not worth what it finds
-WORTH = 0.03  # less time by more than this speaks for a larger batch
+TRIAL_SHARE = 0.05  # share of the work to come; where trials would take more, they cost more than they save
+WORTH = 0.03  # a larger batch must save more than this share of the time
 
 logger = logging.getLogger(__name__)
 
 
 class BatchSizes:
-    """Padded tokens of a batch, by all that decides how fast it is: kept as long as the engine process lives."""
+    """Numbers of padded tokens in a batch, by all that decides its speed, kept as long as the engine process lives."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], int] = {}
@@ -42,7 +42,7 @@ class BatchSizes:
         source: str,
         on_rows: OnRows,
     ) -> int:
-        """The number for `rows` rows like `examples`. Trying leaves no trace in any score."""
+        """Find the number for `rows` rows like `examples`. Trials leave no trace in any score."""
         longest = max(example.length for example in examples)
         key = _situation(loaded, longest, estimator, precision)
         if key not in self._found:
@@ -54,7 +54,7 @@ class BatchSizes:
             def attempt(batch: Sequence[Example]) -> None:
                 score(loaded, batch, estimator, precision, source, lambda _: on_rows(0), batches=[batch])
 
-            with rounded_weights(loaded.model, precision):  # that each trial would else do for itself
+            with rounded_weights(loaded.model, precision):  # once, instead of in each trial
                 self._found[key] = _fastest(attempt, examples, candidates)
             logger.info("%d tokens at once are the fastest for %s", self._found[key], loaded.info.architecture)
         return self._found[key]
@@ -62,16 +62,16 @@ class BatchSizes:
 
 def _situation(loaded: LoadedModel, longest: int, estimator: Estimator, precision: Precision) -> tuple[object, ...]:
     shapes = tuple(tuple(parameter.shape) for parameter in loaded.model.parameters())
-    length = longest.bit_length()  # attention's share grows with it
+    length = longest.bit_length()  # attention's share of the time grows with it
     return shapes, length, type(estimator), type(loaded.kind), precision, loaded.device.type, torch.get_num_threads()
 
 
 def _fastest(
     attempt: Callable[[Sequence[Example]], None], examples: Sequence[Example], candidates: Sequence[int]
 ) -> int:
-    """The smallest number of tokens that no larger one beats by `WORTH`, seconds a token, as far as memory goes."""
+    """Find the smallest number of tokens that no larger one beats by `WORTH` in seconds a token, as memory allows."""
     ordered = sorted(examples, key=lambda example: example.length)
-    typical = ordered[len(ordered) // 2 :]  # the longer half: what takes most of the time, and of the memory
+    typical = ordered[len(ordered) // 2 :]  # the longer half, which takes most of the time and memory
 
     def seconds_per_token(tokens: int) -> float:
         batch = list(islice(cycle(typical), max(1, tokens // typical[-1].length)))
@@ -79,7 +79,7 @@ def _fastest(
         attempt(batch)  # its sums are on the CPU, so it is done on any device
         return (time.perf_counter() - start) / (len(batch) * max(example.length for example in batch))
 
-    seconds_per_token(candidates[0])  # what a first pass sets up is not counted
+    seconds_per_token(candidates[0])  # the set-up of a first pass is not counted
     best, least = candidates[0], float("inf")
     for tokens in candidates:
         try:
@@ -90,5 +90,5 @@ def _fastest(
             break
         if seconds < least * (1 - WORTH):
             best, least = tokens, seconds
-    torch.cuda.empty_cache()  # after the exception, which holds what did not fit
+    torch.cuda.empty_cache()  # after the exception, which holds the tensors that did not fit
     return best

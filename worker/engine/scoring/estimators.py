@@ -1,6 +1,6 @@
-"""Which label the gradient is of: each example's expected squared gradient, as squares of a few derivatives.
+"""Estimators: each example's expected squared gradient over labels, as squares of a few derivatives.
 
-What these are of is told by the kind of head, see `HeadKind`.
+The kind of head says which derivatives these are, see `HeadKind`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from worker.engine.tasks import EstimatorName, kind_of
 from worker.engine.tasks.kind import Passes
 
 Scores = dict[ScoreName, Tensor]
-"""By score name: (batch, nodes), float64."""
+"""Values by score name, (batch, nodes), float64."""
 
 
 class Estimator(ABC):
@@ -32,7 +32,7 @@ class Estimator(ABC):
         """What to differentiate, by the logits of a forward pass, (batch, …)."""
 
     def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
-        """Each example's expected squared gradient by every mask node."""
+        """Compute each example's expected squared gradient by every mask node."""
         weights, contrasts = self.contrasts(logits.detach(), batch)
         total: Scores = {}
         for k in range(weights.shape[1]):
@@ -48,7 +48,7 @@ def _combined(logits: Tensor, coefficients: Tensor) -> Tensor:
 
 
 class Expected(Estimator):
-    """Over the model's own labels."""
+    """The expected squared gradient over the model's own labels."""
 
     name = "expected"
 
@@ -67,7 +67,7 @@ class Empirical(Estimator):
         return self._kind.empirical(logits, batch, batch.labels)
 
     def gradients(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
-        """The gradients themselves, for the published rule, which squares their batch mean."""
+        """Compute the gradients themselves, for the published rule, which squares their batch mean."""
         _, contrasts = self.contrasts(logits.detach(), batch)
         return gradients.of(_combined(logits, contrasts[0]), last=True)
 
@@ -86,7 +86,7 @@ class Sampled(Estimator):
 
 
 def estimator_for(name: EstimatorName, task: Task, seed: int) -> Estimator:
-    """The estimator of a head, with `auto` resolved."""
+    """Make the estimator for a head; `auto` is resolved."""
     match kind_of(task).estimator(name):
         case "expected":
             return Expected(task)

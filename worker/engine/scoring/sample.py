@@ -1,4 +1,4 @@
-"""The rows that a model is measured on: known by their texts, tokenised when they are needed."""
+"""The rows on which a model is measured. They are known by their texts, and tokenised when they are needed."""
 
 import copy
 import hashlib
@@ -24,15 +24,15 @@ PROBED_ROWS = 32
 
 
 class Sample:
-    """Rows of one model to measure it on, of `population` in the data set.
+    """The rows on which one model is measured, a sample of `population` rows in the data set.
 
     Args:
-        rows: in the data set's seeded order.
-        loaded: whose tokenizer the rows are for.
-        labels: how labels are read; None when they are not.
+        rows: the rows, in the data set's seeded order.
+        loaded: the model whose tokenizer is used.
+        labels: reads labels; None if they are not read.
 
     Raises:
-        InvalidDataset: a label that the head does not have; names the row.
+        InvalidDataset: the head does not have a label; the message names the row.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Sample:
         self._reading = loaded.kind
         self.max_length = loaded.max_length
         self._labels = labels
-        self._tokenized: dict[int, tuple[int, int]] = {}  # truncated, and all, by first row of the block
+        self._tokenized: dict[int, tuple[int, int]] = {}  # truncated rows and all rows, by first row of the block
         self.tokens = Tokens(
             tokenizer=digest_tokenizer(loaded.info),
             inputs=loaded.tokenizer.model_input_names,
@@ -55,7 +55,7 @@ class Sample:
         self._digests = {with_labels: self._digested(with_labels) for with_labels in (False, True)}
 
     def first(self, rows: int) -> "Sample":
-        """The first so many of them."""
+        """Return a sample of the first `rows` rows."""
         if rows >= len(self):
             return self
         first = copy.copy(self)
@@ -72,11 +72,11 @@ class Sample:
         return self.spec.source
 
     def digest(self, rows: int, *, with_labels: bool) -> str:
-        """sha256, hex, over the texts of the first `rows`, and their labels; `rows` is the end of a block."""
+        """Return the sha256, in hexadecimal, over texts and labels of the first `rows` rows, which end a block."""
         return self._digests[with_labels][rows]
 
     def blocks(self, start: int, stop: int) -> Iterator[list[Example]]:
-        """The rows in these places, block by block; the next is tokenised while the caller is busy with one."""
+        """Yield the rows in these places, block by block; the next is tokenised while the caller is busy with one."""
         bounds = list(pairwise([start, *(end for end in block_ends(stop) if end > start)]))
         threads = pool(torch.get_num_threads())
         coming = threads.submit(self._tokenize, *bounds[0])
@@ -87,16 +87,16 @@ class Sample:
                 yield block
             yield coming.result()
         finally:
-            wait([coming])  # the caller may have had enough
+            wait([coming])  # the caller may stop early
 
     @property
     def truncated(self) -> tuple[int, int]:
-        """Rows that were cut because they were too long, and rows that were tokenised to be measured at all."""
+        """Return the number of rows that were truncated, and the number of all rows that were tokenised."""
         found = self._tokenized.values()
         return sum(cut for cut, _ in found), sum(count for _, count in found)
 
     def longest(self) -> int:
-        """Tokens of the longest among the rows of most bytes, which is about that of all."""
+        """Return the number of tokens of the longest among the rows with most bytes, which is about that of all."""
         by_bytes = sorted(self._rows, key=lambda row: row.nbytes)
         found = tokenize(
             by_bytes[-PROBED_ROWS:], self.spec, self._tokenizer, self.max_length, None, reading=self._reading
@@ -111,7 +111,7 @@ class Sample:
         return found.examples
 
     def _digested(self, with_labels: bool) -> dict[int, str]:
-        """sha256 of the rows up to the end of every block."""
+        """Return the sha256 of the rows up to the end of every block."""
         digest = hashlib.sha256()
         found = {}
         for start, stop in pairwise([0, *block_ends(len(self))]):
@@ -125,9 +125,9 @@ class Sample:
 
 
 def block_ends(rows: int) -> list[int]:
-    """Where blocks of `rows` end: at 256, 512, 1024, then after every further 1024, and at the last row.
+    """Return the ends of the blocks of `rows` rows: 256, 512, 1024, then every further 1024, and the last row.
 
-    Rows are sorted by length and computed together within a block only, so that the sums up to the end of a block are
+    Rows are sorted by length and computed together only within a block, so that the sums up to the end of a block have
     the same bits wherever scoring stops or goes on.
     """
     ends = [FIRST_BLOCK_ROWS, 2 * FIRST_BLOCK_ROWS, *range(BLOCK_ROWS, rows, BLOCK_ROWS)]
@@ -135,7 +135,7 @@ def block_ends(rows: int) -> list[int]:
 
 
 def looks(rows: int) -> list[int]:
-    """After how many rows the error is looked at: 256, 512, 1024 and so on, each time twice as many, and at the end."""
+    """Return the numbers of rows after which errors are computed: 256, 512, 1024 and so on, doubling, and all rows."""
     ends = []
     end = FIRST_BLOCK_ROWS
     while end < rows:

@@ -1,4 +1,4 @@
-"""Scores of a model's mask nodes over a data set's rows."""
+"""Scores a model's mask nodes over a data set's rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -36,16 +36,16 @@ def score(
     on_rows: OnRows,
     batches: Sequence[Sequence[Example]] | None = None,
 ) -> NodeStatistics:
-    """Sums of each example's squared mask gradients.
+    """Sum each example's squared mask gradients.
 
     `F_i = 1/n sum_x q_x,i` (METHOD: per-example squares, Kwon et al. 2022, arXiv 2204.09656, section 3.2, with the
-    expectation over labels). Independent of batch size, order and padding; sums in float64.
+    expectation over labels). They do not depend on batch size, order and padding; sums are float64.
 
     Args:
         batches: rows that are computed together; planned by token budget when absent.
 
     Raises:
-        NumericalError: a gradient is NaN or infinite; names the row.
+        NumericalError: a gradient is NaN or infinite; the message names the row.
     """
     statistics = NodeStatistics()
     with rounded_weights(loaded.model, precision), mask_gradients(loaded) as gradients:
@@ -62,10 +62,10 @@ def score(
 def paper_scores(
     loaded: LoadedModel, examples: Sequence[Example], source: str, on_rows: OnRows
 ) -> dict[ScoreName, Tensor]:
-    """The published code's scores: the gradient of each batch's mean loss, squared, summed over batches.
+    """Compute the published code's scores: the squared gradient of each batch's mean loss, summed over batches.
 
-    Batches of 32 rows in the data set's order, padded to their longest row; float32; a partial last batch as it is.
-    The loss is the model's own, see `HeadKind.loss_per_likelihood`.
+    Batches have 32 rows in the data set's order and are padded to their longest row; the last one may be smaller. All
+    is float32. The loss is the model's own, see `HeadKind.loss_per_likelihood`.
     """
     empirical = Empirical(loaded.task)
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]

@@ -1,4 +1,4 @@
-"""Sums over examples from which scores and their standard errors follow. Sums add, so shards do."""
+"""Sums over examples, from which scores and their standard errors follow. Sums of shards can be added."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ SUMS = (".sum", ".sum_squares", ".sum_products")
 
 @dataclass
 class NodeStatistics:
-    """Running sums over examples, per score name; float64, (nodes,).
+    """Running sums over examples, by score name; float64, (nodes,).
 
-    With `q` an example's squared mask gradients and `m` their mean over the name's nodes: the sums of `q`, `q^2` and
-    `q m`. The sums of `m` and `m^2` are the means over nodes of the first and the third.
+    Let `q` be an example's squared mask gradients and `m` their mean over the name's nodes. The sums are those of `q`,
+    `q^2` and `q m`. The sums of `m` and `m^2` are the means over nodes of the first and the third.
     """
 
     examples: int = 0
@@ -42,26 +42,26 @@ class NodeStatistics:
         self.examples += other.examples
 
     def scores(self) -> dict[ScoreName, Tensor]:
-        """`F_i`: the mean of `q` over examples."""
+        """Return `F_i`, the mean of `q` over examples."""
         return {site: total / self.examples for site, total in self.total.items()}
 
     def standard_errors(self, population: int) -> dict[ScoreName, Tensor]:
-        """Of each score: `sqrt(var(q) / n * (1 - n / population))`, zero when every row was scored.
+        """Compute each score's standard error, `sqrt(var(q) / n * (1 - n / population))`; 0 if every row was scored.
 
-        Scores are heavy-tailed; below a few hundred examples these are too small.
+        Scores are heavy-tailed: below a few hundred examples these errors are too small.
         """
         return {site: variance.sqrt() for site, variance, _, _ in self._covariances(population)}
 
     def relative_errors(
         self, population: int, normalize: Normalize = "layer", floor: float = 0.0
     ) -> dict[ScoreName, Tensor]:
-        """`rho_i`: standard error of the score after normalisation and floor, over that score; 0 where the score is 0.
+        """Compute `rho_i`, a score's standard error after normalisation and floor, over that score; 0 where that is 0.
 
         - `layer`: `F' = F_i / M` with `M` the mean over the name's nodes. By the delta method its variance is that of
-          the mean of `u = (q_i - F' m) / M`, so that what makes an example's gradients large at all nodes cancels.
-        - `none`: that of `F_i` itself.
-        - `model`: an upper bound, `rho_i + sum_k F_k^2 rho_k / sum_k F_k^2`, whose second part bounds the norm's error
-          by the triangle inequality: the sums do not tell how a node varies together with the nodes of other layers.
+          the mean of `u = (q_i - F' m) / M`, in which a factor of an example's gradients at all nodes cancels.
+        - `none`: the error is that of `F_i` itself.
+        - `model`: the error is an upper bound, `rho_i + sum_k F_k^2 rho_k / sum_k F_k^2`. The second part bounds the
+          norm's error by the triangle inequality, because the sums do not tell how nodes of different layers covary.
 
         A node at the floor has the error of its layer's mean, which normalisation by layer makes a constant.
         """
@@ -85,19 +85,22 @@ class NodeStatistics:
         return found
 
     def named(self) -> dict[str, Tensor]:
-        """The sums under `<score name>.sum`, `.sum_squares` and `.sum_products`, to be kept."""
+        """Return the sums as `<score name>.sum`, `.sum_squares` and `.sum_products`, to be kept."""
         sums = (self.total, self.total_squares, self.total_products)
         return {f"{site}{suffix}": of[site] for suffix, of in zip(SUMS, sums, strict=True) for site in of}
 
     @classmethod
     def from_named(cls, examples: int, names: Iterable[ScoreName], tensors: Mapping[str, Tensor]) -> Self:
-        """The sums that `named` gave of these scores, among other tensors."""
+        """Read the sums of these scores from the result of `named`, which may be among other tensors."""
         sums = [{name: tensors[f"{name}{suffix}"] for name in sorted(names)} for suffix in SUMS]
         return cls(examples, *sums)
 
     def _covariances(self, population: int) -> Iterator[tuple[ScoreName, Tensor, Tensor, Tensor]]:
-        """Per score name: of the mean over examples of `q` the variance, its covariance with that of `m`, and the
-        latter's variance; of a sample without replacement. Zero from one example alone, or from all of them."""
+        """Yield, by score name, the variances and the covariance of the means over examples of `q` and `m`.
+
+        The order is: variance of `q`'s mean, covariance, variance of `m`'s mean. They are those of a sample without
+        replacement, and zero for one example alone or for all of them.
+        """
         n = self.examples
         nothing_to_tell = n < 2 or population <= n
         factor = 0.0 if nothing_to_tell else (1 - n / population) / n / (n - 1)
@@ -114,5 +117,5 @@ class NodeStatistics:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """0 where the denominator is."""
+    """Divide; the result is 0 where the denominator is."""
     return torch.where(denominator > 0, numerator / denominator.clamp_min(TINY), 0.0)

@@ -1,4 +1,4 @@
-"""Statistics kept for later merges, each under the digest of all that its content follows from."""
+"""Keeps statistics for later merges, each under the digest of everything that its content depends on."""
 
 import errno
 import fcntl
@@ -25,14 +25,14 @@ from worker.engine.runtime.resources import is_out_of_memory
 
 ASSEMBLED = ".assembled-"
 LOCK = ".lock-"
-ABANDONED_S = 3600.0  # a folder that nobody has written to for so long is of a process that was killed
+ABANDONED_S = 3600.0  # a folder that nobody has written to for so long was left by a killed process
 LOCK_POLL_S = 0.2
 
 logger = logging.getLogger(__name__)
 
 
 class Statistics(Mapping[str, Tensor]):
-    """Tensors of one kept statistic, each read from disk when it is asked for."""
+    """The tensors of one kept statistic, each read from disk when it is asked for."""
 
     def __init__(self, folder: Path, about: About, stack: ExitStack) -> None:
         self.about = about
@@ -55,8 +55,8 @@ class Statistics(Mapping[str, Tensor]):
 class StatisticsStore:
     """A folder that several processes may share, while in context.
 
-    Entries appear by one rename. Beyond `max_bytes` those that were used longest ago are removed; what is in use stays
-    readable, since its files are open.
+    Entries appear by one rename. Beyond `max_bytes` those that were used longest ago are removed. An entry in use stays
+    readable, because its files are open.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -71,19 +71,19 @@ class StatisticsStore:
         self._stack.close()
 
     def get(self, facts: Facts) -> Statistics | None:
-        """What was kept of these facts; None when there is nothing, or nothing readable."""
+        """Return the statistic with these facts; None when there is none, or none that is readable."""
         entry = self.folder / facts.address
         if not entry.exists():
             return None
         try:
             os.utime(entry)  # it was used now
             about = About.model_validate_json((entry / ABOUT).read_bytes())
-            found = Statistics(entry, about, self._stack)  # opened first, so that what is checked is what will be read
+            found = Statistics(entry, about, self._stack)  # opened before it is checked: the same files are read
             if _files(entry) == about.files:
                 return found
             problem = "its files are not those that were written"
         except (SafetensorError, OSError, ValidationError) as error:
-            problem = str(error)  # removed this moment by another process, or damaged
+            problem = str(error)  # another process has just removed it, or it is damaged
         logger.warning("the statistic %s cannot be read and is measured again: %s", entry.name, problem)
         self._remove(entry)
         return None
@@ -91,13 +91,13 @@ class StatisticsStore:
     def get_or_compute(
         self, facts: Facts, origin: Origin, parts: Iterable[Mapping[str, Tensor]], on_wait: Callable[[], None]
     ) -> tuple[Statistics, bool]:
-        """What is kept of the facts, and whether it was there already; else `parts` are computed and kept.
+        """Return the statistic with these facts, and whether it was kept; otherwise `parts` are computed and kept.
 
-        Of several processes that want the same, one computes; the others wait for it, and one of them takes over when
+        If several processes need the same statistic, one computes it and the others wait. One of them takes over when
         it ends without a result.
 
         Args:
-            parts: nothing of it is computed before it is iterated over.
+            parts: the statistic's parts, which are only computed when they are iterated over.
             on_wait: called several times a second while another process computes; may raise to stop.
 
         Raises:
@@ -114,10 +114,10 @@ class StatisticsStore:
 
     @contextmanager
     def alone_with(self, facts: Facts, on_wait: Callable[[], None]) -> Iterator[None]:
-        """While no other process is in here with the same facts; the kernel frees the place of one that dies.
+        """Keep other processes with the same facts out while in context. The kernel frees the lock of one that dies.
 
         Args:
-            on_wait: called several times a second while another one is; may raise to stop.
+            on_wait: called several times a second while another process is inside; may raise to stop.
 
         Raises:
             StorageError: the folder cannot be used.
@@ -168,18 +168,18 @@ class StatisticsStore:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            if self.get(facts) is None:  # what was there is no statistic, and gone now
+            if self.get(facts) is None:  # the entry was no readable statistic, and is removed now
                 assembled.rename(entry)
-            else:  # another process was as fast, and both are the same
+            else:  # another process has just kept the same statistic
                 shutil.rmtree(assembled)
         return kept
 
     def _remove(self, entry: Path) -> None:
-        """Out of sight first: a process that is killed meanwhile must not leave half of it under its address."""
+        """Rename an entry, then remove it: a process that is killed meanwhile must not leave half of it there."""
         hidden = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
         try:
             entry.rename(hidden)
-        except OSError:  # another process was as fast, or nobody may: then it is found to be damaged each time
+        except OSError:  # another process has removed it; or nobody may, and it is found to be damaged each time
             return
         if hidden.is_dir():
             shutil.rmtree(hidden, ignore_errors=True)
@@ -187,7 +187,7 @@ class StatisticsStore:
             hidden.unlink()
 
     def _tidy(self) -> None:
-        """Remove what killed processes left, and what was used longest ago while there is too much."""
+        """Remove files that killed processes left, and the entries used longest ago while there is too much."""
         entries = []
         for entry in self.folder.iterdir():
             if entry.name.startswith(LOCK):
@@ -196,7 +196,7 @@ class StatisticsStore:
             try:
                 changed = entry.stat().st_mtime
                 size = sum(file.stat().st_size for file in entry.iterdir())
-            except OSError:  # removed this moment by another process
+            except OSError:  # another process has just removed it
                 continue
             if ADDRESS.fullmatch(entry.name):
                 entries.append((changed, size, entry))
@@ -219,7 +219,7 @@ def _files(entry: Path) -> list[KeptFile]:
 
 
 def _try_lock(lock: Path) -> int | None:
-    """A descriptor that holds the lock; None while another one does."""
+    """Return a descriptor that holds the lock; None while another one does."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -234,17 +234,17 @@ def _try_lock(lock: Path) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # whoever held it last removed it after it was opened here
+        os.close(descriptor)  # its last holder removed it after it was opened here
 
 
 def _unlock(lock: Path, descriptor: int) -> None:
-    """Removed first: who has opened it by now will find that it is not the file of that name any more."""
+    """Remove the lock, then free it: a process that has opened it finds that the name is no longer that file's."""
     lock.unlink(missing_ok=True)
     os.close(descriptor)
 
 
 def _remove_free_lock(lock: Path) -> None:
-    """One that is left was a killed process's."""
+    """Remove a lock that a killed process left."""
     with suppress(OSError):
         descriptor = _try_lock(lock)
         if descriptor is not None:
@@ -253,7 +253,7 @@ def _remove_free_lock(lock: Path) -> None:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """What the file system says, as errors of the engine."""
+    """Turn errors of the file system into errors of the engine."""
     try:
         yield
     except OSError as error:

@@ -1,1 +1,1 @@
-"""`auto`: which merge is best, found on rows that the result is not judged by."""
+"""`auto` finds the best merge, on rows on which the result is not judged."""

@@ -1,4 +1,4 @@
-"""Merges in memory, one after the other, and what experts' heads make of rows with each."""
+"""Makes merges in memory, one after the other, and computes the outputs of the experts' heads with each."""
 
 import copy
 import math
@@ -24,13 +24,13 @@ from worker.engine.search.journal import Look
 from worker.engine.tasks.metrics import Array
 
 State = Mapping[str, Tensor]
-"""A backbone, by `Slot.name`."""
+"""Tensors of a backbone, by `Slot.name`."""
 Head = tuple[Tensor, Tensor | None]
-"""Weight, (outputs, width), and bias, (outputs,), float64."""
+"""Weight, (outputs, width), and bias, (outputs,) or None, float64."""
 
 
 class Side:
-    """What an expert makes of its rows: to search on, to judge by, and to align its head on, where it is aligned.
+    """An expert's outputs on its rows: to search on, to judge by, and to align its head on, if it is aligned.
 
     The expert itself is not kept.
     """
@@ -58,7 +58,7 @@ class Side:
         return self.kind.predicted(self._of(features, head))
 
     def _of(self, features: Tensor, head: Head) -> Tensor:
-        """Logits, in the precision in which the whole model predicts, so that near ties end alike."""
+        """Compute logits in the precision in which the whole model predicts, so that near ties end alike."""
 
         def given(values: Tensor) -> Tensor:
             return values.to(self._device, torch.float32)
@@ -78,10 +78,10 @@ class Side:
         return self._smoothed(self._logits)
 
     def kept(self, features: Tensor, head: Head) -> tuple[float, float]:
-        """The metric of the first search rows over the expert's own on these, and the same of the smoothed metric.
+        """Compute the retention of the metric on the first search rows, and that of the smoothed metric.
 
-        Of so few rows that the expert is no better than nothing there, it is over the expert's on all search rows;
-        where by the smoothed metric it is not on these either, the metric itself counts.
+        If the expert's metric on these rows is not positive, its metric on all search rows takes the place; if its
+        smoothed metric is not positive on these either, the retention of the metric itself counts.
         """
         logits = self._of(features, head)
         own = self._logits[: len(logits)]
@@ -115,7 +115,7 @@ class Seen:
 
 
 class Tryout:
-    """A merge, with what each expert's head makes of its rows with it."""
+    """A merge, with the outputs of each expert's head on its rows."""
 
     def __init__(self, bench: "Bench", state: State) -> None:
         self.state = state
@@ -130,7 +130,7 @@ class Tryout:
         self._held_out = [seen(index, side.held_out) for index, side in enumerate(bench.sides)]
 
     def look(self, share: float, ridge: float) -> Look:
-        """On this share of every model's search rows, its head aligned on the same share of its rows for that."""
+        """Evaluate on a share of every model's search rows; its head is aligned on the same share of alignment rows."""
         kept: dict[str, tuple[float, float]] = {}
         for index, side in enumerate(self._sides):
             features = self._searched[index].first(part(side.searched, share))
@@ -141,7 +141,7 @@ class Tryout:
         )
 
     def judged(self, ridge: float) -> dict[str, Array]:
-        """Every model's predictions of its held-out rows."""
+        """Compute every model's predictions for its held-out rows."""
         return {
             side.name: side.predicted(self._held_out[index].first(len(side.held_out)), self._head(index, 1.0, ridge))
             for index, side in enumerate(self._sides)
@@ -160,8 +160,8 @@ class Tryout:
 class Bench:
     """One backbone that all experts' heads read, and that merges are put into.
 
-    The parts of a model that are not merged, as its head, stay the expert's own; of experts no more is kept. All is
-    rounded as it would be stored, so that what is tried is what would be published.
+    Parts of a model that are not merged, such as its head, stay the expert's own; nothing else of experts is kept. All
+    values are rounded as they would be stored, so that a tried merge is the one that would be published.
     """
 
     def __init__(self, plan: MergePlan, precision: Precision) -> None:
@@ -174,7 +174,7 @@ class Bench:
         self._present: State | None = None
 
     def add(self, expert: JobModel, loaded: LoadedModel) -> None:
-        """Another expert, with its rows."""
+        """Add an expert with its rows."""
         self.sides.append(Side(expert, loaded, self._precision))
         if not self._backbone:
             self._backbone = {
@@ -185,10 +185,10 @@ class Bench:
         self._models.append(self._with_backbone(len(self._models), loaded))
 
     def read(self, state: State, index: int, rows: Sequence[Example], wanted: slice) -> Tensor:
-        """What the head of the expert `index` reads of some rows with a merge, (rows, width), float32.
+        """Compute the inputs of the head of expert `index` on some rows with a merge, (rows, width), float32.
 
         Raises:
-            NumericalError: a value is beyond the dtype that it would be stored in, or what is computed is not finite.
+            NumericalError: a value is beyond the dtype in which it would be stored, or an input is not finite.
         """
         if state is not self._present:
             self._present = None
@@ -198,10 +198,10 @@ class Bench:
             self._present = state
         model = self._models[index]
         with rounded_weights(model.model, self._precision):
-            return _read(model, rows[wanted], self._precision).float()  # which they are made of
+            return _read(model, rows[wanted], self._precision).float()  # they were computed in float32
 
     def stored_head(self, index: int, head: Head) -> Head:
-        """The last layer of the expert `index` as it would be stored."""
+        """Return the last layer of expert `index` as it would be stored."""
         logits = self._models[index].family.head.logits
 
         def stored(part: str, values: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class Bench:
         return stored("weight", weight), None if bias is None else stored("bias", bias)
 
     def _with_backbone(self, index: int, loaded: LoadedModel) -> LoadedModel:
-        """A copy of the expert that has the bench's backbone in place of its own, and says so where it fails."""
+        """Return a copy of the expert with the bench's backbone in place of its own, which error messages mention."""
         own = dict(loaded.model.named_parameters())
         instead: dict[int, object] = {id(own[name]): parameter for name, parameter in self._backbone.items()}
         model = copy.deepcopy(loaded.model, instead)
@@ -228,7 +228,7 @@ def _positive(value: float) -> float:
 
 
 def part(rows: Sequence[object], share: float) -> int:
-    """How many rows a share of them is."""
+    """Return the number of rows in a share of them."""
     return math.ceil(len(rows) * share)
 
 
@@ -244,7 +244,7 @@ def _stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision) -> Tensor:
-    """What the model's head reads, (rows, width), float64."""
+    """Compute the inputs of the model's head, (rows, width), float64."""
     return head_inputs(model, examples, precision, lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""`auto` as a part of a job: its trials and its table over the job's models, and the job that it comes to."""
+"""`auto` as a part of a job: trials and table over the job's models, and the job with the chosen merge."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from worker.engine.search.space import Proposal, Space
 from worker.engine.search.table import PLAIN_AVERAGE, Line, table
 
 FEW_ROWS = 32
-"""Held-out rows of a model: fewer say little."""
+"""Least number of a model's held-out rows; fewer say little."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class SearchResult:
 
     found: Found
     candidates: Sequence[Candidate]
-    """The table: what each candidate is worth on the held-out rows."""
+    """The table of metrics of each candidate on the held-out rows."""
     state: State | None
-    """The chosen backbone, only where layers were refitted: any other is made again faster than it is worth its
-    memory."""
+    """The chosen backbone, only where layers were refitted: any other is made again, which is quicker than it is worth
+    its memory."""
 
 
 def search_job(
@@ -51,7 +51,7 @@ def search_job(
     precision: Precision,
     on_progress: OnProgress,
 ) -> SearchResult:
-    """Try merges as `auto` says, and judge each candidate's best on the held-out rows.
+    """Try merges as `auto` asks for, and judge each candidate's best on the held-out rows.
 
     Args:
         by_method: the job's models as each candidate measured them.
@@ -115,14 +115,14 @@ def search_job(
         )
         for name, takes_part in backbones.items()
     ]
-    searching.advance(len(space) - len(found.best))  # candidates of which no merge could be made have no line
+    searching.advance(len(space) - len(found.best))  # candidates whose merges all failed have no line
     candidates = table(lines, bench.sides, found.search.chosen, searching.advance)
     state = made(found.chosen).state if found.chosen.method.refits_layers else None
     return SearchResult(found, candidates, state)
 
 
 def with_chosen(spec: MergeSpec, chosen: Proposal) -> MergeSpec:
-    """The job as if what `auto` chose had been asked for."""
+    """Return the job as if the merge that `auto` chose had been asked for."""
     models = [
         model.model_copy(update={"weight": weight}) for model, weight in zip(spec.models, chosen.weights, strict=True)
     ]
@@ -131,7 +131,7 @@ def with_chosen(spec: MergeSpec, chosen: Proposal) -> MergeSpec:
 
 
 def _identity(spec: MergeSpec, auto: AutoParameters, models: Sequence[JobModel], precision: Precision) -> str:
-    """Of all that the outcomes of trials follow from: a digest."""
+    """Compute a digest of everything that the outcomes of trials depend on."""
     facts: dict[str, Any] = {
         "method": auto.model_dump(mode="json"),
         "models": [m.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for m in models],
@@ -168,7 +168,7 @@ def floor_notes(found: Search) -> list[str]:
 
 
 def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
-    """What of the table a reader should not overlook."""
+    """Return notes of facts in the table that a reader should not overlook."""
     notes = []
     chosen = next(candidate for candidate in candidates if candidate.chosen)
     few = {name: rows for name, rows in found.held_out_rows.items() if rows < FEW_ROWS}
@@ -198,7 +198,7 @@ def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
 
 
 def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:
-    """The chosen one with the numbers of what was published, whose storage may round."""
+    """Give the chosen candidate the metrics of the published merge, whose storage may round."""
     found = []
     for candidate in candidates:
         if candidate.chosen and metrics is not None:

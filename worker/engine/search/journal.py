@@ -1,4 +1,4 @@
-"""What was tried already, kept for an attempt after this one."""
+"""Keeps the trials that were made for an attempt after this one."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from worker.engine.catalog.primitives.strict import Strict
 
 
 class Look(Strict):
-    """What a merge keeps of every model, by name, on the rows that were looked at."""
+    """Retention of every model, by name, on the rows of one look at a merge."""
 
     retentions: dict[str, float]
     smoothed: dict[str, float]
-    """The same of the smoothed metric, which tells better what is best."""
+    """Retention of the smoothed metric, which is better at finding the best merge."""
 
 
 class Tried(Strict):
-    """A trial's outcome, at each look at it; an error's message where it failed."""
+    """A trial's outcome at each look at it, or an error's message if it failed."""
 
     parameters: dict[str, Any]
     looks: list[Look]
@@ -29,29 +29,29 @@ class Tried(Strict):
 
 
 class Journal:
-    """A file of JSON lines: what the search follows from, and then a line for each trial, in order.
+    """A file of JSON lines: the search's identity, and then a line for each trial, in order.
 
-    Optuna's proposals follow from its seed and from what came of the trials before. So a search that is begun again
-    asks for the same merges in the same order, and those that are here need not be made again.
+    Optuna's proposals depend on its seed and on the outcomes of earlier trials. So a search that is begun again asks
+    for the same merges in the same order, and those in the journal need not be made again.
 
     Args:
-        path: None keeps nothing.
-        identity: of all that outcomes follow from; what was kept of another search does not count.
+        path: path of the file; None keeps nothing.
+        identity: digest of everything that outcomes depend on; the journal of another search does not count.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:
         self._path = path
         self._identity = json.dumps({"identity": identity})
         self._tried = [] if path is None else self._read(path)
-        self._rewrite()  # without what a crash left of a line
+        self._rewrite()  # without a part of a line that a crash left
 
     def found(self, number: int, parameters: Mapping[str, Any]) -> Tried | None:
-        """What came of this trial, if it is known."""
+        """Return the outcome of this trial, if it is known."""
         known = self._tried[number] if number < len(self._tried) else None
         return known if known and known.parameters == dict(parameters) else None
 
     def add(self, number: int, tried: Tried) -> None:
-        """What came of a trial; later ones that are here followed from another outcome."""
+        """Add the outcome of a trial. Later trials in the journal are dropped: they followed another outcome."""
         if number < len(self._tried):
             del self._tried[number:]
             self._rewrite()
@@ -63,7 +63,7 @@ class Journal:
                 os.fsync(stream.fileno())
 
     def _read(self, path: Path) -> list[Tried]:
-        """As far as lines are whole; nothing of another search."""
+        """Read trials as far as lines are whole; none of another search."""
         try:
             lines = path.read_bytes().split(b"\n")
         except OSError:
@@ -74,7 +74,7 @@ class Journal:
         for line in lines[1:]:
             try:
                 found.append(Tried.model_validate_json(line))
-            except ValidationError:  # also the nothing after the last line
+            except ValidationError:  # also raised for the empty text after the last line
                 break
         return found
 

@@ -1,4 +1,4 @@
-"""The search itself: what is proposed, looked at and given up."""
+"""The search itself: proposing merges, looking at them and giving them up."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,35 +19,36 @@ if TYPE_CHECKING:
     from optuna import Trial as Asked
 
 SHARES = (0.25, 0.5, 1.0)
-"""Of the rows, at each look at a trial."""
+"""Shares of the search rows, one for each look at a trial."""
 REDUCTION = 2
-"""One of so many trials goes on after a look."""
+"""Number of trials of which one goes on after a look."""
 LEAST_ROWS = 32
-"""Of each model, at a look that is not the last: with fewer, chance would decide."""
+"""Least number of a model's rows at a look that is not the last; with fewer, chance would decide."""
 FLOOR = 1e6
-"""What lacks to a floor counts for so much more than the objective."""
+"""Factor by which the distance to a floor counts more than the objective."""
 
 MakeTryout = Callable[[Proposal], Tryout]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be as large as possible, and the retention that each model must keep of those that name one."""
+    """The objective to maximise, and the floors: the retention that models must keep, for those that name one."""
 
     objective: Literal["mean_retention", "min_retention"]
     floors: Mapping[str, float]
 
     def of(self, look: Look) -> float:
-        """Mean or least smoothed retention, less what all models together lack to their floors."""
+        """Return the mean or least smoothed retention, less the distances of all models below their floors."""
         values = list(look.smoothed.values())
         value = min(values) if self.objective == "min_retention" else sum(values) / len(values)
         return value - self.lack(look.retentions)
 
     def merit(self, look: Look) -> float:
-        """What the search goes by: in the order of `rank`, whatever reaches the floors is above all that does not.
+        """Return the number that the search maximises; as in `rank`, all that reach the floors are above all others.
 
-        By the objective alone, one that lacks a little may come before one that lacks nothing, which would be given up
-        though it were the one to publish. Estimator and successive halving see the order alone, so size does no harm.
+        By the objective alone, a trial slightly below a floor may come before one that reaches all floors, which would
+        then be given up though it is the one to publish. Estimator and successive halving only see the order, so the
+        size of the number does no harm.
         """
         return self.of(look) - FLOOR * self.lack(look.retentions)
 
@@ -55,10 +56,10 @@ class Goal:
         return sum(max(0.0, floor - retentions[name]) for name, floor in self.floors.items())
 
     def rank(self, trial: Trial) -> tuple[int, float, float, int]:
-        """Of trials that did not fail, the best has the largest.
+        """Return the rank of a trial that did not fail; the best has the largest.
 
-        One that was looked at on all rows comes before one that was given up, and one that lacks less to the floors
-        before one that lacks more; of equal ones, the first.
+        A trial that was looked at on all rows comes before one that was given up, and one that is less below the floors
+        before one that is more. Among equal ones the first comes first.
         """
         lack = self.lack(trial.retentions)
         return trial.rows, -lack, trial.objective + lack, -trial.number
@@ -71,7 +72,7 @@ class Found:
     chosen: Proposal
     search: Search
     best: Mapping[int, tuple[int, Proposal]]
-    """By candidate, the number of its best trial and what that was, best first; none of a candidate that failed."""
+    """Number and proposal of each candidate's best trial, by candidate, best first; failed candidates are left out."""
 
 
 def search(
@@ -83,20 +84,20 @@ def search(
     journal: Journal,
     on_trial: Callable[[], None],
 ) -> Found:
-    """Try as many merges as `auto` says.
+    """Try as many merges as `auto` asks for.
 
-    Candidates come first with their defaults, then what Optuna's tree-structured Parzen estimator proposes (Bergstra et
-    al. 2011) from what came of those before. A trial is looked at on a quarter, a half and all of the search rows, and
-    goes on while it is in the better half of the trials that were looked at on as many (asynchronous successive
-    halving, Li et al. 2020, arXiv 1810.05934); each candidate's first is looked at on all of them. All of it follows
-    from the seed, as long as merges and predictions do.
+    Candidates come first with their defaults, then with the proposals of Optuna's tree-structured Parzen estimator
+    (Bergstra et al. 2011), which depend on the outcomes so far. A trial is looked at on a quarter, a half and all of
+    the search rows, and goes on while it is in the better half of the trials that were looked at on as many rows
+    (asynchronous successive halving, Li et al. 2020, arXiv 1810.05934). Each candidate's first trial is looked at on
+    all rows. The search depends on the seed alone, as long as merges and predictions do.
 
     Args:
-        make: merges as proposed.
+        make: makes a merge as proposed.
         on_trial: called after each trial; may raise to stop.
 
     Raises:
-        InvalidDataset: an expert is no better than nothing on its search rows, so that there is nothing to retain.
+        InvalidDataset: an expert's metric on its search rows is not positive, so that there is nothing to retain.
         NumericalError: no merge could be made.
     """
     _check_experts(sides)
@@ -114,7 +115,7 @@ def search(
 
         def is_given_up(step: int, look: Look, asked: "Asked" = asked) -> bool:
             asked.report(goal.merit(look), step=REDUCTION**step)
-            is_behind = asked.should_prune()  # later trials stand against what was asked of
+            is_behind = asked.should_prune()  # later trials are compared with those that were asked about
             return is_behind and asked.number >= len(space)
 
         tried = journal.found(number, proposal.parameters)
@@ -171,7 +172,7 @@ def search(
 
 
 def shares_looked_at(sides: Sequence[Side]) -> list[float]:
-    """The last is all of the rows."""
+    """Return the shares of rows at each look; the last is all of them."""
     fewest = min(len(side.searched) for side in sides)
     return [share for share in SHARES if share == 1 or fewest * share >= LEAST_ROWS]
 

@@ -1,4 +1,4 @@
-"""What is tried: candidates and their coefficients, as Optuna proposes them."""
+"""The search space: candidates and their coefficients, as Optuna proposes them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,18 +24,18 @@ class Proposal:
     candidate: int
     method: MethodParameters
     weights: tuple[PerTensor[float], ...]
-    """lambda of every model, those that take no part too."""
+    """Weight lambda of every model, including those that take no part."""
     align_ridge: float
     parameters: Mapping[str, Any]
-    """What is tried, by name."""
+    """Values that are tried, by name."""
 
 
 class Space:
     """The search space of a job.
 
-    A model's weight and the ridge of head alignment are the same parameters for all candidates, so that what is learned
-    of one tells of the others. Weights count in proportion, so that of the first model that takes part is kept. Where
-    layers are refitted they are kept too: such a merge takes as long as dozens of others.
+    A model's weight and the ridge of head alignment are the same parameters for all candidates, so that the search
+    learns from each candidate about the others. Only the proportions of weights count, so that of the first model that
+    takes part is kept. Where layers are refitted, all weights are kept: such a merge takes as long as dozens of others.
 
     Args:
         aligns: whether heads are aligned.
@@ -54,7 +54,7 @@ class Space:
             self._weighed = {f"weight {spec.models[index].name}": index for index in taking_part[1:]}
 
     def __len__(self) -> int:
-        """Of the candidates."""
+        """Return the number of candidates."""
         return len(self._methods)
 
     @property
@@ -62,7 +62,7 @@ class Space:
         return self._methods
 
     def first(self, candidate: int) -> dict[str, Any]:
-        """A candidate as it is by default, in Optuna's names."""
+        """Return a candidate's default values, by Optuna's names."""
         method = self._methods[candidate]
         chosen: dict[str, Any] = {CANDIDATE: self.names[candidate]}
         for name in self._spaces[candidate]:
@@ -72,7 +72,7 @@ class Space:
         return chosen | dict.fromkeys(self._weights_of(candidate), 1.0)
 
     def propose(self, trial: "Trial") -> Proposal:
-        """What Optuna has in mind."""
+        """Return the merge that Optuna proposes."""
         name = trial.suggest_categorical(CANDIDATE, self.names) if len(self) > 1 else self.names[0]
         candidate = self.names.index(name)
         tried = {key: _suggested(trial, f"{name} {key}", space) for key, space in self._spaces[candidate].items()}
@@ -92,7 +92,7 @@ class Space:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """Names of which some are the same, numbered where they are: `regmean`, `regmean 2`."""
+    """Number names that are repeated: `regmean`, `regmean 2`."""
     seen: Counter[str] = Counter()
     found = []
     for name in names:

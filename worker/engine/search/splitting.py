@@ -1,4 +1,4 @@
-"""Evaluation rows in two halves: one to search on, one to report on."""
+"""Splits evaluation rows into two halves: one to search on, one to report on."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ from worker.engine.catalog.primitives.errors import InvalidDataset
 
 
 def halves(rows: Sequence[Row], seed: int, source: str) -> tuple[list[int], list[int]]:
-    """Places of the search rows and of the held-out rows, each in the order of `rows`.
+    """Return the places of the search rows and of the held-out rows, each in the order of `rows`.
 
-    Rows of the same text are in the same half, so that nothing that is held out was seen. Texts come in an order that
-    follows from them and the seed alone, and the first half of their rows is searched on: of models that are evaluated
-    on the same texts, in whatever order, none searches on what is held out for another. The halves differ by the rows
-    of one text at most.
+    Rows with the same text are in the same half, so that no held-out text was searched on. Texts come in an order that
+    depends only on them and the seed, and the first half of their rows is searched on. So if models are evaluated on
+    the same texts, in whatever order, none searches on texts that are held out for another. The sizes of the halves
+    differ by the rows of one text at most.
 
     Raises:
-        InvalidDataset: there are not two different texts.
+        InvalidDataset: there are fewer than two different texts.
     """
     places: dict[tuple[Text, Text | None], list[int]] = {}
     for place, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What each candidate is worth, on rows that nothing was searched on."""
+"""Judges each candidate, on rows on which nothing was searched."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ PLAIN_AVERAGE = "plain average"
 
 @dataclass(frozen=True)
 class Line:
-    """A backbone that could have been published: what it is, and how it is made."""
+    """A backbone that could have been published, and the function that makes it."""
 
     name: str
     kind: Literal["method", "average", "expert"]
@@ -31,14 +31,14 @@ class Line:
 
 @dataclass(frozen=True)
 class _Judged:
-    """A line's metric of one model, and its retention on resampled rows, (resamples,); None where it has none."""
+    """A line's metric of one model, and its retention on resampled rows, (resamples,), or None where it has none."""
 
     metric: CandidateMetric
     retentions: Array | None
 
 
 def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Callable[[], None]) -> list[Candidate]:
-    """Metrics and retention of every line on the held-out rows; each model's resamples are the same for all lines.
+    """Compute every line's metrics and retention on the held-out rows; a model's resamples are the same for all lines.
 
     Args:
         chosen: number of the trial that is published.
@@ -86,7 +86,7 @@ def _judged(side: Side, predictions: Sequence[Array]) -> list[_Judged]:
 
 
 def _behind(by_model: Sequence[Sequence[_Judged]], published: int, index: int) -> Difference | None:
-    """Mean retention of the line that is published minus that of another."""
+    """Compute the mean retention of the published line minus that of another."""
     values, draws = [], []
     for of_lines in by_model:
         ours, theirs = of_lines[published], of_lines[index]

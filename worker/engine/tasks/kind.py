@@ -1,4 +1,4 @@
-"""What the engine does with a kind of head: which derivatives its scores are of, what it predicts, and how well."""
+"""The interface of a kind of head: the derivatives of its scores, its predictions, and its metrics."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from worker.engine.catalog.tasks import Task
 from worker.engine.inputs.examples import Batch, OneOutput
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 
-AUTO_EXPECTED_LABELS = 8  # K - 1 backward passes; beyond this, one with a drawn label is the better use of the time
+AUTO_EXPECTED_LABELS = 8  # they take K - 1 backward passes; beyond this, one with a drawn label uses time better
 
-TINY = torch.finfo(torch.float64).tiny  # instead of 0 where a quotient does not count
+TINY = torch.finfo(torch.float64).tiny  # replaces a divisor of 0 where the quotient does not count
 
 EstimatorName = Literal["auto", "expected", "sampled", "empirical"]
 ResolvedEstimator = Literal["expected", "sampled", "empirical"]
@@ -34,7 +34,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of one label, or prediction."""
+        """Shape of one label, or prediction."""
         return ()
 
     def loss_per_likelihood(self, batch: Batch) -> float:
@@ -42,18 +42,18 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         return 1.0
 
     def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
-        """The estimator that is used where this one is asked for."""
+        """Return the estimator that is used where `asked` is asked for."""
         if asked != "auto":
             return asked
         return "sampled" if self.task.outputs > AUTO_EXPECTED_LABELS else "expected"
 
     @abstractmethod
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
-        """The expectation of the squared gradient over the model's own labels."""
+        """Give the passes of the expected squared gradient over the model's own labels."""
 
     @abstractmethod
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
-        """The gradient of the log-likelihood of a label that is drawn from the model, seeded per example."""
+        """Give the passes of the gradient for a label that is drawn from the model, seeded per example."""
 
     @abstractmethod
     def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
@@ -68,18 +68,18 @@ class HeadKind(OneOutput, ABC, Generic[T]):
 
     @abstractmethod
     def metric(self, name: MetricName) -> Metric:
-        """One of the task's metrics."""
+        """Return one of the task's metrics."""
 
     @abstractmethod
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-        """The same of every prediction, on resampled rows."""
+        """Return the metric of every prediction on resampled rows."""
 
     @abstractmethod
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
-        """The same where predictions count as partly right, see `worker.engine.tasks.smoothing`."""
+        """Compute the smoothed metric, in which predictions are partly right, see `worker.engine.tasks.smoothing`."""
 
     def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
-        """Classes that the data set's ids probably mean, in the order of these ids; None where they mean the same."""
+        """Return the classes that the data set's ids probably mean, in the order of these ids; None if they agree."""
         return None
 
 

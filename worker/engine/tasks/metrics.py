@@ -1,4 +1,4 @@
-"""Formulas of metrics, from scikit-learn and SciPy, and the same of resampled rows."""
+"""Formulas of metrics, from scikit-learn and SciPy, and the same metrics on resampled rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from worker.engine.runtime.libraries import optimize, sk, sparse, stats
 
 Array = NDArray[np.float64]
 Metric = Callable[[Array, Array], float]
-"""From labels and predictions, in the same shape, (rows, …), to the metric."""
+"""Computes a metric from labels and predictions, which have the same shape, (rows, …)."""
 ResampledMetric = Callable[[Array], Array]
-"""From how often each row was drawn, (rows, resamples), to the metric of each prediction, (predictions, resamples)."""
+"""Computes each prediction's metric, (predictions, resamples), from each row's number of draws, (rows, resamples)."""
 
-LOST_TO_CANCELLATION = 1e-6  # of a sum of squares: less is left of it than ten digits
-SUSPICIOUS_GAIN = 0.1  # of accuracy
+LOST_TO_CANCELLATION = 1e-6  # share of a sum of squares below which fewer than ten digits are left
+SUSPICIOUS_GAIN = 0.1  # gain of accuracy
 CHANCE_ERRORS = 3  # standard errors of a share, at most 1 / sqrt(rows) each, that renaming labels may gain by chance
 
 
@@ -25,7 +25,7 @@ def f1(average: Literal["binary", "macro", "micro"]) -> Metric:
 
 
 def _zero_for_constants(of: Metric) -> Metric:
-    """Correlations are undefined where labels or predictions do not vary; nothing is predicted then."""
+    """Make a correlation 0 where labels or predictions do not vary: it is undefined, and nothing is predicted."""
     return lambda labels, predictions: (
         0.0 if np.ptp(labels) == 0 or np.ptp(predictions) == 0 else float(of(labels, predictions))
     )
@@ -40,11 +40,11 @@ SIMPLE: dict[MetricName, Metric] = {
 
 
 def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> ResampledMetric:
-    """Accuracy, F1 and Matthews' correlation (Gorodkin 2004) of the confusion tables' diagonals and margins.
+    """Compute accuracy, F1 or Matthews' correlation (Gorodkin 2004) from the confusion tables' diagonals and margins.
 
     Args:
-        labels: (rows,)
-        predictions: (classes, rows) each, 1 where the row is predicted to be of the class, or a share of it; dense or
+        labels: (rows,).
+        predictions: (classes, rows) each, 1 where the row is predicted to have the class, or a share of 1; dense or
             sparse.
     """
     classes = predictions[0].shape[0]
@@ -75,10 +75,10 @@ def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> R
 
 
 def of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """Of several labels at once: accuracy of whole rows, or F1 of all decisions together, from sums over rows.
+    """Compute metrics of several labels: accuracy of whole rows, or F1 of all decisions together, from sums over rows.
 
     Args:
-        labels, predictions: (rows, labels), 1 where the label applies, else 0; of predictions also shares of it.
+        labels, predictions: (rows, labels), 1 where the label applies, else 0; predictions may also be shares of 1.
     """
 
     def values(counts: Array) -> Array:
@@ -95,7 +95,7 @@ def of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) 
 
 
 def resampled_pearson(labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """From sums of values, squares and products; where squares cancel to little, from the drawn rows themselves."""
+    """Compute correlations from sums of values, squares and products; where these cancel, from the drawn rows."""
     versions = np.stack([_standardised(values) for values in (labels, *predictions)])
     of_values, of_squares = sparse.csr_array(versions), sparse.csr_array(versions**2)
     of_products = sparse.csr_array(versions[0] * versions[1:])
@@ -116,7 +116,7 @@ def resampled_pearson(labels: Array, predictions: Sequence[Array]) -> ResampledM
 
 
 def resampled_spearman(labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-    """Correlation of average ranks among the drawn rows, all in whole numbers: twice the rank, less its mean."""
+    """Compute correlations of average ranks among the drawn rows, in whole numbers: twice the rank, less its mean."""
     codes = [np.unique(values, return_inverse=True)[1] for values in (labels, *predictions)]
     indicators = [indicator(of_rows, int(of_rows.max()) + 1) for of_rows in codes]
 
@@ -134,7 +134,7 @@ def resampled_spearman(labels: Array, predictions: Sequence[Array]) -> Resampled
 
 
 def _ranks(drawn: Array) -> tuple[Array, Array]:
-    """Of each distinct value, ascending, drawn so often: its centred rank, doubled, and the ranks' sum of squares."""
+    """Compute doubled centred ranks of distinct values, ascending, from numbers of draws; and their sum of squares."""
     through = np.cumsum(drawn, axis=0)
     ranks = 2 * through - drawn - through[-1]
     return ranks, np.einsum("vr,vr,vr->r", drawn, ranks, ranks)
@@ -145,27 +145,27 @@ def _correlation(covariance: Array, first_variance: Array, second_variance: Arra
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
-    """Zero where the denominator is."""
+    """Divide; the result is 0 where the denominator is."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
 
 
 def indicator(codes: Array, kinds: int) -> Any:
-    """(kinds, rows): 1 where the row is of the kind. Its product with counts says how often each kind was drawn."""
+    """Make (kinds, rows), 1 where the row has the kind. Its product with counts says how often each kind was drawn."""
     rows = np.arange(len(codes))
     return sparse.csr_array((np.ones(len(codes)), (codes.astype(int), rows)), shape=(kinds, len(codes)))
 
 
 def _standardised(values: Array) -> Array:
-    """Moved and scaled to mean 0 and at most 1 in size, which no correlation notices and no square overflows."""
+    """Move and scale values to mean 0 and sizes of at most 1. Correlations stay the same, and no square overflows."""
     centred: Array = values - values.mean()
     return centred / (float(np.abs(centred).max()) or 1.0)
 
 
 def likely_permutation(labels: Array, predictions: Array, outputs: int) -> list[int] | None:
-    """For each label of the rows, the class whose predictions match it best, one to one.
+    """Find for each label of the rows the class whose predictions match it best, one to one.
 
-    None unless reading the labels so raises accuracy by more than chance and by `SUSPICIOUS_GAIN`: then the ids
-    probably mean other things in the data set than in the model.
+    The result is None unless this reading of labels raises accuracy by more than chance and by `SUSPICIOUS_GAIN`: then
+    the ids probably mean other classes in the data set than in the model.
     """
     counts = np.zeros((outputs, outputs))
     np.add.at(counts, (labels.astype(int), predictions.astype(int)), 1)

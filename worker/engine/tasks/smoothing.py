@@ -1,18 +1,18 @@
-"""Metrics by how clearly rows are predicted, which vary less from one set of rows to the next.
+"""Smoothed metrics, which count how clearly rows are predicted, and vary less from one set of rows to the next.
 
-A smoothed estimator, as of error rates (Glick 1978, Snapinn and Knoke 1985): each row is predicted to be of class c
-with probability `softmax(z / (WIDTH s))_c`, z its centred logits and s their root mean square over all rows; with
-several labels at once, each applies with probability `sigmoid(z / (WIDTH s))`, z not centred. The metric is that of
-the expected table of labels and predictions. As WIDTH goes to 0 it goes to the metric itself. Since s is the model's
-own, it does not matter how large its logits are. A correlation has no steps, and is what it is.
+They are smoothed estimators, as those of error rates (Glick 1978, Snapinn and Knoke 1985). A row is predicted to have
+class c with probability `softmax(z / (WIDTH s))_c`, with z its centred logits and s their root mean square over all
+rows. For several labels at once, each applies with probability `sigmoid(z / (WIDTH s))`, with z not centred. The metric
+is that of the expected table of labels and predictions. As WIDTH goes to 0 it goes to the metric itself. Because s is
+the model's own, the size of its logits does not matter. A correlation has no steps, and stays as it is.
 """
 
 from torch import Tensor
 
 WIDTH = 0.3
-"""Of the step from wrong to right, in root mean squares of what decides; found in bench/auto.py's combinations."""
+"""Width of the step from wrong to right, in root mean squares of the logits that decide; found with bench/auto.py."""
 
 
 def scaled(decisive: Tensor) -> Tensor:
-    """What decides, in widths of the step."""
+    """Scale the logits that decide to widths of the step."""
     return decisive / (WIDTH * float(decisive.square().mean().sqrt()) or 1.0)

@@ -1,7 +1,7 @@
-"""Which modules of a model PEFT adapts, by an adapter's configuration.
+"""Finds the modules of a model that PEFT adapts, by an adapter's configuration.
 
-PEFT decides by the configuration alone: tensors of other modules that are in the file as well are left out, and only
-a warning says so.
+PEFT decides by the configuration alone: it leaves out tensors of other modules that are in the file too, and only a
+warning says so.
 """
 
 import re
@@ -22,11 +22,11 @@ WHOLE_HEADS = {
 HEAD_MODULES = {name for names in WHOLE_HEADS.values() for name in names}
 PLAIN = re.compile(r"[\w\-]+(\.[\w\-]+)*", re.ASCII)
 ANY_LAYERS = r".*?\.[^.]*"
-"""What PEFT looks for before a layer's number where no `layers_pattern` names it."""
+"""Pattern that PEFT matches before a layer's number if there is no `layers_pattern`."""
 
 
 class TargetConfig(BaseModel):
-    """What an adapter's configuration says of the modules that it adapts."""
+    """The part of an adapter's configuration that names the modules that it adapts."""
 
     task_type: str | None = None
     target_modules: list[str] | str | None = None
@@ -40,7 +40,7 @@ class Targets:
     """The modules that an adapter's configuration names, as PEFT understands it.
 
     Raises:
-        ValueError: PEFT refuses the configuration, or a pattern is not available, see `patterns`; it says which key.
+        ValueError: PEFT refuses the configuration, or a pattern is not available, see `patterns`; names the key.
     """
 
     def __init__(self, config: TargetConfig) -> None:
@@ -64,7 +64,7 @@ class Targets:
         self._numbers = [re.compile(rf"{one}\.(?P<number>\d+)\.") for one in patterns or [ANY_LAYERS]]
 
     def left_out_by(self, module: str, is_embedding: bool) -> str | None:
-        """The key by which PEFT leaves the module out, or None: it is adapted.
+        """Return the key by which PEFT leaves the module out; None if it is adapted.
 
         Raises:
             ValueError: the patterns take too long to match.

@@ -1,8 +1,8 @@
-"""LoRA adapters, as PEFT saves them: read from their headers as the whole checkpoints that they make of their base.
+"""Reads LoRA adapters, as PEFT saves them, from their headers, as the whole checkpoints that they make of their base.
 
 Every adapted matrix is `W_base + scaling * B A` with `scaling = alpha / r`, or, rank-stabilised, `alpha / sqrt(r)`
-(https://arxiv.org/abs/2106.09685 and https://arxiv.org/abs/2312.03732). What PEFT stores whole (`modules_to_save`,
-trained biases) replaces the base's.
+(https://arxiv.org/abs/2106.09685 and https://arxiv.org/abs/2312.03732). Tensors that PEFT stores whole
+(`modules_to_save`, trained biases) replace the base's.
 """
 
 import math
@@ -40,16 +40,16 @@ from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.families import FAMILIES, Family, Kind
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
-PREFIX = "base_model.model."  # of every tensor that PEFT saves
+PREFIX = "base_model.model."  # prefix of the name of every tensor that PEFT saves
 WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
-"""Parts of names that tensors stored whole have in an adapter and not in the base."""
+"""Parts of names that tensors stored whole have in an adapter but not in the base."""
 FACTORS = {
     "lora_A.weight": ("a", False),
     "lora_B.weight": ("b", False),
     "lora_embedding_A": ("a", True),
     "lora_embedding_B": ("b", True),
 }
-"""Ends of names: which factor it is, and whether of an embedding."""
+"""Ends of names, each with its factor, and whether that adapts an embedding."""
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
 """Kinds of `init_lora_weights` that leave the base's weights as they are; others move a part of them into the adapter,
 whose base is then another."""
@@ -58,7 +58,7 @@ HARMLESS = {
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-"""Keys of `adapter_config.json` that say how it was trained, or what its tensors say as well. PEFT itself corrects
+"""Keys of `adapter_config.json` that describe the training, or that the tensors show too. PEFT itself corrects
 `fan_in_fan_out` for each layer by the layer's kind."""
 TASK_CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -67,7 +67,7 @@ TASK_CLASSES = {
 }
 """Ends of the names of the classes that PEFT trains for each task."""
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
-"""Model types that have layers which are stored as (inputs, outputs)."""
+"""Model types that have layers stored as (inputs, outputs)."""
 TRANSPOSED_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Names of these layers."""
 EMBEDDING = re.compile(
@@ -76,10 +76,10 @@ EMBEDDING = re.compile(
 )
 """Last parts of names of modules that are embeddings, not linear layers."""
 MAY_BE_EMBEDDING = re.compile(r"emb|token|posi|shared|wte|wpe|relative_attention_bias|\Aw\Z")
-"""The same of modules that may be embeddings."""
+"""Parts of names of modules that may be embeddings."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-LARGEST_SCALING = 3.4e38  # of float32, in which it is multiplied
-MAX_LABELS = 100_000  # that get names: a header may claim any number
+LARGEST_SCALING = 3.4e38  # largest number of float32, in which it is multiplied
+MAX_LABELS = 100_000  # number of labels that get names: a header may claim any number
 LABELS = ("id2label", "label2id", "problem_type")
 
 MERGE_IT = "merge it into its base with PEFT (merge_and_unload) and name the result"
@@ -89,7 +89,7 @@ Rank = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class AdapterConfig(TargetConfig):
-    """`adapter_config.json`, as far as it changes what the adapter computes; other keys are in `model_extra`."""
+    """The keys of `adapter_config.json` that change what the adapter computes; other keys are in `model_extra`."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -105,13 +105,13 @@ class AdapterConfig(TargetConfig):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder: its configuration, and its tensors by module, or, of what is stored whole, by name."""
+    """An adapter folder: its configuration, its factors by module, and its whole tensors by name."""
 
     source: str
     config: AdapterConfig
     factors: Mapping[str, Mapping[str, TensorInfo]]
     embeddings: frozenset[str]
-    """Modules among `factors`."""
+    """Modules among `factors` that are embeddings."""
     whole: Mapping[str, TensorInfo]
 
 
@@ -122,14 +122,14 @@ def inspect_model(
     *,
     without_base: str = "name that as base",
 ) -> CheckpointInfo:
-    """A checkpoint or an adapter of `base`, from its headers, see `inspect_checkpoint`.
+    """Read the headers of a checkpoint or of an adapter of `base`, see `inspect_checkpoint`.
 
     Args:
-        without_base: what to do with an adapter where there is no base.
+        without_base: advice in the message for an adapter if there is no base.
 
     Raises:
-        InvalidCheckpoint: names the file or tensor and what to do.
-        IncompatibleCheckpoints: the adapter is not of `base`.
+        InvalidCheckpoint: a file or tensor is refused; the message names it and says what to do.
+        IncompatibleCheckpoints: the adapter does not adapt `base`.
     """
     with readable(source):
         if not (path / ADAPTER_CONFIG).exists():
@@ -167,10 +167,10 @@ def _adapter(path: Path, source: str) -> Adapter:
             raise InvalidCheckpoint(source, f"tensor {tensor.name} has no name of PEFT's, which begin with {PREFIX}")
         if tensor.dtype not in FLOATS:
             raise InvalidCheckpoint(source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
-        if ".original_module." in tensor.name:  # what modules_to_save replaces; with its biases, PEFT saves these too
+        if ".original_module." in tensor.name:  # modules_to_save replaces these; PEFT saves them too if it saves biases
             continue
         name = WRAPPERS.sub("", tensor.name.removeprefix(PREFIX))
-        if ".modules_to_save." in tensor.name:  # as here: PEFT reads it under its name without that
+        if ".modules_to_save." in tensor.name:  # PEFT, too, reads it under its name without that part
             copies[name] = tensor
             continue
         end = next((end for end in FACTORS if name.endswith(f".{end}")), None)
@@ -199,7 +199,7 @@ def _adapter(path: Path, source: str) -> Adapter:
 
 
 def _refuse_left_out(adapter: Adapter, copies: Mapping[str, TensorInfo]) -> None:
-    """Raises InvalidCheckpoint where PEFT would leave a tensor out without a word, and so make another model."""
+    """Raise InvalidCheckpoint where PEFT would leave a tensor out without a word, and so make another model."""
     for name, tensor in copies.items():
         if name not in adapter.whole:
             problem = f"PEFT reads {PREFIX}{name} in its place, which is missing"
@@ -258,7 +258,7 @@ def _config(path: Path, source: str) -> AdapterConfig:
 
 
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
-    """The checkpoint that the adapter makes of its base: its tensors replace the base's, or are added to them."""
+    """Make the adapted checkpoint of the base: the adapter's tensors replace the base's, or are added to them."""
     family = FAMILIES.get(base.model_type)
     if family is not None and base.architecture in family.merged_by_name and adapter.config.task_type != "SEQ_CLS":
         family = None
@@ -292,7 +292,7 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
 
 
 def _class_with_head(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str, TensorInfo]) -> Architecture | None:
-    """The class of the model that was trained, where the adapter brings a head of its own, as PEFT's tasks do."""
+    """Return the class of the trained model if the adapter brings a head of its own, as PEFT's tasks do."""
     new = [name for name in adapter.whole if _target(name, tensors, None) not in tensors]
     kind, ending = kind_of(base.model_type), TASK_CLASSES.get(adapter.config.task_type or "")
     if not new or kind is None or ending is None:
@@ -308,7 +308,7 @@ def _replaced(
     tensors: Mapping[str, TensorInfo],
     head: Architecture | None,
 ) -> dict[str, TensorInfo]:
-    """Tensors that are stored whole, by the names that they replace; the base may lack a head or a pooler."""
+    """Return tensors that are stored whole, by the names that they replace; the base may lack a head or a pooler."""
     replaced = {}
     for name, tensor in adapter.whole.items():
         target = _target(name, tensors, family)
@@ -329,7 +329,7 @@ def _replaced(
 def _low_rank(
     adapter: Adapter, module: str, rank: int, scaling: float, base: CheckpointInfo, matrix: TensorInfo
 ) -> LowRank:
-    """The low-rank change of `matrix`, in its shape."""
+    """Return the low-rank change of `matrix`, in its shape."""
     a, b = adapter.factors[module]["a"], adapter.factors[module]["b"]
     if a.shape[:1] != (rank,):
         problem = f"has shape {list(a.shape)}, by {ADAPTER_CONFIG} its rank is {rank}"
@@ -338,7 +338,7 @@ def _low_rank(
         problem = f"tensor {a.name} adapts {matrix.name}, which is no matrix; {MERGE_IT}"
         raise InvalidCheckpoint(adapter.source, problem)
     adds = (b.shape[0], a.shape[1])
-    # By the kind of the layer, as in PEFT: the one flag fan_in_fan_out is of all layers together.
+    # The kind of the layer decides, as in PEFT: the flag fan_in_fan_out is for all layers together.
     transposed = module in adapter.embeddings or _is_transposed(module, base.config)
     if b.shape[1] != rank or matrix.shape != (adds[::-1] if transposed else adds):
         problem = f"of shape {list(a.shape)}, with lora_B of {list(b.shape)}, does not fit {matrix.name}"
@@ -347,7 +347,7 @@ def _low_rank(
 
 
 def _is_transposed(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether the layer is stored as (inputs, outputs) in a model of this configuration, or in a part of it."""
+    """Return whether a model of this configuration, or a part of it, stores the layer as (inputs, outputs)."""
     parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     return module.rpartition(".")[2] in TRANSPOSED_LAYERS and any(
         part.get("model_type") in TRANSPOSED for part in parts
@@ -355,7 +355,7 @@ def _is_transposed(module: str, config: Mapping[str, Any]) -> bool:
 
 
 def _of_base(base: CheckpointInfo, family: Family | None) -> dict[str, TensorInfo]:
-    """The base's tensors, where there is a table by their canonical names, and no head that it cannot be of."""
+    """Return the base's tensors, if there is a table by canonical names, and without a head of another class."""
     if family is None:
         return dict(base.tensors)
     found: dict[str, TensorInfo] = {}
@@ -372,7 +372,7 @@ def _of_base(base: CheckpointInfo, family: Family | None) -> dict[str, TensorInf
 
 
 def _target(name: str, tensors: Mapping[str, TensorInfo], family: Family | None) -> str:
-    """The name of the tensor that `name`, in the running model, is in the base's files."""
+    """Return the name in the base's files of the tensor that is `name` in the running model."""
     if family is not None:
         slot = family.slot(name)
         return name if slot is None else slot.name
@@ -381,7 +381,7 @@ def _target(name: str, tensors: Mapping[str, TensorInfo], family: Family | None)
 
 
 def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
-    """alpha and rank of every adapted module."""
+    """Return alpha and rank of every adapted module."""
     config = adapter.config
     try:
         alphas, ranks = ModulePatterns(config.alpha_pattern or {}), ModulePatterns(config.rank_pattern or {})
@@ -394,7 +394,7 @@ def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
 
 
 def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
-    """An adapter of one of two tied matrices unties them, which a merge of files cannot show."""
+    """Refuse an adapter of one of two tied matrices: it unties them, which a merge of files cannot show."""
     has_output = any(ends_with(name, OUTPUT_EMBEDDINGS) for name in base.tensors)
     if not base.architecture.endswith(GENERATES) or not base.config.get("tie_word_embeddings", not has_output):
         return
@@ -405,11 +405,11 @@ def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
 
 
 def _check_complete(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises InvalidCheckpoint where a layer's matrix is not adapted though `target_modules` names it.
+    """Raise InvalidCheckpoint where a layer's matrix is not adapted though `target_modules` names it.
 
-    What is outside the layers, in layers beyond those of the configuration, and in whole lists of layers of which other
-    lists are adapted may not have been in the model that was trained. Experts are not looked for: transformers holds
-    those of a layer as one tensor, which plain names do not adapt.
+    The trained model may have lacked modules outside the layers, layers beyond those of the configuration, and whole
+    lists of layers if other lists are adapted. Experts of a mixture are not looked for: transformers holds those of a
+    layer as one tensor, which plain names do not adapt.
     """
     config = adapter.config
     whole = tuple(name for name in config.modules_to_save or () if name not in HEAD_MODULES)  # the base may have one
@@ -441,7 +441,7 @@ def _check_complete(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str
 
 
 def _own_config(path: Path, source: str) -> dict[str, Any]:
-    """A configuration of the whole model, which some trainers save beside the adapter."""
+    """Read the configuration of the whole model, which some trainers save beside the adapter."""
     if not (path / "config.json").exists():
         return {}
     config: dict[str, Any] = decoded(read_json(path / "config.json", source, MAX_CONFIG_BYTES))
@@ -451,7 +451,7 @@ def _own_config(path: Path, source: str) -> dict[str, Any]:
 def _task_config(
     adapter: Adapter, path: Path, base: CheckpointInfo, family: Family, replaced: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
-    """The base's configuration, with what says which head there is and what its outputs are called."""
+    """Return the base's configuration with the keys that describe the head and name its outputs."""
     task_type, is_classifier = adapter.config.task_type, base.architecture == family.head.architecture
     if task_type not in (None, "SEQ_CLS"):
         problem = f"task_type {task_type[:40]} is not available for {family.model_type}; SEQ_CLS is"
@@ -469,7 +469,7 @@ def _task_config(
 def _with_labels(
     adapter: Adapter, path: Path, base: CheckpointInfo, replaced: Mapping[str, TensorInfo], head: Architecture
 ) -> dict[str, Any]:
-    """The base's configuration, with the class of the head that the adapter brings and the names of its outputs."""
+    """Return the base's configuration with the class of the adapter's head and the names of its outputs."""
     logits = next((replaced[name] for name in ("score.weight", "classifier.weight") if name in replaced), None)
     config = base.config if logits is None else _labelled(adapter, path, base, logits, is_classifier=False)
     return {**config, "architectures": [head.name]}
@@ -478,7 +478,7 @@ def _with_labels(
 def _labelled(
     adapter: Adapter, path: Path, base: CheckpointInfo, logits: TensorInfo, is_classifier: bool
 ) -> dict[str, Any]:
-    """The base's configuration with the names of a head's outputs."""
+    """Return the base's configuration with the names of a head's outputs."""
     outputs = logits.shape[0] if logits.shape else 0
     names = {str(index): f"LABEL_{index}" for index in range(min(outputs, MAX_LABELS))}
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: int(index) for index, name in names.items()}}

@@ -1,4 +1,4 @@
-"""What the name of an architecture says: how transformers loads it, and what it is for. No table is needed for that."""
+"""Finds, by an architecture's name and without a table, how transformers loads it and what it is for."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,9 +8,9 @@ class Use(NamedTuple):
     """The use of a model with a head of some kind."""
 
     auto_class: str
-    """Class of transformers that loads it."""
+    """Class of transformers that loads the model."""
     pipeline_tag: str | None
-    """The hub's name for what it does."""
+    """The hub's name of the model's task."""
 
 
 LANGUAGE_MODEL = Use("AutoModelForCausalLM", "text-generation")
@@ -18,7 +18,7 @@ SEQUENCE_TO_SEQUENCE = Use("AutoModelForSeq2SeqLM", "text2text-generation")
 IMAGE_TO_TEXT = Use("AutoModelForImageTextToText", "image-text-to-text")
 SPEECH_TO_TEXT = Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition")
 SPEECH_TYPES = ("whisper", "speech_to_text", "moonshine", "moonshine_streaming")
-"""Model types whose class names look like those from text to text."""
+"""Model types whose class names look like sequence-to-sequence models for text."""
 BY_ENDING = {
     "ForCausalLM": LANGUAGE_MODEL,
     "LMHeadModel": LANGUAGE_MODEL,
@@ -35,13 +35,13 @@ WITHOUT_HEAD = Use("AutoModel", None)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """Name of the class in transformers; empty where the configuration has none."""
+    """Return the name of the class in transformers; empty where the configuration has none."""
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def use_of(config: Mapping[str, Any]) -> Use:
-    """The use of a checkpoint with this configuration."""
+    """Return the use of a checkpoint with this configuration."""
     name = architecture_of(config)
     found = next((use for ending, use in BY_ENDING.items() if name.endswith(ending)), WITHOUT_HEAD)
     if found is not SEQUENCE_TO_SEQUENCE:
@@ -52,12 +52,12 @@ def use_of(config: Mapping[str, Any]) -> Use:
 
 
 def classifies(config: Mapping[str, Any]) -> bool:
-    """Whether the head's outputs are labels, which the configuration names."""
+    """Return whether the head's outputs are labels, which the configuration names."""
     return architecture_of(config).endswith("Classification")
 
 
 def labels_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the labels by id, from id2label, else from label2id, else those that transformers gives."""
+    """Return the names of labels by id, from id2label, else from label2id, else transformers' own."""
     names, ids = config.get("id2label"), config.get("label2id")
     count = config.get("num_labels", 2)
     counted = range(count if isinstance(count, int) and count < 10_000 else 0)

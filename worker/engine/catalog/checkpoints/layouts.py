@@ -1,7 +1,7 @@
-"""Checkpoints of architectures without a table: what names, shapes and configuration say of their tensors.
+"""Describes tensors of architectures without a table, by their names and shapes and the configuration.
 
-That is enough for methods that measure nothing: they merge tensors of equal names, and what a tensor is for matters to
-them only where it is no weight at all (a buffer) or a second copy of another (tied).
+That is enough for methods that measure nothing. They merge tensors of equal names, and only need to know whether a
+tensor is no weight at all (a buffer) or a second copy of another (tied).
 """
 
 import re
@@ -30,7 +30,7 @@ EMBEDDINGS = (
     "tok_embeddings.weight",
     "embeddings.weight",
 )
-"""How names of the matrix of tokens end, those first that others are copies of."""
+"""Ends of names of the embedding matrix; those that others are copies of come first."""
 OUTPUT_EMBEDDINGS = (
     "lm_head.weight",
     "embed_out.weight",
@@ -39,20 +39,20 @@ OUTPUT_EMBEDDINGS = (
     "generator_lm_head.weight",
     "proj_out.weight",
 )
-"""How names of the matrix of logits end, which is the matrix of tokens where both are tied."""
+"""Ends of names of the matrix that gives logits, which is the embedding matrix where both are tied."""
 HEADS = ("score.weight", "score.bias", "classifier.weight", "classifier.bias", "qa_outputs.weight", "qa_outputs.bias")
 """Ends of the names of heads that fine-tuning starts from scratch."""
 SHARED_EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-"""Always copies of `shared.weight`, where there is one."""
+"""Names of tensors that are always copies of `shared.weight`, if there is one."""
 TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
 GENERATING = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Configuration keys of the number of layers, by which the one stack of a decoder or encoder is counted."""
+"""Configuration keys of the number of layers in the one list of a decoder or encoder."""
 STACK_COUNTS = {
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""The same for the two stacks of a model with an encoder and a decoder: the first key that is there counts."""
+"""Such keys for the two lists of a model with an encoder and a decoder; the first key that is there counts."""
 ENCODER_OR_DECODER = re.compile(r"(\w+\.)?(?P<which>encoder|decoder)\.(layers|layer|block)")
 COUNTS = (
     *LAYER_COUNTS, "num_decoder_layers", "encoder_layers", "decoder_layers",
@@ -60,17 +60,17 @@ COUNTS = (
 )  # fmt: skip
 HARMLESS = frozenset(
     {
-        # Where it came from, and how it is stored, loaded and run.
+        # These say where a checkpoint came from, and how it is stored, loaded and run.
         "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "torchscript",
         "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "pretraining_tp",
         "gradient_checkpointing", "attn_implementation", "chunk_size_feed_forward",
-        # Of training alone, like everything that is named after dropout.
+        # These only matter for training, like everything that is named after dropout.
         "initializer_range", "initializer_factor", "initializer_cutoff_factor", "router_aux_loss_coef",
         "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "problem_type", "finetuning_task",
-        # What text begins and ends with, and how it is generated: instruction tuning changes it.
+        # These say how text begins and ends and how it is generated; instruction tuning changes them.
         "bos_token_id", "eos_token_id", "task_specific_params", "max_length", "min_length", "temperature", "top_k",
         "top_p", "do_sample", "num_beams", "repetition_penalty", "prefix", "tokenizer_class",
-        # Seen in shapes, or compared in another way.
+        # These are seen in shapes, or compared in another way.
         "head_dim", "n_inner", "n_ctx", "label2id", "num_labels", "id2label",
     }
 )  # fmt: skip
@@ -78,21 +78,21 @@ HARMLESS = frozenset(
 STRUCTURAL = frozenset(
     {"tie_word_embeddings", "is_decoder", "is_encoder_decoder", "add_cross_attention", "vocab_size", "model_type"}
 )
-"""Settings that say which tensors there are, or what they are for."""
+"""Settings that determine the set of tensors, or what they are for."""
 OWN = STRUCTURAL | {
     "architectures", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "head_dim", "n_inner",
     "n_ctx",
 }  # fmt: skip
-"""Settings that a model keeps where another one's count: of its tensors, and of its head."""
+"""Settings that a model keeps where another one's settings count: those of its tensors, and of its head."""
 LENGTHS = frozenset(
     {
         "sliding_window", "max_window_layers", "attention_chunk_size", "original_max_position_embeddings",
         "max_position_embeddings", "local_attention", "window_size",
     }
 )  # fmt: skip
-"""Settings that are numbers and show in no shape."""
+"""Settings that are numbers but show in no shape."""
 UNCERTAIN = frozenset({"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"})
-"""Lists over layers, which older versions of transformers left out."""
+"""Keys of lists over layers, which older versions of transformers left out."""
 SETTINGS_ADVICE = (
     "name a model in output.config_from, or as base_model of a recipe of mergekit, whose settings are to count"
 )
@@ -101,7 +101,7 @@ HARMLESS_BEGINNINGS = ("_", "unsloth_", "summary_")
 
 @dataclass(frozen=True)
 class Layer:
-    """What the name of a tensor in a layer says: `{stack}.{number}.{inner}`."""
+    """The parts of the name of a tensor in a layer, `{stack}.{number}.{inner}`."""
 
     stack: str
     number: int
@@ -110,13 +110,13 @@ class Layer:
 
 @lru_cache(maxsize=1 << 17)  # asked a dozen times of every name in a plan
 def layer_of(name: str) -> Layer | None:
-    """The layer of a tensor; None outside the layers."""
+    """Return the layer of a tensor; None outside the layers."""
     match = LAYER.fullmatch(name)
     return Layer(match["stack"], int(match["number"]), match["inner"]) if match else None
 
 
 def stacks_of(names: Iterable[str]) -> dict[str, int]:
-    """Lists of layers, and how many each has."""
+    """Return the lists of layers, each with its number of layers."""
     lengths: dict[str, int] = {}
     for name in names:
         layer = layer_of(name)
@@ -126,18 +126,18 @@ def stacks_of(names: Iterable[str]) -> dict[str, int]:
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
-    """What the configuration says of its one list of layers; None where it says nothing."""
+    """Return the length of the one list of layers in the configuration; None where it has none."""
     return next((config[key] for key in LAYER_COUNTS if type(config.get(key)) is int), None)
 
 
 def slot_of(name: str) -> Slot:
-    """The tensor under its own name; nothing more is known of it."""
+    """Return the slot of a tensor of which nothing but its name is known."""
     layer = layer_of(name)
     return Slot(name, Kind.OTHER, None if layer is None else layer.number, name.endswith("bias"))
 
 
 def place_of(name: str, stacks: Mapping[str, int]) -> Place:
-    """Depth 0 before the layers and 1 after them, as far as the name tells."""
+    """Return a tensor's place: its depth is 0 before the layers and 1 after them, as far as the name tells."""
     layer = layer_of(name)
     if layer is not None:
         count = stacks[layer.stack]
@@ -146,31 +146,31 @@ def place_of(name: str, stacks: Mapping[str, int]) -> Place:
 
 
 def is_before_layers(name: str) -> bool:
-    """Whether a tensor outside the layers comes before them: embeddings and what belongs to them."""
+    """Return whether a tensor outside the layers comes before them, as embeddings and their norms do."""
     return not ends_with(name, OUTPUT_EMBEDDINGS) and BEFORE_LAYERS.search(name.lower()) is not None
 
 
 def is_buffer(tensor: TensorInfo) -> bool:
-    """Whether it is computed from the configuration rather than learned: integers, masks, rotary frequencies."""
+    """Return whether it is computed from the configuration, not learned: integers, masks, rotary frequencies."""
     if tensor.dtype not in FLOATS or tensor.name.endswith(("rotary_emb.inv_freq", ".masked_bias", "position_ids")):
         return True
-    # The causal masks of GPT-2, GPT-Neo and GPT-NeoX; the same name with one axis is a bias.
+    # Causal masks of GPT-2, GPT-Neo and GPT-NeoX have these names; with one axis, such a tensor is a bias.
     return tensor.name.endswith(("attn.bias", "attention.bias")) and len(tensor.shape) == 4
 
 
 def tensors_by_name(info: CheckpointInfo, like: CheckpointInfo) -> dict[str, TensorInfo]:
-    """The checkpoint's tensors under the names that `like` gives them.
+    """Return the checkpoint's tensors under the names that `like` gives them.
 
-    The same model is published with and without the prefix of what lies under its head (`transformer.h.0.…`, `h.0.…`),
+    The same model is published with and without the prefix of the model below its head (`transformer.h.0.…`, `h.0.…`),
     and norms have two spellings.
 
     Raises:
-        InvalidCheckpoint: a tensor is there under both.
+        InvalidCheckpoint: a tensor has both names.
     """
     stacks = stacks_of([*info.tensors, *like.tensors])
     outer = dict.fromkeys(stack.partition(".")[0] for stack in stacks if "." in stack)
     prefixes = {prefix: at for at, prefix in enumerate(outer)}
-    below: dict[str, str] = {}  # names in `like` by what follows the prefix, of several prefixes the first
+    below: dict[str, str] = {}  # names in `like` by their part after the first prefix
     for name in like.tensors:
         prefix, _, rest = name.partition(".")
         if prefix in prefixes:
@@ -194,7 +194,7 @@ def tensors_by_name(info: CheckpointInfo, like: CheckpointInfo) -> dict[str, Ten
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """A tensor's name, and the other that norms of models converted from TensorFlow have, or would have."""
+    """Return a tensor's name, and the other spelling that norms of models converted from TensorFlow may have."""
     module, _, part = name.rpartition(".")
     if not module.endswith("LayerNorm"):
         return (name,)
@@ -203,13 +203,13 @@ def spellings(name: str) -> tuple[str, ...]:
 
 
 def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
-    """Names of tensors that are second copies of others, and of these others, which alone are merged.
+    """Return the names of tensors that are second copies, each with its original, which alone is merged.
 
-    By `tie_word_embeddings`, whether a checkpoint stores the copy or not. Where a configuration does not say, they are
-    tied if not all of `states` store it.
+    `tie_word_embeddings` decides, whether a checkpoint stores the copy or not. If a configuration lacks that key, they
+    are tied if not all of `states` store the copy.
 
     Args:
-        states: of every checkpoint, by the names of the first.
+        states: the tensors of every checkpoint, by the names of the first.
     """
     embeddings = _Embeddings(states)
     tied = _ties(config)
@@ -227,8 +227,8 @@ def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorI
 
 
 def _ties(config: Mapping[str, Any]) -> bool | None:
-    """Whether the configuration ties embeddings; None if it does not say."""
-    if config.get("scale_decoder_outputs") is False:  # T5 1.1, which newer versions of transformers call tied
+    """Return whether the configuration ties embeddings; None if it does not say."""
+    if config.get("scale_decoder_outputs") is False:  # newer versions of transformers write that T5 1.1 is tied
         return False
     for part in (config, config.get("text_config"), config.get("decoder")):
         if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
@@ -248,7 +248,7 @@ def _original(name: str, first: Mapping[str, TensorInfo], embeddings: "_Embeddin
 
 
 class _Embeddings:
-    """Matrices of tokens of the first of `states`, found by their shapes: a header may name any number of them."""
+    """Embedding matrices of the first of `states`, found by their shapes: a header may name any number of them."""
 
     def __init__(self, states: Sequence[Mapping[str, TensorInfo]]) -> None:
         self._states = states
@@ -256,14 +256,14 @@ class _Embeddings:
         self._by_shapes: dict[tuple[str, tuple[int, ...]], dict[tuple[tuple[int, ...], ...], str]] = {}
 
     def like(self, name: str, endings: Sequence[str]) -> str | None:
-        """The first whose shape is that of `name` wherever `name` is stored; None where there is none."""
+        """Return the first matrix that has the shape of `name` wherever `name` is stored; None where there is none."""
         storing = tuple(index for index, state in enumerate(self._states) if name in state)
         shapes = tuple(self._states[index][name].shape for index in storing)
         found = (self._named(ending, storing).get(shapes) for ending in endings)
         return next((other for other in found if other not in (None, name)), None)
 
     def _named(self, ending: str, storing: tuple[int, ...]) -> dict[tuple[tuple[int, ...], ...], str]:
-        """The tensors of these names, by their shapes in the states at `storing`."""
+        """Return the tensors whose names end so, by their shapes in the states at `storing`."""
         if (ending, storing) not in self._by_shapes:
             first = self._states[0]
             if self._outer is None:
@@ -278,12 +278,12 @@ class _Embeddings:
 
 
 def ends_with(name: str, endings: Iterable[str]) -> bool:
-    """Whether a tensor's name ends with one of these, in whole words."""
+    """Return whether a tensor's name ends with one of these, in whole words."""
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
 def check_weights(info: CheckpointInfo) -> None:
-    """Check what even a base, which is never run, must fulfil.
+    """Check the requirements for every checkpoint, also for a base, which is never run.
 
     Raises:
         InvalidCheckpoint: it has no model_type, is quantised, or has fewer layers than it says.
@@ -294,7 +294,7 @@ def check_weights(info: CheckpointInfo) -> None:
         seen = f" (tensor {packed})" if packed else ""
         raise InvalidCheckpoint(info.source, f"its weights are quantised{seen}; merge the originals, then quantise")
     for key, count in _counts(info.config):
-        # Whoever builds the model makes a module for each, and a config is a few bytes that anyone can write.
+        # Building the model makes a module for each layer, and a config is a few bytes that anyone can write.
         if type(count) is not int:
             problem = f"{key} in config.json is no number but of type {type(count).__name__}"
             raise InvalidCheckpoint(info.source, problem)
@@ -302,7 +302,7 @@ def check_weights(info: CheckpointInfo) -> None:
             problem = f"config.json says {str(count)[:20]} {key}, and {len(info.tensors)} tensors are there"
             raise InvalidCheckpoint(info.source, problem)
     stacks = stacks_of(info.tensors)
-    # Layers that predict further tokens are stored after the others, which alone are counted.
+    # Layers that predict further tokens are stored after the others, and only those others are counted.
     predicting = info.config.get("num_nextn_predict_layers")
     beyond = predicting if type(predicting) is int else 0
     for key in LAYER_COUNTS:
@@ -315,7 +315,7 @@ def check_weights(info: CheckpointInfo) -> None:
 
 
 def _check_both_stacks(info: CheckpointInfo, stacks: Mapping[str, int]) -> None:
-    """Raises InvalidCheckpoint where an encoder and a decoder, and nothing else, have not the layers they should."""
+    """Raise InvalidCheckpoint where an encoder and a decoder, and nothing else, have a wrong number of layers."""
     found = {match["which"]: count for stack, count in stacks.items() if (match := ENCODER_OR_DECODER.fullmatch(stack))}
     if len(stacks) != 2 or found.keys() != {"encoder", "decoder"}:
         return
@@ -328,7 +328,7 @@ def _check_both_stacks(info: CheckpointInfo, stacks: Mapping[str, int]) -> None:
 
 
 def check_checkpoint(info: CheckpointInfo) -> None:
-    """Check what every merged checkpoint must fulfil: as `check_weights`, and a head that it says it has."""
+    """Check the requirements for every merged checkpoint: those of `check_weights`, and the head that it claims."""
     check_weights(info)
     if _ties(info.config) is False and use_of(info.config).pipeline_tag in GENERATING:
         _check_has_logits(info)
@@ -348,7 +348,7 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_has_logits(info: CheckpointInfo) -> None:
-    """An untied language model has a second matrix with a row for every token, whatever its name is."""
+    """Check that an untied language model has a second matrix with a row for every token, whatever its name is."""
     outer = [tensor for name, tensor in info.tensors.items() if layer_of(name) is None and len(tensor.shape) == 2]
     embeddings = [tensor for tensor in outer if ends_with(tensor.name, EMBEDDINGS)]
     others = [tensor for tensor in outer if not ends_with(tensor.name, (*EMBEDDINGS, *SHARED_EMBEDDINGS))]
@@ -358,7 +358,7 @@ def _check_has_logits(info: CheckpointInfo) -> None:
 
 
 def check_architectures(first: CheckpointInfo, info: CheckpointInfo) -> None:
-    """Raises InvalidCheckpoint where one names no architecture at all, IncompatibleCheckpoints where they differ."""
+    """Raise InvalidCheckpoint where one names no architecture at all, IncompatibleCheckpoints where they differ."""
     for one in (first, info):
         require_kind(one)
     ours, theirs = first.model_type, info.model_type
@@ -369,7 +369,7 @@ def check_architectures(first: CheckpointInfo, info: CheckpointInfo) -> None:
 
 
 def check_labels(first: CheckpointInfo, info: CheckpointInfo) -> None:
-    """Raises IncompatibleCheckpoints where heads that become one have other labels."""
+    """Raise IncompatibleCheckpoints where heads that become one have different labels."""
     ours, theirs = labels_of(first.config), labels_of(info.config)
     if ours != theirs:
         names = [", ".join(labels.values())[:200] for labels in (ours, theirs)]
@@ -384,13 +384,13 @@ def check_configs(
 
     Args:
         besides: further keys in which they may differ.
-        settles: whether they may differ in what no shape shows, since it is said whose settings count.
+        settles: whether they may differ in settings that no shape shows, because a request says whose settings count.
 
     Returns:
         Such keys, in which they do differ; inner ones after a dot.
 
     Raises:
-        IncompatibleCheckpoints: names the key and both values.
+        IncompatibleCheckpoints: they differ in another key; the message names it and both values.
     """
     if classifies(first.config) and classifies(info.config):
         check_labels(first, info)
@@ -416,7 +416,7 @@ def check_configs(
 
 
 def shows_in_no_shape(key: str, ours: object, theirs: object) -> bool:
-    """Whether a setting says how a model computes with its tensors, rather than which it has and how they are cut."""
+    """Return whether a setting says how a model computes with its tensors, not which it has and how they are cut."""
     name = key.rpartition(".")[2]
     if name in STRUCTURAL:
         return False
@@ -424,13 +424,13 @@ def shows_in_no_shape(key: str, ours: object, theirs: object) -> bool:
 
 
 def _derived_in_one(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
-    """Keys that one configuration has, and that follow in the other one from further keys in an unknown way."""
+    """Return keys that one configuration has, and that follow in the other from further keys in an unknown way."""
     mine, other = completed(ours), completed(theirs)
     return {key for key in mine.keys() ^ other.keys() if mine.get(key, other.get(key)) is not None}
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys that both have, in which they compute something else, with both values; inner keys after a dot."""
+    """Yield keys in which both differ and compute something else, with both values; inner keys after a dot."""
     ours, theirs = with_rotary(ours), with_rotary(theirs)
     harmless = set(HARMLESS)
     for key, condition in CONDITIONS.items():
@@ -449,7 +449,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
 def with_settings_of(
     config: Mapping[str, Any], whose: Mapping[str, Any], besides: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The configuration `whose`, with what `config` says of its own tensors and its head.
+    """Return the configuration `whose` with the settings of `config` for its own tensors and head.
 
     Args:
         besides: further keys that `config` keeps.
@@ -467,18 +467,20 @@ def with_settings_of(
 
 
 def is_of_training(key: str) -> bool:
-    """Whether a configuration's key has a name of those that do not change what a model computes."""
+    """Return whether a configuration's key, by its name, does not change what a model computes."""
     return key.startswith(HARMLESS_BEGINNINGS) or "dropout" in key or key.endswith("pdrop")
 
 
 def same(ours: object, theirs: object) -> bool:
-    """Whether two values of a configuration are equal; NaN, which JSON of Python may have, is equal to itself."""
+    """Return whether two values of a configuration are equal; NaN, which Python's JSON allows, equals itself."""
     return ours == theirs or repr(ours) == repr(theirs)
 
 
 def _reads_positions_alone(config: Mapping[str, Any]) -> bool:
-    """Whether the length a model was made for changes nothing of what it computes: it does in some rotary positions,
-    and shows in the shapes of learned ones."""
+    """Return whether the length for which a model was made does not change what it computes.
+
+    It does with some rotary positions, and shows in the shapes of learned positions.
+    """
     rotary = config.get("rope_parameters")
     return not isinstance(rotary, Mapping) or rotary.get("rope_type", "default") in ("default", "linear", "llama3")
 
@@ -488,7 +490,7 @@ def _has_no_window(config: Mapping[str, Any]) -> bool:
 
 
 def _pads_freely(config: Mapping[str, Any]) -> bool:
-    """Whether positions do not count from the padding's id, as they do in RoBERTa."""
+    """Return whether positions do not count from the padding's id, as they do in RoBERTa."""
     return use_of(config).pipeline_tag == "text-generation" and config.get("model_type") not in COUNT_FROM_PADDING
 
 
@@ -498,7 +500,7 @@ CONDITIONS = {
     "max_window_layers": _has_no_window,
     "pad_token_id": _pads_freely,
 }
-"""Keys that are harmless where this is true of both configurations."""
+"""Keys that are harmless if a condition holds for both configurations."""
 
 
 COUNT_FROM_PADDING = frozenset(
@@ -507,11 +509,11 @@ COUNT_FROM_PADDING = frozenset(
         "xlm-roberta-xl", "xmod",
     }
 )  # fmt: skip
-"""Model types with language models whose positions follow from the padding's id."""
+"""Model types with language models whose positions count from the padding's id."""
 
 
 def is_harmless(key: str) -> bool:
-    """Whether merged checkpoints may differ in the key, whatever it is in."""
+    """Return whether merged checkpoints may differ in the key, wherever it is."""
     return key in HARMLESS or is_of_training(key)
 
 

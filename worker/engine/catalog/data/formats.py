@@ -1,4 +1,4 @@
-"""File formats that hold one row after the other: where each row begins, and its columns once it is wanted."""
+"""File formats that hold one row after the other: they find where rows begin, and parse those that are needed."""
 
 import csv
 import json
@@ -17,14 +17,14 @@ csv.field_size_limit(MAX_ROW_BYTES)
 
 class Format(Protocol):
     def index(self, stream: BinaryIO) -> Iterator[tuple[int, int]]:
-        """(line from 1, byte offset) of every row of the file; blank lines are no rows."""
+        """Yield (line from 1, byte offset) of every row of the file; blank lines are no rows."""
 
     @property
     def notes(self) -> list[str]:
-        """Notes of what `index` passed over or joined, once it has ended."""
+        """Return notes of lines that `index` skipped or joined, once it has ended."""
 
     def parse(self, stream: BinaryIO, place: Place) -> dict[str, Any]:
-        """The columns of the row that begins where the stream is, after `index` has passed it."""
+        """Read the columns of the row that begins at the stream's position, after `index` has passed it."""
 
 
 class BlankLines:
@@ -37,7 +37,7 @@ class BlankLines:
         self._since_row += 1
 
     def end(self) -> None:
-        """A row follows."""
+        """Note that a row follows."""
         self._between += self._since_row
         self._since_row = 0
 
@@ -46,7 +46,7 @@ class BlankLines:
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """Files with one JSON object a line."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -79,11 +79,11 @@ class JsonLines:
 
 
 class _TwiceError(ValueError):
-    """A key is there twice, so a reader would have to choose one of its values."""
+    """An object has a key twice, so a reader would have to choose one of its values."""
 
 
 def _reason(error: Exception) -> str:
-    """The reason in words that quote no row."""
+    """Give the reason in words that quote no row."""
     match error:
         case json.JSONDecodeError():
             return error.msg
@@ -103,10 +103,10 @@ def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Csv:
-    """UTF-8 text with a header, of which every column is text.
+    """UTF-8 text with a header, in which every column is text.
 
-    As RFC 4180 has it, so that quoted fields may hold line breaks; or else, as data sets between tabs are published,
-    with one row a line in which a quote is a character.
+    With quotes it follows RFC 4180, so that quoted fields may hold line breaks. Without, as tab-separated data sets are
+    published, each line is a row in which a quote is a plain character.
     """
 
     def __init__(self, source: str, delimiter: str, *, has_quotes: bool) -> None:
@@ -117,7 +117,7 @@ class Csv:
         self._blank = BlankLines()
         self._joined, self._joined_lines, self._perhaps_rows, self._perhaps_quoted = 0, 0, 0, 0
         self.uneven = 0
-        """How many rows have more or fewer fields than the header; `parse` refuses them."""
+        """Number of rows that have more or fewer fields than the header; `parse` refuses them."""
 
     @property
     def notes(self) -> list[str]:
@@ -125,7 +125,7 @@ class Csv:
         if self._joined:
             joined = f"{self._joined} rows of {self._source} are made of {self._joined_lines} lines, which quotes join"
             if self._perhaps_rows:
-                # As a quote that is never closed joins them: where it begins a text, and the next one ends another.
+                # A quote that is never closed joins rows like this: it begins a text, and the next quote ends another.
                 alike = (
                     f"in {self._perhaps_rows} of them each line looks like a row, with no fewer fields than the header"
                 )
@@ -149,7 +149,7 @@ class Csv:
             if header is None:
                 return
             self._header = header
-        # Columns without a name, which spreadsheets leave behind, cannot be asked for and may be as many as they like.
+        # Columns without a name, which spreadsheets leave behind, cannot be asked for, and there may be any number.
         name, count = Counter(name for name in self._header if name).most_common(1)[0] if any(self._header) else ("", 1)
         if count > 1:
             raise InvalidDataset(self._source, f"the header has '{name[:64]}' twice", Place("line", lines.line))
@@ -165,7 +165,7 @@ class Csv:
                 self._blank.pass_over()
 
     def _count(self, record: list[str], lines: list[str]) -> None:
-        """Counts what the reader should know about the row that these lines make."""
+        """Count peculiarities of the row that these lines make, for the notes."""
         self._blank.end()
         self.uneven += len(record) != len(self._header)
         if len(lines) > 1:
@@ -176,8 +176,11 @@ class Csv:
             self._perhaps_quoted += sum(map(_looks_quoted, record))
 
     def _look_like_rows(self, lines: list[str]) -> bool:
-        """Whether lines that quotes join may each be a row: by the number of their fields, or, where a text may have
-        more delimiters in it, by a first or last field that is a label's rather than a text's."""
+        """Return whether lines that quotes join may each be a row.
+
+        The number of their fields tells, or, if a text may contain delimiters, a first or last field that looks like a
+        label.
+        """
         delimiters = len(self._header) - 1
         counts = [line.count(self._delimiter) for line in lines]
         if delimiters == 0 or min(counts) < delimiters:
@@ -208,7 +211,7 @@ class Csv:
             reason = str(error)
             if "new-line" in reason:
                 reason = "a carriage return within a line; lines end in LF or CRLF"
-            elif "expected after" in reason or "unexpected end" in reason:  # of a field that begins with a quote
+            elif "expected after" in reason or "unexpected end" in reason:  # a field begins with a quote
                 reason = f"{reason}; quote the whole field, or double the quote in it"
             raise InvalidDataset(self._source, f"not CSV: {reason}", place) from None
 
@@ -218,13 +221,13 @@ def _is_one_word(field: str) -> bool:
 
 
 def _looks_quoted(field: str) -> bool:
-    """Whether a field looks quoted by a writer of CSV: doubled quotes between two more."""
+    """Return whether a field looks quoted by a writer of CSV: doubled quotes between two more."""
     inner = field[1:-1]
     return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
 class _DecodedLines(Iterator[str]):
-    """Lines of a stream as text; `line` and `offset` are where the last one ended, however far a reader has come."""
+    """Lines of a stream as text. `line` and `offset` tell where the last one ended, however far a reader has come."""
 
     def __init__(self, stream: BinaryIO, source: str, offset: int, line: int = 0) -> None:
         self._stream = stream
@@ -233,10 +236,10 @@ class _DecodedLines(Iterator[str]):
         self.line = line
         self._record, self._first_line = offset, line + 1
         self.record: list[str] = []
-        """Lines since the record began."""
+        """Lines read since the record began."""
 
     def begin_record(self) -> int:
-        """The offset where the next record begins; it may be as long as a row."""
+        """Return the offset at which the next record begins; it may be as long as a row."""
         self._record, self._first_line = self.offset, self.line + 1
         self.record = []
         return self.offset
@@ -253,14 +256,14 @@ class _DecodedLines(Iterator[str]):
             text = raw.decode()
         except UnicodeDecodeError:
             raise InvalidDataset(self._source, "not UTF-8 text", Place("line", self.line)) from None
-        if "\0" in text:  # as in UTF-16, or where a disk lost what was written
+        if "\0" in text:  # UTF-16 has such characters, and so have files that a disk lost
             raise InvalidDataset(self._source, "not text: it has a zero byte", Place("line", self.line))
         self.record.append(text)
         return text
 
 
 def _skip_byte_order_mark(stream: BinaryIO) -> int:
-    """It is not part of the first row. The offset of what follows."""
+    """Skip the mark, which is not part of the first row, and return the offset after it."""
     if stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
         return len(BYTE_ORDER_MARK)
     stream.seek(0)

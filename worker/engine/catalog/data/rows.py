@@ -1,6 +1,6 @@
-"""Rows of a data set: of JSON lines and CSV files here, of Parquet and the hub in `worker.engine.inputs.tables`.
+"""Reads rows of JSON lines and CSV files; `worker.engine.inputs.tables` reads Parquet and the hub.
 
-A file is indexed by one pass over its bytes and parsed only where rows are used: a million rows cost 16 MB, whatever
+One pass over a file's bytes indexes it, and only the rows that are used are parsed: a million rows cost 16 MB, whatever
 their length.
 """
 
@@ -20,7 +20,7 @@ from worker.engine.catalog.data.formats import Csv, Format, JsonLines
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
 
-FIRST_ROWS = 100  # what is checked before a job is accepted
+FIRST_ROWS = 100  # number of rows that are checked before a job is accepted
 PARQUET = ".parquet"
 PARQUET_MAGIC = b"PAR1"
 FORMATS: Mapping[str, Callable[[str], Format]] = {
@@ -65,7 +65,7 @@ def read_text(value: Any, name: str, source: str, place: Place) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `place` is where it is in the data set, for messages; `label` is as read, not yet an id."""
+    """One row. `place` is its place in the data set, for messages; `label` is as it was read, not yet an id."""
 
     place: Place
     text: Text
@@ -80,34 +80,34 @@ class Row:
 
 
 class Labels(Protocol):
-    """How labels of rows are read."""
+    """Reads labels of rows."""
 
     def value(self, label: Any, source: str, place: Place) -> object:
-        """What a row's label is to the head. Raises InvalidDataset."""
+        """Return the head's value of a row's label. Raises InvalidDataset."""
 
 
 class Rows(Protocol):
     """The rows of a data set, in its own order."""
 
     label_names: tuple[str, ...] | None
-    """What the data set itself calls its label ids 0, 1, …; None when it does not say."""
+    """The data set's own names of its label ids 0, 1, …; None when it has none."""
     notes: Sequence[str]
-    """Notes of rows that were joined or passed over while they were read."""
+    """Notes of rows that were joined or skipped while they were read."""
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[Row]:
-        """The rows at `indices`, in that order. Raises InvalidDataset naming place and column."""
+        """Read the rows at `indices`, in that order. Raises InvalidDataset, which names place and column."""
 
 
 def sample(rows: Rows, spec: DatasetSpec, count: int | None, *, shuffle: bool = True) -> list[Row]:
-    """`count` rows without replacement in an order drawn from the spec's seed, or the first `count` in order.
+    """Read `count` rows without replacement in an order drawn from the spec's seed, or the first `count` in order.
 
     The spec's `limit` counts too: the smaller of both is read.
     """
     wanted = min(n for n in (len(rows), spec.limit, count) if n is not None)
     order = list(range(len(rows)))
-    if shuffle:  # all of it, so that fewer rows are always a prefix of more
+    if shuffle:  # all rows, so that fewer rows are always a prefix of more
         random.Random(spec.seed).shuffle(order)
     return rows.read(order[:wanted])
 
@@ -116,7 +116,7 @@ class RowFile:
     """The rows of a JSON lines or CSV file.
 
     Raises:
-        InvalidDataset: names the line and the column.
+        InvalidDataset: a row cannot be read; the message names the line and the column.
     """
 
     label_names: tuple[str, ...] | None = None
@@ -147,15 +147,15 @@ class RowFile:
 def check_first_rows(
     spec: DatasetSpec, labels: Labels | None, least_texts: int = 1, texts: TextColumn = ONE_TEXT
 ) -> None:
-    """Refuse what the first rows show: another format, a missing column, an unknown label.
+    """Check the first rows, which show another format, a missing column or an unknown label.
 
-    Of a Parquet file only that it is one; its columns are seen where its rows are read.
+    A Parquet file is only checked to be one; its columns are seen when its rows are read.
 
     Args:
-        least_texts: distinct texts that are needed; counted where there are no rows but the first.
+        least_texts: number of distinct texts that are needed; it is checked if there are no other rows.
 
     Raises:
-        InvalidDataset: names the line and the column.
+        InvalidDataset: a row cannot be read; the message names the line and the column.
     """
     with _opened(spec) as stream:
         if _suffix(spec) == PARQUET:
@@ -177,7 +177,7 @@ def check_first_rows(
 
 
 def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> Row:
-    """The asked columns as a row. Raises InvalidDataset naming place and column."""
+    """Make a row of the columns to read. Raises InvalidDataset, which names place and column."""
 
     def column(name: str) -> Any:
         if name not in columns:
@@ -230,7 +230,7 @@ def local_file(spec: DatasetSpec) -> Path:
 
 
 def refuse_pointer(start: bytes, spec: DatasetSpec) -> None:
-    """Raises InvalidDataset where a file begins as a Git LFS pointer does."""
+    """Raise InvalidDataset where a file begins as a Git LFS pointer does."""
     if is_pointer(start):
         raise InvalidDataset(spec.source, f"it is not there: {WHAT_TO_DO}")
 
@@ -239,7 +239,7 @@ def refuse_pointer(start: bytes, spec: DatasetSpec) -> None:
 def _opened(spec: DatasetSpec) -> Iterator[BinaryIO]:
     path = local_file(spec)
     reads(spec.source, path.name)
-    if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise InvalidDataset(spec.source, "cannot be read: not a regular file")
     try:
         with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Which tensor is what, per family of architectures. Adding a family is one file with one table."""
+"""Families of architectures. The table of each says what its tensors are; to add a family is one file with a table."""
 
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.camembert import CAMEMBERT

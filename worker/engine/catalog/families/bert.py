@@ -24,7 +24,7 @@ BERT = Family(
         "embeddings.position_embeddings": Kind.EMBEDDING,
         "embeddings.token_type_embeddings": Kind.EMBEDDING,
         "embeddings.LayerNorm": Kind.EMBEDDING,
-        "pooler.dense": Kind.POOLER,  # pre-trained with the next-sentence task, so experts share its ancestor too
+        "pooler.dense": Kind.POOLER,  # next-sentence prediction pre-trains it, so experts share its ancestor too
     },
     unread=("embeddings.position_ids",),
     config_names={

@@ -30,14 +30,14 @@ DEBERTA_V2 = Family(
         "embeddings.embed_proj": Kind.EMBEDDING_PROJECTION,
         "embeddings.LayerNorm": Kind.EMBEDDING,
         "encoder.rel_embeddings": Kind.EMBEDDING,
-        "encoder.LayerNorm": Kind.EMBEDDING,  # of the relative positions, not of a layer
+        "encoder.LayerNorm": Kind.EMBEDDING,  # norm of the relative positions, not of a layer
         "encoder.conv.conv": Kind.CONVOLUTION,
         "encoder.conv.LayerNorm": Kind.CONVOLUTION,
     },
-    # Unlike BERT's, the pooler is no part of what was pre-trained: each fine-tuning draws its own, so two of them have
-    # no ancestor in common and their mean is a mean of strangers. It stays with the classifier that learnt to read it.
+    # Unlike BERT's, the pooler is not pre-trained: each fine-tuning draws its own, so two of them have no ancestor in
+    # common and a mean of them makes no sense. It stays with the classifier that was trained on it.
     unread=("embeddings.position_ids",),
-    # With relative positions alone any length would run; beyond these positions, none was ever trained.
+    # With relative positions alone any length would run, but no longer one was ever trained.
     config_names=BERT.config_names,
     settings={
         "vocab_size": 128100,
@@ -55,5 +55,5 @@ DEBERTA_V2 = Family(
         "conv_act": "tanh",
     },
     supported={},
-    attention_rows=5,  # with what tokens say to positions, and positions to tokens
+    attention_rows=5,  # includes scores of tokens with positions, and of positions with tokens
 )

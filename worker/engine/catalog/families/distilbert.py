@@ -32,7 +32,7 @@ DISTILBERT = Family(
         "hidden": "dim",
         "positions": "max_position_embeddings",
     },
-    # Sinusoidal positions are only another start: the matrix is saved, and loaded, like a learned one.
+    # Sinusoidal positions are only another initialisation: the matrix is saved and loaded like a learned one.
     settings={"vocab_size": 30522, "activation": "gelu"},
     supported={},
 )

@@ -16,7 +16,7 @@ ELECTRA = Family(
         "embeddings.position_embeddings": Kind.EMBEDDING,
         "embeddings.token_type_embeddings": Kind.EMBEDDING,
         "embeddings.LayerNorm": Kind.EMBEDDING,
-        "embeddings_project": Kind.EMBEDDING_PROJECTION,  # where embedding_size is not hidden_size
+        "embeddings_project": Kind.EMBEDDING_PROJECTION,  # exists where embedding_size is not hidden_size
     },
     unread=("embeddings.position_ids",),
     config_names=BERT.config_names,

@@ -1,18 +1,18 @@
-"""What stands on a backbone: the modules that fine-tuning starts from scratch."""
+"""Heads of models: the modules on a backbone that fine-tuning starts from scratch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Head:
-    """The modules that a class of models has beside the backbone."""
+    """The modules that a class of models has besides the backbone."""
 
     architecture: str
     """Name of the class, as config.json has it."""
     modules: tuple[str, ...]
     """Paths of the modules in the order in which they run; they are kept per model. The last one gives the logits."""
     reads_first_token: bool = False
-    """Whether the head reads the first token of the last layer alone: of the others no more than attention matters."""
+    """Whether the head reads only the first token of the last layer, so that other tokens only matter for attention."""
     unread: tuple[str, ...] = ()
     """Tensors of the backbone that a model with this head does not have, and that older checkpoints may hold; they are
     left out. Their names lack the backbone's prefix."""

@@ -29,7 +29,7 @@ MPNET = Family(
     unread=("embeddings.position_ids",),
     config_names=BERT.config_names,
     settings={"vocab_size": 30527, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
-    # transformers computes with these two whatever the configuration says.
+    # transformers computes with these two values, whatever the configuration says.
     supported={"pad_token_id": 1, "relative_attention_num_buckets": 32},
     padding_position="pad_token_id",
 )

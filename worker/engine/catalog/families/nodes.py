@@ -9,16 +9,16 @@ class NodeKind:
     """One kind of mask node, of which every layer of a model has equally many."""
 
     name: str
-    """The last part of a score's name."""
+    """Last part of a score's name."""
     title: str
     """Name of several nodes in reports."""
     count: str
-    """The size of a family, see `Family.size`, that says how many nodes a layer has."""
+    """Name of the size, see `Family.size`, that is the number of nodes in a layer."""
     width: str | None = None
-    """The size that says how many rows or columns each node's slice of a tensor has; None means one."""
+    """Name of the size that is the number of rows or columns in each node's slice of a tensor; None means one."""
     groups: "NodeKind | None" = None
-    """The kind whose nodes are grouped: a node of this kind stands for a run of these, all runs equally long. Its
-    gradient is the sum of theirs, and is squared after summing."""
+    """The kind whose nodes are grouped: a node of this kind stands for a run of those, and all runs are equally long.
+    Its gradient is the sum of theirs, and is squared after summing."""
 
     def __str__(self) -> str:
         return self.name
@@ -34,7 +34,7 @@ NODE_KINDS = {kind.name: kind for kind in (HEADS, KV_HEADS, NEURONS)}
 class ScoreName(str):
     """Name of one layer's scores of one kind, as in `scores/<model>.safetensors`: `layers.0.heads`.
 
-    It is the text that is written, and knows what it is the name of, so that nobody has to parse it.
+    It is the text that is written, and has layer and kind as attributes, so that nobody has to parse it.
     """
 
     __slots__ = ("kind", "layer")

@@ -1,4 +1,4 @@
-"""The vocabulary in which a family's table is written, and what follows from it."""
+"""The classes in which a family's table is written, and the facts that follow from the table."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NodeK
 
 
 class Kind(StrEnum):
-    """What a module's tensors are for."""
+    """The purpose of a module's tensors."""
 
     EMBEDDING = "embedding"
     EMBEDDING_PROJECTION = "embedding_projection"  # from the embeddings' size to the hidden size
@@ -22,16 +22,16 @@ class Kind(StrEnum):
     POSITION = "position"  # a head's own view of relative positions
     ATTENTION_OUTPUT = "attention_output"
     ATTENTION_NORM = "attention_norm"
-    GATE = "gate"  # what a gated feed-forward layer multiplies its neurons by
+    GATE = "gate"  # gives the factors of the neurons in a gated feed-forward layer
     UP = "up"
     DOWN = "down"
     FEED_FORWARD_NORM = "feed_forward_norm"
     CONVOLUTION = "convolution"
-    FINAL_NORM = "final_norm"  # of what the last layer gives, where norms come first
+    FINAL_NORM = "final_norm"  # norm after the last layer, where norms come first
     POOLER = "pooler"
     HEAD = "head"
     UNREAD = "unread"
-    OTHER = "other"  # of an architecture without a table
+    OTHER = "other"  # used for architectures without a table
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ LAYER_INPUTS = {
     Kind.UP: "feed_forward",
     Kind.DOWN: "neurons",
 }
-"""Names of what a layer's linear modules read, in the order in which they run."""
+"""Names of the inputs of a layer's linear modules, in the order in which they run."""
 OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler"}
 
 NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.GATE)
-"""Modules whose input is seen elsewhere: query and key share that of value, and may run on positions too."""
+"""Modules whose input is seen elsewhere: query and key share that of value, and may also run on positions."""
 
 AFTER_ATTENTION = (Kind.ATTENTION_OUTPUT, Kind.ATTENTION_NORM, Kind.GATE, Kind.UP)
-"""What lies after a layer's attention and reads what still has all tokens: its output, or a residual."""
+"""Modules after a layer's attention whose input still has all tokens: attention's output, or a residual."""
 
 OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
-"""How norms converted from TensorFlow spell the last part of a name."""
+"""Last parts of names in norms converted from TensorFlow, with their newer spelling."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The nodes of one layer own slices along one axis of a tensor, in order and of equal length."""
+    """The nodes of one layer that own slices along one axis of a tensor, in order and of equal length."""
 
     score: ScoreName
     axis: int
@@ -104,7 +104,7 @@ class Slot:
 
     @property
     def input(self) -> str | None:
-        """Name of what the tensor multiplies; None where it is no matrix of a linear layer."""
+        """Name of the input that the tensor multiplies; None where it is no matrix of a linear layer."""
         if self.is_bias:
             return None
         if self.layer is None:
@@ -113,17 +113,17 @@ class Slot:
 
     @property
     def shows_input(self) -> bool:
-        """Whether the module is where to see `input`."""
+        """Whether `input` is seen at this module."""
         return self.input is not None and self.kind not in NOT_SHOWING_INPUT
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where nodes of a layer are seen: the input of `module`, (batch, tokens, values)."""
+    """A module at whose input, (batch, tokens, values), nodes of a layer are seen."""
 
     module: str
     counts: Mapping[ScoreName, int]
-    """Nodes of each kind that is seen there: of each kind, the nodes are equal runs of the values, in order."""
+    """Number of nodes of each kind that is seen there. The nodes of a kind are equal runs of the values, in order."""
 
 
 @dataclass(frozen=True)
@@ -138,52 +138,53 @@ class Family:
     """The head that its checkpoints have; see `under` for other kinds."""
     prefix: str
     embeddings: str
-    """Module path of what turns token ids into vectors; gradients end there."""
+    """Path of the module that turns token ids into vectors; gradients end there."""
     layers: str
     layer_modules: Mapping[str, Kind]
-    """By path within a layer. A weight may have a bias or none, a module may be missing where a setting says so."""
+    """Kinds of modules by their path within a layer. A weight may have a bias or none, and a setting may leave a module
+    out."""
     outer_modules: Mapping[str, Kind]
-    """Under `prefix`, outside the layers."""
+    """Kinds of modules outside the layers, by their path under `prefix`."""
     unread: tuple[str, ...]
-    """Tensors under `prefix` that transformers once saved in such checkpoints and no longer reads; left out."""
+    """Tensors under `prefix` that transformers once saved in such checkpoints and no longer reads; merges omit them."""
     config_names: Mapping[str, str]
-    """Configuration keys of: layers, heads, neurons, hidden, positions."""
+    """Configuration keys of the sizes layers, heads, neurons, hidden and positions."""
     settings: Mapping[str, Any]
-    """Further keys that change what a model computes and do not show in shapes, with what their absence means.
+    """Further keys that change what a model computes and do not show in shapes, each with its value if it is missing.
 
-    Merged checkpoints must share them. Where absence means a tuple, the value is a set of words."""
+    Merged checkpoints must share them. Where that value is a tuple, the setting is a set of words."""
     supported: Mapping[str, Any]
-    """Keys for which one value alone is available; absence means it."""
+    """Keys for which only one value is available; a missing key has it."""
     padding_position: str | None = None
-    """Configuration key of the position that padding takes: a row's first token has the next one. None: it has 0."""
+    """Configuration key of padding's position; a row's first token has the next one. None: the first token has 0."""
     merged_by_name: tuple[str, ...] = ()
-    """Classes on the same backbone whose heads no table tells: they, and adapters to them, are merged by name."""
+    """Classes on the same backbone whose heads have no table: they, and adapters to them, are merged by name."""
     ownership: Ownership = MULTI_HEAD
     norms_first: bool = False
-    """Whether a layer's norms are before attention and feed-forward layer, outside the residuals, or after the sums."""
+    """Whether a layer's norms come before attention and feed-forward layer, outside the residuals, not after sums."""
     hidden_vectors: int = 16
-    """Vectors of the hidden size that the backward pass keeps in each layer, per token."""
+    """Number of vectors of the hidden size that the backward pass keeps in each layer, per token."""
     neuron_vectors: int = 4
-    """The same of those with a value for each neuron."""
+    """Number of vectors with a value for each neuron that it keeps in each layer, per token."""
     attention_rows: int = 1
-    """Rows as long as the sequence that the backward pass keeps in each layer, per token and head."""
+    """Number of rows as long as the sequence that it keeps in each layer, per token and attention head."""
 
     @property
     def residual_norms(self) -> Mapping[Kind, Kind | None]:
         """Maps each kind of module whose output is added to a residual to the norm that reads the sum.
 
-        None means that the sum is what the layer gives.
+        None means that the sum is the layer's output.
         """
         if self.norms_first:
             return {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None}
         return {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
 
     def under(self, head: Head) -> "Family":
-        """The same backbone with another head."""
+        """Return the same backbone with another head."""
         return self if head == self.head else replace(self, head=head)
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
-        """A size from the configuration; `what` is a key of `config_names`, `kv_heads` or `head_size`.
+        """Return a size from the configuration; `what` is a key of `config_names`, `kv_heads` or `head_size`.
 
         Where the configuration does not say otherwise, each head has its own key and value, and all heads together
         are as wide as the hidden states.
@@ -202,11 +203,11 @@ class Family:
         return value
 
     def owned(self, config: Mapping[str, Any], kind: NodeKind) -> int:
-        """How many rows or columns of a tensor all nodes of a layer own together. Raises ValueError naming the key."""
+        """Return how many rows or columns of a tensor a layer's nodes own. Raises ValueError, which names the key."""
         return self.size(config, kind.count) * (1 if kind.width is None else self.size(config, kind.width))
 
     def max_tokens(self, config: Mapping[str, Any]) -> int:
-        """Tokens of the longest row that the positions are enough for. Raises ValueError naming the key."""
+        """Return the number of tokens for which positions are enough. Raises ValueError, which names the key."""
         positions = self.size(config, "positions")
         if self.padding_position is None:
             return positions
@@ -216,7 +217,7 @@ class Family:
         return positions - padding - 1
 
     def setting(self, config: Mapping[str, Any], key: str) -> Any:
-        """The value of a setting; of a set of words, a sorted tuple, whether it was a list or text with `|` between."""
+        """Return the value of a setting; a set of words, from a list or a text with `|` between, is a sorted tuple."""
         absent = self.settings.get(key, self.supported.get(key))
         value = config.get(key, absent)
         if not isinstance(absent, tuple):
@@ -227,7 +228,7 @@ class Family:
         return tuple(sorted(str(word).strip().lower() for word in words))
 
     def slot(self, name: str) -> Slot | None:
-        """The place of the tensor `name`; None when no rule of this family owns it."""
+        """Return the slot of the tensor `name`; None when the table has none for it."""
         module, _, part = name.rpartition(".")
         part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
@@ -256,7 +257,7 @@ class Family:
         return None
 
     def sites(self, config: Mapping[str, Any]) -> Iterator[Site]:
-        """Where to see every mask node of a model with this configuration, layer by layer."""
+        """Yield the sites of all mask nodes of a model with this configuration, layer by layer."""
         for layer in range(self.size(config, "layers")):
             for module, kind in self.layer_modules.items():
                 seen = self.ownership.columns.get(kind)
@@ -266,15 +267,17 @@ class Family:
                     yield Site(self.layer_path(layer) + module, counts)
 
     def narrowing(self, config: Mapping[str, Any]) -> list[str]:
-        """Modules of the last layer from whose input on one token is enough, the first: outputs that are read, and
-        their gradients, stay what they are."""
+        """Return the modules of the last layer from whose input on the first token is enough.
+
+        The outputs that the head reads, and their gradients, stay the same.
+        """
         if not self.head.reads_first_token:
             return []
         last = self.layer_path(self.size(config, "layers") - 1)
         return [last + module for module, kind in self.layer_modules.items() if kind in AFTER_ATTENTION]
 
     def layer_path(self, layer: int) -> str:
-        """What the names of a layer's tensors begin with."""
+        """Return the prefix of the names of a layer's tensors."""
         return f"{self.prefix}{self.layers.format(layer=layer)}."
 
     @cached_property

@@ -1,4 +1,4 @@
-"""`aligned_regmean`: `regmean`, and then every linear layer refitted to what it really reads in the merge."""
+"""`aligned_regmean`: `regmean`, after which every linear layer is refitted to its real inputs in the merge."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from worker.engine.catalog.primitives.values import PerTensor
 class AlignedRegMeanParameters(RegressionParameters):
     name: Literal["aligned_regmean"] = "aligned_regmean"
     hold: PerTensor[Annotated[float, Field(gt=0, le=1)]] = 0.1
-    """How strongly a weight is held to RegMean's, as a share of the mean square of the input that it multiplies. A bias
+    """Strength that holds a weight to RegMean's, as a share of the mean square of the input that it multiplies. A bias
     has that of its weight."""
 
     @property

@@ -1,4 +1,4 @@
-"""`arcee_fusion`: keeps those changes of one model that are outliers by their size and by their row's change."""
+"""`arcee_fusion`: keeps the changes of one model that are outliers by their size and by their row's change."""
 
 from typing import Literal
 

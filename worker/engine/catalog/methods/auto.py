@@ -19,10 +19,11 @@ DEFAULT_CANDIDATES = (
     "mask_regmean",
     "aligned_regmean",
 )
-"""As far as the models name what they need. Each is the best of its kind on some set of tasks (docs/quality.md), and a
-trial of it takes seconds; `fisher` is left out, since measuring every parameter takes minutes."""
+"""Candidates by default, as far as the models name what they need. Each is the best of its kind on some set of tasks
+(docs/quality.md), and a trial of it takes seconds; `fisher` is left out, because measuring every parameter takes
+minutes."""
 WEIGHTS = Range(1 / 3, 3, log=True)
-"""Times the weight that the recipe gives."""
+"""Factors of the weight that the recipe gives."""
 ALIGN_RIDGE = Range(0.01, 1.0, log=True)
 
 
@@ -37,22 +38,22 @@ def _as_recipe(candidate: Any) -> Any:
 
 CANDIDATES = tuple(name for name in METHODS if name != "passthrough")
 Candidate = Annotated[Method, BeforeValidator(_as_recipe, json_schema_input_type=Literal[CANDIDATES] | Method)]
-"""A method by its name, or as it would be in a recipe: what is given is kept, the rest is searched for."""
+"""A method by its name, or as it would be in a recipe: given parameters are kept, the others are searched for."""
 
 
 class AutoParameters(BaseParameters):
     name: Literal["auto"] = "auto"
     candidates: Annotated[list[Candidate], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
-    """Methods, by name or with parameters that are to be kept as they are given; null: those that are good at most
-    tasks and that the models name enough for."""
+    """Methods, by name or with parameters that are kept as they are given; null: those that are good at most tasks, and
+    for which the models name enough."""
     trials: Annotated[int, Field(ge=1, le=1000, validate_default=True)] = 40
-    """Merges that are tried; each candidate's defaults come first."""
+    """Number of merges that are tried; each candidate's defaults come first."""
     objective: Literal["mean_retention", "min_retention"] = "mean_retention"
-    """Over the models: what is to be as large as possible."""
+    """Number to maximise: mean or least retention over the models."""
     examples: Annotated[int, Field(ge=1, le=10_000_000)] = 512
-    """Rows of each data set that are measured for candidates that name no number of their own."""
+    """Number of rows of each data set that are measured for candidates that name no number of their own."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Splits the evaluation rows and draws what is tried."""
+    """Seed that splits the evaluation rows and draws the merges to try."""
 
     @field_validator("candidates")
     @classmethod
@@ -73,14 +74,14 @@ class AutoParameters(BaseParameters):
 
     @field_serializer("candidates")
     def _as_given(self, candidates: list[MethodParameters] | None) -> list[dict[str, Any]] | None:
-        """Without defaults, since these are what is searched for."""
+        """Leave defaults out, because these parameters are searched for."""
         if candidates is None:
             return None
         return [{"name": c.name, **c.model_dump(mode="json", exclude_unset=True)} for c in candidates]
 
     @property
     def methods(self) -> Sequence[MethodParameters]:
-        """With the search's precision, and with its `examples` where a candidate names none."""
+        """The candidates, with the search's precision, and with its `examples` where a candidate names none."""
         return [with_values(candidate, self._common(candidate)) for candidate in self.candidates or ()]
 
     @property
@@ -88,7 +89,7 @@ class AutoParameters(BaseParameters):
         return self
 
     def with_candidates(self, names: Sequence[str]) -> "AutoParameters":
-        """The same search over the candidates of these names. Raises ValidationError."""
+        """Return the same search over the candidates of these names. Raises ValidationError."""
         return self.model_validate({**self.model_dump(), "candidates": names})
 
     def _common(self, candidate: MethodParameters) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class AutoParameters(BaseParameters):
 
     @property
     def models_beside(self) -> int:
-        """Beside what others hold, there are a model to try merges in, and every merge that was refitted."""
+        """Number of models besides those of other methods: one in which merges are tried, and refitted merges."""
         return 3 + sum(method.refits_layers for method in self.methods)
 
     @property
@@ -132,19 +133,19 @@ class AutoParameters(BaseParameters):
 
 
 def with_values(method: MethodParameters, values: dict[str, Any]) -> MethodParameters:
-    """The method with further parameters set. Raises ValidationError."""
+    """Return the method with further parameters set. Raises ValidationError."""
     return type(method).model_validate({"name": method.name, **method.model_dump(exclude_unset=True), **values})
 
 
 def default_candidates(*, has_base: bool, has_datasets: bool, models: int) -> list[str]:
-    """Names of those that can be run with what a recipe names."""
+    """Return the names of the default candidates that can be run with a recipe's inputs."""
     given = {"base": has_base, "dataset": has_datasets, "evaluation": True}
     entries = [METHODS[name] for name in DEFAULT_CANDIDATES]
     return [e.name for e in entries if e.models[0] <= models and all(given[need] for need in e.needs)]
 
 
 def space_of(candidate: MethodParameters, *, has_base: bool) -> SearchSpace:
-    """What is searched for of a candidate, by parameter, in a fixed order."""
+    """Return the search space of a candidate, by parameter, in a fixed order."""
     space = METHODS[candidate.name].search
     open_ = {name: tried for name, tried in space.items() if name not in candidate.model_fields_set}
     return {name: tried for name, tried in open_.items() if name != "scale" or has_base}

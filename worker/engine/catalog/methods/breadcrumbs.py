@@ -18,9 +18,9 @@ class MaskingParameters(TaskVectorParameters):
     per_model: ClassVar[tuple[str, ...]] = ("density", "gamma")
 
     density: PerTensor[Density] = 0.15
-    """Share of each tensor's task vector that is kept: the largest magnitudes after those that `gamma` takes away."""
+    """Share of each tensor's task vector that is kept: the largest magnitudes after those that `gamma` drops."""
     gamma: PerTensor[Annotated[float, Field(ge=0, lt=1)]] = 0.01
-    """Share of each tensor's task vector that is dropped for being the largest; less where density leaves less."""
+    """Share of each tensor's task vector that is dropped as its largest magnitudes; less where density leaves less."""
 
     @property
     def selects_by_rank(self) -> bool:

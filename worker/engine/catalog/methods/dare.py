@@ -1,4 +1,4 @@
-"""`dare_linear` and `dare_ties`: task vectors of which a random part is dropped and the rest made up for it."""
+"""`dare_linear` and `dare_ties`: a random part of each task vector is dropped, and the rest is scaled up for it."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""`della` and `della_linear`: task vectors of which a random part is dropped, smaller magnitudes more often."""
+"""`della` and `della_linear`: a random part of each task vector is dropped, smaller magnitudes more often."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -13,8 +13,8 @@ class DellaDroppingParameters(DroppingParameters):
     per_model: ClassVar[tuple[str, ...]] = ("density", "epsilon")
 
     epsilon: PerTensor[Annotated[float, Field(ge=0, le=0.5)]] = 0.15
-    """An element is kept with a probability from density - epsilon, of the smallest magnitude in its row, to density +
-    epsilon, of the largest; epsilon is at most the distance of the density from 0 and from 1."""
+    """Spread of the probability that an element is kept: from density - epsilon for the smallest magnitude in its row
+    to density + epsilon for the largest. It is at most the distance of the density from 0 and from 1."""
 
 
 class DellaParameters(ElectionParameters, DellaDroppingParameters):

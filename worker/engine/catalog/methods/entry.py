@@ -14,7 +14,7 @@ class Range:
     low: float
     high: float
     log: bool = False
-    """Whether equal ratios count alike, not equal distances."""
+    """Whether equal ratios count alike, instead of equal distances."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Choice:
 
 
 SearchSpace = Mapping[str, Range | Choice]
-"""By parameter."""
+"""Values to try, by parameter."""
 
 
 Parameters = TypeVar("Parameters", bound=BaseParameters, covariant=True)
@@ -39,9 +39,9 @@ class MethodEntry(Generic[Parameters]):
     needs: tuple[Literal["dataset", "base", "evaluation"], ...]
     parameters: type[Parameters]
     models: tuple[int, int | None] = (1, None)
-    """Fewest and most that can take part; None: any number."""
+    """Least and largest number of models that can take part; None: any number."""
     search: SearchSpace = field(default_factory=dict)
-    """What `auto` tries of it where a candidate leaves it open; `scale` only where there is a base."""
+    """Values that `auto` tries for parameters that a candidate leaves open; `scale` only where there is a base."""
 
     @property
     def models_wanted(self) -> str:

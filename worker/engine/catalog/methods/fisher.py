@@ -10,7 +10,7 @@ from worker.engine.catalog.primitives.values import PerTensor, Share
 class FisherParameters(GradientParameters):
     name: Literal["fisher"] = "fisher"
     normalize: bool = True
-    """Each model's Fisher information is divided by its L2 norm over all merged parameters."""
+    """Whether each model's Fisher information is divided by its L2 norm over all merged parameters."""
     floor: PerTensor[Share] = 1e-6
     """Least Fisher information of a parameter, as a share of the mean over all merged parameters and models."""
 

@@ -11,9 +11,9 @@ from worker.engine.catalog.methods.parameters import MethodParameters
 class KarcherParameters(MethodParameters):
     name: Literal["karcher"] = "karcher"
     max_iter: Annotated[int, Field(ge=1, le=10_000)] = 100
-    """Steps of the iteration at most."""
+    """Largest number of steps of the iteration."""
     tol: Annotated[float, Field(gt=0, lt=1)] = 1e-9
-    """Radians: a step that is shorter is the last."""
+    """Length of a step, in radians, below which it is the last one."""
 
 
 KARCHER = MethodEntry(

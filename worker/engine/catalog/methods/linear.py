@@ -10,7 +10,7 @@ from worker.engine.catalog.methods.parameters import MethodParameters, cancels
 class LinearParameters(MethodParameters):
     name: Literal["linear"] = "linear"
     normalize: bool = True
-    """The sum is divided by the sum of the weights; then it is `average`."""
+    """Whether the sum is divided by the sum of the weights; then it is `average`."""
 
     takes_negative_weights: ClassVar[bool] = True
 

@@ -7,7 +7,7 @@ from pydantic import model_validator
 from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range
 from worker.engine.catalog.methods.parameters import ScoringParameters
 
-# The published rule in this method's own terms; see worker/engine/merging/methods/paper.py for who owns what under it.
+# The published rule in this method's own parameters; worker/engine/merging/methods/paper.py has its owners of slices.
 PAPER = {"estimator": "empirical", "normalize": "none", "precision": "float32", "floor": 0.0}
 
 PAPER_BATCH_ROWS = 32
@@ -16,7 +16,8 @@ PAPER_BATCH_ROWS = 32
 class MaskFisherParameters(ScoringParameters):
     name: Literal["mask_fisher"] = "mask_fisher"
     preset: Literal["paper"] | None = None
-    """`paper` reproduces the published code number for number and fixes estimator, normalize, rest and floor."""
+    """Preset of parameters: `paper` reproduces the published code number for number, and fixes estimator, normalize,
+    rest and floor."""
 
     @model_validator(mode="before")
     @classmethod

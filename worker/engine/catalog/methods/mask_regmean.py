@@ -13,11 +13,11 @@ from worker.engine.catalog.primitives.values import PerTensor, Share
 class MaskRegMeanParameters(ScoringParameters):
     name: Literal["mask_regmean"] = "mask_regmean"
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
-    """Rows of each data set that are measured."""
+    """Number of rows of each data set that are measured."""
     shrink: PerTensor[Share] = SHRINK
-    """Multiplies the off-diagonal entries of the Gram matrices."""
+    """Factor of the off-diagonal entries of the Gram matrices."""
     ridge: PerTensor[Share] = RIDGE
-    """Added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
+    """Number added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
     columns: bool = False
     """Whether matrices whose columns belong to nodes are weighted by them, inside the regression."""
     neuron_rows: bool = False
@@ -35,7 +35,7 @@ MASK_REGMEAN = MethodEntry(
     source="this project's, from arXiv 2403.09891 and 2212.09849",
     needs=("dataset",),
     parameters=MaskRegMeanParameters,
-    search={  # without neuron_rows, which take minutes a trial
+    search={  # without neuron_rows, with which a trial takes minutes
         "normalize": Choice(("layer", "model")),
         "rest": Choice(("uniform", "model")),
         "shrink": Range(0.8, 1.0),

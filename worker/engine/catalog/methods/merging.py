@@ -57,7 +57,7 @@ else:
 
 
 def check_name(method: Any, known: Iterable[str] = METHODS) -> Any:
-    """What may be the recipe of a method, as it is. Raises PydanticCustomError where it names none that is known."""
+    """Return a method of a recipe unchanged. Raises PydanticCustomError where it names no known method."""
     name = method.get("name") if isinstance(method, dict) else None
     if isinstance(name, str) and name not in known:
         hint = did_you_mean(name, list(known))

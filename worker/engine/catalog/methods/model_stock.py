@@ -9,8 +9,8 @@ from worker.engine.catalog.methods.task_vectors import DataDecidesParameters
 class ModelStockParameters(DataDecidesParameters):
     name: Literal["model_stock"] = "model_stock"
     filter_wise: bool = False
-    """How far to go is found for each slice of a tensor along its first axis, instead of for the whole; tensors of one
-    axis or none are one slice."""
+    """Whether the distance from the base is found for each slice of a tensor along its first axis, instead of for the
+    whole; tensors of one axis or none are one slice."""
 
 
 MODEL_STOCK = MethodEntry(

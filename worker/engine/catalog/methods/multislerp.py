@@ -12,9 +12,9 @@ from worker.engine.catalog.methods.parameters import MethodParameters, cancels
 class MultiSlerpParameters(MethodParameters):
     name: Literal["multislerp"] = "multislerp"
     normalize_weights: bool = True
-    """The weights are divided by their sum."""
+    """Whether the weights are divided by their sum."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """Added to lengths before dividing by them; a mean direction that is shorter counts as none."""
+    """Number added to lengths before dividing by them; a mean direction that is shorter counts as none."""
 
     takes_negative_weights: ClassVar[bool] = True
 

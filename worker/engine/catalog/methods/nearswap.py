@@ -12,8 +12,8 @@ from worker.engine.catalog.primitives.values import PerTensor
 class NearSwapParameters(DataDecidesParameters):
     name: Literal["nearswap"] = "nearswap"
     t: PerTensor[Annotated[float, Field(ge=-1e6, le=1e6)]] = 1e-3
-    """How far an element goes at most. Elements that are nearer than this become the model's, others go part of the
-    way. At 0 or below nothing moves."""
+    """Largest distance that an element moves. Elements that are nearer than this become the model's, others go part of
+    the way. At 0 or below nothing moves."""
 
 
 NEARSWAP = MethodEntry(

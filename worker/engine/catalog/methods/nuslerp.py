@@ -9,8 +9,9 @@ from worker.engine.catalog.methods.parameters import MethodParameters
 class NuSlerpParameters(MethodParameters):
     name: Literal["nuslerp"] = "nuslerp"
     vectors: Literal["tensor", "rows", "columns"] = "tensor"
-    """What is interpolated as one vector: a tensor, or each slice of it along the first axis (`rows`, what one output
-    reads), or each column of the matrix of these (`columns`). Tensors of one axis or none are one vector."""
+    """Part of a tensor that is interpolated as one vector: all of it, each slice along the first axis (`rows`, the
+    weights of one output), or each column of the matrix of these (`columns`). Tensors of one axis or none are one
+    vector."""
 
     takes_negative_weights: ClassVar[bool] = True
 

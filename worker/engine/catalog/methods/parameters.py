@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from worker.engine.catalog.methods.auto import AutoParameters
 
 BATCH_TOKENS = 2048
-"""Padded tokens of a batch, where no better number is known."""
+"""Number of padded tokens in a batch, where no better number is known."""
 LARGEST_BATCH_TOKENS = 4096
-"""That is tried on a CPU."""
+"""Largest number of padded tokens in a batch that is tried on a CPU."""
 
 
 class Statistic(StrEnum):
-    """What a method may need to know of every model, measured on its own rows."""
+    """A statistic that a method may need of every model, measured on the model's own rows."""
 
     MASK_FISHER = "mask_fisher"
     """Fisher information of the mask nodes."""
@@ -33,30 +33,31 @@ class Statistic(StrEnum):
 Scale = Annotated[float, Field(ge=-10, le=10)]
 
 MOST_AUTO_EXAMPLES = 16_384
-"""Rows of each data set beyond which `examples: "auto"` does not go on."""
+"""Largest number of rows of each data set that `examples: "auto"` measures."""
 TOLERANCE = 0.1
 Normalize = Literal["layer", "model", "none"]
 
 
 class BaseParameters(Strict):
-    """What a method asks of a job: of one that merges, and of `auto`, which tries several of them."""
+    """The needs of a method: of one that merges, and of `auto`, which tries several of them."""
 
     per_model: ClassVar[tuple[str, ...]] = ()
-    """Names of the `PerTensor` parameters of which a model may have values of its own."""
+    """Names of the `PerTensor` parameters for which a model may have values of its own."""
     takes_negative_weights: ClassVar[bool] = False
 
     name: str
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Forward and backward passes: bfloat16 where the device has matrix units for it, else float32."""
+    """Number format of forward and backward passes. `auto`: bfloat16 where the device has matrix units for it, else
+    float32."""
 
     @property
     def methods(self) -> "Sequence[MethodParameters]":
-        """The methods that are run: itself, or the candidates of `auto`."""
+        """The methods that are run: the method itself, or the candidates of `auto`."""
         raise NotImplementedError
 
     @property
     def search(self) -> "AutoParameters | None":
-        """These parameters, if they are of a search over several methods; None for a method that merges."""
+        """These parameters, if they are those of a search over several methods; None for a method that merges."""
         return None
 
     @property
@@ -70,7 +71,7 @@ class BaseParameters(Strict):
 
     @property
     def most_examples(self) -> int:
-        """Rows of each data set that are measured at most."""
+        """Largest number of rows of each data set that are measured."""
         return 0
 
     @property
@@ -79,7 +80,7 @@ class BaseParameters(Strict):
 
     @property
     def weighs_models(self) -> bool:
-        """Whether the models' weights have a say; else they must be equal."""
+        """Whether the models' weights influence the merge; otherwise they must be equal."""
         return True
 
     @property
@@ -89,17 +90,17 @@ class BaseParameters(Strict):
 
     @property
     def merges_rows(self) -> bool:
-        """Whether some rows of a tensor can be merged without the others; else, all of it is held at once."""
+        """Whether some rows of a tensor can be merged without the others; otherwise all of it is held at once."""
         return Statistic.GRAM not in self.statistics
 
     @property
     def selects_by_rank(self) -> bool:
-        """Whether values of a rank are looked for among a tensor's."""
+        """Whether the method looks for values of a given rank in a tensor."""
         return False
 
     @property
     def refits_layers(self) -> bool:
-        """Whether linear layers are refitted to what they read in the merge, which keeps all experts loaded."""
+        """Whether linear layers are refitted to their inputs in the merge, which keeps all experts loaded."""
         return False
 
     @property
@@ -111,18 +112,18 @@ class BaseParameters(Strict):
     def models_beside(self) -> int:
         """Number of models that the method itself holds beside the experts.
 
-        Where layers are refitted, these are the merge, what it starts from, and what changes.
+        Where layers are refitted, these are the merge, the merge that it starts from, and the changes.
         """
         return 3 if self.refits_layers else 0
 
     @property
     def most_batch_tokens(self) -> int:
-        """Padded tokens of the largest batch on a CPU, if no row is longer."""
+        """Number of padded tokens in the largest batch on a CPU, if no row is longer."""
         return LARGEST_BATCH_TOKENS
 
     @property
     def batch_rows(self) -> int | None:
-        """Rows of a batch where the method prescribes them; None where batches keep to a budget of tokens."""
+        """Number of rows in a batch if the method prescribes it; None if batches keep to a budget of tokens."""
         return None
 
 
@@ -130,7 +131,7 @@ class MethodParameters(BaseParameters):
     """Parameters common to all methods."""
 
     scale: PerTensor[Scale] = 1.0
-    """The merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; other than 1 it needs a base."""
+    """Factor of the merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; any but 1 needs a base."""
 
     @property
     def methods(self) -> "Sequence[MethodParameters]":
@@ -148,7 +149,7 @@ class MethodParameters(BaseParameters):
 
     @property
     def asked_batch_tokens(self) -> int | None:
-        """Padded tokens that are computed together, where the method names their number; None: what is fastest."""
+        """Number of padded tokens that are computed together, if the method sets it; None: the fastest number."""
         return None
 
     @property
@@ -156,14 +157,14 @@ class MethodParameters(BaseParameters):
         return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
 
     def at(self, name: str, place: Place) -> float:
-        """The value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
+        """Return the value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
         return value_at(getattr(self, name), place, type(self).model_fields[name].default)
 
     def of_model(self, own: Mapping[str, PerTensor[float]]) -> Self:
-        """The parameters of a model that has some values of its own; where none of its filters matches, these count.
+        """Return the parameters of a model that has some values of its own; these count where no filter of it matches.
 
         Args:
-            own: by names in `per_model`.
+            own: the model's own values, by names in `per_model`.
 
         Raises:
             ValidationError: a value is out of the parameter's bounds.
@@ -178,31 +179,31 @@ class MethodParameters(BaseParameters):
         return type(self).model_validate(given)
 
     def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
-        """Each model's share in the merge of one tensor, summing to 1, or all 0 where no model has a weight there.
+        """Return each model's share in the merge of one tensor, summing to 1, or all 0 where all weights are 0.
 
-        None: only the data tell, or a weight is below 0, so that there are no shares.
+        None means that there are no shares: they depend on the tensors' values, or a weight is below 0.
 
         Args:
-            weights: of the models that take part.
+            weights: weights of the models that take part.
         """
         total = sum(weights)
         return None if min(weights) < 0 else [weight / total if total else 0.0 for weight in weights]
 
     def weights_problem(self, weights: Sequence[float]) -> str | None:
-        """What is wrong with the models' weights of one tensor; the caller's sentence goes on with "for tensor ..."."""
+        """Say what is wrong with the models' weights of one tensor; the caller's sentence goes on "for tensor ..."."""
         return None if any(weights) else "the weights of all models are 0"
 
     def distance(self, place: Place) -> float:
-        """The value of `scale` for one tensor."""
+        """Return the value of `scale` for one tensor."""
         return self.at("scale", place)
 
 
 LEAST_SUM = 1e-8
-"""Least sum of weights, relative to their size, that is divided by; less is the rounding error of 0."""
+"""Least sum of weights, relative to their size, that may be a divisor; less is the rounding error of 0."""
 
 
 def cancels(weights: Sequence[float]) -> bool:
-    """Whether there are weights, and their sum is 0 but for rounding."""
+    """Return whether there are weights, and their sum is 0 up to rounding."""
     return abs(sum(weights)) < LEAST_SUM * max(1.0, *map(abs, weights))
 
 
@@ -210,7 +211,7 @@ class MeasuringParameters(MethodParameters):
     """Parameters of methods that measure every model on its rows."""
 
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
-    """Rows of each data set that are measured."""
+    """Number of rows of each data set that are measured."""
 
     @model_validator(mode="after")
     def _auto_stops_by_scores(self) -> Self:
@@ -227,9 +228,9 @@ class GradientParameters(MeasuringParameters):
     """Parameters of methods that measure Fisher information."""
 
     estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
-    """Which label the gradient is of. `auto`: expected up to 8 labels, else sampled."""
+    """Label whose log-likelihood is differentiated. `auto`: `expected` for up to 8 labels, else `sampled`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Draws the labels of the estimator `sampled`."""
+    """Seed from which the labels of the estimator `sampled` are drawn."""
 
     @property
     def gradients(self) -> "GradientParameters":
@@ -244,17 +245,18 @@ class ScoringParameters(GradientParameters):
     """Parameters of methods that weight slices by the scores of mask nodes."""
 
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 2048
-    """Rows of each data set that are scored; `auto` stops when the merge weights are known to `tolerance`."""
+    """Number of rows of each data set that are scored; `auto` stops when the merge weights are known to `tolerance`."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Standard error of the merge weights, in the root mean square over a layer's nodes, at which `examples: "auto"`
     stops; 0.1 when absent."""
     batch_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
-    """Padded tokens that are computed together; `auto` finds the fastest by trying. It changes scores by rounding only;
-    the number that is in the manifest gives the same bits again."""
+    """Number of padded tokens that are computed together; `auto` finds the fastest by trials. It changes scores only by
+    rounding; the number in the manifest gives the same bits again."""
     normalize: Normalize = "layer"
-    """Scores are divided by their layer's mean, or by their L2 norm over the model, per kind of node."""
+    """Divisor of scores: their layer's mean, or their L2 norm over the model, for each kind of node."""
     rest: Literal["uniform", "model"] = "uniform"
-    """Weights of what no node owns: lambda alone, or the mean model-normalised score of its block (or of the model)."""
+    """Merge weights of tensors that no node owns: lambda alone, or lambda times the mean model-normalised score of the
+    layer (or of the model)."""
     floor: PerTensor[Share] = 1e-3
     """Least score of a node, as a share of its layer's mean."""
 

@@ -14,10 +14,10 @@ from worker.engine.catalog.primitives.values import PerTensor, Place
 class PassthroughParameters(MethodParameters):
     name: Literal["passthrough"] = "passthrough"
     scale: PerTensor[Scale] = 1.0
-    """Tensors are multiplied with this; where it is 1, they are copied. It needs no base."""
+    """Factor of tensors; where it is 1, they are copied. It needs no base."""
     slices: Annotated[list[Slice], Field(min_length=1, max_length=1000)]
-    """What becomes the layers 0, 1, … of the result. What lies before the layers is of the first slice's model, as are
-    configuration and tokenizer; what lies after them is of the last slice's."""
+    """Slices that become the layers 0, 1, … of the result. Tensors before the layers come from the first slice's model,
+    and so do configuration and tokenizer; tensors after the layers come from the last slice's model."""
 
     @property
     def stacked_slices(self) -> Sequence[Slice]:

@@ -12,15 +12,15 @@ from worker.engine.catalog.primitives.values import PerTensor
 class RamParameters(DataDecidesParameters):
     name: Literal["ram"] = "ram"
     epsilon: PerTensor[Annotated[float, Field(ge=0, le=1e6)]] = 1e-5
-    """A model changes an element where it differs from the base by more than this."""
+    """Difference from the base above which a model counts as changing an element."""
 
 
 class RamPlusParameters(DataDecidesParameters):
     name: Literal["ramplus_tl"] = "ramplus_tl"
     epsilon: PerTensor[Annotated[float, Field(ge=0, le=1e6)]] = 1e-5
-    """A model changes an element where it differs from the base by more than this."""
+    """Difference from the base above which a model counts as changing an element."""
     r: PerTensor[Annotated[float, Field(ge=-10, le=10)]] = 0.1
-    """How much the changes of a single model are amplified, for each unit of `rho`."""
+    """Amplification of changes that a single model makes, for each unit of `rho`."""
     alpha: PerTensor[Annotated[float, Field(ge=0, le=1e6)]] = 0.2
     """Upper limit of `rho`."""
 

@@ -1,4 +1,4 @@
-"""`regmean`: linear layers whose outputs are nearest to every model's own, on the model's own inputs."""
+"""`regmean`: each linear layer's outputs are as near as possible to every model's own, on the model's own inputs."""
 
 from typing import Literal
 
@@ -14,9 +14,9 @@ class RegressionParameters(MeasuringParameters):
     """Parameters of methods that start from the regression of `regmean`."""
 
     shrink: PerTensor[Share] = SHRINK
-    """Multiplies the off-diagonal entries of the Gram matrices."""
+    """Factor of the off-diagonal entries of the Gram matrices."""
     ridge: PerTensor[Share] = RIDGE
-    """Added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
+    """Number added to the diagonals of the Gram matrices, as a share of the models' mean diagonal entry."""
 
     @property
     def statistics(self) -> frozenset[Statistic]:

@@ -13,8 +13,8 @@ from worker.engine.catalog.primitives.values import PerTensor, Place
 class SlerpParameters(MethodParameters):
     name: Literal["slerp"] = "slerp"
     t: PerTensor[Annotated[float, Field(ge=-10, le=10)]] = 0.5
-    """How far to go from the first model, 0, to the second, 1, or on along the same circle, below 0 and beyond 1. The
-    models' weights have no say and must be equal."""
+    """Place on the arc from the first model, 0, to the second, 1, or on along the same circle, below 0 and beyond 1.
+    The models' weights have no influence and must be equal."""
 
     @property
     def weighs_models(self) -> bool:

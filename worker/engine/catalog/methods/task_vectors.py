@@ -21,11 +21,11 @@ class TaskVectorParameters(MethodParameters):
     takes_negative_weights: ClassVar[bool] = True
 
     def weights_problem(self, weights: Sequence[float]) -> str | None:
-        return None  # where no task vector has a weight, the base stays
+        return None  # where all weights are 0, the base stays
 
 
 class DataDecidesParameters(MethodParameters):
-    """Parameters of methods that find each model's share in its task vectors alone."""
+    """Parameters of methods that find each model's share from its task vectors alone."""
 
     @property
     def needs_base(self) -> bool:
@@ -43,17 +43,17 @@ class SumParameters(TaskVectorParameters):
     """Parameters of methods that add task vectors up."""
 
     scale: PerTensor[Scale] = 0.4
-    """Multiplies the sum of the task vectors. Ilharco et al. find 0.3 to 0.5 close to optimal in many cases."""
+    """Factor of the sum of the task vectors. Ilharco et al. find 0.3 to 0.5 close to optimal in many cases."""
     normalize: bool = False
-    """The sum is divided by the sum of the weights, and so is a mean; where weights add up to 0, it stays a sum."""
+    """Whether the sum is divided by the sum of the weights, and so is a mean; it is not where weights add up to 0."""
 
 
 class ElectionParameters(TaskVectorParameters):
     """Parameters of methods that elect a sign for every parameter."""
 
     normalize: bool = True
-    """The sum of what agrees with the elected sign is divided by the sum of the weights that agree, where that is not
-    0."""
+    """Whether the sum of the values that agree with the elected sign is divided by the sum of their weights, where that
+    is not 0."""
 
 
 class DroppingParameters(TaskVectorParameters):
@@ -64,4 +64,4 @@ class DroppingParameters(TaskVectorParameters):
     density: PerTensor[Density] = 0.5
     """Share of each task vector that is kept, on average."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Draws what is dropped, for every model and tensor by itself."""
+    """Seed from which the dropped elements are drawn, for every model and tensor by itself."""

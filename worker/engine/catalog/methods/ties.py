@@ -1,4 +1,4 @@
-"""`ties`: task vectors trimmed, a sign elected for every parameter, and those averaged that agree with it."""
+"""`ties`: task vectors are trimmed, a sign is elected for every parameter, and values with that sign are averaged."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Plans a merge of an architecture without a table: every tensor is merged with those of its name."""
+"""Plans a merge of an architecture without a table: tensors of the same name are merged."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,14 +24,14 @@ from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, Inv
 
 
 def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> MergePlan:
-    """Every tensor is merged with those of its name; buffers are copied, and copies of tied weights left out."""
+    """Plan to merge tensors of the same name; buffers are copied, and copies of tied weights left out."""
     checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
     first, notes, differing = checkpoints[0], list[str](), set[str]()
     everyone = [*checkpoints, *([base] if base else ())]
     if base is not None and base.model_type != first.model_type:
         layouts.check_architectures(first, base)
     for identity in identities:
-        if identity.known is None or identity.known.converted:  # of others, `check_tensors` knows better
+        if identity.known is None or identity.known.converted:  # for others, `check_tensors` knows better
             layouts.check_checkpoint(identity.info)
         else:
             check_present(identity)
@@ -104,7 +104,7 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
 
 
 def _is_head(first: Identity, name: str) -> bool:
-    """Whether a tensor is what fine-tuning may have started from scratch, so that a base may lack it."""
+    """Return whether fine-tuning may have started a tensor from scratch, so that a base may lack it."""
     if layouts.layer_of(name) is not None:
         return False
     if "pooler" in name.split(".") or first.known is None or first.known.converted:
@@ -119,13 +119,13 @@ def _is_head(first: Identity, name: str) -> bool:
 
 
 def _is_unsaved(first: Identity, name: str) -> bool:
-    """Whether the library computes the tensor from the configuration, and does not save it."""
+    """Return whether the library computes the tensor from the configuration, and does not save it."""
     known = first.known
     return known is not None and bool(known.unsaved) and own_names(known, [name])[name] in known.unsaved
 
 
 def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, TensorInfo]]) -> list[str]:
-    """Notes of tensors that the class does not read; those that only some models have are removed."""
+    """Return notes of tensors that the class does not read, and remove those that only some models have."""
     notes = []
     known = identities[0].known
     if known is None or known.converted:

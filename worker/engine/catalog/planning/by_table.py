@@ -1,4 +1,4 @@
-"""Plans a merge of an architecture that has a table: the table says what each tensor is and who owns its slices."""
+"""Plans a merge of an architecture with a table, which says what each tensor is and which nodes own its slices."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from worker.engine.catalog.tasks import family_of, task_of
 
 
 def table_of(info: CheckpointInfo) -> Family | None:
-    """Raises InvalidCheckpoint where there is one, and the checkpoint says what is not available of it."""
+    """Return the table of a checkpoint, if there is one. Raises InvalidCheckpoint for unavailable settings."""
     family = family_of(info)
     if family is None:
         return None
@@ -67,7 +67,7 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Merg
             first, base, family, (Kind.UNREAD,) if asked.merges_heads else (Kind.HEAD, Kind.UNREAD), vocabulary
         )
         differing |= differences_from_base(first, base, family, asked, notes)
-    # A base that was pre-trained without a pooler is the ancestor of none: each began at random, like the heads.
+    # If the base was pre-trained without a pooler, poolers have no ancestor: each began at random, like the heads.
     kept = {Kind.HEAD}
     if base is not None and Kind.POOLER not in {slot.kind for name in ancestor if (slot := family.slot(name))}:
         kept.add(Kind.POOLER)
@@ -178,10 +178,10 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
 
 
 def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: MergeSettings) -> set[str]:
-    """Settings in which they may differ, since it is said whose count, and do.
+    """Return the settings in which two checkpoints differ and may do so, because a request says whose settings count.
 
     Raises:
-        IncompatibleCheckpoints: names the setting and both values.
+        IncompatibleCheckpoints: a setting differs; the message names it and both values.
     """
     differing = set()
     for key in (*family.config_names.values(), *family.settings):
@@ -207,8 +207,10 @@ def _ancestor(
     apart: Collection[Kind],
     vocabulary: VocabularyPolicy,
 ) -> dict[str, TensorInfo]:
-    """The base's backbone by canonical name, without what is `apart`: where heads are kept, it may have any or none.
-    Its names may lack the family's prefix."""
+    """Return the base's backbone by canonical name, without the kinds in `apart`, of which it may have any or none.
+
+    Its names may lack the family's prefix.
+    """
     if base.model_type != family.model_type:
         raise IncompatibleCheckpoints(
             first.source, base.source, f"architectures differ: {first.model_type}, {base.model_type}"

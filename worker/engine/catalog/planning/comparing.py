@@ -1,4 +1,4 @@
-"""Whether the settings and vocabularies of checkpoints fit each other, given what a request says whose count."""
+"""Checks whether settings and vocabularies of checkpoints fit each other, and whose settings a request lets count."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by to
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """The settings of a merge in a request, beside its models."""
+    """The settings of a merge in a request, besides its models."""
 
     dtype: Dtype
     base: CheckpointInfo | None
@@ -41,7 +41,7 @@ def check_vocabulary_size(first: CheckpointInfo, info: CheckpointInfo) -> None:
 
 
 def check_vocabulary(first: CheckpointInfo, info: CheckpointInfo, advice: str = VOCABULARY_ADVICE) -> None:
-    """Raises IncompatibleCheckpoints where their tokenizers have other tokens, or other ids of them."""
+    """Raise IncompatibleCheckpoints where two tokenizers have different tokens, or different ids of them."""
     common = first.vocabulary.keys() & info.vocabulary.keys()
     if not common:
         problem = "their tokenizers are stored in different forms; save both as tokenizer.json, by save_pretrained()"
@@ -59,11 +59,12 @@ def differences_from_base(
     notes: list[str],
     besides: Collection[str] = (),
 ) -> set[str]:
-    """Settings in which the base differs, if it is the one whose settings count. A base is never run, so that those
-    which only matter then are noted.
+    """Return the settings in which the base differs, if its settings count.
+
+    A base is never run, so that settings which only matter in a running model are noted.
 
     Raises:
-        IncompatibleCheckpoints: a size or another setting that says what tensors are for.
+        IncompatibleCheckpoints: a size differs, or another setting that says what tensors are for.
     """
     found = set()
     compared = {*family.config_names.values(), *family.settings} - {family.padding_position} if family else None
@@ -85,7 +86,7 @@ def differences_from_base(
 def with_settings_of(
     info: CheckpointInfo, whose: CheckpointInfo | None, besides: Collection[str] = ()
 ) -> CheckpointInfo:
-    """A checkpoint as it is published where another one's configuration counts. See `layouts.with_settings_of`."""
+    """Return a checkpoint as it is published if another one's settings count. See `layouts.with_settings_of`."""
     if whose is None:
         return info
     return replace(info, config=layouts.with_settings_of(info.config, whose.config, besides))
@@ -94,7 +95,7 @@ def with_settings_of(
 def notes_of_settings(
     everyone: Sequence[CheckpointInfo], keys: Collection[str], whose: CheckpointInfo | None
 ) -> list[str]:
-    """Notes of settings that differ and change what a model computes, with the values of all."""
+    """Return notes of settings that differ and change what a model computes, with the values of all."""
     if whose is None:
         return []
     notes = []
@@ -106,7 +107,7 @@ def notes_of_settings(
 
 
 def notes_of_heads(base: CheckpointInfo, alone: Sequence[str]) -> list[str]:
-    """A note of tensors that the base lacks, so that they have no task vector."""
+    """Note the tensors that the base lacks, so that they have no task vector."""
     if not alone:
         return []
     return [f"{base.source} has no {listed(alone)} to compare with: it was averaged by the models' weights"]

@@ -1,4 +1,4 @@
-"""What a plan's tensors say against a recipe's parameters."""
+"""Checks a recipe's parameters against a plan's tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -8,7 +8,7 @@ from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, filters_of, values_at
 
-MOST_PROBLEMS = 10  # that are told at once
+MOST_PROBLEMS = 10  # number that is reported at once
 
 
 def parameter_problems(
@@ -19,9 +19,9 @@ def parameter_problems(
     *,
     strict_filters: bool = True,
 ) -> Iterator[tuple[str, str]]:
-    """(field of the request, problem): a tensor that `weights` do not suit, and filters that match nothing.
+    """Yield (field of the request, problem): a tensor that `weights` do not suit, and filters that match nothing.
 
-    At most `MOST_PROBLEMS` of them.
+    There are at most `MOST_PROBLEMS` of them.
 
     Args:
         of_models: each model's own values of the method's parameters.
@@ -37,7 +37,7 @@ def unmatched_filters(
     weights: Sequence[PerTensor[float]],
     of_models: Sequence[Mapping[str, PerTensor[float]]],
 ) -> Iterator[tuple[str, str]]:
-    """(field of the request, problem) of every filter that matches no tensor."""
+    """Yield (field of the request, problem) for every filter that matches no tensor."""
     settings: dict[str, object] = {}
     for number, one in enumerate(method.methods):
         field = f"method.candidates.{number}" if method.search else "method"
@@ -49,7 +49,7 @@ def unmatched_filters(
 
 
 def _unmatched(plan: MergePlan, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """(field, problem) of every filter, in what may be `PerTensor` parameters by field, that matches no tensor."""
+    """Yield (field, problem) for every filter that matches no tensor, in values by field that may have filters."""
     names = [tensor.slot.name for tensor in plan.backbone]
     matched: dict[str, bool] = {}
     for field, setting in settings.items():
@@ -65,7 +65,7 @@ def _unmatched(plan: MergePlan, settings: Mapping[str, object]) -> Iterator[tupl
 def _weightless(
     plan: MergePlan, method: BaseParameters, weights: Sequence[PerTensor[float]]
 ) -> Iterator[tuple[str, str]]:
-    """The first tensor that cannot be merged by its weights."""
+    """Yield (field, problem) for the first tensor that cannot be merged by its weights."""
     for tensor in plan.backbone if weights else ():
         found = values_at(weights, tensor.place, DEFAULT_WEIGHT)
         for one in method.methods:

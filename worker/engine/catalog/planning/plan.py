@@ -1,4 +1,4 @@
-"""The plan of a merge, from headers alone: what every output tensor is, who owns its slices, where it comes from."""
+"""The plan of a merge, from headers alone: each output tensor, the nodes that own its slices, and its sources."""
 
 import math
 from collections import Counter
@@ -25,11 +25,11 @@ class PlannedTensor:
     sources: tuple[TensorInfo, ...]
     base: TensorInfo | None = None
     is_copied: bool = False
-    """Not merged: it is its one source, in the dtype of the plan."""
+    """Whether it is not merged, but a copy of its one source, in the dtype of the plan."""
     token_rows: TokenRows | None = None
-    """Rows in `sources` and `base` of a tensor with a row for each token, if vocabularies differ."""
+    """Rows of each token in `sources` and `base`, if the tensor has a row for each token and vocabularies differ."""
     members: tuple[int, ...] | None = None
-    """Positions of the models that `sources` are of, where the result is of slices; None: all, in order."""
+    """Positions of the models that have `sources`, if the result has slices; None: all models, in order."""
 
     @property
     def nbytes(self) -> int:
@@ -70,11 +70,11 @@ class MergePlan:
     """The task of each model's head; None without a table."""
     backbone: tuple[PlannedTensor, ...]
     heads: tuple[tuple[PlannedTensor, ...], ...]
-    """Tensors that each published model has beside the backbone."""
+    """Tensors that each published model has besides the backbone."""
     published: tuple[CheckpointInfo, ...]
-    """The checkpoint whose configuration each published model has, and whose tokenizer if nothing else says so."""
+    """The checkpoint whose configuration each published model has, and whose tokenizer, unless another is set."""
     tied: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
-    """Tensors that are left out, since they must equal others of the same checkpoint, and these."""
+    """Pairs: a tensor that is left out, because it must equal another of the same checkpoint, and that other."""
     vocabulary: Vocabulary | None = None
     """The output's vocabulary; None if all models have the same."""
     config_from: CheckpointInfo | None = None
@@ -86,10 +86,10 @@ class MergePlan:
     companion_bytes: int = 0
     """Bytes of all files that are copied beside the weights."""
     notes: tuple[str, ...] = ()
-    """Notes that the result begins with."""
+    """Notes with which the result begins."""
 
     def tokens_of(self, info: CheckpointInfo) -> CheckpointInfo:
-        """The checkpoint whose tokenizer, templates and settings are published with the configuration of `info`."""
+        """Return the checkpoint whose tokenizer, templates and settings are published with `info`'s configuration."""
         if self.vocabulary is not None:
             return self.vocabulary.owner
         return self.config_from if self.config_from is not None and self.config_from.vocabulary else info
@@ -100,12 +100,12 @@ class MergePlan:
 
     @property
     def is_of_slices(self) -> bool:
-        """Whether the result has layers of its own number, and its tensors are of some of the models."""
+        """Whether the result has its own number of layers, and its tensors come from only some of the models."""
         return any(tensor.members is not None for tensor in self.backbone)
 
     @property
     def dtype(self) -> str:
-        """The dtype of most numbers of the backbone."""
+        """Data type of most numbers of the backbone."""
         counts: Counter[str] = Counter()
         for tensor in self.backbone:
             counts[tensor.dtype] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
@@ -139,7 +139,7 @@ class MergePlan:
 
     @property
     def owned(self) -> Mapping[ScoreName, Sequence[Place]]:
-        """The places of the tensors that nodes own slices of, by score name."""
+        """Places of the tensors that have slices owned by nodes, by score name."""
         places: dict[ScoreName, list[Place]] = {}
         for tensor in self.backbone:
             if tensor.slot.owner is not None:
@@ -147,17 +147,17 @@ class MergePlan:
         return places
 
     def owners(self) -> Mapping[str, int]:
-        """How many backbone tensors are owned by each kind of node, and by no node (`rest`)."""
+        """Number of backbone tensors that are owned by each kind of node, and by no node (`rest`)."""
         return Counter(t.slot.owner.score.kind.name if t.slot.owner else "rest" for t in self.backbone)
 
 
 def required_family(plan: MergePlan) -> Family:
-    """The table that measuring a model needs. Raises InvalidCheckpoint when its architecture has none."""
+    """Return the table that measuring a model needs. Raises InvalidCheckpoint when its architecture has none."""
     return required_table(plan.checkpoints[0]) if plan.family is None else plan.family
 
 
 def required_table(info: CheckpointInfo) -> Family:
-    """The table of a checkpoint's backbone, under its head. Raises InvalidCheckpoint when there is none."""
+    """Return the table of a checkpoint's backbone, under its head. Raises InvalidCheckpoint when there is none."""
     family = family_of(info)
     if family is None:
         known = ", ".join(known_architectures())
@@ -166,7 +166,7 @@ def required_table(info: CheckpointInfo) -> Family:
 
 
 def required_task(plan: MergePlan) -> Task:
-    """Of a plan of one model. Raises InvalidCheckpoint when its architecture has no table."""
+    """Return the task of a plan with one model. Raises InvalidCheckpoint when its architecture has no table."""
     required_family(plan)
     [task] = [task for task in plan.tasks if task is not None]
     return task
@@ -177,6 +177,6 @@ def named(info: CheckpointInfo) -> str:
 
 
 def require_tokenizer(info: CheckpointInfo) -> None:
-    """Raises InvalidCheckpoint when there is none: without one, transformers makes up an empty one."""
+    """Raise InvalidCheckpoint when there is no tokenizer: transformers would make up an empty one."""
     if not info.vocabulary:
         raise InvalidCheckpoint(info.source, "no tokenizer is there; save it beside the weights")

@@ -1,4 +1,4 @@
-"""Plans merges: whatever can be refused is refused here, before a byte of weights is read."""
+"""Plans merges. Whatever can be refused is refused here, before a byte of weights is read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,16 +34,16 @@ def plan_merge(
     """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
 
     Args:
-        heads: whether each model keeps its own; by default it does where a table tells heads from the backbone.
-        vocabulary: of the output, where the tokenizers differ; `error` refuses that.
-        config_from: the one of them whose configuration and tokenizer are published; None: the first's, and models
-            that differ in settings that no shape shows are refused.
-        choices: what a recipe says of single tokens.
+        heads: whether each model keeps its own head; by default it does where a table tells heads from the backbone.
+        vocabulary: vocabulary of the output if the tokenizers differ; `error` refuses that.
+        config_from: the checkpoint whose configuration and tokenizer are published; None: those of the first, and
+            models that differ in settings that no shape shows are refused.
+        choices: a recipe's settings of single tokens.
 
     Raises:
         InvalidRequest: heads cannot be kept.
-        InvalidCheckpoint: a tensor that no rule of the architecture's table owns, a size that contradicts the config.
-        IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
+        InvalidCheckpoint: the architecture's table has no place for a tensor, or a size contradicts the configuration.
+        IncompatibleCheckpoints: a tensor or setting differs; the message names it and both values.
     """
     identities = [identify(info) for info in checkpoints]
     if base is not None and config_from is base:
@@ -125,7 +125,7 @@ def _are_all_layers(
     checkpoints: Sequence[CheckpointInfo],
     base: CheckpointInfo | None,
 ) -> bool:
-    """Whether it is one slice of all layers of all models: a merge like any other."""
+    """Return whether there is one slice of all layers of all models, which is a merge like any other."""
     [one, *others] = slices
     if others or [source.model for source in one.sources] != list(names):
         return False

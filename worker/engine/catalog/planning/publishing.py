@@ -1,4 +1,4 @@
-"""Decides what is published beside a merge's weights, and what notes say of it."""
+"""Decides which files are published beside a merge's weights, and makes notes of them."""
 
 import json
 from collections import Counter
@@ -28,21 +28,21 @@ from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
 from worker.engine.catalog.primitives.values import Place
 
 UNLIMITED = 10**15  # what tokenizers without a limit have as model_max_length is 10**30
-UNSAID = ("transformers_version", "_from_model_config")  # of a companion: where it came from
+UNSAID = ("transformers_version", "_from_model_config")  # keys of a companion that say where it came from
 
 
 def with_companions(
     plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None = None, chat_template: str | None = None
 ) -> MergePlan:
-    """The plan with modules of sentence-transformers, and with notes of what its users must know.
+    """Add modules of sentence-transformers to a plan, and notes for its users.
 
     Args:
-        last: of a stack of layers, the model of the last ones, whose modules follow them.
-        chat_template: that is asked for; `auto` is the one that most checkpoints have.
+        last: the model of the last layers of a stack, whose modules follow them.
+        chat_template: the template that is asked for; `auto` is the one that most checkpoints have.
 
     Raises:
-        InvalidCheckpoint: a file of a module is malformed or missing, or what is published would not load.
-        IncompatibleCheckpoints: models that become one do other things with the transformer's output.
+        InvalidCheckpoint: a file of a module is malformed or missing, or a published file would not load.
+        IncompatibleCheckpoints: models that become one do different things with the transformer's output.
     """
     for info in plan.published:
         check_companions(plan.tokens_of(info))
@@ -66,7 +66,7 @@ def with_companions(
 
 
 def _commonest_template(plan: MergePlan) -> str | None:
-    """The most common chat template of all checkpoints; if several are as common, the base's goes first."""
+    """Return the most common chat template of all checkpoints; among equally common ones the base's comes first."""
     everyone = [*([plan.base] if plan.base else []), *plan.checkpoints]
     templates = [_companions(info).get(_template("default")) for info in everyone]
     counted = Counter(template.strip() for template in templates if isinstance(template, str) and template.strip())
@@ -74,12 +74,12 @@ def _commonest_template(plan: MergePlan) -> str | None:
 
 
 def beyond_matrix(info: CheckpointInfo, last: int | None = None) -> str | None:
-    """A note where the tokenizer gives ids that the embedding matrix has no rows for.
+    """Note that the tokenizer gives ids for which the embedding matrix has no rows; None if it does not.
 
-    Such a model is merged, since nothing of it is run; whoever runs it, or aligns its rows by token, refuses it.
+    Such a model is merged, because it is not run. Jobs that run it, or align its rows by token, refuse it.
 
     Args:
-        last: the tokenizer's last id, where files do not tell.
+        last: the tokenizer's last id, if files do not tell it.
     """
     rows, last = vocabulary_size(info.config), info.last_token if last is None else last
     if rows is None or last is None or last < rows:
@@ -91,7 +91,7 @@ def beyond_matrix(info: CheckpointInfo, last: int | None = None) -> str | None:
 
 
 def _owners(plan: MergePlan) -> list[CheckpointInfo]:
-    """Checkpoints whose tokenizers are published; one that gives the output's vocabulary was checked with it."""
+    """Return checkpoints whose tokenizers are published; one that gives the output's vocabulary was checked with it."""
     owners = map(plan.tokens_of, plan.published)
     return list({info.tokenizer_path: info for info in owners}.values()) if plan.vocabulary is None else []
 
@@ -99,7 +99,7 @@ def _owners(plan: MergePlan) -> list[CheckpointInfo]:
 def _modules(
     plan: MergePlan, dtype: Dtype, last: CheckpointInfo | None
 ) -> tuple[tuple[PlannedModules | None, ...], list[str]]:
-    """The modules of every published model, and notes."""
+    """Return the modules of every published model, and notes."""
     found = [(info, read_modules(info)) for info in plan.checkpoints]
     given = [(info, modules) for info, modules in found if modules is not None]
     if not given:
@@ -139,7 +139,7 @@ def _modules(
 
 
 def _own(modules: Modules, dtype: Dtype) -> PlannedModules:
-    """A checkpoint's own modules, with their weights unchanged."""
+    """Plan a checkpoint's own modules, with their weights unchanged."""
     tensors = {
         step.folder: tuple(_planned(step, name, [one], dtype, is_copied=True) for name, one in step.tensors.items())
         for step in modules.steps
@@ -157,7 +157,7 @@ def _planned(
 
 
 def _settings_notes(owner: Modules, other: Modules) -> list[str]:
-    """Notes of settings in which embedding models differ although they compute the same for the same text."""
+    """Return notes of settings in which embedding models differ although they compute the same for the same text."""
     ours, theirs = [
         {**_content(modules.path / SENTENCE_CONFIG), "max_seq_length": _most_tokens(modules)}
         for modules in (owner, other)
@@ -170,7 +170,7 @@ def _settings_notes(owner: Modules, other: Modules) -> list[str]:
 
 
 def _most_tokens(modules: Modules) -> Any:
-    """How many tokens of a text an embedding model reads, as sentence-transformers finds it; None if all."""
+    """Return how many tokens of a text an embedding model reads, as sentence-transformers finds it; None if all."""
     given = modules.encoder.get("max_seq_length")
     if given is not None:
         return given
@@ -181,7 +181,7 @@ def _most_tokens(modules: Modules) -> Any:
 
 
 def _differences(plan: MergePlan) -> list[str]:
-    """Notes of templates and settings in which merged models differ from the published ones."""
+    """Return notes of templates and settings in which merged models differ from the published ones."""
     owner = plan.tokens_of(plan.published[0])
     of_owner = _companions(owner)
     notes = []
@@ -197,8 +197,10 @@ def _differences(plan: MergePlan) -> list[str]:
 
 
 def _notes_of_tokens(plan: MergePlan) -> list[str]:
-    """Notes of settings that differ and say where text ends and how long it may be, where but one model's are
-    published. They change nothing of what a model computes, and much of what it writes."""
+    """Return notes of differing settings of the end and the length of texts, if one model's settings are published.
+
+    They do not change what a model computes, but much of what it writes.
+    """
     if not plan.merges_heads and plan.config_from is None:
         return []
     everyone = {info.path: info for info in (*plan.checkpoints, *([plan.config_from] if plan.config_from else ()))}
@@ -217,7 +219,7 @@ def _notes_of_tokens(plan: MergePlan) -> list[str]:
 
 
 def _companions(info: CheckpointInfo) -> dict[str, Any]:
-    """A checkpoint's chat templates and its settings of generation and of processors."""
+    """Return a checkpoint's chat templates and its settings of generation and of processors."""
     found: dict[str, Any] = {}
     for name, file in companions(info).items():
         if name == "tokenizer_config.json":
@@ -235,7 +237,7 @@ def _companions(info: CheckpointInfo) -> dict[str, Any]:
 
 
 def chat_templates(info: CheckpointInfo) -> dict[str, str]:
-    """A checkpoint's chat templates, by what messages call them."""
+    """Return a checkpoint's chat templates, by their names in messages."""
     found = _companions(info)
     older = found.get(CHAT_TEMPLATES[1], {}).get("chat_template")
     own = {name: text for name, text in found.items() if name.startswith("chat template") and isinstance(text, str)}
@@ -247,7 +249,7 @@ def _template(name: str) -> str:
 
 
 def _content(file: Path) -> Mapping[str, Any]:
-    """The content of a JSON file that only its users need; empty if it is not a JSON object."""
+    """Read a JSON file that only its users need; empty if it is not a JSON object."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):

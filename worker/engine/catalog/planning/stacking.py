@@ -1,4 +1,4 @@
-"""Plans a result that is put together from slices: which layers of which models become which layer."""
+"""Plans a result that is put together from slices: layers of models become layers of the result."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -159,14 +159,14 @@ def plan_slices(
 
 
 def layers_of_models(plan: MergePlan) -> list[int]:
-    """How many layers each model of a stack has, whatever of them the result has."""
+    """Return the number of layers of each model of a stack, whichever of them the result has."""
     first = plan.checkpoints[0]
     stacks = [layouts.stacks_of(layouts.tensors_by_name(info, first)) for info in plan.checkpoints]
     return [max(counts.values(), default=0) for counts in stacks]
 
 
 def copied_shares(plan: MergePlan) -> list[float]:
-    """The part of the result's bytes that each model gives; models of the same checkpoint have equal parts of its."""
+    """Return each model's share of the result's bytes; models with the same checkpoint share equally."""
     given: Counter[str] = Counter()
     for tensor in plan.backbone:
         given[tensor.sources[0].source] += tensor.nbytes
@@ -193,7 +193,7 @@ def _layers(
     stack: str,
     field: str,
 ) -> list[_Layer]:
-    """The layers of the result."""
+    """Return the layers of the result."""
     counts = [layouts.stacks_of(state).get(stack, 0) for state in states]
     found: list[_Layer] = []
     for index, part in enumerate(slices):
@@ -232,7 +232,7 @@ def _check_kinds(layer: _Layer, checkpoints: Sequence[CheckpointInfo]) -> None:
 
 
 def _by_layer(state: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo]]:
-    """Tensors of every layer, by its number and the part of their names within it."""
+    """Return the tensors of every layer, by its number and the part of their names within it."""
     found: dict[int, dict[str, TensorInfo]] = {}
     for name, tensor in state.items():
         layer = layouts.layer_of(name)

@@ -1,7 +1,7 @@
-"""Checks that chat templates can be read: that they are Jinja, in the dialect that transformers reads.
+"""Checks that chat templates are Jinja, in the dialect that transformers reads.
 
-A template is parsed, never run: nothing says how long it would take. Of the API's processes, only those that inspect
-import this module, since Jinja takes a while to load.
+A template is parsed, never run: nobody knows how long that would take. In the API, only inspectors import this module,
+because Jinja takes a while to load.
 """
 
 from jinja2 import nodes
@@ -18,7 +18,7 @@ from worker.engine.catalog.primitives.paths import in_one_line
 
 
 class _Generation(Extension):
-    """The tag by which templates mark what a model says; transformers has it beside Jinja's own."""
+    """The tag with which templates mark a model's answers; transformers adds it to Jinja's own tags."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -28,13 +28,13 @@ class _Generation(Extension):
 
 
 def check_templates(plan: MergePlan, asked: str | None) -> list[str]:
-    """Notes of templates that would be published and are no Jinja.
+    """Return notes of templates that would be published and are no Jinja.
 
     Args:
-        asked: `output.chat_template`.
+        asked: the request's `output.chat_template`.
 
     Raises:
-        InvalidRequest: it is no Jinja.
+        InvalidRequest: the asked template is no Jinja.
     """
     chosen = problem_of(plan.chat_template) if plan.chat_template is not None else None
     if chosen and asked != "auto":
@@ -53,7 +53,7 @@ def check_templates(plan: MergePlan, asked: str | None) -> list[str]:
 
 
 def problem_of(template: str) -> str | None:
-    """What is wrong with a template; None where nothing is."""
+    """Say what is wrong with a template; None where nothing is."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -61,7 +61,7 @@ def problem_of(template: str) -> str | None:
         environment.parse(template)
     except RecursionError:
         return "it is nested too deeply"
-    except Exception as error:  # Jinja has errors of its own, and others of Python's for what it did not foresee
+    except Exception as error:  # Jinja raises errors of its own, and others of Python's that it did not foresee
         line = getattr(error, "lineno", None)
         return in_one_line(error) + (f" (line {line})" if line else "")
     return None

@@ -1,4 +1,4 @@
-"""One output tensor of a merge: the tensor of every checkpoint, and the base's, that go into it."""
+"""Plans one output tensor of a merge from the tensors of every checkpoint and of the base."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,10 +23,10 @@ def merged_tensor(
     dtype: Dtype,
     vocabulary: Vocabulary | None,
 ) -> PlannedTensor:
-    """The tensor `name` of every checkpoint, with the base's.
+    """Plan the tensor `name` from every checkpoint's, with the base's.
 
     Args:
-        named: tensors of each checkpoint.
+        named: tensors of each checkpoint, by name.
         origin: the base, and the tensor in it.
     """
     tensor = named[0][name]
@@ -49,7 +49,7 @@ def merged_tensor(
 
 
 def output_dtype(sources: Sequence[TensorInfo], dtype: Dtype) -> str:
-    """The asked dtype; for `auto` the inputs' own, and float32 where they disagree (float64 where one is)."""
+    """Return the asked dtype; for `auto` the inputs' own, and float32 where they disagree (float64 if one has it)."""
     if dtype != "auto":
         return TORCH_NAMES[dtype]
     found = {source.dtype for source in sources}
@@ -61,7 +61,7 @@ def output_dtype(sources: Sequence[TensorInfo], dtype: Dtype) -> str:
 def _sources(
     checkpoints: Sequence[CheckpointInfo], named: Sequence[Mapping[str, TensorInfo]], name: str, by_token: bool
 ) -> list[TensorInfo]:
-    """The tensor of each checkpoint. Raises IncompatibleCheckpoints where one has none, or one of another shape."""
+    """Return each checkpoint's tensor. Raises IncompatibleCheckpoints where one has none, or one of another shape."""
     first, tensor = checkpoints[0], named[0][name]
     for info, tensors in zip(checkpoints, named, strict=True):
         if name not in tensors:

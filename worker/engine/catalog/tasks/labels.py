@@ -1,4 +1,4 @@
-"""How the labels of a data set are those of a head."""
+"""Matches the labels of a data set to those of a head."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from worker.engine.catalog.tasks.task import LabelMap, Task
 
 
 def check_metric(metric: MetricName, task: Task, source: str) -> None:
-    """Raises InvalidDataset when the metric is not one of the head's task."""
+    """Raise InvalidDataset when the metric is not one of the head's task."""
     if metric not in task.metrics:
         raise InvalidDataset(source, f"metric {metric} is not one of {task.name}: {', '.join(task.metrics)}")
 
@@ -19,15 +19,15 @@ def check_metric(metric: MetricName, task: Task, source: str) -> None:
 def label_map(
     task: Task, source: str, asked: Sequence[str] | None, own: Sequence[str] | None = None, checkpoint: str = ""
 ) -> tuple[LabelMap, list[str]]:
-    """The map from a data set's labels to the head's, with notes for the reader.
+    """Return the map from a data set's labels to the head's, with notes for the reader.
 
     Args:
-        asked: what the request says that the data set calls its ids.
-        own: what the data set itself says.
-        checkpoint: what notes call the head's.
+        asked: names of the data set's ids in the request.
+        own: names of its ids in the data set itself.
+        checkpoint: name of the checkpoint in notes.
 
     Raises:
-        InvalidDataset: names are given, and it is not certain which labels of the checkpoint they are.
+        InvalidDataset: names are given, but it is not certain which labels of the checkpoint they are.
     """
     own = None if own is None or are_bare((name, index) for index, name in enumerate(own)) else own
     if asked:
@@ -61,7 +61,7 @@ def label_map(
 
 
 def _otherwise_named(labels: LabelMap, source: str, own: Sequence[str]) -> list[str]:
-    """A doubt if the request's names and the data set's are different labels of the checkpoint."""
+    """Return a doubt if the request's names and the data set's are different labels of the checkpoint."""
     for index, (name, other) in enumerate(zip(labels.names or (), own, strict=False)):
         if labels.task.id_of(other) not in (None, labels.task.id_of(name)):
             said = f"'{name[:SHOWN_NAME]}', and the data set itself '{other[:SHOWN_NAME]}'"

@@ -10,7 +10,7 @@ from worker.engine.catalog.tasks.task import LabelMap, Task
 
 
 class MultiLabel(Task):
-    """A row has a list of ids or names, of those that apply, or else 0 or 1 (or false or true) for every label."""
+    """A row has a list of the ids or names that apply, or else 0 or 1 (or false or true) for every label."""
 
     name = "multi_label"
     ending = "ForSequenceClassification"
@@ -30,7 +30,7 @@ class MultiLabel(Task):
         entries = [labels.spelt(one) for one in label]
         if self._has_one_for_each(entries, labels, source, place):
             entries = [index for index, applies in enumerate(entries) if applies]
-            # As ids, whatever they are called: those of a head whose labels are numbers are no names here.
+            # Numbers count as ids, even if the head's labels have numbers for names.
             ids = entries if labels.names is None else [labels.id(one, source, place) for one in entries]
         else:
             ids = [labels.id(one, source, place) for one in entries]
@@ -39,9 +39,9 @@ class MultiLabel(Task):
         return tuple(float(index in ids) for index in range(self.outputs))
 
     def _has_one_for_each(self, entries: Sequence[Any], labels: LabelMap, source: str, place: Place) -> bool:
-        """Whether the entries say of each label if it applies, instead of naming those that do.
+        """Return whether the entries say of each label whether it applies, instead of naming those that do.
 
-        As many zeros and ones as there are labels, one of them repeated, cannot be ids.
+        If there are as many zeros and ones as labels, and one of them is repeated, they cannot be ids.
         """
         if not entries or not all(isinstance(one, int | float) for one in entries):
             return False

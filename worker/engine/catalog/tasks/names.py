@@ -13,14 +13,14 @@ NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d{0,300})?([eE][+-]?\d{1,3})?", re.ASCII
 BARE = re.compile(r"(?:label[ _-]?)?(\d{1,9})", re.ASCII | re.IGNORECASE)
 """A name that is only an id, as transformers gives to labels without names."""
 DIGITS = re.compile(r"(?<!\d)\d{1,9}(?!\d)", re.ASCII)
-LONGEST_NAME = 1000  # characters, of what is compared in other spellings
+LONGEST_NAME = 1000  # characters of a name that is compared in other spellings
 SHOWN_NAME = 64
 
 
 def normal(name: str) -> str:
-    """A name in lower case, with one space for any of spaces, `_` and `-` between letters or digits.
+    """Return a name in lower case, with one space for any of spaces, `_` and `-` between letters or digits.
 
-    What is too long for a label's name stays as it is: the standard form of accents takes the square of their number.
+    A text that is too long for a label's name stays unchanged, because normalising accents takes quadratic time.
     """
     if len(name) > LONGEST_NAME:
         return name
@@ -29,7 +29,7 @@ def normal(name: str) -> str:
 
 
 def are_bare(names: Iterable[tuple[str, int]]) -> bool:
-    """Whether every name is just its own id."""
+    """Return whether every name is just its own id."""
     return all((found := BARE.fullmatch(name.strip())) and int(found[1]) == index for name, index in names)
 
 
@@ -41,9 +41,9 @@ def labels_in(info: CheckpointInfo, key: str) -> dict[str, Any]:
 
 
 def label_ids(info: CheckpointInfo, outputs: int) -> tuple[dict[str, int], str]:
-    """Name → id, from id2label and label2id, else the names that transformers gives; and in what the two differ.
+    """Return name → id, from id2label and label2id or else transformers' own names; and how the two tables differ.
 
-    A table that was left as transformers makes it, `LABEL_0` and so on, says nothing beside one with names.
+    A table with transformers' own names, `LABEL_0` and so on, does not count if the other has names.
     """
     of_ids = [(str(name), index) for index, name in labels_in(info, "id2label").items()]
     of_names = list(labels_in(info, "label2id").items())
@@ -77,7 +77,7 @@ def _named_twice(table: list[tuple[str, int]]) -> str:
 
 
 def _differently_named(of_ids: list[tuple[str, int]], of_names: list[tuple[str, int]]) -> str:
-    """Where label2id contradicts id2label; it may have further names of the same ids."""
+    """Say where label2id contradicts id2label; it may have further names of the same ids."""
     named_by_id: dict[str, set[int]] = defaultdict(set)
     for name, index in of_ids:
         named_by_id[normal(name)].add(index)

@@ -19,7 +19,7 @@ class Regression(Task):
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:
-        """As in transformers: one output is regression if nothing else is said."""
+        """Return the task; as in transformers, one output is regression unless the configuration says otherwise."""
         if outputs != 1 and info.config.get("problem_type") != "regression":
             return None
         if outputs != 1:

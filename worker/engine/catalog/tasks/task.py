@@ -1,4 +1,4 @@
-"""What a head predicts, and what a data set's labels are to it."""
+"""The interface of a head's task, and the map from a data set's labels to the head's."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -16,7 +16,7 @@ from worker.engine.catalog.primitives.strict import did_you_mean
 from worker.engine.catalog.tasks.names import DIGITS, LONGEST_NAME, NUMBER, SHOWN_NAME, are_bare, labels_in, normal
 
 Label = int | float | tuple[float, ...]
-"""A class id, a number, or several of them, as the head's task has it."""
+"""A label as the head's task has it: a class id, a number, or several numbers."""
 TRUTH = {"false": False, "true": True}
 
 
@@ -25,13 +25,13 @@ class Task(ABC):
     """A head's task. Each kind of head is a subclass, in a file of its own."""
 
     name: ClassVar[str]
-    """What plans and messages call it."""
+    """Name of the task in plans and messages."""
     ending: ClassVar[str]
-    """How the names of the classes with such a head end."""
+    """End of the names of the classes with such a head."""
     heads: ClassVar[Mapping[str, Head]] = {}
-    """Such heads by the model type of their backbone, beside those that the families' own tables have."""
+    """Such heads by the model type of their backbone, besides those in the families' own tables."""
     metrics: ClassVar[tuple[MetricName, ...]]
-    """The metrics that such a head is evaluated by; the first is the default."""
+    """Metrics by which such a head is evaluated; the first is the default."""
     texts: ClassVar[TextColumn] = ONE_TEXT
     """How a row's text is read."""
     has_classes: ClassVar[bool] = True
@@ -42,28 +42,28 @@ class Task(ABC):
     label_ids: dict[str, int]
     """Ids of the labels by name."""
     contradiction: str = ""
-    """What config.json says of the names in two ways; then names do not count, and only ids are certain."""
+    """Contradiction about names in config.json; if there is one, names do not count, and only ids are certain."""
 
     @classmethod
     @abstractmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:
-        """The task of a checkpoint whose class has the ending; None where its configuration says another.
+        """Make the task of a checkpoint whose class has the ending; None if its configuration has another task.
 
         Raises:
-            InvalidCheckpoint: it says what is not available.
+            InvalidCheckpoint: a setting of it is not available.
         """
 
     @abstractmethod
     def value(self, label: Any, labels: "LabelMap", source: str, place: Place) -> Label:
-        """The head's value of a row's `label`. Raises InvalidDataset, see `LabelMap.value`."""
+        """Return the head's value of a row's `label`. Raises InvalidDataset, see `LabelMap.value`."""
 
     def begins_at_one(self, labels: Sequence[Any]) -> bool:
-        """Whether these labels of rows, if they are ids that were taken as they are, are perhaps one too high."""
+        """Return whether these labels of rows, if they are ids that were taken as they are, may be one too high."""
         return False
 
     @property
     def f1_is_of_one(self) -> bool:
-        """Whether F1 is of the label 1 alone."""
+        """Whether F1 is that of label 1 alone."""
         return False
 
     @cached_property
@@ -80,14 +80,14 @@ class Task(ABC):
 
     @cached_property
     def numbers_are_names(self) -> bool:
-        """Whether a label's name is another number than its id, as those of one to five stars."""
+        """Whether a label's name is another number than its id, such as the names of one to five stars."""
         return any(NUMBER.fullmatch(name) and float(name) != index for name, index in self.label_ids.items())
 
     @cached_property
     def number_beside_id(self) -> tuple[int, str] | None:
-        """A number that labels of rows may be and that is in another name than that of the label with this id.
+        """A number that is a label's id and is in another label's name, with that name; None if there is none.
 
-        As `1 star` is for the id 0: then the label 1 of a row may be `1 star` or `2 stars`.
+        For example, id 0 has the name `1 star`: then the label 1 of a row may mean `1 star` or `2 stars`.
         """
         for name, index in self.label_ids.items():
             numbers = DIGITS.findall(name[:LONGEST_NAME])
@@ -96,7 +96,7 @@ class Task(ABC):
         return None
 
     def id_of(self, name: str) -> int | None:
-        """The label of this name, or the only one that differs just in case, spaces, `_` and `-`."""
+        """Return the label of this name, or the only one that differs only in case, spaces, `_` and `-`."""
         if name in self.label_ids:
             return self.label_ids[name]
         ids = self.by_normal_name.get(normal(name), set())
@@ -105,9 +105,9 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class LabelMap:
-    """From a row's label to the head's.
+    """Maps a row's label to the head's.
 
-    Integers are the checkpoint's own ids, unless `names` says what the data set calls them: then a label, number or
+    Integers are the checkpoint's own ids, unless `names` has the data set's names of them: then a label, number or
     name, is looked up by name among the checkpoint's.
     """
 
@@ -115,7 +115,7 @@ class LabelMap:
     names: tuple[str, ...] | None = None
 
     def value(self, label: Any, source: str, place: Place) -> Label:
-        """The head's value of a row's `label`. Text that is no name counts as the number that it spells, as in CSV.
+        """Return the head's value of a row's `label`. Text that is no name counts as the number that it spells.
 
         Raises:
             InvalidDataset: the label is missing, unknown, out of range, or may mean two things.
@@ -123,7 +123,7 @@ class LabelMap:
         return self.task.value(label, self, source, place)
 
     def id(self, label: Any, source: str, place: Place) -> int:
-        """The head's id of one label. Raises InvalidDataset, see `value`."""
+        """Return the head's id of one label. Raises InvalidDataset, see `value`."""
         label = self.spelt(label)
         if isinstance(label, float) and label.is_integer():
             label = int(label)
@@ -157,11 +157,11 @@ class LabelMap:
 
     @property
     def count(self) -> int:
-        """The number of the data set's ids."""
+        """Number of the data set's ids."""
         return self.task.outputs if self.names is None else len(self.names)
 
     def spelt(self, label: Any) -> Any:
-        """The number or truth value that text spells which is no name; anything else as it is."""
+        """Return the number or truth value that a text spells if it is no name; anything else is unchanged."""
         if not isinstance(label, str) or self.task.id_of(label) is not None:
             return label
         text = label.strip()
@@ -170,7 +170,7 @@ class LabelMap:
         return TRUTH.get(text.lower(), label) if self.count == len(TRUTH) else label
 
     def check_names(self, source: str) -> None:
-        """Raises InvalidDataset when a name of the data set is none of the checkpoint's, or two are the same one."""
+        """Raise InvalidDataset when a name of the data set is none of the checkpoint's, or two are the same one."""
         if self.names and not self.task.has_classes:
             raise InvalidDataset(source, "label_names are for classes; the checkpoint predicts a number")
         found: dict[int, str] = {}
@@ -183,12 +183,12 @@ class LabelMap:
 
     @property
     def permutation(self) -> list[int | None] | None:
-        """The checkpoint's id of each of the data set's ids, where they differ; None in it for one that it lacks."""
+        """The checkpoint's id of each of the data set's ids, where they differ; None for an id that it lacks."""
         ids = [self.task.id_of(name) for name in self.names or ()]
         return None if all(own in (index, None) for index, own in enumerate(ids)) else ids
 
     def begins_at_one(self, labels: Iterable[Any]) -> bool:
-        """Whether these, if they are ids of classes taken as they are, are all but the first: perhaps one too high."""
+        """Return whether these labels, taken as ids, are all ids but the first, so that they may be one too high."""
         return self.names is None and self.task.begins_at_one([self.spelt(label) for label in labels])
 
     def _by_name(self, name: str, source: str, place: Place | None) -> int:
@@ -211,10 +211,10 @@ class LabelMap:
 
 
 def outputs_of(info: CheckpointInfo, head: Head) -> int:
-    """The number of a head's outputs, in which configuration and tensors agree.
+    """Return the number of a head's outputs, on which configuration and tensors agree.
 
     Raises:
-        InvalidCheckpoint: they do not, or a module of the head is not there.
+        InvalidCheckpoint: they do not agree, or a module of the head is missing.
     """
     names = labels_in(info, "id2label")
     outputs: int = len(names) if names else info.config.get("num_labels", 2)

@@ -20,7 +20,7 @@ Refit = Callable[
     [MergePlan, Mapping[str, Tensor], Sequence[Expert], MethodParameters, Precision, Callable[[], None]],
     dict[str, Tensor],
 ]
-"""Refits the layers of a merged backbone to the experts; calls back after each group of layers."""
+"""Refits the layers of a merged backbone to the experts, and calls back after each group of layers."""
 
 
 def _arithmetic(entry: MethodEntry[MethodParameters]) -> ModuleType:

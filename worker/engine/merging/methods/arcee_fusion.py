@@ -12,13 +12,13 @@ from worker.engine.merging.methods.blocks import Block, BlockMerge, MeasuredMode
 from worker.engine.merging.methods.inner_products import summed
 from worker.engine.merging.methods.selection import nth_largest
 
-LEAST_PROBABILITY = 1e-8  # that is added to each
-OUTLYING = 1.5  # ranges between the quartiles
+LEAST_PROBABILITY = 1e-8  # added to each probability
+OUTLYING = 1.5  # in units of the range between the quartiles
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """Normalisers of a softmax along a whole tensor, for the model and for the base."""
+    """The normalisers of a softmax along a whole tensor, for the model and for the base."""
 
     model: Tensor
     base: Tensor
@@ -32,7 +32,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         count = math.prod(versions.shape)
         if not count:
             return lambda block: block.versions[0]
-        divergence = None  # of the one row that a tensor of one axis is, which may take several blocks
+        divergence = None  # that of a tensor of one axis, which is one row but may take several blocks
         if len(versions.shape) < 2:
             parts = [_log_sums(block) for block in versions.blocks()]
             norms = Softmax(*(reduce(torch.logaddexp, side) for side in zip(*parts, strict=True)))
@@ -43,7 +43,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             of_rows = _divergence(block, None) if divergence is None else divergence
             return delta.abs_().double().mul_(of_rows)
 
-        places = [int(share * (count - 1)) for share in (0.25, 0.5, 0.75)]  # from the least
+        places = [int(share * (count - 1)) for share in (0.25, 0.5, 0.75)]  # ranks from the least
         ranks = [count - place for place in places]
         first, median, third = nth_largest(versions, lambda block: [scores(block)] * 3, ranks)
         least = median + OUTLYING * (third - first)
@@ -58,7 +58,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def _divergence(block: Block, norms: Softmax | None) -> Tensor:
-    """`sum p log(p / q)` along the last axis, which is kept with one element."""
+    """Compute `sum p log(p / q)` along the last axis, which is kept with one element."""
     model, base = block.versions[0].double(), required_base(block.base).double()
     if norms is None:
         norms = Softmax(model.logsumexp(-1, keepdim=True), base.logsumexp(-1, keepdim=True))

@@ -10,7 +10,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def average(models: list[MeasuredModel]) -> Merger:
-    """The average by the models' weights, which any job may need beside its method."""
+    """Make the average by the models' weights, which any job may need beside its method."""
 
     def prepare(versions: Versions) -> BlockMerge:
         weights = model_weights(models, versions.place)[:, None]

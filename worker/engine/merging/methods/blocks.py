@@ -1,4 +1,4 @@
-"""What the executor gives a method, and what it wants back: a tensor's versions, a run of rows at a time."""
+"""The interface between the executor and a method: a tensor's versions go in, merged blocks of rows come out."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +14,8 @@ from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 from worker.engine.catalog.primitives.values import PerTensor, Place, takes_part
 from worker.engine.checkpoints.row_blocks import row_blocks
 
-CHUNK_ELEMENTS = 1 << 16  # of one version, that several steps go through at once: they stay in a core's cache
-SAMPLED_RUNS = 16  # of rows, for a sample: enough that no part of a tensor stands for all of it
+CHUNK_ELEMENTS = 1 << 16  # elements of one version that several steps handle together: they stay in a core's cache
+SAMPLED_RUNS = 16  # runs of rows in a sample: enough that no part of a tensor stands for all of it
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Block:
 
     @classmethod
     def of(cls, rows: slice, versions: Sequence[Tensor], base: Tensor | None) -> "Block":
-        """As they are stored, in whichever formats."""
+        """Make a block of tensors as they are stored, in whichever formats."""
         wide = any(values.dtype == torch.float64 for values in (*versions, *([] if base is None else [base])))
         dtype = torch.float64 if wide else torch.float32
         return cls(rows, [version.to(dtype) for version in versions], None if base is None else base.to(dtype))
 
     @property
     def deltas(self) -> list[Tensor]:
-        """Task vectors: what each version has more than the base; computed anew, so that they may be changed."""
+        """Return the task vectors, each version less the base. They are computed anew, so that they may be changed."""
         base = required_base(self.base)
         return [version - base for version in self.versions]
 
@@ -47,12 +47,12 @@ class Block:
 class Versions:
     """The versions of one tensor, one per model that takes part, read when they are asked for.
 
-    Going through the blocks reads the files again, unless the tensor is a single block: then it is held.
+    Going through the blocks reads the files again, unless the tensor is a single block, which is held.
 
     Args:
-        shape: of the tensor; its rows run along the first axis.
-        read: the block of these rows.
-        block_elements: of one version, in a block.
+        shape: shape of the tensor; its rows run along the first axis.
+        read: reads the block of some rows.
+        block_elements: number of elements of one version in a block.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Versions:
 
     @property
     def count(self) -> int:
-        """Of the blocks."""
+        """Number of blocks."""
         return len(self._runs)
 
     def blocks(self) -> Iterator[Block]:
-        """All blocks in order; always the same ones, so that sums over them are the same sums."""
+        """Yield all blocks in order. They are always the same, so that sums over them are the same sums."""
         if len(self._runs) == 1:
             yield self.whole()
             return
@@ -85,8 +85,10 @@ class Versions:
             yield self._read(rows)
 
     def sample(self, elements: int) -> Iterator[Block]:
-        """Runs of rows from all over the tensor with about so many elements, or a few rows that have more; of a tensor
-        that is a single block, that."""
+        """Yield runs of rows from all over the tensor.
+
+        They have about `elements` elements, or are a few rows that have more. A tensor of a single block gives that.
+        """
         if len(self._runs) == 1:
             yield self.whole()
             return
@@ -96,23 +98,23 @@ class Versions:
             yield self._read(slice(start, min(start + length, rows)))
 
     def whole(self) -> Block:
-        """All rows at once, for methods that cannot do with less."""
+        """Read all rows at once, for methods that cannot do with less."""
         if self._held is None:
             self._held = self._read(slice(0, self.shape[0] if self.shape else 1))
         return self._held
 
 
 BlockMerge = Callable[[Block], Tensor]
-"""The merged rows of a block, in its dtype and shape."""
+"""Returns the merged rows of a block, in its dtype and shape."""
 Merger = Callable[[Versions], BlockMerge]
-"""A method over its models. What it needs to know of a whole tensor, as norms or thresholds, it finds out here.
+"""A method over its models. It computes here all that it needs of a whole tensor, such as norms or thresholds.
 
 It is called from several threads, for different tensors, in which PyTorch computes on one thread alone.
 """
 
 
 class Rows(Protocol):
-    """A tensor, or what gives its rows when they are asked for."""
+    """A tensor, or an object that gives its rows when they are asked for."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -122,27 +124,27 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model as a method sees it: its weight lambda, its own parameters, and what was measured of it.
+    """A model as a method sees it: its weight lambda, its own parameters, and its statistics.
 
     `grams` and `fisher` may be on disk and read when they are asked for.
     """
 
     weight: PerTensor[float]
-    """See `model_weights`."""
+    """The model's lambda, see `model_weights`."""
     scores: Mapping[ScoreName, Tensor] = field(default_factory=dict)
-    """Of mask nodes: (nodes,), float64, by score name."""
+    """Scores of mask nodes, (nodes,), float64, by score name."""
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""
     fisher: Mapping[str, Rows] = field(default_factory=dict)
-    """Of every parameter: float32, in the shape of its tensor, by `Slot.name`."""
+    """Fisher information of every parameter, float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
-    """Its own values of the method's, see `MethodParameters.of_model`."""
+    """The model's own values of the method's parameters, see `MethodParameters.of_model`."""
     statistics: Mapping[Statistic, Mapping[str, Tensor]] = field(default_factory=dict)
     """Whatever was measured, as it is kept, by the statistics that the method names; the three above are of these."""
 
     @property
     def takes_part(self) -> bool:
-        """Whether its weight is other than 0 for any tensor."""
+        """Whether its weight is not 0 for at least one tensor."""
         return takes_part(self.weight)
 
 

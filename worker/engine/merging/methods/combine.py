@@ -1,4 +1,4 @@
-"""Convex combination of the versions of a tensor, slice by slice: what every weighted method ends in."""
+"""Convex combination of the versions of a tensor, slice by slice, in which every weighted method ends."""
 
 from collections.abc import Sequence
 
@@ -8,28 +8,30 @@ from torch import Tensor
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, Place, values_at
 from worker.engine.merging.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
 
-SUM_ROUNDING = 1e-12  # how far from 1 rounding may leave a sum of coefficients
+SUM_ROUNDING = 1e-12  # largest distance from 1 at which rounding may leave a sum of coefficients
 
 
 def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:
-    """The weights of the models for one tensor, (models,), float64, as given."""
+    """Return the weights of the models for one tensor, (models,), float64, as given."""
     weights = values_at((model.weight for model in models), place, DEFAULT_WEIGHT)
     return torch.tensor(weights, dtype=torch.float64)
 
 
 def normalized(weights: Tensor, fallback: Tensor) -> Tensor:
-    """`weights` (models, nodes) divided by their sum over models; where that is zero, `fallback` (models,) is."""
+    """Divide `weights` (models, nodes) by their sum over models; where that is zero, take `fallback` (models,)."""
     total = weights.sum(0)
     fallback = (fallback / fallback.sum())[:, None].expand_as(weights)
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), fallback)
 
 
 def combine(versions: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """`theta_1 + sum_j w_j (theta_j - theta_1)`, exact for identical versions and where one has all the weight.
+    """Compute `theta_1 + sum_j w_j (theta_j - theta_1)`.
+
+    The result is exact for identical versions and where one has all the weight.
 
     Args:
         versions: one tensor per model, of the same shape and dtype.
-        weights: (models, …), summing to 1 over models; what follows the first axis fits the versions' shape.
+        weights: (models, …), summing to 1 over models; the axes after the first fit the versions' shape.
     """
     first = versions[0]
     weights = weights.to(first.dtype)
@@ -47,10 +49,10 @@ def combine(versions: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """`sum_j c_j theta_j`, computed as `combine` does, so that it is exact for identical versions and a sum of 1.
+    """Compute `sum_j c_j theta_j` as `combine` does, so that it is exact for identical versions and a sum of 1.
 
     Args:
-        coefficients: as the weights of `combine`, but for their sum.
+        coefficients: like the weights of `combine`, except for their sum.
     """
     merged = combine(versions, coefficients)
     beyond = coefficients.sum(0) - 1
@@ -59,7 +61,7 @@ def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 
 def by_slices(versions: Versions, weights: Tensor, axis: int = 0) -> BlockMerge:
-    """`combine` with a weight for every slice.
+    """Make `combine` with a weight for every slice.
 
     Args:
         weights: (models, slices), float64, summing to 1 over models. The tensor's `axis` is cut into `slices` equal

@@ -35,24 +35,24 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def generator(seed: int, model: int, tensor: str, block: Block) -> np.random.Generator:
-    """Of a model's random numbers in a block: the same in whichever order and thread blocks are merged.
+    """Make the generator of a model's random numbers in a block.
 
-    They depend on the rows where the block begins, and so on its size, and on nothing of the models but `model`.
+    The numbers are the same in whichever order and thread blocks are merged. They depend on the row where the block
+    begins, and so on the size of blocks, and on no property of the models but `model`. PyTorch's own generator would
+    take longer than all the rest of a merge.
 
     Args:
-        model: its place, from 0, among those that take part: one of weight 0 before it makes no difference.
-        tensor: name in the merged model.
-
-    PyTorch's own would take longer than all the rest of a merge.
+        model: place of the model, from 0, among those that take part; models of weight 0 do not count.
+        tensor: name of the tensor in the merged model.
     """
     digest = hashlib.sha256(f"{seed} {model} {block.rows.start} {tensor}".encode()).digest()
     return np.random.Generator(np.random.SFC64(int.from_bytes(digest)))
 
 
 def draw(random: np.random.Generator, count: int, probability: float) -> NDArray[np.float32]:
-    """1 with the probability, else 0.
+    """Draw numbers that are 1 with the probability, else 0.
 
-    Each takes 8 random bits, and only the few that these do not decide take more.
+    Each number takes 8 random bits, and only the few that these do not decide take more.
     """
     whole = math.floor(256 * probability)
     bits = raw_bits(random, count, np.uint8)
@@ -63,7 +63,7 @@ def draw(random: np.random.Generator, count: int, probability: float) -> NDArray
 
 
 def raw_bits(random: np.random.Generator, count: int, dtype: Any) -> NDArray[Any]:
-    """Numbers from the generator's own stream, which stays the same in every version of NumPy."""
+    """Draw numbers from the generator's own stream, which is the same in every version of NumPy."""
     size = np.dtype(dtype).itemsize
     raw: NDArray[np.uint64] = random.bit_generator.random_raw(-(-count * size // 8))
     view: NDArray[Any] = raw.view(dtype)

@@ -10,7 +10,7 @@ from worker.engine.merging.methods.blocks import CHUNK_ELEMENTS, Block, Measured
 from worker.engine.merging.methods.dare import generator, raw_bits
 from worker.engine.merging.methods.task_vectors import Deltas, merging
 
-LEAST = 2.0**-32  # probability that an element is kept with
+LEAST = 2.0**-32  # least probability with which an element is kept
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -38,9 +38,9 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 def keep_factors(
     random: np.random.Generator, rows: NDArray[np.floating], density: float, epsilon: float
 ) -> NDArray[np.float32]:
-    """What to multiply each element with: 0, or 1 over the probability that it is not 0.
+    """Draw the factor of each element: 0, or 1 over the probability that it is kept.
 
-    That rises with the rank of its magnitude in its row; of equal ones, compared in float32, the first has the lower.
+    The probability rises with the rank of its magnitude in its row. Among equal ones in float32 the first ranks lower.
 
     Args:
         rows: (rows, elements). The only element of a row has the probability `density`.
@@ -55,7 +55,7 @@ def keep_factors(
     step = max(1, CHUNK_ELEMENTS // max(1, count))
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
-        # The bits of what is not negative are in its own order; with the place behind them, sorting keeps that too.
+        # Numbers that are not negative sort like their bits; with the place behind these, equal ones keep their order.
         keys = np.abs(some).astype(np.float32).view(np.uint32).astype(np.uint64)
         keys <<= 32
         keys |= columns

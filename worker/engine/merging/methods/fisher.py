@@ -24,9 +24,9 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
     def prepare(versions: Versions) -> BlockMerge:
         lambdas = model_weights(models, versions.place)
-        if versions.slot.kind is Kind.HEAD:  # merged, it is averaged: heads are not measured
+        if versions.slot.kind is Kind.HEAD:  # merged heads are averaged, because they are not measured
             return by_slices(versions, (lambdas / lambdas.sum())[:, None])
-        # One floor for all: where no model has information, none has more of a say than its lambda gives it.
+        # All models have the same floor: where none has information, each has the share that its lambda gives it.
         floor = parameters.at("floor", versions.place) * mean_information
         information = [model.fisher[versions.slot.name] for model in models]
 
@@ -45,7 +45,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def _norm_and_mean(model: MeasuredModel) -> tuple[float, float]:
-    """The L2 norm and the mean of a model's Fisher information over all merged parameters."""
+    """Compute the L2 norm and the mean of a model's Fisher information over all merged parameters."""
     squares = total = 0.0
     count = 0
     for information in model.fisher.values():

@@ -1,4 +1,4 @@
-"""Inner products of versions, or of their task vectors: all that angles and norms are made of."""
+"""Inner products of versions, or of their task vectors, from which angles and norms follow."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,13 +9,13 @@ from worker.engine.merging.methods.blocks import CHUNK_ELEMENTS, Block, Versions
 
 
 def inner_products(versions: Versions, vectors: Callable[[Block], Sequence[Tensor]]) -> Tensor:
-    """Of whole tensors, each as one vector: (vectors, vectors), float64, summed in the order of the blocks."""
+    """Compute inner products of whole tensors as vectors: (vectors, vectors), float64, summed in the blocks' order."""
     of_blocks = (_products([v.flatten() for v in vectors(block)]) for block in versions.blocks())
     return summed(of_blocks)
 
 
 def summed(of_blocks: Iterable[Tensor]) -> Tensor:
-    """One after the other: small tensors that are kept from every block would lie in the room of the next ones."""
+    """Sum tensors one after the other: if all were kept, they would take up room that the next blocks need."""
     return sum(of_blocks, start=torch.zeros((), dtype=torch.float64))
 
 
@@ -31,6 +31,6 @@ def _products(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def products_along(vectors: Sequence[Tensor], axis: int) -> Tensor:
-    """Of each row (`axis` 1) or column (0) of matrices: (vectors, vectors, rows or columns), float64."""
+    """Compute inner products of rows (`axis` 1) or columns (0): (vectors, vectors, rows or columns), float64."""
     exact = [vector.double() for vector in vectors]
     return torch.stack([torch.stack([(one * other).sum(axis) for other in exact]) for one in exact])

@@ -1,7 +1,7 @@
 """`karcher`, see its catalog entry.
 
-The mean lies in the span of the models, and angles follow from inner products, so that the whole iteration is about the
-coefficients of the models and does not look at the tensors again.
+The mean lies in the span of the models, and angles follow from inner products. So the whole iteration computes with the
+coefficients of the models, and does not read the tensors again.
 """
 
 import torch
@@ -34,16 +34,16 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def mean_coefficients(products: Tensor, weights: Tensor, max_iter: int, tol: float) -> Tensor:
-    """The mean as a combination of the vectors; with their weights alone where the directions have no mean.
+    """Compute the coefficients of the mean; they are the weights where the directions have no mean.
 
-    A zero vector has no direction; it has a say in the length alone.
+    A zero vector has no direction, and only influences the length.
 
     Args:
-        products: of the vectors, (vectors, vectors), float64.
+        products: inner products of the vectors, (vectors, vectors), float64.
         weights: (vectors,), float64, summing to 1.
 
     Returns:
-        (vectors,), float64.
+        Coefficients of the vectors, (vectors,), float64.
     """
     lengths = products.diagonal().sqrt()
     inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
@@ -57,7 +57,7 @@ def mean_coefficients(products: Tensor, weights: Tensor, max_iter: int, tol: flo
     for _ in range(max_iter):
         cosine = (cosines @ mean).clamp(-1, 1)
         angle, sine = cosine.acos(), (1 - cosine**2).sqrt()
-        # The logarithm of each at the mean; opposite to it, every way is as short.
+        # This is the logarithm of each vector at the mean; for an opposite vector, every way is equally short.
         pull = shares * torch.where(sine > COLINEAR, angle / sine, (cosine > 0).double())
         step = pull - (pull * cosine).sum() * mean
         size = _length(step, cosines)

@@ -19,7 +19,7 @@ from worker.engine.merging.methods.combine import by_slices, model_weights, norm
 
 Scores = Mapping[ScoreName, Tensor]
 NodeWeights = Callable[[ScoreName, Place], Tensor]
-"""Merge weights of the nodes of one score name, in one tensor: (models, nodes), float64, summing to 1 over models."""
+"""Gives merge weights of a score name's nodes in one tensor: (models, nodes), float64, summing to 1 over models."""
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -52,16 +52,16 @@ def node_weights(models: list[MeasuredModel], parameters: ScoringParameters) -> 
 
 
 def weight_errors(weights: Tensor, relative: Tensor) -> Tensor:
-    """Standard errors of merge weights whose models were measured on rows of their own.
+    """Compute standard errors of merge weights whose models were measured on rows of their own.
 
-    By the delta method `se(w_j)^2 = w_j^2 [(1 - w_j)^2 rho_j^2 + sum_(k != j) w_k^2 rho_k^2]`, whatever the lambdas.
+    The delta method gives `se(w_j)^2 = w_j^2 [(1 - w_j)^2 rho_j^2 + sum_(k != j) w_k^2 rho_k^2]`, whatever the lambdas.
 
     Args:
         weights: (models, nodes), see `NodeWeights`.
         relative: `rho` of each model, (models, nodes), see `NodeStatistics.relative_errors`.
 
     Returns:
-        (models, nodes).
+        Standard errors, (models, nodes).
     """
     variance = relative**2
     of_all = (weights**2 * variance).sum(0)
@@ -71,7 +71,7 @@ def weight_errors(weights: Tensor, relative: Tensor) -> Tensor:
 def rest_weights(
     models: list[MeasuredModel], rest: Literal["uniform", "model"]
 ) -> Callable[[int | None, Place], Tensor]:
-    """Merge weights of what no node owns, by layer (None outside the layers) and place: (models, 1), float64.
+    """Return the merge weights of the rest, by layer (None outside the layers) and place: (models, 1), float64.
 
     `uniform`: lambda alone. `model`: lambda times the sum over the kinds of the mean model-normalised score, of the
     layer, or for what lies outside the layers of the model.
@@ -94,8 +94,11 @@ def rest_weights(
 
 
 def normalize_scores(scores: Scores, normalize: Normalize) -> dict[ScoreName, Tensor]:
-    """`F'` before the floor. `layer`: over its layer's mean, per kind, a mean of 0 counting as 1; `model`: over the
-    L2 norm of its kind in the model, a norm of 0 counting as 1."""
+    """Compute `F'` before the floor.
+
+    With `layer`, a score is divided by its layer's mean for the kind; with `model`, by the L2 norm of its kind in the
+    model. A mean or norm of 0 counts as 1.
+    """
     if normalize == "none":
         return dict(scores)
     if normalize == "layer":
@@ -108,7 +111,7 @@ def normalize_scores(scores: Scores, normalize: Normalize) -> dict[ScoreName, Te
 
 
 def floored(score: Tensor, floor: float) -> Tensor:
-    """No score of a layer, (nodes,), below `floor` times their mean.
+    """Raise the scores of a layer, (nodes,), to at least `floor` times their mean.
 
     A node that is dead in every model falls back to lambda; a layer that is dead in one model has no say there.
     """
@@ -116,7 +119,7 @@ def floored(score: Tensor, floor: float) -> Tensor:
 
 
 def weight_shares(weights: NodeWeights, owned: Mapping[ScoreName, Sequence[Place]]) -> list[float]:
-    """Each model's mean merge weight over all nodes; a node's is the mean over the tensors that it owns slices of.
+    """Compute each model's mean merge weight over all nodes; a node's is its mean over the tensors with its slices.
 
     Args:
         owned: the places of these tensors by score name, see `MergePlan.owned`.

@@ -1,7 +1,7 @@
 """`mask_regmean`, see its catalog entry.
 
-A row o of a node minimises `sum_j w_j,o (w - w_j,o) G_j (w - w_j,o)^T`. With equal scores and all options on it is
-`regmean`, with Gram matrices that are the identity it is `mask_fisher`.
+A row o of a node minimises `sum_j w_j,o (w - w_j,o) G_j (w - w_j,o)^T`. With equal scores and all options on, this is
+`regmean`; with Gram matrices that are the identity, it is `mask_fisher`.
 """
 
 import torch
@@ -40,7 +40,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             weights = owned(owner.score, place)
         elif owner.axis == 1 and parameters.columns:
             of_nodes = owned(owner.score, place)
-            weights = torch.ones_like(by_lambda)  # of_nodes has the lambdas in it
+            weights = torch.ones_like(by_lambda)  # of_nodes includes the lambdas
             columns = of_nodes.repeat_interleave(versions.shape[1] // of_nodes.shape[1], dim=1)
         shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
         merged = regress(source, whole, models, weights, shrink, ridge, columns)

@@ -34,13 +34,13 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def ratio(products: Tensor) -> Tensor:
-    """`N c / (1 + (N - 1) c)`, c being the mean cosine of the pairs, 0 where it is negative.
+    """Compute `N c / (1 + (N - 1) c)`, where c is the mean cosine of the pairs, or 0 where that is negative.
 
-    The paper derives it for vectors that are at most orthogonal. Beyond, it would go from the base away from the
-    models, and past every bound where the denominator is 0.
+    The paper derives it for vectors that are at most orthogonal. For others it would lead from the base away from the
+    models, and without bound where the denominator is 0.
 
     Args:
-        products: of the task vectors, (N, N, …). One that is zero is orthogonal to all others.
+        products: inner products of the task vectors, (N, N, …). A zero vector is orthogonal to all others.
     """
     count = len(products)
     pairs = [products[j, k] / (products[j, j] * products[k, k]).sqrt() for j, k in combinations(range(count), 2)]

@@ -37,17 +37,17 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def mean_direction(products: Tensor, weights: Tensor, eps: float) -> Tensor | None:
-    """Factors of the vectors, (vectors,), float64; None if they have no mean direction.
+    """Compute factors of the vectors, (vectors,), float64; None if they have no mean direction.
 
-    Between two opposites it is the straight line, and so it is of vectors that are all zero.
+    Between two opposites, and for vectors that are all zero, the result is that of the straight line.
 
     Args:
-        products: of the vectors, (vectors, vectors), float64.
+        products: inner products of the vectors, (vectors, vectors), float64.
     """
     lengths = products.diagonal().sqrt()
     shares = weights / (lengths + eps)
     length = (shares @ products @ shares).clamp_min(0).sqrt()
-    if not bool(length < eps):  # NaN goes on, to be seen
+    if not bool(length < eps):  # NaN goes on, so that it is noticed
         return shares * ((weights * lengths).sum() / length)
     return weights if len(weights) == 2 or not bool(lengths.any()) else None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from worker.engine.catalog.methods import MethodParameters, NearSwapParameters
 from worker.engine.merging.methods.blocks import Block, BlockMerge, MeasuredModel, Merger, Versions, required_base
 
-LEAST_DIFFERENCE = 1e-6  # that is divided by
+LEAST_DIFFERENCE = 1e-6  # least divisor
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:

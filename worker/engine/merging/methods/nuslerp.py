@@ -10,7 +10,7 @@ from worker.engine.merging.methods.combine import combination, model_weights
 from worker.engine.merging.methods.inner_products import inner_products, products_along, summed
 from worker.engine.merging.methods.slerp import spherical
 
-LEAST_SUM = 1e-6  # of weights that are divided by
+LEAST_SUM = 1e-6  # least sum of weights that is a divisor
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:

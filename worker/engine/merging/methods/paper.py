@@ -1,4 +1,4 @@
-"""The published rule, for comparison: who owns what as in the code that accompanies arXiv 2403.09891.
+"""The published rule, for comparison: slices have the owners of the code that accompanies arXiv 2403.09891.
 
 Query, key and first-projection rows follow their own node's score; value, the attention's output projection and its
 norm follow the layer's mean head score; the second projection and its norm the layer's mean neuron score; embeddings

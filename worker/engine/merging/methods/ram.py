@@ -27,7 +27,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             count = _count(changed).to(deltas[0].dtype)
             total = torch.zeros_like(deltas[0])
             for delta, has, factor in zip(deltas, changed, alone, strict=True):
-                delta.mul_(has)  # so that what is no number stays none
+                delta.mul_(has)  # a product keeps NaN
                 if factor != 1:
                     delta.addcmul_(delta, (count == 1).to(delta.dtype), value=factor - 1)
                 total.add_(delta)
@@ -39,12 +39,12 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def changes(deltas: list[Tensor], epsilon: float) -> list[Tensor]:
-    """Masks of the elements in which each model changes the base."""
+    """Mark the elements in which each model changes the base."""
     return [delta.abs() > epsilon for delta in deltas]
 
 
 def _count(changed: list[Tensor]) -> Tensor:
-    """How many models change each element."""
+    """Count the models that change each element."""
     count = torch.zeros_like(changed[0], dtype=torch.int32)
     for has in changed:
         count.add_(has)
@@ -52,7 +52,7 @@ def _count(changed: list[Tensor]) -> Tensor:
 
 
 def _counts(changed: list[Tensor]) -> Tensor:
-    """(2, models): how many elements each model changes beside others, and how many it changes alone."""
+    """Count the elements that each model changes together with others, and those that it changes alone: (2, models)."""
     count = _count(changed)
     pairs = [[int((has & (count > 1)).sum()), int((has & (count == 1)).sum())] for has in changed]
     return torch.tensor(pairs, dtype=torch.float64).T

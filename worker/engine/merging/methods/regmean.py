@@ -1,7 +1,7 @@
 """`regmean`, see its catalog entry.
 
 It is the least-squares solution of `sum_j lambda_j ||X_j W^T - X_j W_j^T||^2` (arXiv 2212.09849, equation 2), with
-`G_j` the mean instead of the sum over tokens, so that a model with more or longer rows has no more of a say.
+`G_j` the mean instead of the sum over tokens, so that a model with more or longer rows has no more influence.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_slices, model_weights
 
-BATCH_BYTES = 128_000_000  # of the matrices that are factorised at once
+BATCH_BYTES = 128_000_000  # size of the matrices that are factorised at once
 STRONGER_RIDGES = (0.0, 1e-6, 1e-4, 1e-2)  # added in turn while rounding leaves a matrix that is not positive definite
 
 
@@ -46,16 +46,16 @@ def regress(
     ridge: float,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """`W_s = W_1,s + [sum_j w_j,s (W_j,s - W_1,s) G_j] [sum_j w_j,s G_j]^-1`, exact for identical versions.
+    """Compute `W_s = W_1,s + [sum_j w_j,s (W_j,s - W_1,s) G_j] [sum_j w_j,s G_j]^-1`, exact for identical versions.
 
     Args:
-        source: the name of the layer's input. No more than one model's Gram matrix of it is held at a time.
+        source: name of the layer's input. Only one model's Gram matrix of it is held at a time.
         versions: one matrix per model, (outputs, inputs).
         weights: (models, slices), float64; a factor common to the models does not matter. The rows are cut into
             `slices` equal runs.
-        shrink: multiplies what is off the diagonal of each `G_j`.
-        ridge: what is added to its diagonal, in units of the mean diagonal entry over all models. Where that is 0,
-            every `G_j` counts as the identity, and the result is the weighted mean.
+        shrink: factor of the entries off the diagonal of each `G_j`.
+        ridge: number added to its diagonal, in units of the mean diagonal entry over all models. Where that mean is
+            0, every `G_j` counts as the identity, and the result is the weighted mean.
         columns: (models, inputs), float64: weights of the columns, `G_j` becoming `D_j G_j D_j` with `D_j` the
             diagonal matrix of their square roots.
 
@@ -68,7 +68,7 @@ def regress(
     mean = sum(float(model.grams[source].diagonal().double().mean()) for model in models) / len(models)
 
     def conditioned(added: float, index: int) -> Tensor:
-        """A model's matrix, off-diagonal entries times `shrink`, `added` on the diagonal; float64."""
+        """Return a model's matrix: entries off the diagonal times `shrink`, `added` on the diagonal; float64."""
         gram = models[index].grams[source] if mean else torch.eye(versions[0].shape[1])
         found = shrink * gram.double()
         found.diagonal().copy_(gram.diagonal() + added)
@@ -85,7 +85,7 @@ def regress(
 
 
 def _solve(versions: Sequence[Tensor], gram_of: Callable[[int], Tensor], weights: Tensor) -> Tensor | None:
-    """The change of the first version, (outputs, inputs); None where a slice's matrix cannot be factorised."""
+    """Return the change of the first version, (outputs, inputs); None where a slice's matrix cannot be factorised."""
     first = versions[0].double()
     slices, (outputs, inputs) = weights.shape[1], first.shape
     by_slice = (slices, outputs // slices, inputs)

@@ -42,7 +42,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def variance(deltas: list[Tensor]) -> Tensor:
-    """Of every element over the models, not corrected for their number."""
+    """Compute the variance of every element over the models, not corrected for their number."""
     mean = torch.zeros_like(deltas[0])
     for delta in deltas:
         mean.add_(delta, alpha=1 / len(deltas))

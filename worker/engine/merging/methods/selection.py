@@ -1,4 +1,4 @@
-"""The value of a given rank among a tensor's, exactly, without sorting and without holding the tensor."""
+"""Finds the value of a given rank in a tensor, exactly, without sorting and without holding the tensor."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from worker.engine.catalog.planning.memory import HELD_BLOCKS
 from worker.engine.merging.methods.blocks import SAMPLED_RUNS, Block, Versions
 
 SAMPLE_ELEMENTS = 1 << 15
-MARGIN = 0.015  # of the sample, to both sides of the rank; its standard error there is at most 0.28 %
-FEW = 2 * SAMPLE_ELEMENTS  # putting so many in order takes less than a sample saves
+MARGIN = 0.015  # share of the sample on both sides of the rank; the rank's standard error is at most 0.28 %
+FEW = 2 * SAMPLE_ELEMENTS  # ordering so many values takes less time than a sample saves
 
 ANY = (-math.inf, math.inf)
 
@@ -22,36 +22,36 @@ Array = NDArray[Any]
 
 
 def kept_elements(density: float, shape: Sequence[int]) -> int:
-    """How many elements of a tensor are this share of it: at least one."""
+    """Return the number of a tensor's elements that `density` keeps, at least one."""
     return max(1, round(density * math.prod(shape)))
 
 
 def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]], ranks: Sequence[int]) -> list[float]:
-    """Of each of several series of values, the one of a rank: 1 is the largest; equal values have ranks of their own.
+    """Find the value of a rank in each of several series: 1 is the largest; equal values have ranks of their own.
 
-    A sample tells between which two values it lies; a pass over all blocks counts what is above them and gathers what
-    lies between. Where that is too much, or the rank lies outside, the search goes on with what it has ruled out. The
-    result does not depend on the sample, nor on the blocks.
+    A sample gives two values between which it probably lies. A pass over all blocks counts the values above these and
+    gathers the values between them. If these are too many, or the rank lies outside, the search goes on with the values
+    that are not ruled out. The result depends neither on the sample nor on the blocks.
 
     Args:
-        values: the series' values in a block, one for each of the tensor's elements.
-        ranks: one for each series, from 1 to the number of elements.
+        values: returns the series' values in a block, one for each of the tensor's elements.
+        ranks: the rank for each series, from 1 to the number of elements.
 
     Returns:
-        NaN for a series that has a NaN where it matters.
+        The values, NaN for a series that has a NaN where it matters.
     """
     limit = max(1, HELD_BLOCKS * versions.block_elements // len(ranks))
     searches = [_Search(rank, math.prod(versions.shape)) for rank in ranks]
     few, first = min(limit, FEW), True
     while searching := [(index, search) for index, search in enumerate(searches) if search.found is None]:
         if any(search.between > few for _, search in searching):
-            # Once something is ruled out, what is left may be anywhere.
+            # Once values are ruled out, the others may be anywhere.
             for block in versions.sample(SAMPLE_ELEMENTS) if first else versions.blocks():
                 arrays = [_flat(series) for series in values(block)]
                 sampled = arrays[0].size * min(versions.count, SAMPLED_RUNS)
                 for index, search in searching:
                     search.sample(arrays[index], sampled if first else search.between)
-                del block, arrays  # before the next is read
+                del block, arrays  # freed before the next is read
         for _, search in searching:
             search.bracket(few)
         for block in versions.blocks():
@@ -67,20 +67,20 @@ def nth_largest(versions: Versions, values: Callable[[Block], Sequence[Tensor]],
 
 @dataclass
 class _Search:
-    """For a value of which it is known that it lies between two others, and how many of the series do so."""
+    """The search for a value that lies between `low` and `high`, and the number of values that do so."""
 
     rank: int
     above_low: int
     low: float = -math.inf
     high: float = math.inf
-    above_high: int = 0  # or equal to it
+    above_high: int = 0  # includes values equal to `high`
     found: float | None = None
     sampled: list[Array] = field(default_factory=list)
     inner: tuple[float, float] = ANY
-    """What the pass at work gathers is between these."""
+    """Bounds of the values that the present pass gathers."""
     gathered: list[Array] = field(default_factory=list)
     counts: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-    """Above `inner`, at its upper end, inside, at its lower end."""
+    """Numbers of values above `inner`, at its upper end, inside, and at its lower end."""
 
     @property
     def between(self) -> int:
@@ -88,16 +88,16 @@ class _Search:
 
     @property
     def _is_unbounded(self) -> bool:
-        """Whether nothing is ruled out yet, of infinite values neither."""
+        """Whether nothing is ruled out yet, not even infinite values."""
         return (self.low, self.high) == ANY and self.above_high == 0
 
     def sample(self, values: Array, count: int) -> None:
-        """Keep some of these values; about `count` values are to come in all calls together."""
+        """Keep some of these values. All calls together bring about `count` values."""
         inside = values if self._is_unbounded else _between(values, self.low, self.high)
         self.sampled.append(inside[:: max(1, count // SAMPLE_ELEMENTS)].copy())
 
     def bracket(self, few: int) -> None:
-        """What the next pass gathers: all that is left where that is little."""
+        """Choose the values that the next pass gathers: all that are left where they are few."""
         self.inner, self.gathered, self.counts = (self.low, self.high), [], [0, 0, 0, 0]
         sample, self.sampled = np.concatenate(self.sampled or [np.empty(0)]), []
         sample = sample[~np.isnan(sample)]
@@ -117,7 +117,7 @@ class _Search:
             inside, found = values, (0, 0, values.size, 0)
         else:
             is_above = values > high
-            near = values.take(np.flatnonzero((values >= low) ^ is_above))  # unlike a mask, leaves other threads alone
+            near = values.take(np.flatnonzero((values >= low) ^ is_above))  # a mask would slow other threads
             inside = _between(near, low, high)
             above, at_high = int(np.count_nonzero(is_above)), int(np.count_nonzero(near == high))
             at_low = near.size - inside.size - at_high

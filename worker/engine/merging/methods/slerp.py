@@ -28,16 +28,16 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def spherical(products: Tensor, t: float) -> Tensor:
-    """What the first vector and the second are multiplied with, to be `t` of the way along the arc between them.
+    """Compute the factors of two vectors whose sum is `t` of the way along the arc between them.
 
-    Where there is no arc, it is the straight line: between opposites, between what hardly differs in direction, and
-    where a vector is zero. At both ends it is that vector alone, without rounding.
+    The straight line takes the place of the arc between opposites, between vectors that hardly differ in direction, and
+    where a vector is zero. At both ends the result is that vector alone, without rounding.
 
     Args:
-        products: of the vectors, (2, 2, …), float64.
+        products: inner products of the vectors, (2, 2, …), float64.
 
     Returns:
-        (2, …), float64.
+        The two factors, (2, …), float64.
     """
     cosine = (products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()).clamp(-1, 1)
     sine = (1 - cosine**2).sqrt()

@@ -1,4 +1,4 @@
-"""`task_arithmetic`, see its catalog entry. Its `scale` is applied as every method's is, by the caller."""
+"""`task_arithmetic`, see its catalog entry. The caller applies its `scale`, as that of every method."""
 
 from torch import Tensor
 

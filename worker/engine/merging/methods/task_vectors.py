@@ -1,4 +1,4 @@
-"""How task vectors are merged, sparse or not: as a sum, or after the election of a sign for every parameter."""
+"""Merges task vectors, sparse or not: as a sum, or after the election of a sign for every parameter."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ from worker.engine.merging.methods.blocks import (
 from worker.engine.merging.methods.combine import model_weights
 
 Deltas = Callable[[Block], list[Tensor]]
-"""The task vectors of a block, which the caller may change."""
+"""Returns the task vectors of a block, which the caller may change."""
 
 
 def merging(
     parameters: TaskVectorParameters, models: Sequence[MeasuredModel], sparse: Callable[[Versions], Deltas]
 ) -> Merger:
-    """The method that merges what `sparse` leaves of the task vectors."""
+    """Make the method that merges the task vectors that `sparse` returns."""
 
     def prepare(versions: Versions) -> BlockMerge:
         weights = model_weights(models, versions.place).tolist()
@@ -47,10 +47,10 @@ def merging(
 
 
 def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """A new tensor."""
+    """Compute the weighted sum as a new tensor."""
     first, *others = deltas
     weight, *weights = weights
-    is_one = weight == 1 and bool(others)  # then it is a pass less
+    is_one = weight == 1 and bool(others)  # this saves a pass
     total = torch.add(first, others.pop(0), alpha=weights.pop(0)) if is_one else first * weight
     for delta, weight in zip(others, weights, strict=True):
         total.add_(delta, alpha=weight)
@@ -60,15 +60,15 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def elected_sum(
     deltas: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float], *, normalize: bool
 ) -> Tensor:
-    """`sum_(j in A) w_j t_j`, with `A` those that have the sign of `sum_k v_k t_k`; 0 where that is 0.
+    """Compute `sum_(j in A) w_j t_j`, where `A` are the models with the sign of `sum_k v_k t_k`; 0 where that is 0.
 
     So no model is preferred for its place in the list.
 
     Args:
-        deltas: `t`, which this overwrites. A vector of negative weight and vote counts as its opposite.
+        deltas: `t`, which are overwritten. A vector of negative weight and vote counts as its opposite.
         weights: `w`.
-        votes: `v`, of the signs of the weights.
-        normalize: divided by `sum_(j in A) w_j`.
+        votes: `v`, each with the sign of its weight.
+        normalize: whether to divide by `sum_(j in A) w_j`.
     """
     merged = torch.empty_like(deltas[0])
     if min(weights) < 0:
@@ -91,7 +91,7 @@ def elected_sum(
 def _signed_sum(
     deltas: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float], *, normalize: bool
 ) -> Tensor:
-    """`elected_sum` for weights that may be below 0: the sign of `w_j t_j` is compared."""
+    """Compute `elected_sum` for weights that may be below 0: the sign of `w_j t_j` is compared."""
     elected = weighted_sum(deltas, votes).sign_()
     merged, total = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
@@ -102,5 +102,5 @@ def _signed_sum(
 
 
 def magnitudes(block: Block) -> list[Tensor]:
-    """Of the task vectors."""
+    """Compute the magnitudes of the task vectors."""
     return [delta.abs_() for delta in block.deltas]

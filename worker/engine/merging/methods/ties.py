@@ -32,7 +32,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
 
 
 def trim(delta: Tensor, least: float) -> Tensor:
-    """Zero where the magnitude is less than `least`, which is one of the magnitudes, and not NaN."""
+    """Set elements to zero whose magnitude is less than `least`, which is one of the magnitudes, and not NaN."""
     dtype = np.float64 if delta.dtype == torch.float64 else np.float32
     below = np.nextafter(dtype(least), dtype(-1))
-    return torch.nn.functional.hardshrink(delta, float(below))  # zero up to and with `below`
+    return torch.nn.functional.hardshrink(delta, float(below))  # magnitudes up to `below` become zero
