@@ -1,20 +1,19 @@
 """What the engine does with what a checkpoint predicts, one file for each kind of head in the catalog's tasks."""
 
+from importlib import import_module
 from typing import Any
 
-from worker.engine.catalog.tasks import TASKS, Classification, MultiLabel, Regression, Task
-from worker.engine.tasks.classification import ClassificationHead
+from worker.engine.catalog.tasks import TASKS, Task
 from worker.engine.tasks.kind import EstimatorName, HeadKind
-from worker.engine.tasks.multi_label import MultiLabelHead
-from worker.engine.tasks.regression import RegressionHead
 
-KINDS: dict[type[Task], type[HeadKind[Any]]] = {
-    Classification: ClassificationHead,
-    MultiLabel: MultiLabelHead,
-    Regression: RegressionHead,
-}
-if set(TASKS) != KINDS.keys():
-    raise TypeError("the catalog's tasks are not those that the engine knows")
+
+def _kind(task: type[Task]) -> type[HeadKind[Any]]:
+    """What the module of the same name as the task's has as KIND."""
+    kind: type[HeadKind[Any]] = import_module(f"{__name__}.{task.__module__.rpartition('.')[2]}").KIND
+    return kind
+
+
+KINDS = {task: _kind(task) for task in TASKS}
 
 
 def kind_of(task: Task) -> HeadKind[Any]:

@@ -64,6 +64,9 @@ class ClassificationHead(HeadKind[Classification]):
         return metrics.likely_permutation(labels, predictions, self.task.outputs)
 
 
+KIND = ClassificationHead
+
+
 def drawn(logits: Tensor, draws: Tensor) -> Tensor:
     """Labels from the model's distribution, (batch,), by numbers between 0 and 1, (batch,)."""
     cumulative = logits.double().softmax(-1).cumsum(-1)

@@ -56,3 +56,6 @@ class MultiLabelHead(HeadKind[MultiLabel]):
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
         applies = scaled(logits.double()).sigmoid().numpy()
         return float(metrics.of_decisions(name, labels, [applies])(np.ones((len(labels), 1)))[0, 0])
+
+
+KIND = MultiLabelHead

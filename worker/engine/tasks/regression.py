@@ -46,3 +46,6 @@ class RegressionHead(HeadKind[Regression]):
 
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
         return self.metric(name)(labels, self.predicted(logits))
+
+
+KIND = RegressionHead

@@ -1,4 +1,7 @@
-"""What a checkpoint predicts. Adding a kind of head is one file here, and one in `worker.engine.tasks`."""
+"""What a checkpoint predicts. Adding a kind of head is one file here, and one of its name in `worker.engine.tasks`."""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.families import FAMILIES, Family
@@ -9,8 +12,19 @@ from worker.engine.catalog.tasks.multi_label import MultiLabel
 from worker.engine.catalog.tasks.regression import Regression
 from worker.engine.catalog.tasks.task import Label, LabelMap, Task, outputs_of
 
-TASKS: tuple[type[Task], ...] = (MultiLabel, Regression, Classification)
-"""Of those with the same ending, the first whose configuration a checkpoint has is its task."""
+
+def _found() -> tuple[type[Task], ...]:
+    """The tasks of the files of this package; each is found by being there."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    named = [(module.__name__, value) for module in modules for value in vars(module).values()]
+    return tuple(
+        value
+        for module, value in named
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module and value is not Task
+    )
+
+
+TASKS = _found()
 
 
 def family_of(info: CheckpointInfo) -> Family | None:

@@ -17,7 +17,10 @@ class Classification(Task):
     metrics = ("accuracy", "f1", "matthews")
 
     @classmethod
-    def of(cls, info: CheckpointInfo, outputs: int) -> Self:
+    def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:
+        """As in transformers: several outputs are classes if nothing else is said."""
+        if outputs == 1 or info.config.get("problem_type") in ("multi_label_classification", "regression"):
+            return None
         return cls(outputs, *label_ids(info, outputs))
 
     def value(self, label: Any, labels: LabelMap, source: str, place: Place) -> int:
