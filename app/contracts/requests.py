@@ -152,7 +152,7 @@ class Output(Tokens):
 
     @property
     def spec(self) -> OutputSpec:
-        """What the engine knows of it."""
+        """The settings of the output that the engine needs."""
         return OutputSpec.model_validate(self.model_dump(include=set(OutputSpec.model_fields)))
 
     @field_validator("chat_template")

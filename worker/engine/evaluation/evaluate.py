@@ -58,7 +58,7 @@ def predict_with(
 
 
 def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows) -> Tensor:
-    """What the head's linear layer reads for each output, (outputs, width), float64 on the CPU, row by row."""
+    """Compute inputs of the head's linear layer for each output, (outputs, width), float64 on the CPU, row by row."""
     inputs = torch.empty(sum(example.outputs for example in examples), head_of(loaded).in_features, dtype=torch.float64)
     for batch, places, features, _ in _forward(loaded, examples, precision):
         inputs[places] = features.cpu().double()
@@ -69,10 +69,11 @@ def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Pre
 def _forward(
     loaded: LoadedModel, examples: Sequence[Example], precision: Precision
 ) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-    """Batches, the places of their outputs among those of all examples, (outputs,), what the head reads for each,
-    (outputs, width), and its logits, (outputs, labels), float32.
+    """Run the model, and yield batches with their outputs.
 
-    A batch's indices are places in `examples`, which may be some of a data set's.
+    Each comes with the places of its outputs among those of all examples, (outputs,), the head's input for each output,
+    (outputs, width), and its logits, (outputs, labels), float32. A batch's indices are places in `examples`, which may
+    be only some of a data set's.
     """
     numbered = [replace(example, index=index) for index, example in enumerate(examples)]
     first = [0, *accumulate(example.outputs for example in examples)]

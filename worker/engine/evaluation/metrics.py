@@ -31,12 +31,13 @@ def compare(
     """Compute the metric of every version's predictions, and the merge's difference from each other version.
 
     Intervals are 95 % bootstrap percentile intervals (Efron and Tibshirani 1993, chapter 13). The bootstrap is paired:
-    each resample draws the same rows for all versions, so what makes a row hard for all of them cancels in differences.
+    each resample draws the same rows for all versions, so that the difficulty of rows cancels in differences.
 
     Args:
-        labels: (outputs,), or of a multi-label head (outputs, labels).
-        predictions: of all versions, in the same shape. The evaluation's seed draws the rows.
-        outputs: of each row; None: one of each.
+        evaluation: names the metric; its seed draws the rows.
+        labels: (outputs,), or for a multi-label head (outputs, labels).
+        predictions: predictions of all versions, in the same shape.
+        outputs: number of outputs of each row; None: each row has one.
 
     Raises:
         NumericalError: a metric is not finite.
@@ -82,11 +83,11 @@ def bootstrap(
     seed: int,
     outputs: Sequence[int] | None = None,
 ) -> Array:
-    """The metric of every prediction on resampled rows, (predictions, resamples); all are on the same resamples.
+    """Compute every prediction's metric on the same resampled rows, (predictions, resamples).
 
     Args:
-        labels, predictions: (outputs,) each, or of a multi-label head (outputs, labels).
-        outputs: of each row, all of which are drawn together; None: one of each.
+        labels, predictions: (outputs,) each, or for a multi-label head (outputs, labels).
+        outputs: number of outputs of each row, all of which are drawn together; None: each row has one.
     """
     metric = kind_of(task).resampled(name, labels, predictions)
     if outputs is None or set(outputs) == {1}:

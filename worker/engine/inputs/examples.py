@@ -28,9 +28,9 @@ class Example:
     place: Place
     encoding: Mapping[str, list[int]]
     label: Label | None
-    """The label of the row; where it has several outputs, a tuple of their labels."""
+    """Label of the row; if it has several outputs, a tuple of their labels."""
     positions: tuple[int, ...] | None = None
-    """The tokens whose outputs have labels, ascending; None where the row has one output."""
+    """Positions of the tokens whose outputs have labels, ascending; None if the row has one output."""
 
     @property
     def outputs(self) -> int:
@@ -38,7 +38,7 @@ class Example:
 
     @property
     def labels(self) -> Sequence[Any]:
-        """The label of each output."""
+        """Labels of all outputs."""
         return self.label if self.positions is not None and isinstance(self.label, tuple) else (self.label,)
 
     @property
@@ -55,10 +55,10 @@ class Batch:
     indices: Tensor
     places: tuple[Place, ...]
     positions: Tensor | None = None
-    """Whether a token's output has a label, (batch, tokens); None where each row has one output."""
+    """Whether each token's output has a label, (batch, tokens); None if each row has one output."""
 
     def of_outputs(self, values: Tensor) -> Tensor:
-        """What the model gives for each output, row by row: (batch, …) or (batch, tokens, …) to (outputs, …)."""
+        """Select the values of each output, row by row: (batch, …) or (batch, tokens, …) to (outputs, …)."""
         return values if self.positions is None else values[self.positions]
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class Batch:
 
 
 class Reading(Protocol):
-    """How a kind of head reads rows."""
+    """Reads rows for a kind of head."""
 
     @property
     def tokenizer_arguments(self) -> Mapping[str, Any]:
@@ -75,19 +75,19 @@ class Reading(Protocol):
     def answers(
         self, row: Row, encoding: Any, label: Label | None, source: str
     ) -> tuple[tuple[int, ...] | None, Label | None]:
-        """The row's `Example.positions` and `Example.label`.
+        """Return the row's `Example.positions` and `Example.label`.
 
         Args:
-            encoding: the row as the library `tokenizers` gives it.
-            label: the whole row's.
+            encoding: the row's tokens as the library `tokenizers` gives them.
+            label: the label of the whole row.
 
         Raises:
-            InvalidDataset: the label is not one for these texts.
+            InvalidDataset: the label does not suit these texts.
         """
 
 
 class OneOutput:
-    """A row has one output."""
+    """Reads rows that have one output each."""
 
     tokenizer_arguments: Mapping[str, Any] = {}
 
@@ -162,7 +162,7 @@ def _as_listed(text: Text) -> str | list[str]:
 
 
 def labels_of(examples: Sequence[Example]) -> NDArray[np.float64]:
-    """Labels of all outputs, row by row: (outputs,) or (outputs, labels)."""
+    """Return the labels of all outputs, row by row: (outputs,) or (outputs, labels)."""
     return np.array([label for example in examples for label in example.labels], dtype=np.float64)
 
 

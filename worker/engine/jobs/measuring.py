@@ -1,4 +1,4 @@
-"""The step that measures: statistics of every model, on as many of its rows as they take."""
+"""The step that measures statistics of every model, on as many of its rows as they need."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class Measuring:
 
 
 def for_method(method: MethodParameters, spec: JobSpec, model: JobModel) -> JobModel:
-    """The model as one of the job's methods sees it: with the rows that this one measures and fits to."""
+    """Return the model as one of the job's methods sees it: with the rows that this method measures and fits to."""
     wanted = method.most_examples
     _, aligned_on = spec.rows_wanted(model.spec)
     rows = model.rows
@@ -35,7 +35,7 @@ def for_method(method: MethodParameters, spec: JobSpec, model: JobModel) -> JobM
 
 
 def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobModel]]:
-    """The models of every part of the work, measured. The phase ends where each is measured on all of its rows."""
+    """Measure the models of every part of the work. The phase's total counts all rows of each."""
     store, batches = context.store, context.lasting.batches
     measurers = [Measurer(part.method, part.plan.linear_inputs, context.precision, store, batches) for part in work]
     total = sum(
@@ -49,8 +49,10 @@ def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobMode
 
 
 def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobContext) -> list[JobModel]:
-    """All statistics of every model that takes part; with `examples: "auto"`, of as many rows as it takes to know the
-    weights of their merge."""
+    """Measure all statistics of every model that takes part.
+
+    With `examples: "auto"` they are measured on as many rows as are needed to know the weights of the merge.
+    """
     method = work.method
     found = [replace(model, measured=Measured()) for model in work.models]
     samples = {index: model.rows.sample for index, model in enumerate(found) if model.rows.sample is not None}
@@ -79,8 +81,7 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
 
 
 def truncations(model: JobModel) -> Sequence[str]:
-    """A note of the truncated among the rows that were measured in this job, or else of those that layers and the head
-    are fitted to."""
+    """Note how many rows were truncated, among those measured in this job, or else those of layers and the head."""
     sample = model.rows.sample
     found = [] if sample is None else truncation(*sample.truncated, sample.spec, sample.max_length)
     return found or model.rows.truncated

@@ -1,4 +1,4 @@
-"""How well the merge weights are known from the rows that were scored, and whether that is enough."""
+"""Tells how well the merge weights are known from the rows that were scored, and whether that is enough."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,32 +16,32 @@ from worker.engine.merging.methods.mask_fisher import node_weights, weight_error
 from worker.engine.scoring.statistics import NodeStatistics
 
 Owned = Mapping[ScoreName, Sequence[Place]]
-"""See `MergePlan.owned`."""
+"""Places of tensors by score name, see `MergePlan.owned`."""
 
 LEAST_ROWS = 2  # one has no standard error
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model with `weight` lambda, scored on rows out of `population`: the sums, by how many rows they are of."""
+    """A model with `weight` lambda, scored on some of `population` rows; its sums are by the number of rows in them."""
 
     weight: PerTensor[float]
     sums: Mapping[int, NodeStatistics]
     population: int
 
     def at(self, rows: int) -> NodeStatistics | None:
-        """Of so many rows, or of all where there are no more."""
+        """Return the sums over `rows` rows, or over all where there are no more."""
         return self.sums.get(min(rows, max(self.sums)))
 
 
 def errors_at(
     method: ScoringParameters, models: Sequence[Scored], rows: int, owned: Owned
 ) -> dict[ScoreName, Tensor] | None:
-    """Standard errors of the merge weights after `rows` rows of each model: by score name, (models, nodes).
+    """Compute standard errors of the merge weights after `rows` rows of each model: by score name, (models, nodes).
 
-    Of a node whose weights differ between tensors, it is the root mean square over the tensors that it owns slices of.
-    A model alone stands against one as uncertain as itself and with the same scores, so that `se = rho / sqrt(8)`. None
-    where the sums are not known, or are of one row.
+    For a node whose weights differ between tensors, it is the root mean square over the tensors that it owns slices of.
+    A single model is compared with one that has the same scores and errors, so that `se = rho / sqrt(8)`. None where
+    the sums are not known, or are those of one row.
     """
     found = []
     for model in models if len(models) > 1 else [*models, *models]:
@@ -66,7 +66,7 @@ def errors_at(
 
 
 def point(method: ScoringParameters, models: Sequence[Scored], rows: int, owned: Owned) -> StoppingPoint | None:
-    """The error curve after `rows` rows of each model; of the models' errors the largest counts."""
+    """Compute the error curve's point after `rows` rows of each model; the largest of the models' errors counts."""
     errors = errors_at(method, models, rows, owned)
     if errors is None:
         return None
@@ -77,7 +77,7 @@ def point(method: ScoringParameters, models: Sequence[Scored], rows: int, owned:
 
 
 def stopping(method: ScoringParameters, models: Sequence[Scored], owned: Owned) -> Stopping:
-    """The whole curve, as far as it is known."""
+    """Compute the whole curve, as far as it is known."""
     looked_at = sorted({rows for model in models for rows in model.sums})
     curve = [found for rows in looked_at if (found := point(method, models, rows, owned)) is not None]
     reached = None if method.tolerance is None else bool(curve) and curve[-1].error <= method.tolerance
@@ -85,7 +85,7 @@ def stopping(method: ScoringParameters, models: Sequence[Scored], owned: Owned) 
 
 
 def errors_of_models(method: ScoringParameters, models: Sequence[Scored], owned: Owned) -> list[float | None]:
-    """Of every model's merge weights: root mean square of the standard error over all nodes."""
+    """Compute, for every model, the root mean square over all nodes of its merge weights' standard error."""
     errors = errors_at(method, models, max(max(model.sums) for model in models), owned)
     if errors is None:
         return [None] * len(models)

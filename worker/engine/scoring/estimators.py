@@ -29,7 +29,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def contrasts(self, logits: Tensor, batch: Batch) -> Passes:
-        """What to differentiate, by the logits of a forward pass, (batch, …)."""
+        """Choose the sums of logits to differentiate, by the logits of a forward pass, (batch, …)."""
 
     def squares(self, logits: Tensor, batch: Batch, gradients: MaskGradients) -> Scores:
         """Compute each example's expected squared gradient by every mask node."""
@@ -43,7 +43,7 @@ class Estimator(ABC):
 
 
 def _combined(logits: Tensor, coefficients: Tensor) -> Tensor:
-    """The sum of each example's logits with these coefficients, (batch,)."""
+    """Sum each example's logits with these coefficients, (batch,)."""
     return (coefficients.to(logits.dtype) * logits).flatten(1).sum(-1)
 
 

@@ -1,7 +1,7 @@
 """Fisher information of every backbone parameter, one example at a time.
 
 `F_i = 1/n sum_x E_y (d log p(y|x) / d theta_i)^2` (Matena & Raffel 2022, arXiv 2111.09832, equation 4). A parameter's
-gradient is summed over the batch inside the backward pass, so squares of single examples need a pass for each.
+gradient is summed over the batch inside the backward pass, so the squares of single examples need a pass for each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import OnRows, not_finite
 from worker.engine.scoring.work import Measured, Pass, Work
 
-BLOCK_ROWS = 16  # squares are summed in float32 over so few examples, and the blocks in float64
+BLOCK_ROWS = 16  # squares of so few examples are summed in float32, and the blocks in float64
 
 
 def fisher(
@@ -30,16 +30,16 @@ def fisher(
     source: str,
     on_rows: OnRows,
 ) -> dict[str, Tensor]:
-    """Diagonal Fisher information of the backbone's parameters.
+    """Compute the diagonal Fisher information of the backbone's parameters.
 
-    Independent of the order of the examples and of padding. A tensor of the checkpoint that the model does not read
-    has zeros. Memory beside the model's activations: 16 bytes a parameter.
+    It does not depend on the order of the examples and on padding. A tensor of the checkpoint that the model does not
+    read has zeros. Besides the model's activations it takes 16 bytes of memory a parameter.
 
     Returns:
-        By `Slot.name`, heads left out: float32, in the tensor's shape, on the CPU.
+        Fisher information by `Slot.name`, without heads: float32, in the tensor's shape, on the CPU.
 
     Raises:
-        NumericalError: a gradient is NaN or infinite; names the row.
+        NumericalError: a gradient is NaN or infinite; the message names the row.
     """
     family = loaded.family
     shapes = {}
@@ -47,7 +47,7 @@ def fisher(
         slot = family.slot(name)
         if slot is not None and slot.kind not in (Kind.HEAD, Kind.UNREAD):
             shapes[slot.name] = tensor.shape
-    # A tied parameter is there under each of its names, with the same gradient.
+    # A tied parameter has an entry for each of its names, with the same gradient.
     parameters = {n: p for n, p in loaded.model.named_parameters(remove_duplicate=False) if n in shapes}
     block = {name: torch.zeros(parameter.shape, device=loaded.device) for name, parameter in parameters.items()}
     totals = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -106,14 +106,14 @@ def _check_finite(gradients: dict[str, Tensor], batch: Batch, source: str) -> No
 
 @contextmanager
 def _differentiable(model: nn.Module, embeddings: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let the backward pass reach `parameters`, which `load` has put out of its reach."""
+    """Let the backward pass reach `parameters`, whose gradients `load` has switched off."""
     tables = [module for module in embeddings.modules() if isinstance(module, nn.Embedding)]
     model.requires_grad_(False)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
         for table in tables:
-            table.sparse = True  # of a vocabulary, an example has a few rows
+            table.sparse = True  # an example has only a few rows of a vocabulary
         yield
     finally:
         model.requires_grad_(False)

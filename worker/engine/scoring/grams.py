@@ -1,4 +1,4 @@
-"""Gram matrices of what a model's linear layers read, over its rows' tokens."""
+"""Computes Gram matrices of the inputs of a model's linear layers, over its rows' tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +17,7 @@ from worker.engine.scoring.work import Measured, Pass, Work
 
 
 def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> list[list[LinearInput]]:
-    """The inputs in runs whose matrices, in float64, are held at once: each takes one pass over the rows."""
+    """Cut the inputs into runs whose matrices, in float64, are held at once. Each run takes one pass over the rows."""
     passes: list[list[LinearInput]] = []
     held = 0
     for one in inputs:
@@ -38,16 +38,16 @@ def grams(
     source: str,
     on_rows: OnRows,
 ) -> dict[str, Tensor]:
-    """`G = 1/n sum x x^T` over the n non-padding tokens of all rows (Jin et al. 2023, arXiv 2212.09849, section 3).
+    """Compute `G = 1/n sum x x^T` over the n non-padding tokens of all rows (Jin et al. 2023, arXiv 2212.09849, 3).
 
-    What is read once a row, as the pooler's first token, has one `x` a row. Products of a batch are float32, their sum
-    is float64.
+    An input that is read once a row, such as the pooler's first token, has one `x` a row. Products of a batch are
+    float32, and their sum is float64.
 
     Returns:
-        By name of the input, (width, width), float32.
+        Gram matrices by name of the input, (width, width), float32.
 
     Raises:
-        NumericalError: an input is NaN or infinite; names the row.
+        NumericalError: an input is NaN or infinite; the message names the row.
     """
     with _Sums(loaded.model, inputs, loaded.device, source) as sums, torch.inference_mode():
         for batch in collate(plan_batches(examples), loaded.padding, loaded.device):
@@ -58,11 +58,11 @@ def grams(
 
 
 class _AllSeen(Exception):
-    """The rest of the forward pass is not needed."""
+    """All inputs were seen, so the rest of the forward pass is not needed."""
 
 
 class _Sums:
-    """Sums of `x x^T` over what modules read in forward passes, while in context."""
+    """Sums of `x x^T` over the inputs of modules in forward passes, while in context."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[LinearInput], device: torch.device, source: str) -> None:
         self.totals = {i.name: torch.zeros(i.width, i.width, dtype=torch.float64, device=device) for i in inputs}
@@ -97,13 +97,13 @@ class _Sums:
         return before
 
     def _see(self, name: str, x: Tensor) -> None:
-        """Add `x`, (batch, tokens, width), or (batch, width) of what is read once a row."""
+        """Add `x`, (batch, tokens, width), or (batch, width) for an input that is read once a row."""
         if self._batch is None:
             raise TypeError("no batch")
         batch = self._batch
         rows = torch.arange(len(batch), device=x.device)
         if x.dim() == 3:
-            is_text = batch.inputs["attention_mask"].bool()  # no padding
+            is_text = batch.inputs["attention_mask"].bool()  # False for padding
             rows = rows[:, None].expand_as(is_text)[is_text]
             x = x[is_text]
         x = x.float()  # (tokens, width); `rows` has each token's row

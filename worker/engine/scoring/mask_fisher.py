@@ -1,5 +1,4 @@
-"""Scores of mask nodes, with the sums that their errors follow from: block by block, so that more rows go on from
-fewer."""
+"""Scores mask nodes block by block, with the sums for their errors, so that more rows go on from fewer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ def _measure(work: Work, measured: Measured) -> Measured:
 
 
 def _published(work: Work) -> Iterator[Mapping[str, Tensor]]:
-    """What the published code computes, by batches of its own, which have no errors."""
+    """Yield the published code's scores, from batches of its own; they have no errors."""
     scores = paper_scores(work.loaded, work.examples, work.sample.source, work.on_rows)
     yield {str(name): of for name, of in scores.items()}
 
@@ -36,16 +35,16 @@ def _facts(work: Work, rows: int) -> Facts:
 
 
 def _with_scores(work: Work, measured: Measured) -> Measured:
-    """Scores of the first rows, from the longest run of whole blocks whose sums are known; every look is kept.
+    """Score the first rows. The longest run of whole blocks whose sums are known is not scored again.
 
-    Of several processes that want the same, one goes through the rows; the others wait for it.
+    Every look is kept. If several processes need the same scores, one goes through the rows and the others wait for it.
     """
     found = _with_kept(work, measured)
     if found.scored_rows == work.rows:
         work.on_rows(found.scored_rows - measured.scored_rows)
         return found
     alone = work.store.alone_with(_facts(work, work.rows), lambda: work.on_rows(0))
-    # Weights are rounded here once, and not anew for every block.
+    # Weights are rounded once here, and not anew for every block.
     with alone, rounded_weights(work.loaded.model, work.precision):
         found = _with_kept(work, found)
         known = found.scored_rows
@@ -75,9 +74,9 @@ def _scored(work: Work, block: Sequence[Example], tokens: int) -> NodeStatistics
 
 
 def _with_kept(work: Work, measured: Measured) -> Measured:
-    """What was measured with the longest run of whole blocks that is kept, and the looks before it.
+    """Add the longest run of whole blocks that is kept, and the looks before it.
 
-    Where the method names the tokens of a batch, only what was computed by so many counts as kept.
+    If the method sets the number of tokens in a batch, only sums that were computed with that number count as kept.
     """
     asked = work.method.asked_batch_tokens
     found = measured
@@ -95,9 +94,9 @@ def _with_kept(work: Work, measured: Measured) -> Measured:
 
 
 def _tokens(work: Work, measured: Measured, block: Sequence[Example], rows: int) -> int:
-    """Padded tokens that are computed together, of `rows` rows like those of the block.
+    """Choose how many padded tokens are computed together for `rows` rows like those of the block.
 
-    What was begun goes on by the same number, if that is none that only another device can hold.
+    Scores that were begun go on with the same number, unless only another device has the memory for it.
     """
     asked = work.method.asked_batch_tokens
     if asked is not None:

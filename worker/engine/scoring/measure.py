@@ -1,4 +1,4 @@
-"""What a method needs to know of one model: from the store where it was measured before, or computed and kept."""
+"""Measures the statistics that a method needs of one model: they come from the store, or are computed and kept."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -22,7 +22,7 @@ class Measurer:
     """Measures models for one method.
 
     Args:
-        inputs: of the backbone's linear layers.
+        inputs: inputs of the backbone's linear layers.
         batches: knows how many tokens are best computed together.
     """
 
@@ -42,7 +42,7 @@ class Measurer:
 
     @property
     def passes(self) -> int:
-        """How often each row is gone through."""
+        """Number of passes over each row."""
         return sum(PASSES[statistic].passes(self._inputs) for statistic in self._method.statistics)
 
     def measure(
@@ -55,12 +55,12 @@ class Measurer:
         on_rows: OnRows,
         statistics: Collection[Statistic] | None = None,
     ) -> Measured:
-        """What was `measured` with statistics of the first `rows` rows: all of the method's, or those that are named.
+        """Add statistics of the first `rows` rows to `measured`: all of the method's, or those that are named.
 
-        Mask scores go on from what is known of fewer rows. `digest` is the checkpoint's.
+        Scores of mask nodes go on from the known sums over fewer rows. `digest` is the checkpoint's.
 
         Raises:
-            NumericalError: a gradient or an activation is NaN or infinite; names the row.
+            NumericalError: a gradient or an activation is NaN or infinite; the message names the row.
         """
         start = time.monotonic()
         work = Work(

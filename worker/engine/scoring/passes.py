@@ -1,4 +1,4 @@
-"""The passes that measure models, by statistic."""
+"""Passes that measure models, one for each statistic."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""One model's measuring by one method: what a statistic's pass over the rows is given, and what it returns."""
+"""The interface of a statistic's pass over one model's rows: `Work` goes in, and `Measured` comes out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,30 +23,30 @@ from worker.engine.scoring.store import Statistics, StatisticsStore
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's statistics, of its first `rows` rows. `cached` when all of them were found."""
+    """A model's statistics over its first `rows` rows. `cached`: all of them were found in the store."""
 
     rows: int = 0
     statistics: Mapping[Statistic, Statistics] = field(default_factory=dict)
     names: tuple[ScoreName, ...] = ()
     """Names of the scores of the model's mask nodes."""
     sums: Mapping[int, NodeStatistics] = field(default_factory=dict)
-    """What the scores of its first rows follow from, by how many these are: at every look that is known."""
+    """Sums of its first rows, from which scores follow, by the number of rows: at every look that is known."""
     estimator: str | None = None
     batch_tokens: int | None = None
-    """Padded tokens that were computed together for the scores; None where parts were computed by different numbers."""
+    """Number of padded tokens that were computed together for the scores; None where it differs between parts."""
     cached: bool = False
     seconds: float = 0.0
 
     @property
     def scored_rows(self) -> int:
-        """Number of first rows whose scores, and the sums that these follow from, are known."""
+        """Number of first rows whose scores are known, with their sums."""
         return max(self.sums, default=0)
 
     def with_statistic(self, statistic: Statistic, kept: Statistics) -> "Measured":
         return replace(self, statistics={**self.statistics, statistic: kept})
 
     def with_scores(self, rows: int, kept: Statistics) -> "Measured":
-        """With the scores of the first `rows` rows."""
+        """Add the scores of the first `rows` rows."""
         sums = {**self.sums, rows: NodeStatistics.from_named(rows, self.names, kept)}
         return replace(self.with_statistic(Statistic.MASK_FISHER, kept), sums=sums)
 
@@ -55,26 +55,26 @@ class Measured:
 
     @property
     def scores(self) -> dict[ScoreName, Tensor]:
-        """Of mask nodes: (nodes,), float64, by score name."""
+        """Scores of mask nodes, (nodes,), float64, by score name."""
         found = self.of(Statistic.MASK_FISHER)
         return {name: found[name] for name in self.names} if found else {}
 
     @property
     def scores_and_errors(self) -> dict[str, Tensor]:
-        """Scores, and each one's standard error under its name and `.stderr`."""
+        """Return the scores, and the standard error of each under its name with `.stderr`."""
         return {name: of for name, of in self.of(Statistic.MASK_FISHER).items() if not name.endswith(SUMS)}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Measuring the first `rows` rows of one model for one method."""
+    """The task of measuring the first `rows` rows of one model for one method."""
 
     method: MethodParameters
     inputs: Sequence[LinearInput]
-    """The inputs of the backbone's linear layers."""
+    """Inputs of the backbone's linear layers."""
     loaded: LoadedModel
     digest: str
-    """The checkpoint's."""
+    """Digest of the checkpoint."""
     sample: Sample
     rows: int
     precision: Precision
@@ -84,7 +84,7 @@ class Work:
 
     @cached_property
     def estimator(self) -> Estimator | None:
-        """Which label gradients are of, with `auto` resolved; None where the method takes no gradients."""
+        """The estimator of gradients, with `auto` resolved; None if the method takes no gradients."""
         asked = self.method.gradients
         return None if asked is None else estimator_for(asked.estimator, self.loaded.task, asked.seed)
 
@@ -99,7 +99,7 @@ class Work:
         return [example for block in self.sample.blocks(0, self.rows) for example in block]
 
     def facts(self, statistic: Statistic, rows: int) -> Facts:
-        """All that a statistic of the first `rows` follows from that takes no gradients."""
+        """Return everything that a statistic of the first `rows` rows depends on, if it takes no gradients."""
         return Facts(
             statistic=statistic,
             checkpoint=self.digest,
@@ -109,7 +109,7 @@ class Work:
         )
 
     def facts_of_gradients(self, statistic: Statistic, rows: int) -> Facts:
-        """All that a statistic of the first `rows` follows from that is made of gradients."""
+        """Return everything that a statistic of the first `rows` rows depends on, if it is made of gradients."""
         estimator = self.required_estimator
         more = {
             "rows": self.sample.digest(rows, with_labels=self.method.needs_labels),
@@ -126,10 +126,10 @@ class Work:
     def find_or_compute(
         self, measured: Measured, facts: Facts, parts: Iterator[Mapping[str, Tensor]], passes: int = 1
     ) -> Measured:
-        """What was `measured` with a statistic of all rows: as it is kept, or else from `parts`, held one at a time.
+        """Add a statistic of all rows to `measured`: the kept one, or else one from `parts`, held one at a time.
 
         Args:
-            passes: how often `parts` go through the rows.
+            passes: number of times that `parts` go through the rows.
         """
         kept, was_there = self.store.get_or_compute(
             facts, self.origin(self.rows), parts, on_wait=lambda: self.on_rows(0)
@@ -141,10 +141,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """How one statistic is measured."""
+    """The functions that measure one statistic."""
 
     statistic: Statistic
     measure: Callable[[Work, Measured], Measured]
-    """Returns what was measured with the statistic; goes on from what is known of fewer rows, if it can."""
+    """Adds the statistic to the measured ones; it goes on from those of fewer rows, if it can."""
     passes: Callable[[Sequence[LinearInput]], int] = lambda inputs: 1
-    """How often each row is gone through, of a model whose linear layers have these inputs."""
+    """Returns the number of passes over each row for a model whose linear layers have these inputs."""

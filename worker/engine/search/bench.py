@@ -97,7 +97,7 @@ class Side:
 
 
 class Seen:
-    """What the heads read of rows with one merge, (outputs, width), computed as far as it is asked for."""
+    """Inputs of a head on rows with one merge, (outputs, width), computed as far as they are asked for."""
 
     def __init__(self, examples: Sequence[Example], read: Callable[[slice], Tensor]) -> None:
         self._examples = examples

@@ -19,8 +19,8 @@ TINY = torch.finfo(torch.float64).tiny  # replaces a divisor of 0 where the quot
 EstimatorName = Literal["auto", "expected", "sampled", "empirical"]
 ResolvedEstimator = Literal["expected", "sampled", "empirical"]
 Passes = tuple[Tensor, Sequence[Tensor]]
-"""Weights of squared derivatives, (batch, passes), and for each pass what the derivative is of: coefficients of the
-logits, in their shape; float64."""
+"""Weights of squared derivatives, (batch, passes), and for each pass the coefficients of the logits whose sum is
+differentiated, in the logits' shape; float64."""
 T = TypeVar("T", bound=Task)
 
 
@@ -38,7 +38,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         return ()
 
     def loss_per_likelihood(self, batch: Batch) -> float:
-        """The batch's loss, as the published code takes it, over the mean negative log-likelihood of its rows."""
+        """Return the ratio of the batch's loss in the published code to its rows' mean negative log-likelihood."""
         return 1.0
 
     def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
@@ -57,11 +57,11 @@ class HeadKind(OneOutput, ABC, Generic[T]):
 
     @abstractmethod
     def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
-        """The gradient of the log-likelihood of the batch's own labels, as in `Batch.labels`."""
+        """Give the passes of the gradient for the batch's own labels, as in `Batch.labels`."""
 
     @abstractmethod
     def decision(self, logits: Tensor) -> Tensor:
-        """Predictions by the logits, one for each, in the shape of the labels: (rows, outputs) to (rows, …)."""
+        """Compute a prediction from each row of logits, in the shape of the labels: (rows, outputs) to (rows, …)."""
 
     def predicted(self, logits: Tensor) -> Array:
         return self.decision(logits).cpu().double().numpy()
@@ -84,6 +84,6 @@ class HeadKind(OneOutput, ABC, Generic[T]):
 
 
 def one_pass(coefficients: Tensor) -> Passes:
-    """Squares of single derivatives, of coefficients (batch, …)."""
+    """Give passes of one squared derivative each, with coefficients (batch, …)."""
     weights = torch.ones(len(coefficients), 1, dtype=torch.float64, device=coefficients.device)
     return weights, [coefficients]

@@ -33,17 +33,17 @@ FORMATS: Mapping[str, Callable[[str], Format]] = {
 
 
 Text = str | tuple[str, ...]
-"""A text, or its words."""
+"""A text, or a tuple of its words."""
 
 
 class TextColumn:
-    """How a row's text is read from its column: here a value is one text."""
+    """Reads a row's text from its column. Here each value is one text."""
 
     is_list = False
-    """Whether a value is a list; a row has no second text then."""
+    """Whether a value is a list; then a row has no second text."""
 
     def read(self, value: Any, name: str, source: str, place: Place) -> Text:
-        """Raises InvalidDataset naming place and column."""
+        """Read a value. Raises InvalidDataset, which names place and column."""
         return read_text(value, name, source, place)
 
 
@@ -51,14 +51,14 @@ ONE_TEXT = TextColumn()
 
 
 def read_text(value: Any, name: str, source: str, place: Place) -> str:
-    """Text as it is in a column. Raises InvalidDataset naming place and column."""
+    """Check a text of a column, and return it. Raises InvalidDataset, which names place and column."""
     if not isinstance(value, str):
         raise InvalidDataset(source, f"column '{name}' is not text", place, column=name)
-    if "\0" in value:  # as in text that is not UTF-8, or where a disk lost what was written
+    if "\0" in value:  # text that is not UTF-8 has such characters, and so have files that a disk lost
         raise InvalidDataset(source, f"column '{name}' has a zero byte, which is no text", place, column=name)
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         raise InvalidDataset(source, f"column '{name}' is not Unicode text", place, column=name) from None
     return value
 
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the row's texts."""
+        """Number of bytes of the row's texts."""
         texts = [self.text, self.text_pair or ""]
         return sum(len(part.encode()) for text in texts for part in ([text] if isinstance(text, str) else text))
 

@@ -1,4 +1,4 @@
-"""What is known of a method beside its parameters, without running it."""
+"""Describes a method besides its parameters, without running it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -14,18 +14,18 @@ from worker.engine.catalog.methods.parameters import MethodParameters
 from worker.engine.catalog.primitives.strict import did_you_mean
 
 NO_METHODS = ("auto", "entry", "merging", "parameters")
-"""Modules of this package that have no method which merges."""
+"""Modules of this package that have no merging method."""
 LISTED_FIRST = (
     "average", "mask_fisher", "task_arithmetic", "ties", "fisher", "regmean", "mask_regmean", "aligned_regmean",
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "dare_linear", "dare_ties", "della", "della_linear",
     "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion",
     "passthrough",
 )  # fmt: skip
-"""Names of the methods that lists begin with; further ones follow by name."""
+"""Names of the methods that come first in lists; others follow in alphabetical order."""
 
 
 def _found() -> Iterator[MethodEntry[MethodParameters]]:
-    """The entries of all modules beside this one: to add a method takes a file here, and one for its arithmetic."""
+    """Yield the entries of all modules beside this one: a new method takes a file here, and one for its arithmetic."""
     folder = Path(__file__).parent
     for name in sorted(module.name for module in pkgutil.iter_modules([str(folder)])):
         if name not in NO_METHODS:
@@ -35,7 +35,7 @@ def _found() -> Iterator[MethodEntry[MethodParameters]]:
 
 
 def _by_name(entries: Iterable[MethodEntry[MethodParameters]]) -> dict[str, MethodEntry[MethodParameters]]:
-    """In the order in which they are listed. Raises ImportError where two have the same name."""
+    """Return entries by name, in the order of lists. Raises ImportError where two have the same name."""
     methods: dict[str, MethodEntry[MethodParameters]] = {}
     for entry in entries:
         if entry.name in methods:

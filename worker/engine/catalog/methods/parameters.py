@@ -1,4 +1,4 @@
-"""What methods are asked: parameters with an answer to every question that others have of a method."""
+"""Base classes of methods' parameters, which answer every question that other modules have about a method."""
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -105,7 +105,7 @@ class BaseParameters(Strict):
 
     @property
     def aligns_heads(self) -> bool:
-        """Whether kept heads are aligned to the merge where a request does not say."""
+        """Whether kept heads are aligned to the merge unless a request says otherwise."""
         return True
 
     @property

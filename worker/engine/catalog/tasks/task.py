@@ -33,7 +33,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[MetricName, ...]]
     """Metrics by which such a head is evaluated; the first is the default."""
     texts: ClassVar[TextColumn] = ONE_TEXT
-    """How a row's text is read."""
+    """Reader of a row's text."""
     has_classes: ClassVar[bool] = True
     """Whether labels are ids of classes, which may have names."""
 

@@ -24,15 +24,15 @@ Refit = Callable[
 
 
 def _arithmetic(entry: MethodEntry[MethodParameters]) -> ModuleType:
-    """The module here that is called as the one that the entry is in."""
+    """Return the module here that has the name of the entry's module."""
     return import_module(f"{__name__}.{entry.parameters.__module__.rpartition('.')[2]}")
 
 
 BUILDERS: Mapping[str, Build] = {name: _arithmetic(entry).build for name, entry in METHODS.items()}
-"""The function `build` of every method's module, by the method's name."""
+"""Functions `build` of all methods' modules, by the method's name."""
 REFITS: Mapping[str, Refit] = {
     name: refit for name, entry in METHODS.items() if (refit := getattr(_arithmetic(entry), "refit", None)) is not None
 }
-"""The function `refit` of those that have one, whose `refits_layers` is true: what is made of their merge."""
+"""Functions `refit` of the methods whose `refits_layers` is true, by name; each refits the method's merge."""
 
 __all__ = ["BUILDERS", "REFITS", "Build", "MeasuredModel", "Merger", "Refit"]
