@@ -86,7 +86,7 @@ class Client:
         return self._json("POST", "/scores", json=recipe, headers=headers)
 
     def validate(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Say what the merge would do. Raises RequestRefused."""
+        """Check a merge, and return what it would do. Raises RequestRefused."""
         return self._json("POST", "/merge/validate", json=recipe)
 
     def job(self, job_id: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from app.main import create_app
 MOST_CONNECTIONS = 1000
 MOST_HEADER_BYTES = 16_384  # counted for each request, with its first line
 OTHER_FILES = 400  # those that the process may have open beside its clients' connections, most of them to Redis
-FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is one, and what it downloads another
+FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is a file, and so is its download
 
 
 class Server(uvicorn.Server):

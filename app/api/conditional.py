@@ -54,7 +54,7 @@ class Preconditions:
         return modified is not None and self._known_date is not None and int(modified) <= self._known_date.timestamp()
 
     def check(self, etag: str) -> None:
-        """Check that what is to be changed is what the sender means. Raises ProblemError."""
+        """Check that the sender means the present copy, which is to be changed. Raises ProblemError."""
         self._check(etag, None)
         if self._known is not None and _names(self._known, etag, is_weak=True):
             raise ProblemError(Problem.PRECONDITION_FAILED, f"If-None-Match names what is there: its ETag is {etag}")

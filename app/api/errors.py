@@ -36,7 +36,7 @@ def install(app: FastAPI) -> None:
 
 def answer(request: Request, error: ProblemError) -> Response:
     body = error.body(request.scope["path"])
-    # As ASCII: a body may quote what the caller sent, half a surrogate pair too, and UTF-8 has none.
+    # The body is ASCII, because it may quote half a surrogate pair from the request, which UTF-8 cannot encode.
     return Response(json.dumps(body), error.problem.status, headers=error.headers, media_type=MEDIA_TYPE)
 
 

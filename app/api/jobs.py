@@ -73,7 +73,7 @@ def cancel(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
     """Cancel a job: at once while it waits, within 5 s while it runs. 409 when it has succeeded or failed."""
     preconditions.check(_etag(record))
     status = services.store.records.cancel(record.id)
-    if status is Status.CANCELLED:  # while it waited; else its worker removes what was tried
+    if status is Status.CANCELLED:  # it waited; if it runs, its worker removes the trials
         services.searches.remove(record.id)
     if status in (Status.SUCCEEDED, Status.FAILED):
         raise ProblemError(Problem.CONFLICT, f"job {record.id} has {status.value} already")

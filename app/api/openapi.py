@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI finds in the routes, with the answers that it cannot see added."""
+"""Makes the OpenAPI document: FastAPI's own, with the answers added that it cannot see in the routes."""
 
 from collections.abc import Iterator
 from typing import Any

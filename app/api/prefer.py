@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Header
 
-LONGEST_WAIT_S = 60  # what proxies commonly allow an answer to take
+LONGEST_WAIT_S = 60  # proxies commonly allow an answer to take so long
 
 
 def get_wait(

@@ -1,4 +1,4 @@
-"""Refuses requests that say what the service does not know, or say a thing twice."""
+"""Refuses requests that have unknown parts, or say a thing twice."""
 
 import re
 from collections.abc import Callable, Coroutine, Iterator
@@ -58,7 +58,7 @@ class StrictRoute(APIRoute):
         except ClientDisconnect as error:  # nobody is there to hear it
             raise ProblemError(Problem.MALFORMED, "the body ended early") from error
         is_yaml = media_type in YAML
-        if is_yaml or len(body) > FEW_BYTES:  # what takes long to read holds up no other request
+        if is_yaml or len(body) > FEW_BYTES:  # a body that takes long to read holds up no other request
             found = await request.app.state.services.inspectors.read(body, is_yaml=is_yaml)
         else:
             found = read_body(body, is_yaml=False)

@@ -35,6 +35,6 @@ class Reference:
 
 
 def is_reference(text: str) -> bool:
-    """Whether the text begins with a scheme; the rest may be malformed."""
+    """Return whether the text begins with a scheme; the rest may be malformed."""
     scheme, colon, _ = text.partition(":")
     return bool(colon) and scheme in SCHEMES

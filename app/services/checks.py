@@ -239,9 +239,9 @@ class Checker:
 
 
 def _planned(request: MergeRequest, checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> MergePlan:
-    """The plan of the merge; where it has none, the fault is the base's if there is one without the base.
+    """Plan the merge. If that fails, the fault is the base's if the models alone can be planned.
 
-    Where the base's vocabulary or settings count, there may be none without it, and the fault is the models'.
+    Where the base's vocabulary or settings count, the models alone may have no plan, and the fault is theirs.
     """
     output, names = request.output, [model.name for model in request.models]
     planned = partial(plan_job, request.method, names, checkpoints, output.spec, slices=request.slices)

@@ -20,7 +20,7 @@ LONGEST_NUMBER = 100
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
 OTHER_BREAKS = re.compile("[\x85\u2028\u2029]")
-PLAIN = {  # what plain words of YAML 1.2's core schema stand for
+PLAIN = {  # values of plain words in YAML 1.2's core schema
     "null": "~|null|Null|NULL|",
     "bool": "true|True|TRUE|false|False|FALSE",
     "int": "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",

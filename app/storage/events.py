@@ -54,7 +54,7 @@ class JobWatcher:
                         return
 
     def stop(self) -> None:
-        """The service stops: end every wait, present and future."""
+        """End every wait, present and future, because the service stops."""
         self._stopping.set()
 
     async def close(self) -> None:

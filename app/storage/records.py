@@ -27,7 +27,7 @@ from app.storage.scripts import JobScripts, flat, listed, source
 from app.storage.sources.job import job_named
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
 
-GONE_KEPT_S = 30 * 86_400  # why a job is gone; what is left of its files is known for nobody's as long
+GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
 PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
 SUMMARY_FIELDS = (
     "kind", "name", "status", "attempt", "created_ms", "started_ms", "finished_ms", "progress", "error", "labels",

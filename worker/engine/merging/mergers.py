@@ -61,9 +61,9 @@ def _taking_part(models: Sequence[MeasuredModel], plan: MergePlan) -> list[Measu
 
 
 def _mean_shares(method: MethodParameters, models: list[MeasuredModel], plan: MergePlan) -> Sequence[float | None]:
-    if method.scoring is not None:  # by what was measured
+    if method.scoring is not None:  # shares follow from statistics
         return weight_shares(node_weights(models, method.scoring), plan.owned)
-    if method.stacked_slices:  # by the tensors' sources
+    if method.stacked_slices:  # shares follow from the tensors' sources
         return copied_shares(plan)
     if plan.is_of_slices:
         return [None] * len(models)

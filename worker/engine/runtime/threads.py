@@ -86,4 +86,4 @@ def in_threads(
     finally:
         stopped = True
         wait(each)
-        torch.set_num_threads(before)  # of this process's libraries; some have one number for all threads
+        torch.set_num_threads(before)  # some of the process's libraries have one number for all threads

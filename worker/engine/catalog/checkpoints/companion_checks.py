@@ -34,7 +34,7 @@ def check_companions(info: CheckpointInfo) -> None:
     """Check the files that are published beside the weights of a model: its tokenizer, and its settings of generation.
 
     Raises:
-        InvalidCheckpoint: names the file, the key and its value.
+        InvalidCheckpoint: a file is refused; the message names it, the key and its value.
     """
     check_tokenizer(info)
     file = companions(info).get("generation_config.json")
@@ -47,7 +47,7 @@ def check_tokenizer(info: CheckpointInfo) -> None:
     """Check that a checkpoint's tokenizer loads.
 
     Raises:
-        InvalidCheckpoint: names the file, the key and its value.
+        InvalidCheckpoint: a file is refused; the message names it, the key and its value.
     """
     advice = "save the tokenizer anew by save_pretrained()"
     path = info.tokenizer_path

@@ -223,7 +223,7 @@ def inspect_checkpoint(path: Path, source: str) -> CheckpointInfo:
         path: the folder; a view, see `views`, where the checkpoint comes from outside.
 
     Raises:
-        InvalidCheckpoint: names the file or tensor and what to do.
+        InvalidCheckpoint: a file or tensor is refused; the message names it and says what to do.
     """
     with readable(source):
         return _inspect(path, source)

@@ -180,7 +180,7 @@ def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) ->
         raise InvalidCheckpoint(info.source, f"{problem}; {ask}")
     if len(fitting) > 1:
         fitting = _preferred(fitting, info.config)
-    if len(fitting) > 1 and info.config.get("id2label"):  # which choices have not
+    if len(fitting) > 1 and info.config.get("id2label"):  # multiple-choice models have no labels
         fitting = [one for one in fitting if not one.name.endswith("ForMultipleChoice")]
     if len(fitting) > 1:
         problem = f"config.json {said}, and its tensors are those of {' and of '.join(one.name for one in fitting)}"
@@ -269,7 +269,7 @@ def check_tensors(found: Identity) -> None:
     """Check that a checkpoint has its class's tensors, in the shapes of its configuration, as far as they are known.
 
     Raises:
-        InvalidCheckpoint: names the tensor.
+        InvalidCheckpoint: a tensor is missing or has a wrong shape; the message names it.
     """
     known, info, kind = found.known, found.info, kind_of(found.info.model_type)
     if known is None or kind is None:

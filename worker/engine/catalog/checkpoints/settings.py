@@ -41,7 +41,7 @@ def check_settings(info: CheckpointInfo) -> None:
     """Check the types and ranges of a configuration's values, of inner configurations too.
 
     Raises:
-        InvalidCheckpoint: names the key.
+        InvalidCheckpoint: a value is refused; the message names the key.
     """
     for problem in _problems(info.config):
         raise InvalidCheckpoint(info.source, f"config.json has {problem}")

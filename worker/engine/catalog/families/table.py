@@ -190,7 +190,7 @@ class Family:
         are as wide as the hidden states.
 
         Raises:
-            ValueError: names the key.
+            ValueError: the size is no positive number; the message names the key.
         """
         key = self.config_names.get(what)
         value = None if key is None else config.get(key)

@@ -27,7 +27,7 @@ from worker.engine.catalog.planning.tensors import output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
 from worker.engine.catalog.primitives.values import Place
 
-UNLIMITED = 10**15  # what tokenizers without a limit have as model_max_length is 10**30
+UNLIMITED = 10**15  # tokenizers without a limit have 10**30 as model_max_length
 UNSAID = ("transformers_version", "_from_model_config")  # keys of a companion that say where it came from
 
 

@@ -46,19 +46,21 @@ def plan_slices(
     asked: MergeSettings,
     scale: Callable[[Place], float] | None = None,
 ) -> MergePlan:
-    """Lay out the model whose layers are those of the slices. What lies before the layers is merged of the first
-    slice's models, and what lies after them of the last slice's.
+    """Lay out the model whose layers are those of the slices.
+
+    Tensors before the layers are merged from the first slice's models, and tensors after them from the last slice's.
 
     Args:
-        names: of the checkpoints, as slices name them.
-        scale: of each tensor, where tensors are copied from the one model that each slice has; else they are merged.
-        asked: where it names no configuration, that of the first slice's first model is published, and models that
-            differ in settings that no shape shows are refused; settings of layers are each layer's own.
+        names: names of the checkpoints in slices.
+        scale: factor of each tensor, if tensors are copied from the one model of each slice; otherwise they are merged.
+        asked: settings of the merge. If they name no configuration, that of the first slice's first model is
+            published, and models that differ in settings that no shape shows are refused. Settings of layers are each
+            layer's own.
 
     Raises:
-        InvalidRequest: a slice has layers that its model has not.
-        InvalidCheckpoint: an architecture whose layers are not one list, or a setting that cannot be put together.
-        IncompatibleCheckpoints: names the tensor or setting that differs, with both values.
+        InvalidRequest: a slice names layers that its model does not have.
+        InvalidCheckpoint: an architecture's layers are not one list, or a setting cannot be combined.
+        IncompatibleCheckpoints: a tensor or setting differs; the message names it and both values.
     """
     base, vocabulary, config_from = asked.base, asked.vocabulary, asked.config_from
     first_index = names.index(slices[0].sources[0].model)

@@ -131,7 +131,7 @@ class Filtered(Strict, Generic[Number]):
 
 
 class _FiltersInPlace:
-    """Writes filters in place in JSON Schema. References would be named after all that is known of their number."""
+    """Writes filters in place in JSON Schema. References would be named after all constraints of their number."""
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler(core_schema)

@@ -74,7 +74,7 @@ def rest_weights(
     """Return the merge weights of the rest, by layer (None outside the layers) and place: (models, 1), float64.
 
     `uniform`: lambda alone. `model`: lambda times the sum over the kinds of the mean model-normalised score, of the
-    layer, or for what lies outside the layers of the model.
+    layer, or, for tensors outside the layers, of the model.
     """
     by_model: list[dict[int | None, Tensor]] = []
     for model in models if rest == "model" else ():
@@ -113,7 +113,7 @@ def normalize_scores(scores: Scores, normalize: Normalize) -> dict[ScoreName, Te
 def floored(score: Tensor, floor: float) -> Tensor:
     """Raise the scores of a layer, (nodes,), to at least `floor` times their mean.
 
-    A node that is dead in every model falls back to lambda; a layer that is dead in one model has no say there.
+    A node that is dead in every model falls back to lambda; a layer that is dead in one model has no influence there.
     """
     return score.clamp_min(floor * float(score.mean()))
 
