@@ -127,6 +127,8 @@ class Client:
                         raise RequestRefused(_content(response))
                     away_since = None
                     for event in EventSource(response).iter_sse():
+                        if not event.data:  # a comment, which keeps the connection alive, ends as an event does
+                            continue
                         is_news, last_event_id = True, event.id
                         yield Event(event.id, event.event, event.json())
             except SSEError as error:
