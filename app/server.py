@@ -104,7 +104,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answers a malformed request; uvicorn calls it for h11's errors, and its own answer is plain text."""
+        """Answer a malformed request; uvicorn calls it for h11's errors, and its own answer is plain text."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             problem = f"the request's line and headers have more than {MOST_HEADER_BYTES} bytes"

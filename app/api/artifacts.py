@@ -46,7 +46,7 @@ class Listing(BaseModel):
 
 @router.get("/jobs/{job_id}/artifacts")
 def list_files(record: RecordOf, services: ServicesOf) -> Listing:
-    """Every file of a succeeded job's artifact. Files with the same sha256 need downloading only once.
+    """List every file of a succeeded job's artifact. Files with the same sha256 need downloading only once.
 
     500 with `artifact_damaged` when one of them is missing or not as long as it was.
     """
@@ -72,7 +72,7 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
     openapi_extra=RANGES,
 )
 def get_file(name: str, record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
-    """One file: ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530).
+    """Send one file, with ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530).
 
     It is sent to its end also when the job is removed meanwhile.
     """
@@ -83,7 +83,7 @@ def get_file(name: str, record: RecordOf, services: ServicesOf, preconditions: P
     "/jobs/{job_id}/report", response_class=FileResponse, responses=file_responses("text/html"), openapi_extra=RANGES
 )
 def report(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
-    """The report page."""
+    """Send the report page."""
     response = serve(*_file("report.html", record, services), preconditions, "inline")
     response.headers.update({"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
     return response
@@ -91,7 +91,7 @@ def report(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
 
 @router.get("/jobs/{job_id}/archive", response_class=StreamingResponse, responses=ARCHIVE)
 def archive(record: RecordOf, services: ServicesOf) -> ArchiveResponse:
-    """The whole artifact as a tar, made while it is sent; a shard that several models share is in it once.
+    """Send the whole artifact as a tar, which is made meanwhile; a shard that several models share is in it once.
 
     The connection is closed before `Content-Length` bytes are sent when the job is removed meanwhile.
     """

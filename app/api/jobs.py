@@ -37,7 +37,7 @@ def list_jobs(
     limit: Limit = 20,
     after: Annotated[str | None, Query(pattern=r"^[0-9a-f]{28}$", description="The `next` of the page before")] = None,
 ) -> JobPage:
-    """Jobs, newest first, in short: without their requests, and without the candidates and trials of a search."""
+    """List jobs, newest first, in short: without their requests, and without the candidates and trials of a search."""
     labels = [_label(text) for text in label or ()]
     found = list(islice(services.store.records.newest(after, status, labels), limit + 1))
     page = found[:limit]
@@ -52,7 +52,7 @@ async def get_job(
     wait: Wait,
     preconditions: PreconditionsOf,
 ) -> Job | Response:
-    """A job. Its ETag changes with every write; `If-None-Match` answers 304 while it has not.
+    """Return a job. Its ETag changes with every write; `If-None-Match` is answered with 304 while it has not.
 
     `Prefer: wait=N` waits up to N (at most 60) seconds: until the job differs from the version that `If-None-Match`
     names, or, without that header, until a job that has not ended changes.

@@ -10,5 +10,5 @@ router = APIRouter(tags=["methods"], route_class=StrictRoute)
 
 @router.get("/methods")
 def methods() -> dict[str, list[dict[str, Any]]]:
-    """Every method: formula, source, needs, values that `auto` tries, and parameters as JSON Schema with defaults."""
+    """List every method: formula, source, needs, values that `auto` tries, and parameters with their JSON Schema."""
     return {"data": [entry.describe() for entry in (*METHODS.values(), AUTO)]}

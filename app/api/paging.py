@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 
 def _digits(text: Any) -> Any:
-    """Accepts digits alone; Python's `int` also reads signs, spaces, underscores and digits of other scripts."""
+    """Accept digits alone; Python's `int` also reads signs, spaces, underscores and digits of other scripts."""
     if isinstance(text, str) and not re.fullmatch("[0-9]{1,9}", text):
         raise ValueError("write a whole number, in digits")
     return text

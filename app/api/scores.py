@@ -124,7 +124,7 @@ def get_scores(
     services: ServicesOf,
     preconditions: PreconditionsOf,
 ) -> Response:
-    """A statistic's safetensors file, with ranges and a strong ETag. If it has several files, they come as a tar."""
+    """Send a statistic's safetensors file, with ranges and a strong ETag, or its several files as a tar."""
     address = digest.removeprefix(PREFIX)
     try:
         kept = services.statistics.get(address)

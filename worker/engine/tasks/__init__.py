@@ -1,4 +1,4 @@
-"""What the engine does with what a checkpoint predicts, one file for each kind of head in the catalog's tasks."""
+"""Kinds of head as the engine runs them, one file for each kind in the catalog's tasks."""
 
 from importlib import import_module
 from typing import Any
@@ -8,7 +8,7 @@ from worker.engine.tasks.kind import EstimatorName, HeadKind
 
 
 def _kind(task: type[Task]) -> type[HeadKind[Any]]:
-    """What the module of the same name as the task's has as KIND."""
+    """Return `KIND` of the module that has the name of the task's module."""
     kind: type[HeadKind[Any]] = import_module(f"{__name__}.{task.__module__.rpartition('.')[2]}").KIND
     return kind
 
@@ -17,7 +17,7 @@ KINDS = {task: _kind(task) for task in TASKS}
 
 
 def kind_of(task: Task) -> HeadKind[Any]:
-    """The head of a task, as the engine runs it."""
+    """Return the head of a task, as the engine runs it."""
     return KINDS[type(task)](task)
 
 

@@ -20,11 +20,11 @@ class ClassificationHead(HeadKind[Classification]):
     """Predictions are ids of classes."""
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
-        """`sum_y p_y d_y^2 - (sum_y p_y d_y)^2`, with `d_y` the derivative of `z_y`.
+        """Give the passes of `sum_y p_y d_y^2 - (sum_y p_y d_y)^2`, with `d_y` the derivative of `z_y`.
 
-        By the law of total variance, label by label from the likeliest on, with `s_k` the sum of `p_k` and all after it
-        and `m_k` their mean of `d`: `sum_k p_k s_k+1 / s_k (d_k - m_k+1)^2`. K labels cost K - 1 backward passes on one
-        graph.
+        By the law of total variance this is `sum_k p_k s_k+1 / s_k (d_k - m_k+1)^2`, label by label from the likeliest
+        on, with `s_k` the sum of `p_k` and all after it and `m_k` their mean of `d`. K labels cost K - 1 backward
+        passes on one graph.
         """
         p, ranked = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
         sums = p.flip(-1).cumsum(-1).flip(-1)
@@ -46,7 +46,7 @@ class ClassificationHead(HeadKind[Classification]):
         return logits.argmax(-1)
 
     def metric(self, name: MetricName) -> Metric:
-        """F1 is of label 1 with two labels, the unweighted mean over labels with more."""
+        """Return a metric. F1 is that of label 1 if there are two labels, and else the unweighted mean over labels."""
         if name == "f1":
             return metrics.f1("binary" if self.task.f1_is_of_one else "macro")
         return metrics.SIMPLE[name]
@@ -68,12 +68,12 @@ KIND = ClassificationHead
 
 
 def drawn(logits: Tensor, draws: Tensor) -> Tensor:
-    """Labels from the model's distribution, (batch,), by numbers between 0 and 1, (batch,)."""
+    """Draw labels from the model's distribution, (batch,), by numbers between 0 and 1, (batch,)."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     return (draws[:, None].to(cumulative.device) >= cumulative[:, :-1]).sum(-1)
 
 
 def of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """The derivative of each example's `log p` of its label by the logits: (batch, labels), float64."""
+    """Compute the derivative of each example's `log p` of its label by the logits: (batch, labels), float64."""
     own = torch.nn.functional.one_hot(labels, logits.shape[1])
     return own - logits.double().softmax(-1)

@@ -24,17 +24,17 @@ class MultiLabelHead(HeadKind[MultiLabel]):
         return (self.task.outputs,)
 
     def loss_per_likelihood(self, batch: Batch) -> float:
-        """The loss is the mean over labels."""
+        """Return the ratio for a loss that is the mean over labels."""
         return 1 / self.task.outputs
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
-        """`sum_k p_k (1 - p_k) d_k^2`. K labels cost K backward passes on one graph."""
+        """Give the passes of `sum_k p_k (1 - p_k) d_k^2`. K labels cost K backward passes on one graph."""
         z = logits.double()
         each = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         return z.sigmoid() * (-z).sigmoid(), each.expand(len(z), -1, -1).unbind(1)  # 1 - p without cancellation
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
-        """Whether each label applies is drawn by itself."""
+        """Draw for each label by itself whether it applies."""
         p = logits.double().sigmoid()
         draws = [[uniform(seed, int(i), label) for label in range(p.shape[1])] for i in batch.indices]
         applies = torch.tensor(draws, dtype=torch.float64).to(p.device) < p
@@ -47,7 +47,7 @@ class MultiLabelHead(HeadKind[MultiLabel]):
         return logits > 0
 
     def metric(self, name: MetricName) -> Metric:
-        """F1 is of all yes or no decisions together; accuracy is the share of rows of which all of them are right."""
+        """Return a metric. F1 is that of all decisions together; accuracy is the share of rows that are all right."""
         return metrics.f1("micro") if name == "f1" else metrics.SIMPLE[name]
 
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:

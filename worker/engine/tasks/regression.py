@@ -17,15 +17,15 @@ class RegressionHead(HeadKind[Regression]):
     """Predictions are numbers."""
 
     def loss_per_likelihood(self, batch: Batch) -> float:
-        """The loss is the squared error, twice the Gaussian's."""
+        """Return the ratio for a loss that is the squared error, twice the Gaussian's."""
         return 2.0
 
     def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
-        """The expectation over the Gaussian, unless the row's own residual is asked for."""
+        """Return the expectation over the Gaussian, unless the row's own residual is asked for."""
         return "empirical" if asked == "empirical" else "expected"
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
-        """The square of the prediction's own derivative."""
+        """Give the pass of the prediction's own squared derivative."""
         return one_pass(torch.ones_like(logits, dtype=torch.float64))
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:

@@ -1,4 +1,4 @@
-"""What a checkpoint predicts. Adding a kind of head is one file here, and one of its name in `worker.engine.tasks`."""
+"""Tasks of heads. A new kind of head is one file here, and one of its name in `worker.engine.tasks`."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -14,7 +14,7 @@ from worker.engine.catalog.tasks.task import Label, LabelMap, Task, outputs_of
 
 
 def _found() -> tuple[type[Task], ...]:
-    """The tasks of the files of this package; each is found by being there."""
+    """Return the tasks in the files of this package; each is found by being there."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     named = [(module.__name__, value) for module in modules for value in vars(module).values()]
     return tuple(
@@ -28,7 +28,7 @@ TASKS = _found()
 
 
 def family_of(info: CheckpointInfo) -> Family | None:
-    """The table of a checkpoint's backbone under the head that it has; None where there is none of both."""
+    """Return the table of a checkpoint's backbone under its head; None where either of them has no table."""
     family = FAMILIES.get(info.model_type)
     if family is None:
         return None
@@ -37,11 +37,10 @@ def family_of(info: CheckpointInfo) -> Family | None:
 
 
 def task_of(info: CheckpointInfo) -> Task:
-    """The task of a checkpoint's head, from its configuration.
+    """Find the task of a checkpoint's head from its configuration.
 
     Raises:
-        InvalidCheckpoint: there is no table of its architecture, the head is not whole, or what the configuration says
-            of it is not available.
+        InvalidCheckpoint: its architecture has no table, the head is not whole, or a setting of it is not available.
     """
     family = family_of(info)
     if family is None:
@@ -52,7 +51,7 @@ def task_of(info: CheckpointInfo) -> Task:
 
 
 def known_architectures() -> list[str]:
-    """Names of the classes of which both backbone and head have a table."""
+    """Return the names of the classes whose backbone and head both have a table."""
     beside = [head.architecture for task in TASKS for head in task.heads.values()]
     return [*(family.head.architecture for family in FAMILIES.values()), *beside]
 

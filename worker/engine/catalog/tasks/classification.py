@@ -18,7 +18,7 @@ class Classification(Task):
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:
-        """As in transformers: several outputs are classes if nothing else is said."""
+        """Return the task; as in transformers, several outputs are classes unless the configuration says otherwise."""
         if outputs == 1 or info.config.get("problem_type") in ("multi_label_classification", "regression"):
             return None
         return cls(outputs, *label_ids(info, outputs))
@@ -27,7 +27,7 @@ class Classification(Task):
         return labels.id(label, source, place)
 
     def begins_at_one(self, labels: Sequence[Any]) -> bool:
-        """Whether no label is 0, and each other occurs."""
+        """Return whether no label is 0, and each other label occurs."""
         ids = set(labels)
         return not any(isinstance(one, str | bool) for one in ids) and ids == set(range(1, self.outputs))
 

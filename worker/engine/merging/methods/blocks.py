@@ -140,7 +140,7 @@ class MeasuredModel:
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """The model's own values of the method's parameters, see `MethodParameters.of_model`."""
     statistics: Mapping[Statistic, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Whatever was measured, as it is kept, by the statistics that the method names; the three above are of these."""
+    """All statistics of the method as they are kept; `scores`, `grams` and `fisher` are read from these."""
 
     @property
     def takes_part(self) -> bool:
