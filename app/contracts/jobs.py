@@ -74,7 +74,7 @@ class Phase(StrEnum):
 
 
 class Progress(BaseModel):
-    """How far a job is. `fraction` is that of the whole job, and never falls within an attempt."""
+    """Progress of a job. `fraction` is that of the whole job, and never falls within an attempt."""
 
     phase: Phase = Phase.QUEUED
     done: int = 0

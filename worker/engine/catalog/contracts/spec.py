@@ -140,7 +140,7 @@ class ModelSpec(CheckpointSpec):
 class OutputSpec(Tokens):
     dtype: Dtype = "auto"
     heads: Heads | None = None
-    """How heads are treated; None: by kind, see `plan_merge`."""
+    """Treatment of heads; None: by kind, see `plan_merge`."""
     align_heads: bool = False
     align_ridge: float = ALIGN_RIDGE
     max_shard_bytes: int = 5_000_000_000
