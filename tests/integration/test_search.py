@@ -24,9 +24,9 @@ from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import load
-from worker.engine.search.bench import Bench
 from worker.engine.search.search import SHARES
 from worker.engine.search.splitting import halves
+from worker.engine.search.trial_merges import SharedBackbone
 
 CPU = torch.device("cpu")
 ROWS = 160
@@ -286,9 +286,9 @@ def test_of_an_expert_no_more_is_held_than_what_is_not_merged(tiny_inputs: Path)
     """All of them at once would need more memory than the plan counts."""
     info = inspect_checkpoint(tiny_inputs / "checkpoints" / "a", "local:a")
     plan, loaded = plan_merge([info]), load(info, CPU)
-    bench = Bench(plan, "float32")
+    backbone = SharedBackbone(plan, "float32")
     model = model_spec(info.path, evaluation=EvaluationSpec(source="a", metric="accuracy"))
-    bench.add(JobModel(model, info, "unused"), loaded)
+    backbone.add(JobModel(model, info, "unused"), loaded)
     parameters = dict(loaded.model.named_parameters())
     held = weakref.WeakValueDictionary({tensor.slot.name: parameters[tensor.slot.name] for tensor in plan.backbone})
     assert len(held) == len(plan.backbone)

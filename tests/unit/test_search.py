@@ -17,7 +17,7 @@ from worker.engine.catalog.methods import METHODS, AutoParameters, Choice, Metho
 from worker.engine.catalog.methods.auto import space_of, with_values
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.search.job import judged_notes
-from worker.engine.search.journal import Journal, Look, Tried
+from worker.engine.search.journal import Journal, RungOutcome, TrialOutcome
 from worker.engine.search.search import search
 from worker.engine.search.space import Proposal, Space, unique
 from worker.engine.search.splitting import halves
@@ -207,20 +207,20 @@ def test_default_candidates_can_be_run_with_what_is_named() -> None:
 class Rows:
     """Stands for an expert with so many search rows."""
 
-    name, held_out, expert = "a", (), 1.0
+    name, held_out, metric_alone = "a", (), 1.0
     searched = range(128)
 
 
 def test_a_merge_that_keeps_the_floor_is_not_given_up_for_a_better_one_that_does_not() -> None:
     """As the numbers come in: the second is better by the objective, and lacks what the first does not."""
     kept = [{"a": 0.95, "b": 0.93}, {"a": 0.945, "b": 0.99}, {"a": 0.96, "b": 0.92}, {"a": 0.949, "b": 1.0}]
-    outcomes = [Look(retentions=one, smoothed={"a": one["a"] - 0.1, "b": one["b"]}) for one in kept]
+    outcomes = [RungOutcome(retentions=one, smoothed={"a": one["a"] - 0.1, "b": one["b"]}) for one in kept]
 
     class Outcome:
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def look(self, share: float, ridge: float) -> Look:
+        def look(self, share: float, ridge: float) -> RungOutcome:
             return outcomes[self.number]
 
     method = auto(trials=4)
@@ -255,12 +255,12 @@ def test_memory_is_counted_for_each_merge_that_is_kept() -> None:
 # --- the journal
 
 
-def look(kept: float) -> Look:
-    return Look(retentions={"a": kept}, smoothed={"a": kept / 2})
+def look(kept: float) -> RungOutcome:
+    return RungOutcome(retentions={"a": kept}, smoothed={"a": kept / 2})
 
 
-def tried(number: int, **parameters: Any) -> Tried:
-    return Tried(parameters=parameters or {"number": number}, looks=[look(0.5), look(0.25)], seconds=1.5)
+def tried(number: int, **parameters: Any) -> TrialOutcome:
+    return TrialOutcome(parameters=parameters or {"number": number}, looks=[look(0.5), look(0.25)], seconds=1.5)
 
 
 def journal(path: Path, identity: str = "one", count: int = 3) -> Journal:
@@ -298,7 +298,7 @@ def test_what_a_crash_left_of_a_line_is_forgotten(tmp_path: Path, cut: int) -> N
 def test_lines_end_where_the_journal_ends_them_and_a_letter_may_be_cut(tmp_path: Path, error: str) -> None:
     path = tmp_path / "job.jsonl"
     made = journal(path, count=2)
-    failed = Tried(parameters={"number": 2}, looks=[], seconds=0.5, error=error)
+    failed = TrialOutcome(parameters={"number": 2}, looks=[], seconds=0.5, error=error)
     made.add(2, failed)
     made.add(3, tried(3))
     assert Journal(path, "one").found(2, {"number": 2}) == failed

@@ -35,8 +35,8 @@ from worker.engine.merging.mergers import mean_shares, merger_of, refitted_state
 from worker.engine.models.loading import load as load_model
 from worker.engine.runtime.device import peak_memory_bytes
 from worker.engine.runtime.resources import require_space
-from worker.engine.search.bench import State
 from worker.engine.search.job import floor_notes, judged_notes, search_job, with_chosen, with_published
+from worker.engine.search.trial_merges import State
 
 
 def merge(spec: MergeSpec, context: JobContext) -> MergeResult:

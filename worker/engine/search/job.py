@@ -20,11 +20,11 @@ from worker.engine.merging.mergers import merged_state
 from worker.engine.models.loading import ModelCache
 from worker.engine.runtime.device import Precision
 from worker.engine.runtime.progress import OnProgress, Phase
-from worker.engine.search.bench import Bench, State, Tryout
 from worker.engine.search.journal import Journal
 from worker.engine.search.search import Found, search
 from worker.engine.search.space import Proposal, Space
-from worker.engine.search.table import PLAIN_AVERAGE, Line, table
+from worker.engine.search.table import PLAIN_AVERAGE, TableRow, table
+from worker.engine.search.trial_merges import SharedBackbone, State, TriedMerge
 
 FEW_ROWS = 32
 """Least number of a model's held-out rows; fewer say little."""
@@ -57,20 +57,20 @@ def search_job(
         by_method: the job's models as each candidate measured them.
     """
     [models, *_] = by_method  # rows are the same for all
-    bench = Bench(plan, precision)
+    backbone = SharedBackbone(plan, precision)
     for model in models:
-        bench.add(model, cache.get(model.info))
+        backbone.add(model, cache.get(model.info))
     space = Space(spec, auto, aligns=any(model.rows.alignment for model in models))
     searching = Phase("searching", auto.trials + len(space) + 1 + len(models), "merges", on_progress)
 
-    refitted: dict[str, Tryout] = {}
+    refitted: dict[str, TriedMerge] = {}
 
-    def made(proposal: Proposal) -> Tryout:
+    def made(proposal: Proposal) -> TriedMerge:
         if not proposal.method.refits_layers:
-            return Tryout(bench, merged(proposal))
+            return TriedMerge(backbone, merged(proposal))
         key = proposal.method.model_dump_json()
         if key not in refitted:  # it takes as long as dozens of other merges, and trials may differ in heads alone
-            refitted[key] = Tryout(bench, merged(proposal))
+            refitted[key] = TriedMerge(backbone, merged(proposal))
         return refitted[key]
 
     def merged(proposal: Proposal) -> dict[str, Tensor]:
@@ -82,21 +82,21 @@ def search_job(
         measured = [model.for_method for model in weighed]
         return merged_state(proposal.method, measured, partial(experts_of, weighed, cache), plan, precision)
 
-    def averaged(takes_part: Sequence[bool]) -> Tryout:
-        return Tryout(bench, plain_average(plan, takes_part))
+    def averaged(takes_part: Sequence[bool]) -> TriedMerge:
+        return TriedMerge(backbone, plain_average(plan, takes_part))
 
     identity = _identity(spec, auto, models, precision)
-    found = search(spec, auto, space, bench.sides, made, Journal(spec.journal, identity), searching.advance)
+    found = search(spec, auto, space, backbone.experts, made, Journal(spec.journal, identity), searching.advance)
     names = [model.name for model in models]
     lines = [
-        Line(
+        TableRow(
             name=space.names[candidate],
             kind="method",
             method=proposal.method,
             weights=dict(zip(names, proposal.weights, strict=True)),
             align_ridge=proposal.align_ridge,
             trial=number,
-            tryout=partial(made, proposal),
+            tried_merge=partial(made, proposal),
         )
         for candidate, (number, proposal) in found.best.items()
     ]
@@ -104,19 +104,19 @@ def search_job(
     backbones = {PLAIN_AVERAGE: [model.takes_part for model in models]}
     backbones |= {f"expert {name}": [name == other for other in names] for name in names}
     lines += [
-        Line(
+        TableRow(
             name=name,
             kind="average" if name == PLAIN_AVERAGE else "expert",
             method=AVERAGE.parameters() if name == PLAIN_AVERAGE else None,
             weights={of: float(takes) for of, takes in zip(names, takes_part, strict=True)},
             align_ridge=ridge,
             trial=None,
-            tryout=partial(averaged, takes_part),
+            tried_merge=partial(averaged, takes_part),
         )
         for name, takes_part in backbones.items()
     ]
     searching.advance(len(space) - len(found.best))  # candidates whose merges all failed have no line
-    candidates = table(lines, bench.sides, found.search.chosen, searching.advance)
+    candidates = table(lines, backbone.experts, found.search.chosen, searching.advance)
     state = made(found.chosen).state if found.chosen.method.refits_layers else None
     return SearchResult(found, candidates, state)
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from worker.engine.catalog.primitives.strict import Strict
 
 
-class Look(Strict):
+class RungOutcome(Strict):
     """Retention of every model, by name, on the rows of one look at a merge."""
 
     retentions: dict[str, float]
@@ -19,11 +19,11 @@ class Look(Strict):
     """Retention of the smoothed metric, which is better at finding the best merge."""
 
 
-class Tried(Strict):
+class TrialOutcome(Strict):
     """A trial's outcome at each look at it, or an error's message if it failed."""
 
     parameters: dict[str, Any]
-    looks: list[Look]
+    looks: list[RungOutcome]
     seconds: float
     error: str | None = None
 
@@ -45,12 +45,12 @@ class Journal:
         self._tried = [] if path is None else self._read(path)
         self._rewrite()  # without a part of a line that a crash left
 
-    def found(self, number: int, parameters: Mapping[str, Any]) -> Tried | None:
+    def found(self, number: int, parameters: Mapping[str, Any]) -> TrialOutcome | None:
         """Return the outcome of this trial, if it is known."""
         known = self._tried[number] if number < len(self._tried) else None
         return known if known and known.parameters == dict(parameters) else None
 
-    def add(self, number: int, tried: Tried) -> None:
+    def add(self, number: int, tried: TrialOutcome) -> None:
         """Add the outcome of a trial. Later trials in the journal are dropped: they followed another outcome."""
         if number < len(self._tried):
             del self._tried[number:]
@@ -62,7 +62,7 @@ class Journal:
                 stream.flush()
                 os.fsync(stream.fileno())
 
-    def _read(self, path: Path) -> list[Tried]:
+    def _read(self, path: Path) -> list[TrialOutcome]:
         """Read trials as far as lines are whole; none of another search."""
         try:
             lines = path.read_bytes().split(b"\n")
@@ -73,7 +73,7 @@ class Journal:
         found = []
         for line in lines[1:]:
             try:
-                found.append(Tried.model_validate_json(line))
+                found.append(TrialOutcome.model_validate_json(line))
             except ValidationError:  # also raised for the empty text after the last line
                 break
         return found

@@ -10,9 +10,9 @@ from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import AutoParameters
 from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
 from worker.engine.runtime.libraries import optuna
-from worker.engine.search.bench import Side, Tryout, part
-from worker.engine.search.journal import Journal, Look, Tried
+from worker.engine.search.journal import Journal, RungOutcome, TrialOutcome
 from worker.engine.search.space import Proposal, Space
+from worker.engine.search.trial_merges import ExpertOutputs, TriedMerge, part
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -27,7 +27,7 @@ LEAST_ROWS = 32
 FLOOR = 1e6
 """Factor by which the distance to a floor counts more than the objective."""
 
-MakeTryout = Callable[[Proposal], Tryout]
+MakeMerge = Callable[[Proposal], TriedMerge]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Goal:
     objective: Literal["mean_retention", "min_retention"]
     floors: Mapping[str, float]
 
-    def of(self, look: Look) -> float:
+    def of(self, look: RungOutcome) -> float:
         """Return the mean or least smoothed retention, less the distances of all models below their floors."""
         values = list(look.smoothed.values())
         value = min(values) if self.objective == "min_retention" else sum(values) / len(values)
         return value - self.lack(look.retentions)
 
-    def merit(self, look: Look) -> float:
+    def merit(self, look: RungOutcome) -> float:
         """Return the number that the search maximises; as in `rank`, all that reach the floors are above all others.
 
         By the objective alone, a trial slightly below a floor may come before one that reaches all floors, which would
@@ -79,8 +79,8 @@ def search(
     spec: MergeSpec,
     auto: AutoParameters,
     space: Space,
-    sides: Sequence[Side],
-    make: MakeTryout,
+    experts: Sequence[ExpertOutputs],
+    make: MakeMerge,
     journal: Journal,
     on_trial: Callable[[], None],
 ) -> Found:
@@ -100,9 +100,9 @@ def search(
         InvalidDataset: an expert's metric on its search rows is not positive, so that there is nothing to retain.
         NumericalError: no merge could be made.
     """
-    _check_experts(sides)
+    _check_experts(experts)
     goal = Goal(auto.objective, {m.name: m.min_retention for m in spec.models if m.min_retention is not None})
-    shares = shares_looked_at(sides)
+    shares = shares_looked_at(experts)
     study = _study(auto.seed)
     for candidate in range(len(space)):
         study.enqueue_trial(space.first(candidate))
@@ -113,7 +113,7 @@ def search(
         asked = study.ask()
         proposal = space.propose(asked)
 
-        def is_given_up(step: int, look: Look, asked: "Asked" = asked) -> bool:
+        def is_given_up(step: int, look: RungOutcome, asked: "Asked" = asked) -> bool:
             asked.report(goal.merit(look), step=REDUCTION**step)
             is_behind = asked.should_prune()  # later trials are compared with those that were asked about
             return is_behind and asked.number >= len(space)
@@ -135,7 +135,7 @@ def search(
             trial = Trial(
                 **said,
                 parameters=tried.parameters,
-                rows=max(part(side.searched, share) for side in sides),
+                rows=max(part(expert.searched, share) for expert in experts),
                 retentions=last.retentions,
                 smoothed=last.smoothed,
                 objective=goal.of(last),
@@ -159,8 +159,8 @@ def search(
         chosen=proposals[chosen.number],
         search=Search(
             objective=auto.objective,
-            search_rows={side.name: len(side.searched) for side in sides},
-            held_out_rows={side.name: len(side.held_out) for side in sides},
+            search_rows={expert.name: len(expert.searched) for expert in experts},
+            held_out_rows={expert.name: len(expert.held_out) for expert in experts},
             min_retention=dict(goal.floors),
             feasible=goal.lack(chosen.retentions) == 0,
             chosen=chosen.number,
@@ -171,19 +171,20 @@ def search(
     )
 
 
-def shares_looked_at(sides: Sequence[Side]) -> list[float]:
+def shares_looked_at(experts: Sequence[ExpertOutputs]) -> list[float]:
     """Return the shares of rows at each look; the last is all of them."""
-    fewest = min(len(side.searched) for side in sides)
+    fewest = min(len(expert.searched) for expert in experts)
     return [share for share in SHARES if share == 1 or fewest * share >= LEAST_ROWS]
 
 
-def _check_experts(sides: Sequence[Side]) -> None:
-    for side in sides:
-        if not side.expert > 0:
+def _check_experts(experts: Sequence[ExpertOutputs]) -> None:
+    for expert in experts:
+        if not expert.metric_alone > 0:
             raise InvalidDataset(
-                side.evaluation.source,
-                f"{side.name} itself has a {side.evaluation.metric} of {side.expert:.3g} on the {len(side.searched)} "
-                "rows that are searched on, so there is nothing to keep of it; name another metric, or other rows",
+                expert.evaluation.source,
+                f"{expert.name} itself has a {expert.evaluation.metric} of {expert.metric_alone:.3g} on the "
+                f"{len(expert.searched)} rows that are searched on, so there is nothing to keep of it; name another "
+                "metric, or other rows",
             )
 
 
@@ -200,19 +201,19 @@ def _study(seed: int) -> "Study":
 def _try(
     proposal: Proposal,
     shares: Sequence[float],
-    make: MakeTryout,
-    is_given_up: Callable[[int, Look], bool],
-) -> Tried:
+    make: MakeMerge,
+    is_given_up: Callable[[int, RungOutcome], bool],
+) -> TrialOutcome:
     start = time.monotonic()
-    looks: list[Look] = []
+    looks: list[RungOutcome] = []
     error = None
     try:
-        tryout = make(proposal)
+        tried_merge = make(proposal)
         for step, share in enumerate(shares):
-            looks.append(tryout.look(share, proposal.align_ridge))
+            looks.append(tried_merge.look(share, proposal.align_ridge))
             if is_given_up(step, looks[-1]):
                 break
     except NumericalError as failed:
         error = failed.message
     seconds = round(time.monotonic() - start, 3)
-    return Tried(parameters=dict(proposal.parameters), looks=looks, seconds=seconds, error=error)
+    return TrialOutcome(parameters=dict(proposal.parameters), looks=looks, seconds=seconds, error=error)

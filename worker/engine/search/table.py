@@ -10,14 +10,14 @@ from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, D
 from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.evaluation.metrics import bootstrap, interval, metric_for
-from worker.engine.search.bench import Side, Tryout
+from worker.engine.search.trial_merges import ExpertOutputs, TriedMerge
 from worker.engine.tasks.metrics import Array
 
 PLAIN_AVERAGE = "plain average"
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """A backbone that could have been published, and the function that makes it."""
 
     name: str
@@ -26,7 +26,7 @@ class Line:
     weights: Mapping[str, PerTensor[float]]
     align_ridge: float
     trial: int | None
-    tryout: Callable[[], Tryout]
+    tried_merge: Callable[[], TriedMerge]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class _Judged:
     retentions: Array | None
 
 
-def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Callable[[], None]) -> list[Candidate]:
+def table(
+    lines: Sequence[TableRow], experts: Sequence[ExpertOutputs], chosen: int, on_line: Callable[[], None]
+) -> list[Candidate]:
     """Compute every line's metrics and retention on the held-out rows; a model's resamples are the same for all lines.
 
     Args:
@@ -45,9 +47,11 @@ def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Ca
     """
     predictions: list[dict[str, Array]] = []
     for line in lines:
-        predictions.append(line.tryout().judged(line.align_ridge))
+        predictions.append(line.tried_merge().judged(line.align_ridge))
         on_line()
-    by_model = {side.name: _judged(side, [of_line[side.name] for of_line in predictions]) for side in sides}
+    by_model = {
+        outputs.name: _judged(outputs, [of_line[outputs.name] for of_line in predictions]) for outputs in experts
+    }
     [published] = [index for index, line in enumerate(lines) if line.trial == chosen]
     found = []
     for index, line in enumerate(lines):
@@ -59,7 +63,7 @@ def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Ca
                 kind=line.kind,
                 method=None if line.method is None else line.method.model_dump(mode="json"),
                 weights=dict(line.weights),
-                align_ridge=line.align_ridge if any(side.alignment for side in sides) else None,
+                align_ridge=line.align_ridge if any(outputs.alignment for outputs in experts) else None,
                 trial=line.trial,
                 metrics=metrics,
                 mean_retention=mean_retention,
@@ -71,11 +75,13 @@ def table(lines: Sequence[Line], sides: Sequence[Side], chosen: int, on_line: Ca
     return found
 
 
-def _judged(side: Side, predictions: Sequence[Array]) -> list[_Judged]:
-    name, task, labels = side.evaluation.metric, side.kind.task, side.held_out_labels
+def _judged(outputs: ExpertOutputs, predictions: Sequence[Array]) -> list[_Judged]:
+    name, task, labels = outputs.evaluation.metric, outputs.kind.task, outputs.held_out_labels
     metric = metric_for(name, task)
-    expert = metric(labels, side.held_out_predicted)
-    resampled = bootstrap(name, task, labels, predictions, side.evaluation.seed, [one.outputs for one in side.held_out])
+    expert = metric(labels, outputs.held_out_predicted)
+    resampled = bootstrap(
+        name, task, labels, predictions, outputs.evaluation.seed, [one.outputs for one in outputs.held_out]
+    )
     found = []
     for predicted, draws in zip(predictions, resampled, strict=True):
         value = metric(labels, predicted)

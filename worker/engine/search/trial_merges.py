@@ -20,7 +20,7 @@ from worker.engine.merging.head_alignment import aligned
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
-from worker.engine.search.journal import Look
+from worker.engine.search.journal import RungOutcome
 from worker.engine.tasks.metrics import Array
 
 State = Mapping[str, Tensor]
@@ -29,7 +29,7 @@ Head = tuple[Tensor, Tensor | None]
 """Weight, (outputs, width), and bias, (outputs,) or None, float64."""
 
 
-class Side:
+class ExpertOutputs:
     """An expert's outputs on its rows: to search on, to judge by, and to align its head on, if it is aligned.
 
     The expert itself is not kept.
@@ -69,7 +69,7 @@ class Side:
         return logits.float().cpu()
 
     @cached_property
-    def expert(self) -> float:
+    def metric_alone(self) -> float:
         """The expert's metric on all search rows."""
         return self._metric(self._logits)
 
@@ -85,7 +85,7 @@ class Side:
         """
         logits = self._of(features, head)
         own = self._logits[: len(logits)]
-        retention = self._metric(logits) / (_positive(self._metric(own)) or self.expert)
+        retention = self._metric(logits) / (_positive(self._metric(own)) or self.metric_alone)
         smoothed_expert = _positive(self._smoothed(own)) or _positive(self._smoothed_expert)
         return retention, self._smoothed(logits) / smoothed_expert if smoothed_expert else retention
 
@@ -96,7 +96,7 @@ class Side:
         return self.kind.smoothed(self.evaluation.metric, self.labels[: len(logits)], logits)
 
 
-class Seen:
+class HeadInputs:
     """Inputs of a head on rows with one merge, (outputs, width), computed as far as they are asked for."""
 
     def __init__(self, examples: Sequence[Example], read: Callable[[slice], Tensor]) -> None:
@@ -114,28 +114,28 @@ class Seen:
         return known[: sum(example.outputs for example in self._examples[:rows])]
 
 
-class Tryout:
+class TriedMerge:
     """A merge, with the outputs of each expert's head on its rows."""
 
-    def __init__(self, bench: "Bench", state: State) -> None:
+    def __init__(self, backbone: "SharedBackbone", state: State) -> None:
         self.state = state
-        self._bench = bench
-        self._sides = bench.sides
+        self._backbone = backbone
+        self._experts = backbone.experts
 
-        def seen(index: int, rows: Sequence[Example]) -> Seen:
-            return Seen(rows, partial(bench.read, state, index, rows))
+        def seen(index: int, rows: Sequence[Example]) -> HeadInputs:
+            return HeadInputs(rows, partial(backbone.read, state, index, rows))
 
-        self._searched = [seen(index, side.searched) for index, side in enumerate(bench.sides)]
-        self._alignment = [seen(index, side.alignment) for index, side in enumerate(bench.sides)]
-        self._held_out = [seen(index, side.held_out) for index, side in enumerate(bench.sides)]
+        self._searched = [seen(index, expert.searched) for index, expert in enumerate(backbone.experts)]
+        self._alignment = [seen(index, expert.alignment) for index, expert in enumerate(backbone.experts)]
+        self._held_out = [seen(index, expert.held_out) for index, expert in enumerate(backbone.experts)]
 
-    def look(self, share: float, ridge: float) -> Look:
+    def look(self, share: float, ridge: float) -> RungOutcome:
         """Evaluate on a share of every model's search rows; its head is aligned on the same share of alignment rows."""
         kept: dict[str, tuple[float, float]] = {}
-        for index, side in enumerate(self._sides):
-            features = self._searched[index].first(part(side.searched, share))
-            kept[side.name] = side.kept(features, self._head(index, share, ridge))
-        return Look(
+        for index, expert in enumerate(self._experts):
+            features = self._searched[index].first(part(expert.searched, share))
+            kept[expert.name] = expert.kept(features, self._head(index, share, ridge))
+        return RungOutcome(
             retentions={name: retention for name, (retention, _) in kept.items()},
             smoothed={name: smoothed for name, (_, smoothed) in kept.items()},
         )
@@ -143,21 +143,23 @@ class Tryout:
     def judged(self, ridge: float) -> dict[str, Array]:
         """Compute every model's predictions for its held-out rows."""
         return {
-            side.name: side.predicted(self._held_out[index].first(len(side.held_out)), self._head(index, 1.0, ridge))
-            for index, side in enumerate(self._sides)
+            expert.name: expert.predicted(
+                self._held_out[index].first(len(expert.held_out)), self._head(index, 1.0, ridge)
+            )
+            for index, expert in enumerate(self._experts)
         }
 
     def _head(self, index: int, share: float, ridge: float) -> Head:
-        side = self._sides[index]
-        if not side.alignment:
-            return self._bench.stored_head(index, side.head)
-        rows = min(len(side.alignment), max(LEAST_ALIGNMENT_ROWS, part(side.alignment, share)))
+        expert = self._experts[index]
+        if not expert.alignment:
+            return self._backbone.stored_head(index, expert.head)
+        rows = min(len(expert.alignment), max(LEAST_ALIGNMENT_ROWS, part(expert.alignment, share)))
         features = self._alignment[index].first(rows)
-        found = aligned(features, side.targets[: len(features)], *side.head, ridge)
-        return self._bench.stored_head(index, found)
+        found = aligned(features, expert.targets[: len(features)], *expert.head, ridge)
+        return self._backbone.stored_head(index, found)
 
 
-class Bench:
+class SharedBackbone:
     """One backbone that all experts' heads read, and that merges are put into.
 
     Parts of a model that are not merged, such as its head, stay the expert's own; nothing else of experts is kept. All
@@ -165,7 +167,7 @@ class Bench:
     """
 
     def __init__(self, plan: MergePlan, precision: Precision) -> None:
-        self.sides: list[Side] = []
+        self.experts: list[ExpertOutputs] = []
         self._precision = precision
         self._dtypes = _dtypes(plan.backbone)
         self._head_dtypes = [_dtypes(head) for head in plan.heads]
@@ -175,7 +177,7 @@ class Bench:
 
     def add(self, expert: JobModel, loaded: LoadedModel) -> None:
         """Add an expert with its rows."""
-        self.sides.append(Side(expert, loaded, self._precision))
+        self.experts.append(ExpertOutputs(expert, loaded, self._precision))
         if not self._backbone:
             self._backbone = {
                 name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -212,7 +214,7 @@ class Bench:
         return stored("weight", weight), None if bias is None else stored("bias", bias)
 
     def _with_backbone(self, index: int, loaded: LoadedModel) -> LoadedModel:
-        """Return a copy of the expert with the bench's backbone in place of its own, which error messages mention."""
+        """Return a copy of the expert with the shared backbone in place of its own, which error messages mention."""
         own = dict(loaded.model.named_parameters())
         instead: dict[int, object] = {id(own[name]): parameter for name, parameter in self._backbone.items()}
         model = copy.deepcopy(loaded.model, instead)
