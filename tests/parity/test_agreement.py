@@ -99,6 +99,7 @@ REFUSED: list[tuple[str, str, Change, str]] = [
             ("padding_side", None),
             ("truncation_side", "middle"),
             ("model_input_names", 3),
+            ("model_input_names", "x"),
             ("split_special_tokens", None),
             ("do_lower_case", "yes"),
         ]
