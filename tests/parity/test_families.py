@@ -56,7 +56,8 @@ from worker.engine.scoring.scorer import score
 
 ROWS = 12
 LABELS = {"two": 2, "three": 3, "grade": 1}
-INDICES = {"heads": 2, "neurons": 7, "kv_heads": 1}
+OF_ANY = {kind for family in TINY_FAMILIES.values() for kind in family.counts(HEADS, NEURONS)}
+INDICES = {kind: index for kind, index in {"heads": 2, "neurons": 7, "kv_heads": 1}.items() if kind in OF_ANY}
 NODES = [(kind, layer, index) for kind, index in INDICES.items() for layer in range(LAYERS)]
 CPU = torch.device("cpu")
 ENGINE_TOLERANCE = 1e-4  # of a score in norm, float32 against float64
