@@ -204,7 +204,7 @@ def _notes_of_csv(rows: DatasetSpec, source: HubSource, builder: Any, table: dat
     found, uneven = 0, 0
     names = _file_names(rows, source, builder, split)
     for name in names:
-        path = Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
+        path = _rows_file(source, name)
         if path.suffix not in (".csv", ".tsv"):  # only the library reads compressed files
             return []
         form = Csv(f"{rows.source}, {name}", config.sep, has_quotes=config.quoting != csv.QUOTE_NONE)
@@ -257,15 +257,18 @@ def _parquet_files(rows: DatasetSpec, source: HubSource, builder: Any) -> Parque
     names = _file_names(rows, source, builder, split) if split else []
     if not names or not all(name.endswith(".parquet") for name in names):  # others may be compressed as a whole
         return None
-    files = [
-        Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit)) for name in names
-    ]
+    files = [_rows_file(source, name) for name in names]
     features = builder.info.features or {}
     for file in files:
         types = types_of_parquet(file)
         if any(name in types and feature() != types[name] for name, feature in features.items() if callable(feature)):
             return None
     return ParquetFiles(tuple(files), features)
+
+
+def _rows_file(source: HubSource, name: str) -> Path:
+    """Return the path of a data set's file, which is in the cache by now."""
+    return Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
 
 
 def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
