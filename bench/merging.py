@@ -70,7 +70,7 @@ METHODS_MEASURED: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.5},
     "dare_ties": {"density": 0.5},
 }
-"""Those that are registered are measured, with these parameters."""
+"""Methods to measure, as far as they are registered, with their parameters."""
 AGAINST_FLOOR = ("average", "linear")
 AGAINST_MERGEKIT = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
 RANDOM = ("dare_ties",)
@@ -242,7 +242,7 @@ class Inputs:
         )
 
     def written_bytes(self) -> int:
-        """Of tensors, by a merge: the backbone once, and every model's own head."""
+        """Count the bytes of tensors that a merge writes: the backbone once, and every model's own head."""
         seen = {file.stat().st_ino: file.stat().st_size for file in self.out.rglob("*.safetensors")}
         return sum(seen.values())
 
@@ -267,7 +267,7 @@ class WarmEngine:
         return merged(self._process, inputs, method)
 
     def peak_bytes(self, inputs: Inputs, method: str) -> int:
-        """Of anonymous memory while it merges, above what it holds when it is idle."""
+        """Measure the peak of the engine's anonymous memory during a merge, above what it holds when it is idle."""
         with peak_of(self._process.pid) as seen:
             self.merge(inputs, method)
         return max(seen) - self.idle_bytes
@@ -508,7 +508,7 @@ def run_mergekit(python: Path, inputs: Inputs, method: str, out: Path) -> None:
 
 
 def run_ours(inputs: Inputs, method: str, threads: int) -> None:
-    """In a process that is started for it, and ended, as mergekit's is."""
+    """Run our merge in a process that is started for it, and ended, as mergekit's is."""
     process = EngineProcess(threads)
     process.start()
     try:
@@ -577,7 +577,7 @@ def measure(engine: WarmEngine, shape: Shape, folder: Path, python: Path | None,
 
 
 def tiny() -> Shape:
-    """Of what an engine merges to be warm."""
+    """Return the shape of what an engine merges to be warm."""
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
     return Shape("tiny", "bert", "float32", 1, sizes)
 

@@ -76,7 +76,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Merge:
-    """By task: what the experts were scored, and what the merge makes of their held-out rows."""
+    """The experts' scores and the merge's predictions for their held-out rows, both by task."""
 
     scores: dict[str, Scores]
     predicted: dict[str, Array]
@@ -84,7 +84,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of scores by bfloat16 with scores by float32: the lowest rank correlation over the experts."""
+    """Agreement of scores by bfloat16 with scores by float32: the lowest rank correlation over the experts."""
 
     neurons: float
     heads: float
@@ -117,7 +117,7 @@ class Family:
     experts: list[Expert]
     agreement: Agreement
     merges: dict[tuple[str, str], Comparison]
-    """By heads and task."""
+    """Comparisons by heads and task."""
 
 
 class Bench:
@@ -248,7 +248,7 @@ def agreement(float32: Mapping[str, Scores], bfloat16: Mapping[str, Scores]) -> 
 
 
 def compared_on(expert: Expert, float32: Array, bfloat16: Array) -> Comparison:
-    """From predictions of the expert's held-out rows."""
+    """Compare two precisions by their predictions for the expert's held-out rows."""
     draws = bootstrap("accuracy", expert.model.task, expert.labels, [float32, bfloat16], SEED)
     low, high = np.quantile(draws[1] - draws[0], [0.025, 0.975])
     accuracies = [float((one == expert.labels).mean()) for one in (float32, bfloat16)]

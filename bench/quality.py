@@ -95,11 +95,11 @@ class Expert:
     """To measure and to align on."""
     held_out: list[Example]
     outputs: Tensor
-    """Of the expert, on `rows`."""
+    """The expert's outputs on `rows`."""
     predicted: Array
-    """By the expert, of `held_out`."""
+    """The expert's predictions for `held_out`."""
     measured: dict[str, MeasuredModel] = field(default_factory=dict)
-    """By method."""
+    """Statistics by method."""
 
     @property
     def labels(self) -> Array:
@@ -119,9 +119,9 @@ class Outcome:
 
 
 Outcomes = dict[tuple[str, Combination], dict[str, Outcome]]
-"""By method and combination, and then by task."""
+"""Outcomes by method and combination, and then by task."""
 Controls = dict[str, dict[str, Outcome]]
-"""By what the backbone is, and then by task."""
+"""Outcomes by what the backbone is, and then by task."""
 
 
 class Bench:
@@ -244,7 +244,7 @@ class Bench:
             return backbone.state()
 
     def _controls(self, shift: int | None) -> dict[str, Outcome]:
-        """By task, of the ancestor's backbone, or of that of the expert so many places further."""
+        """Evaluate the heads on the ancestor's backbone, or on that of the expert so many places further; by task."""
         names = list(self.experts)
         found = {}
         for place, task in enumerate(names):
