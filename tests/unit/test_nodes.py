@@ -2,13 +2,15 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tests.score_names import named
-from worker.engine.catalog.families import HEADS, KV_HEADS, NEURONS, NODE_KINDS, Family, Kind, ScoreName, Site
+from worker.engine.catalog import families
+from worker.engine.catalog.families import FAMILIES, HEADS, KV_HEADS, NEURONS, NODE_KINDS, Family, Kind, ScoreName, Site
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.table import GROUPED_QUERY, MULTI_HEAD
 from worker.engine.models.mask_gradients import MaskGradients
@@ -103,3 +105,11 @@ def test_the_gradient_of_what_heads_share_is_the_sum_of_theirs() -> None:
     [wanted] = torch.autograd.grad(network[2](activation).sum(), masks)
     torch.testing.assert_close(found[shared], wanted)
     torch.testing.assert_close(found[shared], found[heads].view(5, 2, 3).sum(-1))
+
+
+def test_a_family_is_found_by_its_file_and_two_of_one_model_type_are_refused() -> None:
+    files = {path.stem for path in Path(families.__file__).parent.glob("*.py")} - {"__init__", "head", "nodes", "table"}
+    assert {family.model_type.replace("-", "_") for family in FAMILIES.values()} == files
+    assert families._by_model_type([BERT, BERT]) == {"bert": BERT}
+    with pytest.raises(ImportError, match="two families have the model type bert"):
+        families._by_model_type([BERT, GROUPED])

@@ -1,21 +1,31 @@
 """Families of architectures. The table of each says what its tensors are; to add a family is one file with a table."""
 
-from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.families.camembert import CAMEMBERT
-from worker.engine.catalog.families.deberta_v2 import DEBERTA_V2
-from worker.engine.catalog.families.distilbert import DISTILBERT
-from worker.engine.catalog.families.electra import ELECTRA
-from worker.engine.catalog.families.head import Head
-from worker.engine.catalog.families.mpnet import MPNET
-from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NODE_KINDS, NodeKind, ScoreName
-from worker.engine.catalog.families.roberta import ROBERTA
-from worker.engine.catalog.families.table import Family, Kind, Owner, Site, Slot
-from worker.engine.catalog.families.xlm_roberta import XLM_ROBERTA
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA, DEBERTA_V2, MPNET)
-}
+from worker.engine.catalog.families.head import Head
+from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NODE_KINDS, NodeKind, ScoreName
+from worker.engine.catalog.families.table import Family, Kind, Owner, Site, Slot
+
+
+def _found() -> Iterator[Family]:
+    """Yield the tables in the files of this package; one that another file imports comes several times."""
+    for name in sorted(module.name for module in iter_modules(__path__)):
+        module = import_module(f"{__name__}.{name}")
+        yield from (value for value in vars(module).values() if isinstance(value, Family))
+
+
+def _by_model_type(found: Iterable[Family]) -> dict[str, Family]:
+    """Return tables by model type, in alphabetical order. Raises ImportError where two have the same one."""
+    families: dict[str, Family] = {}
+    for family in found:
+        if families.setdefault(family.model_type, family) is not family:
+            raise ImportError(f"two families have the model type {family.model_type}")
+    return dict(sorted(families.items()))
+
+
+FAMILIES = _by_model_type(_found())
 
 __all__ = [
     "FAMILIES",
