@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 from worker.engine.catalog.checkpoints.architectures import architecture_of
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.checkpoints.layouts import spellings
-from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.checkpoints.configurations import library_config
@@ -68,7 +68,7 @@ def unread_tensors(info: CheckpointInfo) -> list[str]:
 
 def _shapes(info: CheckpointInfo, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Return shapes of tensors by the names that the model gives them."""
-    family = FAMILIES.get(info.model_type)
+    family = backbone_of(info.model_type)
     found = {}
     for name, tensor in info.tensors.items():
         slot = family.slot(name) if family else None

@@ -37,7 +37,7 @@ from worker.engine.catalog.checkpoints.headers import (
 from worker.engine.catalog.checkpoints.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_count, layer_of
 from worker.engine.catalog.checkpoints.library import Architecture, decoded, kind_of
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
-from worker.engine.catalog.families import FAMILIES, Family, Kind
+from worker.engine.catalog.families import Family, Kind, backbone_of
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
 PREFIX = "base_model.model."  # prefix of the name of every tensor that PEFT saves
@@ -259,7 +259,7 @@ def _config(path: Path, source: str) -> AdapterConfig:
 
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
     """Make the adapted checkpoint of the base: the adapter's tensors replace the base's, or are added to them."""
-    family = FAMILIES.get(base.model_type)
+    family = backbone_of(base.model_type)
     if family is not None and base.architecture in family.merged_by_name and adapter.config.task_type != "SEQ_CLS":
         family = None
     config, tensors = base.config, _of_base(base, family)

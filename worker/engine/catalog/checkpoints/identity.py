@@ -22,7 +22,7 @@ from worker.engine.catalog.checkpoints.library import (
     value_of,
 )
 from worker.engine.catalog.checkpoints.settings import FUNCTIONS, check_settings
-from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 HARMLESS_WORDS = ("act", "activation", "dtype", "implementation", "mode", "method", "activation_function")
@@ -89,7 +89,7 @@ class Identity:
         kind = kind_of(self.info.model_type)
         if kind is None or self.known is None or self.known.converted:
             return []
-        family = FAMILIES.get(self.info.model_type)
+        family = backbone_of(self.info.model_type)
         slot = family.slot if family and self.known.name == family.head.architecture else lambda name: None
         unread = [name for name, own in self.names.items() if not self._reads(own) and slot(name) is None]
         if self.is_usual:

@@ -27,6 +27,12 @@ def _by_model_type(found: Iterable[Family]) -> dict[str, Family]:
 
 FAMILIES = _by_model_type(_found())
 
+
+def backbone_of(model_type: str) -> Family | None:
+    """Return the table of backbones of this kind of model, whatever the head is; None where there is none."""
+    return FAMILIES.get(model_type)
+
+
 __all__ = [
     "FAMILIES",
     "HEADS",
@@ -41,4 +47,5 @@ __all__ = [
     "ScoreName",
     "Site",
     "Slot",
+    "backbone_of",
 ]

@@ -4,7 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
-from worker.engine.catalog.families import FAMILIES, Family
+from worker.engine.catalog.families import FAMILIES, Family, backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.tasks.classification import Classification
 from worker.engine.catalog.tasks.labels import check_metric, label_map
@@ -29,7 +29,7 @@ TASKS = _found()
 
 def family_of(info: CheckpointInfo) -> Family | None:
     """Return the table of a checkpoint's backbone under its head; None where either of them has no table."""
-    family = FAMILIES.get(info.model_type)
+    family = backbone_of(info.model_type)
     if family is None:
         return None
     heads = [family.head, *(task.heads[family.model_type] for task in TASKS if family.model_type in task.heads)]
