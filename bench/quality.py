@@ -34,10 +34,11 @@ from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_ch
 from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.methods import (
+    GRAM,
+    PARAMETER_FISHER,
     AlignedRegMeanParameters,
     Method,
     MethodParameters,
-    Statistic,
 )
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_merge
@@ -171,9 +172,7 @@ class Bench:
                 own = Sample(read[:rows], len(read), spec, model, LabelMap(model.task))
                 digest = Digests().of_checkpoint(expert.info)
                 found = measurer.measure(Measured(), model, digest, own, len(own), lambda _: None)
-                expert.measured[label] = MeasuredModel(
-                    1.0, found.scores, found.of(Statistic.GRAM), found.of(Statistic.FISHER)
-                )
+                expert.measured[label] = MeasuredModel(1.0, found.scores, found.of(GRAM), found.of(PARAMETER_FISHER))
 
     def merge(self, method: MethodParameters, label: str, tasks: Combination) -> dict[str, Tensor]:
         experts = [self.experts[task] for task in tasks]

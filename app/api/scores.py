@@ -17,7 +17,7 @@ from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Job
 from app.contracts.requests import ScoreRequest
 from app.storage.statistics import KeptStatistic
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import StatisticName
 
 router = APIRouter(tags=["scores"], route_class=StrictRoute)
 
@@ -43,7 +43,7 @@ class ScoresEntry(BaseModel):
 
     digest: str
     """Digest of everything that the statistic follows from."""
-    statistic: Statistic
+    statistic: StatisticName
     checkpoint: str
     """Digest of the checkpoint."""
     source: str
@@ -97,7 +97,7 @@ def list_scores(
     checkpoint: Annotated[
         str | None, Query(pattern=DIGEST, description="Only of the checkpoint with this digest")
     ] = None,
-    statistic: Annotated[Statistic | None, Query(description="Only of this kind")] = None,
+    statistic: Annotated[StatisticName | None, Query(description="Only of this kind")] = None,
     limit: Limit = 20,
     after: Annotated[
         str | None, Query(pattern=r"^[0-9a-f]{14}-[0-9a-f]{64}$", description="The `next` of the page before")
@@ -109,7 +109,7 @@ def list_scores(
     def matches(kept: KeptStatistic) -> bool:
         facts = kept.about.facts
         is_wanted = wanted is None or facts.checkpoint.removeprefix(PREFIX) == wanted
-        return is_wanted and (statistic is None or facts.statistic is statistic)
+        return is_wanted and (statistic is None or facts.statistic == statistic)
 
     matching = filter(matches, services.statistics.newest(after))
     present = ((kept, entry) for kept in matching if (entry := _entry(kept)) is not None)

@@ -24,14 +24,14 @@ from tests.tiny import merge_spec, model_spec, silent, write_rows
 from worker.engine.catalog.contracts.report import MANIFEST
 from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import GRAM
 from worker.engine.checkpoints import reloading
 from worker.engine.jobs.engine import Engine
 from worker.engine.scoring.store import StatisticsStore
 
 CPU = torch.device("cpu")
 TOKENS = Tokens(tokenizer="3", inputs=["input_ids"], max_length=128, versions={"tokenizers": "1"})
-FACTS = Facts(statistic=Statistic.GRAM, checkpoint=f"sha256:{'1' * 64}", rows="2", tokens=TOKENS, precision="float32")
+FACTS = Facts(statistic=GRAM, checkpoint=f"sha256:{'1' * 64}", rows="2", tokens=TOKENS, precision="float32")
 ORIGIN = Origin(checkpoint="local:expert", dataset="local:rows.jsonl", examples=7)
 PARTS = [{"layers.0.heads": torch.eye(3)}, {"pooler": torch.ones(2)}]
 

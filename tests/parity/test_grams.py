@@ -16,7 +16,7 @@ from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.models.loading import LoadedModel, load
-from worker.engine.scoring.grams import grams, in_passes
+from worker.engine.scoring.gram import grams, in_passes
 
 ROWS = 10
 TOLERANCE = 1e-5  # in norm, float32 against float64

@@ -16,7 +16,7 @@ from tests.tiny import merged_of
 from worker.engine.catalog.families import ScoreName, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.deberta_v2 import DEBERTA_V2
-from worker.engine.catalog.methods import METHODS, Statistic
+from worker.engine.catalog.methods import GRAM, METHODS, NODE_FISHER, PARAMETER_FISHER, Statistic
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
 
@@ -525,10 +525,10 @@ def test_inputs_are_left_as_they_were(method: str) -> None:
     [
         ("task_arithmetic", set(), True, 0.4),
         ("ties", set(), True, 1.0),
-        ("fisher", {Statistic.FISHER}, False, 1.0),
-        ("regmean", {Statistic.GRAM}, False, 1.0),
-        ("mask_regmean", {Statistic.GRAM, Statistic.MASK_FISHER}, False, 1.0),
-        ("aligned_regmean", {Statistic.GRAM}, False, 1.0),
+        ("fisher", {PARAMETER_FISHER}, False, 1.0),
+        ("regmean", {GRAM}, False, 1.0),
+        ("mask_regmean", {GRAM, NODE_FISHER}, False, 1.0),
+        ("aligned_regmean", {GRAM}, False, 1.0),
     ],
 )
 def test_what_a_method_needs(method: str, statistics: set[Statistic], needs_base: bool, scale: float) -> None:

@@ -29,7 +29,7 @@ from worker.engine.catalog.contracts.spec import ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import Facts
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import ScoreName
-from worker.engine.catalog.methods import MaskFisherParameters, RegMeanParameters, ScoringParameters, Statistic
+from worker.engine.catalog.methods import GRAM, NODE_FISHER, MaskFisherParameters, RegMeanParameters, ScoringParameters
 from worker.engine.catalog.methods.parameters import MOST_AUTO_EXAMPLES
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.primitives.values import Place
@@ -253,7 +253,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def assert_same_bits(found: Measured, expected: Measured) -> None:
-    one, other = found.of(Statistic.MASK_FISHER), expected.of(Statistic.MASK_FISHER)
+    one, other = found.of(NODE_FISHER), expected.of(NODE_FISHER)
     assert set(one) == set(other)
     assert len(one) == 5 * 2 * LAYERS
     assert all(torch.equal(one[name], other[name]) for name in other)
@@ -299,7 +299,7 @@ def test_scores_of_blocks_are_those_of_all_rows(case: Case, tmp_path: Path) -> N
 
     with StatisticsStore(tmp_path, 10**9) as store:
         found, own = case.measure(store, ROWS)
-        kept = dict(found.of(Statistic.MASK_FISHER))
+        kept = dict(found.of(NODE_FISHER))
     examples = [example for block in own.blocks(0, ROWS) for example in block]
     assert [example.index for example in examples] == list(range(ROWS))
     each = [score(case.loaded, [e], Expected(case.loaded.task), "float32", "rows", silent).total for e in examples]
@@ -314,9 +314,7 @@ def test_scores_of_blocks_are_those_of_all_rows(case: Case, tmp_path: Path) -> N
 def test_the_address_of_a_statistic_follows_from_texts_and_tokenizer(case: Case, tmp_path: Path) -> None:
     def of(own: Sample, rows: int = 512, *, with_labels: bool = False) -> str:
         digest = own.digest(rows, with_labels=with_labels)
-        return Facts(
-            statistic=Statistic.GRAM, checkpoint="c", rows=digest, tokens=own.tokens, precision="float32"
-        ).address
+        return Facts(statistic=GRAM, checkpoint="c", rows=digest, tokens=own.tokens, precision="float32").address
 
     reference = of(case.sample())
     assert of(case.sample(rows=600)) == reference  # a prefix is a prefix, however many rows there are

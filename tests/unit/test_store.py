@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 from tests.conftest import HANGS_S, wait_until
 from worker.engine.catalog.contracts.statistics import Facts, Origin, Tokens
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER
 from worker.engine.catalog.primitives.errors import StorageError
 from worker.engine.scoring.store import ASSEMBLED, LOCK, LOCK_POLL_S, StatisticsStore
 
 TOKENS = Tokens(tokenizer="3", inputs=["input_ids"], max_length=128, versions={"tokenizers": "1"})
-FACTS = Facts(statistic=Statistic.GRAM, checkpoint="sha256:1", rows="2", tokens=TOKENS, precision="float32")
+FACTS = Facts(statistic=GRAM, checkpoint="sha256:1", rows="2", tokens=TOKENS, precision="float32")
 ORIGIN = Origin(checkpoint="local:expert", dataset="local:rows.jsonl", examples=7)
 PARTS = [{"layers.0.heads": torch.eye(3)}, {"layers.1.heads": torch.ones(2, 2), "pooler": torch.zeros(1)}]
 
@@ -37,7 +37,7 @@ def test_what_was_kept_comes_back_by_its_facts_alone(tmp_path: Path) -> None:
             assert set(found) == {"layers.0.heads", "layers.1.heads", "pooler"}
             assert all(torch.equal(found[name], tensor) for part in PARTS for name, tensor in part.items())
         others: dict[str, object] = {
-            "statistic": Statistic.FISHER,
+            "statistic": PARAMETER_FISHER,
             "checkpoint": "sha256:2",
             "rows": "3",
             "tokens": TOKENS.model_copy(update={"max_length": 64}),

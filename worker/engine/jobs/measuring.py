@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.contracts.spec import JobSpec
-from worker.engine.catalog.methods import MethodParameters, Statistic
+from worker.engine.catalog.methods import NODE_FISHER, MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.preparing import truncation
@@ -57,7 +57,7 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
     found = [replace(model, measured=Measured()) for model in work.models]
     samples = {index: model.rows.sample for index, model in enumerate(found) if model.rows.sample is not None}
 
-    def extend(index: int, rows: int, statistics: Collection[Statistic]) -> None:
+    def extend(index: int, rows: int, statistics: Collection[str]) -> None:
         model, sample = found[index], samples[index]
         loaded = context.models.get(model.info)
         known = measurer.measure(model.measured, loaded, model.digest, sample, rows, scoring.advance, statistics)
@@ -71,12 +71,12 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
     for rows in looks(max(map(len, samples.values()))):
         for index, sample in samples.items():
             if found[index].measured.rows < len(sample):
-                extend(index, min(rows, len(sample)), {Statistic.MASK_FISHER})
+                extend(index, min(rows, len(sample)), {NODE_FISHER})
         reached = point(stopping, with_errors([found[index] for index in samples]), rows, work.plan.owned)
         if reached is not None and reached.error <= stopping.tolerance:
             break
     for index in samples:
-        extend(index, found[index].measured.rows, method.statistics - {Statistic.MASK_FISHER})
+        extend(index, found[index].measured.rows, method.statistics - {NODE_FISHER})
     return found
 
 

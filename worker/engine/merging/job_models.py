@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.contracts.spec import DatasetSpec, EvaluationSpec, ModelSpec
 from worker.engine.catalog.data.rows import Row
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.inputs.examples import Example
 from worker.engine.merging.layer_alignment import Expert
@@ -65,8 +65,8 @@ class JobModel:
         return MeasuredModel(
             self.spec.weight,
             measured.scores,
-            measured.of(Statistic.GRAM),
-            measured.of(Statistic.FISHER),
+            measured.of(GRAM),
+            measured.of(PARAMETER_FISHER),
             self.spec.parameters,
             measured.statistics,
         )

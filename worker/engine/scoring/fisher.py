@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.catalog.families import Kind
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import PARAMETER_FISHER
 from worker.engine.inputs.examples import Batch, Example, collate
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
@@ -122,11 +122,11 @@ def _differentiable(model: nn.Module, embeddings: nn.Module, parameters: Sequenc
 
 
 def _measure(work: Work, measured: Measured) -> Measured:
-    return work.find_or_compute(measured, work.facts_of_gradients(Statistic.FISHER, work.rows), _parts(work))
+    return work.find_or_compute(measured, work.facts_of_gradients(PARAMETER_FISHER, work.rows), _parts(work))
 
 
 def _parts(work: Work) -> Iterator[Mapping[str, Tensor]]:
     yield fisher(work.loaded, work.examples, work.required_estimator, work.precision, work.sample.source, work.on_rows)
 
 
-PASS = Pass(Statistic.FISHER, _measure)
+PASS = Pass(_measure)

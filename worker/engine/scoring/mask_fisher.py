@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from worker.engine.catalog.contracts.statistics import Facts
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import NODE_FISHER
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.runtime.device import rounded_weights
 from worker.engine.scoring.batching import CANDIDATES
@@ -31,7 +31,7 @@ def _published(work: Work) -> Iterator[Mapping[str, Tensor]]:
 
 def _facts(work: Work, rows: int) -> Facts:
     more = {"population": work.sample.population, "paper": work.method.batch_rows is not None}
-    return work.facts_of_gradients(Statistic.MASK_FISHER, rows).model_copy(update=more)
+    return work.facts_of_gradients(NODE_FISHER, rows).model_copy(update=more)
 
 
 def _with_scores(work: Work, measured: Measured) -> Measured:
@@ -108,4 +108,4 @@ def _tokens(work: Work, measured: Measured, block: Sequence[Example], rows: int)
     )
 
 
-PASS = Pass(Statistic.MASK_FISHER, _measure)
+PASS = Pass(_measure)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from worker.engine.catalog.methods import MethodParameters, Statistic
+from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
@@ -53,7 +53,7 @@ class Measurer:
         sample: Sample,
         rows: int,
         on_rows: OnRows,
-        statistics: Collection[Statistic] | None = None,
+        statistics: Collection[str] | None = None,
     ) -> Measured:
         """Add statistics of the first `rows` rows to `measured`: all of the method's, or those that are named.
 

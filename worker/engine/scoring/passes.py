@@ -1,12 +1,15 @@
-"""Passes that measure models, one for each statistic."""
+"""Passes that measure models, one for each statistic. A pass is `PASS` of the module here with the statistic's name."""
 
 from collections.abc import Mapping
+from importlib import import_module
 
-from worker.engine.catalog.methods import Statistic
-from worker.engine.scoring import fisher, grams, mask_fisher
+from worker.engine.catalog.methods import STATISTICS, Statistic
 from worker.engine.scoring.work import Pass
 
-PASSES: Mapping[Statistic, Pass] = {one.statistic: one for one in (mask_fisher.PASS, grams.PASS, fisher.PASS)}
 
-if PASSES.keys() != set(Statistic):
-    raise ImportError(f"catalog and passes disagree on the statistics: {PASSES.keys() ^ set(Statistic)}")
+def _pass(statistic: Statistic) -> Pass:
+    found: Pass = import_module(f"{__package__}.{statistic}").PASS
+    return found
+
+
+PASSES: Mapping[str, Pass] = {statistic: _pass(statistic) for statistic in STATISTICS}

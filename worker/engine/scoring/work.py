@@ -8,7 +8,7 @@ from torch import Tensor
 
 from worker.engine.catalog.contracts.statistics import Facts, Origin
 from worker.engine.catalog.families import ScoreName
-from worker.engine.catalog.methods import MethodParameters, Statistic
+from worker.engine.catalog.methods import NODE_FISHER, MethodParameters
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
@@ -26,7 +26,8 @@ class Measured:
     """A model's statistics over its first `rows` rows. `cached`: all of them were found in the store."""
 
     rows: int = 0
-    statistics: Mapping[Statistic, Statistics] = field(default_factory=dict)
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    """Kept statistics, by name."""
     names: tuple[ScoreName, ...] = ()
     """Names of the scores of the model's mask nodes."""
     sums: Mapping[int, NodeStatistics] = field(default_factory=dict)
@@ -42,27 +43,27 @@ class Measured:
         """Number of first rows whose scores are known, with their sums."""
         return max(self.sums, default=0)
 
-    def with_statistic(self, statistic: Statistic, kept: Statistics) -> "Measured":
+    def with_statistic(self, statistic: str, kept: Statistics) -> "Measured":
         return replace(self, statistics={**self.statistics, statistic: kept})
 
     def with_scores(self, rows: int, kept: Statistics) -> "Measured":
         """Add the scores of the first `rows` rows."""
         sums = {**self.sums, rows: NodeStatistics.from_named(rows, self.names, kept)}
-        return replace(self.with_statistic(Statistic.MASK_FISHER, kept), sums=sums)
+        return replace(self.with_statistic(NODE_FISHER, kept), sums=sums)
 
-    def of(self, statistic: Statistic) -> Mapping[str, Tensor]:
+    def of(self, statistic: str) -> Mapping[str, Tensor]:
         return self.statistics.get(statistic) or {}
 
     @property
     def scores(self) -> dict[ScoreName, Tensor]:
         """Scores of mask nodes, (nodes,), float64, by score name."""
-        found = self.of(Statistic.MASK_FISHER)
+        found = self.of(NODE_FISHER)
         return {name: found[name] for name in self.names} if found else {}
 
     @property
     def scores_and_errors(self) -> dict[str, Tensor]:
         """Return the scores, and the standard error of each under its name with `.stderr`."""
-        return {name: of for name, of in self.of(Statistic.MASK_FISHER).items() if not name.endswith(SUMS)}
+        return {name: of for name, of in self.of(NODE_FISHER).items() if not name.endswith(SUMS)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Work:
     def examples(self) -> list[Example]:
         return [example for block in self.sample.blocks(0, self.rows) for example in block]
 
-    def facts(self, statistic: Statistic, rows: int) -> Facts:
+    def facts(self, statistic: str, rows: int) -> Facts:
         """Return everything that a statistic of the first `rows` rows depends on, if it takes no gradients."""
         return Facts(
             statistic=statistic,
@@ -108,7 +109,7 @@ class Work:
             precision=self.precision,
         )
 
-    def facts_of_gradients(self, statistic: Statistic, rows: int) -> Facts:
+    def facts_of_gradients(self, statistic: str, rows: int) -> Facts:
         """Return everything that a statistic of the first `rows` rows depends on, if it is made of gradients."""
         estimator = self.required_estimator
         more = {
@@ -141,9 +142,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """The functions that measure one statistic."""
+    """The functions that measure one statistic, in the module that has its name."""
 
-    statistic: Statistic
     measure: Callable[[Work, Measured], Measured]
     """Adds the statistic to the measured ones; it goes on from those of fewer rows, if it can."""
     passes: Callable[[Sequence[LinearInput]], int] = lambda inputs: 1

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from worker.engine.catalog.contracts.spec import MetricName
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import StatisticName
 from worker.engine.catalog.primitives.paths import Told
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import PerTensor
@@ -246,7 +246,7 @@ class MergeResult(MergeSummary):
 class ScoresFile(Strict):
     """A statistic that is kept. It can be fetched until the store needs its room for others."""
 
-    statistic: Statistic
+    statistic: StatisticName
     digest: str
     """Digest of everything that the statistic follows from, as `GET /scores` lists it."""
     href: str

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, Field
 
-from worker.engine.catalog.methods import Statistic
+from worker.engine.catalog.methods import StatisticName
 from worker.engine.catalog.primitives.strict import Strict
 
 FOLDER = "statistics"
@@ -35,7 +35,7 @@ class Tokens(Strict):
 class Facts(Strict):
     """Everything that a statistic depends on: the same facts give the same statistic. None stands for no influence."""
 
-    statistic: Statistic
+    statistic: StatisticName
     checkpoint: str
     """Digest of the checkpoint."""
     rows: str

@@ -12,12 +12,12 @@ from worker.engine.catalog.methods.breadcrumbs import (
 from worker.engine.catalog.methods.dare import DareLinearParameters, DareTiesParameters
 from worker.engine.catalog.methods.della import DellaDroppingParameters, DellaLinearParameters, DellaParameters
 from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, SearchSpace
-from worker.engine.catalog.methods.fisher import FisherParameters
+from worker.engine.catalog.methods.fisher import PARAMETER_FISHER, FisherParameters
 from worker.engine.catalog.methods.karcher import KarcherParameters
 from worker.engine.catalog.methods.linear import LinearParameters
 from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters
 from worker.engine.catalog.methods.mask_regmean import MaskRegMeanParameters
-from worker.engine.catalog.methods.merging import METHODS, Method, check_name
+from worker.engine.catalog.methods.merging import METHODS, STATISTICS, Method, StatisticName, check_name
 from worker.engine.catalog.methods.model_stock import ModelStockParameters
 from worker.engine.catalog.methods.multislerp import MultiSlerpParameters
 from worker.engine.catalog.methods.nearswap import NearSwapParameters
@@ -25,19 +25,20 @@ from worker.engine.catalog.methods.nuslerp import NuSlerpParameters
 from worker.engine.catalog.methods.parameters import (
     BATCH_TOKENS,
     LARGEST_BATCH_TOKENS,
+    NODE_FISHER,
     BaseParameters,
     GradientParameters,
     MeasuringParameters,
     MethodParameters,
     Normalize,
     ScoringParameters,
-    Statistic,
 )
 from worker.engine.catalog.methods.passthrough import PassthroughParameters
 from worker.engine.catalog.methods.ram import RamParameters, RamPlusParameters
-from worker.engine.catalog.methods.regmean import RegMeanParameters, RegressionParameters
+from worker.engine.catalog.methods.regmean import GRAM, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.methods.sce import SceParameters
 from worker.engine.catalog.methods.slerp import SlerpParameters
+from worker.engine.catalog.methods.statistic import RunningModels, Statistic
 from worker.engine.catalog.methods.task_arithmetic import TaskArithmeticParameters
 from worker.engine.catalog.methods.task_vectors import (
     DroppingParameters,
@@ -51,9 +52,13 @@ __all__ = [
     "AUTO",
     "AVERAGE",
     "BATCH_TOKENS",
+    "GRAM",
     "LARGEST_BATCH_TOKENS",
     "MASK_FISHER",
     "METHODS",
+    "NODE_FISHER",
+    "PARAMETER_FISHER",
+    "STATISTICS",
     "AlignedRegMeanParameters",
     "ArceeFusionParameters",
     "AutoParameters",
@@ -91,11 +96,13 @@ __all__ = [
     "Range",
     "RegMeanParameters",
     "RegressionParameters",
+    "RunningModels",
     "SceParameters",
     "ScoringParameters",
     "SearchSpace",
     "SlerpParameters",
     "Statistic",
+    "StatisticName",
     "SumParameters",
     "TaskArithmeticParameters",
     "TaskVectorParameters",

@@ -7,7 +7,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, f
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range, SearchSpace
 from worker.engine.catalog.methods.merging import METHODS, Method, check_name
-from worker.engine.catalog.methods.parameters import BaseParameters, MethodParameters, Statistic
+from worker.engine.catalog.methods.parameters import BaseParameters, MethodParameters
+from worker.engine.catalog.methods.statistic import Statistic
 
 MOST_CANDIDATES = 50
 DEFAULT_CANDIDATES = (
@@ -113,6 +114,10 @@ class AutoParameters(BaseParameters):
     @property
     def needs_labels(self) -> bool:
         return any(method.needs_labels for method in self.methods)
+
+    @property
+    def merges_rows(self) -> bool:
+        return all(method.merges_rows for method in self.methods)
 
     @property
     def selects_by_rank(self) -> bool:

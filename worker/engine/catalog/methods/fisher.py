@@ -3,8 +3,20 @@
 from typing import Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range
-from worker.engine.catalog.methods.parameters import GradientParameters, Statistic
+from worker.engine.catalog.methods.parameters import GradientParameters
+from worker.engine.catalog.methods.statistic import RunningModels, Statistic
 from worker.engine.catalog.primitives.values import PerTensor, Share
+
+FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and intermediate values
+
+
+def _parameter_fisher_bytes(running: RunningModels) -> int:
+    """Count the bytes of measuring a row at a time."""
+    return running.activations(running.longest_row) + FISHER_VALUE_BYTES * max(running.models) // 4
+
+
+PARAMETER_FISHER = Statistic("fisher", _parameter_fisher_bytes)
+"""Fisher information of every parameter."""
 
 
 class FisherParameters(GradientParameters):
@@ -16,7 +28,7 @@ class FisherParameters(GradientParameters):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        return frozenset({Statistic.FISHER})
+        return frozenset({PARAMETER_FISHER})
 
 
 FISHER = MethodEntry(

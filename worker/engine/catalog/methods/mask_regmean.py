@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range
-from worker.engine.catalog.methods.parameters import ScoringParameters, Statistic
-from worker.engine.catalog.methods.regmean import RIDGE, SHRINK
+from worker.engine.catalog.methods.parameters import NODE_FISHER, ScoringParameters
+from worker.engine.catalog.methods.regmean import GRAM, RIDGE, SHRINK
+from worker.engine.catalog.methods.statistic import Statistic
 from worker.engine.catalog.primitives.values import PerTensor, Share
 
 
@@ -25,7 +26,11 @@ class MaskRegMeanParameters(ScoringParameters):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        return frozenset({Statistic.MASK_FISHER, Statistic.GRAM})
+        return frozenset({NODE_FISHER, GRAM})
+
+    @property
+    def merges_rows(self) -> bool:
+        return False
 
 
 MASK_REGMEAN = MethodEntry(

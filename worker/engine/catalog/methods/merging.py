@@ -1,19 +1,22 @@
-"""All methods that merge, in the order in which they are listed."""
+"""All methods that merge, in the order in which they are listed, and all statistics that they need."""
 
 import pkgutil
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+from worker.engine.catalog.methods import parameters
 from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.parameters import MethodParameters
+from worker.engine.catalog.methods.statistic import Statistic
 from worker.engine.catalog.primitives.strict import did_you_mean
 
-NO_METHODS = ("auto", "entry", "merging", "parameters")
+NO_METHODS = ("auto", "entry", "merging", "parameters", "statistic")
 """Modules of this package that have no merging method."""
 LISTED_FIRST = (
     "average", "mask_fisher", "task_arithmetic", "ties", "fisher", "regmean", "mask_regmean", "aligned_regmean",
@@ -24,14 +27,19 @@ LISTED_FIRST = (
 """Names of the methods that come first in lists; others follow in alphabetical order."""
 
 
-def _found() -> Iterator[MethodEntry[MethodParameters]]:
-    """Yield the entries of all modules beside this one: a new method takes a file here, and one for its arithmetic."""
+def _modules() -> Iterator[ModuleType]:
+    """Yield the modules beside this one that have methods: a new one takes a file here, and one for its arithmetic."""
     folder = Path(__file__).parent
     for name in sorted(module.name for module in pkgutil.iter_modules([str(folder)])):
         if name not in NO_METHODS:
-            module = import_module(f"{__package__}.{name}")
-            found = [value for value in vars(module).values() if isinstance(value, MethodEntry)]
-            yield from (entry for entry in found if entry.parameters.__module__ == module.__name__)
+            yield import_module(f"{__package__}.{name}")
+
+
+def _entries() -> Iterator[MethodEntry[MethodParameters]]:
+    """Yield the entries that these modules define themselves."""
+    for module in _modules():
+        found = [value for value in vars(module).values() if isinstance(value, MethodEntry)]
+        yield from (entry for entry in found if entry.parameters.__module__ == module.__name__)
 
 
 def _by_name(entries: Iterable[MethodEntry[MethodParameters]]) -> dict[str, MethodEntry[MethodParameters]]:
@@ -45,11 +53,32 @@ def _by_name(entries: Iterable[MethodEntry[MethodParameters]]) -> dict[str, Meth
     return {name: methods[name] for name in order}
 
 
-METHODS = _by_name(_found())
+def _statistics() -> list[Statistic]:
+    """Return the statistics that methods' modules define, in alphabetical order.
+
+    Raises:
+        ImportError: two have the same name.
+    """
+    named = {
+        id(value): value
+        for module in (parameters, *_modules())
+        for value in vars(module).values()
+        if isinstance(value, Statistic)
+    }
+    found = sorted(named.values())
+    if len(set(found)) < len(found):
+        raise ImportError(f"two statistics have the same name: {', '.join(found)}")
+    return found
+
+
+METHODS = _by_name(_entries())
+STATISTICS = _statistics()
 
 if TYPE_CHECKING:
     Method = MethodParameters
+    StatisticName = str
 else:
+    StatisticName = Literal[tuple(map(str, STATISTICS))]
     Method = Annotated[
         Union[tuple(entry.parameters for entry in METHODS.values())],  # noqa: UP007 - made of a tuple
         Field(discriminator="name"),

@@ -1,11 +1,11 @@
 """Base classes of methods' parameters, which answer every question that other modules have about a method."""
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from worker.engine.catalog.methods.statistic import RunningModels, Statistic
 from worker.engine.catalog.primitives.slices import Slice
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import EVERY_NAME, PerTensor, Place, Share, filters_of, value_at, values_of
@@ -19,16 +19,14 @@ LARGEST_BATCH_TOKENS = 4096
 """Largest number of padded tokens in a batch that is tried on a CPU."""
 
 
-class Statistic(StrEnum):
-    """A statistic that a method may need of every model, measured on the model's own rows."""
+def _node_fisher_bytes(running: RunningModels) -> int:
+    """Count the bytes of a backward pass. In bfloat16 they include the model's rounded weights."""
+    rounded = max(running.models) // 2 if running.value_bytes == 2 else 0
+    return running.activations(running.tokens) + rounded
 
-    MASK_FISHER = "mask_fisher"
-    """Fisher information of the mask nodes."""
-    GRAM = "gram"
-    """Gram matrices of the inputs of linear layers."""
-    FISHER = "fisher"
-    """Fisher information of every parameter."""
 
+NODE_FISHER = Statistic("mask_fisher", _node_fisher_bytes)
+"""Fisher information of the mask nodes."""
 
 Scale = Annotated[float, Field(ge=-10, le=10)]
 
@@ -91,7 +89,7 @@ class BaseParameters(Strict):
     @property
     def merges_rows(self) -> bool:
         """Whether some rows of a tensor can be merged without the others; otherwise all of it is held at once."""
-        return Statistic.GRAM not in self.statistics
+        return True
 
     @property
     def selects_by_rank(self) -> bool:
@@ -215,7 +213,7 @@ class MeasuringParameters(MethodParameters):
 
     @model_validator(mode="after")
     def _auto_stops_by_scores(self) -> Self:
-        if self.examples == "auto" and Statistic.MASK_FISHER not in self.statistics:
+        if self.examples == "auto" and NODE_FISHER not in self.statistics:
             raise ValueError(f"examples 'auto' stops by scores of mask nodes, and {self.name} has none; give a number")
         return self
 
@@ -273,7 +271,7 @@ class ScoringParameters(GradientParameters):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        return frozenset({Statistic.MASK_FISHER})
+        return frozenset({NODE_FISHER})
 
     @property
     def scoring(self) -> "ScoringParameters":

@@ -3,11 +3,25 @@
 from typing import Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range
-from worker.engine.catalog.methods.parameters import MeasuringParameters, Statistic
+from worker.engine.catalog.methods.parameters import MeasuringParameters
+from worker.engine.catalog.methods.statistic import RunningModels, Statistic
 from worker.engine.catalog.primitives.values import PerTensor, Share
 
 SHRINK = 1.0
 RIDGE = 1e-3
+GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
+GRAM_MATRICES = 6  # held in float64 while a layer is merged: the sum, its factor, one model's, and intermediate ones
+
+
+def _gram_bytes(running: RunningModels) -> int:
+    """Count the bytes of sums and a forward pass, or, if that is more, of solving for the largest layer later."""
+    matrices = [8 * width**2 for width in running.input_widths]
+    sums = min(sum(matrices), max(GRAM_BYTES, max(matrices)))
+    return max(running.batch + sums, GRAM_MATRICES * max(matrices))
+
+
+GRAM = Statistic("gram", _gram_bytes)
+"""Gram matrices of the inputs of linear layers."""
 
 
 class RegressionParameters(MeasuringParameters):
@@ -20,7 +34,11 @@ class RegressionParameters(MeasuringParameters):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        return frozenset({Statistic.GRAM})
+        return frozenset({GRAM})
+
+    @property
+    def merges_rows(self) -> bool:
+        return False
 
 
 class RegMeanParameters(RegressionParameters):

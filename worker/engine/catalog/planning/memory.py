@@ -2,20 +2,17 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from worker.engine.catalog.methods import BaseParameters, Statistic
+from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 
 CACHE_BYTES = 2_000_000_000  # size of the models that are kept loaded
 PASSING_ATTENTION_ROWS = 2  # rows of attention that only the layer at work holds
-GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a larger model take several passes
-GRAM_MATRICES = 6  # held in float64 while a layer is merged: the sum, its factor, one model's, and intermediate ones
-FISHER_VALUE_BYTES = 16  # for each parameter: its sum, its gradient and intermediate values
 VERSIONS_HELD = 4  # copies of every model's block and the base's: as read, and from methods; measured up to 3.6
 MERGING_COPIES = 6  # further copies of a block in float32 while it is merged
 BLOCK_ELEMENTS = 1 << 18  # elements of one version that are merged at once: 1 MB in float32, which a cache holds
@@ -66,7 +63,7 @@ def estimate(plan: MergePlan, needs: MemoryNeeds) -> int:
     if not needs.loads_models:
         return RUNTIME_BYTES + merging + _run_bytes(plan)
     running = _Running(plan, needs)
-    measuring = [MEASURING_BYTES[statistic](running) for statistic in needs.method.statistics]
+    measuring = [statistic.measuring_bytes(running) for statistic in needs.method.statistics]
     return RUNTIME_BYTES + running.held + max(running.batch, merging, *measuring)
 
 
@@ -86,6 +83,14 @@ class _Running:
     def models(self) -> list[int]:
         """Bytes of every model, which is held in float32, whichever dtype it is stored in."""
         return [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.plan.checkpoints]
+
+    @property
+    def input_widths(self) -> list[int]:
+        return [seen.width for seen in self.plan.linear_inputs]
+
+    @property
+    def value_bytes(self) -> int:
+        return self.needs.value_bytes
 
     @property
     def held(self) -> int:
@@ -124,36 +129,7 @@ class _Running:
         kept = family.hidden_vectors * sizes["hidden"] + family.neuron_vectors * sizes["neurons"]
         kept += family.attention_rows * attention
         passing = PASSING_ATTENTION_ROWS * attention
-        return tokens * ((sizes["layers"] if layers is None else layers) * kept + passing) * self.needs.value_bytes
-
-
-def _mask_fisher_bytes(running: _Running) -> int:
-    """Count the bytes of measuring scores. In bfloat16 they include the model's rounded weights."""
-    rounded = max(running.models) // 2 if running.needs.value_bytes == 2 else 0
-    return running.activations(running.tokens) + rounded
-
-
-def _fisher_bytes(running: _Running) -> int:
-    """Count the bytes of measuring Fisher information, a row at a time."""
-    return running.activations(running.longest_row) + FISHER_VALUE_BYTES * max(running.models) // 4
-
-
-def _gram_bytes(running: _Running) -> int:
-    """Count the bytes of sums and a forward pass, or, if that is more, of solving for the largest layer later."""
-    matrices = [8 * seen.width**2 for seen in running.plan.linear_inputs]
-    sums = min(sum(matrices), max(GRAM_BYTES, max(matrices)))
-    return max(running.batch + sums, GRAM_MATRICES * max(matrices))
-
-
-MEASURING_BYTES: Mapping[Statistic, Callable[[_Running], int]] = {
-    Statistic.MASK_FISHER: _mask_fisher_bytes,
-    Statistic.FISHER: _fisher_bytes,
-    Statistic.GRAM: _gram_bytes,
-}
-"""Functions that count the bytes of measuring a statistic, besides the models, and of merging by it."""
-
-if MEASURING_BYTES.keys() != set(Statistic):
-    raise ImportError(f"statistics whose memory is not known: {set(Statistic) - MEASURING_BYTES.keys()}")
+        return tokens * ((sizes["layers"] if layers is None else layers) * kept + passing) * self.value_bytes
 
 
 def _merging_bytes(plan: MergePlan, needs: MemoryNeeds) -> int:

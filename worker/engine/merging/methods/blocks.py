@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import ScoreName, Slot
-from worker.engine.catalog.methods import Statistic
 from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 from worker.engine.catalog.primitives.values import PerTensor, Place, takes_part
 from worker.engine.checkpoints.row_blocks import row_blocks
@@ -139,8 +138,8 @@ class MeasuredModel:
     """Fisher information of every parameter, float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """The model's own values of the method's parameters, see `MethodParameters.of_model`."""
-    statistics: Mapping[Statistic, Mapping[str, Tensor]] = field(default_factory=dict)
-    """All statistics of the method as they are kept; `scores`, `grams` and `fisher` are read from these."""
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """All statistics of the method as they are kept, by name; `scores`, `grams` and `fisher` are read from these."""
 
     @property
     def takes_part(self) -> bool:

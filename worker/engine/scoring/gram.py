@@ -6,8 +6,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.methods import Statistic
-from worker.engine.catalog.planning.memory import GRAM_BYTES
+from worker.engine.catalog.methods import GRAM
+from worker.engine.catalog.methods.regmean import GRAM_BYTES
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
@@ -118,7 +118,7 @@ class _Sums:
 
 def _measure(work: Work, measured: Measured) -> Measured:
     passes = in_passes(work.inputs)
-    return work.find_or_compute(measured, work.facts(Statistic.GRAM, work.rows), _parts(work, passes), len(passes))
+    return work.find_or_compute(measured, work.facts(GRAM, work.rows), _parts(work, passes), len(passes))
 
 
 def _parts(work: Work, passes: Sequence[Sequence[LinearInput]]) -> Iterator[Mapping[str, Tensor]]:
@@ -127,4 +127,4 @@ def _parts(work: Work, passes: Sequence[Sequence[LinearInput]]) -> Iterator[Mapp
         yield grams(work.loaded, inputs, examples, work.precision, work.sample.source, work.on_rows)
 
 
-PASS = Pass(Statistic.GRAM, _measure, lambda inputs: len(in_passes(inputs)))
+PASS = Pass(_measure, lambda inputs: len(in_passes(inputs)))
