@@ -28,13 +28,13 @@ from bench.table import console, shown
 from worker.engine.catalog.contracts.report import Candidate, MergeResult
 from worker.engine.catalog.contracts.spec import (
     CheckpointSpec,
-    DatasetSpec,
     EvaluationSpec,
     MergeSpec,
     ModelSpec,
     OutputSpec,
     StoreSpec,
 )
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import default_candidates
 from worker.engine.jobs.engine import Engine
 

@@ -31,8 +31,8 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from bench.experts import PACKAGED, base_model_folder
 from bench.table import shown
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import Place
 from worker.engine.catalog.tasks import LabelMap
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches, tokenize

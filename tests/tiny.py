@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.tiny_families import TINY_BERT, WORDS, TinyFamily
-from worker.engine.catalog.contracts.spec import DatasetSpec, MergeSpec, ModelSpec
+from worker.engine.catalog.contracts.spec import MergeSpec, ModelSpec
 from worker.engine.catalog.data.rows import Row, RowFile, sample
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.merging.methods.blocks import Block, Merger, Versions

@@ -32,7 +32,8 @@ from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
 from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
-from worker.engine.catalog.contracts.spec import Columns, JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
+from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
+from worker.engine.catalog.data.spec import Columns
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter

@@ -9,17 +9,8 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import AnyHttpUrl, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from worker.engine.catalog.contracts.spec import (
-    ALIGN_RIDGE,
-    Columns,
-    Dtype,
-    Heads,
-    MetricName,
-    Name,
-    OutputSpec,
-    Tokens,
-    VocabularyPolicy,
-)
+from worker.engine.catalog.contracts.spec import ALIGN_RIDGE, Dtype, Heads, OutputSpec, VocabularyPolicy
+from worker.engine.catalog.data.spec import Columns, Name
 from worker.engine.catalog.methods import (
     AUTO,
     MASK_FISHER,
@@ -33,6 +24,7 @@ from worker.engine.catalog.methods import (
 )
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.strict import LONGEST_NAME, Strict, did_you_mean
+from worker.engine.catalog.primitives.tokens import Tokens
 from worker.engine.catalog.primitives.values import (
     DEFAULT_WEIGHT,
     PerTensor,
@@ -41,6 +33,7 @@ from worker.engine.catalog.primitives.values import (
     is_ever_negative,
     takes_part,
 )
+from worker.engine.catalog.tasks import MetricName
 
 LONGEST_TITLE = 200
 LONGEST_DEADLINE_S = 366 * 86_400

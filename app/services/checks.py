@@ -27,8 +27,9 @@ from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
-from worker.engine.catalog.contracts.spec import Columns, DatasetSpec, models_beside
+from worker.engine.catalog.contracts.spec import models_beside
 from worker.engine.catalog.data.rows import TextColumn, check_first_rows
+from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems

@@ -215,7 +215,7 @@ def test_other_labels_are_refused(label: object, words: str) -> None:
 def test_intervals_are_those_of_scikit_learn_on_the_same_resamples(name: str) -> None:
     rng = np.random.default_rng(1)
     labels, predicted = rng.integers(0, 2, (40, 3)).astype(float), rng.integers(0, 2, (40, 3)).astype(float)
-    found = bootstrap(name, TASK, labels, [predicted, labels], seed=7)  # type: ignore[arg-type]
+    found = bootstrap(name, TASK, labels, [predicted, labels], seed=7)
     again = np.random.default_rng(7)
     for resample in range(20):
         drawn = again.integers(0, 40, 40)
@@ -226,7 +226,7 @@ def test_intervals_are_those_of_scikit_learn_on_the_same_resamples(name: str) ->
         )
         assert found[0, resample] == pytest.approx(wanted, abs=1e-12)
     assert (found[1] == 1).all()
-    assert metric_for(name, TASK)(labels, predicted) < 1  # type: ignore[arg-type]
+    assert metric_for(name, TASK)(labels, predicted) < 1
 
 
 def test_a_merge_with_another_task_is_evaluated_and_loads(folder: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from tests.tiny import (
 )
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
-from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, HubSource, MergeSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, MergeSpec
+from worker.engine.catalog.data.spec import HubSource
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.jobs.engine import Engine
 from worker.engine.reporting import contents

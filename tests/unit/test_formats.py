@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from tests.tiny import dataset_spec
-from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.formats import MAX_ROW_BYTES
 from worker.engine.catalog.data.rows import FIRST_ROWS, RowFile, Rows, check_first_rows, is_parquet, sample
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.tasks import Classification, LabelMap, MultiLabel

@@ -27,9 +27,9 @@ from tests.tiny import (
 )
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
-from worker.engine.catalog.contracts.spec import EvaluationSpec, MetricName
+from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.catalog.tasks import Classification, LabelMap, Regression, Task
+from worker.engine.catalog.tasks import Classification, LabelMap, MetricName, Regression, Task
 from worker.engine.evaluation import metrics as metrics_module
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import bootstrap, compare, metric_for

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.tiny import dataset_spec, write_lines
-from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.formats import MAX_ROW_BYTES
 from worker.engine.catalog.data.rows import FIRST_ROWS, Row, RowFile, check_first_rows, sample
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.tasks import Classification, LabelMap
 from worker.engine.inputs.tables import read_parquet

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.contracts.spec import MetricName
-from worker.engine.catalog.tasks import Classification, MultiLabel, Regression, Task
+from worker.engine.catalog.tasks import Classification, MetricName, MultiLabel, Regression, Task
 from worker.engine.evaluation.metrics import metric_for
 from worker.engine.tasks import kind_of
 from worker.engine.tasks import smoothing as module

@@ -13,7 +13,7 @@ from app.contracts.references import Reference, ReferenceError
 from app.storage.inputs import OnBytes, RootedPath
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
-from worker.engine.catalog.contracts.spec import HubSource
+from worker.engine.catalog.data.spec import HubSource
 
 if TYPE_CHECKING:
     from app.storage.sources.hub_client import Hub

@@ -11,7 +11,7 @@ from app.contracts.references import Reference
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.inputs import OnBytes, RootedPath
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
-from worker.engine.catalog.contracts.spec import HubSource
+from worker.engine.catalog.data.spec import HubSource
 
 InputKind = Literal["checkpoint", "rows"]
 

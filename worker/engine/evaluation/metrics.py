@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from worker.engine.catalog.contracts.report import Difference, MetricResult, Version
-from worker.engine.catalog.contracts.spec import EvaluationSpec, MetricName
+from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.catalog.tasks import Task
+from worker.engine.catalog.tasks import MetricName, Task
 from worker.engine.tasks import kind_of
 from worker.engine.tasks.metrics import Array, Metric
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.rows import Row, Text
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.tasks import Label, LabelMap

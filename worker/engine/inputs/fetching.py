@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
 from worker.engine.catalog.checkpoints.views import Views
-from worker.engine.catalog.contracts.spec import CheckpointSpec, DatasetSpec, JobSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
 from worker.engine.catalog.data.rows import RowFile, Rows, TextColumn, is_parquet
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.runtime.libraries import preload
 from worker.engine.runtime.progress import OnProgress

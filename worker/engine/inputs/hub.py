@@ -23,9 +23,10 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
 from worker.engine.catalog.checkpoints.headers import described_files, weights_among
-from worker.engine.catalog.contracts.spec import CheckpointSpec, DatasetSpec, HubSource, JobSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
 from worker.engine.catalog.data.formats import Csv
 from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
+from worker.engine.catalog.data.spec import DatasetSpec, HubSource
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line

@@ -11,7 +11,6 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.rows import (
     ONE_TEXT,
     Row,
@@ -21,6 +20,7 @@ from worker.engine.catalog.data.rows import (
     missing_column,
     row_of,
 )
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import EngineError, InvalidDataset, Place
 from worker.engine.runtime.resources import is_out_of_memory, require_memory
 

@@ -4,14 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
-from worker.engine.catalog.contracts.spec import (
-    LEAST_ALIGNMENT_ROWS,
-    DatasetSpec,
-    EvaluationSpec,
-    JobSpec,
-    MergeSpec,
-)
+from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec, JobSpec, MergeSpec
 from worker.engine.catalog.data.rows import Row, Rows, Text, sample
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
-from worker.engine.catalog.contracts.spec import DatasetSpec, EvaluationSpec, ModelSpec
+from worker.engine.catalog.contracts.spec import EvaluationSpec, ModelSpec
 from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.inputs.examples import Example

@@ -9,7 +9,8 @@ import yaml
 
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult
-from worker.engine.catalog.contracts.spec import DatasetSpec, EvaluationSpec, MergeSpec
+from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting.words import (
     ABOUT_METRICS,

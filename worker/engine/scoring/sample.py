@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import torch
 
-from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.contracts.statistics import Tokens
 from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.tasks import LabelMap
 from worker.engine.checkpoints.reader import digest_tokenizer
 from worker.engine.inputs.examples import BLOCK_ROWS, Example, tokenize

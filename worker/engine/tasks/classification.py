@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.contracts.spec import MetricName
-from worker.engine.catalog.tasks import Classification
+from worker.engine.catalog.tasks import Classification, MetricName
 from worker.engine.inputs.examples import Batch
 from worker.engine.tasks import metrics
 from worker.engine.tasks.drawing import uniform

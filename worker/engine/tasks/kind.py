@@ -7,8 +7,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.contracts.spec import MetricName
-from worker.engine.catalog.tasks import Task
+from worker.engine.catalog.tasks import MetricName, Task
 from worker.engine.inputs.examples import Batch, OneOutput
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.catalog.contracts.spec import MetricName
+from worker.engine.catalog.tasks import MetricName
 from worker.engine.runtime.libraries import optimize, sk, sparse, stats
 
 Array = NDArray[np.float64]

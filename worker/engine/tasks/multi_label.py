@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.contracts.spec import MetricName
-from worker.engine.catalog.tasks import MultiLabel
+from worker.engine.catalog.tasks import MetricName, MultiLabel
 from worker.engine.inputs.examples import Batch
 from worker.engine.tasks import metrics
 from worker.engine.tasks.drawing import uniform

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.contracts.spec import MetricName
-from worker.engine.catalog.tasks import Regression
+from worker.engine.catalog.tasks import MetricName, Regression
 from worker.engine.inputs.examples import Batch
 from worker.engine.tasks import metrics
 from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator, one_pass

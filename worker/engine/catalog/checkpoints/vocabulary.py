@@ -13,9 +13,9 @@ from typing import Any, Literal
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo, Tokenizer, read_tokenizer
 from worker.engine.catalog.checkpoints.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
-from worker.engine.catalog.contracts.spec import Tokens
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.strict import did_you_mean
+from worker.engine.catalog.primitives.tokens import Tokens
 
 MAX_ROWS = 1_000_000  # rows of the output; the largest real vocabularies have 260,000 tokens
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")

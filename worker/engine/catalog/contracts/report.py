@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from worker.engine.catalog.contracts.spec import MetricName
 from worker.engine.catalog.methods import StatisticName
 from worker.engine.catalog.primitives.paths import Told
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import PerTensor
+from worker.engine.catalog.tasks import MetricName
 
 MANIFEST = "manifest.json"
 """The artifact's list of all its other files, with bytes and sha256; written last."""

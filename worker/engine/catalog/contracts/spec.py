@@ -1,16 +1,18 @@
 """The engine's input: a job with every reference already resolved to a path."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny
 
+from worker.engine.catalog.data.spec import DatasetSpec, HubSource
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, Method
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.strict import Strict
+from worker.engine.catalog.primitives.tokens import Tokens
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, takes_part
+from worker.engine.catalog.tasks import MetricName
 
-MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Heads = Literal["per_model", "merged"]
 VocabularyPolicy = Literal["error", "union", "base"]
@@ -20,88 +22,6 @@ ALIGN_RIDGE = 0.1
 """Strength that holds an aligned head to its former weights, in units of the mean square of its inputs."""
 LEAST_ALIGNMENT_ROWS = 16
 """Least number of distinct rows that a head is aligned on; with fewer it is kept as it was."""
-Name = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class TokenSource(Strict):
-    """The row of one token of the output."""
-
-    source: Literal["own", "model", "base", "zero"] = "own"
-    """Origin of the row: each model's own, one model's, the base's, or zeros. Any but the first counts for models that
-    lack the token, and with `force` for all models."""
-    model: Annotated[str, Field(max_length=64)] | None = None
-    """Name of the model."""
-    token: Annotated[str, Field(max_length=1000)] | None = None
-    """Token whose row is taken in that model; null: the token itself."""
-    id: Annotated[int, Field(ge=0)] | None = None
-    """Number of the row in that model, instead of a token."""
-    force: bool = False
-
-    @model_validator(mode="after")
-    def _is_one_row(self) -> Self:
-        if (self.source == "model") != (self.model is not None):
-            raise ValueError("give model with the source model, and with no other")
-        if self.source in ("own", "zero") and (self.token is not None or self.id is not None):
-            raise ValueError("token and id are of a row of a model or of the base")
-        if self.source == "own" and self.force:
-            raise ValueError("each model has its own row anyway; give force with another source")
-        if self.token is not None and self.id is not None:
-            raise ValueError("give either token or id")
-        return self
-
-
-class Tokens(Strict):
-    """A recipe's settings of the output's tokens, if vocabularies are merged."""
-
-    vocabulary_of: Annotated[str, Field(max_length=64)] | None = None
-    """Name of the model whose vocabulary `base` keeps, and whose tokenizer is published; null: the base's, or the first
-    model's where no base is named."""
-    tokens: Annotated[dict[str, TokenSource], Field(max_length=10_000)] | None = None
-    """Rows of single tokens. A token that the vocabulary lacks is added to it."""
-    pad_to_multiple_of: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """The number of rows of embedding matrices is a multiple of this; added rows are the mean of all others."""
-
-
-def _unique(names: list[str]) -> list[str]:
-    if len(set(names)) != len(names):
-        raise ValueError("two labels have the same name")
-    return names
-
-
-class Columns(Strict):
-    """The columns of a data set that are read, and the choice of its rows."""
-
-    text: Name = "text"
-    text_pair: Name | None = None
-    label: Name | None = None
-    """Column of the labels; absent for unlabelled text."""
-    label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
-    """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Number of rows to use; null for all."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed from which the rows and their order are drawn."""
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    """Largest number of tokens of a row; longer rows are truncated. Default: the model's limit."""
-
-
-class HubSource(Strict):
-    """A repository on the Hugging Face hub, at one commit."""
-
-    repository: str
-    commit: str
-
-
-class DatasetSpec(Columns):
-    """Rows of a local file, or of a data set on the hub."""
-
-    source: str
-    path: Path | None = None
-    root: Path | None = None
-    """Folder in which the file must lie, after following links; None for any."""
-    hub: HubSource | None = None
-    config: str | None = None
-    split: str | None = None
 
 
 class EvaluationSpec(DatasetSpec):

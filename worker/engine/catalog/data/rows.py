@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Protocol
 
 from worker.engine.catalog.checkpoints.pointers import POINTER, WHAT_TO_DO, is_pointer
 from worker.engine.catalog.checkpoints.reading import reads
-from worker.engine.catalog.contracts.spec import DatasetSpec
 from worker.engine.catalog.data.formats import Csv, Format, JsonLines
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
 

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Literal
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.families import FAMILIES, Family, backbone_of
@@ -25,6 +26,11 @@ def _found() -> tuple[type[Task], ...]:
 
 
 TASKS = _found()
+
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(sorted({metric for task in TASKS for metric in task.metrics}))]
 
 
 def family_of(info: CheckpointInfo) -> Family | None:
@@ -61,6 +67,7 @@ __all__ = [
     "Classification",
     "Label",
     "LabelMap",
+    "MetricName",
     "MultiLabel",
     "Regression",
     "Task",

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from worker.engine.catalog.contracts.spec import MetricName
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.strict import MOST_NAMES
@@ -10,7 +9,7 @@ from worker.engine.catalog.tasks.names import SHOWN_NAME, are_bare
 from worker.engine.catalog.tasks.task import LabelMap, Task
 
 
-def check_metric(metric: MetricName, task: Task, source: str) -> None:
+def check_metric(metric: str, task: Task, source: str) -> None:
     """Raise InvalidDataset when the metric is not one of the head's task."""
     if metric not in task.metrics:
         raise InvalidDataset(source, f"metric {metric} is not one of {task.name}: {', '.join(task.metrics)}")

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
-from worker.engine.catalog.contracts.spec import MetricName
 from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
 from worker.engine.catalog.families import Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
@@ -30,8 +29,8 @@ class Task(ABC):
     """End of the names of the classes with such a head."""
     heads: ClassVar[Mapping[str, Head]] = {}
     """Such heads by the model type of their backbone, besides those in the families' own tables."""
-    metrics: ClassVar[tuple[MetricName, ...]]
-    """Metrics by which such a head is evaluated; the first is the default."""
+    metrics: ClassVar[tuple[str, ...]]
+    """Names of the metrics by which such a head is evaluated; the first is the default."""
     texts: ClassVar[TextColumn] = ONE_TEXT
     """Reader of a row's text."""
     has_classes: ClassVar[bool] = True

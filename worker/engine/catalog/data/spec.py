@@ -1,0 +1,52 @@
+"""Specifications of data sets: where rows are, and which of their columns are read."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from worker.engine.catalog.primitives.strict import Strict
+
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _unique(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("two labels have the same name")
+    return names
+
+
+class Columns(Strict):
+    """The columns of a data set that are read, and the choice of its rows."""
+
+    text: Name = "text"
+    text_pair: Name | None = None
+    label: Name | None = None
+    """Column of the labels; absent for unlabelled text."""
+    label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
+    """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Number of rows to use; null for all."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed from which the rows and their order are drawn."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Largest number of tokens of a row; longer rows are truncated. Default: the model's limit."""
+
+
+class HubSource(Strict):
+    """A repository on the Hugging Face hub, at one commit."""
+
+    repository: str
+    commit: str
+
+
+class DatasetSpec(Columns):
+    """Rows of a local file, or of a data set on the hub."""
+
+    source: str
+    path: Path | None = None
+    root: Path | None = None
+    """Folder in which the file must lie, after following links; None for any."""
+    hub: HubSource | None = None
+    config: str | None = None
+    split: str | None = None
