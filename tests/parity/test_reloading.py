@@ -139,6 +139,15 @@ def test_a_tensor_that_no_model_has_is_missed(engine: Engine, tmp_path: Path) ->
     assert error.message == "checkpoint local:a: no tensor model.norm.weight, which MixtralForCausalLM needs"
 
 
+def test_a_setting_that_transformers_saves_under_another_name_reaches_it(engine: Engine, tmp_path: Path) -> None:
+    """Configurations of Qwen3-MoE call `num_experts` by that name, and their files call it `num_local_experts`."""
+    settings = {**LLAMA.settings, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4}
+    folders = pair(tmp_path, TinyModel("Qwen3MoeForCausalLM", "qwen3_moe", settings))
+    assert json.loads((folders[0] / "config.json").read_text())["num_local_experts"] == 4
+    assert merged(engine, tmp_path / "out", folders).notes == []
+    assert library_config(inspect_checkpoint(folders[0], "local:a").config, "local:a").num_experts == 4
+
+
 def test_a_merge_whose_outputs_are_not_finite_is_not_published(engine: Engine, tmp_path: Path) -> None:
     """Two models whose weights balance each other, and whose averages do not."""
     folders = pair(tmp_path)

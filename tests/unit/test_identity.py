@@ -132,11 +132,11 @@ def test_what_is_not_sure_is_refused_by_name(tmp_path: Path, case: str) -> None:
     assert all(word in caught.value.message for word in ["local:m", *words]), caught.value.message
 
 
-def test_a_class_that_transformers_has_not_is_noted(tmp_path: Path) -> None:
+def test_a_class_whose_tensors_are_not_known_is_noted(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m")
     edit_json(folder / "config.json", architectures=["LlamaForMyTask"])
     [note] = plan_merge([inspect_checkpoint(folder, "local:m")]).notes
-    assert "no LlamaForMyTask of model_type llama" in note
+    assert "the tensors of LlamaForMyTask" in note
     assert "local:m" in note
 
 

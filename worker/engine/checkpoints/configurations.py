@@ -110,7 +110,8 @@ def _inner_class(config: Mapping[str, Any], declared: Any) -> Any:
 @cache
 def _keys_of(of: Any) -> frozenset[str]:
     """Return the keys that a configuration's class, or the models that are built from it, name in their code."""
-    found = {field.name for field in fields(of)} | {*of.attribute_map, *getattr(of, "sub_configs", ())}
+    spellings = {*of.attribute_map, *of.attribute_map.values()}
+    found = {field.name for field in fields(of)} | spellings | {*getattr(of, "sub_configs", ())}
     for owner in of.__mro__:
         if owner.__module__.startswith("transformers.models."):
             for member in vars(owner).values():

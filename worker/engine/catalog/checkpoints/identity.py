@@ -155,8 +155,8 @@ def _stated(info: CheckpointInfo) -> list[str]:
 
 def _unknown_class(info: CheckpointInfo, name: str) -> str:
     return (
-        f"transformers has no {name[:100]} of model_type {info.model_type}, as config.json of {info.source} says; its "
-        "tensors were merged by their names alone"
+        f"the tensors of {name[:100]}, which config.json of {info.source} names as its class, are not known here; they "
+        "were merged by their names alone"
     )
 
 
