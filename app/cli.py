@@ -87,7 +87,7 @@ def _serve(settings: Settings) -> int:
 
     try:
         return Supervisor(settings).run()
-    except (DataDirInUse, NoRedisServer, OSError) as error:
+    except (DataDirInUse, NoRedisServer, ValueError, OSError) as error:
         print(f"maskmerge: {error}", file=sys.stderr)
         return 1
 

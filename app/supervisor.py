@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
 from app.embedded_redis import EmbeddedRedis
+from app.storage.artifacts import open_artifacts
 
 TICK_S = 0.1
 LOCK_WAIT_S = 15  # children of a killed supervisor are gone within a moment
@@ -61,11 +62,16 @@ class Supervisor:
         self._children: list[Child] = []
 
     def run(self) -> int:
-        """Run until SIGTERM or Ctrl-C. Raises DataDirInUse, NoRedisServer or OSError when it cannot start."""
+        """Run until SIGTERM or Ctrl-C.
+
+        Raises:
+            DataDirInUse, NoRedisServer, ValueError, OSError: it cannot start.
+        """
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         signal.signal(signal.SIGINT, self._ask_to_stop)
         _check_free(self._settings.host, self._settings.port)
         data_dir = self._settings.data_dir.resolve()
+        open_artifacts(self._settings.artifact_store, data_dir)  # if there is none, no child can start
         data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(data_dir / "lock", lambda: self._stopping)
         try:

@@ -126,13 +126,17 @@ def run(settings: Settings) -> int:
     if settings.redis_url is None:
         print("MASKMERGE_REDIS_URL is not set", file=sys.stderr)  # noqa: T201
         return 2
+    try:
+        artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
+    except ValueError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
     hide(*settings.local_roots, settings.data_dir)
     url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     store = JobStore(connect(url, patience=3), settings.prefix, settings.lease_seconds, settings.max_losses)
     rq_redis = connect_for_rq(url)
     queue = TaskQueue(rq_redis, settings.queue, store)
-    artifacts = open_artifacts(settings.data_dir)
     artifacts.prepare()
     searches = SearchFolder(settings.data_dir)
     cores = len(os.sched_getaffinity(0))

@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     """Redis to use, as redis://, rediss:// or unix:// URL; `maskmerge serve` starts its own when this is not set."""
     data_dir: Path = Path("maskmerge-data")
     """Folder of artifacts and of work in progress (and of the embedded Redis); API and workers share it."""
+    artifact_store: str = "folder"
+    """Store that keeps artifacts: `folder` keeps them in the data folder."""
     local_roots: Annotated[tuple[Path, ...], NoDecode] = ()
     """Folders that `local:` references may name, separated by colons; searched in order."""
     host: str = "127.0.0.1"

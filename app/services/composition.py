@@ -33,7 +33,7 @@ class Services:
 
 
 def compose(settings: Settings) -> Services:
-    """Make the services. Raises ValueError when no Redis is named."""
+    """Make the services. Raises ValueError when no Redis is named, or no store of artifacts."""
     if settings.redis_url is None:
         raise ValueError("MASKMERGE_REDIS_URL is not set; set it, or use 'maskmerge serve', which brings its own Redis")
     hide(*settings.local_roots, settings.data_dir)
@@ -46,9 +46,9 @@ def compose(settings: Settings) -> Services:
         retention_seconds=settings.job_retention,
     )
     queue = TaskQueue(connect_for_dispatching(url), settings.queue, store)
-    artifacts = open_artifacts(settings.data_dir)
+    artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
     artifacts.prepare()
-    inspectors = Inspectors(settings.local_roots, settings.data_dir)
+    inspectors = Inspectors(settings.local_roots, settings.data_dir, settings.artifact_store)
     jobs = Jobs(store, queue, inspectors, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.prefix)

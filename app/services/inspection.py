@@ -79,6 +79,7 @@ class Inspection(BaseModel):
     """The request as it was sent, without defaults."""
     local_roots: tuple[Path, ...]
     data_dir: Path
+    artifact_store: str
     jobs: dict[str, Outcome | Gone]
     """The jobs that the request names, by id: those that exist, and those of which it is known why they are gone."""
     scratch: Path
@@ -159,9 +160,12 @@ class InspectorDied(Exception):
 class Inspectors:
     """Asks copies of the inspector. Only the event loop's thread may use it: they die with it (`die_with_parent`)."""
 
-    def __init__(self, local_roots: tuple[Path, ...], data_dir: Path, limits: Limits = Limits()) -> None:
+    def __init__(
+        self, local_roots: tuple[Path, ...], data_dir: Path, artifact_store: str, limits: Limits = Limits()
+    ) -> None:
         self._local_roots = tuple(root.absolute() for root in local_roots)
         self._data_dir = data_dir.absolute()
+        self._artifact_store = artifact_store
         self._limits = limits
         self._places = asyncio.Semaphore(limits.places)
         self._hub_places = asyncio.Semaphore(limits.hub_places)
@@ -218,6 +222,7 @@ class Inspectors:
                     request=request.model_dump(mode="json", exclude_unset=True),
                     local_roots=self._local_roots,
                     data_dir=self._data_dir,
+                    artifact_store=self._artifact_store,
                     jobs=dict(jobs),
                     scratch=scratch,
                     memory_bytes=self._limits.memory_bytes,

@@ -126,7 +126,7 @@ def _outcome(question: Question, told: "_Told") -> Allowed | Read:
 def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
     tempfile.tempdir = str(inspection.scratch)
     kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is Kind.MERGE else ScoreRequest
-    artifacts = open_artifacts(inspection.data_dir)
+    artifacts = open_artifacts(inspection.artifact_store, inspection.data_dir)
     context = SourceContext(inspection.local_roots, inspection.data_dir, artifacts, inspection.jobs.get, told.waiting)
     checker = Checker(Sources(context), artifacts.free_bytes, told.at)
     with observed(told.reads):

@@ -9,7 +9,10 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from pydantic import SecretStr
 
+from app.contracts.settings import Settings
+from app.services.composition import compose
 from tests.conftest import REPOSITORY
 
 Run = Callable[[Mapping[str, str], str], None]
@@ -90,6 +93,15 @@ STATISTIC = {
 
 
         PASS = Pass(_measure)
+        """,
+}
+STORE = {
+    "app/storage/artifacts/shelves.py": """
+        from app.storage.artifacts.folder import FolderStore
+
+
+        def opened(data_dir):
+            return FolderStore(data_dir / "shelves")
         """,
 }
 
@@ -190,3 +202,62 @@ def test_a_statistic_stands_in_its_methods_files_and_one_for_its_pass(run: Run) 
         assert needed[1] - needed[0] == 8 * 10**7
         """,
     )
+
+
+def test_a_store_of_artifacts_stands_in_its_file_alone(run: Run) -> None:
+    run(
+        STORE,
+        """
+        import asyncio
+        import json
+        from pathlib import Path
+
+        from app.contracts.jobs import Attempt, Outcome, Stage, Status, TaskId
+        from app.contracts.requests import MergeRequest
+        from app.contracts.settings import Settings
+        from app.services.composition import compose
+        from tests.tiny import tiny_checkpoint
+
+        settings = Settings(redis_url="redis://127.0.0.1:1", data_dir=Path("data"), artifact_store="shelves")
+        services = compose(settings)
+        attempt = Attempt(task=TaskId(job="1" * 28, stage=Stage.MERGE), number=1)
+        folder = services.artifacts.begin(attempt)
+        assert folder.is_relative_to(Path("data/shelves").resolve())
+        model = tiny_checkpoint(folder / "models" / "a")
+        files = [
+            {"name": f"models/a/{path.name}", "bytes": path.stat().st_size, "sha256": "0" * 64}
+            for path in model.iterdir()
+        ]
+        (folder / "manifest.json").write_text(json.dumps({"files": files}))
+        artifact = services.artifacts.publish(attempt)
+        assert services.artifacts.open(artifact).models == ["a"]
+
+        async def check():
+            services.inspectors.start()
+            reference = f"job:{attempt.task.job}/a"
+            models = [{"name": name, "checkpoint": reference} for name in "ab"]
+            request = MergeRequest.model_validate({"method": {"name": "average"}, "models": models, "evaluate": False})
+            outcome = Outcome(status=Status.SUCCEEDED, artifact=artifact)
+            try:
+                return await services.inspectors.check(request, {attempt.task.job: outcome})
+            finally:
+                services.inspectors.close()
+
+        assert asyncio.run(check()).states.keys() == {f"job:{attempt.task.job}/a"}
+        """,
+    )
+
+
+def test_a_store_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    settings = Settings(redis_url=SecretStr("redis://127.0.0.1:1"), data_dir=tmp_path, artifact_store="shelf")
+    with pytest.raises(ValueError, match="MASKMERGE_ARTIFACT_STORE is 'shelf', and the stores are folder"):
+        compose(settings)
+    environment = {**os.environ, "MASKMERGE_REDIS_URL": "redis://127.0.0.1:1", "MASKMERGE_ARTIFACT_STORE": "store"}
+    problem = "MASKMERGE_ARTIFACT_STORE is 'store', and the stores are folder\n"
+    for command, code, said in (
+        (["worker"], 2, problem),
+        (["app.cli", "api"], 2, f"maskmerge: {problem}"),
+        (["app.cli", "serve", "--port", "0"], 1, f"maskmerge: {problem}"),
+    ):
+        ended = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (code, said)

@@ -41,7 +41,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Path:
 @asynccontextmanager
 async def inspecting(inputs: Path, data: Path, limits: Limits = PATIENT) -> AsyncIterator[Inspectors]:
     FolderStore(data).prepare()
-    inspectors = Inspectors((inputs,), data, limits)
+    inspectors = Inspectors((inputs,), data, "folder", limits)
     inspectors.start()
     try:
         yield inspectors

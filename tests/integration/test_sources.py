@@ -49,7 +49,7 @@ def store(redis: Redis) -> JobStore:
 
 @pytest.fixture
 def sources(store: JobStore, tmp_path: Path, tiny_inputs: Path) -> Sources:
-    artifacts = open_artifacts(tmp_path)
+    artifacts = open_artifacts("folder", tmp_path)
     artifacts.prepare()
     return Sources(SourceContext([tiny_inputs], tmp_path, artifacts, store.records.outcome))
 
@@ -84,7 +84,7 @@ Run = Callable[[dict[str, Any]], Record]
 def run(store: JobStore, sources: Sources, tmp_path: Path, engine: EngineProcess) -> Run:
     """What becomes of a job that is accepted and run."""
     statistics = StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9)
-    storage = Storage(store, sources, open_artifacts(tmp_path), SearchFolder(tmp_path), statistics)
+    storage = Storage(store, sources, open_artifacts("folder", tmp_path), SearchFolder(tmp_path), statistics)
 
     def run(recipe: dict[str, Any]) -> Record:
         accepted = checked(sources, recipe)

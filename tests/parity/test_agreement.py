@@ -209,7 +209,7 @@ def pair(models: dict[str, Path], tmp_path: Path) -> Callable[[str, str, Change]
 
 def of_validation(root: Path, data: Path) -> str | None:
     """The message with which validation refuses the merge, without the request's field; None if it accepts it."""
-    artifacts = open_artifacts(data)
+    artifacts = open_artifacts("folder", data)
     artifacts.prepare()
     sources = Sources(SourceContext((root,), data, artifacts, lambda _: None))
     checker = Checker(sources, artifacts.free_bytes, lambda _: None)

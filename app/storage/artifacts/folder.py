@@ -10,12 +10,16 @@ from functools import cached_property
 from pathlib import Path
 
 from app.contracts.jobs import Attempt, Stage, TaskId
-from app.storage.artifacts.store import Manifest, artifact_name
+from app.storage.artifacts.store import ArtifactStore, Manifest, artifact_name
 from app.storage.files import Damaged, LocalFile
 from app.storage.inputs import OnBytes, RootedPath
 from worker.engine.catalog.contracts.report import MANIFEST
 
 logger = logging.getLogger(__name__)
+
+
+def opened(data_dir: Path) -> ArtifactStore:
+    return FolderStore(data_dir)
 
 
 class FolderStore:
