@@ -57,6 +57,24 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class OneLength(h11.Connection):
+    """HTTP/1.1, in which a request says the length of its body in one way.
+
+    A proxy before the service may take the other way, and then another part of the bytes for the next request (RFC
+    9112, 6.1). h11 reads such requests, and keeps the connection.
+    """
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if b"transfer-encoding" in names and b"content-length" in names:
+                raise h11.RemoteProtocolError("it has both Transfer-Encoding and Content-Length")
+            if b"transfer-encoding" in names and event.http_version < b"1.1":
+                raise h11.RemoteProtocolError("it has Transfer-Encoding, which HTTP/1.0 does not know")
+        return event
+
+
 class Connection(H11Protocol):
     """A client's connection. It is cut off when a request does not arrive whole in time; uvicorn would wait for ever.
 
@@ -71,6 +89,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **options)
         self._request_s = request_s
         self._deadline: asyncio.TimerHandle | None = None  # while a request is awaited or arrives
+        self.conn = OneLength(h11.SERVER, MOST_HEADER_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

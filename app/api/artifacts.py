@@ -8,10 +8,10 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
 
-from app.api.conditional import PreconditionsOf
+from app.api.conditional import PreconditionsOf, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, get_record
 from app.api.files import ArchiveResponse, held_open, media_type, serve
-from app.api.openapi import RANGES, Responses, file_responses, headers
+from app.api.openapi import NOT_MODIFIED, RANGES, Responses, file_responses, headers
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
@@ -26,8 +26,9 @@ ARCHIVE: Responses = {
     200: {
         "description": "The archive",
         "content": {"application/x-tar": {}},
-        "headers": headers(Content_Disposition="The archive's name"),
-    }
+        "headers": headers(Content_Disposition="The archive's name", ETag="Changes when the content does"),
+    },
+    304: NOT_MODIFIED,
 }
 
 
@@ -90,13 +91,16 @@ def report(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
 
 
 @router.get("/jobs/{job_id}/archive", response_class=StreamingResponse, responses=ARCHIVE)
-def archive(record: RecordOf, services: ServicesOf) -> ArchiveResponse:
+def archive(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
     """Send the whole artifact as a tar, which is made meanwhile; a shard that several models share is in it once.
 
     The connection is closed before `Content-Length` bytes are sent when the job is removed meanwhile.
     """
     finished = datetime.fromtimestamp((record.finished_ms or 0) / 1000, UTC)
-    return ArchiveResponse(_all_files(record, services), record.id, finished, ExitStack())
+    made = ArchiveResponse(_all_files(record, services), record.id, finished, ExitStack())
+    if preconditions.is_current(made.etag, finished.timestamp()):
+        return not_modified(made.etag, made.caching)
+    return made
 
 
 def _all_files(record: Record, services: Services) -> Sequence[StoredFile]:

@@ -1,13 +1,14 @@
 """Files as answers: ranges, conditions, digests, and several of them as one archive."""
 
 import base64
+import hashlib
 import logging
 import mimetypes
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
-from email.utils import formatdate
+from email.utils import format_datetime, formatdate
 from pathlib import Path
 
 from fastapi import Response
@@ -59,17 +60,29 @@ class StoredFileResponse(FileResponse):
 class ArchiveResponse(StreamingResponse):
     """Files as a tar, made while it is sent. A large file that has several names is in it once.
 
+    The same files and time make the same bytes, of which `etag` is a strong tag.
+
     Args:
         held: stack that is closed when the archive is sent.
     """
 
     def __init__(self, files: Sequence[StoredFile], name: str, modified: datetime, held: ExitStack) -> None:
         entries = list(_tar_entries(files, modified))
+        described = hashlib.sha256()
+        for header, file in entries:
+            described.update(header + (file.sha256 if file else "").encode())
+        self.etag = f'"{described.hexdigest()}"'
+        self.caching = {"Cache-Control": CACHING, "Last-Modified": format_datetime(modified, usegmt=True)}
         size = sum(len(header) + _padded(file.bytes if file else 0) for header, file in entries) + TAR_END
         super().__init__(
             _tar(entries),
             media_type="application/x-tar",
-            headers={"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{name}.tar"'},
+            headers={
+                "Content-Length": str(size),
+                "Content-Disposition": f'attachment; filename="{name}.tar"',
+                "ETag": self.etag,
+                **self.caching,
+            },
         )
         self._held = held
 

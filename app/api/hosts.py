@@ -83,10 +83,10 @@ def _check_origin(headers: Headers, authority: str) -> None:
 
     A page on another port of the same machine is foreign too, and so is one that hides where it comes from (`null`).
     """
-    site = headers.get("sec-fetch-site", "same-origin")
-    origins = headers.getlist("origin")
-    if site not in ("same-origin", "none") or not all(_is_origin_of(origin, authority) for origin in origins):
-        source = f"the page at '{origins[0][:100]}'" if origins else f"a page of another site ({site[:100]})"
+    sites, origins = headers.getlist("sec-fetch-site"), headers.getlist("origin")
+    is_own = all(site in ("same-origin", "none") for site in sites)
+    if not is_own or not all(_is_origin_of(origin, authority) for origin in origins):
+        source = f"the page at '{origins[0][:100]}'" if origins else f"a page of another site ({sites[-1][:100]})"
         detail = f"{source} is not this service's own, and may not change anything here"
         raise ProblemError(Problem.FOREIGN_ORIGIN, detail)
 

@@ -255,6 +255,30 @@ def test_files_are_sent_on_the_conditions_that_a_request_makes(service: Service,
                 assert answer.headers["Cache-Control"] == whole.headers["Cache-Control"]
 
 
+def test_an_archive_is_sent_on_the_conditions_that_a_request_makes(service: Service, job: dict[str, Any]) -> None:
+    path = f"/jobs/{job['id']}/archive"
+    whole, again = service.get(path), service.get(path)
+    assert whole.content == again.content
+    assert whole.headers["ETag"] == again.headers["ETag"]
+    etag, modified = whole.headers["ETag"], whole.headers["Last-Modified"]
+    earlier = format_datetime(parsedate_to_datetime(modified) - timedelta(seconds=1), usegmt=True)
+    cases: list[tuple[dict[str, str], int]] = [
+        ({"If-Match": etag}, 200), ({"If-None-Match": '"other"'}, 200), ({"If-Modified-Since": earlier}, 200),
+        ({"If-None-Match": etag}, 304), ({"If-None-Match": "*"}, 304), ({"If-Modified-Since": modified}, 304),
+        ({"If-Match": '"other"'}, 412), ({"If-Match": f"W/{etag}"}, 412), ({"If-Unmodified-Since": earlier}, 412),
+    ]  # fmt: skip
+    for headers, status in cases:
+        answer = service.get(path, headers=headers)
+        assert answer.status_code == status, headers
+        if status == 412:
+            assert_problem(answer, 412, "precondition_failed")
+        else:
+            assert [answer.headers[name] for name in ("ETag", "Last-Modified")] == [etag, modified]
+        assert answer.content == whole.content or status != 200
+    other = service.finished(service.submit(tiny_recipe("b")))
+    assert service.get(f"/jobs/{other['id']}/archive").headers["ETag"] != etag
+
+
 def test_a_job_is_changed_on_the_conditions_that_a_request_makes(service: Service, job: dict[str, Any]) -> None:
     path = f"/jobs/{job['id']}"
     etag = service.get(path).headers["ETag"]

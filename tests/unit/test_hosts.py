@@ -129,6 +129,7 @@ FOREIGN = [
     (("host", "localhost:8000"), ("sec-fetch-site", "cross-site")),
     (("host", "localhost:8000"), ("sec-fetch-site", "same-site")),
     (("host", "localhost:8000"), ("sec-fetch-site", "odd")),
+    (("host", "localhost:8000"), ("sec-fetch-site", "same-origin"), ("sec-fetch-site", "cross-site")),
     (("host", "localhost:8000"), ("sec-fetch-site", "same-origin"), ("origin", "null")),
     (("host", "localhost:8000"), ("sec-fetch-site", "cross-site"), ("origin", "http://localhost:8000")),
     (("host", "localhost:8000"), ("origin", "http://localhost:8000"), ("origin", "http://evil.example")),
