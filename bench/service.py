@@ -28,6 +28,7 @@ from redis.exceptions import RedisError
 from app.contracts.jobs import Stage, TaskId
 from app.embedded_redis import EmbeddedRedis
 from app.storage.jobs import JobStore
+from app.storage.records import NewJob
 from bench.table import shown
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult, ModelResult, Search, Timings, Trial
 
@@ -125,7 +126,7 @@ def fill(redis_url: str, jobs: int, result: MergeResult) -> int:
         store = JobStore(redis, PREFIX, lease_seconds=10, max_losses=3)
         for number in range(jobs):
             request = {"models": ["x" * 2000]}
-            job_id = store.records.create(request, f"job {number}", {"team": "search"}).job_id
+            job_id = store.records.create(NewJob(request, f"job {number}", {"team": "search"})).job_id
             attempt = store.tasks.claim(TaskId(job=job_id, stage=Stage.MERGE), "worker")
             if attempt is None or not store.tasks.succeed(attempt, result, f"{job_id}.1"):
                 raise RuntimeError(f"job {job_id} did not succeed")

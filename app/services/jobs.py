@@ -13,7 +13,7 @@ from app.services.checks import Accepted, Plan
 from app.services.inspection import Inspectors, sources
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
-from app.storage.records import Created
+from app.storage.records import Created, Idempotency, NewJob
 from app.storage.sources.job import job_named
 
 logger = logging.getLogger(__name__)
@@ -35,27 +35,23 @@ class Jobs:
             ProblemError: the recipe or an input is refused, or the key came with another body.
         """
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-        idempotency = None if idempotency_key is None else (idempotency_key, digest)
         # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
-        created = await run_sync(self._store.records.remembered, *(idempotency or ("", "")))
+        created = await run_sync(self._store.records.remembered, idempotency_key or "", digest)
         if created is None:
             accepted = await self._check(request)
-            created = await run_sync(self._create, request, accepted, idempotency)
+            job = NewJob(
+                accepted.request,
+                request.title,
+                request.labels,
+                accepted.states,
+                Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
+                request.deadline_seconds,
+            )
+            once = None
+            if idempotency_key is not None:
+                once = Idempotency(idempotency_key, digest, self._idempotency_seconds)
+            created = await run_sync(self._store.records.create, job, once)
         return await run_sync(self._record, created)
-
-    def _create(
-        self, request: MergeRequest | ScoreRequest, accepted: Accepted, idempotency: tuple[str, str] | None
-    ) -> Created:
-        return self._store.records.create(
-            accepted.request,
-            request.title,
-            request.labels,
-            idempotency,
-            self._idempotency_seconds,
-            accepted.states,
-            Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
-            request.deadline_seconds,
-        )
 
     def _record(self, created: Created) -> Record:
         """Dispatch a new job, and return its record."""

@@ -3,7 +3,7 @@
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, cast
 
@@ -44,6 +44,31 @@ class Deleted(IntEnum):
 
 
 @dataclass(frozen=True)
+class NewJob:
+    """A job to be made of an accepted request."""
+
+    request: Mapping[str, Any]
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """State of each checkpoint by its reference, for the worker to compare."""
+    kind: Kind = Kind.MERGE
+    deadline_seconds: float | None = None
+    """Time that the job may take from now on, or from a later retry, waiting included."""
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A key by which a repeated request is known, and makes no second job."""
+
+    key: str
+    digest: str
+    """Digest of the request's body."""
+    seconds: int
+    """Time for which the key is remembered."""
+
+
+@dataclass(frozen=True)
 class Created:
     """A job that a request made. `existing`: its idempotency key was used before; `same_body`: with the same body."""
 
@@ -76,48 +101,32 @@ class Records:
         self._retention_ms = None if retention_seconds is None else int(retention_seconds * 1000)
         self._summaries = redis.register_script(source("summaries"))
 
-    def create(
-        self,
-        request: dict[str, Any],
-        name: str,
-        labels: dict[str, str],
-        idempotency: tuple[str, str] | None = None,
-        idempotency_seconds: int = 86_400,
-        inputs: Mapping[str, str] | None = None,
-        kind: Kind = Kind.MERGE,
-        deadline_seconds: float | None = None,
-    ) -> Created:
-        """Create a queued job with its task.
-
-        Args:
-            idempotency: (key, digest of the body).
-            inputs: state of each checkpoint by its reference, for the worker to compare.
-            deadline_seconds: time that the job may take from now on, or from a later retry, waiting included.
-        """
+    def create(self, job: NewJob, idempotency: Idempotency | None = None) -> Created:
+        """Create a queued job with its task, unless the idempotency key made one before."""
         now = self._scripts.clock()
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
         task = _task(job_id)
         fields = {
-            "kind": kind,
-            "name": name,
+            "kind": job.kind,
+            "name": job.name,
             "attempt": 0,
             "created_ms": now,
-            "request": json.dumps(request),
-            "labels": json.dumps(labels),
-            "inputs": json.dumps(inputs or {}),
+            "request": json.dumps(job.request),
+            "labels": json.dumps(dict(job.labels)),
+            "inputs": json.dumps(dict(job.inputs)),
             "progress": Progress().model_dump_json(),
         }
-        if deadline_seconds is not None:
-            fields["deadline_ms"] = int(deadline_seconds * 1000)
-        key, digest = idempotency or ("", "")
-        remembered = f"{job_id} {digest}" if key else ""
+        if job.deadline_seconds is not None:
+            fields["deadline_ms"] = int(job.deadline_seconds * 1000)
+        once = idempotency or Idempotency("", "", 0)
+        remembered = f"{job_id} {once.digest}" if once.key else ""
         before = self._scripts.run(
             "create",
             job_id,
-            [self._keys.jobs, self._keys.task(task), self._keys.due, self._keys.idempotency(key)],
-            [job_id, str(task), remembered, idempotency_seconds, *flat(fields)],
+            [self._keys.jobs, self._keys.task(task), self._keys.due, self._keys.idempotency(once.key)],
+            [job_id, str(task), remembered, once.seconds, *flat(fields)],
         )
-        return _earlier(str(before), digest) if before else Created(job_id, existing=False)
+        return _earlier(str(before), once.digest) if before else Created(job_id, existing=False)
 
     def remembered(self, idempotency_key: str, digest: str) -> Created | None:
         """Return the job that the key made before, if there is one."""

@@ -21,6 +21,7 @@ from app.contracts.settings import Settings
 from app.server import Server
 from app.storage.artifacts.folder import FolderStore
 from app.storage.jobs import JobStore
+from app.storage.records import NewJob
 from tests.conftest import HANGS_S, RESULT, assert_problem, free_port, wait_until
 from worker.__main__ import _is_wanted
 from worker.engine.catalog.contracts.report import Candidate, Search, Trial
@@ -58,7 +59,7 @@ class Api:
 
     def succeeded(self, files: dict[str, bytes] = FILES, result: Any = RESULT) -> str:
         """A job with an artifact."""
-        task = TaskId(job=self.store.records.create({"name": "all of it"}, "name", {}).job_id, stage=Stage.MERGE)
+        task = TaskId(job=self.store.records.create(NewJob({"name": "all of it"}, "name")).job_id, stage=Stage.MERGE)
         attempt = self.store.tasks.claim(task, "worker")
         assert attempt is not None
         folder = self.artifacts.begin(attempt)
@@ -240,7 +241,7 @@ def test_what_a_crash_leaves_of_a_removed_job_is_nobodys_and_what_of_an_unknown_
     artifacts.prepare()
     folders = []
     for _ in range(3):
-        task = TaskId(job=store.records.create({}, "name", {}).job_id, stage=Stage.MERGE)
+        task = TaskId(job=store.records.create(NewJob({}, "name")).job_id, stage=Stage.MERGE)
         attempt = store.tasks.claim(task, "worker")
         assert attempt is not None
         artifacts.begin(attempt)

@@ -19,6 +19,7 @@ from app.main import create_app
 from app.storage.connection import connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import JobStore
+from app.storage.records import NewJob
 from app.storage.scripts import PROGRESS_KEPT
 from tests.conftest import BASE_URL, HANGS_S, RESULT, wait_until
 
@@ -63,7 +64,7 @@ def read(redis_url: str) -> Read:
 
 
 def new_job(store: JobStore) -> TaskId:
-    return TaskId(job=store.records.create({"some": "request"}, "name", {}).job_id, stage=Stage.MERGE)
+    return TaskId(job=store.records.create(NewJob({"some": "request"}, "name")).job_id, stage=Stage.MERGE)
 
 
 def claimed(store: JobStore, task: TaskId) -> Attempt:

@@ -24,7 +24,7 @@ from app.storage.connection import connect_for_rq
 from app.storage.jobs import JobStore
 from app.storage.queue import GRACE_MS, TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper
-from app.storage.records import Deleted
+from app.storage.records import Deleted, Idempotency, NewJob
 from app.storage.scripts import FOLDER
 from tests.conftest import RESULT
 from worker.engine.catalog.contracts.report import MergeSummary, ScoreResult, Search, Timings
@@ -72,7 +72,7 @@ def queue(redis: Redis, redis_url: str, store: JobStore) -> TaskQueue:
 
 
 def new_job(store: JobStore, **labels: str) -> TaskId:
-    return TaskId(job=store.records.create({"some": "request"}, "name", labels).job_id, stage=Stage.MERGE)
+    return TaskId(job=store.records.create(NewJob({"some": "request"}, "name", labels)).job_id, stage=Stage.MERGE)
 
 
 def record_of(store: JobStore, task: TaskId) -> Record:
@@ -97,7 +97,7 @@ def test_a_new_job_is_queued_and_waits_to_be_dispatched(store: JobStore) -> None
 
 
 def test_a_job_has_its_kind_and_one_stored_before_there_were_kinds_is_a_merge(store: JobStore, redis: Redis) -> None:
-    scores = TaskId(job=store.records.create({}, "name", {}, kind=Kind.SCORES).job_id, stage=Stage.MERGE)
+    scores = TaskId(job=store.records.create(NewJob({}, "name", kind=Kind.SCORES)).job_id, stage=Stage.MERGE)
     assert record_of(store, scores).kind is Kind.SCORES
     assert store.tasks.succeed(claimed(store, scores), SCORES, "folder")
     assert record_of(store, scores).result == SCORES
@@ -123,7 +123,7 @@ def test_records_of_the_last_release_are_read_listed_and_deleted(store: JobStore
     merge = new_job(store, team="search")
     assert store.tasks.succeed(claimed(store, merge), SEARCHED, "folder")
     clock.advance(1)
-    scores = TaskId(job=store.records.create({}, "name", {}, kind=Kind.SCORES).job_id, stage=Stage.MERGE)
+    scores = TaskId(job=store.records.create(NewJob({}, "name", kind=Kind.SCORES)).job_id, stage=Stage.MERGE)
     assert store.tasks.succeed(claimed(store, scores), SCORES, "folder")
     records = [record_of(store, task) for task in (merge, scores)]
     listed = list(store.records.newest())
@@ -314,11 +314,11 @@ def test_a_job_that_loses_every_worker_fails_and_says_so(store: JobStore) -> Non
 
 
 def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
-    first = store.records.create({}, "name", {}, ("key", "digest"))
-    again = store.records.create({}, "name", {}, ("key", "digest"))
+    first = store.records.create(NewJob({}, "name"), Idempotency("key", "digest", 60))
+    again = store.records.create(NewJob({}, "name"), Idempotency("key", "digest", 60))
     assert not first.existing
     assert (again.job_id, again.existing, again.same_body) == (first.job_id, True, True)
-    other = store.records.create({}, "name", {}, ("key", "another"))
+    other = store.records.create(NewJob({}, "name"), Idempotency("key", "another", 60))
     assert (other.existing, other.same_body) == (True, False)
     assert [record.id for record in store.records.newest()] == [first.job_id]
     assert store.records.remembered("key", "digest") == again
@@ -482,7 +482,7 @@ def test_only_jobs_that_ended_are_deleted_and_nothing_of_them_stays_but_that_the
 
 
 def timed(store: JobStore, seconds: float) -> TaskId:
-    return TaskId(job=store.records.create({}, "name", {}, deadline_seconds=seconds).job_id, stage=Stage.MERGE)
+    return TaskId(job=store.records.create(NewJob({}, "name", deadline_seconds=seconds)).job_id, stage=Stage.MERGE)
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["waiting", "running"])
@@ -615,7 +615,7 @@ def test_a_job_whose_models_are_read_by_an_active_one_is_kept_until_that_ends(
 ) -> None:
     read, other = ended(forgetting), ended(forgetting)
     inputs = {f"job:{read.job}/a": "state", "local:b": "state"}
-    reading = TaskId(job=forgetting.records.create({}, "chain", {}, inputs=inputs).job_id, stage=Stage.MERGE)
+    reading = TaskId(job=forgetting.records.create(NewJob({}, "chain", inputs=inputs)).job_id, stage=Stage.MERGE)
     attempt = claimed(forgetting, reading) if runs else None
     clock.advance(RETENTION_S)
     assert [record.id for record in forgetting.records.outlived()] == [other.job]

@@ -10,6 +10,7 @@ from app.contracts.jobs import Attempt, Record, Stage, Status, TaskId
 from app.contracts.requests import MergeRequest
 from app.storage.artifacts.folder import FolderStore
 from app.storage.jobs import JobStore
+from app.storage.records import NewJob
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
 from app.storage.sources.source import SourceContext
@@ -86,7 +87,9 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
         recipe = {**tiny_recipe("a", name="average"), "evaluate": False}
         del recipe["models"][0]["evaluation"]
         request = MergeRequest.model_validate(recipe)
-        task = TaskId(job=store.records.create(request.model_dump(mode="json"), "name", {}).job_id, stage=Stage.MERGE)
+        task = TaskId(
+            job=store.records.create(NewJob(request.model_dump(mode="json"), "name")).job_id, stage=Stage.MERGE
+        )
         runner.run(str(task))
         record = store.records.get(task.job)
         assert record is not None

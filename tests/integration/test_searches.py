@@ -7,6 +7,7 @@ from redis import Redis
 
 from app.contracts.jobs import Attempt, ErrorCode, JobError, Stage, TaskId
 from app.storage.jobs import JobStore
+from app.storage.records import NewJob
 from app.storage.searches import SearchFolder
 from tests.conftest import RESULT
 from worker.__main__ import may_go_on
@@ -17,7 +18,7 @@ def test_only_journals_that_another_attempt_may_read_outlast_a_sweep(redis: Redi
     searches = SearchFolder(tmp_path)
 
     def attempt() -> Attempt:
-        task = TaskId(job=store.records.create({}, "name", {}).job_id, stage=Stage.MERGE)
+        task = TaskId(job=store.records.create(NewJob({}, "name")).job_id, stage=Stage.MERGE)
         claimed = store.tasks.claim(task, "worker")
         assert claimed is not None
         searches.begin(claimed).write_text("a trial\n")

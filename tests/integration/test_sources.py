@@ -16,6 +16,7 @@ from app.contracts.requests import MergeRequest
 from app.services.checks import Accepted, Checker
 from app.storage.artifacts import open_artifacts
 from app.storage.jobs import JobStore
+from app.storage.records import NewJob
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources, is_remote
 from app.storage.sources.source import SourceContext
@@ -88,7 +89,7 @@ def run(store: JobStore, sources: Sources, tmp_path: Path, engine: EngineProcess
 
     def run(recipe: dict[str, Any]) -> Record:
         accepted = checked(sources, recipe)
-        created = store.records.create(accepted.request, "name", {}, inputs=accepted.states)
+        created = store.records.create(NewJob(accepted.request, "name", inputs=accepted.states))
         runner = TaskRunner("test", storage, engine, 2**40, lambda: False)
         runner.run(str(TaskId(job=created.job_id, stage=Stage.MERGE)))
         record = store.records.get(created.job_id)
