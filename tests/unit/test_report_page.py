@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from markupsafe import Markup
 
 from tests.reports import UGLY, invented_contents, invented_result
 from tests.score_names import named
@@ -30,7 +31,7 @@ from worker.engine.reporting.colours import (
 )
 from worker.engine.reporting.contents import BLOCKS, MOST_CELLS, Contents, of_scores, rounded
 from worker.engine.reporting.figures import candidates, certainty, search
-from worker.engine.reporting.html import Html, element, table
+from worker.engine.reporting.html import element, table
 from worker.engine.reporting.page import merge_page
 from worker.engine.reporting.words import about_candidates, candidate_remarks, candidate_table, listed, size
 
@@ -139,7 +140,7 @@ def test_names_notes_and_recipes_are_no_markup(merged: tuple[MergeSpec, MergePla
 
 def test_the_page_asks_for_nothing(merged: tuple[MergeSpec, MergePlan]) -> None:
     page = page_of(merged, invented_result(["a", "b"]), invented_contents(["a", "b"]))
-    assert """http-equiv="Content-Security-Policy" content="default-src &#x27;none&#x27;;""" in page
+    assert """http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;;""" in page
     outside = set(re.findall(r"""(?:src|href|url\()=?["'(]?([^"')\s>]+)""", page)) - {"data:;"}
     assert all(link.startswith("#") for link in outside), outside
 
@@ -196,8 +197,8 @@ def test_a_hundred_models_of_96_layers_make_no_large_page(merged: tuple[MergeSpe
 
 
 def test_what_is_text_is_escaped_and_what_is_markup_is_not() -> None:
-    assert element("p", "a<b", Html("<br>"), None, title='"x"', hidden=False, tabindex=0) == (
-        '<p title="&quot;x&quot;" tabindex="0">a&lt;b<br></p>'
+    assert element("p", "a<b", Markup("<br>"), None, title='"x"', hidden=False, tabindex=0) == (
+        '<p title="&#34;x&#34;" tabindex="0">a&lt;b<br></p>'
     )
     assert "<td>&lt;i&gt;</td>" in table(["a", "b"], [["1", "<i>"]], "&")
 

@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from worker.engine.reporting.colours import LEVELS, LINES
-from worker.engine.reporting.html import Content, Html, element
+from worker.engine.reporting.html import Content, element
 
 SHAPES = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle
@@ -86,7 +88,7 @@ def short(value: float) -> str:
 
 def picture(
     key: str, title: str, description: str, height: float, *content: Content, left: float = 0, right: float = 0
-) -> Html:
+) -> Markup:
     """Make an image with a title and a description. `key` is unique on the page."""
     return element(
         "svg",
@@ -101,27 +103,27 @@ def picture(
     )
 
 
-def text(words: str, x: str | float, y: float, anchor: str = "start", kind: str | None = None, dx: float = 0) -> Html:
+def text(words: str, x: str | float, y: float, anchor: str = "start", kind: str | None = None, dx: float = 0) -> Markup:
     return element(
         "text", words, x=x, y=y, dx=dx or None, text_anchor=None if anchor == "start" else anchor, class_=kind
     )
 
 
-def line(x1: str, y1: float, x2: str, y2: float, kind: str) -> Html:
+def line(x1: str, y1: float, x2: str, y2: float, kind: str) -> Markup:
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
 
 
-def marker(index: int, x: str, y: float, *, hollow: bool = False) -> Html:
+def marker(index: int, x: str, y: float, *, hollow: bool = False) -> Markup:
     """Draw the shape and colour of series `index`; there are thirty-six pairs of them."""
     kind = f"{'hollow' if hollow else 'mark'} l{index % LINES + 1}"
     shape = SHAPES[(index + index // LINES) % len(SHAPES)]
     return element("svg", element("path", d=shape, class_=kind), x=x, y=y, role="none")
 
 
-def key(entries: Sequence[tuple[int, str]], *, hollow: str | None = None) -> Html:
+def key(entries: Sequence[tuple[int, str]], *, hollow: str | None = None) -> Markup:
     """Explain the marks of the series."""
 
-    def entry(mark: Html, words: str) -> Html:
+    def entry(mark: Markup, words: str) -> Markup:
         sample = element("svg", mark, width=12, height=12, aria_hidden="true")
         return element("li", sample, element("span", words))
 
@@ -140,13 +142,15 @@ class Bar:
     strong: bool = False
 
 
-def bars(name: str, title: str, description: str, rows: Sequence[Bar], *, low: float = 0.0, high: float = 1.0) -> Html:
+def bars(
+    name: str, title: str, description: str, rows: Sequence[Bar], *, low: float = 0.0, high: float = 1.0
+) -> Markup:
     """Draw horizontal bars from 0, with intervals; each line has a label and a value."""
     scale = Scale(low, high)
     left = 8 + LABEL_PX * max(len(row.label) for row in rows)
     right = 10 + LABEL_PX * max(len(row.written) for row in rows)
     height = ROW * len(rows)
-    drawn: list[Html] = [line(scale.across(0), 0, scale.across(0), height, "rule")]
+    drawn: list[Markup] = [line(scale.across(0), 0, scale.across(0), height, "rule")]
     for index, row in enumerate(rows):
         middle = ROW * index + ROW / 2
         start, end = sorted((scale.share(0), scale.share(row.value)))
@@ -203,8 +207,8 @@ class Plot:
     height: float = LINE_HEIGHT
 
 
-def plot(name: str, title: str, description: str, of: Plot) -> Html:
-    drawn: list[Html] = []
+def plot(name: str, title: str, description: str, of: Plot) -> Markup:
+    drawn: list[Markup] = []
     labels = [short(round(tick, 12)) for tick in of.y.ticks]
     for tick, label in zip(of.y.ticks, labels, strict=True):
         y = of.y.down(tick, of.height)
@@ -235,7 +239,7 @@ def plot(name: str, title: str, description: str, of: Plot) -> Html:
     return picture(name, title, description, of.height + AXIS + 18, drawn, left=left, right=8)
 
 
-def _series(series: Series, of: Plot) -> list[Html]:
+def _series(series: Series, of: Plot) -> list[Markup]:
     kind = f"l{series.index % LINES + 1}"
     places = [(of.x.across(x), of.y.down(y, of.height)) for x, y in series.points]
     drawn = []
@@ -261,11 +265,11 @@ class DotRow:
 
 def dots(
     name: str, title: str, description: str, rows: Sequence[DotRow], scale: Scale, limits: Iterable[float]
-) -> Html:
+) -> Markup:
     """Draw a row of dots for each label, their mean as a bar across, and vertical limits."""
     row_height = 44
     height = row_height * len(rows)
-    drawn: list[Html] = []
+    drawn: list[Markup] = []
     for tick in scale.ticks:
         at = scale.across(tick)
         drawn += [line(at, 0, at, height, "rule"), text(short(round(tick, 12)), at, height + 16, "middle")]
@@ -295,7 +299,7 @@ def heat(
     ramp: str,
     rows: int,
     columns: int,
-) -> Html:
+) -> Markup:
     """Draw the cells of a map by level, 0 to 8; the first row is on top.
 
     Args:
@@ -324,7 +328,7 @@ def heat(
     return picture(name, title, description, height + AXIS, drawn, left=left)
 
 
-def _cells(levels: Sequence[Sequence[int | None]], ramp: str) -> list[Html]:
+def _cells(levels: Sequence[Sequence[int | None]], ramp: str) -> list[Markup]:
     """Make one path for each level; neighbours in a row are one rectangle."""
     paths: dict[int, list[str]] = {}
     for row, cells in enumerate(levels):
@@ -338,7 +342,7 @@ def _cells(levels: Sequence[Sequence[int | None]], ramp: str) -> list[Html]:
     return [element("path", d="".join(d), class_=f"{ramp}{level}") for level, d in sorted(paths.items())]
 
 
-def ramp(kind: str, low: str, high: str, middle: str | None = None) -> Html:
+def ramp(kind: str, low: str, high: str, middle: str | None = None) -> Markup:
     """Explain the colours of a map."""
     swatches = [element("rect", x=18 * i, y=0, width=18, height=12, class_=f"{kind}{i}") for i in range(LEVELS)]
     drawn = element("svg", swatches, width=18 * LEVELS, height=12, aria_hidden="true", class_="cells")

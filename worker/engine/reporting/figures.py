@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from worker.engine.catalog.contracts.report import FailedTrial, MergeResult, MetricResult, Stopping, Trial, Version
 from worker.engine.catalog.families import NODE_KINDS
 from worker.engine.reporting.charts import (
@@ -22,7 +24,7 @@ from worker.engine.reporting.charts import (
 )
 from worker.engine.reporting.colours import LEVELS
 from worker.engine.reporting.contents import InterferenceReport, Known, LayerInterference, Maps, NodeMap, Spread
-from worker.engine.reporting.html import Html, details, element, table
+from worker.engine.reporting.html import details, element, table
 from worker.engine.reporting.words import (
     about_candidates,
     candidate_remarks,
@@ -56,7 +58,7 @@ ABOUT_ERRORS = (
 Grid = Sequence[Sequence[Known]]
 
 
-def versions(metrics: Mapping[str, MetricResult]) -> Html:
+def versions(metrics: Mapping[str, MetricResult]) -> Markup:
     """Draw bars for each model's expert, plain average, and merge with the kept and with its own head."""
     low = min(0.0, *(m.intervals[version][0] for m in metrics.values() for version in m.intervals))
     cards = []
@@ -75,7 +77,7 @@ def versions(metrics: Mapping[str, MetricResult]) -> Html:
     return element("div", cards, class_="cards")
 
 
-def candidates(result: MergeResult) -> list[Html]:
+def candidates(result: MergeResult) -> list[Markup]:
     if not result.candidates:
         return []
     known = [c for c in result.candidates if c.mean_retention is not None]
@@ -105,7 +107,7 @@ def candidates(result: MergeResult) -> list[Html]:
         what = "Dots are" if told_apart else "Lines go from the least to the largest of"
         note = f"{what} the models' retentions, the upright line is their mean.{_floors(floors)}"
         parts.append(element("p", note, class_="note"))
-        parts.append(key(marks) if marks else Html(""))
+        parts.append(key(marks) if marks else Markup(""))
     marked = [
         [element("span", row[0], class_="chosen") if c.chosen else row[0], *row[1:]]
         for c, row in zip(result.candidates, cells, strict=True)
@@ -122,7 +124,7 @@ def _floors(floors: Mapping[str, float]) -> str:
     return f" Dashed lines are floors: {whose}." if whose else ""
 
 
-def search(result: MergeResult) -> list[Html | None]:
+def search(result: MergeResult) -> list[Markup | None]:
     found = result.search
     if found is None or not found.trials:
         return []
@@ -161,7 +163,7 @@ def search(result: MergeResult) -> list[Html | None]:
     ]
 
 
-def _failed(trials: Sequence[FailedTrial]) -> Html | None:
+def _failed(trials: Sequence[FailedTrial]) -> Markup | None:
     if not trials:
         return None
     rows = [[str(t.number), t.candidate, settings_of(t.parameters), t.error] for t in trials[:MOST_TRIALS]]
@@ -173,7 +175,7 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else str(index + 1)
 
 
-def _trials(trials: Sequence[Trial], names: Sequence[str], chosen: Trial | None, objective: str) -> Html:
+def _trials(trials: Sequence[Trial], names: Sequence[str], chosen: Trial | None, objective: str) -> Markup:
     series, steps = [], []
     best = -math.inf
     for trial in trials:
@@ -210,12 +212,12 @@ def _trials(trials: Sequence[Trial], names: Sequence[str], chosen: Trial | None,
     )
 
 
-def _parameters(trials: Sequence[Trial], chosen: Trial | None) -> Html | None:
+def _parameters(trials: Sequence[Trial], chosen: Trial | None) -> Markup | None:
     """Draw the objective over each number that was tried for the chosen trial's candidate."""
     of = [trial for trial in trials if chosen is not None and trial.candidate == chosen.candidate]
     if chosen is None or len(of) < LEAST_TRIALS:
         return None
-    cards: list[Html] = []
+    cards: list[Markup] = []
     for name in chosen.parameters:
         points = [(float(t.parameters[name]), t) for t in of if _is_number(t.parameters.get(name))]
         if len(points) < LEAST_TRIALS or len({x for x, _ in points}) < 3 or len(cards) == MOST_PARAMETERS:
@@ -247,7 +249,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _trial_table(trials: Sequence[Trial]) -> Html:
+def _trial_table(trials: Sequence[Trial]) -> Markup:
     shown = trials
     if len(trials) > MOST_TRIALS:
         best = sorted(trials, key=lambda trial: -trial.objective)[:MOST_TRIALS]
@@ -270,7 +272,7 @@ def _trial_table(trials: Sequence[Trial]) -> Html:
     return details("Table of trials", table(columns, rows, caption, numeric=(2, 3, 5, 6)))
 
 
-def scores(maps: Maps | None) -> list[Html]:
+def scores(maps: Maps | None) -> list[Markup]:
     """Draw a map of each kind of node for each model, relative to the model's mean."""
     if maps is None:
         return []
@@ -296,7 +298,7 @@ def scores(maps: Maps | None) -> list[Html]:
     return parts
 
 
-def weights(maps: Maps | None) -> list[Html]:
+def weights(maps: Maps | None) -> list[Markup]:
     """Draw such maps of merge weights, around the weight that each model has by its lambda."""
     if maps is None or not any(of.weights for of in maps.maps):
         return []
@@ -330,7 +332,7 @@ def weights(maps: Maps | None) -> list[Html]:
     return parts
 
 
-def _of_model(name: str, drawn: Sequence[tuple[str, Html, Html]]) -> Html:
+def _of_model(name: str, drawn: Sequence[tuple[str, Markup, Markup]]) -> Markup:
     pictures = [element("div", element("h4", label), picture) for label, picture, _ in drawn]
     tables = details("Tables", [of for _, _, of in drawn])
     return element("div", element("h3", name), element("div", pictures, class_="wide"), tables, class_="model")
@@ -340,7 +342,7 @@ def _of(maps: Maps, model: str) -> list[NodeMap]:
     return [of for of in maps.maps if model in of.scores]
 
 
-def _left_out(maps: Maps, *, says_blocks: bool = True) -> list[Html]:
+def _left_out(maps: Maps, *, says_blocks: bool = True) -> list[Markup]:
     pooled: dict[str, None] = {}
     for of in maps.maps:
         grid = next(iter(of.scores.values()))
@@ -386,7 +388,7 @@ def _level(share: float) -> int:
     return min(LEVELS - 1, max(0, math.floor(share * LEVELS)))
 
 
-def _grid_table(of: NodeMap, grid: Grid, caption: str) -> Html:
+def _grid_table(of: NodeMap, grid: Grid, caption: str) -> Markup:
     """Make a table whose rows are layers and whose columns are nodes, or blocks of them, by their first."""
     width = max(map(len, grid))
     columns = ["layer", *(str(_first(index, of.count, width)) for index in range(width))]
@@ -402,7 +404,7 @@ def _first(index: int, of: int, parts: int) -> int:
     return index * (of // parts) + min(index, of % parts)
 
 
-def interference(found: InterferenceReport | None) -> list[Html]:
+def interference(found: InterferenceReport | None) -> list[Markup]:
     if found is None:
         return []
     share = "all values" if found.share_read == 1 else f"{100 * found.share_read:.3g} % of the values, evenly spread"
@@ -444,7 +446,7 @@ def _spread(of: Spread | None) -> list[str]:
 
 def _by_layer(
     name: str, title: str, layers: Sequence[LayerInterference], values: Sequence[Spread | None], index: int
-) -> Html | None:
+) -> Markup | None:
     known = [(float(of.layer or 0), value) for of, value in zip(layers, values, strict=True) if value is not None]
     if not known:
         return None
@@ -458,7 +460,7 @@ def _by_layer(
     return element("div", element("h3", title), plot(f"interference-{name}", title, said, drawn), class_="card")
 
 
-def certainty(stopping: Stopping | None, model: str | None = None, index: int = 0) -> list[Html]:
+def certainty(stopping: Stopping | None, model: str | None = None, index: int = 0) -> list[Markup]:
     """Draw the error curve; with `model`, that of this model alone, the job's number `index`."""
     if stopping is None or not stopping.curve:
         return []
@@ -486,7 +488,7 @@ def certainty(stopping: Stopping | None, model: str | None = None, index: int = 
     ]
 
 
-def timings(spent: Mapping[str, float]) -> list[Html]:
+def timings(spent: Mapping[str, float]) -> list[Markup]:
     if not spent:
         return []
     rows = [Bar(name, seconds, f"{seconds:.2f} s", strong=True) for name, seconds in spent.items()]

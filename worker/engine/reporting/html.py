@@ -1,44 +1,53 @@
-"""Makes HTML and SVG. Whatever is not markup yet is escaped, so that no name or note can become markup."""
+"""Makes HTML and SVG. Whatever is not markup yet is escaped, so that no name or note can become markup.
+
+The page and its tables are templates. Pictures, which are made of numbers, are put together from elements.
+"""
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-class Html(str):
-    """Markup, which is not escaped again."""
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    auto_reload=False,
+)
 
-    __slots__ = ()
-
-
-Content = str | Html | Iterable["Content"] | None
+Content = str | Markup | Iterable["Content"] | None
 """Text, markup, or several of both; None is nothing."""
 
 
-def element(tag: str, *content: Content, **attributes: str | float | bool | None) -> Html:
+def rendered(template: str, **values: Any) -> Markup:
+    """Fill in a template. Values are escaped unless they are markup."""
+    return Markup(TEMPLATES.get_template(template).render(values))  # noqa: S704 - the template has escaped them
+
+
+def element(tag: str, *content: Content, **attributes: str | float | bool | None) -> Markup:
     """Make an element. In names of attributes, a last `_` is dropped and others become `-`; None and False drop one."""
-    given = "".join(_attribute(name, value) for name, value in attributes.items())
-    if tag == "meta":  # the only element here that HTML does not close
-        return Html(f"<meta{given}>")
-    return Html(f"<{tag}{given}>{markup(content)}</{tag}>" if content else f"<{tag}{given}></{tag}>")
+    given = Markup("").join(_attribute(name, value) for name, value in attributes.items())
+    return Markup("<{0}{1}>{2}</{0}>").format(tag, given, markup(content))
 
 
-def markup(content: Content) -> Html:
+def markup(content: Content) -> Markup:
     if content is None:
-        return Html("")
-    if isinstance(content, Html):
-        return content
+        return Markup("")
     if isinstance(content, str):
-        return Html(escape(content))
-    return Html("".join(map(markup, content)))
+        return escape(content)
+    return Markup("").join(map(markup, content))
 
 
-def _attribute(name: str, value: str | float | bool | None) -> str:
+def _attribute(name: str, value: str | float | bool | None) -> Markup:
     if value is None or value is False:
-        return ""
+        return Markup("")
     name = name.removesuffix("_").replace("_", "-")
-    return (
-        f" {name}" if value is True else f' {name}="{escape(shorter(value) if not isinstance(value, str) else value)}"'
-    )
+    if value is True:
+        return Markup(" {}").format(name)
+    return Markup(' {}="{}"').format(name, value if isinstance(value, str) else shorter(value))
 
 
 def shorter(value: float) -> str:
@@ -46,31 +55,19 @@ def shorter(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-Cell = str | Html
+Cell = str | Markup
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, *, numeric: Sequence[int] = ()) -> Html:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, *, numeric: Sequence[int] = ()
+) -> Markup:
     """Make a table in a box that scrolls by itself; the first column names the rows.
 
     Args:
         numeric: indices of the columns of numbers, which are aligned to the right.
     """
-
-    def align(index: int) -> str | None:
-        return "n" if index in numeric else None
-
-    head = [element("th", column, scope="col", class_=align(index)) for index, column in enumerate(columns)]
-    body = [
-        element(
-            "tr",
-            element("th", row[0], scope="row"),
-            [element("td", cell, class_=align(index)) for index, cell in enumerate(row[1:], 1)],
-        )
-        for row in rows
-    ]
-    found = element("table", element("caption", caption), element("thead", element("tr", head)), element("tbody", body))
-    return element("div", found, class_="scroll", role="region", aria_label=caption, tabindex=0)
+    return rendered("table.html", columns=columns, rows=rows, caption=caption, numeric=numeric)
 
 
-def details(summary: str, *content: Content) -> Html:
+def details(summary: str, *content: Content) -> Markup:
     return element("details", element("summary", summary), *content)

@@ -4,12 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from worker.engine.catalog.contracts.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting import figures
 from worker.engine.reporting.contents import Construction, Contents
-from worker.engine.reporting.html import Cell, Html, details, element, table
+from worker.engine.reporting.html import Cell, details, element, markup, rendered, table
 from worker.engine.reporting.style import STYLE
 from worker.engine.reporting.words import (
     ABOUT_METRICS,
@@ -36,7 +38,11 @@ class Section:
     name: str
     """Name in links to the section, one word."""
     title: str
-    content: Sequence[Html | None]
+    content: Sequence[Markup | None]
+
+    @property
+    def markup(self) -> Markup:
+        return markup(self.content)
 
 
 def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None) -> str:
@@ -83,41 +89,17 @@ def score_page(spec: ScoreSpec, result: ScoreResult, contents: Contents) -> str:
 def _page(
     spec: JobSpec, kind: str, lead: str, tiles: Sequence[tuple[str, str | None, str]], sections: Sequence[Section]
 ) -> str:
-    shown = [section for section in sections if any(section.content)]
-    links = [element("li", element("a", section.name.capitalize(), href=f"#{section.name}")) for section in shown]
-    body = [
-        element(
-            "section", element("h2", s.title, id=f"{s.name}-h"), s.content, id=s.name, aria_labelledby=f"{s.name}-h"
-        )
-        for s in shown
-    ]
-    facts = [
-        element("div", element("dt", name), element("dd", value, element("small", more) if more else None))
-        for name, value, more in tiles
-        if value is not None
-    ]
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=PAGE_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{spec.name} - maskmerge report"),
-        element("style", Html(STYLE)),
+    page = rendered(
+        "page.html",
+        policy=PAGE_POLICY,
+        style=STYLE,
+        name=spec.name,
+        kind=kind,
+        lead=lead,
+        tiles=[tile for tile in tiles if tile[1] is not None],
+        sections=[section for section in sections if any(section.content)],
     )
-    header = element(
-        "header",
-        element("p", f"{kind} report", class_="kind"),
-        element("h1", spec.name),
-        element("p", lead, class_="lead"),
-        element("dl", facts, class_="figures"),
-    )
-    footer = element(
-        "footer", "Made by maskmerge. ", element("code", "report.json"), " has the data of every picture on this page."
-    )
-    nav = element("nav", element("ul", links), aria_label="Sections")
-    document = element("html", head, element("body", header, nav, element("main", body), footer), lang="en")
-    return f"<!doctype html>\n{document}\n"
+    return f"{page}\n"
 
 
 def _share(value: float | None) -> str | None:
@@ -153,7 +135,7 @@ def _summary(spec: MergeSpec, result: MergeResult) -> str:
     return f"{names}, merged by {result.method['name']}.{base}"
 
 
-def _retention(result: MergeResult) -> list[Html]:
+def _retention(result: MergeResult) -> list[Markup]:
     if not result.metrics:
         return []
     rows = details(
@@ -169,7 +151,7 @@ def _notes(result: JobResult) -> Section:
 
 def _merged(
     spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: Contents, base: str | None
-) -> list[Html | None]:
+) -> list[Markup | None]:
     is_stack = bool(spec.method.stacked_slices)
     measured = any(m.examples for m in result.models)
     columns: dict[str, list[str]] = {
@@ -189,13 +171,13 @@ def _merged(
     numeric = [index for index, name in enumerate(columns) if name not in ("model", "checkpoint", "its own parameters")]
     rows = list(zip(*columns.values(), strict=True))
     made = contents.construction
-    parts: list[Html | None] = [table(list(columns), rows, "Models", numeric=numeric)]
+    parts: list[Markup | None] = [table(list(columns), rows, "Models", numeric=numeric)]
     if spec.method.stacked_slices:
         parts.append(table(SLICE_COLUMNS, slice_rows(spec.method.stacked_slices), "Slices"))
     return [*parts, *(_construction(made, is_stack) if made else ())]
 
 
-def _construction(made: Construction, is_stack: bool) -> list[Html]:
+def _construction(made: Construction, is_stack: bool) -> list[Markup]:
     facts: list[list[Cell]] = [
         ["heads", HEADS[made.heads]],
         ["stored as", made.dtype],
@@ -227,7 +209,7 @@ def _construction(made: Construction, is_stack: bool) -> list[Html]:
     ]
 
 
-def _measured(result: ScoreResult) -> list[Html]:
+def _measured(result: ScoreResult) -> list[Markup]:
     rows = [
         [m.name, m.checkpoint, str(m.examples), m.estimator or "-", number(m.score_seconds, 1)] for m in result.models
     ]
@@ -235,12 +217,12 @@ def _measured(result: ScoreResult) -> list[Html]:
     return [table(columns, rows, "Models", numeric=(2, 4))]
 
 
-def _kept(result: ScoreResult) -> list[Html]:
+def _kept(result: ScoreResult) -> list[Markup]:
     rows = [[m.name, s.statistic, f"{s.bytes:,}", element("code", s.digest)] for m in result.models for s in m.scores]
     return [table(["model", "statistic", "bytes", "digest"], rows, "Statistics in the store", numeric=(2,))]
 
 
-def _run(result: JobResult, contents: Contents) -> list[Html]:
+def _run(result: JobResult, contents: Contents) -> list[Markup]:
     spent = result.timings.model_dump(exclude=NOT_KNOWN_YET)
     spent = {name.removesuffix("_seconds"): seconds for name, seconds in spent.items() if seconds}
     machine = [
@@ -281,7 +263,7 @@ def _repeat(spec: JobSpec, result: JobResult, route: str) -> Section:
     )
 
 
-def _block(label: str, content: str) -> Html:
+def _block(label: str, content: str) -> Markup:
     return element("pre", content, tabindex=0, role="region", aria_label=label)
 
 
