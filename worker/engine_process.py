@@ -280,8 +280,10 @@ def serve(requests: BinaryIO, events: int) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     from worker.engine.jobs.engine import Engine
     from worker.engine.runtime.libraries import preload
+    from worker.engine.runtime.protocols import forbid_others
     from worker.engine.runtime.threads import pool
 
+    forbid_others()
     engine = Engine()
     pool(torch.get_num_threads())
     gc.freeze()

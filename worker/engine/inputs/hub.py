@@ -17,7 +17,6 @@ from typing import Any, Literal
 import datasets
 import httpx2
 from datasets.packaged_modules.csv.csv import CsvConfig
-from fsspec.registry import known_implementations
 from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.inputs.tables import LISTS, TableRows, rows_of_parquet, types_of_parquet
 from worker.engine.runtime.progress import OnProgress, Phase
+from worker.engine.runtime.protocols import require_others_forbidden
 from worker.engine.runtime.resources import is_out_of_memory, require_space
 
 # Formats that hold rows. Others would decode images and sounds, or read files that are no data of the repository.
@@ -50,9 +50,6 @@ Kind = Literal["model", "dataset"]
 
 datasets.disable_progress_bars()  # they would fill the log
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # so that also a slow download makes progress, for want of which a job is lost
-# A data set's description may name files of any address, which building it would call. These are all that is needed.
-for protocol in set(known_implementations) - {"hf", "file", "local", "zip", "tar"}:
-    del known_implementations[protocol]
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,9 @@ def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
             not see it, or its format holds no rows.
         StorageError: the hub does not answer.
         DiskFull: the cache has no room for it.
+        RuntimeError: the libraries of this process may open files at any address.
     """
+    require_others_forbidden()
     checkpoints = {checkpoint.hub: checkpoint for checkpoint in spec.checkpoints if checkpoint.hub}
     tables = {_table_key(rows): rows for rows in spec.rows_to_read if rows.hub}
     files: list[RemoteFile] = []
