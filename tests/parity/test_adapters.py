@@ -357,6 +357,55 @@ def test_adapters_of_language_models_merge_into_one(tmp_path: Path, model: TinyM
     assert (tmp_path / "out" / "model" / "tokenizer.json").exists()
 
 
+TEXT = {"vocab_size": 64, "num_hidden_layers": 2, **LLAMA.settings}
+PICTURES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+RENAMED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": {"model_type": "siglip_vision_model", **PICTURES},
+        },
+        {"target_modules": r"^model\.language_model\.layers\.\d+\.self_attn\.q_proj$", "modules_to_save": ["lm_head"]},
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]}},
+            "vision_config": {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 4, "patch_size": 8},
+        },
+        {"target_modules": ["q_proj", "qkv"], "bias": "lora_only", "rank_pattern": {r"model\.visual\..*\.qkv": 2}},
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        PICTURES,
+        {"target_modules": ["q_proj", "fc2"], "alpha_pattern": {"vit.layers.1.attention.q_proj": 3}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", RENAMED)
+def test_names_that_transformers_changes_as_it_loads_are_found_in_the_files(tmp_path: Path, model_type: str) -> None:
+    """Adapters have the names of the running model, and checkpoints those of its first version."""
+    architecture, settings, lora = RENAMED[model_type]
+    model = getattr(transformers, architecture)(transformers.AutoConfig.for_model(model_type, **settings))
+    model.save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "a", 1, **lora)
+    spec = merge_spec(tmp_path / "out", [model_spec(tmp_path / "a")], {"name": "linear"}, heads="merged")
+    base = CheckpointSpec(source="local:base", path=tmp_path / "base")
+    Engine(CPU).merge(spec.model_copy(update={"base": base}), silent)
+    loaded = loaded_model(tmp_path / "base", architecture, torch.float32)
+    merged_by_peft(loaded, tmp_path / "a").save_pretrained(tmp_path / "expected")
+    found, expected = read_model(tmp_path / "out" / "model"), read_model(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert any(not torch.equal(tensor, read_model(tmp_path / "base")[name]) for name, tensor in found.items())
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=ROUNDING)
+
+
 def test_evaluation_compares_with_the_adapted_model(base: Path, pair: dict[Path, Path], tmp_path: Path) -> None:
     spec = adapters_spec(tmp_path / "out", base, pair, {"name": "average"})
     rows = {adapter.name: rows for adapter, rows in pair.items()}

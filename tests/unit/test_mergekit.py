@@ -819,6 +819,25 @@ def test_the_bases_row_is_that_of_a_token_that_a_model_lacks() -> None:
     assert "base" not in translated({"merge_method": "linear", **recipe})
 
 
+@pytest.mark.parametrize(("word", "value"), [("on", True), ("Yes", True), ("off", False), ("NO", False), ("0", None)])
+def test_words_that_yaml_1_1_takes_for_true_and_false_are_flags(word: str, value: bool | None) -> None:
+    models = [{"model": "a/one", "parameters": {"weight": 1}}]
+    tokenizer = f"{{tokens: {{<a>: {{source: a/one, force: {word}}}}}}}"
+    for field, text in (
+        ("parameters.normalize", f"parameters: {{normalize: {word}}}"),
+        ("tokenizer.tokens.<a>.force", f"tokenizer: {tokenizer}"),
+    ):
+        recipe = {"merge_method": "linear", "models": models, **parse_yaml(text.replace("0", "'0'").encode())}
+        if value is None:
+            with pytest.raises(MergekitError, match="give true or false") as caught:
+                translated(recipe)
+            assert caught.value.field == field
+        else:
+            found = translated(recipe)
+            flag = found["output"].get("tokens", {}).get("<a>", found["method"])
+            assert flag.get("force", flag.get("normalize")) is value
+
+
 def test_a_tokenizer_has_rows_of_its_own_and_a_model() -> None:
     models = [{"model": f"a/{name}", "parameters": {"weight": 1}} for name in ("one", "two")]
     tokenizer = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.services.mergekit.known import REQUIRED, Parameter, flag
-from app.services.mergekit.recipe import Chain, MergekitError, Part, Recipe, Source, place_of
+from app.services.mergekit.recipe import Chain, MergekitError, Part, Recipe, Source, flag_of, place_of
 from worker.engine.catalog.primitives.values import EVERY_NAME
 
 
@@ -64,13 +64,13 @@ def number_of(chain: Chain, name: str, default: Any, place: str) -> Any:
 def _one_value(name: str, parameter: Parameter, chain: Chain) -> Any:
     """Return a flag or a count, which is the same for all tensors."""
     place, value = next(((p, given[name]) for p, given in chain if name in given), ("", parameter.default))
-    if parameter.kind == "flag" and value in (True, False):
-        return bool(value)
+    if parameter.kind == "flag":
+        return flag_of(value, f"{place}.{name}")
     if parameter.kind == "count" and isinstance(value, int) and not isinstance(value, bool):
         return value
     if parameter.kind == "plain" and not isinstance(value, list | dict):
         return _numbers(value, f"{place}.{name}")
-    wanted = {"flag": "true or false", "count": "a whole number", "plain": "one number"}[parameter.kind]
+    wanted = {"count": "a whole number", "plain": "one number"}[parameter.kind]
     raise MergekitError(f"{place}.{name}", f"give {wanted}, for all tensors")
 
 

@@ -31,6 +31,10 @@ KEYS = (
 )  # fmt: skip
 
 
+FLAGS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+"""Words that YAML 1.1, as which mergekit reads recipes, takes for true and false."""
+
+
 Chain = Sequence[tuple[str, Mapping[str, Any]]]
 """Places where parameters are looked for, each (field, mapping); the first that has a parameter counts."""
 
@@ -253,6 +257,14 @@ def mapping_of(recipe: Mapping[str, Any], key: str, place: str) -> Mapping[str, 
     if not isinstance(found, dict):
         raise MergekitError(place, "give a mapping")
     return found
+
+
+def flag_of(value: object, place: str) -> bool:
+    """Return true or false, as which mergekit also reads some words."""
+    known = FLAGS.get(value.lower(), value) if isinstance(value, str) else value
+    if known in (True, False):
+        return bool(known)
+    raise MergekitError(place, "give true or false")
 
 
 def pass_over(given: Mapping[str, Any], known: Sequence[str], place: str, notes: list[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.services.mergekit.recipe import MergekitError, Recipe, mapping_of, optional_reference, pass_over
+from app.services.mergekit.recipe import MergekitError, Recipe, flag_of, mapping_of, optional_reference, pass_over
 
 CHATML = (
     "{% for message in messages %}"
@@ -68,7 +68,7 @@ def _token(said: Any, place: str, read: Recipe, names: Mapping[str, str]) -> dic
     said = {} if said is None else said
     if not isinstance(said, dict):
         raise MergekitError(place, "give a mapping with source, and with force if all models are to have its row")
-    source, force = said.get("source"), bool(said.get("force", False))
+    source, force = said.get("source"), flag_of(said.get("force") or False, f"{place}.force")
     if source is None:
         if force:
             raise MergekitError(place, "force needs a source")

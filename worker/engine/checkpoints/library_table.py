@@ -21,8 +21,17 @@ from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
 from worker.engine.catalog.checkpoints.layouts import HARMLESS, is_of_training, layer_of
-from worker.engine.catalog.checkpoints.library import ACTIVATIONS, LAYER_KEYS, TABLE, Length, member, value_at
-from worker.engine.runtime.libraries import conversion_mapping, preload, transformers
+from worker.engine.catalog.checkpoints.library import (
+    ACTIVATIONS,
+    LAYER_KEYS,
+    TABLE,
+    Length,
+    collapsed,
+    in_files,
+    member,
+    value_at,
+)
+from worker.engine.runtime.libraries import conversion_mapping, core_model_loading, preload, transformers
 
 Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -330,7 +339,7 @@ def architecture(name: str, config_class: Any, defaults: Config) -> Config | Non
                 ties.setdefault(pair, [()])
         samples.append((with_labels(plain(model.config), path, other), new))
     kinds = any(part in key for key in flat(config) for part in KIND_KEYS)
-    converted = bool(conversion_mapping.get_model_conversion_mapping(base, add_legacy=False))
+    conversions = conversion_mapping.get_model_conversion_mapping(base, add_legacy=False)
     targets = {target for target, _ in ties}
     required, layers, optional = {}, {}, set()
     numbers = [key for key in paths_of(config) if type(value_at(samples[0][0], key)) is int]
@@ -358,9 +367,38 @@ def architecture(name: str, config_class: Any, defaults: Config) -> Config | Non
         "tensors": dict(sorted(required.items())),
         "layers": dict(sorted(layers.items())),
     }
-    if converted:
-        found["converted"] = True
+    if conversions:
+        found |= {"converted": True, "stored": stored_names(conversions, shapes)}
     return {key: value for key, value in found.items() if value or key == "prefix"}
+
+
+def stored_names(conversions: Sequence[Any], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return beginnings of the names of a model's tensors, each with those that names in checkpoints may have instead.
+
+    Tensors that are stored in parts are left out. Whether a checkpoint has the prefixes that transformers takes off as
+    it loads it depends on the checkpoint, so both ways count.
+    """
+    reversed_ = [one.reverse_transform() for one in reversed(conversions)]
+    converters = [one for one in reversed_ if isinstance(one, core_model_loading.WeightConverter)]
+    renamings = [one for one in reversed_ if isinstance(one, core_model_loading.WeightRenaming)]
+    fixed = [one for one in renamings if not isinstance(one, core_model_loading.PrefixChange)]
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        if core_model_loading.apply_converters(name, converters)[1] is None:
+            files = [core_model_loading.apply_renamings(name, some) for some in (fixed, renamings)]
+            others = list(dict.fromkeys(collapsed(one) for one in files))
+            if all(("{}" in one) is ("{}" in collapsed(name)) for one in others):
+                wanted[collapsed(name)] = others
+    found: dict[str, list[str]] = {}
+    for name, others in sorted(wanted.items()):
+        parts = [one.split(".") for one in (name, *others)]
+        while all(len(one) > 1 for one in parts) and len({one[-1] for one in parts}) == 1:
+            parts = [one[:-1] for one in parts]
+        start, *rest = (".".join(one) for one in parts)
+        if rest != [start]:
+            found.setdefault(start, rest)
+    exceptions = {name: files for name, files in wanted.items() if [*in_files(name, found)] != files}
+    return {**found, **exceptions}
 
 
 def class_named(name: str) -> Any:

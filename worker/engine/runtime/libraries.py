@@ -15,6 +15,7 @@ IMPORTED = (
     "scipy.stats",
     "sklearn.metrics",
     "transformers.conversion_mapping",
+    "transformers.core_model_loading",
     "transformers.masking_utils",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
@@ -47,6 +48,7 @@ class Library:
 
 transformers = Library("transformers")
 conversion_mapping = Library("transformers.conversion_mapping")
+core_model_loading = Library("transformers.core_model_loading")
 masking_utils = Library("transformers.masking_utils")
 tokenization_auto = Library("transformers.models.auto.tokenization_auto")
 optuna = Library("optuna")

@@ -35,7 +35,7 @@ from worker.engine.catalog.checkpoints.headers import (
     without_code,
 )
 from worker.engine.catalog.checkpoints.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_count, layer_of
-from worker.engine.catalog.checkpoints.library import Architecture, decoded, kind_of
+from worker.engine.catalog.checkpoints.library import Architecture, architecture, decoded, kind_of
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.families import Family, Kind, backbone_of
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
@@ -263,17 +263,18 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
     if family is not None and base.architecture in family.merged_by_name and adapter.config.task_type != "SEQ_CLS":
         family = None
     config, tensors = base.config, _of_base(base, family)
-    head = _class_with_head(adapter, base, tensors) if family is None else None
-    replaced = _replaced(adapter, base, family, tensors, head)
     if family is None:
         _refuse_tied(adapter, base)
-        if head is not None:
-            config = _with_labels(adapter, path, base, replaced, head)
-    else:
+    head = _class_with_head(adapter, base, tensors) if family is None else None
+    known = head or architecture(base.config, base.architecture)
+    replaced = _replaced(adapter, base, family, tensors, head, known)
+    if head is not None:
+        config = _with_labels(adapter, path, base, replaced, head)
+    elif family is not None:
         config = _task_config(adapter, path, base, family, replaced)
     tensors |= replaced
     for module, (alpha, rank) in _strengths(adapter).items():
-        target = _target(f"{module}.weight", tensors, family)
+        target = _target(f"{module}.weight", tensors, family, known)
         if target not in tensors:
             raise _unknown(adapter, base, adapter.factors[module]["a"])
         scaling = alpha / (math.sqrt(rank) if adapter.config.use_rslora else rank)
@@ -293,7 +294,8 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
 
 def _class_with_head(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str, TensorInfo]) -> Architecture | None:
     """Return the class of the trained model if the adapter brings a head of its own, as PEFT's tasks do."""
-    new = [name for name in adapter.whole if _target(name, tensors, None) not in tensors]
+    known = architecture(base.config, base.architecture)
+    new = [name for name in adapter.whole if _target(name, tensors, None, known) not in tensors]
     kind, ending = kind_of(base.model_type), TASK_CLASSES.get(adapter.config.task_type or "")
     if not new or kind is None or ending is None:
         return None
@@ -307,11 +309,12 @@ def _replaced(
     family: Family | None,
     tensors: Mapping[str, TensorInfo],
     head: Architecture | None,
+    known: Architecture | None,
 ) -> dict[str, TensorInfo]:
     """Return tensors that are stored whole, by the names that they replace; the base may lack a head or a pooler."""
     replaced = {}
     for name, tensor in adapter.whole.items():
-        target = _target(name, tensors, family)
+        target = _target(name, tensors, family, known)
         slot = family.slot(name) if family is not None else None
         is_new = target not in tensors and (
             (slot is not None and slot.kind is Kind.POOLER) or (head is not None and head.reads(name))
@@ -371,13 +374,16 @@ def _of_base(base: CheckpointInfo, family: Family | None) -> dict[str, TensorInf
     return found
 
 
-def _target(name: str, tensors: Mapping[str, TensorInfo], family: Family | None) -> str:
-    """Return the name in the base's files of the tensor that is `name` in the running model."""
+def _target(
+    name: str, tensors: Mapping[str, TensorInfo], family: Family | None, known: Architecture | None = None
+) -> str:
+    """Return the name in the base's files of the tensor that is `name` in the running model, of the class `known`."""
     if family is not None:
         slot = family.slot(name)
         return name if slot is None else slot.name
-    inner = name.partition(".")[2]  # pre-trained models are saved without the prefix of those that hold them
-    return inner if name not in tensors and inner in tensors else name
+    names = [*(known.in_files(name) if known is not None else ()), name]
+    inner = [one.partition(".")[2] for one in names]  # pre-trained models are saved without the prefix of their holders
+    return next((one for one in (*names, *inner) if one in tensors), name)
 
 
 def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:

@@ -66,6 +66,8 @@ class Architecture:
     """Tensors that every layer of a list has."""
     converted: bool
     """Whether checkpoints have other tensor names than the model."""
+    stored: Mapping[str, Sequence[str]]
+    """Beginnings of names in the model, in whole words, each with those that names in a checkpoint may have instead."""
 
     @cached_property
     def all_names(self) -> frozenset[str]:
@@ -86,6 +88,10 @@ class Architecture:
             or name in self.buffers
             or name in self.unsaved
         )
+
+    def in_files(self, name: str) -> Iterator[str]:
+        """Yield the names that a checkpoint may have for a tensor, or a module, of the model."""
+        yield from in_files(name, self.stored)
 
     @property
     def is_pre_training(self) -> bool:
@@ -147,6 +153,7 @@ def _kind(model_type: str) -> Kind | None:
             tensors=found.get("tensors", {}),
             layers=found.get("layers", {}),
             converted=found.get("converted", False),
+            stored=found.get("stored", {}),
         )
         for name, found in content["architectures"].items()
     }
@@ -169,6 +176,17 @@ def collapsed(name: str) -> str:
     """Return a tensor's name with `{}` in place of its layer's number."""
     match = LAYER.fullmatch(name)
     return f"{match['stack']}.{{}}.{match['inner']}" if match else name
+
+
+def in_files(name: str, stored: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the names that a checkpoint may have for what is `name` in a model, see `Architecture.stored`."""
+    layer, found = LAYER.fullmatch(name), collapsed(name)
+    start = max((start for start in stored if f"{found}.".startswith(f"{start}.")), key=len, default=None)
+    for other in () if start is None else stored[start]:
+        renamed = other + found.removeprefix(start or "")
+        yield renamed.replace("{}", layer["number"]) if layer else renamed
+    if start is None:
+        yield name
 
 
 # --- configurations ---------------------------------------------------------------------------------------
