@@ -24,8 +24,9 @@ from app.contracts.jobs import (
     Status,
     TaskId,
 )
+from app.contracts.models import Dataset, Evaluation, MeasuredModelRequest, ModelRequest
 from app.contracts.references import ReferenceError
-from app.contracts.requests import Dataset, Evaluation, MeasuredModelRequest, MergeRequest, ModelRequest, ScoreRequest
+from app.contracts.requests import MergeRequest, ScoreRequest
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.jobs import JobStore
 from app.storage.searches import SearchFolder

@@ -13,7 +13,7 @@ from starlette.routing import Match
 
 from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
-from app.contracts.requests import MOST_ERRORS
+from app.contracts.suitability import MOST_ERRORS
 from worker.engine.catalog.primitives.paths import without_paths
 
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one

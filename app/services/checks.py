@@ -10,15 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.models import Dataset, Evaluation
 from app.contracts.references import ReferenceError
-from app.contracts.requests import (
-    LEAST_EVALUATED,
-    Dataset,
-    Evaluation,
-    MergeRequest,
-    ScoreRequest,
-    not_available_yet,
-)
+from app.contracts.requests import MergeRequest, ScoreRequest, not_available_yet
+from app.contracts.suitability import LEAST_EVALUATED
 from app.storage.inputs import RootedPath
 from app.storage.sources import Sources
 from app.storage.sources.source import SourceUnavailable

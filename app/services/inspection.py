@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Gone, Kind, Outcome
-from app.contracts.requests import MergeRequest, ModelRequest, ScoreRequest
+from app.contracts.models import ModelRequest
+from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.bodies import Body
 from app.services.checks import Accepted
 from app.storage.scratch import Scratch

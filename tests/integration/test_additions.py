@@ -132,7 +132,7 @@ def test_a_metric_stands_in_the_files_of_its_head_alone(run: Run) -> None:
         import numpy as np
         from pydantic import TypeAdapter, ValidationError
 
-        from app.contracts.requests import Evaluation
+        from app.contracts.models import Evaluation
         from worker.engine.catalog.contracts.report import MetricResult
         from worker.engine.catalog.tasks.grading import Grading
         from worker.engine.evaluation.metrics import metric_for

@@ -9,8 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from app.contracts.requests import MOST_ERRORS
 from app.contracts.settings import Settings
+from app.contracts.suitability import MOST_ERRORS
 from app.main import create_app
 from tests.conftest import BASE_URL, free_port, keeps_within
 

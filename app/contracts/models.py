@@ -1,0 +1,83 @@
+"""The models of a request, with their data sets."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from worker.engine.catalog.data.spec import Columns, Name
+from worker.engine.catalog.primitives.strict import Strict
+from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, Weight, takes_part
+from worker.engine.catalog.tasks import MetricName
+
+LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
+"""Columns that are refused because they are not available yet."""
+
+
+class Dataset(Columns):
+    """Rows of text, with or without labels."""
+
+    source: str
+    """Reference to a JSON lines, CSV or Parquet file, or to a data set on the hub."""
+    config: Name | None = None
+    """Configuration of a data set on the hub, if it has several."""
+    split: Name | None = None
+    """Split of a data set on the hub, if it has several."""
+    target: str | None = None
+    messages: str | None = None
+    tokens: str | None = None
+    question: str | None = None
+    context: str | None = None
+    answers: str | None = None
+    image: str | None = None
+
+
+class Evaluation(Dataset):
+    """Rows on which expert, plain average and merge are compared."""
+
+    label: Name = "label"
+    """Column of the labels."""
+    metric: MetricName | None = None
+    """Metric to compare; default: accuracy for classification, f1 for several labels at once, pearson for
+    regression."""
+
+
+class MeasuredModelRequest(Strict):
+    """A model as every kind of job names it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    """Unique name, which is also that of the model's folder or file in the artifact."""
+    checkpoint: str
+    """Reference to a folder written by `save_pretrained`, to a repository on the hub, or to a model of an earlier job;
+    in a merge also to a LoRA adapter of `base`."""
+    dataset: Dataset | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if set(name) == {"."}:
+            raise ValueError("a name of dots alone cannot be a folder")
+        return name
+
+    @property
+    def takes_part(self) -> bool:
+        return True
+
+
+class ModelRequest(MeasuredModelRequest):
+    weight: PerTensor[Weight] = DEFAULT_WEIGHT
+    """Weight of this model in the merge, lambda; 0 leaves it out. Below 0 it is subtracted, in methods that add up
+    models or task vectors. `auto` tries a third to three times of it, unless a model has a list or filters."""
+    parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
+    """This model's own values of the method's parameters that `per_model` of `GET /methods` names. Where none of its
+    filters matches a tensor, the method's value counts."""
+    evaluation: Evaluation | None = None
+    min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Share of this expert's metric that a merge chosen by `auto` must keep, if any trial does."""
+
+    @property
+    def takes_part(self) -> bool:
+        return takes_part(self.weight)
+
+
+class ScoredModelRequest(MeasuredModelRequest):
+    dataset: Dataset
