@@ -45,6 +45,21 @@ def test_a_configuration_of_endless_layers_is_refused_while_they_are_built(tmp_p
         check_layout(inspect_checkpoint(folder, "local:model"))
 
 
+@pytest.mark.parametrize("source", ["local:one", "local:other"])  # one layout is built for both
+def test_what_does_not_fit_a_layout_is_said_of_the_checkpoint_that_it_is_in(tmp_path: Path, source: str) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    check_layout(inspect_checkpoint(folder, source))
+    info = inspect_checkpoint(folder, source)
+    name = "bert.encoder.layer.1.output.dense.bias"
+    others = {key: tensor for key, tensor in info.tensors.items() if key != name}
+    moved = {f"{name}.moved": replace(info.tensors[name], name=f"{name}.moved")}
+    with pytest.raises(InvalidCheckpoint, match=f"checkpoint {source}: no tensor {name}, which BertFor"):
+        check_layout(replace(info, tensors=others | moved))
+    configured(folder, hidden_size=13)
+    with pytest.raises(InvalidCheckpoint, match=f"checkpoint {source}: transformers cannot load it: .*13.*multiple"):
+        check_layout(inspect_checkpoint(folder, source))
+
+
 def test_no_weight_of_an_adapted_model_is_drawn_at_random(tmp_path: Path) -> None:
     info = inspect_checkpoint(tiny_checkpoint(tmp_path / "model"), "local:model")
     model = _adapted(info, FAMILIES["bert"], None)

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,12 +22,43 @@ from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.checkpoints.configurations import library_config
-from worker.engine.checkpoints.known_layouts import Layout, known_layout
 from worker.engine.runtime.libraries import conversion_mapping, transformers
 
 STORAGE = ("dtype", "torch_dtype", "transformers_version")
 """Keys of a configuration that change no tensor's name or shape, and that a merge replaces."""
 PARTS_PER_TENSOR, PARTS_BESIDE = 10, 1000  # modules and parameters; in BERT there are 2.2 for each tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a model, by the names that it gives them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shapes of the parameters; tied ones have the first of their names."""
+    tied: dict[str, set[str]]
+    """Other names of each tied parameter."""
+    buffers: frozenset[str]
+    prefix: str
+    """Prefix of the model below the head, which names in a checkpoint may lack."""
+    unsaved: frozenset[str] = frozenset()
+    """Parameters that follow from the configuration, which checkpoints need not have."""
+
+    @property
+    def groups(self) -> list[set[str]]:
+        """Sets of the names of each tied parameter."""
+        return [{name, *others} for name, others in self.tied.items()]
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a layout is built from; checkpoints of equal configurations have one layout."""
+
+    config: str
+    """The configuration as JSON, with sorted keys."""
+    tensors: int
+    """Number of the checkpoint's tensors."""
+    source: str = field(compare=False)
+    """The checkpoint's name in messages."""
 
 
 def check_layout(info: CheckpointInfo) -> None:
@@ -89,30 +121,14 @@ def stores_copies(info: CheckpointInfo) -> bool | None:
 
 
 def _layout_of(info: CheckpointInfo) -> Layout | None:
-    return _layout(json.dumps(_without_storage(info.config), sort_keys=True), info.source, len(info.tensors))
-
-
-def _without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in STORAGE}
-
-
-def is_known(info: CheckpointInfo) -> bool:
-    """Return whether the layout is known without transformers, whose import takes seconds."""
-    return known_layout(_without_storage(info.config), len(info.tensors)) is not None
+    stored = {key: value for key, value in info.config.items() if key not in STORAGE}
+    return _built_layout(_Described(json.dumps(stored, sort_keys=True), len(info.tensors), info.source))
 
 
 @lru_cache(maxsize=64)
-def _layout(config: str, source: str, tensors: int) -> Layout | None:
-    """Return a configuration's layout; None where transformers' own names and shapes are not those of a checkpoint."""
-    values = json.loads(config)
-    known = known_layout(values, tensors)
-    if known is not None:
-        return known
-    return built_layout(values, source, tensors)
-
-
-def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | None:
+def _built_layout(described: _Described) -> Layout | None:
     """Return the layout of the model that transformers builds; None where checkpoints have other names or shapes."""
+    values, source = json.loads(described.config), described.source
     model_class = library_class(architecture_of(values))
     if model_class is None or values.get("model_type") not in transformers.CONFIG_MAPPING:
         return None
@@ -120,7 +136,7 @@ def built_layout(values: dict[str, Any], source: str, tensors: int) -> Layout | 
         problem = f"architectures in config.json names {model_class.__name__}, which computes nothing by itself"
         raise InvalidCheckpoint(source, f"{problem}; name the model's own class")
     try:
-        with torch.device("meta"), _built_for(tensors, source):
+        with torch.device("meta"), _built_for(described.tensors, source):
             model = model_class._from_config(library_config(values, source), attn_implementation="eager")
         model.tie_weights()
         if conversion_mapping.get_model_conversion_mapping(model, add_legacy=False):

@@ -33,7 +33,6 @@ from worker.engine.checkpoints.configurations import OFFLINE, library_config, to
 from worker.engine.checkpoints.layout import (
     check_layout,
     computed_bytes,
-    is_known,
     library_class,
     misshapen,
     stores_copies,
@@ -60,8 +59,7 @@ class Reloading:
     def check_descriptions(self) -> None:
         """Check everything that needs no merged weights, so that a job fails before its work begins.
 
-        These are configuration, tokenizer and layout of models whose layout is not known without transformers. For
-        other models, planning has checked all but what single classes of tokenizers refuse.
+        These are configuration, tokenizer and layout of each model.
 
         Raises:
             InvalidCheckpoint: a model would not load, whichever of its inputs is at fault.
@@ -79,7 +77,7 @@ class Reloading:
                     vocabulary=owner.vocabulary,
                     tensors=tensors,
                 )
-                if is_known(planned) or _class_of(planned) is None:
+                if _class_of(planned) is None:
                     continue
                 _check_config(planned)
             self._text(planned, library_config(planned.config, info.source))
