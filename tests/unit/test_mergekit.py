@@ -10,7 +10,7 @@ from app.services.mergekit import MergekitError, fields_there, translated
 from app.services.mergekit.known import TRANSLATED
 from app.services.mergekit.models import names_of
 from app.services.yaml_text import parse_yaml
-from worker.engine.catalog.checkpoints.layouts import place_of
+from worker.engine.catalog.checkpoints.tensor_names import place_of
 from worker.engine.catalog.methods import METHODS, PassthroughParameters
 from worker.engine.catalog.primitives.tokens import TokenSource
 from worker.engine.catalog.primitives.values import value_at

@@ -12,7 +12,16 @@ from app.services.mergekit.recipe import HUB_NAME
 from app.storage.sources.hf import HUB
 from app.storage.sources.job import JOB
 from tests.conftest import keeps_within
-from worker.engine.catalog.checkpoints import adapter_targets, adapters, headers, layouts, modules, vocabulary
+from worker.engine.catalog.checkpoints import (
+    adapter_targets,
+    adapters,
+    config_differences,
+    headers,
+    modules,
+    tensor_names,
+    tied,
+    vocabulary,
+)
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.families import FAMILIES
@@ -63,10 +72,10 @@ def _targets(text: str) -> None:
 
 
 READERS: Mapping[str, Callable[[str], object]] = {
-    "layers": layouts.layer_of,
-    "places": layouts.is_before_layers,
-    "harmless keys": layouts.is_of_training,
-    "spellings": layouts.spellings,
+    "layers": tensor_names.layer_of,
+    "places": tensor_names.is_before_layers,
+    "harmless keys": config_differences.is_of_training,
+    "spellings": tensor_names.spellings,
     "packed weights": _packed,
     "families": _family_slots,
     "wrappers of adapters": lambda text: adapters.WRAPPERS.sub("", text),
@@ -97,7 +106,7 @@ def test_long_texts_are_matched_at_once(reader: str) -> None:
             text = piece * (LENGTH // len(piece)) + end
 
             def attempt(text: str = text) -> float:
-                layouts.layer_of.cache_clear()
+                tensor_names.layer_of.cache_clear()
                 begun = time.process_time()
                 read(text)
                 return time.process_time() - begun
@@ -164,10 +173,10 @@ def test_a_plan_takes_a_time_that_grows_with_the_number_of_tensors_alone(case: s
     ]
 
     def attempt() -> float:
-        layouts.layer_of.cache_clear()
+        tensor_names.layer_of.cache_clear()
         begun = time.process_time()
-        states = [layouts.tensors_by_name(info, models[0]) for info in models]
-        layouts.tied_copies(config, states)
+        states = [tensor_names.tensors_by_name(info, models[0]) for info in models]
+        tied.tied_copies(config, states)
         with suppress(EngineError):
             plan_merge(models)
         return time.process_time() - begun

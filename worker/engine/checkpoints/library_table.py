@@ -20,7 +20,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
-from worker.engine.catalog.checkpoints.layouts import HARMLESS, is_of_training, layer_of
+from worker.engine.catalog.checkpoints.config_differences import HARMLESS, is_of_training
 from worker.engine.catalog.checkpoints.library import (
     ACTIVATIONS,
     LAYER_KEYS,
@@ -31,6 +31,7 @@ from worker.engine.catalog.checkpoints.library import (
     member,
     value_at,
 )
+from worker.engine.catalog.checkpoints.tensor_names import layer_of
 from worker.engine.runtime.libraries import conversion_mapping, core_model_loading, preload, transformers
 
 Config = dict[str, Any]

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, StrictInt
 
-from worker.engine.catalog.checkpoints.layouts import OUTPUT_EMBEDDINGS, ends_with
 from worker.engine.catalog.checkpoints.patterns import Budget, Pattern, beginnings
+from worker.engine.catalog.checkpoints.tensor_names import OUTPUT_EMBEDDINGS, ends_with
 
 ALL_LINEAR = "all-linear"
 WHOLE_HEADS = {

@@ -34,9 +34,10 @@ from worker.engine.catalog.checkpoints.headers import (
     vocabulary_of,
     without_code,
 )
-from worker.engine.catalog.checkpoints.layouts import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_count, layer_of
 from worker.engine.catalog.checkpoints.library import Architecture, architecture, decoded, kind_of
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
+from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
+from worker.engine.catalog.checkpoints.weights import layer_count
 from worker.engine.catalog.families import Family, Kind, backbone_of
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from worker.engine.catalog.checkpoints import layouts
 from worker.engine.catalog.checkpoints.architectures import labels_of
+from worker.engine.catalog.checkpoints.config_differences import is_harmless, same
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import (
     Architecture,
@@ -22,6 +22,8 @@ from worker.engine.catalog.checkpoints.library import (
     value_of,
 )
 from worker.engine.catalog.checkpoints.settings import FUNCTIONS, check_settings
+from worker.engine.catalog.checkpoints.tensor_names import layer_of, spellings
+from worker.engine.catalog.checkpoints.weights import require_kind
 from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
@@ -75,7 +77,7 @@ class Identity:
         if kind is None or self.known is None or self.known.converted:
             return False
         # It is not known which other keys a class reads.
-        beside = {key for key, value in self.info.config.items() if type(value) is int and not layouts.is_harmless(key)}
+        beside = {key for key, value in self.info.config.items() if type(value) is int and not is_harmless(key)}
         beside -= kind.defaults.keys() | kind.aliases.keys()
         return not beside and not _unusual(self.config, completed(kind.defaults), self.known.untested)
 
@@ -94,7 +96,7 @@ class Identity:
         unread = [name for name, own in self.names.items() if not self._reads(own) and slot(name) is None]
         if self.is_usual:
             return unread
-        outer = [name for name in unread if layouts.layer_of(self.names[name]) is None]
+        outer = [name for name in unread if layer_of(self.names[name]) is None]
         return [name for name in outer if _is_read(name, kind.architectures.values())]
 
     def _reads(self, own: str) -> bool:
@@ -116,7 +118,7 @@ def identify(info: CheckpointInfo) -> Identity:
         InvalidCheckpoint: config.json names no class and not exactly one class has the tensors, or it names a class
             that lacks the checkpoint's head.
     """
-    layouts.require_kind(info)
+    require_kind(info)
     check_settings(info)
     kind, stated = kind_of(info.model_type), _stated(info)
     if len(stated) == 1:
@@ -173,7 +175,7 @@ def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) ->
         if fitting:
             break
     else:
-        heads = [name for name in info.tensors if layouts.layer_of(name) is None][:LISTED]
+        heads = [name for name in info.tensors if layer_of(name) is None][:LISTED]
         problem = (
             f"config.json {said}, and its tensors ({', '.join(heads)}, …) are those of no class of {kind.model_type}"
         )
@@ -221,7 +223,7 @@ def _leftovers(found: Identity, known: Architecture, kind: Kind) -> frozenset[st
             leftovers.add(name)
     for name in found.unread:
         own = found.names[name]
-        if layouts.layer_of(own) is None and _is_read(own, others) and not _is_read(own, bodies):
+        if layer_of(own) is None and _is_read(own, others) and not _is_read(own, bodies):
             leftovers.add(name)
     return frozenset(leftovers)
 
@@ -235,7 +237,7 @@ def _refuse_other_head(found: Identity, known: Architecture, kind: Kind, leftove
     bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
     for name in found.unread:
         own = found.names[name]
-        if name in leftovers or layouts.layer_of(own) is not None or _is_read(own, bodies):
+        if name in leftovers or layer_of(own) is not None or _is_read(own, bodies):
             continue
         others = [one.name for one in kind.architectures.values() if one.reads(own)]
         if others:
@@ -253,12 +255,12 @@ def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
         if known.reads(name):
             found[name] = name
             continue
-        spellings = [
+        others = [
             own
-            for spelling in layouts.spellings(name)
+            for spelling in spellings(name)
             for own in (spelling, f"{known.prefix}.{spelling}", spelling.removeprefix(f"{known.prefix}."))
         ]
-        found[name] = next((own for own in spellings if known.reads(own)), name)
+        found[name] = next((own for own in others if known.reads(own)), name)
     return found
 
 
@@ -311,7 +313,7 @@ def check_present(found: Identity) -> None:
 
 def _is_as_tabled(found: Identity) -> bool:
     """Return whether the table covers the checkpoint, and its names are those of the class."""
-    return found.is_usual and not any(layouts.layer_of(found.names[name]) is not None for name in found.unread)
+    return found.is_usual and not any(layer_of(found.names[name]) is not None for name in found.unread)
 
 
 def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: frozenset[str], path: str = "") -> bool:
@@ -319,7 +321,7 @@ def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: f
     for key, default in defaults.items():
         value = config.get(key, default)
         where = f"{path}{key}"
-        if layouts.same(value, default) or layouts.is_harmless(key) or key in ("rope_parameters", "layer_types"):
+        if same(value, default) or is_harmless(key) or key in ("rope_parameters", "layer_types"):
             continue
         if isinstance(value, Mapping) and isinstance(default, Mapping) and "model_type" in default:
             if value.get("model_type") != default["model_type"] or _unusual(value, default, untested, f"{where}."):
@@ -348,7 +350,7 @@ def _absent(found: Identity, known: Architecture) -> list[str]:
             absent.append(name)
     stacks: dict[str, set[int]] = {}
     for name in own:
-        layer = layouts.layer_of(name)
+        layer = layer_of(name)
         if layer is not None:
             stacks.setdefault(layer.stack, set()).add(layer.number)
     for pattern in known.layers:

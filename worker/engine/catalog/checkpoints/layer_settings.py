@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from worker.engine.catalog.checkpoints.config_differences import HARMLESS
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
-from worker.engine.catalog.checkpoints.layouts import HARMLESS, LAYER_COUNTS, layer_count
+from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, layer_count
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
 Source = tuple[int, int]

@@ -1,13 +1,21 @@
 """Handles tensors that a model has once and a checkpoint may store under several names."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from worker.engine.catalog.checkpoints import layouts
 from worker.engine.catalog.checkpoints.headers import TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity, own_names
-from worker.engine.catalog.checkpoints.layouts import OUTPUT_EMBEDDINGS, ends_with
 from worker.engine.catalog.checkpoints.library import completed, ties
+from worker.engine.catalog.checkpoints.tensor_names import (
+    EMBEDDINGS,
+    OUTPUT_EMBEDDINGS,
+    SHARED_EMBEDDINGS,
+    ends_with,
+    layer_of,
+)
+from worker.engine.catalog.checkpoints.weights import ties_embeddings
 
+TIED_BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
 State = Mapping[str, TensorInfo]
 Pair = tuple[TensorInfo, TensorInfo]
 
@@ -59,7 +67,7 @@ def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[
     config = completed(first.info.config)
     if first.known is None or first.known.converted:
         by_original: dict[str, list[str]] = {}
-        for copy, original in layouts.tied_copies(config, states).items():
+        for copy, original in tied_copies(config, states).items():
             by_original.setdefault(original, [original]).append(copy)
         return list(by_original.values())
     named = _by_own(first, states)
@@ -86,3 +94,68 @@ def _by_own(first: Identity, states: Sequence[State]) -> dict[str, str]:
         return {name: name for state in states for name in state}
     names = dict.fromkeys(name for state in states for name in state)
     return {own: name for name, own in own_names(first.known, names).items()}
+
+
+def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
+    """Return the names of tensors that are second copies, each with its original, which alone is merged.
+
+    `tie_word_embeddings` decides, whether a checkpoint stores the copy or not. If a configuration lacks that key, they
+    are tied if not all of `states` store the copy.
+
+    Args:
+        states: the tensors of every checkpoint, by the names of the first.
+    """
+    embeddings = _Embeddings(states)
+    tied = ties_embeddings(config)
+    copies = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        if tied if tied is not None else not all(name in state for state in states):
+            original = _original(name, states[0], embeddings)
+        elif ends_with(name, SHARED_EMBEDDINGS):
+            original = embeddings.like(name, EMBEDDINGS[:1])
+        else:
+            original = None
+        if original is not None:
+            copies[name] = original
+    return copies
+
+
+def _original(name: str, first: Mapping[str, TensorInfo], embeddings: "_Embeddings") -> str | None:
+    if ends_with(name, SHARED_EMBEDDINGS):
+        return embeddings.like(name, EMBEDDINGS[:1])
+    if ends_with(name, OUTPUT_EMBEDDINGS):
+        return embeddings.like(name, EMBEDDINGS)
+    for copy, original in TIED_BIASES.items():
+        if ends_with(name, (copy,)) and name.removesuffix(copy) + original in first:
+            return name.removesuffix(copy) + original
+    return None
+
+
+class _Embeddings:
+    """Embedding matrices of the first of `states`, found by their shapes: a header may name any number of them."""
+
+    def __init__(self, states: Sequence[Mapping[str, TensorInfo]]) -> None:
+        self._states = states
+        self._outer: list[str] | None = None
+        self._by_shapes: dict[tuple[str, tuple[int, ...]], dict[tuple[tuple[int, ...], ...], str]] = {}
+
+    def like(self, name: str, endings: Sequence[str]) -> str | None:
+        """Return the first matrix that has the shape of `name` wherever `name` is stored; None where there is none."""
+        storing = tuple(index for index, state in enumerate(self._states) if name in state)
+        shapes = tuple(self._states[index][name].shape for index in storing)
+        found = (self._named(ending, storing).get(shapes) for ending in endings)
+        return next((other for other in found if other not in (None, name)), None)
+
+    def _named(self, ending: str, storing: tuple[int, ...]) -> dict[tuple[tuple[int, ...], ...], str]:
+        """Return the tensors whose names end so, by their shapes in the states at `storing`."""
+        if (ending, storing) not in self._by_shapes:
+            first = self._states[0]
+            if self._outer is None:
+                self._outer = [name for name in first if ends_with(name, EMBEDDINGS) and layer_of(name) is None]
+            by_shapes: dict[tuple[tuple[int, ...], ...], str] = {}
+            for name in self._outer:
+                if ends_with(name, (ending,)):
+                    shapes = tuple(self._states[index].get(name, first[name]).shape for index in storing)
+                    by_shapes.setdefault(shapes, name)
+            self._by_shapes[ending, storing] = by_shapes
+        return self._by_shapes[ending, storing]

@@ -3,11 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
 from worker.engine.catalog.checkpoints.headers import FLOATS, TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity, check_present, own_names
+from worker.engine.catalog.checkpoints.tensor_names import (
+    EMBEDDINGS,
+    HEADS,
+    OUTPUT_EMBEDDINGS,
+    SHARED_EMBEDDINGS,
+    ends_with,
+    is_buffer,
+    layer_of,
+    place_of,
+    slot_of,
+    stacks_of,
+    tensors_by_name,
+)
 from worker.engine.catalog.checkpoints.tied import tied_in_base, without_copies
 from worker.engine.catalog.checkpoints.vocabulary import check_names_tell_tokens, token_keys
+from worker.engine.catalog.checkpoints.weights import check_checkpoint, check_weights
 from worker.engine.catalog.planning.comparing import (
     MergeSettings,
     check_vocabulary,
@@ -29,14 +43,14 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
     first, notes, differing = checkpoints[0], list[str](), set[str]()
     everyone = [*checkpoints, *([base] if base else ())]
     if base is not None and base.model_type != first.model_type:
-        layouts.check_architectures(first, base)
+        check_architectures(first, base)
     for identity in identities:
         if identity.known is None or identity.known.converted:  # for others, `check_tensors` knows better
-            layouts.check_checkpoint(identity.info)
+            check_checkpoint(identity.info)
         else:
             check_present(identity)
     for info in everyone:
-        layouts.check_weights(info)
+        check_weights(info)
         besides: set[str] = set()
         if vocabulary == "error":
             check_vocabulary_size(first, info)
@@ -48,20 +62,20 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
         if base is not None and info is base:
             differing |= differences_from_base(first, info, None, asked, notes, besides)
         else:
-            differing |= {*layouts.check_configs(first, info, besides, settles=asked.config_from is not None)}
+            differing |= {*check_configs(first, info, besides, settles=asked.config_from is not None)}
     aligned = asked.aligned(checkpoints)
     read = [
         replace(i.info, tensors={n: t for n, t in i.info.tensors.items() if n not in i.leftovers}) for i in identities
     ]
-    states = [layouts.tensors_by_name(info, read[0]) for info in (*read, *([base] if base else ()))]
+    states = [tensors_by_name(info, read[0]) for info in (*read, *([base] if base else ()))]
     own, tied = without_copies(identities[0], states, len(checkpoints))
     versions, ancestor = own[: len(checkpoints)], own[-1] if base else {}
     notes += _left_out_unread(identities, versions)
-    stacks = layouts.stacks_of(versions[0])
+    stacks = stacks_of(versions[0])
     backbone, alone = [], []
     for name, tensor in versions[0].items():
-        slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
-        if layouts.is_buffer(tensor) or _is_unsaved(identities[0], name):
+        slot, place = slot_of(name), place_of(name, stacks)
+        if is_buffer(tensor) or _is_unsaved(identities[0], name):
             for info, other in zip(everyone, own, strict=True):
                 if name in other:
                     check_shape(first, tensor, info, other[name])
@@ -78,7 +92,7 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
         backbone.append(merged_tensor(slot, place, checkpoints, versions, name, origin, asked.dtype, aligned))
     for info, state in zip(checkpoints, versions, strict=True):
         for name, tensor in state.items():
-            is_derived = layouts.is_buffer(tensor) or _is_unsaved(identities[0], name)
+            is_derived = is_buffer(tensor) or _is_unsaved(identities[0], name)
             if name not in versions[0] and not is_derived:
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     if not any(t.dtype in FLOATS for t in backbone):
@@ -105,16 +119,16 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
 
 def _is_head(first: Identity, name: str) -> bool:
     """Return whether fine-tuning may have started a tensor from scratch, so that a base may lack it."""
-    if layouts.layer_of(name) is not None:
+    if layer_of(name) is not None:
         return False
     if "pooler" in name.split(".") or first.known is None or first.known.converted:
-        return layouts.ends_with(name, (*layouts.OUTPUT_EMBEDDINGS, *layouts.HEADS)) or "pooler" in name.split(".")
+        return ends_with(name, (*OUTPUT_EMBEDDINGS, *HEADS)) or "pooler" in name.split(".")
     own = own_names(first.known, [name])[name]
     is_body = first.known.name.endswith("Model") and not first.known.is_pre_training
     return (
         not is_body
         and not own.startswith(f"{first.known.prefix}.")
-        and not layouts.ends_with(name, (*layouts.EMBEDDINGS, *layouts.SHARED_EMBEDDINGS))
+        and not ends_with(name, (*EMBEDDINGS, *SHARED_EMBEDDINGS))
     )
 
 
@@ -131,7 +145,7 @@ def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, 
     if known is None or known.converted:
         return []
     unread = {name for i in identities for name in (*i.unread, *(i.names[one] for one in i.unread))}
-    unread = {name for state in states for name in state if name in unread and not layouts.is_buffer(state[name])}
+    unread = {name for state in states for name in state if name in unread and not is_buffer(state[name])}
     for name in sorted(unread):
         if not all(name in state for state in states):
             for state in states:

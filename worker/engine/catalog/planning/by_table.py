@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.config_differences import SETTINGS_ADVICE, check_labels, same, shows_in_no_shape
 from worker.engine.catalog.checkpoints.headers import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity
 from worker.engine.catalog.checkpoints.library import completed
@@ -57,7 +57,7 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Merg
         if vocabulary == "error":
             check_vocabulary(first, info)
         if asked.merges_heads:
-            layouts.check_labels(first, info)
+            check_labels(first, info)
             if tasks[-1].name != tasks[0].name:
                 problem = f"their heads have different tasks: {tasks[0].name}, {tasks[-1].name}"
                 raise IncompatibleCheckpoints(first.source, info.source, problem)
@@ -188,13 +188,13 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family,
         if key == "vocab_size" and asked.vocabulary != "error":
             continue
         ours, theirs = (family.setting(completed(one.config), key) for one in (first, info))  # however spelt
-        if layouts.same(ours, theirs):
+        if same(ours, theirs):
             continue
         is_size = key in (*family.config_names.values(), family.padding_position)
-        is_free = not is_size and layouts.shows_in_no_shape(key, ours, theirs)
+        is_free = not is_size and shows_in_no_shape(key, ours, theirs)
         if not is_free or asked.config_from is None:
             advice = f"; {VOCABULARY_ADVICE}" if key == "vocab_size" else ""
-            advice = f"; {layouts.SETTINGS_ADVICE}" if is_free else advice
+            advice = f"; {SETTINGS_ADVICE}" if is_free else advice
             raise IncompatibleCheckpoints(first.source, info.source, f"{key} differs: {ours!r}, {theirs!r}{advice}")
         differing.add(key)
     return differing
@@ -219,7 +219,7 @@ def _ancestor(
         raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
     for key in family.config_names.values():
         ours, theirs = first.config.get(key), base.config.get(key)
-        if not layouts.same(ours, theirs):
+        if not same(ours, theirs):
             raise IncompatibleCheckpoints(first.source, base.source, f"{key} differs: {ours!r}, {theirs!r}")
     if vocabulary == "error":
         check_vocabulary_size(first, base)

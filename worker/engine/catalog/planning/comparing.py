@@ -3,7 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints import config_differences
+from worker.engine.catalog.checkpoints.config_differences import STRUCTURAL, differences, short, shows_in_no_shape
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, value_at
 from worker.engine.catalog.checkpoints.vocabulary import Choices, Vocabulary, align_vocabularies, vocabulary_size
@@ -68,17 +69,17 @@ def differences_from_base(
     """
     found = set()
     compared = {*family.config_names.values(), *family.settings} - {family.padding_position} if family else None
-    for key, ours, theirs in layouts.differences(completed(first.config), completed(base.config)):
-        if key in besides or key.endswith("_token_id") or key in layouts.STRUCTURAL:
+    for key, ours, theirs in differences(completed(first.config), completed(base.config)):
+        if key in besides or key.endswith("_token_id") or key in STRUCTURAL:
             continue
         if compared is not None and key not in compared:
             continue
-        if not layouts.shows_in_no_shape(key, ours, theirs):
-            problem = f"{key} differs in config.json: {layouts.short(ours)}, {layouts.short(theirs)}"
+        if not shows_in_no_shape(key, ours, theirs):
+            problem = f"{key} differs in config.json: {short(ours)}, {short(theirs)}"
             raise IncompatibleCheckpoints(first.source, base.source, problem)
         found.add(key)
         if asked.config_from is not base:
-            values = f"{layouts.short(ours)} in the models, {layouts.short(theirs)} in {base.source}"
+            values = f"{short(ours)} in the models, {short(theirs)} in {base.source}"
             notes.append(f"{key} differs from the base's: {values}; the base is not run, so that of the models counts")
     return found if asked.config_from is base else set()
 
@@ -86,10 +87,10 @@ def differences_from_base(
 def with_settings_of(
     info: CheckpointInfo, whose: CheckpointInfo | None, besides: Collection[str] = ()
 ) -> CheckpointInfo:
-    """Return a checkpoint as it is published if another one's settings count. See `layouts.with_settings_of`."""
+    """Return a checkpoint as it is published if another one's settings count."""
     if whose is None:
         return info
-    return replace(info, config=layouts.with_settings_of(info.config, whose.config, besides))
+    return replace(info, config=config_differences.with_settings_of(info.config, whose.config, besides))
 
 
 def notes_of_settings(
@@ -100,7 +101,7 @@ def notes_of_settings(
         return []
     notes = []
     for key in sorted(keys):
-        values = {info.source: layouts.short(value_at(completed(info.config), key)) for info in everyone}
+        values = {info.source: short(value_at(completed(info.config), key)) for info in everyone}
         listed = ", ".join(f"{value} in {source}" for source, value in values.items())
         notes.append(f"{key} differs: {listed}; that of {whose.source} counts, whose configuration is published")
     return notes

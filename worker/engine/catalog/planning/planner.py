@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.config_differences import check_architectures
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.checkpoints.identity import check_tensors, identify
 from worker.engine.catalog.checkpoints.settings import check_settings
+from worker.engine.catalog.checkpoints.tensor_names import stacks_of
 from worker.engine.catalog.checkpoints.vocabulary import Choices, pads_differ, vocabulary_size
 from worker.engine.catalog.contracts.spec import Dtype, Heads, OutputSpec, VocabularyPolicy
 from worker.engine.catalog.methods import BaseParameters
@@ -53,7 +54,7 @@ def plan_merge(
     first = checkpoints[0]
     tables = [table_of(info) for info in checkpoints]
     for info in checkpoints[1:]:
-        layouts.check_architectures(first, info)
+        check_architectures(first, info)
     notes = list(dict.fromkeys(note for identity in identities for note in identity.notes))
     owner = None
     if vocabulary == "error" and pads_differ(checkpoints, base):
@@ -132,6 +133,6 @@ def _are_all_layers(
     runs = [source.layers for source in one.sources] + ([one.base_layers] if one.base_layers else [])
     infos = [*checkpoints, *([base] if base and one.base_layers else [])]
     return all(
-        run in (None, (0, max(layouts.stacks_of(info.tensors).values(), default=0)))
+        run in (None, (0, max(stacks_of(info.tensors).values(), default=0)))
         for run, info in zip(runs, infos, strict=True)
     )

@@ -4,15 +4,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from worker.engine.catalog.checkpoints import layouts
+from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
 from worker.engine.catalog.checkpoints.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.layer_settings import keys_of_layers, lists_of_layers, stacked_config
-from worker.engine.catalog.checkpoints.layouts import LAYER_COUNTS
 from worker.engine.catalog.checkpoints.settings import check_settings
+from worker.engine.catalog.checkpoints.tensor_names import (
+    is_before_layers,
+    is_buffer,
+    layer_of,
+    place_of,
+    slot_of,
+    stacks_of,
+    tensors_by_name,
+)
+from worker.engine.catalog.checkpoints.tied import tied_copies
 from worker.engine.catalog.checkpoints.vocabulary import (
     check_names_tell_tokens,
     token_keys,
 )
+from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, check_checkpoint
 from worker.engine.catalog.planning.comparing import (
     MergeSettings,
     check_vocabulary,
@@ -70,18 +80,18 @@ def plan_slices(
     if base is not None and config_from is base:
         check_settings(base)
     for info in everyone:
-        layouts.check_architectures(first, info)
-        layouts.check_checkpoint(info)
+        check_architectures(first, info)
+        check_checkpoint(info)
         besides = {*keys_of_layers(first.config), *keys_of_layers(info.config)}
         if vocabulary != "error":
             check_names_tell_tokens(info)
             besides |= {*token_keys(first.config), *token_keys(info.config)}
         elif first.vocabulary and info.vocabulary:
             check_vocabulary(first, info, SAME_VOCABULARY)
-        differing |= {*layouts.check_configs(first, info, besides, settles=config_from is not None)}
-        states.append(layouts.tensors_by_name(info, first))
+        differing |= {*check_configs(first, info, besides, settles=config_from is not None)}
+        states.append(tensors_by_name(info, first))
     aligned = replace(asked, rows_of=base or first).aligned(checkpoints)
-    copies = layouts.tied_copies(first.config, [states[first_index], *states])
+    copies = tied_copies(first.config, [states[first_index], *states])
     tied = tuple(
         (state[copy], state[of]) for state in states for copy, of in copies.items() if copy in state and of in state
     )
@@ -97,9 +107,9 @@ def plan_slices(
 
     def add(name: str, members: Sequence[int], tensors: Sequence[Mapping[str, TensorInfo]], key: str) -> None:
         """Add the tensor `key` of each member and of the base, which comes last in `tensors` if there is one."""
-        slot, place = layouts.slot_of(name), layouts.place_of(name, stacks)
+        slot, place = slot_of(name), place_of(name, stacks)
         tensor = tensors[0][key]
-        if layouts.is_buffer(tensor):
+        if is_buffer(tensor):
             backbone.append(
                 PlannedTensor(slot, place, tensor.shape, tensor.dtype, (tensor,), is_copied=True, members=(members[0],))
             )
@@ -116,7 +126,7 @@ def plan_slices(
     def add_outer(layer: _Layer, before: bool) -> None:
         tensors = [states[member] for member in layer.members] + ([states[-1]] if base is not None else [])
         for name in tensors[0]:
-            if layouts.layer_of(name) is None and layouts.is_before_layers(name) is before:
+            if layer_of(name) is None and is_before_layers(name) is before:
                 add(name, layer.members, tensors, name)
 
     add_outer(layers[0], before=True)
@@ -163,7 +173,7 @@ def plan_slices(
 def layers_of_models(plan: MergePlan) -> list[int]:
     """Return the number of layers of each model of a stack, whichever of them the result has."""
     first = plan.checkpoints[0]
-    stacks = [layouts.stacks_of(layouts.tensors_by_name(info, first)) for info in plan.checkpoints]
+    stacks = [stacks_of(tensors_by_name(info, first)) for info in plan.checkpoints]
     return [max(counts.values(), default=0) for counts in stacks]
 
 
@@ -177,7 +187,7 @@ def copied_shares(plan: MergePlan) -> list[float]:
 
 
 def _only_stack(info: CheckpointInfo, state: Mapping[str, TensorInfo]) -> str:
-    stacks = layouts.stacks_of(state)
+    stacks = stacks_of(state)
     if len(stacks) != 1:
         found = f"{len(stacks)} lists of layers ({', '.join(sorted(stacks))})" if stacks else "no list of layers"
         raise InvalidCheckpoint(info.source, f"passthrough stacks the layers of one list, and there are {found}")
@@ -196,7 +206,7 @@ def _layers(
     field: str,
 ) -> list[_Layer]:
     """Return the layers of the result."""
-    counts = [layouts.stacks_of(state).get(stack, 0) for state in states]
+    counts = [stacks_of(state).get(stack, 0) for state in states]
     found: list[_Layer] = []
     for index, part in enumerate(slices):
         members = tuple(names.index(source.model) for source in part.sources)
@@ -237,11 +247,11 @@ def _by_layer(state: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo
     """Return the tensors of every layer, by its number and the part of their names within it."""
     found: dict[int, dict[str, TensorInfo]] = {}
     for name, tensor in state.items():
-        layer = layouts.layer_of(name)
+        layer = layer_of(name)
         if layer is not None:
             found.setdefault(layer.number, {})[layer.inner] = tensor
     return found
 
 
 def _shapes(layer: Mapping[str, TensorInfo]) -> frozenset[tuple[str, tuple[int, ...]]]:
-    return frozenset((inner, tensor.shape) for inner, tensor in layer.items() if not layouts.is_buffer(tensor))
+    return frozenset((inner, tensor.shape) for inner, tensor in layer.items() if not is_buffer(tensor))
