@@ -19,7 +19,7 @@ from app.storage.sources import Sources
 from app.storage.sources.source import SourceUnavailable
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
+from worker.engine.catalog.checkpoints.companion_checks import check_run_tokenizer
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import models_beside
@@ -119,7 +119,7 @@ class Checker:
             with _refusing(_checkpoint_field(index)):
                 plan = plan_merge([info])
                 task = required_task(plan)
-                check_tokenizer(info)
+                check_run_tokenizer(info)
             _refuse(parameter_problems(plan, request.method))
             kept = accepted["models"][index]
             kept["checkpoint"] = info.source
@@ -157,7 +157,7 @@ class Checker:
         if _loads_models(request, plan):
             for index, info in enumerate(plan.checkpoints):
                 with _refusing(_checkpoint_field(index)):
-                    check_tokenizer(info)
+                    check_run_tokenizer(info)
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
         accepted["base"] = None if plan.base is None else plan.base.source

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM
 
-from tests.tiny import tiny_checkpoint
+from tests.tiny import edit_json, tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import LowRank, TensorInfo, inspect_checkpoint, read_header
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.checkpoints.reader import TensorReader
-from worker.engine.models.loading import _adapted
+from worker.engine.models.loading import _adapted, load
 
 
 def albert(folder: Path) -> Path:
@@ -78,6 +78,30 @@ def narrowed(folder: Path, name: str) -> TensorInfo:
     save_file({name: torch.ones(1)}, folder / "narrow.safetensors")
     [tensor] = read_header(folder / "narrow.safetensors", "local:model")
     return tensor
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [9999], "tokens": ["[CLS]"]}},
+}
+
+
+def test_ids_that_rules_put_around_a_text_are_within_the_matrix(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    edit_json(folder / "tokenizer.json", post_processor=TEMPLATE)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(InvalidCheckpoint, match="its tokenizer has ids up to 9999, its embedding matrix"):
+        load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["RagTokenizer", "AutoTokenizer"])
+def test_a_class_that_is_no_tokenizer_by_itself_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(InvalidCheckpoint, match="transformers cannot load it"):
+        load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
 
 
 class Watched(TensorReader):

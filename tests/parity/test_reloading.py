@@ -88,6 +88,10 @@ def a_setting_that_one_class_refuses(folder: Path) -> None:
     file.write_text(json.dumps(content))
 
 
+def a_key_that_is_a_method(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", add_special_tokens=True)
+
+
 def a_tokenizer_of_no_class(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["pre_tokenizer"] = {"type": "Sequence"}
@@ -100,6 +104,10 @@ def a_tokenizer_of_no_class(folder: Path) -> None:
         (a_matrix_of_more_rows, r"shape \[128, 16\]"),
         (a_tokenizer_of_no_class, r"tokenizer\.json"),
         (an_added_token_without_an_id, r"tokenizer_config\.json has added_tokens_decoder with 'x'.*anew"),
+        (
+            a_key_that_is_a_method,
+            r"tokenizer_config\.json has add_special_tokens, which is a method of .*; remove the key",
+        ),
         (a_setting_that_one_class_refuses, r"its tokenizer does not load \(tokenizer\.json, .*\): .*save it anew"),
     ],
 )

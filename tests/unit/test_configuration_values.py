@@ -24,6 +24,11 @@ REFUSED: list[tuple[TinyModel, dict[str, Any]]] = [
     (LLAMA, {"num_labels": "3"}),
     (LLAMA, {"num_labels": 2.5}),
     (LLAMA, {"num_labels": -1}),
+    (LLAMA, {"id2label": {"0": "a", "00": "b"}}),
+    (LLAMA, {"attention_dropout": float("inf")}),
+    (LLAMA, {"attention_dropout": -0.1}),
+    (GPT2, {"resid_pdrop": 1.5}),
+    (GPT2, {"embd_pdrop": float("nan")}),
     (LLAMA, {"rms_norm_eps": -1}),
     (LLAMA, {"rms_norm_eps": 0}),
     (LLAMA, {"rms_norm_eps": "small"}),
@@ -61,6 +66,14 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_key(
     assert caught.value.message.startswith("checkpoint local:m:")
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_numbers_of_labels_that_differ_are_refused_with_both(
+    models: dict[str, Path], tmp_path: Path, count: int
+) -> None:
+    with pytest.raises(InvalidCheckpoint, match=f"num_labels {count}, and 2 names in id2label"):
+        planned(models, LLAMA, {"id2label": {"0": "a", "1": "b"}, "num_labels": count}, tmp_path)
+
+
 @pytest.mark.parametrize("value", [["llama"], {"a": 1}, 3, True])
 def test_a_model_type_that_is_no_text_is_refused_in_headers(
     models: dict[str, Path], tmp_path: Path, value: object
@@ -78,6 +91,9 @@ def test_a_model_type_that_is_no_text_is_refused_in_headers(
         (LLAMA, {"dtype": "auto"}),
         (LLAMA, {"id2label": None}),
         (LLAMA, {"id2label": {"0": 0, "1": 1}}),
+        (LLAMA, {"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 3}),
+        (LLAMA, {"num_labels": 5}),
+        (LLAMA, {"attention_dropout": 1}),
         (LLAMA, {"max_position_embeddings": 10_485_760}),
         (QWEN2, {"layer_types": ["full_attention", "full_attention"]}),
     ],

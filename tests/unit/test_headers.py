@@ -167,6 +167,20 @@ BAD_WEIGHTS: dict[str, tuple[bytes, list[str]]] = {
     "shape of another size": (weights_of({"a": {**F32, "shape": [3]}}, b"12345678"), ["tensor a", "[0, 8]"]),
     "a gap": (weights_of({"a": {**F32, "data_offsets": [4, 12]}}, b"123456789012"), ["tensor a", "[4, 12]"]),
     "overlap": (weights_of({"a": F32, "b": F32}, b"12345678"), ["tensor", "[0, 8]"]),
+    "a tensor twice": (
+        weights_of(
+            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"I32","shape":[2],"data_offsets":[0,8]}}',
+            b"12345678",
+        ),
+        ["malformed header", "the key 'a' twice"],
+    ),
+    "a dtype twice": (
+        weights_of(b'{"a":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', b"12345678"),
+        ["malformed header", "the key 'dtype' twice"],
+    ),
+    "metadata that are text": (weights_of({"__metadata__": "pt", "a": F32}, b"12345678"), ["__metadata__"]),
+    "metadata that are nested": (weights_of({"__metadata__": {"a": {}}, "a": F32}, b"12345678"), ["__metadata__"]),
+    "UTF-16": (weights_of(json.dumps({"a": F32}).encode("utf-16"), b"12345678"), ["malformed header", "UTF-8"]),
     "a shape of very many ones": (weights_of({"a": {**F32, "shape": [1] * 100_000}}), ["tensor a", "100000 axes"]),
     "one axis too many": (weights_of({"a": {**F32, "shape": [1] * 8 + [2]}}, b"12345678"), ["tensor a", "9 axes"]),
     "a long name": (weights_of({"a" * 160_000: F32}, b"12345678"), ["tensor aaaa", "160000 characters"]),
@@ -190,6 +204,42 @@ def test_bad_weights_are_refused_with_their_file_and_fault(checkpoint: Path, cas
     content, words = BAD_WEIGHTS[case]
     (checkpoint / WEIGHTS).write_bytes(content)
     assert_refused(checkpoint, [WEIGHTS, *words])
+
+
+NAMED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "a role": ({"pad_token": "<x>"}, {}, 1),
+    "a role of its own": ({"image_token": {"content": "<x>"}}, {}, 1),
+    "a role that the vocabulary has": ({"pad_token": "[PAD]"}, {}, 0),
+    "the same token twice": ({"pad_token": "<x>", "eos_token": "<x>"}, {}, 1),
+    "lists": ({"additional_special_tokens": ["<x>"], "extra_special_tokens": {"a": "<y>", "b": "<x>"}}, {}, 2),
+    "added tokens": ({"added_tokens_decoder": {"900": {"content": "<x>"}, "901": {"content": "<y>"}}}, {}, 2),
+    "an older file": ({}, {"pad_token": "<x>"}, 1),
+    "an older file beside added tokens": ({"added_tokens_decoder": {}}, {"pad_token": "<x>"}, 0),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_the_last_id_counts_tokens_that_the_library_adds(checkpoint: Path, case: str) -> None:
+    config, older, added = NAMED[case]
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", older)):
+        (checkpoint / name).write_text(json.dumps({"tokenizer_class": "BertTokenizer", **content}))
+    own = inspect_checkpoint(checkpoint, SOURCE).last_token
+    (checkpoint / "tokenizer_config.json").write_text("{}")
+    (checkpoint / "special_tokens_map.json").unlink()
+    plain = inspect_checkpoint(checkpoint, SOURCE).last_token
+    assert plain is not None
+    assert own == plain + added
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
+def test_configurations_are_utf_8_as_the_libraries_read_them(checkpoint: Path, name: str, encoding: str) -> None:
+    file = checkpoint / name
+    content = file.read_text() if file.exists() else "{}"
+    file.write_text(content, encoding=encoding)
+    with pytest.raises(ValueError), file.open(encoding="utf-8") as stream:  # noqa: PT011 - UnicodeDecodeError is one too
+        json.load(stream)  # as transformers reads it
+    assert_refused(checkpoint, [name, "cannot be read as JSON"])
 
 
 def test_no_message_is_longer_than_a_person_reads(checkpoint: Path) -> None:

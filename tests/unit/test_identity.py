@@ -13,7 +13,7 @@ from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, T5, TinyModel, 
 from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.checkpoints.identity import check_tensors, identify
 from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
 CLS = {
     "cls.predictions.bias": torch.zeros(100),
@@ -49,6 +49,42 @@ def test_a_classifier_of_every_family_is_known_by_its_tensors(tmp_path: Path, fa
     assert stated.endswith("ForSequenceClassification")
     assert identified(without_architectures(folder)) == stated
     assert identified(without_architectures(folder, architectures=[])) == stated
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("start", ["TF", "Flax", "My"])
+def test_a_classifier_of_an_unknown_class_is_the_one_that_has_its_tensors(
+    tmp_path: Path, family: str, start: str
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", family=TINY_FAMILIES[family], labels=3)
+    stated = identified(folder)
+    found = identify(inspect_checkpoint(without_architectures(folder, architectures=[start + stated]), "local:x"))
+    assert found.info.architecture == stated
+    said = f"names {start}{stated}, whose tensors are not known here; by its tensors it is a {stated}"
+    assert found.notes == (f"config.json of local:x {said}",)
+
+
+def test_two_tasks_of_an_unknown_class_keep_their_heads(tmp_path: Path) -> None:
+    infos = []
+    for name, labels in (("a", ["bad", "good"]), ("b", ["spam", "ham"])):
+        folder = tiny_checkpoint(tmp_path / name, labels=2)
+        names = {str(index): label for index, label in enumerate(labels)}
+        without_architectures(folder, architectures=["TFBertForSequenceClassification"], id2label=names, label2id=None)
+        infos.append(inspect_checkpoint(folder, f"local:{name}"))
+    plan = plan_merge(infos)
+    assert not plan.merges_heads
+    assert [info.architecture for info in plan.published] == ["BertForSequenceClassification"] * 2
+
+
+def test_heads_of_different_labels_are_not_merged_if_no_class_is_known(tmp_path: Path) -> None:
+    infos = []
+    for name, labels in (("a", ["bad", "good"]), ("b", ["spam", "ham"])):
+        folder = add(tiny_checkpoint(tmp_path / name, labels=2), {"extra.weight": torch.zeros(2, 2)})
+        names = {str(index): label for index, label in enumerate(labels)}
+        without_architectures(folder, architectures=["MyModel"], id2label=names, label2id=None)
+        infos.append(inspect_checkpoint(folder, f"local:{name}"))
+    with pytest.raises(IncompatibleCheckpoints, match="their heads have different labels"):
+        plan_merge(infos)
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2, T5, MASKED_BERT, LLAMA_CLASSIFIER], ids=lambda m: m.architecture)

@@ -21,6 +21,7 @@ from worker.engine.catalog.checkpoints.adapters import MAX_LABELS
 from worker.engine.catalog.checkpoints.headers import (
     CHAT_TEMPLATES,
     MAX_CONFIG_BYTES,
+    TOKEN_LISTS,
     TOKENIZER_FILES,
     CheckpointInfo,
     read_json,
@@ -49,7 +50,7 @@ SHARED_KEYS = frozenset(
 NEVER = frozenset({"gradient_checkpointing", "torchscript", "pruned_heads", "quantization_config", *SETTINGS})
 """Keys that some classes know but that control how a model is loaded or run."""
 READ_BY_MODELS = re.compile(r"config\.([a-zA-Z]\w*)|config, ['\"]([a-zA-Z]\w*)['\"]")
-TOKEN_KEYS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
+TOKEN_KEYS = frozenset(TOKEN_LISTS)
 TOKENIZER_KEYS = TOKEN_KEYS | {
     "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space", "chat_template",
     "clean_up_tokenization_spaces", "max_length", "model_input_names", "model_max_length", "padding_side",

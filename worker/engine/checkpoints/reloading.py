@@ -29,7 +29,7 @@ from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.publishing import beyond_matrix
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
-from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
+from worker.engine.checkpoints.configurations import OFFLINE, library_config
 from worker.engine.checkpoints.layout import (
     check_layout,
     computed_bytes,
@@ -38,6 +38,7 @@ from worker.engine.checkpoints.layout import (
     stores_copies,
 )
 from worker.engine.checkpoints.reader import digest_tokenizer
+from worker.engine.checkpoints.tokenizer import load_tokenizer
 from worker.engine.checkpoints.writer import write_config
 from worker.engine.runtime.libraries import transformers
 from worker.engine.runtime.resources import is_out_of_memory
@@ -165,10 +166,7 @@ def _cut(info: CheckpointInfo, config: Any, plan: MergePlan) -> _Text:
         return _Text(None, [])
     owner = plan.tokens_of(info).source
     try:
-        # Without a tokenizer_config.json, its class follows from the model's type.
-        with tokenizer_folder(info) as folder:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, **OFFLINE)
-        last = max(tokenizer.get_vocab().values(), default=0)
+        tokenizer, last = load_tokenizer(info, config)
         ids = tokenizer(TEXT)["input_ids"]
     except ImportError as error:
         return _Text(None, [f"the published tokenizer was not loaded anew: {in_one_line(error)}"])
@@ -178,11 +176,24 @@ def _cut(info: CheckpointInfo, config: Any, plan: MergePlan) -> _Text:
         names = ", ".join(name for name in TOKENIZER_FILES if (info.tokenizer_path / name).exists())
         problem = f"its tokenizer does not load ({names}): {in_one_line(error)}; save it anew by save_pretrained()"
         raise InvalidCheckpoint(owner, problem) from error
+    _refuse_methods(info, owner, tokenizer)
     if beyond_matrix(info):  # planning has made this note
         return _Text(ids, [])
     # The files beside tokenizer.json may add tokens, and so may the tokenizer's class.
     note = beyond_matrix(info, last)
     return _Text(ids, [note] if note else [])
+
+
+def _refuse_methods(info: CheckpointInfo, owner: str, tokenizer: Any) -> None:
+    """Raise InvalidCheckpoint where a key is the name of a method, for which transformers does not load the file.
+
+    The service itself does not pass on such keys, but users of the published files do.
+    """
+    file = info.tokenizer_path / "tokenizer_config.json"
+    for key in read_json(file, owner, MAX_CONFIG_BYTES) if file.exists() else ():
+        if callable(getattr(type(tokenizer), key, None)):
+            problem = f"{file.name} has {key}, which is a method of {type(tokenizer).__name__} in transformers"
+            raise InvalidCheckpoint(owner, f"{problem}: it would not load again; remove the key", file=file.name)
 
 
 def _model(published: CheckpointInfo, model_class: Any, config: Any) -> tuple[Any, list[str]]:

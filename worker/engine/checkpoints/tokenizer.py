@@ -1,15 +1,32 @@
-"""Writes the tokenizer's files of a merged model."""
+"""Loads the tokenizer of a checkpoint, and writes the tokenizer's files of a merged model."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from worker.engine.catalog.checkpoints.companion_checks import TEXT
 from worker.engine.catalog.checkpoints.companions import companions
 from worker.engine.catalog.checkpoints.headers import CHAT_TEMPLATES, OLDER_VOCABULARIES, CheckpointInfo
 from worker.engine.catalog.checkpoints.vocabulary import NewToken, Vocabulary
+from worker.engine.checkpoints.configurations import OFFLINE, tokenizer_folder
+from worker.engine.runtime.libraries import transformers
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def load_tokenizer(info: CheckpointInfo, config: Any) -> tuple[Any, int]:
+    """Load a checkpoint's tokenizer, and return it with the last id that it gives.
+
+    The rules that put tokens around a text may give other ids than those in the vocabulary.
+
+    Args:
+        config: the library's configuration of the model; the tokenizer's class follows from it if no file names one.
+    """
+    with tokenizer_folder(info) as folder:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, **OFFLINE)
+    around = [*tokenizer(TEXT)["input_ids"], *tokenizer(TEXT, TEXT)["input_ids"]]
+    return tokenizer, max([*tokenizer.get_vocab().values(), *around], default=0)
 
 
 def write_tokenizer(owner: CheckpointInfo, vocabulary: Vocabulary | None, folder: Path) -> None:

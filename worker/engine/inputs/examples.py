@@ -12,7 +12,7 @@ from torch import Tensor
 from worker.engine.catalog.data.rows import Row, Text
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import BATCH_TOKENS
-from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.catalog.primitives.errors import InvalidDataset, Place, is_of_library
 from worker.engine.catalog.tasks import Label, LabelMap
 from worker.engine.runtime.resources import is_out_of_memory
 
@@ -138,8 +138,8 @@ def tokenize(
             verbose=False,
             **reading.tokenizer_arguments,
         )
-    except Exception as error:  # tokenizers raise bare exceptions, and their texts may quote a row
-        if is_out_of_memory(error):
+    except BaseException as error:  # tokenizers raise bare exceptions and panic, and their texts may quote a row
+        if is_out_of_memory(error) or not is_of_library(error):
             raise
         problem = f"the checkpoint's tokenizer fails on it ({type(error).__name__}); does it have its unknown token?"
         raise InvalidDataset(spec.source, problem) from error

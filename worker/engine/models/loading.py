@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.companion_checks import check_tokenizer
+from worker.engine.catalog.checkpoints.companion_checks import check_ids, check_tokenizer
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo, described_files
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.planning.memory import CACHE_BYTES
@@ -18,9 +18,10 @@ from worker.engine.catalog.planning.plan import require_tokenizer, required_tabl
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.catalog.tasks import Task, task_of
-from worker.engine.checkpoints.configurations import OFFLINE, library_config, tokenizer_folder
+from worker.engine.checkpoints.configurations import OFFLINE, library_config
 from worker.engine.checkpoints.layout import check_layout, misshapen
 from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
+from worker.engine.checkpoints.tokenizer import load_tokenizer
 from worker.engine.inputs.examples import padding_values
 from worker.engine.models.attention import cpu_attention
 from worker.engine.runtime.libraries import transformers
@@ -71,9 +72,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             )
         else:
             model, report = _adapted(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
-        # Without a tokenizer_config.json, its class follows from the model's type.
-        with tokenizer_folder(info) as folder:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=model.config, **OFFLINE)
+        tokenizer, last = load_tokenizer(info, model.config)
     except InvalidCheckpoint:
         raise
     except BaseException as error:  # transformers, tokenizers and their checks of the configuration raise anything
@@ -90,10 +89,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
     model.config.use_cache = False  # rows are computed whole, and blocks of layers again and again
     model.eval().requires_grad_(False).to(device)
-    last = max(tokenizer.get_vocab().values(), default=0)
-    if last >= model.config.vocab_size:
-        problem = f"its tokenizer has ids up to {last}, its embedding matrix {model.config.vocab_size} rows"
-        raise InvalidCheckpoint(info.source, problem)
+    check_ids(info, last, model.config.vocab_size)
     tokenizer.model_input_names = _inputs(tokenizer, model)
     positions = family.max_tokens(info.config)
     task = task_of(info)

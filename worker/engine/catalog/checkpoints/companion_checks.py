@@ -12,8 +12,15 @@ from typing import Any
 import tokenizers
 
 from worker.engine.catalog.checkpoints.companions import companions
-from worker.engine.catalog.checkpoints.headers import MAX_CONFIG_BYTES, SPECIAL_TOKENS, CheckpointInfo, read_json
+from worker.engine.catalog.checkpoints.headers import (
+    MAX_CONFIG_BYTES,
+    SPECIAL_TOKENS,
+    TOKEN_LISTS,
+    CheckpointInfo,
+    read_json,
+)
 from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
 
@@ -68,6 +75,26 @@ def check_tokenizer(info: CheckpointInfo) -> None:
     if (path / "tokenizer.json").exists():
         said = {**config, **contents["special_tokens_map.json"]} if is_older else config
         _check_loads(info, said, is_older, is_rebuilt=config.get("tokenizer_class") not in (None, *PLAIN_CLASSES))
+
+
+def check_run_tokenizer(info: CheckpointInfo) -> None:
+    """Check that the tokenizer of a model that is run loads, and that the embedding matrix has a row for each id.
+
+    Raises:
+        InvalidCheckpoint: a file is refused, or ids go beyond the matrix.
+    """
+    check_tokenizer(info)
+    rows = vocabulary_size(info.config)
+    if info.last_token is not None and rows is not None:
+        check_ids(info, info.last_token, rows)
+
+
+def check_ids(info: CheckpointInfo, last: int, rows: int) -> None:
+    """Raise InvalidCheckpoint when the last id that the tokenizer gives is beyond the rows of the embedding matrix."""
+    if last >= rows:
+        problem = f"its tokenizer has ids up to {last}, its embedding matrix {rows} rows"
+        advice = "resize the matrix, or take these tokens out of the tokenizer"
+        raise InvalidCheckpoint(info.source, f"{problem}; {advice}")
 
 
 def _refuse(info: CheckpointInfo, file: str, problems: Iterator[str], advice: str) -> None:
@@ -157,7 +184,7 @@ def _problems_of_tokens(content: Mapping[str, Any], is_object: Callable[[Any], b
     def is_token(value: Any) -> bool:
         return isinstance(value, str) or _is_typed(value)
 
-    for key in ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"):
+    for key in TOKEN_LISTS:
         value = content.get(key)
         is_named = isinstance(value, dict) and all(map(is_token, value.values()))
         is_listed = key != "model_specific_special_tokens" and _is_list(value, is_token)

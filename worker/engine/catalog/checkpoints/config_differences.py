@@ -5,7 +5,7 @@ from typing import Any
 
 from worker.engine.catalog.checkpoints.architectures import classifies, labels_of, use_of
 from worker.engine.catalog.checkpoints.headers import CheckpointInfo
-from worker.engine.catalog.checkpoints.library import completed, with_rotary
+from worker.engine.catalog.checkpoints.library import completed, kind_of, with_rotary
 from worker.engine.catalog.checkpoints.weights import require_kind
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
 
@@ -70,6 +70,12 @@ def check_labels(first: CheckpointInfo, info: CheckpointInfo) -> None:
         raise IncompatibleCheckpoints(first.source, info.source, problem)
 
 
+def _may_classify(info: CheckpointInfo) -> bool:
+    """Return whether the head's outputs are labels, as they may be if transformers does not have the class."""
+    kind = kind_of(info.model_type)
+    return kind is None or info.architecture not in kind.architectures or classifies(info.config)
+
+
 def check_configs(
     first: CheckpointInfo, info: CheckpointInfo, besides: Collection[str] = (), *, settles: bool = False
 ) -> list[str]:
@@ -85,7 +91,7 @@ def check_configs(
     Raises:
         IncompatibleCheckpoints: they differ in another key; the message names it and both values.
     """
-    if classifies(first.config) and classifies(info.config):
+    if _may_classify(first) and _may_classify(info):
         check_labels(first, info)
     settled = []
     for key, ours, theirs in differences(completed(first.config), completed(info.config)):

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ MODULE_FILE = re.compile(r"[0-9]{1,2}_[A-Za-z0-9_]{1,64}/(config\.json|model\.sa
 INNER_FOLDER = re.compile(r"additional_chat_templates|[0-9]{1,2}_[A-Za-z0-9_]{1,64}")
 """Names of sub-folders that may hold files of a checkpoint."""
 SPECIAL_TOKENS = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
+TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+"""Keys of `tokenizer_config.json` and `special_tokens_map.json` whose values are several tokens."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")  # files of whole models
 
 
@@ -369,8 +372,8 @@ def _may_be_packed(tensor: TensorInfo) -> bool:
 def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     """Read the tensors of one safetensors file, in the order of their bytes.
 
-    The format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes without gaps
-    (https://huggingface.co/docs/safetensors, *Format*).
+    The format: 8 bytes little-endian header length, the header as JSON without repeated keys, then the tensors' bytes
+    without gaps (https://huggingface.co/docs/safetensors, *Format*).
 
     Raises:
         InvalidCheckpoint: header too large, malformed, or not matching the file's size.
@@ -396,9 +399,13 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     if len(raw) < header_bytes:
         raise InvalidCheckpoint(source, f"{name} is truncated inside its header", file=name)
     try:
-        header = parsed_json(raw)
+        header = parsed_json(raw, object_pairs_hook=_unrepeated)
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
+        metadata = header.get("__metadata__")
+        is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        if metadata is not None and not is_text:
+            raise ValueError("its __metadata__ is no object of texts")
         data = 8 + header_bytes
         entries = [_tensor(source, file, data, key, entry) for key, entry in header.items() if key != "__metadata__"]
     except (ValueError, RecursionError) as error:
@@ -422,6 +429,15 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
             file=name,
         )
     return [tensor for tensor, _, _ in entries]
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object. Raises ValueError for a repeated key: readers differ in which of its values they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has the key '{name[:MAX_NAME]}' twice")
+    return found
 
 
 def _tensor(source: str, file: Path, data: int, name: str, entry: object) -> tuple[TensorInfo, int, int]:
@@ -548,14 +564,21 @@ def _read(file: Path, source: str, limit: int) -> bytes:
         raise InvalidCheckpoint(source, f"{file.name} cannot be read: {error.strerror}") from error
 
 
-def parsed_json(raw: bytes) -> Any:
-    """Read JSON.
+def parsed_json(raw: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Read JSON as UTF-8 without a byte order mark, as the libraries that load checkpoints do.
+
+    Args:
+        object_pairs_hook: as in `json.loads`.
 
     Raises:
         ValueError: it is no JSON, has nesting or numbers beyond anything real, or has half a surrogate pair, which no
             file could hold as UTF-8.
     """
-    content = json.loads(raw, parse_int=_integer)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    content = json.loads(text, parse_int=_integer, object_pairs_hook=object_pairs_hook)
     for depth, _ in enumerate(_levels(content)):
         if depth == MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
@@ -712,6 +735,7 @@ def _special_tokens(path: Path, source: str) -> dict[str, str]:
 def vocabulary_of(path: Path, source: str) -> tuple[dict[str, str], int | None]:
     """Return the digests of a vocabulary by the form it is stored in, and its last id if the files tell it.
 
+    The last id counts tokens that the files beside the vocabulary name and that it lacks, because tokenizers add them.
     The digest `tokens` is that of the pairs token → id, with a BPE's merges or a Unigram's scores; formatting and
     post-processing do not matter. The digest `sentencepiece` is that of the file, whose pieces have ids only once a
     tokenizer's class has shifted them. Models that are merged usually have the same tokenizer, so results are
@@ -719,9 +743,13 @@ def vocabulary_of(path: Path, source: str) -> tuple[dict[str, str], int | None]:
     """
     names = [name for name in VOCABULARIES if (path / name).exists()]
     contents = {name: _read(path / name, source, size_limit(name)) for name in names}
-    key = tuple((name, hashlib.sha256(content).digest()) for name, content in contents.items())
+    named = _named_tokens(path, source)
+    key = (
+        *((name, hashlib.sha256(content).digest()) for name, content in contents.items()),
+        ("", hashlib.sha256(json.dumps(named).encode()).digest()),
+    )
     if key not in _vocabularies:
-        found = _vocabulary_of(path, source, contents)
+        found = _vocabulary_of(path, source, contents, named)
         if len(_vocabularies) >= MAX_VOCABULARIES:
             del _vocabularies[next(iter(_vocabularies))]
         _vocabularies[key] = found
@@ -729,14 +757,43 @@ def vocabulary_of(path: Path, source: str) -> tuple[dict[str, str], int | None]:
     return dict(forms), last
 
 
-def _vocabulary_of(path: Path, source: str, contents: Mapping[str, bytes]) -> tuple[Mapping[str, str], int | None]:
+def _named_tokens(path: Path, source: str) -> list[str]:
+    """Return the tokens that the files beside a vocabulary name, each once.
+
+    As in transformers, `special_tokens_map.json` and `added_tokens.json` count if `tokenizer_config.json` does not list
+    added tokens.
+    """
+    contents = {
+        name: read_json(path / name, source, MAX_CONFIG_BYTES) if (path / name).exists() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    }
+    config, older, added = contents.values()
+    decoder = config.get("added_tokens_decoder")
+    named: list[Any] = list(decoder.values()) if isinstance(decoder, dict) else []
+    said = config
+    if "added_tokens_decoder" not in config:
+        said = {**config, **older}
+        named += added
+    named += (token for key, token in said.items() if key.endswith("_token"))
+    for key in TOKEN_LISTS:
+        tokens = said.get(key)
+        named += tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
+    texts = (token.get("content") if isinstance(token, dict) else token for token in named)
+    return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+
+
+def _vocabulary_of(
+    path: Path, source: str, contents: Mapping[str, bytes], named: Collection[str]
+) -> tuple[Mapping[str, str], int | None]:
     forms, last = {}, None
     tokens = _tokens(path, source)
     if tokens is not None:
         forms["tokens"] = json.dumps(tokens, sort_keys=True).encode()
         vocabulary, _, added = tokens
-        own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        last = max((index for index in (*own, *added.values()) if type(index) is int), default=None)
+        known = vocabulary if isinstance(vocabulary, dict) else {piece[0]: i for i, piece in enumerate(vocabulary)}
+        last = max((index for index in (*known.values(), *added.values()) if type(index) is int), default=None)
+        if last is not None:
+            last += sum(token not in known and token not in added for token in named)
     for name in SENTENCEPIECE:
         if name in contents:
             forms["sentencepiece"] = contents[name]

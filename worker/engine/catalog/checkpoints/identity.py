@@ -114,6 +114,9 @@ class Identity:
 def identify(info: CheckpointInfo) -> Identity:
     """Find the class of a checkpoint: the one that `architectures` names, or else the only one with its tensors.
 
+    If the tensors of the named class are not known, as of `TFBertForSequenceClassification`, the only class with a head
+    that has the checkpoint's tensors counts, because two such heads may be of different tasks.
+
     Raises:
         InvalidCheckpoint: config.json names no class and not exactly one class has the tensors, or it names a class
             that lacks the checkpoint's head.
@@ -125,14 +128,19 @@ def identify(info: CheckpointInfo) -> Identity:
         if stated[0].endswith("PreTrainedModel"):
             problem = f"architectures in config.json names {stated[0][:100]}, which computes nothing by itself"
             raise InvalidCheckpoint(info.source, f"{problem}; name the model's own class")
-        known = kind.architectures.get(stated[0]) if kind else None
-        if known is None:
-            notes = () if kind is None else (_unknown_class(info, stated[0]),)
-            return Identity(info, notes=notes)
-        notes = ()
+        if kind is None:
+            return Identity(info)
+        named = kind.architectures.get(stated[0])
+        found_class = named or _fitting_classifier(info, kind)
+        if found_class is None:
+            return Identity(info, notes=(_unknown_class(info, stated[0]),))
+        known = found_class
+        said = f"names {stated[0][:100]}, whose tensors are not known here"
     else:
-        known = _inferred(info, kind, stated)
+        named, known = None, _inferred(info, kind, stated)
         said = "names several architectures" if stated else "names no architectures"
+    notes: tuple[str, ...] = ()
+    if named is None:
         notes = (f"config.json of {info.source} {said}; by its tensors it is a {known.name}",)
         info = replace(info, config={**info.config, "architectures": [known.name]})
     found = Identity(info, known, notes)
@@ -170,24 +178,37 @@ def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) ->
         problem = f"config.json {said}, and of model_type '{info.model_type[:100]}' no tensors are known; {ask}"
         raise InvalidCheckpoint(info.source, problem)
     candidates = [one for name, one in kind.architectures.items() if not stated or name in stated]
-    for may_have_leftovers in (False, True):
-        fitting = [one for one in candidates if _fits(one, info, kind, may_have_leftovers)]
-        if fitting:
-            break
-    else:
+    fitting = _fitting(info, kind, candidates)
+    if not fitting:
         heads = [name for name in info.tensors if layer_of(name) is None][:LISTED]
         problem = (
             f"config.json {said}, and its tensors ({', '.join(heads)}, …) are those of no class of {kind.model_type}"
         )
         raise InvalidCheckpoint(info.source, f"{problem}; {ask}")
     if len(fitting) > 1:
-        fitting = _preferred(fitting, info.config)
-    if len(fitting) > 1 and info.config.get("id2label"):  # multiple-choice models have no labels
-        fitting = [one for one in fitting if not one.name.endswith("ForMultipleChoice")]
-    if len(fitting) > 1:
         problem = f"config.json {said}, and its tensors are those of {' and of '.join(one.name for one in fitting)}"
         raise InvalidCheckpoint(info.source, f"{problem}; {ask}")
     return fitting[0]
+
+
+def _fitting_classifier(info: CheckpointInfo, kind: Kind) -> Architecture | None:
+    """Return the only class with the checkpoint's tensors, if it has a head for a task; otherwise None."""
+    fitting = _fitting(info, kind, kind.architectures.values())
+    one = fitting[0] if len(fitting) == 1 else None
+    return None if one is None or one.is_pre_training or one.name.endswith(("Model", *PREFERRED)) else one
+
+
+def _fitting(info: CheckpointInfo, kind: Kind, candidates: Iterable[Architecture]) -> list[Architecture]:
+    """Return the classes that have the checkpoint's tensors; if there are several, those that are likely."""
+    candidates = list(candidates)
+    fitting: list[Architecture] = []
+    for may_have_leftovers in (False, True):
+        fitting = fitting or [one for one in candidates if _fits(one, info, kind, may_have_leftovers)]
+    if len(fitting) > 1:
+        fitting = _preferred(fitting, info.config)
+    if len(fitting) > 1 and info.config.get("id2label"):  # multiple-choice models have no labels
+        fitting = [one for one in fitting if not one.name.endswith("ForMultipleChoice")]
+    return fitting
 
 
 def _fits(one: Architecture, info: CheckpointInfo, kind: Kind, may_have_leftovers: bool) -> bool:

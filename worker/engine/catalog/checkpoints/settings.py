@@ -3,6 +3,7 @@
 Sizes that shapes of tensors show are checked with the tensors, in `identity`.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ DTYPES = frozenset(
 )  # fmt: skip
 FUNCTIONS = ("act", "activation", "activation_function")
 """Ends of keys that name a function."""
+DROPOUT = re.compile(r"(.*_)?(dropout(_prob|_p|_rate)?|pdrop)")
+"""Keys of the share of values that training drops; torch makes no module of one beyond 0 to 1."""
 POSITIONS = (
     "max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
     "max_sequence_length", "max_source_positions", "max_target_positions",
@@ -61,6 +64,9 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} {_short(value)}; {MAX_POSITIONS} are allowed")
         if key in ("rope_parameters", "rope_scaling") and not isinstance(value, Mapping | None):
             problems.append(f"{key} {_short(value)}, which is no object")
+        is_share = DROPOUT.fullmatch(key) is not None and type(value) in (int, float)
+        if is_share and not 0 <= value <= 1:
+            problems.append(f"{key} {_short(value)}, which is no share from 0 to 1")
         is_epsilon = "norm" in key and key.endswith(("eps", "epsilon")) and value is not None
         if is_epsilon and (type(value) not in (int, float) or not 0 < value < float("inf")):
             what = "text and no number" if isinstance(value, str) else "no positive number"
@@ -87,6 +93,12 @@ def _problems_of_labels(config: Mapping[str, Any]) -> list[str]:
         and all(_is_number(index) and isinstance(name, str | int) for index, name in names.items())
     ):
         problems.append(f"id2label {_short(names)}, which does not give each label's number its name")
+    elif names:
+        indices = {int(index) for index in names}
+        if len(indices) < len(names):
+            problems.append(f"id2label {_short(names)}, which names a label twice")
+        if "num_labels" in config and count != len(names):  # transformers would then take neither's names
+            problems.append(f"num_labels {_short(count)}, and {len(names)} names in id2label; remove what is wrong")
     return problems
 
 

@@ -44,7 +44,9 @@ STEERING = re.compile(
 )
 """Keys of `config.json` that select the files, code or kernels that a library takes, and how it runs a model."""
 STEERING_OF = {
-    "tokenizer_config.json": re.compile(r".*_files?|name_or_path|init_inputs|sp_model_kwargs|trust_remote_code"),
+    "tokenizer_config.json": re.compile(
+        r".*_files?|name_or_path|init_inputs|sp_model_kwargs|trust_remote_code|tokenizer_object"
+    ),
     "special_tokens_map.json": re.compile(
         r"(?!(additional|extra|model_specific)_special_tokens$|.*_token$).*", re.DOTALL
     ),
