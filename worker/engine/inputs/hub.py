@@ -29,7 +29,7 @@ from worker.engine.catalog.data.spec import DatasetSpec, HubSource
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line
-from worker.engine.inputs.tables import LISTS, TableRows, rows_of_parquet, types_of_parquet
+from worker.engine.inputs.tables import LISTS, FileRows, TableRows, count_of_parquet, rows_of_parquet, types_of_parquet
 from worker.engine.runtime.progress import OnProgress, Phase
 from worker.engine.runtime.protocols import require_others_forbidden
 from worker.engine.runtime.resources import is_out_of_memory, require_space
@@ -65,7 +65,7 @@ class RemoteFile:
 class ParquetFiles:
     """A table that is read from its files, because a decoded file of 130 kB may have 7 GB."""
 
-    files: tuple[Path, ...]
+    parts: tuple[FileRows, ...]
     features: Mapping[str, Any]
     """The repository's description of the columns, by name."""
 
@@ -90,7 +90,7 @@ class Fetched:
             label = table.features.get(spec.label) if spec.label is not None else None
             feature = label.feature if isinstance(label, LISTS) else label
             names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-            return rows_of_parquet(table.files, spec, names, texts)
+            return rows_of_parquet(table.parts, spec, names, texts)
         return TableRows(table, spec, notes=self.notes[_table_key(spec)], texts=texts)
 
 
@@ -245,25 +245,55 @@ def _file_names(rows: DatasetSpec, source: HubSource, builder: Any, split: str) 
 
 
 def _parquet_files(rows: DatasetSpec, source: HubSource, builder: Any) -> ParquetFiles | None:
-    """Return the files of the split that was asked for, or of the only one; None where the library must make the table.
+    """Return the rows that were asked for, or those of the only split; None where the library must make the table.
 
-    It must for files that are no Parquet, for a part of a split or some of its rows, and where the repository names
-    other types than the files have.
+    It must for files that are no Parquet, and where the repository names other types than the files have, or a choice
+    of columns or rows.
     """
     if _builder_name(builder) != "parquet" or builder.config.columns or builder.config.filters:
         return None
     splits = list(builder.config.data_files or {})
-    split = rows.split or (str(splits[0]) if len(splits) == 1 else None)
-    names = _file_names(rows, source, builder, split) if split else []
-    if not names or not all(name.endswith(".parquet") for name in names):  # others may be compressed as a whole
-        return None
-    files = [_rows_file(source, name) for name in names]
+    asked = rows.split or (str(splits[0]) if len(splits) == 1 else None)
+    names = {str(split): _file_names(rows, source, builder, split) for split in splits}
+    if asked is None or not all(name.endswith(".parquet") for of_split in names.values() for name in of_split):
+        return None  # others may be compressed as a whole
+    files = {split: [_rows_file(source, name) for name in of_split] for split, of_split in names.items()}
+    parts = parts_of_split(asked, files)
     features = builder.info.features or {}
-    for file in files:
-        types = types_of_parquet(file)
+    for part in parts or ():
+        types = types_of_parquet(part.file)
         if any(name in types and feature() != types[name] for name, feature in features.items() if callable(feature)):
             return None
-    return ParquetFiles(tuple(files), features)
+    return ParquetFiles(tuple(parts), features) if parts else None
+
+
+def parts_of_split(asked: str, files: Mapping[str, Sequence[Path]]) -> list[FileRows]:
+    """Return the rows that a split's name stands for, as the library `datasets` understands it.
+
+    `train[:100]`, `train[50%:]` and `train+validation` are such names too.
+
+    Args:
+        files: the Parquet files of each split.
+
+    Returns:
+        Rows of files in order; none if the name is not understood.
+    """
+    try:
+        counts = {split: [count_of_parquet(file) for file in of_split] for split, of_split in files.items()}
+        asked_rows = datasets.ReadInstruction.from_spec(asked).to_absolute(
+            {split: sum(of_split) for split, of_split in counts.items()}
+        )
+    except (ValueError, AssertionError):  # the library says what is wrong with it
+        return []
+    parts = []
+    for one in asked_rows:
+        begin = 0
+        for file, count in zip(files[one.splitname], counts[one.splitname], strict=True):
+            first, end = max(one.from_ - begin, 0), min(one.to - begin, count)
+            begin += count
+            if first < end or one.from_ >= one.to:  # a file of no rows still tells the columns
+                parts.append(FileRows(file, first, max(first, end)))
+    return parts
 
 
 def _rows_file(source: HubSource, name: str) -> Path:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,35 @@ def _values(part: Any) -> list[Any]:
 def read_parquet(spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> TableRows:
     """Read the rows of a local Parquet file. Raises InvalidDataset, which names a missing column."""
     check_first_rows(spec, labels=None)
-    return rows_of_parquet([local_file(spec)], spec, texts=texts)
+    return rows_of_parquet([FileRows(local_file(spec))], spec, texts=texts)
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Rows of a Parquet file, from `first` to before `end`; without an end, to the file's own."""
+
+    file: Path
+    first: int = 0
+    end: int | None = None
+
+    def groups(self, metadata: Any) -> Iterator[tuple[int, int, int]]:
+        """Yield (row group, the first of its rows, the number of rows) for each group that has some of them."""
+        begin = 0
+        for index in range(metadata.num_row_groups):
+            rows = metadata.row_group(index).num_rows
+            first, end = max(self.first - begin, 0), rows if self.end is None else min(self.end - begin, rows)
+            if first < end:
+                yield index, first, end - first
+            begin += rows
 
 
 def rows_of_parquet(
-    files: Sequence[Path],
+    parts: Sequence[FileRows],
     spec: DatasetSpec,
     label_names: tuple[str, ...] | None = None,
     texts: TextColumn = ONE_TEXT,
 ) -> TableRows:
-    """Read the rows of Parquet files that are one table.
+    """Read rows of Parquet files that are one table. Row groups without any of them are not read.
 
     Args:
         label_names: names of the label ids; None: the names in the first file.
@@ -144,20 +164,26 @@ def rows_of_parquet(
         OutOfMemory: there is less memory than they take.
     """
     with _reading(spec):
-        described = [pyarrow.parquet.ParquetFile(file) for file in files]
+        described = [pyarrow.parquet.ParquetFile(part.file) for part in parts]
         columns = _wanted(spec, described[0].schema_arrow.names)
-        _check_size([file.metadata for file in described], columns, spec)
-        parts = []
-        for path, one in zip(files, described, strict=True):
+        wanted = [(one.metadata, list(part.groups(one.metadata))) for part, one in zip(parts, described, strict=True)]
+        _check_size(wanted, columns, spec)
+        tables = []
+        for part, one, (_, groups) in zip(parts, described, wanted, strict=True):
             one.close()
-            with pyarrow.parquet.ParquetFile(path, read_dictionary=_texts(one.schema, columns)) as file:
+            with pyarrow.parquet.ParquetFile(part.file, read_dictionary=_texts(one.schema, columns)) as file:
                 # Each group is read by itself, because lists of texts in several groups cannot be read at once.
-                groups = [file.read_row_group(index, columns) for index in range(file.num_row_groups)]
-                parts += groups or [file.read(columns)]
-        table = pyarrow.concat_tables(parts, promote_options="permissive").unify_dictionaries()
+                tables += [file.read_row_group(index, columns).slice(first, count) for index, first, count in groups]
+                tables += [] if groups else [file.schema_arrow.empty_table().select(columns)]
+        table = pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
         # Only the label names are read from the metadata that the library `datasets` wrote beside the columns.
-        names = label_names or _label_names(parts[0].schema.metadata or {}, spec)
+        names = label_names or _label_names(tables[0].schema.metadata or {}, spec)
         return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names, texts=texts)
+
+
+def count_of_parquet(file: Path) -> int:
+    """Return the number of rows of a file."""
+    return int(pyarrow.parquet.read_metadata(file).num_rows)
 
 
 def types_of_parquet(file: Path) -> Mapping[str, Any]:
@@ -183,19 +209,24 @@ def _column_of(path: str, columns: Iterable[str]) -> str | None:
     return max((name for name in columns if f"{path}.".startswith(f"{name}.")), key=len, default=None)
 
 
-def _check_size(stated: Sequence[Any], columns: Sequence[str], spec: DatasetSpec) -> None:
+def _check_size(
+    wanted: Sequence[tuple[Any, Sequence[tuple[int, int, int]]]], columns: Sequence[str], spec: DatasetSpec
+) -> None:
     """Check the sizes that files state in their metadata, before any of them is decoded.
+
+    Args:
+        wanted: the metadata of each file, with the row groups that are read of it, as `FileRows.groups` yields them.
 
     Raises:
         InvalidDataset: there are more rows, or a column has more values, than the limits allow.
         OutOfMemory: there is less memory than they take.
     """
-    rows = sum(metadata.num_rows for metadata in stated)
+    rows = sum(count for _, groups in wanted for _, _, count in groups)
     if rows > MOST_ROWS:
         raise InvalidDataset(spec.source, f"it has {rows} rows; {MOST_ROWS} are allowed")
     needed = 0
     counts = dict.fromkeys(columns, 0)
-    for group in (metadata.row_group(index) for metadata in stated for index in range(metadata.num_row_groups)):
+    for group in (metadata.row_group(index) for metadata, groups in wanted for index, _, _ in groups):
         for part in (group.column(index) for index in range(group.num_columns)):
             name = _column_of(part.path_in_schema, counts)
             if name is not None:
