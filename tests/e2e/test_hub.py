@@ -515,9 +515,11 @@ def test_parquet_of_equal_texts_is_not_decoded_to_the_disk(service: Service, hub
     job = service.finished(service.submit(asked))
     assert job["status"] == "succeeded", job["error"]
     assert job["result"]["metrics"]["a"]["examples"] == 200
-    part = {**asked["models"][0]["evaluation"], "split": "train[1990:2050]", "limit": None}
-    asked = recipe(models__0__evaluation=part, models__0__dataset=asked["models"][0]["dataset"])
-    job = service.finished(service.submit(asked))
+    of_part = recipe(
+        models__0__evaluation={"source": "hf:org/equal", **columns, "split": "train[1990:2050]"},
+        models__0__dataset={"source": "hf:org/equal", **columns, "limit": 8},
+    )
+    job = service.finished(service.submit(of_part))
     assert job["status"] == "succeeded", job["error"]
     assert job["result"]["metrics"]["a"]["examples"] == 60
     assert _bytes_below(Path(service.environment["HF_HOME"])) - before < 1_000_000
