@@ -42,7 +42,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from bench.experts import base_model_folder
 from bench.table import shown
-from worker.engine.catalog.checkpoints.headers import INDEX, inspect_checkpoint
+from worker.engine.catalog.checkpoints.files import INDEX
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import METHODS

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from bench.experts import Task, make_tasks
 from bench.families import fine_tune, write_ancestor, write_rows
 from bench.table import console, shown
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import MergeSpec, StoreSpec
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec

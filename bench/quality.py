@@ -30,7 +30,8 @@ from torch import Tensor
 
 from bench.experts import base_model_folder, prepare
 from bench.table import console, shown
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import (

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from bench.experts import PACKAGED, base_model_folder
 from bench.table import shown
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import Place

@@ -20,7 +20,8 @@ from app.storage.sources.source import SourceUnavailable
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import check_run_tokenizer
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import models_beside
 from worker.engine.catalog.data.rows import TextColumn, check_first_rows

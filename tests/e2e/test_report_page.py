@@ -13,7 +13,7 @@ from tests.browser import chromium, visit
 from tests.conftest import Service, tiny_recipe
 from tests.reports import UGLY, invented_contents, invented_result
 from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import PAGE_POLICY
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.reporting.page import merge_page

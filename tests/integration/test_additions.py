@@ -165,7 +165,7 @@ def test_a_statistic_stands_in_its_methods_files_and_one_for_its_pass(run: Run) 
 
         from app.api.scores import ScoresEntry
         from tests.tiny import merge_spec, model_spec, read_model, silent, tiny_checkpoint, write_rows
-        from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+        from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
         from worker.engine.catalog.contracts.spec import StoreSpec
         from worker.engine.catalog.methods.by_length import ByLengthParameters
         from worker.engine.catalog.planning.memory import MemoryNeeds, estimate

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import merge_spec, model_spec, silent, tiny_base, tiny_checkpoint, write_rows
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, StoreSpec
 from worker.engine.catalog.methods import METHODS
 from worker.engine.checkpoints.reader import digest_file

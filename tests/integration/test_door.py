@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.inotify import opened
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import INDEX, WEIGHTS, inspect_checkpoint
+from worker.engine.catalog.checkpoints.files import INDEX, WEIGHTS
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.models.loading import LoadedModel, load

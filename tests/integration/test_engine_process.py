@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
 from tests.tiny_language_models import tiny_model
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
 from worker.engine.catalog.methods import AverageParameters
 from worker.engine.catalog.planning.memory import RUN_BYTES, RUNTIME_BYTES, MemoryNeeds, estimate

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import LowRank, TensorInfo, inspect_checkpoint, read_header
+from worker.engine.catalog.checkpoints.headers import read_header
+from worker.engine.catalog.checkpoints.info import LowRank, TensorInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.layout import check_layout

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, read_header
+from worker.engine.catalog.checkpoints.headers import read_header
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS, MethodParameters

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.tiny import Tensors, dataset_spec, edit_tensors, merge_spec, model_spec, read_model, silent, write_lines
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult, Search
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, MergeSpec
 from worker.engine.catalog.data.rows import RowFile, sample

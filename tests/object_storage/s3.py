@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 from app.contracts.references import Reference, ReferenceError
 from app.storage.inputs import OnBytes, RootedPath
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext, SourceUnavailable
-from worker.engine.catalog.checkpoints.headers import WEIGHTS, CheckpointInfo
+from worker.engine.catalog.checkpoints.files import WEIGHTS
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 
 IS_REMOTE = True
 CHUNK_BYTES = 4096

@@ -38,7 +38,8 @@ from tests.tiny_language_models import (
     word_level_tokenizer,
 )
 from worker.engine.catalog.checkpoints.adapters import inspect_model
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint

@@ -42,7 +42,7 @@ from tests.tiny import (
     write_rows,
 )
 from tests.tiny_families import TINY_FAMILIES, TinyFamily
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import FAMILIES, NODE_KINDS, Family, Kind, ScoreName
 from worker.engine.catalog.planning.plan import MergePlan, required_family

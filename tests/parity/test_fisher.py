@@ -13,7 +13,7 @@ from tests.parity.test_methods import dense_fisher
 from tests.parity.test_scores import Case, make_case
 from tests.tiny import float64_model, silent, tiny_checkpoint
 from tests.tiny_families import TINY_FAMILIES
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.inputs.examples import Example
 from worker.engine.jobs.engine import Engine

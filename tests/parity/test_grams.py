@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.tiny import dataset_spec, float64_model, read_rows, silent, tiny_checkpoint, write_rows
 from tests.tiny_families import TINY_FAMILIES
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.catalog.planning.planner import plan_merge

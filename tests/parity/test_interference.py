@@ -15,7 +15,7 @@ from tests.tiny import LAYERS, edit_tensors, merge_spec, silent, tiny_base, tiny
 from tests.tiny_adapters import tiny_adapter
 from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.checkpoints.adapters import inspect_model
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec, ModelSpec
 from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 from worker.engine.catalog.planning.plan import MergePlan

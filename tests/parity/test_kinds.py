@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny import edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, TinyModel, tiny_model
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, OutputSpec
 from worker.engine.catalog.methods import TaskArithmeticParameters
 from worker.engine.catalog.planning.planner import plan_job, plan_merge

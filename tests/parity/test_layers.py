@@ -26,7 +26,7 @@ from tests.tiny import (
     write_rows,
 )
 from tests.tiny_families import TINY_FAMILIES
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.methods import AlignedRegMeanParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family

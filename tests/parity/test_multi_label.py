@@ -26,7 +26,7 @@ from tests.tiny import (
     tiny_texts,
     write_lines,
 )
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import ScoreName

@@ -12,7 +12,7 @@ import torch
 
 from tests.tiny import Tensors, edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError
 from worker.engine.checkpoints import reloading

@@ -28,7 +28,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, MergeSpec
 from worker.engine.catalog.data.spec import HubSource

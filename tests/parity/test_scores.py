@@ -24,7 +24,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import Place

@@ -24,7 +24,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import Facts
 from worker.engine.catalog.data.rows import RowFile, sample

@@ -14,7 +14,8 @@ from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_adapters import edit_adapter, tiny_adapter
 from tests.tiny_families import TINY_BERT, TINY_FAMILIES
 from worker.engine.catalog.checkpoints.adapters import inspect_model
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state, inspect_checkpoint
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import checkpoint_state, inspect_checkpoint
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint
 from worker.engine.catalog.tasks import task_of
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import dataset_spec, silent, tiny_checkpoint, write_rows
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import BATCH_TOKENS

@@ -24,7 +24,7 @@ from bench.merging import (
     tiny,
 )
 from tests.tiny import silent
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.jobs.engine import Engine
 
 TINY_LLAMA = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}

@@ -12,7 +12,7 @@ from bench.families import write_ancestor
 from bench.precision import Comparison, Expert, Family, agreement, compared_on, rows_of
 from tests.score_names import named
 from tests.tiny import tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES, ScoreName
 from worker.engine.catalog.primitives.errors import Place
 from worker.engine.inputs.examples import Example

@@ -10,7 +10,7 @@ import torch
 from bench import quality
 from bench.quality import ANCESTOR, FEW, METHODS, OTHER_EXPERT, REFITTED_ANCESTOR, Expert, Outcome, Report
 from tests.tiny import tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.primitives.errors import Place
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import load

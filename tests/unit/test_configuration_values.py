@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import edit_json
 from tests.tiny_language_models import GPT2, LLAMA, QWEN2, TinyModel, tiny_model
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 

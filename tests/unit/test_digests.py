@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.checkpoints import reader
 from worker.engine.checkpoints.reader import CLOCK_TICK_NS, Digests, digest_file
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import edit_json, tiny_checkpoint
 from worker.engine.catalog.checkpoints.growth import MAX_GROWTH, check_growth
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 

@@ -13,8 +13,11 @@ from safetensors.torch import save_file
 
 from tests.tiny import edit_json, tiny_checkpoint
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.headers import (
-    INDEX,
+from worker.engine.catalog.checkpoints.files import INDEX, TOKENIZER_FILES, WEIGHTS, described_files
+from worker.engine.catalog.checkpoints.headers import read_header
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.checkpoints.limits import (
     MAX_CONFIG_BYTES,
     MAX_DEPTH,
     MAX_DIGITS,
@@ -24,12 +27,6 @@ from worker.engine.catalog.checkpoints.headers import (
     MAX_NAME,
     MAX_RANK,
     MAX_TENSORS,
-    TOKENIZER_FILES,
-    WEIGHTS,
-    CheckpointInfo,
-    described_files,
-    inspect_checkpoint,
-    read_header,
 )
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 

@@ -10,8 +10,8 @@ import torch
 from tests.tiny import Tensors, edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, T5, TinyModel, tiny_model
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.checkpoints.identity import check_tensors, identify
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 

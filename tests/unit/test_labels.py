@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.primitives.notes import Doubt, in_order
 from worker.engine.catalog.tasks import (

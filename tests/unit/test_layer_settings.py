@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.layer_settings import keys_of_layers, stacked_config
 from worker.engine.catalog.primitives.errors import EngineError
 

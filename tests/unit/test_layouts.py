@@ -13,8 +13,8 @@ import torch
 from tests.tiny import Tensors, edit_json, edit_tensors, tiny_checkpoint
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY_MODELS, TinyModel, tiny_model
 from worker.engine.catalog.checkpoints.config_differences import differences
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
 from worker.engine.catalog.checkpoints.identity import identify
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.checkpoints.tensor_names import is_before_layers, layer_of, place_of, stacks_of
 from worker.engine.catalog.contracts.spec import OutputSpec

@@ -12,7 +12,7 @@ import transformers
 from tests.tiny import edit_json
 from tests.tiny_language_models import LLAMA, tiny_model
 from worker.engine.catalog.checkpoints.config_differences import differences
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import FLOAT, TABLE, completed, decoded, encoded, kind_of, member
 from worker.engine.checkpoints.library_table import as_json, described, plain
 

@@ -25,7 +25,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.primitives.errors import NumericalError

@@ -16,13 +16,14 @@ from worker.engine.catalog.checkpoints import (
     adapter_targets,
     adapters,
     config_differences,
-    headers,
+    files,
+    inspection,
     modules,
     tensor_names,
     tied,
     vocabulary,
 )
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.planning.planner import plan_merge
@@ -53,7 +54,7 @@ def _family_slots(text: str) -> None:
 
 
 def _packed(text: str) -> None:
-    headers.is_packed(tensor_of("local:x", text))
+    inspection.is_packed(tensor_of("local:x", text))
 
 
 def _patterns(text: str) -> None:
@@ -91,7 +92,7 @@ READERS: Mapping[str, Callable[[str], object]] = {
         labels.BARE.fullmatch(text),
         labels.DIGITS.findall(text),
     ),
-    "files": lambda text: headers.described_files({text, f"1_A/{text}", f"additional_chat_templates/{text}.jinja"}),
+    "files": lambda text: files.described_files({text, f"1_A/{text}", f"additional_chat_templates/{text}.jinja"}),
     "modules": lambda text: [part.fullmatch(text) for part in (modules.FOLDER, modules.TYPE, modules.ACTIVATION)],
     "references": lambda text: [part.fullmatch(text) for part in (HUB, JOB, HUB_NAME)],
     "hints": lambda text: did_you_mean(text, [text, f"{text}x"]),

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from tests.score_names import named
 from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_base, tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.families import Kind, Owner, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import (

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import edit_json
 from tests.tiny_language_models import LLAMA, tiny_model
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import OutputSpec
 from worker.engine.catalog.methods import AverageParameters
 from worker.engine.catalog.planning.plan import MergePlan

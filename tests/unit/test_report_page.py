@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tests.reports import UGLY, invented_contents, invented_result
 from tests.score_names import named
 from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.planning.plan import MergePlan

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.planning.publishing import with_companions
 from worker.engine.catalog.planning.templates import check_templates, problem_of

@@ -10,14 +10,9 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.tiny import edit_json, tiny_checkpoint, write_rows
-from worker.engine.catalog.checkpoints.headers import (
-    INDEX,
-    MAX_DESCRIPTION_BYTES,
-    MAX_TOKENIZER_BYTES,
-    WEIGHTS,
-    checkpoint_state,
-    inspect_checkpoint,
-)
+from worker.engine.catalog.checkpoints.files import INDEX, WEIGHTS
+from worker.engine.catalog.checkpoints.inspection import checkpoint_state, inspect_checkpoint
+from worker.engine.catalog.checkpoints.limits import MAX_DESCRIPTION_BYTES, MAX_TOKENIZER_BYTES
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.checkpoints.reader import TensorReader

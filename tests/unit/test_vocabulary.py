@@ -15,7 +15,9 @@ from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_families import WORDS
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model, word_level_tokenizer
 from worker.engine.catalog.checkpoints import vocabulary as catalog
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, inspect_checkpoint, read_tokenizer
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.checkpoints.tokenizer_files import read_tokenizer
 from worker.engine.catalog.checkpoints.vocabulary import (
     Vocabulary,
     align_vocabularies,

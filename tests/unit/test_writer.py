@@ -29,7 +29,8 @@ from tests.tiny import (
     tiny_texts,
     write_rows,
 )
-from worker.engine.catalog.checkpoints.headers import INDEX, inspect_checkpoint
+from worker.engine.catalog.checkpoints.files import INDEX
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.planning.plan import PlannedTensor

@@ -13,7 +13,7 @@ from types import ModuleType
 from app.contracts.references import Reference, ReferenceError
 from app.storage.inputs import OnBytes, RootedPath
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 
 
 class Sources:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from app.contracts.references import Reference, ReferenceError
 from app.storage.inputs import OnBytes, RootedPath
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.data.spec import HubSource
 
 if TYPE_CHECKING:

@@ -26,15 +26,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 from app.contracts.references import ReferenceError
 from app.storage.sources.hf import Repository
 from app.storage.sources.source import DEADLINE_S, REQUEST_TIMEOUT_S, SourceUnavailable
-from worker.engine.catalog.checkpoints.headers import (
-    ADAPTER_PICKLE,
-    MAX_DESCRIPTION_BYTES,
-    MAX_HEADER_BYTES,
-    PICKLES,
-    WEIGHTS,
-    described_files,
-    weights_among,
-)
+from worker.engine.catalog.checkpoints.files import ADAPTER_PICKLE, PICKLES, WEIGHTS, described_files, weights_among
+from worker.engine.catalog.checkpoints.limits import MAX_DESCRIPTION_BYTES, MAX_HEADER_BYTES
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -10,7 +10,8 @@ from app.storage.artifacts.store import Artifact, ArtifactStore
 from app.storage.files import Damaged
 from app.storage.inputs import OnBytes, RootedPath
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import checkpoint_state
 
 IS_REMOTE = False
 JOB = re.compile(r"(?P<job>[0-9a-f]{28})/(?P<model>(?!\.+$)[A-Za-z0-9._-]{1,64})")

@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 from app.contracts.references import Reference, ReferenceError
 from app.storage.inputs import OnBytes, RootedPath
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import checkpoint_state
 
 IS_REMOTE = False
 

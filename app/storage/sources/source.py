@@ -10,7 +10,7 @@ from app.contracts.jobs import Gone, Outcome
 from app.contracts.references import Reference
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.inputs import OnBytes, RootedPath
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.data.spec import HubSource
 
 InputKind = Literal["checkpoint", "rows"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.tensor_names import is_buffer
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint

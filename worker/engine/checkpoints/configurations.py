@@ -18,14 +18,11 @@ from types import CodeType
 from typing import Any
 
 from worker.engine.catalog.checkpoints.adapters import MAX_LABELS
-from worker.engine.catalog.checkpoints.headers import (
-    CHAT_TEMPLATES,
-    MAX_CONFIG_BYTES,
-    TOKEN_LISTS,
-    TOKENIZER_FILES,
-    CheckpointInfo,
-    read_json,
-)
+from worker.engine.catalog.checkpoints.files import CHAT_TEMPLATES, TOKENIZER_FILES
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.json_files import read_json
+from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
+from worker.engine.catalog.checkpoints.tokenizer_files import TOKEN_LISTS
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.paths import in_one_line
 from worker.engine.runtime.libraries import tokenization_auto, transformers

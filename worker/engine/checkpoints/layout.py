@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
 )
 
 from worker.engine.catalog.checkpoints.architectures import architecture_of
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.tensor_names import spellings
 from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint

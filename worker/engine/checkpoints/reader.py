@@ -11,13 +11,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.checkpoints.headers import (
-    ADAPTER_CONFIG,
-    TOKENIZER_FILES,
-    TOO_MANY_OPEN,
-    CheckpointInfo,
-    TensorInfo,
-)
+from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, TOKENIZER_FILES
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.inspection import TOO_MANY_OPEN
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.runtime.threads import in_threads
 

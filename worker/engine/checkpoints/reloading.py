@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.checkpoints.companion_checks import TEXT
-from worker.engine.catalog.checkpoints.headers import (
-    MAX_CONFIG_BYTES,
-    TOKENIZER_FILES,
-    CheckpointInfo,
-    inspect_checkpoint,
-    read_json,
-)
+from worker.engine.catalog.checkpoints.files import TOKENIZER_FILES
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.checkpoints.json_files import read_json
 from worker.engine.catalog.checkpoints.library import decoded
+from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
 from worker.engine.catalog.planning.memory import RUN_BYTES
 from worker.engine.catalog.planning.plan import MergePlan

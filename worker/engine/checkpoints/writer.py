@@ -23,14 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from worker.engine.catalog.checkpoints.headers import (
-    DTYPE_BYTES,
-    ENCODER_CONFIGS,
-    INDEX,
-    MODULES,
-    WEIGHTS,
-    CheckpointInfo,
-)
+from worker.engine.catalog.checkpoints.files import ENCODER_CONFIGS, INDEX, MODULES, WEIGHTS
+from worker.engine.catalog.checkpoints.info import DTYPE_BYTES, CheckpointInfo
 from worker.engine.catalog.checkpoints.library import encoded
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.primitives.errors import NumericalError

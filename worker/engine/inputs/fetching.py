@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.engine.catalog.checkpoints.adapters import inspect_model
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import checkpoint_state
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
 from worker.engine.catalog.data.rows import RowFile, Rows, TextColumn, is_parquet

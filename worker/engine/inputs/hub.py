@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
-from worker.engine.catalog.checkpoints.headers import described_files, weights_among
+from worker.engine.catalog.checkpoints.files import described_files, weights_among
 from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
 from worker.engine.catalog.data.formats import Csv
 from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from worker.engine.catalog.checkpoints.headers import inspect_checkpoint
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import Candidate, MergeResult, MetricResult, Search, mean_and_least
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import MethodParameters

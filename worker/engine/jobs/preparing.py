@@ -3,7 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, checkpoint_state
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import checkpoint_state
 from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec, JobSpec, MergeSpec
 from worker.engine.catalog.data.rows import Row, Rows, Text, sample
 from worker.engine.catalog.data.spec import DatasetSpec

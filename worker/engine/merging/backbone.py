@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.checkpoints.headers import TensorInfo
+from worker.engine.catalog.checkpoints.info import TensorInfo
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import Place

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.checkpoints.headers import FLOATS
+from worker.engine.catalog.checkpoints.info import FLOATS
 from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.checkpoints.reader import TensorReader

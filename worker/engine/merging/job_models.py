@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.contracts.spec import EvaluationSpec, ModelSpec
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec

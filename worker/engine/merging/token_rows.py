@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.checkpoints.headers import TensorInfo
+from worker.engine.catalog.checkpoints.info import TensorInfo
 from worker.engine.catalog.checkpoints.vocabulary import GivenRow, runs
 from worker.engine.catalog.planning.plan import PlannedTensor
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint

@@ -11,7 +11,8 @@ from torch import nn
 
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import check_ids, check_tokenizer
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, described_files
+from worker.engine.catalog.checkpoints.files import described_files
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.planning.memory import CACHE_BYTES
 from worker.engine.catalog.planning.plan import require_tokenizer, required_table

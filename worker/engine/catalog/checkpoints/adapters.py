@@ -15,28 +15,17 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StrictBool, ValidationError
 
 from worker.engine.catalog.checkpoints.adapter_targets import HEAD_MODULES, TargetConfig, Targets
-from worker.engine.catalog.checkpoints.headers import (
-    ADAPTER_CONFIG,
-    ADAPTER_PICKLE,
-    ADAPTER_WEIGHTS,
-    FLOATS,
-    INDEX,
-    MAX_CONFIG_BYTES,
-    WEIGHTS,
-    CheckpointInfo,
-    LowRank,
-    TensorInfo,
-    check_folder,
-    inspect_checkpoint,
-    read_header,
-    read_json,
-    readable,
-    vocabulary_of,
-    without_code,
-)
+from worker.engine.catalog.checkpoints.descriptions import check_folder, without_code
+from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, INDEX, WEIGHTS
+from worker.engine.catalog.checkpoints.headers import read_header
+from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, LowRank, TensorInfo
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint, readable
+from worker.engine.catalog.checkpoints.json_files import read_json
 from worker.engine.catalog.checkpoints.library import Architecture, architecture, decoded, kind_of
+from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
+from worker.engine.catalog.checkpoints.tokenizer_files import vocabulary_of
 from worker.engine.catalog.checkpoints.weights import layer_count
 from worker.engine.catalog.families import Family, Kind, backbone_of
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint

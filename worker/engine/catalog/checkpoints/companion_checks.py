@@ -12,14 +12,11 @@ from typing import Any
 import tokenizers
 
 from worker.engine.catalog.checkpoints.companions import companions
-from worker.engine.catalog.checkpoints.headers import (
-    MAX_CONFIG_BYTES,
-    SPECIAL_TOKENS,
-    TOKEN_LISTS,
-    CheckpointInfo,
-    read_json,
-)
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.json_files import read_json
+from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.checkpoints.tokenizer_files import SPECIAL_TOKENS, TOKEN_LISTS
 from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line

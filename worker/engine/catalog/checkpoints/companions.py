@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from worker.engine.catalog.checkpoints.headers import (
+from worker.engine.catalog.checkpoints.files import (
     COMPANIONS,
     MORE_CHAT_TEMPLATES,
     PROCESSORS,
     TOKENIZER_FILES,
-    CheckpointInfo,
     described_files,
     file_names,
 )
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 
 
 def companions(info: CheckpointInfo) -> dict[str, Path]:

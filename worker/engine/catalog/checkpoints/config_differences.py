@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from worker.engine.catalog.checkpoints.architectures import classifies, labels_of, use_of
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, kind_of, with_rotary
 from worker.engine.catalog.checkpoints.weights import require_kind
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints

@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.engine.catalog.checkpoints.architectures import labels_of
 from worker.engine.catalog.checkpoints.config_differences import is_harmless, same
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import (
     Architecture,
     Kind,

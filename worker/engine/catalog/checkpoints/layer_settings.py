@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.engine.catalog.checkpoints.config_differences import HARMLESS
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, layer_count
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 

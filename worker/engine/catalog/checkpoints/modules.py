@@ -10,17 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worker.engine.catalog.checkpoints.headers import (
-    ENCODER_CONFIGS,
-    MAX_CONFIG_BYTES,
-    MODULES,
-    WEIGHTS,
-    CheckpointInfo,
-    TensorInfo,
-    module_entries,
-    read_header,
-    read_json,
-)
+from worker.engine.catalog.checkpoints.descriptions import module_entries
+from worker.engine.catalog.checkpoints.files import ENCODER_CONFIGS, MODULES, WEIGHTS
+from worker.engine.catalog.checkpoints.headers import read_header
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.json_files import read_json
+from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
 SENTENCE_CONFIG = "config_sentence_transformers.json"

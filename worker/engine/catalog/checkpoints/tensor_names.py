@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from worker.engine.catalog.checkpoints.headers import FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import LAYER
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import OLDER_PARTS

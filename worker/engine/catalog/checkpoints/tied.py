@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from worker.engine.catalog.checkpoints.headers import TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity, own_names
+from worker.engine.catalog.checkpoints.info import TensorInfo
 from worker.engine.catalog.checkpoints.library import completed, ties
 from worker.engine.catalog.checkpoints.tensor_names import (
     EMBEDDINGS,

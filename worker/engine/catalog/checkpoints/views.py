@@ -16,23 +16,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from worker.engine.catalog.checkpoints.headers import (
+from worker.engine.catalog.checkpoints.descriptions import is_of_library
+from worker.engine.catalog.checkpoints.files import (
     ADAPTER_CONFIG,
     ADAPTER_PICKLE,
     INDEX,
     INNER_FOLDER,
-    MAX_CONFIG_BYTES,
-    MAX_DESCRIPTION_BYTES,
     PICKLES,
-    TOO_MANY_OPEN,
     WEIGHTS,
     described_files,
-    is_of_library,
-    parsed_json,
-    readable,
     size_limit,
     weights_among,
 )
+from worker.engine.catalog.checkpoints.inspection import TOO_MANY_OPEN, readable
+from worker.engine.catalog.checkpoints.json_files import parsed_json
+from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES, MAX_DESCRIPTION_BYTES
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 

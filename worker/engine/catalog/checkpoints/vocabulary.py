@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, TensorInfo, Tokenizer, read_tokenizer
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
+from worker.engine.catalog.checkpoints.tokenizer_files import Tokenizer, read_tokenizer
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.strict import did_you_mean
 from worker.engine.catalog.primitives.tokens import Tokens

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo, is_packed
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.inspection import is_packed
 from worker.engine.catalog.checkpoints.library import completed, says_untied
 from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, SHARED_EMBEDDINGS, ends_with, layer_of, stacks_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint

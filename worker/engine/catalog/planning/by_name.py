@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
-from worker.engine.catalog.checkpoints.headers import FLOATS, TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity, check_present, own_names
+from worker.engine.catalog.checkpoints.info import FLOATS, TensorInfo
 from worker.engine.catalog.checkpoints.tensor_names import (
     EMBEDDINGS,
     HEADS,

@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import partial
 
 from worker.engine.catalog.checkpoints.config_differences import SETTINGS_ADVICE, check_labels, same, shows_in_no_shape
-from worker.engine.catalog.checkpoints.headers import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.identity import Identity
+from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.contracts.spec import VocabularyPolicy
 from worker.engine.catalog.families import Family, Kind, Slot

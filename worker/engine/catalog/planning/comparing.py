@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from worker.engine.catalog.checkpoints import config_differences
 from worker.engine.catalog.checkpoints.config_differences import STRUCTURAL, differences, short, shows_in_no_shape
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, value_at
 from worker.engine.catalog.checkpoints.vocabulary import Choices, Vocabulary, align_vocabularies, vocabulary_size
 from worker.engine.catalog.contracts.spec import Dtype, VocabularyPolicy

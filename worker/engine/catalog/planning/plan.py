@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from worker.engine.catalog.checkpoints.headers import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.modules import Modules
 from worker.engine.catalog.checkpoints.vocabulary import TokenRows, Vocabulary
 from worker.engine.catalog.families import Family, ScoreName, Slot

@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import partial
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
 from worker.engine.catalog.checkpoints.identity import check_tensors, identify
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.settings import check_settings
 from worker.engine.catalog.checkpoints.tensor_names import stacks_of
 from worker.engine.catalog.checkpoints.vocabulary import Choices, pads_differ, vocabulary_size

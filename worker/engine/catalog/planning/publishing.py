@@ -10,13 +10,8 @@ from typing import Any
 from worker.engine.catalog.checkpoints.companion_checks import check_companions
 from worker.engine.catalog.checkpoints.companions import companions
 from worker.engine.catalog.checkpoints.config_differences import same, short
-from worker.engine.catalog.checkpoints.headers import (
-    CHAT_TEMPLATES,
-    MORE_CHAT_TEMPLATES,
-    PROCESSORS,
-    CheckpointInfo,
-    TensorInfo,
-)
+from worker.engine.catalog.checkpoints.files import CHAT_TEMPLATES, MORE_CHAT_TEMPLATES, PROCESSORS
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.checkpoints.modules import SENTENCE_CONFIG, Module, Modules, check_agree, read_modules
 from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size

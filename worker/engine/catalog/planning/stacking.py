@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
-from worker.engine.catalog.checkpoints.headers import MAX_TENSORS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.layer_settings import keys_of_layers, lists_of_layers, stacked_config
+from worker.engine.catalog.checkpoints.limits import MAX_TENSORS
 from worker.engine.catalog.checkpoints.settings import check_settings
 from worker.engine.catalog.checkpoints.tensor_names import (
     is_before_layers,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from worker.engine.catalog.checkpoints.headers import FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.vocabulary import Vocabulary, check_rows, is_token_indexed, vocabulary_size
 from worker.engine.catalog.contracts.spec import Dtype
 from worker.engine.catalog.families import Slot

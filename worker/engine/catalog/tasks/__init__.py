@@ -4,7 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Literal
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.families import FAMILIES, Family, backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.tasks.classification import Classification

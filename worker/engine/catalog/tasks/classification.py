@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Self
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.primitives.errors import Place
 from worker.engine.catalog.tasks.names import label_ids
 from worker.engine.catalog.tasks.task import LabelMap, Task

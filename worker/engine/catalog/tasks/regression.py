@@ -3,7 +3,7 @@
 import math
 from typing import Any, Self
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.tasks.names import NUMBER
 from worker.engine.catalog.tasks.task import LabelMap, Task

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
-from worker.engine.catalog.checkpoints.headers import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
 from worker.engine.catalog.families import Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
