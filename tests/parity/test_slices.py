@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tests.tiny import edit_json, merge_spec, model_spec, read_model, silent
-from tests.tiny_language_models import LLAMA, loaded_model, logits_of, tiny_model
+from tests.tiny import edit_json, edit_tensors, merge_spec, model_spec, read_model, silent
+from tests.tiny_language_models import LLAMA, TinyModel, loaded_model, logits_of, tiny_model
 from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.jobs.engine import Engine
@@ -132,6 +132,21 @@ def test_slices_of_several_models_may_take_the_tokens_of_one(
     tokens = len(AutoTokenizer.from_pretrained(models["two"]))
     torch.testing.assert_close(found[OUTER[0]][:tokens], one[OUTER[0]][:tokens], rtol=0, atol=1e-6)
     torch.testing.assert_close(found[OUTER[2]][:tokens], two[OUTER[2]][:tokens], rtol=0, atol=1e-6)
+
+
+def test_a_copy_that_only_the_class_ties_is_left_out(tmp_path: Path) -> None:
+    """No rule of names knows XLNet's output matrix."""
+    settings = {"d_model": 16, "n_head": 4, "d_inner": 24, "pad_token_id": 0}
+    xlnet = TinyModel("XLNetLMHeadModel", "xlnet", settings, layers="n_layer")
+    models = {name: tiny_model(tmp_path / name, xlnet, seed=seed) for seed, name in enumerate(NAMES)}
+    for folder in models.values():
+        edit_tensors(folder, lambda t: {**t, "lm_loss.weight": t["transformer.word_embedding.weight"].clone()})
+    slices = [{"sources": [source("one", 0, 2)]}, {"sources": [source("two", 1, 2)]}]
+    state = read_model(merged(tmp_path / "out", models, slices, {"name": "linear"}, {"one": 1.0, "two": 1.0}))
+    one = read_model(models["one"])
+    assert torch.equal(state["transformer.word_embedding.weight"], one["transformer.word_embedding.weight"])
+    assert "lm_loss.weight" not in state
+    assert torch.equal(state["lm_loss.bias"], read_model(models["two"])["lm_loss.bias"])
 
 
 def test_all_layers_of_all_models_are_a_merge_like_any_other(models: dict[str, Path], tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_plan_takes_a_time_that_grows_with_the_number_of_tensors_alone(case: s
         tensor_names.layer_of.cache_clear()
         begun = time.process_time()
         states = [tensor_names.tensors_by_name(info, models[0]) for info in models]
-        tied.tied_copies(config, states)
+        tied._copies_by_name(config, states)
         with suppress(EngineError):
             plan_merge(models)
         return time.process_time() - begun

@@ -7,6 +7,7 @@ from worker.engine.catalog.checkpoints.architectures import classifies, labels_o
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, kind_of, with_rotary
 from worker.engine.catalog.checkpoints.weights import require_kind
+from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
 
 HARMLESS = frozenset(
@@ -190,7 +191,10 @@ def _has_no_window(config: Mapping[str, Any]) -> bool:
 
 def _pads_freely(config: Mapping[str, Any]) -> bool:
     """Return whether positions do not count from the padding's id, as they do in RoBERTa."""
-    return use_of(config).pipeline_tag == "text-generation" and config.get("model_type") not in COUNT_FROM_PADDING
+    model_type = str(config.get("model_type"))
+    backbone = backbone_of(model_type)
+    counts = model_type in COUNT_FROM_PADDING if backbone is None else backbone.padding_position is not None
+    return use_of(config).pipeline_tag == "text-generation" and not counts
 
 
 CONDITIONS = {
@@ -200,13 +204,8 @@ CONDITIONS = {
     "pad_token_id": _pads_freely,
 }
 """Keys that are harmless if a condition holds for both configurations."""
-COUNT_FROM_PADDING = frozenset(
-    {
-        "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "trocr", "xglm", "xlm-roberta",
-        "xlm-roberta-xl", "xmod",
-    }
-)  # fmt: skip
-"""Model types with language models whose positions count from the padding's id."""
+COUNT_FROM_PADDING = frozenset({"data2vec-text", "roberta-prelayernorm", "trocr", "xglm", "xlm-roberta-xl", "xmod"})
+"""Model types without a table whose language models count positions from the padding's id."""
 
 
 def is_harmless(key: str) -> bool:

@@ -67,7 +67,7 @@ def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[
     config = completed(first.info.config)
     if first.known is None or first.known.converted:
         by_original: dict[str, list[str]] = {}
-        for copy, original in tied_copies(config, states).items():
+        for copy, original in _copies_by_name(config, states).items():
             by_original.setdefault(original, [original]).append(copy)
         return list(by_original.values())
     named = _by_own(first, states)
@@ -96,8 +96,8 @@ def _by_own(first: Identity, states: Sequence[State]) -> dict[str, str]:
     return {own: name for name, own in own_names(first.known, names).items()}
 
 
-def tied_copies(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
-    """Return the names of tensors that are second copies, each with its original, which alone is merged.
+def _copies_by_name(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:
+    """Return the names of tensors that are second copies, each with its original, by the names of an unknown class.
 
     `tie_word_embeddings` decides, whether a checkpoint stores the copy or not. If a configuration lacks that key, they
     are tied if not all of `states` store the copy.

@@ -112,7 +112,7 @@ def plan_job(
     whose = next((i.info for i, info in zip(identities, checkpoints, strict=True) if info is whose), whose)
     checkpoints = [identity.info for identity in identities]
     asked = MergeSettings(output.dtype, base, True, output.vocabulary, whose, choices)
-    plan = plan_slices(slices, names, checkpoints, asked, scale)
+    plan = plan_slices(slices, names, identities, asked, scale)
     notes = dict.fromkeys([*(note for identity in identities for note in identity.notes), *plan.notes])
     plan = replace(plan, notes=tuple(notes))
     only, *others = slices[-1].sources

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
+from worker.engine.catalog.checkpoints.identity import Identity
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.layer_settings import keys_of_layers, lists_of_layers, stacked_config
 from worker.engine.catalog.checkpoints.limits import MAX_TENSORS
@@ -18,7 +19,7 @@ from worker.engine.catalog.checkpoints.tensor_names import (
     stacks_of,
     tensors_by_name,
 )
-from worker.engine.catalog.checkpoints.tied import tied_copies
+from worker.engine.catalog.checkpoints.tied import without_copies
 from worker.engine.catalog.checkpoints.vocabulary import (
     check_names_tell_tokens,
     token_keys,
@@ -53,7 +54,7 @@ class _Layer:
 def plan_slices(
     slices: Sequence[OutputSlice],
     names: Sequence[str],
-    checkpoints: Sequence[CheckpointInfo],
+    identities: Sequence[Identity],
     asked: MergeSettings,
     scale: Callable[[Place], float] | None = None,
 ) -> MergePlan:
@@ -63,6 +64,7 @@ def plan_slices(
 
     Args:
         names: names of the checkpoints in slices.
+        identities: the checkpoints with their classes.
         scale: factor of each tensor, if tensors are copied from the one model of each slice; otherwise they are merged.
         asked: settings of the merge. If they name no configuration, that of the first slice's first model is
             published, and models that differ in settings that no shape shows are refused. Settings of layers are each
@@ -74,6 +76,7 @@ def plan_slices(
         IncompatibleCheckpoints: a tensor or setting differs; the message names it and both values.
     """
     base, vocabulary, config_from = asked.base, asked.vocabulary, asked.config_from
+    checkpoints = [identity.info for identity in identities]
     first_index = names.index(slices[0].sources[0].model)
     first = checkpoints[first_index]
     everyone = [*checkpoints, *([base] if base else ())]
@@ -92,11 +95,9 @@ def plan_slices(
         differing |= {*check_configs(first, info, besides, settles=config_from is not None)}
         states.append(tensors_by_name(info, first))
     aligned = replace(asked, rows_of=base or first).aligned(checkpoints)
-    copies = tied_copies(first.config, [states[first_index], *states])
-    tied = tuple(
-        (state[copy], state[of]) for state in states for copy, of in copies.items() if copy in state and of in state
-    )
-    states = [{name: tensor for name, tensor in state.items() if name not in copies} for state in states]
+    order = [first_index, *(index for index in range(len(states)) if index != first_index)]
+    kept, tied = without_copies(identities[first_index], [states[index] for index in order], len(checkpoints))
+    states = [kept[order.index(index)] for index in range(len(states))]
     stack = _only_stack(first, states[first_index])
     field = "slices" if scale is None else "method.slices"
     layers = _layers(slices, names, checkpoints, base, states, stack, field)
@@ -164,7 +165,7 @@ def plan_slices(
         tuple(backbone),
         ((),),
         (published,),
-        tied,
+        tuple(tied),
         aligned,
         config_from,
         notes=tuple(notes),
