@@ -22,6 +22,8 @@ from worker.engine.catalog.families import FAMILIES, Family, Kind
 __all__ = ["fine_tune", "write_ancestor", "write_rows"]
 
 BERT = FAMILIES["bert"]
+ENCODERS = sorted(name for name, family in FAMILIES.items() if not family.is_causal)
+"""Model types that the packaged BERT can be written as."""
 SEGMENTS = "embeddings.token_type_embeddings"
 POSITIONS = "embeddings.position_embeddings"
 RELATIVE_SCALE = 0.2  # of DeBERTa's relative positions, which its layer norm would else make as large as the text

@@ -27,13 +27,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from bench.experts import Task, make_tasks
-from bench.families import fine_tune, write_ancestor, write_rows
+from bench.families import ENCODERS, fine_tune, write_ancestor, write_rows
 from bench.table import console, shown
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import MergeSpec, StoreSpec
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.families import FAMILIES, NODE_KINDS, ScoreName
+from worker.engine.catalog.families import NODE_KINDS, ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.catalog.tasks import LabelMap
@@ -309,13 +309,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Scores and merges by bfloat16 against float32, family by family.")
     parser.add_argument("--out", type=Path, default=Path(".bench/precision"), help="what is made (%(default)s)")
     parser.add_argument("--json", type=Path, help="file for the rows of targets")
-    parser.add_argument("--family", action="append", choices=sorted(FAMILIES), help="these alone; all by default")
+    parser.add_argument("--family", action="append", choices=ENCODERS, help="these alone; all by default")
     parser.add_argument("--rows", type=int, default=512, help="of each task, to score on (%(default)s)")
     options = parser.parse_args()
     logging.set_verbosity_error()  # else it tells of each training that the new head is not pre-trained
     logging.disable_progress_bar()
     bench = Bench(options.out, options.rows)
-    found = {name: bench.run(name) for name in options.family or FAMILIES}
+    found = {name: bench.run(name) for name in options.family or ENCODERS}
     show(found)
     shown(options.json, rows_of(found))
 

@@ -40,14 +40,18 @@ def tiny_checkpoint(
     hidden: int = 16,
     layers: int = LAYERS,
     names: Sequence[str] | None = None,
+    task: str = "SequenceClassification",
 ) -> Path:
     """A model as `save_pretrained` writes it: the ancestor of `base_seed`, fine-tuned as `seed` says, its own head.
 
-    One label, or `problem_type` regression, is a regression head. `names` are the labels' names.
+    `task` is the end of the name of its Auto class. One label, or `problem_type` regression, is a regression head.
+    `names` are the labels' names.
     """
     named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
     settings = {**(named or {"num_labels": labels}), "problem_type": problem_type}
-    model = _tiny_model(family, (hidden, layers), seed, base_seed, STEP, settings)
+    if task != "SequenceClassification":
+        settings = {}
+    model = _tiny_model(family, (hidden, layers), seed, base_seed, STEP, settings, task)
     model.to(dtype).save_pretrained(folder)
     family.tokenizer().save_pretrained(folder)
     return folder
@@ -62,10 +66,17 @@ def tiny_base(
 
 
 def _tiny_model(
-    family: TinyFamily, size: tuple[int, int], seed: int, base_seed: int, width: float, settings: Mapping[str, Any]
+    family: TinyFamily,
+    size: tuple[int, int],
+    seed: int,
+    base_seed: int,
+    width: float,
+    settings: Mapping[str, Any],
+    task: str = "SequenceClassification",
 ) -> Any:
     # Imported late: whoever imports this module may still have to say that the hub is out of reach.
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoConfig
 
     hidden, layers = size
     config = AutoConfig.for_model(
@@ -76,7 +87,7 @@ def _tiny_model(
         **family.settings,
         **settings,
     )
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = getattr(transformers, f"AutoModelFor{task}").from_config(config)
     ancestor, fine_tuning = torch.Generator().manual_seed(base_seed), torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in model.state_dict().items():

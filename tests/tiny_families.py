@@ -55,6 +55,20 @@ def deberta_unigram() -> Any:
     return DebertaV2Tokenizer(vocab=unigram("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"))
 
 
+def words_of_decoders() -> Any:
+    """One token a word, after a mark that begins each row."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(numbered("<s>", "</s>", "<unk>", "<pad>", *WORDS), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
+
+
 def numbered(*tokens: str) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
@@ -162,6 +176,22 @@ TINY_DEBERTA_V3 = replace(
         "type_vocab_size": 0,
     },
 )
+TINY_LLAMA = TinyFamily(
+    model_type="llama",
+    layers="model.layers",
+    heads_in=("self_attn.q_proj",),
+    kv_heads_in=("self_attn.k_proj", "self_attn.v_proj"),
+    kv_heads=2,
+    values="self_attn.v_proj",
+    heads_out="self_attn.o_proj",
+    neurons_in=("mlp.gate_proj", "mlp.up_proj"),
+    neurons_out="mlp.down_proj",
+    head=("score.",),
+    tokenizer=words_of_decoders,
+    settings={"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3},
+    rounding=0.3,
+)
+DECODERS = {"llama": TINY_LLAMA}
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "bert": TINY_BERT,
     "roberta": TINY_ROBERTA,
@@ -207,4 +237,5 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         tokenizer=mpnet_wordpiece,
         reserved_positions=2,
     ),
+    **DECODERS,
 }

@@ -9,7 +9,7 @@ from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, Weight, takes_part
 from worker.engine.catalog.tasks import MetricName
 
-LATER_COLUMNS = ("target", "messages", "tokens", "question", "context", "answers", "image")
+LATER_COLUMNS = ("messages", "tokens", "question", "context", "answers", "image")
 """Columns that are refused because they are not available yet."""
 
 
@@ -22,7 +22,6 @@ class Dataset(Columns):
     """Configuration of a data set on the hub, if it has several."""
     split: Name | None = None
     """Split of a data set on the hub, if it has several."""
-    target: str | None = None
     messages: str | None = None
     tokens: str | None = None
     question: str | None = None
@@ -34,11 +33,11 @@ class Dataset(Columns):
 class Evaluation(Dataset):
     """Rows on which expert, plain average and merge are compared."""
 
-    label: Name = "label"
-    """Column of the labels."""
+    label: Name | None = None
+    """Column of the labels; default: `label`, and none for heads whose labels are the row's own tokens."""
     metric: MetricName | None = None
     """Metric to compare; default: accuracy for classification, f1 for several labels at once, pearson for
-    regression."""
+    regression, perplexity for language models."""
 
 
 class MeasuredModelRequest(Strict):

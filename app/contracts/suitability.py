@@ -49,10 +49,6 @@ def unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest) 
     if measuring and model.dataset is None:
         why = f"model '{model.name}' has no dataset, and {_named(method, measuring)} cannot do without: it is measured"
         yield problem(("models", index, "dataset"), why, None)
-    reading = [one for one in method.methods if one.needs_labels]
-    if reading and model.dataset is not None and model.dataset.label is None:
-        why = f"the estimator of {_named(method, reading)} reads labels, and model '{model.name}' names no label"
-        yield problem(("models", index, "dataset", "label"), why, None)
 
 
 def misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts: bool = True) -> Iterator[str]:

@@ -34,8 +34,9 @@ from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.catalog.planning.stacking import layers_of_models
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
-from worker.engine.catalog.tasks import LabelMap, Task, check_metric, label_map
+from worker.engine.catalog.tasks import LabelMap, Task, check_estimator, check_metric, column_problems, label_map
 
+DEFAULT_LABEL = "label"
 NO_ADAPTERS = "takes no adapters; merge it into its base first (method average with one model)"
 
 Inspect = Callable[[Path, str], CheckpointInfo]
@@ -124,6 +125,7 @@ class Checker:
             _refuse(parameter_problems(plan, request.method))
             kept = accepted["models"][index]
             kept["checkpoint"] = info.source
+            _check_estimators(request, task)
             where = f"models.{index}.dataset"
             kept["dataset"]["source"] = self._rows(where, model.dataset, task, request.method.needs_labels)
         return Accepted(request=accepted, states=self._states(checkpoints), plan=None)
@@ -170,6 +172,7 @@ class Checker:
             kept["checkpoint"] = plan.checkpoints[index].source
             if task is None:
                 continue
+            _check_estimators(request, task)
             if model.dataset is not None:
                 source = self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
                 kept["dataset"]["source"] = source
@@ -179,7 +182,11 @@ class Checker:
                     check_metric(metric, task, model.evaluation.source)
                 kept["evaluation"]["metric"] = metric
                 least = LEAST_EVALUATED if request.method.search else 1
-                source = self._rows(f"{where}.evaluation", model.evaluation, task, True, least)
+                evaluation = model.evaluation
+                if evaluation.label is None and "label" in task.columns:
+                    evaluation = evaluation.model_copy(update={"label": DEFAULT_LABEL})
+                kept["evaluation"]["label"] = evaluation.label
+                source = self._rows(f"{where}.evaluation", evaluation, task, True, least)
                 kept["evaluation"]["source"] = source
         return Accepted(
             request=accepted, states=self._states(plan.all_checkpoints), plan=_plan(request, accepted, plan)
@@ -198,8 +205,9 @@ class Checker:
     ) -> str:
         """Check rows, and return the reference to keep. The worker checks rows of the hub."""
         self._at(field)
+        _refuse((f"{field}.{name}", why) for name, why in column_problems(rows, task, needs_labels))
         labels = None
-        if needs_labels:
+        if needs_labels and "label" in task.columns:
             with _refusing(f"{field}.label_names"):
                 labels, _ = label_map(task, rows.source, rows.label_names)
         with ExitStack() as held:
@@ -233,6 +241,13 @@ class Checker:
         with _refusing("models"):
             states = {info.source: self._sources.state(info) for info in checkpoints}
         return {source: state for source, state in states.items() if state is not None}
+
+
+def _check_estimators(request: MergeRequest | ScoreRequest, task: Task) -> None:
+    with _refusing("method.estimator"):
+        for asked in (method.gradients for method in request.method.methods):
+            if asked is not None:
+                check_estimator(asked.estimator, task)
 
 
 def _planned(request: MergeRequest, checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> MergePlan:

@@ -137,6 +137,13 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "unknown method": (changed(method__name="mask_fischer"), 422, "invalid_request", ["did you mean 'mask_fisher'"]),
     "unknown parameter": (changed(method__normalise="layer"), 422, "invalid_request", ["did you mean 'normalize'"]),
     "parameter out of range": (changed(method__floor=2), 422, "invalid_request", ["method.floor"]),
+    "an estimator of labels without labels": (
+        changed(method__estimator="empirical", models__0__dataset__label=None), 422, "invalid_request",
+        ["models.0.dataset.label", "reads labels"],
+    ),
+    "a column that the head does not read": (
+        changed(models__0__dataset__target="text"), 422, "invalid_request", ["models.0.dataset.target", "leave it out"],
+    ),
     "adaptive stopping without scores": (
         changed(method={"name": "regmean", "examples": "auto"}), 422, "invalid_request", ["'auto'", "regmean"],
     ),

@@ -294,7 +294,7 @@ def test_what_is_kept_is_neither_measured_nor_tokenised_again(case: Case, tmp_pa
 
 def test_scores_of_blocks_are_those_of_all_rows(case: Case, tmp_path: Path) -> None:
     """Mean, sums and standard errors as they follow from every row's own squares."""
-    from worker.engine.scoring.estimators import Expected
+    from worker.engine.scoring.estimators import Estimator
     from worker.engine.scoring.scorer import score
 
     with StatisticsStore(tmp_path, 10**9) as store:
@@ -302,7 +302,7 @@ def test_scores_of_blocks_are_those_of_all_rows(case: Case, tmp_path: Path) -> N
         kept = dict(found.of(NODE_FISHER))
     examples = [example for block in own.blocks(0, ROWS) for example in block]
     assert [example.index for example in examples] == list(range(ROWS))
-    each = [score(case.loaded, [e], Expected(case.loaded.task), "float32", "rows", silent).total for e in examples]
+    each = [score(case.loaded, [e], Estimator("expected"), "float32", "rows", silent).total for e in examples]
     for site in each[0]:
         q = np.stack([of[site].numpy() for of in each])
         products = (q * q.mean(1, keepdims=True)).sum(0)

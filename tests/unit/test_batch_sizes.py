@@ -15,7 +15,7 @@ from worker.engine.catalog.tasks import LabelMap
 from worker.engine.inputs.examples import Example, plan_batches, tokenize
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.batching import CANDIDATES, BatchSizes, _fastest
-from worker.engine.scoring.estimators import Expected
+from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import score
 
 MANY = 10**6  # rows: their time is far more than that of trying
@@ -52,7 +52,7 @@ class Passes:
 
 
 def find(sizes: BatchSizes, loaded: LoadedModel, examples: Sequence[Example], rows: int = MANY) -> int:
-    return sizes.find(loaded, examples, rows, Expected(loaded.task), "float32", "rows", silent)
+    return sizes.find(loaded, examples, rows, Estimator("expected"), "float32", "rows", silent)
 
 
 def test_it_is_tried_once_and_remembered(loaded: LoadedModel, examples: list[Example]) -> None:
@@ -90,7 +90,7 @@ def test_a_job_can_be_stopped_while_it_tries(loaded: LoadedModel, examples: list
         raise Stop
 
     with pytest.raises(Stop):
-        BatchSizes().find(loaded, examples, MANY, Expected(loaded.task), "float32", "rows", stop)
+        BatchSizes().find(loaded, examples, MANY, Estimator("expected"), "float32", "rows", stop)
 
 
 def test_the_fastest_is_chosen_and_the_smaller_of_equals(
@@ -124,7 +124,7 @@ def test_scores_depend_on_it_by_rounding_only_and_the_same_number_gives_the_same
 ) -> None:
     def scores(tokens: int) -> dict[ScoreName, torch.Tensor]:
         batches = plan_batches(examples, tokens)
-        return score(loaded, examples, Expected(loaded.task), "float32", "rows", silent, batches).scores()
+        return score(loaded, examples, Estimator("expected"), "float32", "rows", silent, batches).scores()
 
     one, other, again = scores(64), scores(512), scores(64)
     for name, of in one.items():

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from bench.experts import base_model_folder
-from bench.families import write_ancestor
+from bench.families import ENCODERS, write_ancestor
 from bench.precision import Comparison, Expert, Family, agreement, compared_on, rows_of
 from tests.score_names import named
 from tests.tiny import tiny_checkpoint
@@ -23,7 +23,7 @@ ROWS = 100
 TEXTS = ["the cat", "a much longer row, so that the first is padded"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_an_ancestor_is_the_packaged_bert_under_another_name(family: str, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 

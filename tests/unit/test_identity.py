@@ -20,7 +20,7 @@ CLS = {
     "cls.predictions.transform.LayerNorm.gamma": torch.ones(16),
     "cls.seq_relationship.weight": torch.zeros(2, 16),
 }
-LLAMA_CLASSIFIER = TinyModel("LlamaForSequenceClassification", "llama", {**LLAMA.settings, "pad_token_id": 2})
+DECODING_CLASSIFIER = TinyModel("StableLmForSequenceClassification", "stablelm", {**LLAMA.settings, "pad_token_id": 2})
 
 
 def without_architectures(folder: Path, **changes: Any) -> Path:
@@ -87,7 +87,7 @@ def test_heads_of_different_labels_are_not_merged_if_no_class_is_known(tmp_path:
         plan_merge(infos)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2, T5, MASKED_BERT, LLAMA_CLASSIFIER], ids=lambda m: m.architecture)
+@pytest.mark.parametrize("model", [LLAMA, GPT2, T5, MASKED_BERT, DECODING_CLASSIFIER], ids=lambda m: m.architecture)
 def test_a_language_model_is_known_by_its_tensors(tmp_path: Path, model: TinyModel) -> None:
     assert identified(without_architectures(tiny_model(tmp_path / "m", model))) == model.architecture
 
@@ -199,7 +199,7 @@ def test_heads_of_older_versions_of_a_class_are_left_out_too(tmp_path: Path) -> 
 
 
 def test_a_language_models_head_in_a_decoders_classifier_is_left_out_with_a_note(tmp_path: Path) -> None:
-    folders = [tiny_model(tmp_path / f"m{seed}", LLAMA_CLASSIFIER, seed=seed) for seed in (1, 2)]
+    folders = [tiny_model(tmp_path / f"m{seed}", DECODING_CLASSIFIER, seed=seed) for seed in (1, 2)]
     add(folders[1], {"lm_head.weight": torch.zeros(128, 16)})
     plan = plan_merge([inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders])
     names = {tensor.slot.name for tensor in plan.backbone}
@@ -224,7 +224,7 @@ LACKING: dict[str, tuple[TinyModel, Callable[[Path], object], str]] = {
         "by its configuration it would have [16, 20]",
     ),
     "a head of other labels": (
-        LLAMA_CLASSIFIER, lambda f: edit_json(f / "config.json", id2label={"0": "a", "1": "b", "2": "c"}),
+        DECODING_CLASSIFIER, lambda f: edit_json(f / "config.json", id2label={"0": "a", "1": "b", "2": "c"}),
         "tensor score.weight has shape [2, 16], by its configuration it would have [3, 16]",
     ),
 }  # fmt: skip

@@ -142,10 +142,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
         searched(model("a"), model("b", dataset=None), candidates=["average", "regmean", "fisher"]),
         {"models.1.dataset": ["model 'b'", "candidates regmean, fisher"]},
     ),
-    "no label": (
-        searched(model("a", dataset={"source": "x"}), candidates=[{"name": "fisher", "estimator": "empirical"}]),
-        {"models.0.dataset.label": ["candidate fisher", "'a'"]},
-    ),
     "three models for slerp": (
         searched(*THREE, candidates=["average", "slerp"]),
         {"method.candidates.1": ["slerp merges exactly 2 models; 3"]},

@@ -54,8 +54,8 @@ def compare(
         expert=values["expert"],
         average=values["average"],
         merged=values["merged"],
-        merged_kept_head=values["merged_kept_head"],
-        retention=values["merged"] / values["expert"] if values["expert"] > 0 else None,
+        merged_kept_head=values.get("merged_kept_head"),
+        retention=kind_of(task).retention(evaluation.metric, values["merged"], values["expert"]),
         interval=interval(resampled["merged"]),
         intervals={version: interval(resampled[version]) for version in predictions},
         differences={

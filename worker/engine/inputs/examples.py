@@ -72,6 +72,9 @@ class Reading(Protocol):
     def tokenizer_arguments(self) -> Mapping[str, Any]:
         """Further arguments of the tokenizer."""
 
+    def whole(self, row: Row) -> Text:
+        """Return the row's text that is cut into tokens."""
+
     def answers(
         self, row: Row, encoding: Any, label: Label | None, source: str
     ) -> tuple[tuple[int, ...] | None, Label | None]:
@@ -90,6 +93,9 @@ class OneOutput:
     """Reads rows that have one output each."""
 
     tokenizer_arguments: Mapping[str, Any] = {}
+
+    def whole(self, row: Row) -> Text:
+        return row.text
 
     def answers(
         self, row: Row, encoding: Any, label: Label | None, source: str
@@ -130,7 +136,7 @@ def tokenize(
     pairs = None if spec.text_pair is None else [row.text_pair for row in rows]
     try:
         encoded = tokenizer(
-            [_as_listed(row.text) for row in rows],
+            [_as_listed(reading.whole(row)) for row in rows],
             pairs,
             truncation=True,
             max_length=limit,

@@ -268,10 +268,9 @@ def _reading(spec: DatasetSpec) -> Iterator[None]:
 
 def _wanted(spec: DatasetSpec, known: list[str]) -> list[str]:
     """Return the columns to read. Raises InvalidDataset, which names a missing one."""
-    wanted = {name for name in (spec.text, spec.text_pair, spec.label) if name is not None}
-    for name in sorted(wanted):
+    for name in sorted(spec.named):
         if name not in known:
             raise missing_column(spec.source, name, known)
         if known.count(name) > 1:
             raise InvalidDataset(spec.source, f"column '{name}' is there twice", column=name)
-    return sorted(wanted)
+    return sorted(spec.named)

@@ -15,7 +15,6 @@ from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import compare
-from worker.engine.inputs.examples import labels_of
 from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.preparing import examples_of
 from worker.engine.merging.backbone import plain_average
@@ -56,9 +55,10 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     """Evaluate on one model's rows. Its merge is only held meanwhile."""
     evaluation, examples, precision = model.evaluation, model.rows.evaluation, context.precision
     loaded = context.models.get(model.info)
-    labels, outputs = labels_of(examples), [example.outputs for example in examples]
+    kind, head = loaded.kind, loaded.family.head
+    labels, counts = kind.truth(examples), [kind.predictions_of(example) for example in examples]
     expert_predictions = predict(loaded, examples, precision, evaluating.advance)
-    better = loaded.kind.likely_permutation(labels, expert_predictions)
+    better = kind.likely_permutation(labels, expert_predictions)
     if better:
         context.note(
             Doubt(
@@ -70,15 +70,18 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     merged = load(inspect_checkpoint(published.folders[model.name], name), context.device)
     examples, truncated = examples_of(published.plan, merged, evaluation, model.rows.evaluation_texts, examples)
     context.note(*truncated)
-    kept = head_of(loaded)
-    merged_predictions, kept_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
+    kept_head_predictions = None
+    if head.merges:
+        merged_predictions = predict(merged, examples, precision, evaluating.advance)
+    else:
+        kept = head_of(loaded)
+        merged_predictions, kept_head_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
     merged.model.load_state_dict(published.average, strict=False)
-    head_of(merged).load_state_dict(kept.state_dict())
+    if not head.merges:
+        head_of(merged).load_state_dict(head_of(loaded).state_dict())
     average_predictions = predict(merged, examples, precision, evaluating.advance)
-    predictions: dict[Version, Array] = {
-        "expert": expert_predictions,
-        "average": average_predictions,
-        "merged_kept_head": kept_predictions,
-        "merged": merged_predictions,
-    }
-    return compare(evaluation, loaded.task, labels, predictions, outputs)
+    predictions: dict[Version, Array] = {"expert": expert_predictions, "average": average_predictions}
+    if kept_head_predictions is not None:
+        predictions["merged_kept_head"] = kept_head_predictions
+    predictions["merged"] = merged_predictions
+    return compare(evaluation, loaded.task, labels, predictions, counts)

@@ -11,7 +11,7 @@ from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt
-from worker.engine.catalog.tasks import LabelMap, label_map
+from worker.engine.catalog.tasks import LabelMap, column_problems, label_map
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.inputs.examples import Example, plan_batches, tokenize
 from worker.engine.inputs.fetching import Inputs
@@ -21,8 +21,8 @@ from worker.engine.models.loading import LoadedModel
 from worker.engine.scoring.sample import Sample
 from worker.engine.search.splitting import halves
 
-HeldOut = Collection[tuple[Text, Text | None]]
-"""Texts of the rows on which a model is evaluated. Nothing is fitted to them."""
+HeldOut = Collection[tuple[Text | None, ...]]
+"""Contents of the rows on which a model is evaluated. Nothing is fitted to them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def prepare(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContex
 def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> tuple[JobModel, HeldOut]:
     """Add the rows on which the result is judged and those on which `auto` searches; return their texts too."""
     evaluation, loaded = model.evaluation, context.models.get(model.info)
+    _check_columns(evaluation, loaded, needs_labels=True)
     rows = inputs.rows(evaluation, loaded.task.texts)
     labels = _label_map(loaded, evaluation, rows, context)
     read = sample(rows, evaluation, None)
@@ -75,7 +76,7 @@ def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: J
         evaluation=[examples[place] for place in judged],
         evaluation_texts=[read[place] for place in judged] if spec.output.vocabulary != "error" else [],
     )
-    return replace(model, rows=found), {(row.text, row.text_pair) for row in read}
+    return replace(model, rows=found), {row.content for row in read}
 
 
 def with_dataset(
@@ -84,6 +85,7 @@ def with_dataset(
     """Add the rows of the model's data set: to measure, to fit layers to, and to align its head on."""
     method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
     measured, aligned_on = spec.rows_wanted(model.spec)
+    _check_columns(dataset, loaded, needs_labels=bool(measured) and method.needs_labels)
     rows = inputs.rows(dataset, loaded.task.texts)
     needed = _label_map(loaded, dataset, rows, context) if measured and method.needs_labels else None
     fitted_on = max(aligned_on, measured if method.refits_layers else 0)
@@ -105,7 +107,7 @@ def with_dataset(
     if not unseen and measured and method.refits_layers:
         problem = f"every row is one that {model.name} is evaluated on; method {method.name} needs others"
         raise InvalidDataset(dataset.source, problem)
-    distinct = len({(row.text, row.text_pair) for row in texts[:aligned_on]})
+    distinct = len({row.content for row in texts[:aligned_on]})
     if distinct < min(aligned_on, LEAST_ALIGNMENT_ROWS):
         aligned_on = 0
         context.note(
@@ -151,10 +153,15 @@ def _read(
     wanted = max(measured, fitted_on)
     while True:
         read = sample(rows, dataset, wanted, shuffle=shuffle)
-        unseen = [place for place, row in enumerate(read) if (row.text, row.text_pair) not in held_out][:fitted_on]
+        unseen = [place for place, row in enumerate(read) if row.content not in held_out][:fitted_on]
         if len(unseen) == fitted_on or len(read) < wanted:
             return read, unseen
         wanted += max(measured, fitted_on)
+
+
+def _check_columns(rows: DatasetSpec, loaded: LoadedModel, needs_labels: bool) -> None:
+    for column, problem in column_problems(rows, loaded.task, needs_labels):
+        raise InvalidDataset(rows.source, f"{column}: {problem}", column=column)
 
 
 def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, context: JobContext) -> LabelMap:
@@ -204,10 +211,21 @@ def examples_of(
     if plan.vocabulary is None:
         return examples, []
     found, notes = examples_from(merged, dataset, rows, None)
+    if merged.family.head.merges:  # rows are judged whole, however they are cut into tokens
+        return found, [*notes, *_otherwise_cut(found, examples, dataset)]
     if [one.outputs for one in found] != [one.outputs for one in examples]:
         problem = "the merge's tokenizer cuts rows where the model's own does not; set a smaller max_length"
         raise InvalidDataset(dataset.source, problem)
     return found, notes
+
+
+def _otherwise_cut(found: Sequence[Example], examples: Sequence[Example], dataset: DatasetSpec) -> list[str]:
+    """Return a doubt if the merge's tokenizer cuts rows into other tokens than the model's own."""
+    differing = sum(one.encoding != other.encoding for one, other in zip(found, examples, strict=True))
+    if not differing:
+        return []
+    said = f"{differing} of {len(examples)} rows of {dataset.source} are other tokens in the merge's vocabulary"
+    return [Doubt(f"{said}: metrics per token of expert and merge are of different tokens")]
 
 
 def truncation(truncated: int, rows: int, dataset: DatasetSpec, max_length: int) -> list[str]:

@@ -4,6 +4,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,13 +39,16 @@ class LoadedModel:
     family: Family
     """The table of its backbone."""
     task: Task
-    kind: HeadKind[Any]
-    """The head as the engine runs it."""
     model: nn.Module
     tokenizer: Any
     device: torch.device
     max_length: int
     padding: dict[str, int]
+
+    @cached_property
+    def kind(self) -> HeadKind[Any]:
+        """The head as the engine runs it."""
+        return kind_of(self.task, self.model)
 
 
 def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
@@ -93,12 +97,10 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     check_ids(info, last, model.config.vocab_size)
     tokenizer.model_input_names = _inputs(tokenizer, model)
     positions = family.max_tokens(info.config)
-    task = task_of(info)
     return LoadedModel(
         info=info,
         family=family,
-        task=task,
-        kind=kind_of(task),
+        task=task_of(info),
         model=model,
         tokenizer=tokenizer,
         device=device,

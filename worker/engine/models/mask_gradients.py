@@ -67,6 +67,8 @@ class MaskGradients:
         self._gradients = {}
         # The derivatives by the roots themselves are not wanted, but asking for them runs every hook on the way.
         torch.autograd.grad(outputs.sum(), self._roots, retain_graph=not last)
+        if last:
+            self._roots.clear()
         return self._gradients
 
     def _forget(self, module: nn.Module, inputs: object) -> None:

@@ -280,9 +280,11 @@ def _interference(found: Interference, names: Sequence[str]) -> InterferenceRepo
 
 def _construction(spec: MergeSpec, plan: MergePlan) -> Construction:
     groups: dict[tuple[str, str | None, bool, bool], list[PlannedTensor]] = {}
+    follows_nodes = any(method.scoring for method in spec.method.methods)
     for tensor in plan.backbone:
         slot = tensor.slot
-        key = (str(slot.kind), slot.owner.score.kind.name if slot.owner else None, slot.layer is None, tensor.is_copied)
+        owner = slot.owner.score.kind.name if slot.owner and follows_nodes else None
+        key = (str(slot.kind), owner, slot.layer is None, tensor.is_copied)
         groups.setdefault(key, []).append(tensor)
     vocabulary = plan.vocabulary
     return Construction(

@@ -63,10 +63,10 @@ def versions(metrics: Mapping[str, MetricResult]) -> Markup:
     low = min(0.0, *(m.intervals[version][0] for m in metrics.values() for version in m.intervals))
     cards = []
     for index, (name, m) in enumerate(metrics.items()):
-        values = {version: getattr(m, version) for version in VERSIONS}
+        values = {version: value for version in VERSIONS if (value := getattr(m, version)) is not None}
         rows = [
-            Bar(label, values[v], f"{values[v]:.3f}", m.intervals.get(v), strong=v == "merged")
-            for v, label in VERSIONS.items()
+            Bar(VERSIONS[v], value, f"{value:.3f}", m.intervals.get(v), strong=v == "merged")
+            for v, value in values.items()
         ]
         said = "; ".join(f"{row.label} {row.written}" for row in rows)
         kept = f"{100 * m.retention:.1f} % kept" if m.retention is not None else "no retention"

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from worker.engine.catalog.contracts.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.engine.catalog.families import NODE_KINDS
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting import figures
 from worker.engine.reporting.contents import Construction, Contents
@@ -193,9 +194,9 @@ def _construction(made: Construction, is_stack: bool) -> list[Markup]:
             f"{g.kind}{', outside the layers' if g.outside_layers else ''}",
             "copied"
             if g.copied or is_stack
-            else f"slices follow their {'head' if g.owner == 'heads' else 'neuron'}"
+            else f"slices follow their {NODE_KINDS[g.owner].title}"
             if g.owner
-            else "no node owns slices",
+            else "as a whole",
             str(g.tensors),
             f"{g.values:,}",
             ", ".join(g.dtypes),

@@ -18,6 +18,7 @@ from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import OnRows, not_finite
 from worker.engine.scoring.work import Measured, Pass, Work
+from worker.engine.tasks.kind import Passes
 
 BLOCK_ROWS = 16  # squares of so few examples are summed in float32, and the blocks in float64
 
@@ -56,8 +57,8 @@ def fisher(
             rows = examples[start : start + BLOCK_ROWS]
             for batch in collate([[row] for row in rows], loaded.padding, loaded.device):
                 with computing_in(precision, loaded.device):
-                    logits = loaded.model(**batch.inputs).logits
-                _add_squares(block, parameters, estimator, logits, batch, source)
+                    passes = estimator.passes(loaded, loaded.kind.run(batch.inputs), batch)
+                _add_squares(block, parameters, passes, batch, source)
                 on_rows(1)
             for name, squares in block.items():
                 totals[name] += squares.cpu()
@@ -68,20 +69,17 @@ def fisher(
 def _add_squares(
     block: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
-    estimator: Estimator,
-    logits: Tensor,
+    passes: Passes,
     batch: Batch,
     source: str,
 ) -> None:
     """Add one example's expected squared gradients to `block`."""
-    weights, contrasts = estimator.contrasts(logits.detach(), batch)
-    passes = weights.shape[1]
-    for k in range(passes):
+    weights, sums = passes
+    for k in range(weights.shape[1]):
         found = torch.autograd.grad(
-            logits,
+            sums[k].sum(),
             list(parameters.values()),
-            contrasts[k].to(logits.dtype),
-            retain_graph=k < passes - 1,
+            retain_graph=k < weights.shape[1] - 1,
             allow_unused=True,
         )
         gradients = {

@@ -119,7 +119,8 @@ class Sample:
                 label = None
                 if with_labels and self._labels is not None and self.spec.label is not None:
                     label = self._labels.value(row.label, self.source, row.place)
-                digest.update(json.dumps([row.text, row.text_pair, label]).encode() + b"\n")
+                text, pair, *target = row.content
+                digest.update(json.dumps([text, pair, label, *target]).encode() + b"\n")
             found[stop] = digest.copy().hexdigest()
         return found
 

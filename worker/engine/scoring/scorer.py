@@ -12,7 +12,7 @@ from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
 from worker.engine.models.mask_gradients import MaskGradients
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
-from worker.engine.scoring.estimators import Empirical, Estimator
+from worker.engine.scoring.estimators import Estimator, expected_squares
 from worker.engine.scoring.statistics import NodeStatistics
 
 OnRows = Callable[[int], None]
@@ -51,8 +51,8 @@ def score(
     with rounded_weights(loaded.model, precision), mask_gradients(loaded) as gradients:
         for batch in collate(batches or plan_batches(examples), loaded.padding, loaded.device):
             with computing_in(precision, loaded.device):
-                logits = loaded.model(**batch.inputs).logits
-            squares = estimator.squares(logits, batch, gradients)
+                passes = estimator.passes(loaded, loaded.kind.run(batch.inputs), batch)
+            squares = expected_squares(passes, gradients)
             _check_finite(squares, batch, source)
             statistics.add(squares)
             on_rows(len(batch))
@@ -67,13 +67,13 @@ def paper_scores(
     Batches have 32 rows in the data set's order and are padded to their longest row; the last one may be smaller. All
     is float32. The loss is the model's own, see `HeadKind.loss_per_likelihood`.
     """
-    empirical = Empirical(loaded.task)
+    empirical = Estimator("empirical")
     ordered = [examples[i : i + PAPER_BATCH_ROWS] for i in range(0, len(examples), PAPER_BATCH_ROWS)]
     totals: dict[ScoreName, Tensor] = {}
     with mask_gradients(loaded) as gradients:
         for batch in collate(ordered, loaded.padding, loaded.device):
-            logits = loaded.model(**batch.inputs).logits
-            by_example = empirical.gradients(logits, batch, gradients)
+            _, [likelihood] = empirical.passes(loaded, loaded.kind.run(batch.inputs), batch)
+            by_example = gradients.of(likelihood, last=True)
             _check_finite(by_example, batch, source)
             factor = loaded.kind.loss_per_likelihood(batch)
             for site, g in by_example.items():

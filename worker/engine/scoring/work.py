@@ -14,7 +14,7 @@ from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
 from worker.engine.scoring.batching import BatchSizes
-from worker.engine.scoring.estimators import Estimator, Sampled, estimator_for
+from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.sample import Sample
 from worker.engine.scoring.scorer import OnRows
 from worker.engine.scoring.statistics import SUMS, NodeStatistics
@@ -115,7 +115,7 @@ class Work:
         more = {
             "rows": self.sample.digest(rows, with_labels=self.method.needs_labels),
             "estimator": estimator.name,
-            "seed": estimator.seed if isinstance(estimator, Sampled) else None,
+            "seed": estimator.seed if estimator.name == "sampled" else None,
         }
         return self.facts(statistic, rows).model_copy(update=more)
 

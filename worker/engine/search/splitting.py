@@ -19,13 +19,13 @@ def halves(rows: Sequence[Row], seed: int, source: str) -> tuple[list[int], list
     Raises:
         InvalidDataset: there are fewer than two different texts.
     """
-    places: dict[tuple[Text, Text | None], list[int]] = {}
+    places: dict[tuple[Text | None, ...], list[int]] = {}
     for place, row in enumerate(rows):
-        places.setdefault((row.text, row.text_pair), []).append(place)
+        places.setdefault(row.content, []).append(place)
     if len(places) < 2:
         raise InvalidDataset(source, "method auto needs two different rows at least, to search on and to report on")
 
-    def drawn(text: tuple[Text, Text | None]) -> bytes:
+    def drawn(text: tuple[Text | None, ...]) -> bytes:
         return hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
 
     searched: list[int] = []

@@ -76,18 +76,20 @@ def table(
 
 
 def _judged(outputs: ExpertOutputs, predictions: Sequence[Array]) -> list[_Judged]:
-    name, task, labels = outputs.evaluation.metric, outputs.kind.task, outputs.held_out_labels
+    kind, name, labels = outputs.kind, outputs.evaluation.metric, outputs.held_out_labels
+    task = kind.task
     metric = metric_for(name, task)
     expert = metric(labels, outputs.held_out_predicted)
     resampled = bootstrap(
-        name, task, labels, predictions, outputs.evaluation.seed, [one.outputs for one in outputs.held_out]
+        name, task, labels, predictions, outputs.evaluation.seed, list(map(kind.predictions_of, outputs.held_out))
     )
     found = []
     for predicted, draws in zip(predictions, resampled, strict=True):
         value = metric(labels, predicted)
-        kept = value / expert if expert > 0 else None
+        kept = kind.retention(name, value, expert)
         judged = CandidateMetric(metric=name, value=value, interval=interval(draws), retention=kept)
-        found.append(_Judged(judged, draws / expert if expert > 0 else None))
+        of_draws = None if kept is None else (expert / draws if name in task.minimised else draws / expert)
+        found.append(_Judged(judged, of_draws))
     return found
 
 

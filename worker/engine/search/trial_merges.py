@@ -14,19 +14,22 @@ from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES
 from worker.engine.checkpoints.row_blocks import is_finite
-from worker.engine.evaluation.evaluate import head_inputs, head_of
-from worker.engine.inputs.examples import Example, labels_of
+from worker.engine.evaluation.evaluate import head_inputs, head_of, predict
+from worker.engine.inputs.examples import Example
 from worker.engine.merging.head_alignment import aligned
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.search.journal import RungOutcome
+from worker.engine.tasks import kind_of
 from worker.engine.tasks.metrics import Array
 
+SMALLEST = 1e-12
+"""Value of a metric below which less is no better."""
 State = Mapping[str, Tensor]
 """Tensors of a backbone, by `Slot.name`."""
-Head = tuple[Tensor, Tensor | None]
-"""Weight, (outputs, width), and bias, (outputs,) or None, float64."""
+Head = tuple[Tensor, Tensor | None] | None
+"""Weight, (outputs, width), and bias, (outputs,) or None, float64; None if heads merge with the backbone."""
 
 
 class ExpertOutputs:
@@ -37,20 +40,18 @@ class ExpertOutputs:
 
     def __init__(self, expert: JobModel, loaded: LoadedModel, precision: Precision) -> None:
         self.name = expert.name
-        self.kind = loaded.kind
+        self.kind = kind_of(loaded.task)  # without the model, which is not kept
         self._device, self._precision = loaded.device, precision
         self.evaluation = expert.evaluation
         rows = expert.rows
         self.searched, self.held_out, self.alignment = rows.searched, rows.evaluation, rows.alignment
-        self.labels, self.held_out_labels = labels_of(self.searched), labels_of(self.held_out)
-        head = head_of(loaded)
-        bias = None if head.bias is None else head.bias.detach().cpu().double()
-        self.head: Head = (head.weight.detach().cpu().double(), bias)
+        self.labels, self.held_out_labels = map(self.kind.truth, (self.searched, self.held_out))
+        self.head = _head(loaded)
         with rounded_weights(loaded.model, precision):
             own, aligning, judged = (
                 _read(loaded, examples, precision) for examples in (self.searched, self.alignment, self.held_out)
             )
-        self.targets = _outputs(aligning, self.head)
+        self.targets = None if self.head is None else _outputs(aligning, *self.head)
         self.held_out_predicted = self.predicted(judged, self.head)
         self._logits = self._of(own, self.head)
 
@@ -58,7 +59,12 @@ class ExpertOutputs:
         return self.kind.predicted(self._of(features, head))
 
     def _of(self, features: Tensor, head: Head) -> Tensor:
-        """Compute logits in the precision in which the whole model predicts, so that near ties end alike."""
+        """Compute logits in the precision in which the whole model predicts, so that near ties end alike.
+
+        Where heads are merged, `features` are what decides predictions already.
+        """
+        if head is None:
+            return features
 
         def given(values: Tensor) -> Tensor:
             return values.to(self._device, torch.float32)
@@ -85,9 +91,14 @@ class ExpertOutputs:
         """
         logits = self._of(features, head)
         own = self._logits[: len(logits)]
-        retention = self._metric(logits) / (_positive(self._metric(own)) or self.metric_alone)
+        retention = self._retention(self._metric(logits), _positive(self._metric(own)) or self.metric_alone)
         smoothed_expert = _positive(self._smoothed(own)) or _positive(self._smoothed_expert)
-        return retention, self._smoothed(logits) / smoothed_expert if smoothed_expert else retention
+        return retention, self._retention(self._smoothed(logits), smoothed_expert) if smoothed_expert else retention
+
+    def _retention(self, value: float, expert: float) -> float:
+        if self.evaluation.metric in self.kind.task.minimised:
+            return expert / max(value, SMALLEST)
+        return value / expert
 
     def _metric(self, logits: Tensor) -> float:
         return self.kind.metric(self.evaluation.metric)(self.labels[: len(logits)], self.kind.predicted(logits))
@@ -99,8 +110,11 @@ class ExpertOutputs:
 class HeadInputs:
     """Inputs of a head on rows with one merge, (outputs, width), computed as far as they are asked for."""
 
-    def __init__(self, examples: Sequence[Example], read: Callable[[slice], Tensor]) -> None:
+    def __init__(
+        self, examples: Sequence[Example], predictions_of: Callable[[Example], int], read: Callable[[slice], Tensor]
+    ) -> None:
         self._examples = examples
+        self._predictions_of = predictions_of
         self._read = read
         self._known: list[Tensor] = []
         self._rows = 0
@@ -111,7 +125,7 @@ class HeadInputs:
             self._known = [torch.cat([*self._known, further]) if self._known else further]
             self._rows = rows
         [known] = self._known
-        return known[: sum(example.outputs for example in self._examples[:rows])]
+        return known[: sum(map(self._predictions_of, self._examples[:rows]))]
 
 
 class TriedMerge:
@@ -123,7 +137,8 @@ class TriedMerge:
         self._experts = backbone.experts
 
         def seen(index: int, rows: Sequence[Example]) -> HeadInputs:
-            return HeadInputs(rows, partial(backbone.read, state, index, rows))
+            predictions_of = backbone.experts[index].kind.predictions_of
+            return HeadInputs(rows, predictions_of, partial(backbone.read, state, index, rows))
 
         self._searched = [seen(index, expert.searched) for index, expert in enumerate(backbone.experts)]
         self._alignment = [seen(index, expert.alignment) for index, expert in enumerate(backbone.experts)]
@@ -155,6 +170,8 @@ class TriedMerge:
             return self._backbone.stored_head(index, expert.head)
         rows = min(len(expert.alignment), max(LEAST_ALIGNMENT_ROWS, part(expert.alignment, share)))
         features = self._alignment[index].first(rows)
+        if expert.targets is None or expert.head is None:
+            raise TypeError("a head that merges is not aligned")
         found = aligned(features, expert.targets[: len(features)], *expert.head, ridge)
         return self._backbone.stored_head(index, found)
 
@@ -204,6 +221,8 @@ class SharedBackbone:
 
     def stored_head(self, index: int, head: Head) -> Head:
         """Return the last layer of expert `index` as it would be stored."""
+        if head is None:
+            return None
         logits = self._models[index].family.head.logits
 
         def stored(part: str, values: Tensor) -> Tensor:
@@ -246,11 +265,19 @@ def _stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision) -> Tensor:
-    """Compute the inputs of the model's head, (rows, width), float64."""
-    return head_inputs(model, examples, precision, lambda _: None)
+    """Compute the inputs of the model's own head, (outputs, width), or what decides its predictions; float64."""
+    if not model.family.head.merges:
+        return head_inputs(model, examples, precision, lambda _: None)
+    return torch.from_numpy(predict(model, examples, precision, lambda _: None))
 
 
-def _outputs(features: Tensor, head: Head) -> Tensor:
-    weight, bias = head
+def _head(loaded: LoadedModel) -> Head:
+    if loaded.family.head.merges:
+        return None
+    head = head_of(loaded)
+    return head.weight.detach().cpu().double(), None if head.bias is None else head.bias.detach().cpu().double()
+
+
+def _outputs(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs = features @ weight.T
     return outputs if bias is None else outputs + bias

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from worker.engine.catalog.tasks import TASKS, Task
 from worker.engine.tasks.kind import EstimatorName, HeadKind
 
@@ -16,9 +18,9 @@ def _kind(task: type[Task]) -> type[HeadKind[Any]]:
 KINDS = {task: _kind(task) for task in TASKS}
 
 
-def kind_of(task: Task) -> HeadKind[Any]:
-    """Return the head of a task, as the engine runs it."""
-    return KINDS[type(task)](task)
+def kind_of(task: Task, model: nn.Module | None = None) -> HeadKind[Any]:
+    """Return the head of a task, as the engine runs it; `model` is the one that has it."""
+    return KINDS[type(task)](task, model)
 
 
 __all__ = ["EstimatorName", "HeadKind", "kind_of"]

@@ -10,7 +10,7 @@ from worker.engine.catalog.tasks import Classification, MetricName
 from worker.engine.inputs.examples import Batch
 from worker.engine.tasks import metrics
 from worker.engine.tasks.drawing import uniform
-from worker.engine.tasks.kind import TINY, HeadKind, Passes, one_pass
+from worker.engine.tasks.kind import TINY, Combined, HeadKind, Passes, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 from worker.engine.tasks.smoothing import scaled
 
@@ -25,21 +25,21 @@ class ClassificationHead(HeadKind[Classification]):
         on, with `s_k` the sum of `p_k` and all after it and `m_k` their mean of `d`. K labels cost K - 1 backward
         passes on one graph.
         """
-        p, ranked = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
+        p, ranked = logits.detach().double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
         sums = p.flip(-1).cumsum(-1).flip(-1)
         later = sums[:, 1:]
         weights = p[:, :-1] * later / sums[:, :-1].clamp_min(TINY)
         mean_of_later = p[:, None] / later.clamp_min(TINY)[:, :, None]  # (batch, labels - 1, labels)
         contrasts = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:-1] - mean_of_later.triu(1)
         by_label = torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
-        return weights, by_label.unbind(1)
+        return weights, Combined(logits, by_label.unbind(1))
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         draws = torch.tensor([uniform(seed, int(i)) for i in batch.indices], dtype=torch.float64)
-        return one_pass(of_label(logits, drawn(logits, draws)))
+        return one_pass(logits, of_label(logits, drawn(logits, draws)))
 
     def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
-        return one_pass(of_label(logits, labels))
+        return one_pass(logits, of_label(logits, labels))
 
     def decision(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
@@ -68,11 +68,11 @@ KIND = ClassificationHead
 
 def drawn(logits: Tensor, draws: Tensor) -> Tensor:
     """Draw labels from the model's distribution, (batch,), by numbers between 0 and 1, (batch,)."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = logits.detach().double().softmax(-1).cumsum(-1)
     return (draws[:, None].to(cumulative.device) >= cumulative[:, :-1]).sum(-1)
 
 
 def of_label(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the derivative of each example's `log p` of its label by the logits: (batch, labels), float64."""
     own = torch.nn.functional.one_hot(labels, logits.shape[1])
-    return own - logits.double().softmax(-1)
+    return own - logits.detach().double().softmax(-1)

@@ -10,7 +10,7 @@ from worker.engine.catalog.tasks import MetricName, MultiLabel
 from worker.engine.inputs.examples import Batch
 from worker.engine.tasks import metrics
 from worker.engine.tasks.drawing import uniform
-from worker.engine.tasks.kind import HeadKind, Passes, one_pass
+from worker.engine.tasks.kind import Combined, HeadKind, Passes, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 from worker.engine.tasks.smoothing import scaled
 
@@ -28,19 +28,19 @@ class MultiLabelHead(HeadKind[MultiLabel]):
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
         """Give the passes of `sum_k p_k (1 - p_k) d_k^2`. K labels cost K backward passes on one graph."""
-        z = logits.double()
-        each = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        return z.sigmoid() * (-z).sigmoid(), each.expand(len(z), -1, -1).unbind(1)  # 1 - p without cancellation
+        z = logits.detach().double()
+        each = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
+        return z.sigmoid() * (-z).sigmoid(), Combined(logits, each.unbind(1))  # 1 - p without cancellation
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         """Draw for each label by itself whether it applies."""
-        p = logits.double().sigmoid()
+        p = logits.detach().double().sigmoid()
         draws = [[uniform(seed, int(i), label) for label in range(p.shape[1])] for i in batch.indices]
         applies = torch.tensor(draws, dtype=torch.float64).to(p.device) < p
-        return one_pass(applies.double() - p)
+        return one_pass(logits, applies.double() - p)
 
     def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
-        return one_pass(labels.double() - logits.double().sigmoid())
+        return one_pass(logits, labels.double() - logits.detach().double().sigmoid())
 
     def decision(self, logits: Tensor) -> Tensor:
         return logits > 0

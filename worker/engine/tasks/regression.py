@@ -25,13 +25,13 @@ class RegressionHead(HeadKind[Regression]):
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
         """Give the pass of the prediction's own squared derivative."""
-        return one_pass(torch.ones_like(logits, dtype=torch.float64))
+        return one_pass(logits, torch.ones_like(logits, dtype=torch.float64))
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         return self.expected(logits, batch)
 
     def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
-        return one_pass(labels.double()[:, None] - logits.double())
+        return one_pass(logits, labels.double()[:, None] - logits.detach().double())
 
     def decision(self, logits: Tensor) -> Tensor:
         return logits[:, 0]

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StrictBool, ValidationError
 
 from worker.engine.catalog.checkpoints.adapter_targets import HEAD_MODULES, TargetConfig, Targets
+from worker.engine.catalog.checkpoints.architectures import LANGUAGE_MODEL, use_of
 from worker.engine.catalog.checkpoints.descriptions import check_folder, without_code
 from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from worker.engine.catalog.checkpoints.headers import read_header
@@ -250,7 +251,7 @@ def _config(path: Path, source: str) -> AdapterConfig:
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
     """Make the adapted checkpoint of the base: the adapter's tensors replace the base's, or are added to them."""
     family = backbone_of(base.model_type)
-    if family is not None and base.architecture in family.merged_by_name and adapter.config.task_type != "SEQ_CLS":
+    if use_of(base.config) is LANGUAGE_MODEL and adapter.config.task_type != "SEQ_CLS":  # its head is pre-trained
         family = None
     config, tensors = base.config, _of_base(base, family)
     if family is None:

@@ -69,10 +69,10 @@ class MetricResult(Strict):
     """Metric of the plain, unweighted average of the same checkpoints, with the expert's own head."""
     merged: float
     """Metric of the model in the artifact; its head may have been refitted."""
-    merged_kept_head: float
-    """Metric of the merge with the expert's own head as it was."""
+    merged_kept_head: float | None
+    """Metric of the merge with the expert's own head as it was; null where heads are merged."""
     retention: float | None
-    """merged / expert; null where the expert's metric is not positive."""
+    """merged / expert, or expert / merged where less is better; null where one of them is not positive."""
     interval: tuple[float, float]
     """95 % bootstrap percentile interval of `merged` over rows."""
     intervals: dict[Version, tuple[float, float]]
@@ -89,7 +89,7 @@ class CandidateMetric(Strict):
     interval: tuple[float, float]
     """95 % bootstrap percentile interval over rows; all candidates are evaluated on the same resamples."""
     retention: float | None
-    """value / the expert's own metric; null where that is not positive."""
+    """value / the expert's own metric, or the reverse where less is better; null where one of them is not positive."""
 
 
 class Candidate(Strict):

@@ -71,11 +71,17 @@ class Row:
     text: Text
     text_pair: Text | None
     label: Any
+    target: Text | None = None
+
+    @property
+    def content(self) -> tuple[Text | None, ...]:
+        """The texts that a model reads of the row: rows of equal content are the same row."""
+        return (self.text, self.text_pair) if self.target is None else (self.text, self.text_pair, self.target)
 
     @property
     def nbytes(self) -> int:
         """Number of bytes of the row's texts."""
-        texts = [self.text, self.text_pair or ""]
+        texts = [part or "" for part in self.content]
         return sum(len(part.encode()) for text in texts for part in ([text] if isinstance(text, str) else text))
 
 
@@ -167,7 +173,7 @@ def check_first_rows(
         found = set()
         for line, offset in first:
             row = _read_row(form, stream, line, offset, spec, texts)
-            found.add((row.text, row.text_pair))
+            found.add(row.content)
             if labels is not None and spec.label is not None:
                 labels.value(row.label, spec.source, row.place)
     if not first:
@@ -194,6 +200,7 @@ def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec, texts: T
         text=text(spec.text),
         text_pair=text(spec.text_pair) if spec.text_pair else None,
         label=column(spec.label) if spec.label else None,
+        target=text(spec.target) if spec.target else None,
     )
 
 

@@ -23,6 +23,8 @@ class Columns(Strict):
     text_pair: Name | None = None
     label: Name | None = None
     """Column of the labels; absent for unlabelled text."""
+    target: Name | None = None
+    """Column of the text that follows on `text`, such as the completion of a prompt; it alone is predicted then."""
     label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
     """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -31,6 +33,11 @@ class Columns(Strict):
     """Seed from which the rows and their order are drawn."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Largest number of tokens of a row; longer rows are truncated. Default: the model's limit."""
+
+    @property
+    def named(self) -> set[str]:
+        """Names of the columns that are read."""
+        return {name for name in (self.text, self.text_pair, self.label, self.target) if name is not None}
 
 
 class HubSource(Strict):

@@ -1,4 +1,4 @@
-"""Heads of models: the modules on a backbone that fine-tuning starts from scratch."""
+"""Heads of models: the modules that a class of models has on its backbone."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,10 @@ class Head:
     architecture: str
     """Name of the class, as config.json has it."""
     modules: tuple[str, ...]
-    """Paths of the modules in the order in which they run; they are kept per model. The last one gives the logits."""
+    """Paths of the modules in the order in which they run. The last one gives the logits."""
+    merges: bool = False
+    """Whether the head was pre-trained with the backbone, and merges with it. Fine-tuning starts any other head from
+    scratch, so that each model keeps its own."""
     reads_first_token: bool = False
     """Whether the head reads only the first token of the last layer, so that other tokens only matter for attention."""
     unread: tuple[str, ...] = ()

@@ -29,7 +29,8 @@ class Kind(StrEnum):
     CONVOLUTION = "convolution"
     FINAL_NORM = "final_norm"  # norm after the last layer, where norms come first
     POOLER = "pooler"
-    HEAD = "head"
+    HEAD = "head"  # kept per model
+    MERGED_HEAD = "merged_head"
     UNREAD = "unread"
     OTHER = "other"  # used for architectures without a table
 
@@ -157,9 +158,9 @@ class Family:
     """Keys for which only one value is available; a missing key has it."""
     padding_position: str | None = None
     """Configuration key of padding's position; a row's first token has the next one. None: the first token has 0."""
-    merged_by_name: tuple[str, ...] = ()
-    """Classes on the same backbone whose heads have no table: they, and adapters to them, are merged by name."""
     ownership: Ownership = MULTI_HEAD
+    is_causal: bool = False
+    """Whether a token's output depends on no later token, as in a language model."""
     norms_first: bool = False
     """Whether a layer's norms come before attention and feed-forward layer, outside the residuals, not after sums."""
     hidden_vectors: int = 16
@@ -179,9 +180,13 @@ class Family:
             return {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None}
         return {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
 
-    def under(self, head: Head) -> "Family":
-        """Return the same backbone with another head."""
-        return self if head == self.head else replace(self, head=head)
+    def under(self, head: Head, prefix: str | None = None) -> "Family":
+        """Return the same backbone with another head; `prefix` is that of its tensors beside that head."""
+        if head == self.head:
+            return self
+        prefix = self.prefix if prefix is None else prefix
+        embeddings = prefix + self.embeddings.removeprefix(self.prefix)
+        return replace(self, head=head, prefix=prefix, embeddings=embeddings)
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
         """Return a size from the configuration; `what` is a key of `config_names`, `kv_heads` or `head_size`.
@@ -237,7 +242,7 @@ class Family:
         if part not in ("weight", "bias"):
             return None
         if module in self.head.modules:
-            return Slot(canonical, Kind.HEAD, None, part == "bias")
+            return Slot(canonical, Kind.MERGED_HEAD if self.head.merges else Kind.HEAD, None, part == "bias")
         if not module.startswith(self.prefix):
             return None
         inner = module.removeprefix(self.prefix)

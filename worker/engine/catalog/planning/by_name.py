@@ -1,4 +1,4 @@
-"""Plans a merge of an architecture without a table: tensors of the same name are merged."""
+"""Plans a merge of tensors of the same name: of architectures without a table, and of models whose heads merge."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +22,7 @@ from worker.engine.catalog.checkpoints.tensor_names import (
 from worker.engine.catalog.checkpoints.tied import tied_in_base, without_copies
 from worker.engine.catalog.checkpoints.vocabulary import check_names_tell_tokens, token_keys
 from worker.engine.catalog.checkpoints.weights import check_checkpoint, check_weights
+from worker.engine.catalog.families import Family, Slot
 from worker.engine.catalog.planning.comparing import (
     MergeSettings,
     check_vocabulary,
@@ -35,10 +36,15 @@ from worker.engine.catalog.planning.comparing import (
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.tensors import check_shape, merged_tensor
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.tasks import task_of
 
 
-def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> MergePlan:
-    """Plan to merge tensors of the same name; buffers are copied, and copies of tied weights left out."""
+def planned_by_name(identities: Sequence[Identity], asked: MergeSettings, family: Family | None = None) -> MergePlan:
+    """Plan to merge tensors of the same name; buffers are copied, and copies of tied weights left out.
+
+    Args:
+        family: the table that says which nodes own slices of a tensor; None if there is none.
+    """
     checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
     first, notes, differing = checkpoints[0], list[str](), set[str]()
     everyone = [*checkpoints, *([base] if base else ())]
@@ -74,7 +80,7 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
     stacks = stacks_of(versions[0])
     backbone, alone = [], []
     for name, tensor in versions[0].items():
-        slot, place = slot_of(name), place_of(name, stacks)
+        slot, place = _slot_of(identities[0], name, family), place_of(name, stacks)
         if is_buffer(tensor) or _is_unsaved(identities[0], name):
             for info, other in zip(everyone, own, strict=True):
                 if name in other:
@@ -101,12 +107,11 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
         notes += notes_of_heads(base, alone)
     more = notes_of_settings(everyone, differing, asked.config_from)
     published = (with_settings_of(first, asked.config_from),)
-    nothing = tuple(None for _ in checkpoints)
     return MergePlan(
-        None,
+        family,
         tuple(checkpoints),
         base,
-        nothing,
+        tuple(None if family is None else task_of(info) for info in checkpoints),
         tuple(backbone),
         ((),),
         published,
@@ -115,6 +120,17 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings) -> Mer
         asked.config_from,
         notes=(*notes, *more),
     )
+
+
+def _slot_of(first: Identity, name: str, family: Family | None) -> Slot:
+    """Return the slot of a tensor in the table. Raises InvalidCheckpoint where the table has none for it."""
+    if family is None or name in first.unread or is_buffer(first.info.tensors[name]) or _is_unsaved(first, name):
+        return slot_of(name)
+    slot = family.slot(name) or family.slot(family.prefix + name)
+    if slot is None:
+        problem = f"tensor {name} is unknown in {family.model_type}; nothing is averaged by guess"
+        raise InvalidCheckpoint(first.info.source, problem)
+    return slot
 
 
 def _is_head(first: Identity, name: str) -> bool:

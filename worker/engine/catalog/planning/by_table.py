@@ -35,7 +35,7 @@ def table_of(info: CheckpointInfo) -> Family | None:
         return None
     if info.config.get("quantization_config"):
         raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
-    if info.config.get("is_decoder"):
+    if info.config.get("is_decoder") and not family.is_causal:
         raise InvalidCheckpoint(info.source, "is_decoder is not available for this family")
     for key, only in family.supported.items():
         value = family.setting(info.config, key)

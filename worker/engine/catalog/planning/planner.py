@@ -61,11 +61,14 @@ def plan_merge(
         vocabulary, owner = "base", whose or first
         notes.append(_note_of_padding(checkpoints, base, owner))
     asked = MergeSettings(dtype, base, heads == "merged", vocabulary, whose, choices, owner)
-    if tables[0] is None:
+    if tables[0] is None or tables[0].head.merges:
         if heads == "per_model":
-            problem = f"no table tells the head of {named(first)} from the rest: all tensors are merged"
-            raise InvalidRequest(f"{problem}; leave output.heads out, or say merged", field="output.heads")
-        plan = planned_by_name(identities, asked)
+            problem = f"no table tells the head of {named(first)} from the rest"
+            if tables[0] is not None:
+                problem = f"the head of {named(first)} was pre-trained with the rest"
+            problem += ": all tensors are merged; leave output.heads out, or say merged"
+            raise InvalidRequest(problem, field="output.heads")
+        plan = planned_by_name(identities, asked, tables[0])
     else:
         plan = planned_by_table(tables[0], identities, asked)
     for identity in identities:

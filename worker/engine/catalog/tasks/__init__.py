@@ -5,13 +5,15 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Literal
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.library import architecture, kind_of
 from worker.engine.catalog.families import FAMILIES, Family, backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.tasks.causal_language_model import CausalLanguageModel
 from worker.engine.catalog.tasks.classification import Classification
-from worker.engine.catalog.tasks.labels import check_metric, label_map
+from worker.engine.catalog.tasks.labels import check_estimator, check_metric, column_problems, label_map
 from worker.engine.catalog.tasks.multi_label import MultiLabel
 from worker.engine.catalog.tasks.regression import Regression
-from worker.engine.catalog.tasks.task import Label, LabelMap, Task, outputs_of
+from worker.engine.catalog.tasks.task import Label, LabelMap, Task
 
 
 def _found() -> tuple[type[Task], ...]:
@@ -36,10 +38,12 @@ else:
 def family_of(info: CheckpointInfo) -> Family | None:
     """Return the table of a checkpoint's backbone under its head; None where either of them has no table."""
     family = backbone_of(info.model_type)
-    if family is None:
-        return None
-    heads = [family.head, *(task.heads[family.model_type] for task in TASKS if family.model_type in task.heads)]
-    return next((family.under(head) for head in heads if head.architecture == info.architecture), None)
+    if family is None or family.head.architecture == info.architecture:
+        return family
+    found = architecture(info.config, info.architecture)
+    task = next((task for task in TASKS if info.architecture.endswith(task.ending)), None)
+    head = None if found is None or task is None else task.head_on(family, found)
+    return None if found is None or head is None else family.under(head, f"{found.prefix}.")
 
 
 def task_of(info: CheckpointInfo) -> Task:
@@ -51,19 +55,26 @@ def task_of(info: CheckpointInfo) -> Task:
     family = family_of(info)
     if family is None:
         raise InvalidCheckpoint(info.source, f"architecture '{info.architecture}' has no table")
-    outputs = outputs_of(info, family.head)
-    kinds = (kind for kind in TASKS if info.architecture.endswith(kind.ending))
+    kinds = [kind for kind in TASKS if info.architecture.endswith(kind.ending)]
+    outputs = kinds[0].outputs_in(info, family.head)
     return next(task for kind in kinds if (task := kind.of(info, outputs)) is not None)
 
 
 def known_architectures() -> list[str]:
     """Return the names of the classes whose backbone and head both have a table."""
-    beside = [head.architecture for task in TASKS for head in task.heads.values()]
-    return [*(family.head.architecture for family in FAMILIES.values()), *beside]
+    found = []
+    for family in FAMILIES.values():
+        kind = kind_of(family.model_type)
+        classes = [one for one in kind.architectures.values() if one.name != family.head.architecture] if kind else []
+        tasks = ((one, task) for one in classes for task in TASKS if one.name.endswith(task.ending))
+        beside = [one.name for one, task in tasks if task.head_on(family, one) is not None]
+        found += [family.head.architecture, *dict.fromkeys(beside)]
+    return found
 
 
 __all__ = [
     "TASKS",
+    "CausalLanguageModel",
     "Classification",
     "Label",
     "LabelMap",
@@ -71,7 +82,9 @@ __all__ = [
     "MultiLabel",
     "Regression",
     "Task",
+    "check_estimator",
     "check_metric",
+    "column_problems",
     "family_of",
     "known_architectures",
     "label_map",

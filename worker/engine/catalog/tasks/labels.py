@@ -1,8 +1,9 @@
 """Matches the labels of a data set to those of a head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.data.spec import Columns
+from worker.engine.catalog.primitives.errors import InvalidDataset, InvalidRequest
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.strict import MOST_NAMES
 from worker.engine.catalog.tasks.names import SHOWN_NAME, are_bare
@@ -13,6 +14,27 @@ def check_metric(metric: str, task: Task, source: str) -> None:
     """Raise InvalidDataset when the metric is not one of the head's task."""
     if metric not in task.metrics:
         raise InvalidDataset(source, f"metric {metric} is not one of {task.name}: {', '.join(task.metrics)}")
+
+
+COLUMNS = ("text_pair", "label", "label_names", "target")
+"""Settings of columns that only some heads read."""
+
+
+def column_problems(rows: Columns, task: Task, needs_labels: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield the columns that a head does not read and that are named, or that it needs and are not, with what to do."""
+    for name in COLUMNS:
+        if name not in task.columns and getattr(rows, name) is not None:
+            yield name, f"a {task.title} does not read it; leave it out"
+    if needs_labels and "label" in task.columns and rows.label is None:
+        yield "label", "the estimator reads labels; name their column"
+
+
+def check_estimator(name: str, task: Task) -> None:
+    """Raise InvalidRequest when an estimator cannot be computed for the head."""
+    if name not in task.estimators:
+        known = ", ".join(sorted(task.estimators))
+        problem = f"estimator {name} cannot be computed for a {task.title}; available are {known}"
+        raise InvalidRequest(problem, field="method.estimator")
 
 
 def label_map(

@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.library import Architecture
 from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
-from worker.engine.catalog.families import Head
+from worker.engine.catalog.families import Family, Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
 from worker.engine.catalog.tasks.names import DIGITS, LONGEST_NAME, NUMBER, SHOWN_NAME, are_bare, labels_in, normal
@@ -25,12 +26,18 @@ class Task(ABC):
 
     name: ClassVar[str]
     """Name of the task in plans and messages."""
-    ending: ClassVar[str]
-    """End of the names of the classes with such a head."""
-    heads: ClassVar[Mapping[str, Head]] = {}
-    """Such heads by the model type of their backbone, besides those in the families' own tables."""
+    ending: ClassVar[str | tuple[str, ...]]
+    """End of the names of the classes with such a head, or several ends."""
+    columns: ClassVar[frozenset[str]] = frozenset({"text_pair", "label", "label_names"})
+    """Settings of a data set's columns that such a head reads, besides `text`."""
+    estimators: ClassVar[frozenset[str]] = frozenset({"auto", "expected", "sampled", "empirical"})
+    """Names of the estimators that can be computed."""
+    merges_heads: ClassVar[bool] = False
+    """Whether such heads were pre-trained, and merge with their backbone, see `Head.merges`."""
     metrics: ClassVar[tuple[str, ...]]
     """Names of the metrics by which such a head is evaluated; the first is the default."""
+    minimised: ClassVar[frozenset[str]] = frozenset()
+    """Names of the metrics of which less is better."""
     texts: ClassVar[TextColumn] = ONE_TEXT
     """Reader of a row's text."""
     has_classes: ClassVar[bool] = True
@@ -51,6 +58,25 @@ class Task(ABC):
         Raises:
             InvalidCheckpoint: a setting of it is not available.
         """
+
+    @property
+    def title(self) -> str:
+        """Words for a model with such a head."""
+        return self.name.replace("_", " ")
+
+    @classmethod
+    def head_on(cls, family: Family, found: Architecture) -> Head | None:
+        """Return the head of a class that the family's own table does not have; None where it has no table.
+
+        Its modules are those outside the backbone.
+        """
+        names = [name.rpartition(".")[0] for name in found.all_names if not name.startswith(f"{found.prefix}.")]
+        return Head(found.name, tuple(sorted(set(names))), merges=cls.merges_heads) if names else None
+
+    @classmethod
+    def outputs_in(cls, info: CheckpointInfo, head: Head) -> int:
+        """Return the number of a head's outputs. Raises InvalidCheckpoint, see `outputs_of`."""
+        return outputs_of(info, head)
 
     @abstractmethod
     def value(self, label: Any, labels: "LabelMap", source: str, place: Place) -> Label:

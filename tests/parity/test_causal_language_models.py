@@ -1,0 +1,283 @@
+"""What every language model must do: scores, statistics, merges and metrics against independent computations."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import (
+    HEADS,
+    LAYERS,
+    NEURONS,
+    insert_masks,
+    merge_spec,
+    model_spec,
+    silent,
+    tiny_checkpoint,
+    tiny_texts,
+    write_lines,
+)
+from tests.tiny_families import DECODERS, TinyFamily
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.families import NODE_KINDS, ScoreName
+from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.jobs.engine import Engine
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.scoring.estimators import Estimator, estimator_for
+from worker.engine.scoring.fisher import fisher
+from worker.engine.scoring.gram import grams
+from worker.engine.scoring.scorer import score
+from worker.engine.tasks import next_tokens
+from worker.engine.tasks.drawing import uniform
+
+ROWS = 12
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of a score in norm, float32 against float64
+MEASURED = ("mask_fisher", "fisher", "regmean", "mask_regmean", "aligned_regmean")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two language models of one ancestor, `one` and `two`, with rows beside them."""
+
+    tiny: TinyFamily
+    root: Path
+
+    @property
+    def models(self) -> dict[str, Path]:
+        return {name: self.root / name for name in ("one", "two")}
+
+    def loaded(self, name: str = "one") -> LoadedModel:
+        return load(inspect_checkpoint(self.root / name, name), CPU)
+
+    def exact(self, name: str = "one") -> Any:
+        """The model in float64, as transformers loads it."""
+        return AutoModelForCausalLM.from_pretrained(self.root / name, dtype=torch.float64).eval()
+
+    def rows(self, name: str = "one") -> DatasetSpec:
+        return DatasetSpec(source=name, path=self.root / f"{name}.jsonl")
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    root = tmp_path_factory.mktemp(request.param)
+    tiny = DECODERS[request.param]
+    for seed, name in enumerate(("one", "two"), start=1):
+        tiny_checkpoint(root / name, family=tiny, seed=seed, task="CausalLM")
+        write_lines(root / f"{name}.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, seed)])
+    return Case(tiny, root)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture(autouse=True)
+def few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens at a time, so that every row is cut."""
+    monkeypatch.setitem(next_tokens.CHUNK_LOGITS, "cpu", 700)
+
+
+def examples_of(case: Case, loaded: LoadedModel, spec: DatasetSpec | None = None) -> list[Example]:
+    spec = spec or case.rows()
+    rows = sample(RowFile(spec), spec, None, shuffle=False)
+    return tokenize(rows, spec, loaded.tokenizer, loaded.max_length, None, reading=loaded.kind).examples
+
+
+def drawn(p: Tensor, draw: float) -> int:
+    """By the inverse of the whole distribution function."""
+    return min(int((p.cumsum(0) <= draw).sum()), len(p) - 1)
+
+
+def labels_of(model: Any, example: Example, estimator: Estimator) -> Tensor:
+    """The labels of a row: its own next tokens, or tokens drawn from the model's own distributions."""
+    tokens = example.encoding["input_ids"]
+    if estimator.name == "empirical":
+        return torch.tensor(tokens[1:])
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([tokens])).logits[0].softmax(-1)
+    draws = [uniform(estimator.seed, example.index, position) for position in range(len(tokens) - 1)]
+    return torch.tensor([drawn(p[position], draw) for position, draw in enumerate(draws)])
+
+
+def likelihood(model: Any, example: Example, labels: Tensor) -> Tensor:
+    tokens = torch.tensor([example.encoding["input_ids"]])
+    logp = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+    total: Tensor = logp.gather(1, labels[:, None]).sum()
+    return total
+
+
+def scores_one_by_one(case: Case, examples: list[Example], estimator: Estimator) -> dict[ScoreName, Tensor]:
+    """Scores by masks that are there: a row at a time, no padding, float64."""
+    free, model = case.exact(), case.exact()
+    masks = insert_masks(model, case.tiny)
+    total = [torch.zeros_like(mask) for mask in masks]
+    for example in examples:
+        found = torch.autograd.grad(likelihood(model, example, labels_of(free, example, estimator)), masks)
+        for sum_, gradient in zip(total, found, strict=True):
+            sum_ += gradient**2 / len(examples)
+    return {
+        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
+        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
+        for layer in range(LAYERS)
+    }
+
+
+def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, scores in expected.items():
+        assert float(scores.norm()) > 0, name
+        assert float((found[name] - scores).norm() / scores.norm()) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", ["sampled", "empirical"])
+def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None:
+    loaded = case.loaded()
+    examples, estimator = examples_of(case, loaded), Estimator(name, seed=5)
+    found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
+    assert_same_in_norm(found, scores_one_by_one(case, examples, estimator))
+
+
+def test_the_default_draws_labels(case: Case) -> None:
+    assert estimator_for("auto", case.loaded().task, 0) == Estimator("sampled", 0)
+
+
+def test_scores_do_not_depend_on_the_batch(case: Case) -> None:
+    loaded = case.loaded()
+    examples, estimator = examples_of(case, loaded), Estimator("sampled", 3)
+    together = score(loaded, examples, estimator, "float32", "rows", silent, [examples]).scores()
+    apart = score(
+        loaded, examples, estimator, "float32", "rows", silent, [[one] for one in reversed(examples)]
+    ).scores()
+    assert_same_in_norm(together, apart)
+
+
+def test_fisher_information_is_that_of_autograd(case: Case) -> None:
+    loaded = case.loaded()
+    examples = examples_of(case, loaded)[:4]
+    found = fisher(loaded, examples, Estimator("empirical"), "float32", "rows", silent)
+    model = case.exact()
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for example in examples:
+        labels = labels_of(model, example, Estimator("empirical"))
+        gradients = torch.autograd.grad(likelihood(model, example, labels), list(parameters.values()))
+        for name, gradient in zip(parameters, gradients, strict=True):
+            total[name] += gradient**2 / len(examples)
+    assert found.keys() == total.keys()
+    for name, expected in total.items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_only_the_target_of_a_prompt_has_labels(case: Case) -> None:
+    loaded = case.loaded()
+    file = case.root / "prompts.jsonl"
+    write_lines(file, [json.dumps({"text": "one two three", "more": " four five"})])
+    spec = DatasetSpec(source="prompts", path=file, target="more")
+    [example] = examples_of(case, loaded, spec)
+    tokenizer = loaded.tokenizer
+    assert example.label == tuple(tokenizer.convert_tokens_to_ids(["four", "five"]))
+    tokens = example.encoding["input_ids"]
+    assert example.positions == (len(tokens) - 3, len(tokens) - 2)
+
+
+def losses(model: Any, tokenizer: Any, texts: list[str]) -> tuple[float, int, int]:
+    """Summed loss, hits and tokens, a row at a time in float64."""
+    total, hits, count = 0.0, 0, 0
+    for text in texts:
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits[0, :-1]
+        labels = tokens[0, 1:]
+        total -= float(logits.log_softmax(-1).gather(1, labels[:, None]).sum())
+        hits += int((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    return total, hits, count
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity", "token_accuracy"])
+def test_metrics_are_those_of_transformers(case: Case, engine: Engine, tmp_path: Path, metric: str) -> None:
+    specs = []
+    for name, folder in case.models.items():
+        evaluation = EvaluationSpec(source=name, path=case.root / f"{name}.jsonl", metric=metric)
+        specs.append(model_spec(folder, None, evaluation=evaluation))
+    result = engine.merge(merge_spec(tmp_path / "out", specs, {"name": "average"}, evaluate=True), silent)
+    assert result.metrics is not None
+    for name, folder in case.models.items():
+        texts = [json.loads(line)["text"] for line in (case.root / f"{name}.jsonl").read_text().splitlines()]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        found = result.metrics[name]
+        assert found.merged_kept_head is None
+        values = {}
+        for version, model in {"expert": folder, "merged": tmp_path / "out" / "model"}.items():
+            exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+            total, hits, count = losses(exact, tokenizer, texts)
+            loss = total / count
+            values[version] = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": hits / count}[metric]
+        assert found.expert == pytest.approx(values["expert"], rel=1e-4)
+        assert found.merged == pytest.approx(values["merged"], rel=1e-4)
+        kept = (
+            values["merged"] / values["expert"] if metric == "token_accuracy" else values["expert"] / values["merged"]
+        )
+        assert found.retention == pytest.approx(kept, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", MEASURED)
+def test_a_model_merged_with_itself_is_itself(case: Case, engine: Engine, tmp_path: Path, method: str) -> None:
+    folder = case.models["one"]
+    specs = [
+        model_spec(folder, None, name=name, dataset=DatasetSpec(source=rows, path=case.root / f"{rows}.jsonl"))
+        for name, rows in (("first", "one"), ("second", "two"))
+    ]
+    engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
+    own, merged = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "out" / "model"))
+    assert own.keys() == merged.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, merged[name]), name
+
+
+@pytest.mark.parametrize("method", MEASURED)
+def test_a_measured_merge_is_no_average_and_loads(case: Case, engine: Engine, tmp_path: Path, method: str) -> None:
+    specs = [model_spec(folder, None, dataset=case.rows(name)) for name, folder in case.models.items()]
+    result = engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
+    assert [model.examples for model in result.models] == [ROWS, ROWS]
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    one, two, merged = (
+        load_file(folder / "model.safetensors") for folder in (*case.models.values(), tmp_path / "out" / "model")
+    )
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in merged.values())
+    assert any(not torch.allclose(merged[name], (one[name] + two[name]) / 2, atol=1e-4) for name in merged)
+
+
+def test_gram_matrices_are_those_of_the_inputs_of_linear_layers(case: Case) -> None:
+    loaded = case.loaded()
+    examples = examples_of(case, loaded)
+    inputs = plan_merge([loaded.info]).linear_inputs
+    found = grams(loaded, inputs, examples, "float32", "rows", silent)
+    model = case.exact()
+    seen: dict[str, list[Tensor]] = {one.name: [] for one in inputs}
+    for one in inputs:
+        see = seen[one.name].append
+        model.get_submodule(one.module).register_forward_pre_hook(lambda _, args, see=see: see(args[0][0]))
+    for example in examples:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([example.encoding["input_ids"]]))
+    assert found.keys() == seen.keys()
+    for name, parts in seen.items():
+        x = torch.cat(parts)
+        torch.testing.assert_close(found[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,154 @@
+"""Texts of tokens, each predicted from those before it: the likelihood of a row is the product of its tokens'."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from worker.engine.catalog.data.rows import Row, Text
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.tasks import CausalLanguageModel, Label, MetricName
+from worker.engine.inputs.examples import Batch, Example
+from worker.engine.tasks.drawing import uniform
+from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator
+from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+from worker.engine.tasks.next_tokens import OutputLayer, drawn, judged, log_likelihoods
+
+SOFTCAP = "final_logit_softcapping"
+"""Configuration key of the bound of logits, which Gemma has (Gemma Team 2024, arXiv 2408.00118, section 2)."""
+
+
+class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
+    """The outputs of a model are its last hidden states; logits follow from them a few tokens at a time.
+
+    The prediction of a row is what its metrics need: the sum of its labels' negative log-likelihoods, the number of
+    labels that are likelier than any other token, and the number of labels.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3,)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the backbone, and return its last hidden states, (batch, tokens, width)."""
+        hidden: Tensor = self._model.base_model(**inputs).last_hidden_state
+        return hidden
+
+    def whole(self, row: Row) -> Text:
+        return row.text if row.target is None else f"{row.text}{row.target}"
+
+    def answers(
+        self, row: Row, encoding: Any, label: Label | None, source: str
+    ) -> tuple[tuple[int, ...] | None, Label | None]:
+        """Return the positions whose next tokens are labels, and those tokens.
+
+        Labels are all tokens but the first; where the row has a target, those from the first that has a part of it.
+        """
+        if encoding is None:
+            raise InvalidDataset(source, "the checkpoint's tokenizer does not say which text a token is of")
+        first = 1
+        if row.target is not None:
+            ends = (end for _, end in encoding.offsets)
+            first = max(1, next((place for place, end in enumerate(ends) if end > len(row.text)), len(encoding.ids)))
+        if first >= len(encoding.ids):
+            problem = "it has one token, and none that follows"
+            if row.target is not None:
+                problem = f"its {len(encoding.ids)} tokens end before the target; set a larger max_length"
+            raise InvalidDataset(source, problem, row.place)
+        return tuple(range(first - 1, len(encoding.ids) - 1)), tuple(encoding.ids[first:])
+
+    def predictions_of(self, example: Example) -> int:
+        return 1
+
+    def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
+        """Return the estimator; its labels are drawn by default, given the tokens that the row itself has before."""
+        if asked == "expected":
+            raise ValueError("the expectation over all texts cannot be computed")
+        return "sampled" if asked == "auto" else asked
+
+    def loss_per_likelihood(self, batch: Batch) -> float:
+        """The loss is the mean over the labels of all rows."""
+        return len(batch) / float(_positions(batch).sum())
+
+    def expected(self, outputs: Tensor, batch: Batch) -> Passes:
+        raise ValueError("the expectation over all texts cannot be computed")
+
+    def sampled(self, outputs: Tensor, batch: Batch, seed: int) -> Passes:
+        """Differentiate the likelihood of tokens that are drawn from the model at every labelled position."""
+        rows, tokens = (found.tolist() for found in _positions(batch).nonzero(as_tuple=True))
+        draws = torch.tensor(
+            [uniform(seed, int(batch.indices[row]), token) for row, token in zip(rows, tokens, strict=True)],
+            dtype=torch.float64,
+        )
+        return self._one_pass(outputs, batch, lambda p, chunk: drawn(p, draws[chunk]))
+
+    def empirical(self, outputs: Tensor, batch: Batch, labels: Tensor) -> Passes:
+        return self._one_pass(outputs, batch, lambda _, chunk: labels[chunk])
+
+    def _one_pass(self, outputs: Tensor, batch: Batch, labels: Any) -> Passes:
+        positions = _positions(batch)
+        found = log_likelihoods(outputs[positions], self._layer, labels)
+        sums = torch.zeros(len(batch), dtype=torch.float64, device=outputs.device)
+        sums = sums.index_add(0, positions.nonzero()[:, 0], found.double())
+        return torch.ones(len(batch), 1, dtype=torch.float64, device=outputs.device), [sums]
+
+    def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return what the metrics need of each row, (batch, 3), float64; see the class."""
+        if batch.labels is None:
+            raise TypeError("the batch was read without labels")
+        positions = _positions(batch)
+        likelihoods, is_right = judged(outputs[positions], self._layer, batch.labels)
+        each = torch.stack([-likelihoods.double(), is_right.double(), torch.ones_like(likelihoods).double()], dim=1)
+        found = torch.zeros(len(batch), 3, dtype=torch.float64, device=outputs.device)
+        return found.index_add(0, positions.nonzero()[:, 0], each)
+
+    def decision(self, logits: Tensor) -> Tensor:
+        """Return the rows' sums as they are: there is nothing to decide."""
+        return logits
+
+    def truth(self, examples: Sequence[Example]) -> Array:
+        """Return zeros, (rows,): a row's sums are of its own labels already."""
+        return np.zeros(len(examples))
+
+    def metric(self, name: MetricName) -> Metric:
+        return lambda labels, sums: float(_metric(name, sums.sum(0)[:, None])[0])
+
+    def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+        return lambda counts: np.stack([_metric(name, sums.T @ counts) for sums in predictions])
+
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+        """Return the metric itself, which likelihoods make smooth already."""
+        return self.metric(name)(labels, self.predicted(logits))
+
+    @property
+    def _model(self) -> Any:
+        if self.model is None:
+            raise TypeError("this head has no model to run")
+        return self.model
+
+    @property
+    def _layer(self) -> OutputLayer:
+        linear = self._model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{type(self._model).__name__} has no linear output layer")
+        return OutputLayer(linear, getattr(self._model.config, SOFTCAP, None))
+
+
+KIND = CausalLanguageModelHead
+
+
+def _metric(name: MetricName, sums: Array) -> Array:
+    """Compute a metric from sums over rows, (3, resamples)."""
+    losses, right, tokens = sums
+    if name == "token_accuracy":
+        return np.asarray(right / tokens)
+    loss = np.asarray(losses / tokens)
+    return np.exp(loss) if name == "perplexity" else loss
+
+
+def _positions(batch: Batch) -> Tensor:
+    if batch.positions is None:
+        raise TypeError("the batch was read for a head with one output a row")
+    return batch.positions

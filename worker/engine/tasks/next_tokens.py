@@ -1,0 +1,126 @@
+"""Likelihoods of tokens whose logits are never held whole.
+
+The logits of some thousand tokens are gigabytes where the vocabulary has hundreds of thousands of tokens. So they are
+computed for a few tokens at a time, and the gradient by the hidden states with them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Number of logits that are held at once; on a CPU they take 32 MiB in float32."""
+BLOCK = 256
+"""Number of probabilities that are summed first when a token is drawn."""
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The layer that gives logits, `cap tanh(z / cap)` with `z = W h + b`, or `z` itself without a cap."""
+
+    linear: nn.Linear
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits, (tokens, vocabulary), float32, of hidden states, (tokens, width)."""
+        z: Tensor = self.linear(hidden).float()
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """Cut a number of tokens into runs whose logits are held at once."""
+        size = max(1, CHUNK_LOGITS[self.linear.weight.device.type] // self.linear.out_features)
+        return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def log_likelihoods(hidden: Tensor, layer: OutputLayer, labels: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Compute `log p` of one label at each position, (tokens,), float32, from hidden states, (tokens, width).
+
+    It can be differentiated once by the hidden states. It can be by the layer's weights too if the derivatives that
+    reach it are equal for all positions, as those of a sum are.
+
+    Args:
+        labels: gives the labels, (positions,), of the positions in a slice, whose probabilities are the first argument,
+            (positions, vocabulary), float32.
+    """
+    found: Tensor = _LogLikelihoods.apply(  # type: ignore[no-untyped-call]
+        hidden, layer.linear.weight, layer.linear.bias, layer, labels
+    )
+    return found
+
+
+class _LogLikelihoods(torch.autograd.Function):
+    """With `z` the logits and `y` the label, `d log p_y / dz = onehot(y) - p`, computed beside the likelihoods."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: OutputLayer,
+        labels: Callable[[Tensor, slice], Tensor],
+    ) -> Tensor:
+        found = hidden.new_empty(len(hidden), dtype=torch.float32)
+        by_hidden = torch.empty_like(hidden)
+        by_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        by_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for chunk in layer.chunks(len(hidden)):
+            z = layer.logits(hidden[chunk])
+            slope = None if layer.cap is None else 1 - (z / layer.cap).square()
+            normaliser = z.logsumexp(-1, keepdim=True)
+            p = z.sub_(normaliser).exp_()
+            chosen = labels(p, chunk)[:, None]
+            found[chunk] = p.gather(1, chosen).log()[:, 0]
+            by_logits = p.neg_().scatter_add_(1, chosen, torch.ones_like(normaliser))
+            if slope is not None:
+                by_logits *= slope
+            by_hidden[chunk] = torch.matmul(by_logits.to(weight.dtype), weight).to(hidden.dtype)
+            if by_weight is not None:
+                by_weight += by_logits.T @ hidden[chunk].float()
+            if by_bias is not None:
+                by_bias += by_logits.sum(0)
+        ctx.found = by_hidden, by_weight, by_bias
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_hidden, by_weight, by_bias = ctx.found
+        if by_weight is not None or by_bias is not None:
+            if not bool((gradient == gradient[0]).all()):
+                raise RuntimeError("derivatives by the output layer are those of a sum over positions alone")
+            by_weight = None if by_weight is None else by_weight * gradient[0]
+            by_bias = None if by_bias is None else by_bias * gradient[0]
+        return by_hidden * gradient[:, None].to(by_hidden.dtype), by_weight, by_bias, None, None
+
+
+def drawn(p: Tensor, draws: Tensor) -> Tensor:
+    """Draw a label at each position, (positions,), by numbers between 0 and 1, (positions,), float64.
+
+    Sums over runs of `BLOCK` probabilities, (positions, vocabulary), say in which run the label is; so the whole
+    distribution is read once, and its cumulative sums are not held.
+    """
+    padded = nn.functional.pad(p, (0, -p.shape[1] % BLOCK)).view(len(p), -1, BLOCK)
+    through = padded.sum(-1, dtype=torch.float64).cumsum(1)
+    wanted = draws.to(p.device) * through[:, -1]
+    block = (wanted[:, None] >= through[:, :-1]).sum(1)
+    rows = torch.arange(len(p), device=p.device)
+    before = torch.where(block > 0, through[rows, (block - 1).clamp_min(0)], 0.0)
+    within = padded[rows, block].double().cumsum(1)
+    inner = ((wanted - before)[:, None] >= within[:, :-1]).sum(1)
+    label: Tensor = block * BLOCK + inner
+    return label.clamp_max(p.shape[1] - 1)
+
+
+def judged(hidden: Tensor, layer: OutputLayer, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `log p` of each label, and whether no token is likelier: (tokens,) each; no gradient is kept."""
+    likelihoods = hidden.new_empty(len(hidden), dtype=torch.float32)
+    is_right = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    for chunk in layer.chunks(len(hidden)):
+        z = layer.logits(hidden[chunk])
+        chosen = labels[chunk, None]
+        likelihoods[chunk] = z.gather(1, chosen)[:, 0] - z.logsumexp(-1)
+        is_right[chunk] = z.argmax(-1) == chosen[:, 0]
+    return likelihoods, is_right
