@@ -79,6 +79,16 @@ def test_shards_are_read_through_their_index(checkpoint: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["pytorch_model-00001-of-00001.bin", "model.safetensors.pt", "config.json", "weights"])
+def test_a_shard_that_the_library_would_read_as_a_pickle_is_refused(checkpoint: Path, name: str) -> None:
+    """By the end of its name the library chooses how to read it, and what is read here as safetensors may be both."""
+    if name != "config.json":
+        (checkpoint / WEIGHTS).rename(checkpoint / name)
+    (checkpoint / WEIGHTS).unlink(missing_ok=True)
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"classifier.weight": name}}))
+    assert_refused(checkpoint, [f"names {name}", "no .safetensors file"])
+
+
 def test_one_file_goes_before_an_index_and_its_shards(checkpoint: Path) -> None:
     expected = inspect_checkpoint(checkpoint, SOURCE)
     save_file({"other": torch.zeros(1)}, checkpoint / SHARD)

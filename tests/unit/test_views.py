@@ -125,14 +125,14 @@ def test_a_link_that_leads_nowhere_is_as_if_it_were_not_there(checkpoint: Path, 
     save_file_as_shard(checkpoint)
     link_out(checkpoint, WEIGHTS, Path("gone"))
     assert {tensor.file for tensor in inspect_checkpoint(view_of(views, checkpoint), SOURCE).tensors.values()} == {
-        "one"
+        "one.safetensors"
     }
 
 
 def save_file_as_shard(checkpoint: Path) -> None:
     names = list(inspect_checkpoint(checkpoint, SOURCE).tensors)
-    (checkpoint / WEIGHTS).rename(checkpoint / "one")
-    (checkpoint / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "one")}))
+    (checkpoint / WEIGHTS).rename(checkpoint / "one.safetensors")
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "one.safetensors")}))
 
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "special_tokens_map.json"])
@@ -276,6 +276,14 @@ def test_a_data_set_is_read_from_the_file_that_was_opened(tmp_path: Path, views:
 
 
 def test_of_one_file_and_shards_the_view_has_the_one_file(checkpoint: Path, views: Views) -> None:
-    save_file({}, checkpoint / "one")
-    (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"a": "one"}}))
-    assert {"one", INDEX}.isdisjoint(file.name for file in view_of(views, checkpoint).iterdir())
+    save_file({}, checkpoint / "one.safetensors")
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    assert {"one.safetensors", INDEX}.isdisjoint(file.name for file in view_of(views, checkpoint).iterdir())
+
+
+def test_a_view_has_no_shard_that_a_library_would_read_as_a_pickle(checkpoint: Path, views: Views) -> None:
+    (checkpoint / WEIGHTS).rename(checkpoint / "one.bin")
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"a": "one.bin", "b": "config.json"}}))
+    view = view_of(views, checkpoint)
+    assert not (view / "one.bin").exists()
+    assert (view / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()

@@ -14,6 +14,7 @@ from worker.engine.catalog.checkpoints.limits import (
     MAX_WEIGHT_FILES,
 )
 
+SAFETENSORS = ".safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -124,4 +125,13 @@ def weights_among(names: Collection[str], read: Callable[[str], bytes]) -> list[
         files = sorted({str(file) for file in json.loads(read(INDEX))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return found  # `inspect_checkpoint` says what is wrong with it
-    return [*found, *(file for file in files[:MAX_WEIGHT_FILES] if Path(file).name == file and file in names)]
+    own = {*names} - {*found}
+    return [*found, *(file for file in files[:MAX_WEIGHT_FILES] if is_shard(file) and file in own)]
+
+
+def is_shard(file: str) -> bool:
+    """Return whether an index may name this file: one in its own folder that libraries read as safetensors.
+
+    They go by the end of a name, and would read any other file as a pickle, whatever it begins with.
+    """
+    return Path(file).name == file and file.endswith(SAFETENSORS)

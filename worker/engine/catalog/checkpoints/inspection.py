@@ -15,7 +15,16 @@ from typing import Any
 
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.descriptions import check_folder, without_code
-from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, INDEX, PICKLES, WEIGHTS, described_files, file_names
+from worker.engine.catalog.checkpoints.files import (
+    ADAPTER_CONFIG,
+    INDEX,
+    PICKLES,
+    SAFETENSORS,
+    WEIGHTS,
+    described_files,
+    file_names,
+    is_shard,
+)
 from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.json_files import read_json
@@ -126,7 +135,10 @@ def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[l
         if len(files) > MAX_WEIGHT_FILES:
             raise InvalidCheckpoint(source, f"{INDEX} names {len(files)} files; {MAX_WEIGHT_FILES} are allowed")
         for file in files:
-            if Path(file).name != file or not (path / file).is_file():
+            if not file.endswith(SAFETENSORS):
+                problem = f"{INDEX} names {file[:100]}, and by its name that is no {SAFETENSORS} file"
+                raise InvalidCheckpoint(source, f"{problem}; others are not opened, since they may be pickles")
+            if not is_shard(file) or not (path / file).is_file():
                 raise InvalidCheckpoint(source, f"{INDEX} names {file}, which is not in the folder")
         return files, weight_map
     for pickle in PICKLES:
