@@ -31,6 +31,7 @@ from tests.tiny_families import TINY_BERT, TINY_FAMILIES
 from tests.tiny_language_models import (
     GPT2,
     LLAMA,
+    MASKED_BERT,
     QWEN2,
     TinyModel,
     loaded_model,
@@ -456,6 +457,39 @@ def test_a_head_that_peft_added_to_a_decoder_is_merged_over_a_language_model(tmp
     states = [model.state_dict() for model in by_peft]
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(value, (states[0][name] + states[1][name]) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "architecture"),
+    [
+        ("TOKEN_CLS", "BertForTokenClassification"),
+        ("QUESTION_ANS", "BertForQuestionAnswering"),
+        (None, "BertForMaskedLM"),
+    ],
+)
+def test_heads_without_a_table_on_a_backbone_with_one(tmp_path: Path, task_type: str, architecture: str) -> None:
+    base = tiny_model(tmp_path / "base", MASKED_BERT)
+    started = loaded_model(base, architecture, torch.float32)
+    save_adapter(started, tmp_path / "a", 1, task_type=task_type, target_modules=["query", "output.dense"])
+    spec = merge_spec(tmp_path / "out", [model_spec(tmp_path / "a")], {"name": "linear"}, heads="merged")
+    spec = spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)})
+    Engine(CPU).merge(spec, silent)
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["architectures"] == [architecture]
+    expected = merged_by_peft(loaded_model(base, architecture), tmp_path / "a").state_dict()
+    found = loaded_model(tmp_path / "out" / "model", architecture).state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=ROUNDING)
+
+
+def test_a_matrix_that_the_heads_class_ties_is_refused(tmp_path: Path) -> None:
+    """PEFT leaves the head's copy as it was, and so unties them."""
+    base = tiny_model(tmp_path / "base", MASKED_BERT)
+    started = loaded_model(base, "BertForMaskedLM", torch.float32)
+    save_adapter(started, tmp_path / "a", 1, target_modules=["query"], modules_to_save=["word_embeddings"])
+    with pytest.raises(InvalidCheckpoint, match=r"word_embeddings\.weight, which the base ties to another matrix"):
+        inspect_model(tmp_path / "a", "local:a", inspect_checkpoint(base, "local:base"))
 
 
 def test_an_adapter_may_bring_the_pooler_that_its_base_lacks(tmp_path: Path) -> None:

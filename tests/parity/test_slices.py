@@ -162,6 +162,24 @@ def test_all_layers_of_all_models_are_a_merge_like_any_other(models: dict[str, P
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_kinds_of_layers_may_alone_tell_how_many_there_are(tmp_path: Path) -> None:
+    """Of Nemotron-H, transformers saves no number of layers."""
+    settings = {
+        "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+        "mamba_num_heads": 8, "mamba_head_dim": 4, "ssm_state_size": 8, "n_groups": 1,
+        "hybrid_override_pattern": "M*-M",
+    }  # fmt: skip
+    hybrid = TinyModel("NemotronHForCausalLM", "nemotron_h", settings)
+    models = {"a": tiny_model(tmp_path / "a", hybrid, layers=4)}
+    before = json.loads((models["a"] / "config.json").read_text())
+    assert "num_hidden_layers" not in before
+    method = {"name": "passthrough", "slices": [source("a", 0, 3), source("a", 1, 4)]}
+    found = merged(tmp_path / "out", models, None, method, {"a": 1.0})
+    kinds = before["layers_block_type"]
+    assert json.loads((found / "config.json").read_text())["layers_block_type"] == kinds[:3] + kinds[1:]
+    assert len(loaded_model(found, hybrid.architecture).model.layers) == 6
+
+
 def test_passthrough_multiplies_by_scale_and_copies_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
     method = {
         "name": "passthrough",

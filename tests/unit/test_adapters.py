@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["classifier.modules_to_save.weight", "base_model.model.classifier.weight", "missing"],
     ),
     "a switch that is text": (configured(use_rslora="false"), ["use_rslora"]),
-    "another task": (configured(task_type="TOKEN_CLS"), ["TOKEN_CLS", "SEQ_CLS"]),
+    "another task": (configured(task_type="CAUSAL_LM"), ["base_model.model.classifier.", "not in the base"]),
     "a pickle": (pickled, ["adapter_model.bin", "save_file"]),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), ["safetensors is missing"]),
     "a whole model beside it": (

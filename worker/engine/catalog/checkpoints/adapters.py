@@ -22,7 +22,15 @@ from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, LowRank, TensorInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint, readable
 from worker.engine.catalog.checkpoints.json_files import read_json
-from worker.engine.catalog.checkpoints.library import Architecture, architecture, decoded, kind_of
+from worker.engine.catalog.checkpoints.library import (
+    PRE_TRAINING,
+    Architecture,
+    architecture,
+    completed,
+    decoded,
+    kind_of,
+    ties,
+)
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
@@ -250,14 +258,12 @@ def _config(path: Path, source: str) -> AdapterConfig:
 
 def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInfo:
     """Make the adapted checkpoint of the base: the adapter's tensors replace the base's, or are added to them."""
-    family = backbone_of(base.model_type)
-    if use_of(base.config) is LANGUAGE_MODEL and adapter.config.task_type != "SEQ_CLS":  # its head is pre-trained
-        family = None
+    family = _table_of(adapter, base)
     config, tensors = base.config, _of_base(base, family)
-    if family is None:
-        _refuse_tied(adapter, base)
     head = _class_with_head(adapter, base, tensors) if family is None else None
     known = head or architecture(base.config, base.architecture)
+    if family is None and head is None:
+        _refuse_tied(adapter, base, known)
     replaced = _replaced(adapter, base, family, tensors, head, known)
     if head is not None:
         config = _with_labels(adapter, path, base, replaced, head)
@@ -281,6 +287,17 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
             adapter.source, path, config, tensors, base.vocabulary, base.tokenizer_path, base, base.last_token
         )
     return CheckpointInfo(adapter.source, path, config, tensors, vocabulary, path, base, last)
+
+
+def _table_of(adapter: Adapter, base: CheckpointInfo) -> Family | None:
+    """Return the table of the adapted model; None if it is no classifier of texts, which alone have tables."""
+    family, task_type = backbone_of(base.model_type), adapter.config.task_type
+    if family is None or task_type == "SEQ_CLS" or base.architecture == family.head.architecture:
+        return family if task_type in (None, "SEQ_CLS") else None
+    brings_head = f"{family.head.logits}.weight" in adapter.whole
+    is_pre_trained = "For" not in base.architecture or PRE_TRAINING.fullmatch(base.architecture) is not None
+    generates = use_of(base.config) is LANGUAGE_MODEL
+    return family if task_type is None and brings_head and is_pre_trained and not generates else None
 
 
 def _class_with_head(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str, TensorInfo]) -> Architecture | None:
@@ -390,13 +407,15 @@ def _strengths(adapter: Adapter) -> dict[str, tuple[float, int]]:
         raise InvalidCheckpoint(adapter.source, f"{ADAPTER_CONFIG}: {error}; {MERGE_IT}") from error
 
 
-def _refuse_tied(adapter: Adapter, base: CheckpointInfo) -> None:
+def _refuse_tied(adapter: Adapter, base: CheckpointInfo, known: Architecture | None) -> None:
     """Refuse an adapter of one of two tied matrices: it unties them, which a merge of files cannot show."""
+    tied = set() if known is None else {name for pair in ties(known, completed(base.config)) for name in pair}
+    tied |= {other for name in tied if known is not None for other in known.in_files(name)}
     has_output = any(ends_with(name, OUTPUT_EMBEDDINGS) for name in base.tensors)
-    if not base.architecture.endswith(GENERATES) or not base.config.get("tie_word_embeddings", not has_output):
-        return
+    generates = base.architecture.endswith(GENERATES) and base.config.get("tie_word_embeddings", not has_output)
     for name in [*(f"{module}.weight" for module in adapter.factors), *adapter.whole]:
-        if ends_with(name, (*EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
+        by_name = generates and ends_with(name, (*EMBEDDINGS, *OUTPUT_EMBEDDINGS))
+        if by_name or (name in tied and name.endswith(".weight")):
             problem = f"it adapts {name}, which the base ties to another matrix (tie_word_embeddings)"
             raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
 
@@ -449,10 +468,7 @@ def _task_config(
     adapter: Adapter, path: Path, base: CheckpointInfo, family: Family, replaced: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
     """Return the base's configuration with the keys that describe the head and name its outputs."""
-    task_type, is_classifier = adapter.config.task_type, base.architecture == family.head.architecture
-    if task_type not in (None, "SEQ_CLS"):
-        problem = f"task_type {task_type[:40]} is not available for {family.model_type}; SEQ_CLS is"
-        raise InvalidCheckpoint(adapter.source, problem)
+    is_classifier = base.architecture == family.head.architecture
     logits = replaced.get(f"{family.head.logits}.weight")
     if logits is None and not is_classifier:
         problem = f"neither it nor {base.source} has a head; save it with modules_to_save, as PEFT does for SEQ_CLS"

@@ -14,6 +14,8 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 GENERATING = ("text-generation", "text2text-generation", "automatic-speech-recognition")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys of the number of layers in the one list of a decoder or encoder."""
+LAYER_KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+"""Configuration keys of the kind of every layer; Nemotron-H has no other key that tells their number."""
 STACK_COUNTS = {
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers", "num_layers"),
@@ -28,7 +30,9 @@ COUNTS = (
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """Return the length of the one list of layers in the configuration; None where it has none."""
-    return next((config[key] for key in LAYER_COUNTS if type(config.get(key)) is int), None)
+    counts = (config[key] for key in LAYER_COUNTS if type(config.get(key)) is int)
+    lengths = (len(config[key]) for key in LAYER_KINDS if isinstance(config.get(key), list | str))
+    return next(counts, next(lengths, None))
 
 
 def check_weights(info: CheckpointInfo) -> None:

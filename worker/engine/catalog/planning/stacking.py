@@ -24,7 +24,7 @@ from worker.engine.catalog.checkpoints.vocabulary import (
     check_names_tell_tokens,
     token_keys,
 )
-from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, check_checkpoint
+from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, LAYER_KINDS, check_checkpoint, layer_count
 from worker.engine.catalog.planning.comparing import (
     MergeSettings,
     check_vocabulary,
@@ -193,8 +193,9 @@ def _only_stack(info: CheckpointInfo, state: Mapping[str, TensorInfo]) -> str:
     if len(stacks) != 1:
         found = f"{len(stacks)} lists of layers ({', '.join(sorted(stacks))})" if stacks else "no list of layers"
         raise InvalidCheckpoint(info.source, f"passthrough stacks the layers of one list, and there are {found}")
-    if not any(key in info.config for key in LAYER_COUNTS):
-        raise InvalidCheckpoint(info.source, f"config.json says the number of layers by none of {LAYER_COUNTS}")
+    if layer_count(info.config) is None:
+        keys = (*LAYER_COUNTS, *LAYER_KINDS)
+        raise InvalidCheckpoint(info.source, f"config.json says the number of layers by none of {keys}")
     return next(iter(stacks))
 
 
