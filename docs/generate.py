@@ -12,6 +12,7 @@ from app.contracts.settings import Settings
 from app.main import create_app
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.methods import AUTO, METHODS, Range, SearchSpace
+from worker.engine.catalog.tasks import architectures_of
 
 TARGET = Path(__file__).parent / "reference.md"
 
@@ -93,7 +94,9 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield ""
     yield "## Architectures"
     yield ""
-    families = [[f"`{family.model_type}`", f"`{family.head.architecture}`"] for family in FAMILIES.values()]
+    families = [
+        [f"`{name}`", ", ".join(f"`{one}`" for one in architectures_of(family))] for name, family in FAMILIES.items()
+    ]
     yield from _table(["model_type", "architectures"], families)
     yield ""
     yield "## Settings"

@@ -60,16 +60,19 @@ def task_of(info: CheckpointInfo) -> Task:
     return next(task for kind in kinds if (task := kind.of(info, outputs)) is not None)
 
 
+def architectures_of(family: Family) -> list[str]:
+    """Return the names of the classes on a backbone whose heads have a table."""
+    kind = kind_of(family.model_type)
+    found = [family.head.architecture]
+    for one in kind.architectures.values() if kind else ():
+        if any(one.name.endswith(task.ending) and task.head_on(family, one) is not None for task in TASKS):
+            found.append(one.name)
+    return list(dict.fromkeys(found))
+
+
 def known_architectures() -> list[str]:
     """Return the names of the classes whose backbone and head both have a table."""
-    found = []
-    for family in FAMILIES.values():
-        kind = kind_of(family.model_type)
-        classes = [one for one in kind.architectures.values() if one.name != family.head.architecture] if kind else []
-        tasks = ((one, task) for one in classes for task in TASKS if one.name.endswith(task.ending))
-        beside = [one.name for one, task in tasks if task.head_on(family, one) is not None]
-        found += [family.head.architecture, *dict.fromkeys(beside)]
-    return found
+    return [name for family in FAMILIES.values() for name in architectures_of(family)]
 
 
 __all__ = [
@@ -82,6 +85,7 @@ __all__ = [
     "MultiLabel",
     "Regression",
     "Task",
+    "architectures_of",
     "check_estimator",
     "check_metric",
     "column_problems",
