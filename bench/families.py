@@ -82,7 +82,7 @@ def configuration(family: Family, bert: Any) -> Any:
 
 def renamed(bert: Mapping[str, Tensor], family: Family, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """BERT's tensors under the family's names, changed to give the same where the family computes otherwise."""
-    of_kind = {kind: module for module, kind in family.layer_modules.items()}
+    of_kind = {kind: module for module, kind in family.layer_kinds.items()}
     state = {}
     for name, tensor in bert.items():
         slot = BERT.slot(f"bert.{name}")

@@ -293,7 +293,7 @@ def test_a_step_is_the_ridge_regression_of_the_errors() -> None:
 
 def test_every_linear_layer_of_the_blocks_is_refitted_once(case: Case) -> None:
     groups = linear_groups(case.plan)
-    kinds = {k for k in required_family(case.plan).layer_modules.values() if k not in (*NORMS, Kind.POSITION)}
+    kinds = {k for k in required_family(case.plan).layer_kinds.values() if k not in (*NORMS, Kind.POSITION)}
     assert [group.layer for group in groups if group.layer is not None] == [i for i in range(LAYERS) for _ in range(4)]
     modules = [module for group in groups for module in group.modules]
     slots = [required_family(case.plan).slot(f"{module}.weight") for module in modules]

@@ -263,7 +263,7 @@ def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
             for name, parameter in scaled.named_parameters():
                 slot = BERT.slot(name)
                 if slot and slot.kind in kinds and slot.owner and slot.layer == layer:
-                    assert slot.owner.score.kind == nodes
+                    assert slot.owner.kinds == (nodes,)
                     owned_slice(parameter, slot.owner.axis, COUNTS[nodes.name], index).mul_(multiplier)
             torch.testing.assert_close(scaled(**probe).logits, expected, rtol=1e-12, atol=1e-12)
 
@@ -284,7 +284,7 @@ def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
         if name.endswith("key.bias"):
             parameter.grad[parameter.grad.abs() < 1e-12] = 1  # softmax does not see it: its gradient is rounding
         owner = slot.owner
-        if owner is not None and owner.score == ScoreName(layer, nodes):
+        if owner is not None and owner.scores == (ScoreName(layer, nodes),):
             owned = owned_slice(parameter.grad, owner.axis, COUNTS[nodes.name], index)
             assert name.endswith("key.bias") or not owned.any(), name
             owned.fill_(1)

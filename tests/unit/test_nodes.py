@@ -55,7 +55,7 @@ def test_kinds_of_node_are_those_that_own_something() -> None:
 def test_grouped_heads_and_gates_own_what_the_table_says(module: str, owner: tuple[str, int] | None) -> None:
     slot = GROUPED.slot(f"bert.encoder.layer.1.{module}.weight")
     assert slot is not None
-    assert (slot.owner and (slot.owner.score, slot.owner.axis)) == owner
+    assert (slot.owner and (*slot.owner.scores, slot.owner.axis)) == owner
 
 
 @pytest.mark.parametrize(

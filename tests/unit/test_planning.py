@@ -16,7 +16,7 @@ from tests.score_names import named
 from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.families import Kind, Owner, Slot
+from worker.engine.catalog.families import Kind, Owner, Part, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import (
     AutoParameters,
@@ -33,6 +33,7 @@ from worker.engine.catalog.primitives.errors import EngineError, IncompatibleChe
 from worker.engine.catalog.primitives.values import Filtered
 
 LAYER = "bert.encoder.layer.1"
+VALUES = (Part(Kind.VALUE, named("layers.1.heads")),)
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +363,13 @@ def test_older_spellings_are_planned_under_their_newer_names(pair: list[Path]) -
     [
         (
             f"{LAYER}.attention.self.value.bias",
-            Slot(f"{LAYER}.attention.self.value.bias", Kind.VALUE, 1, True, Owner(named("layers.1.heads"), 0)),
+            Slot(
+                f"{LAYER}.attention.self.value.bias",
+                Kind.VALUE,
+                1,
+                True,
+                Owner(VALUES, 0),
+            ),
         ),
         (f"{LAYER}.output.LayerNorm.gamma", Slot(f"{LAYER}.output.LayerNorm.weight", Kind.FEED_FORWARD_NORM, 1, False)),
         ("bert.embeddings.LayerNorm.beta", Slot("bert.embeddings.LayerNorm.bias", Kind.EMBEDDING, None, True)),

@@ -283,7 +283,7 @@ def _construction(spec: MergeSpec, plan: MergePlan) -> Construction:
     follows_nodes = any(method.scoring for method in spec.method.methods)
     for tensor in plan.backbone:
         slot = tensor.slot
-        owner = slot.owner.score.kind.name if slot.owner and follows_nodes else None
+        owner = ", ".join(kind.name for kind in slot.owner.kinds) if slot.owner and follows_nodes else None
         key = (str(slot.kind), owner, slot.layer is None, tensor.is_copied)
         groups.setdefault(key, []).append(tensor)
     vocabulary = plan.vocabulary

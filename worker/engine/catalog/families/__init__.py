@@ -6,7 +6,7 @@ from pkgutil import iter_modules
 
 from worker.engine.catalog.families.head import Head
 from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NODE_KINDS, NodeKind, ScoreName
-from worker.engine.catalog.families.table import Family, Kind, Owner, Site, Slot
+from worker.engine.catalog.families.table import Family, Fused, Kind, Owner, Part, Site, Slot
 
 
 def _found() -> Iterator[Family]:
@@ -40,10 +40,12 @@ __all__ = [
     "NEURONS",
     "NODE_KINDS",
     "Family",
+    "Fused",
     "Head",
     "Kind",
     "NodeKind",
     "Owner",
+    "Part",
     "ScoreName",
     "Site",
     "Slot",

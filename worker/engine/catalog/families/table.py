@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from worker.engine.catalog.families.head import Head
 from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NodeKind, ScoreName
@@ -85,11 +85,53 @@ OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
 
 
 @dataclass(frozen=True)
-class Owner:
-    """The nodes of one layer that own slices along one axis of a tensor, in order and of equal length."""
+class Fused:
+    """A layer's matrix that holds the rows of several kinds, or that is stored as (inputs, outputs).
 
+    All rows are cut into slices of one length, one for each node of each kind.
+    """
+
+    parts: tuple[Kind, ...]
+    """The kinds of its rows, in order."""
+    by_head: bool = False
+    """Whether all rows of one head are together, or, where heads share a key and a value, all rows of one group of
+    heads. Otherwise all rows of one kind are together."""
+    transposed: bool = False
+    """Whether the weight is stored as (inputs, outputs), as that of transformers' Conv1D is."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind that stands for all, see `Slot.kind`: the last at whose module the input is seen."""
+        shown = [part for part in self.parts if part not in NOT_SHOWING_INPUT]
+        return (shown or self.parts)[-1]
+
+
+class Part(NamedTuple):
+    """Rows of one kind, or columns, with the nodes that own slices of them, in order and of equal length."""
+
+    kind: Kind
     score: ScoreName
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The nodes of one layer that own slices along one axis of a tensor; all slices have the same length."""
+
+    parts: tuple[Part, ...]
+    """One part, or several where the matrix is fused."""
     axis: int
+    by_head: bool = False
+    """Whether slices of several parts come by head, see `Fused`. Otherwise each part follows the one before it."""
+
+    @property
+    def scores(self) -> tuple[ScoreName, ...]:
+        """Names of the scores of all parts."""
+        return tuple(part.score for part in self.parts)
+
+    @property
+    def kinds(self) -> tuple[NodeKind, ...]:
+        """The kinds of node that own slices, each once."""
+        return tuple(dict.fromkeys(score.kind for score in self.scores))
 
 
 @dataclass(frozen=True)
@@ -98,10 +140,13 @@ class Slot:
 
     name: str
     kind: Kind
+    """The purpose of the tensor; that of a fused one is its last part's whose module shows the input."""
     layer: int | None
     is_bias: bool
     owner: Owner | None = None
     """The nodes that own its slices; None for `rest` (norms, output biases, embeddings, pooler) and heads."""
+    transposed: bool = False
+    """Whether it is a linear layer's weight that is stored as (inputs, outputs)."""
 
     @property
     def input(self) -> str | None:
@@ -141,7 +186,7 @@ class Family:
     embeddings: str
     """Path of the module that turns token ids into vectors; gradients end there."""
     layers: str
-    layer_modules: Mapping[str, Kind]
+    layer_modules: Mapping[str, Kind | Fused]
     """Kinds of modules by their path within a layer. A weight may have a bias or none, and a setting may leave a module
     out."""
     outer_modules: Mapping[str, Kind]
@@ -169,6 +214,17 @@ class Family:
     """Number of vectors with a value for each neuron that it keeps in each layer, per token."""
     attention_rows: int = 1
     """Number of rows as long as the sequence that it keeps in each layer, per token and attention head."""
+
+    def __post_init__(self) -> None:
+        for module, kind in self.layer_modules.items():
+            parts = kind.parts if isinstance(kind, Fused) else ()
+            if len(parts) > 1 and not self.ownership.rows.keys() >= {*parts}:
+                raise ValueError(f"{self.model_type}: {module} is fused of kinds whose rows no nodes own")
+
+    @cached_property
+    def layer_kinds(self) -> Mapping[str, Kind]:
+        """Kinds of the layer modules as slots have them."""
+        return {module: kind.kind if isinstance(kind, Fused) else kind for module, kind in self.layer_modules.items()}
 
     @property
     def residual_norms(self) -> Mapping[Kind, Kind | None]:
@@ -251,20 +307,25 @@ class Family:
         match = self._layer_pattern.fullmatch(inner)
         if match is None or match["module"] not in self.layer_modules:
             return None
-        kind, layer, is_bias = self.layer_modules[match["module"]], int(match["layer"]), part == "bias"
-        return Slot(canonical, kind, layer, is_bias, self._owner(kind, layer, is_bias))
+        stored, layer, is_bias = self.layer_modules[match["module"]], int(match["layer"]), part == "bias"
+        fused = stored if isinstance(stored, Fused) else Fused((stored,))
+        transposed = fused.transposed and not is_bias
+        return Slot(canonical, fused.kind, layer, is_bias, self._owner(fused, layer, is_bias), transposed)
 
-    def _owner(self, kind: Kind, layer: int, is_bias: bool) -> Owner | None:
-        if kind in self.ownership.rows:
-            return Owner(ScoreName(layer, self.ownership.rows[kind]), axis=0)
-        if kind in self.ownership.columns and not is_bias:
-            return Owner(ScoreName(layer, self.ownership.columns[kind]), axis=1)
+    def _owner(self, fused: Fused, layer: int, is_bias: bool) -> Owner | None:
+        axis = int(fused.transposed and not is_bias)  # of the rows
+        rows, columns = self.ownership.rows, self.ownership.columns
+        if fused.parts[0] in rows:
+            parts = tuple(Part(kind, ScoreName(layer, rows[kind])) for kind in fused.parts)
+            return Owner(parts, axis, fused.by_head)
+        if fused.kind in columns and not is_bias:
+            return Owner((Part(fused.kind, ScoreName(layer, columns[fused.kind])),), 1 - axis)
         return None
 
     def sites(self, config: Mapping[str, Any]) -> Iterator[Site]:
         """Yield the sites of all mask nodes of a model with this configuration, layer by layer."""
         for layer in range(self.size(config, "layers")):
-            for module, kind in self.layer_modules.items():
+            for module, kind in self.layer_kinds.items():
                 seen = self.ownership.columns.get(kind)
                 if seen is not None:
                     kinds = [nodes for nodes in self.ownership.kinds if seen in (nodes, nodes.groups)]
@@ -279,7 +340,7 @@ class Family:
         if not self.head.reads_first_token:
             return []
         last = self.layer_path(self.size(config, "layers") - 1)
-        return [last + module for module, kind in self.layer_modules.items() if kind in AFTER_ATTENTION]
+        return [last + module for module, kind in self.layer_kinds.items() if kind in AFTER_ATTENTION]
 
     def layer_path(self, layer: int) -> str:
         """Return the prefix of the names of a layer's tensors."""

@@ -161,11 +161,14 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
     for slot, tensor in slots.values():
         if slot.layer is not None:
             layers.setdefault(slot.layer, set()).add(slot.name.removeprefix(family.layer_path(slot.layer)))
-        if slot.kind in (Kind.QUERY, Kind.UP, Kind.DOWN) and slot.owner is not None and not slot.is_bias:
-            kind = slot.owner.score.kind
-            owned = family.owned(info.config, kind)
-            if len(tensor.shape) != 2 or tensor.shape[slot.owner.axis] != owned:
-                what = "hidden" if kind.width and owned == sizes["hidden"] else kind.name
+        owner = slot.owner
+        is_checked = slot.kind in (Kind.QUERY, Kind.UP, Kind.DOWN) or (owner is not None and len(owner.parts) > 1)
+        if is_checked and owner is not None and not slot.is_bias:
+            owned = sum(family.owned(info.config, score.kind) for score in owner.scores)
+            if len(tensor.shape) != 2 or tensor.shape[owner.axis] != owned:
+                what = " and ".join(kind.name for kind in owner.kinds)
+                if owner.kinds[0].width and owned == sizes["hidden"]:
+                    what = "hidden"
                 raise InvalidCheckpoint(
                     info.source, f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {owned} {what}"
                 )

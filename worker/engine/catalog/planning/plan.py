@@ -115,7 +115,7 @@ class MergePlan:
     def linear_inputs(self) -> list[LinearInput]:
         """Inputs of the backbone's linear layers."""
         return [
-            LinearInput(t.slot.input, t.slot.name.removesuffix(".weight"), t.shape[1])
+            LinearInput(t.slot.input, t.slot.name.removesuffix(".weight"), t.shape[0 if t.slot.transposed else 1])
             for t in self.backbone
             if t.slot.input and t.slot.shows_input
         ]
@@ -142,13 +142,14 @@ class MergePlan:
         """Places of the tensors that have slices owned by nodes, by score name."""
         places: dict[ScoreName, list[Place]] = {}
         for tensor in self.backbone:
-            if tensor.slot.owner is not None:
-                places.setdefault(tensor.slot.owner.score, []).append(tensor.place)
+            for score in dict.fromkeys(tensor.slot.owner.scores) if tensor.slot.owner is not None else ():
+                places.setdefault(score, []).append(tensor.place)
         return places
 
     def owners(self) -> Mapping[str, int]:
         """Number of backbone tensors that are owned by each kind of node, and by no node (`rest`)."""
-        return Counter(t.slot.owner.score.kind.name if t.slot.owner else "rest" for t in self.backbone)
+        owners = (t.slot.owner.kinds if t.slot.owner else () for t in self.backbone)
+        return Counter(name for kinds in owners for name in ([kind.name for kind in kinds] or ["rest"]))
 
 
 def required_family(plan: MergePlan) -> Family:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.families import Owner
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, Place, values_at
 from worker.engine.merging.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
 
@@ -58,6 +59,18 @@ def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     beyond = coefficients.sum(0) - 1
     beyond = torch.where(beyond.abs() < SUM_ROUNDING, 0.0, beyond).to(merged.dtype)
     return merged.addcmul_(versions[0], beyond) if bool(beyond.any()) else merged
+
+
+def of_slices(owner: Owner, parts: Sequence[Tensor]) -> Tensor:
+    """Put the weights of nodes in the order in which the nodes' slices are in a tensor: (models, slices).
+
+    Args:
+        parts: weights of each part's nodes, (models, nodes).
+    """
+    if not owner.by_head:
+        return torch.cat(list(parts), dim=1)
+    groups = min(part.shape[1] for part in parts)
+    return torch.cat([part.reshape(len(part), groups, -1) for part in parts], dim=2).flatten(1)
 
 
 def by_slices(versions: Versions, weights: Tensor, axis: int = 0) -> BlockMerge:

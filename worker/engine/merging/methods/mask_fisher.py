@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import ScoreName
+from worker.engine.catalog.families import Owner, ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize, ScoringParameters
 from worker.engine.catalog.primitives.values import Place
 from worker.engine.merging.methods import paper
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.merging.methods.combine import by_slices, model_weights, normalized
+from worker.engine.merging.methods.combine import by_slices, model_weights, normalized, of_slices
 
 Scores = Mapping[ScoreName, Tensor]
 NodeWeights = Callable[[ScoreName, Place], Tensor]
@@ -33,10 +33,15 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     def prepare(versions: Versions) -> BlockMerge:
         owner = versions.slot.owner
         if owner is not None:
-            return by_slices(versions, owned(owner.score, versions.place), owner.axis)
+            return by_slices(versions, weights_of(owner, owned, versions.place), owner.axis)
         return by_slices(versions, rest(versions.slot.layer, versions.place))
 
     return prepare
+
+
+def weights_of(owner: Owner, owned: NodeWeights, place: Place) -> Tensor:
+    """Return the merge weights of an owner's slices in one tensor, (models, slices)."""
+    return of_slices(owner, [owned(score, place) for score in owner.scores])
 
 
 def node_weights(models: list[MeasuredModel], parameters: ScoringParameters) -> NodeWeights:

@@ -10,8 +10,8 @@ from worker.engine.catalog.families import NEURONS, Owner
 from worker.engine.catalog.methods import MaskRegMeanParameters, MethodParameters
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_slices, model_weights
-from worker.engine.merging.methods.mask_fisher import node_weights, rest_weights
-from worker.engine.merging.methods.regmean import regress
+from worker.engine.merging.methods.mask_fisher import node_weights, rest_weights, weights_of
+from worker.engine.merging.methods.regmean import regression_of
 
 
 def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
@@ -26,24 +26,23 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         if source is not None:
             return regression(versions, source, owner)
         if owner is not None:
-            return by_slices(versions, owned(owner.score, versions.place), owner.axis)
+            return by_slices(versions, weights_of(owner, owned, versions.place), owner.axis)
         return by_slices(versions, rest(slot.layer, versions.place))
 
     def regression(versions: Versions, source: str, owner: Owner | None) -> BlockMerge:
-        whole, place = versions.whole().versions, versions.place
+        place, columns_axis = versions.place, 0 if versions.slot.transposed else 1
         by_lambda = model_weights(models, place)[:, None]
         by_lambda /= by_lambda.sum()
         weights, columns = by_lambda, None
         if owner is None:
             weights = rest(versions.slot.layer, place)
-        elif owner.axis == 0 and (owner.score.kind != NEURONS or parameters.neuron_rows):
-            weights = owned(owner.score, place)
-        elif owner.axis == 1 and parameters.columns:
-            of_nodes = owned(owner.score, place)
+        elif owner.axis != columns_axis and (owner.kinds != (NEURONS,) or parameters.neuron_rows):
+            weights = weights_of(owner, owned, place)
+        elif owner.axis == columns_axis and parameters.columns:
+            of_nodes = weights_of(owner, owned, place)
             weights = torch.ones_like(by_lambda)  # of_nodes includes the lambdas
-            columns = of_nodes.repeat_interleave(versions.shape[1] // of_nodes.shape[1], dim=1)
+            columns = of_nodes.repeat_interleave(versions.shape[columns_axis] // of_nodes.shape[1], dim=1)
         shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
-        merged = regress(source, whole, models, weights, shrink, ridge, columns)
-        return lambda block: merged[block.rows]
+        return regression_of(versions, source, models, weights, shrink, ridge, columns)
 
     return prepare

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.catalog.families import HEADS, NEURONS, Kind, ScoreName
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.merging.methods.combine import by_slices, model_weights, normalized
+from worker.engine.merging.methods.combine import by_slices, model_weights, normalized, of_slices
 
 BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.GATE, Kind.UP)
 BY_LAYER_MEAN = {
@@ -38,8 +38,13 @@ def build(models: list[MeasuredModel]) -> Merger:
 
         if slot.layer is None:
             return by_slices(versions, weights(overall[:, None]))
-        if slot.kind in BY_NODE and slot.owner is not None:
-            return by_slices(versions, weights(stacked(slot.owner.score)))
+        owner = slot.owner
+        if owner is not None and any(part.kind in BY_NODE for part in owner.parts):
+            parts = [stacked(part.score) for part in owner.parts]
+            for part, scores in zip(owner.parts, parts, strict=True):
+                if part.kind not in BY_NODE:
+                    scores[:] = scores.mean(1, keepdim=True)
+            return by_slices(versions, weights(of_slices(owner, parts)), owner.axis)
         of_layer = ScoreName(slot.layer, BY_LAYER_MEAN[slot.kind])
         return by_slices(versions, weights(stacked(of_layer).mean(1, keepdim=True)))
 

@@ -29,12 +29,28 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         weights /= weights.sum()
         if source is None:
             return by_slices(versions, weights)
-        whole = versions.whole().versions
         shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
-        merged = regress(source, whole, models, weights, shrink, ridge)
-        return lambda block: merged[block.rows]
+        return regression_of(versions, source, models, weights, shrink, ridge)
 
     return prepare
+
+
+def regression_of(
+    versions: Versions,
+    source: str,
+    models: Sequence[MeasuredModel],
+    weights: Tensor,
+    shrink: float,
+    ridge: float,
+    columns: Tensor | None = None,
+) -> BlockMerge:
+    """Make `regress` of a linear layer's weight, which may be stored as (inputs, outputs)."""
+    whole = versions.whole().versions
+    if versions.slot.transposed:
+        whole = [version.T for version in whole]
+    merged = regress(source, whole, models, weights, shrink, ridge, columns)
+    merged = merged.T if versions.slot.transposed else merged
+    return lambda block: merged[block.rows]
 
 
 def regress(
