@@ -89,6 +89,7 @@ def test_a_chat_template_is_the_same_wherever_it_is_stored(pair: list[Path]) -> 
         ("additional_chat_templates/tool_use.jinja", "{{ tools }}", "chat template 'tool_use'"),
         ("chat_template.json", json.dumps({"chat_template": "{{ images }}"}), "chat_template.json"),
         ("preprocessor_config.json", '{"size": 7}', "preprocessor_config.json"),
+        ("audio_tokenizer_config.json", '{"rate": 7}', "audio_tokenizer_config.json"),
         ("generation_config.json", '{"top_k": 7}', "generation_config.json"),
     ],
 )
@@ -99,6 +100,15 @@ def test_templates_and_settings_of_models_that_are_not_published_are_noted(
     wanted = f"published with the merge are local:a's own; those of local:b differ: {different}"
     assert planned(pair).notes == (wanted,)
     assert planned(pair[:1]).notes == ()
+
+
+@pytest.mark.parametrize("asked", ["auto", "{{ messages }}"])
+def test_a_template_that_is_asked_for_differs_from_none_that_is_published(pair: list[Path], asked: str) -> None:
+    for folder, template in zip(pair, (TEMPLATE, "{{ other }}"), strict=True):
+        write(folder, "chat_template.jinja", template)
+        write(folder, "chat_template.json", json.dumps({"chat_template": template}))
+    assert len(planned(pair).notes) == 1
+    assert planned(pair, chat_template=asked).notes == ()
 
 
 def test_templates_that_are_listed_by_name_are_compared_one_by_one(pair: list[Path]) -> None:

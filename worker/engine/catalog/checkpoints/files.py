@@ -56,7 +56,12 @@ OLDER_VOCABULARIES = (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *OLDER_VOCABULARIES)
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE)
 """Files that `vocabulary_of` reads."""
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
 """Files that say how images and sound become a model's inputs."""
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 """Chat templates of the tokenizer and, in older folders, of the processor."""

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def with_companions(
     notes += [note for note in map(beyond_matrix, _owners(plan)) if note]
     notes += _notes_of_tokens(plan)
     if plan.merges_heads:
-        notes += _differences(plan)
+        notes += _differences(plan, besides=() if chat_template is None else (_template("default"), CHAT_TEMPLATES[1]))
     if chat_template == "auto":
         chat_template = _commonest_template(plan)
         notes += ["no model has a chat template, so none is published"] if chat_template is None else []
@@ -175,8 +175,12 @@ def _most_tokens(modules: Modules) -> Any:
     return min((one for one in limits if isinstance(one, int | float) and 0 < one < UNLIMITED), default=None)
 
 
-def _differences(plan: MergePlan) -> list[str]:
-    """Return notes of templates and settings in which merged models differ from the published ones."""
+def _differences(plan: MergePlan, besides: Collection[str]) -> list[str]:
+    """Return notes of templates and settings in which merged models differ from the published ones.
+
+    Args:
+        besides: names of what is published as the request says, not as a model has it.
+    """
     owner = plan.tokens_of(plan.published[0])
     of_owner = _companions(owner)
     notes = []
@@ -184,7 +188,8 @@ def _differences(plan: MergePlan) -> list[str]:
         if info.path == owner.path:
             continue
         found = _companions(info)
-        different = [name for name in sorted(of_owner.keys() | found.keys()) if of_owner.get(name) != found.get(name)]
+        names = sorted((of_owner.keys() | found.keys()) - {*besides})
+        different = [name for name in names if of_owner.get(name) != found.get(name)]
         if different:
             which = ", ".join(different)
             notes.append(f"published with the merge are {owner.source}'s own; those of {info.source} differ: {which}")
