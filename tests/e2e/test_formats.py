@@ -96,6 +96,45 @@ def test_labels_that_mean_something_else_to_the_checkpoint_are_reported(service:
     assert [note for note in notes if "labels 0 to 1 are read as 1, 0" in note], notes
 
 
+@pytest.mark.parametrize(
+    ("label", "metric", "leads"),
+    [
+        (
+            1,
+            "matthews",
+            "all labels of local:rows/one.jsonl are the same, so matthews is not defined, and is given as 0",
+        ),
+        (0, "f1", "no row of local:rows/one.jsonl has the label 1, so f1, which is of that label, is 0"),
+    ],
+)
+def test_a_metric_that_equal_labels_make_0_is_led_by_a_note(
+    service: Service, tiny_inputs: Path, label: int, metric: str, leads: str
+) -> None:
+    rows = [{**row, "label": label} for row in rows_of(tiny_inputs)]
+    write_lines(tiny_inputs / "rows" / "one.jsonl", [json.dumps(row) for row in rows])
+    recipe = tiny_recipe("a", name="average")
+    recipe["models"][0]["evaluation"] |= {"source": "local:rows/one.jsonl", "metric": metric}
+    found = merged(service, recipe)
+    assert found["metrics"]["a"]["expert"] == 0
+    assert found["notes"][0] == leads or found["notes"][1] == leads, found["notes"]
+
+
+def test_truth_values_for_labels_of_other_names_are_led_by_a_note(service: Service, tiny_inputs: Path) -> None:
+    tiny_checkpoint(tiny_inputs / "checkpoints" / "named", names=NAMES)
+    rows = [{**row, "label": bool(row["label"])} for row in rows_of(tiny_inputs)]
+    write_lines(tiny_inputs / "rows" / "truths.jsonl", [json.dumps(row) for row in rows])
+    recipe = tiny_recipe("a", name="average")
+    recipe["models"][0]["checkpoint"] = "local:checkpoints/named"
+    expected = merged(service, recipe)["metrics"]["a"]
+    recipe["models"][0]["evaluation"]["source"] = "local:rows/truths.jsonl"
+    found = merged(service, recipe)
+    assert found["metrics"]["a"] == expected
+    assert found["notes"][0] == (
+        "the labels of local:rows/truths.jsonl are true and false, and the checkpoint has other names: true was "
+        "taken as the label 1, good, and false as the label 0, bad"
+    )
+
+
 def test_rows_over_the_models_limit_are_truncated_and_counted(service: Service, tiny_inputs: Path) -> None:
     texts = ["one " * words for words in (3, POSITIONS - 2, 60, 90)]
     write_lines(tiny_inputs / "rows" / "long.csv", ["text,label", *(f"{text},0" for text in texts)])

@@ -25,6 +25,8 @@ REFUSED: list[tuple[TinyModel, dict[str, Any]]] = [
     (LLAMA, {"num_labels": 2.5}),
     (LLAMA, {"num_labels": -1}),
     (LLAMA, {"id2label": {"0": "a", "00": "b"}}),
+    (LLAMA, {"problem_type": "single_label_classification", "num_labels": 1}),
+    (LLAMA, {"problem_type": "single_label_classification", "id2label": {"0": "a"}}),
     (LLAMA, {"attention_dropout": float("inf")}),
     (LLAMA, {"attention_dropout": -0.1}),
     (GPT2, {"resid_pdrop": 1.5}),
@@ -62,7 +64,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_key(
 ) -> None:
     with pytest.raises(InvalidCheckpoint) as caught:
         planned(models, model, changes, tmp_path)
-    assert [key in caught.value.message for key in changes] == [True]
+    assert next(iter(changes)) in caught.value.message
     assert caught.value.message.startswith("checkpoint local:m:")
 
 

@@ -234,6 +234,8 @@ LEVELS = Classification(3, {"none": 0, "level 1": 1, "level 2": 2})
 ILLNESSES = Classification(3, {"flu": 0, "Covid-19": 1, "H5N1": 2})
 POINTS = MultiLabel(3, {"1 point": 0, "2 points": 1, "3 points": 2})
 DIGITS = Classification(3, {"0": 0, "1": 1, "2": 2})
+ANSWERS = Classification(2, {"Yes": 0, "No": 1})
+THREE_ANSWERS = Classification(3, {"yes": 0, "no": 1, "maybe": 2})
 TRUTHS = Classification(2, {"True": 0, "False": 1})
 SIX = MultiLabel(6, {"toxic": 0, "severe": 1, "obscene": 2, "threat": 3, "insult": 4, "hate": 5}
 )  # fmt: skip
@@ -274,7 +276,6 @@ STARRED = MultiLabel(3, {"1": 0, "2": 1, "3": 2})
         (TRUTHS, True, 0),
         (TRUTHS, False, 1),
         (TRUTHS, "true", 0),
-        (TRUTHS, 0, 0),
         (SIX, [1, 1, 1, 1, 0, 1], (1, 1, 1, 1, 0, 1)),
         (SIX, [0, 0, 0, 0, 0, 0], (0, 0, 0, 0, 0, 0)),
         (SIX, [1.0, 0, 0, 0, 0, 1], (1, 0, 0, 0, 0, 1)),
@@ -293,6 +294,10 @@ STARRED = MultiLabel(3, {"1": 0, "2": 1, "3": 2})
         (ONE, [1], (1,)),
         (ONE, [0.0], (0,)),
         (STARRED, ["1", "3"], (1, 0, 1)),
+        (ANSWERS, True, 0),
+        (ANSWERS, "false", 1),
+        (THREE_ANSWERS, 0, 0),
+        (THREE_ANSWERS, 1, 1),
         (STARRED, [1, 0, 1], (1, 0, 1)),
     ],
     ids=str,
@@ -315,6 +320,9 @@ def test_a_label_that_can_mean_one_thing_means_that(task: Task, label: Any, valu
         (TURNED, True, ["may be an id", "'LABEL_1'"]),
         (POINTS, [0, 2], ["label 0 may be an id", "'1 point'"]),
         (NAMED, True, ["true", "3 labels"]),
+        (TRUTHS, 0, ["label 0 may be an id", "the label 0 'True'", "by 1"]),
+        (ANSWERS, 1, ["label 1 may be an id", "the label 0 'Yes'", "by 1"]),
+        (ANSWERS, "0", ["label 0 may be an id"]),
         (NAMED, -1, ["out of range", "test splits"]),
         (NAMED, [0, 0, 1], ["list"]),
         (NAMED, " ", ["the row has no label"]),
@@ -471,6 +479,23 @@ def test_classes_as_numbers_of_a_regression_are_a_doubt() -> None:
 def test_ids_that_begin_at_one_are_suspected(labels: list[Any], begins: bool) -> None:
     assert LabelMap(NAMED).begins_at_one(labels) == begins
     assert not LabelMap(NAMED, tuple(NAMED.label_ids)).begins_at_one(labels)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "reads"),
+    [
+        (PAIR, [True, False], True),
+        (PAIR, ["True", "false"], True),
+        (PAIR, [1, 0], False),
+        (PAIR, ["entailment"], False),
+        (ANSWERS, [True, False], False),
+        (TRUTHS, [True, False], False),
+        (Classification(2, {"LABEL_0": 0, "LABEL_1": 1}), [True, False], False),
+    ],
+)
+def test_truth_values_that_were_taken_as_ids_are_suspected(task: Task, labels: list[Any], reads: bool) -> None:
+    assert LabelMap(task).reads_truth_as_ids(labels) == reads
+    assert not LabelMap(task, tuple(task.label_ids)).reads_truth_as_ids(labels)
 
 
 def test_doubts_come_first_and_every_note_once() -> None:

@@ -66,7 +66,7 @@ def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: J
     labels = _label_map(loaded, evaluation, rows, context)
     read = sample(rows, evaluation, None)
     examples, truncated = examples_from(loaded, evaluation, read, labels)
-    context.note(*rows.notes, *_from_one(labels, evaluation, read), *_whose_f1(labels, evaluation), *truncated)
+    context.note(*rows.notes, *_doubtful_ids(labels, evaluation, read), *_whose_f1(labels, evaluation), *truncated)
     searched: list[int] = []
     judged = list(range(len(read)))
     if spec.method.search is not None:
@@ -95,7 +95,7 @@ def with_dataset(
     if measured:
         population = min(len(rows), dataset.limit or len(rows))
         to_measure = Sample(read[:measured], population, dataset, loaded, needed)
-        context.note(*([] if needed is None else _from_one(needed, dataset, read[:measured])))
+        context.note(*([] if needed is None else _doubtful_ids(needed, dataset, read[:measured])))
     looked_at = unseen[-1] + 1 if len(unseen) == fitted_on and unseen else len(read)
     if fitted_on and looked_at > len(unseen):
         context.note(
@@ -182,8 +182,12 @@ def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
     ]
 
 
-def _from_one(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:
-    """Return a doubt if ids that were taken as they are may be one too high."""
+def _doubtful_ids(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:
+    """Return a doubt if ids that were taken as they are may be one too high, or were truth values."""
+    if labels.reads_truth_as_ids(row.label for row in rows):
+        names = {index: name for name, index in labels.task.label_ids.items()}
+        told = f"true was taken as the label 1, {names.get(1)}, and false as the label 0, {names.get(0)}"
+        return [Doubt(f"the labels of {dataset.source} are true and false, and the checkpoint has other names: {told}")]
     if not labels.begins_at_one(row.label for row in rows):
         return []
     last = labels.task.outputs - 1

@@ -38,6 +38,9 @@ SIMPLE: dict[MetricName, Metric] = {
     "spearman": _zero_for_constants(lambda labels, predictions: stats.spearmanr(labels, predictions).statistic),
 }
 
+CORRELATIONS: tuple[MetricName, ...] = ("matthews", "pearson", "spearman")
+"""Metrics that are not defined, and are 0, if the labels do not vary."""
+
 
 def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> ResampledMetric:
     """Compute accuracy, F1 or Matthews' correlation (Gorodkin 2004) from the confusion tables' diagonals and margins.

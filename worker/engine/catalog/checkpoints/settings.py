@@ -99,6 +99,8 @@ def _problems_of_labels(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"id2label {_short(names)}, which names a label twice")
         if "num_labels" in config and count != len(names):  # transformers would then take neither's names
             problems.append(f"num_labels {_short(count)}, and {len(names)} names in id2label; remove what is wrong")
+    if config.get("problem_type") == "single_label_classification" and (len(names or ()) or count) == 1:
+        problems.append("problem_type single_label_classification, and one label; write regression")
     return problems
 
 

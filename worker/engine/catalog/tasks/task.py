@@ -18,6 +18,8 @@ from worker.engine.catalog.tasks.names import DIGITS, LONGEST_NAME, NUMBER, SHOW
 Label = int | float | tuple[float, ...]
 """A label as the head's task has it: a class id, a number, or several numbers."""
 TRUTH = {"false": False, "true": True}
+TRUTH_NAMES = {False: ("false", "no"), True: ("true", "yes")}
+"""Names that labels have for truth values."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,20 @@ class Task(ABC):
     def number_beside_id(self) -> tuple[int, str] | None:
         """A number that is a label's id and is in another label's name, with that name; None if there is none.
 
-        For example, id 0 has the name `1 star`: then the label 1 of a row may mean `1 star` or `2 stars`.
+        For example, id 0 has the name `1 star`: then the label 1 of a row may mean `1 star` or `2 stars`. Of two labels
+        the names `true` and `yes` count as 1, and `false` and `no` as 0.
         """
         for name, index in self.label_ids.items():
-            numbers = DIGITS.findall(name[:LONGEST_NAME])
-            if len(numbers) == 1 and index != int(numbers[0]) <= self.outputs:
-                return int(numbers[0]), name
+            numbers = [int(digits) for digits in DIGITS.findall(name[:LONGEST_NAME])]
+            if self.outputs == len(TRUTH):
+                numbers += [int(value) for value, names in TRUTH_NAMES.items() if normal(name) in names]
+            if len(numbers) == 1 and index != numbers[0] <= self.outputs:
+                return numbers[0], name
         return None
+
+    def truth_name(self, value: bool) -> str | None:
+        """Return the name of the label that is named by a truth value; None if no label is."""
+        return next((name for name in TRUTH_NAMES[value] if self.id_of(name) is not None), None)
 
     def id_of(self, name: str) -> int | None:
         """Return the label of this name, or the only one that differs only in case, spaces, `_` and `-`."""
@@ -153,8 +162,9 @@ class LabelMap:
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if isinstance(label, bool):
-            if self.task.id_of(str(label)) is not None:
-                return self._by_name(str(label), source, place)
+            name = self.task.truth_name(label)
+            if name is not None:
+                return self._by_name(name, source, place)
             if self.count != len(TRUTH):
                 problem = f"the label is {str(label).lower()}, and the head has {self.count} labels, not two"
                 raise InvalidDataset(source, problem, place)
@@ -211,6 +221,12 @@ class LabelMap:
         """The checkpoint's id of each of the data set's ids, where they differ; None for an id that it lacks."""
         ids = [self.task.id_of(name) for name in self.names or ()]
         return None if all(own in (index, None) for index, own in enumerate(ids)) else ids
+
+    def reads_truth_as_ids(self, labels: Iterable[Any]) -> bool:
+        """Return whether there are truth values among these labels, and the head's names are of other things."""
+        is_plain = self.task.has_no_names or bool(self.task.contradiction) or not self.task.has_classes
+        is_named = self.names is not None or any(self.task.truth_name(value) for value in TRUTH_NAMES)
+        return not is_plain and not is_named and any(isinstance(self.spelt(label), bool) for label in labels)
 
     def begins_at_one(self, labels: Iterable[Any]) -> bool:
         """Return whether these labels, taken as ids, are all ids but the first, so that they may be one too high."""
