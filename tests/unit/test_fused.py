@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     FalconConfig,
     FalconModel,
@@ -19,12 +19,14 @@ from transformers import (
     Phi3Config,
     Phi3Model,
 )
+from transformers.pytorch_utils import Conv1D
 
 from tests.tiny import merged_of
 from worker.engine.catalog.families import HEADS, KV_HEADS, NEURONS, Family, Fused, Kind, NodeKind, ScoreName, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.table import GROUPED_QUERY, MULTI_HEAD, Ownership
 from worker.engine.catalog.methods import MaskFisherParameters, MaskRegMeanParameters, RegMeanParameters
+from worker.engine.merging.layer_alignment import LinearGroup, _refit, _Settings
 from worker.engine.merging.methods import mask_fisher, mask_regmean, regmean
 from worker.engine.merging.methods.blocks import MeasuredModel
 from worker.engine.merging.methods.combine import of_slices
@@ -275,6 +277,37 @@ def test_columns_of_a_transposed_matrix_are_merged_by_the_nodes_that_they_read(n
     one, other = (model.scores[ScoreName(0, kind)].repeat_interleave(width) for model in models)
     expected = (whole[0] * one + whole[1] * other) / (one + other)
     torch.testing.assert_close(merged.T if slot.transposed else merged, expected)
+
+
+class Given:
+    """A comparison of which the samples are known."""
+
+    def __init__(self, x: Tensor, error: Tensor) -> None:
+        self._sample = x, error
+
+    def count(self, group: LinearGroup) -> int:
+        return len(self._sample[0])
+
+    def samples(self, group: LinearGroup) -> list[tuple[Tensor, Tensor]]:
+        return [self._sample]
+
+
+def test_a_transposed_layer_is_refitted_as_one_that_is_stored_otherwise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x, error = (torch.randn(shape, generator=generator) for shape in ((5, 8), (5,), (60, 8), (60, 5)))
+    changes = []
+    for layer, stored in ((nn.Linear(8, 5), weight), (Conv1D(5, 8), weight.T)):
+        model = nn.ModuleDict({"fc": layer})
+        model.load_state_dict({"fc.weight": stored, "fc.bias": bias})
+        group = LinearGroup("x", 0, ("fc",), "fc", None, transposed=frozenset({"fc"} if stored is not weight else ()))
+        compared: Any = Given(x, error)
+        with torch.inference_mode():
+            changed = _refit(group, [compared], model, lambda module: _Settings((1.0,), 0.1))
+        assert torch.equal(model.state_dict()["fc.weight"], stored + changed["fc.weight"])
+        changes.append(changed)
+    plain, transposed = changes
+    assert plain["fc.weight"].abs().max() > 0.01
+    torch.testing.assert_close(transposed, {**plain, "fc.weight": plain["fc.weight"].T})
 
 
 def test_a_matrix_that_is_fused_of_kinds_without_nodes_is_no_table() -> None:

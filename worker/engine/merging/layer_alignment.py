@@ -56,6 +56,8 @@ class LinearGroup:
     reader: str
     norm: str | None
     ends_block: bool = False
+    transposed: frozenset[str] = frozenset()
+    """Those of the modules whose weights are stored as (inputs, outputs)."""
 
 
 def linear_groups(plan: MergePlan) -> list[LinearGroup]:
@@ -77,6 +79,7 @@ def linear_groups(plan: MergePlan) -> list[LinearGroup]:
                 reader=_module(shown),
                 norm=modules[shown.layer, norm] if norm else None,
                 ends_block=shown.kind in norms and norm is None,
+                transposed=frozenset(_module(slot) for slot in members if slot.transposed),
             )
         )
     return groups
@@ -181,13 +184,15 @@ def _refit(
     merged: nn.Module,
     settings: Callable[[str], "_Settings"],
 ) -> dict[str, Tensor]:
-    layers = [_linear(merged, module) for module in group.modules]
-    has_bias = all(layer.bias is not None for layer in layers)  # a regression has either a constant or none
-    outputs, columns = [layer.out_features for layer in layers], layers[0].in_features + has_bias
+    weights = [_matrix(merged, module, module in group.transposed) for module in group.modules]
+    biases = [_bias(merged, module) for module in group.modules]
+    has_bias = all(bias is not None for bias in biases)  # a regression has either a constant or none
+    outputs, inputs = [len(weight) for weight in weights], weights[0].shape[1]
+    columns = inputs + has_bias
     alike: dict[_Settings, list[int]] = {}  # layers with the same settings share a regression
     for number, module in enumerate(group.modules):
         alike.setdefault(settings(module), []).append(number)
-    empty = torch.zeros(columns, columns, dtype=torch.float64, device=layers[0].weight.device)
+    empty = torch.zeros(columns, columns, dtype=torch.float64, device=weights[0].device)
     moments = {of: empty.clone() for of in alike}
     errors = {of: empty.new_zeros(sum(outputs[number] for number in members), columns) for of, members in alike.items()}
     for expert, comparison in enumerate(comparisons):
@@ -205,12 +210,13 @@ def _refit(
         step_of_all = ridge_step(moments[of], errors[of], of.hold).float()
         steps = torch.split(step_of_all, [outputs[number] for number in members])
         for number, step in zip(members, steps, strict=True):
-            module, layer = group.modules[number], layers[number]
-            changes[f"{module}.weight"] = step[:, : layer.in_features]
-            layer.weight.add_(step[:, : layer.in_features])
-            if has_bias:
+            module, change = group.modules[number], step[:, :inputs]
+            changes[f"{module}.weight"] = change.T if module in group.transposed else change
+            weights[number].add_(change)
+            bias = biases[number] if has_bias else None
+            if bias is not None:
                 changes[f"{module}.bias"] = step[:, -1]
-                layer.bias.add_(step[:, -1])
+                bias.add_(step[:, -1])
     return {name: change.cpu().contiguous() for name, change in changes.items()}
 
 
@@ -361,11 +367,16 @@ def _first_calls(run: Callable[[], object], modules: Sequence[nn.Module]) -> lis
     return [calls[module] for module in modules]
 
 
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
-    if not isinstance(module, nn.Linear):
+def _matrix(model: nn.Module, path: str, transposed: bool) -> Tensor:
+    """Return a view of a linear layer's weight, (outputs, inputs), however it is stored."""
+    weight = model.get_parameter(f"{path}.weight")
+    if weight.dim() != 2:
         raise TypeError(f"{path} is no linear layer")
-    return module
+    return weight.T if transposed else weight
+
+
+def _bias(model: nn.Module, path: str) -> Tensor | None:
+    return dict(model.get_submodule(path).named_parameters(recurse=False)).get("bias")
 
 
 def _module(slot: Slot) -> str:

@@ -114,7 +114,7 @@ class TensorGroup(Strict):
 
     kind: str
     owner: str | None
-    """Name of the kind of node that owns slices; null where none does."""
+    """Names of the kinds of node that own slices, with commas between; null where none does."""
     outside_layers: bool
     copied: bool
     """Whether they are copied unchanged from one model."""

@@ -194,7 +194,7 @@ def _construction(made: Construction, is_stack: bool) -> list[Markup]:
             f"{g.kind}{', outside the layers' if g.outside_layers else ''}",
             "copied"
             if g.copied or is_stack
-            else f"slices follow their {NODE_KINDS[g.owner].title}"
+            else f"slices follow their {' and '.join(NODE_KINDS[name].title for name in g.owner.split(', '))}"
             if g.owner
             else "as a whole",
             str(g.tensors),
