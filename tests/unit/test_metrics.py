@@ -29,7 +29,7 @@ from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.catalog.tasks import Classification, LabelMap, MetricName, Regression, Task
+from worker.engine.catalog.tasks import Classification, LabelMap, MetricName, MultiLabel, Regression, Task
 from worker.engine.evaluation import metrics as metrics_module
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import bootstrap, compare, metric_for
@@ -147,6 +147,18 @@ NUMBERS = {
     "constant in many resamples": (array([0.1, 0.1, 0.1, 0.7]), [array([1, 2, 3, 4]), array([0.3, 0.3, 0.3, 0.2])]),
     "one row": (array([0.1]), [array([0.3])]),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "shape"),
+    [("pearson", TWO, (4,)), ("f1", REGRESSION, (4,)), ("matthews", MultiLabel(2, {}), (4, 2))],
+)
+def test_no_other_metric_is_resampled_in_place_of_one_that_a_head_lacks(
+    name: MetricName, task: Task, shape: tuple[int, ...]
+) -> None:
+    labels = np.zeros(shape)
+    with pytest.raises((KeyError, ValueError), match=name):
+        bootstrap(name, task, labels, [labels], seed=0)
 
 
 @pytest.mark.parametrize("name", ["pearson", "spearman"])

@@ -68,10 +68,12 @@ def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> R
                 f1 = _ratio(2 * hits, labelled + predicted)
                 present = (labelled + predicted > 0).sum(0)  # the mean is over these alone, as in scikit-learn
                 found.append(f1[1] if classes == 2 else f1.sum(0) / present)
-            else:
+            elif name == "matthews":
                 covariance = hits.sum(0) * rows - (labelled * predicted).sum(0)
                 variances = (rows**2 - (labelled**2).sum(0), rows**2 - (predicted**2).sum(0))
                 found.append(_correlation(covariance, *variances))
+            else:
+                raise ValueError(f"{name} is no metric of classes")
         return np.stack(found)
 
     return values
@@ -90,8 +92,10 @@ def of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) 
             if name == "accuracy":
                 right = 1 - np.abs(predicted - labels)
                 found.append(right.prod(1) @ counts / counts[:, 0].sum())
-            else:
+            elif name == "f1":
                 found.append(_ratio(2 * (predicted * labels).sum(1) @ counts, (predicted + labels).sum(1) @ counts))
+            else:
+                raise ValueError(f"{name} is no metric of several labels")
         return np.stack(found)
 
     return values

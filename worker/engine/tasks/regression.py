@@ -11,6 +11,8 @@ from worker.engine.tasks import metrics
 from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 
+RESAMPLED = {"pearson": metrics.resampled_pearson, "spearman": metrics.resampled_spearman}
+
 
 class RegressionHead(HeadKind[Regression]):
     """Predictions are numbers."""
@@ -40,8 +42,7 @@ class RegressionHead(HeadKind[Regression]):
         return metrics.SIMPLE[name]
 
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
-        found = metrics.resampled_pearson if name == "pearson" else metrics.resampled_spearman
-        return found(labels, predictions)
+        return RESAMPLED[name](labels, predictions)
 
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
         return self.metric(name)(labels, self.predicted(logits))
