@@ -33,7 +33,8 @@ STACKED = ["sliding", "sliding", "full", "sliding", "sliding", "full"]
         ({"no_rope_layers": [1, 1, 0, 1, 1, 0]}, {"no_rope_layers": [1, 0, 1, 1, 0, 1]}),
         ({"intermediate_size": [1, 2, 3, 4, 5, 6]}, {"intermediate_size": [2, 3, 4, 2, 3, 4]}),
         ({"hybrid_override_pattern": "MEM*E-"}, {"hybrid_override_pattern": "EM*EM*"}),
-        ({"hybrid_layer_ids": [1, 3, 5]}, {"hybrid_layer_ids": [0, 2, 3, 5]}),
+        ({"block_types": ["recurrent", "attention"]},
+         {"block_types": ["attention", "recurrent", "attention"] * 2}),
         ({"attn_layer_indices": [2]}, {"attn_layer_indices": [1, 4]}),
         ({"mlp_only_layers": []}, {"mlp_only_layers": []}),
         ({"full_attn_idxs": [0, 3]}, {"full_attn_idxs": [2, 5]}),
@@ -68,6 +69,7 @@ def test_settings_follow_their_layers(config: dict[str, Any], expected: dict[str
         ({"some_layers": [1, 4]}, ["some_layers in config.json may have numbers of layers"]),
         ({"per_layer_config": {"3": {"head_dim": 8}}}, ["per_layer_config", "single layers"]),
         ({"num_kv_shared_layers": 2}, ["num_kv_shared_layers"]),
+        ({"hybrid_layer_ids": [1, 3, 5]}, ["hybrid_layer_ids", "share tensors"]),
         ({"attention_types": [[["global"], 2]]}, ["attention_types", "6 layers"]),
     ],
 )  # fmt: skip

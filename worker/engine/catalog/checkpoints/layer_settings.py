@@ -28,6 +28,10 @@ NUMBERS = re.compile(
 """Names of lists of numbers of layers."""
 FIRST = frozenset({"first_k_dense_replace", "num_dense_layers", "num_first_dense_layers", "max_window_layers"})
 """Keys that count the first layers, where these are of another kind than those after them."""
+SHARING = "hybrid_layer_ids"
+"""Numbers of layers of Zamba that have one attention together, stored with the first of them, and adapters for each."""
+PERIOD = "block_types"
+"""Kinds of layers that RecurrentGemma repeats; of as many as there are layers, each is that of one layer."""
 RULES: Mapping[str, str | None] = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
@@ -74,6 +78,9 @@ def stacked_config(
     as_it_was = [number for _, number in sources] == list(range(layer_count(first.config) or 0))
     if as_it_was and all(checkpoints[model].config == first.config for model, _ in sources):
         return stacked
+    if SHARING in first.config and not as_it_was:
+        problem = f"the layers of {SHARING} in config.json share tensors, so they cannot be put together anew"
+        raise InvalidCheckpoint(first.source, problem)
     for key in LAYER_COUNTS:
         if key in stacked:
             stacked[key] = len(sources)
@@ -86,6 +93,8 @@ def stacked_config(
             continue
         if key == "attention_types":  # GPT-Neo has kinds, and how often they return
             stacked[key] = [[[_expanded(checkpoints[model], key)[number] for model, number in sources], 1]]
+        elif key == PERIOD and isinstance(value, list) and value:
+            stacked[key] = [_in_period(first, checkpoints[model], number) for model, number in sources]
         elif isinstance(value, list) and NUMBERS.fullmatch(key):
             named = [checkpoints[model].config.get(key) for model, _ in sources]
             stacked[key] = [
@@ -128,6 +137,15 @@ def _said(first: CheckpointInfo, info: CheckpointInfo, key: str, number: int) ->
         problem = f"{key} in config.json of the second says nothing of layer {number}"
         raise IncompatibleCheckpoints(first.source, info.source, problem)
     return said[number]
+
+
+def _in_period(first: CheckpointInfo, info: CheckpointInfo, number: int) -> Any:
+    period = info.config.get(PERIOD)
+    if not isinstance(period, list) or not period:
+        raise IncompatibleCheckpoints(
+            first.source, info.source, f"{PERIOD} in config.json of the second names no kinds"
+        )
+    return period[number % len(period)]
 
 
 def _expanded(info: CheckpointInfo, key: str) -> list[Any]:
