@@ -1,6 +1,8 @@
 """Checkpoints as running models: what is not built, and what is not left to chance."""
 
+import base64
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM
 
-from tests.tiny import edit_json, tiny_checkpoint
+from tests.tiny import dataset_spec, edit_json, tiny_checkpoint
 from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.info import LowRank, TensorInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.families import FAMILIES
-from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.inputs.examples import tokenize
 from worker.engine.models.loading import _adapted, load
 
 
@@ -96,6 +100,35 @@ def test_ids_that_rules_put_around_a_text_are_within_the_matrix(tmp_path: Path) 
     edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     with pytest.raises(InvalidCheckpoint, match="its tokenizer has ids up to 9999, its embedding matrix"):
         load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+
+
+def test_segments_of_a_text_are_within_the_matrix(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", model_input_names=names)
+    load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+    single = [{"Sequence": {"id": "A", "type_id": 9}}]
+    edit_json(folder / "tokenizer.json", post_processor={**TEMPLATE, "single": single, "special_tokens": {}})
+    with pytest.raises(InvalidCheckpoint, match=r"gives the token type 9, and its config\.json has 2"):
+        load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+
+
+def test_a_tokenizer_that_panics_on_a_row_is_the_data_sets_fault(tmp_path: Path) -> None:
+    """The map of the normaliser has a place beyond its texts for `z`, which no text has that is tried before."""
+    units = [256 << 10] + [0] * 1023
+    node, leaf = 256 ^ ord("z"), 768
+    units[node] = ord("z") | 1 << 8 | (leaf ^ node) << 10
+    units[leaf] = 1 << 31 | 1_000_000
+    trie = struct.pack("<1024I", *units)
+    charsmap = base64.b64encode(struct.pack("<I", len(trie)) + trie + b"abc\0").decode()
+    folder = tiny_checkpoint(tmp_path / "model")
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    edit_json(folder / "tokenizer.json", normalizer=normalizer)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    loaded = load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+    rows = [Row(Place("line", 1), "zz", None, None)]
+    with pytest.raises(InvalidDataset, match=r"the checkpoint's tokenizer fails on it \(PanicException\)"):
+        tokenize(rows, dataset_spec(tmp_path / "rows.jsonl"), loaded.tokenizer, 10, None)
 
 
 @pytest.mark.parametrize("name", ["RagTokenizer", "AutoTokenizer"])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.companion_checks import check_ids, check_tokenizer
+from worker.engine.catalog.checkpoints.companion_checks import TEXT, check_ids, check_tokenizer
 from worker.engine.catalog.checkpoints.files import described_files
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.families import Family
@@ -96,6 +96,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     model.eval().requires_grad_(False).to(device)
     check_ids(info, last, model.config.vocab_size)
     tokenizer.model_input_names = _inputs(tokenizer, model)
+    _check_segments(info, tokenizer, model)
     positions = family.max_tokens(info.config)
     return LoadedModel(
         info=info,
@@ -132,6 +133,17 @@ def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.
 
 def _auto_class(info: CheckpointInfo) -> Any:
     return getattr(transformers, use_of(info.config).auto_class)
+
+
+def _check_segments(info: CheckpointInfo, tokenizer: Any, model: Any) -> None:
+    """Raise InvalidCheckpoint when the tokenizer numbers segments of a text beyond those of the model."""
+    if "token_type_ids" not in tokenizer.model_input_names:
+        return
+    known = model.config.type_vocab_size
+    given = [*tokenizer(TEXT)["token_type_ids"], *tokenizer(TEXT, TEXT)["token_type_ids"]]
+    if max(given) >= known:
+        problem = f"its tokenizer gives the token type {max(given)}, and its config.json has {known} (type_vocab_size)"
+        raise InvalidCheckpoint(info.source, f"{problem}; save the tokenizer anew by save_pretrained()")
 
 
 def _inputs(tokenizer: Any, model: Any) -> list[str]:
