@@ -64,6 +64,11 @@ def test_a_classifier_of_an_unknown_class_is_the_one_that_has_its_tensors(
     assert found.notes == (f"config.json of local:x {said}",)
 
 
+def test_an_unknown_class_of_another_task_is_no_class_with_the_same_tensors(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", labels=2)
+    assert identified(without_architectures(folder, architectures=["MyForTokenClassification"])).startswith("My")
+
+
 def test_two_tasks_of_an_unknown_class_keep_their_heads(tmp_path: Path) -> None:
     infos = []
     for name, labels in (("a", ["bad", "good"]), ("b", ["spam", "ham"])):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from worker.engine.catalog.checkpoints.architectures import labels_of
+from worker.engine.catalog.checkpoints.architectures import WITHOUT_HEAD, labels_of, use_of
 from worker.engine.catalog.checkpoints.config_differences import is_harmless, same
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import (
@@ -192,10 +192,16 @@ def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) ->
 
 
 def _fitting_classifier(info: CheckpointInfo, kind: Kind) -> Architecture | None:
-    """Return the only class with the checkpoint's tensors, if it has a head for a task; otherwise None."""
+    """Return the only class with the checkpoint's tensors, if it has a head for a task; otherwise None.
+
+    A head for the same task is meant if the name that the checkpoint gives its class ends as such names do.
+    """
     fitting = _fitting(info, kind, kind.architectures.values())
     one = fitting[0] if len(fitting) == 1 else None
-    return None if one is None or one.is_pre_training or one.name.endswith(("Model", *PREFERRED)) else one
+    if one is None or one.is_pre_training or one.name.endswith(("Model", *PREFERRED)):
+        return None
+    stated, found = use_of(info.config), use_of({**info.config, "architectures": [one.name]})
+    return one if stated in (WITHOUT_HEAD, found) else None
 
 
 def _fitting(info: CheckpointInfo, kind: Kind, candidates: Iterable[Architecture]) -> list[Architecture]:
