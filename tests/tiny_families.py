@@ -69,6 +69,18 @@ def words_of_decoders() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
 
 
+def bytes_of_decoders() -> Any:
+    """Trained on the words: common ones are one token with their space, others several; no mark begins a row."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    special = ["<s>", "</s>", "<pad>"]
+    trained.train_from_iterator([" ".join(WORDS)] * 3, vocab_size=330, special_tokens=special, show_progress=False)
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **marks)
+
+
 def numbered(*tokens: str) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 

@@ -34,7 +34,7 @@ class Evaluation(Dataset):
     """Rows on which expert, plain average and merge are compared."""
 
     label: Name | None = None
-    """Column of the labels; default: `label`, and none for heads whose labels are the row's own tokens."""
+    """Column of the labels; default: `label`, and none where labels are the row's own tokens."""
     metric: MetricName | None = None
     """Metric to compare; default: accuracy for classification, f1 for several labels at once, pearson for
     regression, perplexity for language models."""

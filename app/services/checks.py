@@ -183,10 +183,10 @@ class Checker:
                 kept["evaluation"]["metric"] = metric
                 least = LEAST_EVALUATED if request.method.search else 1
                 evaluation = model.evaluation
-                if evaluation.label is None and "label" in task.columns:
+                if evaluation.label is None and "label" in task.reads(metric).columns:
                     evaluation = evaluation.model_copy(update={"label": DEFAULT_LABEL})
                 kept["evaluation"]["label"] = evaluation.label
-                source = self._rows(f"{where}.evaluation", evaluation, task, True, least)
+                source = self._rows(f"{where}.evaluation", evaluation, task, True, least, metric)
                 kept["evaluation"]["source"] = source
         return Accepted(
             request=accepted, states=self._states(plan.all_checkpoints), plan=_plan(request, accepted, plan)
@@ -201,11 +201,17 @@ class Checker:
                 return inspect(self._views.open(place.path, str(kept), place.root), str(kept))
 
     def _rows(
-        self, field: str, rows: Dataset | Evaluation, task: Task, needs_labels: bool, least_texts: int = 1
+        self,
+        field: str,
+        rows: Dataset | Evaluation,
+        task: Task,
+        needs_labels: bool,
+        least_texts: int = 1,
+        metric: str | None = None,
     ) -> str:
         """Check rows, and return the reference to keep. The worker checks rows of the hub."""
         self._at(field)
-        _refuse((f"{field}.{name}", why) for name, why in column_problems(rows, task, needs_labels))
+        _refuse((f"{field}.{name}", why) for name, why in column_problems(rows, task, needs_labels, metric))
         labels = None
         if needs_labels and "label" in task.columns:
             with _refusing(f"{field}.label_names"):

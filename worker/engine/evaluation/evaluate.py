@@ -1,20 +1,16 @@
 """Runs models on rows, for their predictions and the inputs of their heads."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.inputs.examples import Batch, Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
+from worker.engine.tasks.kind import OnRows, Running
 from worker.engine.tasks.metrics import Array
-
-OnRows = Callable[[int], None]
 
 
 def head_of(loaded: LoadedModel) -> nn.Linear:
@@ -30,13 +26,15 @@ def predict(
     examples: Sequence[Example],
     precision: Precision,
     on_rows: OnRows,
+    evaluation: EvaluationSpec | None = None,
 ) -> Array:
-    """Compute predictions in the order of `examples`, see `HeadKind.predicted`."""
-    predictions = _unknown(loaded, examples)
-    for batch, places, judged in _judged(loaded, examples, precision):
-        predictions[places.numpy()] = loaded.kind.predicted(judged)
-        on_rows(len(batch))
-    return predictions
+    """Compute predictions in the order of `examples`, see `HeadKind.predicted`.
+
+    Args:
+        evaluation: names the metric that they are for; None: one that reads rows and runs the model as most do.
+    """
+    kind = loaded.kind if evaluation is None else loaded.kind.evaluated(evaluation)
+    return kind.predictions(examples, _running(loaded, precision, on_rows))
 
 
 def predict_with(
@@ -47,7 +45,7 @@ def predict_with(
     on_rows: OnRows,
 ) -> tuple[Array, Array]:
     """Compute predictions as `predict`, with the model's own head and with another in its place, in one pass."""
-    own, others = (_unknown(loaded, examples) for _ in range(2))
+    own, others = (loaded.kind.unknown(examples) for _ in range(2))
     for batch, places, features, judged in _forward(loaded, examples, precision):
         rows = places.numpy()
         own[rows] = loaded.kind.predicted(judged)
@@ -69,37 +67,15 @@ def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Pre
 def _forward(
     loaded: LoadedModel, examples: Sequence[Example], precision: Precision
 ) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-    """Run the model as `_judged`, and yield the head's input for each prediction too, (predictions, width)."""
+    """Run the model as `HeadKind.batches`, and yield the head's input for each prediction too, (predictions, width)."""
     read: list[Tensor] = []
     handle = head_of(loaded).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
-        for batch, places, judged in _judged(loaded, examples, precision):
+        for batch, places, judged in loaded.kind.batches(examples, _running(loaded, precision)):
             yield batch, places, batch.of_outputs(read.pop()), judged
     finally:
         handle.remove()
 
 
-def _judged(
-    loaded: LoadedModel, examples: Sequence[Example], precision: Precision
-) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Run the model, and yield batches with the places of their predictions, (predictions,), and what decides them.
-
-    Places are among the predictions of all examples. A batch's indices are places in `examples`, which may be only some
-    of a data set's.
-    """
-    kind = loaded.kind
-    numbered = [replace(example, index=index) for index, example in enumerate(examples)]
-    first = [0, *accumulate(kind.predictions_of(example) for example in examples)]
-    with torch.inference_mode():
-        for batch in collate(plan_batches(numbered), loaded.padding, loaded.device):
-            with computing_in(precision, loaded.device):
-                judged = kind.judged(kind.run(batch.inputs), batch)
-            if not bool(torch.isfinite(judged).all()):
-                raise NumericalError(f"{loaded.info.source} gives logits that are NaN or infinite")
-            places = [place for row in batch.indices.tolist() for place in range(first[row], first[row + 1])]
-            yield batch, torch.tensor(places), judged
-
-
-def _unknown(loaded: LoadedModel, examples: Sequence[Example]) -> Array:
-    """Make an array for the predictions."""
-    return np.full((sum(map(loaded.kind.predictions_of, examples)), *loaded.kind.shape), np.nan)
+def _running(loaded: LoadedModel, precision: Precision, on_rows: OnRows = lambda _: None) -> Running:
+    return Running(loaded.info.source, loaded.tokenizer, loaded.padding, loaded.device, precision, on_rows)

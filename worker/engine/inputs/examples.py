@@ -134,21 +134,9 @@ def tokenize(
     if limit < special:  # tokenizers do not cut at all then
         raise InvalidDataset(spec.source, f"max_length {limit} has no room for the {special} special tokens")
     pairs = None if spec.text_pair is None else [row.text_pair for row in rows]
-    try:
-        encoded = tokenizer(
-            [_as_listed(reading.whole(row)) for row in rows],
-            pairs,
-            truncation=True,
-            max_length=limit,
-            padding=False,
-            verbose=False,
-            **reading.tokenizer_arguments,
-        )
-    except BaseException as error:  # tokenizers raise bare exceptions and panic, and their texts may quote a row
-        if is_out_of_memory(error) or not is_of_library(error):
-            raise
-        problem = f"the checkpoint's tokenizer fails on it ({type(error).__name__}); does it have its unknown token?"
-        raise InvalidDataset(spec.source, problem) from error
+    texts = [_as_listed(reading.whole(row)) for row in rows]
+    cut = {"truncation": True, "max_length": limit}
+    encoded = encode(tokenizer, texts, spec.source, text_pair=pairs, **cut, **reading.tokenizer_arguments)
     names = [name for name in encoded if name in tokenizer.model_input_names]
     overflowing = sum(encoding.overflowing != [] for encoding in encoded.encodings or ())
     examples = []
@@ -161,6 +149,17 @@ def tokenize(
         positions, label = reading.answers(row, tokens, label, spec.source)
         examples.append(Example(first + index, row.place, encoding, label, positions))
     return Tokenized(examples, overflowing)
+
+
+def encode(tokenizer: Any, texts: Sequence[Any], source: str, **arguments: Any) -> Any:
+    """Cut texts into tokens, without padding. Raises InvalidDataset where the tokenizer fails."""
+    try:
+        return tokenizer(texts, padding=False, verbose=False, **arguments)
+    except BaseException as error:  # tokenizers raise bare exceptions and panic, and their texts may quote a row
+        if is_out_of_memory(error) or not is_of_library(error):
+            raise
+        problem = f"the checkpoint's tokenizer fails on it ({type(error).__name__}); does it have its unknown token?"
+        raise InvalidDataset(source, problem) from error
 
 
 def _as_listed(text: Text) -> str | list[str]:

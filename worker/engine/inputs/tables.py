@@ -53,7 +53,7 @@ class TableRows:
         wanted = _wanted(spec, table.column_names)
         for name in wanted:
             feature = table.features[name]
-            if isinstance(feature, LISTS) and (name == spec.label or texts.is_list):
+            if isinstance(feature, LISTS) and (name in (spec.label, spec.choices) or texts.is_list):
                 feature = feature.feature
             if isinstance(feature, datasets.ClassLabel):
                 if name == spec.label:

@@ -60,7 +60,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     loaded = context.models.get(model.info)
     kind, head = loaded.kind, loaded.family.head
     labels, counts = kind.truth(examples), [kind.predictions_of(example) for example in examples]
-    expert_predictions = predict(loaded, examples, precision, evaluating.advance)
+    expert_predictions = predict(loaded, examples, precision, evaluating.advance, evaluation)
     better = kind.likely_permutation(labels, expert_predictions)
     if better:
         context.note(
@@ -76,14 +76,14 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     context.note(*truncated)
     kept_head_predictions = None
     if head.merges:
-        merged_predictions = predict(merged, examples, precision, evaluating.advance)
+        merged_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)
     else:
         kept = head_of(loaded)
         merged_predictions, kept_head_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
     merged.model.load_state_dict(published.average, strict=False)
     if not head.merges:
         head_of(merged).load_state_dict(head_of(loaded).state_dict())
-    average_predictions = predict(merged, examples, precision, evaluating.advance)
+    average_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)
     predictions: dict[Version, Array] = {"expert": expert_predictions, "average": average_predictions}
     if kept_head_predictions is not None:
         predictions["merged_kept_head"] = kept_head_predictions

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import checkpoint_state
@@ -13,13 +14,14 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDa
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.tasks import LabelMap, column_problems, label_map
 from worker.engine.checkpoints.layout import check_layout
-from worker.engine.inputs.examples import Example, plan_batches, tokenize
+from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.inputs.fetching import Inputs
 from worker.engine.jobs.context import JobContext
 from worker.engine.merging.job_models import JobModel, ModelRows
 from worker.engine.models.loading import LoadedModel
 from worker.engine.scoring.sample import Sample
 from worker.engine.search.splitting import halves
+from worker.engine.tasks import HeadKind
 
 HeldOut = Collection[tuple[Text | None, ...]]
 """Contents of the rows on which a model is evaluated. Nothing is fitted to them."""
@@ -61,11 +63,11 @@ def prepare(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContex
 def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> tuple[JobModel, HeldOut]:
     """Add the rows on which the result is judged and those on which `auto` searches; return their texts too."""
     evaluation, loaded = model.evaluation, context.models.get(model.info)
-    _check_columns(evaluation, loaded, needs_labels=True)
+    _check_columns(evaluation, loaded, needs_labels=True, metric=evaluation.metric)
     rows = inputs.rows(evaluation, loaded.task.texts)
     labels = _label_map(loaded, evaluation, rows, context)
     read = sample(rows, evaluation, None)
-    examples, truncated = examples_from(loaded, evaluation, read, labels)
+    examples, truncated = examples_from(loaded, evaluation, read, labels, loaded.kind.evaluated(evaluation))
     context.note(*rows.notes, *_doubtful_ids(labels, evaluation, read), *_whose_f1(labels, evaluation), *truncated)
     searched: list[int] = []
     judged = list(range(len(read)))
@@ -159,8 +161,8 @@ def _read(
         wanted += max(measured, fitted_on)
 
 
-def _check_columns(rows: DatasetSpec, loaded: LoadedModel, needs_labels: bool) -> None:
-    for column, problem in column_problems(rows, loaded.task, needs_labels):
+def _check_columns(rows: DatasetSpec, loaded: LoadedModel, needs_labels: bool, metric: str | None = None) -> None:
+    for column, problem in column_problems(rows, loaded.task, needs_labels, metric):
         raise InvalidDataset(rows.source, f"{column}: {problem}", column=column)
 
 
@@ -199,12 +201,17 @@ def _doubtful_ids(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -
 
 
 def examples_from(
-    loaded: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], labels: LabelMap | None
+    loaded: LoadedModel,
+    dataset: DatasetSpec,
+    rows: Sequence[Row],
+    labels: LabelMap | None,
+    kind: HeadKind[Any] | None = None,
 ) -> tuple[list[Example], list[str]]:
-    """Tokenise the rows, and note if some were truncated."""
+    """Tokenise the rows as `kind` reads them, the model's own by default, and note if some were truncated."""
     if not rows:  # tokenizers refuse to cut no rows
         return [], []
-    tokenized = tokenize(rows, dataset, loaded.tokenizer, loaded.max_length, labels, reading=loaded.kind)
+    kind = kind or loaded.kind
+    tokenized = kind.tokenized(rows, dataset, loaded.tokenizer, loaded.max_length, labels)
     return tokenized.examples, truncation(tokenized.truncated, len(rows), dataset, loaded.max_length)
 
 
@@ -214,7 +221,8 @@ def examples_of(
     """Return an expert's examples as the merged model reads them, and notes. They differ only if vocabularies do."""
     if plan.vocabulary is None:
         return examples, []
-    found, notes = examples_from(merged, dataset, rows, None)
+    kind = merged.kind.evaluated(dataset) if isinstance(dataset, EvaluationSpec) else merged.kind
+    found, notes = examples_from(merged, dataset, rows, None, kind)
     if merged.family.head.merges:  # rows are judged whole, however they are cut into tokens
         return found, [*notes, *_otherwise_cut(found, examples, dataset)]
     if [one.outputs for one in found] != [one.outputs for one in examples]:

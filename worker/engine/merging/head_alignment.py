@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import ALIGN_RIDGE
-from worker.engine.evaluation.evaluate import OnRows, head_inputs, head_of
+from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
+from worker.engine.tasks.kind import OnRows
 
 
 def aligned(

@@ -135,7 +135,7 @@ def _identity(spec: MergeSpec, auto: AutoParameters, models: Sequence[JobModel],
     facts: dict[str, Any] = {
         "method": auto.model_dump(mode="json"),
         "models": [m.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for m in models],
-        "metrics": [m.spec.evaluation and m.spec.evaluation.metric for m in models],
+        "metrics": [m.evaluation.model_dump(mode="json", include={"metric"}) for m in models],
         "checkpoints": [model.digest for model in models],
         "base": spec.base and spec.base.state,
         "output": spec.output.model_dump(mode="json", include={"dtype", "align_ridge"}),

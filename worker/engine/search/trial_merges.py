@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS
+from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES
@@ -40,16 +40,17 @@ class ExpertOutputs:
 
     def __init__(self, expert: JobModel, loaded: LoadedModel, precision: Precision) -> None:
         self.name = expert.name
-        self.kind = kind_of(loaded.task)  # without the model, which is not kept
         self._device, self._precision = loaded.device, precision
         self.evaluation = expert.evaluation
+        self.kind = kind_of(loaded.task).evaluated(self.evaluation)  # without the model, which is not kept
         rows = expert.rows
         self.searched, self.held_out, self.alignment = rows.searched, rows.evaluation, rows.alignment
         self.labels, self.held_out_labels = map(self.kind.truth, (self.searched, self.held_out))
         self.head = _head(loaded)
         with rounded_weights(loaded.model, precision):
             own, aligning, judged = (
-                _read(loaded, examples, precision) for examples in (self.searched, self.alignment, self.held_out)
+                _read(loaded, examples, precision, self.evaluation)
+                for examples in (self.searched, self.alignment, self.held_out)
             )
         self.targets = None if self.head is None else _outputs(aligning, *self.head)
         self.held_out_predicted = self.predicted(judged, self.head)
@@ -187,7 +188,9 @@ class SharedBackbone:
         self.experts: list[ExpertOutputs] = []
         self._precision = precision
         self._dtypes = _dtypes(plan.backbone)
-        self._head_dtypes = [_dtypes(head) for head in plan.heads]
+        # Heads that merge are in the backbone, and there is one published model, not one for each expert.
+        heads = [()] * len(plan.checkpoints) if plan.merges_heads else plan.heads
+        self._head_dtypes = [_dtypes(head) for head in heads]
         self._backbone: dict[str, nn.Parameter] = {}
         self._models: list[LoadedModel] = []
         self._present: State | None = None
@@ -217,7 +220,8 @@ class SharedBackbone:
             self._present = state
         model = self._models[index]
         with rounded_weights(model.model, self._precision):
-            return _read(model, rows[wanted], self._precision).float()  # they were computed in float32
+            evaluation = self.experts[index].evaluation
+            return _read(model, rows[wanted], self._precision, evaluation).float()  # they were computed in float32
 
     def stored_head(self, index: int, head: Head) -> Head:
         """Return the last layer of expert `index` as it would be stored."""
@@ -264,11 +268,11 @@ def _stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision) -> Tensor:
+def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision, evaluation: EvaluationSpec) -> Tensor:
     """Compute the inputs of the model's own head, (outputs, width), or what decides its predictions; float64."""
     if not model.family.head.merges:
         return head_inputs(model, examples, precision, lambda _: None)
-    return torch.from_numpy(predict(model, examples, precision, lambda _: None))
+    return torch.from_numpy(predict(model, examples, precision, lambda _: None, evaluation))
 
 
 def _head(loaded: LoadedModel) -> Head:

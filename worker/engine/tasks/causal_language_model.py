@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row, Text
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import CausalLanguageModel, Label, MetricName
@@ -15,7 +16,10 @@ from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 from worker.engine.tasks.next_tokens import OutputLayer, drawn, judged, log_likelihoods
+from worker.engine.tasks.smoothing import scaled
 
+CHOICES = {"choice_accuracy": False, "choice_accuracy_normalised": True}
+"""Metrics of choices, and whether they go by the likelihood of a character."""
 SOFTCAP = "final_logit_softcapping"
 """Configuration key of the bound of logits, which Gemma has (Gemma Team 2024, arXiv 2408.00118, section 2)."""
 
@@ -23,9 +27,18 @@ SOFTCAP = "final_logit_softcapping"
 class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
     """The outputs of a model are its last hidden states; logits follow from them a few tokens at a time.
 
-    The prediction of a row is what its metrics need: the sum of its labels' negative log-likelihoods, the number of
-    labels that are likelier than any other token, and the number of labels.
+    The prediction of a row is what its metrics need, three numbers that are summed over rows. Here these are the sum of
+    its labels' negative log-likelihoods, the number of labels that are likelier than any other token, and the number of
+    labels. Further metrics read rows and run the model in ways of their own, see `evaluated`.
     """
+
+    def evaluated(self, evaluation: EvaluationSpec) -> HeadKind[CausalLanguageModel]:
+        """Return the head as a metric needs it, see `worker.engine.tasks.choices`."""
+        if evaluation.metric in CHOICES:
+            from worker.engine.tasks.choices import Ranking  # here, because it is a kind of this head
+
+            return Ranking(self.task, self.model, CHOICES[evaluation.metric])
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,7 +132,9 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
         return lambda counts: np.stack([_metric(name, sums.T @ counts) for sums in predictions])
 
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
-        """Return the metric itself, which likelihoods make smooth already."""
+        """Return the metric itself, which likelihoods make smooth already; choices are partly right by margins."""
+        if name in CHOICES:
+            return float(scaled(logits[:, 1].double()).sigmoid().mean())
         return self.metric(name)(labels, self.predicted(logits))
 
     @property
@@ -141,11 +156,16 @@ KIND = CausalLanguageModelHead
 
 def _metric(name: MetricName, sums: Array) -> Array:
     """Compute a metric from sums over rows, (3, resamples)."""
+    if name in CHOICES:
+        right, _, rows = sums
+        return np.asarray(right / rows)
     losses, right, tokens = sums
     if name == "token_accuracy":
         return np.asarray(right / tokens)
     loss = np.asarray(losses / tokens)
-    return np.exp(loss) if name == "perplexity" else loss
+    if name in ("loss", "perplexity"):
+        return np.exp(loss) if name == "perplexity" else loss
+    raise ValueError(f"{name} is no metric of language models")
 
 
 def _positions(batch: Batch) -> Tensor:

@@ -1,14 +1,31 @@
 """The interface of a kind of head: the derivatives of its scores, its predictions, and its metrics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Generic, Literal, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Generic, Literal, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.tasks import MetricName, Task
-from worker.engine.inputs.examples import Batch, Example, OneOutput, labels_of
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.catalog.tasks import LabelMap, MetricName, Task
+from worker.engine.inputs.examples import (
+    Batch,
+    Example,
+    OneOutput,
+    Tokenized,
+    collate,
+    labels_of,
+    plan_batches,
+    tokenize,
+)
+from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 
 AUTO_EXPECTED_LABELS = 8  # they take K - 1 backward passes; beyond this, one with a drawn label uses time better
@@ -20,7 +37,23 @@ ResolvedEstimator = Literal["expected", "sampled", "empirical"]
 Passes = tuple[Tensor, Sequence[Tensor]]
 """Weights of squared derivatives, (batch, passes), float64, and for each pass the sums to differentiate, (batch,), each
 of which depends on its own example alone."""
+OnRows = Callable[[int], None]
+"""Called with a number of rows that are done. It may raise to stop."""
 T = TypeVar("T", bound=Task)
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model is run on rows."""
+
+    source: str
+    """Name of the model in messages."""
+    tokenizer: Any
+    padding: Mapping[str, int]
+    """Value that pads each model input."""
+    device: torch.device
+    precision: Precision
+    on_rows: OnRows
 
 
 class HeadKind(OneOutput, ABC, Generic[T]):
@@ -34,6 +67,16 @@ class HeadKind(OneOutput, ABC, Generic[T]):
     def __init__(self, task: T, model: nn.Module | None = None) -> None:
         self.task = task
         self.model = model
+
+    def evaluated(self, evaluation: EvaluationSpec) -> "HeadKind[T]":
+        """Return the head as a metric needs it, if the metric reads rows or runs the model in a way of its own."""
+        return self
+
+    def tokenized(
+        self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap | None
+    ) -> Tokenized:
+        """Make an example of each row. Raises InvalidDataset, see `tokenize`."""
+        return tokenize(rows, spec, tokenizer, max_length, labels, reading=self)
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run the model on padded inputs, (batch, tokens) each, and return its logits, (batch, …)."""
@@ -87,6 +130,45 @@ class HeadKind(OneOutput, ABC, Generic[T]):
 
     def predicted(self, logits: Tensor) -> Array:
         return self.decision(logits).cpu().double().numpy()
+
+    def predictions(self, examples: Sequence[Example], running: Running) -> Array:
+        """Run the model, and return predictions in the order of `examples`, see `predicted`.
+
+        Raises:
+            NumericalError: what decides a prediction is NaN or infinite; the message names the row.
+        """
+        found = self.unknown(examples)
+        for batch, places, judged in self.batches(examples, running):
+            found[places.numpy()] = self.predicted(judged)
+            running.on_rows(len(batch))
+        return found
+
+    def unknown(self, examples: Sequence[Example]) -> Array:
+        """Make an array for predictions."""
+        return np.full((sum(map(self.predictions_of, examples)), *self.shape), np.nan)
+
+    def batches(self, examples: Sequence[Example], running: Running) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Run the model, and yield batches with the places of their predictions, (predictions,), and what decides them.
+
+        Places are among the predictions of all examples. A batch's indices are places in `examples`, which may be only
+        some of a data set's.
+        """
+        numbered = [replace(example, index=index) for index, example in enumerate(examples)]
+        first = [0, *accumulate(self.predictions_of(example) for example in examples)]
+        with torch.inference_mode():
+            for batch in collate(plan_batches(numbered), running.padding, running.device):
+                with computing_in(running.precision, running.device):
+                    judged = self.judged(self.run(batch.inputs), batch)
+                rows = [row for row in batch.indices.tolist() for _ in range(first[row], first[row + 1])]
+                is_finite = torch.isfinite(judged).flatten(1).all(1).tolist()
+                if not all(is_finite):
+                    place = examples[rows[is_finite.index(False)]].place
+                    raise NumericalError(
+                        f"{running.source} gives logits that are NaN or infinite on {place} of its rows",
+                        **{place.unit: place.number},
+                    )
+                places = [place for row in batch.indices.tolist() for place in range(first[row], first[row + 1])]
+                yield batch, torch.tensor(places), judged
 
     @abstractmethod
     def metric(self, name: MetricName) -> Metric:

@@ -8,7 +8,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -20,6 +20,7 @@ from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
 
+SHOWN = 64  # characters of a text in a message
 FIRST_ROWS = 100  # number of rows that are checked before a job is accepted
 PARQUET = ".parquet"
 PARQUET_MAGIC = b"PAR1"
@@ -72,11 +73,14 @@ class Row:
     text_pair: Text | None
     label: Any
     target: Text | None = None
+    choices: tuple[str, ...] | None = None
+    """Texts of which one follows on `text`; `label` is then the place of the right one."""
 
     @property
     def content(self) -> tuple[Text | None, ...]:
         """The texts that a model reads of the row: rows of equal content are the same row."""
-        return (self.text, self.text_pair) if self.target is None else (self.text, self.text_pair, self.target)
+        further = (text for text in (self.target, self.choices) if text is not None)
+        return (self.text, self.text_pair, *further)
 
     @property
     def nbytes(self) -> int:
@@ -195,13 +199,53 @@ def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec, texts: T
 
     if texts.is_list and spec.text_pair:
         raise InvalidDataset(spec.source, "text_pair is for texts, not for lists", place, column=spec.text_pair)
-    return Row(
+    row = Row(
         place=place,
         text=text(spec.text),
         text_pair=text(spec.text_pair) if spec.text_pair else None,
         label=column(spec.label) if spec.label else None,
         target=text(spec.target) if spec.target else None,
     )
+    if not spec.choices:
+        return row
+    choices = read_choices(column(spec.choices), spec.choices, spec.source, place)
+    label = right_choice(row.label, choices, spec, place) if spec.label else None
+    return replace(row, choices=choices, label=label)
+
+
+def read_choices(value: Any, name: str, source: str, place: Place) -> tuple[str, ...]:
+    """Check a list of at least two texts, none of them empty. Raises InvalidDataset, which names place and column."""
+    if not isinstance(value, list) or len(value) < 2:
+        raise InvalidDataset(source, f"column '{name}' is no list of two or more texts", place, column=name)
+    choices = tuple(read_text(choice, name, source, place) for choice in value)
+    if not all(choices):
+        raise InvalidDataset(source, f"column '{name}' has an empty text", place, column=name)
+    return choices
+
+
+def right_choice(label: Any, choices: Sequence[str], spec: DatasetSpec, place: Place) -> int:
+    """Return the place among the choices, from 0, of the right one, which the label names by its place or its text.
+
+    Raises:
+        InvalidDataset: it is neither, or choices have equal texts.
+    """
+
+    def refused(problem: str) -> InvalidDataset:
+        return InvalidDataset(spec.source, problem, place, column=spec.label)
+
+    if isinstance(label, str) and label in choices:
+        if choices.count(label) > 1:
+            raise refused(f"two of its choices are '{label[:SHOWN]}', which is its label; name the right one's place")
+        return choices.index(label)
+    if isinstance(label, str) and label.isascii() and label.isdecimal() and len(label) < 10:
+        label = int(label)
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise refused("the label is neither the place of a choice, from 0, nor the text of one")
+    if not 0 <= label < len(choices):
+        raise refused(f"label {str(label)[:20]} is out of range: the choices are 0 to {len(choices) - 1}")
+    return label
 
 
 def missing_column(source: str, name: str, known: list[str], place: Place | None = None) -> InvalidDataset:

@@ -25,6 +25,8 @@ class Columns(Strict):
     """Column of the labels; absent for unlabelled text."""
     target: Name | None = None
     """Column of the text that follows on `text`, such as the completion of a prompt; it alone is predicted then."""
+    choices: Name | None = None
+    """Column of lists of texts that may follow on `text`, of which the row's label, a number or a text, is one."""
     label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
     """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -37,7 +39,8 @@ class Columns(Strict):
     @property
     def named(self) -> set[str]:
         """Names of the columns that are read."""
-        return {name for name in (self.text, self.text_pair, self.label, self.target) if name is not None}
+        columns = (self.text, self.text_pair, self.label, self.target, self.choices)
+        return {name for name in columns if name is not None}
 
 
 class HubSource(Strict):

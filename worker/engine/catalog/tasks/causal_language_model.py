@@ -1,12 +1,15 @@
 """The next token of a text is predicted from those before it."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import Architecture, completed
 from worker.engine.catalog.families import Family, Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
-from worker.engine.catalog.tasks.task import LabelMap, Task
+from worker.engine.catalog.tasks.task import LabelMap, Reads, Task
+
+CHOICES = Reads(frozenset({"choices", "label"}), needed=frozenset({"choices", "label"}))
 
 
 class CausalLanguageModel(Task):
@@ -14,9 +17,10 @@ class CausalLanguageModel(Task):
 
     name = "causal_language_model"
     ending = ("ForCausalLM", "LMHeadModel")
-    metrics = ("perplexity", "loss", "token_accuracy")
+    metrics = ("perplexity", "loss", "token_accuracy", "choice_accuracy", "choice_accuracy_normalised")
     minimised = frozenset({"perplexity", "loss"})
     columns = frozenset({"target"})
+    of_metrics: ClassVar[Mapping[str, Reads]] = {"choice_accuracy": CHOICES, "choice_accuracy_normalised": CHOICES}
     estimators = frozenset({"auto", "sampled", "empirical"})
     merges_heads = True
     has_classes: ClassVar[bool] = False

@@ -16,15 +16,25 @@ def check_metric(metric: str, task: Task, source: str) -> None:
         raise InvalidDataset(source, f"metric {metric} is not one of {task.name}: {', '.join(task.metrics)}")
 
 
-COLUMNS = ("text_pair", "label", "label_names", "target")
+COLUMNS = ("text_pair", "label", "label_names", "target", "choices")
 """Settings of columns that only some heads read."""
 
 
-def column_problems(rows: Columns, task: Task, needs_labels: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the columns that a head does not read and that are named, or that it needs and are not, with what to do."""
+def column_problems(
+    rows: Columns, task: Task, needs_labels: bool = False, metric: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the columns that are not read and that are named, or that are needed and are not, with what to do.
+
+    Args:
+        metric: the metric that is computed; None: rows are measured or aligned on.
+    """
+    reads = task.reads(metric)
     for name in COLUMNS:
-        if name not in task.columns and getattr(rows, name) is not None:
-            yield name, f"a {task.title} does not read it; leave it out"
+        if name not in reads.columns and getattr(rows, name) is not None:
+            who = f"metric {metric}" if metric in task.of_metrics else f"a {task.title}"
+            yield name, f"{who} does not read it; leave it out"
+        if name in reads.needed and getattr(rows, name) is None:
+            yield name, f"metric {metric} reads it; name the column"
     if needs_labels and "label" in task.columns and rows.label is None:
         yield "label", "the estimator reads labels; name their column"
 

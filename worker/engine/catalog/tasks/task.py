@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -23,6 +23,16 @@ TRUTH_NAMES = {False: ("false", "no"), True: ("true", "yes")}
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What is read of a data set."""
+
+    columns: frozenset[str]
+    """Settings of columns that may be named, besides `text`."""
+    needed: frozenset[str] = frozenset()
+    """Those that must be named."""
+
+
+@dataclass(frozen=True)
 class Task(ABC):
     """A head's task. Each kind of head is a subclass, in a file of its own."""
 
@@ -32,6 +42,8 @@ class Task(ABC):
     """End of the names of the classes with such a head, or several ends."""
     columns: ClassVar[frozenset[str]] = frozenset({"text_pair", "label", "label_names"})
     """Settings of a data set's columns that such a head reads, besides `text`."""
+    of_metrics: ClassVar[Mapping[str, "Reads"]] = {}
+    """What is read for a metric, by its name, where it is not `columns`."""
     estimators: ClassVar[frozenset[str]] = frozenset({"auto", "expected", "sampled", "empirical"})
     """Names of the estimators that can be computed."""
     merges_heads: ClassVar[bool] = False
@@ -51,6 +63,11 @@ class Task(ABC):
     """Ids of the labels by name."""
     contradiction: str = ""
     """Contradiction about names in config.json; if there is one, names do not count, and only ids are certain."""
+
+    @classmethod
+    def reads(cls, metric: str | None) -> "Reads":
+        """Return what is read of rows for a metric; None: to measure or to align."""
+        return cls.of_metrics.get(metric or "", Reads(cls.columns))
 
     @classmethod
     @abstractmethod
