@@ -35,7 +35,7 @@ from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import NODE_KINDS, ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.catalog.tasks import LabelMap
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import bootstrap
@@ -243,7 +243,7 @@ def agreement(float32: Mapping[str, Scores], bfloat16: Mapping[str, Scores]) -> 
     weights = [
         node_weights([MeasuredModel(1.0, scores) for scores in of.values()], METHOD) for of in (float32, bfloat16)
     ]
-    sites, place = list(next(iter(float32.values()))), Place("", 0.0)
+    sites, place = list(next(iter(float32.values()))), TensorPlace("", 0.0)
     changes = [float((weights[0](site, place) - weights[1](site, place)).abs().max()) for site in sites]
     return Agreement(**{name: min(values) for name, values in found.items()}, weights=max(changes))
 

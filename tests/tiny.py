@@ -15,7 +15,7 @@ from worker.engine.catalog.contracts.spec import MergeSpec, ModelSpec
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import Slot
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.merging.methods.blocks import Block, Merger, Versions
 
 LAYERS = 2
@@ -171,7 +171,7 @@ def versions_of(
     slot: Slot,
     versions: Sequence[Tensor],
     base: Tensor | None = None,
-    place: Place | None = None,
+    place: TensorPlace | None = None,
     block_elements: int = 64,
 ) -> Versions:
     """Versions of one tensor in memory, in blocks so small that most tensors have several."""
@@ -181,7 +181,7 @@ def versions_of(
             return Block.of(rows, versions, base)
         return Block.of(rows, [v[rows] for v in versions], None if base is None else base[rows])
 
-    return Versions(slot, place or Place(slot.name, 0.0), versions[0].shape, read, block_elements)
+    return Versions(slot, place or TensorPlace(slot.name, 0.0), versions[0].shape, read, block_elements)
 
 
 def merged_of(merger: Merger, slot: Slot, versions: Sequence[Tensor], base: Tensor | None = None, **how: Any) -> Tensor:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 import psutil
 from pydantic import BaseModel, Field, TypeAdapter
 
-from app.contracts.jobs import JobError, Phase
+from app.contracts.jobs import JobError, PhaseName
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
 from app.storage.scratch import Scratch
@@ -64,7 +64,7 @@ class Beat(BaseModel):
 
 class Progressed(BaseModel):
     event: Literal["progressed"] = "progressed"
-    phase: Phase
+    phase: PhaseName
     done: int
     total: int
     unit: str
@@ -81,8 +81,8 @@ class Failed(BaseModel):
 
 
 SPEC: TypeAdapter[MergeSpec | ScoreSpec] = TypeAdapter(Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")])
-Event = Annotated[Ready | Warm | Beat | Progressed | Finished | Failed, Field(discriminator="event")]
-EVENT: TypeAdapter[Ready | Warm | Beat | Progressed | Finished | Failed] = TypeAdapter(Event)
+EngineEvent = Annotated[Ready | Warm | Beat | Progressed | Finished | Failed, Field(discriminator="event")]
+EVENT: TypeAdapter[Ready | Warm | Beat | Progressed | Finished | Failed] = TypeAdapter(EngineEvent)
 
 
 class EngineDied(Exception):
@@ -322,7 +322,7 @@ class Throttled:
         now = time.monotonic()
         if done in (0, total) or now - self._last >= PROGRESS_INTERVAL_S:
             self._last = now
-            _send(self._events, Progressed(phase=Phase(phase), done=done, total=total, unit=unit))
+            _send(self._events, Progressed(phase=PhaseName(phase), done=done, total=total, unit=unit))
 
 
 def _job_error(error: Exception) -> JobError:

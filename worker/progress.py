@@ -3,21 +3,21 @@
 import time
 from collections.abc import Callable, Sequence
 
-from app.contracts.jobs import Phase, Progress
+from app.contracts.jobs import PhaseName, Progress
 
 # Shares of the seconds that the phases took on two MiniLM experts with 1,024 rows each on two cores.
 # The time of downloading, which only jobs with inputs on the hub do, depends on the connection. That of searching,
 # which merges, aligns and evaluates many times, depends on the number of trials.
 SHARES = {
-    Phase.DOWNLOADING: 50,
-    Phase.LOADING: 5,
-    Phase.SCORING: 60,
-    Phase.SEARCHING: 500,
-    Phase.MERGING: 5,
-    Phase.ALIGNING: 12,
-    Phase.EVALUATING: 28,
-    Phase.COMPARING: 3,
-    Phase.PUBLISHING: 2,
+    PhaseName.DOWNLOADING: 50,
+    PhaseName.LOADING: 5,
+    PhaseName.SCORING: 60,
+    PhaseName.SEARCHING: 500,
+    PhaseName.MERGING: 5,
+    PhaseName.ALIGNING: 12,
+    PhaseName.EVALUATING: 28,
+    PhaseName.COMPARING: 3,
+    PhaseName.PUBLISHING: 2,
 }
 LEAST_FRACTION = 0.02  # an estimate from less than this is a guess
 
@@ -30,9 +30,9 @@ class ProgressMeter:
         clock: monotonic clock, in seconds.
     """
 
-    def __init__(self, phases: Sequence[Phase], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, phases: Sequence[PhaseName], clock: Callable[[], float] = time.monotonic) -> None:
         total = sum(SHARES[phase] for phase in phases)
-        self._spans: dict[Phase, tuple[float, float]] = {}
+        self._spans: dict[PhaseName, tuple[float, float]] = {}
         position = 0.0
         for phase in phases:
             self._spans[phase] = (position, SHARES[phase] / total)
@@ -41,7 +41,7 @@ class ProgressMeter:
         self._started = clock()
         self.current = Progress(phase=phases[0])
 
-    def update(self, phase: Phase, done: int, total: int, unit: str) -> Progress:
+    def update(self, phase: PhaseName, done: int, total: int, unit: str) -> Progress:
         start, span = self._spans[phase]
         fraction = max(self.current.fraction, start + span * (done / total if total else 0.0))
         eta = None

@@ -16,8 +16,8 @@ from app.contracts.jobs import (
     Attempt,
     ErrorCode,
     JobError,
-    Kind,
-    Phase,
+    JobKind,
+    PhaseName,
     Progress,
     Record,
     Stage,
@@ -48,7 +48,7 @@ Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
 
 
-class Stopping(Exception):
+class WorkerStopping(Exception):
     """The worker was asked to end while Redis was away; the lease will hand the task on."""
 
 
@@ -118,7 +118,7 @@ class TaskRunner:
             self._attempt(attempt)
         except EngineDied as death:
             self._engine_died(attempt, death)
-        except Stopping:
+        except WorkerStopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
         except EngineError as error:
             self._fail(attempt, as_job_error(error))
@@ -163,7 +163,7 @@ class TaskRunner:
                     self._fail(attempt, event.error)
                     return
                 elif isinstance(event, Finished):
-                    status = self._renew(attempt, meter.update(Phase.PUBLISHING, 0, 1, "artifacts"))
+                    status = self._renew(attempt, meter.update(PhaseName.PUBLISHING, 0, 1, "artifacts"))
                     if status is Status.RUNNING:
                         self._publish(attempt, record, event.result)
                     else:
@@ -232,7 +232,7 @@ class TaskRunner:
         try:
             if not self._insist(lambda: self._store.tasks.fail(attempt, error)):
                 self._withdraw(attempt, None)
-        except Stopping:
+        except WorkerStopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
 
     def _hand_back(self, attempt: Attempt) -> None:
@@ -251,7 +251,7 @@ class TaskRunner:
         self._artifacts.discard(attempt)
         try:
             self._insist(lambda: self._store.tasks.release(attempt, lost=True))
-        except Stopping:
+        except WorkerStopping:
             logger.info("job %s: stopping while Redis is away", attempt.task.job)
 
     def look_after_engine(self) -> bool:
@@ -285,14 +285,14 @@ class TaskRunner:
             except RedisError as error:
                 logger.warning("Redis is away: %s", error)
                 if self._is_stopping():
-                    raise Stopping from error
+                    raise WorkerStopping from error
                 time.sleep(REDIS_RETRY_S)
 
     def _spec(self, record: Record, folder: Path, attempt: Attempt) -> MergeSpec | ScoreSpec:
         """Make the engine's input, and fetch everything that the engine does not fetch itself."""
         inputs = _Inputs(record, partial(self._fetch, attempt))
         common = {"name": record.name, "recipe": record.request, "folder": folder, "store": self._statistics}
-        if record.kind is Kind.SCORES:
+        if record.kind is JobKind.SCORES:
             wanted = ScoreRequest.model_validate(record.request)
             models = [inputs.model(model) for model in wanted.models]
             return ScoreSpec.model_validate({**common, "method": wanted.method.model_dump(), "models": models})
@@ -327,7 +327,7 @@ class TaskRunner:
                 raise Unwanted(Status.QUEUED)
             if time.monotonic() - renewed >= RECORD_INTERVAL_S:
                 renewed = time.monotonic()
-                progress = Progress(phase=Phase.DOWNLOADING, done=done, total=total, unit="bytes")
+                progress = Progress(phase=PhaseName.DOWNLOADING, done=done, total=total, unit="bytes")
                 status = self._renew(attempt, progress)
                 if status is not Status.RUNNING:
                     raise Unwanted(status)
@@ -375,20 +375,20 @@ def _where(found: FetchedInput) -> dict[str, object]:
     return {"hub": found.hub} if found.place is None else {"path": found.place.path, "root": found.place.root}
 
 
-def phases_of(spec: JobSpec) -> list[Phase]:
+def phases_of(spec: JobSpec) -> list[PhaseName]:
     """Return the phases that this job goes through."""
-    phases = [Phase.DOWNLOADING] if spec.names_the_hub else []
-    phases.append(Phase.LOADING)
+    phases = [PhaseName.DOWNLOADING] if spec.names_the_hub else []
+    phases.append(PhaseName.LOADING)
     if spec.method.statistics:
-        phases.append(Phase.SCORING)
+        phases.append(PhaseName.SCORING)
     if spec.method.search is not None:
-        phases.append(Phase.SEARCHING)
+        phases.append(PhaseName.SEARCHING)
     if isinstance(spec, MergeSpec):
-        phases.append(Phase.MERGING)
+        phases.append(PhaseName.MERGING)
         if spec.aligns:
-            phases.append(Phase.ALIGNING)
+            phases.append(PhaseName.ALIGNING)
         if spec.evaluates:
-            phases.append(Phase.EVALUATING)
+            phases.append(PhaseName.EVALUATING)
         if spec.compares:
-            phases.append(Phase.COMPARING)
-    return [*phases, Phase.PUBLISHING]
+            phases.append(PhaseName.COMPARING)
+    return [*phases, PhaseName.PUBLISHING]

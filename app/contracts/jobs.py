@@ -10,7 +10,7 @@ from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, Sc
 from worker.engine.catalog.primitives.paths import Told, told
 
 
-class Kind(StrEnum):
+class JobKind(StrEnum):
     """The kind of result that a job makes."""
 
     MERGE = "merge"
@@ -59,7 +59,7 @@ def absence(job_id: str, gone: Gone | None) -> str:
     return f"job {job_id} was deleted" if gone is Gone.DELETED else f"job {job_id} was kept for its time and is removed"
 
 
-class Phase(StrEnum):
+class PhaseName(StrEnum):
     QUEUED = "queued"
     DOWNLOADING = "downloading"
     LOADING = "loading"
@@ -76,7 +76,7 @@ class Phase(StrEnum):
 class Progress(BaseModel):
     """Progress of a job. `fraction` is that of the whole job, and never falls within an attempt."""
 
-    phase: Phase = Phase.QUEUED
+    phase: PhaseName = PhaseName.QUEUED
     done: int = 0
     total: int = 0
     unit: str = ""
@@ -119,7 +119,7 @@ class JobCore(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
-    kind: Kind
+    kind: JobKind
     name: str
     status: Status
     attempt: int
@@ -153,7 +153,7 @@ class RecordCore(BaseModel):
     """The fields that a job's record and its summary share, as they are stored."""
 
     id: str
-    kind: Kind
+    kind: JobKind
     name: str
     status: Status
     attempt: int

@@ -6,10 +6,10 @@ from pydantic import AnyHttpUrl, Field, field_validator, model_validator
 
 from worker.engine.catalog.contracts.spec import ALIGN_RIDGE, Dtype, Heads, OutputSpec, VocabularyPolicy
 from worker.engine.catalog.primitives.strict import Strict
-from worker.engine.catalog.primitives.tokens import Tokens
+from worker.engine.catalog.primitives.tokens import TokenSettings
 
 
-class Output(Tokens):
+class Output(TokenSettings):
     dtype: Dtype = "auto"
     """Data type in which merged tensors are stored; `auto` keeps the inputs' own."""
     heads: Heads | None = None

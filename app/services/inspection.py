@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.contracts.jobs import Gone, Kind, Outcome
+from app.contracts.jobs import Gone, JobKind, Outcome
 from app.contracts.models import ModelRequest
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.bodies import Body
@@ -75,7 +75,7 @@ class Inspection(BaseModel):
     """A request to be inspected."""
 
     asks: Literal["inspection"] = "inspection"
-    kind: Kind
+    kind: JobKind
     request: dict[str, Any]
     """The request as it was sent, without defaults."""
     local_roots: tuple[Path, ...]
@@ -99,7 +99,7 @@ class Began(BaseModel):
     pid: int
 
 
-class Reading(BaseModel):
+class ReadingInput(BaseModel):
     """Sent before a file is read. `field` is the request's, `source` the reference of a checkpoint or data set."""
 
     event: Literal["reading"] = "reading"
@@ -108,7 +108,7 @@ class Reading(BaseModel):
     file: str
 
 
-class Hub(BaseModel):
+class AskedHub(BaseModel):
     """Sent before the hub is waited for, and after it."""
 
     event: Literal["hub"] = "hub"
@@ -150,8 +150,8 @@ class Broken(BaseModel):
     error: str
 
 
-Event = Began | Reading | Hub | Allowed | Read | Refused | Exhausted | Broken
-EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+InspectorEvent = Began | ReadingInput | AskedHub | Allowed | Read | Refused | Exhausted | Broken
+EVENT: TypeAdapter[InspectorEvent] = TypeAdapter(Annotated[InspectorEvent, Field(discriminator="event")])
 
 
 class InspectorDied(Exception):
@@ -219,7 +219,7 @@ class Inspectors:
             scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
             try:
                 inspection = Inspection(
-                    kind=Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
+                    kind=JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
                     request=request.model_dump(mode="json", exclude_unset=True),
                     local_roots=self._local_roots,
                     data_dir=self._data_dir,
@@ -305,7 +305,7 @@ class _Conversation:
     """Seconds that the inspection may take, without waiting for the hub."""
     process: int = -1
     """Descriptor of the process, so that no other process with the same number is ended."""
-    place: Reading = field(default_factory=lambda: Reading(field="", source="", file=""))
+    place: ReadingInput = field(default_factory=lambda: ReadingInput(field="", source="", file=""))
     """The file that it reads now."""
 
     async def hold(self, question: Question) -> Allowed | Read:
@@ -328,9 +328,9 @@ class _Conversation:
                 raise self._too_slow(waits_for_hub) from None
             left[waits_for_hub] -= time.monotonic() - since
             match event:
-                case Reading():
+                case ReadingInput():
                     self.place = event
-                case Hub():
+                case AskedHub():
                     waits_for_hub = event.is_waited_for
                 case Allowed() | Read():
                     return event
@@ -354,7 +354,7 @@ class _Conversation:
             os.close(self.process)
         self.writer.close()
 
-    async def _next(self, timeout_s: float) -> Event | None:
+    async def _next(self, timeout_s: float) -> InspectorEvent | None:
         """Return the next message; None when the copy has ended. Raises TimeoutError."""
         async with asyncio.timeout(max(0.0, timeout_s)):
             try:

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from app.contracts.errors import FieldError, ProblemError
-from app.contracts.jobs import Kind
+from app.contracts.jobs import JobKind
 from app.contracts.lifetime import die_with_parent
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.bodies import read_body
@@ -29,14 +29,14 @@ from app.services.inspection import (
     LONGEST_QUOTE,
     QUESTION,
     Allowed,
+    AskedHub,
     Began,
     Broken,
     Exhausted,
-    Hub,
     Inspection,
     Question,
     Read,
-    Reading,
+    ReadingInput,
     Refused,
 )
 from app.storage.artifacts import open_artifacts
@@ -125,7 +125,7 @@ def _outcome(question: Question, told: "_Told") -> Allowed | Read:
 
 def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
     tempfile.tempdir = str(inspection.scratch)
-    kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is Kind.MERGE else ScoreRequest
+    kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is JobKind.MERGE else ScoreRequest
     artifacts = open_artifacts(inspection.artifact_store, inspection.data_dir)
     context = SourceContext(inspection.local_roots, inspection.data_dir, artifacts, inspection.jobs.get, told.waiting)
     checker = Checker(Sources(context), artifacts.free_bytes, told.at)
@@ -147,15 +147,15 @@ class _Told:
         self._field = field
 
     def reads(self, source: str, file: str) -> None:
-        self.send(Reading(field=self._field, source=source[:LONGEST_QUOTE], file=file[:LONGEST_QUOTE]))
+        self.send(ReadingInput(field=self._field, source=source[:LONGEST_QUOTE], file=file[:LONGEST_QUOTE]))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        self.send(Hub(is_waited_for=True))
+        self.send(AskedHub(is_waited_for=True))
         try:
             yield
         finally:
-            self.send(Hub(is_waited_for=False))
+            self.send(AskedHub(is_waited_for=False))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Gone, Kind, Outcome, Record, Stage, TaskId
+from app.contracts.jobs import Gone, JobKind, Outcome, Record, Stage, TaskId
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.checks import Accepted, Plan
 from app.services.inspection import Inspectors, sources
@@ -44,7 +44,7 @@ class Jobs:
                 request.title,
                 request.labels,
                 accepted.states,
-                Kind.MERGE if isinstance(request, MergeRequest) else Kind.SCORES,
+                JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
                 request.deadline_seconds,
             )
             once = None

@@ -13,7 +13,7 @@ from app.contracts.jobs import (
     ErrorCode,
     Gone,
     JobError,
-    Kind,
+    JobKind,
     Outcome,
     Progress,
     Record,
@@ -52,7 +52,7 @@ class NewJob:
     labels: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     """State of each checkpoint by its reference, for the worker to compare."""
-    kind: Kind = Kind.MERGE
+    kind: JobKind = JobKind.MERGE
     deadline_seconds: float | None = None
     """Time that the job may take from now on, or from a later retry, waiting included."""
 
@@ -143,7 +143,7 @@ class Records:
             stored = fields.get("result") or cast(str | None, self._redis.get(self._keys.result(job_id)))
             if stored is None:  # the job was deleted between the two reads
                 return None
-            result = (MergeResult if _kind(fields) is Kind.MERGE else ScoreResult).model_validate_json(stored)
+            result = (MergeResult if _kind(fields) is JobKind.MERGE else ScoreResult).model_validate_json(stored)
         return Record(
             **self._core(job_id, fields),
             revision=int(fields["revision"]),
@@ -285,13 +285,13 @@ def _task(job_id: str) -> TaskId:
     return TaskId(job=job_id, stage=Stage.MERGE)
 
 
-def _kind(fields: Mapping[str, str]) -> Kind:
-    return Kind(fields.get("kind", Kind.MERGE))  # records that were stored before there were kinds have none
+def _kind(fields: Mapping[str, str]) -> JobKind:
+    return JobKind(fields.get("kind", JobKind.MERGE))  # records that were stored before there were kinds have none
 
 
 def _summary(fields: Mapping[str, str]) -> MergeSummary | ScoreResult | None:
     """Return the result in short. Records of releases that kept no summary have the result itself."""
-    summary = MergeSummary if _kind(fields) is Kind.MERGE else ScoreResult
+    summary = MergeSummary if _kind(fields) is JobKind.MERGE else ScoreResult
     if "summary" in fields:
         return summary.model_validate_json(fields["summary"])
     if "result" in fields:

@@ -5,7 +5,7 @@ from typing import cast
 
 from redis import Redis
 
-from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Progress, Status, TaskId, TaskState
+from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Status, TaskId, TaskState
 from app.storage.keys import Keys
 from app.storage.scripts import JobScripts, flat, listed
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
@@ -34,7 +34,7 @@ class Tasks:
             "claim",
             task.job,
             [self._keys.task(task), self._keys.due, self._keys.leases],
-            [str(task), self._lease_ms, worker, Progress(phase=Phase.LOADING).model_dump_json()],
+            [str(task), self._lease_ms, worker, Progress(phase=PhaseName.LOADING).model_dump_json()],
         )
         return Attempt(task=task, number=int(number)) if number else None
 
@@ -60,7 +60,7 @@ class Tasks:
             attempt,
             Status.SUCCEEDED,
             {"summary": result.model_dump_json(include=in_short), "artifact": artifact},
-            Progress(phase=Phase.DONE, done=1, total=1, unit="jobs", fraction=1.0, eta_seconds=0.0),
+            Progress(phase=PhaseName.DONE, done=1, total=1, unit="jobs", fraction=1.0, eta_seconds=0.0),
             result,
         )
 

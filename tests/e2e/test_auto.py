@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.contracts.jobs import Phase
+from app.contracts.jobs import PhaseName
 from tests.conftest import REPOSITORY, Service, assert_problem, make_service, tiny_recipe, wait_until
 from tests.tiny import write_lines, write_rows
 
@@ -124,7 +124,7 @@ def test_the_best_of_what_was_tried_is_published(service: Service, found: Job) -
     assert {m: entry["examples"] for m, entry in result["metrics"].items()} == search["held_out_rows"]
     assert journals(service, found["id"]) == []
     seen = list(dict.fromkeys(event["phase"] for event in events(service, found["id"], "progress")))
-    assert seen == [phase.value for phase in Phase if phase in seen]
+    assert seen == [phase.value for phase in PhaseName if phase in seen]
 
 
 def events(service: Service, job_id: str, kind: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from app.contracts.events import Event, EventKind, LogCode, LogEntry, StatusChange
-from app.contracts.jobs import Attempt, ErrorCode, JobError, Phase, Progress, Stage, Status, TaskId
+from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Stage, Status, TaskId
 from app.contracts.settings import Settings
 from app.embedded_redis import EmbeddedRedis
 from app.main import create_app
@@ -32,7 +32,7 @@ FAILURE = JobError(
 
 
 def halfway(done: int = 1) -> Progress:
-    return Progress(phase=Phase.SCORING, done=done, total=4096, unit="examples", fraction=0.5, eta_seconds=1.5)
+    return Progress(phase=PhaseName.SCORING, done=done, total=4096, unit="examples", fraction=0.5, eta_seconds=1.5)
 
 
 @pytest.fixture

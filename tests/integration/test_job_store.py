@@ -12,8 +12,8 @@ from app.contracts.jobs import (
     ErrorCode,
     Gone,
     JobError,
-    Kind,
-    Phase,
+    JobKind,
+    PhaseName,
     Progress,
     Record,
     Stage,
@@ -97,14 +97,14 @@ def test_a_new_job_is_queued_and_waits_to_be_dispatched(store: JobStore) -> None
 
 
 def test_a_job_has_its_kind_and_one_stored_before_there_were_kinds_is_a_merge(store: JobStore, redis: Redis) -> None:
-    scores = TaskId(job=store.records.create(NewJob({}, "name", kind=Kind.SCORES)).job_id, stage=Stage.MERGE)
-    assert record_of(store, scores).kind is Kind.SCORES
+    scores = TaskId(job=store.records.create(NewJob({}, "name", kind=JobKind.SCORES)).job_id, stage=Stage.MERGE)
+    assert record_of(store, scores).kind is JobKind.SCORES
     assert store.tasks.succeed(claimed(store, scores), SCORES, "folder")
     assert record_of(store, scores).result == SCORES
     merge = new_job(store)
     assert redis.hdel(f"test:job:{merge.job}", "kind") == 1
     assert store.tasks.succeed(claimed(store, merge), RESULT, "folder")
-    assert (record_of(store, merge).kind, record_of(store, merge).result) == (Kind.MERGE, RESULT)
+    assert (record_of(store, merge).kind, record_of(store, merge).result) == (JobKind.MERGE, RESULT)
 
 
 def as_the_last_release_kept_it(store: JobStore, redis: Redis, task: TaskId) -> None:
@@ -123,7 +123,7 @@ def test_records_of_the_last_release_are_read_listed_and_deleted(store: JobStore
     merge = new_job(store, team="search")
     assert store.tasks.succeed(claimed(store, merge), SEARCHED, "folder")
     clock.advance(1)
-    scores = TaskId(job=store.records.create(NewJob({}, "name", kind=Kind.SCORES)).job_id, stage=Stage.MERGE)
+    scores = TaskId(job=store.records.create(NewJob({}, "name", kind=JobKind.SCORES)).job_id, stage=Stage.MERGE)
     assert store.tasks.succeed(claimed(store, scores), SCORES, "folder")
     records = [record_of(store, task) for task in (merge, scores)]
     listed = list(store.records.newest())
@@ -217,7 +217,7 @@ def test_renewing_records_progress_and_changes_the_revision(store: JobStore) -> 
     before = record_of(store, task).revision
     store.tasks.renew(attempt)
     assert record_of(store, task).revision == before
-    store.tasks.renew(attempt, Progress(phase=Phase.SCORING, done=1, total=2, unit="examples", fraction=0.5))
+    store.tasks.renew(attempt, Progress(phase=PhaseName.SCORING, done=1, total=2, unit="examples", fraction=0.5))
     after = record_of(store, task)
     assert after.revision == before + 1
     assert after.progress.fraction == 0.5

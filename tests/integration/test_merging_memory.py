@@ -18,7 +18,7 @@ from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS, MethodParameters
 from worker.engine.catalog.planning.memory import RUNTIME_BYTES, MemoryNeeds, estimate
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.checkpoints.writer import ShardWriter
 from worker.engine.merging.backbone import Backbone
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
@@ -47,7 +47,7 @@ def planned(folder: Path, rows: int, models: int = 2, drawn: int = 20) -> MergeP
     """Of models and their base."""
     names = [*map(str, range(models)), "base"]
     tensors = [next(iter(read_header(sparse_file(folder, n, rows, drawn), n))) for n in names]
-    slot, place = Slot(NAME, Kind.EMBEDDING, None, False), Place(NAME, 0.0)
+    slot, place = Slot(NAME, Kind.EMBEDDING, None, False), TensorPlace(NAME, 0.0)
     tensor = PlannedTensor(slot, place, (rows, WIDTH), "BF16", tuple(tensors[:-1]), tensors[-1])
     infos = [CheckpointInfo(n, folder, {}, {NAME: t}, {}, folder) for n, t in zip(names, tensors, strict=True)]
     return MergePlan(BERT, tuple(infos[:-1]), infos[-1], (), (tensor,), (), ())

@@ -10,7 +10,7 @@ from redis import Redis
 
 import app.storage.sources
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import ErrorCode, Phase, Record, Stage, Status, TaskId
+from app.contracts.jobs import ErrorCode, PhaseName, Record, Stage, Status, TaskId
 from app.contracts.references import ReferenceError
 from app.contracts.requests import MergeRequest
 from app.services.checks import Accepted, Checker
@@ -176,7 +176,7 @@ def test_while_inputs_are_fetched_the_lease_is_kept_progress_shown_and_a_cancel_
     def progress() -> Record | None:
         job = next(store.records.newest(), None)
         record = store.records.get(job.id) if job else None
-        return record if record and record.progress.phase is Phase.DOWNLOADING else None
+        return record if record and record.progress.phase is PhaseName.DOWNLOADING else None
 
     record: Record = wait_until(progress, "the download's progress")
     assert record.progress.unit == "bytes"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.contracts.jobs import Phase
+from app.contracts.jobs import PhaseName
 from tests.tiny import LAYERS, edit_tensors, merge_spec, silent, tiny_base, tiny_checkpoint
 from tests.tiny_adapters import tiny_adapter
 from tests.tiny_language_models import tiny_model
@@ -196,7 +196,7 @@ def test_switched_off_nothing_is_read_again(
     spec = job(models, tmp_path / "out", interference=False)
     result = Engine().merge(spec, lambda phase, *_: phases.append(phase))
     assert "comparing" not in phases
-    assert Phase.COMPARING not in phases_of(spec)
+    assert PhaseName.COMPARING not in phases_of(spec)
     assert result.timings.interference_seconds == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["interference"] is None

@@ -21,7 +21,7 @@ from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
 from worker.engine.merging.methods.blocks import Block
@@ -82,7 +82,7 @@ def merge(
     ]
     merger = BUILDERS[method](METHODS[method].parameters(name=method, **parameters), models)
     slot = slot or named()
-    return merged_of(merger, slot, versions, base, place=Place(slot.name, depth), block_elements=block_elements)
+    return merged_of(merger, slot, versions, base, place=TensorPlace(slot.name, depth), block_elements=block_elements)
 
 
 def float64(tensor: Tensor) -> Array:

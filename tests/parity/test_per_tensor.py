@@ -33,7 +33,7 @@ from tests.parity.test_methods import (
 from tests.score_names import named
 from tests.tiny import merged_of
 from worker.engine.catalog.methods import METHODS, MaskFisherParameters
-from worker.engine.catalog.primitives.values import PerTensor, Place
+from worker.engine.catalog.primitives.values import PerTensor, TensorPlace
 from worker.engine.merging.methods import BUILDERS
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_errors, weight_shares
 from worker.engine.merging.stopping import Scored, errors_at
@@ -79,8 +79,8 @@ def merged_per_tensor(method: str, weights: Sequence[Any], **parameters: Any) ->
     }
 
 
-def place_of(name: str) -> Place:
-    return Place(name, depth_of(name))
+def place_of(name: str) -> TensorPlace:
+    return TensorPlace(name, depth_of(name))
 
 
 def dense_average(weights: Sequence[float], value: float) -> Mapping[str, Array]:

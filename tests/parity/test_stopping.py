@@ -32,7 +32,7 @@ from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import GRAM, NODE_FISHER, MaskFisherParameters, RegMeanParameters, ScoringParameters
 from worker.engine.catalog.methods.parameters import MOST_AUTO_EXAMPLES
 from worker.engine.catalog.primitives.errors import InvalidDataset
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.catalog.tasks import LabelMap
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.methods import MeasuredModel
@@ -55,7 +55,7 @@ SITES = {
     named("layers.0.neurons"): 24,
     named("layers.1.neurons"): 24,
 }
-OWNED = {site: [Place(site, 0.0)] for site in SITES}
+OWNED = {site: [TensorPlace(site, 0.0)] for site in SITES}
 ROWS = 700
 BOOTSTRAP_TOLERANCE = 0.1  # of a root mean square over a layer's nodes, with 400 resamples of 1,500 rows
 
@@ -204,7 +204,7 @@ def test_only_shares_matter_and_a_model_without_weight_has_no_error() -> None:
     assert found.tolist()[1][0] == found.tolist()[0][0] == 0
     np.testing.assert_allclose(found[:, 1].numpy(), 0.5 * 0.5 * 0.2 * 2**0.5)
     models = [MeasuredModel(lam, {named("layers.0.heads"): torch.ones(2).double()}) for lam in (3.0, 3.0)]
-    weights = node_weights(models, MaskFisherParameters(floor=0.0))(named("layers.0.heads"), Place("", 0.0))
+    weights = node_weights(models, MaskFisherParameters(floor=0.0))(named("layers.0.heads"), TensorPlace("", 0.0))
     assert torch.equal(weights, torch.full((2, 2), 0.5).double())
 
 

@@ -37,7 +37,7 @@ from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.planning.plan import PlannedTensor
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.token_rows import read_by_token
@@ -301,7 +301,7 @@ def test_biases_of_a_language_models_head_follow_their_tokens(tmp_path: Path, dt
         sources += read_header(tmp_path / f"{index}.safetensors", f"m{index}")
     places = TokenRows((array("i", [0, 1, 2, -1]), array("i", [1, -1, -1, 0])), None)
     slot = Slot("lm_head.bias", Kind.HEAD, None, True)
-    planned = PlannedTensor(slot, Place("lm_head.bias", 1.0), (4,), "F32", tuple(sources), token_rows=places)
+    planned = PlannedTensor(slot, TensorPlace("lm_head.bias", 1.0), (4,), "F32", tuple(sources), token_rows=places)
     with TensorReader() as reader:
         found = read_by_token(reader, planned, [0, 1], slice(0, 4))
     assert [version.tolist() for version in found.versions] == [[1, 2, 3, 4], [6, 2, 3, 4]]

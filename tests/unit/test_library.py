@@ -13,7 +13,7 @@ from tests.tiny import edit_json
 from tests.tiny_language_models import LLAMA, tiny_model
 from worker.engine.catalog.checkpoints.config_differences import differences
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.checkpoints.library import FLOAT, TABLE, completed, decoded, encoded, kind_of, member
+from worker.engine.catalog.checkpoints.library import FLOAT, TABLE, completed, decoded, encoded, member, model_type_of
 from worker.engine.checkpoints.library_table import as_json, described, plain
 
 KINDS = (
@@ -28,7 +28,7 @@ def test_the_table_is_of_the_installed_version() -> None:
 
 
 def test_the_table_has_every_kind_of_model_that_has_a_configuration_of_its_own() -> None:
-    missing = [name for name in transformers.CONFIG_MAPPING if kind_of(name) is None and has_defaults(name)]
+    missing = [name for name in transformers.CONFIG_MAPPING if model_type_of(name) is None and has_defaults(name)]
     assert missing == []
 
 
@@ -50,15 +50,15 @@ def test_the_table_is_what_the_library_says_today(model_type: str) -> None:
 
 
 def test_a_kind_that_there_is_not_is_unknown() -> None:
-    assert kind_of("../llama") is None
-    assert kind_of("own") is None
-    assert kind_of("") is None
+    assert model_type_of("../llama") is None
+    assert model_type_of("own") is None
+    assert model_type_of("") is None
 
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_a_missing_key_means_the_librarys_default(model_type: str) -> None:
     whole = plain(transformers.CONFIG_MAPPING[model_type]())
-    kind = kind_of(model_type)
+    kind = model_type_of(model_type)
     assert kind is not None
     for dropped in halves(sorted(whole.keys() - {"model_type"})):
         short = {key: value for key, value in whole.items() if key not in dropped}

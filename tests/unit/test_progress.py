@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from app.contracts.jobs import Phase
+from app.contracts.jobs import PhaseName
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.progress import SHARES, ProgressMeter
 from worker.tasks import phases_of
 
-PHASES = [Phase.LOADING, Phase.SCORING, Phase.MERGING, Phase.PUBLISHING]
+PHASES = [PhaseName.LOADING, PhaseName.SCORING, PhaseName.MERGING, PhaseName.PUBLISHING]
 
 
 class Clock:
@@ -23,36 +23,36 @@ def test_the_fraction_runs_from_0_to_1_over_the_phases_in_use() -> None:
     meter = ProgressMeter(PHASES, Clock())
     assert meter.current.fraction == 0
     total = sum(SHARES[phase] for phase in PHASES)
-    assert meter.update(Phase.LOADING, 1, 2, "models").fraction == pytest.approx(
-        SHARES[Phase.LOADING] / 2 / total, abs=1e-4
+    assert meter.update(PhaseName.LOADING, 1, 2, "models").fraction == pytest.approx(
+        SHARES[PhaseName.LOADING] / 2 / total, abs=1e-4
     )
-    assert meter.update(Phase.PUBLISHING, 1, 1, "files").fraction == 1
+    assert meter.update(PhaseName.PUBLISHING, 1, 1, "files").fraction == 1
 
 
 def test_the_fraction_never_falls() -> None:
     meter = ProgressMeter(PHASES, Clock())
-    before = meter.update(Phase.SCORING, 50, 100, "examples").fraction
-    assert meter.update(Phase.SCORING, 10, 100, "examples").fraction == before
+    before = meter.update(PhaseName.SCORING, 50, 100, "examples").fraction
+    assert meter.update(PhaseName.SCORING, 10, 100, "examples").fraction == before
 
 
 def test_the_estimate_is_what_is_left_at_the_pace_so_far() -> None:
     clock = Clock()
-    meter = ProgressMeter([Phase.MERGING], clock)
+    meter = ProgressMeter([PhaseName.MERGING], clock)
     clock.now = 30.0
-    progress = meter.update(Phase.MERGING, 25, 100, "tensors")
+    progress = meter.update(PhaseName.MERGING, 25, 100, "tensors")
     assert progress.eta_seconds == pytest.approx(90)
 
 
 def test_there_is_no_estimate_from_next_to_nothing() -> None:
-    meter = ProgressMeter([Phase.MERGING], Clock())
-    assert meter.update(Phase.MERGING, 1, 1000, "tensors").eta_seconds is None
+    meter = ProgressMeter([PhaseName.MERGING], Clock())
+    assert meter.update(PhaseName.MERGING, 1, 1000, "tensors").eta_seconds is None
 
 
 def test_a_phase_with_nothing_to_do_counts_as_not_begun() -> None:
-    assert ProgressMeter([Phase.MERGING], Clock()).update(Phase.MERGING, 0, 0, "tensors").fraction == 0
+    assert ProgressMeter([PhaseName.MERGING], Clock()).update(PhaseName.MERGING, 0, 0, "tensors").fraction == 0
 
 
-def phases_by(candidate: str) -> list[Phase]:
+def phases_by(candidate: str) -> list[PhaseName]:
     """Of a search that tries one method."""
     rows = {"source": "local:rows.jsonl", "path": Path("rows.jsonl")}
     model = {"name": "a", "source": "local:a", "dataset": rows, "evaluation": {**rows, "metric": "accuracy"}}
@@ -71,8 +71,8 @@ def phases_by(candidate: str) -> list[Phase]:
 
 
 def test_a_search_comes_after_scoring_and_before_the_merge_that_it_chose() -> None:
-    rest = [Phase.SEARCHING, Phase.MERGING, Phase.ALIGNING, Phase.EVALUATING, Phase.PUBLISHING]
-    assert phases_by("average") == [Phase.LOADING, *rest]
-    assert phases_by("regmean") == [Phase.LOADING, Phase.SCORING, *rest]
+    rest = [PhaseName.SEARCHING, PhaseName.MERGING, PhaseName.ALIGNING, PhaseName.EVALUATING, PhaseName.PUBLISHING]
+    assert phases_by("average") == [PhaseName.LOADING, *rest]
+    assert phases_by("regmean") == [PhaseName.LOADING, PhaseName.SCORING, *rest]
     meter = ProgressMeter(phases_by("regmean"), Clock())
-    assert meter.update(Phase.SEARCHING, 40, 40, "merges").fraction > 0.5
+    assert meter.update(PhaseName.SEARCHING, 40, 40, "merges").fraction > 0.5

@@ -9,8 +9,8 @@ from worker.engine.catalog.methods import METHODS, MaskFisherParameters, TaskAri
 from worker.engine.catalog.primitives.values import (
     Filtered,
     PerTensor,
-    Place,
     Share,
+    TensorPlace,
     takes_part,
     value_at,
     values_at,
@@ -22,7 +22,7 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 
 
 def at(setting: Any, depth: float = 0.0, name: str = QUERY, default: float = 0.9) -> float:
-    return value_at(SHARE.validate_python(setting), Place(name, depth), default)
+    return value_at(SHARE.validate_python(setting), TensorPlace(name, depth), default)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_several_settings_have_the_values_that_each_has() -> None:
     query = "*query*"
     written = [0.1, [0, 1], [{"filter": query, "value": 0.2}], [{"filter": query, "value": [0.4, 0.6]}]]
     settings = [SHARE.validate_python(setting) for setting in written]
-    assert values_at(settings, Place(QUERY, 0.5), 0.9) == [0.1, 0.5, 0.2, 0.5]
-    assert values_at(settings, Place("other", 1.0), 0.9) == [0.1, 1, 0.9, 0.9]
+    assert values_at(settings, TensorPlace(QUERY, 0.5), 0.9) == [0.1, 0.5, 0.2, 0.5]
+    assert values_at(settings, TensorPlace("other", 1.0), 0.9) == [0.1, 1, 0.9, 0.9]
 
 
 FORMS = 'give a number, a list of numbers from the first layer to the last, or a list of {"filter": glob, '
@@ -146,9 +146,9 @@ def test_a_scale_needs_a_base_if_it_is_not_1_anywhere(scale: Any, needs_base: bo
 
 def test_a_tensor_that_no_filter_names_has_the_methods_own_scale() -> None:
     named = [{"filter": "*query*", "value": 2}]
-    assert MaskFisherParameters(scale=named).at("scale", Place(QUERY, 0.0)) == 2
-    assert MaskFisherParameters(scale=named).at("scale", Place("other", 0.0)) == 1
-    assert TaskArithmeticParameters(scale=named).at("scale", Place("other", 0.0)) == 0.4
+    assert MaskFisherParameters(scale=named).at("scale", TensorPlace(QUERY, 0.0)) == 2
+    assert MaskFisherParameters(scale=named).at("scale", TensorPlace("other", 0.0)) == 1
+    assert TaskArithmeticParameters(scale=named).at("scale", TensorPlace("other", 0.0)) == 0.4
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_where_no_filter_of_a_model_matches_the_methods_value_counts(
     of_all: Any, own: Any, of_query: float, elsewhere: float
 ) -> None:
     parameters = TiesParameters(density=of_all).of_model({"density": SHARE.validate_python(own)})
-    assert parameters.at("density", Place(QUERY, 1.0)) == of_query
-    assert parameters.at("density", Place("other", 1.0)) == elsewhere
+    assert parameters.at("density", TensorPlace(QUERY, 1.0)) == of_query
+    assert parameters.at("density", TensorPlace("other", 1.0)) == elsewhere
 
 
 def test_the_schema_of_a_parameter_shows_its_three_forms_with_their_bounds() -> None:

@@ -35,7 +35,7 @@ from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.planning.plan import PlannedTensor
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, NumericalError
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.checkpoints.reader import Digests, TensorReader, digest_file
 from worker.engine.checkpoints.writer import ShardWriter, cut_into_shards, largest_first
 from worker.engine.jobs.engine import Engine
@@ -48,7 +48,7 @@ TINY_SHARD_BYTES = 3000
 
 
 def planned(name: str, shape: tuple[int, ...] = (2, 3), dtype: str = "F32") -> PlannedTensor:
-    return PlannedTensor(Slot(name, Kind.UP, 0, False), Place(name, 0.0), shape, dtype, ())
+    return PlannedTensor(Slot(name, Kind.UP, 0, False), TensorPlace(name, 0.0), shape, dtype, ())
 
 
 def rows_of(values: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -14,7 +14,7 @@ from app.services.mergekit.parameters import (
     value_of_model,
     vectors,
 )
-from app.services.mergekit.recipe import LONGEST_NAME, MergekitError, Part, Recipe, Source, place_of
+from app.services.mergekit.recipe import LONGEST_NAME, MergekitError, Recipe, SlicePart, SliceSource, place_of
 from worker.engine.catalog.methods import METHODS
 
 BASE = "base"  # name of a request's base in `output.config_from`
@@ -25,19 +25,19 @@ def merged(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[s
     name, method = recipe.name, recipe.method
     rest: dict[str, Any] = {}
     from_base = method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN)
-    parts: list[Part] = []
+    parts: list[SlicePart] = []
     slices: list[dict[str, Any]] = []
     for part in recipe.parts:
         sources = list(part.sources)
         of_base = None if part.base is None else part.source_of(part.base)
         if part.base is not None and of_base is None and not recipe.is_sliced and not from_base:
-            sources.append(Source("base_model", part.base, part.shared))
+            sources.append(SliceSource("base_model", part.base, part.shared))
         needs = method.base in (Base.ORIGIN, Base.FIRST) or (from_base and part.base is not None)
         if recipe.is_sliced and needs and of_base is None:
             raise MergekitError(f"{part.place}.sources", f"{name} needs base_model among them, with its layers")
         if not from_base and any(source.is_adapter for source in sources):
             rest["base"] = part.base
-        parts.append(Part(part.place, ordered(recipe, part, sources), part.shared, part.base))
+        parts.append(SlicePart(part.place, ordered(recipe, part, sources), part.shared, part.base))
         if from_base and part.base is not None and rest.setdefault("base", part.base) != part.base:
             raise MergekitError(f"{part.place}.base_model", f"{name} goes from one base in all slices")
         if of_base is not None and of_base.layers is not None and from_base:
@@ -100,14 +100,14 @@ def stacked(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]], dict[
     return {"slices": slices, **({} if scale == 1 else {"scale": scale})}, models, {}
 
 
-def ordered(recipe: Recipe, part: Part, sources: Sequence[Source]) -> list[Source]:
+def ordered(recipe: Recipe, part: SlicePart, sources: Sequence[SliceSource]) -> list[SliceSource]:
     """Return the models of a part, the base first: configuration and tokenizer of the result are its own."""
     if recipe.method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN):
         return [source for source in sources if source.reference != part.base]
     return sorted(sources, key=lambda source: source.reference != part.base)
 
 
-def _slice(source: Source, short: Mapping[str, str]) -> dict[str, Any]:
+def _slice(source: SliceSource, short: Mapping[str, str]) -> dict[str, Any]:
     return {"model": short[source.reference], **({} if source.layers is None else {"layers": list(source.layers)})}
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.services.mergekit.known import REQUIRED, Parameter, flag
-from app.services.mergekit.recipe import Chain, MergekitError, Part, Recipe, Source, flag_of, place_of
+from app.services.mergekit.recipe import Chain, MergekitError, Recipe, SlicePart, SliceSource, flag_of, place_of
 from worker.engine.catalog.primitives.values import EVERY_NAME
 
 
-def value_of(name: str, parameter: Parameter, recipe: Recipe, parts: Sequence[Part]) -> Any:
+def value_of(name: str, parameter: Parameter, recipe: Recipe, parts: Sequence[SlicePart]) -> Any:
     if parameter.kind == "number":
         return over_parts(recipe, [number_of(part.shared, name, parameter.default, "parameters") for part in parts])
     values = [_one_value(name, parameter, part.shared) for part in parts]
@@ -20,7 +20,7 @@ def value_of(name: str, parameter: Parameter, recipe: Recipe, parts: Sequence[Pa
     return values[0]
 
 
-def value_of_model(recipe: Recipe, parts: Sequence[Part], reference: str, name: str, default: Any) -> Any:
+def value_of_model(recipe: Recipe, parts: Sequence[SlicePart], reference: str, name: str, default: Any) -> Any:
     """Return the value of a model's own parameter over all parts."""
     settings: list[Any] = []
     for part, start in zip(parts, recipe.starts, strict=True):
@@ -112,7 +112,7 @@ def plain_chain(chain: Chain, name: str) -> Chain:
     return [(where, {k: v for k, v in given.items() if k != name or v is not None}) for where, given in chain]
 
 
-def check_numbering(setting: Any, source: Source, start: int, name: str) -> None:
+def check_numbering(setting: Any, source: SliceSource, start: int, name: str) -> None:
     """Check that filters of a model's own parameters do not depend on the numbers of layers.
 
     mergekit matches them with the names that the model's tensors have before they are put together.

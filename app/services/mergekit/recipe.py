@@ -49,7 +49,7 @@ class MergekitError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class SliceSource:
     """One model of a merge, as the recipe names it."""
 
     place: str
@@ -62,15 +62,15 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Part:
+class SlicePart:
     """A slice of the result, or the whole result."""
 
     place: str
-    sources: Sequence[Source]
+    sources: Sequence[SliceSource]
     shared: Chain
     base: str | None
 
-    def source_of(self, reference: str) -> Source | None:
+    def source_of(self, reference: str) -> SliceSource | None:
         return next((source for source in self.sources if source.reference == reference), None)
 
     @property
@@ -85,7 +85,7 @@ class Recipe:
 
     name: str
     method: Method
-    parts: Sequence[Part]
+    parts: Sequence[SlicePart]
     base: str | None
     notes: Sequence[str]
     """Notes of the keys that mergekit ignores."""
@@ -124,7 +124,7 @@ def read_recipe(recipe: Mapping[str, Any]) -> Recipe:
     return Recipe(name, method, parts, base, notes)
 
 
-def _parts(recipe: Mapping[str, Any], base: str | None, notes: list[str]) -> list[Part]:
+def _parts(recipe: Mapping[str, Any], base: str | None, notes: list[str]) -> list[SlicePart]:
     shared: list[tuple[str, Mapping[str, Any]]] = [("parameters", mapping_of(recipe, "parameters", "parameters"))]
     given = [key for key in ("models", "slices", "modules") if recipe.get(key)]
     if len(given) != 1:
@@ -166,21 +166,21 @@ def _part(
     notes: list[str],
     *,
     is_sliced: bool,
-) -> Part:
-    sources: list[Source] = []
+) -> SlicePart:
+    sources: list[SliceSource] = []
     for where, entry in entries:
         pass_over(entry, ("model", "parameters", *(["layer_range"] if is_sliced else [])), where, notes)
         own = (f"{where}.parameters", mapping_of(entry, "parameters", f"{where}.parameters"))
         reference, layers = _reference(entry, where, base), _layer_range(entry, where) if is_sliced else None
         is_adapter = _adapter_of(base, entry["model"]) is not None
-        sources.append(Source(where, reference, [own, *shared], is_adapter, layers))
+        sources.append(SliceSource(where, reference, [own, *shared], is_adapter, layers))
     references = [source.reference for source in sources]
     for source in sources:
         if references.count(source.reference) > 1:
             raise MergekitError(f"{source.place}.model", f"'{source.reference}' is there twice")
         if source.layers and sources[0].layers and _length(source.layers) != _length(sources[0].layers):
             raise MergekitError(f"{source.place}.layer_range", "all sources of a slice need the same number of layers")
-    return Part(place, sources, shared, base)
+    return SlicePart(place, sources, shared, base)
 
 
 def _length(layers: tuple[int, int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from app.services.mergekit.known import Base
 from app.services.mergekit.models import BASE, merged, ordered, stacked
-from app.services.mergekit.recipe import MergekitError, Source, place_of, read_recipe
+from app.services.mergekit.recipe import MergekitError, SliceSource, place_of, read_recipe
 from app.services.mergekit.tokens import vocabulary
 
 
@@ -79,7 +79,7 @@ def fields_there(recipe: Mapping[str, Any], request: Mapping[str, Any]) -> dict[
         fields[f"method.{parameter.ours or key}"] = place_of(key, everywhere)
     found = {source.reference: source for part in reversed(read.parts) for source in reversed(part.sources)}
     for index, model in enumerate(request["models"]):
-        source = found.get(model["checkpoint"], Source("base_model", model["checkpoint"], read.parts[0].shared))
+        source = found.get(model["checkpoint"], SliceSource("base_model", model["checkpoint"], read.parts[0].shared))
         fields[f"models.{index}"] = source.place
         fields[f"models.{index}.checkpoint"] = source.place if source.place == "base_model" else f"{source.place}.model"
         fields[f"models.{index}.weight"] = place_of("weight", source.parameters)

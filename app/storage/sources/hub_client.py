@@ -31,7 +31,7 @@ from worker.engine.catalog.checkpoints.limits import MAX_DESCRIPTION_BYTES, MAX_
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-Kind = Literal["model", "dataset"]
+RepositoryType = Literal["model", "dataset"]
 PREFIX = struct.Struct("<Q")
 
 
@@ -45,9 +45,9 @@ class Hub:
     def __init__(self, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._waiting = waiting
         self._deadline = time.monotonic() + DEADLINE_S
-        self._pinned: dict[tuple[Repository, Kind], Repository] = {}
+        self._pinned: dict[tuple[Repository, RepositoryType], Repository] = {}
 
-    def pinned(self, repository: Repository, kind: Kind) -> Repository:
+    def pinned(self, repository: Repository, kind: RepositoryType) -> Repository:
         """Return the same repository at the commit that the revision is now.
 
         Raises:

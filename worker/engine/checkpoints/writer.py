@@ -38,7 +38,7 @@ MODULE_KEYS = ("idx", "name", "path", "type", "kwargs")
 LARGE = 16  # a tensor is large that has more elements than a thread's part of all elements, divided by this
 DIGEST_BYTES = 1 << 18  # each part is read into the same memory, which stays in a cache
 
-Rows = Iterable[tuple[slice, Tensor]]
+RowRuns = Iterable[tuple[slice, Tensor]]
 """Runs of rows along a tensor's first axis, each with its values."""
 
 
@@ -80,7 +80,7 @@ class ShardWriter:
         """The sha256 of the whole file, once it is complete."""
         return self._digest.hexdigest()
 
-    def write(self, planned: PlannedTensor, rows: Rows) -> None:
+    def write(self, planned: PlannedTensor, rows: RowRuns) -> None:
         """Write one of `tensors` as a whole, cast to its planned dtype.
 
         Raises:
@@ -170,7 +170,7 @@ def _write_at(descriptor: int, data: memoryview, position: int) -> int:
 def write_models(
     plan: MergePlan,
     folders: Sequence[Path],
-    rows_of: Callable[[PlannedTensor], Rows],
+    rows_of: Callable[[PlannedTensor], RowRuns],
     max_shard_bytes: int,
     threads: int | None,
     on_tensor: Callable[[], None],
@@ -220,7 +220,7 @@ def write_models(
     return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
 
 
-def write_modules(plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[PlannedTensor], Rows]) -> None:
+def write_modules(plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[PlannedTensor], RowRuns]) -> None:
     """Write the modules of sentence-transformers of every published model.
 
     Args:

@@ -46,7 +46,7 @@ PARQUET_ROWS = 1000  # number decoded together: equal texts may be stored once, 
 EXTRA_COLUMN = "__index_level_0__"  # pandas' name of the first column, if rows have one field more than the header
 ABANDONED_S = 3600.0  # a file that nobody has written to for so long is left of a download that was killed
 
-Kind = Literal["model", "dataset"]
+RepositoryType = Literal["model", "dataset"]
 
 datasets.disable_progress_bars()  # they would fill the log
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # so that also a slow download makes progress, for want of which a job is lost
@@ -54,7 +54,7 @@ constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # so that also a slow download makes pr
 
 @dataclass(frozen=True)
 class RemoteFile:
-    kind: Kind
+    kind: RepositoryType
     source: HubSource
     name: str
     missing_bytes: int
@@ -301,12 +301,12 @@ def _rows_file(source: HubSource, name: str) -> Path:
     return Path(hf_hub_download(source.repository, name, repo_type="dataset", revision=source.commit))
 
 
-def _remote_file(kind: Kind, source: HubSource, name: str) -> RemoteFile:
+def _remote_file(kind: RepositoryType, source: HubSource, name: str) -> RemoteFile:
     plan = hf_hub_download(source.repository, name, repo_type=kind, revision=source.commit, dry_run=True)
     return RemoteFile(kind, source, name, (plan.file_size or 0) if plan.will_download else 0)
 
 
-def _download(files: Sequence[RemoteFile], kind: Kind, source: HubSource, downloading: Phase) -> Path:
+def _download(files: Sequence[RemoteFile], kind: RepositoryType, source: HubSource, downloading: Phase) -> Path:
     """Download a repository's files, and return the folder of their snapshot."""
     path = Path()
     for file in (file for file in files if (file.kind, file.source) == (kind, source)):

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from worker.engine.catalog.contracts.report import MANIFEST, JobResult, MeasuredModel, MergeResult, ScoreResult
+from worker.engine.catalog.contracts.report import MANIFEST, JobResult, MergeResult, ModelReport, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.checkpoints.reader import digest_file
@@ -13,7 +13,7 @@ from worker.engine.merging.interference import Interference
 from worker.engine.merging.job_models import JobModel
 from worker.engine.reporting import contents
 from worker.engine.reporting.card import model_card
-from worker.engine.reporting.contents import Contents, Scores
+from worker.engine.reporting.contents import Contents, ScoresByModel
 from worker.engine.reporting.page import NOT_KNOWN_YET, merge_page, score_page
 
 REPEATING = {"checkpoint", "digest", "examples", "batch_tokens"}  # fields of each model that the same bits depend on
@@ -45,7 +45,7 @@ def write_documents(
     result: MergeResult,
     base: str | None,
     digests: Mapping[Path, str],
-    scores: Scores,
+    scores: ScoresByModel,
     interference: Interference | None,
 ) -> None:
     """Write everything for people and programs beside the weights; the manifest names every other file.
@@ -64,7 +64,7 @@ def write_documents(
     _write_manifest(spec.folder, result, result.models, digests, found, base=ancestor)
 
 
-def write_score_documents(spec: ScoreSpec, result: ScoreResult, scores: Scores) -> None:
+def write_score_documents(spec: ScoreSpec, result: ScoreResult, scores: ScoresByModel) -> None:
     """Write everything for people and programs beside the scores; the manifest names every other file."""
     found = contents.of_scores(spec, scores)
     _write_report(spec, result, found, score_page(spec, result, found))
@@ -81,7 +81,7 @@ def _write_report(spec: JobSpec, result: JobResult, found: Contents, page: str, 
 def _write_manifest(
     folder: Path,
     result: JobResult,
-    models: Sequence[MeasuredModel],
+    models: Sequence[ModelReport],
     digests: Mapping[Path, str],
     found: Contents,
     **more: object,

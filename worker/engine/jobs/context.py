@@ -23,7 +23,7 @@ from worker.engine.scoring.store import StatisticsStore
 
 
 @dataclass(frozen=True)
-class Lasting:
+class EngineState:
     """Objects that outlive jobs: models, batch sizes and digests that the next job need not find out anew."""
 
     device: torch.device
@@ -36,7 +36,7 @@ class Lasting:
 class JobContext:
     """One job's context. Steps are functions of values; their notes, progress and times go here."""
 
-    lasting: Lasting
+    lasting: EngineState
     precision: Precision
     store: StatisticsStore
     views: Views
@@ -82,7 +82,7 @@ class JobContext:
 
 
 @contextmanager
-def job_context(spec: JobSpec, lasting: Lasting, on_progress: OnProgress) -> Iterator[JobContext]:
+def job_context(spec: JobSpec, lasting: EngineState, on_progress: OnProgress) -> Iterator[JobContext]:
     """Begin a job: its folder, views of its inputs, and its statistics.
 
     Statistics without a store are kept until the job is done, so that several candidates of one job share them.

@@ -5,7 +5,7 @@ import torch
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec
 from worker.engine.checkpoints.reader import Digests
-from worker.engine.jobs.context import Lasting, job_context
+from worker.engine.jobs.context import EngineState, job_context
 from worker.engine.jobs.merge import merge
 from worker.engine.jobs.score import score
 from worker.engine.models.loading import ModelCache
@@ -26,7 +26,7 @@ class Engine:
 
     def __init__(self, device: torch.device | None = None) -> None:
         device = device or best_device()
-        self._lasting = Lasting(device, ModelCache(device), BatchSizes(), Digests())
+        self._lasting = EngineState(device, ModelCache(device), BatchSizes(), Digests())
 
     def run(self, spec: MergeSpec | ScoreSpec, on_progress: OnProgress) -> MergeResult | ScoreResult:
         """Run a job of either kind."""

@@ -14,7 +14,7 @@ from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_job
 from worker.engine.catalog.planning.templates import check_templates
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.reloading import Reloading
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
@@ -55,7 +55,7 @@ def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedInputs:
     """The inputs of a merge, opened and checked."""
 
     plan: MergePlan
@@ -66,7 +66,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenMerge:
     """The merge to make: the one that was asked for, or the one that `auto` chose."""
 
     spec: MergeSpec
@@ -109,7 +109,7 @@ class Judged:
     interference: Interference | None
 
 
-def load(spec: MergeSpec, context: JobContext) -> Loaded:
+def load(spec: MergeSpec, context: JobContext) -> LoadedInputs:
     """Open the checkpoints, plan the merge, check that what it publishes will load, and read the models' rows."""
     context.note(*spec.notes)
     with context.timed("load_seconds"):
@@ -145,10 +145,10 @@ def load(spec: MergeSpec, context: JobContext) -> Loaded:
         on_cpu = context.device.type == "cpu"
         held = sum(map(padded_tokens, models)) if spec.method.refits_layers and on_cpu else 0
         require_memory_of_job(plan, spec, context, max(map(longest_row, models)), held)
-        return Loaded(plan, models, base_digest, states, reloading)
+        return LoadedInputs(plan, models, base_digest, states, reloading)
 
 
-def measure_all(spec: MergeSpec, loaded: Loaded, context: JobContext) -> list[list[JobModel]]:
+def measure_all(spec: MergeSpec, loaded: LoadedInputs, context: JobContext) -> list[list[JobModel]]:
     """Measure the models for each of the job's methods."""
     methods = spec.method.methods
     by_method = [[for_method(method, spec, model) for model in loaded.models] for method in methods]
@@ -168,12 +168,14 @@ def measure_all(spec: MergeSpec, loaded: Loaded, context: JobContext) -> list[li
     return by_method
 
 
-def choose(spec: MergeSpec, plan: MergePlan, by_method: Sequence[Sequence[JobModel]], context: JobContext) -> Chosen:
+def choose(
+    spec: MergeSpec, plan: MergePlan, by_method: Sequence[Sequence[JobModel]], context: JobContext
+) -> ChosenMerge:
     """Return the merge that `auto` finds best, or the one that was asked for."""
     auto = spec.method.search
     if auto is None:
         [models] = by_method
-        return Chosen(spec, models)
+        return ChosenMerge(spec, models)
     with context.timed("search_seconds"):
         result = search_job(spec, auto, plan, by_method, context.models, context.precision, context.on_progress)
     found = result.found
@@ -183,10 +185,10 @@ def choose(spec: MergeSpec, plan: MergePlan, by_method: Sequence[Sequence[JobMod
         replace(model, spec=asked)
         for model, asked in zip(by_method[found.chosen.candidate], chosen.models, strict=True)
     ]
-    return Chosen(chosen, models, found.search, result.candidates, result.state)
+    return ChosenMerge(chosen, models, found.search, result.candidates, result.state)
 
 
-def write(chosen: Chosen, plan: MergePlan, context: JobContext) -> Written:
+def write(chosen: ChosenMerge, plan: MergePlan, context: JobContext) -> Written:
     """Merge the models that take part into the artifact, or store the backbone that is merged already."""
     method, spec = chosen.method, chosen.spec
     with context.timed("merge_seconds"):
@@ -199,7 +201,7 @@ def write(chosen: Chosen, plan: MergePlan, context: JobContext) -> Written:
         merging = context.phase("merging", tensors + refits, "tensors")
         merger = merger_of(method, models, plan)
         takes_part = [model.takes_part for model in models]
-        scale: Callable[[Place], float] = method.distance
+        scale: Callable[[TensorPlace], float] = method.distance
         if chosen.state is not None:  # it is scaled already
             merger, scale = given(chosen.state), lambda place: 1.0
         elif method.refits_layers:
@@ -217,7 +219,7 @@ def write(chosen: Chosen, plan: MergePlan, context: JobContext) -> Written:
         return Written(folders, digests, shares)
 
 
-def align(chosen: Chosen, plan: MergePlan, written: Written, context: JobContext) -> Written:
+def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobContext) -> Written:
     """Refit every kept head to the merged backbone, in the artifact."""
     if not chosen.spec.aligns:
         return written
@@ -241,7 +243,7 @@ def align(chosen: Chosen, plan: MergePlan, written: Written, context: JobContext
 
 
 def judge(
-    chosen: Chosen, metrics: Mapping[str, MetricResult] | None, context: JobContext
+    chosen: ChosenMerge, metrics: Mapping[str, MetricResult] | None, context: JobContext
 ) -> Sequence[Candidate] | None:
     """Return the table of `auto` with the metrics of the published merge."""
     if chosen.search is None or chosen.candidates is None:
@@ -251,7 +253,7 @@ def judge(
     return candidates
 
 
-def compare(chosen: Chosen, plan: MergePlan, context: JobContext) -> Interference | None:
+def compare(chosen: ChosenMerge, plan: MergePlan, context: JobContext) -> Interference | None:
     """Compute the interference of the models' task vectors; None where it is not asked for."""
     taking_part = [index for index, model in enumerate(chosen.models) if model.takes_part]
     tensors = compared_tensors(plan, taking_part) if chosen.spec.compares else []
@@ -262,7 +264,9 @@ def compare(chosen: Chosen, plan: MergePlan, context: JobContext) -> Interferenc
         return interference(tensors, taking_part, on_tensor=comparing.advance)
 
 
-def publish(chosen: Chosen, loaded: Loaded, written: Written, judged: Judged, context: JobContext) -> MergeResult:
+def publish(
+    chosen: ChosenMerge, loaded: LoadedInputs, written: Written, judged: Judged, context: JobContext
+) -> MergeResult:
     """Write the scores and all documents to the artifact."""
     spec, models, plan = chosen.spec, chosen.models, loaded.plan
     known, errors = stopping_of(chosen.method, models, plan, context)

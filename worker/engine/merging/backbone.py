@@ -9,7 +9,7 @@ from torch import Tensor
 from worker.engine.catalog.checkpoints.info import TensorInfo
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.checkpoints.row_blocks import is_finite, row_blocks
 from worker.engine.merging.methods import MeasuredModel, Merger
@@ -31,7 +31,7 @@ class Backbone:
         plan: MergePlan,
         takes_part: Sequence[bool],
         merger: Merger,
-        scale: Callable[[Place], float] = lambda place: 1.0,
+        scale: Callable[[TensorPlace], float] = lambda place: 1.0,
     ) -> None:
         self.plan = plan
         self._takes_part = takes_part

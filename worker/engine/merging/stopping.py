@@ -10,12 +10,12 @@ from torch import Tensor
 from worker.engine.catalog.contracts.report import Stopping, StoppingPoint
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import ScoringParameters
-from worker.engine.catalog.primitives.values import PerTensor, Place
+from worker.engine.catalog.primitives.values import PerTensor, TensorPlace
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_errors
 from worker.engine.scoring.statistics import NodeStatistics
 
-Owned = Mapping[ScoreName, Sequence[Place]]
+Owned = Mapping[ScoreName, Sequence[TensorPlace]]
 """Places of tensors by score name, see `MergePlan.owned`."""
 
 LEAST_ROWS = 2  # one has no standard error
@@ -55,7 +55,7 @@ def errors_at(
     def relative(floor: float) -> list[dict[ScoreName, Tensor]]:
         return [sums.relative_errors(m.population, method.normalize, floor) for m, sums in found]
 
-    def errors(score: ScoreName, place: Place) -> Tensor:
+    def errors(score: ScoreName, place: TensorPlace) -> Tensor:
         of_models = relative(method.at("floor", place))
         return weight_errors(weights(score, place), torch.stack([rho[score] for rho in of_models]))
 

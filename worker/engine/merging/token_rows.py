@@ -12,7 +12,7 @@ from worker.engine.catalog.planning.plan import PlannedTensor
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.checkpoints.row_blocks import is_finite, row_blocks
-from worker.engine.merging.methods.blocks import Block, Rows
+from worker.engine.merging.methods.blocks import Block, TensorRows
 
 
 def read_by_token(reader: TensorReader, planned: PlannedTensor, taking_part: Sequence[int], rows: slice) -> Block:
@@ -135,7 +135,7 @@ def _as_rows(factors: Tensor, values: Tensor) -> Tensor:
 class RowsByToken:
     """A tensor's statistic, with its rows where the output has their tokens; rows of tokens that it lacks are 0."""
 
-    measured: Rows
+    measured: TensorRows
     places: Sequence[int]
     """The tensor's own rows, by row of the output."""
 
@@ -151,15 +151,15 @@ class RowsByToken:
         return found
 
 
-class ByToken(Mapping[str, Rows]):
+class ByToken(Mapping[str, TensorRows]):
     """The statistics of every parameter of a model, by tensor: `RowsByToken` for those in `places`."""
 
-    def __init__(self, measured: Mapping[str, Rows], places: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, measured: Mapping[str, TensorRows], places: Mapping[str, Sequence[int]]) -> None:
         """Wrap statistics; `places` has, for each token-indexed tensor, the model's own rows by row of the output."""
         self._measured = measured
         self._places = places
 
-    def __getitem__(self, name: str) -> Rows:
+    def __getitem__(self, name: str) -> TensorRows:
         found = self._measured[name]
         return RowsByToken(found, self._places[name]) if name in self._places else found
 

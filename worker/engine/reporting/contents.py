@@ -33,7 +33,7 @@ MOST_PAIRS = 45  # pairs of models that are listed: those of ten models
 DIGITS = 4  # significant digits
 DTYPES = {short: long for long, short in TORCH_NAMES.items()}
 
-Scores = Mapping[str, Mapping[ScoreName, Tensor]]
+ScoresByModel = Mapping[str, Mapping[ScoreName, Tensor]]
 """Scores by model and score name, (nodes,)."""
 
 
@@ -161,7 +161,7 @@ class Contents(Strict):
     versions: Mapping[str, str]
 
 
-def of_merge(spec: MergeSpec, plan: MergePlan, scores: Scores, interference: Interference | None) -> Contents:
+def of_merge(spec: MergeSpec, plan: MergePlan, scores: ScoresByModel, interference: Interference | None) -> Contents:
     taking_part = [model.name for model in spec.models if model.takes_part]
     return Contents(
         construction=_construction(spec, plan),
@@ -172,7 +172,7 @@ def of_merge(spec: MergeSpec, plan: MergePlan, scores: Scores, interference: Int
     )
 
 
-def of_scores(spec: JobSpec, scores: Scores) -> Contents:
+def of_scores(spec: JobSpec, scores: ScoresByModel) -> Contents:
     maps = _maps(spec, scores)
     return Contents(
         construction=None, maps=maps, interference=None, threads=torch.get_num_threads(), versions=versions()
@@ -184,7 +184,7 @@ def versions() -> Mapping[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def _maps(spec: JobSpec, scores: Scores, plan: MergePlan | None = None) -> Maps | None:
+def _maps(spec: JobSpec, scores: ScoresByModel, plan: MergePlan | None = None) -> Maps | None:
     """Make the maps; if there is the `plan` of a merge, its weights are shown beside the scores."""
     scored = [model for model in spec.models if scores.get(model.name)]
     if not scored:

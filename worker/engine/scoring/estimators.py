@@ -15,7 +15,7 @@ from worker.engine.models.mask_gradients import MaskGradients
 from worker.engine.tasks import EstimatorName, kind_of
 from worker.engine.tasks.kind import Passes, ResolvedEstimator
 
-Scores = dict[ScoreName, Tensor]
+Squares = dict[ScoreName, Tensor]
 """Values by score name, (batch, nodes), float64."""
 
 
@@ -41,10 +41,10 @@ class Estimator:
                 return kind.empirical(outputs, batch, batch.labels)
 
 
-def expected_squares(passes: Passes, gradients: MaskGradients) -> Scores:
+def expected_squares(passes: Passes, gradients: MaskGradients) -> Squares:
     """Compute each example's expected squared gradient by every mask node."""
     weights, sums = passes
-    total: Scores = {}
+    total: Squares = {}
     for k in range(weights.shape[1]):
         for site, g in gradients.of(sums[k], last=k == weights.shape[1] - 1).items():
             square = g.square().mul_(weights[:, k, None])

@@ -17,7 +17,7 @@ from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.scorer import OnRows, not_finite
-from worker.engine.scoring.work import Measured, Pass, Work
+from worker.engine.scoring.work import Measured, Measurement, StatisticPass
 from worker.engine.tasks.kind import Passes
 
 BLOCK_ROWS = 16  # squares of so few examples are summed in float32, and the blocks in float64
@@ -119,12 +119,12 @@ def _differentiable(model: nn.Module, embeddings: nn.Module, parameters: Sequenc
             table.sparse = False
 
 
-def _measure(work: Work, measured: Measured) -> Measured:
+def _measure(work: Measurement, measured: Measured) -> Measured:
     return work.find_or_compute(measured, work.facts_of_gradients(PARAMETER_FISHER, work.rows), _parts(work))
 
 
-def _parts(work: Work) -> Iterator[Mapping[str, Tensor]]:
+def _parts(work: Measurement) -> Iterator[Mapping[str, Tensor]]:
     yield fisher(work.loaded, work.examples, work.required_estimator, work.precision, work.sample.source, work.on_rows)
 
 
-PASS = Pass(_measure)
+PASS = StatisticPass(_measure)

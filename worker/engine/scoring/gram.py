@@ -13,7 +13,7 @@ from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.scorer import OnRows, not_finite
-from worker.engine.scoring.work import Measured, Pass, Work
+from worker.engine.scoring.work import Measured, Measurement, StatisticPass
 
 
 def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> list[list[LinearInput]]:
@@ -116,15 +116,15 @@ class _Sums:
         self.counts[name] += len(x)
 
 
-def _measure(work: Work, measured: Measured) -> Measured:
+def _measure(work: Measurement, measured: Measured) -> Measured:
     passes = in_passes(work.inputs)
     return work.find_or_compute(measured, work.facts(GRAM, work.rows), _parts(work, passes), len(passes))
 
 
-def _parts(work: Work, passes: Sequence[Sequence[LinearInput]]) -> Iterator[Mapping[str, Tensor]]:
+def _parts(work: Measurement, passes: Sequence[Sequence[LinearInput]]) -> Iterator[Mapping[str, Tensor]]:
     examples = work.examples
     for inputs in passes:
         yield grams(work.loaded, inputs, examples, work.precision, work.sample.source, work.on_rows)
 
 
-PASS = Pass(_measure, lambda inputs: len(in_passes(inputs)))
+PASS = StatisticPass(_measure, lambda inputs: len(in_passes(inputs)))

@@ -13,28 +13,28 @@ from worker.engine.scoring.batching import CANDIDATES
 from worker.engine.scoring.sample import block_ends, looks
 from worker.engine.scoring.scorer import paper_scores, score, score_names
 from worker.engine.scoring.statistics import STANDARD_ERROR, NodeStatistics
-from worker.engine.scoring.work import Measured, Pass, Work
+from worker.engine.scoring.work import Measured, Measurement, StatisticPass
 
 
-def _measure(work: Work, measured: Measured) -> Measured:
+def _measure(work: Measurement, measured: Measured) -> Measured:
     measured = replace(measured, names=tuple(sorted(score_names(work.loaded))))
     if work.method.batch_rows is not None:
         return work.find_or_compute(measured, _facts(work, work.rows), _published(work))
     return _with_scores(work, measured)
 
 
-def _published(work: Work) -> Iterator[Mapping[str, Tensor]]:
+def _published(work: Measurement) -> Iterator[Mapping[str, Tensor]]:
     """Yield the published code's scores, from batches of its own; they have no errors."""
     scores = paper_scores(work.loaded, work.examples, work.sample.source, work.on_rows)
     yield {str(name): of for name, of in scores.items()}
 
 
-def _facts(work: Work, rows: int) -> Facts:
+def _facts(work: Measurement, rows: int) -> Facts:
     more = {"population": work.sample.population, "paper": work.method.batch_rows is not None}
     return work.facts_of_gradients(NODE_FISHER, rows).model_copy(update=more)
 
 
-def _with_scores(work: Work, measured: Measured) -> Measured:
+def _with_scores(work: Measurement, measured: Measured) -> Measured:
     """Score the first rows. The longest run of whole blocks whose sums are known is not scored again.
 
     Every look is kept. If several processes need the same scores, one goes through the rows and the others wait for it.
@@ -68,12 +68,12 @@ def _with_scores(work: Work, measured: Measured) -> Measured:
     return found
 
 
-def _scored(work: Work, block: Sequence[Example], tokens: int) -> NodeStatistics:
+def _scored(work: Measurement, block: Sequence[Example], tokens: int) -> NodeStatistics:
     batches = plan_batches(block, tokens)
     return score(work.loaded, block, work.required_estimator, work.precision, work.sample.source, work.on_rows, batches)
 
 
-def _with_kept(work: Work, measured: Measured) -> Measured:
+def _with_kept(work: Measurement, measured: Measured) -> Measured:
     """Add the longest run of whole blocks that is kept, and the looks before it.
 
     If the method sets the number of tokens in a batch, only sums that were computed with that number count as kept.
@@ -93,7 +93,7 @@ def _with_kept(work: Work, measured: Measured) -> Measured:
     return replace(found, sums=sums)
 
 
-def _tokens(work: Work, measured: Measured, block: Sequence[Example], rows: int) -> int:
+def _tokens(work: Measurement, measured: Measured, block: Sequence[Example], rows: int) -> int:
     """Choose how many padded tokens are computed together for `rows` rows like those of the block.
 
     Scores that were begun go on with the same number, unless only another device has the memory for it.
@@ -108,4 +108,4 @@ def _tokens(work: Work, measured: Measured, block: Sequence[Example], rows: int)
     )
 
 
-PASS = Pass(_measure)
+PASS = StatisticPass(_measure)

@@ -13,7 +13,7 @@ from worker.engine.scoring.passes import PASSES
 from worker.engine.scoring.sample import Sample
 from worker.engine.scoring.scorer import OnRows
 from worker.engine.scoring.store import StatisticsStore
-from worker.engine.scoring.work import Measured, Work
+from worker.engine.scoring.work import Measured, Measurement
 
 __all__ = ["Measured", "Measurer"]
 
@@ -63,7 +63,7 @@ class Measurer:
             NumericalError: a gradient or an activation is NaN or infinite; the message names the row.
         """
         start = time.monotonic()
-        work = Work(
+        work = Measurement(
             self._method,
             self._inputs,
             loaded,

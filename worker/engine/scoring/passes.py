@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from importlib import import_module
 
 from worker.engine.catalog.methods import STATISTICS, Statistic
-from worker.engine.scoring.work import Pass
+from worker.engine.scoring.work import StatisticPass
 
 
-def _pass(statistic: Statistic) -> Pass:
-    found: Pass = import_module(f"{__package__}.{statistic}").PASS
+def _pass(statistic: Statistic) -> StatisticPass:
+    found: StatisticPass = import_module(f"{__package__}.{statistic}").PASS
     return found
 
 
-PASSES: Mapping[str, Pass] = {statistic: _pass(statistic) for statistic in STATISTICS}
+PASSES: Mapping[str, StatisticPass] = {statistic: _pass(statistic) for statistic in STATISTICS}

@@ -67,7 +67,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Work:
+class Measurement:
     """The task of measuring the first `rows` rows of one model for one method."""
 
     method: MethodParameters
@@ -141,10 +141,10 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Pass:
+class StatisticPass:
     """The functions that measure one statistic, in the module that has its name."""
 
-    measure: Callable[[Work, Measured], Measured]
+    measure: Callable[[Measurement, Measured], Measured]
     """Adds the statistic to the measured ones; it goes on from those of fewer rows, if it can."""
     passes: Callable[[Sequence[LinearInput]], int] = lambda inputs: 1
     """Returns the number of passes over each row for a model whose linear layers have these inputs."""

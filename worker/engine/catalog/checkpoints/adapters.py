@@ -28,7 +28,7 @@ from worker.engine.catalog.checkpoints.library import (
     architecture,
     completed,
     decoded,
-    kind_of,
+    model_type_of,
     ties,
 )
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
@@ -304,7 +304,7 @@ def _class_with_head(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[st
     """Return the class of the trained model if the adapter brings a head of its own, as PEFT's tasks do."""
     known = architecture(base.config, base.architecture)
     new = [name for name in adapter.whole if _target(name, tensors, None, known) not in tensors]
-    kind, ending = kind_of(base.model_type), TASK_CLASSES.get(adapter.config.task_type or "")
+    kind, ending = model_type_of(base.model_type), TASK_CLASSES.get(adapter.config.task_type or "")
     if not new or kind is None or ending is None:
         return None
     classes = [one for one in kind.architectures.values() if one.name.endswith(ending)]

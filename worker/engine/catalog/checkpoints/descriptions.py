@@ -7,7 +7,7 @@ from typing import Any
 from worker.engine.catalog.checkpoints.architectures import architecture_of
 from worker.engine.catalog.checkpoints.files import MODULES, WEIGHTS, described_files, file_names, size_limit
 from worker.engine.catalog.checkpoints.json_files import parsed_json, read_file, read_json
-from worker.engine.catalog.checkpoints.library import kind_of
+from worker.engine.catalog.checkpoints.library import model_type_of
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES, MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_FILES
 from worker.engine.catalog.checkpoints.pointers import POINTER, refuse_pointer
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
@@ -61,7 +61,7 @@ def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
 
 def is_of_library(config: Mapping[str, Any]) -> bool:
     """Return whether transformers has the model's own class, so that code beside the checkpoint is not needed."""
-    kind = kind_of(config.get("model_type", ""))
+    kind = model_type_of(config.get("model_type", ""))
     name = architecture_of(config)
     return kind is not None and (not name or name in kind.architectures)
 

@@ -11,12 +11,12 @@ from worker.engine.catalog.checkpoints.config_differences import is_harmless, sa
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import (
     Architecture,
-    Kind,
     Length,
+    ModelType,
     activations,
     collapsed,
     completed,
-    kind_of,
+    model_type_of,
     says_untied,
     ties,
     value_of,
@@ -73,7 +73,7 @@ class Identity:
     @cached_property
     def is_usual(self) -> bool:
         """Whether the table was made from configurations like this one, so that it has all tensors."""
-        kind = kind_of(self.info.model_type)
+        kind = model_type_of(self.info.model_type)
         if kind is None or self.known is None or self.known.converted:
             return False
         # It is not known which other keys a class reads.
@@ -88,7 +88,7 @@ class Identity:
         If the configuration is like none in the table, only heads that other classes of the kind have are listed. If
         the class renames its tensors, nothing is known.
         """
-        kind = kind_of(self.info.model_type)
+        kind = model_type_of(self.info.model_type)
         if kind is None or self.known is None or self.known.converted:
             return []
         family = backbone_of(self.info.model_type)
@@ -123,7 +123,7 @@ def identify(info: CheckpointInfo) -> Identity:
     """
     require_kind(info)
     check_settings(info)
-    kind, stated = kind_of(info.model_type), _stated(info)
+    kind, stated = model_type_of(info.model_type), _stated(info)
     if len(stated) == 1:
         if stated[0].endswith("PreTrainedModel"):
             problem = f"architectures in config.json names {stated[0][:100]}, which computes nothing by itself"
@@ -170,7 +170,7 @@ def _unknown_class(info: CheckpointInfo, name: str) -> str:
     )
 
 
-def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) -> Architecture:
+def _inferred(info: CheckpointInfo, kind: ModelType | None, stated: Sequence[str]) -> Architecture:
     """Return the only class that has the checkpoint's tensors, among those of the kind or those that are stated."""
     said = f"names several architectures ({', '.join(stated)[:200]})" if stated else "has no architectures"
     ask = "name the one class that the checkpoint is"
@@ -191,7 +191,7 @@ def _inferred(info: CheckpointInfo, kind: Kind | None, stated: Sequence[str]) ->
     return fitting[0]
 
 
-def _fitting_classifier(info: CheckpointInfo, kind: Kind) -> Architecture | None:
+def _fitting_classifier(info: CheckpointInfo, kind: ModelType) -> Architecture | None:
     """Return the only class with the checkpoint's tensors, if it has a head for a task; otherwise None.
 
     A head for the same task is meant if the name that the checkpoint gives its class ends as such names do.
@@ -204,7 +204,7 @@ def _fitting_classifier(info: CheckpointInfo, kind: Kind) -> Architecture | None
     return one if stated in (WITHOUT_HEAD, found) else None
 
 
-def _fitting(info: CheckpointInfo, kind: Kind, candidates: Iterable[Architecture]) -> list[Architecture]:
+def _fitting(info: CheckpointInfo, kind: ModelType, candidates: Iterable[Architecture]) -> list[Architecture]:
     """Return the classes that have the checkpoint's tensors; if there are several, those that are likely."""
     candidates = list(candidates)
     fitting: list[Architecture] = []
@@ -217,7 +217,7 @@ def _fitting(info: CheckpointInfo, kind: Kind, candidates: Iterable[Architecture
     return fitting
 
 
-def _fits(one: Architecture, info: CheckpointInfo, kind: Kind, may_have_leftovers: bool) -> bool:
+def _fits(one: Architecture, info: CheckpointInfo, kind: ModelType, may_have_leftovers: bool) -> bool:
     if one.converted:
         return False
     found = Identity(info, one)
@@ -239,7 +239,7 @@ def _preferred(fitting: Sequence[Architecture], config: Mapping[str, Any]) -> li
     return [one for one in fitting if one.name.endswith(wanted)]
 
 
-def _leftovers(found: Identity, known: Architecture, kind: Kind) -> frozenset[str]:
+def _leftovers(found: Identity, known: Architecture, kind: ModelType) -> frozenset[str]:
     """Return the unread tensors of heads that other classes of the kind are pre-trained with."""
     others = [one for one in kind.architectures.values() if one.is_pre_training and one is not known]
     bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
@@ -259,7 +259,7 @@ def _is_read(name: str, classes: Iterable[Architecture]) -> bool:
     return any(one.reads(own_names(one, [name])[name]) for one in classes)
 
 
-def _refuse_other_head(found: Identity, known: Architecture, kind: Kind, leftovers: frozenset[str]) -> None:
+def _refuse_other_head(found: Identity, known: Architecture, kind: ModelType, leftovers: frozenset[str]) -> None:
     """Raise InvalidCheckpoint where the head is another class's: two such models may have different tasks."""
     bodies = [one for one in kind.architectures.values() if one.name.endswith("Model") and not one.is_pre_training]
     for name in found.unread:
@@ -300,7 +300,7 @@ def check_tensors(found: Identity) -> None:
     Raises:
         InvalidCheckpoint: a tensor is missing or has a wrong shape; the message names it.
     """
-    known, info, kind = found.known, found.info, kind_of(found.info.model_type)
+    known, info, kind = found.known, found.info, model_type_of(found.info.model_type)
     if known is None or kind is None:
         return
     check_present(found)

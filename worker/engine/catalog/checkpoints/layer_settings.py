@@ -14,7 +14,7 @@ from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, layer_count
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
-Source = tuple[int, int]
+LayerSource = tuple[int, int]
 """The position of a checkpoint, and the number of one of its layers."""
 
 PER_LAYER = re.compile(
@@ -63,7 +63,7 @@ def keys_of_layers(config: Mapping[str, Any]) -> list[str]:
 
 
 def stacked_config(
-    first: CheckpointInfo, sources: Sequence[Source], checkpoints: Sequence[CheckpointInfo]
+    first: CheckpointInfo, sources: Sequence[LayerSource], checkpoints: Sequence[CheckpointInfo]
 ) -> dict[str, Any]:
     """Return the first model's configuration with the new layers: their number, and the sources' settings of each.
 
@@ -162,7 +162,7 @@ def _expanded(info: CheckpointInfo, key: str) -> list[Any]:
 def _count_anew(
     first: CheckpointInfo,
     key: str,
-    sources: Sequence[Source],
+    sources: Sequence[LayerSource],
     checkpoints: Sequence[CheckpointInfo],
     stacked: dict[str, Any],
 ) -> None:
@@ -176,7 +176,7 @@ def _count_anew(
         raise InvalidCheckpoint(first.source, problem)
 
 
-def _check_rule(first: CheckpointInfo, key: str, period: int, sources: Sequence[Source]) -> None:
+def _check_rule(first: CheckpointInfo, key: str, period: int, sources: Sequence[LayerSource]) -> None:
     """Check that every layer has the kind that the rule gives to its new number."""
     instead = RULES.get(key)
     if period < 2 or (instead is not None and first.config.get(instead)):

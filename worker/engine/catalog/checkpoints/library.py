@@ -99,7 +99,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelType:
     """One kind of model, by the `model_type` of its configuration."""
 
     model_type: str
@@ -124,7 +124,7 @@ def type_name(value: Any) -> str:
     return TYPE_NAMES[type(value)]
 
 
-def kind_of(model_type: str) -> Kind | None:
+def model_type_of(model_type: str) -> ModelType | None:
     """Return the entry of a kind of model; None if transformers does not have it."""
     return _kind(model_type) if isinstance(model_type, str) else None
 
@@ -136,7 +136,7 @@ def _table() -> ZipFile:
 
 
 @lru_cache(maxsize=64)
-def _kind(model_type: str) -> Kind | None:
+def _kind(model_type: str) -> ModelType | None:
     try:
         content = json.loads(_table().read(member(model_type)))
     except KeyError:
@@ -158,7 +158,7 @@ def _kind(model_type: str) -> Kind | None:
         for name, found in content["architectures"].items()
     }
     defaults, types = decoded(content["defaults"]), content["types"]
-    return Kind(model_type, defaults, content["derived"], content["aliases"], architectures, types)
+    return ModelType(model_type, defaults, content["derived"], content["aliases"], architectures, types)
 
 
 def member(model_type: str) -> str:
@@ -168,7 +168,7 @@ def member(model_type: str) -> str:
 
 def architecture(config: Mapping[str, Any], name: str) -> Architecture | None:
     """Return the entry of a class; None if transformers does not have it for this kind of model."""
-    kind = kind_of(config.get("model_type", ""))
+    kind = model_type_of(config.get("model_type", ""))
     return kind.architectures.get(name) if kind else None
 
 
@@ -216,7 +216,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A missing key stays missing if it follows from others in a way that is not known here.
     """
-    kind = kind_of(config.get("model_type", ""))
+    kind = model_type_of(config.get("model_type", ""))
     known = {kind.aliases.get(key, key) if kind else key: value for key, value in config.items()}
     if kind:
         known |= {key: value for key, value in config.items() if key not in kind.aliases}
@@ -244,7 +244,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _derived(rule: Mapping[str, Any], config: Mapping[str, Any], kind: Kind) -> Any:
+def _derived(rule: Mapping[str, Any], config: Mapping[str, Any], kind: ModelType) -> Any:
     """Return the value that a missing key stands for; None if that is not known."""
     if "is" in rule:
         return value_of(rule["is"], config)
@@ -339,6 +339,6 @@ def says_untied(config: Mapping[str, Any], key: str) -> str:
     return f"its configuration says {key}: false" if is_said else f"its configuration has no {key}, which is then false"
 
 
-def others_of(kind: Kind, names: Collection[str]) -> list[Architecture]:
+def others_of(kind: ModelType, names: Collection[str]) -> list[Architecture]:
     """Return the classes of this kind that have one of these tensors."""
     return [one for one in kind.architectures.values() if any(one.reads(name) for name in names)]

@@ -30,7 +30,7 @@ class Budget:
             raise ValueError("its patterns take too long to match")
 
 
-class Part(Protocol):
+class PatternPart(Protocol):
     """A part of a pattern."""
 
     def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
@@ -50,7 +50,7 @@ class Character:
 
 
 @dataclass(frozen=True)
-class Place:
+class Anchor:
     """A place between characters: `^`, `$` or `\\b`."""
 
     which: str
@@ -66,10 +66,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Alternatives:
     """One of several sequences of parts."""
 
-    sequences: tuple[tuple[Part, ...], ...]
+    sequences: tuple[tuple[PatternPart, ...], ...]
 
     def after(self, name: str, at: Set[int], budget: Budget) -> set[int]:
         """See `Part`."""
@@ -89,7 +89,7 @@ class Choice:
 class Repeated:
     """A part that is repeated, `least` to `most` times."""
 
-    part: Part
+    part: PatternPart
     least: int
     most: int | None
 
@@ -180,27 +180,27 @@ class _Parser:
             raise ValueError(f"a pattern has more than {LONGEST} characters")
         self._text, self._index = text, 0
 
-    def whole(self) -> Part:
+    def whole(self) -> PatternPart:
         parsed = self._choice(0)
         if self._index < len(self._text):
             raise self._unavailable()
         return parsed
 
-    def _choice(self, depth: int) -> Part:
+    def _choice(self, depth: int) -> PatternPart:
         if depth > DEEPEST:
             raise self._unavailable()
-        sequences: list[list[Part]] = [[]]
+        sequences: list[list[PatternPart]] = [[]]
         while self._index < len(self._text) and self._text[self._index] != ")":
             if self._text[self._index] == "|":
                 self._index += 1
                 sequences.append([])
             else:
                 sequences[-1].append(self._part(depth))
-        return Choice(tuple(tuple(parts) for parts in sequences))
+        return Alternatives(tuple(tuple(parts) for parts in sequences))
 
-    def _part(self, depth: int) -> Part:
+    def _part(self, depth: int) -> PatternPart:
         if place := self._take(PLACE):
-            return Place(place[0])
+            return Anchor(place[0])
         if self._text[self._index] == "(":
             self._index += 1
             if self._text.startswith("?:", self._index):
@@ -234,7 +234,7 @@ def _compiled(one: str) -> re.Pattern[str]:
         raise ValueError(f"a pattern has the malformed class {one[:100]}") from error
 
 
-def _repeated(part: Part, times: re.Match[str], unavailable: ValueError) -> Part:
+def _repeated(part: PatternPart, times: re.Match[str], unavailable: ValueError) -> PatternPart:
     if times["least"] is None:
         return Repeated(part, int(times[0][0] == "+"), 1 if times[0][0] == "?" else None)
     least = int(times["least"])

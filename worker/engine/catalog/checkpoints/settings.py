@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
-from worker.engine.catalog.checkpoints.library import Kind, completed, kind_of, type_name
+from worker.engine.catalog.checkpoints.library import ModelType, completed, model_type_of, type_name
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 DTYPES = frozenset(
@@ -51,7 +51,7 @@ def check_settings(info: CheckpointInfo) -> None:
 
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
-    kind = kind_of(config.get("model_type", ""))
+    kind = model_type_of(config.get("model_type", ""))
     problems = _problems_of_labels(config)
     for key, value in config.items():
         if isinstance(value, Mapping) and isinstance(value.get("model_type"), str):
@@ -74,7 +74,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     return [*problems, *(_problems_of_kind(config, kind) if kind else ()), *(_misfits(config, kind) if kind else ())]
 
 
-def _misfits(config: Mapping[str, Any], kind: Kind) -> Iterator[str]:
+def _misfits(config: Mapping[str, Any], kind: ModelType) -> Iterator[str]:
     """Yield the values whose types the class of the configuration refuses."""
     for key, value in config.items():
         taken = kind.types.get(kind.aliases.get(key, key))
@@ -104,7 +104,7 @@ def _problems_of_labels(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _problems_of_kind(config: Mapping[str, Any], kind: Kind) -> list[str]:
+def _problems_of_kind(config: Mapping[str, Any], kind: ModelType) -> list[str]:
     problems = []
     known = completed(config)
     for key, default in kind.defaults.items():

@@ -14,7 +14,7 @@ from worker.engine.catalog.checkpoints.library import LAYER
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import OLDER_PARTS
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 
 BEFORE_LAYERS = re.compile(
     r"embed|patch|position(al)?_enc|(^|\.)(wte|wpe|shared|emb|pre_|positions?\.|conv(\d|_layers|_stem|_in\.))"
@@ -76,13 +76,13 @@ def slot_of(name: str) -> Slot:
     return Slot(name, Kind.OTHER, None if layer is None else layer.number, name.endswith("bias"))
 
 
-def place_of(name: str, stacks: Mapping[str, int]) -> Place:
+def place_of(name: str, stacks: Mapping[str, int]) -> TensorPlace:
     """Return a tensor's place: its depth is 0 before the layers and 1 after them, as far as the name tells."""
     layer = layer_of(name)
     if layer is not None:
         count = stacks[layer.stack]
-        return Place(name, layer.number / max(1, count - 1), layer.number, count)
-    return Place(name, 0.0 if is_before_layers(name) else 1.0)
+        return TensorPlace(name, layer.number / max(1, count - 1), layer.number, count)
+    return TensorPlace(name, 0.0 if is_before_layers(name) else 1.0)
 
 
 def is_before_layers(name: str) -> bool:

@@ -16,7 +16,7 @@ from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, OUTPUT_EM
 from worker.engine.catalog.checkpoints.tokenizer_files import Tokenizer, read_tokenizer
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.strict import did_you_mean
-from worker.engine.catalog.primitives.tokens import Tokens
+from worker.engine.catalog.primitives.tokens import TokenSettings
 
 MAX_ROWS = 1_000_000  # rows of the output; the largest real vocabularies have 260,000 tokens
 KINDS = ("BPE", "WordPiece", "WordLevel", "Unigram")
@@ -93,7 +93,7 @@ class Choices:
     """A recipe's settings of the output's tokens, with the names of the models."""
 
     names: Sequence[str]
-    tokens: Tokens
+    tokens: TokenSettings
 
     def position(self, name: str, field: str) -> int:
         if name not in self.names:

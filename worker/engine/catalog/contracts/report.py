@@ -17,7 +17,7 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; bas
 """Content-Security-Policy of the report page: a browser may show it and nothing more."""
 
 
-class MeasuredModel(Strict):
+class ModelReport(Strict):
     """The common part of results about a model."""
 
     name: str
@@ -37,7 +37,7 @@ class MeasuredModel(Strict):
     """Whether another job, an earlier or a simultaneous one, had measured all of its statistics."""
 
 
-class ModelResult(MeasuredModel):
+class ModelResult(ModelReport):
     aligned_examples: int
     """Number of rows on which its head was aligned to the merged backbone; 0 when it was kept as it was."""
     weight_share: float | None
@@ -253,7 +253,7 @@ class ScoresFile(Strict):
     bytes: int
 
 
-class ScoredModel(MeasuredModel):
+class ScoredModel(ModelReport):
     estimator: str | None
     """The estimator that was used; null if the method takes no gradients."""
     stopping: Stopping | None = None

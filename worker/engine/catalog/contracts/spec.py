@@ -9,7 +9,7 @@ from worker.engine.catalog.data.spec import DatasetSpec, HubSource
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, Method
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.strict import Strict
-from worker.engine.catalog.primitives.tokens import Tokens
+from worker.engine.catalog.primitives.tokens import TokenSettings
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, takes_part
 from worker.engine.catalog.tasks import MetricName
 
@@ -57,7 +57,7 @@ class ModelSpec(CheckpointSpec):
         return takes_part(self.weight)
 
 
-class OutputSpec(Tokens):
+class OutputSpec(TokenSettings):
     dtype: Dtype = "auto"
     heads: Heads | None = None
     """Treatment of heads; None: by kind, see `plan_merge`."""

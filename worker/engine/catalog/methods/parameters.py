@@ -8,7 +8,15 @@ from pydantic import Field, model_validator
 from worker.engine.catalog.methods.statistic import RunningModels, Statistic
 from worker.engine.catalog.primitives.slices import Slice
 from worker.engine.catalog.primitives.strict import Strict
-from worker.engine.catalog.primitives.values import EVERY_NAME, PerTensor, Place, Share, filters_of, value_at, values_of
+from worker.engine.catalog.primitives.values import (
+    EVERY_NAME,
+    PerTensor,
+    Share,
+    TensorPlace,
+    filters_of,
+    value_at,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from worker.engine.catalog.methods.auto import AutoParameters
@@ -154,7 +162,7 @@ class MethodParameters(BaseParameters):
     def needs_base(self) -> bool:
         return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
 
-    def at(self, name: str, place: Place) -> float:
+    def at(self, name: str, place: TensorPlace) -> float:
         """Return the value of the `PerTensor` parameter `name` for one tensor; its default where no filter matches."""
         return value_at(getattr(self, name), place, type(self).model_fields[name].default)
 
@@ -176,7 +184,7 @@ class MethodParameters(BaseParameters):
             given[name] = [*filters, *of_all] if filters else value
         return type(self).model_validate(given)
 
-    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
+    def shares(self, weights: Sequence[float], place: TensorPlace) -> Sequence[float] | None:
         """Return each model's share in the merge of one tensor, summing to 1, or all 0 where all weights are 0.
 
         None means that there are no shares: they depend on the tensors' values, or a weight is below 0.
@@ -191,7 +199,7 @@ class MethodParameters(BaseParameters):
         """Say what is wrong with the models' weights of one tensor; the caller's sentence goes on "for tensor ..."."""
         return None if any(weights) else "the weights of all models are 0"
 
-    def distance(self, place: Place) -> float:
+    def distance(self, place: TensorPlace) -> float:
         """Return the value of `scale` for one tensor."""
         return self.at("scale", place)
 

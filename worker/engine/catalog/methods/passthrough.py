@@ -8,7 +8,7 @@ from pydantic import Field
 from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.parameters import MethodParameters, Scale
 from worker.engine.catalog.primitives.slices import Slice
-from worker.engine.catalog.primitives.values import PerTensor, Place
+from worker.engine.catalog.primitives.values import PerTensor, TensorPlace
 
 
 class PassthroughParameters(MethodParameters):
@@ -27,7 +27,7 @@ class PassthroughParameters(MethodParameters):
     def needs_base(self) -> bool:
         return False
 
-    def distance(self, place: Place) -> float:
+    def distance(self, place: TensorPlace) -> float:
         return 1.0
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.parameters import MethodParameters
-from worker.engine.catalog.primitives.values import PerTensor, Place
+from worker.engine.catalog.primitives.values import PerTensor, TensorPlace
 
 
 class SlerpParameters(MethodParameters):
@@ -20,7 +20,7 @@ class SlerpParameters(MethodParameters):
     def weighs_models(self) -> bool:
         return False
 
-    def shares(self, weights: Sequence[float], place: Place) -> Sequence[float] | None:
+    def shares(self, weights: Sequence[float], place: TensorPlace) -> Sequence[float] | None:
         t = self.at("t", place)
         return [1 - t, t] if 0 <= t <= 1 else None
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from worker.engine.catalog.methods.parameters import MethodParameters, Scale
-from worker.engine.catalog.primitives.values import PerTensor, Place
+from worker.engine.catalog.primitives.values import PerTensor, TensorPlace
 
 Density = Annotated[float, Field(gt=0, le=1)]
 
@@ -35,7 +35,7 @@ class DataDecidesParameters(MethodParameters):
     def weighs_models(self) -> bool:
         return False
 
-    def shares(self, weights: Sequence[float], place: Place) -> None:
+    def shares(self, weights: Sequence[float], place: TensorPlace) -> None:
         return None
 
 

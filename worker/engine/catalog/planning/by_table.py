@@ -24,7 +24,7 @@ from worker.engine.catalog.planning.comparing import (
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, require_tokenizer
 from worker.engine.catalog.planning.tensors import merged_tensor, output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.catalog.tasks import family_of, task_of
 
 
@@ -143,10 +143,10 @@ def _slots(identity: Identity, family: Family) -> dict[str, tuple[Slot, TensorIn
     return slots
 
 
-def _place(layers: int, slot: Slot) -> Place:
+def _place(layers: int, slot: Slot) -> TensorPlace:
     if slot.layer is not None:
-        return Place(slot.name, slot.layer / max(1, layers - 1), slot.layer, layers)
-    return Place(slot.name, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
+        return TensorPlace(slot.name, slot.layer / max(1, layers - 1), slot.layer, layers)
+    return TensorPlace(slot.name, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
 
 
 def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInfo]], family: Family) -> None:

@@ -10,7 +10,7 @@ from worker.engine.catalog.checkpoints.modules import Modules
 from worker.engine.catalog.checkpoints.vocabulary import TokenRows, Vocabulary
 from worker.engine.catalog.families import Family, ScoreName, Slot
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.catalog.tasks import Task, family_of, known_architectures
 
 
@@ -19,7 +19,7 @@ class PlannedTensor:
     """One output tensor. `sources` has the tensor of each model, in the models' order; `base` the ancestor's."""
 
     slot: Slot
-    place: Place
+    place: TensorPlace
     shape: tuple[int, ...]
     dtype: str
     sources: tuple[TensorInfo, ...]
@@ -138,9 +138,9 @@ class MergePlan:
         return len({tensor.slot.layer for tensor in self.backbone if tensor.slot.layer is not None})
 
     @property
-    def owned(self) -> Mapping[ScoreName, Sequence[Place]]:
+    def owned(self) -> Mapping[ScoreName, Sequence[TensorPlace]]:
         """Places of the tensors that have slices owned by nodes, by score name."""
-        places: dict[ScoreName, list[Place]] = {}
+        places: dict[ScoreName, list[TensorPlace]] = {}
         for tensor in self.backbone:
             for score in dict.fromkeys(tensor.slot.owner.scores) if tensor.slot.owner is not None else ():
                 places.setdefault(score, []).append(tensor.place)

@@ -20,7 +20,7 @@ from worker.engine.catalog.planning.publishing import with_companions
 from worker.engine.catalog.planning.stacking import plan_slices
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidRequest
 from worker.engine.catalog.primitives.slices import OutputSlice
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 
 
 def plan_merge(
@@ -97,7 +97,7 @@ def plan_job(
     choices, whose = Choices(names, output), None
     if output.config_from is not None:
         whose = base if output.config_from not in names else checkpoints[names.index(output.config_from)]
-    scale: Callable[[Place], float] | None = None
+    scale: Callable[[TensorPlace], float] | None = None
     if method.stacked_slices:
         slices = [OutputSlice(sources=[part]) for part in method.stacked_slices]
         [stacking] = method.methods

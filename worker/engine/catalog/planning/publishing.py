@@ -20,7 +20,7 @@ from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.planning.plan import MergePlan, PlannedModules, PlannedTensor
 from worker.engine.catalog.planning.tensors import output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 
 UNLIMITED = 10**15  # tokenizers without a limit have 10**30 as model_max_length
 UNSAID = ("transformers_version", "_from_model_config")  # keys of a companion that say where it came from
@@ -146,7 +146,7 @@ def _own(modules: Modules, dtype: Dtype) -> PlannedModules:
 def _planned(
     step: Module, name: str, sources: Sequence[TensorInfo], dtype: Dtype, *, is_copied: bool = False
 ) -> PlannedTensor:
-    slot, place = Slot(name, Kind.HEAD, None, name.endswith("bias")), Place(f"{step.folder}.{name}", 1.0)
+    slot, place = Slot(name, Kind.HEAD, None, name.endswith("bias")), TensorPlace(f"{step.folder}.{name}", 1.0)
     shape = sources[0].shape
     return PlannedTensor(slot, place, shape, output_dtype(sources, dtype), tuple(sources), is_copied=is_copied)
 

@@ -35,7 +35,7 @@ from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.tensors import merged_tensor
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.slices import OutputSlice
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 
 SAME_VOCABULARY = (
     "the slices' models need one vocabulary; output.vocabulary 'base' or 'union' merges them token by token"
@@ -56,7 +56,7 @@ def plan_slices(
     names: Sequence[str],
     identities: Sequence[Identity],
     asked: MergeSettings,
-    scale: Callable[[Place], float] | None = None,
+    scale: Callable[[TensorPlace], float] | None = None,
 ) -> MergePlan:
     """Lay out the model whose layers are those of the slices.
 

@@ -8,14 +8,14 @@ from worker.engine.catalog.contracts.spec import Dtype
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.planning.plan import PlannedTensor
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def merged_tensor(
     slot: Slot,
-    place: Place,
+    place: TensorPlace,
     checkpoints: Sequence[CheckpointInfo],
     named: Sequence[Mapping[str, TensorInfo]],
     name: str,

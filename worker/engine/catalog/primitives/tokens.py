@@ -34,7 +34,7 @@ class TokenSource(Strict):
         return self
 
 
-class Tokens(Strict):
+class TokenSettings(Strict):
     """A recipe's settings of the output's tokens, if vocabularies are merged."""
 
     vocabulary_of: Annotated[str, Field(max_length=64)] | None = None

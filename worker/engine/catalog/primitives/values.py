@@ -28,7 +28,7 @@ DEFAULT_WEIGHT = 1.0  # a model's weight for tensors that none of its filters ma
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A tensor's place in its model. `depth` is 0 at the first layer and before it, 1 at the last and after it."""
 
     name: str
@@ -110,7 +110,7 @@ class Filtered(Strict, Generic[Number]):
     def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in handler(self).items() if key != "where" or value is not None}
 
-    def covers(self, place: Place) -> bool:
+    def covers(self, place: TensorPlace) -> bool:
         """Return whether the value applies at the tensor's place, whatever its name."""
         if self.where is None:
             return True
@@ -120,7 +120,7 @@ class Filtered(Strict, Generic[Number]):
             return place.layer is not None
         return self.where[0] <= place.layer < self.where[1]
 
-    def at(self, place: Place) -> float:
+    def at(self, place: TensorPlace) -> float:
         """Return the value at the place of a tensor that the entry covers."""
         if not isinstance(self.value, list):
             return self.value
@@ -171,7 +171,7 @@ Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 def value_at(
     setting: PerTensor[float],
-    place: Place,
+    place: TensorPlace,
     default: float,
     matches: Callable[[str, str], bool] = fnmatchcase,
 ) -> float:
@@ -187,7 +187,7 @@ def value_at(
     return default
 
 
-def values_at(settings: Iterable[PerTensor[float]], place: Place, default: float) -> list[float]:
+def values_at(settings: Iterable[PerTensor[float]], place: TensorPlace, default: float) -> list[float]:
     """Return `value_at` of several parameters; a filter that several of them have is matched once."""
     matches = cache(fnmatchcase)
     return [value_at(setting, place, default, matches) for setting in settings]

@@ -5,7 +5,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Literal
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
-from worker.engine.catalog.checkpoints.library import architecture, kind_of
+from worker.engine.catalog.checkpoints.library import architecture, model_type_of
 from worker.engine.catalog.families import FAMILIES, Family, backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.tasks.causal_language_model import CausalLanguageModel
@@ -62,7 +62,7 @@ def task_of(info: CheckpointInfo) -> Task:
 
 def architectures_of(family: Family) -> list[str]:
     """Return the names of the classes on a backbone whose heads have a table."""
-    kind = kind_of(family.model_type)
+    kind = model_type_of(family.model_type)
     found = [family.head.architecture]
     for one in kind.architectures.values() if kind else ():
         if any(one.name.endswith(task.ending) and task.head_on(family, one) is not None for task in TASKS):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.catalog.families import ScoreName, Slot
 from worker.engine.catalog.planning.memory import BLOCK_ELEMENTS
-from worker.engine.catalog.primitives.values import PerTensor, Place, takes_part
+from worker.engine.catalog.primitives.values import PerTensor, TensorPlace, takes_part
 from worker.engine.checkpoints.row_blocks import row_blocks
 
 CHUNK_ELEMENTS = 1 << 16  # elements of one version that several steps handle together: they stay in a core's cache
@@ -57,7 +57,7 @@ class Versions:
     def __init__(
         self,
         slot: Slot,
-        place: Place,
+        place: TensorPlace,
         shape: Sequence[int],
         read: Callable[[slice], Block],
         block_elements: int = BLOCK_ELEMENTS,
@@ -112,7 +112,7 @@ It is called from several threads, for different tensors, in which PyTorch compu
 """
 
 
-class Rows(Protocol):
+class TensorRows(Protocol):
     """A tensor, or an object that gives its rows when they are asked for."""
 
     @property
@@ -134,7 +134,7 @@ class MeasuredModel:
     """Scores of mask nodes, (nodes,), float64, by score name."""
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """Mean of `x x^T` over non-padding tokens, (inputs, inputs), float32, by `Slot.input`."""
-    fisher: Mapping[str, Rows] = field(default_factory=dict)
+    fisher: Mapping[str, TensorRows] = field(default_factory=dict)
     """Fisher information of every parameter, float32, in the shape of its tensor, by `Slot.name`."""
     parameters: Mapping[str, PerTensor[float]] = field(default_factory=dict)
     """The model's own values of the method's parameters, see `MethodParameters.of_model`."""

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.families import Owner
-from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, Place, values_at
+from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, TensorPlace, values_at
 from worker.engine.merging.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
 
 SUM_ROUNDING = 1e-12  # largest distance from 1 at which rounding may leave a sum of coefficients
 
 
-def model_weights(models: Sequence[MeasuredModel], place: Place) -> Tensor:
+def model_weights(models: Sequence[MeasuredModel], place: TensorPlace) -> Tensor:
     """Return the weights of the models for one tensor, (models,), float64, as given."""
     weights = values_at((model.weight for model in models), place, DEFAULT_WEIGHT)
     return torch.tensor(weights, dtype=torch.float64)

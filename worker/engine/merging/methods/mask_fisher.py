@@ -12,13 +12,13 @@ from torch import Tensor
 
 from worker.engine.catalog.families import Owner, ScoreName
 from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize, ScoringParameters
-from worker.engine.catalog.primitives.values import Place
+from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.merging.methods import paper
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_slices, model_weights, normalized, of_slices
 
-Scores = Mapping[ScoreName, Tensor]
-NodeWeights = Callable[[ScoreName, Place], Tensor]
+NodeScores = Mapping[ScoreName, Tensor]
+NodeWeights = Callable[[ScoreName, TensorPlace], Tensor]
 """Gives merge weights of a score name's nodes in one tensor: (models, nodes), float64, summing to 1 over models."""
 
 
@@ -39,7 +39,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     return prepare
 
 
-def weights_of(owner: Owner, owned: NodeWeights, place: Place) -> Tensor:
+def weights_of(owner: Owner, owned: NodeWeights, place: TensorPlace) -> Tensor:
     """Return the merge weights of an owner's slices in one tensor, (models, slices)."""
     return of_slices(owner, [owned(score, place) for score in owner.scores])
 
@@ -47,7 +47,7 @@ def weights_of(owner: Owner, owned: NodeWeights, place: Place) -> Tensor:
 def node_weights(models: list[MeasuredModel], parameters: ScoringParameters) -> NodeWeights:
     scores = [normalize_scores(model.scores, parameters.normalize) for model in models]
 
-    def at(score: ScoreName, place: Place) -> Tensor:
+    def at(score: ScoreName, place: TensorPlace) -> Tensor:
         lambdas = model_weights(models, place)
         least = parameters.at("floor", place)
         of_models = [lam * floored(s[score], least) for lam, s in zip(lambdas, scores, strict=True)]
@@ -75,7 +75,7 @@ def weight_errors(weights: Tensor, relative: Tensor) -> Tensor:
 
 def rest_weights(
     models: list[MeasuredModel], rest: Literal["uniform", "model"]
-) -> Callable[[int | None, Place], Tensor]:
+) -> Callable[[int | None, TensorPlace], Tensor]:
     """Return the merge weights of the rest, by layer (None outside the layers) and place: (models, 1), float64.
 
     `uniform`: lambda alone. `model`: lambda times the sum over the kinds of the mean model-normalised score, of the
@@ -89,7 +89,7 @@ def rest_weights(
         layers[None] = torch.stack(list(layers.values())).mean(0)
         by_model.append(layers)
 
-    def at(layer: int | None, place: Place) -> Tensor:
+    def at(layer: int | None, place: TensorPlace) -> Tensor:
         lambdas = model_weights(models, place)
         if rest == "uniform":
             return (lambdas / lambdas.sum())[:, None]
@@ -98,7 +98,7 @@ def rest_weights(
     return at
 
 
-def normalize_scores(scores: Scores, normalize: Normalize) -> dict[ScoreName, Tensor]:
+def normalize_scores(scores: NodeScores, normalize: Normalize) -> dict[ScoreName, Tensor]:
     """Compute `F'` before the floor.
 
     With `layer`, a score is divided by its layer's mean for the kind; with `model`, by the L2 norm of its kind in the
@@ -123,7 +123,7 @@ def floored(score: Tensor, floor: float) -> Tensor:
     return score.clamp_min(floor * float(score.mean()))
 
 
-def weight_shares(weights: NodeWeights, owned: Mapping[ScoreName, Sequence[Place]]) -> list[float]:
+def weight_shares(weights: NodeWeights, owned: Mapping[ScoreName, Sequence[TensorPlace]]) -> list[float]:
     """Compute each model's mean merge weight over all nodes; a node's is its mean over the tensors with its slices.
 
     Args:
