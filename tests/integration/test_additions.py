@@ -80,7 +80,7 @@ STATISTIC = {
     "worker/engine/scoring/row_length.py": """
         import torch
 
-        from worker.engine.scoring.work import Pass
+        from worker.engine.scoring.measurement import Pass
 
 
         def _measure(work, measured):
@@ -92,7 +92,7 @@ STATISTIC = {
             yield {"mean": torch.tensor(sum(lengths) / len(lengths), dtype=torch.float64)}
 
 
-        PASS = Pass(_measure)
+        PASS = StatisticPass(_measure)
         """,
 }
 STORE = {

@@ -12,8 +12,8 @@ from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
+from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
 from worker.engine.scoring.scorer import OnRows, not_finite
-from worker.engine.scoring.work import Measured, Measurement, StatisticPass
 
 
 def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> list[list[LinearInput]]:

@@ -10,10 +10,10 @@ from worker.engine.catalog.methods import NODE_FISHER
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.runtime.device import rounded_weights
 from worker.engine.scoring.batching import CANDIDATES
+from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
 from worker.engine.scoring.sample import block_ends, looks
 from worker.engine.scoring.scorer import paper_scores, score, score_names
 from worker.engine.scoring.statistics import STANDARD_ERROR, NodeStatistics
-from worker.engine.scoring.work import Measured, Measurement, StatisticPass
 
 
 def _measure(work: Measurement, measured: Measured) -> Measured:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from importlib import import_module
 
 from worker.engine.catalog.methods import STATISTICS, Statistic
-from worker.engine.scoring.work import StatisticPass
+from worker.engine.scoring.measurement import StatisticPass
 
 
 def _pass(statistic: Statistic) -> StatisticPass:

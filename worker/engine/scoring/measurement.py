@@ -1,4 +1,4 @@
-"""The interface of a statistic's pass over one model's rows: `Work` goes in, and `Measured` comes out."""
+"""The interface of a statistic's pass over one model's rows: `Measurement` goes in, and `Measured` comes out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
