@@ -80,7 +80,7 @@ STATISTIC = {
     "worker/engine/scoring/row_length.py": """
         import torch
 
-        from worker.engine.scoring.measurement import Pass
+        from worker.engine.scoring.measurement import StatisticPass
 
 
         def _measure(work, measured):
