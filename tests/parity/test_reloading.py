@@ -129,7 +129,7 @@ def test_what_only_the_models_class_tells_is_refused_before_the_merge(engine: En
         edit_json(folder / "config.json", attention_bias=True, mlp_bias=True)
     error = refused(engine, tmp_path, folders)
     assert error.message == (
-        "checkpoint local:a: no tensor model.layers.0.self_attn.q_proj.bias, which LlamaForCausalLM needs"
+        "checkpoint local:a: no tensor model.layers.0.mlp.down_proj.bias, which LlamaForCausalLM needs"
     )
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import edit_json
-from tests.tiny_language_models import GPT2, LLAMA, QWEN2, TinyModel, tiny_model
+from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
@@ -43,13 +43,45 @@ REFUSED: list[tuple[TinyModel, dict[str, Any]]] = [
     (QWEN2, {"layer_types": "full_attention"}),
     (LLAMA, {"layer_types": ["full_attention"]}),
     (LLAMA, {"max_position_embeddings": 20_000_000}),
+    (LLAMA, {"layer_types": ["no", "no"]}),
+    (LLAMA, {"attention_dropout": 1.5}),
+    (GPT2, {"resid_pdrop": -0.1}),
+    (LLAMA, {"num_attention_heads": 3}),
+    (LLAMA, {"num_attention_heads": 0}),
+    (GPT2, {"n_head": 3}),
+    (T5, {"feed_forward_proj": "gated-none"}),
+    (T5, {"dense_act_fn": "none"}),
+    (LLAMA, {"rope_parameters": {"rope_type": "none", "rope_theta": 10_000.0}}),
+    (LLAMA, {"rope_parameters": {"rope_type": 1}}),
+    (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0}}),
+    (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": "2"}}),
+    (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
+    (GPT2, {"rope_scaling": {"type": "linear"}}),
+    (LLAMA, {"per_layer_config": 1}),
+    (LLAMA, {"per_layer_config": {"0": {"none": 1}}}),
+    (LLAMA, {"sub_configs": {}}),
+    (GPT2, {"num_attention_heads": 2}),
+    (LLAMA, {"initializer_range": -1.0}),
+    (LLAMA, {"problem_type": "guess"}),
 ]
+CONTRADICTED: list[tuple[TinyModel, dict[str, Any], str]] = [
+    (LLAMA, {"mlp_bias": True}, "no tensor model.layers.0.mlp.down_proj.bias"),
+    (LLAMA, {"attention_bias": True}, "no tensor model.layers.0.self_attn.k_proj.bias"),
+    (GPT2, {"add_cross_attention": True}, "no tensor transformer.h.0.crossattention.c_attn.bias"),
+    (GPT2, {"n_inner": 32}, "by its configuration it would have [32]"),
+    (T5, {"is_gated_act": True}, "no tensor decoder.block.0.layer.2.DenseReluDense.wi_0.weight"),
+    (T5, {"num_heads": 2}, "by its configuration it would have [8, 16]"),
+    (T5, {"d_kv": 8}, "by its configuration it would have [32, 16]"),
+    (LLAMA, {"head_dim": 8}, "by its configuration it would have [16, 16]"),
+    (QWEN2, {"num_key_value_heads": 4}, "by its configuration it would have [16]"),
+]
+"""Configurations that contradict the tensors, each with what the message says."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("values")
-    return {model.model_type: tiny_model(root / model.model_type, model) for model in (LLAMA, GPT2, QWEN2)}
+    return {model.model_type: tiny_model(root / model.model_type, model) for model in (LLAMA, GPT2, QWEN2, T5)}
 
 
 def planned(models: dict[str, Path], model: TinyModel, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -74,6 +106,32 @@ def test_numbers_of_labels_that_differ_are_refused_with_both(
 ) -> None:
     with pytest.raises(InvalidCheckpoint, match=f"num_labels {count}, and 2 names in id2label"):
         planned(models, LLAMA, {"id2label": {"0": "a", "1": "b"}, "num_labels": count}, tmp_path)
+
+
+@pytest.mark.parametrize(("model", "changes", "words"), CONTRADICTED, ids=str)
+def test_a_configuration_of_other_tensors_is_refused_by_the_tensors_name(
+    models: dict[str, Path], tmp_path: Path, model: TinyModel, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidCheckpoint) as caught:
+        planned(models, model, changes, tmp_path)
+    assert words in caught.value.message
+
+
+def test_words_of_which_keys_follow_are_read_as_transformers_does(models: dict[str, Path], tmp_path: Path) -> None:
+    gated = tiny_model(tmp_path / "gated", T5, feed_forward_proj="gated-silu")
+    config = {"is_gated_act": None, "dense_act_fn": None}
+    edit_json(gated / "config.json", **config)
+    plan_merge([inspect_checkpoint(gated, "local:m")])
+    with pytest.raises(InvalidCheckpoint, match="DenseReluDense"):
+        planned(models, T5, {**config, "feed_forward_proj": "gated-silu"}, tmp_path)
+
+
+def test_cross_attention_is_taken_of_a_decoder_alone(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", MASKED_BERT, is_decoder=True, add_cross_attention=True)
+    plan_merge([inspect_checkpoint(folder, "local:m")])
+    edit_json(folder / "config.json", is_decoder=False)
+    with pytest.raises(InvalidCheckpoint, match="add_cross_attention"):
+        plan_merge([inspect_checkpoint(folder, "local:m")])
 
 
 @pytest.mark.parametrize("value", [["llama"], {"a": 1}, 3, True])

@@ -14,7 +14,8 @@ from tests.tiny_language_models import LLAMA, tiny_model
 from worker.engine.catalog.checkpoints.config_differences import differences
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import FLOAT, TABLE, completed, decoded, encoded, member, model_type_of
-from worker.engine.checkpoints.library_table import as_json, described, plain
+from worker.engine.checkpoints.library_table import as_json, described
+from worker.engine.checkpoints.library_variations import plain
 
 KINDS = (
     "llama", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma3_text", "phi", "bert", "modernbert", "t5", "bart", "marian",

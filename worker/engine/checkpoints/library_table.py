@@ -7,72 +7,54 @@ many configurations that differ from the default in one key. The table has whate
 
 import json
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from inspect import getattr_static
+from multiprocessing import Pool
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
-import torch
 from transformers.activations import ACT2FN
-from transformers.initialization import no_init_weights
 
-from worker.engine.catalog.checkpoints.config_differences import HARMLESS, is_of_training
 from worker.engine.catalog.checkpoints.library import (
     ACTIVATIONS,
     LAYER_KEYS,
+    LAYER_TYPES,
+    ROTARY,
     TABLE,
-    Length,
     collapsed,
     in_files,
     member,
+    state_of,
     value_at,
 )
 from worker.engine.catalog.checkpoints.tensor_names import layer_of
-from worker.engine.runtime.libraries import conversion_mapping, core_model_loading, preload, transformers
+from worker.engine.checkpoints.library_refusals import ROTARY_VALUES, refusals, refused_too, words_in_code, words_of
+from worker.engine.checkpoints.library_tensors import FACTORS, Samples
+from worker.engine.checkpoints.library_variations import (
+    Changes,
+    Config,
+    built,
+    few_layers,
+    plain,
+    trial_of_config,
+    trial_of_model,
+    variations,
+)
+from worker.engine.runtime.libraries import (
+    configuration_utils,
+    conversion_mapping,
+    core_model_loading,
+    modeling_rope_utils,
+    preload,
+    transformers,
+)
 
-Config = dict[str, Any]
-Shapes = Mapping[str, tuple[int, ...]]
-Path = tuple[str, ...]
-
-FEW_LAYERS = 2
-DEFAULT_LABELS = 2
-FACTORS = (2, 3, 4)
-"""Factors by which lengths may be multiples of sizes."""
-KIND_KEYS = (
-    "attn_layer", "hybrid", "pattern", "_period", "_offset", "sparse_step",
-    "first_k_dense", "mlp_only", "moe_layer", "cross_attention_layers", "full_attn_idxs", "dense_layers",
-    "lorb", "kv_source", "kv_shared", "per_layer", "interleave", "every",
-)  # fmt: skip
-"""Parts of names of keys that may give layers different tensors, which a change of one key may not show."""
-DERIVED_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "transformers_version")
-"""Keys that follow from the number of layers."""
 LONGEST_LIST = 128
 """Largest number of layers for which lists over layers are compared, to find their period."""
-WORDS: Mapping[str, tuple[str, ...]] = {"feed_forward_proj": ("gated-gelu", "relu"), "ffn_type": ("gated-gelu",)}
-"""Settings in words that change the set of tensors."""
-BLOCKS = (
-    "attention",
-    "full_attention",
-    "sliding_attention",
-    "linear_attention",
-    "mamba",
-    "conv",
-    "hybrid",
-    "recurrent",
-)
-LAYER_WORDS: Mapping[str, tuple[str, ...]] = {
-    "layer_types": (*BLOCKS, "chunked_attention", "moe", "mlp"),
-    "layers_block_type": (*BLOCKS, "recurrent", "moe", "mlp"),
-    "mlp_layer_types": ("dense", "sparse"),
-}
-"""Keys of lists over layers, each with the kinds of layers that it may name."""
-SHOWN = frozenset({"head_dim", "n_inner", "n_ctx"})
-"""Keys that may differ between checkpoints, because shapes show them."""
-
 
 PLAIN_TYPES: Mapping[Any, str] = {
     bool: "bool", int: "int", float: "float", str: "text", NoneType: "null", list: "list", tuple: "list",
@@ -86,45 +68,54 @@ SAMPLES: Mapping[str, tuple[Any, ...]] = {
 """Values of each type."""
 
 
-@dataclass
-class Seen:
-    """Counts of the tensors and lists of layers in the models of one class that were built so far."""
-
-    models: int = 0
-    outer: dict[str, int] = field(default_factory=dict)
-    """Number of models that have the tensor."""
-    stacks: dict[str, int] = field(default_factory=dict)
-    """Number of models that have the list of layers."""
-    inner: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Number of models that have the tensor in every layer of the list."""
-    inner_somewhere: set[tuple[str, str]] = field(default_factory=set)
-
-
 def main(model_types: Sequence[str]) -> None:
     """Write the table, or print its entries for some kinds of model."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     preload()
-    entries = filter(None, map(described, model_types or sorted(transformers.CONFIG_MAPPING)))
-    if model_types:
+    with Pool() as pool:
+        entries = filter(None, pool.imap(described, model_types or sorted(transformers.CONFIG_MAPPING)))
+        if not model_types:
+            write(entries)
+            return
         for entry in entries:
             sys.stdout.write(as_json(entry) + "\n")
             sys.stdout.flush()
-    else:
-        write(entries)
 
 
-def as_json(entry: Config) -> str:
-    return json.dumps(entry, separators=(",", ":"))
+def as_json(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"))
 
 
 def write(entries: Iterable[Config]) -> None:
     """Write the table with the version of transformers; the same entries give the same bytes."""
     with ZipFile(TABLE, "w", ZIP_DEFLATED) as table:
         table.comment = f"transformers {transformers.__version__}".encode()
-        table.writestr(ZipInfo(ACTIVATIONS), json.dumps(sorted(ACT2FN)), ZIP_DEFLATED)
+        for name, content in lists_of_library().items():
+            table.writestr(ZipInfo(name), as_json(content), ZIP_DEFLATED)
         for entry in entries:
             table.writestr(ZipInfo(member(entry["model_type"])), as_json(entry), ZIP_DEFLATED)
+
+
+def lists_of_library() -> Config:
+    """Return the lists that hold for all kinds of model, by the names of their files in the table."""
+    layer_types = {*configuration_utils.ALLOWED_LAYER_TYPES, *configuration_utils._LEGACY_LAYER_TYPE_REMAP}
+    return {ACTIVATIONS: sorted(ACT2FN), LAYER_TYPES: sorted(layer_types), ROTARY: rotary_parameters()}
+
+
+def rotary_parameters() -> dict[str, list[str]]:
+    """Return for each type of rotary positions the parameters without which every configuration refuses it."""
+    found = {}
+    for name in ("default", *sorted(modeling_rope_utils.ROPE_INIT_FUNCTIONS)):
+        whole = {**ROTARY_VALUES, "rope_type": name}
+        found[name] = [
+            key
+            for key in ROTARY_VALUES
+            if refuses(
+                transformers.LlamaConfig, "rope_parameters", {one: value for one, value in whole.items() if one != key}
+            )
+        ]
+    return found
 
 
 def described(model_type: str) -> Config | None:
@@ -134,19 +125,58 @@ def described(model_type: str) -> Config | None:
         defaults = plain(config_class())
     except Exception:  # kinds made of others, which have no configuration of their own
         return None
+    # The lists of factors of longrope have a length of each kind's own.
+    rotary = sorted({*modeling_rope_utils.ROPE_INIT_FUNCTIONS} - {"longrope"})
+    trial = trial_of_config(config_class, defaults)
+    types = types_of(config_class)
+    hints = {one.name: words_of(one.type) for one in fields(config_class)}
     found: Config = {
         "model_type": model_type,
         "defaults": defaults,
         "derived": derived_of(config_class, defaults),
         "aliases": dict(getattr(config_class, "attribute_map", {})),
-        "types": types_of(config_class),
+        "types": types,
+        "fixed": fixed_of(config_class),
+        **refusals(trial, types, rotary, {key: words for key, words in hints.items() if words}),
         "architectures": {},
     }
-    for name in sorted(classes_of(model_type)):
-        built = architecture(name, config_class, defaults)
-        if built is not None:
-            found["architectures"][name] = built
+    in_code = words_in_code(config_class.__module__)
+    words = {key: in_code for key, value in defaults.items() if isinstance(value, str) and key not in found["words"]}
+    refused: Config | None = None
+    switches: Changes | None = None
+    for name in sorted(classes_of(model_type), key=lambda name: (not name.endswith("Model"), len(name), name)):
+        samples = samples_of(name, config_class, defaults, switches)
+        if samples is None:
+            continue
+        trial, switches = samples.trial, samples.trial.turned
+        own = refusals(trial, types, rotary, words) if refused is None else refused_too(trial, refused)
+        refused = refused or own
+        found["architectures"][name] = without_known({**entry_of(samples), **own}, found)
     return found
+
+
+def without_known(entry: Config, kind: Config) -> Config:
+    """Leave out of a class's entry what is refused of its kind anyway."""
+    refused = {
+        key: {state: unless for state, unless in states.items() if kind["refused"].get(key, {}).get(state) != {}}
+        for key, states in entry.get("refused", {}).items()
+    }
+    left = {
+        **entry,
+        "refused": {key: states for key, states in refused.items() if states},
+        "divides": [pair for pair in entry.get("divides", ()) if pair not in kind["divides"]],
+        "counts": [pair for pair in entry.get("counts", ()) if pair not in kind["counts"]],
+        "words": {key: words for key, words in entry.get("words", {}).items() if key not in kind["words"]},
+    }
+    return {key: value for key, value in left.items() if value or key == "prefix"}
+
+
+def fixed_of(config_class: Any) -> list[str]:
+    """Return the properties of a configuration that no value can be given to."""
+    names = (name for name in dir(config_class) if not name.startswith("_"))
+    properties = {name: getattr_static(config_class, name) for name in names}
+    fixed = [name for name, one in properties.items() if isinstance(one, property) and one.fset is None]
+    return sorted(name for name in fixed if refuses(config_class, name, 1))
 
 
 def classes_of(model_type: str) -> set[str]:
@@ -159,16 +189,15 @@ def classes_of(model_type: str) -> set[str]:
     return found
 
 
-def plain(config: Any) -> Config:
-    """Return the whole configuration as `save_pretrained` would write it."""
-    return dict(json.loads(json.dumps(type(config)._encode_special_floats(config.to_dict()), default=str)))
-
-
 # --- missing keys of configurations -----------------------------------------------------------------------
 
 
 def derived_of(config_class: Any, defaults: Config) -> Config:
-    """Find keys whose default follows from others: `{key: {"by": keys, "is": expression, "period": list}}`."""
+    """Find keys whose default follows from others: `{key: {"by", "is", "words", "period"}}`.
+
+    Such a value follows from the keys `by`: it is an expression of them, or what `words` has for a word, or a list that
+    repeats `period` over all layers.
+    """
     by: dict[str, set[str]] = {}
     samples = [defaults]
     for key, value in defaults.items():
@@ -189,8 +218,11 @@ def derived_of(config_class: Any, defaults: Config) -> Config:
         lengths = [sample.get(name) for sample in following if not is_given(sample, name, defaults, keys)]
         others = [sample for sample in following if not is_given(sample, name, defaults, keys)]
         equal = expression(lengths, others, sorted(keys))
+        words = {state_of(value_at(one, key)): one.get(name) for key in keys for one in others}
         if equal is not None:
             rule["is"] = equal
+        elif len(keys) == 1 and len(words) > 1 and all(state.startswith("'") for state in words):
+            rule["words"] = words
         elif isinstance(defaults.get(name), list):
             rule["period"] = period_of(config_class, defaults, name)
         found[name] = rule
@@ -202,7 +234,7 @@ def is_given(sample: Config, name: str, defaults: Config, keys: Collection[str])
     return sample.get(name) != defaults.get(name) and all(sample.get(key) == defaults.get(key) for key in keys)
 
 
-def expression(lengths: Sequence[Any], samples: Sequence[Config], keys: Iterable[str]) -> str | None:
+def expression(lengths: Sequence[Any], samples: Sequence[Config], keys: Sequence[str]) -> str | None:
     """Find an expression of keys (inner ones after a dot) that equals every length: `a`, `a*b`, `a/b` or `2*a`."""
     if not all(type(length) is int for length in lengths):
         return None
@@ -242,21 +274,6 @@ def period_of(config_class: Any, defaults: Config, name: str) -> list[Any] | Non
         if all(one == longest[place % length] for values in lists for place, one in enumerate(values)):
             return list(longest[:length])
     return None
-
-
-def variations(key: str, value: Any) -> list[Any]:
-    """Return other values of a key, for a model that is otherwise the same."""
-    if key in HARMLESS - SHOWN or is_of_training(key) or key.endswith("_token_id"):
-        return []
-    if key in WORDS:
-        return list(WORDS[key])
-    if key in LAYER_WORDS and isinstance(value, list):
-        return [[word] * len(value) for word in LAYER_WORDS[key]]
-    if isinstance(value, bool):
-        return [not value]
-    if type(value) is int:
-        return [2] if value <= 0 else [value * 2] if key in LAYER_KEYS else [value * 2, 0]
-    return [8] if value is None else []
 
 
 # --- types of values --------------------------------------------------------------------------------------
@@ -301,76 +318,39 @@ def refuses(config_class: Any, key: str, value: Any) -> bool:
     return False
 
 
-# --- tensors of a class -----------------------------------------------------------------------------------
+# --- classes ----------------------------------------------------------------------------------------------
 
 
-def architecture(name: str, config_class: Any, defaults: Config) -> Config | None:
-    """Make the entry of one class: names, ties and sizes. None if it cannot be built from a configuration alone."""
+def samples_of(name: str, config_class: Any, defaults: Config, switches: Changes | None) -> Samples | None:
+    """Build models of a class; None if it cannot be built from a configuration alone."""
     model_class = class_named(name)
     if model_class is None:
         return None
     settings = few_layers(config_class, defaults)
-    base = built(model_class, config_class, settings)
-    if base is None:
+    first = built(model_class, config_class, settings)
+    if first is None:
         settings = {}
-        base = built(model_class, config_class, settings)
-    if base is None:
+        first = built(model_class, config_class, settings)
+    if first is None:
         return None
-    config = plain(base.config)
-    shapes = shapes_of(base)
-    seen = Seen()
-    count(seen, shapes)
-    ties = {pair: [()] for pair in ties_of(base)}
-    governed: dict[tuple[str, str], str] = {}
-    samples = [(with_labels(config), shapes)]
-    tried, worked = set[str](), set[str]()
-    for path, other in varied_paths(config):
-        where = ".".join(path)
-        model = built(model_class, config_class, with_value(settings, config, path, other))
-        tried.add(where)
-        if model is None:
-            continue
-        worked.add(where)
-        new = shapes_of(model)
-        count(seen, new)
-        now = set(ties_of(model))
-        if path[-1] == "tie_word_embeddings":
-            for pair in now ^ ties.keys():
-                governed[pair] = where
-                ties.setdefault(pair, [()])
-        samples.append((with_labels(plain(model.config), path, other), new))
-    kinds = any(part in key for key in flat(config) for part in KIND_KEYS)
-    conversions = conversion_mapping.get_model_conversion_mapping(base, add_legacy=False)
-    targets = {target for target, _ in ties}
-    required, layers, optional = {}, {}, set()
-    numbers = [key for key in paths_of(config) if type(value_at(samples[0][0], key)) is int]
-    sizes = {tensor: dims(tensor, samples, [*numbers, "num_labels"]) for tensor in shapes}
-    missable = [re.compile(pattern) for pattern in base._keys_to_ignore_on_load_missing or ()]
-    for tensor, times in seen.outer.items():
-        may_be_missing = any(pattern.search(tensor) for pattern in missable)
-        if times == seen.models and tensor not in targets and not may_be_missing:
-            required[tensor] = sizes.get(tensor, [])
-        else:
-            optional.add(tensor)
-    for stack, inner in seen.inner_somewhere:
-        first = next((t for t in shapes if in_stack(t, stack, inner)), None)
-        if not kinds and seen.inner.get((stack, inner), 0) == seen.stacks[stack] and first is not None:
-            layers[f"{stack}.{{}}.{inner}"] = sizes[first]
-        else:
-            optional.add(f"{stack}.{{}}.{inner}")
-    found = {
-        "prefix": model_class.base_model_prefix,
-        "ties": [[t, s, governed.get((t, s))] for t, s in sorted(ties)],
-        "unsaved": sorted(base._keys_to_ignore_on_save or ()),
-        "buffers": sorted(name for name, _ in base.named_buffers() if layer_of(name) is None),
-        "untested": sorted(tried - worked),
-        "optional": sorted(optional),
-        "tensors": dict(sorted(required.items())),
-        "layers": dict(sorted(layers.items())),
+    return Samples(trial_of_model(model_class, config_class, settings, plain(first.config), switches), first)
+
+
+def entry_of(samples: Samples) -> Config:
+    """Return what the table says of a class's tensors."""
+    first = samples.model
+    conversions = conversion_mapping.get_model_conversion_mapping(first, add_legacy=False)
+    names = [name for name, _ in first.named_parameters(remove_duplicate=False)]
+    return {
+        "prefix": first.base_model_prefix,
+        "ties": [[copy, original, samples.governed.get((copy, original))] for copy, original in sorted(samples.ties)],
+        "unsaved": sorted(first._keys_to_ignore_on_save or ()),
+        "buffers": sorted(name for name, _ in first.named_buffers() if layer_of(name) is None),
+        "untested": sorted(samples.untested),
+        **samples.tensors(first._keys_to_ignore_on_load_missing or ()),
+        "converted": bool(conversions),
+        "stored": stored_names(conversions, names) if conversions else {},
     }
-    if conversions:
-        found |= {"converted": True, "stored": stored_names(conversions, shapes)}
-    return {key: value for key, value in found.items() if value or key == "prefix"}
 
 
 def stored_names(conversions: Sequence[Any], names: Iterable[str]) -> dict[str, list[str]]:
@@ -408,117 +388,6 @@ def class_named(name: str) -> Any:
     except (ImportError, RuntimeError):  # it needs a library that is not there
         return None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
-
-
-def in_stack(tensor: str, stack: str, inner: str) -> bool:
-    layer = layer_of(tensor)
-    return layer is not None and (layer.stack, layer.inner) == (stack, inner)
-
-
-def dims(tensor: str, samples: Sequence[tuple[Config, Shapes]], keys: Sequence[str]) -> list[Length]:
-    """Return for each axis its fixed length, or the expression that equals it in every sample, or else None."""
-    having = [(config, shapes[tensor]) for config, shapes in samples if tensor in shapes]
-    if len({len(shape) for _, shape in having}) != 1:
-        return []
-    found: list[Length] = []
-    for axis in range(len(having[0][1])):
-        lengths = [shape[axis] for _, shape in having]
-        is_fixed = len(set(lengths)) == 1
-        found.append(lengths[0] if is_fixed else expression(lengths, [config for config, _ in having], keys))
-    return found
-
-
-def with_labels(config: Config, path: Path = (), value: Any = None) -> Config:
-    """Add the number of labels, which configurations do not hold as a number."""
-    return {**config, "num_labels": value if path == ("num_labels",) else DEFAULT_LABELS}
-
-
-def paths_of(config: Config) -> Iterator[str]:
-    for key, value in config.items():
-        if isinstance(value, dict) and "model_type" in value:
-            yield from (f"{key}.{inner}" for inner in value)
-        else:
-            yield key
-
-
-def few_layers(config_class: Any, defaults: Config) -> Config:
-    """Return settings for a model with as few layers as possible, but two, so that they can differ."""
-    settings: Config = {}
-    for key, value in defaults.items():
-        if isinstance(value, dict) and "model_type" in value:
-            fewer = {inner: FEW_LAYERS for inner in LAYER_KEYS if type(value.get(inner)) is int}
-            other: Any = {**{inner: one for inner, one in value.items() if inner not in DERIVED_LISTS}, **fewer}
-        elif key in LAYER_KEYS and type(value) is int and value > FEW_LAYERS:
-            other = FEW_LAYERS
-        else:
-            continue
-        try:
-            config_class(**{**settings, key: other})
-        except Exception:  # noqa: S112 - there is no such model
-            continue
-        settings[key] = other
-    return settings
-
-
-def built(model_class: Any, config_class: Any, settings: Config) -> Any:
-    """Build the model without memory for its weights; None where there is no such model, or it is very large."""
-    try:
-        with torch.device("meta"), no_init_weights():
-            return model_class._from_config(config_class(**settings), attn_implementation="eager")
-    except Exception:
-        return None
-
-
-def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def ties_of(model: Any) -> list[tuple[str, str]]:
-    """Return pairs (copy, original) of tied tensors outside the layers."""
-    pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
-    return [(target, source) for target, source in pairs if not any(part.isdigit() for part in target.split("."))]
-
-
-def count(seen: Seen, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    seen.models += 1
-    stacks: dict[str, dict[int, set[str]]] = {}
-    for name in shapes:
-        layer = layer_of(name)
-        if layer is None:
-            seen.outer[name] = seen.outer.get(name, 0) + 1
-        else:
-            stacks.setdefault(layer.stack, {}).setdefault(layer.number, set()).add(layer.inner)
-    for stack, layers in stacks.items():
-        seen.stacks[stack] = seen.stacks.get(stack, 0) + 1
-        for inner in set.union(*layers.values()):
-            seen.inner_somewhere.add((stack, inner))
-        for inner in set.intersection(*layers.values()):
-            seen.inner[stack, inner] = seen.inner.get((stack, inner), 0) + 1
-
-
-def varied_paths(config: Config) -> Iterator[tuple[Path, Any]]:
-    """Yield keys, including those of inner configurations, each with another value."""
-    for key, value in config.items():
-        if isinstance(value, dict) and "model_type" in value:
-            yield from (((key, inner), v) for inner, one in value.items() for v in variations(inner, one))
-        yield from (((key,), other) for other in variations(key, value))
-    if "num_labels" not in config:
-        yield ("num_labels",), DEFAULT_LABELS + 1
-        yield ("num_labels",), 1
-
-
-def with_value(settings: Config, config: Config, path: Path, value: Any) -> Config:
-    if len(path) == 1:
-        return {**settings, path[0]: value}
-    inner = {key: one for key, one in config[path[0]].items() if key not in ("transformers_version",)}
-    return {**settings, path[0]: {**inner, path[1]: value}}
-
-
-def flat(config: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in config.items():
-        yield key
-        if isinstance(value, Mapping):
-            yield from flat(value)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ IMPORTED = (
     "scipy.sparse",
     "scipy.stats",
     "sklearn.metrics",
+    "transformers.configuration_utils",
     "transformers.conversion_mapping",
     "transformers.core_model_loading",
     "transformers.masking_utils",
+    "transformers.modeling_rope_utils",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
@@ -49,9 +51,11 @@ class Library:
 
 
 transformers = Library("transformers")
+configuration_utils = Library("transformers.configuration_utils")
 conversion_mapping = Library("transformers.conversion_mapping")
 core_model_loading = Library("transformers.core_model_loading")
 masking_utils = Library("transformers.masking_utils")
+modeling_rope_utils = Library("transformers.modeling_rope_utils")
 tokenization_auto = Library("transformers.models.auto.tokenization_auto")
 optuna = Library("optuna")
 optimize = Library("scipy.optimize")

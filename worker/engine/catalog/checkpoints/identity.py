@@ -1,6 +1,5 @@
 """Finds a checkpoint's class in transformers, and the tensors that this class does not read."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,6 +9,7 @@ from worker.engine.catalog.checkpoints.architectures import WITHOUT_HEAD, labels
 from worker.engine.catalog.checkpoints.config_differences import is_harmless, same
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import (
+    ACTIVATIONS,
     Architecture,
     Length,
     ModelType,
@@ -18,10 +18,13 @@ from worker.engine.catalog.checkpoints.library import (
     completed,
     model_type_of,
     says_untied,
+    state_of,
     ties,
+    value_at,
     value_of,
+    with_nulls,
 )
-from worker.engine.catalog.checkpoints.settings import FUNCTIONS, check_settings
+from worker.engine.catalog.checkpoints.settings import FUNCTIONS, POSITIONS, check_settings, refused_values
 from worker.engine.catalog.checkpoints.tensor_names import layer_of, spellings
 from worker.engine.catalog.checkpoints.weights import require_kind
 from worker.engine.catalog.families import backbone_of
@@ -36,11 +39,6 @@ PRE_TRAINING_HEADS = (
     "generator_lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector",
 )  # fmt: skip
 """Modules of pre-training heads, also those of classes that transformers no longer has."""
-BIAS_SWITCHES = {
-    "attention_bias": re.compile(r"\.self_attn\.[qkvo]_proj\.bias$"),
-    "mlp_bias": re.compile(r"\.mlp\.(gate|up|down)_proj\.bias$"),
-}
-"""Keys that say whether a class has these biases, where no other key tells of biases."""
 LISTED = 3  # number of classes or tensors that a message names
 
 
@@ -71,15 +69,29 @@ class Identity:
         return completed(self.info.config)
 
     @cached_property
+    def uncertain(self) -> frozenset[str] | None:
+        """Tensors of which the table does not tell what this configuration makes of them; None if it tells of none.
+
+        The table tells of all if it was made from configurations like this one.
+        """
+        kind = model_type_of(self.info.model_type)
+        if kind is None or self.known is None or self.known.converted or self.info.config.get("per_layer_config"):
+            return None
+        # It is not known which other keys a class reads.
+        counts = {key for key, value in self.info.config.items() if type(value) is int and not is_harmless(key)}
+        beside = {key for key in counts if not key.endswith("_token_id") and key not in POSITIONS}
+        beside -= kind.defaults.keys() | kind.aliases.keys()
+        unusual = {*_unusual(self.config, completed(kind.defaults), self.known.untested)}
+        unusual -= {key for key in unusual if _is_spelled_out(kind, key, self.config.get(key))}
+        unusual -= {key for key in unusual if self.known.refused.words.get(key) == ACTIVATIONS}
+        if beside or not unusual <= self.known.unclear.keys():
+            return None
+        return frozenset(name for key in unusual for name in self.known.unclear[key])
+
+    @property
     def is_usual(self) -> bool:
         """Whether the table was made from configurations like this one, so that it has all tensors."""
-        kind = model_type_of(self.info.model_type)
-        if kind is None or self.known is None or self.known.converted:
-            return False
-        # It is not known which other keys a class reads.
-        beside = {key for key, value in self.info.config.items() if type(value) is int and not is_harmless(key)}
-        beside -= kind.defaults.keys() | kind.aliases.keys()
-        return not beside and not _unusual(self.config, completed(kind.defaults), self.known.untested)
+        return self.uncertain == frozenset()
 
     @cached_property
     def unread(self) -> list[str]:
@@ -101,14 +113,17 @@ class Identity:
 
     def _reads(self, own: str) -> bool:
         """Return whether the class has a tensor of this name under this configuration."""
-        if self.known is None or not self.known.reads(own):
+        return self.known is not None and self.known.reads(own) and self.is_switched(collapsed(own)) is not False
+
+    def is_switched(self, pattern: str) -> bool | None:
+        """Return whether the configuration gives the class an optional tensor; None if that is not known."""
+        switches = self.known.switched.get(pattern, ()) if self.known else ()
+        if not switches or self.uncertain is None or pattern in self.uncertain:
+            return None
+        states = [(switch, state_of(value_at(self.config, switch.key))) for switch in switches]
+        if any(state in switch.off for switch, state in states):
             return False
-        layered = collapsed(own)
-        switch = next((key for key, names in BIAS_SWITCHES.items() if names.search(layered)), None)
-        if switch is None or layered not in self.known.optional:
-            return True
-        others = [key for key in self.config if "bias" in key and key not in BIAS_SWITCHES]
-        return self.config.get(switch) is not False or bool(others)
+        return True if all(state in switch.on for switch, state in states) else None
 
 
 def identify(info: CheckpointInfo) -> Identity:
@@ -303,6 +318,8 @@ def check_tensors(found: Identity) -> None:
     known, info, kind = found.known, found.info, model_type_of(found.info.model_type)
     if known is None or kind is None:
         return
+    for problem in refused_values(info.config, found.config, known.refused):
+        raise InvalidCheckpoint(info.source, f"config.json has {problem}")
     check_present(found)
     _check_words(info, kind.defaults, found.config)
     if not _is_as_tabled(found):
@@ -340,28 +357,37 @@ def check_present(found: Identity) -> None:
 
 def _is_as_tabled(found: Identity) -> bool:
     """Return whether the table covers the checkpoint, and its names are those of the class."""
-    return found.is_usual and not any(layer_of(found.names[name]) is not None for name in found.unread)
+    if found.known is None or found.uncertain is None:
+        return False
+    return all(layer_of(own) is None or found.known.reads(own) for own in found.names.values())
 
 
-def _unusual(config: Mapping[str, Any], defaults: Mapping[str, Any], untested: frozenset[str], path: str = "") -> bool:
-    """Return whether a key has a kind of value that the table's models were not built with; it may change tensors."""
+def _is_spelled_out(kind: ModelType, key: str, word: Any) -> bool:
+    """Return whether the table has what follows from a key's word, so that the keys that follow tell the tensors."""
+    rules = [rule["words"] for rule in kind.derived.values() if "words" in rule and rule["by"] == [key]]
+    return bool(rules) and all(state_of(word) in words for words in rules)
+
+
+def _unusual(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], untested: frozenset[str], path: str = ""
+) -> Iterator[str]:
+    """Yield keys with a kind of value that the table's models were not built with; they may change tensors."""
     for key, default in defaults.items():
         value = config.get(key, default)
         where = f"{path}{key}"
         if same(value, default) or is_harmless(key) or key in ("rope_parameters", "layer_types"):
             continue
         if isinstance(value, Mapping) and isinstance(default, Mapping) and "model_type" in default:
-            if value.get("model_type") != default["model_type"] or _unusual(value, default, untested, f"{where}."):
-                return True
+            if value.get("model_type") != default["model_type"]:
+                yield where
+            else:
+                yield from _unusual(value, default, untested, f"{where}.")
             continue
-        if where in untested:
-            return True
         is_word = isinstance(value, str) and (default is None or isinstance(default, str))
-        if is_word and key.endswith(HARMLESS_WORDS):
-            continue
-        if type(value) not in (int, bool, float) or (type(default) not in (int, bool, float) and default is not None):
-            return True
-    return False
+        is_number = type(value) in (int, bool, float) and (type(default) in (int, bool, float) or default is None)
+        is_emptied = value is None and type(default) is int  # `nulls` of the table tell what it stands for
+        if where in untested or not (is_number or is_emptied or (is_word and key.endswith(HARMLESS_WORDS))):
+            yield where
 
 
 def _absent(found: Identity, known: Architecture) -> list[str]:
@@ -380,24 +406,29 @@ def _absent(found: Identity, known: Architecture) -> list[str]:
         layer = layer_of(name)
         if layer is not None:
             stacks.setdefault(layer.stack, set()).add(layer.number)
-    for pattern in known.layers:
+    absent += [name for name in known.switched if "{}" not in name and found.is_switched(name) and name not in own]
+    for pattern in [*known.layers, *(name for name in known.switched if "{}" in name and found.is_switched(name))]:
         stack, _, _ = pattern.partition(".{}.")
         absent += [one for number in sorted(stacks.get(stack, ())) if (one := pattern.format(number)) not in own]
-    return absent
+    uncertain = found.uncertain or frozenset()
+    return [name for name in absent if collapsed(name) not in uncertain]
 
 
 def _misshapen(found: Identity, known: Architecture) -> Iterator[tuple[TensorInfo, list[int]]]:
     """Yield tensors with a wrong shape, each with the right one."""
-    values: dict[Length, int | None] = {"num_labels": len(labels_of(found.info.config))}
+    config = with_nulls(known, {**found.config, "num_labels": len(labels_of(found.info.config))})
+    values: dict[Length, int | None] = {}
+    uncertain = found.uncertain or frozenset()
     for name, tensor in found.info.tensors.items():
         own = found.names[name]
-        lengths = known.tensors.get(own) or known.layers.get(collapsed(own))
-        if not lengths:
+        pattern = collapsed(own)
+        lengths = known.tensors.get(own) or known.layers.get(pattern) or known.optional.get(pattern)
+        if not lengths or pattern in uncertain or found.is_switched(pattern) is False:
             continue
         wanted = []
         for place, length in enumerate(lengths):
             if length not in values:
-                values[length] = value_of(length, found.config)
+                values[length] = value_of(length, config)
             value = values[length]
             there = tensor.shape[place] if place < len(tensor.shape) else 0
             wanted.append(value if type(value) is int else there)

@@ -5,7 +5,6 @@ missing keys. With it, code that must not import transformers decides the same a
 """
 
 import json
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,9 +38,47 @@ LOCAL_ATTENTION = "sliding_attention"
 
 ACTIVATIONS = "activations"
 """Name of the table's file that lists the functions that a configuration may name."""
+LAYER_TYPES = "layer_types"
+"""Name of the table's file that lists the kinds of layers that a configuration may name."""
+ROTARY = "rotary"
+"""Name of the table's file that has, for each type of rotary positions, the parameters that it needs."""
+ROTARY_UNKNOWN = "?"
+"""Stands in a state for a type of rotary positions that transformers does not have."""
+GATED = "gated"
+"""Said of a key whose words are functions, which may follow `gated-`."""
 
 Length = int | str | None
-"""Length of an axis: a number, an expression of the configuration's keys (`a`, `2*a`, `a*b` or `a/b`), or None."""
+"""Length of an axis: a number, an expression of a configuration's keys as `2*a`, `a/b*c` or `a+b*c`, or None.
+
+Products are computed from left to right, and a quotient has no fraction.
+"""
+FACTOR = re.compile(r"([*/]?)([^*/]+)")
+"""Matches the factors of a term, each with the sign before it."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The key of a configuration that decides whether a class has a tensor, by the states of its values."""
+
+    key: str
+    on: frozenset[str]
+    """States with which the class has the tensor; see `state_of`."""
+    off: frozenset[str]
+    """States with which it has not. Nothing is known of states in neither set."""
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Values of a configuration that transformers refuses."""
+
+    states: Mapping[str, Mapping[str, Mapping[str, str]]]
+    """By key and by state of its value: those states of other keys, by these keys, with one of which it is taken."""
+    divides: Sequence[tuple[str, str]]
+    """Pairs of keys whose first value must divide the second."""
+    words: Mapping[str, str | Sequence[str]]
+    """By key, the words that it takes; `activations` or `gated` stands for the names of functions."""
+    counts: Sequence[tuple[str, str]]
+    """Pairs of a key that counts, and a list that must have as many entries."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +95,15 @@ class Architecture:
     buffers: frozenset[str]
     untested: frozenset[str]
     """Keys that could not be varied when models were built, so that their effect on tensors is unknown."""
-    optional: frozenset[str]
+    unclear: Mapping[str, Sequence[str]]
+    """Keys, such as lists, that change these tensors in a way that is not known."""
+    optional: Mapping[str, Sequence[Length]]
     """Tensors that only some configurations have."""
+    switched: Mapping[str, Sequence[Switch]]
+    """Those of `optional` that follow keys: the class has the tensor if all of its switches are on."""
+    nulls: Mapping[str, str]
+    """Expressions of the lengths that keys stand for where they are null."""
+    refused: Refusals
     tensors: Mapping[str, Sequence[Length]]
     """Tensors that all configurations have."""
     layers: Mapping[str, Sequence[Length]]
@@ -112,6 +156,9 @@ class ModelType:
     architectures: Mapping[str, Architecture]
     types: Mapping[str, Sequence[str]]
     """Types of JSON that keys take, for keys whose class refuses all others; see `type_name`."""
+    fixed: frozenset[str]
+    """Keys that no configuration may have, because the class works them out itself."""
+    refused: Refusals
 
 
 TYPE_NAMES: Mapping[type, str] = {
@@ -149,7 +196,14 @@ def _kind(model_type: str) -> ModelType | None:
             unsaved=frozenset(found.get("unsaved", ())),
             buffers=frozenset(found.get("buffers", ())),
             untested=frozenset(found.get("untested", ())),
-            optional=frozenset(found.get("optional", ())),
+            unclear=found.get("unclear", {}),
+            optional=found.get("optional", {}),
+            switched={
+                tensor: tuple(Switch(key, frozenset(on), frozenset(off)) for key, on, off in switches)
+                for tensor, switches in found.get("switched", {}).items()
+            },
+            nulls=found.get("nulls", {}),
+            refused=_refusals(found),
             tensors=found.get("tensors", {}),
             layers=found.get("layers", {}),
             converted=found.get("converted", False),
@@ -157,8 +211,22 @@ def _kind(model_type: str) -> ModelType | None:
         )
         for name, found in content["architectures"].items()
     }
-    defaults, types = decoded(content["defaults"]), content["types"]
-    return ModelType(model_type, defaults, content["derived"], content["aliases"], architectures, types)
+    return ModelType(
+        model_type,
+        decoded(content["defaults"]),
+        content["derived"],
+        content["aliases"],
+        architectures,
+        content["types"],
+        frozenset(content["fixed"]),
+        _refusals(content),
+    )
+
+
+def _refusals(content: Mapping[str, Any]) -> Refusals:
+    divides = tuple((divisor, multiple) for divisor, multiple in content.get("divides", ()))
+    counts = tuple((count, listed) for count, listed in content.get("counts", ()))
+    return Refusals(content.get("refused", {}), divides, content.get("words", {}), counts)
 
 
 def member(model_type: str) -> str:
@@ -248,6 +316,8 @@ def _derived(rule: Mapping[str, Any], config: Mapping[str, Any], kind: ModelType
     """Return the value that a missing key stands for; None if that is not known."""
     if "is" in rule:
         return value_of(rule["is"], config)
+    if "words" in rule:
+        return rule["words"].get(state_of(config.get(rule["by"][0])))
     period = rule.get("period")
     others = [key for key in rule["by"] if key not in LAYER_KEYS]
     count = next((config[key] for key in LAYER_KEYS if key in rule["by"] and type(config.get(key)) is int), None)
@@ -290,7 +360,8 @@ def with_rotary(config: Mapping[str, Any], default: Any = None) -> dict[str, Any
         }
     elif given is None or isinstance(given, Mapping):
         absent = default if isinstance(default, Mapping) else {"rope_type": "default"}
-        known["rope_parameters"] = {**absent, **older, **scaling, **(given or {})}
+        # transformers takes `rope_scaling` in place of `rope_parameters` where both are there.
+        known["rope_parameters"] = {**absent, **older, **(scaling or given or {})}
     return known
 
 
@@ -303,20 +374,55 @@ def value_of(length: Length, config: Mapping[str, Any]) -> int | None:
     """Return the length of an axis; None if the configuration does not give it."""
     if not isinstance(length, str):
         return length
-    operator = next((sign for sign in "*/" if sign in length), "")
-    values = [
-        int(part) if part.isdecimal() else value_at(config, part)
-        for part in (length.split(operator) if operator else [length])
-    ]
-    if not all(type(value) is int for value in values) or (operator == "/" and not values[1]):
-        return None
-    return values[0] // values[1] if operator == "/" else math.prod(values)
+    total = 0
+    for term in length.split("+"):
+        found = 1
+        for sign, part in FACTOR.findall(term):
+            value = int(part) if part.isdecimal() else value_at(config, part)
+            if type(value) is not int or (sign == "/" and not value):
+                return None
+            found = found // value if sign == "/" else found * value
+        total += found
+    return total
+
+
+def with_nulls(found: Architecture, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fill in the lengths that keys of a completed configuration stand for where they are null."""
+    lengths = {key: value_of(rule, config) for key, rule in found.nulls.items() if config.get(key) is None}
+    return {**config, **lengths} if lengths else config
+
+
+def state_of(value: Any) -> str:
+    """Return the state of a configuration's value: what the table tells apart of it, beside its size."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        if value <= 0:
+            return "zero" if value == 0 else "negative"
+        return "share" if value < 1 else "one" if value == 1 else "number"
+    if isinstance(value, Mapping):
+        kind = value.get("rope_type")
+        return f"rotary {kind}" if isinstance(kind, str) else "object"
+    return f"'{value}'" if isinstance(value, str) else "list" if value else "empty"
 
 
 @lru_cache(maxsize=1)
 def activations() -> frozenset[str]:
     """Return the names of all activation functions that a configuration may name."""
     return frozenset(json.loads(_table().read(ACTIVATIONS)))
+
+
+@lru_cache(maxsize=1)
+def layer_types() -> frozenset[str]:
+    """Return the names of all kinds of layers that a configuration may name."""
+    return frozenset(json.loads(_table().read(LAYER_TYPES)))
+
+
+@lru_cache(maxsize=1)
+def rotary_types() -> Mapping[str, Sequence[str]]:
+    """Return the types of rotary positions, each with the names of the parameters that it needs."""
+    found: Mapping[str, Sequence[str]] = json.loads(_table().read(ROTARY))
+    return found
 
 
 def value_at(config: Mapping[str, Any], path: str) -> Any:

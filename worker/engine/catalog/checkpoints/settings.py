@@ -8,7 +8,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
-from worker.engine.catalog.checkpoints.library import ModelType, completed, model_type_of, type_name
+from worker.engine.catalog.checkpoints.library import (
+    ACTIVATIONS,
+    ROTARY_UNKNOWN,
+    ModelType,
+    Refusals,
+    activations,
+    completed,
+    layer_types,
+    model_type_of,
+    rotary_types,
+    state_of,
+    type_name,
+    value_at,
+)
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 DTYPES = frozenset(
@@ -22,6 +35,7 @@ FUNCTIONS = ("act", "activation", "activation_function")
 """Ends of keys that name a function."""
 DROPOUT = re.compile(r"(.*_)?(dropout(_prob|_p|_rate)?|pdrop)")
 """Keys of the share of values that training drops; torch makes no module of one beyond 0 to 1."""
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 POSITIONS = (
     "max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
     "max_sequence_length", "max_source_positions", "max_target_positions",
@@ -67,11 +81,114 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
         is_share = DROPOUT.fullmatch(key) is not None and type(value) in (int, float)
         if is_share and not 0 <= value <= 1:
             problems.append(f"{key} {_short(value)}, which is no share from 0 to 1")
+        if key == "per_layer_config" and value is not None:
+            problems += _problems_of_single_layers(config, value)
         is_epsilon = "norm" in key and key.endswith(("eps", "epsilon")) and value is not None
         if is_epsilon and (type(value) not in (int, float) or not 0 < value < float("inf")):
             what = "text and no number" if isinstance(value, str) else "no positive number"
             problems.append(f"{key} {_short(value)}, which is {what}")
-    return [*problems, *(_problems_of_kind(config, kind) if kind else ()), *(_misfits(config, kind) if kind else ())]
+    if kind is None:
+        return problems
+    fixed = [f"{key}, which transformers works out itself; remove it" for key in config if key in kind.fixed]
+    misfits = [*_misfits(config, kind)]
+    refused = [] if misfits else refused_values(config, completed(config), kind.refused)
+    problems += [*_problems_of_spellings(config, kind), *_problems_of_kind(config, kind)]
+    return [*problems, *_problems_of_rotary(config, kind), *fixed, *misfits, *refused]
+
+
+def _problems_of_single_layers(config: Mapping[str, Any], value: Any) -> list[str]:
+    """Return what is wrong with the settings of single layers: each may only change a key of the whole model."""
+    if not isinstance(value, Mapping) or not all(isinstance(inner, Mapping) for inner in value.values()):
+        return [f"per_layer_config {_short(value)}, which does not give layers their settings"]
+    known = completed(config)
+    keys = {key: number for number, inner in value.items() for key in inner if key not in known}
+    return [
+        f"per_layer_config with {_short(key)} of layer {_short(number)}, a key that the model has not"
+        for key, number in keys.items()
+    ]
+
+
+def _problems_of_rotary(config: Mapping[str, Any], kind: ModelType) -> Iterator[str]:
+    """Yield what is wrong with parameters of rotary positions, which every class wants whole, even one without any."""
+    default = kind.defaults.get("rope_parameters")
+    is_nested = isinstance(default, Mapping) and any(isinstance(part, Mapping) for part in default.values())
+    for key in ("rope_parameters", "rope_scaling"):
+        given = config.get(key)
+        if not isinstance(given, Mapping) or not given:
+            continue
+        parts = [part for part in given.values() if isinstance(part, Mapping)]
+        if is_nested and key == "rope_parameters" and not parts and "rope_parameters" in kind.refused.states:
+            yield f"{key} {_short(given)}, which does not say which kind of layers it is of"
+        for part in parts or [given]:
+            name = part.get("rope_type", part.get("type", "default"))
+            if not isinstance(name, str):
+                yield f"{key} with rope_type {_short(name)}, which is no text"
+                continue
+            needed = rotary_types().get(name, ())
+            yield from (f"{key} of rope_type {name} without {one}, which it needs" for one in needed if one not in part)
+            numbers = ["rope_theta", *needed] if default is not None else []
+            for one in numbers:
+                if one in part and not one.startswith(("short_", "long_")) and type(part[one]) not in (int, float):
+                    yield f"{key} with {one} {_short(part[one])}, which is no number"
+
+
+def _problems_of_spellings(config: Mapping[str, Any], kind: ModelType) -> Iterator[str]:
+    """Yield settings that are given twice, by two spellings of their key, with different values."""
+    for alias, key in kind.aliases.items():
+        if alias in config and key in config and config[alias] != config[key]:
+            yield f"{alias} {_short(config[alias])} and {key} {_short(config[key])}, which are the same setting"
+
+
+def refused_values(given: Mapping[str, Any], config: Mapping[str, Any], refused: Refusals) -> list[str]:
+    """Return values that transformers refuses, each with its key and the reason.
+
+    Args:
+        given: the configuration as it is in the file.
+        config: the same configuration, completed.
+    """
+    problems = []
+    for key, states in refused.states.items():
+        if not has_key(config, key):
+            continue
+        value = given[key] if key in given else value_at(config, key)
+        state = _state_of(value)
+        unless = states.get(state)
+        if unless is not None and not any(state_of(value_at(config, k)) == one for k, one in unless.items()):
+            others = " or ".join(f"another {name}" for name in unless)
+            advice = f" without {others}" if unless else ""
+            problems.append(f"{key} {_short(value)}, which transformers does not take{advice}")
+    for divisor, multiple in refused.divides:
+        one, other = value_at(config, divisor), value_at(config, multiple)
+        if type(one) is int and type(other) is int and (one == 0 or other % one):
+            problems.append(f"{divisor} {one}, which does not divide {multiple} {other}")
+    for key, listed in refused.counts:
+        count, entries = value_at(config, key), value_at(config, listed)
+        if type(count) is int and isinstance(entries, list) and len(entries) != count:
+            problems.append(f"{listed} of {len(entries)} entries, and {key} {count}")
+    for key, words in refused.words.items():
+        value = value_at(config, key)
+        if not isinstance(value, str):
+            continue
+        if isinstance(words, str):
+            function = value if words == ACTIVATIONS else value.removeprefix("gated-")
+            if function not in activations():
+                problems.append(f"{key} {_short(value)}, which is no function that transformers knows")
+        elif value not in words:
+            problems.append(f"{key} {_short(value)}; transformers takes {', '.join(words)}")
+    return problems
+
+
+def has_key(config: Mapping[str, Any], path: str) -> bool:
+    """Return whether a configuration has a key, inner ones after a dot."""
+    outer, _, key = path.rpartition(".")
+    within = value_at(config, outer) if outer else config
+    return isinstance(within, Mapping) and key in within
+
+
+def _state_of(value: Any) -> str:
+    state = state_of(value)
+    kind = state.removeprefix("rotary ")
+    return f"rotary {ROTARY_UNKNOWN}" if state != kind and kind not in rotary_types() else state
 
 
 def _misfits(config: Mapping[str, Any], kind: ModelType) -> Iterator[str]:
@@ -99,7 +216,10 @@ def _problems_of_labels(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"id2label {_short(names)}, which names a label twice")
         if "num_labels" in config and count != len(names):  # transformers would then take neither's names
             problems.append(f"num_labels {_short(count)}, and {len(names)} names in id2label; remove what is wrong")
-    if config.get("problem_type") == "single_label_classification" and (len(names or ()) or count) == 1:
+    kind_of_labels = config.get("problem_type")
+    if kind_of_labels is not None and kind_of_labels not in PROBLEM_TYPES:
+        problems.append(f"problem_type {_short(kind_of_labels)}, which is none of {', '.join(PROBLEM_TYPES)}")
+    elif kind_of_labels == "single_label_classification" and (len(names or ()) or count) == 1:
         problems.append("problem_type single_label_classification, and one label; write regression")
     return problems
 
@@ -111,12 +231,16 @@ def _problems_of_kind(config: Mapping[str, Any], kind: ModelType) -> list[str]:
         value = known.get(key)
         if key.endswith(FUNCTIONS) and isinstance(default, str) and value is not None and not isinstance(value, str):
             problems.append(f"{key} {_short(value)}, which is no function's name")
-    types, layers = known.get("layer_types"), known.get("num_hidden_layers")
+    count = kind.aliases.get("num_hidden_layers", "num_hidden_layers")
+    types, layers = known.get("layer_types"), known.get(count)
     if types is not None:  # transformers checks it for every class, also for those that do not use it
         if not isinstance(types, list) or not all(isinstance(one, str) for one in types):
             problems.append(f"layer_types {_short(types)}, which is no list of text")
+        elif not layer_types().issuperset(types):
+            unknown = sorted({*types} - layer_types())
+            problems.append(f"layer_types with {_short(unknown[0])}, which is no kind of layer that transformers knows")
         elif "layer_types" in config and type(layers) is int and len(types) != layers:
-            problems.append(f"layer_types of {len(types)} layers, and num_hidden_layers {_short(layers)}")
+            problems.append(f"layer_types of {len(types)} layers, and {count} {_short(layers)}")
     padding, rows = known.get("pad_token_id"), known.get("vocab_size")
     if padding is not None and type(padding) is not int:
         problems.append(f"pad_token_id {_short(padding)}, which is no token's id")
