@@ -34,7 +34,7 @@ from app.storage.sources import Sources
 from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
-from worker.engine.catalog.data.spec import Columns
+from worker.engine.catalog.data.spec import Columns, Generation
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter
@@ -366,7 +366,7 @@ class _Inputs:
     def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
         if rows is None:
             return None
-        spec = rows.model_dump(include={*Columns.model_fields, "config", "split", "metric"})
+        spec = rows.model_dump(include={*Columns.model_fields, *Generation.model_fields, "config", "split", "metric"})
         return {**spec, "source": rows.source, **_where(self.fetch(rows.source, "rows", None))}
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from worker.engine.catalog.data.spec import Columns, Name
+from worker.engine.catalog.data.spec import Columns, Generation, Name
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, Weight, takes_part
 from worker.engine.catalog.tasks import MetricName
@@ -30,7 +30,7 @@ class Dataset(Columns):
     image: str | None = None
 
 
-class Evaluation(Dataset):
+class Evaluation(Dataset, Generation):
     """Rows on which expert, plain average and merge are compared."""
 
     label: Name | None = None

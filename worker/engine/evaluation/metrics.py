@@ -48,6 +48,8 @@ def compare(
         raise NumericalError(f"{evaluation.metric} of {evaluation.source} is not finite; are its labels too large?")
     draws = bootstrap(evaluation.metric, task, labels, list(predictions.values()), evaluation.seed, outputs)
     resampled = dict(zip(predictions, draws, strict=True))
+    kind = kind_of(task)
+    lengths = {version: kind.answer_tokens(evaluation.metric, predicted) for version, predicted in predictions.items()}
     return MetricResult(
         metric=evaluation.metric,
         examples=len(labels if outputs is None else outputs),
@@ -55,9 +57,10 @@ def compare(
         average=values["average"],
         merged=values["merged"],
         merged_kept_head=values.get("merged_kept_head"),
-        retention=kind_of(task).retention(evaluation.metric, values["merged"], values["expert"]),
+        retention=kind.retention(evaluation.metric, values["merged"], values["expert"]),
         interval=interval(resampled["merged"]),
         intervals={version: interval(resampled[version]) for version in predictions},
+        answer_tokens={version: tokens for version, tokens in lengths.items() if tokens is not None} or None,
         differences={
             version: Difference(
                 value=values["merged"] - values[version],

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, MetricResult, Search, mean_and_least
 from worker.engine.catalog.contracts.spec import MergeSpec
+from worker.engine.catalog.data.spec import Generation
 from worker.engine.catalog.methods import AVERAGE, AutoParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.merging.backbone import plain_average
@@ -135,7 +136,7 @@ def _identity(spec: MergeSpec, auto: AutoParameters, models: Sequence[JobModel],
     facts: dict[str, Any] = {
         "method": auto.model_dump(mode="json"),
         "models": [m.spec.model_dump(mode="json", include={"name", "weight", "min_retention"}) for m in models],
-        "metrics": [m.evaluation.model_dump(mode="json", include={"metric"}) for m in models],
+        "metrics": [m.evaluation.model_dump(mode="json", include={"metric", *Generation.model_fields}) for m in models],
         "checkpoints": [model.digest for model in models],
         "base": spec.base and spec.base.state,
         "output": spec.output.model_dump(mode="json", include={"dtype", "align_ridge"}),
@@ -147,7 +148,7 @@ def _identity(spec: MergeSpec, auto: AutoParameters, models: Sequence[JobModel],
         rows = model.rows
         for examples in (rows.searched, rows.alignment, rows.fitted):
             for example in examples:
-                digest.update(json.dumps([dict(example.encoding), example.label]).encode())
+                digest.update(json.dumps(asdict(example)).encode())
         if rows.sample is not None:
             digest.update(rows.sample.digest(len(rows.sample), with_labels=True).encode())
     return digest.hexdigest()

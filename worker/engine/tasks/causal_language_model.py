@@ -20,6 +20,8 @@ from worker.engine.tasks.smoothing import scaled
 
 CHOICES = {"choice_accuracy": False, "choice_accuracy_normalised": True}
 """Metrics of choices, and whether they go by the likelihood of a character."""
+WRITTEN = "exact_match"
+"""Metric of what the model writes."""
 SOFTCAP = "final_logit_softcapping"
 """Configuration key of the bound of logits, which Gemma has (Gemma Team 2024, arXiv 2408.00118, section 2)."""
 
@@ -33,11 +35,15 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
     """
 
     def evaluated(self, evaluation: EvaluationSpec) -> HeadKind[CausalLanguageModel]:
-        """Return the head as a metric needs it, see `worker.engine.tasks.choices`."""
+        """Return the head as a metric needs it, see `worker.engine.tasks.choices` and `generation`."""
         if evaluation.metric in CHOICES:
             from worker.engine.tasks.choices import Ranking  # here, because it is a kind of this head
 
             return Ranking(self.task, self.model, CHOICES[evaluation.metric])
+        if evaluation.metric == WRITTEN:
+            from worker.engine.tasks.generation import Writing  # here, because it is a kind of this head
+
+            return Writing(self.task, self.model, evaluation)
         return self
 
     @property
@@ -137,6 +143,13 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
             return float(scaled(logits[:, 1].double()).sigmoid().mean())
         return self.metric(name)(labels, self.predicted(logits))
 
+    def answer_tokens(self, name: MetricName, predictions: Array) -> float | None:
+        """Return the mean length of what the model wrote; None if the metric is of something else."""
+        if name != WRITTEN:
+            return None
+        _, tokens, rows = predictions.sum(0)
+        return float(tokens / rows)
+
     @property
     def _model(self) -> Any:
         if self.model is None:
@@ -156,7 +169,7 @@ KIND = CausalLanguageModelHead
 
 def _metric(name: MetricName, sums: Array) -> Array:
     """Compute a metric from sums over rows, (3, resamples)."""
-    if name in CHOICES:
+    if name in CHOICES or name == WRITTEN:
         right, _, rows = sums
         return np.asarray(right / rows)
     losses, right, tokens = sums

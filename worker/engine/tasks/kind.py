@@ -188,6 +188,10 @@ class HeadKind(OneOutput, ABC, Generic[T]):
             return None
         return expert / value if name in self.task.minimised else value / expert
 
+    def answer_tokens(self, name: MetricName, predictions: Array) -> float | None:
+        """Return the mean number of tokens of a row's answer, if the model writes one; else None."""
+        return None
+
     def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
         """Return the classes that the data set's ids probably mean, in the order of these ids; None if they agree."""
         return None

@@ -79,6 +79,8 @@ class MetricResult(Strict):
     """The same kind of interval for each version; that of `merged` equals `interval`."""
     differences: dict[Version, Difference]
     """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
+    answer_tokens: dict[Version, float] | None = None
+    """Mean number of tokens that each version writes for a row; null where the metric is not of what it writes."""
 
 
 class CandidateMetric(Strict):

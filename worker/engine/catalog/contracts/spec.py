@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from worker.engine.catalog.data.spec import DatasetSpec, HubSource
+from worker.engine.catalog.data.spec import DatasetSpec, Generation, HubSource
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, Method
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.strict import Strict
@@ -24,7 +24,7 @@ LEAST_ALIGNMENT_ROWS = 16
 """Least number of distinct rows that a head is aligned on; with fewer it is kept as it was."""
 
 
-class EvaluationSpec(DatasetSpec):
+class EvaluationSpec(DatasetSpec, Generation):
     metric: MetricName
 
 

@@ -5,9 +5,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from worker.engine.catalog.primitives.answers import AnswerPattern
 from worker.engine.catalog.primitives.strict import Strict
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=100)]
+NEW_TOKENS = 256
+"""Largest number of tokens of an answer by default, as in lm-evaluation-harness."""
+MOST_NEW_TOKENS = 8192
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -41,6 +48,18 @@ class Columns(Strict):
         """Names of the columns that are read."""
         columns = (self.text, self.text_pair, self.label, self.target, self.choices)
         return {name for name in columns if name is not None}
+
+
+class Generation(Strict):
+    """Settings of metrics that judge what a model writes."""
+
+    stop: Annotated[list[StopText], Field(min_length=1, max_length=16)] | None = None
+    """Texts at the first of which an answer ends, without it. An end token of the model ends it too."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)] | None = None
+    """Largest number of tokens of an answer; default: 256."""
+    answer: AnswerPattern | None = None
+    """Pattern in RE2's syntax whose first match is the answer, or its first group's; default: all that is written. A
+    target in which it matches is read by it too."""
 
 
 class HubSource(Strict):

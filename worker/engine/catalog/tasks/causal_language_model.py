@@ -5,11 +5,15 @@ from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import Architecture, completed
+from worker.engine.catalog.data.spec import Generation
 from worker.engine.catalog.families import Family, Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.tasks.task import LabelMap, Reads, Task
 
 CHOICES = Reads(frozenset({"choices", "label"}), needed=frozenset({"choices", "label"}))
+
+TARGET = frozenset({"target"})
+WRITTEN = Reads(TARGET, needed=TARGET, settings=frozenset(Generation.model_fields))
 
 
 class CausalLanguageModel(Task):
@@ -17,10 +21,21 @@ class CausalLanguageModel(Task):
 
     name = "causal_language_model"
     ending = ("ForCausalLM", "LMHeadModel")
-    metrics = ("perplexity", "loss", "token_accuracy", "choice_accuracy", "choice_accuracy_normalised")
+    metrics = (
+        "perplexity",
+        "loss",
+        "token_accuracy",
+        "choice_accuracy",
+        "choice_accuracy_normalised",
+        "exact_match",
+    )
     minimised = frozenset({"perplexity", "loss"})
     columns = frozenset({"target"})
-    of_metrics: ClassVar[Mapping[str, Reads]] = {"choice_accuracy": CHOICES, "choice_accuracy_normalised": CHOICES}
+    of_metrics: ClassVar[Mapping[str, Reads]] = {
+        "choice_accuracy": CHOICES,
+        "choice_accuracy_normalised": CHOICES,
+        "exact_match": WRITTEN,
+    }
     estimators = frozenset({"auto", "sampled", "empirical"})
     merges_heads = True
     has_classes: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from worker.engine.catalog.data.spec import Columns
+from worker.engine.catalog.data.spec import Columns, Generation
 from worker.engine.catalog.primitives.errors import InvalidDataset, InvalidRequest
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.strict import MOST_NAMES
@@ -35,6 +35,12 @@ def column_problems(
             yield name, f"{who} does not read it; leave it out"
         if name in reads.needed and getattr(rows, name) is None:
             yield name, f"metric {metric} reads it; name the column"
+    for name in Generation.model_fields:
+        if name not in reads.settings and getattr(rows, name, None) is not None:
+            yield (
+                name,
+                f"metric {metric} does not judge what a model writes; leave it out",
+            )
     if needs_labels and "label" in task.columns and rows.label is None:
         yield "label", "the estimator reads labels; name their column"
 

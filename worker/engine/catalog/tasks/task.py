@@ -30,6 +30,8 @@ class Reads:
     """Settings of columns that may be named, besides `text`."""
     needed: frozenset[str] = frozenset()
     """Those that must be named."""
+    settings: frozenset[str] = frozenset()
+    """Further settings of an evaluation."""
 
 
 @dataclass(frozen=True)
