@@ -172,6 +172,14 @@ NOTED: dict[str, tuple[str, str, int, list[str], bool]] = {
     "fields between tabs that are quoted": (
         ".tsv", 'text\tlabel\n"he said ""no"""\t0\n"a ""b"" c\t1\n', 2, ["1 fields", "look quoted"], True,
     ),
+    "columns between tabs that are quoted": (
+        ".tsv", 'text\tlabel\n"one"\t"0"\n"two"\t"1"\n"three"\t"1"\n', 3,
+        ["3 of 3 fields", "look quoted as in CSV in column 'text', 'label'"], True,
+    ),
+    "a column between tabs whose texts are quoted where there is one": (
+        ".tsv", 'text\tlabel\n' + 9 * '"two ""2"" "\t1\n' + "\t1\n", 10,
+        ["9 of 10 fields", "look quoted as in CSV in column 'text';"], True,
+    ),
 }  # fmt: skip
 
 
@@ -185,6 +193,14 @@ def test_what_joins_or_passes_over_lines_is_counted_and_said(tmp_path: Path, cas
     [note] = rows.notes
     assert not [word for word in (f"rows{suffix}", *words) if word not in note], note
     assert isinstance(note, Doubt) == is_doubt
+
+
+def test_some_sentences_in_quotes_are_no_quoted_column(tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text('text\tlabel\n"No."\t0\n"Yes."\t1\nhe said\t0\n"she" said\t1\n')
+    rows = RowFile(dataset_spec(file))
+    assert [row.text for row in rows.read(range(4))] == ['"No."', '"Yes."', "he said", '"she" said']
+    assert rows.notes == []
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])

@@ -10,6 +10,8 @@ from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.notes import Doubt
 
 MAX_ROW_BYTES = 10_000_000
+SHOWN_COLUMNS = 3  # number of columns that a note names
+QUOTED_SHARE = 0.9  # of a column's fields; writers that quote texts leave empty and missing ones without quotes
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 csv.field_size_limit(MAX_ROW_BYTES)
@@ -116,6 +118,9 @@ class Csv:
         self._header: list[str] = []
         self._blank = BlankLines()
         self._joined, self._joined_lines, self._perhaps_rows, self._perhaps_quoted = 0, 0, 0, 0
+        self._rows = 0
+        self._in_quotes = Counter[int]()
+        """Number of fields that begin and end with a quote, by column, where a quote is a character."""
         self.uneven = 0
         """Number of rows that have more or fewer fields than the header; `parse` refuses them."""
 
@@ -132,7 +137,19 @@ class Csv:
                 notes.append(Doubt(f"{joined}; {alike}, so these may be rows of their own with a quote too few"))
             else:
                 notes.append(joined)
-        if self._perhaps_quoted:
+        # A writer that quotes all texts shows in whole columns; some sentences begin and end with a quote of their own.
+        columns = [index for index, count in sorted(self._in_quotes.items()) if count >= QUOTED_SHARE * self._rows]
+        if columns:
+            names = ", ".join(repr(self._header[index][:64]) for index in columns[:SHOWN_COLUMNS])
+            more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
+            fewest = min(self._in_quotes[index] for index in columns)
+            notes.append(
+                Doubt(
+                    f"{fewest} of {self._rows} fields of {self._source} look quoted as in CSV in column {names}{more}; "
+                    "in it a quote is a character, and they were read with all their quotes"
+                )
+            )
+        elif self._perhaps_quoted:
             notes.append(
                 Doubt(
                     f"{self._perhaps_quoted} fields of {self._source} look quoted as in CSV; in it a quote is a "
@@ -167,13 +184,16 @@ class Csv:
     def _count(self, record: list[str], lines: list[str]) -> None:
         """Count peculiarities of the row that these lines make, for the notes."""
         self._blank.end()
+        self._rows += 1
         self.uneven += len(record) != len(self._header)
         if len(lines) > 1:
             self._joined += 1
             self._joined_lines += len(lines)
             self._perhaps_rows += self._look_like_rows(lines)
-        if self._quoting == csv.QUOTE_NONE and '""' in lines[0]:
+        if self._quoting == csv.QUOTE_NONE and '"' in lines[0]:
             self._perhaps_quoted += sum(map(_looks_quoted, record))
+            columns = zip(range(len(self._header)), record, strict=False)  # rows of another length are refused later
+            self._in_quotes.update(index for index, field in columns if _is_in_quotes(field))
 
     def _look_like_rows(self, lines: list[str]) -> bool:
         """Return whether lines that quotes join may each be a row.
@@ -220,10 +240,14 @@ def _is_one_word(field: str) -> bool:
     return bool(field) and not any(character.isspace() for character in field)
 
 
+def _is_in_quotes(field: str) -> bool:
+    return len(field) > 1 and field[0] == field[-1] == '"'
+
+
 def _looks_quoted(field: str) -> bool:
     """Return whether a field looks quoted by a writer of CSV: doubled quotes between two more."""
     inner = field[1:-1]
-    return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+    return _is_in_quotes(field) and '""' in inner and '"' not in inner.replace('""', "")
 
 
 class _DecodedLines(Iterator[str]):
