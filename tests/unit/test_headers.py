@@ -542,18 +542,29 @@ def test_files_of_a_checkpoint_are_those_beside_the_weights_and_those_of_its_mod
     assert found == [*sentence, *of_modules]
 
 
-POINTER = (
+STAND_INS = {
     "version https://git-lfs.github.com/spec/v1\n"
-    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 438002268\n"
-)
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 438002268\n": (
+        "a Git LFS pointer stands in its place; fetch the file itself by `git lfs pull`"
+    ),
+    "/annex/objects/SHA256E-s438002268--4d7a2146.safetensors\n": (
+        "a git-annex pointer stands in its place; fetch the file itself by `git annex get`"
+    ),
+    "../.git/annex/objects/w8/pv/SHA256E-s31390--f50d/SHA256E-s31390--f50d": "a git-annex pointer stands",
+    "<!DOCTYPE html>\n<html><head><title>Sign in</title>": "a web page stands in its place; download the file itself",
+    "\ufeff\n <HTML lang='en'>": "a web page stands in its place",
+    '<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>': "a web page stands in its place",
+}
+"""Files in the place of others, each with the message that names it."""
 
 
+@pytest.mark.parametrize("stand_in", STAND_INS)
 @pytest.mark.parametrize(
     "name",
     [WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model", INDEX, "shard.safetensors",
      "chat_template.jinja", "additional_chat_templates/rag.jinja", "2_Dense/model.safetensors"],
 )  # fmt: skip
-def test_a_git_lfs_pointer_is_named_as_one(checkpoint: Path, name: str) -> None:
+def test_a_pointer_or_a_web_page_in_the_place_of_a_file_is_named(checkpoint: Path, name: str, stand_in: str) -> None:
     if name == "shard.safetensors":
         (checkpoint / WEIGHTS).unlink()
         (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
@@ -562,12 +573,19 @@ def test_a_git_lfs_pointer_is_named_as_one(checkpoint: Path, name: str) -> None:
     if name == INDEX:
         (checkpoint / WEIGHTS).unlink()
     (checkpoint / name).parent.mkdir(exist_ok=True)
-    (checkpoint / name).write_text(POINTER)
+    (checkpoint / name).write_text(stand_in)
     with pytest.raises(InvalidCheckpoint) as caught:
         inspect_checkpoint(checkpoint, SOURCE)
-    assert f"{name} is not there: a Git LFS pointer stands in its place; fetch the file" in caught.value.message
-    assert "git lfs pull" in caught.value.message
+    assert f"{name} is not there: {STAND_INS[stand_in]}" in caught.value.message
     assert caught.value.detail["file"] == name
+
+
+@pytest.mark.parametrize("start", [b"Entry not found", b"PK\x03\x04\x00\x00\x08\x08", b"\x80\x02}q\x00X\x00\x00"])
+def test_other_bytes_in_the_place_of_weights_are_quoted(checkpoint: Path, start: bytes) -> None:
+    (checkpoint / WEIGHTS).write_bytes(start)
+    with pytest.raises(InvalidCheckpoint) as caught:
+        inspect_checkpoint(checkpoint, SOURCE)
+    assert f"or it is no safetensors file, since it begins with {start[:8]!r}" in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -194,12 +194,21 @@ def test_rows_that_are_to_be_split_have_two_texts_at_least(tmp_path: Path, texts
     check_first_rows(dataset_spec(many), TWO_LABELS, least_texts=2)  # there are rows that were not looked at
 
 
+@pytest.mark.parametrize(
+    ("stand_in", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 438002268\n", "`git lfs pull`"),
+        ("/annex/objects/SHA256E-s438002268--4d7a2146.csv\n", "`git annex get`"),
+        ("<!doctype html>\n<html>\n<p>text,label</p>\n", "a web page stands in its place; download the file"),
+    ],
+)
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv", "rows.parquet"])
-def test_a_git_lfs_pointer_is_named_as_one(tmp_path: Path, name: str) -> None:
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 438002268\n"
-    (tmp_path / name).write_text(pointer)
+def test_a_pointer_or_a_web_page_in_the_place_of_rows_is_named(
+    tmp_path: Path, name: str, stand_in: str, message: str
+) -> None:
+    (tmp_path / name).write_text(stand_in)
     spec = dataset_spec(tmp_path / name)
     read = read_parquet if name.endswith(".parquet") else RowFile
     for reading in (lambda: check_first_rows(spec, TWO_LABELS), lambda: read(spec)):
-        with pytest.raises(InvalidDataset, match=r"a Git LFS pointer stands in its place; .* `git lfs pull`"):
+        with pytest.raises(InvalidDataset, match=f"it is not there: .*{message}"):
             reading()

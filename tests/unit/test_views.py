@@ -129,6 +129,27 @@ def test_a_link_that_leads_nowhere_is_as_if_it_were_not_there(checkpoint: Path, 
     }
 
 
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "one.safetensors", "tokenizer.json"])
+def test_a_link_to_an_annexed_file_that_was_not_fetched_is_named_as_one(
+    checkpoint: Path, views: Views, name: str
+) -> None:
+    if name == "one.safetensors":
+        save_file_as_shard(checkpoint)
+    target = Path("../.git/annex/objects/w8/pv/SHA256E-s313--f50d/SHA256E-s313--f50d")
+    link_out(checkpoint, name, target)
+    with pytest.raises(InvalidCheckpoint, match=rf"{name} is not there: a git-annex pointer .* `git annex get`"):
+        view_of(views, checkpoint)
+
+
+def test_a_link_to_an_annexed_file_that_was_fetched_is_read(checkpoint: Path, views: Views) -> None:
+    expected = inspect_checkpoint(checkpoint, SOURCE)
+    target = checkpoint.parent / ".git" / "annex" / "objects" / "SHA256E-s313--f50d"
+    target.parent.mkdir(parents=True)
+    (checkpoint / WEIGHTS).rename(target)
+    link_out(checkpoint, WEIGHTS, Path("../.git/annex/objects") / target.name)
+    assert inspect_checkpoint(view_of(views, checkpoint), SOURCE).tensors.keys() == expected.tensors.keys()
+
+
 def save_file_as_shard(checkpoint: Path) -> None:
     names = list(inspect_checkpoint(checkpoint, SOURCE).tensors)
     (checkpoint / WEIGHTS).rename(checkpoint / "one.safetensors")

@@ -28,6 +28,7 @@ from app.storage.sources.hf import Repository
 from app.storage.sources.source import DEADLINE_S, REQUEST_TIMEOUT_S, SourceUnavailable
 from worker.engine.catalog.checkpoints.files import ADAPTER_PICKLE, PICKLES, WEIGHTS, described_files, weights_among
 from worker.engine.catalog.checkpoints.limits import MAX_DESCRIPTION_BYTES, MAX_HEADER_BYTES
+from worker.engine.catalog.checkpoints.pointers import BEGINNING
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -103,12 +104,12 @@ class Hub:
             of_modules = [name for name in described if name.endswith(WEIGHTS)]
             for name in (*weights_among(sizes, lambda name: (folder / name).read_bytes()), *of_modules):
                 with (folder / name).open("wb") as stream:
-                    prefix = self._read(repository, name, 0, min(PREFIX.size, sizes[name]))
-                    stream.write(prefix)
-                    header = PREFIX.unpack(prefix)[0] if len(prefix) == PREFIX.size else 0
+                    start = self._read(repository, name, 0, min(BEGINNING, sizes[name]))
+                    stream.write(start)
+                    header = PREFIX.unpack_from(start)[0] if len(start) >= PREFIX.size else 0
                     if header <= MAX_HEADER_BYTES:
                         end = min(PREFIX.size + header, sizes[name])
-                        stream.write(self._read(repository, name, len(prefix), end))
+                        stream.write(self._read(repository, name, len(start), end))
                     stream.truncate(sizes[name])
             for name in (*PICKLES, ADAPTER_PICKLE):
                 if name in sizes:

@@ -9,7 +9,7 @@ from worker.engine.catalog.checkpoints.files import MODULES, WEIGHTS, described_
 from worker.engine.catalog.checkpoints.json_files import parsed_json, read_file, read_json
 from worker.engine.catalog.checkpoints.library import model_type_of
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES, MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_FILES
-from worker.engine.catalog.checkpoints.pointers import POINTER, refuse_pointer
+from worker.engine.catalog.checkpoints.pointers import BEGINNING, refuse_stand_in
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 
@@ -27,7 +27,7 @@ def check_description(path: Path, source: str) -> None:
     """Check sizes and first bytes of the files beside the weights.
 
     Raises:
-        InvalidCheckpoint: one is too large, all together are too large, or one is a Git LFS pointer.
+        InvalidCheckpoint: one is too large, all together are too large, or one is a pointer or a web page.
     """
     names = described_files({*file_names(path)})
     sizes = {}
@@ -39,7 +39,7 @@ def check_description(path: Path, source: str) -> None:
         if sizes[name] > size_limit(name):
             raise InvalidCheckpoint(source, f"{name} is larger than {size_limit(name)} bytes", file=name)
         with file.open("rb") as stream:
-            refuse_pointer(name, stream.read(len(POINTER)), source)
+            refuse_stand_in(name, stream.read(BEGINNING), source)
     whole = sum(size for name, size in sizes.items() if not name.endswith(WEIGHTS))
     if whole > MAX_DESCRIPTION_BYTES:
         problem = f"its files beside the weights have {whole} bytes; {MAX_DESCRIPTION_BYTES} are allowed"

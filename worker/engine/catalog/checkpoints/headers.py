@@ -9,7 +9,7 @@ from typing import Any
 from worker.engine.catalog.checkpoints.info import DTYPE_BYTES, TensorInfo
 from worker.engine.catalog.checkpoints.json_files import parsed_json
 from worker.engine.catalog.checkpoints.limits import MAX_HEADER_BYTES, MAX_NAME, MAX_RANK, MAX_SIZE, MAX_TENSORS
-from worker.engine.catalog.checkpoints.pointers import POINTER, refuse_pointer
+from worker.engine.catalog.checkpoints.pointers import BEGINNING, refuse_stand_in
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
@@ -33,15 +33,17 @@ def read_header(file: Path, source: str) -> Iterable[TensorInfo]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            prefix = stream.read(len(POINTER))
-            refuse_pointer(name, prefix, source)
+            prefix = stream.read(BEGINNING)
+            refuse_stand_in(name, prefix, source)
             if len(prefix) < 8:
                 raise InvalidCheckpoint(source, f"{name} is truncated: {size} bytes are no safetensors file", file=name)
             (header_bytes,) = struct.unpack_from("<Q", prefix)
             if header_bytes > MAX_HEADER_BYTES:
-                raise InvalidCheckpoint(
-                    source, f"{name} announces a header of {header_bytes} bytes; {MAX_HEADER_BYTES} are allowed"
+                problem = (
+                    f"{name} announces a header of {header_bytes} bytes, and {MAX_HEADER_BYTES} are allowed: "
+                    f"its header is too large, or it is no safetensors file, since it begins with {prefix[:8]!r}"
                 )
+                raise InvalidCheckpoint(source, problem, file=name)
             stream.seek(8)
             raw = stream.read(header_bytes)
     except OSError as error:

@@ -31,6 +31,7 @@ from worker.engine.catalog.checkpoints.files import (
 from worker.engine.catalog.checkpoints.inspection import TOO_MANY_OPEN, readable
 from worker.engine.catalog.checkpoints.json_files import parsed_json
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES, MAX_DESCRIPTION_BYTES
+from worker.engine.catalog.checkpoints.pointers import ANNEXED, not_there
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
 
@@ -161,7 +162,7 @@ class _Checkpoint:
             if entry.is_dir(follow_symlinks=False):
                 inner = _entries(Path(entry.path)) if INNER_FOLDER.fullmatch(entry.name) else ()
                 found += (f"{entry.name}/{file.name}" for file in inner)
-            elif not _leads_nowhere(entry):
+            elif not _leads_nowhere(entry) or _is_annexed(entry.path):
                 found.append(entry.name)
             if len(found) > MAX_NAMES:
                 raise InvalidCheckpoint(self.source, f"its folder has more than {MAX_NAMES} files")
@@ -170,6 +171,8 @@ class _Checkpoint:
     def open(self, name: str) -> int:
         """Open a regular file, and return its descriptor."""
         reads(self.source, name)
+        if _is_annexed(self._path / name) and not (self._path / name).exists():
+            raise not_there(name, ANNEXED, self.source)
         try:
             descriptor = open_beneath(self._path / name, self._root, self._opened)
         except LinkOut as error:
@@ -195,6 +198,11 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     """Return whether a name is a broken link, which counts as missing."""
     return entry.is_symlink() and not os.path.lexists(os.path.realpath(entry.path))
+
+
+def _is_annexed(path: str | Path) -> bool:
+    """Return whether a name is a link into the store of git-annex, where a file is only once it was fetched."""
+    return os.path.islink(path) and "/annex/objects/" in os.readlink(path)
 
 
 def _fill(view: Path, folder: _Checkpoint) -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from worker.engine.catalog.checkpoints.pointers import POINTER, WHAT_TO_DO, is_pointer
+from worker.engine.catalog.checkpoints.pointers import BEGINNING, stand_in
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.data.formats import Csv, Format, JsonLines
 from worker.engine.catalog.data.spec import DatasetSpec
@@ -280,10 +280,11 @@ def local_file(spec: DatasetSpec) -> Path:
     return spec.path
 
 
-def refuse_pointer(start: bytes, spec: DatasetSpec) -> None:
-    """Raise InvalidDataset where a file begins as a Git LFS pointer does."""
-    if is_pointer(start):
-        raise InvalidDataset(spec.source, f"it is not there: {WHAT_TO_DO}")
+def refuse_stand_in(start: bytes, spec: DatasetSpec) -> None:
+    """Raise InvalidDataset where a file begins as a pointer or a web page does."""
+    what = stand_in(start)
+    if what is not None:
+        raise InvalidDataset(spec.source, f"it is not there: {what}")
 
 
 @contextmanager
@@ -294,7 +295,7 @@ def _opened(spec: DatasetSpec) -> Iterator[BinaryIO]:
         raise InvalidDataset(spec.source, "cannot be read: not a regular file")
     try:
         with path.open("rb") as stream:
-            refuse_pointer(stream.read(len(POINTER)), spec)
+            refuse_stand_in(stream.read(BEGINNING), spec)
             stream.seek(0)
             yield stream
     except OSError as error:
