@@ -82,9 +82,6 @@ def search_problems(method: BaseParameters, request: "MergeRequest") -> Iterator
     if output.vocabulary != "error":
         why = "method auto tries merges in the models' own tokens, so they need one vocabulary; leave it out"
         yield problem(("output", "vocabulary"), why, output.vocabulary)
-    if output.heads == "merged":
-        why = "method auto evaluates every model with a head of its own; leave it out, or say per_model"
-        yield problem(("output", "heads"), why, output.heads)
     if output.align_ridge != ALIGN_RIDGE:
         why = f"method auto searches for it; leave it out (its default, {ALIGN_RIDGE:g}, is tried too)"
         yield problem(("output", "align_ridge"), why, output.align_ridge)

@@ -146,6 +146,9 @@ class Checker:
         plan = replace(plan, notes=tuple(in_order([*doubts, *plan.notes])))
         if plan.family is None:
             _refuse_rows(request, plan)
+        elif request.method.search and plan.merges_heads and not plan.family.head.merges:
+            why = "method auto evaluates every model with a head of its own; leave it out, or say per_model"
+            _refuse([("output.heads", why)])
         if request.layers is not None:
             counts = layers_of_models(plan) if plan.is_of_slices else [plan.layers]
             if set(counts) != {request.layers}:

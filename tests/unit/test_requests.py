@@ -155,8 +155,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
         searched(model("a", parameters={"density": 1})), {"models.0.parameters": ["in method auto"]},
     ),
     "several things of the output at once": (
-        searched(output={"vocabulary": "union", "heads": "merged", "align_ridge": 0.2}),
-        {"output.vocabulary": ["one vocabulary"], "output.heads": ["per_model"], "output.align_ridge": ["searches"]},
+        searched(output={"vocabulary": "union", "align_ridge": 0.2}),
+        {"output.vocabulary": ["one vocabulary"], "output.align_ridge": ["searches"]},
     ),
     "a floor beyond all": (
         searched(model("a", min_retention=3)), {"models.0.min_retention": ["less than or equal to 2"]},
