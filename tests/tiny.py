@@ -49,7 +49,7 @@ def tiny_checkpoint(
     """
     named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
     settings = {**(named or {"num_labels": labels}), "problem_type": problem_type}
-    if task != "SequenceClassification":
+    if task not in ("SequenceClassification", "TokenClassification"):
         settings = {}
     model = _tiny_model(family, (hidden, layers), seed, base_seed, STEP, settings, task)
     model.to(dtype).save_pretrained(folder)

@@ -24,7 +24,7 @@ from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import models_beside
-from worker.engine.catalog.data.rows import TextColumn, check_first_rows
+from worker.engine.catalog.data.rows import RowReader, check_first_rows
 from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
@@ -36,7 +36,6 @@ from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
 from worker.engine.catalog.tasks import LabelMap, Task, check_estimator, check_metric, column_problems, label_map
 
-DEFAULT_LABEL = "label"
 NO_ADAPTERS = "takes no adapters; merge it into its base first (method average with one model)"
 
 Inspect = Callable[[Path, str], CheckpointInfo]
@@ -127,7 +126,8 @@ class Checker:
             kept["checkpoint"] = info.source
             _check_estimators(request, task)
             where = f"models.{index}.dataset"
-            kept["dataset"]["source"] = self._rows(where, model.dataset, task, request.method.needs_labels)
+            source = self._rows(where, model.dataset, task, request.method.needs_labels)
+            kept["dataset"] |= {"source": source, **task.rows.columns(model.dataset)}
         return Accepted(request=accepted, states=self._states(checkpoints), plan=None)
 
     def _merge(self, request: MergeRequest) -> Accepted:
@@ -178,7 +178,7 @@ class Checker:
             _check_estimators(request, task)
             if model.dataset is not None:
                 source = self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
-                kept["dataset"]["source"] = source
+                kept["dataset"] |= {"source": source, **task.rows.columns(model.dataset)}
             if model.evaluation is not None:
                 metric = model.evaluation.metric or task.metrics[0]
                 with _refusing(f"{where}.evaluation.metric"):
@@ -186,9 +186,10 @@ class Checker:
                 kept["evaluation"]["metric"] = metric
                 least = LEAST_EVALUATED if request.method.search else 1
                 evaluation = model.evaluation
-                if evaluation.label is None and "label" in task.reads(metric).columns:
-                    evaluation = evaluation.model_copy(update={"label": DEFAULT_LABEL})
-                kept["evaluation"]["label"] = evaluation.label
+                reader = task.reader(metric)
+                if reader.label is not None and reader.label_column(evaluation) is None:
+                    evaluation = evaluation.model_copy(update={reader.label: reader.label})
+                kept["evaluation"] |= reader.columns(evaluation)
                 source = self._rows(f"{where}.evaluation", evaluation, task, True, least, metric)
                 kept["evaluation"]["source"] = source
         return Accepted(
@@ -216,7 +217,7 @@ class Checker:
         self._at(field)
         _refuse((f"{field}.{name}", why) for name, why in column_problems(rows, task, needs_labels, metric))
         labels = None
-        if needs_labels and "label" in task.columns:
+        if needs_labels and task.rows.label is not None:
             with _refusing(f"{field}.label_names"):
                 labels, _ = label_map(task, rows.source, rows.label_names)
         with ExitStack() as held:
@@ -224,7 +225,7 @@ class Checker:
                 kept = self._sources.resolve(rows.source, "rows")
                 place = held.enter_context(self._sources.inspect_rows(kept))
             if place is not None:
-                self._check_rows(field, rows, place, labels, least_texts, task.texts)
+                self._check_rows(field, rows, place, labels, least_texts, task.reader(metric))
         return str(kept)
 
     def _check_rows(
@@ -234,7 +235,7 @@ class Checker:
         place: RootedPath,
         labels: LabelMap | None,
         least_texts: int,
-        texts: TextColumn,
+        reader: RowReader,
     ) -> None:
         for name in ("config", "split"):
             if getattr(rows, name) is not None:
@@ -244,7 +245,7 @@ class Checker:
         columns = rows.model_dump(include=set(Columns.model_fields))
         with _refusing(field):
             file = self._views.open_file(place.path, rows.source, place.root)
-            check_first_rows(DatasetSpec(source=rows.source, path=file, **columns), labels, least_texts, texts)
+            check_first_rows(DatasetSpec(source=rows.source, path=file, **columns), labels, least_texts, reader)
 
     def _states(self, checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
         with _refusing("models"):

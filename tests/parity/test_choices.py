@@ -17,7 +17,7 @@ from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, write_li
 from tests.tiny_families import DECODERS, WORDS, TinyFamily, bytes_of_decoders
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
-from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.data.rows import ROWS_OF_CHOICES, RowFile, sample
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.jobs.engine import Engine
@@ -66,7 +66,7 @@ def spec_of(file: Path, metric: Any = "choice_accuracy", **fields: Any) -> Evalu
 
 
 def predictions(loaded: LoadedModel, spec: EvaluationSpec) -> Array:
-    rows = sample(RowFile(spec), spec, None, shuffle=False)
+    rows = sample(RowFile(spec, ROWS_OF_CHOICES), spec, None, shuffle=False)
     kind = loaded.kind.evaluated(spec)
     examples = kind.tokenized(rows, spec, loaded.tokenizer, loaded.max_length, None).examples
     return predict(loaded, examples, "float32", silent, spec)
@@ -179,7 +179,7 @@ def test_a_label_is_a_place_or_a_text(tmp_path: Path, label: Any) -> None:
     file = tmp_path / "rows.jsonl"
     write_lines(file, [json.dumps({"text": "one", "choices": ["three", "four five"], "label": label})])
     spec = spec_of(file)
-    [row] = sample(RowFile(spec), spec, None)
+    [row] = sample(RowFile(spec, ROWS_OF_CHOICES), spec, None)
     assert row.label == 1
 
 
@@ -187,7 +187,7 @@ def test_a_text_that_is_a_choice_is_no_number(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     write_lines(file, [json.dumps({"text": "one", "choices": ["2", "1"], "label": "1"})])
     spec = spec_of(file)
-    [row] = sample(RowFile(spec), spec, None)
+    [row] = sample(RowFile(spec, ROWS_OF_CHOICES), spec, None)
     assert row.label == 1
 
 
@@ -201,7 +201,7 @@ def test_choices_are_read_from_parquet(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     spec = spec_of(file)
-    found = read_parquet(spec).read(range(5))
+    found = read_parquet(spec, ROWS_OF_CHOICES).read(range(5))
     assert [(row.text, row.choices, row.label) for row in found] == [
         (row["text"], tuple(row["choices"]), row["label"]) for row in rows
     ]

@@ -193,10 +193,10 @@ def test_settings_of_what_is_written_are_refused_for_other_metrics(setting: str,
     assert list(column_problems(spec, CausalLanguageModel(9, {}), True, metric)) == [(setting, problem)]
 
 
-def test_the_target_is_needed() -> None:
+def test_the_target_is_read_under_its_own_name_by_default() -> None:
     spec = EvaluationSpec(source="rows", metric="exact_match")
-    problems = list(column_problems(spec, CausalLanguageModel(9, {}), True, "exact_match"))
-    assert problems == [("target", "metric exact_match reads it; name the column")]
+    assert list(column_problems(spec, CausalLanguageModel(9, {}), True, "exact_match")) == []
+    assert CausalLanguageModel.reader("exact_match").columns(spec) == {"text": "text", "target": "target"}
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,10 @@ def test_a_pair_is_one_row_of_two_segments(tokenizer: Any) -> None:
     assert found.encoding["token_type_ids"] == [0, 0, 0, 0, 1, 1]
 
 
-def test_rows_without_a_label_column_have_no_label(tokenizer: Any) -> None:
-    assert tokenized(tokenizer, "one", label=None).examples[0].label is None
+def test_rows_whose_labels_are_not_read_have_no_label(tokenizer: Any) -> None:
+    rows = [Row(Place("line", 1), "one", None, "yes")]
+    found = tokenize(rows, dataset_spec(Path("rows.jsonl")), tokenizer, POSITIONS, None)
+    assert found.examples[0].label is None
 
 
 @pytest.mark.parametrize("text", ["", "   ", "one", "\x00", "[SEP] [PAD] [CLS]", "猫"])

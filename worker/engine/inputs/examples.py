@@ -57,6 +57,13 @@ class Batch:
     positions: Tensor | None = None
     """Whether each token's output has a label, (batch, tokens); None if each row has one output."""
 
+    @property
+    def required_positions(self) -> Tensor:
+        """`positions` of a batch that was read for a head with several outputs a row."""
+        if self.positions is None:
+            raise TypeError("the batch was read for a head with one output a row")
+        return self.positions
+
     def of_outputs(self, values: Tensor) -> Tensor:
         """Select the values of each output, row by row: (batch, …) or (batch, tokens, …) to (outputs, …)."""
         return values if self.positions is None else values[self.positions]
@@ -144,7 +151,7 @@ def tokenize(
         encoding = {name: encoded[name][index] for name in names}
         if not encoding["input_ids"]:
             raise InvalidDataset(spec.source, "no tokens", row.place)
-        label = None if labels is None or spec.label is None else labels.value(row.label, spec.source, row.place)
+        label = None if labels is None else labels.value(row.label, spec.source, row.place)
         tokens = encoded.encodings[index] if encoded.encodings else None
         positions, label = reading.answers(row, tokens, label, spec.source)
         examples.append(Example(first + index, row.place, encoding, label, positions))

@@ -12,7 +12,7 @@ from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import checkpoint_state
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
-from worker.engine.catalog.data.rows import RowFile, Rows, TextColumn, is_parquet
+from worker.engine.catalog.data.rows import RowFile, RowReader, Rows, is_parquet
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.runtime.libraries import preload
@@ -52,15 +52,15 @@ class Inputs:
             raise InvalidCheckpoint(model.source, "its files were changed after the job was accepted; post it again")
         return info
 
-    def rows(self, spec: DatasetSpec, texts: TextColumn) -> Rows:
+    def rows(self, spec: DatasetSpec, reader: RowReader) -> Rows:
         """Open a data set. Raises InvalidDataset."""
         if spec.hub is not None and self._fetched is not None:
-            return self._fetched.rows(spec, texts)
+            return self._fetched.rows(spec, reader)
         if spec.path is not None and spec.root is not None:
             spec = spec.model_copy(update={"path": self._views.open_file(spec.path, spec.source, spec.root)})
         if is_parquet(spec):
             preload()
             from worker.engine.inputs.tables import read_parquet
 
-            return read_parquet(spec, texts)
-        return RowFile(spec, texts)
+            return read_parquet(spec, reader)
+        return RowFile(spec, reader)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from worker.engine.catalog.checkpoints.files import described_files, weights_among
 from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
 from worker.engine.catalog.data.formats import Csv
-from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
+from worker.engine.catalog.data.rows import ROWS_OF_TEXT, RowReader
 from worker.engine.catalog.data.spec import DatasetSpec, HubSource
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.primitives.notes import Doubt
@@ -83,15 +83,16 @@ class Fetched:
     notes: dict[tuple[HubSource, str | None, str | None], list[str]] = field(default_factory=dict)
     """Notes of rows that were joined or skipped, by repository, configuration and split."""
 
-    def rows(self, spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> TableRows:
+    def rows(self, spec: DatasetSpec, reader: RowReader = ROWS_OF_TEXT) -> TableRows:
         """Return the rows of a data set. Raises InvalidDataset."""
         table = self.tables[_table_key(spec)]
         if isinstance(table, ParquetFiles):
-            label = table.features.get(spec.label) if spec.label is not None else None
+            column = reader.label_column(spec)
+            label = None if column is None else table.features.get(column)
             feature = label.feature if isinstance(label, LISTS) else label
             names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-            return rows_of_parquet(table.parts, spec, names, texts)
-        return TableRows(table, spec, notes=self.notes[_table_key(spec)], texts=texts)
+            return rows_of_parquet(table.parts, spec, names, reader)
+        return TableRows(table, spec, notes=self.notes[_table_key(spec)], reader=reader)
 
 
 def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:

@@ -13,9 +13,9 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from worker.engine.catalog.data.rows import (
-    ONE_TEXT,
+    ROWS_OF_TEXT,
     Row,
-    TextColumn,
+    RowReader,
     check_first_rows,
     local_file,
     missing_column,
@@ -44,19 +44,21 @@ class TableRows:
         spec: DatasetSpec,
         label_names: tuple[str, ...] | None = None,
         notes: Sequence[str] = (),
-        texts: TextColumn = ONE_TEXT,
+        reader: RowReader = ROWS_OF_TEXT,
     ) -> None:
         self._spec = spec
-        self._texts = texts
+        self._reader = reader
         self.label_names = label_names
         self.notes = notes
-        wanted = _wanted(spec, table.column_names)
+        wanted = _wanted(reader.columns(spec), spec, table.column_names)
+        label = reader.label_column(spec)
+        lists = {label, *(name for setting, name in reader.columns(spec).items() if setting in reader.lists)}
         for name in wanted:
             feature = table.features[name]
-            if isinstance(feature, LISTS) and (name in (spec.label, spec.choices) or texts.is_list):
+            if isinstance(feature, LISTS) and name in lists:
                 feature = feature.feature
             if isinstance(feature, datasets.ClassLabel):
-                if name == spec.label:
+                if name == label:
                     self.label_names = tuple(feature.names)
             elif not isinstance(feature, datasets.Value):  # images and sounds would open files
                 raise InvalidDataset(spec.source, f"column '{name}' holds {type(feature).__name__}", column=name)
@@ -72,7 +74,7 @@ class TableRows:
             columns: dict[str, list[Any]] = self._table[list(indices)]
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         return [
-            row_of(row, Place("row", index + 1), self._spec, self._texts)
+            row_of(row, Place("row", index + 1), self._spec, self._reader)
             for index, row in zip(indices, rows, strict=True)
         ]
 
@@ -123,10 +125,10 @@ def _values(part: Any) -> list[Any]:
     return [None if index is None else texts[index] for index in part.indices.to_pylist()]
 
 
-def read_parquet(spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> TableRows:
+def read_parquet(spec: DatasetSpec, reader: RowReader = ROWS_OF_TEXT) -> TableRows:
     """Read the rows of a local Parquet file. Raises InvalidDataset, which names a missing column."""
     check_first_rows(spec, labels=None)
-    return rows_of_parquet([FileRows(local_file(spec))], spec, texts=texts)
+    return rows_of_parquet([FileRows(local_file(spec))], spec, reader=reader)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def rows_of_parquet(
     parts: Sequence[FileRows],
     spec: DatasetSpec,
     label_names: tuple[str, ...] | None = None,
-    texts: TextColumn = ONE_TEXT,
+    reader: RowReader = ROWS_OF_TEXT,
 ) -> TableRows:
     """Read rows of Parquet files that are one table. Row groups without any of them are not read.
 
@@ -165,7 +167,7 @@ def rows_of_parquet(
     """
     with _reading(spec):
         described = [pyarrow.parquet.ParquetFile(part.file) for part in parts]
-        columns = _wanted(spec, described[0].schema_arrow.names)
+        columns = _wanted(reader.columns(spec), spec, described[0].schema_arrow.names)
         wanted = [(one.metadata, list(part.groups(one.metadata))) for part, one in zip(parts, described, strict=True)]
         _check_size(wanted, columns, spec)
         tables = []
@@ -177,8 +179,8 @@ def rows_of_parquet(
                 tables += [] if groups else [file.schema_arrow.empty_table().select(columns)]
         table = pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
         # Only the label names are read from the metadata that the library `datasets` wrote beside the columns.
-        names = label_names or _label_names(tables[0].schema.metadata or {}, spec)
-        return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names, texts=texts)
+        names = label_names or _label_names(tables[0].schema.metadata or {}, reader.label_column(spec))
+        return TableRows(EncodedTable(table.replace_schema_metadata(None)), spec, names, reader=reader)
 
 
 def count_of_parquet(file: Path) -> int:
@@ -240,9 +242,9 @@ def _check_size(
     require_memory(needed)
 
 
-def _label_names(metadata: Mapping[bytes, bytes], spec: DatasetSpec) -> tuple[str, ...] | None:
+def _label_names(metadata: Mapping[bytes, bytes], column: str | None) -> tuple[str, ...] | None:
     try:
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"][spec.label]
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][column]
         if isinstance(feature, list):  # a list's only entry says what it holds, as older versions wrote it
             [feature] = feature
         elif "feature" in feature:
@@ -266,11 +268,12 @@ def _reading(spec: DatasetSpec) -> Iterator[None]:
         raise InvalidDataset(spec.source, f"not a readable table ({type(error).__name__})") from error
 
 
-def _wanted(spec: DatasetSpec, known: list[str]) -> list[str]:
-    """Return the columns to read. Raises InvalidDataset, which names a missing one."""
-    for name in sorted(spec.named):
+def _wanted(columns: Mapping[str, str], spec: DatasetSpec, known: list[str]) -> list[str]:
+    """Return the columns to read, of those that there are. Raises InvalidDataset, which names a missing one."""
+    wanted = sorted(set(columns.values()))
+    for name in wanted:
         if name not in known:
             raise missing_column(spec.source, name, known)
         if known.count(name) > 1:
             raise InvalidDataset(spec.source, f"column '{name}' is there twice", column=name)
-    return sorted(spec.named)
+    return wanted

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
-from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
-from worker.engine.catalog.tasks import Task
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import compare
 from worker.engine.jobs.context import JobContext
@@ -24,7 +21,7 @@ from worker.engine.merging.backbone import plain_average
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import load
 from worker.engine.runtime.progress import Phase
-from worker.engine.tasks.metrics import CORRELATIONS, Array
+from worker.engine.tasks.metrics import Array
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,9 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
                 f"are read as {', '.join(map(str, better))}; do both mean the same by them?"
             )
         )
-    context.note(*_undefined(evaluation, loaded.task, labels))
+    undefined = kind.undefined(evaluation.metric, labels, evaluation.source)
+    if undefined:
+        context.note(Doubt(undefined))
     name = "model" if published.plan.merges_heads else f"models/{model.name}"
     merged = load(inspect_checkpoint(published.folders[model.name], name), context.device)
     examples, truncated = examples_of(published.plan, merged, evaluation, model.rows.evaluation_texts, examples)
@@ -89,13 +88,3 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
         predictions["merged_kept_head"] = kept_head_predictions
     predictions["merged"] = merged_predictions
     return compare(evaluation, loaded.task, labels, predictions, counts)
-
-
-def _undefined(evaluation: EvaluationSpec, task: Task, labels: Array) -> list[str]:
-    """Return a doubt if the labels alone make the metric 0, whatever is predicted."""
-    metric, source = evaluation.metric, evaluation.source
-    if metric in CORRELATIONS and np.ptp(labels) == 0:
-        return [Doubt(f"all labels of {source} are the same, so {metric} is not defined, and is given as 0")]
-    if metric == "f1" and task.f1_is_of_one and not labels.any():
-        return [Doubt(f"no row of {source} has the label 1, so f1, which is of that label, is 0")]
-    return []

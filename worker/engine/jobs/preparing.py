@@ -64,7 +64,7 @@ def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: J
     """Add the rows on which the result is judged and those on which `auto` searches; return their texts too."""
     evaluation, loaded = model.evaluation, context.models.get(model.info)
     _check_columns(evaluation, loaded, needs_labels=True, metric=evaluation.metric)
-    rows = inputs.rows(evaluation, loaded.task.texts)
+    rows = inputs.rows(evaluation, loaded.task.reader(evaluation.metric))
     labels = _label_map(loaded, evaluation, rows, context)
     read = sample(rows, evaluation, None)
     examples, truncated = examples_from(loaded, evaluation, read, labels, loaded.kind.evaluated(evaluation))
@@ -88,7 +88,7 @@ def with_dataset(
     method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
     measured, aligned_on = spec.rows_wanted(model.spec)
     _check_columns(dataset, loaded, needs_labels=bool(measured) and method.needs_labels)
-    rows = inputs.rows(dataset, loaded.task.texts)
+    rows = inputs.rows(dataset, loaded.task.rows)
     needed = _label_map(loaded, dataset, rows, context) if measured and method.needs_labels else None
     fitted_on = max(aligned_on, measured if method.refits_layers else 0)
     read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
@@ -97,7 +97,7 @@ def with_dataset(
     if measured:
         population = min(len(rows), dataset.limit or len(rows))
         to_measure = Sample(read[:measured], population, dataset, loaded, needed)
-        context.note(*([] if needed is None else _doubtful_ids(needed, dataset, read[:measured])))
+        context.note(*_doubtful_ids(needed, dataset, read[:measured]))
     looked_at = unseen[-1] + 1 if len(unseen) == fitted_on and unseen else len(read)
     if fitted_on and looked_at > len(unseen):
         context.note(
@@ -166,17 +166,19 @@ def _check_columns(rows: DatasetSpec, loaded: LoadedModel, needs_labels: bool, m
         raise InvalidDataset(rows.source, f"{column}: {problem}", column=column)
 
 
-def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, context: JobContext) -> LabelMap:
-    """Match the rows' labels to the head's; whatever is not plain is noted."""
+def _label_map(loaded: LoadedModel, dataset: DatasetSpec, rows: Rows, context: JobContext) -> LabelMap | None:
+    """Match the rows' labels to the head's; whatever is not plain is noted. None if no column of them is read."""
+    if loaded.task.rows.label_column(dataset) is None:
+        return None
     labels, found = label_map(loaded.task, dataset.source, dataset.label_names, rows.label_names, loaded.info.source)
     context.note(*found)
     return labels
 
 
-def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
+def _whose_f1(labels: LabelMap | None, evaluation: EvaluationSpec) -> list[str]:
     """Return a doubt if F1 of two labels is that of another label than the data set's authors would take."""
-    order = labels.permutation
-    if evaluation.metric != "f1" or not labels.task.f1_is_of_one or not order:
+    order = None if labels is None else labels.permutation
+    if labels is None or evaluation.metric != "f1" or not labels.task.f1_is_of_one or not order:
         return []
     name = next((name for name, index in labels.task.label_ids.items() if index == 1), "1")
     return [
@@ -184,8 +186,10 @@ def _whose_f1(labels: LabelMap, evaluation: EvaluationSpec) -> list[str]:
     ]
 
 
-def _doubtful_ids(labels: LabelMap, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:
+def _doubtful_ids(labels: LabelMap | None, dataset: DatasetSpec, rows: Sequence[Row]) -> list[str]:
     """Return a doubt if ids that were taken as they are may be one too high, or were truth values."""
+    if labels is None:
+        return []
     if labels.reads_truth_as_ids(row.label for row in rows):
         names = {index: name for name, index in labels.task.label_ids.items()}
         told = f"true was taken as the label 1, {names.get(1)}, and false as the label 0, {names.get(0)}"

@@ -117,7 +117,7 @@ class Sample:
         for start, stop in pairwise([0, *block_ends(len(self))]):
             for row in self._rows[start:stop]:
                 label = None
-                if with_labels and self._labels is not None and self.spec.label is not None:
+                if with_labels and self._labels is not None:
                     label = self._labels.value(row.label, self.source, row.place)
                 text, pair, *target = row.content
                 digest.update(json.dumps([text, pair, label, *target]).encode() + b"\n")

@@ -89,14 +89,14 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
 
     def loss_per_likelihood(self, batch: Batch) -> float:
         """The loss is the mean over the labels of all rows."""
-        return len(batch) / float(_positions(batch).sum())
+        return len(batch) / float(batch.required_positions.sum())
 
     def expected(self, outputs: Tensor, batch: Batch) -> Passes:
         raise ValueError("the expectation over all texts cannot be computed")
 
     def sampled(self, outputs: Tensor, batch: Batch, seed: int) -> Passes:
         """Differentiate the likelihood of tokens that are drawn from the model at every labelled position."""
-        rows, tokens = (found.tolist() for found in _positions(batch).nonzero(as_tuple=True))
+        rows, tokens = (found.tolist() for found in batch.required_positions.nonzero(as_tuple=True))
         draws = torch.tensor(
             [uniform(seed, int(batch.indices[row]), token) for row, token in zip(rows, tokens, strict=True)],
             dtype=torch.float64,
@@ -107,7 +107,7 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
         return self._one_pass(outputs, batch, lambda _, chunk: labels[chunk])
 
     def _one_pass(self, outputs: Tensor, batch: Batch, labels: Any) -> Passes:
-        positions = _positions(batch)
+        positions = batch.required_positions
         found = log_likelihoods(outputs[positions], self._layer, labels)
         sums = torch.zeros(len(batch), dtype=torch.float64, device=outputs.device)
         sums = sums.index_add(0, positions.nonzero()[:, 0], found.double())
@@ -117,7 +117,7 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
         """Return what the metrics need of each row, (batch, 3), float64; see the class."""
         if batch.labels is None:
             raise TypeError("the batch was read without labels")
-        positions = _positions(batch)
+        positions = batch.required_positions
         likelihoods, is_right = judged(outputs[positions], self._layer, batch.labels)
         each = torch.stack([-likelihoods.double(), is_right.double(), torch.ones_like(likelihoods).double()], dim=1)
         found = torch.zeros(len(batch), 3, dtype=torch.float64, device=outputs.device)
@@ -179,9 +179,3 @@ def _metric(name: MetricName, sums: Array) -> Array:
     if name in ("loss", "perplexity"):
         return np.exp(loss) if name == "perplexity" else loss
     raise ValueError(f"{name} is no metric of language models")
-
-
-def _positions(batch: Batch) -> Tensor:
-    if batch.positions is None:
-        raise TypeError("the batch was read for a head with one output a row")
-    return batch.positions

@@ -1,6 +1,7 @@
 """A sequence has one of several labels: the likelihood is the softmax of the logits."""
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from worker.engine.tasks.kind import TINY, Combined, HeadKind, Passes, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 from worker.engine.tasks.smoothing import scaled
 
+C = TypeVar("C", bound=Classification)
 
-class ClassificationHead(HeadKind[Classification]):
+
+class ClassificationHead(HeadKind[C], Generic[C]):
     """Predictions are ids of classes."""
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
@@ -25,6 +28,11 @@ class ClassificationHead(HeadKind[Classification]):
         on, with `s_k` the sum of `p_k` and all after it and `m_k` their mean of `d`. K labels cost K - 1 backward
         passes on one graph.
         """
+        weights, contrasts = self.contrasts(logits)
+        return weights, Combined(logits, contrasts)
+
+    def contrasts(self, logits: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the weights of the passes of `expected`, (batch, passes), and each pass's coefficients of logits."""
         p, ranked = logits.detach().double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
         sums = p.flip(-1).cumsum(-1).flip(-1)
         later = sums[:, 1:]
@@ -32,7 +40,7 @@ class ClassificationHead(HeadKind[Classification]):
         mean_of_later = p[:, None] / later.clamp_min(TINY)[:, :, None]  # (batch, labels - 1, labels)
         contrasts = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:-1] - mean_of_later.triu(1)
         by_label = torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
-        return weights, Combined(logits, by_label.unbind(1))
+        return weights, by_label.unbind(1)
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         draws = torch.tensor([uniform(seed, int(i)) for i in batch.indices], dtype=torch.float64)
@@ -49,6 +57,11 @@ class ClassificationHead(HeadKind[Classification]):
         if name == "f1":
             return metrics.f1("binary" if self.task.f1_is_of_one else "macro")
         return metrics.SIMPLE[name]
+
+    def undefined(self, name: MetricName, labels: Array, source: str) -> str | None:
+        if name == "f1" and self.task.f1_is_of_one and not labels.any():
+            return f"no row of {source} has the label 1, so f1, which is of that label, is 0"
+        return super().undefined(name, labels, source)
 
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
         outputs = self.task.outputs

@@ -26,7 +26,7 @@ from worker.engine.inputs.examples import (
     tokenize,
 )
 from worker.engine.runtime.device import Precision, computing_in
-from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+from worker.engine.tasks.metrics import CORRELATIONS, Array, Metric, ResampledMetric
 
 AUTO_EXPECTED_LABELS = 8  # they take K - 1 backward passes; beyond this, one with a drawn label uses time better
 
@@ -173,6 +173,12 @@ class HeadKind(OneOutput, ABC, Generic[T]):
     @abstractmethod
     def metric(self, name: MetricName) -> Metric:
         """Return one of the task's metrics."""
+
+    def undefined(self, name: MetricName, labels: Array, source: str) -> str | None:
+        """Say why the labels of a data set alone make a metric 0, whatever is predicted; None if they do not."""
+        if name in CORRELATIONS and np.ptp(labels) == 0:
+            return f"all labels of {source} are the same, so {name} is not defined, and is given as 0"
+        return None
 
     @abstractmethod
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:

@@ -65,7 +65,7 @@ def of_classes(name: MetricName, labels: Array, predictions: Sequence[Any]) -> R
                 continue
             labelled, predicted = of_labels @ counts, of_prediction @ counts
             if name == "f1":
-                f1 = _ratio(2 * hits, labelled + predicted)
+                f1 = ratio(2 * hits, labelled + predicted)
                 present = (labelled + predicted > 0).sum(0)  # the mean is over these alone, as in scikit-learn
                 found.append(f1[1] if classes == 2 else f1.sum(0) / present)
             elif name == "matthews":
@@ -93,7 +93,7 @@ def of_decisions(name: MetricName, labels: Array, predictions: Sequence[Array]) 
                 right = 1 - np.abs(predicted - labels)
                 found.append(right.prod(1) @ counts / counts[:, 0].sum())
             elif name == "f1":
-                found.append(_ratio(2 * (predicted * labels).sum(1) @ counts, (predicted + labels).sum(1) @ counts))
+                found.append(ratio(2 * (predicted * labels).sum(1) @ counts, (predicted + labels).sum(1) @ counts))
             else:
                 raise ValueError(f"{name} is no metric of several labels")
         return np.stack(found)
@@ -148,10 +148,10 @@ def _ranks(drawn: Array) -> tuple[Array, Array]:
 
 
 def _correlation(covariance: Array, first_variance: Array, second_variance: Array) -> Array:
-    return np.clip(_ratio(covariance, np.sqrt(first_variance) * np.sqrt(second_variance)), -1, 1)
+    return np.clip(ratio(covariance, np.sqrt(first_variance) * np.sqrt(second_variance)), -1, 1)
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
+def ratio(numerator: Array, denominator: Array) -> Array:
     """Divide; the result is 0 where the denominator is."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
 

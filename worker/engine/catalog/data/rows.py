@@ -8,7 +8,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 from worker.engine.catalog.checkpoints.pointers import BEGINNING, stand_in
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.data.formats import Csv, Format, JsonLines
-from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
 
@@ -34,34 +34,7 @@ FORMATS: Mapping[str, Callable[[str], Format]] = {
 
 
 Text = str | tuple[str, ...]
-"""A text, or a tuple of its words."""
-
-
-class TextColumn:
-    """Reads a row's text from its column. Here each value is one text."""
-
-    is_list = False
-    """Whether a value is a list; then a row has no second text."""
-
-    def read(self, value: Any, name: str, source: str, place: Place) -> Text:
-        """Read a value. Raises InvalidDataset, which names place and column."""
-        return read_text(value, name, source, place)
-
-
-ONE_TEXT = TextColumn()
-
-
-def read_text(value: Any, name: str, source: str, place: Place) -> str:
-    """Check a text of a column, and return it. Raises InvalidDataset, which names place and column."""
-    if not isinstance(value, str):
-        raise InvalidDataset(source, f"column '{name}' is not text", place, column=name)
-    if "\0" in value:  # text that is not UTF-8 has such characters, and so have files that a disk lost
-        raise InvalidDataset(source, f"column '{name}' has a zero byte, which is no text", place, column=name)
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise InvalidDataset(source, f"column '{name}' is not Unicode text", place, column=name) from None
-    return value
+"""A text, or a tuple of texts, such as the words of one."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +60,133 @@ class Row:
         """Number of bytes of the row's texts."""
         texts = [part or "" for part in self.content]
         return sum(len(part.encode()) for text in texts for part in ([text] if isinstance(text, str) else text))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The values of a row's columns, by the settings that name the columns.
+
+    Methods raise InvalidDataset, which names place and column.
+    """
+
+    values: Mapping[str, Any]
+    columns: Mapping[str, str]
+    """Names of the columns, by the same settings."""
+    source: str
+    place: Place
+
+    def text(self, setting: str) -> str:
+        """Return the text of a column."""
+        return self._text(setting, self.values[setting])
+
+    def optional_text(self, setting: str) -> str | None:
+        """Return the text of a column; None if the column is not read."""
+        return self.text(setting) if setting in self.values else None
+
+    def texts(self, setting: str, what: str) -> tuple[str, ...]:
+        """Return the texts of a column of lists; `what` says what they are."""
+        value = self.values[setting]
+        if not isinstance(value, list | tuple):
+            hint = "; CSV has none, JSON lines and Parquet do" if isinstance(value, str) else ""
+            raise self.problem(setting, f"is not a list of {what}{hint}")
+        if not value:
+            raise self.problem(setting, f"has no {what}")
+        return tuple(self._text(setting, one) for one in value)
+
+    def problem(self, setting: str, why: str) -> InvalidDataset:
+        """Return the error that the value of a column is not as it should be."""
+        name = self.columns[setting]
+        return InvalidDataset(self.source, f"column '{name}' {why}", self.place, column=name)
+
+    def _text(self, setting: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self.problem(setting, "is not text")
+        if "\0" in value:  # text that is not UTF-8 has such characters, and so have files that a disk lost
+            raise self.problem(setting, "has a zero byte, which is no text")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+            raise self.problem(setting, "is not Unicode text") from None
+        return value
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Makes rows of the columns of a data set, each of which a setting of it names. Here a row has one text or two."""
+
+    required: tuple[str, ...] = ("text",)
+    """Settings whose columns are read in any case. By default a column has the name of its setting."""
+    optional: tuple[str, ...] = ("text_pair", "target")
+    """Settings whose columns are read where they are named."""
+    label: str | None = "label"
+    """Setting of the column of labels, which is read where it is named; None if rows have no labels."""
+    lists: frozenset[str] = frozenset()
+    """Settings of columns that hold lists, besides that of labels, which may."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional, *([self.label] if self.label else ()))
+
+    def columns(self, spec: Columns) -> dict[str, str]:
+        """Return the names of the columns that are read, by their settings."""
+        named = {setting: getattr(spec, setting) for setting in self.settings}
+        return {s: name or s for s, name in named.items() if name is not None or s in self.required}
+
+    def label_column(self, spec: Columns) -> str | None:
+        """Return the name of the column of labels; None if it is not read."""
+        return self.columns(spec).get(self.label or "")
+
+    def row(self, cells: Cells) -> Row:
+        """Make a row. Raises InvalidDataset, which names place and column."""
+        pair, target = cells.optional_text("text_pair"), cells.optional_text("target")
+        return Row(cells.place, cells.text("text"), pair, cells.values.get("label"), target)
+
+
+ROWS_OF_TEXT = RowReader()
+
+
+class ChoiceReader(RowReader):
+    """Reads rows of a text and of choices, one of which is right, as the label says by its place or its text."""
+
+    def row(self, cells: Cells) -> Row:
+        value = cells.values["choices"]
+        if not isinstance(value, list | tuple) or len(value) < 2:
+            raise cells.problem("choices", "is no list of two or more texts")
+        choices = cells.texts("choices", "texts")
+        if not all(choices):
+            raise cells.problem("choices", "has an empty text")
+        label = _right_choice(cells, choices) if "label" in cells.values else None
+        return Row(cells.place, cells.text("text"), None, label, choices=choices)
+
+
+ROWS_OF_CHOICES = ChoiceReader(required=("text", "choices"), optional=(), lists=frozenset({"choices"}))
+
+
+def _right_choice(cells: Cells, choices: Sequence[str]) -> int:
+    """Return the place among the choices, from 0, of the right one, which the label names by its place or its text.
+
+    Raises:
+        InvalidDataset: it is neither, or choices have equal texts.
+    """
+
+    label = cells.values["label"]
+
+    def refused(problem: str) -> InvalidDataset:
+        return InvalidDataset(cells.source, problem, cells.place, column=cells.columns["label"])
+
+    if isinstance(label, str) and label in choices:
+        if choices.count(label) > 1:
+            raise refused(f"two of its choices are '{label[:SHOWN]}', which is its label; name the right one's place")
+        return choices.index(label)
+    if isinstance(label, str) and label.isascii() and label.isdecimal() and len(label) < 10:
+        label = int(label)
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise refused("the label is neither the place of a choice, from 0, nor the text of one")
+    if not 0 <= label < len(choices):
+        raise refused(f"label {str(label)[:20]} is out of range: the choices are 0 to {len(choices) - 1}")
+    return label
 
 
 class Labels(Protocol):
@@ -131,9 +231,9 @@ class RowFile:
 
     label_names: tuple[str, ...] | None = None
 
-    def __init__(self, spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> None:
+    def __init__(self, spec: DatasetSpec, reader: RowReader = ROWS_OF_TEXT) -> None:
         self._spec = spec
-        self._texts = texts
+        self._reader = reader
         self._format = _format(spec)
         self._lines = array("Q")
         self._offsets = array("Q")
@@ -151,11 +251,11 @@ class RowFile:
     def read(self, indices: Sequence[int]) -> list[Row]:
         with _opened(self._spec) as stream:
             places = ((self._lines[index], self._offsets[index]) for index in indices)
-            return [_read_row(self._format, stream, line, offset, self._spec, self._texts) for line, offset in places]
+            return [_read_row(self._format, stream, line, offset, self._spec, self._reader) for line, offset in places]
 
 
 def check_first_rows(
-    spec: DatasetSpec, labels: Labels | None, least_texts: int = 1, texts: TextColumn = ONE_TEXT
+    spec: DatasetSpec, labels: Labels | None, least_texts: int = 1, reader: RowReader = ROWS_OF_TEXT
 ) -> None:
     """Check the first rows, which show another format, a missing column or an unknown label.
 
@@ -176,9 +276,9 @@ def check_first_rows(
         first = list(islice(form.index(stream), FIRST_ROWS))
         found = set()
         for line, offset in first:
-            row = _read_row(form, stream, line, offset, spec, texts)
+            row = _read_row(form, stream, line, offset, spec, reader)
             found.add(row.content)
-            if labels is not None and spec.label is not None:
+            if labels is not None and reader.label_column(spec) is not None:
                 labels.value(row.label, spec.source, row.place)
     if not first:
         raise InvalidDataset(spec.source, "no rows")
@@ -186,76 +286,24 @@ def check_first_rows(
         raise InvalidDataset(spec.source, f"{len(found)} different texts, and {least_texts} are needed")
 
 
-def row_of(columns: Mapping[str, Any], place: Place, spec: DatasetSpec, texts: TextColumn = ONE_TEXT) -> Row:
-    """Make a row of the columns to read. Raises InvalidDataset, which names place and column."""
-
-    def column(name: str) -> Any:
-        if name not in columns:
-            raise missing_column(spec.source, name, [str(key) for key in columns], place)
-        return columns[name]
-
-    def text(name: str) -> Text:
-        return texts.read(column(name), name, spec.source, place)
-
-    if texts.is_list and spec.text_pair:
-        raise InvalidDataset(spec.source, "text_pair is for texts, not for lists", place, column=spec.text_pair)
-    row = Row(
-        place=place,
-        text=text(spec.text),
-        text_pair=text(spec.text_pair) if spec.text_pair else None,
-        label=column(spec.label) if spec.label else None,
-        target=text(spec.target) if spec.target else None,
-    )
-    if not spec.choices:
-        return row
-    choices = read_choices(column(spec.choices), spec.choices, spec.source, place)
-    label = right_choice(row.label, choices, spec, place) if spec.label else None
-    return replace(row, choices=choices, label=label)
-
-
-def read_choices(value: Any, name: str, source: str, place: Place) -> tuple[str, ...]:
-    """Check a list of at least two texts, none of them empty. Raises InvalidDataset, which names place and column."""
-    if not isinstance(value, list) or len(value) < 2:
-        raise InvalidDataset(source, f"column '{name}' is no list of two or more texts", place, column=name)
-    choices = tuple(read_text(choice, name, source, place) for choice in value)
-    if not all(choices):
-        raise InvalidDataset(source, f"column '{name}' has an empty text", place, column=name)
-    return choices
-
-
-def right_choice(label: Any, choices: Sequence[str], spec: DatasetSpec, place: Place) -> int:
-    """Return the place among the choices, from 0, of the right one, which the label names by its place or its text.
-
-    Raises:
-        InvalidDataset: it is neither, or choices have equal texts.
-    """
-
-    def refused(problem: str) -> InvalidDataset:
-        return InvalidDataset(spec.source, problem, place, column=spec.label)
-
-    if isinstance(label, str) and label in choices:
-        if choices.count(label) > 1:
-            raise refused(f"two of its choices are '{label[:SHOWN]}', which is its label; name the right one's place")
-        return choices.index(label)
-    if isinstance(label, str) and label.isascii() and label.isdecimal() and len(label) < 10:
-        label = int(label)
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int):
-        raise refused("the label is neither the place of a choice, from 0, nor the text of one")
-    if not 0 <= label < len(choices):
-        raise refused(f"label {str(label)[:20]} is out of range: the choices are 0 to {len(choices) - 1}")
-    return label
+def row_of(values: Mapping[str, Any], place: Place, spec: DatasetSpec, reader: RowReader) -> Row:
+    """Make a row of the values of its columns. Raises InvalidDataset, which names place and column."""
+    columns = reader.columns(spec)
+    for name in columns.values():
+        if name not in values:
+            raise missing_column(spec.source, name, [str(key) for key in values], place)
+    cells = {setting: values[name] for setting, name in columns.items()}
+    return reader.row(Cells(cells, columns, spec.source, place))
 
 
 def missing_column(source: str, name: str, known: list[str], place: Place | None = None) -> InvalidDataset:
     return InvalidDataset(source, f"no column '{name}'{did_you_mean(name, known)}", place, column=name)
 
 
-def _read_row(form: Format, stream: BinaryIO, line: int, offset: int, spec: DatasetSpec, texts: TextColumn) -> Row:
+def _read_row(form: Format, stream: BinaryIO, line: int, offset: int, spec: DatasetSpec, reader: RowReader) -> Row:
     stream.seek(offset)
     place = Place("line", line)
-    return row_of(form.parse(stream, place), place, spec, texts)
+    return row_of(form.parse(stream, place), place, spec, reader)
 
 
 def _format(spec: DatasetSpec) -> Format:

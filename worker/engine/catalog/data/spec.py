@@ -26,7 +26,8 @@ def _unique(names: list[str]) -> list[str]:
 class Columns(Strict):
     """The columns of a data set that are read, and the choice of its rows."""
 
-    text: Name = "text"
+    text: Name | None = None
+    """Column of the text; default: `text`, and none for heads whose rows are other columns."""
     text_pair: Name | None = None
     label: Name | None = None
     """Column of the labels; absent for unlabelled text."""
@@ -34,6 +35,8 @@ class Columns(Strict):
     """Column of the text that follows on `text`, such as the completion of a prompt; it alone is predicted then."""
     choices: Name | None = None
     """Column of lists of texts that may follow on `text`, of which the row's label, a number or a text, is one."""
+    tokens: Name | None = None
+    """Column of the list of a row's words, for token classification; default: `tokens`."""
     label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
     """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -42,12 +45,6 @@ class Columns(Strict):
     """Seed from which the rows and their order are drawn."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Largest number of tokens of a row; longer rows are truncated. Default: the model's limit."""
-
-    @property
-    def named(self) -> set[str]:
-        """Names of the columns that are read."""
-        columns = (self.text, self.text_pair, self.label, self.target, self.choices)
-        return {name for name in columns if name is not None}
 
 
 class Generation(Strict):

@@ -14,6 +14,7 @@ from worker.engine.catalog.tasks.labels import check_estimator, check_metric, co
 from worker.engine.catalog.tasks.multi_label import MultiLabel
 from worker.engine.catalog.tasks.regression import Regression
 from worker.engine.catalog.tasks.task import Label, LabelMap, Task
+from worker.engine.catalog.tasks.token_classification import TokenClassification
 
 
 def _found() -> tuple[type[Task], ...]:
@@ -85,6 +86,7 @@ __all__ = [
     "MultiLabel",
     "Regression",
     "Task",
+    "TokenClassification",
     "architectures_of",
     "check_estimator",
     "check_metric",

@@ -5,15 +5,10 @@ from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import Architecture, completed
-from worker.engine.catalog.data.spec import Generation
+from worker.engine.catalog.data.rows import ROWS_OF_CHOICES, RowReader
 from worker.engine.catalog.families import Family, Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
-from worker.engine.catalog.tasks.task import LabelMap, Reads, Task
-
-CHOICES = Reads(frozenset({"choices", "label"}), needed=frozenset({"choices", "label"}))
-
-TARGET = frozenset({"target"})
-WRITTEN = Reads(TARGET, needed=TARGET, settings=frozenset(Generation.model_fields))
+from worker.engine.catalog.tasks.task import LabelMap, Task
 
 
 class CausalLanguageModel(Task):
@@ -30,12 +25,13 @@ class CausalLanguageModel(Task):
         "exact_match",
     )
     minimised = frozenset({"perplexity", "loss"})
-    columns = frozenset({"target"})
-    of_metrics: ClassVar[Mapping[str, Reads]] = {
-        "choice_accuracy": CHOICES,
-        "choice_accuracy_normalised": CHOICES,
-        "exact_match": WRITTEN,
+    rows = RowReader(optional=("target",), label=None)
+    of_metrics: ClassVar[Mapping[str, RowReader]] = {
+        "choice_accuracy": ROWS_OF_CHOICES,
+        "choice_accuracy_normalised": ROWS_OF_CHOICES,
+        "exact_match": RowReader(required=("text", "target"), optional=(), label=None),
     }
+    writing_metrics = frozenset({"exact_match"})
     estimators = frozenset({"auto", "sampled", "empirical"})
     merges_heads = True
     has_classes: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """A sequence has one of several labels."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.primitives.errors import Place
@@ -14,7 +14,7 @@ class Classification(Task):
 
     name = "classification"
     ending = "ForSequenceClassification"
-    metrics = ("accuracy", "f1", "matthews")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:

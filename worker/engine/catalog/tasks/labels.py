@@ -11,13 +11,16 @@ from worker.engine.catalog.tasks.task import LabelMap, Task
 
 
 def check_metric(metric: str, task: Task, source: str) -> None:
-    """Raise InvalidDataset when the metric is not one of the head's task."""
+    """Raise InvalidDataset when the metric is not one of the head's task, or cannot be computed."""
     if metric not in task.metrics:
         raise InvalidDataset(source, f"metric {metric} is not one of {task.name}: {', '.join(task.metrics)}")
+    problem = task.metric_problem(metric)
+    if problem is not None:
+        raise InvalidDataset(source, problem)
 
 
-COLUMNS = ("text_pair", "label", "label_names", "target", "choices")
-"""Settings of columns that only some heads read."""
+COLUMNS = ("text", "text_pair", "label", "target", "choices", "tokens")
+"""Settings of columns, each of which only some heads read."""
 
 
 def column_problems(
@@ -28,21 +31,19 @@ def column_problems(
     Args:
         metric: the metric that is computed; None: rows are measured or aligned on.
     """
-    reads = task.reads(metric)
-    for name in COLUMNS:
-        if name not in reads.columns and getattr(rows, name) is not None:
+    reader = task.reader(metric)
+    names_labels = reader is task.rows and reader.label == "label"
+    read = (*reader.settings, *(["label_names"] if names_labels else ()))
+    for name in (*COLUMNS, "label_names"):
+        if name not in read and getattr(rows, name) is not None:
             who = f"metric {metric}" if metric in task.of_metrics else f"a {task.title}"
             yield name, f"{who} does not read it; leave it out"
-        if name in reads.needed and getattr(rows, name) is None:
-            yield name, f"metric {metric} reads it; name the column"
     for name in Generation.model_fields:
-        if name not in reads.settings and getattr(rows, name, None) is not None:
-            yield (
-                name,
-                f"metric {metric} does not judge what a model writes; leave it out",
-            )
-    if needs_labels and "label" in task.columns and rows.label is None:
-        yield "label", "the estimator reads labels; name their column"
+        if metric not in task.writing_metrics and getattr(rows, name, None) is not None:
+            yield name, f"metric {metric} does not judge what a model writes; leave it out"
+    if needs_labels and reader.label is not None and reader.label_column(rows) is None:
+        who = "the estimator" if metric is None else f"metric {metric}"
+        yield reader.label, f"{who} reads labels; name their column"
 
 
 def check_estimator(name: str, task: Task) -> None:

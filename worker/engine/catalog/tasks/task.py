@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import Architecture
-from worker.engine.catalog.data.rows import ONE_TEXT, TextColumn
-from worker.engine.catalog.families import Family, Head
+from worker.engine.catalog.data.rows import RowReader
+from worker.engine.catalog.families import Family, Head, Kind
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
 from worker.engine.catalog.tasks.names import DIGITS, LONGEST_NAME, NUMBER, SHOWN_NAME, are_bare, labels_in, normal
@@ -23,18 +23,6 @@ TRUTH_NAMES = {False: ("false", "no"), True: ("true", "yes")}
 
 
 @dataclass(frozen=True)
-class Reads:
-    """What is read of a data set."""
-
-    columns: frozenset[str]
-    """Settings of columns that may be named, besides `text`."""
-    needed: frozenset[str] = frozenset()
-    """Those that must be named."""
-    settings: frozenset[str] = frozenset()
-    """Further settings of an evaluation."""
-
-
-@dataclass(frozen=True)
 class Task(ABC):
     """A head's task. Each kind of head is a subclass, in a file of its own."""
 
@@ -42,10 +30,12 @@ class Task(ABC):
     """Name of the task in plans and messages."""
     ending: ClassVar[str | tuple[str, ...]]
     """End of the names of the classes with such a head, or several ends."""
-    columns: ClassVar[frozenset[str]] = frozenset({"text_pair", "label", "label_names"})
-    """Settings of a data set's columns that such a head reads, besides `text`."""
-    of_metrics: ClassVar[Mapping[str, "Reads"]] = {}
-    """What is read for a metric, by its name, where it is not `columns`."""
+    rows: ClassVar[RowReader] = RowReader(optional=("text_pair",))
+    """Reader of the columns that such a head reads."""
+    of_metrics: ClassVar[Mapping[str, RowReader]] = {}
+    """Readers of the rows on which a metric is computed, by its name, where they are not `rows`."""
+    writing_metrics: ClassVar[frozenset[str]] = frozenset()
+    """Names of the metrics that judge what a model writes, for which an evaluation has further settings."""
     estimators: ClassVar[frozenset[str]] = frozenset({"auto", "expected", "sampled", "empirical"})
     """Names of the estimators that can be computed."""
     merges_heads: ClassVar[bool] = False
@@ -54,8 +44,6 @@ class Task(ABC):
     """Names of the metrics by which such a head is evaluated; the first is the default."""
     minimised: ClassVar[frozenset[str]] = frozenset()
     """Names of the metrics of which less is better."""
-    texts: ClassVar[TextColumn] = ONE_TEXT
-    """Reader of a row's text."""
     has_classes: ClassVar[bool] = True
     """Whether labels are ids of classes, which may have names."""
 
@@ -67,9 +55,9 @@ class Task(ABC):
     """Contradiction about names in config.json; if there is one, names do not count, and only ids are certain."""
 
     @classmethod
-    def reads(cls, metric: str | None) -> "Reads":
-        """Return what is read of rows for a metric; None: to measure or to align."""
-        return cls.of_metrics.get(metric or "", Reads(cls.columns))
+    def reader(cls, metric: str | None) -> RowReader:
+        """Return the reader of rows on which a metric is computed; None: of rows to measure or to align on."""
+        return cls.of_metrics.get(metric or "", cls.rows)
 
     @classmethod
     @abstractmethod
@@ -89,10 +77,14 @@ class Task(ABC):
     def head_on(cls, family: Family, found: Architecture) -> Head | None:
         """Return the head of a class that the family's own table does not have; None where it has no table.
 
-        Its modules are those outside the backbone.
+        Its modules are those outside the backbone. Where the class has no pooler, that of a checkpoint is left out.
         """
-        names = [name.rpartition(".")[0] for name in found.all_names if not name.startswith(f"{found.prefix}.")]
-        return Head(found.name, tuple(sorted(set(names))), merges=cls.merges_heads) if names else None
+        prefix = f"{found.prefix}."
+        names = [name.rpartition(".")[0] for name in found.all_names if not name.startswith(prefix)]
+        poolers = (module for module, kind in family.outer_modules.items() if kind is Kind.POOLER)
+        parts = (f"{module}.{part}" for module in poolers for part in ("weight", "bias"))
+        unread = tuple(part for part in parts if prefix + part not in found.all_names)
+        return Head(found.name, tuple(sorted(set(names))), merges=cls.merges_heads, unread=unread) if names else None
 
     @classmethod
     def outputs_in(cls, info: CheckpointInfo, head: Head) -> int:
@@ -106,6 +98,10 @@ class Task(ABC):
     def begins_at_one(self, labels: Sequence[Any]) -> bool:
         """Return whether these labels of rows, if they are ids that were taken as they are, may be one too high."""
         return False
+
+    def metric_problem(self, metric: str) -> str | None:
+        """Return why one of the metrics cannot be computed for this head; None if it can."""
+        return None
 
     @property
     def f1_is_of_one(self) -> bool:
