@@ -81,6 +81,18 @@ def bytes_of_decoders() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **marks)
 
 
+def qwen_byte_level_bpe() -> Any:
+    """Trained on the words, each after a space too; transformers takes no other class for Qwen2."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import Qwen2Tokenizer
+
+    trained = ByteLevelBPETokenizer()
+    texts = [" ".join(WORDS), " ".join(reversed(WORDS))] * 3
+    trained.train_from_iterator(texts, vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False)
+    model = json.loads(trained.to_str())["model"]
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
 def numbered(*tokens: str) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
@@ -119,6 +131,8 @@ class TinyFamily:
     """Whose rows, and biases, belong to heads that several heads share."""
     kv_heads: int = 0
     """How many these are."""
+    normed_together: bool = False
+    """Whether the queries, and the keys, of all heads share a norm, by which those of one act on the others."""
     rounding: float = 0.2
     """What rounding to bfloat16 may change of its scores, in norm: without norms after the sums, so small a model with
     random weights is ill-conditioned."""
@@ -203,7 +217,64 @@ TINY_LLAMA = TinyFamily(
     settings={"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3},
     rounding=0.3,
 )
-DECODERS = {"llama": TINY_LLAMA}
+WINDOW_OF_SECOND_LAYER = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+DECODERS = {
+    "llama": TINY_LLAMA,
+    "mistral": replace(TINY_LLAMA, model_type="mistral", settings={**TINY_LLAMA.settings, "sliding_window": 6}),
+    "qwen2": replace(
+        TINY_LLAMA,
+        model_type="qwen2",
+        tokenizer=qwen_byte_level_bpe,
+        settings={**TINY_LLAMA.settings, **WINDOW_OF_SECOND_LAYER, "pad_token_id": 0},
+    ),
+    "qwen3": replace(
+        TINY_LLAMA,
+        model_type="qwen3",
+        settings={**TINY_LLAMA.settings, **WINDOW_OF_SECOND_LAYER, "head_dim": 6, "attention_bias": True},
+    ),
+    # The first layer has positions, the second has none, and a window.
+    "smollm3": replace(
+        TINY_LLAMA,
+        model_type="smollm3",
+        settings={
+            **TINY_LLAMA.settings,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "olmo2": replace(
+        TINY_LLAMA,
+        model_type="olmo2",
+        heads_in=("self_attn.q_proj", "self_attn.q_norm"),
+        kv_heads_in=("self_attn.k_proj", "self_attn.k_norm", "self_attn.v_proj"),
+        normed_together=True,
+    ),
+    "gemma2": replace(
+        TINY_LLAMA,
+        model_type="gemma2",
+        settings={
+            **TINY_LLAMA.settings,
+            "head_dim": 6,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 6,
+        },
+    ),
+    "gemma3": replace(
+        TINY_LLAMA,
+        model_type="gemma3_text",
+        settings={
+            **TINY_LLAMA.settings,
+            "head_dim": 6,
+            "query_pre_attn_scalar": 9,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+        },
+    ),
+}
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "bert": TINY_BERT,
     "roberta": TINY_ROBERTA,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.tiny import (
     HEADS,
@@ -28,14 +30,15 @@ from tests.tiny import (
 from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.families import Kind
+from worker.engine.catalog.families.table import Norms
 from worker.engine.catalog.methods import AlignedRegMeanParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import PerTensor
-from worker.engine.inputs.examples import tokenize
+from worker.engine.inputs.examples import collate, plan_batches, tokenize
 from worker.engine.jobs.engine import Engine
-from worker.engine.merging.layer_alignment import Expert, align_layers, linear_groups, ridge_step
+from worker.engine.merging.layer_alignment import Expert, _Comparison, align_layers, linear_groups, ridge_step
 from worker.engine.models.loading import LoadedModel, load
 
 LAYERS = 3  # of which the first two are reached in another way than the rest
@@ -45,6 +48,7 @@ WEIGHTS = (1.0, 2.5)
 HOLD = 0.1
 RIDGE = 1e-4
 NORMS = (Kind.ATTENTION_NORM, Kind.FEED_FORWARD_NORM)
+NO_MATRICES = (*NORMS, Kind.QUERY_NORM, Kind.KEY_NORM, Kind.POSITION)
 CPU = torch.device("cpu")
 
 
@@ -293,12 +297,40 @@ def test_a_step_is_the_ridge_regression_of_the_errors() -> None:
 
 def test_every_linear_layer_of_the_blocks_is_refitted_once(case: Case) -> None:
     groups = linear_groups(case.plan)
-    kinds = {k for k in required_family(case.plan).layer_kinds.values() if k not in (*NORMS, Kind.POSITION)}
+    kinds = {k for k in required_family(case.plan).layer_kinds.values() if k not in NO_MATRICES}
     assert [group.layer for group in groups if group.layer is not None] == [i for i in range(LAYERS) for _ in range(4)]
     modules = [module for group in groups for module in group.modules]
     slots = [required_family(case.plan).slot(f"{module}.weight") for module in modules]
     assert len(set(modules)) == len(modules) == LAYERS * len(kinds) + any(s and s.kind is Kind.POOLER for s in slots)
-    assert [bool(group.norm or group.ends_block) for group in groups[:4]] == [False, True, False, True]
+    is_added = required_family(case.plan).norms is not Norms.AFTER_BLOCKS  # as it is, without a norm between
+    assert [bool(group.norm or group.ends_block) for group in groups[:4]] == [False, is_added, False, is_added]
+
+
+def keep_input(seen: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    seen.append(inputs[0])
+
+
+def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
+    """With the mask and the positions of its own kind, for rows longer than any window."""
+    loaded, groups = case.loaded(case.folders[0]), linear_groups(case.plan)
+    expert = case.expert(case.folders[0], case.folders[0].with_suffix(".jsonl"), 1.0)
+    family = required_family(case.plan)
+    blocks = [family.layer_path(layer).removesuffix(".") for layer in range(LAYERS)]
+    comparison = _Comparison(expert, loaded.model, blocks, "float32")
+    batches = list(collate(plan_batches(expert.examples), loaded.padding, CPU))
+    assert max(example.length for example in expert.examples) > 20
+    for layer in range(LAYERS):
+        with torch.inference_mode():
+            comparison.enter(layer)
+            for group in (group for group in groups if group.layer == layer):
+                found = [inputs for inputs, _ in comparison.samples(group)]
+                for batch, x in zip(batches, found, strict=True):
+                    seen: list[Tensor] = []
+                    reader = expert.loaded.model.get_submodule(group.reader)
+                    handle = reader.register_forward_pre_hook(partial(keep_input, seen))
+                    expert.loaded.kind.run(batch.inputs)
+                    handle.remove()
+                    torch.testing.assert_close(x, seen[0][batch.inputs["attention_mask"].bool()], rtol=1e-5, atol=1e-5)
 
 
 def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:
@@ -315,19 +347,25 @@ def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
     """Of a model on an expert's rows, one at a time: the sums as norms read them, in that order, (tokens, width)."""
     model = float64_model(folder)
     seen: dict[nn.Module, list[Tensor]] = {}
+    norms = required_family(case.plan).norms
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.setdefault(module, []).append(inputs[0].flatten(0, -2))
 
     for name, module in model.named_modules():
         slot = required_family(case.plan).slot(f"{name}.weight")
-        if slot is not None and slot.kind in (*NORMS, Kind.FINAL_NORM):
+        is_norm = slot is not None and slot.kind in NORMS and norms is not Norms.AFTER_BLOCKS
+        if (
+            is_norm
+            or (slot is not None and slot.kind is Kind.FINAL_NORM)
+            or (norms is Norms.AFTER_BLOCKS and isinstance(module, GradientCheckpointingLayer))
+        ):
             module.register_forward_pre_hook(before)
     with torch.no_grad():
         for example in case.expert(expert, expert.with_suffix(".jsonl"), 1.0).examples:
             model(**{key: torch.tensor([ids]) for key, ids in example.encoding.items()})
     sums = [torch.cat(sums) for sums in seen.values()]
-    return sums[1:] if required_family(case.plan).norms_first else sums  # the first norm there reads the embeddings
+    return sums if norms is Norms.AFTER_SUMS else sums[1:]  # without the embeddings
 
 
 def residual_errors(case: Case, folder: Path, expert: Path) -> list[float]:
@@ -343,7 +381,8 @@ def test_residual_sums_come_nearer_to_the_experts_in_every_family(case: Case, tm
     by_method = []
     for merged in (plain, aligned):
         errors = [residual_errors(case, folder, expert) for folder, expert in zip(merged, case.folders, strict=True)]
-        assert [len(of_model) for of_model in errors] == [2 * LAYERS] * 2
+        sums = LAYERS * (1 if required_family(case.plan).norms is Norms.AFTER_BLOCKS else 2)
+        assert [len(of_model) for of_model in errors] == [sums] * 2
         by_method.append([sum(s * e for s, e in zip(shares, pair, strict=True)) for pair in zip(*errors, strict=True)])
     for before, after in zip(*by_method, strict=True):
         assert after < before

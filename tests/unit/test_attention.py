@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.models.bert.modeling_bert import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as attention_of_gemma
 
 from worker.engine.models.attention import FUSED_FROM_TOKENS, attention, cpu_attention
 from worker.engine.runtime.device import computing_in, rounded_weights
@@ -53,6 +54,23 @@ def test_keys_and_values_that_heads_share_are_those_of_each(tokens: int) -> None
     keys, values = (torch.stack([of[:, head // 2] for head in range(4)], dim=1) for of in (key, value))
     wanted, _ = attention(nn.Module(), query, keys, values, padding(tokens, torch.float32))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_bounded_scores_are_those_of_transformers(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    ours = query, key, value = inputs(tokens, dtype)
+    exact = queries, keys, values = [part.detach().double().requires_grad_() for part in ours]
+    mask, module = padding(tokens, dtype), nn.Module().eval()
+    setattr(module, "num_key_value_groups", 1)  # noqa: B010  # a module's attributes are tensors to mypy
+    found, _ = attention(module, query, key, value, mask, scaling=0.9, softcap=1.5, sliding_window=3)
+    wanted, _ = attention_of_gemma(module, queries, keys, values, mask.double(), scaling=0.9, softcap=1.5)
+    unbounded, _ = attention(module, query, key, value, mask, scaling=0.9)
+    assert tokens == 1 or not torch.allclose(found, unbounded, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    by_ours, by_exact = (torch.autograd.grad(of.sum(), parts) for of, parts in ((found, ours), (wanted, exact)))
+    for one, other in zip(by_ours, by_exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def bert(kind: str) -> BertForSequenceClassification:

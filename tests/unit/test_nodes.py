@@ -12,7 +12,7 @@ from tests.score_names import named
 from worker.engine.catalog import families
 from worker.engine.catalog.families import FAMILIES, HEADS, KV_HEADS, NEURONS, NODE_KINDS, Family, Kind, ScoreName, Site
 from worker.engine.catalog.families.bert import BERT
-from worker.engine.catalog.families.table import GROUPED_QUERY, MULTI_HEAD
+from worker.engine.catalog.families.table import GROUPED_QUERY, MULTI_HEAD, Norms
 from worker.engine.models.mask_gradients import MaskGradients
 
 CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 6, "hidden_size": 24, "intermediate_size": 20}
@@ -21,7 +21,7 @@ GROUPED = replace(
     layer_modules={**BERT.layer_modules, "gate.dense": Kind.GATE},
     config_names={**BERT.config_names, "kv_heads": "num_key_value_heads", "head_size": "head_dim"},
     ownership=GROUPED_QUERY,
-    norms_first=True,
+    norms=Norms.BEFORE_BLOCKS,
 )
 
 
@@ -91,6 +91,16 @@ def test_sums_of_residuals_are_read_by_the_norm_that_comes_next() -> None:
     after = {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
     assert BERT.residual_norms == after
     assert GROUPED.residual_norms == {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None}
+    assert replace(GROUPED, norms=Norms.AFTER_BLOCKS).residual_norms == {}  # what is added is no layer's output
+
+
+def test_a_size_that_a_configuration_lacks_is_the_library_s() -> None:
+    sizes = {"num_attention_heads": 6, "hidden_size": 24}
+    assert (GROUPED.size(sizes, "kv_heads"), GROUPED.size(sizes, "head_size")) == (6, 4)
+    with_own = replace(GROUPED, absent_sizes={"kv_heads": 2, "head_size": 9})
+    assert (with_own.size(sizes, "kv_heads"), with_own.size(sizes, "head_size")) == (2, 9)
+    told = {**sizes, "num_key_value_heads": None, "head_dim": 8}
+    assert (with_own.size(told, "kv_heads"), with_own.size(told, "head_size")) == (6, 8)
 
 
 def test_the_gradient_of_what_heads_share_is_the_sum_of_theirs() -> None:

@@ -219,10 +219,14 @@ def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device
         yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions)
 
 
-def padding_values(tokenizer: Any) -> dict[str, int]:
-    """Return the value that pads each model input."""
+def padding_values(tokenizer: Any, pad_token: int | None = None) -> dict[str, int]:
+    """Return the value that pads each model input.
+
+    Args:
+        pad_token: the token that the model takes for padding; None: any token will do, and the tokenizer's is taken.
+    """
     return {
-        "input_ids": tokenizer.pad_token_id or 0,
+        "input_ids": (tokenizer.pad_token_id or 0) if pad_token is None else pad_token,
         "token_type_ids": tokenizer.pad_token_type_id,
         "attention_mask": 0,
     }

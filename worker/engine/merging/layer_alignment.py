@@ -7,7 +7,7 @@ to a residual, it also corrects the error of the residual.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -280,6 +280,7 @@ class _Run:
         self._batches = batches
         self._computing = partial(computing_in, precision, device)
         self._hidden: dict[int, Tensor] = {}  # (batch, tokens, width), by number of the batch
+        self._beside: int | None = None  # values that a block gives in a tuple after the hidden states
 
     def enter(self, layer: int) -> None:
         """Go on to the next layer.
@@ -318,6 +319,7 @@ class _Run:
         """Return the output of a block for the held input."""
         with self._computing():
             given = self._block(number, layer)()
+        self._beside = len(given) - 1 if isinstance(given, tuple) else None
         hidden: Tensor = given[0] if isinstance(given, tuple) else given
         return hidden
 
@@ -327,9 +329,11 @@ class _Run:
             return _first_calls(partial(self._model, **self._batches[number].inputs), modules)
 
     def _block(self, number: int, layer: int) -> Callable[[], Any]:
-        """Return a pass of one block. All blocks take the same arguments besides hidden states."""
-        [first] = self._whole(number, self._blocks[:1])
-        return partial(self._blocks[layer], self._hidden[number], *first.args[1:], **first.kwargs)
+        """Return a pass of one block with the arguments that the model gives it, such as the mask of its own window."""
+        skipped = self._blocks[: layer if layer > 1 else 0]
+        with _skipping(skipped, self._beside):
+            [call] = self._whole(number, [self._blocks[layer]])
+        return partial(self._blocks[layer], self._hidden[number], *call.args[1:], **call.kwargs)
 
 
 def _counted(batch: Batch, group: LinearGroup) -> Tensor:
@@ -365,6 +369,22 @@ def _first_calls(run: Callable[[], object], modules: Sequence[nn.Module]) -> lis
         for handle in handles:
             handle.remove()
     return [calls[module] for module in modules]
+
+
+@contextmanager
+def _skipping(blocks: Sequence[nn.Module], beside: int | None) -> Iterator[None]:
+    """Let blocks give back the hidden states that they are given, alone or in a tuple with so many further values."""
+
+    def skip(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden if beside is None else (hidden, *([None] * beside))
+
+    for block in blocks:
+        block.forward = skip
+    try:
+        yield
+    finally:
+        for block in blocks:
+            delattr(block, "forward")
 
 
 def _matrix(model: nn.Module, path: str, transposed: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from worker.engine.runtime.libraries import masking_utils, transformers
 
 CPU_ATTENTION = "maskmerge_cpu"
-SAID_BY_THE_MASK = ("position_ids", "use_cache", "cache_position", "past_key_values")
+SAID_BY_THE_MASK = ("position_ids", "use_cache", "cache_position", "past_key_values", "sliding_window")
 FUSED_FROM_TOKENS = 256  # number of tokens in float32; measured, see docs/speed.md
 
 
@@ -27,15 +27,18 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute `softmax(scaling q k^T + mask) v`, in eval mode, as a function for `transformers.AttentionInterface`.
+
+    With a `softcap` c, it is `softmax(c tanh(scaling q k^T / c) + mask) v` (Gemma Team 2024, arXiv 2408.00118).
 
     Args:
         query, key, value: (batch, heads, tokens, head_dim); key and value may have fewer heads, each of which serves a
             run of the query's heads.
         attention_mask: added to the scores, (batch, 1, tokens, tokens); None where nothing is masked.
-        others: settings of other implementations. The mask already contains a model's settings of positions.
+        others: settings of other implementations. The mask already contains a model's positions and windows.
 
     Returns:
         The result, (batch, tokens, heads, head_dim), and None in place of the probabilities, which nobody reads.
@@ -51,10 +54,12 @@ def attention(
     if key.shape[1] != query.shape[1]:
         sharing = query.shape[1] // key.shape[1]
         key, value = (of.repeat_interleave(sharing, dim=1) for of in (key, value))
-    if query.dtype is not torch.bfloat16 and query.shape[2] >= FUSED_FROM_TOKENS:
+    if query.dtype is not torch.bfloat16 and query.shape[2] >= FUSED_FROM_TOKENS and softcap is None:
         fused = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return fused.transpose(1, 2).contiguous(), None
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if attention_mask is not None:
         scores += attention_mask  # in place, which keeps the format and is safe: a product does not need its result
     return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None

@@ -29,6 +29,7 @@ from worker.engine.models.attention import cpu_attention
 from worker.engine.runtime.libraries import transformers
 from worker.engine.runtime.resources import is_out_of_memory
 from worker.engine.tasks import HeadKind, kind_of
+from worker.engine.tasks.last_token import pad_token_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         tokenizer=tokenizer,
         device=device,
         max_length=min(positions, _length_limit(tokenizer, positions)),
-        padding=padding_values(tokenizer),
+        padding=padding_values(tokenizer, pad_token_of(model)),
     )
 
 

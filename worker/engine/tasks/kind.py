@@ -26,6 +26,7 @@ from worker.engine.inputs.examples import (
     tokenize,
 )
 from worker.engine.runtime.device import Precision, computing_in
+from worker.engine.tasks.last_token import logits_of_last_token, pad_token_of, reads_last_token
 from worker.engine.tasks.metrics import CORRELATIONS, Array, Metric, ResampledMetric
 
 AUTO_EXPECTED_LABELS = 8  # they take K - 1 backward passes; beyond this, one with a drawn label uses time better
@@ -82,6 +83,8 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         """Run the model on padded inputs, (batch, tokens) each, and return its logits, (batch, …)."""
         if self.model is None:
             raise TypeError("this head has no model to run")
+        if reads_last_token(self.model) and pad_token_of(self.model) is None:
+            return logits_of_last_token(self.model, inputs)
         logits: Tensor = self.model(**inputs).logits
         return logits
 

@@ -132,10 +132,7 @@ def _derived_in_one(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[s
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield keys in which both differ and compute something else, with both values; inner keys after a dot."""
     ours, theirs = with_rotary(ours), with_rotary(theirs)
-    harmless = set(HARMLESS)
-    for key, condition in CONDITIONS.items():
-        if condition(ours) and condition(theirs):
-            harmless.add(key)
+    harmless = HARMLESS | {key for key in CONDITIONS if is_idle(key, ours, theirs)}
     for key, mine in ours.items():
         other = theirs.get(key, mine)
         if same(mine, other) or key in harmless or is_of_training(key):
@@ -206,6 +203,12 @@ CONDITIONS = {
 """Keys that are harmless if a condition holds for both configurations."""
 COUNT_FROM_PADDING = frozenset({"data2vec-text", "roberta-prelayernorm", "trocr", "xglm", "xlm-roberta-xl", "xmod"})
 """Model types without a table whose language models count positions from the padding's id."""
+
+
+def is_idle(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Return whether two models compute the same whatever their values of the key, by the rest of their settings."""
+    condition = CONDITIONS.get(key)
+    return condition is not None and condition(ours) and condition(theirs)
 
 
 def is_harmless(key: str) -> bool:

@@ -1,7 +1,7 @@
 """Llama (Touvron et al. 2023, arXiv 2302.13971, and its successors)."""
 
 from worker.engine.catalog.families.head import Head
-from worker.engine.catalog.families.table import GROUPED_QUERY, Family, Kind
+from worker.engine.catalog.families.table import GROUPED_QUERY, Family, Kind, Norms
 
 LLAMA = Family(
     model_type="llama",
@@ -42,6 +42,6 @@ LLAMA = Family(
     supported={},
     ownership=GROUPED_QUERY,
     is_causal=True,
-    norms_first=True,
+    norms=Norms.BEFORE_BLOCKS,
     neuron_vectors=5,
 )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ class Kind(StrEnum):
     VALUE = "value"
     POSITION = "position"  # a head's own view of relative positions
     ATTENTION_OUTPUT = "attention_output"
+    QUERY_NORM = "query_norm"
+    KEY_NORM = "key_norm"
     ATTENTION_NORM = "attention_norm"
     GATE = "gate"  # gives the factors of the neurons in a gated feed-forward layer
     UP = "up"
@@ -62,6 +64,15 @@ GROUPED_QUERY = Ownership(
 )
 """Ownership where groups of heads share a key and a value (Ainslie et al. 2023, arXiv 2305.13245)."""
 
+
+class Norms(StrEnum):
+    """Where a layer's norms are; f is its attention or its feed-forward layer, and x what f's output is added to."""
+
+    AFTER_SUMS = "after_sums"  # norm(x + f(x)), as in BERT
+    BEFORE_BLOCKS = "before_blocks"  # x + f(norm(x)), as in Llama
+    AFTER_BLOCKS = "after_blocks"  # x + norm(f(x)), as in OLMo 2, or x + norm(f(norm(x))), as in Gemma 2
+
+
 LAYER_INPUTS = {
     Kind.QUERY: "attention",
     Kind.KEY: "attention",
@@ -72,6 +83,11 @@ LAYER_INPUTS = {
     Kind.DOWN: "neurons",
 }
 """Names of the inputs of a layer's linear modules, in the order in which they run."""
+RESIDUAL_NORMS: Mapping[Norms, Mapping[Kind, Kind | None]] = {
+    Norms.AFTER_SUMS: {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM},
+    Norms.BEFORE_BLOCKS: {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None},
+    Norms.AFTER_BLOCKS: {},
+}
 OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler"}
 
 NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.GATE)
@@ -194,20 +210,21 @@ class Family:
     unread: tuple[str, ...]
     """Tensors under `prefix` that transformers once saved in such checkpoints and no longer reads; merges omit them."""
     config_names: Mapping[str, str]
-    """Configuration keys of the sizes layers, heads, neurons, hidden and positions."""
+    """Configuration keys of the sizes layers, heads, neurons, hidden and positions; kv_heads and head_size may lack."""
     settings: Mapping[str, Any]
     """Further keys that change what a model computes and do not show in shapes, each with its value if it is missing.
 
     Merged checkpoints must share them. Where that value is a tuple, the setting is a set of words."""
     supported: Mapping[str, Any]
     """Keys for which only one value is available; a missing key has it."""
+    absent_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Values of kv_heads and head_size where the configuration lacks the key; else they follow from other sizes."""
     padding_position: str | None = None
     """Configuration key of padding's position; a row's first token has the next one. None: the first token has 0."""
     ownership: Ownership = MULTI_HEAD
     is_causal: bool = False
     """Whether a token's output depends on no later token, as in a language model."""
-    norms_first: bool = False
-    """Whether a layer's norms come before attention and feed-forward layer, outside the residuals, not after sums."""
+    norms: Norms = Norms.AFTER_SUMS
     hidden_vectors: int = 16
     """Number of vectors of the hidden size that the backward pass keeps in each layer, per token."""
     neuron_vectors: int = 4
@@ -230,11 +247,9 @@ class Family:
     def residual_norms(self) -> Mapping[Kind, Kind | None]:
         """Maps each kind of module whose output is added to a residual to the norm that reads the sum.
 
-        None means that the sum is the layer's output.
+        None means that the sum is the layer's output. An output that is normalised before it is added is not there.
         """
-        if self.norms_first:
-            return {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None}
-        return {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
+        return RESIDUAL_NORMS[self.norms]
 
     def under(self, head: Head, prefix: str | None = None) -> "Family":
         """Return the same backbone with another head; `prefix` is that of its tensors beside that head."""
@@ -247,14 +262,14 @@ class Family:
     def size(self, config: Mapping[str, Any], what: str) -> int:
         """Return a size from the configuration; `what` is a key of `config_names`, `kv_heads` or `head_size`.
 
-        Where the configuration does not say otherwise, each head has its own key and value, and all heads together
-        are as wide as the hidden states.
+        Where the configuration does not say otherwise, and `absent_sizes` neither, each head has its own key and
+        value, and all heads together are as wide as the hidden states.
 
         Raises:
             ValueError: the size is no positive number; the message names the key.
         """
         key = self.config_names.get(what)
-        value = None if key is None else config.get(key)
+        value = None if key is None else config.get(key, self.absent_sizes.get(what))
         if value is None and what == "kv_heads":
             return self.size(config, "heads")
         if value is None and what == "head_size":

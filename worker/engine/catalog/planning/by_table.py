@@ -4,7 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from worker.engine.catalog.checkpoints.config_differences import SETTINGS_ADVICE, check_labels, same, shows_in_no_shape
+from worker.engine.catalog.checkpoints.config_differences import (
+    SETTINGS_ADVICE,
+    check_labels,
+    is_idle,
+    same,
+    shows_in_no_shape,
+)
 from worker.engine.catalog.checkpoints.identity import Identity
 from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import completed
@@ -39,7 +45,7 @@ def table_of(info: CheckpointInfo) -> Family | None:
         raise InvalidCheckpoint(info.source, "is_decoder is not available for this family")
     for key, only in family.supported.items():
         value = family.setting(info.config, key)
-        if value != only:
+        if value != only and (value or only):  # null and false say alike that something is off
             raise InvalidCheckpoint(info.source, f"{key} {value!r} is not available for this family; {only!r} is")
     return family
 
@@ -190,8 +196,9 @@ def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family,
     for key in (*family.config_names.values(), *family.settings):
         if key == "vocab_size" and asked.vocabulary != "error":
             continue
-        ours, theirs = (family.setting(completed(one.config), key) for one in (first, info))  # however spelt
-        if same(ours, theirs):
+        whole = completed(first.config), completed(info.config)  # however spelt
+        ours, theirs = (family.setting(config, key) for config in whole)
+        if same(ours, theirs) or (key in family.settings and is_idle(key, *whole)):
             continue
         is_size = key in (*family.config_names.values(), family.padding_position)
         is_free = not is_size and shows_in_no_shape(key, ours, theirs)

@@ -15,6 +15,8 @@ from worker.engine.merging.methods.combine import by_slices, model_weights, norm
 BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.GATE, Kind.UP)
 BY_LAYER_MEAN = {
     Kind.VALUE: HEADS,
+    Kind.QUERY_NORM: HEADS,
+    Kind.KEY_NORM: HEADS,
     Kind.ATTENTION_OUTPUT: HEADS,
     Kind.ATTENTION_NORM: HEADS,
     Kind.DOWN: NEURONS,

@@ -1,0 +1,35 @@
+"""Heads of decoders that read the last token of a row, as transformers' classes do: the last that is no padding.
+
+transformers finds it by the configuration's `pad_token_id`, and refuses batches without one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HEAD_MODULE = "score"
+"""Name of the linear layer in all classes of transformers that classify rows by their last token."""
+
+
+def pad_token_of(model: Any) -> int | None:
+    """Return the token that the model takes for padding; None if its configuration names none of its vocabulary."""
+    config = model.config.get_text_config()
+    token = config.pad_token_id
+    return token if token is not None and 0 <= token < config.vocab_size else None
+
+
+def reads_last_token(model: nn.Module) -> bool:
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    return classifies and isinstance(getattr(model, HEAD_MODULE, None), nn.Linear)
+
+
+def logits_of_last_token(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Run the model, and return the logits of each row's last token in the attention mask, (batch, labels)."""
+    hidden = model.base_model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].bool()
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (places * mask).argmax(-1)
+    logits: Tensor = getattr(model, HEAD_MODULE)(hidden[torch.arange(len(hidden), device=hidden.device), last])
+    return logits
