@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from worker.engine.catalog.contracts.report import Difference, MetricResult, Version
+from worker.engine.catalog.contracts.report import BestExpert, Difference, MetricResult, Version
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.tasks import MetricName, Task
@@ -27,6 +27,7 @@ def compare(
     labels: Array,
     predictions: Mapping[Version, Array],
     outputs: Sequence[int] | None = None,
+    best_expert: str | None = None,
 ) -> MetricResult:
     """Compute the metric of every version's predictions, and the merge's difference from each other version.
 
@@ -38,6 +39,7 @@ def compare(
         labels: (outputs,), or for a multi-label head (outputs, labels).
         predictions: predictions of all versions, in the same shape.
         outputs: number of outputs of each row; None: each row has one.
+        best_expert: name of the expert whose predictions are those of the version `best_expert`.
 
     Raises:
         NumericalError: a metric is not finite.
@@ -60,6 +62,8 @@ def compare(
         retention=kind.retention(evaluation.metric, values["merged"], values["expert"]),
         interval=interval(resampled["merged"]),
         intervals={version: interval(resampled[version]) for version in predictions},
+        base=values.get("base"),
+        best_expert=None if best_expert is None else BestExpert(name=best_expert, value=values["best_expert"]),
         answer_tokens={version: tokens for version, tokens in lengths.items() if tokens is not None} or None,
         differences={
             version: Difference(

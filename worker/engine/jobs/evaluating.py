@@ -9,10 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.tasks import task_of
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import compare
 from worker.engine.jobs.context import JobContext
@@ -22,6 +24,8 @@ from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import load
 from worker.engine.runtime.progress import Phase
 from worker.engine.tasks.metrics import Array
+
+BASELINES: Mapping[Version, str] = {"base": "the base", "best_expert": "the best single expert"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class Published:
     """Folders by model."""
     average: Mapping[str, Tensor]
     """The plain average of the models that take part."""
+    experts: Sequence[JobModel]
+    base: CheckpointInfo | None
+    """The base, if it can be evaluated beside the experts."""
+
+    @property
+    def baselines(self) -> int:
+        """Number of further models that are evaluated on the rows of each."""
+        return len(self.experts) - 1 + (self.base is not None) if self.plan.merges_heads else 0
 
 
 def evaluate(
@@ -42,13 +54,77 @@ def evaluate(
     if not any(model.rows.evaluation for model in models):
         return None
     with context.timed("evaluate_seconds"):
-        evaluating = context.phase("evaluating", 3 * sum(len(model.rows.evaluation) for model in models), "examples")
-        published = Published(plan, folders, plain_average(plan, [model.takes_part for model in models]))
-        return {
+        average = plain_average(plan, [model.takes_part for model in models])
+        published = Published(plan, folders, average, models, _evaluable_base(plan, context))
+        rows = sum(len(model.rows.evaluation) for model in models)
+        evaluating = context.phase("evaluating", (3 + published.baselines) * rows, "examples")
+        metrics = {
             model.name: _evaluated(model, published, evaluating, context)
             for model in models
             if model.spec.evaluation is not None
         }
+        context.note(*_behind(metrics, models))
+        return metrics
+
+
+def _evaluable_base(plan: MergePlan, context: JobContext) -> CheckpointInfo | None:
+    """Return the base if it predicts as the experts do, which takes the same head and a tokenizer; note why not."""
+    base = plan.base
+    if base is None or not plan.merges_heads:
+        return None
+    if base.architecture == plan.checkpoints[0].architecture and base.vocabulary:
+        return base
+    lacking = f"the head of {plan.checkpoints[0].architecture}" if base.vocabulary else "a tokenizer"
+    context.note(f"the base {base.source} was not evaluated: it lacks {lacking}")
+    return None
+
+
+def _behind(metrics: Mapping[str, MetricResult], models: Sequence[JobModel]) -> list[str]:
+    """Return notes of the rows on which the merge is worse than the base, or than a single expert."""
+    tasks = {model.name: task_of(model.info) for model in models}
+    notes = []
+    for version, title in BASELINES.items():
+        worse = []
+        for name, found in metrics.items():
+            gain = found.differences.get(version)
+            if gain is None:
+                continue
+            sign = -1 if found.metric in tasks[name].minimised else 1
+            if sign * gain.value < 0:
+                may_be_chance = max(sign * end for end in gain.interval) >= 0
+                value = found.value_of(version)
+                chance = ", which may be chance" if may_be_chance else ""
+                whose = f" of {found.best_expert.name}" if version == "best_expert" and found.best_expert else ""
+                worse.append(f"{name} ({found.metric} {found.merged:.4g}, and {value:.4g}{whose}{chance})")
+        if worse:
+            notes.append(f"the merge is worse than {title} on the rows of {', '.join(worse)}")
+    return notes
+
+
+def _of_expert(
+    model: JobModel, other: CheckpointInfo, published: Published, evaluating: Phase, context: JobContext
+) -> Array:
+    """Return the predictions of a model's rows by another model with the same head."""
+    loaded = context.models.get(other)
+    examples, _ = examples_of(
+        published.plan, loaded, model.evaluation, model.rows.evaluation_texts, model.rows.evaluation
+    )
+    return predict(loaded, examples, context.precision, evaluating.advance, model.evaluation)
+
+
+def _best_expert(
+    model: JobModel, own: Array, published: Published, evaluating: Phase, context: JobContext
+) -> tuple[str, Array]:
+    """Return the name of the expert that is best on a model's rows, the first of equal ones, and its predictions."""
+    kind = context.models.get(model.info).kind
+    metric, labels = kind.metric(model.evaluation.metric), kind.truth(model.rows.evaluation)
+    found = {model.name: own}
+    for other in published.experts:
+        if other.name != model.name:
+            found[other.name] = _of_expert(model, other.info, published, evaluating, context)
+    sign = -1 if model.evaluation.metric in kind.task.minimised else 1
+    best = max(found, key=lambda name: sign * metric(labels, found[name]))
+    return best, found[best]
 
 
 def _evaluated(model: JobModel, published: Published, evaluating: Phase, context: JobContext) -> MetricResult:
@@ -84,7 +160,12 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
         head_of(merged).load_state_dict(head_of(loaded).state_dict())
     average_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)
     predictions: dict[Version, Array] = {"expert": expert_predictions, "average": average_predictions}
+    best = None
+    if published.plan.merges_heads:
+        best, predictions["best_expert"] = _best_expert(model, expert_predictions, published, evaluating, context)
+        if published.base is not None:
+            predictions["base"] = _of_expert(model, published.base, published, evaluating, context)
     if kept_head_predictions is not None:
         predictions["merged_kept_head"] = kept_head_predictions
     predictions["merged"] = merged_predictions
-    return compare(evaluation, loaded.task, labels, predictions, counts)
+    return compare(evaluation, loaded.task, labels, predictions, counts, best)

@@ -14,12 +14,11 @@ from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting.words import (
     ABOUT_METRICS,
-    METRIC_COLUMNS,
     SLICE_COLUMNS,
     about_candidates,
     candidate_remarks,
     candidate_table,
-    metric_rows,
+    metric_table,
     number,
     slice_rows,
 )
@@ -66,7 +65,7 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     if result.notes:
         lines += [*(f"- {' '.join(escape(note, quote=False).split())}" for note in result.notes), ""]
     if result.metrics:
-        lines += [*_markdown_table(METRIC_COLUMNS, metric_rows(result)), "", ABOUT_METRICS, ""]
+        lines += [*_markdown_table(*metric_table(result)), "", ABOUT_METRICS, ""]
     if result.candidates:
         lines += [*_markdown_table(*candidate_table(result)), "", about_candidates(result.candidates), ""]
         lines += [escape(" ".join(candidate_remarks(result)), quote=False).replace("*", "\\*"), ""]

@@ -44,7 +44,9 @@ WIDE_RANGE = 50  # ratio of a parameter's largest and least value from which its
 REACH = 0.95  # share of merge weights that a map tells apart; others have its last colours
 OCTAVES = 3.0  # a map of scores goes from 1/8 of the mean to 8 times
 VERSIONS: dict[Version, str] = {
+    "base": "base",
     "expert": "expert",
+    "best_expert": "best expert",
     "average": "plain average",
     "merged_kept_head": "kept head",
     "merged": "merged",
@@ -59,11 +61,11 @@ Grid = Sequence[Sequence[Known]]
 
 
 def versions(metrics: Mapping[str, MetricResult]) -> Markup:
-    """Draw bars for each model's expert, plain average, and merge with the kept and with its own head."""
+    """Draw bars of every version, by model."""
     low = min(0.0, *(m.intervals[version][0] for m in metrics.values() for version in m.intervals))
     cards = []
     for index, (name, m) in enumerate(metrics.items()):
-        values = {version: value for version in VERSIONS if (value := getattr(m, version)) is not None}
+        values = {version: value for version in VERSIONS if (value := m.value_of(version)) is not None}
         rows = [
             Bar(VERSIONS[v], value, f"{value:.3f}", m.intervals.get(v), strong=v == "merged")
             for v, value in values.items()

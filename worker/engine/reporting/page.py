@@ -16,10 +16,9 @@ from worker.engine.reporting.html import Cell, details, element, markup, rendere
 from worker.engine.reporting.style import STYLE
 from worker.engine.reporting.words import (
     ABOUT_METRICS,
-    METRIC_COLUMNS,
     SLICE_COLUMNS,
     listed,
-    metric_rows,
+    metric_table,
     number,
     size,
     slice_rows,
@@ -139,10 +138,9 @@ def _summary(spec: MergeSpec, result: MergeResult) -> str:
 def _retention(result: MergeResult) -> list[Markup]:
     if not result.metrics:
         return []
-    rows = details(
-        "Table of all versions", table(METRIC_COLUMNS, metric_rows(result), "Metrics by model", numeric=range(2, 9))
-    )
-    return [element("p", ABOUT_METRICS, class_="note"), figures.versions(result.metrics), rows]
+    columns, rows = metric_table(result)
+    shown = details("Table of all versions", table(columns, rows, "Metrics by model", numeric=range(2, len(columns))))
+    return [element("p", ABOUT_METRICS, class_="note"), figures.versions(result.metrics), shown]
 
 
 def _notes(result: JobResult) -> Section:

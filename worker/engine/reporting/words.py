@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from worker.engine.catalog.contracts.report import Candidate, MergeResult
+from worker.engine.catalog.contracts.report import Candidate, MergeResult, MetricResult
 from worker.engine.catalog.primitives.slices import Slice
 
 METRIC_COLUMNS = [
@@ -41,7 +41,30 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def metric_rows(result: MergeResult) -> list[list[str]]:
+def metric_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of the metrics' table; baselines and lengths have columns where there are any."""
+    metrics = (result.metrics or {}).values()
+    rows = _metric_rows(result)
+    columns = list(METRIC_COLUMNS)
+    further = {
+        "base": [number(m.base) for m in metrics],
+        "best expert": [f"{m.best_expert.value:.4f} ({m.best_expert.name})" if m.best_expert else "-" for m in metrics],
+        "tokens written": [_lengths(m) for m in metrics],
+    }
+    for column, cells in further.items():
+        if set(cells) - {"-"}:
+            columns.append(column)
+            rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
+    return columns, rows
+
+
+def _lengths(metric: MetricResult) -> str:
+    if metric.answer_tokens is None:
+        return "-"
+    return f"{metric.answer_tokens['merged']:.1f}, expert {metric.answer_tokens['expert']:.1f}"
+
+
+def _metric_rows(result: MergeResult) -> list[list[str]]:
     rows = []
     for name, m in (result.metrics or {}).items():
         gain = m.differences["average"]

@@ -51,13 +51,20 @@ class ModelResult(ModelReport):
     """The model's own values of the method's parameters."""
 
 
-Version = Literal["expert", "average", "merged_kept_head", "merged"]
+Version = Literal["base", "expert", "best_expert", "average", "merged_kept_head", "merged"]
 """The models whose predictions of the same rows are compared."""
 
 
 class Difference(Strict):
     value: float
     interval: tuple[float, float]
+
+
+class BestExpert(Strict):
+    """The single expert that is best on some rows."""
+
+    name: str
+    value: float
 
 
 class MetricResult(Strict):
@@ -79,8 +86,19 @@ class MetricResult(Strict):
     """The same kind of interval for each version; that of `merged` equals `interval`."""
     differences: dict[Version, Difference]
     """`merged` minus each other version, by a paired bootstrap: each resample draws the same rows for both."""
+    base: float | None = None
+    """Metric of the base; null where heads are kept per model, or no base is named that has the same head."""
+    best_expert: BestExpert | None = None
+    """The best on these rows of all experts, this model included; null where heads are kept per model."""
     answer_tokens: dict[Version, float] | None = None
     """Mean number of tokens that each version writes for a row; null where the metric is not of what it writes."""
+
+    def value_of(self, version: Version) -> float | None:
+        """Return the metric of a version, if there is one."""
+        if version == "best_expert":
+            return None if self.best_expert is None else self.best_expert.value
+        value: float | None = getattr(self, version)
+        return value
 
 
 class CandidateMetric(Strict):

@@ -81,8 +81,13 @@ class _Running:
 
     @property
     def models(self) -> list[int]:
-        """Bytes of every model, which is held in float32, whichever dtype it is stored in."""
-        return [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in self.plan.checkpoints]
+        """Bytes of every model, which is held in float32, whichever dtype it is stored in.
+
+        Where heads are merged, the base is evaluated beside the others.
+        """
+        evaluates = self.plan.merges_heads and self.needs.models_beside
+        infos = self.plan.all_checkpoints if evaluates else self.plan.checkpoints
+        return [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in infos]
 
     @property
     def input_widths(self) -> list[int]:
