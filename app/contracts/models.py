@@ -9,7 +9,7 @@ from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, Weight, takes_part
 from worker.engine.catalog.tasks import MetricName
 
-LATER_COLUMNS = ("messages", "question", "context", "answers", "image")
+LATER_COLUMNS = ("messages", "image")
 """Columns that are refused because they are not available yet."""
 
 
@@ -23,9 +23,6 @@ class Dataset(Columns):
     split: Name | None = None
     """Split of a data set on the hub, if it has several."""
     messages: str | None = None
-    question: str | None = None
-    context: str | None = None
-    answers: str | None = None
     image: str | None = None
 
 
@@ -35,8 +32,8 @@ class Evaluation(Dataset, Generation):
     label: Name | None = None
     """Column of the labels; default: `label`, and none where labels are the row's own tokens."""
     metric: MetricName | None = None
-    """Metric to compare; default: accuracy for classification of rows or words, f1 for several labels at once, pearson
-    for regression, perplexity for language models."""
+    """Metric to compare; default: accuracy for classification of rows or words, f1 for several labels at once and for
+    answers to questions, pearson for regression, perplexity for language models."""
 
 
 class MeasuredModelRequest(Strict):

@@ -21,15 +21,35 @@ def of_words(rng: random.Random) -> dict[str, Any]:
     return {"tokens": words, "label": [rng.choice(ENTITIES) for _ in words]}
 
 
-KINDS = {"TokenClassification": of_words}
-LABELS = {"TokenClassification": "label"}
-METRICS = {"TokenClassification": ["accuracy", "entity_f1"]}
+def of_question(rng: random.Random) -> dict[str, Any]:
+    words = rng.choices(WORDS, k=rng.randint(4, 9))
+    first = rng.randrange(len(words))
+    answers = {"text": [words[first]], "answer_start": [len(" ".join([*words[:first], ""]))]}
+    none: dict[str, list[Any]] = {"text": [], "answer_start": []}
+    question = " ".join(rng.choices(WORDS, k=3))
+    return {"question": question, "context": " ".join(words), "answers": answers if rng.random() < 0.8 else none}
+
+
+KINDS = {"TokenClassification": of_words, "QuestionAnswering": of_question}
+LABELS = {"TokenClassification": "label", "QuestionAnswering": "answers"}
+METRICS = {"TokenClassification": ["accuracy", "entity_f1"], "QuestionAnswering": ["f1", "exact_match"]}
+GOOD_QUESTION = {"question": "one", "context": "two three", "answers": {"text": ["three"], "answer_start": [4]}}
 BAD_ROWS: dict[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "an unknown label": ("TokenClassification", {"tokens": ["one"], "label": ["B-LOC"]}, ["line 151", "B-LOC"]),
     "too few labels": (
         "TokenClassification",
         {"tokens": ["a", "b"], "label": ["O"]},
         ["line 151", "2 words", "1 labels"],
+    ),
+    "an answer at another place": (
+        "QuestionAnswering",
+        {**GOOD_QUESTION, "answers": {"text": ["three"], "answer_start": [1]}},
+        ["line 151", "an answer is not at character 1"],
+    ),
+    "a question without room": (
+        "QuestionAnswering",
+        {**GOOD_QUESTION, "question": "one " * 60},
+        ["line 151", "its question has 60 tokens"],
     ),
     "no list": ("TokenClassification", {"tokens": 3, "label": ["O"]}, ["line 151", "column 'tokens'", "list of words"]),
 }
@@ -119,6 +139,14 @@ REFUSED: dict[str, tuple[Recipe, str, list[str]]] = {
     "a metric of other heads": (
         refused("TokenClassification", "evaluation", metric="pearson"), "invalid_dataset",
         ["metric pearson is not one of token_classification"],
+    ),
+    "text of a question": (
+        refused("QuestionAnswering", "dataset", text="text"), "invalid_request",
+        ["models.1.dataset.text", "a question answering does not read it"],
+    ),
+    "an estimator that takes too long": (
+        {**recipe("QuestionAnswering"), "method": {"name": "mask_fisher", "estimator": "expected"}}, "invalid_request",
+        ["method.estimator", "expected cannot be computed for a question answering"],
     ),
     "no such column": (
         refused("TokenClassification", "dataset", tokens="words"), "invalid_dataset", ["no column 'words'"],

@@ -1,6 +1,6 @@
 """What a checkpoint predicts, and which of its labels a row's label is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -393,11 +393,12 @@ def test_names_that_the_config_gives_two_ids_are_refused_and_ids_are_not(
     task = task_of(checkpoint(config, rows=3))
     assert LabelMap(task).value(2, "rows", PLACE) == 2
     name = next(iter(task.label_ids))
-    for refused in (
+    lookups: list[Callable[[], object]] = [
         lambda: LabelMap(task).value(name, "rows", PLACE),
         lambda: label_map(task, "rows", None, ("x", "y", name), "expert"),
         lambda: label_map(task, "rows", [name], None, "expert"),
-    ):
+    ]
+    for refused in lookups:
         with pytest.raises(InvalidDataset) as caught:
             refused()
         missing = [word for word in (*words, "cannot be looked up", "config.json") if word not in caught.value.message]

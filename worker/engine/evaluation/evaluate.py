@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.catalog.contracts.spec import EvaluationSpec
-from worker.engine.inputs.examples import Batch, Example
+from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
-from worker.engine.tasks.kind import OnRows, Running
+from worker.engine.tasks.kind import OnRows, Part, Running
 from worker.engine.tasks.metrics import Array
 
 
@@ -46,33 +46,32 @@ def predict_with(
 ) -> tuple[Array, Array]:
     """Compute predictions as `predict`, with the model's own head and with another in its place, in one pass."""
     own, others = (loaded.kind.unknown(examples) for _ in range(2))
-    for batch, places, features, judged in _forward(loaded, examples, precision):
-        rows = places.numpy()
-        own[rows] = loaded.kind.predicted(judged)
+    for part, features, judged in _forward(loaded, examples, precision):
+        own[part.predictions] = loaded.kind.predicted(judged, part.examples)
         with computing_in(precision, loaded.device):
-            others[rows] = loaded.kind.predicted(other(features).float())
-        on_rows(len(batch))
+            others[part.predictions] = loaded.kind.predicted(other(features).float(), part.examples)
+        on_rows(len(part.batch))
     return own, others
 
 
 def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows) -> Tensor:
     """Compute inputs of the head's linear layer for each output, (outputs, width), float64 on the CPU, row by row."""
     inputs = torch.empty(sum(example.outputs for example in examples), head_of(loaded).in_features, dtype=torch.float64)
-    for batch, places, features, _ in _forward(loaded, examples, precision):
-        inputs[places] = features.cpu().double()
-        on_rows(len(batch))
+    for part, features, _ in _forward(loaded, examples, precision):
+        inputs[part.outputs] = features.cpu().double()
+        on_rows(len(part.batch))
     return inputs
 
 
 def _forward(
     loaded: LoadedModel, examples: Sequence[Example], precision: Precision
-) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-    """Run the model as `HeadKind.batches`, and yield the head's input for each prediction too, (predictions, width)."""
+) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """Run the model as `HeadKind.parts`, and yield the head's input for each output too, (outputs, width)."""
     read: list[Tensor] = []
     handle = head_of(loaded).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
-        for batch, places, judged in loaded.kind.batches(examples, _running(loaded, precision)):
-            yield batch, places, batch.of_outputs(read.pop()), judged
+        for part, judged in loaded.kind.parts(examples, _running(loaded, precision)):
+            yield part, part.batch.of_outputs(read.pop()), judged
     finally:
         handle.remove()
 

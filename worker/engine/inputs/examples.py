@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ class Example:
     """Label of the row; if it has several outputs, a tuple of their labels."""
     positions: tuple[int, ...] | None = None
     """Positions of the tokens whose outputs have labels, ascending; None if the row has one output."""
+    passage: "Passage | None" = None
+    """The text in which the answer to the row's question is; None if it has none."""
 
     @property
     def outputs(self) -> int:
@@ -72,8 +74,38 @@ class Batch:
         return len(self.places)
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A text in which the answer to a question is."""
+
+    text: str
+    spans: tuple[tuple[int, int] | None, ...]
+    """The first character of each of the row's tokens, and the one after its last; None for tokens of other texts."""
+    answers: tuple[str, ...] | None
+    """All answers that are right; empty if there is none, and None if they were not read."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is to be predicted in a row, see the fields of `Example` of the same names."""
+
+    positions: tuple[int, ...] | None
+    label: Label | None
+    passage: Passage | None = None
+
+
+Truncation = Literal["longest_first", "only_second"]
+"""Which of two texts is cut."""
+
+
 class Reading(Protocol):
     """Reads rows for a kind of head."""
+
+    @property
+    def truncation(self) -> Truncation: ...
+
+    def check_room(self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, limit: int) -> None:
+        """Raise InvalidDataset, which names the row, where what is not cut fills the limit of tokens."""
 
     @property
     def tokenizer_arguments(self) -> Mapping[str, Any]:
@@ -82,10 +114,8 @@ class Reading(Protocol):
     def whole(self, row: Row) -> Text:
         """Return the row's text that is cut into tokens."""
 
-    def answers(
-        self, row: Row, encoding: Any, label: Label | None, source: str
-    ) -> tuple[tuple[int, ...] | None, Label | None]:
-        """Return the row's `Example.positions` and `Example.label`.
+    def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
+        """Return what is to be predicted in a row.
 
         Args:
             encoding: the row's tokens as the library `tokenizers` gives them.
@@ -99,15 +129,17 @@ class Reading(Protocol):
 class OneOutput:
     """Reads rows that have one output each."""
 
+    truncation: Truncation = "longest_first"
     tokenizer_arguments: Mapping[str, Any] = {}
+
+    def check_room(self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, limit: int) -> None:
+        pass
 
     def whole(self, row: Row) -> Text:
         return row.text
 
-    def answers(
-        self, row: Row, encoding: Any, label: Label | None, source: str
-    ) -> tuple[tuple[int, ...] | None, Label | None]:
-        return None, label
+    def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
+        return Answers(None, label)
 
 
 ONE_OUTPUT = OneOutput()
@@ -137,12 +169,14 @@ def tokenize(
         InvalidDataset: a row has no tokens, or a label that the head does not have.
     """
     limit = min(max_length, spec.max_length or max_length)
-    special = tokenizer.num_special_tokens_to_add(pair=spec.text_pair is not None)
+    has_pairs = any(row.text_pair is not None for row in rows)
+    special = tokenizer.num_special_tokens_to_add(pair=has_pairs)
     if limit < special:  # tokenizers do not cut at all then
         raise InvalidDataset(spec.source, f"max_length {limit} has no room for the {special} special tokens")
-    pairs = None if spec.text_pair is None else [row.text_pair for row in rows]
+    pairs = [row.text_pair for row in rows] if has_pairs else None
     texts = [_as_listed(reading.whole(row)) for row in rows]
-    cut = {"truncation": True, "max_length": limit}
+    cut = {"truncation": reading.truncation, "max_length": limit}
+    reading.check_room(rows, spec, tokenizer, limit)
     encoded = encode(tokenizer, texts, spec.source, text_pair=pairs, **cut, **reading.tokenizer_arguments)
     names = [name for name in encoded if name in tokenizer.model_input_names]
     overflowing = sum(encoding.overflowing != [] for encoding in encoded.encodings or ())
@@ -153,8 +187,8 @@ def tokenize(
             raise InvalidDataset(spec.source, "no tokens", row.place)
         label = None if labels is None else labels.value(row.label, spec.source, row.place)
         tokens = encoded.encodings[index] if encoded.encodings else None
-        positions, label = reading.answers(row, tokens, label, spec.source)
-        examples.append(Example(first + index, row.place, encoding, label, positions))
+        found = reading.answers(row, tokens, label, spec.source)
+        examples.append(Example(first + index, row.place, encoding, found.label, found.positions, found.passage))
     return Tokenized(examples, overflowing)
 
 

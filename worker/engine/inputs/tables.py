@@ -55,6 +55,8 @@ class TableRows:
         lists = {label, *(name for setting, name in reader.columns(spec).items() if setting in reader.lists)}
         for name in wanted:
             feature = table.features[name]
+            if name == label and reader.label_is_object:
+                continue
             if isinstance(feature, LISTS) and name in lists:
                 feature = feature.feature
             if isinstance(feature, datasets.ClassLabel):

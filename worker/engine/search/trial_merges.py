@@ -53,11 +53,15 @@ class ExpertOutputs:
                 for examples in (self.searched, self.alignment, self.held_out)
             )
         self.targets = None if self.head is None else _outputs(aligning, *self.head)
-        self.held_out_predicted = self.predicted(judged, self.head)
+        self.held_out_predicted = self.held_out_predictions(judged, self.head)
         self._logits = self._of(own, self.head)
 
-    def predicted(self, features: Tensor, head: Head) -> Array:
-        return self.kind.predicted(self._of(features, head))
+    def values_of(self, example: Example) -> int:
+        """Return the number of a row's values that are computed with a merge: inputs of the head, or predictions."""
+        return self.kind.predictions_of(example) if self.head is None else example.outputs
+
+    def held_out_predictions(self, features: Tensor, head: Head) -> Array:
+        return self.kind.predicted(self._of(features, head), self.held_out)
 
     def _of(self, features: Tensor, head: Head) -> Tensor:
         """Compute logits in the precision in which the whole model predicts, so that near ties end alike.
@@ -78,44 +82,53 @@ class ExpertOutputs:
     @cached_property
     def metric_alone(self) -> float:
         """The expert's metric on all search rows."""
-        return self._metric(self._logits)
+        return self._metric(self._logits, self.searched)
 
     @cached_property
     def _smoothed_expert(self) -> float:
-        return self._smoothed(self._logits)
+        return self._smoothed(self._logits, self.searched)
 
-    def kept(self, features: Tensor, head: Head) -> tuple[float, float]:
-        """Compute the retention of the metric on the first search rows, and that of the smoothed metric.
+    def kept(self, features: Tensor, head: Head, rows: int) -> tuple[float, float]:
+        """Compute the retention of the metric on the first `rows` search rows, and that of the smoothed metric.
 
         If the expert's metric on these rows is not positive, its metric on all search rows takes the place; if its
         smoothed metric is not positive on these either, the retention of the metric itself counts.
         """
         logits = self._of(features, head)
         own = self._logits[: len(logits)]
-        retention = self._retention(self._metric(logits), _positive(self._metric(own)) or self.metric_alone)
-        smoothed_expert = _positive(self._smoothed(own)) or _positive(self._smoothed_expert)
-        return retention, self._retention(self._smoothed(logits), smoothed_expert) if smoothed_expert else retention
+        examples = self.searched[:rows]
+        expert = _positive(self._metric(own, examples)) or self.metric_alone
+        retention = self._retention(self._metric(logits, examples), expert)
+        smoothed_expert = _positive(self._smoothed(own, examples)) or _positive(self._smoothed_expert)
+        if not smoothed_expert:
+            return retention, retention
+        return retention, self._retention(self._smoothed(logits, examples), smoothed_expert)
 
     def _retention(self, value: float, expert: float) -> float:
         if self.evaluation.metric in self.kind.task.minimised:
             return expert / max(value, SMALLEST)
         return value / expert
 
-    def _metric(self, logits: Tensor) -> float:
-        return self.kind.metric(self.evaluation.metric)(self.labels[: len(logits)], self.kind.predicted(logits))
+    def _metric(self, logits: Tensor, examples: Sequence[Example]) -> float:
+        metric = self.kind.metric(self.evaluation.metric)
+        return metric(self._labels_of(examples), self.kind.predicted(logits, examples))
 
-    def _smoothed(self, logits: Tensor) -> float:
-        return self.kind.smoothed(self.evaluation.metric, self.labels[: len(logits)], logits)
+    def _smoothed(self, logits: Tensor, examples: Sequence[Example]) -> float:
+        return self.kind.smoothed(self.evaluation.metric, self._labels_of(examples), logits, examples)
+
+    def _labels_of(self, first: Sequence[Example]) -> Array:
+        """Return the labels of the first search rows."""
+        return self.labels[: sum(map(self.kind.predictions_of, first))]
 
 
 class HeadInputs:
     """Inputs of a head on rows with one merge, (outputs, width), computed as far as they are asked for."""
 
     def __init__(
-        self, examples: Sequence[Example], predictions_of: Callable[[Example], int], read: Callable[[slice], Tensor]
+        self, examples: Sequence[Example], values_of: Callable[[Example], int], read: Callable[[slice], Tensor]
     ) -> None:
         self._examples = examples
-        self._predictions_of = predictions_of
+        self._values_of = values_of
         self._read = read
         self._known: list[Tensor] = []
         self._rows = 0
@@ -126,7 +139,7 @@ class HeadInputs:
             self._known = [torch.cat([*self._known, further]) if self._known else further]
             self._rows = rows
         [known] = self._known
-        return known[: sum(map(self._predictions_of, self._examples[:rows]))]
+        return known[: sum(map(self._values_of, self._examples[:rows]))]
 
 
 class TriedMerge:
@@ -138,8 +151,8 @@ class TriedMerge:
         self._experts = backbone.experts
 
         def seen(index: int, rows: Sequence[Example]) -> HeadInputs:
-            predictions_of = backbone.experts[index].kind.predictions_of
-            return HeadInputs(rows, predictions_of, partial(backbone.read, state, index, rows))
+            values_of = backbone.experts[index].values_of
+            return HeadInputs(rows, values_of, partial(backbone.read, state, index, rows))
 
         self._searched = [seen(index, expert.searched) for index, expert in enumerate(backbone.experts)]
         self._alignment = [seen(index, expert.alignment) for index, expert in enumerate(backbone.experts)]
@@ -149,8 +162,9 @@ class TriedMerge:
         """Evaluate on a share of every model's search rows; its head is aligned on the same share of alignment rows."""
         kept: dict[str, tuple[float, float]] = {}
         for index, expert in enumerate(self._experts):
-            features = self._searched[index].first(part(expert.searched, share))
-            kept[expert.name] = expert.kept(features, self._head(index, share, ridge))
+            rows = part(expert.searched, share)
+            features = self._searched[index].first(rows)
+            kept[expert.name] = expert.kept(features, self._head(index, share, ridge), rows)
         return RungOutcome(
             retentions={name: retention for name, (retention, _) in kept.items()},
             smoothed={name: smoothed for name, (_, smoothed) in kept.items()},
@@ -159,7 +173,7 @@ class TriedMerge:
     def judged(self, ridge: float) -> dict[str, Array]:
         """Compute every model's predictions for its held-out rows."""
         return {
-            expert.name: expert.predicted(
+            expert.name: expert.held_out_predictions(
                 self._held_out[index].first(len(expert.held_out)), self._head(index, 1.0, ridge)
             )
             for index, expert in enumerate(self._experts)

@@ -11,7 +11,7 @@ from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row, Text
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import CausalLanguageModel, Label, MetricName
-from worker.engine.inputs.examples import Batch, Example
+from worker.engine.inputs.examples import Answers, Batch, Example
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
@@ -58,9 +58,7 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
     def whole(self, row: Row) -> Text:
         return row.text if row.target is None else f"{row.text}{row.target}"
 
-    def answers(
-        self, row: Row, encoding: Any, label: Label | None, source: str
-    ) -> tuple[tuple[int, ...] | None, Label | None]:
+    def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
         """Return the positions whose next tokens are labels, and those tokens.
 
         Labels are all tokens but the first; where the row has a target, those from the first that has a part of it.
@@ -76,7 +74,7 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
             if row.target is not None:
                 problem = f"its {len(encoding.ids)} tokens end before the target; set a larger max_length"
             raise InvalidDataset(source, problem, row.place)
-        return tuple(range(first - 1, len(encoding.ids) - 1)), tuple(encoding.ids[first:])
+        return Answers(tuple(range(first - 1, len(encoding.ids) - 1)), tuple(encoding.ids[first:]))
 
     def predictions_of(self, example: Example) -> int:
         return 1
@@ -137,7 +135,7 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
         return lambda counts: np.stack([_metric(name, sums.T @ counts) for sums in predictions])
 
-    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
         """Return the metric itself, which likelihoods make smooth already; choices are partly right by margins."""
         if name in CHOICES:
             return float(scaled(logits[:, 1].double()).sigmoid().mean())

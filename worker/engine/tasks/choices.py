@@ -80,7 +80,7 @@ class Ranking(CausalLanguageModelHead):
                     raise InvalidDataset(spec.source, problem, row.place)
                 sequences.append(_sequence(row, context, answer, tokenizer.model_input_names))
             joined = [token for sequence in sequences for token in sequence.encoding["input_ids"]]
-            of_row = (index, row.place, {"input_ids": joined}, row.label, None)
+            of_row = (index, row.place, {"input_ids": joined}, row.label, None, None)
             examples.append(Choices(*of_row, tuple(sequences), tuple(map(len, row.choices)), row.label))
         return Tokenized(examples, truncated=0)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.tasks import Classification, MetricName
-from worker.engine.inputs.examples import Batch
+from worker.engine.inputs.examples import Batch, Example
 from worker.engine.tasks import metrics
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.kind import TINY, Combined, HeadKind, Passes, one_pass
@@ -67,7 +67,7 @@ class ClassificationHead(HeadKind[C], Generic[C]):
         outputs = self.task.outputs
         return metrics.of_classes(name, labels, [metrics.indicator(classes, outputs) for classes in predictions])
 
-    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
         decisive = logits.double()
         is_of_class = scaled(decisive - decisive.mean(1, keepdim=True)).softmax(1).numpy()
         return float(metrics.of_classes(name, labels, [is_of_class.T])(np.ones((len(labels), 1)))[0, 0])

@@ -57,6 +57,18 @@ class Running:
     on_rows: OnRows
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some of the examples, which are computed together, with what belongs to them among that of all examples."""
+
+    batch: Batch
+    examples: Sequence[Example]
+    predictions: Sequence[int]
+    """Places of their predictions."""
+    outputs: Sequence[int]
+    """Places of their outputs."""
+
+
 class HeadKind(OneOutput, ABC, Generic[T]):
     """A kind of head. An example's expected squared gradient is the sum over passes of `weight` times the squared
     derivative of a sum, one backward pass each. Nothing is subtracted, so nearly certain predictions lose no digits.
@@ -131,7 +143,8 @@ class HeadKind(OneOutput, ABC, Generic[T]):
     def decision(self, logits: Tensor) -> Tensor:
         """Compute each prediction from what decides it, in the shape of the labels: (predictions, …) to the same."""
 
-    def predicted(self, logits: Tensor) -> Array:
+    def predicted(self, logits: Tensor, examples: Sequence[Example] = ()) -> Array:
+        """Compute the predictions of rows by what decides them; some kinds need the rows too."""
         return self.decision(logits).cpu().double().numpy()
 
     def predictions(self, examples: Sequence[Example], running: Running) -> Array:
@@ -141,37 +154,35 @@ class HeadKind(OneOutput, ABC, Generic[T]):
             NumericalError: what decides a prediction is NaN or infinite; the message names the row.
         """
         found = self.unknown(examples)
-        for batch, places, judged in self.batches(examples, running):
-            found[places.numpy()] = self.predicted(judged)
-            running.on_rows(len(batch))
+        for part, judged in self.parts(examples, running):
+            found[part.predictions] = self.predicted(judged, part.examples)
+            running.on_rows(len(part.batch))
         return found
 
     def unknown(self, examples: Sequence[Example]) -> Array:
         """Make an array for predictions."""
         return np.full((sum(map(self.predictions_of, examples)), *self.shape), np.nan)
 
-    def batches(self, examples: Sequence[Example], running: Running) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Run the model, and yield batches with the places of their predictions, (predictions,), and what decides them.
+    def parts(self, examples: Sequence[Example], running: Running) -> Iterator[tuple[Part, Tensor]]:
+        """Run the model, and yield what decides the predictions of some examples at a time.
 
-        Places are among the predictions of all examples. A batch's indices are places in `examples`, which may be only
-        some of a data set's.
+        A batch's indices are places in `examples`, which may be only some of a data set's.
         """
         numbered = [replace(example, index=index) for index, example in enumerate(examples)]
-        first = [0, *accumulate(self.predictions_of(example) for example in examples)]
+        first, second = (
+            [0, *accumulate(map(count, examples))] for count in (self.predictions_of, lambda example: example.outputs)
+        )
         with torch.inference_mode():
             for batch in collate(plan_batches(numbered), running.padding, running.device):
                 with computing_in(running.precision, running.device):
                     judged = self.judged(self.run(batch.inputs), batch)
-                rows = [row for row in batch.indices.tolist() for _ in range(first[row], first[row + 1])]
-                is_finite = torch.isfinite(judged).flatten(1).all(1).tolist()
-                if not all(is_finite):
-                    place = examples[rows[is_finite.index(False)]].place
-                    raise NumericalError(
-                        f"{running.source} gives logits that are NaN or infinite on {place} of its rows",
-                        **{place.unit: place.number},
-                    )
-                places = [place for row in batch.indices.tolist() for place in range(first[row], first[row + 1])]
-                yield batch, torch.tensor(places), judged
+                indices = batch.indices.tolist()
+                predictions, outputs = (
+                    [place for row in indices for place in range(of[row], of[row + 1])] for of in (first, second)
+                )
+                part = Part(batch, [examples[row] for row in indices], predictions, outputs)
+                _check_finite(judged, part, running.source)
+                yield part, judged
 
     @abstractmethod
     def metric(self, name: MetricName) -> Metric:
@@ -188,7 +199,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         """Return the metric of every prediction on resampled rows."""
 
     @abstractmethod
-    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
         """Compute the smoothed metric, in which predictions are partly right, see `worker.engine.tasks.smoothing`."""
 
     def retention(self, name: MetricName, value: float, expert: float) -> float | None:
@@ -204,6 +215,19 @@ class HeadKind(OneOutput, ABC, Generic[T]):
     def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
         """Return the classes that the data set's ids probably mean, in the order of these ids; None if they agree."""
         return None
+
+
+def _check_finite(judged: Tensor, part: Part, source: str) -> None:
+    """Raise NumericalError, which names the row, where a value is not finite; each row has as many values."""
+    is_finite = torch.isfinite(judged).flatten(1).all(1).tolist()
+    if all(is_finite):
+        return
+    by_output = len(judged) == len(part.outputs)
+    rows = [example for example in part.examples for _ in range(example.outputs if by_output else 1)]
+    place = rows[is_finite.index(False)].place
+    raise NumericalError(
+        f"{source} gives logits that are NaN or infinite on {place} of its rows", **{place.unit: place.number}
+    )
 
 
 def one_pass(logits: Tensor, coefficients: Tensor) -> Passes:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.tasks import MetricName, MultiLabel
-from worker.engine.inputs.examples import Batch
+from worker.engine.inputs.examples import Batch, Example
 from worker.engine.tasks import metrics
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.kind import Combined, HeadKind, Passes, one_pass
@@ -52,7 +52,7 @@ class MultiLabelHead(HeadKind[MultiLabel]):
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
         return metrics.of_decisions(name, labels, predictions)
 
-    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
         applies = scaled(logits.double()).sigmoid().numpy()
         return float(metrics.of_decisions(name, labels, [applies])(np.ones((len(labels), 1)))[0, 0])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.tasks import MetricName, Regression
-from worker.engine.inputs.examples import Batch
+from worker.engine.inputs.examples import Batch, Example
 from worker.engine.tasks import metrics
 from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
@@ -44,7 +44,7 @@ class RegressionHead(HeadKind[Regression]):
     def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
         return RESAMPLED[name](labels, predictions)
 
-    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
         return self.metric(name)(labels, self.predicted(logits))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import Label, MetricName, TokenClassification
-from worker.engine.inputs.examples import Batch, Example
+from worker.engine.inputs.examples import Answers, Batch, Example
 from worker.engine.tasks.classification import ClassificationHead, drawn, of_label
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.entities import entity_f1, is_any_entity, resampled_entity_f1
@@ -26,9 +26,7 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
 
     tokenizer_arguments: Mapping[str, Any] = {"is_split_into_words": True}
 
-    def answers(
-        self, row: Row, encoding: Any, label: Label | None, source: str
-    ) -> tuple[tuple[int, ...] | None, Label | None]:
+    def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
         if encoding is None:
             raise InvalidDataset(source, "the checkpoint's tokenizer does not say which word a token is of")
         first: dict[int, int] = {}
@@ -39,10 +37,10 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
             raise InvalidDataset(source, "no token is of a word", row.place)
         positions = tuple(first.values())
         if not isinstance(label, tuple):
-            return positions, None
+            return Answers(positions, None)
         if len(label) != len(row.text):
             raise InvalidDataset(source, f"{len(row.text)} words have {len(label)} labels", row.place)
-        return positions, tuple(label[word] for word in first)
+        return Answers(positions, tuple(label[word] for word in first))
 
     def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
         """By default labels are drawn, since the expectation takes several passes for each word."""
@@ -109,7 +107,7 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
             return resampled_entity_f1(self.task, labels, predictions)
         return super().resampled(name, labels[:, 0], predictions)
 
-    def smoothed(self, name: MetricName, labels: Array, logits: Tensor) -> float:
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
         """Compute the smoothed metric; F1 of entities has no smoothed form, and is itself."""
         if name == "entity_f1":
             return self.metric(name)(labels, self.predicted(logits))

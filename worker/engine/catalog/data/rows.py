@@ -122,6 +122,8 @@ class RowReader:
     """Setting of the column of labels, which is read where it is named; None if rows have no labels."""
     lists: frozenset[str] = frozenset()
     """Settings of columns that hold lists, besides that of labels, which may."""
+    label_is_object: bool = False
+    """Whether a label has parts, as answers have a text and a place."""
 
     @property
     def settings(self) -> tuple[str, ...]:

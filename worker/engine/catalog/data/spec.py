@@ -37,6 +37,12 @@ class Columns(Strict):
     """Column of lists of texts that may follow on `text`, of which the row's label, a number or a text, is one."""
     tokens: Name | None = None
     """Column of the list of a row's words, for token classification; default: `tokens`."""
+    question: Name | None = None
+    """Column of the question, for extractive question answering; default: `question`."""
+    context: Name | None = None
+    """Column of the text that the answer is in; default: `context`."""
+    answers: Name | None = None
+    """Column of the answers, each with the place of its first character; default in an evaluation: `answers`."""
     label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
     """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -12,6 +12,7 @@ from worker.engine.catalog.tasks.causal_language_model import CausalLanguageMode
 from worker.engine.catalog.tasks.classification import Classification
 from worker.engine.catalog.tasks.labels import check_estimator, check_metric, column_problems, label_map
 from worker.engine.catalog.tasks.multi_label import MultiLabel
+from worker.engine.catalog.tasks.question_answering import QuestionAnswering
 from worker.engine.catalog.tasks.regression import Regression
 from worker.engine.catalog.tasks.task import Label, LabelMap, Task
 from worker.engine.catalog.tasks.token_classification import TokenClassification
@@ -84,6 +85,7 @@ __all__ = [
     "LabelMap",
     "MetricName",
     "MultiLabel",
+    "QuestionAnswering",
     "Regression",
     "Task",
     "TokenClassification",

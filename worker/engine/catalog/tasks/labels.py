@@ -19,7 +19,7 @@ def check_metric(metric: str, task: Task, source: str) -> None:
         raise InvalidDataset(source, problem)
 
 
-COLUMNS = ("text", "text_pair", "label", "target", "choices", "tokens")
+COLUMNS = ("text", "text_pair", "label", "target", "choices", "tokens", "question", "context", "answers")
 """Settings of columns, each of which only some heads read."""
 
 

@@ -15,8 +15,8 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDa
 from worker.engine.catalog.primitives.strict import did_you_mean
 from worker.engine.catalog.tasks.names import DIGITS, LONGEST_NAME, NUMBER, SHOWN_NAME, are_bare, labels_in, normal
 
-Label = int | float | tuple[float, ...]
-"""A label as the head's task has it: a class id, a number, or several numbers."""
+Label = int | float | tuple[Any, ...]
+"""A label as the head's task has it: a class id, a number, several numbers, or answers with their places."""
 TRUTH = {"false": False, "true": True}
 TRUTH_NAMES = {False: ("false", "no"), True: ("true", "yes")}
 """Names that labels have for truth values."""

@@ -1,0 +1,419 @@
+"""Answers that are spans: scores, metrics and merges of every family against independent computations."""
+
+import collections
+import json
+import random
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+import torch
+from pyarrow.parquet import write_table
+from torch import Tensor
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+from tests.tiny import (
+    HEADS,
+    LAYERS,
+    NEURONS,
+    dataset_spec,
+    insert_masks,
+    merge_spec,
+    model_spec,
+    read_model,
+    silent,
+    tiny_checkpoint,
+    write_lines,
+)
+from tests.tiny_families import TINY_FAMILIES, WORDS, TinyFamily
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.families import NODE_KINDS, ScoreName
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.tasks import LabelMap
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.inputs.tables import read_parquet
+from worker.engine.jobs.engine import Engine
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.scoring.estimators import Estimator, estimator_for
+from worker.engine.scoring.scorer import paper_scores, score
+from worker.engine.tasks import squad
+from worker.engine.tasks.drawing import uniform
+
+ROWS = 20
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of a score in norm, float32 against float64
+LONGEST = 30  # tokens of an answer
+Row = dict[str, Any]
+
+
+def rows_of(seed: int, unanswerable: float = 0.3, count: int = ROWS) -> list[Row]:
+    """Questions about a run of words of their contexts; some have two answers."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = rng.choices(WORDS, k=rng.randint(4, 9))
+        context = " ".join(words)
+        answers: dict[str, list[Any]] = {"text": [], "answer_start": []}
+        if rng.random() >= unanswerable:
+            for _ in range(rng.randint(1, 2)):
+                first = rng.randrange(len(words))
+                answers["text"].append(" ".join(words[first : first + rng.randint(1, 3)]))
+                answers["answer_start"].append(len(" ".join([*words[:first], ""])))
+        rows.append({"question": " ".join(rng.choices(WORDS, k=3)), "context": context, "answers": answers})
+    return rows
+
+
+def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    return write_lines(file, [json.dumps(row) for row in rows])
+
+
+def spec_of(file: Path, **more: Any) -> DatasetSpec:
+    return dataset_spec(file, label=None, **{"answers": "answers", **more})
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two models of one ancestor, `one` and `two`, with rows beside them."""
+
+    tiny: TinyFamily
+    root: Path
+
+    @property
+    def models(self) -> dict[str, Path]:
+        return {name: self.root / name for name in ("one", "two")}
+
+    def rows(self, name: str = "one") -> list[Row]:
+        return [json.loads(line) for line in (self.root / f"{name}.jsonl").read_text().splitlines()]
+
+    def loaded(self, name: str = "one") -> LoadedModel:
+        return load(inspect_checkpoint(self.root / name, name), CPU)
+
+
+def made(root: Path, tiny: TinyFamily) -> Case:
+    for seed, name in enumerate(("one", "two"), start=1):
+        tiny_checkpoint(root / name, family=tiny, seed=seed, task="QuestionAnswering")
+        write(root / f"{name}.jsonl", rows_of(seed))
+        write(root / f"{name}-held-out.jsonl", rows_of(10 + seed))
+        write(root / f"{name}-answered.jsonl", rows_of(20 + seed, unanswerable=0))
+    return Case(tiny, root)
+
+
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return made(tmp_path_factory.mktemp("bert-alone"), TINY_FAMILIES["bert"])
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine()
+
+
+def examples_of(loaded: LoadedModel, spec: DatasetSpec) -> list[Example]:
+    reader = loaded.task.rows
+    rows = read_parquet(spec, reader) if str(spec.path).endswith(".parquet") else RowFile(spec, reader)
+    read = sample(rows, spec, None, shuffle=False)
+    labels = LabelMap(loaded.task)
+    return tokenize(read, spec, loaded.tokenizer, loaded.max_length, labels, reading=loaded.kind).examples
+
+
+# As transformers' run_qa does
+
+
+def outputs_of(model: Any, tokenizer: Any, row: Row) -> tuple[Any, Tensor, Tensor]:
+    """The tokens of a row, with the logits of an answer's first and last."""
+    encoded = tokenizer(row["question"], row["context"], return_offsets_mapping=True)
+    inputs = {n: torch.tensor([encoded[n]]) for n in ("input_ids", "token_type_ids") if n in encoded}
+    if getattr(model.config, "type_vocab_size", 0) < 2 or model.config.model_type in ("distilbert", "llama", "mpnet"):
+        inputs.pop("token_type_ids", None)
+    found = model(**inputs)
+    return encoded, found.start_logits[0], found.end_logits[0]
+
+
+def wanted_tokens(encoded: Any, row: Row) -> tuple[int, int]:
+    """As `prepare_train_features` of transformers' examples; the special token is the first one."""
+    if not row["answers"]["text"]:
+        return 0, 0
+    start = row["answers"]["answer_start"][0]
+    end = start + len(row["answers"]["text"][0])
+    offsets, parts = encoded["offset_mapping"], encoded.sequence_ids()
+    first, last = parts.index(1), len(parts) - 1 - parts[::-1].index(1)
+    if not (offsets[first][0] <= start and offsets[last][1] >= end):
+        return 0, 0
+    while first < len(offsets) and parts[first] == 1 and offsets[first][0] <= start:
+        first += 1
+    while parts[last] == 1 and offsets[last][1] >= end:  # there, nothing stops at a question without a mark after it
+        last -= 1
+    return first - 1, last + 1
+
+
+def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tensor]:
+    """Scores by masks that are there: a row at a time, no padding, float64."""
+    model = AutoModelForQuestionAnswering.from_pretrained(case.models["one"], dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(case.models["one"])
+    blocks = f"{model.base_model_prefix}.{case.tiny.layers.partition('.')[2]}"
+    masks = insert_masks(model, replace(case.tiny, layers=blocks))
+    total = [torch.zeros_like(mask) for mask in masks]
+    rows = case.rows()
+    for index, row in enumerate(rows):
+        encoded, *logits = outputs_of(model, tokenizer, row)
+        labels = wanted_tokens(encoded, row)
+        if estimator.name == "sampled":
+            draws = [uniform(estimator.seed, index, side) for side in (0, 1)]
+            sums = [of.detach().softmax(0).cumsum(0)[:-1] for of in logits]
+            labels = int((sums[0] <= draws[0]).sum()), int((sums[1] <= draws[1]).sum())
+        likelihood = sum((of.log_softmax(0)[label] for of, label in zip(logits, labels, strict=True)), torch.zeros(()))
+        for sum_, gradient in zip(total, torch.autograd.grad(likelihood, masks), strict=True):
+            sum_ += gradient**2 / len(rows)
+    return {
+        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
+        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
+        for layer in range(LAYERS)
+    }
+
+
+def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], within: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, scores in expected.items():
+        assert float(scores.norm()) > 0, name
+        assert float((found[name] - scores).norm() / scores.norm()) <= within, name
+
+
+@pytest.mark.parametrize("name", ["sampled", "empirical"])
+def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None:
+    loaded, estimator = case.loaded(), Estimator(name, seed=5)
+    examples = examples_of(loaded, spec_of(case.root / "one.jsonl"))
+    found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
+    assert_same_in_norm(found, scores_one_by_one(case, estimator), TOLERANCE)
+
+
+def test_scores_do_not_depend_on_batch_order_and_padding(case: Case) -> None:
+    loaded, estimator = case.loaded(), Estimator("sampled", 3)
+    examples = examples_of(loaded, spec_of(case.root / "one.jsonl"))
+    together = score(loaded, examples, estimator, "float32", "rows", silent, [examples]).scores()
+    alone = [[one] for one in reversed(examples)]
+    apart = score(loaded, examples, estimator, "float32", "rows", silent, alone).scores()
+    assert_same_in_norm(together, apart, 1e-5)
+
+
+def test_a_model_merged_with_itself_is_itself(case: Case, engine: Engine, tmp_path: Path) -> None:
+    dataset = spec_of(case.root / "one.jsonl")
+    specs = [model_spec(case.models["one"], None, name=name, dataset=dataset) for name in ("first", "second")]
+    engine.merge(merge_spec(tmp_path / "out", specs), silent)
+    own = read_model(case.models["one"])
+    for name in ("first", "second"):
+        merged = read_model(tmp_path / "out" / "models" / name)
+        assert own.keys() == merged.keys()
+        assert all(torch.equal(tensor, merged[key]) for key, tensor in own.items())
+
+
+# SQuAD's evaluation script, version 2.0, in its own words
+
+
+def normalize_answer(s: str) -> str:
+    def remove_articles(text: str) -> str:
+        return re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", text)
+
+    def remove_punctuation(text: str) -> str:
+        exclude = set(string.punctuation)
+        return "".join(ch for ch in text if ch not in exclude)
+
+    return " ".join(remove_articles(remove_punctuation(s.lower())).split())
+
+
+def compute_f1(a_gold: str, a_pred: str) -> float:
+    gold_toks, pred_toks = normalize_answer(a_gold).split(), normalize_answer(a_pred).split()
+    common = collections.Counter(gold_toks) & collections.Counter(pred_toks)
+    num_same = sum(common.values())
+    if len(gold_toks) == 0 or len(pred_toks) == 0:
+        return float(gold_toks == pred_toks)
+    if num_same == 0:
+        return 0
+    precision, recall = num_same / len(pred_toks), num_same / len(gold_toks)
+    return 2 * precision * recall / (precision + recall)
+
+
+def answer_of(model: Any, tokenizer: Any, row: Row, may_have_none: bool) -> str:
+    """The likeliest span, pair by pair, or none."""
+    with torch.no_grad():
+        encoded, start, end = outputs_of(model, tokenizer, row)
+    offsets, parts = encoded["offset_mapping"], encoded.sequence_ids()
+    pairs = [
+        (float(start[i] + end[j]), row["context"][offsets[i][0] : offsets[j][1]])
+        for i in range(len(parts))
+        for j in range(i, min(i + LONGEST, len(parts)))
+        if parts[i] == parts[j] == 1
+    ]
+    best, text = max(pairs)
+    return "" if may_have_none and float(start[0] + end[0]) > best else text
+
+
+@pytest.mark.parametrize(
+    ("method", "metric", "rows"),
+    [("mask_fisher", "f1", "held-out"), ("aligned_regmean", "f1", "answered"), ("fisher", "exact_match", "answered")],
+)
+def test_siblings_keep_their_heads_and_are_evaluated_as_squad_does(
+    case: Case, engine: Engine, tmp_path: Path, method: str, metric: str, rows: str
+) -> None:
+    specs = []
+    for name, folder in case.models.items():
+        held_out = spec_of(case.root / f"{name}-{rows}.jsonl")
+        evaluation = EvaluationSpec(**held_out.model_dump(), metric=metric)
+        specs.append(model_spec(folder, None, dataset=spec_of(case.root / f"{name}.jsonl"), evaluation=evaluation))
+    spec = merge_spec(tmp_path / "out", specs, {"name": method}, evaluate=True, align_heads=True)
+    result = engine.merge(spec, silent)
+    assert result.metrics is not None
+    assert [model.aligned_examples for model in result.models] == [ROWS, ROWS]
+    for name, folder in case.models.items():
+        wanted = case.rows(f"{name}-{rows}")
+        has_none = any(not row["answers"]["text"] for row in wanted)
+        for version, path in {"expert": folder, "merged": tmp_path / "out" / "models" / name}.items():
+            model = AutoModelForQuestionAnswering.from_pretrained(path).eval()
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            total = 0.0
+            for row in wanted:
+                said, golds = answer_of(model, tokenizer, row, has_none), row["answers"]["text"] or [""]
+                if metric == "f1":
+                    total += max(compute_f1(gold, said) for gold in golds)
+                else:
+                    total += max(float(normalize_answer(gold) == normalize_answer(said)) for gold in golds)
+            assert getattr(result.metrics[name], version) == pytest.approx(total / ROWS, abs=1e-9)
+
+
+def test_auto_searches_on_answers(bert: Case, engine: Engine, tmp_path: Path) -> None:
+    specs = []
+    for name, folder in bert.models.items():
+        evaluation = EvaluationSpec(**spec_of(bert.root / f"{name}-held-out.jsonl").model_dump(), metric="f1")
+        specs.append(model_spec(folder, None, dataset=spec_of(bert.root / f"{name}.jsonl"), evaluation=evaluation))
+    method = {"name": "auto", "candidates": ["average", "mask_fisher"], "trials": 3}
+    spec = merge_spec(tmp_path / "out", specs, evaluate=True)
+    raw = spec.model_dump()
+    raw["method"] = method
+    result = engine.merge(type(spec).model_validate(raw), silent)
+    assert result.metrics is not None
+    assert set(result.metrics) == set(bert.models)
+
+
+def test_the_published_rule_takes_the_models_own_loss(bert: Case) -> None:
+    loaded = bert.loaded()
+    examples = examples_of(loaded, spec_of(bert.root / "one.jsonl"))
+    model = AutoModelForQuestionAnswering.from_pretrained(bert.models["one"], dtype=torch.float64).eval()
+    masks = insert_masks(model, bert.tiny)
+    losses = []
+    for example in examples:
+        first, last = example.labels
+        ids = {name: torch.tensor([values]) for name, values in example.encoding.items()}
+        losses.append(model(**ids, start_positions=torch.tensor([first]), end_positions=torch.tensor([last])).loss)
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), masks)
+    found = paper_scores(loaded, examples, "rows", silent)
+    for kind, of in zip(("heads", "neurons"), gradients, strict=True):
+        for layer in range(LAYERS):
+            exact = of[layer] ** 2
+            torch.testing.assert_close(found[ScoreName(layer, NODE_KINDS[kind])], exact, rtol=1e-3, atol=1e-12)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("kind", ["objects", "parquet", "features"])
+def test_rows_are_the_same_however_they_are_written(bert: Case, tmp_path: Path, kind: str) -> None:
+    rows = bert.rows()
+    file = tmp_path / "rows.parquet"
+    if kind == "objects":
+        split = [
+            [{"text": t, "answer_start": s} for t, s in zip(*row["answers"].values(), strict=True)] for row in rows
+        ]
+        file = write(tmp_path / "rows.jsonl", [{**row, "answers": one} for row, one in zip(rows, split, strict=True)])
+    elif kind == "parquet":
+        half = len(rows) // 2  # two row groups
+        write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=half)
+    else:
+        answers = {
+            "text": datasets.List(datasets.Value("string")),
+            "answer_start": datasets.List(datasets.Value("int32")),
+        }
+        features = datasets.Features(
+            {"question": datasets.Value("string"), "context": datasets.Value("string"), "answers": answers}
+        )
+        datasets.Dataset.from_list(rows, features=features).to_parquet(file)
+    loaded = bert.loaded()
+    found, expected = (examples_of(loaded, spec_of(path)) for path in (file, bert.root / "one.jsonl"))
+    assert [(e.encoding, e.label, e.passage) for e in found] == [(e.encoding, e.label, e.passage) for e in expected]
+
+
+def test_columns_may_have_other_names(bert: Case, tmp_path: Path) -> None:
+    rows = [{"q": row["question"], "c": row["context"], "a": row["answers"]} for row in bert.rows()]
+    spec = spec_of(write(tmp_path / "rows.jsonl", rows), question="q", context="c", answers="a")
+    loaded = bert.loaded()
+    expected = examples_of(loaded, spec_of(bert.root / "one.jsonl"))
+    assert [(e.encoding, e.label) for e in examples_of(loaded, spec)] == [(e.encoding, e.label) for e in expected]
+
+
+def test_only_the_context_is_cut_and_an_answer_that_is_cut_off_counts_as_none(bert: Case, tmp_path: Path) -> None:
+    loaded = bert.loaded()
+    context = " ".join([*["one"] * 60, "ten"])
+    answers = {"text": ["ten"], "answer_start": [len(context) - 3]}
+    file = write(tmp_path / "rows.jsonl", [{"question": "two three", "context": context, "answers": answers}])
+    [example] = examples_of(loaded, spec_of(file))
+    assert example.length == loaded.max_length
+    assert example.encoding["input_ids"][1:3] == loaded.tokenizer.convert_tokens_to_ids(["two", "three"])
+    assert example.labels == (0, 0)
+    assert example.passage is not None
+    assert example.passage.answers == ("ten",)
+
+
+GOOD = {"question": "one", "context": "two three", "answers": {"text": ["three"], "answer_start": [4]}}
+REFUSED: dict[str, tuple[Row, list[str]]] = {
+    "no question": ({**GOOD, "question": None}, ["column 'question' is not text"]),
+    "no context": ({"question": "one", "answers": GOOD["answers"]}, ["no column 'context'"]),
+    "an empty context": ({**GOOD, "context": "", "answers": {"text": [], "answer_start": []}}, ["is of the context"]),
+    "no answers": ({**GOOD, "answers": None}, ["the answers are NoneType"]),
+    "a text as answers": ({**GOOD, "answers": "three"}, ["the answers are str"]),
+    "lists of other lengths": ({**GOOD, "answers": {"text": ["three"], "answer_start": []}}, ["of the same length"]),
+    "no places": ({**GOOD, "answers": {"text": ["three"]}}, ["of the same length"]),
+    "a place that is text": ({**GOOD, "answers": {"text": ["three"], "answer_start": ["4"]}}, ["an answer is no text"]),
+    "a place before the first": (
+        {**GOOD, "answers": {"text": ["three"], "answer_start": [-1]}}, ["an answer is no text"],
+    ),
+    "another place": (
+        {**GOOD, "answers": {"text": ["three"], "answer_start": [3]}}, ["an answer is not at character 3"],
+    ),
+    "a long question": ({**GOOD, "question": " ".join(WORDS)}, ["its question has 95 tokens", "no room"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_rows_that_are_none_are_refused_by_line(bert: Case, tmp_path: Path, fault: str) -> None:
+    row, words = REFUSED[fault]
+    loaded, spec = bert.loaded(), spec_of(write(tmp_path / "rows.jsonl", [GOOD, row]))
+    with pytest.raises(InvalidDataset) as caught:
+        examples_of(loaded, spec)
+    assert all(word in caught.value.message for word in ["line 2", *words]), caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("said", "golds"),
+    [("The cat!", ["cat"]), ("a cat", ["dog", "the black cat"]), ("", []), ("cat", []), ("the", ["a"]), ("", ["cat"])],
+)
+def test_answers_are_compared_as_squad_does(said: str, golds: list[str]) -> None:
+    wanted = golds or [""]
+    assert squad.f1(said, golds) == pytest.approx(max(compute_f1(gold, said) for gold in wanted))
+    exact = max(normalize_answer(gold) == normalize_answer(said) for gold in wanted)
+    assert squad.exact_match(said, golds) == exact
+
+
+def test_the_default_draws_labels(bert: Case) -> None:
+    assert estimator_for("auto", bert.loaded().task, 0) == Estimator("sampled", 0)

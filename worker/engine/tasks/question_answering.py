@@ -1,0 +1,181 @@
+"""Answers to questions are spans of a context: the likelihood is that of the span's first token times that of its last.
+
+Both are softmaxes over the row's tokens. That there is no answer is the span of the first token alone, as in
+transformers. So is an answer that truncation cut off.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.catalog.data.rows import Row
+from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.tasks import Label, MetricName, QuestionAnswering
+from worker.engine.inputs.examples import Answers, Batch, Example, Passage, Truncation, encode
+from worker.engine.tasks import squad
+from worker.engine.tasks.classification import drawn
+from worker.engine.tasks.drawing import uniform
+from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator, one_pass
+from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+
+LONGEST_ANSWER = 30  # tokens, as in SQuAD's and transformers' scripts
+
+
+class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
+    """Every token of a row has two outputs, as the first token of an answer and as its last.
+
+    The prediction of a row is what its metrics need: exact match and F1 of the likeliest span, and by how much the
+    logits of no answer exceed those of this span.
+    """
+
+    truncation: Truncation = "only_second"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3,)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the model, and return its logits, (batch, tokens, 2)."""
+        if self.model is None:
+            raise TypeError("this head has no model to run")
+        found = self.model(**inputs)
+        return torch.stack([found.start_logits, found.end_logits], dim=-1)
+
+    def check_room(self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, limit: int) -> None:
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        questions = encode(tokenizer, [row.text for row in rows], spec.source, add_special_tokens=False)["input_ids"]
+        for row, tokens in zip(rows, questions, strict=True):
+            if len(tokens) + special >= limit:
+                problem = f"its question has {len(tokens)} tokens, so that {limit} have no room for its context"
+                raise InvalidDataset(spec.source, problem, row.place)
+
+    def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
+        if encoding is None:
+            raise InvalidDataset(source, "the checkpoint's tokenizer does not say which text a token is of")
+        context = str(row.text_pair)
+        parts = zip(encoding.sequence_ids, encoding.offsets, strict=True)
+        spans = tuple((start, end) if part == 1 and end > start else None for part, (start, end) in parts)
+        if not any(spans):
+            problem = f"none of its {len(spans)} tokens is of the context"
+            raise InvalidDataset(source, problem, row.place)
+        texts: tuple[str, ...] = ()
+        found: tuple[int, int] | None = None
+        if isinstance(label, tuple):
+            for text, start in label:
+                if context[start : start + len(text)] != text:
+                    raise InvalidDataset(source, f"an answer is not at character {start} of its context", row.place)
+            texts = tuple(text for text, _ in label)
+            found = _tokens_of(spans, *label[0]) if label else (0, 0)
+        passage = Passage(context, spans, None if label is None else texts)
+        return Answers(tuple(range(len(spans))), found, passage)
+
+    def predictions_of(self, example: Example) -> int:
+        return 1
+
+    def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
+        """Return the estimator; labels are drawn by default, since the expectation takes two passes for each token."""
+        if asked == "expected":
+            raise ValueError("the expectation over all spans takes too long")
+        return "sampled" if asked == "auto" else asked
+
+    def loss_per_likelihood(self, batch: Batch) -> float:
+        """The loss is the mean of that of the first token and that of the last."""
+        return 0.5
+
+    def expected(self, logits: Tensor, batch: Batch) -> Passes:
+        raise ValueError("the expectation over all spans takes too long")
+
+    def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
+        tokens = batch.required_positions
+        last = tokens.sum(1) - 1
+        labels = []
+        for end in (0, 1):
+            draws = [uniform(seed, int(index), end) for index in batch.indices]
+            found = drawn(_of_row(logits[..., end], tokens), torch.tensor(draws, dtype=torch.float64))
+            labels.append(torch.minimum(found, last))
+        return self._one_pass(logits, batch, torch.stack(labels, dim=1))
+
+    def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
+        return self._one_pass(logits, batch, labels.view(len(batch), 2))
+
+    def _one_pass(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
+        """Differentiate the likelihood of first and last tokens, (batch, 2)."""
+        probabilities = _of_row(logits, batch.required_positions[..., None]).detach().double().softmax(1)
+        own = torch.zeros_like(probabilities).scatter_(1, labels[:, None], 1.0)
+        return one_pass(logits, own - probabilities)
+
+    def decision(self, logits: Tensor) -> Tensor:
+        raise TypeError("answers are decided by their rows, see `predicted`")
+
+    def predicted(self, logits: Tensor, examples: Sequence[Example] = ()) -> Array:
+        """Return what the metrics need of each row, (rows, 3); see the class."""
+        parts = torch.split(logits.cpu().double(), [example.outputs for example in examples])
+        return np.array([_judged(part.numpy(), example) for part, example in zip(parts, examples, strict=True)])
+
+    def truth(self, examples: Sequence[Example]) -> Array:
+        """Return 1 for each row whose question has no answer, else 0."""
+        return np.array([float(not _passage(example).answers) for example in examples])
+
+    def metric(self, name: MetricName) -> Metric:
+        """Return the mean over rows. Only where a row has no answer can a model say that there is none."""
+        return lambda labels, predictions: float(_values(name, labels, predictions).mean())
+
+    def resampled(self, name: MetricName, labels: Array, predictions: Sequence[Array]) -> ResampledMetric:
+        values = np.stack([_values(name, labels, one) for one in predictions])
+        return lambda counts: np.asarray(values @ counts / counts.sum(0))
+
+    def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
+        """Return the metric itself, which has no smoothed form."""
+        return self.metric(name)(labels, self.predicted(logits, examples))
+
+
+KIND = QuestionAnsweringHead
+
+
+def _of_row(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Replace the logits of padding, so that they have no share in a softmax."""
+    return logits.masked_fill(~tokens, -torch.inf)
+
+
+def _tokens_of(spans: Sequence[tuple[int, int] | None], text: str, start: int) -> tuple[int, int]:
+    """Return the first and the last token of an answer; (0, 0) if its tokens are not all there."""
+    places = [place for place, span in enumerate(spans) if span is not None]
+    first = [place for place in places if (spans[place] or (0, 0))[0] <= start]
+    last = [place for place in places if (spans[place] or (0, 0))[1] >= start + len(text)]
+    return (first[-1], last[0]) if first and last and first[-1] <= last[0] else (0, 0)
+
+
+def _passage(example: Example) -> Passage:
+    if example.passage is None:
+        raise TypeError("the row was read for another kind of head")
+    return example.passage
+
+
+def _judged(logits: Array, example: Example) -> tuple[float, float, float]:
+    """Judge the likeliest span of the context with up to `LONGEST_ANSWER` tokens, by logits, (tokens, 2)."""
+    passage = _passage(example)
+    if passage.answers is None:
+        raise TypeError("the row was read without its answers")
+    is_context = np.array([span is not None for span in passage.spans])
+    start, end = (np.where(is_context, logits[:, side], -np.inf) for side in (0, 1))
+    best, place = -np.inf, (0, 0)
+    for more in range(min(LONGEST_ANSWER, len(start))):
+        sums = start[: len(start) - more] + end[more:]
+        first = int(sums.argmax())
+        if sums[first] > best:
+            best, place = float(sums[first]), (first, first + more)
+    (begins, _), (_, ends) = (passage.spans[token] or (0, 0) for token in place)
+    answer = passage.text[begins:ends]
+    margin = float(logits[0].sum()) - best
+    return squad.exact_match(answer, passage.answers), squad.f1(answer, passage.answers), margin
+
+
+def _values(name: MetricName, labels: Array, predictions: Array) -> Array:
+    """Return the metric of each row."""
+    of_span = predictions[:, 0 if name == "exact_match" else 1]
+    says_none = labels.any() & (predictions[:, 2] > 0)
+    return np.asarray(np.where(says_none, labels, of_span))
