@@ -62,7 +62,6 @@ REFUSED: list[tuple[TinyModel, dict[str, Any]]] = [
     (LLAMA, {"sub_configs": {}}),
     (GPT2, {"num_attention_heads": 2}),
     (LLAMA, {"initializer_range": -1.0}),
-    (LLAMA, {"problem_type": "guess"}),
 ]
 CONTRADICTED: list[tuple[TinyModel, dict[str, Any], str]] = [
     (LLAMA, {"mlp_bias": True}, "no tensor model.layers.0.mlp.down_proj.bias"),
@@ -150,6 +149,7 @@ def test_a_model_type_that_is_no_text_is_refused_in_headers(
         (GPT2, {"pad_token_id": 128}),
         (LLAMA, {"dtype": "auto"}),
         (LLAMA, {"id2label": None}),
+        (LLAMA, {"problem_type": "other"}),
         (LLAMA, {"id2label": {"0": 0, "1": 1}}),
         (LLAMA, {"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 3}),
         (LLAMA, {"num_labels": 5}),

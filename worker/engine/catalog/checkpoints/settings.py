@@ -35,7 +35,6 @@ FUNCTIONS = ("act", "activation", "activation_function")
 """Ends of keys that name a function."""
 DROPOUT = re.compile(r"(.*_)?(dropout(_prob|_p|_rate)?|pdrop)")
 """Keys of the share of values that training drops; torch makes no module of one beyond 0 to 1."""
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 POSITIONS = (
     "max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
     "max_sequence_length", "max_source_positions", "max_target_positions",
@@ -216,10 +215,7 @@ def _problems_of_labels(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"id2label {_short(names)}, which names a label twice")
         if "num_labels" in config and count != len(names):  # transformers would then take neither's names
             problems.append(f"num_labels {_short(count)}, and {len(names)} names in id2label; remove what is wrong")
-    kind_of_labels = config.get("problem_type")
-    if kind_of_labels is not None and kind_of_labels not in PROBLEM_TYPES:
-        problems.append(f"problem_type {_short(kind_of_labels)}, which is none of {', '.join(PROBLEM_TYPES)}")
-    elif kind_of_labels == "single_label_classification" and (len(names or ()) or count) == 1:
+    if config.get("problem_type") == "single_label_classification" and (len(names or ()) or count) == 1:
         problems.append("problem_type single_label_classification, and one label; write regression")
     return problems
 
