@@ -9,7 +9,7 @@ from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, Weight, takes_part
 from worker.engine.catalog.tasks import MetricName
 
-LATER_COLUMNS = ("messages", "image")
+LATER_COLUMNS = ("image",)
 """Columns that are refused because they are not available yet."""
 
 
@@ -22,7 +22,6 @@ class Dataset(Columns):
     """Configuration of a data set on the hub, if it has several."""
     split: Name | None = None
     """Split of a data set on the hub, if it has several."""
-    messages: str | None = None
     image: str | None = None
 
 

@@ -14,6 +14,7 @@ from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import BATCH_TOKENS
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place, is_of_library
 from worker.engine.catalog.tasks import Label, LabelMap
+from worker.engine.inputs.chats import as_text
 from worker.engine.runtime.resources import is_out_of_memory
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
@@ -173,11 +174,15 @@ def tokenize(
     special = tokenizer.num_special_tokens_to_add(pair=has_pairs)
     if limit < special:  # tokenizers do not cut at all then
         raise InvalidDataset(spec.source, f"max_length {limit} has no room for the {special} special tokens")
+    arguments = dict(reading.tokenizer_arguments)
+    if spec.messages is not None:
+        rows = [as_text(row, tokenizer, spec) for row in rows]
+        arguments["add_special_tokens"] = False  # the template writes them
     pairs = [row.text_pair for row in rows] if has_pairs else None
     texts = [_as_listed(reading.whole(row)) for row in rows]
     cut = {"truncation": reading.truncation, "max_length": limit}
     reading.check_room(rows, spec, tokenizer, limit)
-    encoded = encode(tokenizer, texts, spec.source, text_pair=pairs, **cut, **reading.tokenizer_arguments)
+    encoded = encode(tokenizer, texts, spec.source, text_pair=pairs, **cut, **arguments)
     names = [name for name in encoded if name in tokenizer.model_input_names]
     overflowing = sum(encoding.overflowing != [] for encoding in encoded.encodings or ())
     examples = []
@@ -187,6 +192,9 @@ def tokenize(
             raise InvalidDataset(spec.source, "no tokens", row.place)
         label = None if labels is None else labels.value(row.label, spec.source, row.place)
         tokens = encoded.encodings[index] if encoded.encodings else None
+        if tokens is not None and tokens.overflowing and (row.target is not None or row.predicted is not None):
+            problem = f"it is longer than the {limit} tokens that are allowed, and what is to be predicted would be cut"
+            raise InvalidDataset(spec.source, f"{problem}; set a larger max_length, or leave it out", row.place)
         found = reading.answers(row, tokens, label, spec.source)
         examples.append(Example(first + index, row.place, encoding, found.label, found.positions, found.passage))
     return Tokenized(examples, overflowing)

@@ -59,6 +59,8 @@ class TableRows:
                 continue
             if isinstance(feature, LISTS) and name in lists:
                 feature = feature.feature
+                if isinstance(feature, dict) and all(isinstance(part, datasets.Value) for part in feature.values()):
+                    continue  # messages, whose parts are checked row by row
             if isinstance(feature, datasets.ClassLabel):
                 if name == label:
                     self.label_names = tuple(feature.names)
@@ -170,12 +172,13 @@ def rows_of_parquet(
     with _reading(spec):
         described = [pyarrow.parquet.ParquetFile(part.file) for part in parts]
         columns = _wanted(reader.columns(spec), spec, described[0].schema_arrow.names)
+        plain = [name for name in columns if name != spec.messages]  # texts within structures are read one by one
         wanted = [(one.metadata, list(part.groups(one.metadata))) for part, one in zip(parts, described, strict=True)]
         _check_size(wanted, columns, spec)
         tables = []
         for part, one, (_, groups) in zip(parts, described, wanted, strict=True):
             one.close()
-            with pyarrow.parquet.ParquetFile(part.file, read_dictionary=_texts(one.schema, columns)) as file:
+            with pyarrow.parquet.ParquetFile(part.file, read_dictionary=_texts(one.schema, plain)) as file:
                 # Each group is read by itself, because lists of texts in several groups cannot be read at once.
                 tables += [file.read_row_group(index, columns).slice(first, count) for index, first, count in groups]
                 tables += [] if groups else [file.schema_arrow.empty_table().select(columns)]

@@ -14,6 +14,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDa
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.tasks import LabelMap, column_problems, label_map
 from worker.engine.checkpoints.layout import check_layout
+from worker.engine.inputs.chats import template_notes
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.inputs.fetching import Inputs
 from worker.engine.jobs.context import JobContext
@@ -64,6 +65,7 @@ def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: J
     """Add the rows on which the result is judged and those on which `auto` searches; return their texts too."""
     evaluation, loaded = model.evaluation, context.models.get(model.info)
     _check_columns(evaluation, loaded, needs_labels=True, metric=evaluation.metric)
+    context.note(*template_notes(loaded.tokenizer, evaluation, model.spec.source))
     rows = inputs.rows(evaluation, loaded.task.reader(evaluation.metric))
     labels = _label_map(loaded, evaluation, rows, context)
     read = sample(rows, evaluation, None)
@@ -88,6 +90,7 @@ def with_dataset(
     method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
     measured, aligned_on = spec.rows_wanted(model.spec)
     _check_columns(dataset, loaded, needs_labels=bool(measured) and method.needs_labels)
+    context.note(*template_notes(loaded.tokenizer, dataset, model.spec.source))
     rows = inputs.rows(dataset, loaded.task.rows)
     needed = _label_map(loaded, dataset, rows, context) if measured and method.needs_labels else None
     fitted_on = max(aligned_on, measured if method.refits_layers else 0)

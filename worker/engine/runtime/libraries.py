@@ -22,6 +22,7 @@ IMPORTED = (
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
+    "transformers.utils.chat_template_utils",
 )
 _importing = Lock()
 
@@ -57,6 +58,7 @@ core_model_loading = Library("transformers.core_model_loading")
 masking_utils = Library("transformers.masking_utils")
 modeling_rope_utils = Library("transformers.modeling_rope_utils")
 tokenization_auto = Library("transformers.models.auto.tokenization_auto")
+chat_template_utils = Library("transformers.utils.chat_template_utils")
 optuna = Library("optuna")
 optimize = Library("scipy.optimize")
 sparse = Library("scipy.sparse")

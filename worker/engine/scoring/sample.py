@@ -15,6 +15,7 @@ from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.tasks import LabelMap
 from worker.engine.checkpoints.reader import digest_tokenizer
+from worker.engine.inputs.chats import template_version
 from worker.engine.inputs.examples import BLOCK_ROWS, Example, tokenize
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.threads import pool
@@ -50,7 +51,10 @@ class Sample:
             tokenizer=digest_tokenizer(loaded.info),
             inputs=loaded.tokenizer.model_input_names,
             max_length=min(loaded.max_length, spec.max_length or loaded.max_length),
-            versions={name: version(name) for name in ("tokenizers", "transformers")},
+            versions={
+                **{name: version(name) for name in ("tokenizers", "transformers")},
+                **(template_version(loaded.tokenizer, spec) if spec.messages is not None else {}),
+            },
         )
         self._digests = {with_labels: self._digested(with_labels) for with_labels in (False, True)}
 

@@ -61,10 +61,18 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
     def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
         """Return the positions whose next tokens are labels, and those tokens.
 
-        Labels are all tokens but the first; where the row has a target, those from the first that has a part of it.
+        Labels are all tokens but the first; where the row has a target, those from the first that has a part of it, and
+        in conversations those that have a part of what the assistant says.
         """
         if encoding is None:
             raise InvalidDataset(source, "the checkpoint's tokenizer does not say which text a token is of")
+        if row.predicted is not None:
+            spans, tokens = row.predicted, encoding.offsets
+            is_said = [any(start < last and end > first for first, last in spans) for start, end in tokens]
+            places = [place for place in range(1, len(is_said)) if is_said[place]]
+            if not places:
+                raise InvalidDataset(source, "the chat template leaves no token that the assistant says", row.place)
+            return Answers(tuple(place - 1 for place in places), tuple(encoding.ids[place] for place in places))
         first = 1
         if row.target is not None:
             ends = (end for _, end in encoding.offsets)

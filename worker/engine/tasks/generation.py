@@ -14,6 +14,7 @@ from worker.engine.catalog.data.spec import NEW_TOKENS, DatasetSpec
 from worker.engine.catalog.primitives.answers import answer_in, answer_pattern
 from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
 from worker.engine.catalog.tasks import CausalLanguageModel, LabelMap
+from worker.engine.inputs.chats import as_prompt
 from worker.engine.inputs.examples import BLOCK_ROWS, Example, Tokenized, encode
 from worker.engine.runtime.device import computing_in
 from worker.engine.runtime.libraries import transformers
@@ -55,7 +56,10 @@ class Writing(CausalLanguageModelHead):
             InvalidDataset: a row has no token, or leaves no room for `max_new_tokens` within the limit.
         """
         limit = min(max_length, spec.max_length or max_length)
-        found = encode(tokenizer, [row.text for row in rows], spec.source)
+        with_marks = spec.messages is None  # a chat template writes them
+        if spec.messages is not None:
+            rows = [as_prompt(row, tokenizer, spec) for row in rows]
+        found = encode(tokenizer, [row.text for row in rows], spec.source, add_special_tokens=with_marks)
         names = [name for name in found if name in tokenizer.model_input_names]
         examples: list[Example] = []
         for index, row in enumerate(rows):

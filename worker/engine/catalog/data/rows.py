@@ -8,7 +8,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -33,6 +33,8 @@ FORMATS: Mapping[str, Callable[[str], Format]] = {
 }
 
 
+ASSISTANT = "assistant"
+"""Role of the messages that a model answers with."""
 Text = str | tuple[str, ...]
 """A text, or a tuple of texts, such as the words of one."""
 
@@ -48,11 +50,16 @@ class Row:
     target: Text | None = None
     choices: tuple[str, ...] | None = None
     """Texts of which one follows on `text`; `label` is then the place of the right one."""
+    messages: tuple[tuple[str, str], ...] | None = None
+    """Role and content of each message of a conversation, which is read instead of `text`."""
+    predicted: tuple[tuple[int, int], ...] | None = None
+    """Beginnings and ends, in characters, of what is predicted in `text`; None: that follows from `target`."""
 
     @property
     def content(self) -> tuple[Text | None, ...]:
         """The texts that a model reads of the row: rows of equal content are the same row."""
-        further = (text for text in (self.target, self.choices) if text is not None)
+        said = None if self.messages is None else tuple(part for message in self.messages for part in message)
+        further = (text for text in (self.target, self.choices, said) if text is not None)
         return (self.text, self.text_pair, *further)
 
     @property
@@ -189,6 +196,41 @@ def _right_choice(cells: Cells, choices: Sequence[str]) -> int:
     if not 0 <= label < len(choices):
         raise refused(f"label {str(label)[:20]} is out of range: the choices are 0 to {len(choices) - 1}")
     return label
+
+
+class ConversationReader(RowReader):
+    """Reads rows of texts, or of conversations where their column is named."""
+
+    def columns(self, spec: Columns) -> dict[str, str]:
+        return super().columns(spec) if spec.messages is None else {"messages": spec.messages}
+
+    def row(self, cells: Cells) -> Row:
+        if "messages" not in cells.values:
+            return super().row(cells)
+        return Row(cells.place, "", None, None, messages=_messages(cells))
+
+
+def _messages(cells: Cells) -> tuple[tuple[str, str], ...]:
+    """Return role and content of each message of a conversation.
+
+    Raises:
+        InvalidDataset: it is no list of messages, a message has more than role and content, or none is the assistant's.
+    """
+    value = cells.values["messages"]
+    if not isinstance(value, list | tuple) or not value:
+        raise cells.problem("messages", "is no list of messages")
+    messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise cells.problem("messages", f"has a message without role and content, number {number}")
+        further = [key for key, part in message.items() if key not in ("role", "content") and part is not None]
+        if further:
+            raise cells.problem("messages", f"has '{str(further[0])[:SHOWN]}' in message {number}, which is not read")
+        parts = replace(cells, values=message, columns=dict.fromkeys(message, cells.columns["messages"]))
+        messages.append((parts.text("role"), parts.text("content")))
+    if not any(role == ASSISTANT for role, _ in messages):
+        raise cells.problem("messages", f"has no message of the role '{ASSISTANT}', which is what is predicted")
+    return tuple(messages)
 
 
 class Labels(Protocol):

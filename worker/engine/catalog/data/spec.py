@@ -33,6 +33,9 @@ class Columns(Strict):
     """Column of the labels; absent for unlabelled text."""
     target: Name | None = None
     """Column of the text that follows on `text`, such as the completion of a prompt; it alone is predicted then."""
+    messages: Name | None = None
+    """Column of conversations, lists of messages with `role` and `content`, which is read instead of `text`; what the
+    assistant says is predicted."""
     choices: Name | None = None
     """Column of lists of texts that may follow on `text`, of which the row's label, a number or a text, is one."""
     tokens: Name | None = None

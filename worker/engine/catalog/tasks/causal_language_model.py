@@ -5,10 +5,12 @@ from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import Architecture, completed
-from worker.engine.catalog.data.rows import ROWS_OF_CHOICES, RowReader
+from worker.engine.catalog.data.rows import ROWS_OF_CHOICES, ConversationReader, RowReader
 from worker.engine.catalog.families import Family, Head
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.catalog.tasks.task import LabelMap, Task
+
+MESSAGES = frozenset({"messages"})
 
 
 class CausalLanguageModel(Task):
@@ -25,11 +27,11 @@ class CausalLanguageModel(Task):
         "exact_match",
     )
     minimised = frozenset({"perplexity", "loss"})
-    rows = RowReader(optional=("target",), label=None)
+    rows = ConversationReader(optional=("target", "messages"), label=None, lists=MESSAGES)
     of_metrics: ClassVar[Mapping[str, RowReader]] = {
         "choice_accuracy": ROWS_OF_CHOICES,
         "choice_accuracy_normalised": ROWS_OF_CHOICES,
-        "exact_match": RowReader(required=("text", "target"), optional=(), label=None),
+        "exact_match": ConversationReader(("text", "target"), optional=("messages",), label=None, lists=MESSAGES),
     }
     writing_metrics = frozenset({"exact_match"})
     estimators = frozenset({"auto", "sampled", "empirical"})

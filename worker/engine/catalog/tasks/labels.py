@@ -19,7 +19,7 @@ def check_metric(metric: str, task: Task, source: str) -> None:
         raise InvalidDataset(source, problem)
 
 
-COLUMNS = ("text", "text_pair", "label", "target", "choices", "tokens", "question", "context", "answers")
+COLUMNS = ("text", "text_pair", "label", "target", "choices", "messages", "tokens", "question", "context", "answers")
 """Settings of columns, each of which only some heads read."""
 
 
@@ -33,7 +33,7 @@ def column_problems(
     """
     reader = task.reader(metric)
     names_labels = reader is task.rows and reader.label == "label"
-    read = (*reader.settings, *(["label_names"] if names_labels else ()))
+    read = (*reader.columns(rows), *(["label_names"] if names_labels else ()))
     for name in (*COLUMNS, "label_names"):
         if name not in read and getattr(rows, name) is not None:
             who = f"metric {metric}" if metric in task.of_metrics else f"a {task.title}"
