@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 from tests.tiny import dataset_spec, edit_json, tiny_checkpoint
+from worker.engine.catalog.checkpoints.companion_checks import check_run_tokenizer, check_tokenizer
 from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.info import LowRank, TensorInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
@@ -98,8 +99,10 @@ def test_ids_that_rules_put_around_a_text_are_within_the_matrix(tmp_path: Path) 
     folder = tiny_checkpoint(tmp_path / "model")
     edit_json(folder / "tokenizer.json", post_processor=TEMPLATE)
     edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    with pytest.raises(InvalidCheckpoint, match="its tokenizer has ids up to 9999, its embedding matrix"):
-        load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+    info = inspect_checkpoint(folder, "local:model")
+    for check in (check_run_tokenizer, lambda info: load(info, torch.device("cpu"))):
+        with pytest.raises(InvalidCheckpoint, match="its tokenizer has ids up to 9999, its embedding matrix"):
+            check(info)
 
 
 def test_segments_of_a_text_are_within_the_matrix(tmp_path: Path) -> None:
@@ -109,8 +112,10 @@ def test_segments_of_a_text_are_within_the_matrix(tmp_path: Path) -> None:
     load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
     single = [{"Sequence": {"id": "A", "type_id": 9}}]
     edit_json(folder / "tokenizer.json", post_processor={**TEMPLATE, "single": single, "special_tokens": {}})
-    with pytest.raises(InvalidCheckpoint, match=r"gives the token type 9, and its config\.json has 2"):
-        load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+    info = inspect_checkpoint(folder, "local:model")
+    for check in (check_run_tokenizer, lambda info: load(info, torch.device("cpu"))):
+        with pytest.raises(InvalidCheckpoint, match=r"gives the token type 9, and its config\.json has 2"):
+            check(info)
 
 
 def test_a_tokenizer_that_panics_on_a_row_is_the_data_sets_fault(tmp_path: Path) -> None:
@@ -131,12 +136,25 @@ def test_a_tokenizer_that_panics_on_a_row_is_the_data_sets_fault(tmp_path: Path)
         tokenize(rows, dataset_spec(tmp_path / "rows.jsonl"), loaded.tokenizer, 10, None)
 
 
-@pytest.mark.parametrize("name", ["RagTokenizer", "AutoTokenizer"])
-def test_a_class_that_is_no_tokenizer_by_itself_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("RagTokenizer", "by which transformers loads no tokenizer"),
+        ("AutoTokenizer", "by which transformers loads no tokenizer"),
+        ("BertModel", "by which transformers loads no tokenizer"),
+        ("T5Tokenizer", r"which takes a tokenizer\.json with a Unigram model, and this one has WordPiece"),
+        ("BertweetTokenizer", r"which needs vocab\.txt and bpe\.codes, and that is not there"),
+    ],
+)
+def test_a_class_that_does_not_load_the_tokenizer_is_refused_before_a_job_and_by_it(
+    tmp_path: Path, name: str, message: str
+) -> None:
     folder = tiny_checkpoint(tmp_path / "model")
     edit_json(folder / "tokenizer_config.json", tokenizer_class=name)
-    with pytest.raises(InvalidCheckpoint, match="transformers cannot load it"):
-        load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+    info = inspect_checkpoint(folder, "local:model")
+    for check in (check_tokenizer, check_run_tokenizer, lambda info: load(info, torch.device("cpu"))):
+        with pytest.raises(InvalidCheckpoint, match=f"transformers loads its tokenizer as {name}, {message}"):
+            check(info)
 
 
 class Watched(TensorReader):

@@ -40,7 +40,7 @@ SHARED_KEYS = frozenset(
     {
         "architectures", "model_type", "dtype", "torch_dtype", "id2label", "label2id", "num_labels", "problem_type",
         "is_encoder_decoder", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
-        "per_layer_config", "tie_last_hidden_states",
+        "per_layer_config", "tie_last_hidden_states", "tokenizer_class",
     }
 )  # fmt: skip
 """Keys that the base class of all configurations takes and that describe the model."""

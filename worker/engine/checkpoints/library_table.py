@@ -2,7 +2,8 @@
 
 `python -m worker.engine.checkpoints.library_table` writes `catalog/checkpoints/library.zip`. The tensors of a class
 depend on its configuration in ways that only its code tells. So each class is built, without memory for weights, from
-many configurations that differ from the default in one key. The table has whatever holds for all of them.
+many configurations that differ from the default in one key. The table has whatever holds for all of them. With the
+argument `--lists` only the lists that hold for all kinds of model are written anew, which takes seconds, not minutes.
 """
 
 import json
@@ -25,6 +26,7 @@ from worker.engine.catalog.checkpoints.library import (
     LAYER_TYPES,
     ROTARY,
     TABLE,
+    TOKENIZERS,
     collapsed,
     in_files,
     member,
@@ -34,6 +36,7 @@ from worker.engine.catalog.checkpoints.library import (
 from worker.engine.catalog.checkpoints.tensor_names import layer_of
 from worker.engine.checkpoints.library_refusals import ROTARY_VALUES, refusals, refused_too, words_in_code, words_of
 from worker.engine.checkpoints.library_tensors import FACTORS, Samples
+from worker.engine.checkpoints.library_tokenizers import tokenizers_of_library
 from worker.engine.checkpoints.library_variations import (
     Changes,
     Config,
@@ -69,10 +72,13 @@ SAMPLES: Mapping[str, tuple[Any, ...]] = {
 
 
 def main(model_types: Sequence[str]) -> None:
-    """Write the table, or print its entries for some kinds of model."""
+    """Write the table, or only its lists (`--lists`), or print its entries for some kinds of model."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     preload()
+    if model_types == ["--lists"]:
+        write(kept_entries())
+        return
     with Pool() as pool:
         entries = filter(None, pool.imap(described, model_types or sorted(transformers.CONFIG_MAPPING)))
         if not model_types:
@@ -90,17 +96,34 @@ def as_json(content: Any) -> str:
 def write(entries: Iterable[Config]) -> None:
     """Write the table with the version of transformers; the same entries give the same bytes."""
     with ZipFile(TABLE, "w", ZIP_DEFLATED) as table:
-        table.comment = f"transformers {transformers.__version__}".encode()
+        table.comment = comment()
         for name, content in lists_of_library().items():
             table.writestr(ZipInfo(name), as_json(content), ZIP_DEFLATED)
         for entry in entries:
             table.writestr(ZipInfo(member(entry["model_type"])), as_json(entry), ZIP_DEFLATED)
 
 
+def kept_entries() -> list[Config]:
+    """Read the entries of all kinds of model from the table. Raises ValueError if it is of another version."""
+    with ZipFile(TABLE) as table:
+        if table.comment != comment():
+            raise ValueError(f"the table is of {table.comment.decode()}: write it as a whole")
+        return [json.loads(table.read(name)) for name in table.namelist() if name.endswith(member(""))]
+
+
+def comment() -> bytes:
+    return f"transformers {transformers.__version__}".encode()
+
+
 def lists_of_library() -> Config:
     """Return the lists that hold for all kinds of model, by the names of their files in the table."""
     layer_types = {*configuration_utils.ALLOWED_LAYER_TYPES, *configuration_utils._LEGACY_LAYER_TYPE_REMAP}
-    return {ACTIVATIONS: sorted(ACT2FN), LAYER_TYPES: sorted(layer_types), ROTARY: rotary_parameters()}
+    return {
+        ACTIVATIONS: sorted(ACT2FN),
+        LAYER_TYPES: sorted(layer_types),
+        ROTARY: rotary_parameters(),
+        TOKENIZERS: tokenizers_of_library(),
+    }
 
 
 def rotary_parameters() -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.companion_checks import TEXT, check_ids, check_tokenizer
+from worker.engine.catalog.checkpoints.companion_checks import TEXT, check_ids, check_run_tokenizer, check_segments
 from worker.engine.catalog.checkpoints.files import described_files
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.families import Family
@@ -60,7 +60,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     """
     family = required_table(info)
     require_tokenizer(info)
-    check_tokenizer(info)
+    check_run_tokenizer(info)
     # With None, families that have a fused attention use it.
     attention = None if device.type == "cuda" else cpu_attention()
     try:
@@ -140,11 +140,8 @@ def _check_segments(info: CheckpointInfo, tokenizer: Any, model: Any) -> None:
     """Raise InvalidCheckpoint when the tokenizer numbers segments of a text beyond those of the model."""
     if "token_type_ids" not in tokenizer.model_input_names:
         return
-    known = model.config.type_vocab_size
     given = [*tokenizer(TEXT)["token_type_ids"], *tokenizer(TEXT, TEXT)["token_type_ids"]]
-    if max(given) >= known:
-        problem = f"its tokenizer gives the token type {max(given)}, and its config.json has {known} (type_vocab_size)"
-        raise InvalidCheckpoint(info.source, f"{problem}; save the tokenizer anew by save_pretrained()")
+    check_segments(info, max(given), model.config.type_vocab_size)
 
 
 def _inputs(tokenizer: Any, model: Any) -> list[str]:

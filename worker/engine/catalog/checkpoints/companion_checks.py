@@ -7,6 +7,7 @@ those of generation, the types of values are checked, which transformers does on
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
@@ -14,8 +15,10 @@ import tokenizers
 from worker.engine.catalog.checkpoints.companions import companions
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.json_files import read_json
+from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.checkpoints.tokenizer_classes import TokenizerClass, tokenizer_class
 from worker.engine.catalog.checkpoints.tokenizer_files import SPECIAL_TOKENS, TOKEN_LISTS
 from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
@@ -29,9 +32,24 @@ CACHES = (
 )  # fmt: skip
 """Values of `cache_implementation` that transformers takes."""
 MAX_REMEMBERED = 64  # digests of files that load, a few bytes each
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes of tokenizers that take tokenizer.json as it is; others build a tokenizer anew from its tokens."""
-_loadable: dict[bytes, None] = {}
+SEGMENTS = "token_type_ids"
+ENDS = ("add_bos_token", "add_eos_token")
+"""Settings by which transformers itself makes the rules that put tokens around a text."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is known of a tokenizer.json that loads."""
+
+    kind: str
+    """Type of its model."""
+    last_token: int
+    """Highest id in a text and in a pair of texts, with the tokens that its rules put around them."""
+    last_segment: int
+    """Highest number of a segment, a token type, in these."""
+
+
+_loadable: dict[bytes, Loaded] = {}
 
 
 def check_companions(info: CheckpointInfo) -> None:
@@ -53,6 +71,11 @@ def check_tokenizer(info: CheckpointInfo) -> None:
     Raises:
         InvalidCheckpoint: a file is refused; the message names it, the key and its value.
     """
+    _checked(info)
+
+
+def _checked(info: CheckpointInfo) -> tuple[Mapping[str, Any], TokenizerClass | None, Loaded | None]:
+    """Check a tokenizer; return its configuration, its class if it is known, and its tokenizer.json if it has one."""
     advice = "save the tokenizer anew by save_pretrained()"
     path = info.tokenizer_path
     contents: dict[str, dict[str, Any]] = {}
@@ -69,21 +92,49 @@ def check_tokenizer(info: CheckpointInfo) -> None:
             added = read_json(path / "added_tokens.json", info.source, MAX_CONFIG_BYTES)
             problems = (f"{_short(token)} {_short(index)}" for token, index in added.items() if type(index) is not int)
             _refuse(info, "added_tokens.json", (f"{one}, which is no token's id" for one in problems), advice)
+    raw, loaded = None, None
     if (path / "tokenizer.json").exists():
+        reads(info.source, "tokenizer.json")
+        raw = (path / "tokenizer.json").read_bytes()
+    known = tokenizer_class(info.config, config, raw)
+    if raw is not None:
         said = {**config, **contents["special_tokens_map.json"]} if is_older else config
-        _check_loads(info, said, is_older, is_rebuilt=config.get("tokenizer_class") not in (None, *PLAIN_CLASSES))
+        loaded = _loads(info, raw, said, is_older, is_rebuilt=known is not None and known.rebuilds)
+    problem = known.problem(loaded.kind if loaded else None, path) if known is not None and info.vocabulary else None
+    if known is not None and problem is not None:
+        advice = "set tokenizer_class there to the class that saved it, or to PreTrainedTokenizerFast"
+        said = (
+            f"by tokenizer_config.json and its model_type, transformers loads its tokenizer as {known.name}, {problem}"
+        )
+        raise InvalidCheckpoint(info.source, f"{said}; {advice}", file="tokenizer_config.json")
+    return config, known, loaded
 
 
 def check_run_tokenizer(info: CheckpointInfo) -> None:
     """Check that the tokenizer of a model that is run loads, and that the embedding matrix has a row for each id.
 
     Raises:
-        InvalidCheckpoint: a file is refused, or ids go beyond the matrix.
+        InvalidCheckpoint: a file is refused, or ids or token types go beyond their matrices.
     """
-    check_tokenizer(info)
+    config, known, loaded = _checked(info)
     rows = vocabulary_size(info.config)
     if info.last_token is not None and rows is not None:
         check_ids(info, info.last_token, rows)
+    if loaded is None or any(key in config for key in ENDS):
+        return
+    if rows is not None:
+        check_ids(info, loaded.last_token, rows)
+    types = completed(info.config).get("type_vocab_size")
+    inputs = config.get("model_input_names") or (known.inputs if known is not None else ())
+    if type(types) is int and types > 1 and SEGMENTS in inputs:  # with one type there are none to tell apart
+        check_segments(info, loaded.last_segment, types)
+
+
+def check_segments(info: CheckpointInfo, last: int, types: int) -> None:
+    """Raise InvalidCheckpoint when the tokenizer numbers segments of a text beyond those of the model."""
+    if last >= types:
+        problem = f"its tokenizer gives the token type {last}, and its config.json has {types} (type_vocab_size)"
+        raise InvalidCheckpoint(info.source, f"{problem}; save the tokenizer anew by save_pretrained()")
 
 
 def check_ids(info: CheckpointInfo, last: int, rows: int) -> None:
@@ -102,24 +153,22 @@ def _refuse(info: CheckpointInfo, file: str, problems: Iterator[str], advice: st
 # --- tokenizer.json ---------------------------------------------------------------------------------------
 
 
-def _check_loads(info: CheckpointInfo, said: Mapping[str, Any], needs_added: bool, *, is_rebuilt: bool) -> None:
-    """Load tokenizer.json, and cut a text by it. A file that has loaded once is not loaded again.
+def _loads(info: CheckpointInfo, raw: bytes, said: Mapping[str, Any], needs_added: bool, *, is_rebuilt: bool) -> Loaded:
+    """Load tokenizer.json, and cut texts by it. A file that has loaded once is not loaded again.
 
     Args:
+        raw: its content.
         said: the special tokens that the files beside it name.
         needs_added: whether added tokens are only read from it.
         is_rebuilt: whether the tokenizer's class builds another tokenizer from its tokens and the files beside it.
     """
-    file = info.tokenizer_path / "tokenizer.json"
-    reads(info.source, file.name)
-    raw = file.read_bytes()
     unknown = said.get("unk_token")
     unknown = unknown.get("content") if isinstance(unknown, dict) else unknown
     renames_unknown = is_rebuilt and "unk_token" in said
     asked = json.dumps([needs_added, renames_unknown, unknown]).encode()
     key = hashlib.sha256(asked + hashlib.sha256(raw).digest()).digest()
     if key in _loadable:
-        return
+        return _loadable[key]
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         if needs_added and b'"added_tokens"' not in raw:
@@ -127,7 +176,7 @@ def _check_loads(info: CheckpointInfo, said: Mapping[str, Any], needs_added: boo
         model = tokenizer.model
         if isinstance(model, tokenizers.models.WordPiece) and renames_unknown:
             model.unk_token = str(unknown)
-        tokenizer.encode(TEXT)
+        encoded = [tokenizer.encode(TEXT), tokenizer.encode(TEXT, TEXT)]
     except BaseException as error:  # the library has no exception of its own for files that it cannot read
         if not is_of_library(error):
             raise
@@ -137,7 +186,12 @@ def _check_loads(info: CheckpointInfo, said: Mapping[str, Any], needs_added: boo
         raise InvalidCheckpoint(info.source, problem, file="tokenizer.json") from error
     if len(_loadable) >= MAX_REMEMBERED:
         del _loadable[next(iter(_loadable))]
-    _loadable[key] = None
+    _loadable[key] = Loaded(
+        type(model).__name__,
+        max((index for one in encoded for index in one.ids), default=0),
+        max((index for one in encoded for index in one.type_ids), default=0),
+    )
+    return _loadable[key]
 
 
 # --- settings ---------------------------------------------------------------------------------------------

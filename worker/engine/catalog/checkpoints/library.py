@@ -42,6 +42,8 @@ LAYER_TYPES = "layer_types"
 """Name of the table's file that lists the kinds of layers that a configuration may name."""
 ROTARY = "rotary"
 """Name of the table's file that has, for each type of rotary positions, the parameters that it needs."""
+TOKENIZERS = "tokenizers"
+"""Name of the table's file of the classes of tokenizers, see `checkpoints.library_tokenizers`."""
 ROTARY_UNKNOWN = "?"
 """Stands in a state for a type of rotary positions that transformers does not have."""
 GATED = "gated"
@@ -404,6 +406,13 @@ def state_of(value: Any) -> str:
         kind = value.get("rope_type")
         return f"rotary {kind}" if isinstance(kind, str) else "object"
     return f"'{value}'" if isinstance(value, str) else "list" if value else "empty"
+
+
+@lru_cache(maxsize=1)
+def tokenizer_table() -> dict[str, Any]:
+    """Return what the table says of tokenizers, see `checkpoints.library_tokenizers.tokenizers_of_library`."""
+    found: dict[str, Any] = json.loads(_table().read(TOKENIZERS))
+    return found
 
 
 @lru_cache(maxsize=1)
