@@ -28,7 +28,8 @@ from worker.engine.catalog.primitives.errors import (
     InvalidCheckpoint,
     InvalidRequest,
 )
-from worker.engine.catalog.primitives.slices import Slice
+from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.primitives.slices import OutputSlice, Slice
 
 Spoiling = Callable[[Path], object]
 
@@ -498,6 +499,58 @@ def test_classifiers_without_a_table_need_equal_labels(tmp_path: Path) -> None:
     assert_refused(partial(plan, first, second), IncompatibleCheckpoints, ["no, yes", "yes, no"])
 
 
+DOUBT = "nothing says that they are of one task: their labels have no names of their own (LABEL_0, LABEL_1)"
+
+
+def own_classifiers(folder: Path, *names: str, **changes: object) -> list[Path]:
+    """Classifiers of a kind of model that transformers does not have."""
+    model = TinyModel("StableLmForSequenceClassification", "stablelm", LLAMA.settings)
+    folders = [tiny_model(folder / name, model, seed=seed, pad_token_id=2) for seed, name in enumerate(names)]
+    for one in folders:
+        config(model_type="own", architectures=["OwnForSequenceClassification"], **changes)(one)
+    return folders
+
+
+def test_heads_of_labels_without_names_are_doubted_to_be_of_one_task(tmp_path: Path) -> None:
+    first, second = own_classifiers(tmp_path / "own", "a", "b")
+    found = plan(first, second)
+    assert "score.weight" in {tensor.slot.name for tensor in found.backbone}
+    assert [note for note in found.notes if isinstance(note, Doubt) and DOUBT in note and "local:b" in note]
+    for one in (first, second):  # a class whose name tells nothing, with a head that tells
+        config(architectures=["Own"])(one)
+    assert [note for note in plan(first, second).notes if isinstance(note, Doubt) and DOUBT in note]
+    with_table = [tiny_checkpoint(tmp_path / f"c{seed}", seed=seed) for seed in range(2)]
+    assert [note for note in plan(*with_table, heads="merged").notes if isinstance(note, Doubt) and DOUBT in note]
+    assert not [note for note in plan(*with_table).notes if isinstance(note, Doubt)]
+    names = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    named = own_classifiers(tmp_path / "named", "a", "b", **names)
+    assert not [note for note in plan(*named).notes if isinstance(note, Doubt)]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("problem_type", ["regression", "single_label_classification"]), ("finetuning_task", ["qnli", "rte"])],
+)
+def test_heads_that_say_they_are_of_different_tasks_are_refused(tmp_path: Path, key: str, values: list[str]) -> None:
+    models = own_classifiers(tmp_path, "a", "b")
+    for folder, value in zip(models, values, strict=True):
+        config(**{key: value})(folder)
+    assert_refused(partial(plan, *models), IncompatibleCheckpoints, ["local:a", "local:b", key, *values])
+
+
+def test_slices_that_merge_heads_of_labels_without_names_are_doubted(tmp_path: Path) -> None:
+    model = TinyModel("StableLmForSequenceClassification", "stablelm", LLAMA.settings)
+    folders = [tiny_model(tmp_path / name, model, seed=seed, pad_token_id=2) for seed, name in enumerate("ab")]
+    infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
+    for last, is_doubted in (("ab", True), ("b", False)):
+        slices = [
+            OutputSlice(sources=[Slice(model=name, layers=(start, start + 1)) for name in names])
+            for start, names in ((0, "ab"), (1, last))
+        ]
+        found = plan_job(AverageParameters(), ["a", "b"], infos, OutputSpec(), slices=slices)
+        assert any(isinstance(note, Doubt) and DOUBT in note for note in found.notes) is is_doubted
+
+
 def stacked(slices: list[tuple[str, int, int]], *folders: Path) -> MergePlan:
     parts = [Slice(model=model, layers=(start, stop)) for model, start, stop in slices]
     infos = [inspect_checkpoint(folder, f"local:{folder.name}") for folder in folders]
@@ -687,6 +740,8 @@ def test_settings_that_matter_when_a_model_runs_may_differ_in_a_base(
 def test_what_a_base_lacks_of_a_head_has_no_base(tmp_path: Path) -> None:
     model = TinyModel("GPT2ForSequenceClassification", "gpt2", {**GPT2.settings, "pad_token_id": 0})
     models = [tiny_model(tmp_path / f"m{seed}", model, seed=seed) for seed in (1, 2)]
+    for folder in models:
+        config(id2label={"0": "bad", "1": "good"}, label2id={"bad": 0, "good": 1})(folder)
     found = plan(*models, base=tiny_model(tmp_path / "base", GPT2))
     assert {t.slot.name for t in found.backbone if t.base is None} == {"score.weight"}
     assert found.notes == (

@@ -28,6 +28,7 @@ from worker.engine.catalog.planning.comparing import (
     check_vocabulary,
     check_vocabulary_size,
     differences_from_base,
+    doubts_of_heads,
     listed,
     notes_of_heads,
     notes_of_settings,
@@ -105,6 +106,7 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings, family
         raise InvalidCheckpoint(first.source, "it has no tensor of floats to merge")
     if base is not None:
         notes += notes_of_heads(base, alone)
+    notes += doubts_of_heads(checkpoints)
     more = notes_of_settings(everyone, differing, asked.config_from)
     published = (with_settings_of(first, asked.config_from),)
     return MergePlan(

@@ -22,6 +22,7 @@ from worker.engine.catalog.planning.comparing import (
     check_vocabulary,
     check_vocabulary_size,
     differences_from_base,
+    doubts_of_heads,
     listed,
     notes_of_heads,
     notes_of_settings,
@@ -99,6 +100,8 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Merg
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     if base is not None:
         notes += notes_of_heads(base, alone)
+    if asked.merges_heads:
+        notes += doubts_of_heads(checkpoints)
     more = notes_of_settings(everyone, differing, asked.config_from)
     published = [with_settings_of(info, asked.config_from) for info in checkpoints]
     whole = MergePlan(

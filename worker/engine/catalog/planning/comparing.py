@@ -4,13 +4,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.checkpoints import config_differences
+from worker.engine.catalog.checkpoints.architectures import WITHOUT_HEAD, classifies, labels_of, use_of
 from worker.engine.catalog.checkpoints.config_differences import STRUCTURAL, differences, short, shows_in_no_shape
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, value_at
+from worker.engine.catalog.checkpoints.tensor_names import HEADS, ends_with
 from worker.engine.catalog.checkpoints.vocabulary import Choices, Vocabulary, align_vocabularies, vocabulary_size
 from worker.engine.catalog.contracts.spec import Dtype, VocabularyPolicy
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
+from worker.engine.catalog.primitives.notes import Doubt
 
 VOCABULARY_ADVICE = "output.vocabulary 'base' or 'union' merges them token by token"
 
@@ -112,6 +115,40 @@ def notes_of_heads(base: CheckpointInfo, alone: Sequence[str]) -> list[str]:
     if not alone:
         return []
     return [f"{base.source} has no {listed(alone)} to compare with: it was averaged by the models' weights"]
+
+
+def doubts_of_heads(checkpoints: Sequence[CheckpointInfo]) -> list[Doubt]:
+    """Doubt that heads that become one are of one task, if they classify and have only the library's names of labels.
+
+    Raises:
+        IncompatibleCheckpoints: their configurations say that they are of different tasks.
+    """
+    first, *others = checkpoints
+    labels = labels_of(first.config)
+    are_named = any(name != f"LABEL_{index}" for index, name in labels.items())
+    if not others or are_named or not all(map(_has_classifier, checkpoints)):
+        return []
+    for key in ("problem_type", "finetuning_task"):
+        for info in others:
+            ours, theirs = first.config.get(key), info.config.get(key)
+            if ours is not None and theirs is not None and ours != theirs:
+                problem = f"their heads have no names of labels, and {key} differs: {short(ours)}, {short(theirs)}"
+                advice = "one head cannot be of both; give both the same id2label if they are of one task"
+                raise IncompatibleCheckpoints(first.source, info.source, f"{problem}; {advice}")
+    shown = ", ".join(labels.values())[:100]
+    sources = ", ".join(info.source for info in checkpoints)
+    return [
+        Doubt(
+            f"the heads of {sources} are merged into one, and nothing says that they are of one task: their labels "
+            f"have no names of their own ({shown}). If they are not, the merged head means nothing"
+        )
+    ]
+
+
+def _has_classifier(info: CheckpointInfo) -> bool:
+    """Return whether a head gives labels: by its class or, if that tells nothing, by the names of tensors."""
+    tells_nothing = use_of(info.config) is WITHOUT_HEAD
+    return classifies(info.config) or (tells_nothing and any(ends_with(name, HEADS) for name in info.tensors))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, LAYER_KINDS,
 from worker.engine.catalog.planning.comparing import (
     MergeSettings,
     check_vocabulary,
+    doubts_of_heads,
     notes_of_settings,
     with_settings_of,
 )
@@ -156,7 +157,8 @@ def plan_slices(
     of_layers = {*keys_of_layers(first.config), *(keys_of_layers(config_from.config) if config_from else ())}
     published = with_settings_of(replace(first, config=config), config_from, of_layers)
     nothing = tuple(None for _ in checkpoints)
-    notes = notes_of_settings(everyone, differing, config_from)
+    last = [checkpoints[names.index(source.model)] for source in slices[-1].sources]
+    notes = [*doubts_of_heads(last), *notes_of_settings(everyone, differing, config_from)]
     return MergePlan(
         None,
         tuple(checkpoints),
