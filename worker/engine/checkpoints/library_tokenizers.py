@@ -43,8 +43,8 @@ def class_entry(name: str) -> Config:
     found = tokenization_auto.tokenizer_class_from_name(name)
     is_class = isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase)
     if not is_class or found is transformers.PreTrainedTokenizerBase:
-        takes = None if isinstance(found, import_utils.DummyObject) else []
-        return {"class": name, "takes": takes, "files": [], "rebuilds": False, "inputs": []}
+        is_missing = isinstance(found, import_utils.DummyObject)
+        return {"class": name, "takes": None if is_missing else [], "files": [], "rebuilds": False, "inputs": []}
     reads_json = issubclass(found, transformers.TokenizersBackend)
     taken = [model["type"] for model in models() if reads_json and loads(found, model)]
     return {
@@ -82,7 +82,7 @@ def models() -> list[Config]:
 
 def loads(tokenizer_class: Any, model: Config) -> bool:
     """Return whether a class loads a tokenizer.json with this model, and cuts a text by it."""
-    content = {
+    content: Config = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model,
     }  # fmt: skip

@@ -103,10 +103,8 @@ def _checked(info: CheckpointInfo) -> tuple[Mapping[str, Any], TokenizerClass | 
     problem = known.problem(loaded.kind if loaded else None, path) if known is not None and info.vocabulary else None
     if known is not None and problem is not None:
         advice = "set tokenizer_class there to the class that saved it, or to PreTrainedTokenizerFast"
-        said = (
-            f"by tokenizer_config.json and its model_type, transformers loads its tokenizer as {known.name}, {problem}"
-        )
-        raise InvalidCheckpoint(info.source, f"{said}; {advice}", file="tokenizer_config.json")
+        loaded_as = f"by tokenizer_config.json and model_type, transformers loads its tokenizer as {known.name}"
+        raise InvalidCheckpoint(info.source, f"{loaded_as}, {problem}; {advice}", file="tokenizer_config.json")
     return config, known, loaded
 
 
