@@ -483,13 +483,39 @@ def test_heads_without_a_table_on_a_backbone_with_one(tmp_path: Path, task_type:
         torch.testing.assert_close(value, expected[name], rtol=0, atol=ROUNDING)
 
 
-def test_a_matrix_that_the_heads_class_ties_is_refused(tmp_path: Path) -> None:
-    """PEFT leaves the head's copy as it was, and so unties them."""
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"architectures": None},
+        {"architectures": ["TFBertForMaskedLM"]},
+        {"architectures": ["OwnForMaskedLM"], "model_type": "own"},
+        {"architectures": ["OwnForPreTraining"], "model_type": "own", "tie_word_embeddings": True},
+    ],
+)
+def test_a_matrix_that_the_heads_class_ties_is_refused(tmp_path: Path, named: dict[str, Any]) -> None:
+    """PEFT leaves the head's copy as it was, and so unties them, by whatever name the class goes."""
     base = tiny_model(tmp_path / "base", MASKED_BERT)
     started = loaded_model(base, "BertForMaskedLM", torch.float32)
     save_adapter(started, tmp_path / "a", 1, target_modules=["query"], modules_to_save=["word_embeddings"])
+    merged = merged_by_peft(loaded_model(base, "BertForMaskedLM"), tmp_path / "a").state_dict()
+    assert not torch.equal(merged["cls.predictions.decoder.weight"], merged["bert.embeddings.word_embeddings.weight"])
+    edit_json(base / "config.json", **named)
     with pytest.raises(InvalidCheckpoint, match=r"word_embeddings\.weight, which the base ties to another matrix"):
         inspect_model(tmp_path / "a", "local:a", inspect_checkpoint(base, "local:base"))
+
+
+def test_embeddings_of_a_class_that_is_not_known_and_has_no_logits_are_adapted(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    loaded_model(tiny_model(tmp_path / "masked", MASKED_BERT), "BertModel", torch.float32).save_pretrained(base)
+    started = loaded_model(base, "BertModel", torch.float32)
+    save_adapter(started, tmp_path / "a", 1, target_modules=["query"], modules_to_save=["word_embeddings"])
+    expected = merged_by_peft(loaded_model(base, "BertModel"), tmp_path / "a").state_dict()
+    edit_json(base / "config.json", architectures=["OwnModel"], model_type="own")
+    info = inspect_model(tmp_path / "a", "local:a", inspect_checkpoint(base, "local:base"))
+    name = "embeddings.word_embeddings.weight"
+    with TensorReader() as reader:
+        torch.testing.assert_close(reader.read(info.tensors[name]).double(), expected[name].double())
 
 
 def test_an_adapter_may_bring_the_pooler_that_its_base_lacks(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from worker.engine.catalog.checkpoints.architectures import LANGUAGE_MODEL, use_
 from worker.engine.catalog.checkpoints.descriptions import check_folder, without_code
 from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from worker.engine.catalog.checkpoints.headers import read_header
+from worker.engine.catalog.checkpoints.identity import identify
 from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, LowRank, TensorInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint, readable
 from worker.engine.catalog.checkpoints.json_files import read_json
@@ -77,6 +78,8 @@ EMBEDDING = re.compile(
 MAY_BE_EMBEDDING = re.compile(r"emb|token|posi|shared|wte|wpe|relative_attention_bias|\Aw\Z")
 """Parts of names of modules that may be embeddings."""
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+WITHOUT_LOGITS = ("Model", "Classification", "QuestionAnswering", "MultipleChoice")
+"""Ends of the names of classes without logits of tokens."""
 LARGEST_SCALING = 3.4e38  # largest number of float32, in which it is multiplied
 MAX_LABELS = 100_000  # number of labels that get names: a header may claim any number
 LABELS = ("id2label", "label2id", "problem_type")
@@ -263,6 +266,7 @@ def _adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointIn
     head = _class_with_head(adapter, base, tensors) if family is None else None
     known = head or architecture(base.config, base.architecture)
     if family is None and head is None:
+        known = known or identify(base).known
         _refuse_tied(adapter, base, known)
     replaced = _replaced(adapter, base, family, tensors, head, known)
     if head is not None:
@@ -411,13 +415,24 @@ def _refuse_tied(adapter: Adapter, base: CheckpointInfo, known: Architecture | N
     """Refuse an adapter of one of two tied matrices: it unties them, which a merge of files cannot show."""
     tied = set() if known is None else {name for pair in ties(known, completed(base.config)) for name in pair}
     tied |= {other for name in tied if known is not None for other in known.in_files(name)}
-    has_output = any(ends_with(name, OUTPUT_EMBEDDINGS) for name in base.tensors)
-    generates = base.architecture.endswith(GENERATES) and base.config.get("tie_word_embeddings", not has_output)
+    may_tie = _may_tie(base, known)
     for name in [*(f"{module}.weight" for module in adapter.factors), *adapter.whole]:
-        by_name = generates and ends_with(name, (*EMBEDDINGS, *OUTPUT_EMBEDDINGS))
+        by_name = may_tie and ends_with(name, (*EMBEDDINGS, *OUTPUT_EMBEDDINGS))
         if by_name or (name in tied and name.endswith(".weight")):
             problem = f"it adapts {name}, which the base ties to another matrix (tie_word_embeddings)"
             raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
+
+
+def _may_tie(base: CheckpointInfo, known: Architecture | None) -> bool:
+    """Return whether a model may have one matrix for embeddings and logits, as far as its configuration tells.
+
+    A class that is not known ties them unless it says otherwise, or has no logits of tokens by its name.
+    """
+    has_output = any(ends_with(name, OUTPUT_EMBEDDINGS) for name in base.tensors)
+    if base.architecture.endswith(GENERATES):
+        return bool(base.config.get("tie_word_embeddings", not has_output))
+    gives_tokens = known is None and not base.architecture.endswith(WITHOUT_LOGITS)
+    return gives_tokens and base.config.get("tie_word_embeddings") is not False
 
 
 def _check_complete(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str, TensorInfo]) -> None:
