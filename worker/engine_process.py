@@ -282,6 +282,7 @@ def serve(requests: BinaryIO, events: int) -> None:
     from worker.engine.runtime.libraries import preload
     from worker.engine.runtime.protocols import forbid_others
     from worker.engine.runtime.threads import pool
+    from worker.engine.runtime.time_limits import are_late
 
     forbid_others()
     engine = Engine()
@@ -307,6 +308,9 @@ def serve(requests: BinaryIO, events: int) -> None:
             _send(events, Failed(error=_job_error(error)))
         else:
             _send(events, Finished(result=result))
+        if are_late():  # it would take time from the next jobs; the worker starts another process
+            logger.warning("a call that takes too long goes on, so the engine process ends")
+            os._exit(1)
         if warming.ident is None:
             warming.start()
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM
 
+from tests.conftest import wait_until
 from tests.tiny import dataset_spec, edit_json, tiny_checkpoint
 from worker.engine.catalog.checkpoints.companion_checks import check_run_tokenizer, check_tokenizer
 from worker.engine.catalog.checkpoints.headers import read_header
@@ -23,8 +24,10 @@ from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
 from worker.engine.checkpoints.layout import check_layout
 from worker.engine.checkpoints.reader import TensorReader
+from worker.engine.inputs import examples
 from worker.engine.inputs.examples import tokenize
 from worker.engine.models.loading import _adapted, load
+from worker.engine.runtime.time_limits import are_late
 
 
 def albert(folder: Path) -> Path:
@@ -134,6 +137,24 @@ def test_a_tokenizer_that_panics_on_a_row_is_the_data_sets_fault(tmp_path: Path)
     rows = [Row(Place("line", 1), "zz", None, None)]
     with pytest.raises(InvalidDataset, match=r"the checkpoint's tokenizer fails on it \(PanicException\)"):
         tokenize(rows, dataset_spec(tmp_path / "rows.jsonl"), loaded.tokenizer, 10, None)
+
+
+def test_a_pattern_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From each of 300 places the pattern tries millions of ways; the library itself gives up at ten millions."""
+    monkeypatch.setattr(examples, "LONGEST_S", 0.5)
+    folder = tiny_checkpoint(tmp_path / "model")
+    pattern = {"type": "Split", "pattern": {"Regex": "(a*)(a*)(a*)b"}, "behavior": "Isolated", "invert": False}
+    edit_json(folder / "tokenizer.json", pre_tokenizer=pattern)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    loaded = load(inspect_checkpoint(folder, "local:model"), torch.device("cpu"))
+    rows = [Row(Place("line", 1), "a" * 300 + "xb", None, None)]
+    spec = dataset_spec(tmp_path / "rows.jsonl")
+    assert not are_late()
+    with pytest.raises(InvalidDataset, match=r"the checkpoint's tokenizer takes more than .* a pattern in"):
+        tokenize(rows, spec, loaded.tokenizer, 10, None)
+    assert are_late()
+    wait_until(lambda: not are_late(), "the end of the call")
+    assert tokenize([replace(rows[0], text="a")], spec, loaded.tokenizer, 10, None).examples
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,8 +17,11 @@ from worker.engine.catalog.primitives.errors import InvalidDataset, Place, is_of
 from worker.engine.catalog.tasks import Label, LabelMap
 from worker.engine.inputs.chats import as_text
 from worker.engine.runtime.resources import is_out_of_memory
+from worker.engine.runtime.time_limits import within
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
+LONGEST_S = 60  # seconds in which a tokenizer must cut up to a block of rows, besides those for their length
+SLOWEST = 100_000  # characters a second that it must cut; those in use cut ten times as many on one core
 SHORT_ROW = 16  # tokens; a batch has at most as many rows as rows of this length fit into it
 
 
@@ -201,9 +205,16 @@ def tokenize(
 
 
 def encode(tokenizer: Any, texts: Sequence[Any], source: str, **arguments: Any) -> Any:
-    """Cut texts into tokens, without padding. Raises InvalidDataset where the tokenizer fails."""
+    """Cut texts into tokens, without padding. Raises InvalidDataset where the tokenizer fails, or takes too long."""
+    most = LONGEST_S + sum(map(len, map(str, texts))) / SLOWEST
     try:
-        return tokenizer(texts, padding=False, verbose=False, **arguments)
+        return within(most, partial(tokenizer, texts, padding=False, verbose=False, **arguments))
+    except TimeoutError as error:
+        problem = (
+            f"the checkpoint's tokenizer takes more than {most:.0f} s for {len(texts)} rows: a pattern in its "
+            "tokenizer.json (normalizer, pre_tokenizer) tries too many ways to match; use that of the original model"
+        )
+        raise InvalidDataset(source, problem) from error
     except BaseException as error:  # tokenizers raise bare exceptions and panic, and their texts may quote a row
         if is_out_of_memory(error) or not is_of_library(error):
             raise
