@@ -27,9 +27,10 @@ from tests.tiny import (
     tiny_texts,
     write_lines,
 )
-from tests.tiny_families import DECODERS, TinyFamily
+from tests.tiny_adapters import merged_by_peft, save_adapter
+from tests.tiny_families import DECODERS, TINY_LLAMA, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, ModelSpec
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import NODE_KINDS, ScoreName
@@ -297,3 +298,29 @@ def test_gram_matrices_are_those_of_the_inputs_of_linear_layers(case: Case) -> N
     for name, parts in seen.items():
         x = torch.cat(parts)
         torch.testing.assert_close(found[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", MEASURED)
+def test_adapters_are_measured_as_the_models_that_peft_makes_of_them(
+    engine: Engine, tmp_path: Path, method: str
+) -> None:
+    base = tiny_checkpoint(tmp_path / "base", family=TINY_LLAMA, seed=0, task="CausalLM")
+    rows = write_lines(tmp_path / "rows.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, 9)])
+    dataset = DatasetSpec(source="rows", path=rows)
+    lora = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    specs: dict[str, list[ModelSpec]] = {"adapters": [], "whole": []}
+    for seed, name in enumerate(("one", "two"), start=1):
+        adapter, whole = tmp_path / "adapters" / name, tmp_path / "whole" / name
+        save_adapter(AutoModelForCausalLM.from_pretrained(base), adapter, seed, **lora)
+        merged_by_peft(AutoModelForCausalLM.from_pretrained(base), adapter).save_pretrained(whole)
+        AutoTokenizer.from_pretrained(base).save_pretrained(whole)
+        specs["adapters"].append(model_spec(adapter, dataset=dataset))
+        specs["whole"].append(model_spec(whole, dataset=dataset))
+    found = {}
+    for kind, models in specs.items():
+        spec = merge_spec(tmp_path / f"out-{kind}", models, {"name": method})
+        engine.merge(spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)}), silent)
+        found[kind] = load_file(tmp_path / f"out-{kind}" / "model" / "model.safetensors")
+    assert found["adapters"].keys() == found["whole"].keys()
+    for name, tensor in found["whole"].items():
+        torch.testing.assert_close(found["adapters"][name], tensor, rtol=1e-4, atol=1e-5)
