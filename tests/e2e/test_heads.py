@@ -30,9 +30,17 @@ def of_question(rng: random.Random) -> dict[str, Any]:
     return {"question": question, "context": " ".join(words), "answers": answers if rng.random() < 0.8 else none}
 
 
-KINDS = {"TokenClassification": of_words, "QuestionAnswering": of_question}
+def of_text(rng: random.Random) -> dict[str, Any]:
+    return {"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))}
+
+
+KINDS = {"TokenClassification": of_words, "QuestionAnswering": of_question, "MaskedLM": of_text}
 LABELS = {"TokenClassification": "label", "QuestionAnswering": "answers"}
-METRICS = {"TokenClassification": ["accuracy", "entity_f1"], "QuestionAnswering": ["f1", "exact_match"]}
+METRICS = {
+    "TokenClassification": ["accuracy", "entity_f1"],
+    "QuestionAnswering": ["f1", "exact_match"],
+    "MaskedLM": ["perplexity", "token_accuracy"],
+}
 GOOD_QUESTION = {"question": "one", "context": "two three", "answers": {"text": ["three"], "answer_start": [4]}}
 BAD_ROWS: dict[str, tuple[str, Mapping[str, Any], list[str]]] = {
     "an unknown label": ("TokenClassification", {"tokens": ["one"], "label": ["B-LOC"]}, ["line 151", "B-LOC"]),
@@ -97,7 +105,7 @@ def test_two_models_merge_and_are_evaluated(service: Service, inputs: Path, kind
         assert found["examples"] == 40
         assert found["interval"][0] <= found["merged"] <= found["interval"][1]
     kept = job["request"]["models"][0]["evaluation"]
-    assert kept[LABELS[kind]] == LABELS[kind]
+    assert all(kept[column] == column for column in KINDS[kind](random.Random(0)))
     again = service.finished(service.submit(job["request"]))
     assert again["result"]["metrics"] == job["result"]["metrics"]
 
@@ -139,6 +147,10 @@ REFUSED: dict[str, tuple[Recipe, str, list[str]]] = {
     "a metric of other heads": (
         refused("TokenClassification", "evaluation", metric="pearson"), "invalid_dataset",
         ["metric pearson is not one of token_classification"],
+    ),
+    "labels of hidden tokens": (
+        refused("MaskedLM", "evaluation", label="label"), "invalid_request",
+        ["models.1.evaluation.label", "a masked language model does not read it"],
     ),
     "text of a question": (
         refused("QuestionAnswering", "dataset", text="text"), "invalid_request",

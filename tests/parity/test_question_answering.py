@@ -17,6 +17,7 @@ import torch
 from pyarrow.parquet import write_table
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as CLASSES
 
 from tests.tiny import (
     HEADS,
@@ -49,6 +50,8 @@ from worker.engine.tasks import squad
 from worker.engine.tasks.drawing import uniform
 
 ROWS = 20
+WITH_HEAD = [name for name, family in TINY_FAMILIES.items() if family.model_type in CLASSES]
+"""The families of which the library has such a class."""
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 LONGEST = 30  # tokens of an answer
@@ -107,7 +110,7 @@ def made(root: Path, tiny: TinyFamily) -> Case:
     return Case(tiny, root)
 
 
-@pytest.fixture(scope="module", params=TINY_FAMILIES)
+@pytest.fixture(scope="module", params=WITH_HEAD)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
 

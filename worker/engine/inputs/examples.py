@@ -97,6 +97,8 @@ class Answers:
     positions: tuple[int, ...] | None
     label: Label | None
     passage: Passage | None = None
+    hidden: tuple[int, ...] = ()
+    """Positions of the tokens whose place the tokenizer's mask takes."""
 
 
 Truncation = Literal["longest_first", "only_second"]
@@ -200,8 +202,17 @@ def tokenize(
             problem = f"it is longer than the {limit} tokens that are allowed, and what is to be predicted would be cut"
             raise InvalidDataset(spec.source, f"{problem}; set a larger max_length, or leave it out", row.place)
         found = reading.answers(row, tokens, label, spec.source)
+        if found.hidden:
+            encoding["input_ids"] = _masked(encoding["input_ids"], found.hidden, tokenizer, spec.source)
         examples.append(Example(first + index, row.place, encoding, found.label, found.positions, found.passage))
     return Tokenized(examples, overflowing)
+
+
+def _masked(tokens: Sequence[int], hidden: Sequence[int], tokenizer: Any, source: str) -> list[int]:
+    """Put the mask in the place of tokens. Raises InvalidDataset where there is none."""
+    if tokenizer.mask_token_id is None:
+        raise InvalidDataset(source, "it cannot be read: the checkpoint's tokenizer has no mask token")
+    return [tokenizer.mask_token_id if place in hidden else token for place, token in enumerate(tokens)]
 
 
 def encode(tokenizer: Any, texts: Sequence[Any], source: str, **arguments: Any) -> Any:

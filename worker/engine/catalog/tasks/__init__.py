@@ -11,6 +11,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.tasks.causal_language_model import CausalLanguageModel
 from worker.engine.catalog.tasks.classification import Classification
 from worker.engine.catalog.tasks.labels import check_estimator, check_metric, column_problems, label_map
+from worker.engine.catalog.tasks.masked_language_model import MaskedLanguageModel
 from worker.engine.catalog.tasks.multi_label import MultiLabel
 from worker.engine.catalog.tasks.question_answering import QuestionAnswering
 from worker.engine.catalog.tasks.regression import Regression
@@ -83,6 +84,7 @@ __all__ = [
     "Classification",
     "Label",
     "LabelMap",
+    "MaskedLanguageModel",
     "MetricName",
     "MultiLabel",
     "QuestionAnswering",

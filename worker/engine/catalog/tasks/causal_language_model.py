@@ -17,8 +17,8 @@ class CausalLanguageModel(Task):
     """The labels of a row are its own tokens: all but the first, or, of a prompt with a completion, the latter's."""
 
     name = "causal_language_model"
-    ending = ("ForCausalLM", "LMHeadModel")
-    metrics = (
+    ending: ClassVar[str | tuple[str, ...]] = ("ForCausalLM", "LMHeadModel")
+    metrics: ClassVar[tuple[str, ...]] = (
         "perplexity",
         "loss",
         "token_accuracy",
@@ -37,6 +37,8 @@ class CausalLanguageModel(Task):
     estimators = frozenset({"auto", "sampled", "empirical"})
     merges_heads = True
     has_classes: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = True
+    """Whether tokens do not see those after them, which has to be so on the backbone."""
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self:
@@ -44,8 +46,8 @@ class CausalLanguageModel(Task):
 
     @classmethod
     def head_on(cls, family: Family, found: Architecture) -> Head | None:
-        """Return the head, which only a backbone has whose tokens do not see those after them."""
-        return super().head_on(family, found) if family.is_causal else None
+        """Return the head, which is only on backbones whose tokens see the others as the task says."""
+        return super().head_on(family, found) if family.is_causal is cls.is_causal else None
 
     @classmethod
     def outputs_in(cls, info: CheckpointInfo, head: Head) -> int:

@@ -1,0 +1,281 @@
+"""Masked language models of every encoder: scores, merges and metrics against independent computations."""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from tests.tiny import (
+    HEADS,
+    LAYERS,
+    NEURONS,
+    dataset_spec,
+    edit_json,
+    insert_masks,
+    merge_spec,
+    model_spec,
+    read_model,
+    silent,
+    tiny_checkpoint,
+    tiny_texts,
+    write_lines,
+)
+from tests.tiny_families import DECODERS, TINY_FAMILIES, TinyFamily
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.families import NODE_KINDS, ScoreName
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.tasks import task_of
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.jobs.engine import Engine
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.scoring.estimators import Estimator, estimator_for
+from worker.engine.scoring.fisher import fisher
+from worker.engine.scoring.scorer import score
+from worker.engine.tasks import next_tokens
+from worker.engine.tasks.drawing import uniform
+
+ENCODERS = [name for name in TINY_FAMILIES if name not in DECODERS]
+ROWS = 12
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of a score in norm, float32 against float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two models of one ancestor, `one` and `two`, with rows beside them."""
+
+    tiny: TinyFamily
+    root: Path
+
+    @property
+    def models(self) -> dict[str, Path]:
+        return {name: self.root / name for name in ("one", "two")}
+
+    def loaded(self, name: str = "one") -> LoadedModel:
+        return load(inspect_checkpoint(self.root / name, name), CPU)
+
+    def exact(self, name: str = "one") -> Any:
+        """The model in float64, as transformers loads it."""
+        return AutoModelForMaskedLM.from_pretrained(self.root / name, dtype=torch.float64).eval()
+
+    def rows(self, name: str = "one") -> DatasetSpec:
+        return dataset_spec(self.root / f"{name}.jsonl", label=None)
+
+    def examples(self, loaded: LoadedModel) -> list[Example]:
+        rows = sample(RowFile(self.rows(), loaded.task.rows), self.rows(), None, shuffle=False)
+        return tokenize(rows, self.rows(), loaded.tokenizer, loaded.max_length, None, reading=loaded.kind).examples
+
+
+def made(root: Path, tiny: TinyFamily) -> Case:
+    for seed, name in enumerate(("one", "two"), start=1):
+        tiny_checkpoint(root / name, family=tiny, seed=seed, task="MaskedLM")
+        write_lines(root / f"{name}.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, seed, longest=12)])
+    return Case(tiny, root)
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture(autouse=True)
+def few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens at a time, so that every batch is cut."""
+    monkeypatch.setitem(next_tokens.CHUNK_LOGITS, "cpu", 700)
+
+
+def hidden_of(tokens: list[int], special: list[int]) -> list[int]:
+    """The positions that are hidden: 15 % by draws that follow from the tokens, and one at least."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(tokens)}I", *tokens), digest_size=8).digest()
+    draws = {p: uniform(int.from_bytes(digest, "little"), p) for p in range(len(tokens)) if tokens[p] not in special}
+    return [p for p, draw in draws.items() if draw < 0.15] or [min(draws, key=lambda p: draws[p])]
+
+
+def masked(case: Case, text: str) -> tuple[Tensor, list[int], list[int]]:
+    """Tokens with masks, (1, tokens), the hidden positions, and what was there."""
+    tokenizer = AutoTokenizer.from_pretrained(case.models["one"])
+    tokens = tokenizer(text)["input_ids"]
+    hidden = hidden_of(tokens, [tokenizer.cls_token_id, tokenizer.sep_token_id])
+    found = [tokenizer.mask_token_id if place in hidden else token for place, token in enumerate(tokens)]
+    return torch.tensor([found]), hidden, [tokens[place] for place in hidden]
+
+
+def texts_of(case: Case, name: str = "one") -> list[str]:
+    return [json.loads(line)["text"] for line in (case.root / f"{name}.jsonl").read_text().splitlines()]
+
+
+def likelihood(model: Any, tokens: Tensor, hidden: list[int], labels: list[int]) -> Tensor:
+    logp = model(input_ids=tokens).logits[0, hidden].log_softmax(-1)
+    total: Tensor = logp.gather(1, torch.tensor(labels)[:, None]).sum()
+    return total
+
+
+def test_tokens_are_hidden_by_the_mask_alone(case: Case) -> None:
+    loaded = case.loaded()
+    for example, text in zip(case.examples(loaded), texts_of(case), strict=True):
+        tokens, hidden, labels = masked(case, text)
+        assert example.encoding["input_ids"] == tokens[0].tolist()
+        assert (example.positions, example.label) == (tuple(hidden), tuple(labels))
+
+
+def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tensor]:
+    """Scores by masks that are there: a row at a time, no padding, float64."""
+    free, model = case.exact(), case.exact()
+    blocks = f"{model.base_model_prefix}.{case.tiny.layers.partition('.')[2]}"
+    masks = insert_masks(model, replace(case.tiny, layers=blocks))
+    total = [torch.zeros_like(mask) for mask in masks]
+    texts = texts_of(case)
+    for index, text in enumerate(texts):
+        tokens, hidden, labels = masked(case, text)
+        if estimator.name == "sampled":
+            with torch.no_grad():
+                p = free(input_ids=tokens).logits[0, hidden].softmax(-1)
+            draws = [uniform(estimator.seed, index, place) for place in hidden]
+            labels = [min(int((of.cumsum(0) <= d).sum()), len(of) - 1) for of, d in zip(p, draws, strict=True)]
+        for sum_, gradient in zip(
+            total, torch.autograd.grad(likelihood(model, tokens, hidden, labels), masks), strict=True
+        ):
+            sum_ += gradient**2 / len(texts)
+    return {
+        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
+        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
+        for layer in range(LAYERS)
+    }
+
+
+def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], within: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, scores in expected.items():
+        assert float(scores.norm()) > 0, name
+        assert float((found[name] - scores).norm() / scores.norm()) <= within, name
+
+
+@pytest.mark.parametrize("name", ["sampled", "empirical"])
+def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None:
+    loaded, estimator = case.loaded(), Estimator(name, seed=5)
+    found = score(loaded, case.examples(loaded), estimator, "float32", "rows", silent).scores()
+    assert_same_in_norm(found, scores_one_by_one(case, estimator), TOLERANCE)
+
+
+def test_scores_do_not_depend_on_batch_order_and_padding(case: Case) -> None:
+    loaded, estimator = case.loaded(), Estimator("sampled", 3)
+    examples = case.examples(loaded)
+    together = score(loaded, examples, estimator, "float32", "rows", silent, [examples]).scores()
+    alone = [[one] for one in reversed(examples)]
+    apart = score(loaded, examples, estimator, "float32", "rows", silent, alone).scores()
+    assert_same_in_norm(together, apart, 1e-5)
+
+
+def test_fisher_information_is_that_of_autograd(case: Case) -> None:
+    """Of the head's tensors too; a matrix that is tied has the sum of both its uses."""
+    loaded = case.loaded()
+    found = fisher(loaded, case.examples(loaded)[:4], Estimator("empirical"), "float32", "rows", silent)
+    model = case.exact()
+    model.requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for text in texts_of(case)[:4]:
+        gradients = torch.autograd.grad(
+            likelihood(model, *masked(case, text)), list(parameters.values()), allow_unused=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient**2 / 4
+    assert set(found) == set(load_file(case.models["one"] / "model.safetensors"))
+    for name in found.keys() & total.keys():
+        expected = total[name]
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max()) + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "aligned_regmean"])
+def test_a_model_merged_with_itself_is_itself(case: Case, engine: Engine, tmp_path: Path, method: str) -> None:
+    dataset = case.rows()
+    specs = [model_spec(case.models["one"], None, name=name, dataset=dataset) for name in ("first", "second")]
+    engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
+    own, merged = read_model(case.models["one"]), read_model(tmp_path / "out" / "model")
+    assert own.keys() == merged.keys()
+    assert all(torch.equal(tensor, merged[key]) for key, tensor in own.items())
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "token_accuracy"])
+def test_siblings_merge_with_their_heads_and_metrics_are_those_of_transformers(
+    case: Case, engine: Engine, tmp_path: Path, metric: str
+) -> None:
+    specs = []
+    for name, folder in case.models.items():
+        evaluation = EvaluationSpec(**case.rows(name).model_dump(), metric=metric)
+        specs.append(model_spec(folder, None, dataset=case.rows(name), evaluation=evaluation))
+    result = engine.merge(merge_spec(tmp_path / "out", specs, evaluate=True), silent)
+    _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert result.metrics is not None
+    for name, folder in case.models.items():
+        for version, path in {"expert": folder, "merged": tmp_path / "out" / "model"}.items():
+            model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float64).eval()
+            total, hits, count = 0.0, 0, 0
+            for text in texts_of(case, name):
+                tokens, hidden, labels = masked(case, text)
+                with torch.no_grad():
+                    logits = model(input_ids=tokens).logits[0, hidden]
+                total -= float(logits.log_softmax(-1)[range(len(hidden)), labels].sum())
+                hits += int((logits.argmax(-1) == torch.tensor(labels)).sum())
+                count += len(hidden)
+            wanted = math.exp(total / count) if metric == "perplexity" else hits / count
+            assert getattr(result.metrics[name], version) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_auto_searches_on_hidden_tokens(engine: Engine, tmp_path: Path) -> None:
+    case = made(tmp_path, TINY_FAMILIES["bert"])
+    specs = []
+    for name, folder in case.models.items():
+        evaluation = EvaluationSpec(**case.rows(name).model_dump(), metric="loss")
+        specs.append(model_spec(folder, None, dataset=case.rows(name), evaluation=evaluation))
+    spec = merge_spec(tmp_path / "out", specs, evaluate=True)
+    raw = {**spec.model_dump(), "method": {"name": "auto", "candidates": ["average", "mask_fisher"], "trials": 3}}
+    result = engine.merge(type(spec).model_validate(raw), silent)
+    assert result.metrics is not None
+    assert set(result.metrics) == set(case.models)
+
+
+def test_the_default_draws_labels(tmp_path: Path) -> None:
+    case = made(tmp_path, TINY_FAMILIES["bert"])
+    assert estimator_for("auto", case.loaded().task, 0) == Estimator("sampled", 0)
+
+
+def test_rows_and_tokenizers_without_anything_to_hide_are_refused(tmp_path: Path) -> None:
+    case = made(tmp_path, TINY_FAMILIES["bert"])
+    write_lines(tmp_path / "one.jsonl", [json.dumps({"text": "one"}), json.dumps({"text": " "})])
+    with pytest.raises(InvalidDataset, match="line 2: it has no token that could be hidden"):
+        case.examples(case.loaded())
+    write_lines(tmp_path / "one.jsonl", [json.dumps({"text": "one"})])
+    loaded = case.loaded()
+    loaded.tokenizer.mask_token = None
+    with pytest.raises(InvalidDataset, match="has no mask token"):
+        case.examples(loaded)
+
+
+def test_a_head_that_is_not_the_librarys_default_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", family=TINY_FAMILIES["deberta-v3"], task="MaskedLM")
+    edit_json(folder / "config.json", legacy=False)
+    error: type[EngineError] = InvalidCheckpoint
+    with pytest.raises(error, match="legacy: false is not available yet"):
+        task_of(inspect_checkpoint(folder, "m"))
