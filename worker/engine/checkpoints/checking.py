@@ -15,7 +15,7 @@ from worker.engine.checkpoints.row_blocks import row_blocks
 
 
 def check_plan(plan: MergePlan) -> list[str]:
-    """Check a plan without a table; for one with a table, planning has made these checks from headers.
+    """Check what the plan says is tied and, without a table, what transformers would build of slices.
 
     Returns:
         Notes of tensors that are merged though transformers does not read them.
@@ -23,10 +23,8 @@ def check_plan(plan: MergePlan) -> list[str]:
     Raises:
         InvalidCheckpoint: tensors that are said to be tied differ, or transformers takes no such configuration.
     """
-    if plan.family is not None:
-        return []
     _check_tied(plan.tied)
-    if not plan.is_of_slices:
+    if plan.family is not None or not plan.is_of_slices:
         return []
     [published] = plan.published
     merged = {t.slot.name: t.sources[0] for t in plan.backbone}

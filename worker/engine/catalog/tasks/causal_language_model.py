@@ -27,7 +27,7 @@ class CausalLanguageModel(Task):
         "exact_match",
     )
     minimised = frozenset({"perplexity", "loss"})
-    rows = ConversationReader(optional=("target", "messages"), label=None, lists=MESSAGES)
+    rows: ClassVar[RowReader] = ConversationReader(optional=("target", "messages"), label=None, lists=MESSAGES)
     of_metrics: ClassVar[Mapping[str, RowReader]] = {
         "choice_accuracy": ROWS_OF_CHOICES,
         "choice_accuracy_normalised": ROWS_OF_CHOICES,
