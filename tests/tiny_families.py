@@ -131,6 +131,10 @@ class TinyFamily:
     """Whose rows, and biases, belong to heads that several heads share."""
     kv_heads: int = 0
     """How many these are."""
+    fused: Mapping[str, str] = field(default_factory=dict)
+    """Modules that hold the rows of several purposes: each slice in order, as its letter, see `Slices`, and number."""
+    transposed: bool = False
+    """Whether weights of layers are stored as (inputs, outputs)."""
     normed_together: bool = False
     """Whether the queries, and the keys, of all heads share a norm, by which those of one act on the others."""
     rounding: float = 0.2
@@ -148,21 +152,40 @@ class TinyFamily:
         """How many nodes of each kind a layer has."""
         return {"heads": heads, "neurons": neurons} | ({"kv_heads": self.kv_heads} if self.kv_heads else {})
 
-    def owner_of(self, name: str) -> tuple[str, int] | None:
-        """The score and the axis of the tensor `name`; None for what no node owns."""
+    def slices_of(self, name: str, heads: int, neurons: int) -> "Slices | None":
+        """Who owns the slices of the tensor `name`; None for what no node owns."""
         if not name.startswith(f"{self.layers}."):
             return None
         layer, _, inner = name.removeprefix(f"{self.layers}.").partition(".")
         module, _, part = inner.rpartition(".")
-        if module in self.heads_in:
-            return f"layers.{layer}.heads", 0
-        if module in self.kv_heads_in:
-            return f"layers.{layer}.kv_heads", 0
-        if module in self.neurons_in:
-            return f"layers.{layer}.neurons", 0
-        if part == "weight" and module in (self.heads_out, self.neurons_out):
-            return f"layers.{layer}.{'heads' if module == self.heads_out else 'neurons'}", 1
-        return None
+        counts = self.counts(heads, neurons)
+        shared = "kv_heads" if self.kv_heads else "heads"
+        kinds = {"q": "heads", "k": shared, "v": shared, "g": "neurons", "u": "neurons", "o": "heads", "d": "neurons"}
+        is_column, letter = False, ""
+        if module in (self.heads_out, self.neurons_out) and part == "weight":
+            is_column, letter = True, "o" if module == self.heads_out else "d"
+        elif module in (*self.heads_in, *self.kv_heads_in):
+            letter = "v" if module == self.values else "q" if module in self.heads_in else "k"
+        elif module in self.neurons_in:
+            letter = "u"
+        elif module not in self.fused:
+            return None
+        slices = self.fused[module].split() if module in self.fused else []
+        slices = slices or [f"{letter}{index}" for index in range(counts[kinds[letter]])]
+        axis = int(is_column) ^ int(self.transposed and part == "weight")
+        owners = tuple((f"layers.{layer}.{kinds[one[0]]}", int(one[1:])) for one in slices)
+        return Slices(axis, owners, tuple(one[0] for one in slices))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Equal slices along one axis of a tensor: the score of each one's owner and its place there, and a letter for its
+    purpose: query, key, value, gate, up, o for columns of the attention's output, d for those of the second projection.
+    """
+
+    axis: int
+    owners: tuple[tuple[str, int], ...]
+    letters: tuple[str, ...]
 
 
 TINY_BERT = TinyFamily(
@@ -216,6 +239,39 @@ TINY_LLAMA = TinyFamily(
     tokenizer=words_of_decoders,
     settings={"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3},
     rounding=0.3,
+)
+TINY_GPT_NEOX = TinyFamily(
+    model_type="gpt_neox",
+    layers="gpt_neox.layers",
+    heads_in=(),
+    values="attention.query_key_value",
+    fused={"attention.query_key_value": "q0 k0 v0 q1 k1 v1 q2 k2 v2 q3 k3 v3"},
+    heads_out="attention.dense",
+    neurons_in=("mlp.dense_h_to_4h",),
+    neurons_out="mlp.dense_4h_to_h",
+    head=("score.",),
+    tokenizer=words_of_decoders,
+    settings={
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 3,
+        "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_type": "default"},
+    },
+    rounding=0.3,
+)
+TINY_OPT = TinyFamily(
+    model_type="opt",
+    layers="model.decoder.layers",
+    heads_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    values="self_attn.v_proj",
+    heads_out="self_attn.out_proj",
+    neurons_in=("fc1",),
+    neurons_out="fc2",
+    head=("score.",),
+    tokenizer=words_of_decoders,
+    settings={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3, "activation_function": "gelu"},
+    rounding=0.3,
+    size_names=("hidden_size", "num_attention_heads", "num_hidden_layers", "ffn_dim"),
 )
 WINDOW_OF_SECOND_LAYER = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 DECODERS = {
@@ -274,6 +330,40 @@ DECODERS = {
             "sliding_window_pattern": 2,
         },
     ),
+    "phi3": replace(
+        TINY_LLAMA,
+        model_type="phi3",
+        heads_in=(),
+        kv_heads_in=(),
+        neurons_in=(),
+        values="self_attn.qkv_proj",
+        fused={
+            "self_attn.qkv_proj": "q0 q1 q2 q3 k0 k1 v0 v1",
+            "mlp.gate_up_proj": " ".join(f"{letter}{index}" for letter in "gu" for index in range(24)),
+        },
+        settings={**TINY_LLAMA.settings, "sliding_window": 6},
+    ),
+    "gpt2": TinyFamily(
+        model_type="gpt2",
+        layers="transformer.h",
+        heads_in=(),
+        values="attn.c_attn",
+        fused={"attn.c_attn": "q0 q1 q2 q3 k0 k1 k2 k3 v0 v1 v2 v3"},
+        transposed=True,
+        heads_out="attn.c_proj",
+        neurons_in=("mlp.c_fc",),
+        neurons_out="mlp.c_proj",
+        head=("score.",),
+        tokenizer=words_of_decoders,
+        settings={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3, "scale_attn_by_inverse_layer_idx": True},
+        rounding=0.3,
+        size_names=("n_embd", "n_head", "n_layer", "n_inner"),
+    ),
+    "opt": TINY_OPT,
+    # As the one of 350 million parameters.
+    "opt-norms-last": replace(
+        TINY_OPT, settings={**TINY_OPT.settings, "do_layer_norm_before": False, "word_embed_proj_dim": 12}
+    ),
 }
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "bert": TINY_BERT,
@@ -321,4 +411,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         reserved_positions=2,
     ),
     **DECODERS,
+    # transformers renames the head of its language models.
+    "gpt-neox": TINY_GPT_NEOX,
+    "gpt-neox-sequential": replace(TINY_GPT_NEOX, settings={**TINY_GPT_NEOX.settings, "use_parallel_residual": False}),
 }

@@ -182,7 +182,8 @@ def test_fisher_information_is_that_of_autograd(case: Case) -> None:
             total[name] += gradient**2 / len(examples)
     assert found.keys() == total.keys()
     for name, expected in total.items():
-        torch.testing.assert_close(found[name].double(), expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
+        least = max(1e-6 * float(expected.max()), 1e-10)  # softmax does not see some biases of keys
+        torch.testing.assert_close(found[name].double(), expected, rtol=2e-4, atol=least)
 
 
 def test_only_the_target_of_a_prompt_has_labels(case: Case) -> None:
@@ -276,7 +277,7 @@ def test_the_ancestor_without_a_head_is_the_base(case: Case, engine: Engine, tmp
         load_file(folder / "model.safetensors") for folder in (*case.models.values(), tmp_path / "out" / "model")
     )
     for name, tensor in load_file(base / "model.safetensors").items():
-        own = f"model.{name}"
+        own = f"{case.tiny.layers.partition('.')[0]}.{name}"
         expected = tensor / 2 + (one[own] + two[own]) / 4
         torch.testing.assert_close(merged[own], expected, rtol=0, atol=1e-5, msg=own)
 
@@ -290,7 +291,7 @@ def test_gram_matrices_are_those_of_the_inputs_of_linear_layers(case: Case) -> N
     seen: dict[str, list[Tensor]] = {one.name: [] for one in inputs}
     for one in inputs:
         see = seen[one.name].append
-        model.get_submodule(one.module).register_forward_pre_hook(lambda _, args, see=see: see(args[0][0]))
+        model.get_submodule(one.module).register_forward_pre_hook(lambda _, args, see=see: see(args[0].flatten(0, -2)))
     for example in examples:
         with torch.no_grad():
             model(input_ids=torch.tensor([example.encoding["input_ids"]]))

@@ -42,7 +42,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from tests.tiny_families import TINY_FAMILIES, TinyFamily
+from tests.tiny_families import TINY_FAMILIES, Slices, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import model_type_of
 from worker.engine.catalog.data.rows import RowFile, sample
@@ -91,13 +91,19 @@ class Case:
         if nodes not in self.counts:
             pytest.skip(f"{self.name} has no {nodes}")
 
-    def owned(self, nodes: str, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Kind, int]]:
-        """By the product's table: the tensors of which these nodes own slices, and along which axis."""
-        for name in tensors:
-            slot = self.table.slot(name)
-            assert slot is not None, name
-            if slot.owner is not None and f"layers.{layer}.{nodes}" in slot.owner.scores:
-                yield name, slot.kind, slot.owner.axis
+    def slices_of(self, name: str) -> Slices | None:
+        return self.tiny.slices_of(name, HEADS, NEURONS)
+
+    def owned(self, node: tuple[str, int, int], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+        """The slices that belong to a node, each with its tensor's name and its letter; views."""
+        nodes, layer, index = node
+        for name, tensor in tensors.items():
+            slices = self.slices_of(name)
+            if slices is not None:
+                parts = tensor.chunk(len(slices.owners), slices.axis)
+                for part, owner, letter in zip(parts, slices.owners, slices.letters, strict=True):
+                    if owner == (f"layers.{layer}.{nodes}", index % self.counts[nodes]):
+                        yield name, letter, part
 
 
 @pytest.fixture(scope="module", params=TINY_FAMILIES)
@@ -264,7 +270,8 @@ def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case)
         score_name = next(iter(site.counts))
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: ScoreName = score_name) -> None:
-            seen.setdefault(name, []).append(inputs[0].shape[1])
+            flat = inputs[0].dim() == 2  # of all rows, in OPT
+            seen.setdefault(name, []).append(len(inputs[0]) // len(examples) if flat else inputs[0].shape[1])
 
         loaded.model.get_submodule(site.module).register_forward_hook(note)
 
@@ -316,22 +323,22 @@ def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
     multiplier, inputs, expert = -1.7, probe(case), case.experts["three"]
     masked = float64_model(expert)
     with torch.no_grad():
-        insert_masks(masked, case.tiny)[list(case.counts).index(nodes)][layer, index] = multiplier
+        insert_masks(masked, case.tiny)[list(case.counts).index(nodes)][layer, index % case.counts[nodes]] = multiplier
         expected = masked(**inputs).logits
     assert not torch.allclose(expected, logits(expert, inputs))
     # A head's mask can be seen on either side of its context if the value is its own, a neuron's only behind the
     # non-linearity.
-    owned = {kind for _, kind, _ in case.owned(nodes, layer, read_model(expert))}
-    behind = [kind for kind in (Kind.VALUE, Kind.ATTENTION_OUTPUT, Kind.DOWN) if kind in owned]
+    node = nodes, layer, index
+    behind = {letter for _, letter, _ in case.owned(node, read_model(expert))} & {"v", "o", "d"}
     assert behind
-    for kind in behind:
-        scaled = Path(shutil.copytree(expert, tmp_path / kind))
+    for letter in behind:
+        scaled = Path(shutil.copytree(expert, tmp_path / letter))
 
-        def scale(tensors: Tensors, kind: Kind = kind) -> Tensors:
+        def scale(tensors: Tensors, letter: str = letter) -> Tensors:
             wide = {name: tensor.double() for name, tensor in tensors.items()}
-            for name, of_kind, axis in case.owned(nodes, layer, tensors):
-                if of_kind is kind:
-                    owned_slice(wide[name], axis, case.counts[nodes], index).mul_(multiplier)
+            for _, found, part in case.owned(node, wide):
+                if found == letter:
+                    part.mul_(multiplier)
             return wide
 
         edit_tensors(scaled, scale)
@@ -346,30 +353,36 @@ def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
     model = float64_model(case.experts["three"])
     mask = insert_masks(model, case.tiny)[list(case.counts).index(nodes)]
     with torch.no_grad():
-        mask[layer, index] = 0
+        mask[layer, index % case.counts[nodes]] = 0
     model(**probe(case)).logits.pow(2).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    grouped = NODE_KINDS[nodes].groups  # with what heads share, these heads are masked too
-    masked = [nodes, *([grouped.name] if grouped else ())]
-    owned = {name: axis for kind in masked for name, _, axis in case.owned(kind, layer, gradients)}
+    visible = {}
     for name, gradient in gradients.items():
         slot = case.table.slot(name)
         assert slot is not None, name
         # A bias that is the same for every key, or place of one, is invisible to softmax: its gradient is rounding.
         is_invisible = slot.is_bias and (slot.kind is Kind.KEY or "pos_key_proj" in name)
-        visible = gradient.abs() > 1e-12 if is_invisible else gradient != 0
-        if name in owned:
-            mine = owned_slice(visible, owned[name], case.counts[nodes], index)
-            if not (case.tiny.normed_together and slot.kind in (Kind.QUERY, Kind.KEY)):
-                assert not mine.any(), name
-            mine.fill_(True)
-        if slot.layer is not None and not is_invisible:
-            assert slices_without_effect(visible, slot.owner.axis if slot.owner else 0) == 0, name
-
-
-def owned_slice(tensor: Tensor, axis: int, count: int, index: int) -> Tensor:
-    width = tensor.shape[axis] // count
-    return tensor.narrow(axis, index * width, width)
+        visible[name] = gradient.abs() > 1e-12 if is_invisible or case.tiny.fused else gradient != 0
+    masked = {(nodes, layer, index % case.counts[nodes])}
+    if nodes == "kv_heads":  # with what heads share, these heads are masked too
+        sharing = HEADS // case.counts[nodes]
+        first = index % case.counts[nodes] * sharing
+        masked |= {("heads", layer, head) for head in range(first, first + sharing)}
+    for node in masked:
+        for name, letter, part in case.owned(node, visible):
+            slot = case.table.slot(name)
+            if not (case.tiny.normed_together and slot is not None and slot.kind in (Kind.QUERY, Kind.KEY)):
+                assert not part.any(), (name, letter)
+            part.fill_(True)
+    for name, found in visible.items():
+        slices = case.slices_of(name)
+        axis, letters = (0, ("",)) if slices is None else (slices.axis, slices.letters)
+        if not name.startswith(f"{case.tiny.layers}."):
+            continue
+        is_bias = name.endswith(".bias")
+        for part, letter in zip(found.chunk(len(letters), axis), letters, strict=True):
+            if not (is_bias and (letter == "k" or ".key" in name or "k_" in name or "pos_key_proj" in name)):
+                assert slices_without_effect(part, axis) == 0, name
 
 
 def slices_without_effect(visible: Tensor, axis: int) -> int:
@@ -379,8 +392,14 @@ def slices_without_effect(visible: Tensor, axis: int) -> int:
 def test_the_table_gives_every_tensor_the_owner_that_is_written_down_twice(case: Case) -> None:
     backbone = plan(list(case.experts.values())).backbone
     for tensor in backbone:
-        owner = tensor.slot.owner
-        assert (owner and (*owner.scores, owner.axis)) == case.tiny.owner_of(tensor.slot.name), tensor.slot.name
+        owner, expected = tensor.slot.owner, case.slices_of(tensor.slot.name)
+        assert (owner is None) == (expected is None), tensor.slot.name
+        if owner is not None and expected is not None:
+            parts = [[(str(score), index) for index in range(case.counts[score.kind.name])] for score in owner.scores]
+            groups = min(map(len, parts)) if owner.by_head else 1
+            runs = [part[group * len(part) // groups : (group + 1) * len(part) // groups]
+                    for group in range(groups) for part in parts]  # fmt: skip
+            assert (owner.axis, [one for run in runs for one in run]) == (expected.axis, [*expected.owners])
     heads = {name for name in read_model(case.experts["two"]) if name.startswith(case.tiny.head)}
     assert {tensor.slot.name for tensor in backbone} == read_model(case.experts["two"]).keys() - heads
 
@@ -398,10 +417,11 @@ def dense_merge(case: Case, versions: list[Tensors], scores: list[Tensors]) -> T
     merged = {}
     for name, first in versions[0].items():
         share = np.full((len(versions), 1), 1 / len(versions))
-        owner = case.tiny.owner_of(name)
+        slices = case.slices_of(name)
         axis = 0
-        if owner is not None:
-            share, axis = shares[owner[0]], owner[1]
+        if slices is not None:
+            axis = slices.axis
+            share = np.stack([shares[score][:, index] for score, index in slices.owners], axis=1)
             share = share.repeat(first.shape[axis] // share.shape[1], axis=1)
         share = share.reshape(len(versions), *[-1 if d == axis else 1 for d in range(first.dim())])
         stacked = np.stack([version[name].double().numpy() for version in versions])
@@ -504,7 +524,7 @@ def test_no_classifier_of_these_families_ties_weights_and_a_tie_would_be_seen(ca
     config = AutoConfig.from_pretrained(case.experts["two"], tie_word_embeddings=True)
     masked = type(config) in AutoModelForMaskedLM._model_mapping
     language_model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config)
-    assert any("embed" in name for group in shared_storage(language_model) for name in group)
+    assert any("embed" in name or "wte" in name for group in shared_storage(language_model) for name in group)
 
 
 def shared_storage(model: Any) -> list[list[str]]:
@@ -531,7 +551,8 @@ def test_rows_are_cut_at_exactly_the_models_last_position(case: Case, tmp_path: 
     inputs = {name: torch.tensor([values]) for name, values in longest.encoding.items()}
     assert bool(loaded.model(**inputs).logits.isfinite().all())
     one_more = {name: torch.cat([values[:, :1], values], dim=1) for name, values in inputs.items()}
-    if not any("position_embeddings" in name for name in read_model(checkpoint)):
+    learned = ("position_embeddings", "embed_positions", "wpe")
+    if not any(part in name for name in read_model(checkpoint) for part in learned):
         # Relative positions alone: it runs, at a distance that it was never trained on.
         assert bool(loaded.model(**one_more).logits.isfinite().all())
     else:
@@ -597,7 +618,7 @@ def test_every_module_of_the_head_is_needed_and_its_last_counts_the_labels(case:
         assert_refused(pair, InvalidCheckpoint, f"no tensor {module}.weight")
     pair = copied(case, tmp_path / "labels")
     edit_json(pair[1] / "config.json", id2label={str(i): f"l{i}" for i in range(5)})
-    assert_refused(pair, InvalidCheckpoint, "5 labels", f"{case.table.head.logits}.weight", "[3, 16]")
+    assert_refused(pair, InvalidCheckpoint, "5 labels", f"{case.table.head.logits}.weight", "[3, ")
 
 
 def test_another_family_is_refused_by_both_names(case: Case, tmp_path: Path) -> None:
@@ -632,7 +653,7 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
             other = config[key][::-1]
         elif isinstance(config.get(key), float) or (config.get(key) is None and key.endswith("softcapping")):
             other = 7.0
-        elif key.endswith(("act", "activation")):
+        elif key.endswith(("act", "activation", "activation_function")):
             other = "relu"
         elif key.endswith("eps"):
             other = 7.0
@@ -647,7 +668,7 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
             assert required_family(plan([pair[1]])).max_tokens({**config, key: other}) == POSITIONS + 2 - 8
         assert_refused(pair, IncompatibleCheckpoints, f"{key} differs")
     for what, key in case.table.config_names.items():
-        if what in ("kv_heads", "head_size"):  # which follow from the others
+        if what in ("kv_heads", "head_size") or (what == "neurons" and case.table.widening):  # which follow from others
             continue
         pair = copied(case, tmp_path / key)
         edit_json(pair[0] / "config.json", **{key: None, "layer_types": None, "no_rope_layers": None})
@@ -694,8 +715,9 @@ def test_a_padding_position_that_leaves_no_row_is_refused_by_its_key(case: Case,
     key = case.table.padding_position
     pair = copied(case, tmp_path)
     if key is None or key in case.table.supported:
-        edit_json(pair[0] / "config.json", max_position_embeddings=padding if padding == "1" else 0)
-        problem = "no usable max_position_embeddings" if padding != "1" else "max_position_embeddings '1'"
+        positions = case.table.config_names["positions"]
+        edit_json(pair[0] / "config.json", **{positions: padding if padding == "1" else 0})
+        problem = f"no usable {positions}" if padding != "1" else f"{positions} '1'"
         assert_refused(pair, InvalidCheckpoint, problem)
     else:
         edit_json(pair[0] / "config.json", pad_token_id=padding)
@@ -723,9 +745,9 @@ def test_what_older_versions_saved_besides_is_left_out(case: Case, engine: Engin
     pair = copied(case, tmp_path)
     for path in pair:
         write_rows(path.with_suffix(".jsonl"), count=ROWS, labels=LABELS[path.name])
-    unread = {f"{case.table.prefix}{name}": torch.zeros(16, 16) for name in case.table.unread}
+    unread = {f"{case.table.prefix}{name.format(layer=1)}": torch.zeros(16, 16) for name in case.table.unread}
     if case.table.unread:
-        unread[f"{case.table.prefix}{case.table.unread[0]}"] = torch.arange(POSITIONS)[None]
+        unread[f"{case.table.prefix}{case.table.unread[0].format(layer=1)}"] = torch.arange(POSITIONS)[None]
     edit_tensors(pair[0], lambda tensors: {**tensors, **unread})
     for folder in merge(engine, tmp_path / "out", pair).values():
         assert not unread.keys() & read_model(folder).keys()

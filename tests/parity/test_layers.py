@@ -67,6 +67,10 @@ class Case:
     def plan(self) -> MergePlan:
         return plan_merge([inspect_checkpoint(folder, folder.name) for folder in self.folders])
 
+    @property
+    def norms(self) -> Norms:
+        return required_family(self.plan).norms_in(self.plan.checkpoints[0].config)
+
     def loaded(self, folder: Path) -> LoadedModel:
         return load(inspect_checkpoint(folder, folder.name), CPU)
 
@@ -302,8 +306,14 @@ def test_every_linear_layer_of_the_blocks_is_refitted_once(case: Case) -> None:
     modules = [module for group in groups for module in group.modules]
     slots = [required_family(case.plan).slot(f"{module}.weight") for module in modules]
     assert len(set(modules)) == len(modules) == LAYERS * len(kinds) + any(s and s.kind is Kind.POOLER for s in slots)
-    is_added = required_family(case.plan).norms is not Norms.AFTER_BLOCKS  # as it is, without a norm between
-    assert [bool(group.norm or group.ends_block) for group in groups[:4]] == [False, is_added, False, is_added]
+    adds_attention = case.norms in (Norms.AFTER_SUMS, Norms.BEFORE_BLOCKS)  # as it is, and before the next block
+    adds_feed_forward = case.norms is not Norms.AFTER_BLOCKS
+    assert [bool(group.norm or group.ends_block) for group in groups[:4]] == [
+        False,
+        adds_attention,
+        False,
+        adds_feed_forward,
+    ]
 
 
 def keep_input(seen: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -330,7 +340,8 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
                     handle = reader.register_forward_pre_hook(partial(keep_input, seen))
                     expert.loaded.kind.run(batch.inputs)
                     handle.remove()
-                    torch.testing.assert_close(x, seen[0][batch.inputs["attention_mask"].bool()], rtol=1e-5, atol=1e-5)
+                    is_text = batch.inputs["attention_mask"].bool().flatten()
+                    torch.testing.assert_close(x, seen[0].flatten(0, -2)[is_text], rtol=1e-5, atol=1e-5)
 
 
 def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:
@@ -347,18 +358,18 @@ def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
     """Of a model on an expert's rows, one at a time: the sums as norms read them, in that order, (tokens, width)."""
     model = float64_model(folder)
     seen: dict[nn.Module, list[Tensor]] = {}
-    norms = required_family(case.plan).norms
+    norms, by_block = case.norms, (Norms.AFTER_BLOCKS, Norms.PARALLEL)
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.setdefault(module, []).append(inputs[0].flatten(0, -2))
 
     for name, module in model.named_modules():
         slot = required_family(case.plan).slot(f"{name}.weight")
-        is_norm = slot is not None and slot.kind in NORMS and norms is not Norms.AFTER_BLOCKS
+        is_norm = slot is not None and slot.kind in NORMS and norms not in by_block
         if (
             is_norm
             or (slot is not None and slot.kind is Kind.FINAL_NORM)
-            or (norms is Norms.AFTER_BLOCKS and isinstance(module, GradientCheckpointingLayer))
+            or (norms in by_block and isinstance(module, GradientCheckpointingLayer))
         ):
             module.register_forward_pre_hook(before)
     with torch.no_grad():
@@ -381,7 +392,7 @@ def test_residual_sums_come_nearer_to_the_experts_in_every_family(case: Case, tm
     by_method = []
     for merged in (plain, aligned):
         errors = [residual_errors(case, folder, expert) for folder, expert in zip(merged, case.folders, strict=True)]
-        sums = LAYERS * (1 if required_family(case.plan).norms is Norms.AFTER_BLOCKS else 2)
+        sums = LAYERS * (1 if case.norms in (Norms.AFTER_BLOCKS, Norms.PARALLEL) else 2)
         assert [len(of_model) for of_model in errors] == [sums] * 2
         by_method.append([sum(s * e for s, e in zip(shares, pair, strict=True)) for pair in zip(*errors, strict=True)])
     for before, after in zip(*by_method, strict=True):

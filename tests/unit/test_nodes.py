@@ -89,9 +89,49 @@ def test_a_gate_shares_the_input_that_is_seen_at_up() -> None:
 
 def test_sums_of_residuals_are_read_by_the_norm_that_comes_next() -> None:
     after = {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM}
-    assert BERT.residual_norms == after
-    assert GROUPED.residual_norms == {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None}
-    assert replace(GROUPED, norms=Norms.AFTER_BLOCKS).residual_norms == {}  # what is added is no layer's output
+    assert BERT.residual_norms({}) == after
+    assert GROUPED.residual_norms({}) == {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None}
+    assert replace(GROUPED, norms=Norms.AFTER_BLOCKS).residual_norms({}) == {}  # what is added is no layer's output
+
+
+def test_a_setting_may_say_where_norms_are() -> None:
+    where = {"new": (True, Norms.PARALLEL), "last": (True, Norms.AFTER_SUMS)}
+    family = replace(GROUPED, norms_where=where, settings={"new": False, "last": False})
+    assert [family.norms_in(config) for config in ({}, {"last": True}, {"new": True, "last": True})] == [
+        Norms.BEFORE_BLOCKS, Norms.AFTER_SUMS, Norms.PARALLEL,
+    ]  # fmt: skip
+    assert family.residual_norms({"new": True}) == {Kind.DOWN: None}
+
+
+def test_neurons_may_follow_from_the_hidden_size() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": None}
+    assert replace(GROUPED, widening=4).size(sizes, "neurons") == 96
+    with pytest.raises(ValueError, match="intermediate_size"):
+        GROUPED.size(sizes, "neurons")
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({}, 131072),
+        ({"rope_parameters": {"rope_type": "default", "original_max_position_embeddings": 9}}, 131072),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 9}}, 9),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 4096}, 4096),
+    ],
+)
+def test_rows_are_no_longer_than_what_makes_rotary_positions_depend_on_the_batch(
+    config: dict[str, object], tokens: int
+) -> None:
+    assert GROUPED.max_tokens({"max_position_embeddings": 131072, **config}) == tokens
+
+
+def test_tensors_that_are_not_read_may_be_in_every_layer() -> None:
+    family = replace(GROUPED, unread=("encoder.layer.{layer}.attention.bias", "inv.freq"))
+    found = {name: family.slot(f"bert.{name}") for name in ("encoder.layer.11.attention.bias", "inv.freq")}
+    assert {slot and slot.kind for slot in found.values()} == {Kind.UNREAD}
+    for name in ("encoder.layer.x.attention.bias", "inv_freq", "encoder.layer.1.attention.biases"):
+        assert family.slot(f"bert.{name}") is None
+    assert replace(GROUPED, unread=()).slot("bert.inv.freq") is None
 
 
 def test_a_size_that_a_configuration_lacks_is_the_library_s() -> None:

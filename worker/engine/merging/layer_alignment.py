@@ -65,7 +65,7 @@ def linear_groups(plan: MergePlan) -> list[LinearGroup]:
     modules = {(t.slot.layer, t.slot.kind): _module(t.slot) for t in plan.backbone}
     slots = [t.slot for t in plan.backbone if t.slot.input and t.slot.kind in ORDER]
     slots.sort(key=lambda slot: (math.inf if slot.layer is None else slot.layer, ORDER.index(slot.kind)))
-    norms = required_family(plan).residual_norms
+    norms = required_family(plan).residual_norms(plan.checkpoints[0].config)
     groups = []
     for name, sharing in groupby(slots, key=lambda slot: slot.input):
         members = list(sharing)
@@ -307,7 +307,7 @@ class _Run:
             block = self._block(number, group.layer)
             with self._computing():
                 calls = _first_calls(block, modules)
-        x, *sums = (call.args[0][counted].float() for call in calls)
+        x, *sums = (_selected(call.args[0], counted).float() for call in calls)
         if group.layer is not None and group.ends_block:
             sums = [self._given(number, group.layer)[counted].float()]
         if sums:
@@ -334,6 +334,11 @@ class _Run:
         with _skipping(skipped, self._beside):
             [call] = self._whole(number, [self._blocks[layer]])
         return partial(self._blocks[layer], self._hidden[number], *call.args[1:], **call.kwargs)
+
+
+def _selected(values: Tensor, counted: Tensor) -> Tensor:
+    """Return the values that count, (inputs, width), of (batch, tokens, width), or flattened as OPT does."""
+    return values.reshape(*counted.shape, -1)[counted]
 
 
 def _counted(batch: Batch, group: LinearGroup) -> Tensor:

@@ -36,6 +36,7 @@ class MaskGradients:
         self._roots: list[Tensor] = []
         self._gradients: dict[ScoreName, Tensor] = {}
         self._token_sums = TokenSums()
+        self._tokens: tuple[int, ...] = ()  # (batch, tokens), as the sites before show
         self._handles = [model.register_forward_pre_hook(self._forget)]
         for module in narrowing:  # before the sites' own hooks, which then see one token
             self._handles.append(model.get_submodule(module).register_forward_pre_hook(_first_token))
@@ -78,14 +79,17 @@ class MaskGradients:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if not torch.is_grad_enabled():
                 return None
-            activation = inputs[0]  # (batch, tokens, values)
+            activation = inputs[0]  # (batch, tokens, values), or (batch * tokens, values) as in OPT
+            if activation.dim() == 3:
+                self._tokens = activation.shape[:2]
+            shape = (*self._tokens, activation.shape[-1])
             if not activation.requires_grad:
                 activation = activation.detach().requires_grad_()
                 self._roots.append(activation)
             kept = _kept(activation)
 
             def contract(gradient: Tensor) -> None:
-                by_value = self._token_sums(kept(), gradient).double()  # (batch, values)
+                by_value = self._token_sums(kept().reshape(shape), gradient.reshape(shape)).double()  # (batch, values)
                 for score, nodes in site.counts.items():
                     self._gradients[score] = by_value.view(len(by_value), nodes, -1).sum(-1)
 

@@ -97,15 +97,15 @@ class _Sums:
         return before
 
     def _see(self, name: str, x: Tensor) -> None:
-        """Add `x`, (batch, tokens, width), or (batch, width) for an input that is read once a row."""
+        """Add `x`, (batch, tokens, width) or (batch * tokens, width), or (batch, width) if it is read once a row."""
         if self._batch is None:
             raise TypeError("no batch")
         batch = self._batch
         rows = torch.arange(len(batch), device=x.device)
-        if x.dim() == 3:
-            is_text = batch.inputs["attention_mask"].bool()  # False for padding
+        is_text = batch.inputs["attention_mask"].bool()  # False for padding
+        if x.dim() == 3 or len(x) == is_text.numel():
             rows = rows[:, None].expand_as(is_text)[is_text]
-            x = x[is_text]
+            x = x.reshape(*is_text.shape, -1)[is_text]
         x = x.float()  # (tokens, width); `rows` has each token's row
         finite = torch.isfinite(x).all(-1)
         if not bool(finite.all()):

@@ -1,5 +1,6 @@
 """The classes in which a family's table is written, and the facts that follow from the table."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ class Kind(StrEnum):
     FEED_FORWARD_NORM = "feed_forward_norm"
     CONVOLUTION = "convolution"
     FINAL_NORM = "final_norm"  # norm after the last layer, where norms come first
+    OUTPUT_PROJECTION = "output_projection"  # after it, from the hidden size to the embeddings' size
     POOLER = "pooler"
     HEAD = "head"  # kept per model
     MERGED_HEAD = "merged_head"
@@ -70,6 +72,7 @@ class Norms(StrEnum):
 
     AFTER_SUMS = "after_sums"  # norm(x + f(x)), as in BERT
     BEFORE_BLOCKS = "before_blocks"  # x + f(norm(x)), as in Llama
+    PARALLEL = "parallel"  # x + attention(norm(x)) + feed_forward(norm(x)), as in GPT-NeoX
     AFTER_BLOCKS = "after_blocks"  # x + norm(f(x)), as in OLMo 2, or x + norm(f(norm(x))), as in Gemma 2
 
 
@@ -86,9 +89,10 @@ LAYER_INPUTS = {
 RESIDUAL_NORMS: Mapping[Norms, Mapping[Kind, Kind | None]] = {
     Norms.AFTER_SUMS: {Kind.ATTENTION_OUTPUT: Kind.ATTENTION_NORM, Kind.DOWN: Kind.FEED_FORWARD_NORM},
     Norms.BEFORE_BLOCKS: {Kind.ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM, Kind.DOWN: None},
+    Norms.PARALLEL: {Kind.DOWN: None},
     Norms.AFTER_BLOCKS: {},
 }
-OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler"}
+OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler", Kind.OUTPUT_PROJECTION: "output"}
 
 NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.GATE)
 """Modules whose input is seen elsewhere: query and key share that of value, and may also run on positions."""
@@ -208,7 +212,8 @@ class Family:
     outer_modules: Mapping[str, Kind]
     """Kinds of modules outside the layers, by their path under `prefix`."""
     unread: tuple[str, ...]
-    """Tensors under `prefix` that transformers once saved in such checkpoints and no longer reads; merges omit them."""
+    """Tensors under `prefix`, with `{layer}` for each layer's number, that transformers once saved in such checkpoints
+    and no longer reads; merges omit them."""
     config_names: Mapping[str, str]
     """Configuration keys of the sizes layers, heads, neurons, hidden and positions; kv_heads and head_size may lack."""
     settings: Mapping[str, Any]
@@ -219,12 +224,16 @@ class Family:
     """Keys for which only one value is available; a missing key has it."""
     absent_sizes: Mapping[str, int] = field(default_factory=dict)
     """Values of kv_heads and head_size where the configuration lacks the key; else they follow from other sizes."""
+    widening: int | None = None
+    """Number of neurons by unit of the hidden size where the configuration says none; None: it must say it."""
     padding_position: str | None = None
     """Configuration key of padding's position; a row's first token has the next one. None: the first token has 0."""
     ownership: Ownership = MULTI_HEAD
     is_causal: bool = False
     """Whether a token's output depends on no later token, as in a language model."""
     norms: Norms = Norms.AFTER_SUMS
+    norms_where: Mapping[str, tuple[Any, Norms]] = field(default_factory=dict)
+    """Settings of which one value says that norms are elsewhere, each with that value; the first counts."""
     hidden_vectors: int = 16
     """Number of vectors of the hidden size that the backward pass keeps in each layer, per token."""
     neuron_vectors: int = 4
@@ -243,13 +252,17 @@ class Family:
         """Kinds of the layer modules as slots have them."""
         return {module: kind.kind if isinstance(kind, Fused) else kind for module, kind in self.layer_modules.items()}
 
-    @property
-    def residual_norms(self) -> Mapping[Kind, Kind | None]:
-        """Maps each kind of module whose output is added to a residual to the norm that reads the sum.
+    def norms_in(self, config: Mapping[str, Any]) -> Norms:
+        """Return where a layer's norms are in a model with this configuration."""
+        found = (norms for key, (value, norms) in self.norms_where.items() if self.setting(config, key) == value)
+        return next(found, self.norms)
+
+    def residual_norms(self, config: Mapping[str, Any]) -> Mapping[Kind, Kind | None]:
+        """Map each kind of module whose output is added to a residual to the norm that reads the sum.
 
         None means that the sum is the layer's output. An output that is normalised before it is added is not there.
         """
-        return RESIDUAL_NORMS[self.norms]
+        return RESIDUAL_NORMS[self.norms_in(config)]
 
     def under(self, head: Head, prefix: str | None = None) -> "Family":
         """Return the same backbone with another head; `prefix` is that of its tensors beside that head."""
@@ -274,6 +287,8 @@ class Family:
             return self.size(config, "heads")
         if value is None and what == "head_size":
             return self.size(config, "hidden") // self.size(config, "heads")
+        if value is None and what == "neurons" and self.widening is not None:
+            return self.widening * self.size(config, "hidden")
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ValueError(f"config.json has no usable {key}")
         return value
@@ -284,7 +299,7 @@ class Family:
 
     def max_tokens(self, config: Mapping[str, Any]) -> int:
         """Return the number of tokens for which positions are enough. Raises ValueError, which names the key."""
-        positions = self.size(config, "positions")
+        positions = int(min(self.size(config, "positions"), _unscaled(config)))
         if self.padding_position is None:
             return positions
         padding = self.setting(config, self.padding_position)
@@ -308,7 +323,7 @@ class Family:
         module, _, part = name.rpartition(".")
         part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
-        if canonical in (self.prefix + unread for unread in (*self.unread, *self.head.unread)):
+        if self._unread_pattern.fullmatch(canonical):
             return Slot(canonical, Kind.UNREAD, None, False)
         if part not in ("weight", "bias"):
             return None
@@ -362,6 +377,23 @@ class Family:
         return f"{self.prefix}{self.layers.format(layer=layer)}."
 
     @cached_property
+    def _unread_pattern(self) -> re.Pattern[str]:
+        names = (re.escape(self.prefix + unread) for unread in (*self.unread, *self.head.unread))
+        return re.compile("|".join(names).replace(re.escape("{layer}"), r"\d{1,6}") or r"(?!)")
+
+    @cached_property
     def _layer_pattern(self) -> re.Pattern[str]:
         before, after = self.layers.split("{layer}")
         return re.compile(rf"{re.escape(before)}(?P<layer>\d{{1,6}}){re.escape(after)}\.(?P<module>.+)")
+
+
+def _unscaled(config: Mapping[str, Any]) -> float:
+    """Return the number of tokens from which on rotary positions depend on the longest row of a batch; maybe infinite.
+
+    So it is with LongRoPE (Ding et al. 2024, arXiv 2402.13753), which has factors for short and for long batches.
+    """
+    rotary = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rotary, Mapping) or rotary.get("rope_type", rotary.get("type")) not in ("longrope", "su"):
+        return math.inf
+    limit = rotary.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else math.inf

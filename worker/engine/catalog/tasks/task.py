@@ -77,14 +77,17 @@ class Task(ABC):
     def head_on(cls, family: Family, found: Architecture) -> Head | None:
         """Return the head of a class that the family's own table does not have; None where it has no table.
 
-        Its modules are those outside the backbone. Where the class has no pooler, that of a checkpoint is left out.
+        Its modules are those outside the backbone. Where the class has no pooler, that of a checkpoint is left out. A
+        module that checkpoints call otherwise than the class does, as that of GPT-NeoX's language models, has none.
         """
         prefix = f"{found.prefix}."
         names = [name.rpartition(".")[0] for name in found.all_names if not name.startswith(prefix)]
         poolers = (module for module, kind in family.outer_modules.items() if kind is Kind.POOLER)
         parts = (f"{module}.{part}" for module in poolers for part in ("weight", "bias"))
         unread = tuple(part for part in parts if prefix + part not in found.all_names)
-        return Head(found.name, tuple(sorted(set(names))), merges=cls.merges_heads, unread=unread) if names else None
+        if not names or not {*names}.isdisjoint(found.stored):
+            return None
+        return Head(found.name, tuple(sorted(set(names))), merges=cls.merges_heads, unread=unread)
 
     @classmethod
     def outputs_in(cls, info: CheckpointInfo, head: Head) -> int:
