@@ -28,11 +28,7 @@ from worker.engine.tasks.metrics import Array
 CPU = torch.device("cpu")
 ROWS = 70  # more than are ranked at once
 METRICS = {"choice_accuracy": "acc", "choice_accuracy_normalised": "acc_norm"}
-FAMILIES = {
-    name: case
-    for name, tiny in DECODERS.items()
-    for name, case in ((name, tiny), (f"{name}-bytes", TinyFamily(**{**vars(tiny), "tokenizer": bytes_of_decoders})))
-}
+FAMILIES = {**DECODERS, "llama-bytes": TinyFamily(**{**vars(DECODERS["llama"]), "tokenizer": bytes_of_decoders})}
 
 
 def rows_of_choices(count: int, seed: int) -> list[dict[str, Any]]:
@@ -59,6 +55,11 @@ def few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "m"
     return tiny_checkpoint(folder, family=FAMILIES[request.param], seed=3, task="CausalLM")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("llama") / "m", family=DECODERS["llama"], seed=3, task="CausalLM")
 
 
 def spec_of(file: Path, metric: Any = "choice_accuracy", **fields: Any) -> EvaluationSpec:
@@ -116,13 +117,13 @@ def test_every_row_is_right_where_the_harness_says_so(checkpoint: Path, tmp_path
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_merge_is_judged_by_choices(checkpoint: Path, tmp_path: Path, metric: str) -> None:
+def test_a_merge_is_judged_by_choices(llama: Path, tmp_path: Path, metric: str) -> None:
     rows = rows_of_choices(24, seed=2)
     file = tmp_path / "rows.jsonl"
     write_lines(file, [json.dumps({**row, "text": f"{row['text']} "}) for row in rows])
-    specs = [model_spec(checkpoint, None, name=name, evaluation=spec_of(file, metric)) for name in ("one", "two")]
+    specs = [model_spec(llama, None, name=name, evaluation=spec_of(file, metric)) for name in ("one", "two")]
     result = Engine().merge(merge_spec(tmp_path / "out", specs, {"name": "average"}, evaluate=True), silent)
-    harness = by_harness(checkpoint, rows, tmp_path)
+    harness = by_harness(llama, rows, tmp_path)
     expected = sum(one[METRICS[metric]] for one in harness) / len(rows)
     assert 0 < expected < 1
     assert result.metrics is not None
@@ -164,12 +165,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_rows_that_cannot_be_ranked_are_refused_by_name(checkpoint: Path, tmp_path: Path, case: str) -> None:
+def test_rows_that_cannot_be_ranked_are_refused_by_name(llama: Path, tmp_path: Path, case: str) -> None:
     changed, message = REFUSED[case]
     good = {"text": "one two ", "choices": ["three", "four five"], "label": 1}
     file = tmp_path / "rows.jsonl"
     write_lines(file, [json.dumps(good), json.dumps({**good, **changed})])
-    loaded = load(inspect_checkpoint(checkpoint, "m"), CPU)
+    loaded = load(inspect_checkpoint(llama, "m"), CPU)
     with pytest.raises(InvalidDataset, match=message):
         predictions(loaded, spec_of(file, max_length=48))
 

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines
-from tests.tiny_families import DECODERS, WORDS
+from tests.tiny_families import DECODERS, WORDS, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
-from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.primitives.answers import answer_in, answer_pattern
-from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
+from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError, Place
 from worker.engine.catalog.tasks import CausalLanguageModel, column_problems
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.jobs.engine import Engine
@@ -30,12 +30,25 @@ NEW = 8
 ENDS = [1, *range(10, 40)]  # so many that rows end after different numbers of tokens
 
 
-@pytest.fixture(scope="module", params=DECODERS)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "m"
-    tiny_checkpoint(folder, family=DECODERS[request.param], seed=5, task="CausalLM")
+def ending(folder: Path, family: TinyFamily) -> Path:
+    tiny_checkpoint(folder, family=family, seed=5, task="CausalLM")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     return folder
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ending(tmp_path_factory.mktemp(request.param) / "m", DECODERS[request.param])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ending(tmp_path_factory.mktemp("llama") / "m", DECODERS["llama"])
+
+
+def texts() -> list[str]:
+    """Texts of two to five words: a tokenizer may need several tokens for one."""
+    return [" ".join(text.split()[: 2 + place % 4]) for place, text in enumerate(tiny_texts(ROWS, 3))]
 
 
 def spec_of(file: Path, **settings: Any) -> EvaluationSpec:
@@ -44,14 +57,17 @@ def spec_of(file: Path, **settings: Any) -> EvaluationSpec:
 
 
 def rows_with(targets: list[str], file: Path) -> None:
-    rows = [{"text": text, "target": target} for text, target in zip(tiny_texts(ROWS, 3), targets, strict=True)]
+    rows = [{"text": text, "target": target} for text, target in zip(texts(), targets, strict=True)]
     write_lines(file, [json.dumps(row) for row in rows])
 
 
 def predictions(loaded: LoadedModel, spec: EvaluationSpec) -> Array:
-    rows = sample(RowFile(spec), spec, None, shuffle=False)
-    kind = loaded.kind.evaluated(spec)
-    examples = kind.tokenized(rows, spec, loaded.tokenizer, loaded.max_length, None).examples
+    reader = CausalLanguageModel.reader("exact_match")
+    return predictions_of(loaded, spec, sample(RowFile(spec, reader), spec, None, shuffle=False))
+
+
+def predictions_of(loaded: LoadedModel, spec: EvaluationSpec, rows: list[Row]) -> Array:
+    examples = loaded.kind.evaluated(spec).tokenized(rows, spec, loaded.tokenizer, loaded.max_length, None).examples
     return predict(loaded, examples, "float32", silent, spec)
 
 
@@ -60,7 +76,7 @@ def written_alone(checkpoint: Path) -> list[tuple[str, int]]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     found = []
-    for text in tiny_texts(ROWS, 3):
+    for text in texts():
         inputs = tokenizer(text, return_tensors="pt")
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW, pad_token_id=3)[0]
         own = tokens[inputs["input_ids"].shape[1] :].tolist()
@@ -71,14 +87,16 @@ def written_alone(checkpoint: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("held", [generation.HELD_TOKENS, 60])
-def test_rows_together_are_written_as_each_alone(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
-) -> None:
+def test_rows_together_are_written_as_each_alone(decoder: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     monkeypatch.setattr(generation, "HELD_TOKENS", held)
-    alone = written_alone(checkpoint)
+    alone = written_alone(decoder)
     assert len({tokens for _, tokens in alone}) > 2  # they end at different places
-    rows_with([text for text, _ in alone], tmp_path / "rows.jsonl")
-    found = predictions(load(inspect_checkpoint(checkpoint, "m"), CPU), spec_of(tmp_path / "rows.jsonl"))
+    loaded, spec = load(inspect_checkpoint(decoder, "m"), CPU), spec_of(Path("rows.jsonl"))
+    rows = [
+        Row(Place("row", number), text, None, None, target)  # bytes that no file may hold may be among what is written
+        for number, (text, (target, _)) in enumerate(zip(texts(), alone, strict=True), start=1)
+    ]
+    found = predictions_of(loaded, spec, rows)
     assert found.tolist() == [[1, tokens, 1] for _, tokens in alone]
 
 
@@ -102,13 +120,13 @@ def test_penalties_of_the_checkpoint_do_not_count(checkpoint: Path, tmp_path: Pa
 def test_a_text_ends_at_the_first_stop(checkpoint: Path, tmp_path: Path) -> None:
     alone = written_alone(checkpoint)
     words = [text.split() for text, _ in alone]
-    stop = max(WORDS, key=lambda word: sum(word in of_row[1:] for of_row in words))
 
-    def cut(of_row: list[str]) -> tuple[str, int]:
+    def cut(of_row: list[str], stop: str) -> tuple[str, int]:
         place = next((index for index, word in enumerate(of_row) if stop in word), None)
         return (" ".join(of_row), len(of_row)) if place is None else (" ".join(of_row[:place]), place + 1)
 
-    cuts = [cut(of_row) for of_row in words]
+    stop = max(WORDS, key=lambda word: sum(cut(of_row, word)[1] < len(of_row) for of_row in words))
+    cuts = [cut(of_row, stop) for of_row in words]
     assert any(tokens < len(of_row) for (_, tokens), of_row in zip(cuts, words, strict=True))
     rows_with([text for text, _ in cuts], tmp_path / "rows.jsonl")
     spec = spec_of(tmp_path / "rows.jsonl", stop=["never written", stop])
@@ -174,7 +192,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_row(checkpoint: 
     rows_with(["one"] * ROWS, tmp_path / "rows.jsonl")
     loaded = load(inspect_checkpoint(checkpoint, "m"), CPU)
     model: Any = loaded.model
-    model.get_output_embeddings().weight.fill_(3e38)
+    model.get_output_embeddings().weight.fill_(float("nan"))
     spec = spec_of(tmp_path / "rows.jsonl")
     with pytest.raises(NumericalError, match=r"m gives .* NaN or infinite on line \d+ of its rows") as caught:
         predictions(loaded, spec)
