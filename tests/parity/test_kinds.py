@@ -31,6 +31,8 @@ SEQUENCES = {
     "decoder_start_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2,
 }  # fmt: skip
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2, "vocab_size": 64, "pad_token_id": 0}
+NAMED_LABELS = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+"""Names without which nothing says that two heads are of one task."""
 KINDS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "XLM-R": ("XLMRobertaForMaskedLM", "xlm-roberta", {**SMALL, "max_position_embeddings": 40}),
     "CamemBERT": ("CamembertForMaskedLM", "camembert", {**SMALL, "max_position_embeddings": 40}),
@@ -57,7 +59,7 @@ KINDS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "Gemma 3": ("Gemma3ForCausalLM", "gemma3_text", {**SMALL, "head_dim": 4}),
     "Mixtral": ("MixtralForCausalLM", "mixtral", {**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "OPT": ("OPTForCausalLM", "opt", {**SMALL, "ffn_dim": 24, "word_embed_proj_dim": 16}),
-    "ViT": ("ViTForImageClassification", "vit", {**SMALL, "image_size": 16, "patch_size": 8, "num_labels": 3}),
+    "ViT": ("ViTForImageClassification", "vit", {**SMALL, "image_size": 16, "patch_size": 8, **NAMED_LABELS}),
 }  # fmt: skip
 
 
