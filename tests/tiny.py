@@ -49,7 +49,7 @@ def tiny_checkpoint(
     """
     named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
     settings = {**(named or {"num_labels": labels}), "problem_type": problem_type}
-    if task not in ("SequenceClassification", "TokenClassification"):
+    if task not in ("SequenceClassification", "TokenClassification", "ImageClassification"):
         settings = {}
     model = _tiny_model(family, (hidden, layers), seed, base_seed, STEP, settings, task)
     model.to(dtype).save_pretrained(folder)
@@ -79,11 +79,16 @@ def _tiny_model(
     from transformers import AutoConfig
 
     hidden, layers = size
+    of_texts = {}
+    if task != "ImageClassification":
+        of_texts = {
+            "vocab_size": len(family.tokenizer()),
+            "max_position_embeddings": POSITIONS + family.reserved_positions,
+        }
     config = AutoConfig.for_model(
         family.model_type,
-        vocab_size=len(family.tokenizer()),
         **family.sizes(hidden, HEADS, layers, NEURONS),
-        max_position_embeddings=POSITIONS + family.reserved_positions,
+        **of_texts,
         **family.settings,
         **settings,
     )

@@ -55,6 +55,15 @@ def deberta_unigram() -> Any:
     return DebertaV2Tokenizer(vocab=unigram("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"))
 
 
+def image_processor(name: str, **settings: Any) -> Callable[[], Any]:
+    def made() -> Any:
+        import transformers
+
+        return getattr(transformers, name)(**settings)
+
+    return made
+
+
 def words_of_decoders() -> Any:
     """One token a word, after a mark that begins each row."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -365,6 +374,20 @@ DECODERS = {
         TINY_OPT, settings={**TINY_OPT.settings, "do_layer_norm_before": False, "word_embed_proj_dim": 12}
     ),
 }
+TINY_VIT = TinyFamily(
+    model_type="vit",
+    layers="vit.layers",
+    heads_in=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    values="attention.v_proj",
+    heads_out="attention.o_proj",
+    neurons_in=("mlp.fc1",),
+    neurons_out="mlp.fc2",
+    head=("classifier.",),
+    tokenizer=image_processor("ViTImageProcessorPil", size={"height": 16, "width": 16}),
+    settings={"image_size": 16, "patch_size": 4},
+)
+TINY_VISION: dict[str, TinyFamily] = {"vit": TINY_VIT}
+"""Models that read images; their `tokenizer` makes an image processor."""
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "bert": TINY_BERT,
     "roberta": TINY_ROBERTA,

@@ -245,7 +245,8 @@ class Checker:
         columns = rows.model_dump(include=set(Columns.model_fields))
         with _refusing(field):
             file = self._views.open_file(place.path, rows.source, place.root)
-            check_first_rows(DatasetSpec(source=rows.source, path=file, **columns), labels, least_texts, reader)
+            spec = DatasetSpec(source=rows.source, path=file, folder=place.path.parent, root=place.root, **columns)
+            check_first_rows(spec, labels, least_texts, reader)
 
     def _states(self, checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
         with _refusing("models"):
@@ -373,7 +374,7 @@ def _becomes(request: MergeRequest, plan: MergePlan, index: int) -> str:
     if plan.merges_heads:
         return "merged like the rest into model"
     model = request.models[index]
-    names = ", ".join(tensor.slot.name for tensor in plan.heads[index])
+    names = ", ".join(tensor.slot.stored for tensor in plan.heads[index])
     if not request.output.align_heads:
         return f"{names}: kept as it is in models/{model.name}"
     if model.dataset is None:

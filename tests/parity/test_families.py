@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -42,7 +43,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from tests.tiny_families import TINY_FAMILIES, Slices, TinyFamily
+from tests.tiny_families import TINY_FAMILIES, TINY_VISION, Slices, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import model_type_of
 from worker.engine.catalog.data.rows import RowFile, sample
@@ -57,6 +58,7 @@ from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import score
 
+ALL = {**TINY_FAMILIES, **TINY_VISION}
 ROWS = 12
 LABELS = {"two": 2, "three": 3, "grade": 1}
 OF_ANY = {kind for family in TINY_FAMILIES.values() for kind in family.counts(HEADS, NEURONS)}
@@ -836,15 +838,20 @@ def sentencepiece_model(case: Case, size: int = 60) -> bytes:
 def test_every_module_that_a_table_names_is_in_a_model() -> None:
     for table in FAMILIES.values():
         found: set[str] = set()
-        for tiny in TINY_FAMILIES.values():
+        for name, tiny in ALL.items():
             if tiny.model_type == table.model_type:
+                of_texts = {} if name in TINY_VISION else {"vocab_size": 20}
                 sizes = tiny.sizes(16, HEADS, 1, NEURONS)
-                config = AutoConfig.for_model(tiny.model_type, vocab_size=20, **sizes, **tiny.settings)
-                found |= dict(AutoModelForSequenceClassification.from_config(config).named_modules()).keys()
+                config = AutoConfig.for_model(tiny.model_type, **of_texts, **sizes, **tiny.settings)
+                auto_class = (
+                    AutoModelForImageClassification if name in TINY_VISION else AutoModelForSequenceClassification
+                )
+                model = auto_class.from_config(config)
+                found |= dict(model.named_modules()).keys() | dict(model.named_parameters()).keys()
         inner = [table.layer_path(0) + module for module in table.layer_modules]
-        outer = [table.prefix + module for module in table.outer_modules]
+        outer = [table.prefix + name for name in (*table.outer_modules, *table.outer_parameters)]
         assert {*inner, *outer, *table.head.modules, table.embeddings} <= found
 
 
 def test_every_table_is_tested() -> None:
-    assert {tiny.model_type for tiny in TINY_FAMILIES.values()} == FAMILIES.keys()
+    assert {tiny.model_type for tiny in ALL.values()} == FAMILIES.keys()

@@ -11,7 +11,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, TOKENIZER_FILES
+from worker.engine.catalog.checkpoints.companions import companions
+from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, PROCESSORS, TOKENIZER_FILES
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.inspection import TOO_MANY_OPEN
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
@@ -179,6 +180,12 @@ def digest_tokenizer(info: CheckpointInfo) -> str:
     """Return the sha256, in hexadecimal, over the names and digests of the tokenizer's files."""
     names = [name for name in TOKENIZER_FILES if (info.tokenizer_path / name).exists()]
     return _joined({name: digest_file(info.tokenizer_path / name) for name in names})
+
+
+def digest_processor(info: CheckpointInfo) -> str:
+    """Return the sha256, in hexadecimal, over the names and digests of the files that say how inputs are made."""
+    found = companions(info)
+    return _joined({name: digest_file(found[name]) for name in PROCESSORS if name in found})
 
 
 def _files(info: CheckpointInfo) -> Sequence[str]:

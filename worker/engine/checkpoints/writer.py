@@ -94,7 +94,7 @@ class ShardWriter:
             stored = values.to(TORCH_DTYPES[planned.dtype]).contiguous()
             if not is_finite(stored):
                 problem = f"has values beyond {CONFIG_DTYPES[planned.dtype]}; choose a wider output.dtype"
-                raise NumericalError(f"tensor {planned.slot.name} {problem}", tensor=planned.slot.name)
+                raise NumericalError(f"tensor {planned.slot.stored} {problem}", tensor=planned.slot.stored)
             position = _write_at(descriptor, as_bytes(stored), position)
         if position != end:
             missing = end - position
@@ -148,7 +148,7 @@ def _header(tensors: Sequence[PlannedTensor]) -> bytes:
     position = 0
     for tensor in tensors:
         end = position + tensor.nbytes
-        header[tensor.slot.name] = {
+        header[tensor.slot.stored] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
@@ -208,7 +208,7 @@ def write_models(
             os.link(first / name, folder / name)
     for folder, info, head in zip(folders, plan.published, plan.heads, strict=True):
         parts = [*shards, head] if head else shards
-        weight_map = {t.slot.name: name for name, shard in zip(names, parts, strict=True) for t in shard}
+        weight_map = {t.slot.stored: name for name, shard in zip(names, parts, strict=True) for t in shard}
         size = sum(t.nbytes for t in (*plan.backbone, *head))
         if count > 1:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,7 +1,7 @@
 """Turns rows into padded batches of tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -31,13 +31,16 @@ class Example:
 
     index: int
     place: Place
-    encoding: Mapping[str, list[int]]
+    encoding: Mapping[str, Any]
+    """Model inputs by name: a list of each token's, or a tensor of an image, of the same shape in all rows."""
     label: Label | None
     """Label of the row; if it has several outputs, a tuple of their labels."""
     positions: tuple[int, ...] | None = None
     """Positions of the tokens whose outputs have labels, ascending; None if the row has one output."""
     passage: "Passage | None" = None
     """The text in which the answer to the row's question is; None if it has none."""
+    tokens: int | None = field(default=None, kw_only=True)
+    """Number of tokens that the model makes of the row, if it is an image."""
 
     @property
     def outputs(self) -> int:
@@ -50,12 +53,14 @@ class Example:
 
     @property
     def length(self) -> int:
-        return len(self.encoding["input_ids"])
+        """Number of tokens."""
+        return len(self.encoding["input_ids"]) if self.tokens is None else self.tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors on the device: tokens, (batch, tokens) each; labels if any, (outputs,) or (outputs, labels)."""
+    """Padded tensors on the device: inputs, (batch, tokens) each, or (batch, …) of images; labels if any, (outputs,) or
+    (outputs, labels)."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
@@ -63,6 +68,8 @@ class Batch:
     places: tuple[Place, ...]
     positions: Tensor | None = None
     """Whether each token's output has a label, (batch, tokens); None if each row has one output."""
+    tokens: int = 0
+    """Number of tokens of each row, with padding."""
 
     @property
     def required_positions(self) -> Tensor:
@@ -70,6 +77,15 @@ class Batch:
         if self.positions is None:
             raise TypeError("the batch was read for a head with one output a row")
         return self.positions
+
+    @property
+    def counted(self) -> Tensor:
+        """Whether each token is no padding, (batch, tokens)."""
+        mask = self.inputs.get("attention_mask")
+        if mask is None:  # images, of which all tokens count
+            device = next(iter(self.inputs.values())).device
+            return torch.ones(len(self), self.tokens, dtype=torch.bool, device=device)
+        return mask.bool()
 
     def of_outputs(self, values: Tensor) -> Tensor:
         """Select the values of each output, row by row: (batch, …) or (batch, tokens, …) to (outputs, …)."""
@@ -265,12 +281,7 @@ def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device
     """Pad each batch to its longest row; `pad` is the padding value of every model input."""
     for examples in batches:
         longest = max(example.length for example in examples)
-        inputs = {
-            name: torch.tensor(
-                [[*e.encoding[name], *([pad[name]] * (longest - e.length))] for e in examples], device=device
-            )
-            for name in examples[0].encoding
-        }
+        inputs = {name: _stacked(examples, name, longest, pad).to(device) for name in examples[0].encoding}
         labels = None
         if examples[0].label is not None:
             labels = torch.tensor([label for e in examples for label in e.labels], device=device)
@@ -280,7 +291,14 @@ def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device
             for row, example in enumerate(examples):
                 positions[row, list(example.positions or ())] = True
         indices = torch.tensor([e.index for e in examples], dtype=torch.int64)
-        yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions)
+        yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions, longest)
+
+
+def _stacked(examples: Sequence[Example], name: str, longest: int, pad: Mapping[str, int]) -> Tensor:
+    values = [example.encoding[name] for example in examples]
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return torch.tensor([[*one, *([pad[name]] * (longest - len(one)))] for one in values])
 
 
 def padding_values(tokenizer: Any, pad_token: int | None = None) -> dict[str, int]:

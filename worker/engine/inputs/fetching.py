@@ -57,7 +57,8 @@ class Inputs:
         if spec.hub is not None and self._fetched is not None:
             return self._fetched.rows(spec, reader)
         if spec.path is not None and spec.root is not None:
-            spec = spec.model_copy(update={"path": self._views.open_file(spec.path, spec.source, spec.root)})
+            opened = self._views.open_file(spec.path, spec.source, spec.root)
+            spec = spec.model_copy(update={"path": opened, "folder": spec.path.parent})
         if is_parquet(spec):
             preload()
             from worker.engine.inputs.tables import read_parquet

@@ -53,6 +53,7 @@ class TableRows:
         wanted = _wanted(reader.columns(spec), spec, table.column_names)
         label = reader.label_column(spec)
         lists = {label, *(name for setting, name in reader.columns(spec).items() if setting in reader.lists)}
+        images = {name for setting, name in reader.columns(spec).items() if setting in reader.images}
         for name in wanted:
             feature = table.features[name]
             if name == label and reader.label_is_object:
@@ -61,6 +62,8 @@ class TableRows:
                 feature = feature.feature
                 if isinstance(feature, dict) and all(isinstance(part, datasets.Value) for part in feature.values()):
                     continue  # messages, whose parts are checked row by row
+            if name in images and _holds_bytes(feature):
+                continue
             if isinstance(feature, datasets.ClassLabel):
                 if name == label:
                     self.label_names = tuple(feature.names)
@@ -117,11 +120,23 @@ def _plain(kind: Any) -> Any:
         return pyarrow.list_(_plain(kind.value_type))
     if types.is_large_list(kind) or types.is_large_list_view(kind):
         return pyarrow.large_list(_plain(kind.value_type))
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_plain(field.type)) for field in kind])
     return kind
 
 
+def _holds_bytes(feature: Any) -> bool:
+    """Return whether a column is of objects with bytes, as the hub has images."""
+    return isinstance(feature, dict) and "bytes" in feature
+
+
 def _values(part: Any) -> list[Any]:
-    """Return the values of a column; rows with equal texts share one string."""
+    """Return the values of a column; rows with equal texts, or equal bytes, share one value.
+
+    Of objects with bytes, these are the values.
+    """
+    if pyarrow.types.is_struct(part.type) and part.type.get_field_index("bytes") >= 0:
+        return _values(part.flatten()[part.type.get_field_index("bytes")])
     if not pyarrow.types.is_dictionary(part.type):
         return list(part.to_pylist())
     used = pyarrow.compute.unique(part.indices.drop_null())

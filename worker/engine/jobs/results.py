@@ -103,7 +103,7 @@ def vocabulary_notes(plan: MergePlan) -> list[str]:
         lacking = sum(all(own[place] < 0 for own in sources) for place in range(last) if place not in rows.given)
         if lacking:
             notes.append(
-                f"{lacking} tokens have rows of zeros in {tensor.slot.name}, since no model of its slice has them"
+                f"{lacking} tokens have rows of zeros in {tensor.slot.stored}, since no model of its slice has them"
             )
     return [
         *notes,

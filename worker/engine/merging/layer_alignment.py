@@ -343,7 +343,7 @@ def _selected(values: Tensor, counted: Tensor) -> Tensor:
 
 def _counted(batch: Batch, group: LinearGroup) -> Tensor:
     """Mark the inputs of a batch that count: (batch, tokens), no padding; for the pooler, (batch,), the first token."""
-    is_text = batch.inputs["attention_mask"].bool()
+    is_text = batch.counted
     return is_text[:, 0] if group.layer is None else is_text
 
 

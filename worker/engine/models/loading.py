@@ -16,11 +16,12 @@ from worker.engine.catalog.checkpoints.files import described_files
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.planning.memory import CACHE_BYTES
-from worker.engine.catalog.planning.plan import require_tokenizer, required_table
+from worker.engine.catalog.planning.plan import require_reader, required_table
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
-from worker.engine.catalog.tasks import Task, task_of
+from worker.engine.catalog.tasks import Task, reads_images, task_of
 from worker.engine.checkpoints.configurations import OFFLINE, library_config
+from worker.engine.checkpoints.image_processor import ImageProcessor, load_image_processor
 from worker.engine.checkpoints.layout import check_layout, misshapen
 from worker.engine.checkpoints.reader import TensorReader, digest_file, file_identity
 from worker.engine.checkpoints.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ from worker.engine.tasks.last_token import pad_token_of
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float32 model in eval mode on its device, with its tokenizer."""
+    """A float32 model in eval mode on its device, with its tokenizer or image processor."""
 
     info: CheckpointInfo
     family: Family
@@ -42,6 +43,7 @@ class LoadedModel:
     task: Task
     model: nn.Module
     tokenizer: Any
+    """The library's tokenizer, or, for images, an `ImageProcessor`."""
     device: torch.device
     max_length: int
     padding: dict[str, int]
@@ -59,7 +61,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         InvalidCheckpoint: transformers cannot load it, a weight is missing, or a weight is NaN or infinite.
     """
     family = required_table(info)
-    require_tokenizer(info)
+    require_reader(info)
     check_run_tokenizer(info)
     # With None, families that have a fused attention use it.
     attention = None if device.type == "cuda" else cpu_attention()
@@ -78,7 +80,9 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             )
         else:
             model, report = _adapted(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
-        tokenizer, last = load_tokenizer(info, model.config)
+        is_of_text = not reads_images(info)
+        reader: Any
+        reader, last = load_tokenizer(info, model.config) if is_of_text else (_image_processor(info, model), 0)
     except InvalidCheckpoint:
         raise
     except BaseException as error:  # transformers, tokenizers and their checks of the configuration raise anything
@@ -95,20 +99,26 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
     model.config.use_cache = False  # rows are computed whole, and blocks of layers again and again
     model.eval().requires_grad_(False).to(device)
-    check_ids(info, last, model.config.vocab_size)
-    tokenizer.model_input_names = _inputs(tokenizer, model)
-    _check_segments(info, tokenizer, model)
     positions = family.max_tokens(info.config)
+    if is_of_text:
+        check_ids(info, last, model.config.vocab_size)
+        reader.model_input_names = _inputs(reader, model)
+        _check_segments(info, reader, model)
     return LoadedModel(
         info=info,
         family=family,
         task=task_of(info),
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=reader,
         device=device,
-        max_length=min(positions, _length_limit(tokenizer, positions)),
-        padding=padding_values(tokenizer, pad_token_of(model)),
+        max_length=min(positions, _length_limit(reader, positions)) if is_of_text else positions,
+        padding=padding_values(reader, pad_token_of(model)) if is_of_text else {},
     )
+
+
+def _image_processor(info: CheckpointInfo, model: Any) -> ImageProcessor:
+    config = getattr(model.config, "vision_config", model.config)
+    return load_image_processor(info, (config.num_channels, config.image_size, config.image_size))
 
 
 def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.Module:

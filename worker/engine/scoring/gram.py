@@ -102,7 +102,7 @@ class _Sums:
             raise TypeError("no batch")
         batch = self._batch
         rows = torch.arange(len(batch), device=x.device)
-        is_text = batch.inputs["attention_mask"].bool()  # False for padding
+        is_text = batch.counted
         if x.dim() == 3 or len(x) == is_text.numel():
             rows = rows[:, None].expand_as(is_text)[is_text]
             x = x.reshape(*is_text.shape, -1)[is_text]

@@ -14,9 +14,9 @@ from worker.engine.catalog.contracts.statistics import Tokens
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.tasks import LabelMap
-from worker.engine.checkpoints.reader import digest_tokenizer
+from worker.engine.checkpoints.reader import digest_processor, digest_tokenizer
 from worker.engine.inputs.chats import template_version
-from worker.engine.inputs.examples import BLOCK_ROWS, Example, tokenize
+from worker.engine.inputs.examples import BLOCK_ROWS, Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.threads import pool
 
@@ -48,11 +48,11 @@ class Sample:
         self._labels = labels
         self._tokenized: dict[int, tuple[int, int]] = {}  # truncated rows and all rows, by first row of the block
         self.tokens = Tokens(
-            tokenizer=digest_tokenizer(loaded.info),
-            inputs=loaded.tokenizer.model_input_names,
+            tokenizer=digest_processor(loaded.info) if loaded.task.reads_images else digest_tokenizer(loaded.info),
+            inputs=list(loaded.tokenizer.model_input_names),
             max_length=min(loaded.max_length, spec.max_length or loaded.max_length),
             versions={
-                **{name: version(name) for name in ("tokenizers", "transformers")},
+                **{name: version(name) for name in loaded.kind.libraries},
                 **(template_version(loaded.tokenizer, spec) if spec.messages is not None else {}),
             },
         )
@@ -102,15 +102,12 @@ class Sample:
     def longest(self) -> int:
         """Return the number of tokens of the longest among the rows with most bytes, which is about that of all."""
         by_bytes = sorted(self._rows, key=lambda row: row.nbytes)
-        found = tokenize(
-            by_bytes[-PROBED_ROWS:], self.spec, self._tokenizer, self.max_length, None, reading=self._reading
-        )
+        found = self._reading.tokenized(by_bytes[-PROBED_ROWS:], self.spec, self._tokenizer, self.max_length, None)
         return max(example.length for example in found.examples)
 
     def _tokenize(self, start: int, stop: int) -> list[Example]:
-        found = tokenize(
-            self._rows[start:stop], self.spec, self._tokenizer, self.max_length, self._labels, start, self._reading
-        )
+        rows = self._rows[start:stop]
+        found = self._reading.tokenized(rows, self.spec, self._tokenizer, self.max_length, self._labels, start)
         self._tokenized[start] = (found.truncated, len(found.examples))
         return found.examples
 

@@ -45,7 +45,13 @@ class Ranking(CausalLanguageModelHead):
         self._by_character = by_character
 
     def tokenized(
-        self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap | None
+        self,
+        rows: Sequence[Row],
+        spec: DatasetSpec,
+        tokenizer: Any,
+        max_length: int,
+        labels: LabelMap | None,
+        first: int = 0,
     ) -> Tokenized:
         """Make an example of each row. No row is cut.
 

@@ -48,7 +48,13 @@ class Writing(CausalLanguageModelHead):
         self._pattern = None if evaluation.answer is None else answer_pattern(evaluation.answer)
 
     def tokenized(
-        self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap | None
+        self,
+        rows: Sequence[Row],
+        spec: DatasetSpec,
+        tokenizer: Any,
+        max_length: int,
+        labels: LabelMap | None,
+        first: int = 0,
     ) -> Tokenized:
         """Make an example of each row. No row is cut.
 

@@ -50,6 +50,7 @@ class Running:
     source: str
     """Name of the model in messages."""
     tokenizer: Any
+    """Its tokenizer, or its image processor."""
     padding: Mapping[str, int]
     """Value that pads each model input."""
     device: torch.device
@@ -77,6 +78,9 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         model: the model that has the head; None where nothing is run.
     """
 
+    libraries: tuple[str, ...] = ("tokenizers", "transformers")
+    """Distributions whose versions decide a row's inputs."""
+
     def __init__(self, task: T, model: nn.Module | None = None) -> None:
         self.task = task
         self.model = model
@@ -86,10 +90,16 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         return self
 
     def tokenized(
-        self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, max_length: int, labels: LabelMap | None
+        self,
+        rows: Sequence[Row],
+        spec: DatasetSpec,
+        tokenizer: Any,
+        max_length: int,
+        labels: LabelMap | None,
+        first: int = 0,
     ) -> Tokenized:
         """Make an example of each row. Raises InvalidDataset, see `tokenize`."""
-        return tokenize(rows, spec, tokenizer, max_length, labels, reading=self)
+        return tokenize(rows, spec, tokenizer, max_length, labels, first, self)
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run the model on padded inputs, (batch, tokens) each, and return its logits, (batch, …)."""

@@ -56,8 +56,9 @@ OLDER_VOCABULARIES = (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *OLDER_VOCABULARIES)
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE)
 """Files that `vocabulary_of` reads."""
+IMAGE_PROCESSOR = "preprocessor_config.json"
 PROCESSORS = (
-    "preprocessor_config.json",
+    IMAGE_PROCESSOR,
     "processor_config.json",
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",

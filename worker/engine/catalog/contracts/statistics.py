@@ -21,15 +21,15 @@ FORMAT = 3  # raise it when the same facts would give other numbers
 
 
 class Tokens(Strict):
-    """Everything that a row's tokens depend on, besides its texts."""
+    """Everything that a row's tokens, or the pixel values of its image, depend on, besides the row."""
 
     tokenizer: str
-    """sha256 over the tokenizer's files."""
+    """sha256 over the tokenizer's files, or over the image processor's."""
     inputs: list[str]
-    """The tokenizer's outputs that the model takes."""
+    """The outputs of the tokenizer, or of the image processor, that the model takes."""
     max_length: int
     versions: dict[str, str]
-    """Versions of the libraries that make the tokens."""
+    """Versions of the libraries that make them."""
 
 
 class Facts(Strict):
@@ -39,7 +39,7 @@ class Facts(Strict):
     checkpoint: str
     """Digest of the checkpoint."""
     rows: str
-    """sha256 over the rows' texts, in order, and over their labels where these are read."""
+    """sha256 over the rows' texts or images, in order, and over their labels where these are read."""
     tokens: Tokens
     precision: str
     estimator: str | None = None

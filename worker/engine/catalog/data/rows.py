@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 from worker.engine.catalog.checkpoints.pointers import BEGINNING, stand_in
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.data.formats import Csv, Format, JsonLines
+from worker.engine.catalog.data.images import Cell, Image, image_of
 from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.primitives.strict import did_you_mean
@@ -54,12 +55,15 @@ class Row:
     """Role and content of each message of a conversation, which is read instead of `text`."""
     predicted: tuple[tuple[int, int], ...] | None = None
     """Beginnings and ends, in characters, of what is predicted in `text`; None: that follows from `target`."""
+    image: Image | None = None
+    """The image of a row without texts."""
 
     @property
     def content(self) -> tuple[Text | None, ...]:
-        """The texts that a model reads of the row: rows of equal content are the same row."""
+        """The texts that a model reads of the row, or its image's digest: rows of equal content are the same row."""
         said = None if self.messages is None else tuple(part for message in self.messages for part in message)
-        further = (text for text in (self.target, self.choices, said) if text is not None)
+        image = None if self.image is None else self.image.digest
+        further = (text for text in (self.target, self.choices, said, image) if text is not None)
         return (self.text, self.text_pair, *further)
 
     @property
@@ -81,6 +85,15 @@ class Cells:
     """Names of the columns, by the same settings."""
     source: str
     place: Place
+    folder: Path | None = None
+    """Folder to which paths are relative; None where a data set has none."""
+    root: Path | None = None
+    """Folder in which files that rows name must lie; None: `folder`."""
+
+    def image(self, setting: str) -> Image:
+        """Return the image of a column, see `image_of`."""
+        cell = Cell(self.source, self.place, self.columns[setting])
+        return image_of(self.values[setting], cell, self.folder, self.root)
 
     def text(self, setting: str) -> str:
         """Return the text of a column."""
@@ -131,6 +144,8 @@ class RowReader:
     """Settings of columns that hold lists, besides that of labels, which may."""
     label_is_object: bool = False
     """Whether a label has parts, as answers have a text and a place."""
+    images: frozenset[str] = frozenset()
+    """Settings of columns that hold images."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -337,7 +352,8 @@ def row_of(values: Mapping[str, Any], place: Place, spec: DatasetSpec, reader: R
         if name not in values:
             raise missing_column(spec.source, name, [str(key) for key in values], place)
     cells = {setting: values[name] for setting, name in columns.items()}
-    return reader.row(Cells(cells, columns, spec.source, place))
+    folder = spec.folder or (spec.path.parent if spec.path is not None and spec.hub is None else None)
+    return reader.row(Cells(cells, columns, spec.source, place, folder, spec.root))
 
 
 def missing_column(source: str, name: str, known: list[str], place: Place | None = None) -> InvalidDataset:

@@ -46,6 +46,9 @@ class Columns(Strict):
     """Column of the text that the answer is in; default: `context`."""
     answers: Name | None = None
     """Column of the answers, each with the place of its first character; default in an evaluation: `answers`."""
+    image: Name | None = None
+    """Column of a row's image, for image classification: bytes, or a path from the data set's folder; default:
+    `image`."""
     label_names: Annotated[list[str], AfterValidator(_unique)] | None = None
     """The data set's names of its label ids 0, 1, …; they are matched by name to the checkpoint's labels."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -81,7 +84,10 @@ class DatasetSpec(Columns):
     source: str
     path: Path | None = None
     root: Path | None = None
-    """Folder in which the file must lie, after following links; None for any."""
+    """Folder in which the file, and files that rows name, must lie, after following links; None for any file, and for
+    images those beside it."""
+    folder: Path | None = None
+    """Folder to which paths in rows are relative; None: that of `path`."""
     hub: HubSource | None = None
     config: str | None = None
     split: str | None = None

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -167,6 +167,13 @@ class Slot:
     """The nodes that own its slices; None for `rest` (norms, output biases, embeddings, pooler) and heads."""
     transposed: bool = False
     """Whether it is a linear layer's weight that is stored as (inputs, outputs)."""
+    name_in_files: str | None = None
+    """Name that files have, where it is another than the model's."""
+
+    @property
+    def stored(self) -> str:
+        """The name that files have, as transformers writes them."""
+        return self.name_in_files or self.name
 
     @property
     def input(self) -> str | None:
@@ -196,7 +203,8 @@ class Site:
 class Family:
     """One family of architectures, as a table from module path to kind.
 
-    Tensor names on disk are `prefix + module + "." + ("weight" | "bias")`; `{layer}` modules repeat under `layers`.
+    Tensor names are `prefix + module + "." + ("weight" | "bias")`; `{layer}` modules repeat under `layers`. They are
+    the names on disk, unless `stored_layers` says otherwise.
     """
 
     model_type: str
@@ -226,6 +234,12 @@ class Family:
     """Values of kv_heads and head_size where the configuration lacks the key; else they follow from other sizes."""
     widening: int | None = None
     """Number of neurons by unit of the hidden size where the configuration says none; None: it must say it."""
+    outer_parameters: Mapping[str, Kind] = field(default_factory=dict)
+    """Kinds of parameters outside the layers that are no module's weight or bias, by their path under `prefix`."""
+    stored_layers: str | None = None
+    """`layers` in the names that files have, where transformers renames tensors as it loads and saves them."""
+    stored_modules: Mapping[str, str] = field(default_factory=dict)
+    """Layer modules that have other paths in such names, with these paths."""
     padding_position: str | None = None
     """Configuration key of padding's position; a row's first token has the next one. None: the first token has 0."""
     ownership: Ownership = MULTI_HEAD
@@ -298,7 +312,12 @@ class Family:
         return self.size(config, kind.count) * (1 if kind.width is None else self.size(config, kind.width))
 
     def max_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return the number of tokens for which positions are enough. Raises ValueError, which names the key."""
+        """Return the number of tokens for which positions are enough. Raises ValueError, which names the key.
+
+        An image is one token for each patch, and one before them.
+        """
+        if "patch" in self.config_names:
+            return (self.size(config, "image") // self.size(config, "patch")) ** 2 + 1
         positions = int(min(self.size(config, "positions"), _unscaled(config)))
         if self.padding_position is None:
             return positions
@@ -325,6 +344,9 @@ class Family:
         canonical = f"{module}.{part}"
         if self._unread_pattern.fullmatch(canonical):
             return Slot(canonical, Kind.UNREAD, None, False)
+        outer = self.outer_parameters.get(name.removeprefix(self.prefix)) if name.startswith(self.prefix) else None
+        if outer is not None:
+            return Slot(name, outer, None, False)
         if part not in ("weight", "bias"):
             return None
         if module in self.head.modules:
@@ -334,13 +356,26 @@ class Family:
         inner = module.removeprefix(self.prefix)
         if inner in self.outer_modules:
             return Slot(canonical, self.outer_modules[inner], None, part == "bias")
-        match = self._layer_pattern.fullmatch(inner)
-        if match is None or match["module"] not in self.layer_modules:
+        found = self._in_layer(inner)
+        if found is None:
             return None
-        stored, layer, is_bias = self.layer_modules[match["module"]], int(match["layer"]), part == "bias"
-        fused = stored if isinstance(stored, Fused) else Fused((stored,))
-        transposed = fused.transposed and not is_bias
-        return Slot(canonical, fused.kind, layer, is_bias, self._owner(fused, layer, is_bias), transposed)
+        (layer, own), is_bias = found, part == "bias"
+        kind = self.layer_modules[own]
+        fused = kind if isinstance(kind, Fused) else Fused((kind,))
+        owner, transposed = self._owner(fused, layer, is_bias), fused.transposed and not is_bias
+        if self.stored_layers is None:
+            return Slot(canonical, fused.kind, layer, is_bias, owner, transposed)
+        path = f"{self.stored_layers.format(layer=layer)}.{self.stored_modules.get(own, own)}.{part}"
+        name = f"{self.layer_path(layer)}{own}.{part}"
+        return Slot(name, fused.kind, layer, is_bias, owner, transposed, self.prefix + path)
+
+    def _in_layer(self, path: str) -> tuple[int, str] | None:
+        """Return the layer and the path within it of a module, by its name in the model or in files; None: neither."""
+        for pattern, modules in self._layer_spellings:
+            match = pattern.fullmatch(path)
+            if match is not None and match["module"] in modules:
+                return int(match["layer"]), modules[match["module"]]
+        return None
 
     def _owner(self, fused: Fused, layer: int, is_bias: bool) -> Owner | None:
         axis = int(fused.transposed and not is_bias)  # of the rows
@@ -370,7 +405,8 @@ class Family:
         if not self.head.reads_first_token:
             return []
         last = self.layer_path(self.size(config, "layers") - 1)
-        return [last + module for module, kind in self.layer_kinds.items() if kind in AFTER_ATTENTION]
+        before = {Kind.ATTENTION_NORM} if self.norms is Norms.BEFORE_BLOCKS else set()
+        return [last + module for module, kind in self.layer_kinds.items() if kind in {*AFTER_ATTENTION} - before]
 
     def layer_path(self, layer: int) -> str:
         """Return the prefix of the names of a layer's tensors."""
@@ -382,9 +418,18 @@ class Family:
         return re.compile("|".join(names).replace(re.escape("{layer}"), r"\d{1,6}") or r"(?!)")
 
     @cached_property
-    def _layer_pattern(self) -> re.Pattern[str]:
-        before, after = self.layers.split("{layer}")
-        return re.compile(rf"{re.escape(before)}(?P<layer>\d{{1,6}}){re.escape(after)}\.(?P<module>.+)")
+    def _layer_spellings(self) -> Sequence[tuple[re.Pattern[str], Mapping[str, str]]]:
+        """Patterns of the names of layers' modules, each with the modules' paths in the model by those in the names."""
+        found = [(_layer_pattern(self.layers), {module: module for module in self.layer_modules})]
+        if self.stored_layers is not None:
+            stored = {self.stored_modules.get(module, module): module for module in self.layer_modules}
+            found.append((_layer_pattern(self.stored_layers), stored))
+        return found
+
+
+def _layer_pattern(layers: str) -> re.Pattern[str]:
+    before, after = layers.split("{layer}")
+    return re.compile(rf"{re.escape(before)}(?P<layer>\d{{1,6}}){re.escape(after)}\.(?P<module>.+)")
 
 
 def _unscaled(config: Mapping[str, Any]) -> float:

@@ -28,7 +28,7 @@ from worker.engine.catalog.planning.comparing import (
     notes_of_settings,
     with_settings_of,
 )
-from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, require_tokenizer
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, require_reader
 from worker.engine.catalog.planning.tensors import merged_tensor, output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.values import TensorPlace
@@ -57,7 +57,7 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Merg
     tasks, differing, notes = [], set[str](), list[str]()
     slots = [_slots(identity, family) for identity in identities]
     for info, of in zip(checkpoints, slots, strict=True):
-        require_tokenizer(info)
+        require_reader(info)
         _check_sizes(info, of, family)
         tasks.append(task_of(info))
         differing |= _check_settings(first, info, family, asked)
@@ -147,15 +147,15 @@ def _slots(identity: Identity, family: Family) -> dict[str, tuple[Slot, TensorIn
         if slot.kind is not Kind.UNREAD and tensor.dtype not in FLOATS:
             raise InvalidCheckpoint(info.source, f"tensor {tensor.name} has dtype {tensor.dtype}, not a float")
         if slot.name in slots:
-            raise InvalidCheckpoint(info.source, f"tensor {slot.name} is there under two spellings")
+            raise InvalidCheckpoint(info.source, f"tensor {slot.stored} is there under two spellings")
         slots[slot.name] = (slot, tensor)
     return slots
 
 
 def _place(layers: int, slot: Slot) -> TensorPlace:
     if slot.layer is not None:
-        return TensorPlace(slot.name, slot.layer / max(1, layers - 1), slot.layer, layers)
-    return TensorPlace(slot.name, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
+        return TensorPlace(slot.stored, slot.layer / max(1, layers - 1), slot.layer, layers)
+    return TensorPlace(slot.stored, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
 
 
 def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInfo]], family: Family) -> None:
@@ -186,7 +186,9 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
     everywhere = set.union(*layers.values())
     for layer, names in layers.items():
         for name in sorted(everywhere - names):
-            raise InvalidCheckpoint(info.source, f"no tensor {family.layer_path(layer)}{name}; other layers have it")
+            lacking = family.slot(family.layer_path(layer) + name)
+            missing = "" if lacking is None else lacking.stored
+            raise InvalidCheckpoint(info.source, f"no tensor {missing}; other layers have it")
 
 
 def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: MergeSettings) -> set[str]:
@@ -243,6 +245,6 @@ def _ancestor(
         slot = family.slot(tensor.name) or family.slot(family.prefix + tensor.name)
         if slot is not None and slot.kind not in apart:
             if slot.name in found:
-                raise InvalidCheckpoint(base.source, f"tensor {slot.name} is there under two spellings")
+                raise InvalidCheckpoint(base.source, f"tensor {slot.stored} is there under two spellings")
             found[slot.name] = tensor
     return found

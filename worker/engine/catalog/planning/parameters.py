@@ -50,7 +50,7 @@ def unmatched_filters(
 
 def _unmatched(plan: MergePlan, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield (field, problem) for every filter that matches no tensor, in values by field that may have filters."""
-    names = [tensor.slot.name for tensor in plan.backbone]
+    names = [tensor.slot.stored for tensor in plan.backbone]
     matched: dict[str, bool] = {}
     for field, setting in settings.items():
         for index, entry in enumerate(filters_of(setting)):
@@ -71,5 +71,5 @@ def _weightless(
         for one in method.methods:
             problem = one.weights_problem(found)
             if problem is not None:
-                yield "models", f"{problem} for tensor {tensor.slot.name}; method {one.name} needs others"
+                yield "models", f"{problem} for tensor {tensor.slot.stored}; method {one.name} needs others"
                 return

@@ -5,13 +5,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from worker.engine.catalog.checkpoints.companions import companions
+from worker.engine.catalog.checkpoints.files import IMAGE_PROCESSOR
 from worker.engine.catalog.checkpoints.info import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.modules import Modules
 from worker.engine.catalog.checkpoints.vocabulary import TokenRows, Vocabulary
 from worker.engine.catalog.families import Family, ScoreName, Slot
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import TensorPlace
-from worker.engine.catalog.tasks import Task, family_of, known_architectures
+from worker.engine.catalog.tasks import Task, family_of, known_architectures, reads_images
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,14 @@ def named(info: CheckpointInfo) -> str:
     return f"architecture '{info.architecture}'" if info.architecture else f"model_type '{info.model_type}'"
 
 
-def require_tokenizer(info: CheckpointInfo) -> None:
-    """Raise InvalidCheckpoint when there is no tokenizer: transformers would make up an empty one."""
-    if not info.vocabulary:
+def require_reader(info: CheckpointInfo) -> None:
+    """Raise InvalidCheckpoint when what makes inputs of rows is missing: its tokenizer, or its image processor.
+
+    transformers would make up an empty tokenizer.
+    """
+    if reads_images(info):
+        if IMAGE_PROCESSOR not in companions(info):
+            problem = f"no {IMAGE_PROCESSOR} is there; save the image processor beside the weights"
+            raise InvalidCheckpoint(info.source, problem, file=IMAGE_PROCESSOR)
+    elif not info.vocabulary:
         raise InvalidCheckpoint(info.source, "no tokenizer is there; save it beside the weights")

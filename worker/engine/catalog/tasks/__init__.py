@@ -10,6 +10,7 @@ from worker.engine.catalog.families import FAMILIES, Family, backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.tasks.causal_language_model import CausalLanguageModel
 from worker.engine.catalog.tasks.classification import Classification
+from worker.engine.catalog.tasks.image_classification import ImageClassification
 from worker.engine.catalog.tasks.labels import check_estimator, check_metric, column_problems, label_map
 from worker.engine.catalog.tasks.masked_language_model import MaskedLanguageModel
 from worker.engine.catalog.tasks.multi_label import MultiLabel
@@ -49,6 +50,11 @@ def family_of(info: CheckpointInfo) -> Family | None:
     return None if found is None or head is None else family.under(head, f"{found.prefix}.")
 
 
+def reads_images(info: CheckpointInfo) -> bool:
+    """Return whether the rows of a checkpoint's head are images."""
+    return any(task.reads_images for task in TASKS if info.architecture.endswith(task.ending))
+
+
 def task_of(info: CheckpointInfo) -> Task:
     """Find the task of a checkpoint's head from its configuration.
 
@@ -82,6 +88,7 @@ __all__ = [
     "TASKS",
     "CausalLanguageModel",
     "Classification",
+    "ImageClassification",
     "Label",
     "LabelMap",
     "MaskedLanguageModel",
@@ -98,5 +105,6 @@ __all__ = [
     "family_of",
     "known_architectures",
     "label_map",
+    "reads_images",
     "task_of",
 ]

@@ -19,7 +19,9 @@ def check_metric(metric: str, task: Task, source: str) -> None:
         raise InvalidDataset(source, problem)
 
 
-COLUMNS = ("text", "text_pair", "label", "target", "choices", "messages", "tokens", "question", "context", "answers")
+COLUMNS = (
+    "text", "text_pair", "label", "target", "choices", "messages", "tokens", "question", "context", "answers", "image",
+)  # fmt: skip
 """Settings of columns, each of which only some heads read."""
 
 
@@ -38,6 +40,8 @@ def column_problems(
         if name not in read and getattr(rows, name) is not None:
             who = f"metric {metric}" if metric in task.of_metrics else f"a {task.title}"
             yield name, f"{who} does not read it; leave it out"
+    if task.reads_images and rows.max_length is not None:
+        yield "max_length", "images are not cut; leave it out"
     for name in Generation.model_fields:
         if metric not in task.writing_metrics and getattr(rows, name, None) is not None:
             yield name, f"metric {metric} does not judge what a model writes; leave it out"

@@ -38,6 +38,8 @@ class Task(ABC):
     """Names of the metrics that judge what a model writes, for which an evaluation has further settings."""
     estimators: ClassVar[frozenset[str]] = frozenset({"auto", "expected", "sampled", "empirical"})
     """Names of the estimators that can be computed."""
+    reads_images: ClassVar[bool] = False
+    """Whether rows are images, which the checkpoint's image processor makes inputs of, not texts and its tokenizer."""
     merges_heads: ClassVar[bool] = False
     """Whether such heads were pre-trained, and merge with their backbone, see `Head.merges`."""
     metrics: ClassVar[tuple[str, ...]]
