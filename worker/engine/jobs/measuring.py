@@ -4,8 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.contracts.spec import JobSpec
-from worker.engine.catalog.methods import NODE_FISHER, MethodParameters
+from worker.engine.catalog.methods import NODE_FISHER, PARAMETER_FISHER, MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.preparing import truncation
 from worker.engine.jobs.results import with_errors
@@ -67,6 +68,7 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
     if stopping is None or stopping.tolerance is None:
         for index, sample in samples.items():
             extend(index, len(sample), method.statistics)
+        _check_gradients(found)
         return found
     for rows in looks(max(map(len, samples.values()))):
         for index, sample in samples.items():
@@ -77,7 +79,18 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
             break
     for index in samples:
         extend(index, found[index].measured.rows, method.statistics - {NODE_FISHER})
+    _check_gradients(found)
     return found
+
+
+def _check_gradients(models: Sequence[JobModel]) -> None:
+    """Raise NumericalError where all of a model's gradients are 0: by its scores, it would be left out of the merge."""
+    for model in models:
+        scores = [*model.measured.scores.values(), *model.measured.of(PARAMETER_FISHER).values()]
+        if scores and not any(bool(of_nodes.any()) for of_nodes in scores):
+            problem = f"all gradients of {model.name} are 0 on its {model.measured.rows} rows of {model.dataset.source}"
+            why = "its predictions do not depend on what merges, so no score can weigh it"
+            raise NumericalError(f"{problem}: {why}; look at the weights of its head", source=model.dataset.source)
 
 
 def truncations(model: JobModel) -> Sequence[str]:
