@@ -102,6 +102,22 @@ def qwen_byte_level_bpe() -> Any:
     return Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
 
 
+def modernbert_byte_level_bpe() -> Any:
+    """Trained on the words, with BERT's special tokens around a row; segments are not told apart."""
+    from tokenizers import ByteLevelBPETokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trained.train_from_iterator([" ".join(WORDS)] * 3, vocab_size=330, special_tokens=special, show_progress=False)
+    tokenizer = trained._tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    marks = {f"{name[1:-1].lower()}_token": name for name in special}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
+
+
 def numbered(*tokens: str) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
@@ -432,6 +448,30 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         heads_out="attention.attn.o",
         tokenizer=mpnet_wordpiece,
         reserved_positions=2,
+    ),
+    # The first layer sees all tokens, the second those in a window.
+    "modernbert": TinyFamily(
+        model_type="modernbert",
+        layers="model.layers",
+        heads_in=(),
+        values="attn.Wqkv",
+        heads_out="attn.Wo",
+        neurons_in=(),
+        neurons_out="mlp.Wo",
+        fused={
+            "attn.Wqkv": "q0 q1 q2 q3 k0 k1 k2 k3 v0 v1 v2 v3",
+            "mlp.Wi": " ".join(f"{letter}{index}" for letter in "gu" for index in range(24)),
+        },
+        head=("head.", "classifier."),
+        tokenizer=modernbert_byte_level_bpe,
+        settings={
+            "local_attention": 6,
+            "classifier_pooling": "mean",
+            "deterministic_flash_attn": True,
+            **{f"{name}_token_id": place for place, name in enumerate(("pad", "unk", "cls", "sep"))},
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+        },
     ),
     **DECODERS,
     # transformers renames the head of its language models.

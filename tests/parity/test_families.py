@@ -684,7 +684,7 @@ def test_what_a_missing_setting_means_is_what_transformers_takes_it_for(case: Ca
     for key, absent in {**case.table.settings, **case.table.supported}.items():
         if key not in known.derived:
             assert case.table.setting({key: defaults.get(key, absent)}, key) == case.table.setting({}, key), key
-    of_older_versions = {"sliding_window_pattern"}
+    of_older_versions = {"sliding_window_pattern", "global_attn_every_n_layers"}
     assert all(
         case.table.settings[key] is None
         for key in known.derived.keys() & case.table.settings.keys() - {"rope_parameters", "sliding_window"}
@@ -833,6 +833,28 @@ def sentencepiece_model(case: Case, size: int = 60) -> bytes:
         **options,
     )
     return stream.getvalue()
+
+
+def test_each_modernbert_keeps_its_own_pooling(engine: Engine, tmp_path: Path) -> None:
+    """Whosever settings count: its head was trained on it."""
+    case = make_case("modernbert", tmp_path)
+    first, second = (case.experts[name] for name in ("two", "three"))
+    edit_json(first / "config.json", classifier_pooling="cls")
+    models = [model_spec(path, path.with_suffix(".jsonl")) for path in (first, second)]
+    engine.merge(merge_spec(tmp_path / "out", models, config_from="three"), silent)
+    for path, pooling in ((first, "cls"), (second, "mean")):
+        folder = tmp_path / "out" / "models" / path.name
+        assert json.loads((folder / "config.json").read_text())["classifier_pooling"] == pooling
+        assert AutoModelForSequenceClassification.from_pretrained(folder).config.classifier_pooling == pooling
+
+
+def test_a_norm_that_modernberts_first_layer_does_not_have_is_refused(tmp_path: Path) -> None:
+    pair = copied(make_case("modernbert", tmp_path / "made"), tmp_path)
+    name = "model.layers.0.attn_norm.weight"
+    edit_tensors(pair[1], lambda tensors: {**tensors, name: torch.ones(16)})
+    assert_refused(pair, InvalidCheckpoint, f"tensor {name} is unknown")
+    edit_tensors(pair[1], lambda tensors: {n: t for n, t in tensors.items() if "1.attn_norm" not in n and n != name})
+    assert_refused(pair, IncompatibleCheckpoints, "tensor model.layers.1.attn_norm.weight is missing in the second")
 
 
 def test_every_module_that_a_table_names_is_in_a_model() -> None:

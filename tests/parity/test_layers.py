@@ -376,7 +376,8 @@ def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
         for example in case.expert(expert, expert.with_suffix(".jsonl"), 1.0).examples:
             model(**{key: torch.tensor([ids]) for key, ids in example.encoding.items()})
     sums = [torch.cat(sums) for sums in seen.values()]
-    return sums if norms is Norms.AFTER_SUMS else sums[1:]  # without the embeddings
+    reads_embeddings = norms is not Norms.AFTER_SUMS and not required_family(case.plan).absent_in_first_layer
+    return sums[1:] if reads_embeddings else sums
 
 
 def residual_errors(case: Case, folder: Path, expert: Path) -> list[float]:

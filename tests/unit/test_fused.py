@@ -34,7 +34,6 @@ from worker.engine.merging.methods.combine import of_slices
 HEAD_COUNT, KV_COUNT, NEURON_COUNT, SIZE = 4, 2, 10, 6  # width of a head
 HIDDEN = HEAD_COUNT * SIZE
 QKV = (Kind.QUERY, Kind.KEY, Kind.VALUE)
-GATED = Ownership(rows={**MULTI_HEAD.rows, Kind.GATE: NEURONS}, columns=MULTI_HEAD.columns)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,6 @@ CASES = {
         ("attn.Wqkv", Fused(QKV), "attn.Wo", Kind.ATTENTION_OUTPUT),
         ("mlp.Wi", Fused((Kind.GATE, Kind.UP)), "mlp.Wo", Kind.DOWN),
         "layers.{layer}",
-        GATED,
     ),
 }
 

@@ -47,6 +47,12 @@ def test_a_classifier_of_every_family_is_known_by_its_tensors(tmp_path: Path, fa
     folder = tiny_checkpoint(tmp_path / "m", family=TINY_FAMILIES[family], labels=3)
     stated = identified(folder)
     assert stated.endswith("ForSequenceClassification")
+    if family == "modernbert":  # whose classes for other tasks have the same tensors
+        with pytest.raises(
+            InvalidCheckpoint, match="ForTokenClassification and of ModernBertForSequenceClassification"
+        ):
+            identified(without_architectures(folder))
+        return
     assert identified(without_architectures(folder)) == stated
     assert identified(without_architectures(folder, architectures=[])) == stated
 

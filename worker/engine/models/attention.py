@@ -15,6 +15,7 @@ from worker.engine.runtime.libraries import masking_utils, transformers
 
 CPU_ATTENTION = "maskmerge_cpu"
 SAID_BY_THE_MASK = ("position_ids", "use_cache", "cache_position", "past_key_values", "sliding_window")
+ALWAYS_SO = ("deterministic",)  # ModernBERT asks flash attention for it
 FUSED_FROM_TOKENS = 256  # number of tokens in float32; measured, see docs/speed.md
 
 
@@ -46,7 +47,7 @@ def attention(
     Raises:
         TypeError: a family needs a kind of attention that is not computed here.
     """
-    settings = {name: value for name, value in others.items() if name not in SAID_BY_THE_MASK}
+    settings = {name: value for name, value in others.items() if name not in (*SAID_BY_THE_MASK, *ALWAYS_SO)}
     wanted = [name for name, value in {"dropout": dropout, "is_causal": is_causal, **settings}.items() if value]
     if wanted:
         raise TypeError(f"attention has no {', '.join(wanted)}; load this family with another implementation")

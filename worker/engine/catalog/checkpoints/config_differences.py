@@ -28,12 +28,15 @@ HARMLESS = frozenset(
 )  # fmt: skip
 """Configuration keys in which merged checkpoints may differ."""
 STRUCTURAL = frozenset(
-    {"tie_word_embeddings", "is_decoder", "is_encoder_decoder", "add_cross_attention", "vocab_size", "model_type"}
-)
+    {
+        "tie_word_embeddings", "is_decoder", "is_encoder_decoder", "add_cross_attention", "vocab_size", "model_type",
+        "classifier_activation",
+    }
+)  # fmt: skip
 """Settings that determine the set of tensors, or what they are for."""
 OWN = STRUCTURAL | {
     "architectures", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "head_dim", "n_inner",
-    "n_ctx",
+    "n_ctx", "classifier_bias", "classifier_pooling", "pooler_hidden_act",
 }  # fmt: skip
 """Settings that a model keeps where another one's settings count: those of its tensors, and of its head."""
 LENGTHS = frozenset(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from worker.engine.catalog.checkpoints.architectures import WITHOUT_HEAD, labels_of, use_of
+from worker.engine.catalog.checkpoints.architectures import WITHOUT_HEAD, Use, labels_of, use_of
 from worker.engine.catalog.checkpoints.config_differences import is_harmless, same
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import (
@@ -209,14 +209,20 @@ def _inferred(info: CheckpointInfo, kind: ModelType | None, stated: Sequence[str
 def _fitting_classifier(info: CheckpointInfo, kind: ModelType) -> Architecture | None:
     """Return the only class with the checkpoint's tensors, if it has a head for a task; otherwise None.
 
-    A head for the same task is meant if the name that the checkpoint gives its class ends as such names do.
+    A head for the same task is meant if the name that the checkpoint gives its class ends as such names do. Of several
+    classes with the same tensors it is the only one for that task.
     """
-    fitting = _fitting(info, kind, kind.architectures.values())
+    fitting, stated = _fitting(info, kind, kind.architectures.values()), use_of(info.config)
+    if len(fitting) > 1:
+        fitting = [one for one in fitting if _use_as(info, one) == stated]
     one = fitting[0] if len(fitting) == 1 else None
     if one is None or one.is_pre_training or one.name.endswith(("Model", *PREFERRED)):
         return None
-    stated, found = use_of(info.config), use_of({**info.config, "architectures": [one.name]})
-    return one if stated in (WITHOUT_HEAD, found) else None
+    return one if stated in (WITHOUT_HEAD, _use_as(info, one)) else None
+
+
+def _use_as(info: CheckpointInfo, one: Architecture) -> Use:
+    return use_of({**info.config, "architectures": [one.name]})
 
 
 def _fitting(info: CheckpointInfo, kind: ModelType, candidates: Iterable[Architecture]) -> list[Architecture]:

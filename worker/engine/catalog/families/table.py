@@ -56,7 +56,10 @@ class Ownership:
 
 
 MULTI_HEAD = Ownership(
-    rows={Kind.QUERY: HEADS, Kind.KEY: HEADS, Kind.VALUE: HEADS, Kind.POSITION: HEADS, Kind.UP: NEURONS},
+    rows={
+        **dict.fromkeys((Kind.QUERY, Kind.KEY, Kind.VALUE, Kind.POSITION), HEADS),
+        **dict.fromkeys((Kind.GATE, Kind.UP), NEURONS),
+    },
     columns={Kind.ATTENTION_OUTPUT: HEADS, Kind.DOWN: NEURONS},
 )
 """Ownership where every head has its own query, key and value."""
@@ -248,6 +251,8 @@ class Family:
     norms: Norms = Norms.AFTER_SUMS
     norms_where: Mapping[str, tuple[Any, Norms]] = field(default_factory=dict)
     """Settings of which one value says that norms are elsewhere, each with that value; the first counts."""
+    absent_in_first_layer: tuple[str, ...] = ()
+    """Those of `layer_modules` that the first layer does not have."""
     hidden_vectors: int = 16
     """Number of vectors of the hidden size that the backward pass keeps in each layer, per token."""
     neuron_vectors: int = 4
@@ -360,6 +365,8 @@ class Family:
         if found is None:
             return None
         (layer, own), is_bias = found, part == "bias"
+        if layer == 0 and own in self.absent_in_first_layer:
+            return None
         kind = self.layer_modules[own]
         fused = kind if isinstance(kind, Fused) else Fused((kind,))
         owner, transposed = self._owner(fused, layer, is_bias), fused.transposed and not is_bias

@@ -187,8 +187,8 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
     for layer, names in layers.items():
         for name in sorted(everywhere - names):
             lacking = family.slot(family.layer_path(layer) + name)
-            missing = "" if lacking is None else lacking.stored
-            raise InvalidCheckpoint(info.source, f"no tensor {missing}; other layers have it")
+            if lacking is not None:  # None: this layer has no such tensor
+                raise InvalidCheckpoint(info.source, f"no tensor {lacking.stored}; other layers have it")
 
 
 def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: MergeSettings) -> set[str]:

@@ -83,13 +83,14 @@ class Task(ABC):
         module that checkpoints call otherwise than the class does, as that of GPT-NeoX's language models, has none.
         """
         prefix = f"{found.prefix}."
-        names = [name.rpartition(".")[0] for name in found.all_names if not name.startswith(prefix)]
+        names = {name.rpartition(".")[0] for name in found.all_names if not name.startswith(prefix)}
+        modules = sorted(names, key=lambda name: (_counts_labels(found, name), name))  # the last one gives the logits
         poolers = (module for module, kind in family.outer_modules.items() if kind is Kind.POOLER)
         parts = (f"{module}.{part}" for module in poolers for part in ("weight", "bias"))
         unread = tuple(part for part in parts if prefix + part not in found.all_names)
-        if not names or not {*names}.isdisjoint(found.stored):
+        if not names or not names.isdisjoint(found.stored):
             return None
-        return Head(found.name, tuple(sorted(set(names))), merges=cls.merges_heads, unread=unread)
+        return Head(found.name, tuple(modules), merges=cls.merges_heads, unread=unread)
 
     @classmethod
     def outputs_in(cls, info: CheckpointInfo, head: Head) -> int:
@@ -269,6 +270,12 @@ class LabelMap:
             advice = "; label_names can say which of these it is" if self.names and place else ""
             raise InvalidDataset(source, f"{said} is unknown{missing}{advice}", place)
         return index
+
+
+def _counts_labels(found: Architecture, module: str) -> bool:
+    """Return whether a module has as many outputs as there are labels, or a number that the class sets."""
+    outputs = {**found.tensors, **found.optional}.get(f"{module}.weight", ())[:1]
+    return outputs == ["num_labels"] or any(isinstance(length, int) for length in outputs)
 
 
 def outputs_of(info: CheckpointInfo, head: Head) -> int:
