@@ -298,6 +298,22 @@ TINY_OPT = TinyFamily(
     rounding=0.3,
     size_names=("hidden_size", "num_attention_heads", "num_hidden_layers", "ffn_dim"),
 )
+TINY_FALCON = TinyFamily(
+    model_type="falcon",
+    layers="transformer.h",
+    heads_in=(),
+    kv_heads=1,
+    values="self_attention.query_key_value",
+    fused={"self_attention.query_key_value": "q0 q1 q2 q3 k0 v0"},
+    heads_out="self_attention.dense",
+    neurons_in=("mlp.dense_h_to_4h",),
+    neurons_out="mlp.dense_4h_to_h",
+    head=("score.",),
+    tokenizer=words_of_decoders,
+    settings={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3},
+    rounding=0.3,
+    size_names=("hidden_size", "num_attention_heads", "num_hidden_layers", "ffn_hidden_size"),
+)
 WINDOW_OF_SECOND_LAYER = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 DECODERS = {
     "llama": TINY_LLAMA,
@@ -383,6 +399,19 @@ DECODERS = {
         settings={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 3, "scale_attn_by_inverse_layer_idx": True},
         rounding=0.3,
         size_names=("n_embd", "n_head", "n_layer", "n_inner"),
+    ),
+    "falcon": TINY_FALCON,
+    "falcon-new": replace(
+        TINY_FALCON,
+        kv_heads=2,
+        fused={"self_attention.query_key_value": "q0 q1 k0 v0 q2 q3 k1 v1"},
+        settings={**TINY_FALCON.settings, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon-sequential": replace(
+        TINY_FALCON,
+        kv_heads=4,
+        fused={"self_attention.query_key_value": "q0 k0 v0 q1 k1 v1 q2 k2 v2 q3 k3 v3"},
+        settings={**TINY_FALCON.settings, "multi_query": False, "parallel_attn": False, "bias": True},
     ),
     "opt": TINY_OPT,
     # As the one of 350 million parameters.

@@ -63,10 +63,9 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     family = required_table(info)
     require_reader(info)
     check_run_tokenizer(info)
-    # With None, families that have a fused attention use it.
-    attention = None if device.type == "cuda" else cpu_attention()
     try:
         check_layout(info)  # first, because the configuration may claim a model of any size
+        attention = _attention(info, device)
         if info.base is None:
             model, report = _auto_class(info).from_pretrained(
                 info.path,
@@ -140,6 +139,17 @@ def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.
     if parameters:
         raise InvalidCheckpoint(info.source, f"no tensor {next(iter(parameters))}, which {info.architecture} needs")
     return model
+
+
+def _attention(info: CheckpointInfo, device: torch.device) -> str | None:
+    """Return the name of the attention to run. With None, families that have a fused attention use it."""
+    if device.type == "cuda":
+        return None
+    config = library_config(info.config, info.source)
+    model_class = _auto_class(info)._model_mapping[type(config)]
+    # Falcon's classes choose among their own implementations by name.
+    own_alone = model_class._supports_sdpa and not model_class._supports_attention_backend
+    return "eager" if own_alone else cpu_attention()
 
 
 def _auto_class(info: CheckpointInfo) -> Any:
