@@ -87,9 +87,8 @@ def _tiny_model(
         }
     config = AutoConfig.for_model(
         family.model_type,
-        **family.sizes(hidden, HEADS, layers, NEURONS),
+        **family.configured(hidden, HEADS, layers, NEURONS),
         **of_texts,
-        **family.settings,
         **settings,
     )
     model = getattr(transformers, f"AutoModelFor{task}").from_config(config)

@@ -166,12 +166,19 @@ class TinyFamily:
     """What rounding to bfloat16 may change of its scores, in norm: without norms after the sums, so small a model with
     random weights is ill-conditioned."""
     reserved_positions: int = 0
+    inner: str | None = None
+    """Key of the configuration that holds the settings, in an object; None: they are the configuration's own."""
     size_names: tuple[str, str, str, str] = (
         "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
     )  # fmt: skip
 
     def sizes(self, hidden: int, heads: int, layers: int, neurons: int) -> dict[str, int]:
         return dict(zip(self.size_names, (hidden, heads, layers, neurons), strict=True))
+
+    def configured(self, hidden: int, heads: int, layers: int, neurons: int) -> dict[str, Any]:
+        """Keys of the configuration: the sizes and the settings."""
+        values = {**self.sizes(hidden, heads, layers, neurons), **self.settings}
+        return {self.inner: values} if self.inner else values
 
     def counts(self, heads: int, neurons: int) -> dict[str, int]:
         """How many nodes of each kind a layer has."""
@@ -431,7 +438,19 @@ TINY_VIT = TinyFamily(
     tokenizer=image_processor("ViTImageProcessorPil", size={"height": 16, "width": 16}),
     settings={"image_size": 16, "patch_size": 4},
 )
-TINY_VISION: dict[str, TinyFamily] = {"vit": TINY_VIT}
+TINY_CLIP = replace(
+    TINY_VIT,
+    model_type="clip",
+    layers="vision_model.encoder.layers",
+    heads_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    values="self_attn.v_proj",
+    heads_out="self_attn.out_proj",
+    tokenizer=image_processor(
+        "CLIPImageProcessorPil", size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    ),
+    inner="vision_config",
+)
+TINY_VISION: dict[str, TinyFamily] = {"vit": TINY_VIT, "clip": TINY_CLIP}
 """Models that read images; their `tokenizer` makes an image processor."""
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "bert": TINY_BERT,

@@ -868,8 +868,7 @@ def test_every_module_that_a_table_names_is_in_a_model() -> None:
         for name, tiny in ALL.items():
             if tiny.model_type == table.model_type:
                 of_texts = {} if name in TINY_VISION else {"vocab_size": 20}
-                sizes = tiny.sizes(16, HEADS, 1, NEURONS)
-                config = AutoConfig.for_model(tiny.model_type, **of_texts, **sizes, **tiny.settings)
+                config = AutoConfig.for_model(tiny.model_type, **of_texts, **tiny.configured(16, HEADS, 1, NEURONS))
                 auto_class = (
                     AutoModelForImageClassification if name in TINY_VISION else AutoModelForSequenceClassification
                 )

@@ -563,3 +563,20 @@ def test_heads_of_one_or_of_several_labels_at_once_are_refused(case: Case, tmp_p
     edit_json(folder / "config.json", problem_type="multi_label_classification")
     with pytest.raises(InvalidCheckpoint, match="one label out of several"):
         planned(folder)
+
+
+def test_older_names_of_clips_tensors_are_those_of_its_files_today(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "new", family=TINY_VISION["clip"], names=NAMES, task="ImageClassification")
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    renamed = {name: name.replace("vision_model.", "vision_model.vision_model.") for name in read_model(folder)}
+    edit_tensors(older, lambda found: {renamed[name]: tensor for name, tensor in found.items()})
+    assert read_model(older).keys() != read_model(folder).keys()
+    plans = [plan_merge([inspect_checkpoint(path, "local:x")]) for path in (folder, older)]
+    new, old = ({tensor.slot.stored for tensor in plan.backbone} for plan in plans)
+    assert new == old
+    assert {name for name in read_model(folder) if not name.startswith("classifier")} == new
+    values = torch.randn(2, 3, 16, 16)
+    found = [
+        load(inspect_checkpoint(path, "local:x"), CPU).model(pixel_values=values).logits for path in (folder, older)
+    ]
+    assert torch.equal(*found)

@@ -239,6 +239,8 @@ class Family:
     """Number of neurons by unit of the hidden size where the configuration says none; None: it must say it."""
     outer_parameters: Mapping[str, Kind] = field(default_factory=dict)
     """Kinds of parameters outside the layers that are no module's weight or bias, by their path under `prefix`."""
+    older_prefix: str | None = None
+    """`prefix` in the names that older versions of transformers wrote."""
     stored_layers: str | None = None
     """`layers` in the names that files have, where transformers renames tensors as it loads and saves them."""
     stored_modules: Mapping[str, str] = field(default_factory=dict)
@@ -301,7 +303,7 @@ class Family:
             ValueError: the size is no positive number; the message names the key.
         """
         key = self.config_names.get(what)
-        value = None if key is None else config.get(key, self.absent_sizes.get(what))
+        value = None if key is None else _value_at(config, key, self.absent_sizes.get(what))
         if value is None and what == "kv_heads":
             return self.size(config, "heads")
         if value is None and what == "head_size":
@@ -334,7 +336,7 @@ class Family:
     def setting(self, config: Mapping[str, Any], key: str) -> Any:
         """Return the value of a setting; a set of words, from a list or a text with `|` between, is a sorted tuple."""
         absent = self.settings.get(key, self.supported.get(key))
-        value = config.get(key, absent)
+        value = _value_at(config, key, absent)
         if not isinstance(absent, tuple):
             return value
         words = value.split("|") if isinstance(value, str) else value or ()
@@ -344,6 +346,8 @@ class Family:
 
     def slot(self, name: str) -> Slot | None:
         """Return the slot of the tensor `name`; None when the table has none for it."""
+        if self.older_prefix is not None and name.startswith(self.older_prefix):
+            name = self.prefix + name.removeprefix(self.older_prefix)
         module, _, part = name.rpartition(".")
         part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
@@ -432,6 +436,15 @@ class Family:
             stored = {self.stored_modules.get(module, module): module for module in self.layer_modules}
             found.append((_layer_pattern(self.stored_layers), stored))
         return found
+
+
+def _value_at(config: Mapping[str, Any], key: str, absent: Any) -> Any:
+    """Return the value of a key, in which dots separate those of objects within each other."""
+    outer, _, inner = key.partition(".")
+    if not inner:
+        return config.get(key, absent)
+    value = config.get(outer)
+    return _value_at(value, inner, absent) if isinstance(value, Mapping) else absent
 
 
 def _layer_pattern(layers: str) -> re.Pattern[str]:

@@ -233,7 +233,7 @@ def _ancestor(
     if base.config.get("quantization_config"):
         raise InvalidCheckpoint(base.source, "its weights are quantised; name the base before quantising")
     for key in family.config_names.values():
-        ours, theirs = first.config.get(key), base.config.get(key)
+        ours, theirs = family.setting(first.config, key), family.setting(base.config, key)
         if not same(ours, theirs):
             raise IncompatibleCheckpoints(first.source, base.source, f"{key} differs: {ours!r}, {theirs!r}")
     if vocabulary == "error":
