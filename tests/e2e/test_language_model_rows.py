@@ -56,7 +56,13 @@ def recipe(rows: str, *names: str, method: str = "average", part: str = "evaluat
     return {"method": {"name": method}, "models": models}
 
 
-WRITTEN: Recipe = {"metric": "exact_match", "target": "target", "max_new_tokens": 2, "stop": ["never"], "answer": "three"}
+WRITTEN: Recipe = {
+    "metric": "exact_match",
+    "target": "target",
+    "max_new_tokens": 2,
+    "stop": ["never"],
+    "answer": "three",
+}
 
 
 def test_what_models_write_is_judged_as_asked(service: Service, inputs: Path) -> None:

@@ -56,7 +56,8 @@ class Columns(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed from which the rows and their order are drawn."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Largest number of tokens of a row; longer rows are truncated. Default: the model's limit."""
+    """Largest number of tokens of a row; longer rows are truncated, or refused where a part to predict would
+    be cut. Default: the model's limit."""
 
 
 class Generation(Strict):
