@@ -205,9 +205,10 @@ def float64_model(checkpoint: Path) -> Any:
 
 def insert_masks(model: Any, family: TinyFamily = TINY_BERT) -> tuple[Tensor, ...]:
     """Real masks at one of each kind of node: (layers, heads) times the heads' contexts, (layers, neurons) times the
-    activations, and (layers, heads that others share) times the contexts of all heads that share one."""
+    activations, and (layers, heads that others share) times the contexts of all heads that share one. Masks of layers
+    that share their weights multiply in every use."""
     masks = {
-        kind: torch.ones(LAYERS, count, dtype=torch.float64, requires_grad=True)
+        kind: torch.ones(family.stored(LAYERS), count, dtype=torch.float64, requires_grad=True)
         for kind, count in family.counts(HEADS, NEURONS).items()
     }
     for layer, block in enumerate(model.get_submodule(family.layers)):

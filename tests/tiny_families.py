@@ -118,6 +118,12 @@ def modernbert_byte_level_bpe() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
 
 
+def albert_unigram() -> Any:
+    from transformers import AlbertTokenizer
+
+    return AlbertTokenizer(vocab=unigram("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"))
+
+
 def numbered(*tokens: str) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
@@ -156,6 +162,8 @@ class TinyFamily:
     """Whose rows, and biases, belong to heads that several heads share."""
     kv_heads: int = 0
     """How many these are."""
+    shares_layers: bool = False
+    """Whether all layers are one, which is run as many times."""
     fused: Mapping[str, str] = field(default_factory=dict)
     """Modules that hold the rows of several purposes: each slice in order, as its letter, see `Slices`, and number."""
     transposed: bool = False
@@ -179,6 +187,10 @@ class TinyFamily:
         """Keys of the configuration: the sizes and the settings."""
         values = {**self.sizes(hidden, heads, layers, neurons), **self.settings}
         return {self.inner: values} if self.inner else values
+
+    def stored(self, layers: int) -> int:
+        """How many layers a checkpoint of so many has."""
+        return 1 if self.shares_layers else layers
 
     def counts(self, heads: int, neurons: int) -> dict[str, int]:
         """How many nodes of each kind a layer has."""
@@ -496,6 +508,19 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         heads_out="attention.attn.o",
         tokenizer=mpnet_wordpiece,
         reserved_positions=2,
+    ),
+    "albert": replace(
+        TINY_BERT,
+        model_type="albert",
+        layers="albert.encoder.albert_layer_groups",
+        heads_in=tuple(f"albert_layers.0.attention.{what}" for what in ("query", "key", "value")),
+        values="albert_layers.0.attention.value",
+        heads_out="albert_layers.0.attention.dense",
+        neurons_in=("albert_layers.0.ffn",),
+        neurons_out="albert_layers.0.ffn_output",
+        tokenizer=albert_unigram,
+        settings={"embedding_size": 12},
+        shares_layers=True,
     ),
     # The first layer sees all tokens, the second those in a window.
     "modernbert": TinyFamily(

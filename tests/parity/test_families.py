@@ -89,9 +89,14 @@ class Case:
     def counts(self) -> dict[str, int]:
         return self.tiny.counts(HEADS, NEURONS)
 
-    def require(self, nodes: str) -> None:
-        if nodes not in self.counts:
-            pytest.skip(f"{self.name} has no {nodes}")
+    @property
+    def layers(self) -> int:
+        """The number of layers with weights of their own."""
+        return self.tiny.stored(LAYERS)
+
+    def require(self, nodes: str, layer: int) -> None:
+        if nodes not in self.counts or layer >= self.layers:
+            pytest.skip(f"{self.name} has no {nodes} in layer {layer}")
 
     def slices_of(self, name: str) -> Slices | None:
         return self.tiny.slices_of(name, HEADS, NEURONS)
@@ -186,7 +191,7 @@ def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[ScoreName, Tensor]:
     return {
         ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
         for nodes, of_kind in zip(tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(LAYERS)
+        for layer in range(tiny.stored(LAYERS))
     }
 
 
@@ -280,11 +285,12 @@ def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case)
     score(loaded, examples, estimator_for("expected", loaded.task, seed=0), "float32", "rows", silent, [examples])
 
     longest = max(example.length for example in examples)
-    last = [f"layers.{LAYERS - 1}.{nodes}" for nodes in ("heads", "neurons") if case.table.head.reads_first_token]
+    uses = 1 + LAYERS - case.layers
+    last = [f"layers.{case.layers - 1}.{nodes}" for nodes in ("heads", "neurons") if case.table.head.reads_first_token]
     assert longest > 1
-    assert seen == {name: [1 if name in last else longest] for name in seen}
-    assert {*last} < {*seen}
-    assert len(seen) == 2 * LAYERS
+    assert seen == {name: [*[longest] * (uses - 1), 1 if name in last else longest] for name in seen}
+    assert {*last} <= {*seen}
+    assert len(seen) == 2 * case.layers
 
 
 def test_bfloat16_gives_scores_of_the_same_order(case: Case) -> None:
@@ -321,7 +327,7 @@ def test_what_is_found_of_roberta_holds_of_those_that_share_its_code(family: str
 def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
     case: Case, tmp_path: Path, nodes: str, layer: int, index: int
 ) -> None:
-    case.require(nodes)
+    case.require(nodes, layer)
     multiplier, inputs, expert = -1.7, probe(case), case.experts["three"]
     masked = float64_model(expert)
     with torch.no_grad():
@@ -351,7 +357,7 @@ def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
 def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
     case: Case, nodes: str, layer: int, index: int
 ) -> None:
-    case.require(nodes)
+    case.require(nodes, layer)
     model = float64_model(case.experts["three"])
     mask = insert_masks(model, case.tiny)[list(case.counts).index(nodes)]
     with torch.no_grad():
@@ -438,7 +444,7 @@ def test_the_merge_computes_what_a_model_assembled_by_hand_computes(case: Case, 
     versions = [read_model(path) for path in case.experts.values()]
     scores = [load_file(tmp_path / "scores" / f"{name}.safetensors") for name in case.experts]
     scores = [{n: s for n, s in of_model.items() if not n.endswith("stderr")} for of_model in scores]
-    assert scores[0].keys() == {f"layers.{layer}.{nodes}" for layer in range(LAYERS) for nodes in case.counts}
+    assert scores[0].keys() == {f"layers.{layer}.{nodes}" for layer in range(case.layers) for nodes in case.counts}
     backbones = [{n: t for n, t in v.items() if not n.startswith(case.tiny.head)} for v in versions]
     by_hand = dense_merge(case, backbones, scores)
     inputs = probe(case)
@@ -573,7 +579,7 @@ def test_only_what_the_model_takes_is_given_to_it(case: Case, tmp_path: Path) ->
     file.write_text(json.dumps({"text": "one two", "text_pair": "three", "label": 0}) + "\n")
     spec = dataset_spec(file, text_pair="text_pair")
     (example,) = tokenize(sample(RowFile(spec), spec, None), spec, loaded.tokenizer, loaded.max_length, None).examples
-    segments = case.name in ("bert", "electra", "deberta-v2")
+    segments = case.name in ("albert", "bert", "electra", "deberta-v2")
     assert set(example.encoding) == {"input_ids", "attention_mask"} | ({"token_type_ids"} if segments else set())
     inputs = {name: torch.tensor([values]) for name, values in example.encoding.items()}
     assert bool(loaded.model(**inputs).logits.isfinite().all())
@@ -591,7 +597,7 @@ def test_a_tensor_that_no_rule_owns_is_refused_by_name(case: Case, tmp_path: Pat
 
 
 def test_a_missing_tensor_is_refused_by_name_whoever_lacks_it(case: Case, tmp_path: Path) -> None:
-    of_a_layer = f"{case.tiny.layers}.1.{case.tiny.values}.weight"
+    of_a_layer = f"{case.tiny.layers}.{case.layers - 1}.{case.tiny.values}.weight"
     outer = next(name for name in read_model(case.experts["two"]) if name.startswith(case.table.embeddings))
 
     def without(folder: str, lacking: list[int], name: str) -> list[Path]:
@@ -600,9 +606,12 @@ def test_a_missing_tensor_is_refused_by_name_whoever_lacks_it(case: Case, tmp_pa
             edit_tensors(pair[index], lambda tensors: {n: t for n, t in tensors.items() if n != name})
         return pair
 
-    assert_refused(without("first", [0], of_a_layer), InvalidCheckpoint, "local:two", f"no tensor {of_a_layer}")
-    assert_refused(without("second", [1], of_a_layer), InvalidCheckpoint, "local:three", f"no tensor {of_a_layer}")
-    assert_refused(without("both", [0, 1], of_a_layer), InvalidCheckpoint, f"no tensor {of_a_layer}")
+    if case.layers > 1:  # other layers have it
+        assert_refused(without("first", [0], of_a_layer), InvalidCheckpoint, "local:two", f"no tensor {of_a_layer}")
+        assert_refused(without("second", [1], of_a_layer), InvalidCheckpoint, "local:three", f"no tensor {of_a_layer}")
+        assert_refused(without("both", [0, 1], of_a_layer), InvalidCheckpoint, f"no tensor {of_a_layer}")
+    else:
+        outer = of_a_layer
     assert_refused(without("outer", [1], outer), IncompatibleCheckpoints, f"tensor {outer} is missing in the second")
     assert_refused(without("other", [0], outer), IncompatibleCheckpoints, f"tensor {outer} is in the second only")
     pair = without("neither", [0, 1], outer)

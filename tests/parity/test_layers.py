@@ -29,12 +29,13 @@ from tests.tiny import (
 )
 from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import OutputSpec
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.families.table import Norms
-from worker.engine.catalog.methods import AlignedRegMeanParameters
+from worker.engine.catalog.methods import AlignedRegMeanParameters, AutoParameters, RegMeanParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.primitives.errors import NumericalError
+from worker.engine.catalog.planning.planner import plan_job, plan_merge
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, NumericalError
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.inputs.examples import collate, plan_batches, tokenize
 from worker.engine.jobs.engine import Engine
@@ -111,7 +112,7 @@ class Case:
         return [folder / "models" / path.name for path in self.folders]
 
 
-@pytest.fixture(scope="module", params=TINY_FAMILIES)
+@pytest.fixture(scope="module", params=[name for name, tiny in TINY_FAMILIES.items() if not tiny.shares_layers])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -342,6 +343,15 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
                     handle.remove()
                     is_text = batch.inputs["attention_mask"].bool().flatten()
                     torch.testing.assert_close(x, seen[0].flatten(0, -2)[is_text], rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_share_their_weights_are_not_fitted_one_after_another(tmp_path: Path) -> None:
+    case = Case("albert", tmp_path)
+    refits = AlignedRegMeanParameters()
+    for method in (refits, AutoParameters(candidates=[refits, RegMeanParameters()])):
+        infos = [inspect_checkpoint(folder, folder.name) for folder in case.folders]
+        with pytest.raises(InvalidCheckpoint, match=r"layers of this architecture are one; (use regmean|name)"):
+            plan_job(method, ["two", "three"], infos, OutputSpec(), None)
 
 
 def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:

@@ -153,7 +153,7 @@ def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tenso
     return {
         ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
         for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(LAYERS)
+        for layer in range(case.tiny.stored(LAYERS))
     }
 
 
@@ -200,6 +200,8 @@ def test_taggers_of_other_labels_keep_their_heads_and_are_evaluated(
     case: Case, engine: Engine, tmp_path: Path, method: str
 ) -> None:
     """The metric is scikit-learn's, of the published model as transformers runs it."""
+    if case.tiny.shares_layers and method == "aligned_regmean":
+        pytest.skip("layers that share their weights are not refitted")
     specs = []
     for name, folder in case.models.items():
         file = case.root / f"{name}.jsonl"

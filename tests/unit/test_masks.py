@@ -103,6 +103,38 @@ def test_no_graph_outlives_its_pass(activation: nn.Module) -> None:
         gc.enable()
 
 
+class Repeated(nn.Module):
+    """One layer that is run three times, each time with a residual, of which the first token is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        for _ in range(3):
+            activation = nn.functional.gelu(self.up(x))
+            x = x + self.down(activation if masks is None else activation * masks[:, None])
+        return x[:, 0].pow(2).sum(-1)
+
+
+@pytest.mark.parametrize("narrowing", [(), ("down",)])
+def test_the_gradient_of_a_layer_that_is_run_again_is_the_sum_over_its_uses(narrowing: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    network, x = Repeated().double(), torch.randn(5, 3, 4, dtype=torch.float64)
+    masks = torch.ones(5, 6, dtype=torch.float64, requires_grad=True)
+    [wanted] = torch.autograd.grad(network(x, masks).sum(), masks)
+    tokens = []
+    with MaskGradients(network, SITES[:1], narrowing, uses=3) as gradients:
+        network.down.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+        with torch.no_grad():
+            network(x)
+        output = network(x)
+        for last in (False, True):  # no sum goes on from one backward pass to the next
+            torch.testing.assert_close(gradients.of(output, last=last)[FIRST], wanted)
+    assert tokens == [3, 3, 1 if narrowing else 3] * 2
+
+
 def test_gradients_need_a_pass() -> None:
     network = Network(nn.ReLU())
     with (

@@ -2,11 +2,12 @@
 
 No mask is inserted. A node's mask would multiply its activation `c`, so the derivative of an example's output by it, at
 mask 1, is the sum of `c * dL/dc` over the example's tokens. For an attention head the sum is also over its width; for
-heads that share a key and a value it is over all of them, because their mask multiplies all their contexts. The
-examples of a batch do not see each other, so keeping the batch axis gives exact gradients of each example, and no
-gradient by a parameter is computed.
+heads that share a key and a value it is over all of them, because their mask multiplies all their contexts; and where
+layers share their weights, over all uses of a layer. The examples of a batch do not see each other, so keeping the
+batch axis gives exact gradients of each example, and no gradient by a parameter is computed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,17 +30,19 @@ class MaskGradients:
         model: a model in eval mode; its parameters' requires_grad is switched off for good.
         sites: the modules at whose inputs the nodes are seen, see `Family.sites`.
         narrowing: modules from whose input on only the first token is needed, see `Family.narrowing`.
+        uses: how many times a pass runs the modules in `narrowing`; the last one alone is narrowed.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], narrowing: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], narrowing: Sequence[str] = (), uses: int = 1) -> None:
         model.requires_grad_(False)
         self._roots: list[Tensor] = []
         self._gradients: dict[ScoreName, Tensor] = {}
         self._token_sums = TokenSums()
         self._tokens: tuple[int, ...] = ()  # (batch, tokens), as the sites before show
+        self._calls: Counter[nn.Module] = Counter()
         self._handles = [model.register_forward_pre_hook(self._forget)]
         for module in narrowing:  # before the sites' own hooks, which then see one token
-            self._handles.append(model.get_submodule(module).register_forward_pre_hook(_first_token))
+            self._handles.append(model.get_submodule(module).register_forward_pre_hook(self._narrower(uses)))
         for site in sites:
             hook = self._watch(site)
             self._handles.append(model.get_submodule(site.module).register_forward_pre_hook(hook))
@@ -74,6 +77,14 @@ class MaskGradients:
 
     def _forget(self, module: nn.Module, inputs: object) -> None:
         self._roots.clear()
+        self._calls.clear()
+
+    def _narrower(self, uses: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            self._calls[module] += 1
+            return _first_token(inputs) if self._calls[module] % uses == 0 else None
+
+        return before
 
     def _watch(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -91,7 +102,8 @@ class MaskGradients:
             def contract(gradient: Tensor) -> None:
                 by_value = self._token_sums(kept().reshape(shape), gradient.reshape(shape)).double()  # (batch, values)
                 for score, nodes in site.counts.items():
-                    self._gradients[score] = by_value.view(len(by_value), nodes, -1).sum(-1)
+                    of_use = by_value.view(len(by_value), nodes, -1).sum(-1)
+                    self._gradients[score] = of_use + self._gradients.get(score, 0.0)
 
             activation.register_hook(contract)  # type: ignore[no-untyped-call]
             return activation, *inputs[1:]
@@ -99,7 +111,7 @@ class MaskGradients:
         return before
 
 
-def _first_token(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _first_token(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Cut (batch, tokens, values) to (batch, 1, values). Added to a residual of all tokens, it is right at the first.
 
     The result is contiguous, because with a view PyTorch multiplies every example by its own copy of the weights.

@@ -40,7 +40,8 @@ def grams(
 ) -> dict[str, Tensor]:
     """Compute `G = 1/n sum x x^T` over the n non-padding tokens of all rows (Jin et al. 2023, arXiv 2212.09849, 3).
 
-    An input that is read once a row, such as the pooler's first token, has one `x` a row. Products of a batch are
+    An input that is read once a row, such as the pooler's first token, has one `x` a row. That of a layer that is run
+    several times has one for each use. Products of a batch are
     float32, and their sum is float64.
 
     Returns:
@@ -70,6 +71,7 @@ class _Sums:
         self._model = model
         self._source = source
         self._batch: Batch | None = None
+        self._uses = sum(i.uses for i in inputs)
         self._unseen = 0
         self._handles = [model.get_submodule(i.module).register_forward_pre_hook(self._seer(i.name)) for i in inputs]
 
@@ -81,11 +83,11 @@ class _Sums:
             handle.remove()
 
     def add(self, batch: Batch) -> None:
-        self._batch, self._unseen = batch, len(self.totals)
+        self._batch, self._unseen = batch, self._uses
         with suppress(_AllSeen):
             self._model(**batch.inputs)
         if self._unseen:
-            raise RuntimeError(f"{self._unseen} of {len(self.totals)} modules were not run")
+            raise RuntimeError(f"{self._unseen} of {self._uses} uses of modules were not run")
 
     def _seer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -84,7 +84,7 @@ def paper_scores(
 
 def mask_gradients(loaded: LoadedModel) -> MaskGradients:
     family, config = loaded.family, loaded.info.config
-    return MaskGradients(loaded.model, sites_of(loaded), family.narrowing(config))
+    return MaskGradients(loaded.model, sites_of(loaded), family.narrowing(config), family.size(config, "uses"))
 
 
 def _check_finite(values: dict[ScoreName, Tensor], batch: Batch, source: str) -> None:

@@ -42,6 +42,5 @@ MODERNBERT = Family(
     supported={},
     norms=Norms.BEFORE_BLOCKS,
     absent_in_first_layer=("attn_norm",),  # the norm of the embeddings is just before it
-    hidden_vectors=20,
     neuron_vectors=5,
 )

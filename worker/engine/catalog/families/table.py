@@ -226,7 +226,10 @@ class Family:
     """Tensors under `prefix`, with `{layer}` for each layer's number, that transformers once saved in such checkpoints
     and no longer reads; merges omit them."""
     config_names: Mapping[str, str]
-    """Configuration keys of the sizes layers, heads, neurons, hidden and positions; kv_heads and head_size may lack."""
+    """Configuration keys of the sizes layers, heads, neurons, hidden and positions; kv_heads and head_size may lack.
+
+    Where layers share their weights, `layers` counts those that are stored, and `uses` is how many times these are run,
+    one after another."""
     settings: Mapping[str, Any]
     """Further keys that change what a model computes and do not show in shapes, each with its value if it is missing.
 
@@ -285,6 +288,11 @@ class Family:
         """
         return RESIDUAL_NORMS[self.norms_in(config)]
 
+    @property
+    def shares_layers(self) -> bool:
+        """Whether the layers are run several times, one after another, with the same weights."""
+        return "uses" in self.config_names
+
     def under(self, head: Head, prefix: str | None = None) -> "Family":
         """Return the same backbone with another head; `prefix` is that of its tensors beside that head."""
         if head == self.head:
@@ -294,15 +302,17 @@ class Family:
         return replace(self, head=head, prefix=prefix, embeddings=embeddings)
 
     def size(self, config: Mapping[str, Any], what: str) -> int:
-        """Return a size from the configuration; `what` is a key of `config_names`, `kv_heads` or `head_size`.
+        """Return a size from the configuration; `what` is a key of `config_names`, `kv_heads`, `head_size` or `uses`.
 
         Where the configuration does not say otherwise, and `absent_sizes` neither, each head has its own key and
-        value, and all heads together are as wide as the hidden states.
+        value, all heads together are as wide as the hidden states, and the layers are run once.
 
         Raises:
             ValueError: the size is no positive number; the message names the key.
         """
         key = self.config_names.get(what)
+        if key is None and what == "uses":
+            return 1
         value = None if key is None else _value_at(config, key, self.absent_sizes.get(what))
         if value is None and what == "kv_heads":
             return self.size(config, "heads")
@@ -409,7 +419,7 @@ class Family:
                     yield Site(self.layer_path(layer) + module, counts)
 
     def narrowing(self, config: Mapping[str, Any]) -> list[str]:
-        """Return the modules of the last layer from whose input on the first token is enough.
+        """Return the modules of the last layer from whose input on the first token is enough, in the layer's last use.
 
         The outputs that the head reads, and their gradients, stay the same.
         """

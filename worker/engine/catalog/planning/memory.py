@@ -134,7 +134,11 @@ class _Running:
         kept = family.hidden_vectors * sizes["hidden"] + family.neuron_vectors * sizes["neurons"]
         kept += family.attention_rows * attention
         passing = PASSING_ATTENTION_ROWS * attention
-        return tokens * ((sizes["layers"] if layers is None else layers) * kept + passing) * self.value_bytes
+        return (
+            tokens
+            * ((sizes["layers"] * sizes.get("uses", 1) if layers is None else layers) * kept + passing)
+            * self.value_bytes
+        )
 
 
 def _merging_bytes(plan: MergePlan, needs: MemoryNeeds) -> int:

@@ -55,6 +55,8 @@ class LinearInput:
     name: str
     module: str
     width: int
+    uses: int = 1
+    """How many times a pass runs the module."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,14 @@ class MergePlan:
     @property
     def linear_inputs(self) -> list[LinearInput]:
         """Inputs of the backbone's linear layers."""
+        uses = self.family.size(self.checkpoints[0].config, "uses") if self.family else 1
         return [
-            LinearInput(t.slot.input, t.slot.name.removesuffix(".weight"), t.shape[0 if t.slot.transposed else 1])
+            LinearInput(
+                t.slot.input,
+                t.slot.name.removesuffix(".weight"),
+                t.shape[0 if t.slot.transposed else 1],
+                1 if t.slot.layer is None else uses,
+            )
             for t in self.backbone
             if t.slot.input and t.slot.shows_input
         ]

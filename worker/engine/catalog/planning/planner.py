@@ -18,7 +18,7 @@ from worker.engine.catalog.planning.comparing import MergeSettings
 from worker.engine.catalog.planning.plan import MergePlan, named
 from worker.engine.catalog.planning.publishing import with_companions
 from worker.engine.catalog.planning.stacking import plan_slices
-from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidRequest
+from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.values import TensorPlace
 
@@ -108,6 +108,10 @@ def plan_job(
         if plan.vocabulary is not None and output.vocabulary == "error" and by_own_tokens:
             problem = f"method {method.name} needs matrices with the same number of rows, padding included"
             raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
+        if method.refits_layers and plan.family is not None and plan.family.shares_layers:
+            problem = "aligned_regmean fits one layer after another, and the layers of this architecture are one"
+            advice = "name method.candidates without it" if method.search else "use regmean"
+            raise InvalidCheckpoint(checkpoints[0].source, f"{problem}; {advice}")
         return with_companions(plan, output.dtype, chat_template=output.chat_template)
     if output.heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")
