@@ -38,6 +38,9 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
     if plan.tokens_of(plan.published[0]).vocabulary:
         loading[1] += ", AutoTokenizer"
         loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{where}")')
+    elif any(task is not None and task.reads_images for task in plan.tasks):
+        loading[1] += ", AutoImageProcessor"
+        loading.append(f'processor = AutoImageProcessor.from_pretrained("{where}")')
     library = "transformers"
     if any(plan.modules):
         library, tag = "sentence-transformers", "sentence-similarity"

@@ -148,10 +148,15 @@ def _identity(spec: MergeSpec, auto: AutoParameters, models: Sequence[JobModel],
         rows = model.rows
         for examples in (rows.searched, rows.alignment, rows.fitted):
             for example in examples:
-                digest.update(json.dumps(asdict(example)).encode())
+                digest.update(json.dumps(asdict(example), default=_digest_of_pixels).encode())
         if rows.sample is not None:
             digest.update(rows.sample.digest(len(rows.sample), with_labels=True).encode())
     return digest.hexdigest()
+
+
+def _digest_of_pixels(values: Tensor) -> str:
+    """Return the sha256 of an image's pixel values, in hexadecimal; nothing else of an example is no JSON."""
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def floor_notes(found: Search) -> list[str]:
