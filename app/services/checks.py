@@ -29,7 +29,7 @@ from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems
-from worker.engine.catalog.planning.plan import MergePlan, required_task
+from worker.engine.catalog.planning.plan import MergePlan, require_reader, required_task
 from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.catalog.planning.stacking import layers_of_models
 from worker.engine.catalog.primitives.errors import EngineError
@@ -120,6 +120,7 @@ class Checker:
             with _refusing(_checkpoint_field(index)):
                 plan = plan_merge([info])
                 task = required_task(plan)
+                require_reader(info)
                 check_run_tokenizer(info)
             _refuse(parameter_problems(plan, request.method))
             kept = accepted["models"][index]
@@ -163,6 +164,7 @@ class Checker:
         if _loads_models(request, plan):
             for index, info in enumerate(plan.checkpoints):
                 with _refusing(_checkpoint_field(index)):
+                    require_reader(info)
                     check_run_tokenizer(info)
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title

@@ -32,7 +32,7 @@ from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, requir
 from worker.engine.catalog.planning.tensors import merged_tensor, output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.values import TensorPlace
-from worker.engine.catalog.tasks import family_of, task_of
+from worker.engine.catalog.tasks import family_of, reads_images, task_of
 
 
 def table_of(info: CheckpointInfo) -> Family | None:
@@ -57,7 +57,8 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Merg
     tasks, differing, notes = [], set[str](), list[str]()
     slots = [_slots(identity, family) for identity in identities]
     for info, of in zip(checkpoints, slots, strict=True):
-        require_reader(info)
+        if not reads_images(info):  # what makes pixels of images is only needed to run a model
+            require_reader(info)
         _check_sizes(info, of, family)
         tasks.append(task_of(info))
         differing |= _check_settings(first, info, family, asked)
