@@ -10,19 +10,22 @@ import torch
 from app.client import Client
 from tests.conftest import Service, assert_problem, tiny_recipe
 from tests.tiny import edit_json, read_model, tiny_checkpoint
-from tests.tiny_language_models import GPT2, loaded_model, logits_of, tiny_model
+from tests.tiny_language_models import GPT2, MARKS, ROTARY, TinyModel, loaded_model, logits_of, tiny_model
 from worker.engine.catalog.planning.memory import RUNTIME_BYTES
 
 Recipe = dict[str, Any]
+WITHOUT_TABLE = TinyModel("StableLmForCausalLM", "stablelm", {**ROTARY, **MARKS})
 
 
 @pytest.fixture(scope="module")
 def inputs(tiny_inputs: Path) -> Path:
-    """`lm-0`, the ancestor, `lm-1` and `lm-2` beside the service's other inputs, `gpt` and `named-…`."""
+    """`lm-0`, the ancestor, `lm-1` and `lm-2` beside the service's other inputs, `gpt`, `bare-…` and `named-…`."""
     folder = tiny_inputs / "checkpoints"
     for seed in range(3):
         tiny_model(folder / f"lm-{seed}", seed=seed, max_shard_size="6KB")
     tiny_model(folder / "gpt", GPT2)
+    for seed in (1, 2):
+        tiny_model(folder / f"bare-{seed}", WITHOUT_TABLE, seed=seed)
     tiny_checkpoint(folder / "named-ab", names=["a", "b"])
     tiny_checkpoint(folder / "named-ba", names=["b", "a"], seed=1)
     return tiny_inputs
@@ -71,20 +74,20 @@ def test_a_merge_of_language_models_is_one_model_that_loads(service: Service, in
 
 
 def test_the_plan_of_a_merge_that_loads_no_model(service: Service, inputs: Path) -> None:
-    response = service.post("/merge/validate", json=recipe())
+    response = service.post("/merge/validate", json=recipe("bare-1", "bare-2"))
     assert response.status_code == 200, response.text
     plan = response.json()
-    names = read_model(inputs / "checkpoints" / "lm-1")
+    names = read_model(inputs / "checkpoints" / "bare-1")
     size = sum(tensor.numel() * tensor.element_size() for tensor in names.values())
     assert (plan["bytes_to_read"], plan["tensors"]) == (2 * size, len(names))
     beside = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    copied = sum((inputs / "checkpoints" / "lm-1" / name).stat().st_size for name in beside)
+    copied = sum((inputs / "checkpoints" / "bare-1" / name).stat().st_size for name in beside)
     assert plan["bytes_to_write"] == size + copied
     assert RUNTIME_BYTES < plan["peak_memory_bytes"] < RUNTIME_BYTES + 500_000_000
     assert plan["examples"] == 0
     assert plan["owners"] == {"rest": len(names)}
     assert plan["models"][0] == {
-        "name": "lm-1", "architecture": "LlamaForCausalLM", "task": "text-generation",
+        "name": "bare-1", "architecture": "StableLmForCausalLM", "task": "text-generation",
         "head": "merged like the rest into model", "tokens": None, "new_tokens": None,
     }  # fmt: skip
     assert plan["request"]["output"]["heads"] == "merged"
@@ -127,20 +130,20 @@ def tiny_plan(service: Service, body: Recipe) -> Recipe:
 
 
 def with_rows(part: str) -> Recipe:
-    asked = recipe()
+    asked = recipe("bare-1", "bare-2")
     asked["models"][1][part] = {"source": "local:rows/a.jsonl", "label": "label"}
     return asked
 
 
 def measured(method: str) -> Recipe:
-    asked = recipe(method={"name": method})
+    asked = recipe("bare-1", "bare-2", method={"name": method})
     for model in asked["models"]:
         model["dataset"] = {"source": "local:rows/a.jsonl"}
     return asked
 
 
 def searched() -> Recipe:
-    asked = recipe(method={"name": "auto", "candidates": ["average"]})
+    asked = recipe("bare-1", "bare-2", method={"name": "auto", "candidates": ["average"]})
     for model in asked["models"]:
         model["evaluation"] = {"source": "local:rows/a.jsonl"}
     return asked
@@ -155,11 +158,11 @@ WHOLE = (("lm-1", 0, 2), ("lm-2", 0, 2))
 REFUSED: dict[str, tuple[Recipe, str, list[str]]] = {
     "a method that measures": (
         measured("mask_fisher"), "not_available",
-        ["method.name", "mask_fisher", "LlamaForCausalLM", "average, task_arithmetic, ties", "models.0.dataset"],
+        ["method.name", "mask_fisher", "StableLmForCausalLM", "average, task_arithmetic, ties", "models.0.dataset"],
     ),
     "auto, which evaluates": (
         searched(), "not_available",
-        ["method.name", "auto evaluates models", "LlamaForCausalLM", "models.0.evaluation"],
+        ["method.name", "auto evaluates models", "StableLmForCausalLM", "models.0.evaluation"],
     ),
     "rows to align on": (with_rows("dataset"), "not_available", ["models.1.dataset", "leave it out"]),
     "rows to evaluate on": (with_rows("evaluation"), "not_available", ["models.1.evaluation", "leave it out"]),
@@ -212,11 +215,11 @@ def test_weights_have_no_effect_on_copies(service: Service, inputs: Path) -> Non
     assert "weight" in response.json()["detail"]
 
 
-def test_scores_of_a_language_model_are_refused_by_its_architecture(service: Service, inputs: Path) -> None:
-    models = [{"name": "x", "checkpoint": "local:checkpoints/lm-1", "dataset": {"source": "local:rows/a.jsonl"}}]
+def test_scores_of_a_model_without_a_table_are_refused_by_its_architecture(service: Service, inputs: Path) -> None:
+    models = [{"name": "x", "checkpoint": "local:checkpoints/bare-1", "dataset": {"source": "local:rows/a.jsonl"}}]
     response = service.post("/scores", json={"models": models})
     assert_problem(response, 422, "invalid_checkpoint")
-    assert "LlamaForCausalLM" in response.json()["detail"]
+    assert "StableLmForCausalLM" in response.json()["detail"]
 
 
 def test_a_default_that_a_configuration_leaves_out_is_compared_before_the_job_is_accepted(
