@@ -216,7 +216,7 @@ def test_a_language_models_head_in_a_decoders_classifier_is_left_out_with_a_note
     names = {tensor.slot.name for tensor in plan.backbone}
     assert "score.weight" in names
     assert "lm_head.weight" not in names
-    assert ["lm_head.weight of local:m2 was left out" in note for note in plan.notes] == [True]
+    assert ["lm_head.weight of local:m2 was left out" in note for note in plan.notes].count(True) == 1
 
 
 LACKING: dict[str, tuple[TinyModel, Callable[[Path], object], str]] = {
