@@ -115,7 +115,7 @@ def test_a_shared_parameter_has_the_square_of_its_whole_gradient(tmp_path: Path)
     assert_same(found(case), expected, 1e-5)
 
 
-@pytest.mark.parametrize("family", ["distilbert", "electra", "deberta-v2", "mpnet"])
+@pytest.mark.parametrize("family", ["distilbert", "electra", "deberta-v2", "mpnet", "albert", "modernbert"])
 def test_every_backbone_tensor_of_a_checkpoint_has_it(tmp_path: Path, family: str) -> None:
     """Convolutions and relative positions too, whose modules are no linear layers."""
     chosen = TINY_FAMILIES[family]
