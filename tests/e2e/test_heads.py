@@ -34,12 +34,23 @@ def of_text(rng: random.Random) -> dict[str, Any]:
     return {"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 12)))}
 
 
-KINDS = {"TokenClassification": of_words, "QuestionAnswering": of_question, "MaskedLM": of_text}
-LABELS = {"TokenClassification": "label", "QuestionAnswering": "answers"}
+def of_choices(rng: random.Random) -> dict[str, Any]:
+    choices = [" ".join(rng.choices(WORDS, k=rng.randint(1, 4))) for _ in range(rng.randint(2, 4))]
+    return {"text": " ".join(rng.choices(WORDS, k=3)), "choices": choices, "label": rng.randrange(len(choices))}
+
+
+KINDS = {
+    "TokenClassification": of_words,
+    "QuestionAnswering": of_question,
+    "MaskedLM": of_text,
+    "MultipleChoice": of_choices,
+}
+LABELS = {"TokenClassification": "label", "QuestionAnswering": "answers", "MultipleChoice": "label"}
 METRICS = {
     "TokenClassification": ["accuracy", "entity_f1"],
     "QuestionAnswering": ["f1", "exact_match"],
     "MaskedLM": ["perplexity", "token_accuracy"],
+    "MultipleChoice": ["accuracy"],
 }
 GOOD_QUESTION = {"question": "one", "context": "two three", "answers": {"text": ["three"], "answer_start": [4]}}
 BAD_ROWS: dict[str, tuple[str, Mapping[str, Any], list[str]]] = {
@@ -48,6 +59,11 @@ BAD_ROWS: dict[str, tuple[str, Mapping[str, Any], list[str]]] = {
         "TokenClassification",
         {"tokens": ["a", "b"], "label": ["O"]},
         ["line 151", "2 words", "1 labels"],
+    ),
+    "a label of no choice": (
+        "MultipleChoice",
+        {"text": "one", "choices": ["two", "three"], "label": 2},
+        ["line 151", "the choices are 0 to 1"],
     ),
     "an answer at another place": (
         "QuestionAnswering",
@@ -151,6 +167,10 @@ REFUSED: dict[str, tuple[Recipe, str, list[str]]] = {
     "labels of hidden tokens": (
         refused("MaskedLM", "evaluation", label="label"), "invalid_request",
         ["models.1.evaluation.label", "a masked language model does not read it"],
+    ),
+    "names of choices": (
+        refused("MultipleChoice", "evaluation", label_names=["a", "b"]), "invalid_request",
+        ["models.1.evaluation.label_names", "a multiple choice does not read it"],
     ),
     "text of a question": (
         refused("QuestionAnswering", "dataset", text="text"), "invalid_request",

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as CLASSES
 
 from tests.tiny import (
     HEADS,
@@ -30,7 +31,7 @@ from tests.tiny import (
     tiny_texts,
     write_lines,
 )
-from tests.tiny_families import DECODERS, TINY_FAMILIES, TinyFamily
+from tests.tiny_families import TINY_FAMILIES, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
@@ -47,7 +48,8 @@ from worker.engine.scoring.scorer import score
 from worker.engine.tasks import next_tokens
 from worker.engine.tasks.drawing import uniform
 
-ENCODERS = [name for name in TINY_FAMILIES if name not in DECODERS]
+WITH_HEAD = [name for name, family in TINY_FAMILIES.items() if family.model_type in CLASSES]
+"""The families of which the library has such a class."""
 ROWS = 12
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of a score in norm, float32 against float64
@@ -86,7 +88,7 @@ def made(root: Path, tiny: TinyFamily) -> Case:
     return Case(tiny, root)
 
 
-@pytest.fixture(scope="module", params=ENCODERS)
+@pytest.fixture(scope="module", params=WITH_HEAD)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -39,12 +40,24 @@ class Example:
     """Positions of the tokens whose outputs have labels, ascending; None if the row has one output."""
     passage: "Passage | None" = None
     """The text in which the answer to the row's question is; None if it has none."""
+    others: tuple[Mapping[str, list[int]], ...] = ()
+    """Further sequences of tokens, where a row has several: each has one output."""
     tokens: int | None = field(default=None, kw_only=True)
     """Number of tokens that the model makes of the row, if it is an image."""
 
     @property
     def outputs(self) -> int:
-        return 1 if self.positions is None else len(self.positions)
+        return len(self.inputs) if self.positions is None else len(self.positions)
+
+    @property
+    def inputs(self) -> Sequence[Mapping[str, Any]]:
+        """The row's sequences of tokens."""
+        return (self.encoding, *self.others)
+
+    @property
+    def unpadded(self) -> int:
+        """Number of tokens without padding."""
+        return self.tokens or sum(len(sequence["input_ids"]) for sequence in self.inputs)
 
     @property
     def labels(self) -> Sequence[Any]:
@@ -53,14 +66,19 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
-        return len(self.encoding["input_ids"]) if self.tokens is None else self.tokens
+        """Number of tokens, of several sequences padded to the longest."""
+        if self.tokens is not None:
+            return self.tokens
+        return len(self.inputs) * max(len(sequence["input_ids"]) for sequence in self.inputs)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Padded tensors on the device: inputs, (batch, tokens) each, or (batch, …) of images; labels if any, (outputs,) or
-    (outputs, labels)."""
+    (outputs, labels).
+
+    The batch is of sequences, one for each row unless rows have several.
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor | None
@@ -69,7 +87,9 @@ class Batch:
     positions: Tensor | None = None
     """Whether each token's output has a label, (batch, tokens); None if each row has one output."""
     tokens: int = 0
-    """Number of tokens of each row, with padding."""
+    """Number of tokens of each sequence, with padding."""
+    rows: Tensor | None = None
+    """The row of each sequence, (batch,); None if each row has one."""
 
     @property
     def required_positions(self) -> Tensor:
@@ -77,6 +97,15 @@ class Batch:
         if self.positions is None:
             raise TypeError("the batch was read for a head with one output a row")
         return self.positions
+
+    def row_of(self, sequence: int) -> int:
+        return sequence if self.rows is None else int(self.rows[sequence])
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Sum the values of each row's sequences: (batch, …) to (rows, …)."""
+        if self.rows is None:
+            return values
+        return values.new_zeros(len(self), *values.shape[1:]).index_add_(0, self.rows.to(values.device), values)
 
     @property
     def counted(self) -> Tensor:
@@ -127,6 +156,9 @@ class Reading(Protocol):
     @property
     def truncation(self) -> Truncation: ...
 
+    def sequences(self, row: Row) -> Sequence[tuple[Text, Text | None]]:
+        """Return the texts of each of the row's sequences of tokens."""
+
     def check_room(self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, limit: int) -> None:
         """Raise InvalidDataset, which names the row, where what is not cut fills the limit of tokens."""
 
@@ -154,6 +186,9 @@ class OneOutput:
 
     truncation: Truncation = "longest_first"
     tokenizer_arguments: Mapping[str, Any] = {}
+
+    def sequences(self, row: Row) -> Sequence[tuple[Text, Text | None]]:
+        return [(self.whole(row), row.text_pair)]
 
     def check_room(self, rows: Sequence[Row], spec: DatasetSpec, tokenizer: Any, limit: int) -> None:
         pass
@@ -192,7 +227,8 @@ def tokenize(
         InvalidDataset: a row has no tokens, or a label that the head does not have.
     """
     limit = min(max_length, spec.max_length or max_length)
-    has_pairs = any(row.text_pair is not None for row in rows)
+    by_row = [reading.sequences(row) for row in rows]
+    has_pairs = any(pair is not None for sequences in by_row for _, pair in sequences)
     special = tokenizer.num_special_tokens_to_add(pair=has_pairs)
     if limit < special:  # tokenizers do not cut at all then
         raise InvalidDataset(spec.source, f"max_length {limit} has no room for the {special} special tokens")
@@ -200,27 +236,32 @@ def tokenize(
     if spec.messages is not None:
         rows = [as_text(row, tokenizer, spec) for row in rows]
         arguments["add_special_tokens"] = False  # the template writes them
-    pairs = [row.text_pair for row in rows] if has_pairs else None
-    texts = [_as_listed(reading.whole(row)) for row in rows]
+        by_row = [reading.sequences(row) for row in rows]
+    pairs = [pair for sequences in by_row for _, pair in sequences] if has_pairs else None
+    texts = [_as_listed(text) for sequences in by_row for text, _ in sequences]
     cut = {"truncation": reading.truncation, "max_length": limit}
     reading.check_room(rows, spec, tokenizer, limit)
     encoded = encode(tokenizer, texts, spec.source, text_pair=pairs, **cut, **arguments)
     names = [name for name in encoded if name in tokenizer.model_input_names]
-    overflowing = sum(encoding.overflowing != [] for encoding in encoded.encodings or ())
+    overflowing = 0
     examples = []
+    ends = list(accumulate(map(len, by_row), initial=0))
     for index, row in enumerate(rows):
-        encoding = {name: encoded[name][index] for name in names}
-        if not encoding["input_ids"]:
+        places = range(ends[index], ends[index + 1])
+        encoding, *others = ({name: encoded[name][place] for name in names} for place in places)
+        if not all(one["input_ids"] for one in (encoding, *others)):
             raise InvalidDataset(spec.source, "no tokens", row.place)
+        overflowing += any(encoded.encodings[place].overflowing != [] for place in places if encoded.encodings)
         label = None if labels is None else labels.value(row.label, spec.source, row.place)
-        tokens = encoded.encodings[index] if encoded.encodings else None
+        tokens = encoded.encodings[places[0]] if encoded.encodings else None
         if tokens is not None and tokens.overflowing and (row.target is not None or row.predicted is not None):
             problem = f"it is longer than the {limit} tokens that are allowed, and what is to be predicted would be cut"
             raise InvalidDataset(spec.source, f"{problem}; set a larger max_length, or leave it out", row.place)
         found = reading.answers(row, tokens, label, spec.source)
         if found.hidden:
             encoding["input_ids"] = _masked(encoding["input_ids"], found.hidden, tokenizer, spec.source)
-        examples.append(Example(first + index, row.place, encoding, found.label, found.positions, found.passage))
+        answered = (found.label, found.positions, found.passage)
+        examples.append(Example(first + index, row.place, encoding, *answered, tuple(others)))
     return Tokenized(examples, overflowing)
 
 
@@ -280,8 +321,12 @@ def plan_batches(examples: Sequence[Example], tokens: int = BATCH_TOKENS) -> lis
 def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device: torch.device) -> Iterator[Batch]:
     """Pad each batch to its longest row; `pad` is the padding value of every model input."""
     for examples in batches:
-        longest = max(example.length for example in examples)
-        inputs = {name: _stacked(examples, name, longest, pad).to(device) for name in examples[0].encoding}
+        sequences = [sequence for example in examples for sequence in example.inputs]
+        longest = max(example.length // len(example.inputs) for example in examples)
+        inputs = {name: _stacked(sequences, name, longest, pad).to(device) for name in examples[0].encoding}
+        rows = None
+        if len(sequences) > len(examples):
+            rows = torch.tensor([row for row, e in enumerate(examples) for _ in e.inputs], device=device)
         labels = None
         if examples[0].label is not None:
             labels = torch.tensor([label for e in examples for label in e.labels], device=device)
@@ -291,11 +336,11 @@ def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device
             for row, example in enumerate(examples):
                 positions[row, list(example.positions or ())] = True
         indices = torch.tensor([e.index for e in examples], dtype=torch.int64)
-        yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions, longest)
+        yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions, longest, rows)
 
 
-def _stacked(examples: Sequence[Example], name: str, longest: int, pad: Mapping[str, int]) -> Tensor:
-    values = [example.encoding[name] for example in examples]
+def _stacked(sequences: Sequence[Mapping[str, Any]], name: str, longest: int, pad: Mapping[str, int]) -> Tensor:
+    values = [sequence[name] for sequence in sequences]
     if isinstance(values[0], Tensor):
         return torch.stack(values)
     return torch.tensor([[*one, *([pad[name]] * (longest - len(one)))] for one in values])

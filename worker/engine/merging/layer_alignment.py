@@ -27,6 +27,7 @@ from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.scoring.scorer import not_finite
+from worker.engine.tasks import HeadKind
 
 RIDGE = 1e-4  # share of the mean diagonal entry: directions that no input spans stay as they are
 ORDER = (*LAYER_INPUTS, Kind.POOLER)
@@ -236,7 +237,8 @@ class _Comparison:
         self.expert = expert
         self._batches = list(collate(plan_batches(expert.examples), loaded.padding, loaded.device))
         self._theirs, self._ours = (
-            _Run(model, blocks, self._batches, precision, loaded.device) for model in (loaded.model, merged)
+            _Run(model, loaded.kind, blocks, self._batches, precision, loaded.device)
+            for model in (loaded.model, merged)
         )
 
     def enter(self, layer: int) -> None:
@@ -245,7 +247,8 @@ class _Comparison:
 
     def count(self, group: LinearGroup) -> int:
         """Return the number of the group's inputs on all rows: tokens without padding, or, for the pooler, rows."""
-        return sum(1 if group.layer is None else example.length for example in self.expert.examples)
+        of_row = self.expert.examples
+        return sum(len(example.inputs) if group.layer is None else example.unpadded for example in of_row)
 
     def samples(self, group: LinearGroup) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each batch the inputs of the merge's layers, (tokens, width), and the errors of their outputs.
@@ -260,7 +263,9 @@ class _Comparison:
             finite = torch.isfinite(x.sum(-1) + e.sum(-1))  # NaN and infinity stay in a sum
             if not bool(finite.all()):
                 row = int(_counted(batch, group).nonzero()[~finite][0, 0])
-                raise not_finite(f"what {group.input} reads or gives", batch.places[row], self.expert.source)
+                raise not_finite(
+                    f"what {group.input} reads or gives", batch.places[batch.row_of(row)], self.expert.source
+                )
             yield x, e
 
 
@@ -270,12 +275,13 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
+        kind: HeadKind[Any],
         blocks: Sequence[str],
         batches: Sequence[Batch],
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self._model = model
+        self._model, self._kind = model, kind
         self._blocks = [model.get_submodule(block) for block in blocks]
         self._batches = batches
         self._computing = partial(computing_in, precision, device)
@@ -326,7 +332,7 @@ class _Run:
     def _whole(self, number: int, modules: Sequence[nn.Module]) -> list["_Call"]:
         """Run the whole model up to the modules, and return their first calls."""
         with self._computing():
-            return _first_calls(partial(self._model, **self._batches[number].inputs), modules)
+            return _first_calls(partial(self._model, **self._kind.arguments(self._batches[number].inputs)), modules)
 
     def _block(self, number: int, layer: int) -> Callable[[], Any]:
         """Return a pass of one block with the arguments that the model gives it, such as the mask of its own window."""

@@ -41,13 +41,13 @@ class Estimator:
                 return kind.empirical(outputs, batch, batch.labels)
 
 
-def expected_squares(passes: Passes, gradients: MaskGradients) -> Squares:
+def expected_squares(passes: Passes, gradients: MaskGradients, batch: Batch) -> Squares:
     """Compute each example's expected squared gradient by every mask node."""
     weights, sums = passes
     total: Squares = {}
     for k in range(weights.shape[1]):
         for site, g in gradients.of(sums[k], last=k == weights.shape[1] - 1).items():
-            square = g.square().mul_(weights[:, k, None])
+            square = batch.by_row(g).square().mul_(weights[:, k, None])
             total[site] = total[site] + square if site in total else square
     return total
 

@@ -50,7 +50,7 @@ def grams(
     Raises:
         NumericalError: an input is NaN or infinite; the message names the row.
     """
-    with _Sums(loaded.model, inputs, loaded.device, source) as sums, torch.inference_mode():
+    with _Sums(loaded, inputs, source) as sums, torch.inference_mode():
         for batch in collate(plan_batches(examples), loaded.padding, loaded.device):
             with computing_in(precision, loaded.device):
                 sums.add(batch)
@@ -65,10 +65,11 @@ class _AllSeen(Exception):
 class _Sums:
     """Sums of `x x^T` over the inputs of modules in forward passes, while in context."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[LinearInput], device: torch.device, source: str) -> None:
+    def __init__(self, loaded: LoadedModel, inputs: Sequence[LinearInput], source: str) -> None:
+        model, device = loaded.model, loaded.device
         self.totals = {i.name: torch.zeros(i.width, i.width, dtype=torch.float64, device=device) for i in inputs}
         self.counts = dict.fromkeys(self.totals, 0)
-        self._model = model
+        self._model, self._kind = model, loaded.kind
         self._source = source
         self._batch: Batch | None = None
         self._uses = sum(i.uses for i in inputs)
@@ -85,7 +86,7 @@ class _Sums:
     def add(self, batch: Batch) -> None:
         self._batch, self._unseen = batch, self._uses
         with suppress(_AllSeen):
-            self._model(**batch.inputs)
+            self._model(**self._kind.arguments(batch.inputs))
         if self._unseen:
             raise RuntimeError(f"{self._unseen} of {self._uses} uses of modules were not run")
 
@@ -103,15 +104,15 @@ class _Sums:
         if self._batch is None:
             raise TypeError("no batch")
         batch = self._batch
-        rows = torch.arange(len(batch), device=x.device)
         is_text = batch.counted
+        rows = torch.arange(len(is_text), device=x.device)  # of the batch's sequences
         if x.dim() == 3 or len(x) == is_text.numel():
             rows = rows[:, None].expand_as(is_text)[is_text]
             x = x.reshape(*is_text.shape, -1)[is_text]
         x = x.float()  # (tokens, width); `rows` has each token's row
         finite = torch.isfinite(x).all(-1)
         if not bool(finite.all()):
-            raise not_finite(f"the input of {name}", batch.places[int(rows[~finite][0])], self._source)
+            raise not_finite(f"the input of {name}", batch.places[batch.row_of(int(rows[~finite][0]))], self._source)
         with torch.autocast(x.device.type, enabled=False):
             product = x.T @ x
         self.totals[name] += product

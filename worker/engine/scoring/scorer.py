@@ -52,7 +52,7 @@ def score(
         for batch in collate(batches or plan_batches(examples), loaded.padding, loaded.device):
             with computing_in(precision, loaded.device):
                 passes = estimator.passes(loaded, loaded.kind.run(batch.inputs), batch)
-            squares = expected_squares(passes, gradients)
+            squares = expected_squares(passes, gradients, batch)
             _check_finite(squares, batch, source)
             statistics.add(squares)
             on_rows(len(batch))
@@ -73,7 +73,7 @@ def paper_scores(
     with mask_gradients(loaded) as gradients:
         for batch in collate(ordered, loaded.padding, loaded.device):
             _, [likelihood] = empirical.passes(loaded, loaded.kind.run(batch.inputs), batch)
-            by_example = gradients.of(likelihood, last=True)
+            by_example = {site: batch.by_row(g) for site, g in gradients.of(likelihood, last=True).items()}
             _check_finite(by_example, batch, source)
             factor = loaded.kind.loss_per_likelihood(batch)
             for site, g in by_example.items():

@@ -86,8 +86,9 @@ class Ranking(CausalLanguageModelHead):
                     raise InvalidDataset(spec.source, problem, row.place)
                 sequences.append(_sequence(row, context, answer, tokenizer.model_input_names))
             joined = [token for sequence in sequences for token in sequence.encoding["input_ids"]]
-            of_row = (index, row.place, {"input_ids": joined}, row.label, None, None)
-            examples.append(Choices(*of_row, tuple(sequences), tuple(map(len, row.choices)), row.label))
+            found = Choices(index, row.place, {"input_ids": joined}, row.label)
+            lengths = tuple(map(len, row.choices))
+            examples.append(replace(found, sequences=tuple(sequences), characters=lengths, right=row.label))
         return Tokenized(examples, truncated=0)
 
     def predictions(self, examples: Sequence[Example], running: Running) -> Array:

@@ -28,19 +28,8 @@ class ClassificationHead(HeadKind[C], Generic[C]):
         on, with `s_k` the sum of `p_k` and all after it and `m_k` their mean of `d`. K labels cost K - 1 backward
         passes on one graph.
         """
-        weights, contrasts = self.contrasts(logits)
-        return weights, Combined(logits, contrasts)
-
-    def contrasts(self, logits: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the weights of the passes of `expected`, (batch, passes), and each pass's coefficients of logits."""
-        p, ranked = logits.detach().double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
-        sums = p.flip(-1).cumsum(-1).flip(-1)
-        later = sums[:, 1:]
-        weights = p[:, :-1] * later / sums[:, :-1].clamp_min(TINY)
-        mean_of_later = p[:, None] / later.clamp_min(TINY)[:, :, None]  # (batch, labels - 1, labels)
-        contrasts = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:-1] - mean_of_later.triu(1)
-        by_label = torch.zeros_like(contrasts).scatter(-1, ranked[:, None].expand_as(contrasts), contrasts)
-        return weights, by_label.unbind(1)
+        weights, coefficients = contrasts(logits)
+        return weights, Combined(logits, coefficients)
 
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         draws = torch.tensor([uniform(seed, int(i)) for i in batch.indices], dtype=torch.float64)
@@ -89,3 +78,15 @@ def of_label(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the derivative of each example's `log p` of its label by the logits: (batch, labels), float64."""
     own = torch.nn.functional.one_hot(labels, logits.shape[1])
     return own - logits.detach().double().softmax(-1)
+
+
+def contrasts(logits: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the weights of `ClassificationHead.expected`, (batch, passes), and each pass's coefficients of logits."""
+    p, ranked = logits.detach().double().softmax(-1).sort(dim=-1, descending=True, stable=True)  # (batch, labels)
+    sums = p.flip(-1).cumsum(-1).flip(-1)
+    later = sums[:, 1:]
+    weights = p[:, :-1] * later / sums[:, :-1].clamp_min(TINY)
+    mean_of_later = p[:, None] / later.clamp_min(TINY)[:, :, None]  # (batch, labels - 1, labels)
+    of_ranks = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)[:-1] - mean_of_later.triu(1)
+    by_label = torch.zeros_like(of_ranks).scatter(-1, ranked[:, None].expand_as(of_ranks), of_ranks)
+    return weights, by_label.unbind(1)

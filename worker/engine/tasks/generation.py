@@ -76,7 +76,7 @@ class Writing(CausalLanguageModelHead):
             if length + self._most > limit:
                 problem = f"its {length} tokens leave no room for {self._most} more, since {limit} are allowed"
                 raise InvalidDataset(spec.source, f"{problem}; set a smaller max_new_tokens", row.place)
-            examples.append(Prompt(index, row.place, encoding, None, None, None, str(row.target)))
+            examples.append(Prompt(index, row.place, encoding, None, target=str(row.target)))
         return Tokenized(examples, truncated=0)
 
     def predictions(self, examples: Sequence[Example], running: Running) -> Array:

@@ -101,13 +101,17 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         """Make an example of each row. Raises InvalidDataset, see `tokenize`."""
         return tokenize(rows, spec, tokenizer, max_length, labels, first, self)
 
+    def arguments(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the model's arguments for padded inputs, (batch, tokens) each."""
+        return inputs
+
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run the model on padded inputs, (batch, tokens) each, and return its logits, (batch, …)."""
         if self.model is None:
             raise TypeError("this head has no model to run")
         if reads_last_token(self.model) and pad_token_of(self.model) is None:
             return logits_of_last_token(self.model, inputs)
-        logits: Tensor = self.model(**inputs).logits
+        logits: Tensor = self.model(**self.arguments(inputs)).logits
         return logits
 
     @property

@@ -14,7 +14,7 @@ from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import Label, MetricName, TokenClassification
 from worker.engine.inputs.examples import Answers, Batch, Example
-from worker.engine.tasks.classification import ClassificationHead, drawn, of_label
+from worker.engine.tasks.classification import ClassificationHead, contrasts, drawn, of_label
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.entities import entity_f1, is_any_entity, resampled_entity_f1
 from worker.engine.tasks.kind import EstimatorName, Passes, ResolvedEstimator, combined, one_pass
@@ -56,7 +56,7 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
         They differentiate one contrast of one word each.
         """
         positions = batch.required_positions
-        of_words, contrasts = self.contrasts(batch.of_outputs(logits))  # (words, passes), and (words, labels) each
+        of_words, by_pass = contrasts(batch.of_outputs(logits))  # (words, passes), and (words, labels) each
         rows, tokens = positions.nonzero(as_tuple=True)
         nth = (positions.cumsum(1) - 1)[rows, tokens]  # the word's number in its row
         words, passes = int(nth.max()) + 1, of_words.shape[1]
@@ -67,7 +67,7 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
             word, number = divmod(index, passes)
             chosen = nth == word
             coefficients = torch.zeros_like(logits, dtype=torch.float64)
-            coefficients[rows[chosen], tokens[chosen]] = contrasts[number][chosen]
+            coefficients[rows[chosen], tokens[chosen]] = by_pass[number][chosen]
             return combined(logits, coefficients)
 
         return weights.flatten(1), _Made(words * passes, made)

@@ -361,6 +361,8 @@ class Family:
         module, _, part = name.rpartition(".")
         part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
+        if part in ("weight", "bias") and module in self.head.modules:
+            return Slot(canonical, Kind.MERGED_HEAD if self.head.merges else Kind.HEAD, None, part == "bias")
         if self._unread_pattern.fullmatch(canonical):
             return Slot(canonical, Kind.UNREAD, None, False)
         outer = self.outer_parameters.get(name.removeprefix(self.prefix)) if name.startswith(self.prefix) else None
@@ -368,8 +370,6 @@ class Family:
             return Slot(name, outer, None, False)
         if part not in ("weight", "bias"):
             return None
-        if module in self.head.modules:
-            return Slot(canonical, Kind.MERGED_HEAD if self.head.merges else Kind.HEAD, None, part == "bias")
         if not module.startswith(self.prefix):
             return None
         inner = module.removeprefix(self.prefix)

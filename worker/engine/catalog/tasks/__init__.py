@@ -14,6 +14,7 @@ from worker.engine.catalog.tasks.image_classification import ImageClassification
 from worker.engine.catalog.tasks.labels import check_estimator, check_metric, column_problems, label_map
 from worker.engine.catalog.tasks.masked_language_model import MaskedLanguageModel
 from worker.engine.catalog.tasks.multi_label import MultiLabel
+from worker.engine.catalog.tasks.multiple_choice import MultipleChoice
 from worker.engine.catalog.tasks.question_answering import QuestionAnswering
 from worker.engine.catalog.tasks.regression import Regression
 from worker.engine.catalog.tasks.task import Label, LabelMap, Task
@@ -94,6 +95,7 @@ __all__ = [
     "MaskedLanguageModel",
     "MetricName",
     "MultiLabel",
+    "MultipleChoice",
     "QuestionAnswering",
     "Regression",
     "Task",

@@ -34,7 +34,7 @@ def column_problems(
         metric: the metric that is computed; None: rows are measured or aligned on.
     """
     reader = task.reader(metric)
-    names_labels = reader is task.rows and reader.label == "label"
+    names_labels = reader is task.rows and reader.label == "label" and "choices" not in reader.settings
     read = (*reader.columns(rows), *(["label_names"] if names_labels else ()))
     for name in (*COLUMNS, "label_names"):
         if name not in read and getattr(rows, name) is not None:

@@ -22,6 +22,10 @@ TRUTH_NAMES = {False: ("false", "no"), True: ("true", "yes")}
 """Names that labels have for truth values."""
 
 
+LOGITS = "classifier"
+"""Name of the module that gives the logits, if their number is not that of labels and a head has several modules."""
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """A head's task. Each kind of head is a subclass, in a file of its own."""
@@ -84,7 +88,11 @@ class Task(ABC):
         """
         prefix = f"{found.prefix}."
         names = {name.rpartition(".")[0] for name in found.all_names if not name.startswith(prefix)}
-        modules = sorted(names, key=lambda name: (_counts_labels(found, name), name))  # the last one gives the logits
+        # A pooler that the family does not have was not pre-trained, and belongs to the head.
+        own = {name.rpartition(".")[0] for name in found.all_names if name.startswith(f"{prefix}pooler.")}
+        names |= {name for name in own if name.removeprefix(prefix) not in family.outer_modules}
+        # The last one gives the logits.
+        modules = sorted(names, key=lambda name: (_counts_labels(found, name), name == LOGITS, name))
         poolers = (module for module, kind in family.outer_modules.items() if kind is Kind.POOLER)
         parts = (f"{module}.{part}" for module in poolers for part in ("weight", "bias"))
         unread = tuple(part for part in parts if prefix + part not in found.all_names)
