@@ -551,3 +551,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     "gpt-neox": TINY_GPT_NEOX,
     "gpt-neox-sequential": replace(TINY_GPT_NEOX, settings={**TINY_GPT_NEOX.settings, "use_parallel_residual": False}),
 }
+OF_EACH_FORM = ("bert", "deberta-v2", "modernbert", "albert", "llama", "gpt2")
+"""Families that differ in what a head may depend on: a plain one, relative positions with a convolution, fused
+matrices, shared layers, norms before the blocks with shared keys, and transposed matrices. Every family runs the tests
+of one head."""

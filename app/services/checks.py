@@ -34,7 +34,15 @@ from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.catalog.planning.stacking import layers_of_models
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
-from worker.engine.catalog.tasks import LabelMap, Task, check_estimator, check_metric, column_problems, label_map
+from worker.engine.catalog.tasks import (
+    LabelMap,
+    Task,
+    check_estimator,
+    check_metric,
+    column_problems,
+    family_of,
+    label_map,
+)
 
 NO_ADAPTERS = "takes no adapters; merge it into its base first (method average with one model)"
 
@@ -141,15 +149,16 @@ class Checker:
             for index, model in enumerate(request.models)
         ]
         self._at("models")
+        family = family_of(checkpoints[0])
+        if request.method.search and request.output.heads == "merged" and family and not family.head.merges:
+            why = "method auto evaluates every model with a head of its own; leave it out, or say per_model"
+            _refuse([("output.heads", why)])
         plan = _planned(request, checkpoints, base)
         with _refusing("output.chat_template"):
             doubts = _check_templates(plan, request.output.chat_template)
         plan = replace(plan, notes=tuple(in_order([*doubts, *plan.notes])))
         if plan.family is None:
             _refuse_rows(request, plan)
-        elif request.method.search and plan.merges_heads and not plan.family.head.merges:
-            why = "method auto evaluates every model with a head of its own; leave it out, or say per_model"
-            _refuse([("output.heads", why)])
         if request.layers is not None:
             counts = layers_of_models(plan) if plan.is_of_slices else [plan.layers]
             if set(counts) != {request.layers}:

@@ -28,7 +28,10 @@ from worker.engine.tasks.metrics import Array
 CPU = torch.device("cpu")
 ROWS = 70  # more than are ranked at once
 METRICS = {"choice_accuracy": "acc", "choice_accuracy_normalised": "acc_norm"}
-FAMILIES = {**DECODERS, "llama-bytes": TinyFamily(**{**vars(DECODERS["llama"]), "tokenizer": bytes_of_decoders})}
+FAMILIES = {
+    **{name: DECODERS[name] for name in ("llama", "gemma2", "opt")},
+    "llama-bytes": TinyFamily(**{**vars(DECODERS["llama"]), "tokenizer": bytes_of_decoders}),
+}
 
 
 def rows_of_choices(count: int, seed: int) -> list[dict[str, Any]]:

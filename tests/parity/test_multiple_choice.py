@@ -27,7 +27,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_lines,
 )
-from tests.tiny_families import TINY_FAMILIES, WORDS, TinyFamily
+from tests.tiny_families import OF_EACH_FORM, TINY_FAMILIES, WORDS, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
@@ -45,8 +45,8 @@ from worker.engine.scoring.gram import grams
 from worker.engine.scoring.scorer import paper_scores, score
 from worker.engine.tasks.drawing import uniform
 
-WITH_HEAD = [name for name, family in TINY_FAMILIES.items() if family.model_type in CLASSES]
-"""The families of which the library has such a class."""
+WITH_HEAD = [name for name in OF_EACH_FORM if TINY_FAMILIES[name].model_type in CLASSES]
+"""Families of each form of which the library has such a class."""
 ROWS = 20
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of a score in norm, float32 against float64

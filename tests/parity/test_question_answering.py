@@ -32,7 +32,7 @@ from tests.tiny import (
     tiny_checkpoint,
     write_lines,
 )
-from tests.tiny_families import TINY_FAMILIES, WORDS, TinyFamily
+from tests.tiny_families import OF_EACH_FORM, TINY_FAMILIES, WORDS, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
@@ -50,8 +50,8 @@ from worker.engine.tasks import squad
 from worker.engine.tasks.drawing import uniform
 
 ROWS = 20
-WITH_HEAD = [name for name, family in TINY_FAMILIES.items() if family.model_type in CLASSES]
-"""The families of which the library has such a class."""
+WITH_HEAD = [name for name in OF_EACH_FORM if TINY_FAMILIES[name].model_type in CLASSES]
+"""Families of each form of which the library has such a class."""
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 LONGEST = 30  # tokens of an answer
