@@ -445,7 +445,7 @@ def test_a_head_that_peft_added_to_a_decoder_is_merged_over_a_language_model(tmp
         whole = transformers.GPT2ForSequenceClassification.from_pretrained(base, num_labels=3)
         save_adapter(whole, tmp_path / f"a{seed}", seed, task_type="SEQ_CLS", target_modules=["c_attn"])
         folders.append(tmp_path / f"a{seed}")
-    spec = merge_spec(tmp_path / "out", [model_spec(folder) for folder in folders], {"name": "linear"})
+    spec = merge_spec(tmp_path / "out", [model_spec(folder) for folder in folders], {"name": "linear"}, heads="merged")
     spec = spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)})
     Engine(CPU).merge(spec, silent)
     merged = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "out" / "model")

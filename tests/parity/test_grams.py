@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.tiny import dataset_spec, float64_model, read_rows, silent, tiny_checkpoint, write_rows
 from tests.tiny_families import TINY_FAMILIES
@@ -53,7 +54,7 @@ def test_a_gram_matrix_is_the_mean_of_outer_products_over_tokens_without_padding
 
     for name, module in model.named_modules():
         slot = table.slot(f"{name}.weight")
-        if isinstance(module, nn.Linear) and slot is not None and slot.input is not None:
+        if isinstance(module, nn.Linear | Conv1D) and slot is not None and slot.input is not None:
             watch(name, module)
     with torch.no_grad():
         for example in case.examples:  # one at a time: there is no padding

@@ -114,3 +114,10 @@ def test_floats_without_a_number_in_json_are_read_and_written_as_the_library_doe
     folder = tiny_model(tmp_path / "m", LLAMA)
     edit_json(folder / "config.json", own={FLOAT: "Infinity"})
     assert inspect_checkpoint(folder, "local:m").config["own"] == float("inf")
+
+
+def test_a_part_of_a_model_may_be_of_any_kind() -> None:
+    for name in transformers.CONFIG_MAPPING:
+        kind = model_type_of(name)
+        for refused in (kind.refused, *(one.refused for one in kind.architectures.values())) if kind else ():
+            assert not [key for key in refused.words if key.rpartition(".")[2] == "model_type"], name

@@ -193,6 +193,8 @@ def multiples(trial: Trial, path: Path) -> list[Path]:
 
 def taken_words(trial: Trial, path: Path, value: Any, words: Mapping[str, Sequence[str]]) -> str | list[str] | None:
     """Return the words that a key takes, or the name of a list of functions; None if it takes any word."""
+    if path[-1] == "model_type":  # a part of a model may be of any kind, and only some were tried
+        return None
     known = words.get(path[-1], ())
     if not isinstance(value, str) and not (value is None and known):
         return None
