@@ -22,7 +22,7 @@ from worker.engine.catalog.families import FAMILIES, Family, Kind
 __all__ = ["fine_tune", "write_ancestor", "write_rows"]
 
 BERT = FAMILIES["bert"]
-ENCODERS = sorted(name for name, family in FAMILIES.items() if not family.is_causal)
+ENCODERS = ("bert", "camembert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
 """Model types that the packaged BERT can be written as."""
 SEGMENTS = "embeddings.token_type_embeddings"
 POSITIONS = "embeddings.position_embeddings"

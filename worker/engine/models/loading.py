@@ -62,9 +62,9 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     """
     family = required_table(info)
     require_reader(info)
-    check_run_tokenizer(info)
     try:
         check_layout(info)  # first, because the configuration may claim a model of any size
+        check_run_tokenizer(info)
         attention = _attention(info, device)
         if info.base is None:
             model, report = _auto_class(info).from_pretrained(

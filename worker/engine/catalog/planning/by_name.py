@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
-from worker.engine.catalog.checkpoints.identity import Identity, check_present, own_names
+from worker.engine.catalog.checkpoints.identity import Identity, check_present, check_tensors, own_names
 from worker.engine.catalog.checkpoints.info import FLOATS, TensorInfo
 from worker.engine.catalog.checkpoints.tensor_names import (
     EMBEDDINGS,
@@ -130,6 +130,7 @@ def _slot_of(first: Identity, name: str, family: Family | None) -> Slot:
         return slot_of(name)
     slot = family.slot(name) or family.slot(family.prefix + name)
     if slot is None:
+        check_tensors(first)  # a setting may be the reason
         problem = f"tensor {name} is unknown in {family.model_type}; nothing is averaged by guess"
         raise InvalidCheckpoint(first.info.source, problem)
     return slot

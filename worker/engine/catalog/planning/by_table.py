@@ -36,19 +36,33 @@ from worker.engine.catalog.tasks import family_of, reads_images, task_of
 
 
 def table_of(info: CheckpointInfo) -> Family | None:
-    """Return the table of a checkpoint, if there is one. Raises InvalidCheckpoint for unavailable settings."""
+    """Return the table of a checkpoint, if there is one.
+
+    Raises:
+        InvalidCheckpoint: a setting is not available, and the model cannot be merged without a table.
+    """
     family = family_of(info)
     if family is None:
         return None
     if info.config.get("quantization_config"):
         raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
+    problem = _unavailable(info, family)
+    if problem is None:
+        return family
+    if family.head.merges:  # it can still be merged by name
+        return None
+    raise InvalidCheckpoint(info.source, problem)
+
+
+def _unavailable(info: CheckpointInfo, family: Family) -> str | None:
+    """Say which setting of a checkpoint the table is not of; None if there is none."""
     if info.config.get("is_decoder") and not family.is_causal:
-        raise InvalidCheckpoint(info.source, "is_decoder is not available for this family")
+        return "is_decoder is not available for this family"
     for key, only in family.supported.items():
         value = family.setting(info.config, key)
         if value != only and (value or only):  # null and false say alike that something is off
-            raise InvalidCheckpoint(info.source, f"{key} {value!r} is not available for this family; {only!r} is")
-    return family
+            return f"{key} {value!r} is not available for this family; {only!r} is"
+    return None
 
 
 def planned_by_table(family: Family, identities: Sequence[Identity], asked: MergeSettings) -> MergePlan:

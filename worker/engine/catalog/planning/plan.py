@@ -164,16 +164,22 @@ class MergePlan:
 
 def required_family(plan: MergePlan) -> Family:
     """Return the table that measuring a model needs. Raises InvalidCheckpoint when its architecture has none."""
-    return required_table(plan.checkpoints[0]) if plan.family is None else plan.family
+    if plan.family is None:
+        raise _without_table(plan.checkpoints[0])
+    return plan.family
 
 
 def required_table(info: CheckpointInfo) -> Family:
     """Return the table of a checkpoint's backbone, under its head. Raises InvalidCheckpoint when there is none."""
     family = family_of(info)
     if family is None:
-        known = ", ".join(known_architectures())
-        raise InvalidCheckpoint(info.source, f"{named(info)} has no table to measure it by; available are {known}")
+        raise _without_table(info)
     return family
+
+
+def _without_table(info: CheckpointInfo) -> InvalidCheckpoint:
+    known = ", ".join(known_architectures())
+    return InvalidCheckpoint(info.source, f"{named(info)} has no table to measure it by; available are {known}")
 
 
 def required_task(plan: MergePlan) -> Task:
