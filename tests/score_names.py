@@ -1,5 +1,11 @@
-"""Names of scores from their text, which the product never parses."""
+"""Scores of mask nodes by name, and their comparison. The product never parses a name."""
 
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from tests.tiny import HEADS, LAYERS, NEURONS
+from tests.tiny_families import TinyFamily
 from worker.engine.catalog.families import NODE_KINDS, ScoreName
 
 
@@ -7,3 +13,20 @@ def named(text: str) -> ScoreName:
     """Of `layers.0.heads`."""
     _, layer, kind = text.split(".")
     return ScoreName(int(layer), NODE_KINDS[kind])
+
+
+def by_name(tiny: TinyFamily, of_masks: Sequence[Tensor]) -> dict[ScoreName, Tensor]:
+    """Name what was found for the masks of `insert_masks`, (layers, nodes) for each kind of node."""
+    return {
+        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
+        for nodes, of_kind in zip(tiny.counts(HEADS, NEURONS), of_masks, strict=True)
+        for layer in range(tiny.stored(LAYERS))
+    }
+
+
+def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], within: float) -> None:
+    """Every layer's scores of a kind differ by at most this share of their norm, which is not 0."""
+    assert found.keys() == expected.keys()
+    for name, scores in expected.items():
+        assert float(scores.norm()) > 0, name
+        assert float((found[name] - scores).norm() / scores.norm()) <= within, name

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.score_names import assert_same_in_norm, by_name
 from tests.tiny import (
-    HEADS,
-    LAYERS,
-    NEURONS,
     POSITIONS,
     insert_masks,
     merge_spec,
@@ -33,7 +30,7 @@ from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, ModelSpec
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.families import NODE_KINDS, ScoreName
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.jobs.engine import Engine
@@ -132,18 +129,7 @@ def scores_one_by_one(case: Case, examples: list[Example], estimator: Estimator)
         found = torch.autograd.grad(likelihood(model, example, labels_of(free, example, estimator)), masks)
         for sum_, gradient in zip(total, found, strict=True):
             sum_ += gradient**2 / len(examples)
-    return {
-        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
-        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(LAYERS)
-    }
-
-
-def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, scores in expected.items():
-        assert float(scores.norm()) > 0, name
-        assert float((found[name] - scores).norm() / scores.norm()) <= TOLERANCE, name
+    return by_name(case.tiny, total)
 
 
 @pytest.mark.parametrize("name", ["sampled", "empirical"])
@@ -151,7 +137,7 @@ def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None
     loaded = case.loaded()
     examples, estimator = examples_of(case, loaded), Estimator(name, seed=5)
     found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
-    assert_same_in_norm(found, scores_one_by_one(case, examples, estimator))
+    assert_same_in_norm(found, scores_one_by_one(case, examples, estimator), TOLERANCE)
 
 
 def test_the_default_draws_labels(case: Case) -> None:
@@ -165,7 +151,7 @@ def test_scores_do_not_depend_on_the_batch(case: Case) -> None:
     apart = score(
         loaded, examples, estimator, "float32", "rows", silent, [[one] for one in reversed(examples)]
     ).scores()
-    assert_same_in_norm(together, apart)
+    assert_same_in_norm(together, apart, TOLERANCE)
 
 
 def test_fisher_information_is_that_of_autograd(case: Case) -> None:

@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from tests.score_names import assert_same_in_norm, by_name
 from tests.tiny import (
     HEADS,
     LAYERS,
@@ -47,7 +48,7 @@ from tests.tiny_families import TINY_FAMILIES, TINY_VISION, Slices, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import model_type_of
 from worker.engine.catalog.data.rows import RowFile, sample
-from worker.engine.catalog.families import FAMILIES, NODE_KINDS, Family, Kind, ScoreName
+from worker.engine.catalog.families import FAMILIES, Family, Kind, ScoreName
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
@@ -188,20 +189,7 @@ def one_by_one(checkpoint: Path, tiny: TinyFamily) -> dict[ScoreName, Tensor]:
         for weight, output in zip(weights, likelihoods, strict=True):
             for sum_, gradient in zip(total, torch.autograd.grad(output, masks, retain_graph=True), strict=True):
                 sum_ += weight * gradient**2 / len(lines)
-    return {
-        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
-        for nodes, of_kind in zip(tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(tiny.stored(LAYERS))
-    }
-
-
-def assert_same_in_norm(
-    found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], tolerance: float
-) -> None:
-    assert found.keys() == expected.keys()
-    for name, scores in expected.items():
-        assert float(scores.norm()) > 0, name
-        assert float((found[name] - scores).norm() / scores.norm()) <= tolerance, name
+    return by_name(tiny, total)
 
 
 @pytest.mark.parametrize("expert", ["three", "grade"])

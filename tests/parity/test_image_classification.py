@@ -19,9 +19,9 @@ from pyarrow.parquet import write_table
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from tests.score_names import assert_same_in_norm, by_name
 from tests.tiny import (
     HEADS,
-    LAYERS,
     NEURONS,
     dataset_spec,
     edit_json,
@@ -40,7 +40,7 @@ from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.images import MAX_IMAGE_BYTES
 from worker.engine.catalog.data.rows import Row, RowFile, Rows, check_first_rows, sample
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.families import FAMILIES, NODE_KINDS, ScoreName
+from worker.engine.catalog.families import FAMILIES, ScoreName
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.tasks import ImageClassification, LabelMap, column_problems
@@ -169,18 +169,7 @@ def one_by_one(case: Case, estimator: str) -> dict[ScoreName, Tensor]:
         for weight, k in weighted:
             for sum_, gradient in zip(total, torch.autograd.grad(logp[k], masks, retain_graph=True), strict=True):
                 sum_ += weight * gradient**2 / len(labels)
-    return {
-        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
-        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(LAYERS)
-    }
-
-
-def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], most: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, scores in expected.items():
-        assert float(scores.norm()) > 0, name
-        assert float((found[name] - scores).norm() / scores.norm()) <= most, name
+    return by_name(case.tiny, total)
 
 
 # Scores

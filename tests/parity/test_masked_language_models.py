@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as CLASSES
 
+from tests.score_names import assert_same_in_norm, by_name
 from tests.tiny import (
-    HEADS,
-    LAYERS,
-    NEURONS,
     dataset_spec,
     edit_json,
     insert_masks,
@@ -36,7 +33,7 @@ from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.families import NODE_KINDS, ScoreName
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.tasks import task_of
 from worker.engine.inputs.examples import Example, tokenize
@@ -156,18 +153,7 @@ def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tenso
             total, torch.autograd.grad(likelihood(model, tokens, hidden, labels), masks), strict=True
         ):
             sum_ += gradient**2 / len(texts)
-    return {
-        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
-        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(case.tiny.stored(LAYERS))
-    }
-
-
-def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], within: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, scores in expected.items():
-        assert float(scores.norm()) > 0, name
-        assert float((found[name] - scores).norm() / scores.norm()) <= within, name
+    return by_name(case.tiny, total)
 
 
 @pytest.mark.parametrize("name", ["sampled", "empirical"])

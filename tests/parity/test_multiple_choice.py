@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as CLASSES
 
+from tests.score_names import assert_same_in_norm, by_name
 from tests.tiny import (
-    HEADS,
     LAYERS,
-    NEURONS,
     dataset_spec,
     insert_masks,
     merge_spec,
@@ -150,18 +149,7 @@ def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tenso
             found = torch.autograd.grad(logp[choice], masks, retain_graph=True)
             for sum_, gradient in zip(total, found, strict=True):
                 sum_ += weight * gradient**2 / len(rows)
-    return {
-        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
-        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(case.tiny.stored(LAYERS))
-    }
-
-
-def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], within: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, scores in expected.items():
-        assert float(scores.norm()) > 0, name
-        assert float((found[name] - scores).norm() / scores.norm()) <= within, name
+    return by_name(case.tiny, total)
 
 
 @pytest.mark.parametrize("name", ["expected", "sampled", "empirical"])

@@ -19,10 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as CLASSES
 
+from tests.score_names import assert_same_in_norm, by_name
 from tests.tiny import (
-    HEADS,
     LAYERS,
-    NEURONS,
     dataset_spec,
     insert_masks,
     merge_spec,
@@ -181,18 +180,7 @@ def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tenso
         likelihood = sum((of.log_softmax(0)[label] for of, label in zip(logits, labels, strict=True)), torch.zeros(()))
         for sum_, gradient in zip(total, torch.autograd.grad(likelihood, masks), strict=True):
             sum_ += gradient**2 / len(rows)
-    return {
-        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
-        for nodes, of_kind in zip(case.tiny.counts(HEADS, NEURONS), total, strict=True)
-        for layer in range(case.tiny.stored(LAYERS))
-    }
-
-
-def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[ScoreName, Tensor], within: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, scores in expected.items():
-        assert float(scores.norm()) > 0, name
-        assert float((found[name] - scores).norm() / scores.norm()) <= within, name
+    return by_name(case.tiny, total)
 
 
 @pytest.mark.parametrize("name", ["sampled", "empirical"])

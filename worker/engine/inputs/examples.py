@@ -147,7 +147,7 @@ class Answers:
 
 
 Truncation = Literal["longest_first", "only_second"]
-"""Which of two texts is cut."""
+"""Names the text of two that is cut."""
 
 
 class Reading(Protocol):

@@ -58,7 +58,7 @@ class LinearGroup:
     norm: str | None
     ends_block: bool = False
     transposed: frozenset[str] = frozenset()
-    """Those of the modules whose weights are stored as (inputs, outputs)."""
+    """Modules of the group whose weights are stored as (inputs, outputs)."""
 
 
 def linear_groups(plan: MergePlan) -> list[LinearGroup]:

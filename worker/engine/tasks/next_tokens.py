@@ -52,7 +52,7 @@ def log_likelihoods(hidden: Tensor, layer: OutputLayer, labels: Callable[[Tensor
 
 
 class _LogLikelihoods(torch.autograd.Function):
-    """With `z` the logits and `y` the label, `d log p_y / dz = onehot(y) - p`, computed beside the likelihoods."""
+    """Computes likelihoods and beside them `d log p_y / dz = onehot(y) - p`, with `z` the logits and `y` the label."""
 
     @staticmethod
     def forward(

@@ -43,7 +43,7 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
         return Answers(positions, tuple(label[word] for word in first))
 
     def estimator(self, asked: EstimatorName) -> ResolvedEstimator:
-        """By default labels are drawn, since the expectation takes several passes for each word."""
+        """Return the estimator; labels are drawn by default, since the expectation takes several passes a word."""
         return "sampled" if asked == "auto" else super().estimator(asked)
 
     def loss_per_likelihood(self, batch: Batch) -> float:

@@ -74,11 +74,11 @@ class Refusals:
     """Values of a configuration that transformers refuses."""
 
     states: Mapping[str, Mapping[str, Mapping[str, str]]]
-    """By key and by state of its value: those states of other keys, by these keys, with one of which it is taken."""
+    """Maps a key, and a state of its value that is refused, to states of other keys; with one of them it is taken."""
     divides: Sequence[tuple[str, str]]
     """Pairs of keys whose first value must divide the second."""
     words: Mapping[str, str | Sequence[str]]
-    """By key, the words that it takes; `activations` or `gated` stands for the names of functions."""
+    """Maps a key to the words that it takes; `activations` or `gated` stands for the names of functions."""
     counts: Sequence[tuple[str, str]]
     """Pairs of a key that counts, and a list that must have as many entries."""
 
@@ -102,7 +102,7 @@ class Architecture:
     optional: Mapping[str, Sequence[Length]]
     """Tensors that only some configurations have."""
     switched: Mapping[str, Sequence[Switch]]
-    """Those of `optional` that follow keys: the class has the tensor if all of its switches are on."""
+    """Tensors of `optional` that follow keys: the class has such a tensor if all of its switches are on."""
     nulls: Mapping[str, str]
     """Expressions of the lengths that keys stand for where they are null."""
     refused: Refusals

@@ -71,7 +71,7 @@ GROUPED_QUERY = Ownership(
 
 
 class Norms(StrEnum):
-    """Where a layer's norms are; f is its attention or its feed-forward layer, and x what f's output is added to."""
+    """The place of a layer's norms; f is its attention or its feed-forward layer, and f's output is added to x."""
 
     AFTER_SUMS = "after_sums"  # norm(x + f(x)), as in BERT
     BEFORE_BLOCKS = "before_blocks"  # x + f(norm(x)), as in Llama
@@ -257,7 +257,7 @@ class Family:
     norms_where: Mapping[str, tuple[Any, Norms]] = field(default_factory=dict)
     """Settings of which one value says that norms are elsewhere, each with that value; the first counts."""
     absent_in_first_layer: tuple[str, ...] = ()
-    """Those of `layer_modules` that the first layer does not have."""
+    """Modules of `layer_modules` that the first layer does not have."""
     hidden_vectors: int = 16
     """Number of vectors of the hidden size that the backward pass keeps in each layer, per token."""
     neuron_vectors: int = 4
