@@ -32,6 +32,7 @@ from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
@@ -182,6 +183,12 @@ def test_only_the_target_of_a_prompt_has_labels(case: Case) -> None:
     assert example.label == tuple(target)
     last = len(example.encoding["input_ids"]) - 1
     assert example.positions == tuple(range(last - len(target), last))
+
+
+def test_a_target_without_a_token_is_refused_by_its_row(case: Case) -> None:
+    file = write_lines(case.root / "nothing.jsonl", [json.dumps({"text": "one two", "more": ""})])
+    with pytest.raises(InvalidDataset, match="nothing, line 1: no token is of its target"):
+        examples_of(case, case.loaded(), DatasetSpec(source="nothing", path=file, target="more"))
 
 
 def losses(model: Any, tokenizer: Any, texts: list[str]) -> tuple[float, int, int]:

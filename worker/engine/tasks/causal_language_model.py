@@ -80,7 +80,7 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
         if first >= len(encoding.ids):
             problem = "it has one token, and none that follows"
             if row.target is not None:
-                problem = f"its {len(encoding.ids)} tokens end before the target; set a larger max_length"
+                problem = "no token is of its target; write what should follow, or leave the row out"
             raise InvalidDataset(source, problem, row.place)
         return Answers(tuple(range(first - 1, len(encoding.ids) - 1)), tuple(encoding.ids[first:]))
 
