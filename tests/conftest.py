@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -191,16 +192,22 @@ class Service:
         """What runs now, by role: supervisor, redis, api, inspector, worker, engine."""
         assert self.process is not None
         found = {}
-        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
-            try:
-                words = process.cmdline()
-            except psutil.Error:
-                continue
+        for process, words in running(psutil.Process(self.process.pid)):
             for role, mark in ROLES.items():
                 if any(mark in word for word in words):
                     found[role] = process
                     break
         return found
+
+
+def running(parent: psutil.Process) -> list[tuple[psutil.Process, list[str]]]:
+    """The process and those under it, each with the words of its command; without those that end meanwhile."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for process in [parent, *parent.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):  # of which a zombie is one
+                found.append((process, process.cmdline()))
+    return found
 
 
 ROLES = {

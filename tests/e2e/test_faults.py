@@ -22,6 +22,7 @@ from tests.conftest import (
     keeps_within,
     make_service,
     measured_anew,
+    running,
     tiny_recipe,
     wait_until,
 )
@@ -211,11 +212,11 @@ def test_two_workers_share_the_queue_and_survive_the_loss_of_one(pair: Service) 
     assert len(list((pair.data_dir / "artifacts").iterdir())) == 2
 
 
-def all_of(service: Service, mark: str) -> list[psutil.Process]:
-    """Processes of the service whose command holds the mark."""
+def all_of(service: Service, word: str) -> list[psutil.Process]:
+    """Processes of the service that have the word in their command."""
     assert service.process is not None
-    children = psutil.Process(service.process.pid).children(recursive=True)
-    return [child for child in children if any(mark in word for word in child.cmdline())]
+    supervisor = psutil.Process(service.process.pid)
+    return [process for process, words in running(supervisor) if process != supervisor and word in words]
 
 
 def test_engines_that_stand_still_are_noticed_idle_or_at_work_and_replaced(pair: Service) -> None:
@@ -263,7 +264,7 @@ def test_a_worker_that_stands_still_loses_its_job_to_another_and_does_no_harm_wh
 
 def test_a_redis_that_stands_still_for_longer_than_a_lease_costs_no_attempt(pair: Service) -> None:
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
-    workers = {worker.pid for worker in all_of(pair, "worker") if worker.cmdline()[-1] == "worker"}
+    workers = {worker.pid for worker in all_of(pair, "worker")}
     job_id = pair.submit(long_recipe())
     wait_until(lambda: scoring(pair, job_id), "work", interval_s=0.02)
     redis = pair.processes()["redis"]
@@ -274,7 +275,7 @@ def test_a_redis_that_stands_still_for_longer_than_a_lease_costs_no_attempt(pair
     job = pair.finished(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers again")
-    assert {worker.pid for worker in all_of(pair, "worker") if worker.cmdline()[-1] == "worker"} == workers
+    assert {worker.pid for worker in all_of(pair, "worker")} == workers
 
 
 def test_many_jobs_survive_many_kills_at_random_times(pair: Service) -> None:

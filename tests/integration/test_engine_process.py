@@ -11,7 +11,7 @@ from threading import Thread
 import psutil
 import pytest
 
-from tests.conftest import wait_until
+from tests.conftest import running, wait_until
 from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
 from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
@@ -156,8 +156,8 @@ def suspend_next(others: set[int]) -> None:
     """Stop the next engine as soon as it is there."""
 
     def found() -> psutil.Process | None:
-        children = (child for child in psutil.Process().children() if child.pid not in others)
-        return next((child for child in children if "worker.engine_process" in " ".join(child.cmdline())), None)
+        started = ((child, words) for child, words in running(psutil.Process()) if child.pid not in others)
+        return next((child for child, words in started if "worker.engine_process" in words), None)
 
     wait_until(found, "the process", interval_s=0.01).suspend()
 
