@@ -23,6 +23,7 @@ from worker.engine.evaluation.evaluate import predict
 from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.tasks import next_tokens
+from worker.engine.tasks.choices import Choices
 from worker.engine.tasks.metrics import Array
 
 CPU = torch.device("cpu")
@@ -117,6 +118,21 @@ def test_every_row_is_right_where_the_harness_says_so(checkpoint: Path, tmp_path
             right = scores.pop(row["label"])
             assert margin == pytest.approx(right - max(scores), abs=1e-4)
             assert count == 1
+
+
+def test_answers_that_differ_in_their_last_token_are_read_once(llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    one, two, three, four, *_ = WORDS
+    choices = [f"{one} {two}", three, f"{one} {four}", two]
+    write_lines(file, [json.dumps({"text": f"{one} ", "choices": choices, "label": 0})])
+    loaded = load(inspect_checkpoint(llama, "m"), CPU)
+    spec = spec_of(file)
+    rows = sample(RowFile(spec, ROWS_OF_CHOICES), spec, None, shuffle=False)
+    [example] = loaded.kind.evaluated(spec).tokenized(rows, spec, loaded.tokenizer, 64, None).examples
+    assert isinstance(example, Choices)
+    assert example.answers == ((0, 2), (1, 3))
+    text = len(loaded.tokenizer(one).input_ids)
+    assert [sequence.unpadded for sequence in example.sequences] == [text + 1, text]
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import CausalLanguageModel, LabelMap
-from worker.engine.inputs.examples import Example, Tokenized, encode
+from worker.engine.inputs.examples import Batch, Example, Tokenized, encode
 from worker.engine.tasks.causal_language_model import CausalLanguageModelHead
 from worker.engine.tasks.kind import Running
 from worker.engine.tasks.metrics import Array
+from worker.engine.tasks.next_tokens import log_probabilities
 
 ROWS = 64
 """Number of rows whose choices are batched together; progress is told after as many."""
@@ -25,7 +27,10 @@ class Choices(Example):
     """A row with several answers. Its label is the place of the right one, its encoding the tokens of all of them."""
 
     sequences: tuple[Example, ...] = ()
-    """The text with each of the answers, whose tokens are the labels."""
+    """What the model reads: the text with an answer up to its last token, once for all answers that differ in that
+    alone. The label of a position is a tuple of these answers' tokens."""
+    answers: tuple[tuple[int, ...], ...] = ()
+    """Places of the answers of each sequence."""
     characters: tuple[int, ...] = ()
     """Lengths of the answers."""
     right: int = 0
@@ -74,7 +79,7 @@ class Ranking(CausalLanguageModelHead):
             [context, *wholes] = encode(tokenizer, texts, spec.source, add_special_tokens=special)["input_ids"]
             if not context:
                 raise InvalidDataset(spec.source, "its text has no token, so that no answer follows on one", row.place)
-            sequences = []
+            followed: dict[tuple[int, ...], list[int]] = {}
             for number, whole in enumerate(wholes):
                 answer = whole[len(context) :]
                 if not answer:
@@ -84,11 +89,21 @@ class Ranking(CausalLanguageModelHead):
                 if length > limit:
                     problem = f"the text with choice {number} has {length} tokens, and {limit} are allowed"
                     raise InvalidDataset(spec.source, problem, row.place)
-                sequences.append(_sequence(row, context, answer, tokenizer.model_input_names))
-            joined = [token for sequence in sequences for token in sequence.encoding["input_ids"]]
-            found = Choices(index, row.place, {"input_ids": joined}, row.label)
-            lengths = tuple(map(len, row.choices))
-            examples.append(replace(found, sequences=tuple(sequences), characters=lengths, right=row.label))
+                followed.setdefault((*context, *answer[:-1]), []).append(number)
+            found = Choices(
+                index,
+                row.place,
+                {"input_ids": [token for whole in wholes for token in whole]},
+                row.label,
+                sequences=tuple(
+                    _sequence(row, read, len(context), [wholes[number] for number in answers], tokenizer)
+                    for read, answers in followed.items()
+                ),
+                answers=tuple(map(tuple, followed.values())),
+                characters=tuple(map(len, row.choices)),
+                right=row.label,
+            )
+            examples.append(found)
         return Tokenized(examples, truncated=0)
 
     def predictions(self, examples: Sequence[Example], running: Running) -> Array:
@@ -96,14 +111,29 @@ class Ranking(CausalLanguageModelHead):
         found = self.unknown(examples)
         for start in range(0, len(examples), ROWS):
             rows = [example for example in examples[start : start + ROWS] if isinstance(example, Choices)]
-            sequences = [sequence for row in rows for sequence in row.sequences]
-            still = replace(running, on_rows=lambda _: running.on_rows(0))
-            likelihoods = -super().predictions(sequences, still)[:, 0]
-            ends = np.cumsum([len(row.sequences) for row in rows])[:-1]
-            for place, (row, own) in enumerate(zip(rows, np.split(likelihoods, ends), strict=True), start):
+            most = max((len(answers) for row in rows for answers in row.answers), default=0)
+            sequences = [_padded(sequence, most) for row in rows for sequence in row.sequences]
+            likelihoods: dict[int, list[float]] = {}
+            for part, judged in self.parts(sequences, running):
+                likelihoods.update(zip(part.predictions, judged.tolist(), strict=True))
+                running.on_rows(0)
+            of_sequences = (likelihoods[number] for number in range(len(sequences)))
+            for place, row in enumerate(rows, start):
+                own = np.empty(len(row.characters))
+                for answers in row.answers:
+                    own[list(answers)] = next(of_sequences)[: len(answers)]
                 found[place] = self._row(row, own)
             running.on_rows(len(rows))
         return found
+
+    def judged(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the log-likelihoods of every sequence's answers, (batch, answers), float64."""
+        if batch.labels is None:
+            raise TypeError("the batch was read without labels")
+        positions = batch.required_positions
+        each = log_probabilities(outputs[positions], self._layer, batch.labels).double()
+        found = torch.zeros(len(batch), each.shape[1], dtype=torch.float64, device=outputs.device)
+        return found.index_add(0, positions.nonzero()[:, 0], each)
 
     def _row(self, row: Choices, likelihoods: Array) -> tuple[bool, float, int]:
         scores = likelihoods / np.array(row.characters) if self._by_character else likelihoods
@@ -111,10 +141,20 @@ class Ranking(CausalLanguageModelHead):
         return bool(scores.argmax() == row.right), float(margin), 1
 
 
-def _sequence(row: Row, context: Sequence[int], answer: Sequence[int], inputs: Sequence[str]) -> Example:
-    """Make the example of a text with one answer, with those of the model's inputs that it may need."""
-    tokens = [*context, *answer]
-    positions = tuple(range(len(context) - 1, len(tokens) - 1))
-    encoding = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "token_type_ids": [0] * len(tokens)}
-    wanted = {name: values for name, values in encoding.items() if name in inputs}
-    return Example(0, row.place, wanted, tuple(answer), positions)
+def _sequence(row: Row, read: Sequence[int], context: int, answers: Sequence[Sequence[int]], tokenizer: Any) -> Example:
+    """Make the example of what is read before the last token of some answers, with the model's inputs.
+
+    Args:
+        context: number of the text's own tokens.
+        answers: tokens of the text with each answer.
+    """
+    encoding = {"input_ids": [*read], "attention_mask": [1] * len(read), "token_type_ids": [0] * len(read)}
+    wanted = {name: values for name, values in encoding.items() if name in tokenizer.model_input_names}
+    positions = tuple(range(context - 1, len(read)))
+    labels = tuple(tuple(answer[place + 1] for answer in answers) for place in positions)
+    return Example(0, row.place, wanted, labels, positions)
+
+
+def _padded(sequence: Example, answers: int) -> Example:
+    """Repeat the last answer's tokens until there are as many answers, since a batch has as many for all sequences."""
+    return replace(sequence, label=tuple((*of, *([of[-1]] * (answers - len(of)))) for of in sequence.labels))

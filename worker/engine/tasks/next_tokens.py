@@ -124,3 +124,11 @@ def judged(hidden: Tensor, layer: OutputLayer, labels: Tensor) -> tuple[Tensor, 
         likelihoods[chunk] = z.log_softmax(-1).gather(1, chosen)[:, 0]
         is_right[chunk] = z.argmax(-1) == chosen[:, 0]
     return likelihoods, is_right
+
+
+def log_probabilities(hidden: Tensor, layer: OutputLayer, labels: Tensor) -> Tensor:
+    """Return `log p` of several labels at each position, (tokens, labels) as `labels`; no gradient is kept."""
+    found = hidden.new_empty(labels.shape, dtype=torch.float32)
+    for chunk in layer.chunks(len(hidden)):
+        found[chunk] = layer.logits(hidden[chunk]).log_softmax(-1).gather(1, labels[chunk])
+    return found
