@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.tiny import edit_json, tiny_checkpoint
-from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.files import INDEX, TOKENIZER_FILES, WEIGHTS, described_files
 from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
@@ -388,13 +387,6 @@ def test_a_pickle_is_converted_by_the_class_of_its_architecture(
     pickle_only(checkpoint)
     edit_json(checkpoint / "config.json", architectures=[architecture])
     assert_refused(checkpoint, [f"from transformers import {auto_class} as A;", "save_pretrained('OUT')"])
-
-
-def test_what_turns_speech_into_text_is_told_by_its_kind() -> None:
-    whisper = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
-    assert use_of(whisper) == ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition")
-    assert use_of({**whisper, "model_type": "t5"}).pipeline_tag == "text2text-generation"
-    assert use_of({**whisper, "model_type": "llava", "vision_config": {}}).pipeline_tag == "image-text-to-text"
 
 
 def test_characters_may_be_escaped_as_whole_surrogate_pairs(checkpoint: Path) -> None:

@@ -11,10 +11,11 @@ import transformers
 
 from tests.tiny import edit_json
 from tests.tiny_language_models import LLAMA, tiny_model
+from worker.engine.catalog.checkpoints.architectures import PIPELINE_TAGS, use_of
 from worker.engine.catalog.checkpoints.config_differences import differences
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import FLOAT, TABLE, completed, decoded, encoded, member, model_type_of
-from worker.engine.checkpoints.library_table import as_json, described
+from worker.engine.checkpoints.library_table import as_json, described, lists_of_library
 from worker.engine.checkpoints.library_variations import plain
 
 KINDS = (
@@ -48,6 +49,53 @@ def test_the_table_is_what_the_library_says_today(model_type: str) -> None:
     entry = described(model_type)
     assert entry is not None
     assert stored == as_json(entry)
+
+
+def test_the_lists_are_what_the_library_says_today() -> None:
+    with ZipFile(TABLE) as table:
+        stored = {name: json.loads(table.read(name)) for name in lists_of_library()}
+    assert stored == json.loads(as_json(lists_of_library()))
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_class", "tag", "has_labels"),
+    [
+        ("WhisperForConditionalGeneration", "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", False),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM", "text2text-generation", False),
+        ("LlavaForConditionalGeneration", "AutoModelForImageTextToText", "image-text-to-text", False),
+        ("LlamaForCausalLM", "AutoModelForCausalLM", "text-generation", False),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM", "text-generation", False),
+        ("GitForCausalLM", "AutoModelForCausalLM", "text-generation", False),
+        ("MarianMTModel", "AutoModelForSeq2SeqLM", "text2text-generation", False),
+        ("BertModel", "AutoModel", None, False),
+        ("CLIPModel", "AutoModelForZeroShotImageClassification", "zero-shot-image-classification", False),
+        ("Wav2Vec2ForSequenceClassification", "AutoModelForAudioClassification", "audio-classification", True),
+        ("DeiTForImageClassificationWithTeacher", "AutoModelForImageClassification", "image-classification", True),
+        ("SegformerForSemanticSegmentation", "AutoModelForSemanticSegmentation", "image-segmentation", True),
+        ("BeitBackbone", "BeitBackbone", None, False),
+        ("OwnForTokenClassification", "AutoModelForTokenClassification", "token-classification", True),
+        ("OwnLMHeadModel", "AutoModelForCausalLM", "text-generation", False),
+        ("Own", "AutoModel", None, False),
+    ],
+)
+def test_the_use_of_a_class_is_how_the_library_loads_it(
+    name: str, auto_class: str, tag: str | None, has_labels: bool
+) -> None:
+    use = use_of({"architectures": [name]})
+    assert use == (auto_class, tag)
+    assert use.has_labels is has_labels
+
+
+def test_the_hubs_names_of_tasks_are_those_of_the_librarys_pipelines() -> None:
+    by_class: dict[str, set[str]] = {}
+    for task, implementation in transformers.pipelines.SUPPORTED_TASKS.items():
+        for one in implementation["pt"]:
+            by_class.setdefault(one.__name__, set()).add(task)
+    told = by_class.keys() - {
+        "AutoModel",
+        "AutoModelForDecision",
+    }  # which have several uses, or none that the hub knows
+    assert [name for name in sorted(told) if PIPELINE_TAGS[name] not in by_class[name]] == []
 
 
 def test_a_kind_that_there_is_not_is_unknown() -> None:

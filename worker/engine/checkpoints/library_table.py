@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from worker.engine.catalog.checkpoints.library import (
     ACTIVATIONS,
+    AUTO_CLASSES,
     LAYER_KEYS,
     LAYER_TYPES,
     ROTARY,
@@ -58,6 +59,12 @@ from worker.engine.runtime.libraries import (
 
 LONGEST_LIST = 128
 """Largest number of layers for which lists over layers are compared, to find their period."""
+GENERAL = (
+    "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText", "AutoModelForVisualQuestionAnswering",
+    "AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForMultimodalLM",
+    "AutoModelForPreTraining", "AutoModel", "AutoModelForTextEncoding",
+)  # fmt: skip
+"""Classes that load models which others load too; all others say more of a model, and each more than the next."""
 
 PLAIN_TYPES: Mapping[Any, str] = {
     bool: "bool", int: "int", float: "float", str: "text", NoneType: "null", list: "list", tuple: "list",
@@ -119,11 +126,37 @@ def lists_of_library() -> Config:
     """Return the lists that hold for all kinds of model, by the names of their files in the table."""
     layer_types = {*configuration_utils.ALLOWED_LAYER_TYPES, *configuration_utils._LEGACY_LAYER_TYPE_REMAP}
     return {
+        AUTO_CLASSES: auto_classes(),
         ACTIVATIONS: sorted(ACT2FN),
         LAYER_TYPES: sorted(layer_types),
         ROTARY: rotary_parameters(),
         TOKENIZERS: tokenizers_of_library(),
     }
+
+
+def auto_classes() -> dict[str, str]:
+    """Return the names of all classes that an Auto class makes, each with the one that says most of what it is for.
+
+    A class that only Auto classes of parts make, such as `BeitBackbone`, loads itself.
+    """
+    by_name: dict[str, set[str]] = {}
+    for auto_class in (one for name, one in modeling_auto().items() if name.startswith("AutoModel")):
+        for made in auto_class._model_mapping._model_mapping.values():
+            for name in (made,) if isinstance(made, str) else made:
+                by_name.setdefault(name, set()).add(auto_class.__name__)
+    alone = {name: name for kind in transformers.CONFIG_MAPPING for name in classes_of(kind)}
+    return alone | {
+        name: min(
+            loading, key=lambda one: (not is_named_after(name, one), GENERAL.index(one) if one in GENERAL else -1, one)
+        )
+        for name, loading in sorted(by_name.items())
+    }
+
+
+def is_named_after(name: str, auto_class: str) -> bool:
+    """Return whether a class's name ends like that of the Auto class, as `GitForCausalLM`."""
+    ending = auto_class.removeprefix("AutoModel")
+    return bool(ending) and name.endswith(ending)
 
 
 def rotary_parameters() -> dict[str, list[str]]:
@@ -204,12 +237,16 @@ def fixed_of(config_class: Any) -> list[str]:
 
 def classes_of(model_type: str) -> set[str]:
     """Return the names of the classes that any Auto class makes for this kind of model."""
-    auto = sys.modules["transformers.models.auto.modeling_auto"]
     found: set[str] = set()
-    for mapping in (name for name in vars(auto) if name.endswith("MAPPING_NAMES") and name.startswith("MODEL")):
-        named = getattr(auto, mapping).get(model_type, ())
+    for name, mapping in modeling_auto().items():
+        named = mapping.get(model_type, ()) if name.startswith("MODEL") and name.endswith("MAPPING_NAMES") else ()
         found |= {named} if isinstance(named, str) else set(named)
     return found
+
+
+def modeling_auto() -> Config:
+    """Return what the module of the Auto classes has, by name."""
+    return vars(sys.modules["transformers.models.auto.modeling_auto"])
 
 
 # --- missing keys of configurations -----------------------------------------------------------------------

@@ -87,7 +87,11 @@ class Trial:
     @cached_property
     def turned(self) -> Changes:
         """Another value for as many switches as can be changed together; a switch is true, false, null or a word."""
-        if self.switches is not None and self.takes(self.switches):
+        if (
+            self.switches is not None
+            and all(path in self.paths for path in self.switches)
+            and self.takes(self.switches)
+        ):
             return self.switches
         found: dict[Path, Any] = {}
         for path in self.paths:

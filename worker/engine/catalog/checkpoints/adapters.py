@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StrictBool, ValidationError
 
 from worker.engine.catalog.checkpoints.adapter_targets import HEAD_MODULES, TargetConfig, Targets
-from worker.engine.catalog.checkpoints.architectures import LANGUAGE_MODEL, use_of
+from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.descriptions import check_folder, without_code
 from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from worker.engine.catalog.checkpoints.headers import read_header
@@ -300,7 +300,7 @@ def _table_of(adapter: Adapter, base: CheckpointInfo) -> Family | None:
         return family if task_type in (None, "SEQ_CLS") else None
     brings_head = f"{family.head.logits}.weight" in adapter.whole
     is_pre_trained = "For" not in base.architecture or PRE_TRAINING.fullmatch(base.architecture) is not None
-    generates = use_of(base.config) is LANGUAGE_MODEL
+    generates = use_of(base.config).pipeline_tag == "text-generation"
     return family if task_type is None and brings_head and is_pre_trained and not generates else None
 
 

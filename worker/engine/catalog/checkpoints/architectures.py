@@ -1,7 +1,49 @@
-"""Finds, by an architecture's name and without a table, how transformers loads it and what it is for."""
+"""Tells how transformers loads a class, and what it is for."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from worker.engine.catalog.checkpoints.library import auto_classes
+
+PIPELINE_TAGS: Mapping[str, str | None] = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForPreTraining": None,
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForTableQuestionAnswering": "table-question-answering",
+    "AutoModelForDocumentQuestionAnswering": "document-question-answering",
+    "AutoModelForVisualQuestionAnswering": "visual-question-answering",
+    "AutoModelForMultipleChoice": None,
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+    "AutoModelForImageSegmentation": "image-segmentation",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForInstanceSegmentation": "image-segmentation",
+    "AutoModelForUniversalSegmentation": "image-segmentation",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForZeroShotObjectDetection": "zero-shot-object-detection",
+    "AutoModelForDepthEstimation": "depth-estimation",
+    "AutoModelForMaskGeneration": "mask-generation",
+    "AutoModelForKeypointMatching": "keypoint-matching",
+    "AutoModelForVideoClassification": "video-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForTDT": "automatic-speech-recognition",
+    "AutoModelForRNNT": "automatic-speech-recognition",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForTextToSpectrogram": "text-to-audio",
+    "AutoModelForTextToWaveform": "text-to-audio",
+}
+"""The hub's names of tasks, by the classes of transformers that load models for them."""
+OTHER_ENDINGS = {"LMHeadModel": "AutoModelForCausalLM", "ForConditionalGeneration": "AutoModelForSeq2SeqLM"}
+"""Ends of names of classes, where they are other words than in the names of the classes that load them."""
+
+WITHOUT_HEAD = "AutoModel"
 
 
 class Use(NamedTuple):
@@ -12,26 +54,11 @@ class Use(NamedTuple):
     pipeline_tag: str | None
     """The hub's name of the model's task."""
 
-
-LANGUAGE_MODEL = Use("AutoModelForCausalLM", "text-generation")
-SEQUENCE_TO_SEQUENCE = Use("AutoModelForSeq2SeqLM", "text2text-generation")
-IMAGE_TO_TEXT = Use("AutoModelForImageTextToText", "image-text-to-text")
-SPEECH_TO_TEXT = Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition")
-SPEECH_TYPES = ("whisper", "speech_to_text", "moonshine", "moonshine_streaming")
-"""Model types whose class names look like sequence-to-sequence models for text."""
-BY_ENDING = {
-    "ForCausalLM": LANGUAGE_MODEL,
-    "LMHeadModel": LANGUAGE_MODEL,
-    "ForConditionalGeneration": SEQUENCE_TO_SEQUENCE,
-    "ForMaskedLM": Use("AutoModelForMaskedLM", "fill-mask"),
-    "ForPreTraining": Use("AutoModelForPreTraining", None),
-    "ForSequenceClassification": Use("AutoModelForSequenceClassification", "text-classification"),
-    "ForTokenClassification": Use("AutoModelForTokenClassification", "token-classification"),
-    "ForQuestionAnswering": Use("AutoModelForQuestionAnswering", "question-answering"),
-    "ForMultipleChoice": Use("AutoModelForMultipleChoice", None),
-    "ForImageClassification": Use("AutoModelForImageClassification", "image-classification"),
-}
-WITHOUT_HEAD = Use("AutoModel", None)
+    @property
+    def has_labels(self) -> bool:
+        """Whether the head's outputs are labels, which the configuration names."""
+        is_of_labels = self.auto_class.endswith(("Classification", "Segmentation", "ObjectDetection"))
+        return is_of_labels and "ZeroShot" not in self.auto_class
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -41,19 +68,15 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def use_of(config: Mapping[str, Any]) -> Use:
-    """Return the use of a checkpoint with this configuration."""
+    """Return the use of a checkpoint with this configuration; of a class that transformers lacks, by its name's end."""
     name = architecture_of(config)
-    found = next((use for ending, use in BY_ENDING.items() if name.endswith(ending)), WITHOUT_HEAD)
-    if found is not SEQUENCE_TO_SEQUENCE:
-        return found
-    if config.get("model_type") in SPEECH_TYPES:
-        return SPEECH_TO_TEXT
-    return IMAGE_TO_TEXT if "vision_config" in config else found
+    auto_class = auto_classes().get(name) or _by_ending(name)
+    return Use(auto_class, PIPELINE_TAGS.get(auto_class))
 
 
-def classifies(config: Mapping[str, Any]) -> bool:
-    """Return whether the head's outputs are labels, which the configuration names."""
-    return architecture_of(config).endswith("Classification")
+def _by_ending(name: str) -> str:
+    endings = {**{auto_class.removeprefix("AutoModel"): auto_class for auto_class in PIPELINE_TAGS}, **OTHER_ENDINGS}
+    return next((auto_class for ending, auto_class in endings.items() if name.endswith(ending)), WITHOUT_HEAD)
 
 
 def labels_of(config: Mapping[str, Any]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from worker.engine.catalog.checkpoints.architectures import classifies, labels_of, use_of
+from worker.engine.catalog.checkpoints.architectures import labels_of, use_of
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, model_type_of, with_rotary
 from worker.engine.catalog.checkpoints.weights import require_kind
@@ -77,7 +77,7 @@ def check_labels(first: CheckpointInfo, info: CheckpointInfo) -> None:
 def _may_classify(info: CheckpointInfo) -> bool:
     """Return whether the head's outputs are labels, as they may be if transformers does not have the class."""
     kind = model_type_of(info.model_type)
-    return kind is None or info.architecture not in kind.architectures or classifies(info.config)
+    return kind is None or info.architecture not in kind.architectures or use_of(info.config).has_labels
 
 
 def check_configs(

@@ -218,7 +218,7 @@ def _fitting_classifier(info: CheckpointInfo, kind: ModelType) -> Architecture |
     one = fitting[0] if len(fitting) == 1 else None
     if one is None or one.is_pre_training or one.name.endswith(("Model", *PREFERRED)):
         return None
-    return one if stated in (WITHOUT_HEAD, _use_as(info, one)) else None
+    return one if stated.auto_class == WITHOUT_HEAD or stated == _use_as(info, one) else None
 
 
 def _use_as(info: CheckpointInfo, one: Architecture) -> Use:

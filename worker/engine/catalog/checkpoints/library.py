@@ -36,6 +36,8 @@ OLDER_ROTARY = {
 """Older keys of rotary positions, each with its name in `rope_parameters`, which now holds all of them."""
 LOCAL_ATTENTION = "sliding_attention"
 
+AUTO_CLASSES = "auto_classes"
+"""Name of the table's file that has, for each class, the one that loads it."""
 ACTIVATIONS = "activations"
 """Name of the table's file that lists the functions that a configuration may name."""
 LAYER_TYPES = "layer_types"
@@ -412,6 +414,13 @@ def state_of(value: Any) -> str:
 def tokenizer_table() -> dict[str, Any]:
     """Return what the table says of tokenizers, see `checkpoints.library_tokenizers.tokenizers_of_library`."""
     found: dict[str, Any] = json.loads(_table().read(TOKENIZERS))
+    return found
+
+
+@lru_cache(maxsize=1)
+def auto_classes() -> Mapping[str, str]:
+    """Return the names of classes, each with that of the class that loads it, as `AutoModelForMaskedLM`."""
+    found: Mapping[str, str] = json.loads(_table().read(AUTO_CLASSES))
     return found
 
 

@@ -11,7 +11,7 @@ from worker.engine.catalog.checkpoints.library import completed, says_untied
 from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, SHARED_EMBEDDINGS, ends_with, layer_of, stacks_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
-GENERATING = ("text-generation", "text2text-generation", "automatic-speech-recognition")
+GENERATING = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys of the number of layers in the one list of a decoder or encoder."""
 LAYER_KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
@@ -83,7 +83,7 @@ def _check_both_stacks(info: CheckpointInfo, stacks: Mapping[str, int]) -> None:
 def check_checkpoint(info: CheckpointInfo) -> None:
     """Check the requirements for every merged checkpoint: those of `check_weights`, and the head that it claims."""
     check_weights(info)
-    if ties_embeddings(info.config) is False and use_of(info.config).pipeline_tag in GENERATING:
+    if ties_embeddings(info.config) is False and use_of(info.config).auto_class in GENERATING:
         _check_has_logits(info)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.checkpoints import config_differences
-from worker.engine.catalog.checkpoints.architectures import WITHOUT_HEAD, classifies, labels_of, use_of
+from worker.engine.catalog.checkpoints.architectures import WITHOUT_HEAD, labels_of, use_of
 from worker.engine.catalog.checkpoints.config_differences import STRUCTURAL, differences, short, shows_in_no_shape
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, value_at
@@ -149,8 +149,9 @@ def doubts_of_heads(checkpoints: Sequence[CheckpointInfo]) -> list[Doubt]:
 
 def _has_classifier(info: CheckpointInfo) -> bool:
     """Return whether a head gives labels: by its class or, if that tells nothing, by the names of tensors."""
-    tells_nothing = use_of(info.config) is WITHOUT_HEAD
-    return classifies(info.config) or (tells_nothing and any(ends_with(name, HEADS) for name in info.tensors))
+    use = use_of(info.config)
+    tells_nothing = use.auto_class == WITHOUT_HEAD
+    return use.has_labels or (tells_nothing and any(ends_with(name, HEADS) for name in info.tensors))
 
 
 def listed(names: Sequence[str]) -> str:
