@@ -1,5 +1,6 @@
 """The layout of a merge, and every reason to refuse one, from headers alone."""
 
+import math
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -134,6 +135,18 @@ def test_the_plan_says_what_linear_layers_read_and_counts_what_measuring_them_ho
         assert estimate(found, replace(least, **more)) > estimate(found, least)
     held = estimate(found, replace(least, tokens_held=1000)) - estimate(found, replace(least, tokens_held=400))
     assert held == 600 * 2 * 4 * hidden
+
+
+def test_methods_that_solve_for_layers_hold_no_matrix_of_tokens_whole(pair: list[Path]) -> None:
+    found = plan(pair)
+    needs = MemoryNeeds(RegMeanParameters(), longest_row=10, threads=1)
+    largest = max(found.backbone, key=lambda tensor: math.prod(tensor.shape))
+    assert largest.slot.kind is Kind.EMBEDDING
+    wider = tuple(replace(t, shape=(10**6, *t.shape[1:])) if t is largest else t for t in found.backbone)
+    assert 0 <= estimate(replace(found, backbone=wider), needs) - estimate(found, needs) < 10**8
+    [layer] = [t for t in found.backbone if t.slot.name.endswith("layer.1.intermediate.dense.weight")]
+    wider = tuple(replace(t, shape=(10**6, *t.shape[1:])) if t is layer else t for t in found.backbone)
+    assert estimate(replace(found, backbone=wider), needs) - estimate(found, needs) > 5 * 10**8
 
 
 def test_of_many_filters_that_match_nothing_some_are_told(pair: list[Path]) -> None:

@@ -149,13 +149,16 @@ def _merging_bytes(plan: MergePlan, needs: MemoryNeeds) -> int:
     of_each = VERSIONS_HELD + method.selects_by_rank  # for its samples
     versions = of_each * len(plan.all_checkpoints) + MERGING_COPIES
     largest = max((math.prod(tensor.shape) for tensor in merged), default=0)
-    if not method.merges_rows:
-        return value_bytes * versions * largest
     longest_row = max((math.prod(tensor.shape[1:]) for tensor in merged), default=0)
     held = versions * min(largest, max(BLOCK_ELEMENTS, longest_row))
     if method.selects_by_rank:  # held values are joined
         held += 2 * HELD_BLOCKS * min(largest, BLOCK_ELEMENTS)
-    return value_bytes * threads * held
+    by_rows = value_bytes * threads * held
+    if method.merges_rows:
+        return by_rows
+    # Linear layers are solved for, and held whole; a matrix of hundreds of thousands of tokens is not.
+    whole = max((math.prod(tensor.shape) for tensor in merged if tensor.slot.input is not None), default=0)
+    return max(by_rows, value_bytes * versions * whole)
 
 
 def _run_bytes(plan: MergePlan) -> int:
