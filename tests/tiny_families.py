@@ -162,6 +162,8 @@ class TinyFamily:
     """Whose rows, and biases, belong to heads that several heads share."""
     kv_heads: int = 0
     """How many these are."""
+    experts: int = 0
+    """How many experts a layer has; modules of each are below its number in the path `mlp.experts`."""
     shares_layers: bool = False
     """Whether all layers are one, which is run as many times."""
     fused: Mapping[str, str] = field(default_factory=dict)
@@ -419,6 +421,7 @@ DECODERS = {
         rounding=0.3,
         size_names=("n_embd", "n_head", "n_layer", "n_inner"),
     ),
+    "gpt-neox": TINY_GPT_NEOX,
     "falcon": TINY_FALCON,
     "falcon-new": replace(
         TINY_FALCON,
@@ -438,6 +441,23 @@ DECODERS = {
         TINY_OPT, settings={**TINY_OPT.settings, "do_layer_norm_before": False, "word_embed_proj_dim": 12}
     ),
 }
+TINY_QWEN3_MOE = replace(
+    TINY_LLAMA,
+    model_type="qwen3_moe",
+    experts=4,
+    settings={**TINY_LLAMA.settings, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    size_names=("hidden_size", "num_attention_heads", "num_hidden_layers", "moe_intermediate_size"),
+)
+TINY_MIXTURES: dict[str, TinyFamily] = {
+    "qwen3_moe": TINY_QWEN3_MOE,
+    "mixtral": replace(
+        TINY_LLAMA,
+        model_type="mixtral",
+        experts=4,
+        settings={**TINY_LLAMA.settings, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
+}
+"""Models whose layers are mixtures of experts."""
 TINY_VIT = TinyFamily(
     model_type="vit",
     layers="vit.layers",
@@ -547,8 +567,6 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         },
     ),
     **DECODERS,
-    # transformers renames the head of its language models.
-    "gpt-neox": TINY_GPT_NEOX,
     "gpt-neox-sequential": replace(TINY_GPT_NEOX, settings={**TINY_GPT_NEOX.settings, "use_parallel_residual": False}),
 }
 OF_EACH_FORM = ("bert", "deberta-v2", "modernbert", "albert", "llama", "gpt2")

@@ -1,10 +1,11 @@
 """The step that measures statistics of every model, on as many of its rows as they need."""
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.contracts.spec import JobSpec
-from worker.engine.catalog.methods import NODE_FISHER, PARAMETER_FISHER, MethodParameters
+from worker.engine.catalog.methods import GRAM, NODE_FISHER, PARAMETER_FISHER, MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.jobs.context import JobContext
@@ -15,6 +16,9 @@ from worker.engine.merging.stopping import point
 from worker.engine.runtime.progress import Phase
 from worker.engine.scoring.measure import Measured, Measurer
 from worker.engine.scoring.sample import looks
+
+EXPERT_INPUT = re.compile(r"layers\.\d+\.experts\.\d+\.neurons")
+LISTED = 3  # number of experts that a note names
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
     if stopping is None or stopping.tolerance is None:
         for index, sample in samples.items():
             extend(index, len(sample), method.statistics)
-        _check_gradients(found)
+        _check(found, context)
         return found
     for rows in looks(max(map(len, samples.values()))):
         for index, sample in samples.items():
@@ -79,8 +83,33 @@ def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobCo
             break
     for index in samples:
         extend(index, found[index].measured.rows, method.statistics - {NODE_FISHER})
-    _check_gradients(found)
+    _check(found, context)
     return found
+
+
+def _check(models: Sequence[JobModel], context: JobContext) -> None:
+    _check_gradients(models)
+    for model in models:
+        context.note(*_experts_without_rows(model))
+
+
+def _experts_without_rows(model: JobModel) -> list[str]:
+    """Note which experts of a mixture nothing is known of, because the rows are routed to others."""
+    of_nodes = {str(name): scores for name, scores in model.measured.scores.items() if name.expert is not None}
+    kept = model.measured.of(GRAM)
+    inputs = [name for name in kept if EXPERT_INPUT.fullmatch(name)]
+    found = sorted(
+        {name.removesuffix(".neurons") for name, scores in of_nodes.items() if not bool(scores.any())}
+        | {name.removesuffix(".neurons") for name in inputs if not bool(kept[name].any())}
+    )
+    if not found:
+        return []
+    which = ", ".join(found[:LISTED]) + (", …" if len(found) > LISTED else "")
+    return [
+        f"no row of {model.dataset.source} tells anything of {len(found)} of {len({*of_nodes, *inputs})} experts of "
+        f"{model.name} ({which}): what was measured of other models decides there, and where nothing was, the weights "
+        "of the models alone"
+    ]
 
 
 def _check_gradients(models: Sequence[JobModel]) -> None:

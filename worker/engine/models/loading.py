@@ -27,6 +27,7 @@ from worker.engine.checkpoints.reader import TensorReader, digest_file, file_ide
 from worker.engine.checkpoints.tokenizer import load_tokenizer
 from worker.engine.inputs.examples import padding_values
 from worker.engine.models.attention import cpu_attention
+from worker.engine.models.experts import with_single_experts
 from worker.engine.runtime.libraries import transformers
 from worker.engine.runtime.resources import is_out_of_memory
 from worker.engine.tasks import HeadKind, kind_of
@@ -77,6 +78,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
                 ignore_mismatched_sizes=True,  # they are in the report, by name
                 **OFFLINE,
             )
+            with_single_experts(model, family)
         else:
             model, report = _adapted(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
         is_of_text = not reads_images(info)
@@ -126,6 +128,7 @@ def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.
     model: nn.Module = _auto_class(info).from_config(
         config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
+    with_single_experts(model, family)
     parameters = dict(model.named_parameters())
     with TensorReader() as reader, torch.no_grad():
         for tensor in info.tensors.values():

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, one_hot
 
 from worker.engine.catalog.families import ScoreName, Site
+from worker.engine.models.experts import RoutedLinear
 
 CHUNK_VALUES = 1 << 17  # values of a product that are summed at once, 512 kB in float32: they stay in a core's cache
 
@@ -93,6 +94,7 @@ class MaskGradients:
             activation = inputs[0]  # (batch, tokens, values), or (batch * tokens, values) as in OPT
             if activation.dim() == 3:
                 self._tokens = activation.shape[:2]
+            tokens = module.tokens if isinstance(module, RoutedLinear) else None
             shape = (*self._tokens, activation.shape[-1])
             if not activation.requires_grad:
                 activation = activation.detach().requires_grad_()
@@ -100,7 +102,11 @@ class MaskGradients:
             kept = _kept(activation)
 
             def contract(gradient: Tensor) -> None:
-                by_value = self._token_sums(kept().reshape(shape), gradient.reshape(shape)).double()  # (batch, values)
+                if tokens is None:
+                    sums = self._token_sums(kept().reshape(shape), gradient.reshape(shape))
+                else:
+                    sums = self._token_sums.routed(kept(), gradient, tokens // shape[1], shape[0])
+                by_value = sums.double()  # (batch, values)
                 for score, nodes in site.counts.items():
                     of_use = by_value.view(len(by_value), nodes, -1).sum(-1)
                     self._gradients[score] = of_use + self._gradients.get(score, 0.0)
@@ -142,6 +148,18 @@ class TokenSums:
             for token in range(0, tokens, most):
                 chunk = slice(row, row + rows), slice(token, token + most)
                 result[row : row + rows] += self._product(activation[chunk], gradient[chunk], wide).sum(1)
+        return result
+
+    def routed(self, activation: Tensor, gradient: Tensor, rows: Tensor, batch: int) -> Tensor:
+        """Compute the sums of (tokens, values) twice, where `rows`, (tokens,), are the examples of the tokens."""
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        result = torch.zeros(batch, activation.shape[1], dtype=wide, device=activation.device)
+        most = max(1, CHUNK_VALUES // activation.shape[1])
+        for start in range(0, len(rows), most):
+            chunk = slice(start, start + most)
+            product = activation[chunk].to(wide) * gradient[chunk]
+            # A product with ones and zeros adds in an order that does not change, unlike `index_add_` on a GPU.
+            result += one_hot(rows[chunk], batch).to(wide).T @ product
         return result
 
     def _product(self, activation: Tensor, gradient: Tensor, wide: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from worker.engine.catalog.planning.tensors import TORCH_NAMES
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.merging.interference import Interference, TaskVectors
 from worker.engine.merging.methods import MeasuredModel
-from worker.engine.merging.methods.combine import model_weights
+from worker.engine.merging.methods.combine import by_layer, model_weights
 from worker.engine.merging.methods.mask_fisher import node_weights
 
 PACKAGES = ("maskmerge", "torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "scikit-learn")
@@ -35,6 +35,8 @@ DTYPES = {short: long for long, short in TORCH_NAMES.items()}
 
 ScoresByModel = Mapping[str, Mapping[ScoreName, Tensor]]
 """Scores by model and score name, (nodes,)."""
+ScoresByLayer = Mapping[tuple[int, NodeKind], Tensor]
+"""Scores of all nodes of a kind in a layer, (nodes,)."""
 
 
 def rounded(value: float | None) -> float | None:
@@ -203,24 +205,27 @@ def _maps(spec: JobSpec, scores: ScoresByModel, plan: MergePlan | None = None) -
         shares = (by_place / by_place.sum(1, keepdim=True)).mean(0)
         lambdas = {model.name: float(share) for model, share in zip(scored, shares, strict=True)}
     factor = 2 if weights else 1
-    cells = accumulate(factor * _cells(scores[model.name]) for model in scored)
+    cells = accumulate(factor * _cells(by_layer(scores[model.name])) for model in scored)
     shown = max(1, sum(so_far <= MOST_CELLS for so_far in cells))
     shapes: dict[tuple[int, NodeKind, int], list[str]] = {}
     for model in scored[:shown]:
-        own = scores[model.name]
+        own = by_layer(scores[model.name])
         for kind in _kinds(own):
-            shapes.setdefault((_layers(own), kind, len(own[ScoreName(0, kind)])), []).append(model.name)
+            shapes.setdefault((_layers(own), kind, len(own[0, kind])), []).append(model.name)
+    of_layers, weights_of_layers = {name: by_layer(of) for name, of in scores.items()}, by_layer(weights)
     places = {model.name: index for index, model in enumerate(scored)}
     maps = []
     for (layers, kind, count), names in shapes.items():
-        sites = [ScoreName(layer, kind) for layer in range(layers)]
-        decided = {name: _blocks([weights[site][places[name]] for site in sites]) for name in names if weights}
+        sites = [(layer, kind) for layer in range(layers)]
+        decided = {
+            name: _blocks([weights_of_layers[site][places[name]] for site in sites]) for name in names if weights
+        }
         maps.append(
             NodeMap(
                 nodes=kind.name,
                 layers=layers,
                 count=count,
-                scores={name: _blocks([scores[name][site] for site in sites]) for name in names},
+                scores={name: _blocks([of_layers[name][site] for site in sites]) for name in names},
                 weights=decided,
                 lambdas={name: lambdas[name] for name in decided},
             )
@@ -228,17 +233,17 @@ def _maps(spec: JobSpec, scores: ScoresByModel, plan: MergePlan | None = None) -
     return Maps(models=list(places)[:shown], left_out=len(scored) - shown, maps=maps)
 
 
-def _layers(scores: Mapping[ScoreName, Tensor]) -> int:
-    return len({name.layer for name in scores})
+def _layers(scores: ScoresByLayer) -> int:
+    return len({layer for layer, _ in scores})
 
 
-def _kinds(scores: Mapping[ScoreName, Tensor]) -> list[NodeKind]:
-    return sorted({name.kind for name in scores}, key=lambda kind: kind.name)
+def _kinds(scores: ScoresByLayer) -> list[NodeKind]:
+    return sorted({kind for _, kind in scores}, key=lambda kind: kind.name)
 
 
-def _cells(scores: Mapping[ScoreName, Tensor]) -> int:
+def _cells(scores: ScoresByLayer) -> int:
     """Count the cells of a model's maps of scores."""
-    return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[ScoreName(0, kind)])) for kind in _kinds(scores))
+    return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[0, kind])) for kind in _kinds(scores))
 
 
 def _blocks(by_layer: Sequence[Tensor]) -> list[list[Any]]:

@@ -10,6 +10,7 @@ from worker.engine.catalog.methods import GRAM
 from worker.engine.catalog.methods.regmean import GRAM_BYTES
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
+from worker.engine.models.experts import RoutedLinear
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
@@ -41,8 +42,8 @@ def grams(
     """Compute `G = 1/n sum x x^T` over the n non-padding tokens of all rows (Jin et al. 2023, arXiv 2212.09849, 3).
 
     An input that is read once a row, such as the pooler's first token, has one `x` a row. That of a layer that is run
-    several times has one for each use. Products of a batch are
-    float32, and their sum is float64.
+    several times has one for each use. That of an expert has those of the tokens that are routed to it, and the matrix
+    is zero if there are none. Products of a batch are float32, and their sum is float64.
 
     Returns:
         Gram matrices by name of the input, (width, width), float32.
@@ -55,7 +56,7 @@ def grams(
             with computing_in(precision, loaded.device):
                 sums.add(batch)
             on_rows(len(batch))
-        return {name: (total / sums.counts[name]).float().cpu() for name, total in sums.totals.items()}
+        return {name: (total / max(1, sums.counts[name])).float().cpu() for name, total in sums.totals.items()}
 
 
 class _AllSeen(Exception):
@@ -92,21 +93,28 @@ class _Sums:
 
     def _seer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._see(name, inputs[0])
+            self._see(name, inputs[0], module.tokens if isinstance(module, RoutedLinear) else None)
             self._unseen -= 1
             if not self._unseen:
                 raise _AllSeen
 
         return before
 
-    def _see(self, name: str, x: Tensor) -> None:
-        """Add `x`, (batch, tokens, width) or (batch * tokens, width), or (batch, width) if it is read once a row."""
+    def _see(self, name: str, x: Tensor, tokens: Tensor | None) -> None:
+        """Add `x`, (batch, tokens, width) or (batch * tokens, width), or (batch, width) if it is read once a row.
+
+        Args:
+            tokens: places in the batch of the tokens that `x` has, (tokens, width), see `RoutedLinear`; None: all.
+        """
         if self._batch is None:
             raise TypeError("no batch")
         batch = self._batch
         is_text = batch.counted
         rows = torch.arange(len(is_text), device=x.device)  # of the batch's sequences
-        if x.dim() == 3 or len(x) == is_text.numel():
+        if tokens is not None:
+            counted = is_text.flatten()[tokens]
+            rows, x = rows[tokens[counted] // is_text.shape[1]], x[counted]
+        elif x.dim() == 3 or len(x) == is_text.numel():
             rows = rows[:, None].expand_as(is_text)[is_text]
             x = x.reshape(*is_text.shape, -1)[is_text]
         x = x.float()  # (tokens, width); `rows` has each token's row

@@ -8,8 +8,9 @@ sizes are checked before anything is parsed.
 import errno
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from worker.engine.catalog.checkpoints.files import (
     is_shard,
 )
 from worker.engine.catalog.checkpoints.headers import read_header
-from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.info import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.json_files import read_json
 from worker.engine.catalog.checkpoints.library import decoded
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, MAX_WEIGHT_FILES
 from worker.engine.catalog.checkpoints.tokenizer_files import vocabulary_of
+from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
@@ -88,11 +90,58 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
         if name not in tensors:
             problem = f"{INDEX} says that tensor {name} is in {file_of}, and no weight file has it"
             raise InvalidCheckpoint(source, problem, tensor=name)
+    tensors = _unstacked(tensors, config.get("model_type"), source)
     if config.get("quantization_config") and not any(map(_may_be_packed, tensors.values())):
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         notes += (f"config.json of {source} has a quantization_config though its weights are plain: it was left out",)
     vocabulary, last = vocabulary_of(path, source)
     return CheckpointInfo(source, path, config, tensors, vocabulary, path, last_token=last, notes=notes)
+
+
+def _unstacked(tensors: dict[str, TensorInfo], model_type: str | None, source: str) -> dict[str, TensorInfo]:
+    """Take matrices of all experts in one tensor apart, as if each expert's were a tensor of the file.
+
+    Each is one run of bytes there. What is in such layers besides gets the name that files without such tensors have.
+    So checkpoints fit each other whichever form they are stored in.
+    """
+    family = backbone_of(model_type or "")
+    if family is None or not family.stacked:
+        return tensors
+    found: dict[str, TensorInfo] = {}
+    for tensor in tensors.values():
+        names = family.unstacked(tensor.name)
+        parts = [replace(tensor, name=family.in_files(tensor.name))] if names is None else _of_experts(tensor, names)
+        for part in parts:
+            if part.name in found:
+                raise InvalidCheckpoint(source, f"tensor {part.name} is there under two spellings", tensor=part.name)
+            found[part.name] = part
+        if len(found) > MAX_TENSORS:
+            raise InvalidCheckpoint(source, f"its experts have more than {MAX_TENSORS} tensors")
+    return found
+
+
+def _of_experts(stacked: TensorInfo, names: Sequence[str]) -> list[TensorInfo]:
+    """Return the tensors that (experts, rows, columns) holds: for each expert one after another, of equally many rows.
+
+    Args:
+        names: their names, with `{expert}` for its number.
+    """
+    shape = stacked.shape
+    if len(shape) != 3 or shape[1] % len(names) or not 0 < shape[0] * len(names) <= MAX_TENSORS:
+        problem = f"tensor {stacked.name} has shape {list(shape)}, which is none of {len(names)} matrices an expert"
+        raise InvalidCheckpoint(stacked.source, problem, tensor=stacked.name)
+    rows, columns = shape[1] // len(names), shape[2]
+    size = rows * columns * DTYPE_BYTES[stacked.dtype]
+    return [
+        replace(
+            stacked,
+            name=name.format(expert=expert),
+            shape=(rows, columns),
+            offset=stacked.offset + (expert * len(names) + place) * size,
+        )
+        for expert in range(shape[0])
+        for place, name in enumerate(names)
+    ]
 
 
 def is_packed(tensor: TensorInfo) -> bool:

@@ -1,6 +1,7 @@
 """Heads of models: the modules that a class of models has on its backbone."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Head:
     unread: tuple[str, ...] = ()
     """Tensors of the backbone that a model with this head does not have, and that older checkpoints may hold; they are
     left out. Their names lack the backbone's prefix."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Paths that modules have in files, by the module, where transformers renames them as it loads and saves them."""
 
     @property
     def logits(self) -> str:

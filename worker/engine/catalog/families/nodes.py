@@ -34,17 +34,24 @@ NODE_KINDS = {kind.name: kind for kind in (HEADS, KV_HEADS, NEURONS)}
 class ScoreName(str):
     """Name of one layer's scores of one kind, as in `scores/<model>.safetensors`: `layers.0.heads`.
 
-    It is the text that is written, and has layer and kind as attributes, so that nobody has to parse it.
+    Each expert of a mixture has scores of its own: `layers.0.experts.3.neurons`. The name is the text that is written,
+    and has its parts as attributes, so that nobody has to parse it.
     """
 
-    __slots__ = ("kind", "layer")
+    __slots__ = ("expert", "kind", "layer")
     layer: int
     kind: NodeKind
+    expert: int | None
+    """Number of the expert; None for nodes that the whole layer has."""
 
-    def __new__(cls, layer: int, kind: NodeKind) -> Self:
-        name = super().__new__(cls, f"layers.{layer}.{kind}")
-        name.layer, name.kind = layer, kind
+    def __new__(cls, layer: int, kind: NodeKind, expert: int | None = None) -> Self:
+        name = super().__new__(cls, f"layers.{layer}.{_of_expert(expert)}{kind}")
+        name.layer, name.kind, name.expert = layer, kind, expert
         return name
 
-    def __getnewargs__(self) -> tuple[int, NodeKind]:  # type: ignore[override]
-        return self.layer, self.kind
+    def __getnewargs__(self) -> tuple[int, NodeKind, int | None]:  # type: ignore[override]
+        return self.layer, self.kind, self.expert
+
+
+def _of_expert(expert: int | None) -> str:
+    return "" if expert is None else f"experts.{expert}."

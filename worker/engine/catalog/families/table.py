@@ -28,6 +28,7 @@ class Kind(StrEnum):
     GATE = "gate"  # gives the factors of the neurons in a gated feed-forward layer
     UP = "up"
     DOWN = "down"
+    ROUTER = "router"  # chooses the experts of each token
     FEED_FORWARD_NORM = "feed_forward_norm"
     CONVOLUTION = "convolution"
     FINAL_NORM = "final_norm"  # norm after the last layer, where norms come first
@@ -84,6 +85,7 @@ LAYER_INPUTS = {
     Kind.KEY: "attention",
     Kind.VALUE: "attention",
     Kind.ATTENTION_OUTPUT: "heads",
+    Kind.ROUTER: "feed_forward",
     Kind.GATE: "feed_forward",
     Kind.UP: "feed_forward",
     Kind.DOWN: "neurons",
@@ -102,6 +104,9 @@ NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.GATE)
 
 AFTER_ATTENTION = (Kind.ATTENTION_OUTPUT, Kind.ATTENTION_NORM, Kind.GATE, Kind.UP)
 """Modules after a layer's attention whose input still has all tokens: attention's output, or a residual."""
+
+EXPERT = re.compile(r"(?<=\bexperts\.)\d{1,6}(?=\.)")
+"""The number of an expert in a module's path."""
 
 OLDER_PARTS = {"gamma": "weight", "beta": "bias"}
 """Last parts of names in norms converted from TensorFlow, with their newer spelling."""
@@ -172,6 +177,8 @@ class Slot:
     """Whether it is a linear layer's weight that is stored as (inputs, outputs)."""
     name_in_files: str | None = None
     """Name that files have, where it is another than the model's."""
+    expert: int | None = None
+    """Number of the expert that it is part of, in a layer that is a mixture of experts."""
 
     @property
     def stored(self) -> str:
@@ -185,7 +192,10 @@ class Slot:
             return None
         if self.layer is None:
             return OUTER_INPUTS.get(self.kind)
-        return f"layers.{self.layer}.{LAYER_INPUTS[self.kind]}" if self.kind in LAYER_INPUTS else None
+        if self.kind not in LAYER_INPUTS:
+            return None
+        expert = "" if self.expert is None else f"experts.{self.expert}."
+        return f"layers.{self.layer}.{expert}{LAYER_INPUTS[self.kind]}"
 
     @property
     def shows_input(self) -> bool:
@@ -206,8 +216,8 @@ class Site:
 class Family:
     """One family of architectures, as a table from module path to kind.
 
-    Tensor names are `prefix + module + "." + ("weight" | "bias")`; `{layer}` modules repeat under `layers`. They are
-    the names on disk, unless `stored_layers` says otherwise.
+    Tensor names are `prefix + module + "." + ("weight" | "bias")`; `{layer}` modules repeat under `layers`, and
+    `{expert}` modules for each expert of a layer. They are the names on disk, unless `stored_layers` says otherwise.
     """
 
     model_type: str
@@ -228,6 +238,8 @@ class Family:
     config_names: Mapping[str, str]
     """Configuration keys of the sizes layers, heads, neurons, hidden and positions; kv_heads and head_size may lack.
 
+    Where layers are mixtures of experts, `experts` is how many there are in each, `experts_per_token` how many of
+    them compute a token, and `neurons` counts those of one expert.
     Where layers share their weights, `layers` counts those that are stored, and `uses` is how many times these are run,
     one after another."""
     settings: Mapping[str, Any]
@@ -238,6 +250,8 @@ class Family:
     """Keys for which only one value is available; a missing key has it."""
     absent_sizes: Mapping[str, int] = field(default_factory=dict)
     """Values of kv_heads and head_size where the configuration lacks the key; else they follow from other sizes."""
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    """Other spellings of keys in `config_names`, by the key."""
     widening: int | None = None
     """Number of neurons by unit of the hidden size where the configuration says none; None: it must say it."""
     outer_parameters: Mapping[str, Kind] = field(default_factory=dict)
@@ -248,6 +262,9 @@ class Family:
     """`layers` in the names that files have, where transformers renames tensors as it loads and saves them."""
     stored_modules: Mapping[str, str] = field(default_factory=dict)
     """Layer modules that have other paths in such names, with these paths."""
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters of a layer in which transformers keeps matrices of all experts, (experts, rows, columns), each with
+    the modules whose rows it has, in order. Files may have them in place of the modules' weights."""
     padding_position: str | None = None
     """Configuration key of padding's position; a row's first token has the next one. None: the first token has 0."""
     ownership: Ownership = MULTI_HEAD
@@ -313,6 +330,8 @@ class Family:
         key = self.config_names.get(what)
         if key is None and what == "uses":
             return 1
+        if key is not None and key not in config:
+            key = self.spellings.get(key, key)
         value = None if key is None else _value_at(config, key, self.absent_sizes.get(what))
         if value is None and what == "kv_heads":
             return self.size(config, "heads")
@@ -361,8 +380,11 @@ class Family:
         module, _, part = name.rpartition(".")
         part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
-        if part in ("weight", "bias") and module in self.head.modules:
-            return Slot(canonical, Kind.MERGED_HEAD if self.head.merges else Kind.HEAD, None, part == "bias")
+        for own in self.head.modules if part in ("weight", "bias") else ():
+            stored = self.head.stored.get(own, own)
+            if module in (own, stored):
+                of_head = Kind.MERGED_HEAD if self.head.merges else Kind.HEAD
+                return Slot(f"{own}.{part}", of_head, None, part == "bias", name_in_files=f"{stored}.{part}")
         if self._unread_pattern.fullmatch(canonical):
             return Slot(canonical, Kind.UNREAD, None, False)
         outer = self.outer_parameters.get(name.removeprefix(self.prefix)) if name.startswith(self.prefix) else None
@@ -378,34 +400,60 @@ class Family:
         found = self._in_layer(inner)
         if found is None:
             return None
-        (layer, own), is_bias = found, part == "bias"
+        (layer, own, expert), is_bias = found, part == "bias"
         if layer == 0 and own in self.absent_in_first_layer:
             return None
         kind = self.layer_modules[own]
         fused = kind if isinstance(kind, Fused) else Fused((kind,))
-        owner, transposed = self._owner(fused, layer, is_bias), fused.transposed and not is_bias
-        if self.stored_layers is None:
-            return Slot(canonical, fused.kind, layer, is_bias, owner, transposed)
-        path = f"{self.stored_layers.format(layer=layer)}.{self.stored_modules.get(own, own)}.{part}"
-        name = f"{self.layer_path(layer)}{own}.{part}"
-        return Slot(name, fused.kind, layer, is_bias, owner, transposed, self.prefix + path)
+        owner, transposed = self._owner(fused, layer, expert, is_bias), fused.transposed and not is_bias
+        name = f"{self.layer_path(layer)}{own.format(expert=expert)}.{part}"
+        stored = self.prefix + self.stored_path(layer, own, expert) + f".{part}"
+        return Slot(name, fused.kind, layer, is_bias, owner, transposed, None if stored == name else stored, expert)
 
-    def _in_layer(self, path: str) -> tuple[int, str] | None:
-        """Return the layer and the path within it of a module, by its name in the model or in files; None: neither."""
+    def stored_path(self, layer: int, module: str, expert: int | None = None) -> str:
+        """Return the path under `prefix` that files have for a module of `layer_modules`."""
+        stored = self.stored_modules.get(module, module)
+        stored = stored if expert is None else stored.format(expert=expert)
+        return f"{(self.stored_layers or self.layers).format(layer=layer)}.{stored}"
+
+    def unstacked(self, name: str) -> list[str] | None:
+        """Return the names that the weights of all experts have in files, with `{expert}`, for a tensor of `stacked`.
+
+        Rows of these weights follow one another in the tensor. None: the tensor is none of `stacked`.
+        """
+        match = self._stacked_pattern.fullmatch(name)
+        if match is None:
+            return None
+        before, layer = match["before"], int(match["layer"])
+        paths = (self.stored_path(layer, module) for module in self.stacked[match["module"]])
+        return [f"{before}{path}.weight" for path in paths]
+
+    def in_files(self, name: str) -> str:
+        """Return the name that files have for a tensor, which may lack `prefix`; one that the table lacks stays."""
+        before = "" if name.startswith(self.prefix) else self.prefix
+        slot = self.slot(before + name)
+        return name if slot is None or slot.layer is None else slot.stored.removeprefix(before)
+
+    def _in_layer(self, path: str) -> tuple[int, str, int | None] | None:
+        """Find a module of a layer by its name in the model or in files: layer, path within it, and expert."""
         for pattern, modules in self._layer_spellings:
             match = pattern.fullmatch(path)
-            if match is not None and match["module"] in modules:
-                return int(match["layer"]), modules[match["module"]]
+            if match is None:
+                continue
+            expert = EXPERT.search(match["module"]) if self.stacked else None
+            module = match["module"] if expert is None else EXPERT.sub("{expert}", match["module"])
+            if module in modules:
+                return int(match["layer"]), modules[module], None if expert is None else int(expert[0])
         return None
 
-    def _owner(self, fused: Fused, layer: int, is_bias: bool) -> Owner | None:
+    def _owner(self, fused: Fused, layer: int, expert: int | None, is_bias: bool) -> Owner | None:
         axis = int(fused.transposed and not is_bias)  # of the rows
         rows, columns = self.ownership.rows, self.ownership.columns
         if fused.parts[0] in rows:
-            parts = tuple(Part(kind, ScoreName(layer, rows[kind])) for kind in fused.parts)
+            parts = tuple(Part(kind, ScoreName(layer, rows[kind], expert)) for kind in fused.parts)
             return Owner(parts, axis, fused.by_head)
         if fused.kind in columns and not is_bias:
-            return Owner((Part(fused.kind, ScoreName(layer, columns[fused.kind])),), 1 - axis)
+            return Owner((Part(fused.kind, ScoreName(layer, columns[fused.kind], expert)),), 1 - axis)
         return None
 
     def sites(self, config: Mapping[str, Any]) -> Iterator[Site]:
@@ -415,8 +463,11 @@ class Family:
                 seen = self.ownership.columns.get(kind)
                 if seen is not None:
                     kinds = [nodes for nodes in self.ownership.kinds if seen in (nodes, nodes.groups)]
-                    counts = {ScoreName(layer, nodes): self.size(config, nodes.count) for nodes in kinds}
-                    yield Site(self.layer_path(layer) + module, counts)
+                    sizes = {nodes: self.size(config, nodes.count) for nodes in kinds}
+                    experts = range(self.size(config, "experts")) if "{expert}" in module else (None,)
+                    for expert in experts:
+                        counts = {ScoreName(layer, nodes, expert): size for nodes, size in sizes.items()}
+                        yield Site(self.layer_path(layer) + module.format(expert=expert), counts)
 
     def narrowing(self, config: Mapping[str, Any]) -> list[str]:
         """Return the modules of the last layer from whose input on the first token is enough, in the layer's last use.
@@ -439,12 +490,19 @@ class Family:
         return re.compile("|".join(names).replace(re.escape("{layer}"), r"\d{1,6}") or r"(?!)")
 
     @cached_property
+    def _stacked_pattern(self) -> re.Pattern[str]:
+        before, after = map(re.escape, self.layers.split("{layer}"))
+        modules = "|".join(map(re.escape, self.stacked)) or r"(?!)"
+        prefix = re.escape(self.prefix)
+        return re.compile(rf"(?P<before>(?:{prefix})?){before}(?P<layer>\d{{1,6}}){after}\.(?P<module>{modules})")
+
+    @cached_property
     def _layer_spellings(self) -> Sequence[tuple[re.Pattern[str], Mapping[str, str]]]:
         """Patterns of the names of layers' modules, each with the modules' paths in the model by those in the names."""
         found = [(_layer_pattern(self.layers), {module: module for module in self.layer_modules})]
-        if self.stored_layers is not None:
+        if self.stored_layers is not None or self.stored_modules:
             stored = {self.stored_modules.get(module, module): module for module in self.layer_modules}
-            found.append((_layer_pattern(self.stored_layers), stored))
+            found.append((_layer_pattern(self.stored_layers or self.layers), stored))
         return found
 
 

@@ -198,6 +198,10 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
                 )
     if len(layers) != sizes["layers"] or max(layers) != sizes["layers"] - 1:
         raise InvalidCheckpoint(info.source, f"{len(layers)} layers are there, config.json says {sizes['layers']}")
+    experts = {slot.expert for slot, _ in slots.values()} - {None}
+    if experts != {*range(sizes.get("experts", 0))}:
+        problem = f"{len(experts)} experts are there, config.json says {sizes.get('experts', 0)}"
+        raise InvalidCheckpoint(info.source, problem)
     everywhere = set.union(*layers.values())
     for layer, names in layers.items():
         for name in sorted(everywhere - names):

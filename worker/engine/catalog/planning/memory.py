@@ -13,6 +13,7 @@ from worker.engine.catalog.planning.plan import MergePlan, required_family
 
 CACHE_BYTES = 2_000_000_000  # size of the models that are kept loaded
 PASSING_ATTENTION_ROWS = 2  # rows of attention that only the layer at work holds
+ROUTED_VECTORS = 3  # further vectors of the hidden size that an expert keeps of each of its tokens
 VERSIONS_HELD = 4  # copies of every model's block and the base's: as read, and from methods; measured up to 3.6
 MERGING_COPIES = 6  # further copies of a block in float32 while it is merged
 BLOCK_ELEMENTS = 1 << 18  # elements of one version that are merged at once: 1 MB in float32, which a cache holds
@@ -131,7 +132,9 @@ class _Running:
         sizes = self.sizes
         family = required_family(self.plan)
         attention = sizes["heads"] * self.longest_row
-        kept = family.hidden_vectors * sizes["hidden"] + family.neuron_vectors * sizes["neurons"]
+        routed = sizes.get("experts_per_token", 0)
+        kept = (family.hidden_vectors + ROUTED_VECTORS * routed) * sizes["hidden"]
+        kept += family.neuron_vectors * sizes["neurons"] * max(1, routed)
         kept += family.attention_rows * attention
         passing = PASSING_ATTENTION_ROWS * attention
         return (

@@ -108,8 +108,11 @@ def plan_job(
         if plan.vocabulary is not None and output.vocabulary == "error" and by_own_tokens:
             problem = f"method {method.name} needs matrices with the same number of rows, padding included"
             raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
-        if method.refits_layers and plan.family is not None and plan.family.shares_layers:
+        family = plan.family if method.refits_layers else None
+        if family is not None and (family.shares_layers or family.stacked):
             problem = "aligned_regmean fits one layer after another, and the layers of this architecture are one"
+            if family.stacked:
+                problem = "aligned_regmean fits layers to the same tokens in model and merge, and experts get others"
             advice = "name method.candidates without it" if method.search else "use regmean"
             raise InvalidCheckpoint(checkpoints[0].source, f"{problem}; {advice}")
         return with_companions(plan, output.dtype, chat_template=output.chat_template)

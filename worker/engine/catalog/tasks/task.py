@@ -83,8 +83,7 @@ class Task(ABC):
     def head_on(cls, family: Family, found: Architecture) -> Head | None:
         """Return the head of a class that the family's own table does not have; None where it has no table.
 
-        Its modules are those outside the backbone. Where the class has no pooler, that of a checkpoint is left out. A
-        module that checkpoints call otherwise than the class does, as that of GPT-NeoX's language models, has none.
+        Its modules are those outside the backbone. Where the class has no pooler, that of a checkpoint is left out.
         """
         prefix = f"{found.prefix}."
         names = {name.rpartition(".")[0] for name in found.all_names if not name.startswith(prefix)}
@@ -96,9 +95,10 @@ class Task(ABC):
         poolers = (module for module, kind in family.outer_modules.items() if kind is Kind.POOLER)
         parts = (f"{module}.{part}" for module in poolers for part in ("weight", "bias"))
         unread = tuple(part for part in parts if prefix + part not in found.all_names)
-        if not names or not names.isdisjoint(found.stored):
+        if not names:
             return None
-        return Head(found.name, tuple(modules), merges=cls.merges_heads, unread=unread)
+        stored = {module: found.stored[module][0] for module in modules if module in found.stored}
+        return Head(found.name, tuple(modules), merges=cls.merges_heads, unread=unread, stored=stored)
 
     @classmethod
     def outputs_in(cls, info: CheckpointInfo, head: Head) -> int:

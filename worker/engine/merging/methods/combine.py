@@ -1,11 +1,12 @@
 """Convex combination of the versions of a tensor, slice by slice, in which every weighted method ends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Owner
+from worker.engine.catalog.families import NodeKind, Owner, ScoreName
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, TensorPlace, values_at
 from worker.engine.merging.methods.blocks import Block, BlockMerge, MeasuredModel, Versions
 
@@ -59,6 +60,14 @@ def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     beyond = coefficients.sum(0) - 1
     beyond = torch.where(beyond.abs() < SUM_ROUNDING, 0.0, beyond).to(merged.dtype)
     return merged.addcmul_(versions[0], beyond) if bool(beyond.any()) else merged
+
+
+def by_layer(scores: Mapping[ScoreName, Tensor]) -> dict[tuple[int, NodeKind], Tensor]:
+    """Return the scores of all nodes of a kind in a layer, (…, nodes): those of experts one after another."""
+    parts: dict[tuple[int, NodeKind], list[tuple[int, Tensor]]] = {}
+    for name, of_nodes in scores.items():
+        parts.setdefault((name.layer, name.kind), []).append((name.expert or 0, of_nodes))
+    return {key: torch.cat([part for _, part in sorted(of, key=itemgetter(0))], dim=-1) for key, of in parts.items()}
 
 
 def of_slices(owner: Owner, parts: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters
 from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.merging.methods import paper
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.merging.methods.combine import by_slices, model_weights, normalized, of_slices
+from worker.engine.merging.methods.combine import by_layer, by_slices, model_weights, normalized, of_slices
 
 NodeScores = Mapping[ScoreName, Tensor]
 NodeWeights = Callable[[ScoreName, TensorPlace], Tensor]
@@ -84,8 +84,8 @@ def rest_weights(
     by_model: list[dict[int | None, Tensor]] = []
     for model in models if rest == "model" else ():
         layers: dict[int | None, Tensor] = {}
-        for site, score in normalize_scores(model.scores, "model").items():
-            layers[site.layer] = layers.get(site.layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
+        for (layer, _), score in by_layer(normalize_scores(model.scores, "model")).items():
+            layers[layer] = layers.get(layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
         layers[None] = torch.stack(list(layers.values())).mean(0)
         by_model.append(layers)
 

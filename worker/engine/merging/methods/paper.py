@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.catalog.families import HEADS, NEURONS, Kind, ScoreName
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
-from worker.engine.merging.methods.combine import by_slices, model_weights, normalized, of_slices
+from worker.engine.merging.methods.combine import by_layer, by_slices, model_weights, normalized, of_slices
 
 BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.GATE, Kind.UP)
 BY_LAYER_MEAN = {
@@ -20,6 +20,7 @@ BY_LAYER_MEAN = {
     Kind.ATTENTION_OUTPUT: HEADS,
     Kind.ATTENTION_NORM: HEADS,
     Kind.DOWN: NEURONS,
+    Kind.ROUTER: NEURONS,
     Kind.FEED_FORWARD_NORM: NEURONS,
 }
 
@@ -28,8 +29,10 @@ def build(models: list[MeasuredModel]) -> Merger:
     def stacked(score: ScoreName) -> Tensor:
         return torch.stack([m.scores[score] for m in models])  # (models, nodes)
 
-    scores = sorted(models[0].scores, key=lambda score: (score.layer, score.kind.name))
-    overall = torch.stack([stacked(score).mean(1) for score in scores]).sum(0) / len({score.layer for score in scores})
+    of_layers = [by_layer(model.scores) for model in models]
+    means = {key: torch.stack([of_model[key] for of_model in of_layers]).mean(1) for key in of_layers[0]}  # (models,)
+    ordered = sorted(means, key=lambda key: (key[0], key[1].name))
+    overall = torch.stack([means[key] for key in ordered]).sum(0) / len({layer for layer, _ in means})
 
     def prepare(versions: Versions) -> BlockMerge:
         slot = versions.slot
@@ -47,7 +50,6 @@ def build(models: list[MeasuredModel]) -> Merger:
                 if part.kind not in BY_NODE:
                     scores[:] = scores.mean(1, keepdim=True)
             return by_slices(versions, weights(of_slices(owner, parts)), owner.axis)
-        of_layer = ScoreName(slot.layer, BY_LAYER_MEAN[slot.kind])
-        return by_slices(versions, weights(stacked(of_layer).mean(1, keepdim=True)))
+        return by_slices(versions, weights(means[slot.layer, BY_LAYER_MEAN[slot.kind]][:, None]))
 
     return prepare
