@@ -169,7 +169,8 @@ def _content(recipe: Path, roots: Sequence[Path] | None) -> tuple[bytes, str, An
 
 
 def _merge(recipe: Path, url: str, waits: bool, output: Path | None, roots: Sequence[Path] | None) -> int:
-    """Return 0: accepted or succeeded; 1: the job failed; 2: it was refused, or a file or the service is not there."""
+    """Return 0: accepted or succeeded; 1: the job failed, or its merge does not beat what it must; 2: it was refused,
+    or a file or the service is not there."""
     import httpx
 
     from app.client import RequestRefused
@@ -210,7 +211,7 @@ def _merge(recipe: Path, url: str, waits: bool, output: Path | None, roots: Sequ
             with _interruptible(f"the job succeeded; {fetching} what is missing"):
                 client.download(job["id"], output)
             print(f"downloaded to {output}")
-    return 0
+    return 1 if job["result"]["accepted"] is False else 0
 
 
 def _download(job: str, url: str, output: Path) -> int:

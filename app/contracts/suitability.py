@@ -11,6 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from app.contracts.models import MeasuredModelRequest, ModelRequest
 from worker.engine.catalog.contracts.spec import ALIGN_RIDGE
 from worker.engine.catalog.methods import AUTO, METHODS, BaseParameters, MethodParameters
+from worker.engine.catalog.methods.auto import NEED_BASE
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.primitives.values import PerTensor, Weight, filters_of, is_ever_negative
@@ -90,6 +91,11 @@ def search_problems(method: BaseParameters, request: "MergeRequest") -> Iterator
         scaled = "" if "base" in METHODS[needing[0].name].needs else ", with a scale other than 1,"
         why = f"{_named(method, needing)}{scaled} cannot do without the common ancestor; name it as base"
         yield problem(("base",), why, None)
+    asked = method.search.must_beat if method.search else []
+    for index, baseline in enumerate(asked):
+        if baseline in NEED_BASE and request.base is None:
+            why = f"there is no {baseline} to beat without the common ancestor; name it as base"
+            yield problem(("method", AUTO.name, "must_beat", index), why, baseline)
     for index, candidate in enumerate(method.methods):
         for why in misfits(candidate, request.models):
             yield problem(

@@ -159,6 +159,7 @@ class Checker:
         plan = replace(plan, notes=tuple(in_order([*doubts, *plan.notes])))
         if plan.family is None:
             _refuse_rows(request, plan)
+        _refuse(_unbeatable(request, plan))
         if request.layers is not None:
             counts = layers_of_models(plan) if plan.is_of_slices else [plan.layers]
             if set(counts) != {request.layers}:
@@ -356,6 +357,16 @@ def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
                 errors.append(FieldError(field=f"models.{index}.{part}", message=message))
     if errors:
         raise ProblemError(Problem.NOT_AVAILABLE, _sentence(errors), errors)
+
+
+def _unbeatable(request: MergeRequest, plan: MergePlan) -> Iterator[tuple[str, str]]:
+    """Yield a problem if the merge must beat a base that cannot be evaluated."""
+    if request.method.search is None or request.base is None or plan.lacking_in_base is None:
+        return
+    for index, baseline in enumerate(request.method.search.must_beat):
+        if baseline == "base":
+            why = f"the base cannot be evaluated, since it lacks tensor {plan.lacking_in_base}; leave it out"
+            yield f"method.must_beat.{index}", why
 
 
 def _aligns(request: MergeRequest, plan: MergePlan) -> bool:

@@ -113,7 +113,8 @@ def test_the_best_of_what_was_tried_is_published(service: Service, found: Job) -
     assert {c["name"] for c in candidates if c["kind"] == "method"} == {
         "average", "task_arithmetic", "ties", "mask_fisher",
     }  # fmt: skip
-    assert [c["name"] for c in candidates if c["kind"] != "method"] == ["plain average", "expert a", "expert b"]
+    baselines = ["plain average", "plain task arithmetic", "expert a", "expert b", "base"]
+    assert [c["name"] for c in candidates if c["kind"] != "method"] == baselines
     [chosen] = [c for c in candidates if c["chosen"]]
     assert chosen["trial"] == search["chosen"]
     best = max(trial["objective"] for trial in search["trials"] if not trial["pruned"])
@@ -262,7 +263,7 @@ def test_the_command_line_shows_trials_and_what_was_chosen(service: Service, fou
     assert any(line.startswith("searching ") for line in lines)
     [chosen] = [c for c in found["result"]["candidates"] if c["chosen"]]
     place = lines.index(f"chosen: {chosen['name']}, trial {chosen['trial']} of {TRIALS}")
-    assert lines[place - 1] == "succeeded"
+    assert lines[place - 1 - len(found["result"]["notes"])] == "succeeded"
     table = lines[place + 2 :]
     assert len(table) == len(found["result"]["candidates"])
     [line] = [line for line in table if line.startswith("* ")]
@@ -290,6 +291,10 @@ REFUSED: dict[str, tuple[Recipe, str, str, list[str]]] = {
     ),
     "heads merged": (search_recipe(output={"heads": "merged"}), "invalid_request", "output.heads", ["per_model"]),
     "nothing evaluated": (search_recipe(evaluate=False), "invalid_request", "evaluate", ["leave evaluate out"]),
+    "no base to beat": (
+        {**search_recipe("average", base=None), "method": {"name": "auto", "must_beat": ["base"]}}, "invalid_request",
+        "method.must_beat.0", ["no base to beat"],
+    ),
     "no base": (search_recipe("ties", base=None), "invalid_request", "base", ["candidate ties"]),
 }  # fmt: skip
 

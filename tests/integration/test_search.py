@@ -132,7 +132,8 @@ def test_what_is_said_of_the_published_model_is_so(whole: tuple[MergeSpec, Merge
 def test_the_table_has_every_candidate_the_average_and_the_experts(whole: tuple[MergeSpec, MergeResult]) -> None:
     _, result = whole
     lines = {candidate.name: candidate for candidate in result.candidates or ()}
-    assert lines.keys() == {*CANDIDATES, "plain average", "expert a", "expert b", "expert c"}
+    plain = {"plain average", "plain task arithmetic", "base"}
+    assert lines.keys() == {*CANDIDATES, *plain, "expert a", "expert b", "expert c"}
     for name in "abc":
         assert lines[f"expert {name}"].metrics[name].retention == 1.0
         assert lines[f"expert {name}"].weights == {other: float(other == name) for other in "abc"}
@@ -143,19 +144,31 @@ def test_the_table_has_every_candidate_the_average_and_the_experts(whole: tuple[
         assert line.behind is not None
         assert line.behind.value == pytest.approx(chosen.mean_retention - line.mean_retention, abs=1e-12)
         assert line.behind.interval[0] <= line.behind.value <= line.behind.interval[1]
-    assert {line.kind for line in lines.values()} == {"method", "average", "expert"}
+    assert {line.kind for line in lines.values()} == {"method", "average", "task_arithmetic", "expert", "base"}
 
 
-def test_average_and_experts_are_what_a_job_of_their_own_says(
+def test_baselines_are_what_candidates_of_their_own_are(
     whole: tuple[MergeSpec, MergeResult], tiny_inputs: Path, inputs: Path, tmp_path: Path
 ) -> None:
-    """The average as a candidate's first trial is the plain average, so both tell the same of the held-out rows."""
-    spec = job(tmp_path, tiny_inputs, inputs, candidates=["average"], trials=1)
+    """A candidate's first trial has its defaults. Of task arithmetic, nothing of the task vectors leaves the base."""
+    nothing = {"name": "task_arithmetic", "scale": 0.0}
+    spec = job(tmp_path, tiny_inputs, inputs, candidates=["average", "task_arithmetic", nothing], trials=3)
     result = Engine(CPU).merge(spec, silent)
     lines = {candidate.name: candidate for candidate in result.candidates or ()}
-    _, other = whole
-    [same] = [candidate for candidate in other.candidates or () if candidate.name == "plain average"]
-    assert lines["average"].metrics == lines["plain average"].metrics == same.metrics
+    others = {candidate.name: candidate for candidate in whole[1].candidates or ()}
+    same = {"average": "plain average", "task_arithmetic": "plain task arithmetic", "task_arithmetic 2": "base"}
+    for candidate, baseline in same.items():
+        assert lines[candidate].metrics == lines[baseline].metrics == others[baseline].metrics
+    assert len({tuple(m.value for m in lines[baseline].metrics.values()) for baseline in same.values()}) == 3
+
+
+def test_a_search_that_gains_nothing_over_the_average_says_so(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:
+    spec = job(tmp_path, tiny_inputs, inputs, candidates=["average"], trials=1, must_beat=["average"])
+    result = Engine(CPU).merge(spec, silent)
+    assert result.accepted is False
+    verdict, gain = result.notes[:2]
+    assert verdict.startswith("what auto chose, average, is not accepted: on the held-out rows it does not beat plain")
+    assert "gained +0.0000 of mean retention (+0.0000 to +0.0000) over the plain average" in gain
 
 
 @pytest.mark.parametrize(("align_heads", "precision"), [(True, "float32"), (False, "float32"), (True, "bfloat16")])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines
 from tests.tiny_families import DECODERS, WORDS, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec
 from worker.engine.catalog.data.rows import Row, RowFile, sample
 from worker.engine.catalog.primitives.answers import answer_in, answer_pattern
 from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError, Place
@@ -160,8 +160,10 @@ def test_a_merge_is_judged_by_what_it_writes_and_by_how_much(checkpoint: Path, t
 
 def test_auto_searches_by_what_is_written(tmp_path: Path) -> None:
     specs = []
-    for seed, name in enumerate(("one", "two"), start=1):
+    for seed, name in enumerate(("base", "one", "two")):
         folder = tiny_checkpoint(tmp_path / name, family=DECODERS["llama"], seed=seed, task="CausalLM")
+        if name == "base":
+            continue
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         rows = []
@@ -172,14 +174,28 @@ def test_auto_searches_by_what_is_written(tmp_path: Path) -> None:
         file = tmp_path / f"{name}.jsonl"
         write_lines(file, [json.dumps(row) for row in rows])
         specs.append(model_spec(folder, None, evaluation=spec_of(file, max_new_tokens=2)))
-    method = {"name": "auto", "trials": 3, "candidates": [{"name": "average"}]}
-    result = Engine().merge(merge_spec(tmp_path / "out", specs, method, evaluate=True), silent)
+    method = {"name": "auto", "trials": 3, "candidates": [{"name": "average"}], "must_beat": ["base", "best_expert"]}
+    spec = merge_spec(tmp_path / "out", specs, method, evaluate=True)
+    base = CheckpointSpec(source="base", path=tmp_path / "base")
+    result = Engine().merge(spec.model_copy(update={"base": base}), silent)
     assert result.candidates is not None
     assert result.metrics is not None
     for name, metric in result.metrics.items():
         assert metric.expert == 1
-        [expert] = [candidate for candidate in result.candidates if candidate.name == f"expert {name}"]
-        assert expert.metrics[name].value == 1
+        lines = {line.kind: line for line in result.candidates if line.name in (f"expert {name}", "base", "average")}
+        assert lines["expert"].metrics[name].value == 1
+        assert lines["base"].metrics[name].value == metric.base
+        assert metric.answer_tokens is not None
+        written = {kind: line.metrics[name].answer_tokens for kind, line in lines.items()}
+        told = metric.answer_tokens
+        assert written == {"expert": told["expert"], "base": told["base"], "method": told["merged"]}
+    [chosen] = [line for line in result.candidates if line.chosen]
+    means = {line.name: line.mean_retention for line in result.candidates if line.kind in ("expert", "base")}
+    unbeaten = [name for name, mean in means.items() if (mean or 0) >= (chosen.mean_retention or 0)]
+    assert result.accepted == (not unbeaten)
+    assert unbeaten
+    assert all(name in result.notes[0] for name in unbeaten)
+    assert "one, tokens written" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_row_without_room_for_the_answer_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from tests.reports import invented_result
 from tests.tiny import merge_spec, model_spec
-from worker.engine.catalog.contracts.report import Difference
+from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, Difference, mean_and_least
 from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec, models_beside
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.methods import METHODS, AutoParameters, Choice, MethodParameters, default_candidates
 from worker.engine.catalog.methods.auto import space_of, with_values
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
+from worker.engine.search.gate import verdict
 from worker.engine.search.job import judged_notes
 from worker.engine.search.journal import Journal, RungOutcome, TrialOutcome
 from worker.engine.search.search import search
@@ -373,3 +374,82 @@ def test_a_line_that_is_better_than_the_chosen_one_beyond_chance_is_noted() -> N
 def test_few_held_out_rows_are_noted() -> None:
     [note] = notes({"a": 0.9, "b": 0.9}, {}, held_out=31)
     assert "a on 31, b on 31" in note
+
+
+# --- what the chosen one must beat
+
+
+def judged(
+    kept: Mapping[str, tuple[str, float, float]], must_beat: list[str], on: str
+) -> tuple[bool | None, list[str]]:
+    """The verdict over lines of (kind, metric of a, metric of b), the first chosen; retentions are of experts at 1."""
+
+    def metric(name: Any, value: float) -> CandidateMetric:
+        retention = 1 / value if name == "perplexity" else value
+        return CandidateMetric(metric=name, value=value, interval=(value, value), retention=retention)
+
+    first = next(iter(kept.values()))
+    lines: list[Candidate] = []
+    for name, (kind, a, b) in kept.items():
+        metrics = {"a": metric("accuracy", a), "b": metric("perplexity", b)}
+        mean, least = mean_and_least(metrics.values())
+        behind = (first[1] + 1 / first[2] - a - 1 / b) / 2
+        lines.append(
+            Candidate(
+                name=name,
+                kind=cast("Any", kind),
+                method={"name": "ties"} if kind == "method" else None,
+                weights={},
+                align_ridge=None,
+                trial=None,
+                metrics=metrics,
+                mean_retention=mean,
+                min_retention=least,
+                behind=Difference(value=behind, interval=(behind - 0.02, behind + 0.02)),
+                chosen=not lines,
+            )
+        )
+    return verdict(auto(must_beat=must_beat, must_beat_on=on), lines, {"a": (), "b": ("perplexity",)})
+
+
+LINES = {
+    "ties": ("method", 0.8, 1.25),
+    "expert a": ("expert", 1.0, 2.0),
+    "expert b": ("expert", 0.5, 1.0),
+    "base": ("base", 0.4, 1.2),
+}
+"""Mean retentions are 0.8, 0.75, 0.75 and 0.62; each expert is best on its own rows, and the base is better on b."""
+
+
+@pytest.mark.parametrize(
+    ("must_beat", "on", "unbeaten"),
+    [
+        (["base", "best_expert"], "mean", []),
+        (["base"], "each", ["base on the rows of b (perplexity 1.25, and 1.2)"]),
+        (
+            ["best_expert"],
+            "each",
+            [
+                "expert a on the rows of a (accuracy 0.8, and 1)",
+                "expert b on the rows of b (perplexity 1.25, and 1)",
+            ],
+        ),
+        (["average"], "mean", ["average, which could not be evaluated"]),
+    ],
+)
+def test_what_is_not_better_than_a_baseline_does_not_beat_it(
+    must_beat: list[str], on: str, unbeaten: list[str]
+) -> None:
+    accepted, notes = judged(LINES, must_beat, on)
+    assert accepted == (not unbeaten)
+    said = "what auto chose, ties, is not accepted: on the held-out rows it does not beat "
+    assert notes == ([said + "; ".join(unbeaten)] if unbeaten else [])
+
+
+def test_of_equal_ones_none_is_beaten_and_what_may_be_chance_is_said() -> None:
+    assert judged({"ties": ("method", 0.8, 1.0), "base": ("base", 0.8, 1.0)}, ["base"], "mean")[0] is False
+    assert judged({"ties": ("method", 0.8, 1.0), "base": ("base", 0.7, 1.0)}, ["base"], "mean") == (True, [])
+    accepted, [note] = judged({"ties": ("method", 0.8, 1.0), "base": ("base", 0.79, 1.0)}, ["base"], "mean")
+    assert accepted
+    assert "by a difference that may be chance of base, which it must beat" in note
+    assert judged(LINES, [], "mean") == (None, [])

@@ -15,6 +15,7 @@ from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_job
 from worker.engine.catalog.planning.templates import check_templates
 from worker.engine.catalog.primitives.values import TensorPlace
+from worker.engine.catalog.tasks import task_of
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.reloading import Reloading
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
@@ -35,6 +36,7 @@ from worker.engine.merging.mergers import mean_shares, merger_of, refitted_state
 from worker.engine.models.loading import load as load_model
 from worker.engine.runtime.device import peak_memory_bytes
 from worker.engine.runtime.resources import require_space
+from worker.engine.search.gate import verdict
 from worker.engine.search.job import floor_notes, judged_notes, search_job, with_chosen, with_published
 from worker.engine.search.trial_merges import State
 
@@ -47,11 +49,11 @@ def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
     written = write(chosen, loaded.plan, context)
     written = align(chosen, loaded.plan, written, context)
     metrics = evaluate(chosen.models, loaded.plan, written.folders, context)
-    candidates = judge(chosen, metrics, context)
+    candidates, accepted = judge(spec, chosen, metrics, context)
     found = compare(chosen, loaded.plan, context)
     context.note_first(*loaded.reloading.check_published(written.published))
     loaded.states.check_unchanged()
-    return publish(chosen, loaded, written, Judged(metrics, candidates, found), context)
+    return publish(chosen, loaded, written, Judged(metrics, candidates, accepted, found), context)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Judged:
     metrics: Mapping[str, MetricResult] | None
     """Metrics by model."""
     candidates: Sequence[Candidate] | None
+    accepted: bool | None
+    """Whether the merge beats what `auto` must beat."""
     interference: Interference | None
 
 
@@ -180,7 +184,9 @@ def choose(
         result = search_job(spec, auto, plan, by_method, context.models, context.precision, context.on_progress)
     found = result.found
     chosen = with_chosen(spec, found.chosen)
-    context.note(*floor_notes(found.search))
+    context.note(*floor_notes(found.search), *result.notes)
+    if plan.base is not None and plan.lacking_in_base is not None:
+        context.note(f"the base {plan.base.source} is not in the table of auto: it lacks tensor {plan.lacking_in_base}")
     models = [
         replace(model, spec=asked)
         for model, asked in zip(by_method[found.chosen.candidate], chosen.models, strict=True)
@@ -243,14 +249,18 @@ def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobCo
 
 
 def judge(
-    chosen: ChosenMerge, metrics: Mapping[str, MetricResult] | None, context: JobContext
-) -> Sequence[Candidate] | None:
-    """Return the table of `auto` with the metrics of the published merge."""
-    if chosen.search is None or chosen.candidates is None:
-        return None
+    spec: MergeSpec, chosen: ChosenMerge, metrics: Mapping[str, MetricResult] | None, context: JobContext
+) -> tuple[Sequence[Candidate] | None, bool | None]:
+    """Return the table of `auto` with the metrics of the published merge, and whether it beats what it must."""
+    auto = spec.method.search
+    if auto is None or chosen.search is None or chosen.candidates is None:
+        return None, None
     candidates = with_published(chosen.candidates, metrics)
     context.note(*judged_notes(chosen.search, candidates))
-    return candidates
+    minimised = {model.name: task_of(model.info).minimised for model in chosen.models}
+    accepted, notes = verdict(auto, candidates, minimised)
+    context.note_first(*notes)
+    return candidates, accepted
 
 
 def compare(chosen: ChosenMerge, plan: MergePlan, context: JobContext) -> Interference | None:
@@ -280,6 +290,7 @@ def publish(
         mean_retention=mean_retention,
         min_retention=min_retention,
         candidates=judged.candidates,
+        accepted=judged.accepted,
         search=chosen.search,
         stopping=known,
         method=as_run(spec, context.precision, models),

@@ -140,3 +140,9 @@ def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tens
     without_base = replace(plan, base=None)  # an average does not read it
     with Backbone(without_base, takes_part, average(equal)) as backbone:
         return backbone.state()
+
+
+def base_alone(plan: MergePlan) -> dict[str, Tensor]:
+    """Return the backbone of the base, which has all of its tensors, to be loaded into a model."""
+    own = [replace(t, sources=(t.base,), base=None) for t in plan.backbone if t.base is not None]
+    return plain_average(replace(plan, backbone=tuple(own)), [True])

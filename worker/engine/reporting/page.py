@@ -63,6 +63,7 @@ def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: 
     tiles = [
         ("mean retention", _share(result.mean_retention), "merged over expert"),
         ("lowest retention", _share(result.min_retention), _lowest(result)),
+        ("accepted", _accepted(result), "whether it beats what it must"),
         *_common_tiles(spec, result),
     ]
     return _page(spec, "Merge", _summary(spec, result), tiles, sections)
@@ -109,6 +110,10 @@ def _share(value: float | None) -> str | None:
 def _lowest(result: MergeResult) -> str:
     known = {name: m.retention for name, m in (result.metrics or {}).items() if m.retention is not None}
     return f"of {min(known, key=lambda name: known[name])}" if known else ""
+
+
+def _accepted(result: MergeResult) -> str | None:
+    return None if result.accepted is None else "yes" if result.accepted else "no"
 
 
 def _common_tiles(spec: JobSpec, result: JobResult) -> list[tuple[str, str | None, str]]:

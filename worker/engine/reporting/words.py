@@ -26,8 +26,8 @@ ABOUT_METRICS = (
 CANDIDATE_COLUMNS = ["candidate", "mean retention", "lowest retention", "behind the chosen (95 % interval)"]
 ABOUT_CANDIDATES = (
     "Every method stands here with its best trial, in the order of what they kept on the search rows; what was given "
-    "up early was behind on the first of these. Plain average and experts were not searched for. All are evaluated on "
-    "the same held-out rows, which the search has not seen{heads}. "
+    "up early was behind on the first of these. Plain merges, experts and base were not searched for. All are "
+    "evaluated on the same held-out rows, which the search has not seen{heads}. "
     "Behind the chosen is its mean retention minus that of the line: less than 0 where the line keeps more."
 )
 ALIGNED = (
@@ -85,9 +85,13 @@ def _metric_rows(result: MergeResult) -> list[list[str]]:
 
 
 def candidate_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of the candidates' table, with a column for each model's metric on held-out rows."""
+    """Return columns and rows of the candidates' table.
+
+    It has a column for each model's metric on held-out rows, and, where models write answers, for their lengths.
+    """
     candidates = result.candidates or []
     models = {name: found.metric for candidate in candidates for name, found in candidate.metrics.items()}
+    writing = [name for name in models if any(c.metrics[name].answer_tokens is not None for c in candidates)]
     given_up = {trial.number for trial in result.search.trials if trial.pruned} if result.search else set()
     rows = []
     for candidate in candidates:
@@ -99,8 +103,10 @@ def candidate_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
         for model in models:
             found = candidate.metrics.get(model)
             cells.append(f"{found.value:.4f} ({found.interval[0]:.4f} to {found.interval[1]:.4f})" if found else "-")
+        cells += [number(candidate.metrics[model].answer_tokens, 1) for model in writing if model in candidate.metrics]
         rows.append(cells)
-    return [*CANDIDATE_COLUMNS, *(f"{name}, {metric}" for name, metric in models.items())], rows
+    columns = [*CANDIDATE_COLUMNS, *(f"{name}, {metric}" for name, metric in models.items())]
+    return [*columns, *(f"{name}, tokens written" for name in writing)], rows
 
 
 def about_candidates(candidates: Sequence[Candidate]) -> str:

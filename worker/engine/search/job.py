@@ -2,20 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, MetricResult, Search, mean_and_least
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.data.spec import Generation
-from worker.engine.catalog.methods import AVERAGE, AutoParameters
+from worker.engine.catalog.methods import AVERAGE, METHODS, AutoParameters, MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.merging.backbone import plain_average
+from worker.engine.catalog.primitives.notes import Doubt
+from worker.engine.catalog.primitives.values import PerTensor
+from worker.engine.merging.backbone import base_alone, plain_average
 from worker.engine.merging.job_models import JobModel, experts_of
 from worker.engine.merging.mergers import merged_state
 from worker.engine.models.loading import ModelCache
@@ -24,7 +26,7 @@ from worker.engine.runtime.progress import OnProgress, Phase
 from worker.engine.search.journal import Journal
 from worker.engine.search.search import Found, search
 from worker.engine.search.space import Proposal, Space
-from worker.engine.search.table import PLAIN_AVERAGE, TableRow, table
+from worker.engine.search.table import TableRow, table
 from worker.engine.search.trial_merges import SharedBackbone, State, TriedMerge
 
 FEW_ROWS = 32
@@ -41,6 +43,8 @@ class SearchResult:
     state: State | None
     """The chosen backbone, only where layers were refitted: any other is made again, which is quicker than it is worth
     its memory."""
+    notes: Sequence[str]
+    """Notes of baselines that are not in the table."""
 
 
 def search_job(
@@ -62,7 +66,8 @@ def search_job(
     for model in models:
         backbone.add(model, cache.get(model.info))
     space = Space(spec, auto, aligns=any(model.rows.alignment for model in models))
-    searching = Phase("searching", auto.trials + len(space) + 1 + len(models), "merges", on_progress)
+    baselines = _baselines(spec, plan, models, backbone, precision)
+    searching = Phase("searching", auto.trials + len(space) + len(baselines), "merges", on_progress)
 
     refitted: dict[str, TriedMerge] = {}
 
@@ -83,9 +88,6 @@ def search_job(
         measured = [model.for_method for model in weighed]
         return merged_state(proposal.method, measured, partial(experts_of, weighed, cache), plan, precision)
 
-    def averaged(takes_part: Sequence[bool]) -> TriedMerge:
-        return TriedMerge(backbone, plain_average(plan, takes_part))
-
     identity = _identity(spec, auto, models, precision)
     found = search(spec, auto, space, backbone.experts, made, Journal(spec.journal, identity), searching.advance)
     names = [model.name for model in models]
@@ -101,25 +103,63 @@ def search_job(
         )
         for candidate, (number, proposal) in found.best.items()
     ]
-    ridge = spec.output.align_ridge
-    backbones = {PLAIN_AVERAGE: [model.takes_part for model in models]}
-    backbones |= {f"expert {name}": [name == other for other in names] for name in names}
-    lines += [
-        TableRow(
-            name=name,
-            kind="average" if name == PLAIN_AVERAGE else "expert",
-            method=AVERAGE.parameters() if name == PLAIN_AVERAGE else None,
-            weights={of: float(takes) for of, takes in zip(names, takes_part, strict=True)},
-            align_ridge=ridge,
-            trial=None,
-            tried_merge=partial(averaged, takes_part),
-        )
-        for name, takes_part in backbones.items()
-    ]
+    lines += baselines
     searching.advance(len(space) - len(found.best))  # candidates whose merges all failed have no line
-    candidates = table(lines, backbone.experts, found.search.chosen, searching.advance)
+    candidates, notes = table(lines, backbone.experts, found.search.chosen, searching.advance)
     state = made(found.chosen).state if found.chosen.method.refits_layers else None
-    return SearchResult(found, candidates, state)
+    return SearchResult(found, candidates, state, notes)
+
+
+def _baselines(
+    spec: MergeSpec, plan: MergePlan, models: Sequence[JobModel], backbone: SharedBackbone, precision: Precision
+) -> list[TableRow]:
+    """Return the lines that a search is compared with, whatever its candidates are.
+
+    They are the plain average, task arithmetic with its defaults and the recipe's weights, every single expert, and the
+    base. The latter two are backbones under the models' own heads, where heads are kept.
+    """
+
+    def line(
+        name: str,
+        kind: Literal["average", "task_arithmetic", "expert", "base"],
+        weights: Sequence[PerTensor[float]],
+        state: Callable[[], State],
+        method: MethodParameters | None = None,
+    ) -> TableRow:
+        return TableRow(
+            name=name,
+            kind=kind,
+            method=method,
+            weights={model.name: weight for model, weight in zip(models, weights, strict=True)},
+            align_ridge=spec.output.align_ridge,
+            trial=None,
+            tried_merge=lambda: TriedMerge(backbone, state()),
+        )
+
+    taking_part = [model.takes_part for model in models]
+    sum_of_vectors = METHODS["task_arithmetic"].parameters.model_validate({"name": "task_arithmetic"})
+    found = [
+        line(
+            "plain average",
+            "average",
+            [float(takes) for takes in taking_part],
+            partial(plain_average, plan, taking_part),
+            AVERAGE.parameters(),
+        )
+    ]
+    if plan.base is not None:
+        measured = [model.for_method for model in models]
+        summed = partial(merged_state, sum_of_vectors, measured, lambda: (), plan, precision)
+        weights = [model.spec.weight for model in models]
+        found.append(line("plain task arithmetic", "task_arithmetic", weights, summed, sum_of_vectors))
+    for expert in models:
+        alone = [model is expert for model in models]
+        found.append(
+            line(f"expert {expert.name}", "expert", list(map(float, alone)), partial(plain_average, plan, alone))
+        )
+    if plan.lacking_in_base is None:
+        found.append(line("base", "base", [0.0] * len(models), partial(base_alone, plan)))
+    return found
 
 
 def with_chosen(spec: MergeSpec, chosen: Proposal) -> MergeSpec:
@@ -177,6 +217,7 @@ def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
     """Return notes of facts in the table that a reader should not overlook."""
     notes = []
     chosen = next(candidate for candidate in candidates if candidate.chosen)
+    notes += _gains(chosen, candidates)
     few = {name: rows for name, rows in found.held_out_rows.items() if rows < FEW_ROWS}
     if few:
         listed = ", ".join(f"{name} on {rows}" for name, rows in few.items())
@@ -203,13 +244,29 @@ def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
     return notes
 
 
+def _gains(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+    """Return a doubt if the search gained nothing over the plain average, which nothing needs to be measured for."""
+    average = next((line for line in candidates if line.kind == "average"), None)
+    if average is None or average.behind is None or average.behind.interval[0] > 0:
+        return []
+    low, high = average.behind.interval
+    gained = f"the search gained {average.behind.value:+z.4f} of mean retention ({low:+z.4f} to {high:+z.4f})"
+    return [Doubt(f"on the held-out rows {gained} over the plain average, which is nothing beyond chance")]
+
+
 def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:
     """Give the chosen candidate the metrics of the published merge, whose storage may round."""
     found = []
     for candidate in candidates:
         if candidate.chosen and metrics is not None:
             published = {
-                name: CandidateMetric(metric=m.metric, value=m.merged, interval=m.interval, retention=m.retention)
+                name: CandidateMetric(
+                    metric=m.metric,
+                    value=m.merged,
+                    interval=m.interval,
+                    retention=m.retention,
+                    answer_tokens=m.answer_tokens["merged"] if m.answer_tokens else None,
+                )
                 for name, m in metrics.items()
             }
             mean, least = mean_and_least(published.values())

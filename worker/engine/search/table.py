@@ -8,12 +8,11 @@ import numpy as np
 
 from worker.engine.catalog.contracts.report import Candidate, CandidateMetric, Difference, mean_and_least
 from worker.engine.catalog.methods import MethodParameters
+from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.evaluation.metrics import bootstrap, interval, metric_for
 from worker.engine.search.trial_merges import ExpertOutputs, TriedMerge
 from worker.engine.tasks.metrics import Array
-
-PLAIN_AVERAGE = "plain average"
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class TableRow:
     """A backbone that could have been published, and the function that makes it."""
 
     name: str
-    kind: Literal["method", "average", "expert"]
+    kind: Literal["method", "average", "task_arithmetic", "expert", "base"]
     method: MethodParameters | None
     weights: Mapping[str, PerTensor[float]]
     align_ridge: float
@@ -39,16 +38,28 @@ class _Judged:
 
 def table(
     lines: Sequence[TableRow], experts: Sequence[ExpertOutputs], chosen: int, on_line: Callable[[], None]
-) -> list[Candidate]:
+) -> tuple[list[Candidate], list[str]]:
     """Compute every line's metrics and retention on the held-out rows; a model's resamples are the same for all lines.
 
     Args:
         chosen: number of the trial that is published.
+
+    Returns:
+        The table, and notes of baselines that are not in it because their numbers do not stay finite.
     """
     predictions: list[dict[str, Array]] = []
+    made: list[TableRow] = []
+    notes: list[str] = []
     for line in lines:
-        predictions.append(line.tried_merge().judged(line.align_ridge))
+        try:
+            predictions.append(line.tried_merge().judged(line.align_ridge))
+            made.append(line)
+        except NumericalError as failed:
+            if line.kind == "method":
+                raise
+            notes.append(f"{line.name} is not in the table of auto: {failed.message}")
         on_line()
+    lines = made
     by_model = {
         outputs.name: _judged(outputs, [of_line[outputs.name] for of_line in predictions]) for outputs in experts
     }
@@ -72,7 +83,7 @@ def table(
                 chosen=index == published,
             )
         )
-    return found
+    return found, notes
 
 
 def _judged(outputs: ExpertOutputs, predictions: Sequence[Array]) -> list[_Judged]:
@@ -87,7 +98,13 @@ def _judged(outputs: ExpertOutputs, predictions: Sequence[Array]) -> list[_Judge
     for predicted, draws in zip(predictions, resampled, strict=True):
         value = metric(labels, predicted)
         kept = kind.retention(name, value, expert)
-        judged = CandidateMetric(metric=name, value=value, interval=interval(draws), retention=kept)
+        judged = CandidateMetric(
+            metric=name,
+            value=value,
+            interval=interval(draws),
+            retention=kept,
+            answer_tokens=kind.answer_tokens(name, predicted),
+        )
         of_draws = None if kept is None else (expert / draws if name in task.minimised else draws / expert)
         found.append(_Judged(judged, of_draws))
     return found

@@ -110,18 +110,21 @@ class CandidateMetric(Strict):
     """95 % bootstrap percentile interval over rows; all candidates are evaluated on the same resamples."""
     retention: float | None
     """value / the expert's own metric, or the reverse where less is better; null where one of them is not positive."""
+    answer_tokens: float | None = None
+    """Mean number of tokens that it writes for a row; null where the metric is not of what it writes."""
 
 
 class Candidate(Strict):
     """A row of the table of `auto`: a model that could have been published, evaluated on the held-out rows."""
 
     name: str
-    """Unique name: that of the method, `plain average`, or `expert NAME` for the backbone of a single expert."""
-    kind: Literal["method", "average", "expert"]
+    """Unique name: that of the method, or of a baseline: `plain average`, `plain task arithmetic`, `expert NAME` for
+    the backbone of a single expert, `base`."""
+    kind: Literal["method", "average", "task_arithmetic", "expert", "base"]
     method: dict[str, Any] | None
-    """All parameters of the method's best trial; null for an expert."""
+    """All parameters of the method's best trial, or of the plain merge; null for an expert and the base."""
     weights: dict[str, PerTensor[float]]
-    """Each model's weight, lambda."""
+    """Each model's weight, lambda; 0 for all in the base."""
     align_ridge: float | None
     """Ridge of head alignment; null if no head was aligned."""
     trial: int | None
@@ -251,14 +254,16 @@ class MergeSummary(JobResult):
     metrics: dict[str, MetricResult] | None
     mean_retention: float | None
     min_retention: float | None
+    accepted: bool | None = None
+    """Whether the merge that `auto` chose beats what `must_beat` names, on the held-out rows; null where that names
+    nothing."""
     stopping: Stopping | None = None
     """Present for methods that weight by scores of mask nodes, except with the preset `paper`."""
 
 
 class MergeResult(MergeSummary):
     candidates: list[Candidate] | None = None
-    """Candidates of `auto`: each method's best trial, the plain average and the single experts, all evaluated on the
-    same held-out rows."""
+    """Candidates of `auto`: each method's best trial, and the baselines, all evaluated on the same held-out rows."""
     search: Search | None = None
     """The search of `auto`."""
 

@@ -1,7 +1,7 @@
 """`auto`: several methods and their coefficients are tried on rows that each model names, and the best is published."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
 
@@ -26,6 +26,9 @@ minutes."""
 WEIGHTS = Range(1 / 3, 3, log=True)
 """Factors of the weight that the recipe gives."""
 ALIGN_RIDGE = Range(0.01, 1.0, log=True)
+Baseline = Literal["base", "best_expert", "average", "task_arithmetic"]
+NEED_BASE: tuple[Baseline, ...] = ("base", "task_arithmetic")
+"""Baselines that there are only with the common ancestor."""
 
 
 def _as_recipe(candidate: Any) -> Any:
@@ -55,6 +58,12 @@ class AutoParameters(BaseParameters):
     """Number of rows of each data set that are measured for candidates that name no number of their own."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed that splits the evaluation rows and draws the merges to try."""
+    must_beat: list[Baseline] = Field(default_factory=list, max_length=len(get_args(Baseline)))
+    """Baselines that the chosen merge must do better than on the held-out rows for the result to be `accepted`: the
+    base; every single expert; the plain average; task arithmetic, plain or tuned. What does not beat them is written
+    all the same, and the first of the notes says what it does not beat."""
+    must_beat_on: Literal["mean", "each"] = "mean"
+    """Where it must beat them: in the mean retention over all models, or in the metric on each model's rows."""
 
     @field_validator("candidates")
     @classmethod

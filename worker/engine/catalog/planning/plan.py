@@ -103,6 +103,14 @@ class MergePlan:
         return not any(self.heads)
 
     @property
+    def lacking_in_base(self) -> str | None:
+        """Name of the first merged tensor that the base lacks; None if it has all, and so can be evaluated as a merge.
+
+        Without a base it lacks the first tensor.
+        """
+        return next((tensor.slot.stored for tensor in self.backbone if tensor.base is None), None)
+
+    @property
     def is_of_slices(self) -> bool:
         """Whether the result has its own number of layers, and its tensors come from only some of the models."""
         return any(tensor.members is not None for tensor in self.backbone)
