@@ -31,7 +31,7 @@ from tests.tiny_families import TINY_BERT, TINY_FAMILIES, WORDS, numbered
 from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.info import TensorInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.checkpoints.vocabulary import TokenRows
+from worker.engine.catalog.checkpoints.token_rows import TokenRows
 from worker.engine.catalog.contracts.spec import CheckpointSpec, MergeSpec
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.planning.plan import PlannedTensor

@@ -13,16 +13,15 @@ from app.storage.sources.hf import HUB
 from app.storage.sources.job import JOB
 from tests.conftest import keeps_within
 from worker.engine.catalog.checkpoints import (
-    adapter_targets,
-    adapters,
     config_differences,
     files,
     inspection,
     modules,
     tensor_names,
     tied,
-    vocabulary,
+    token_tensors,
 )
+from worker.engine.catalog.checkpoints.adapters import peft, targets
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
 from worker.engine.catalog.families import FAMILIES
@@ -65,11 +64,9 @@ def _patterns(text: str) -> None:
 
 def _targets(text: str) -> None:
     for settings, module in (({"layers_pattern": text}, "a.b"), ({"exclude_modules": text}, "a.b"), ({}, f"{text}.b")):
-        config = adapter_targets.TargetConfig.model_validate(
-            {"target_modules": ["b"], "layers_to_transform": [1], **settings}
-        )
+        config = targets.TargetConfig.model_validate({"target_modules": ["b"], "layers_to_transform": [1], **settings})
         with suppress(ValueError):
-            adapter_targets.Targets(config).left_out_by(module, is_embedding=False)
+            targets.Targets(config).left_out_by(module, is_embedding=False)
 
 
 READERS: Mapping[str, Callable[[str], object]] = {
@@ -79,13 +76,11 @@ READERS: Mapping[str, Callable[[str], object]] = {
     "spellings": tensor_names.spellings,
     "packed weights": _packed,
     "families": _family_slots,
-    "wrappers of adapters": lambda text: adapters.WRAPPERS.sub("", text),
-    "embeddings of adapters": lambda text: [
-        one.search(text) for one in (adapters.EMBEDDING, adapters.MAY_BE_EMBEDDING)
-    ],
+    "wrappers of adapters": lambda text: peft.WRAPPERS.sub("", text),
+    "embeddings of adapters": lambda text: [one.search(text) for one in (peft.EMBEDDING, peft.MAY_BE_EMBEDDING)],
     "layers of adapters": _targets,
-    "positions": vocabulary.POSITIONS.search,
-    "tokens": lambda text: vocabulary.is_token_indexed(text, (2, 2), 2),
+    "positions": token_tensors.POSITIONS.search,
+    "tokens": lambda text: token_tensors.is_token_indexed(text, (2, 2), 2),
     "labels": labels.normal,
     "label numbers": lambda text: (
         labels.NUMBER.fullmatch(text),

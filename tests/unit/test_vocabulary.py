@@ -14,17 +14,13 @@ from app.contracts.requests import MergeRequest
 from tests.tiny import edit_json, edit_tensors, tiny_base, tiny_checkpoint
 from tests.tiny_families import WORDS
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model, word_level_tokenizer
-from worker.engine.catalog.checkpoints import vocabulary as catalog
+from worker.engine.catalog.checkpoints import vocabulary_checks
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.checkpoints.token_rows import runs
+from worker.engine.catalog.checkpoints.token_tensors import is_token_indexed, vocabulary_size
 from worker.engine.catalog.checkpoints.tokenizer_files import read_tokenizer
-from worker.engine.catalog.checkpoints.vocabulary import (
-    Vocabulary,
-    align_vocabularies,
-    is_token_indexed,
-    runs,
-    vocabulary_size,
-)
+from worker.engine.catalog.checkpoints.vocabulary import Vocabulary, align_vocabularies
 from worker.engine.catalog.contracts.spec import OutputSpec, VocabularyPolicy
 from worker.engine.catalog.methods import PassthroughParameters
 from worker.engine.catalog.planning.plan import MergePlan
@@ -279,12 +275,12 @@ def test_a_matrix_of_other_rows_than_the_configuration_says_is_refused(make: Mak
 
 
 def test_vocabularies_of_any_size_cost_a_bounded_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "MAX_ROWS", ROWS)
+    monkeypatch.setattr(vocabulary_checks, "MAX_ROWS", ROWS)
     models = [make("a", **words("x")), make("b", **words("y"))]
     assert align_vocabularies("base", models, None).rows == ROWS
     with pytest.raises(IncompatibleCheckpoints, match=f"more than {ROWS} rows"):
         align_vocabularies("union", models, None)
-    monkeypatch.setattr(catalog, "MAX_ROWS", ROWS - 1)
+    monkeypatch.setattr(vocabulary_checks, "MAX_ROWS", ROWS - 1)
     with pytest.raises(InvalidCheckpoint, match=f"local:a.*{ROWS} rows; {ROWS - 1} are allowed"):
         align_vocabularies("base", models, None)
 

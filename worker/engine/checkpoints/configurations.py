@@ -17,11 +17,10 @@ from tempfile import TemporaryDirectory
 from types import CodeType
 from typing import Any
 
-from worker.engine.catalog.checkpoints.adapters import MAX_LABELS
 from worker.engine.catalog.checkpoints.files import CHAT_TEMPLATES, TOKENIZER_FILES
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.json_files import read_json
-from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
+from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES, MAX_LABELS
 from worker.engine.catalog.checkpoints.tokenizer_files import TOKEN_LISTS
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.paths import in_one_line

@@ -21,7 +21,7 @@ from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.json_files import read_json
 from worker.engine.catalog.checkpoints.library import decoded
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
-from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
+from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.planning.memory import RUN_BYTES
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.publishing import beyond_matrix

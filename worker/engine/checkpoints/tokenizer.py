@@ -9,7 +9,8 @@ from worker.engine.catalog.checkpoints.companion_checks import TEXT
 from worker.engine.catalog.checkpoints.companions import companions
 from worker.engine.catalog.checkpoints.files import CHAT_TEMPLATES, OLDER_VOCABULARIES
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
-from worker.engine.catalog.checkpoints.vocabulary import NewToken, Vocabulary
+from worker.engine.catalog.checkpoints.token_rows import NewToken
+from worker.engine.catalog.checkpoints.vocabulary import Vocabulary
 from worker.engine.checkpoints.configurations import OFFLINE, tokenizer_folder
 from worker.engine.runtime.libraries import transformers
 

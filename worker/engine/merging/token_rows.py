@@ -1,4 +1,4 @@
-"""Puts rows of token-indexed tensors at their tokens' places in the output, see `catalog.checkpoints.vocabulary`."""
+"""Puts rows of token-indexed tensors at their tokens' places in the output, see `catalog.checkpoints.token_rows`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.checkpoints.info import TensorInfo
-from worker.engine.catalog.checkpoints.vocabulary import GivenRow, runs
+from worker.engine.catalog.checkpoints.token_rows import GivenRow, runs
 from worker.engine.catalog.planning.plan import PlannedTensor
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.reader import TensorReader

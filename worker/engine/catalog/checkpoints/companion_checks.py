@@ -18,9 +18,9 @@ from worker.engine.catalog.checkpoints.json_files import read_json
 from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.checkpoints.reading import reads
+from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.checkpoints.tokenizer_classes import TokenizerClass, tokenizer_class
 from worker.engine.catalog.checkpoints.tokenizer_files import SPECIAL_TOKENS, TOKEN_LISTS
-from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
 

@@ -16,3 +16,4 @@ MAX_TEMPLATE_BYTES = 1_000_000  # the largest real ones have 30 kB
 MAX_DESCRIPTION_BYTES = 80_000_000  # all files beside the weights together
 MAX_DESCRIPTION_FILES = 200
 MAX_WEIGHT_FILES = 1000
+MAX_LABELS = 100_000  # labels that get names: a header may claim any number

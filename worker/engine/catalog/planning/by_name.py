@@ -20,7 +20,7 @@ from worker.engine.catalog.checkpoints.tensor_names import (
     tensors_by_name,
 )
 from worker.engine.catalog.checkpoints.tied import tied_in_base, without_copies
-from worker.engine.catalog.checkpoints.vocabulary import check_names_tell_tokens, token_keys
+from worker.engine.catalog.checkpoints.token_tensors import check_names_tell_tokens, token_keys
 from worker.engine.catalog.checkpoints.weights import check_checkpoint, check_weights
 from worker.engine.catalog.families import Family, Slot
 from worker.engine.catalog.planning.comparing import (

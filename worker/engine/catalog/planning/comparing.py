@@ -9,7 +9,8 @@ from worker.engine.catalog.checkpoints.config_differences import STRUCTURAL, dif
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, value_at
 from worker.engine.catalog.checkpoints.tensor_names import HEADS, ends_with
-from worker.engine.catalog.checkpoints.vocabulary import Choices, Vocabulary, align_vocabularies, vocabulary_size
+from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
+from worker.engine.catalog.checkpoints.vocabulary import Choices, Vocabulary, align_vocabularies
 from worker.engine.catalog.contracts.spec import Dtype, VocabularyPolicy
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints

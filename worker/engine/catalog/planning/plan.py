@@ -9,7 +9,8 @@ from worker.engine.catalog.checkpoints.companions import companions
 from worker.engine.catalog.checkpoints.files import IMAGE_PROCESSOR
 from worker.engine.catalog.checkpoints.info import DTYPE_BYTES, FLOATS, CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.modules import Modules
-from worker.engine.catalog.checkpoints.vocabulary import TokenRows, Vocabulary
+from worker.engine.catalog.checkpoints.token_rows import TokenRows
+from worker.engine.catalog.checkpoints.vocabulary import Vocabulary
 from worker.engine.catalog.families import Family, ScoreName, Slot
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.primitives.values import TensorPlace

@@ -9,7 +9,8 @@ from worker.engine.catalog.checkpoints.identity import check_tensors, identify
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.settings import check_settings
 from worker.engine.catalog.checkpoints.tensor_names import stacks_of
-from worker.engine.catalog.checkpoints.vocabulary import Choices, pads_differ, vocabulary_size
+from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
+from worker.engine.catalog.checkpoints.vocabulary import Choices, pads_differ
 from worker.engine.catalog.contracts.spec import Dtype, Heads, OutputSpec, VocabularyPolicy
 from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.by_name import planned_by_name

@@ -14,7 +14,7 @@ from worker.engine.catalog.checkpoints.files import CHAT_TEMPLATES, MORE_CHAT_TE
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import completed
 from worker.engine.catalog.checkpoints.modules import SENTENCE_CONFIG, Module, Modules, check_agree, read_modules
-from worker.engine.catalog.checkpoints.vocabulary import vocabulary_size
+from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.contracts.spec import Dtype
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.planning.plan import MergePlan, PlannedModules, PlannedTensor

@@ -20,10 +20,7 @@ from worker.engine.catalog.checkpoints.tensor_names import (
     tensors_by_name,
 )
 from worker.engine.catalog.checkpoints.tied import without_copies
-from worker.engine.catalog.checkpoints.vocabulary import (
-    check_names_tell_tokens,
-    token_keys,
-)
+from worker.engine.catalog.checkpoints.token_tensors import check_names_tell_tokens, token_keys
 from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, LAYER_KINDS, check_checkpoint, layer_count
 from worker.engine.catalog.planning.comparing import (
     MergeSettings,

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
-from worker.engine.catalog.checkpoints.vocabulary import Vocabulary, check_rows, is_token_indexed, vocabulary_size
+from worker.engine.catalog.checkpoints.token_tensors import check_rows, is_token_indexed, vocabulary_size
+from worker.engine.catalog.checkpoints.vocabulary import Vocabulary
 from worker.engine.catalog.contracts.spec import Dtype
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.planning.plan import PlannedTensor

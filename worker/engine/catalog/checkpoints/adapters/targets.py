@@ -9,20 +9,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, StrictInt
 
+from worker.engine.catalog.checkpoints.adapters.peft import ALL_LINEAR, ANY_LAYERS, WHOLE_HEADS
 from worker.engine.catalog.checkpoints.patterns import Budget, Pattern, beginnings
 from worker.engine.catalog.checkpoints.tensor_names import OUTPUT_EMBEDDINGS, ends_with
 
-ALL_LINEAR = "all-linear"
-WHOLE_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Modules that PEFT stores whole for each task, whatever `modules_to_save` says."""
-HEAD_MODULES = {name for names in WHOLE_HEADS.values() for name in names}
 PLAIN = re.compile(r"[\w\-]+(\.[\w\-]+)*", re.ASCII)
-ANY_LAYERS = r".*?\.[^.]*"
-"""Pattern that PEFT matches before a layer's number if there is no `layers_pattern`."""
 
 
 class TargetConfig(BaseModel):
