@@ -30,7 +30,9 @@ from worker.engine.reporting.colours import (
     TEXT,
 )
 from worker.engine.reporting.contents import BLOCKS, MOST_CELLS, Contents, of_scores, rounded
-from worker.engine.reporting.figures import candidates, certainty, search
+from worker.engine.reporting.figures.certainty import certainty
+from worker.engine.reporting.figures.comparisons import candidates
+from worker.engine.reporting.figures.search import search
 from worker.engine.reporting.html import element, table
 from worker.engine.reporting.page import merge_page
 from worker.engine.reporting.words import about_candidates, candidate_remarks, candidate_table, listed, size

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.reporting.markdown import code, escaped, rendered
 from worker.engine.reporting.words import (
     ABOUT_METRICS,
     SLICE_COLUMNS,
@@ -23,60 +24,61 @@ from worker.engine.reporting.words import (
     slice_rows,
 )
 
-METRIC_TYPES = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
-"""The hub's names of metrics, where they differ from ours."""
+ONE_MODEL = Markup("`model/` is the merged model, head and all.")
+EACH_MODEL = Markup("Each folder under `models/` is a whole model: the merged backbone and that model's own head.")
+LONGEST_VALUE = 200  # characters of a parameter's value
+
+Table = tuple[list[str], list[list[str]]]
+"""Names of columns, and rows of cells."""
 
 
 def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
-    auto_class, tag = use_of(plan.published[0].config)
-    where = "model" if plan.merges_heads else f"models/{result.models[0].name}"
-    what = "`model/` is the merged model, head and all."
-    if not plan.merges_heads:
-        what = "Each folder under `models/` is a whole model: the merged backbone and that model's own head."
-    loading = ["```python", f"from transformers import {auto_class}", ""]
-    loading.append(f'model = {auto_class}.from_pretrained("{where}")')
-    if plan.tokens_of(plan.published[0]).vocabulary:
-        loading[1] += ", AutoTokenizer"
-        loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{where}")')
-    elif any(task is not None and task.reads_images for task in plan.tasks):
-        loading[1] += ", AutoImageProcessor"
-        loading.append(f'processor = AutoImageProcessor.from_pretrained("{where}")')
-    library = "transformers"
+    """Return the text of `README.md`: Markdown, with YAML in front that the hub reads."""
+    folder = "model" if plan.merges_heads else f"models/{result.models[0].name}"
+    library, tag, loading = _use(plan, folder)
+    metadata = _metadata(spec, plan, result, library, tag)
+    slices, base = spec.method.stacked_slices, spec.base
+    return rendered(
+        "card.md",
+        metadata=Markup(yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)),  # noqa: S704 - YAML
+        name=spec.name,
+        models=_listed([model.name for model in spec.models]),
+        method=spec.method.name if slices else result.method["name"],
+        folders=ONE_MODEL if plan.merges_heads else EACH_MODEL,
+        loading=Markup("\n".join(loading)),  # noqa: S704 - Python, with names of folders that are plain words
+        origins=_origins(spec, result),
+        slices=(SLICE_COLUMNS, slice_rows(slices)) if slices else None,
+        parameters=_values({key: v for key, v in result.method.items() if key != "name" and v is not None}),
+        base=base.source if base else None,
+        notes=result.notes,
+        metrics=metric_table(result) if result.metrics else None,
+        about_metrics=ABOUT_METRICS,
+        candidates=candidate_table(result) if result.candidates else None,
+        about_candidates=about_candidates(result.candidates or ()),
+        remarks=" ".join(candidate_remarks(result)),
+    )
+
+
+def _use(plan: MergePlan, folder: str) -> tuple[str, str | None, list[str]]:
+    """Return the library that loads the model in a folder, the hub's tag of its use, and lines of Python to load it."""
     if any(plan.modules):
-        library, tag = "sentence-transformers", "sentence-similarity"
-        loading = ["```python", "from sentence_transformers import SentenceTransformer", ""]
-        loading.append(f'model = SentenceTransformer("{where}")')
-    about = yaml.safe_dump(_metadata(spec, result, library, tag), sort_keys=False, allow_unicode=True, width=1000)
-    lines = [
-        "---",
-        about.rstrip(),
-        "---",
-        "",
-        f"# {' '.join(escape(spec.name).split())}",
-        "",
-        f"{_card_summary(spec, result)} {what}",
-        "",
-        *loading,
-        "```",
-        "",
-        *_card_models(spec, result),
-        "",
-        *_card_parameters(spec, result),
-    ]
-    if spec.base is not None:
-        lines += [f"The base, which they were fine-tuned from, is {_code(spec.base.source)}.", ""]
-    if result.notes:
-        lines += [*(f"- {' '.join(escape(note, quote=False).split())}" for note in result.notes), ""]
-    if result.metrics:
-        lines += [*_markdown_table(*metric_table(result)), "", ABOUT_METRICS, ""]
-    if result.candidates:
-        lines += [*_markdown_table(*candidate_table(result)), "", about_candidates(result.candidates), ""]
-        lines += [escape(" ".join(candidate_remarks(result)), quote=False).replace("*", "\\*"), ""]
-    lines += ["`recipe.json` is the request that made this; `report.html` says more.", ""]
-    return "\n".join(lines)
+        lines = [
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            f'model = SentenceTransformer("{folder}")',
+        ]
+        return "sentence-transformers", "sentence-similarity", lines
+    auto_class, tag = use_of(plan.published[0].config)
+    classes = {auto_class: "model"}
+    if plan.tokens_of(plan.published[0]).vocabulary:
+        classes["AutoTokenizer"] = "tokenizer"
+    elif any(task is not None and task.reads_images for task in plan.tasks):
+        classes["AutoImageProcessor"] = "processor"
+    loads = [f'{name} = {loader}.from_pretrained("{folder}")' for loader, name in classes.items()]
+    return "transformers", tag, [f"from transformers import {', '.join(classes)}", "", *loads]
 
 
-def _metadata(spec: MergeSpec, result: MergeResult, library: str, tag: str | None) -> dict[str, Any]:
+def _metadata(spec: MergeSpec, plan: MergePlan, result: MergeResult, library: str, tag: str | None) -> dict[str, Any]:
     """Make the card's metadata, by which the hub finds the model and links it to those of its origins that it has."""
     repositories = list(dict.fromkeys(c.hub.repository for c in spec.checkpoints if c.hub))
     read = [rows for model in spec.models for rows in (model.dataset, model.evaluation) if rows]
@@ -87,12 +89,15 @@ def _metadata(spec: MergeSpec, result: MergeResult, library: str, tag: str | Non
         **({"base_model": repositories, "base_model_relation": "merge"} if repositories else {}),
         **({"datasets": datasets} if datasets else {}),
         "tags": ["merge", "maskmerge"],
-        **({"model-index": [_evaluated(spec, result.metrics, tag)]} if result.metrics else {}),
+        **({"model-index": [_evaluated(spec, plan, result.metrics, tag)]} if result.metrics else {}),
     }
 
 
-def _evaluated(spec: MergeSpec, metrics: Mapping[str, MetricResult], tag: str | None) -> dict[str, Any]:
+def _evaluated(
+    spec: MergeSpec, plan: MergePlan, metrics: Mapping[str, MetricResult], tag: str | None
+) -> dict[str, Any]:
     """Return evaluations of the published models in the hub's form, one for each model that has one."""
+    on_hub = {name: known for task in plan.tasks if task is not None for name, known in task.hub_metrics.items()}
     evaluations = {model.name: model.evaluation for model in spec.models if model.evaluation}
     results = [
         {
@@ -100,7 +105,7 @@ def _evaluated(spec: MergeSpec, metrics: Mapping[str, MetricResult], tag: str | 
             "dataset": _dataset(evaluations[name]),
             "metrics": [
                 {
-                    "type": METRIC_TYPES.get(found.metric, found.metric),
+                    "type": on_hub.get(found.metric, found.metric),
                     "value": round(found.merged, 6),
                     "name": f"{found.metric} on {found.examples} rows, "
                     f"95 % interval {found.interval[0]:.4f} to {found.interval[1]:.4f}",
@@ -117,45 +122,26 @@ def _dataset(rows: EvaluationSpec | DatasetSpec) -> dict[str, str]:
     return {**named, **{key: value for key, value in (("config", rows.config), ("split", rows.split)) if value}}
 
 
-def _card_summary(spec: MergeSpec, result: MergeResult) -> str:
-    names = ", ".join(model.name for model in spec.models)
-    models = f"{len(spec.models)} models ({names})" if len(spec.models) > 1 else f"one model ({names})"
-    if spec.method.stacked_slices:
-        return f"Layers of {models}, stacked by `{spec.method.name}`."
-    return f"A merge of {models} by `{result.method['name']}`."
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} models ({', '.join(names)})" if len(names) > 1 else f"one model ({names[0]})"
 
 
-def _card_models(spec: MergeSpec, result: MergeResult) -> list[str]:
-    models = [[m.name, _code(m.checkpoint)] for m in result.models]
+def _origins(spec: MergeSpec, result: MergeResult) -> Table:
+    """Return the table of the models that were merged."""
+    rows: list[list[str]] = [[model.name, code(model.checkpoint)] for model in result.models]
     if spec.method.stacked_slices:
-        stack = _markdown_table(SLICE_COLUMNS, slice_rows(spec.method.stacked_slices))
-        return [*_markdown_table(["model", "checkpoint"], models), "", *stack]
+        return ["model", "checkpoint"], rows
     columns = ["model", "checkpoint", "mean merge weight"]
-    rows = [[*row, number(m.weight_share, 3)] for row, m in zip(models, result.models, strict=True)]
-    if any(m.parameters for m in result.models):
+    rows = [[*row, number(model.weight_share, 3)] for row, model in zip(rows, result.models, strict=True)]
+    if any(model.parameters for model in result.models):
         columns.append("its own parameters")
-        given = [m.model_dump(mode="json")["parameters"] for m in result.models]
-        rows = [[*row, _card_values(own)] for row, own in zip(rows, given, strict=True)]
-    return _markdown_table(columns, rows)
+        own = [model.model_dump(mode="json")["parameters"] for model in result.models]
+        rows = [[*row, _values(values)] for row, values in zip(rows, own, strict=True)]
+    return columns, rows
 
 
-def _card_parameters(spec: MergeSpec, result: MergeResult) -> list[str]:
-    if spec.method.stacked_slices:  # the slices are its parameters
-        return []
-    given = {key: value for key, value in result.method.items() if key != "name" and value is not None}
-    return [f"Parameters of the method: {_card_values(given)}.", ""]
-
-
-def _code(text: str) -> str:
-    """Format a text as code, which a backtick would end."""
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
-
-
-def _card_values(values: Mapping[str, Any]) -> str:
-    texts = {key: json.dumps(value, ensure_ascii=False).replace("`", "'") for key, value in values.items()}
-    return ", ".join(f"{key} `{text if len(text) <= 200 else text[:199] + '…'}`" for key, text in texts.items())
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells]
+def _values(values: Mapping[str, Any]) -> Markup:
+    """List names with their values, of which long ones are cut off."""
+    texts = ((key, json.dumps(value, ensure_ascii=False)) for key, value in values.items())
+    shown = ((key, text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…") for key, text in texts)
+    return Markup(", ").join(Markup("{} {}").format(escaped(key), code(text)) for key, text in shown)

@@ -10,8 +10,13 @@ from worker.engine.catalog.contracts.report import PAGE_POLICY, JobResult, Merge
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.families import NODE_KINDS
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.reporting import figures
 from worker.engine.reporting.contents import Construction, Contents
+from worker.engine.reporting.figures.certainty import certainty
+from worker.engine.reporting.figures.comparisons import candidates, versions
+from worker.engine.reporting.figures.interference import interference
+from worker.engine.reporting.figures.maps import scores, weights
+from worker.engine.reporting.figures.search import search
+from worker.engine.reporting.figures.timings import timings
 from worker.engine.reporting.html import Cell, details, element, markup, rendered, table
 from worker.engine.reporting.style import STYLE
 from worker.engine.reporting.words import (
@@ -50,13 +55,13 @@ def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: 
     sections = [
         _notes(result),
         Section("retention", "What the merge kept of each expert", _retention(result)),
-        Section("candidates", "What could have been published", figures.candidates(result)),
-        Section("search", "How it was found", figures.search(result)),
+        Section("candidates", "What could have been published", candidates(result)),
+        Section("search", "How it was found", search(result)),
         Section("merged", "What was merged", _merged(spec, plan, result, contents, base)),
-        Section("scores", "Where each model's nodes matter", figures.scores(contents.maps)),
-        Section("weights", "Which model decides where", figures.weights(contents.maps)),
-        Section("interference", "How the models get in each other's way", figures.interference(contents.interference)),
-        Section("certainty", "How well the merge weights are known", figures.certainty(result.stopping)),
+        Section("scores", "Where each model's nodes matter", scores(contents.maps)),
+        Section("weights", "Which model decides where", weights(contents.maps)),
+        Section("interference", "How the models get in each other's way", interference(contents.interference)),
+        Section("certainty", "How well the merge weights are known", certainty(result.stopping)),
         Section("run", "Where the time went", _run(result, contents)),
         _repeat(spec, result, "/merge"),
     ]
@@ -73,11 +78,11 @@ def score_page(spec: ScoreSpec, result: ScoreResult, contents: Contents) -> str:
     sections = [
         _notes(result),
         Section("measured", "What was measured", _measured(result)),
-        Section("scores", "Where each model's nodes matter", figures.scores(contents.maps)),
+        Section("scores", "Where each model's nodes matter", scores(contents.maps)),
         Section(
             "certainty",
             "How well merge weights would be known",
-            [part for i, m in enumerate(result.models) for part in figures.certainty(m.stopping, m.name, i)],
+            [part for i, m in enumerate(result.models) for part in certainty(m.stopping, m.name, i)],
         ),
         Section("store", "What is kept for later jobs", _kept(result)),
         Section("run", "Where the time went", _run(result, contents)),
@@ -145,7 +150,7 @@ def _retention(result: MergeResult) -> list[Markup]:
         return []
     columns, rows = metric_table(result)
     shown = details("Table of all versions", table(columns, rows, "Metrics by model", numeric=range(2, len(columns))))
-    return [element("p", ABOUT_METRICS, class_="note"), figures.versions(result.metrics), shown]
+    return [element("p", ABOUT_METRICS, class_="note"), versions(result.metrics), shown]
 
 
 def _notes(result: JobResult) -> Section:
@@ -239,7 +244,7 @@ def _run(result: JobResult, contents: Contents) -> list[Markup]:
         [m.name, m.commit or "-", element("code", m.digest)] for m in getattr(result, "models", [])
     ]
     return [
-        *figures.timings(spent),
+        *timings(spent),
         details(
             "Machine and versions",
             element("div", table(["what", "which"], machine, "Machine and versions"), class_="facts"),

@@ -1,6 +1,6 @@
 """A sequence has one of several labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
@@ -15,6 +15,7 @@ class Classification(Task):
     name = "classification"
     ending = "ForSequenceClassification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
+    hub_metrics: ClassVar[Mapping[str, str]] = {"matthews": "matthews_correlation"}
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:

@@ -1,7 +1,8 @@
 """A sequence has a number."""
 
 import math
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
@@ -15,6 +16,7 @@ class Regression(Task):
     name = "regression"
     ending = "ForSequenceClassification"
     metrics = ("pearson", "spearman")
+    hub_metrics: ClassVar[Mapping[str, str]] = {"pearson": "pearsonr", "spearman": "spearmanr"}
     has_classes = False
 
     @classmethod

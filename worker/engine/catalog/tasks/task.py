@@ -50,6 +50,8 @@ class Task(ABC):
     """Names of the metrics by which such a head is evaluated; the first is the default."""
     minimised: ClassVar[frozenset[str]] = frozenset()
     """Names of the metrics of which less is better."""
+    hub_metrics: ClassVar[Mapping[str, str]] = {}
+    """The hub's names of metrics, where they are others."""
     has_classes: ClassVar[bool] = True
     """Whether labels are ids of classes, which may have names."""
 
