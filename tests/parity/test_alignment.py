@@ -81,11 +81,6 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in LABELS}
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
-
-
 def merge(engine: Engine, folder: Path, experts: dict[str, Path], **options: Any) -> MergeResult:
     models = [model_spec(path, path.with_suffix(".jsonl")) for path in experts.values()]
     method = {"name": "average", **options.pop("method", {})}

@@ -65,6 +65,14 @@ LABELS = {"two": 2, "three": 3, "grade": 1}
 OF_ANY = {kind for family in TINY_FAMILIES.values() for kind in family.counts(HEADS, NEURONS)}
 INDICES = {kind: index for kind, index in {"heads": 2, "neurons": 7, "kv_heads": 1}.items() if kind in OF_ANY}
 NODES = [(kind, layer, index) for kind, index in INDICES.items() for layer in range(LAYERS)]
+HEADS_OF_NO_WIDTH = {"llama": 32, "falcon": 71, "gpt_neox": 64}
+"""Numbers of heads that are a class's own where the configuration says none, and that its checks come to first."""
+AGAINST_SHAPES = {
+    *(("falcon", key) for key in ("new_decoder_architecture", "multi_query")),
+    ("falcon-new", "new_decoder_architecture"),
+    ("falcon-sequential", "multi_query"),
+}
+"""Settings of which another value has another shape."""
 CPU = torch.device("cpu")
 ENGINE_TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 INVARIANCE = 1e-5  # relative in norm per layer and kind: what METHOD promises of float32
@@ -124,11 +132,6 @@ def make_case(name: str, root: Path) -> Case:
         tiny_checkpoint(root / expert, family=TINY_FAMILIES[name], labels=labels, seed=seed)
         write_rows(root / f"{expert}.jsonl", count=ROWS, labels=labels, seed=seed)
     return Case(name, TINY_FAMILIES[name], root)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
 
 
 def merge(engine: Engine, folder: Path, checkpoints: list[Path], **options: Any) -> dict[str, Path]:
@@ -633,15 +636,25 @@ def test_another_family_is_refused_by_both_names(case: Case, tmp_path: Path) -> 
 
 def test_another_architecture_of_the_family_is_refused(case: Case, tmp_path: Path) -> None:
     pair = copied(case, tmp_path)
+    own = case.table.head.architecture
     known = model_type_of(case.tiny.model_type)
     assert known is not None
-    other = next(
-        name
-        for name in sorted(known.architectures)
-        if name != case.table.head.architecture and not name.endswith("Model")
-    )
+    other = next(name for name in sorted(known.architectures) if name != own and not name.endswith("Model"))
     edit_json(pair[0] / "config.json", architectures=[other])
-    assert_refused(pair, EngineError, other)
+    if case.tiny.model_type == "gpt_neox":
+        assert_refused(
+            pair, IncompatibleCheckpoints, f"local:two and local:three: architectures differ: {other}, {own}"
+        )
+        return
+    lacking = min(name for name in read_model(pair[0]) if name.startswith(case.tiny.head))
+    with pytest.raises(InvalidCheckpoint) as caught:
+        plan(pair)
+    said = f"checkpoint local:two: architectures in config.json says {other}, which has no tensor {lacking}; "
+    advice = " has. Name the class that the checkpoint is, or remove the tensor"
+    message = caught.value.message
+    assert message.startswith(said)
+    assert message.endswith(advice)
+    assert lacking in known.architectures[message.removeprefix(said).removesuffix(advice)].all_names
 
 
 def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> None:
@@ -668,8 +681,10 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
         edit_json(pair[1] / "config.json", **{key: other})
         if key == case.table.padding_position:  # another limit, and another meaning of every position
             assert required_family(plan([pair[1]])).max_tokens({**config, key: other}) == POSITIONS + 2 - 8
-        if key in ("new_decoder_architecture", "multi_query"):  # a shape of Falcon's may contradict it too
-            assert_refused(pair, EngineError)
+        if (case.name, key) in AGAINST_SHAPES:
+            assert_refused(
+                pair, InvalidCheckpoint, "local:three", "query_key_value.weight has shape", "config.json says"
+            )
         else:
             assert_refused(pair, IncompatibleCheckpoints, f"{key} differs")
     for what, key in case.table.config_names.items():
@@ -677,7 +692,9 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
             continue
         pair = copied(case, tmp_path / key)
         edit_json(pair[0] / "config.json", **{key: None, "layer_types": None, "no_rope_layers": None})
-        assert_refused(pair, InvalidCheckpoint, key)
+        heads = HEADS_OF_NO_WIDTH.get(case.tiny.model_type) if what == "heads" else None
+        problem = f"no usable {key}" if heads is None else f"{key} {heads}, which does not divide hidden_size 16"
+        assert_refused(pair, InvalidCheckpoint, f"checkpoint local:two: config.json has {problem}")
 
 
 def test_what_a_missing_setting_means_is_what_transformers_takes_it_for(case: Case) -> None:

@@ -52,11 +52,6 @@ METHODS = (*CONVEX, {"name": "regmean"}, {"name": "mask_regmean"}, {"name": "ali
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
-
-
-@pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("merging")
     for seed, labels in enumerate(LABELS):
