@@ -1,8 +1,6 @@
 """What every language model must do: scores, statistics, merges and metrics against independent computations."""
 
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.score_names import assert_same_in_norm, by_name
+from tests.score_names import assert_same_in_norm
+from tests.siblings import (
+    TOLERANCE,
+    Siblings,
+    assert_batches_do_not_matter,
+    assert_grams,
+    assert_same_model,
+    examples_of,
+    scores_by_masks,
+    write_objects,
+)
 from tests.tiny import (
     POSITIONS,
     insert_masks,
@@ -22,20 +30,16 @@ from tests.tiny import (
     tiny_base,
     tiny_checkpoint,
     tiny_texts,
-    write_lines,
 )
 from tests.tiny_adapters import merged_by_peft, save_adapter
-from tests.tiny_families import DECODERS, TINY_LLAMA, TinyFamily
-from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from tests.tiny_families import DECODERS, TINY_LLAMA
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec, ModelSpec
-from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidDataset
-from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.inputs.examples import Example
 from worker.engine.jobs.engine import Engine
-from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.gram import grams
@@ -44,58 +48,27 @@ from worker.engine.tasks import next_tokens
 from worker.engine.tasks.drawing import uniform
 
 ROWS = 12
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 MEASURED = ("mask_fisher", "fisher", "regmean", "mask_regmean", "aligned_regmean")
 
 
-@dataclass(frozen=True)
-class Case:
-    """Two language models of one ancestor, `one` and `two`, with rows beside them."""
-
-    tiny: TinyFamily
-    root: Path
-
-    @property
-    def models(self) -> dict[str, Path]:
-        return {name: self.root / name for name in ("one", "two")}
-
-    def loaded(self, name: str = "one") -> LoadedModel:
-        return load(inspect_checkpoint(self.root / name, name), CPU)
-
-    def exact(self, name: str = "one") -> Any:
-        """The model in float64, as transformers loads it."""
-        return AutoModelForCausalLM.from_pretrained(self.root / name, dtype=torch.float64).eval()
-
-    def rows(self, name: str = "one") -> DatasetSpec:
-        return DatasetSpec(source=name, path=self.root / f"{name}.jsonl")
+def spec_of(file: Path) -> DatasetSpec:
+    return DatasetSpec(source=file.stem, path=file)
 
 
 @pytest.fixture(scope="module", params=DECODERS)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siblings:
     root = tmp_path_factory.mktemp(request.param)
     tiny = DECODERS[request.param]
     for seed, name in enumerate(("one", "two"), start=1):
         tiny_checkpoint(root / name, family=tiny, seed=seed, task="CausalLM")
-        write_lines(root / f"{name}.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, seed)])
-    return Case(tiny, root)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
+        write_objects(root / f"{name}.jsonl", [{"text": text} for text in tiny_texts(ROWS, seed)])
+    return Siblings(tiny, root, AutoModelForCausalLM, spec_of)
 
 
 @pytest.fixture(autouse=True)
 def few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tokens at a time, so that every row is cut."""
     monkeypatch.setitem(next_tokens.CHUNK_LOGITS, "cpu", 700)
-
-
-def examples_of(case: Case, loaded: LoadedModel, spec: DatasetSpec | None = None) -> list[Example]:
-    spec = spec or case.rows()
-    rows = sample(RowFile(spec), spec, None, shuffle=False)
-    return tokenize(rows, spec, loaded.tokenizer, loaded.max_length, None, reading=loaded.kind).examples
 
 
 def drawn(p: Tensor, draw: float) -> int:
@@ -121,43 +94,35 @@ def likelihood(model: Any, example: Example, labels: Tensor) -> Tensor:
     return total
 
 
-def scores_one_by_one(case: Case, examples: list[Example], estimator: Estimator) -> dict[ScoreName, Tensor]:
+def scores_one_by_one(case: Siblings, examples: list[Example], estimator: Estimator) -> dict[ScoreName, Tensor]:
     """Scores by masks that are there: a row at a time, no padding, float64."""
     free, model = case.exact(), case.exact()
     masks = insert_masks(model, case.tiny)
-    total = [torch.zeros_like(mask) for mask in masks]
-    for example in examples:
-        found = torch.autograd.grad(likelihood(model, example, labels_of(free, example, estimator)), masks)
-        for sum_, gradient in zip(total, found, strict=True):
-            sum_ += gradient**2 / len(examples)
-    return by_name(case.tiny, total)
+    rows = ([(1.0, likelihood(model, example, labels_of(free, example, estimator)))] for example in examples)
+    return scores_by_masks(case.tiny, masks, rows)
 
 
 @pytest.mark.parametrize("name", ["sampled", "empirical"])
-def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None:
+def test_scores_are_those_of_masks_that_are_there(case: Siblings, name: Any) -> None:
     loaded = case.loaded()
-    examples, estimator = examples_of(case, loaded), Estimator(name, seed=5)
+    examples, estimator = examples_of(loaded, case.spec(), labelled=False), Estimator(name, seed=5)
     found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
     assert_same_in_norm(found, scores_one_by_one(case, examples, estimator), TOLERANCE)
 
 
-def test_the_default_draws_labels(case: Case) -> None:
+def test_the_default_draws_labels(case: Siblings) -> None:
     assert estimator_for("auto", case.loaded().task, 0) == Estimator("sampled", 0)
 
 
-def test_scores_do_not_depend_on_the_batch(case: Case) -> None:
+def test_scores_do_not_depend_on_the_batch(case: Siblings) -> None:
     loaded = case.loaded()
-    examples, estimator = examples_of(case, loaded), Estimator("sampled", 3)
-    together = score(loaded, examples, estimator, "float32", "rows", silent, [examples]).scores()
-    apart = score(
-        loaded, examples, estimator, "float32", "rows", silent, [[one] for one in reversed(examples)]
-    ).scores()
-    assert_same_in_norm(together, apart, TOLERANCE)
+    examples = examples_of(loaded, case.spec(), labelled=False)
+    assert_batches_do_not_matter(loaded, examples, Estimator("sampled", 3), TOLERANCE)
 
 
-def test_fisher_information_is_that_of_autograd(case: Case) -> None:
+def test_fisher_information_is_that_of_autograd(case: Siblings) -> None:
     loaded = case.loaded()
-    examples = examples_of(case, loaded)[:4]
+    examples = examples_of(loaded, case.spec(), labelled=False)[:4]
     found = fisher(loaded, examples, Estimator("empirical"), "float32", "rows", silent)
     model = case.exact()
     parameters = dict(model.named_parameters())
@@ -173,22 +138,21 @@ def test_fisher_information_is_that_of_autograd(case: Case) -> None:
         torch.testing.assert_close(found[name].double(), expected, rtol=2e-4, atol=least)
 
 
-def test_only_the_target_of_a_prompt_has_labels(case: Case) -> None:
+def test_only_the_target_of_a_prompt_has_labels(case: Siblings) -> None:
     loaded = case.loaded()
-    file = case.root / "prompts.jsonl"
-    write_lines(file, [json.dumps({"text": "one two three", "more": " four five"})])
+    file = write_objects(case.root / "prompts.jsonl", [{"text": "one two three", "more": " four five"}])
     spec = DatasetSpec(source="prompts", path=file, target="more")
-    [example] = examples_of(case, loaded, spec)
+    [example] = examples_of(loaded, spec, labelled=False)
     target = loaded.tokenizer(" four five", add_special_tokens=False)["input_ids"]
     assert example.label == tuple(target)
     last = len(example.encoding["input_ids"]) - 1
     assert example.positions == tuple(range(last - len(target), last))
 
 
-def test_a_target_without_a_token_is_refused_by_its_row(case: Case) -> None:
-    file = write_lines(case.root / "nothing.jsonl", [json.dumps({"text": "one two", "more": ""})])
+def test_a_target_without_a_token_is_refused_by_its_row(case: Siblings) -> None:
+    file = write_objects(case.root / "nothing.jsonl", [{"text": "one two", "more": ""}])
     with pytest.raises(InvalidDataset, match="nothing, line 1: no token is of its target"):
-        examples_of(case, case.loaded(), DatasetSpec(source="nothing", path=file, target="more"))
+        examples_of(case.loaded(), DatasetSpec(source="nothing", path=file, target="more"), labelled=False)
 
 
 def losses(model: Any, tokenizer: Any, texts: list[str]) -> tuple[float, int, int]:
@@ -206,22 +170,21 @@ def losses(model: Any, tokenizer: Any, texts: list[str]) -> tuple[float, int, in
 
 
 @pytest.mark.parametrize("metric", ["loss", "perplexity", "token_accuracy"])
-def test_metrics_are_those_of_transformers(case: Case, engine: Engine, tmp_path: Path, metric: str) -> None:
+def test_metrics_are_those_of_transformers(case: Siblings, engine: Engine, tmp_path: Path, metric: str) -> None:
     specs = []
     for name, folder in case.models.items():
-        evaluation = EvaluationSpec(source=name, path=case.root / f"{name}.jsonl", metric=metric)
+        evaluation = EvaluationSpec(**case.spec(name).model_dump(), metric=metric)
         specs.append(model_spec(folder, None, evaluation=evaluation))
     result = engine.merge(merge_spec(tmp_path / "out", specs, {"name": "average"}, evaluate=True), silent)
     assert result.metrics is not None
     for name, folder in case.models.items():
-        texts = [json.loads(line)["text"] for line in (case.root / f"{name}.jsonl").read_text().splitlines()]
+        texts = [row["text"] for row in case.rows(name)]
         tokenizer = AutoTokenizer.from_pretrained(folder)
         found = result.metrics[name]
         assert found.merged_kept_head is None
         values = {}
-        for version, model in {"expert": folder, "merged": tmp_path / "out" / "model"}.items():
-            exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
-            total, hits, count = losses(exact, tokenizer, texts)
+        for version, path in case.versions(name, tmp_path / "out" / "model").items():
+            total, hits, count = losses(case.exact(path), tokenizer, texts)
             loss = total / count
             values[version] = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": hits / count}[metric]
         assert found.expert == pytest.approx(values["expert"], rel=1e-4)
@@ -232,22 +195,19 @@ def test_metrics_are_those_of_transformers(case: Case, engine: Engine, tmp_path:
 
 
 @pytest.mark.parametrize("method", MEASURED)
-def test_a_model_merged_with_itself_is_itself(case: Case, engine: Engine, tmp_path: Path, method: str) -> None:
+def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
     folder = case.models["one"]
     specs = [
-        model_spec(folder, None, name=name, dataset=DatasetSpec(source=rows, path=case.root / f"{rows}.jsonl"))
+        model_spec(folder, None, name=name, dataset=case.spec(rows))
         for name, rows in (("first", "one"), ("second", "two"))
     ]
     engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
-    own, merged = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "out" / "model"))
-    assert own.keys() == merged.keys()
-    for name, tensor in own.items():
-        assert torch.equal(tensor, merged[name]), name
+    assert_same_model(tmp_path / "out" / "model", folder)
 
 
 @pytest.mark.parametrize("method", MEASURED)
-def test_a_measured_merge_is_no_average_and_loads(case: Case, engine: Engine, tmp_path: Path, method: str) -> None:
-    specs = [model_spec(folder, None, dataset=case.rows(name)) for name, folder in case.models.items()]
+def test_a_measured_merge_is_no_average_and_loads(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
+    specs = [model_spec(folder, None, dataset=case.spec(name)) for name, folder in case.models.items()]
     result = engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
     assert [model.examples for model in result.models] == [ROWS, ROWS]
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
@@ -260,7 +220,7 @@ def test_a_measured_merge_is_no_average_and_loads(case: Case, engine: Engine, tm
     assert any(not torch.allclose(merged[name], (one[name] + two[name]) / 2, atol=1e-4) for name in merged)
 
 
-def test_the_ancestor_without_a_head_is_the_base(case: Case, engine: Engine, tmp_path: Path) -> None:
+def test_the_ancestor_without_a_head_is_the_base(case: Siblings, engine: Engine, tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", family=case.tiny)
     specs = [model_spec(folder, None) for folder in case.models.values()]
     spec = merge_spec(tmp_path / "out", specs, {"name": "task_arithmetic", "scale": 0.25})
@@ -275,23 +235,14 @@ def test_the_ancestor_without_a_head_is_the_base(case: Case, engine: Engine, tmp
         torch.testing.assert_close(merged[own], expected, rtol=0, atol=1e-5, msg=own)
 
 
-def test_gram_matrices_are_those_of_the_inputs_of_linear_layers(case: Case) -> None:
+def test_gram_matrices_are_those_of_the_inputs_of_linear_layers(case: Siblings) -> None:
     loaded = case.loaded()
-    examples = examples_of(case, loaded)
+    examples = examples_of(loaded, case.spec(), labelled=False)
     inputs = plan_merge([loaded.info]).linear_inputs
     found = grams(loaded, inputs, examples, "float32", "rows", silent)
     model = case.exact()
-    seen: dict[str, list[Tensor]] = {one.name: [] for one in inputs}
-    for one in inputs:
-        see = seen[one.name].append
-        model.get_submodule(one.module).register_forward_pre_hook(lambda _, args, see=see: see(args[0].flatten(0, -2)))
-    for example in examples:
-        with torch.no_grad():
-            model(input_ids=torch.tensor([example.encoding["input_ids"]]))
-    assert found.keys() == seen.keys()
-    for name, parts in seen.items():
-        x = torch.cat(parts)
-        torch.testing.assert_close(found[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    rows = [torch.tensor([example.encoding["input_ids"]]) for example in examples]
+    assert_grams(found, model, inputs, lambda: [model(input_ids=tokens) for tokens in rows])
 
 
 @pytest.mark.parametrize("method", MEASURED)
@@ -299,7 +250,7 @@ def test_adapters_are_measured_as_the_models_that_peft_makes_of_them(
     engine: Engine, tmp_path: Path, method: str
 ) -> None:
     base = tiny_checkpoint(tmp_path / "base", family=TINY_LLAMA, seed=0, task="CausalLM")
-    rows = write_lines(tmp_path / "rows.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, 9)])
+    rows = write_objects(tmp_path / "rows.jsonl", [{"text": text} for text in tiny_texts(ROWS, 9)])
     dataset = DatasetSpec(source="rows", path=rows)
     lora = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
     specs: dict[str, list[ModelSpec]] = {"adapters": [], "whole": []}

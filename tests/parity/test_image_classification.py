@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from pyarrow.parquet import write_table
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from tests.score_names import assert_same_in_norm, by_name
+from tests.score_names import assert_same_in_norm
+from tests.siblings import CPU, TOLERANCE, scores_by_masks
 from tests.tiny import (
     HEADS,
     NEURONS,
@@ -56,8 +57,6 @@ from worker.engine.tasks.drawing import uniform
 NAMES = ("cat", "dog", "owl")
 OTHERS = ("night", "day")
 ROWS = 18
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 INVARIANCE = 1e-5  # relative in norm per layer and kind: what METHOD promises of float32
 
 
@@ -90,7 +89,6 @@ def write_images(file: Path, seed: int, names: Sequence[str], count: int = ROWS)
 class Case:
     """Two classifiers of one ancestor, `one` and `two`, of other labels, with rows beside them."""
 
-    name: str
     tiny: TinyFamily
     root: Path
 
@@ -123,12 +121,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         tiny_checkpoint(root / name, family=tiny, seed=seed, names=labels, task="ImageClassification")
         write_images(root / f"{name}.jsonl", seed, labels)
         write_images(root / f"{name}-held-out.jsonl", 10 + seed, labels)
-    return Case(request.param, tiny, root)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
+    return Case(tiny, root)
 
 
 # As transformers reads them
@@ -155,21 +148,20 @@ def one_by_one(case: Case, estimator: str) -> dict[ScoreName, Tensor]:
     folder, rows = case.models["one"], case.root / "one.jsonl"
     model = float64_model(folder)
     masks = insert_masks(model, case.tiny)
-    total = [torch.zeros_like(mask) for mask in masks]
     labels = ids(rows)
-    for index, values in enumerate(pixels(folder, rows)):
-        logp = model(pixel_values=values).logits[0].log_softmax(-1)
-        p = logp.detach().exp()
-        drawn = int((p.cumsum(0)[:-1] <= uniform(7, index)).sum())
-        weighted = {
-            "expected": [(float(p[k]), k) for k in range(len(p))],
-            "sampled": [(1.0, drawn)],
-            "empirical": [(1.0, labels[index])],
-        }[estimator]
-        for weight, k in weighted:
-            for sum_, gradient in zip(total, torch.autograd.grad(logp[k], masks, retain_graph=True), strict=True):
-                sum_ += weight * gradient**2 / len(labels)
-    return by_name(case.tiny, total)
+
+    def likelihoods() -> Iterator[list[tuple[float, Tensor]]]:
+        for index, values in enumerate(pixels(folder, rows)):
+            logp = model(pixel_values=values).logits[0].log_softmax(-1)
+            p = logp.detach().exp()
+            drawn = int((p.cumsum(0)[:-1] <= uniform(7, index)).sum())
+            yield {
+                "expected": [(float(p[k]), logp[k]) for k in range(len(p))],
+                "sampled": [(1.0, logp[drawn])],
+                "empirical": [(1.0, logp[labels[index]])],
+            }[estimator]
+
+    return scores_by_masks(case.tiny, masks, likelihoods())
 
 
 # Scores
@@ -258,7 +250,7 @@ METHODS = ({"name": "mask_fisher"}, {"name": "regmean"}, {"name": "fisher"}, {"n
 def test_merged_with_itself_a_model_stays_bit_identical(
     case: Case, engine: Engine, tmp_path: Path, method: Mapping[str, Any]
 ) -> None:
-    twin = Case(case.name, case.tiny, tmp_path / "twin")
+    twin = Case(case.tiny, tmp_path / "twin")
     for name in ("one", "two"):
         shutil.copytree(case.models["one"], twin.root / name)
         shutil.copytree(case.root / "one", twin.root / name, dirs_exist_ok=True)

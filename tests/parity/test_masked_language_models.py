@@ -1,10 +1,10 @@
 """Masked language models of every encoder: scores, merges and metrics against independent computations."""
 
 import hashlib
-import json
 import math
 import struct
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,34 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as CLASSES
 
-from tests.score_names import assert_same_in_norm, by_name
+from tests.score_names import assert_same_in_norm
+from tests.siblings import (
+    TOLERANCE,
+    Siblings,
+    assert_batches_do_not_matter,
+    assert_same_model,
+    examples_of,
+    merged_with_itself,
+    scores_by_masks,
+    searched,
+    write_objects,
+)
 from tests.tiny import (
     dataset_spec,
     edit_json,
     insert_masks,
     merge_spec,
-    model_spec,
-    read_model,
     silent,
     tiny_checkpoint,
     tiny_texts,
-    write_lines,
 )
 from tests.tiny_families import TINY_FAMILIES, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
-from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
 from worker.engine.catalog.tasks import task_of
-from worker.engine.inputs.examples import Example, tokenize
 from worker.engine.jobs.engine import Engine
-from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.fisher import fisher
 from worker.engine.scoring.scorer import score
@@ -48,51 +52,22 @@ from worker.engine.tasks.drawing import uniform
 WITH_HEAD = [name for name, family in TINY_FAMILIES.items() if family.model_type in CLASSES]
 """The families of which the library has such a class."""
 ROWS = 12
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 
 
-@dataclass(frozen=True)
-class Case:
-    """Two models of one ancestor, `one` and `two`, with rows beside them."""
-
-    tiny: TinyFamily
-    root: Path
-
-    @property
-    def models(self) -> dict[str, Path]:
-        return {name: self.root / name for name in ("one", "two")}
-
-    def loaded(self, name: str = "one") -> LoadedModel:
-        return load(inspect_checkpoint(self.root / name, name), CPU)
-
-    def exact(self, name: str = "one") -> Any:
-        """The model in float64, as transformers loads it."""
-        return AutoModelForMaskedLM.from_pretrained(self.root / name, dtype=torch.float64).eval()
-
-    def rows(self, name: str = "one") -> DatasetSpec:
-        return dataset_spec(self.root / f"{name}.jsonl", label=None)
-
-    def examples(self, loaded: LoadedModel) -> list[Example]:
-        rows = sample(RowFile(self.rows(), loaded.task.rows), self.rows(), None, shuffle=False)
-        return tokenize(rows, self.rows(), loaded.tokenizer, loaded.max_length, None, reading=loaded.kind).examples
+def spec_of(file: Path) -> DatasetSpec:
+    return dataset_spec(file, label=None)
 
 
-def made(root: Path, tiny: TinyFamily) -> Case:
+def made(root: Path, tiny: TinyFamily) -> Siblings:
     for seed, name in enumerate(("one", "two"), start=1):
         tiny_checkpoint(root / name, family=tiny, seed=seed, task="MaskedLM")
-        write_lines(root / f"{name}.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, seed, longest=12)])
-    return Case(tiny, root)
+        write_objects(root / f"{name}.jsonl", [{"text": text} for text in tiny_texts(ROWS, seed, longest=12)])
+    return Siblings(tiny, root, AutoModelForMaskedLM, spec_of)
 
 
 @pytest.fixture(scope="module", params=WITH_HEAD)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siblings:
     return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +83,7 @@ def hidden_of(tokens: list[int], special: list[int]) -> list[int]:
     return [p for p, draw in draws.items() if draw < 0.15] or [min(draws, key=lambda p: draws[p])]
 
 
-def masked(case: Case, text: str) -> tuple[Tensor, list[int], list[int]]:
+def masked(case: Siblings, text: str) -> tuple[Tensor, list[int], list[int]]:
     """Tokens with masks, (1, tokens), the hidden positions, and what was there."""
     tokenizer = AutoTokenizer.from_pretrained(case.models["one"])
     tokens = tokenizer(text)["input_ids"]
@@ -117,8 +92,8 @@ def masked(case: Case, text: str) -> tuple[Tensor, list[int], list[int]]:
     return torch.tensor([found]), hidden, [tokens[place] for place in hidden]
 
 
-def texts_of(case: Case, name: str = "one") -> list[str]:
-    return [json.loads(line)["text"] for line in (case.root / f"{name}.jsonl").read_text().splitlines()]
+def texts_of(case: Siblings, name: str = "one") -> list[str]:
+    return [row["text"] for row in case.rows(name)]
 
 
 def likelihood(model: Any, tokens: Tensor, hidden: list[int], labels: list[int]) -> Tensor:
@@ -127,55 +102,54 @@ def likelihood(model: Any, tokens: Tensor, hidden: list[int], labels: list[int])
     return total
 
 
-def test_tokens_are_hidden_by_the_mask_alone(case: Case) -> None:
+def test_tokens_are_hidden_by_the_mask_alone(case: Siblings) -> None:
     loaded = case.loaded()
-    for example, text in zip(case.examples(loaded), texts_of(case), strict=True):
+    for example, text in zip(examples_of(loaded, case.spec(), labelled=False), texts_of(case), strict=True):
         tokens, hidden, labels = masked(case, text)
         assert example.encoding["input_ids"] == tokens[0].tolist()
         assert (example.positions, example.label) == (tuple(hidden), tuple(labels))
 
 
-def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tensor]:
+def scores_one_by_one(case: Siblings, estimator: Estimator) -> dict[ScoreName, Tensor]:
     """Scores by masks that are there: a row at a time, no padding, float64."""
     free, model = case.exact(), case.exact()
     blocks = f"{model.base_model_prefix}.{case.tiny.layers.partition('.')[2]}"
     masks = insert_masks(model, replace(case.tiny, layers=blocks))
-    total = [torch.zeros_like(mask) for mask in masks]
-    texts = texts_of(case)
-    for index, text in enumerate(texts):
-        tokens, hidden, labels = masked(case, text)
-        if estimator.name == "sampled":
-            with torch.no_grad():
-                p = free(input_ids=tokens).logits[0, hidden].softmax(-1)
-            draws = [uniform(estimator.seed, index, place) for place in hidden]
-            labels = [min(int((of.cumsum(0) <= d).sum()), len(of) - 1) for of, d in zip(p, draws, strict=True)]
-        for sum_, gradient in zip(
-            total, torch.autograd.grad(likelihood(model, tokens, hidden, labels), masks), strict=True
-        ):
-            sum_ += gradient**2 / len(texts)
-    return by_name(case.tiny, total)
+
+    def likelihoods() -> Iterator[list[tuple[float, Tensor]]]:
+        for index, text in enumerate(texts_of(case)):
+            tokens, hidden, labels = masked(case, text)
+            if estimator.name == "sampled":
+                with torch.no_grad():
+                    p = free(input_ids=tokens).logits[0, hidden].softmax(-1)
+                draws = [uniform(estimator.seed, index, place) for place in hidden]
+                labels = [min(int((of.cumsum(0) <= d).sum()), len(of) - 1) for of, d in zip(p, draws, strict=True)]
+            yield [(1.0, likelihood(model, tokens, hidden, labels))]
+
+    return scores_by_masks(case.tiny, masks, likelihoods())
 
 
 @pytest.mark.parametrize("name", ["sampled", "empirical"])
-def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None:
+def test_scores_are_those_of_masks_that_are_there(case: Siblings, name: Any) -> None:
     loaded, estimator = case.loaded(), Estimator(name, seed=5)
-    found = score(loaded, case.examples(loaded), estimator, "float32", "rows", silent).scores()
+    found = score(
+        loaded, examples_of(loaded, case.spec(), labelled=False), estimator, "float32", "rows", silent
+    ).scores()
     assert_same_in_norm(found, scores_one_by_one(case, estimator), TOLERANCE)
 
 
-def test_scores_do_not_depend_on_batch_order_and_padding(case: Case) -> None:
-    loaded, estimator = case.loaded(), Estimator("sampled", 3)
-    examples = case.examples(loaded)
-    together = score(loaded, examples, estimator, "float32", "rows", silent, [examples]).scores()
-    alone = [[one] for one in reversed(examples)]
-    apart = score(loaded, examples, estimator, "float32", "rows", silent, alone).scores()
-    assert_same_in_norm(together, apart, 1e-5)
+def test_scores_do_not_depend_on_batch_order_and_padding(case: Siblings) -> None:
+    loaded = case.loaded()
+    examples = examples_of(loaded, case.spec(), labelled=False)
+    assert_batches_do_not_matter(loaded, examples, Estimator("sampled", 3))
 
 
-def test_fisher_information_is_that_of_autograd(case: Case) -> None:
+def test_fisher_information_is_that_of_autograd(case: Siblings) -> None:
     """Of the head's tensors too; a matrix that is tied has the sum of both its uses."""
     loaded = case.loaded()
-    found = fisher(loaded, case.examples(loaded)[:4], Estimator("empirical"), "float32", "rows", silent)
+    found = fisher(
+        loaded, examples_of(loaded, case.spec(), labelled=False)[:4], Estimator("empirical"), "float32", "rows", silent
+    )
     model = case.exact()
     model.requires_grad_(True)
     parameters = dict(model.named_parameters())
@@ -194,33 +168,25 @@ def test_fisher_information_is_that_of_autograd(case: Case) -> None:
 
 
 @pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "aligned_regmean"])
-def test_a_model_merged_with_itself_is_itself(case: Case, engine: Engine, tmp_path: Path, method: str) -> None:
-    if case.tiny.shares_layers and method == "aligned_regmean":
-        pytest.skip("layers that share their weights are not refitted")
-    dataset = case.rows()
-    specs = [model_spec(case.models["one"], None, name=name, dataset=dataset) for name in ("first", "second")]
-    engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
-    own, merged = read_model(case.models["one"]), read_model(tmp_path / "out" / "model")
-    assert own.keys() == merged.keys()
-    assert all(torch.equal(tensor, merged[key]) for key, tensor in own.items())
+def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
+    case.require_refit(method)
+    folder = merged_with_itself(engine, tmp_path / "out", case, method)
+    assert_same_model(folder / "model", case.models["one"])
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "token_accuracy"])
 def test_siblings_merge_with_their_heads_and_metrics_are_those_of_transformers(
-    case: Case, engine: Engine, tmp_path: Path, metric: str
+    case: Siblings, engine: Engine, tmp_path: Path, metric: str
 ) -> None:
-    specs = []
-    for name, folder in case.models.items():
-        evaluation = EvaluationSpec(**case.rows(name).model_dump(), metric=metric)
-        specs.append(model_spec(folder, None, dataset=case.rows(name), evaluation=evaluation))
+    specs = case.evaluated(metric, rows="")
     result = engine.merge(merge_spec(tmp_path / "out", specs, evaluate=True), silent)
     _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert result.metrics is not None
-    for name, folder in case.models.items():
-        for version, path in {"expert": folder, "merged": tmp_path / "out" / "model"}.items():
-            model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float64).eval()
+    for name in case.models:
+        for version, path in case.versions(name, tmp_path / "out" / "model").items():
+            model = case.exact(path)
             total, hits, count = 0.0, 0, 0
             for text in texts_of(case, name):
                 tokens, hidden, labels = masked(case, text)
@@ -235,13 +201,7 @@ def test_siblings_merge_with_their_heads_and_metrics_are_those_of_transformers(
 
 def test_auto_searches_on_hidden_tokens(engine: Engine, tmp_path: Path) -> None:
     case = made(tmp_path, TINY_FAMILIES["bert"])
-    specs = []
-    for name, folder in case.models.items():
-        evaluation = EvaluationSpec(**case.rows(name).model_dump(), metric="loss")
-        specs.append(model_spec(folder, None, dataset=case.rows(name), evaluation=evaluation))
-    spec = merge_spec(tmp_path / "out", specs, evaluate=True)
-    raw = {**spec.model_dump(), "method": {"name": "auto", "candidates": ["average", "mask_fisher"], "trials": 3}}
-    result = engine.merge(type(spec).model_validate(raw), silent)
+    result = searched(engine, tmp_path / "out", case.evaluated("loss", rows=""))
     assert result.metrics is not None
     assert set(result.metrics) == set(case.models)
 
@@ -253,14 +213,14 @@ def test_the_default_draws_labels(tmp_path: Path) -> None:
 
 def test_rows_and_tokenizers_without_anything_to_hide_are_refused(tmp_path: Path) -> None:
     case = made(tmp_path, TINY_FAMILIES["bert"])
-    write_lines(tmp_path / "one.jsonl", [json.dumps({"text": "one"}), json.dumps({"text": " "})])
+    write_objects(tmp_path / "one.jsonl", [{"text": "one"}, {"text": " "}])
     with pytest.raises(InvalidDataset, match="line 2: it has no token that could be hidden"):
-        case.examples(case.loaded())
-    write_lines(tmp_path / "one.jsonl", [json.dumps({"text": "one"})])
+        examples_of(case.loaded(), case.spec(), labelled=False)
+    write_objects(tmp_path / "one.jsonl", [{"text": "one"}])
     loaded = case.loaded()
     loaded.tokenizer.mask_token = None
     with pytest.raises(InvalidDataset, match="has no mask token"):
-        case.examples(loaded)
+        examples_of(loaded, case.spec(), labelled=False)
 
 
 def test_a_head_that_is_not_the_librarys_default_is_refused(tmp_path: Path) -> None:

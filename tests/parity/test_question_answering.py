@@ -1,12 +1,11 @@
 """Answers that are spans: scores, metrics and merges of every family against independent computations."""
 
 import collections
-import json
 import random
 import re
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,31 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as CLASSES
 
-from tests.score_names import assert_same_in_norm, by_name
+from tests.score_names import assert_same_in_norm
+from tests.siblings import (
+    TOLERANCE,
+    Siblings,
+    assert_batches_do_not_matter,
+    assert_same_model,
+    assert_squares,
+    examples_of,
+    merged_with_itself,
+    scores_by_masks,
+    searched,
+    write_objects,
+)
 from tests.tiny import (
-    LAYERS,
     dataset_spec,
     insert_masks,
     merge_spec,
-    model_spec,
-    read_model,
     silent,
     tiny_checkpoint,
-    write_lines,
 )
 from tests.tiny_families import OF_EACH_FORM, TINY_FAMILIES, WORDS, TinyFamily
-from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
-from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.families import NODE_KINDS, ScoreName
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import InvalidDataset
-from worker.engine.catalog.tasks import LabelMap
-from worker.engine.inputs.examples import Example, tokenize
-from worker.engine.inputs.tables import read_parquet
 from worker.engine.jobs.engine import Engine
-from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
 from worker.engine.tasks import squad
@@ -51,8 +51,6 @@ from worker.engine.tasks.drawing import uniform
 ROWS = 20
 WITH_HEAD = [name for name in OF_EACH_FORM if TINY_FAMILIES[name].model_type in CLASSES]
 """Families of each form of which the library has such a class."""
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 LONGEST = 30  # tokens of an answer
 Row = dict[str, Any]
 
@@ -74,62 +72,27 @@ def rows_of(seed: int, unanswerable: float = 0.3, count: int = ROWS) -> list[Row
     return rows
 
 
-def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    return write_lines(file, [json.dumps(row) for row in rows])
-
-
 def spec_of(file: Path, **more: Any) -> DatasetSpec:
     return dataset_spec(file, label=None, **{"answers": "answers", **more})
 
 
-@dataclass(frozen=True)
-class Case:
-    """Two models of one ancestor, `one` and `two`, with rows beside them."""
-
-    tiny: TinyFamily
-    root: Path
-
-    @property
-    def models(self) -> dict[str, Path]:
-        return {name: self.root / name for name in ("one", "two")}
-
-    def rows(self, name: str = "one") -> list[Row]:
-        return [json.loads(line) for line in (self.root / f"{name}.jsonl").read_text().splitlines()]
-
-    def loaded(self, name: str = "one") -> LoadedModel:
-        return load(inspect_checkpoint(self.root / name, name), CPU)
-
-
-def made(root: Path, tiny: TinyFamily) -> Case:
+def made(root: Path, tiny: TinyFamily) -> Siblings:
     for seed, name in enumerate(("one", "two"), start=1):
         tiny_checkpoint(root / name, family=tiny, seed=seed, task="QuestionAnswering")
-        write(root / f"{name}.jsonl", rows_of(seed))
-        write(root / f"{name}-held-out.jsonl", rows_of(10 + seed))
-        write(root / f"{name}-answered.jsonl", rows_of(20 + seed, unanswerable=0))
-    return Case(tiny, root)
+        write_objects(root / f"{name}.jsonl", rows_of(seed))
+        write_objects(root / f"{name}-held-out.jsonl", rows_of(10 + seed))
+        write_objects(root / f"{name}-answered.jsonl", rows_of(20 + seed, unanswerable=0))
+    return Siblings(tiny, root, AutoModelForQuestionAnswering, spec_of)
 
 
 @pytest.fixture(scope="module", params=WITH_HEAD)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siblings:
     return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Siblings:
     return made(tmp_path_factory.mktemp("bert-alone"), TINY_FAMILIES["bert"])
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
-
-
-def examples_of(loaded: LoadedModel, spec: DatasetSpec) -> list[Example]:
-    reader = loaded.task.rows
-    rows = read_parquet(spec, reader) if str(spec.path).endswith(".parquet") else RowFile(spec, reader)
-    read = sample(rows, spec, None, shuffle=False)
-    labels = LabelMap(loaded.task)
-    return tokenize(read, spec, loaded.tokenizer, loaded.max_length, labels, reading=loaded.kind).examples
 
 
 # As transformers' run_qa does
@@ -162,53 +125,43 @@ def wanted_tokens(encoded: Any, row: Row) -> tuple[int, int]:
     return first - 1, last + 1
 
 
-def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tensor]:
+def scores_one_by_one(case: Siblings, estimator: Estimator) -> dict[ScoreName, Tensor]:
     """Scores by masks that are there: a row at a time, no padding, float64."""
-    model = AutoModelForQuestionAnswering.from_pretrained(case.models["one"], dtype=torch.float64).eval()
-    tokenizer = AutoTokenizer.from_pretrained(case.models["one"])
+    model, tokenizer = case.exact(), AutoTokenizer.from_pretrained(case.models["one"])
     blocks = f"{model.base_model_prefix}.{case.tiny.layers.partition('.')[2]}"
     masks = insert_masks(model, replace(case.tiny, layers=blocks))
-    total = [torch.zeros_like(mask) for mask in masks]
-    rows = case.rows()
-    for index, row in enumerate(rows):
-        encoded, *logits = outputs_of(model, tokenizer, row)
-        labels = wanted_tokens(encoded, row)
-        if estimator.name == "sampled":
-            draws = [uniform(estimator.seed, index, side) for side in (0, 1)]
-            sums = [of.detach().softmax(0).cumsum(0)[:-1] for of in logits]
-            labels = int((sums[0] <= draws[0]).sum()), int((sums[1] <= draws[1]).sum())
-        likelihood = sum((of.log_softmax(0)[label] for of, label in zip(logits, labels, strict=True)), torch.zeros(()))
-        for sum_, gradient in zip(total, torch.autograd.grad(likelihood, masks), strict=True):
-            sum_ += gradient**2 / len(rows)
-    return by_name(case.tiny, total)
+
+    def likelihoods() -> Iterator[list[tuple[float, Tensor]]]:
+        for index, row in enumerate(case.rows()):
+            encoded, *logits = outputs_of(model, tokenizer, row)
+            labels = wanted_tokens(encoded, row)
+            if estimator.name == "sampled":
+                draws = [uniform(estimator.seed, index, side) for side in (0, 1)]
+                sums = [of.detach().softmax(0).cumsum(0)[:-1] for of in logits]
+                labels = int((sums[0] <= draws[0]).sum()), int((sums[1] <= draws[1]).sum())
+            both = [of.log_softmax(0)[label] for of, label in zip(logits, labels, strict=True)]
+            yield [(1.0, both[0] + both[1])]
+
+    return scores_by_masks(case.tiny, masks, likelihoods())
 
 
 @pytest.mark.parametrize("name", ["sampled", "empirical"])
-def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None:
+def test_scores_are_those_of_masks_that_are_there(case: Siblings, name: Any) -> None:
     loaded, estimator = case.loaded(), Estimator(name, seed=5)
-    examples = examples_of(loaded, spec_of(case.root / "one.jsonl"))
+    examples = examples_of(loaded, case.spec())
     found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
     assert_same_in_norm(found, scores_one_by_one(case, estimator), TOLERANCE)
 
 
-def test_scores_do_not_depend_on_batch_order_and_padding(case: Case) -> None:
+def test_scores_do_not_depend_on_batch_order_and_padding(case: Siblings) -> None:
     loaded, estimator = case.loaded(), Estimator("sampled", 3)
-    examples = examples_of(loaded, spec_of(case.root / "one.jsonl"))
-    together = score(loaded, examples, estimator, "float32", "rows", silent, [examples]).scores()
-    alone = [[one] for one in reversed(examples)]
-    apart = score(loaded, examples, estimator, "float32", "rows", silent, alone).scores()
-    assert_same_in_norm(together, apart, 1e-5)
+    assert_batches_do_not_matter(loaded, examples_of(loaded, case.spec()), estimator)
 
 
-def test_a_model_merged_with_itself_is_itself(case: Case, engine: Engine, tmp_path: Path) -> None:
-    dataset = spec_of(case.root / "one.jsonl")
-    specs = [model_spec(case.models["one"], None, name=name, dataset=dataset) for name in ("first", "second")]
-    engine.merge(merge_spec(tmp_path / "out", specs), silent)
-    own = read_model(case.models["one"])
+def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path) -> None:
+    folder = merged_with_itself(engine, tmp_path / "out", case)
     for name in ("first", "second"):
-        merged = read_model(tmp_path / "out" / "models" / name)
-        assert own.keys() == merged.keys()
-        assert all(torch.equal(tensor, merged[key]) for key, tensor in own.items())
+        assert_same_model(folder / "models" / name, case.models["one"])
 
 
 # SQuAD's evaluation script, version 2.0, in its own words
@@ -257,23 +210,18 @@ def answer_of(model: Any, tokenizer: Any, row: Row, may_have_none: bool) -> str:
     [("mask_fisher", "f1", "held-out"), ("aligned_regmean", "f1", "answered"), ("fisher", "exact_match", "answered")],
 )
 def test_siblings_keep_their_heads_and_are_evaluated_as_squad_does(
-    case: Case, engine: Engine, tmp_path: Path, method: str, metric: str, rows: str
+    case: Siblings, engine: Engine, tmp_path: Path, method: str, metric: str, rows: str
 ) -> None:
-    if case.tiny.shares_layers and method == "aligned_regmean":
-        pytest.skip("layers that share their weights are not refitted")
-    specs = []
-    for name, folder in case.models.items():
-        held_out = spec_of(case.root / f"{name}-{rows}.jsonl")
-        evaluation = EvaluationSpec(**held_out.model_dump(), metric=metric)
-        specs.append(model_spec(folder, None, dataset=spec_of(case.root / f"{name}.jsonl"), evaluation=evaluation))
-    spec = merge_spec(tmp_path / "out", specs, {"name": method}, evaluate=True, align_heads=True)
+    case.require_refit(method)
+    models = case.evaluated(metric, f"-{rows}")
+    spec = merge_spec(tmp_path / "out", models, {"name": method}, evaluate=True, align_heads=True)
     result = engine.merge(spec, silent)
     assert result.metrics is not None
     assert [model.aligned_examples for model in result.models] == [ROWS, ROWS]
-    for name, folder in case.models.items():
+    for name in case.models:
         wanted = case.rows(f"{name}-{rows}")
         has_none = any(not row["answers"]["text"] for row in wanted)
-        for version, path in {"expert": folder, "merged": tmp_path / "out" / "models" / name}.items():
+        for version, path in case.versions(name, tmp_path / "out" / "models" / name).items():
             model = AutoModelForQuestionAnswering.from_pretrained(path).eval()
             tokenizer = AutoTokenizer.from_pretrained(path)
             total = 0.0
@@ -286,24 +234,15 @@ def test_siblings_keep_their_heads_and_are_evaluated_as_squad_does(
             assert getattr(result.metrics[name], version) == pytest.approx(total / ROWS, abs=1e-9)
 
 
-def test_auto_searches_on_answers(bert: Case, engine: Engine, tmp_path: Path) -> None:
-    specs = []
-    for name, folder in bert.models.items():
-        evaluation = EvaluationSpec(**spec_of(bert.root / f"{name}-held-out.jsonl").model_dump(), metric="f1")
-        specs.append(model_spec(folder, None, dataset=spec_of(bert.root / f"{name}.jsonl"), evaluation=evaluation))
-    method = {"name": "auto", "candidates": ["average", "mask_fisher"], "trials": 3}
-    spec = merge_spec(tmp_path / "out", specs, evaluate=True)
-    raw = spec.model_dump()
-    raw["method"] = method
-    result = engine.merge(type(spec).model_validate(raw), silent)
+def test_auto_searches_on_answers(bert: Siblings, engine: Engine, tmp_path: Path) -> None:
+    result = searched(engine, tmp_path / "out", bert.evaluated("f1"))
     assert result.metrics is not None
     assert set(result.metrics) == set(bert.models)
 
 
-def test_the_published_rule_takes_the_models_own_loss(bert: Case) -> None:
-    loaded = bert.loaded()
-    examples = examples_of(loaded, spec_of(bert.root / "one.jsonl"))
-    model = AutoModelForQuestionAnswering.from_pretrained(bert.models["one"], dtype=torch.float64).eval()
+def test_the_published_rule_takes_the_models_own_loss(bert: Siblings) -> None:
+    loaded, model = bert.loaded(), bert.exact()
+    examples = examples_of(loaded, bert.spec())
     masks = insert_masks(model, bert.tiny)
     losses = []
     for example in examples:
@@ -312,24 +251,23 @@ def test_the_published_rule_takes_the_models_own_loss(bert: Case) -> None:
         losses.append(model(**ids, start_positions=torch.tensor([first]), end_positions=torch.tensor([last])).loss)
     gradients = torch.autograd.grad(torch.stack(losses).mean(), masks)
     found = paper_scores(loaded, examples, "rows", silent)
-    for kind, of in zip(("heads", "neurons"), gradients, strict=True):
-        for layer in range(LAYERS):
-            exact = of[layer] ** 2
-            torch.testing.assert_close(found[ScoreName(layer, NODE_KINDS[kind])], exact, rtol=1e-3, atol=1e-12)
+    assert_squares(found, gradients)
 
 
 # Rows
 
 
 @pytest.mark.parametrize("kind", ["objects", "parquet", "features"])
-def test_rows_are_the_same_however_they_are_written(bert: Case, tmp_path: Path, kind: str) -> None:
+def test_rows_are_the_same_however_they_are_written(bert: Siblings, tmp_path: Path, kind: str) -> None:
     rows = bert.rows()
     file = tmp_path / "rows.parquet"
     if kind == "objects":
         split = [
             [{"text": t, "answer_start": s} for t, s in zip(*row["answers"].values(), strict=True)] for row in rows
         ]
-        file = write(tmp_path / "rows.jsonl", [{**row, "answers": one} for row, one in zip(rows, split, strict=True)])
+        file = write_objects(
+            tmp_path / "rows.jsonl", [{**row, "answers": one} for row, one in zip(rows, split, strict=True)]
+        )
     elif kind == "parquet":
         half = len(rows) // 2  # two row groups
         write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=half)
@@ -343,23 +281,23 @@ def test_rows_are_the_same_however_they_are_written(bert: Case, tmp_path: Path, 
         )
         datasets.Dataset.from_list(rows, features=features).to_parquet(file)
     loaded = bert.loaded()
-    found, expected = (examples_of(loaded, spec_of(path)) for path in (file, bert.root / "one.jsonl"))
+    found, expected = (examples_of(loaded, spec_of(path)) for path in (file, bert.file()))
     assert [(e.encoding, e.label, e.passage) for e in found] == [(e.encoding, e.label, e.passage) for e in expected]
 
 
-def test_columns_may_have_other_names(bert: Case, tmp_path: Path) -> None:
+def test_columns_may_have_other_names(bert: Siblings, tmp_path: Path) -> None:
     rows = [{"q": row["question"], "c": row["context"], "a": row["answers"]} for row in bert.rows()]
-    spec = spec_of(write(tmp_path / "rows.jsonl", rows), question="q", context="c", answers="a")
+    spec = spec_of(write_objects(tmp_path / "rows.jsonl", rows), question="q", context="c", answers="a")
     loaded = bert.loaded()
-    expected = examples_of(loaded, spec_of(bert.root / "one.jsonl"))
+    expected = examples_of(loaded, bert.spec())
     assert [(e.encoding, e.label) for e in examples_of(loaded, spec)] == [(e.encoding, e.label) for e in expected]
 
 
-def test_only_the_context_is_cut_and_an_answer_that_is_cut_off_counts_as_none(bert: Case, tmp_path: Path) -> None:
+def test_only_the_context_is_cut_and_an_answer_that_is_cut_off_counts_as_none(bert: Siblings, tmp_path: Path) -> None:
     loaded = bert.loaded()
     context = " ".join([*["one"] * 60, "ten"])
     answers = {"text": ["ten"], "answer_start": [len(context) - 3]}
-    file = write(tmp_path / "rows.jsonl", [{"question": "two three", "context": context, "answers": answers}])
+    file = write_objects(tmp_path / "rows.jsonl", [{"question": "two three", "context": context, "answers": answers}])
     [example] = examples_of(loaded, spec_of(file))
     assert example.length == loaded.max_length
     assert example.encoding["input_ids"][1:3] == loaded.tokenizer.convert_tokens_to_ids(["two", "three"])
@@ -389,9 +327,9 @@ REFUSED: dict[str, tuple[Row, list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_rows_that_are_none_are_refused_by_line(bert: Case, tmp_path: Path, fault: str) -> None:
+def test_rows_that_are_none_are_refused_by_line(bert: Siblings, tmp_path: Path, fault: str) -> None:
     row, words = REFUSED[fault]
-    loaded, spec = bert.loaded(), spec_of(write(tmp_path / "rows.jsonl", [GOOD, row]))
+    loaded, spec = bert.loaded(), spec_of(write_objects(tmp_path / "rows.jsonl", [GOOD, row]))
     with pytest.raises(InvalidDataset) as caught:
         examples_of(loaded, spec)
     assert all(word in caught.value.message for word in ["line 2", *words]), caught.value.message
@@ -408,5 +346,5 @@ def test_answers_are_compared_as_squad_does(said: str, golds: list[str]) -> None
     assert squad.exact_match(said, golds) == exact
 
 
-def test_the_default_draws_labels(bert: Case) -> None:
+def test_the_default_draws_labels(bert: Siblings) -> None:
     assert estimator_for("auto", bert.loaded().task, 0) == Estimator("sampled", 0)

@@ -1,9 +1,7 @@
 """Labels of words: scores, metrics and merges of every family against independent computations."""
 
-import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,36 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as CLASSES
 
-from tests.score_names import assert_same_in_norm, by_name
+from tests.score_names import assert_same_in_norm
+from tests.siblings import (
+    TOLERANCE,
+    Siblings,
+    assert_batches_do_not_matter,
+    assert_same_model,
+    assert_squares,
+    examples_of,
+    merged_with_itself,
+    scores_by_masks,
+    write_objects,
+)
 from tests.tiny import (
-    LAYERS,
     dataset_spec,
     insert_masks,
     merge_spec,
     model_spec,
-    read_model,
     silent,
     tiny_checkpoint,
     write_lines,
 )
 from tests.tiny_families import OF_EACH_FORM, TINY_FAMILIES, WORDS, TinyFamily
-from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
-from worker.engine.catalog.families import NODE_KINDS, ScoreName
+from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import InvalidDataset, Place
 from worker.engine.catalog.tasks import LabelMap, TokenClassification, check_metric, label_map
 from worker.engine.evaluation.metrics import bootstrap, metric_for
-from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.inputs.examples import tokenize
 from worker.engine.inputs.tables import read_parquet
 from worker.engine.jobs.engine import Engine
-from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
 from worker.engine.tasks.drawing import uniform
@@ -52,8 +56,6 @@ TASK = TokenClassification(len(NAMES), {name: index for index, name in enumerate
 ROWS = 24
 WITH_HEAD = [name for name in OF_EACH_FORM if TINY_FAMILIES[name].model_type in CLASSES]
 """Families of each form of which the library has such a class."""
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 LONG = "xylophonic"  # several tokens in most tokenizers
 Row = dict[str, list[str]]
 
@@ -67,45 +69,23 @@ def rows_of(seed: int, names: Sequence[str] = NAMES, count: int = ROWS) -> list[
     return rows
 
 
-def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    return write_lines(file, [json.dumps(row) for row in rows])
-
-
-@dataclass(frozen=True)
-class Case:
-    """Two taggers of one ancestor, `one` and `two`, of other labels, with rows beside them."""
-
-    tiny: TinyFamily
-    root: Path
-
-    @property
-    def models(self) -> dict[str, Path]:
-        return {name: self.root / name for name in ("one", "two")}
-
-    def loaded(self, name: str = "one") -> LoadedModel:
-        return load(inspect_checkpoint(self.root / name, name), CPU)
-
-    def examples(self, loaded: LoadedModel) -> list[Example]:
-        spec = dataset_spec(self.root / "one.jsonl")
-        rows = sample(RowFile(spec, loaded.task.rows), spec, None, shuffle=False)
-        labels = LabelMap(loaded.task)
-        return tokenize(rows, spec, loaded.tokenizer, loaded.max_length, labels, reading=loaded.kind).examples
+def made(root: Path, tiny: TinyFamily) -> Siblings:
+    """Two taggers of other labels."""
+    for seed, (name, labels) in enumerate((("one", NAMES), ("two", OTHERS)), start=1):
+        tiny_checkpoint(root / name, family=tiny, seed=seed, names=labels, task="TokenClassification")
+        write_objects(root / f"{name}.jsonl", rows_of(seed, labels))
+        write_objects(root / f"{name}-held-out.jsonl", rows_of(10 + seed, labels))
+    return Siblings(tiny, root, AutoModelForTokenClassification)
 
 
 @pytest.fixture(scope="module", params=WITH_HEAD)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    root = tmp_path_factory.mktemp(request.param)
-    tiny = TINY_FAMILIES[request.param]
-    for seed, (name, labels) in enumerate((("one", NAMES), ("two", OTHERS)), start=1):
-        tiny_checkpoint(root / name, family=tiny, seed=seed, names=labels, task="TokenClassification")
-        write(root / f"{name}.jsonl", rows_of(seed, labels))
-        write(root / f"{name}-held-out.jsonl", rows_of(10 + seed, labels))
-    return Case(tiny, root)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siblings:
+    return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Siblings:
+    return made(tmp_path_factory.mktemp("bert-alone"), TINY_FAMILIES["bert"])
 
 
 # As transformers reads them
@@ -124,38 +104,32 @@ def logits_of_words(model: Any, tokenizer: Any, words: Sequence[str]) -> Tensor:
     return logits
 
 
-def scores_one_by_one(case: Case, estimator: Estimator) -> dict[ScoreName, Tensor]:
+def scores_one_by_one(case: Siblings, estimator: Estimator) -> dict[ScoreName, Tensor]:
     """Scores by masks that are there: a row, a word and a label at a time, float64."""
-    folder = case.models["one"]
-    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float64).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = case.exact(), AutoTokenizer.from_pretrained(case.models["one"])
     masks = insert_masks(model, case.tiny)
-    total = [torch.zeros_like(mask) for mask in masks]
-    rows = [json.loads(line) for line in (case.root / "one.jsonl").read_text().splitlines()]
-    for index, row in enumerate(rows):
-        logp = logits_of_words(model, tokenizer, row["tokens"]).log_softmax(-1)
-        p = logp.detach().exp()
-        weighted: list[tuple[float, Tensor]]
-        if estimator.name == "expected":
-            weighted = [(float(p[word, k]), logp[word, k]) for word in range(len(p)) for k in range(len(NAMES))]
-        else:
+
+    def likelihoods() -> Iterator[list[tuple[float, Tensor]]]:
+        for index, row in enumerate(case.rows()):
+            logp = logits_of_words(model, tokenizer, row["tokens"]).log_softmax(-1)
+            p = logp.detach().exp()
+            if estimator.name == "expected":
+                yield [(float(p[word, k]), logp[word, k]) for word in range(len(p)) for k in range(len(NAMES))]
+                continue
             labels = [NAMES.index(name) for name in row["label"]]
             if estimator.name == "sampled":
                 _, positions = first_tokens(tokenizer, row["tokens"])
                 draws = [uniform(estimator.seed, index, position) for position in positions]
                 labels = [int((p[word].cumsum(0)[:-1] <= draw).sum()) for word, draw in enumerate(draws)]
-            weighted = [(1.0, sum((logp[word, label] for word, label in enumerate(labels)), torch.zeros(())))]
-        for weight, likelihood in weighted:
-            found = torch.autograd.grad(likelihood, masks, retain_graph=True)
-            for sum_, gradient in zip(total, found, strict=True):
-                sum_ += weight * gradient**2 / len(rows)
-    return by_name(case.tiny, total)
+            yield [(1.0, sum((logp[word, label] for word, label in enumerate(labels)), torch.zeros(())))]
+
+    return scores_by_masks(case.tiny, masks, likelihoods())
 
 
 @pytest.mark.parametrize("name", ["expected", "sampled", "empirical"])
-def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None:
+def test_scores_are_those_of_masks_that_are_there(case: Siblings, name: Any) -> None:
     loaded = case.loaded()
-    examples, estimator = case.examples(loaded), Estimator(name, seed=5)
+    examples, estimator = examples_of(loaded, case.spec()), Estimator(name, seed=5)
     has_parts = any(len(example.labels) < example.length - 2 for example in examples)
     assert has_parts or len(loaded.tokenizer.tokenize(LONG)) == 1
     found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
@@ -163,72 +137,53 @@ def test_scores_are_those_of_masks_that_are_there(case: Case, name: Any) -> None
 
 
 @pytest.mark.parametrize("name", ["expected", "sampled"])
-def test_scores_do_not_depend_on_batch_order_and_padding(case: Case, name: Any) -> None:
+def test_scores_do_not_depend_on_batch_order_and_padding(case: Siblings, name: Any) -> None:
     loaded = case.loaded()
-    examples, estimator = case.examples(loaded), Estimator(name, seed=3)
-    together = score(loaded, examples, estimator, "float32", "rows", silent, [examples]).scores()
-    alone = [[one] for one in reversed(examples)]
-    apart = score(loaded, examples, estimator, "float32", "rows", silent, alone).scores()
-    assert_same_in_norm(together, apart, 1e-5)
+    assert_batches_do_not_matter(loaded, examples_of(loaded, case.spec()), Estimator(name, seed=3))
 
 
-def test_a_model_merged_with_itself_is_itself(case: Case, engine: Engine, tmp_path: Path) -> None:
-    rows = case.root / "one.jsonl"
-    specs = [model_spec(case.models["one"], rows, name=name) for name in ("first", "second")]
-    engine.merge(merge_spec(tmp_path / "out", specs), silent)
-    own = read_model(case.models["one"])
+def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path) -> None:
+    folder = merged_with_itself(engine, tmp_path / "out", case)
     for name in ("first", "second"):
-        merged = read_model(tmp_path / "out" / "models" / name)
-        assert own.keys() == merged.keys()
-        assert all(torch.equal(tensor, merged[key]) for key, tensor in own.items())
+        assert_same_model(folder / "models" / name, case.models["one"])
 
 
 @pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "aligned_regmean"])
 def test_taggers_of_other_labels_keep_their_heads_and_are_evaluated(
-    case: Case, engine: Engine, tmp_path: Path, method: str
+    case: Siblings, engine: Engine, tmp_path: Path, method: str
 ) -> None:
     """The metric is scikit-learn's, of the published model as transformers runs it."""
-    if case.tiny.shares_layers and method == "aligned_regmean":
-        pytest.skip("layers that share their weights are not refitted")
-    specs = []
-    for name, folder in case.models.items():
-        file = case.root / f"{name}.jsonl"
-        held_out = dataset_spec(case.root / f"{name}-held-out.jsonl")
-        evaluation = EvaluationSpec(**held_out.model_dump(), metric="accuracy")
-        specs.append(model_spec(folder, file, evaluation=evaluation))
-    result = engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}, evaluate=True), silent)
+    case.require_refit(method)
+    models = case.evaluated("accuracy")
+    result = engine.merge(merge_spec(tmp_path / "out", models, {"name": method}, evaluate=True), silent)
     assert result.metrics is not None
-    for name, folder in case.models.items():
-        rows = [json.loads(line) for line in (case.root / f"{name}-held-out.jsonl").read_text().splitlines()]
+    for name in case.models:
+        rows = case.rows(f"{name}-held-out")
         wanted = [label for row in rows for label in row["label"]]
         found = result.metrics[name]
         assert found.examples == ROWS
-        for version, path in {"expert": folder, "merged": tmp_path / "out" / "models" / name}.items():
-            model = AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float64).eval()
-            tokenizer = AutoTokenizer.from_pretrained(path)
+        for version, path in case.versions(name, tmp_path / "out" / "models" / name).items():
+            model, tokenizer = case.exact(path), AutoTokenizer.from_pretrained(path)
             with torch.no_grad():
                 said = [logits_of_words(model, tokenizer, row["tokens"]).argmax(-1).tolist() for row in rows]
             names = [model.config.id2label[label] for row in said for label in row]
             assert getattr(found, version) == pytest.approx(sk.accuracy_score(wanted, names), abs=1e-9)
 
 
-def test_heads_are_aligned_to_words(case: Case, engine: Engine, tmp_path: Path) -> None:
+def test_heads_are_aligned_to_words(case: Siblings, engine: Engine, tmp_path: Path) -> None:
     """By normal equations over the first tokens of words, float64."""
-    specs = [model_spec(folder, case.root / f"{name}.jsonl") for name, folder in case.models.items()]
+    specs = [model_spec(folder, case.file(name)) for name, folder in case.models.items()]
     spec = merge_spec(tmp_path / "out", specs, {"name": "average"}, align_heads=True)
     result = engine.merge(spec, silent)
     assert [model.aligned_examples for model in result.models] == [ROWS, ROWS]
-    model, merged = (
-        AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float64).eval()
-        for path in (case.models["one"], tmp_path / "out" / "models" / "one")
-    )
+    model, merged = case.exact(), case.exact(tmp_path / "out" / "models" / "one")
     tokenizer = AutoTokenizer.from_pretrained(case.models["one"])
     [head] = [name for name in ("classifier", "score") if hasattr(model, name)]
     seen: list[Tensor] = []
     getattr(merged, head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     x, y = [], []
-    for line in (case.root / "one.jsonl").read_text().splitlines():
-        tokens, positions = first_tokens(tokenizer, json.loads(line)["tokens"])
+    for row in case.rows():
+        tokens, positions = first_tokens(tokenizer, row["tokens"])
         with torch.no_grad():
             y.append(model(input_ids=tokens).logits[0, positions])
             merged(input_ids=tokens)
@@ -247,20 +202,9 @@ def test_heads_are_aligned_to_words(case: Case, engine: Engine, tmp_path: Path) 
 
 # Rows and labels
 
-TINY = TINY_FAMILIES["bert"]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    root = tmp_path_factory.mktemp("bert-alone")
-    for seed, (name, labels) in enumerate((("one", NAMES), ("two", OTHERS)), start=1):
-        tiny_checkpoint(root / name, family=TINY, seed=seed, names=labels, task="TokenClassification")
-        write(root / f"{name}.jsonl", rows_of(seed, labels))
-    return Case(TINY, root)
-
 
 @pytest.mark.parametrize("kind", ["texts", "ids", "csv", "parquet", "class labels"])
-def test_rows_are_the_same_however_they_are_written(bert: Case, tmp_path: Path, kind: str) -> None:
+def test_rows_are_the_same_however_they_are_written(bert: Siblings, tmp_path: Path, kind: str) -> None:
     rows = rows_of(1)
     asked = {"label": "label", "tokens": "tokens"}
     texts = [{name: " ".join(values) for name, values in row.items()} for row in rows]
@@ -278,7 +222,7 @@ def test_rows_are_the_same_however_they_are_written(bert: Case, tmp_path: Path, 
         file = tmp_path / "rows.parquet"
         datasets.Dataset.from_list(rows, features=features).to_parquet(file)
     else:
-        write(file, texts if kind == "texts" else ids)
+        write_objects(file, texts if kind == "texts" else ids)
     loaded = bert.loaded()
     spec = dataset_spec(file, **asked)
     reader = loaded.task.rows
@@ -287,15 +231,15 @@ def test_rows_are_the_same_however_they_are_written(bert: Case, tmp_path: Path, 
     examples = tokenize(
         sample(read, spec, None, shuffle=False), spec, loaded.tokenizer, loaded.max_length, labels, reading=loaded.kind
     ).examples
-    expected = bert.examples(loaded)
+    expected = examples_of(loaded, bert.spec())
     assert [(e.encoding, e.label, e.positions) for e in examples] == [
         (e.encoding, e.label, e.positions) for e in expected
     ]
 
 
-def test_words_beyond_the_limit_have_no_labels(bert: Case, tmp_path: Path) -> None:
+def test_words_beyond_the_limit_have_no_labels(bert: Siblings, tmp_path: Path) -> None:
     loaded = bert.loaded()
-    file = write(tmp_path / "rows.jsonl", [{"tokens": ["one", LONG, *WORDS[:60]], "label": ["O"] * 62}])
+    file = write_objects(tmp_path / "rows.jsonl", [{"tokens": ["one", LONG, *WORDS[:60]], "label": ["O"] * 62}])
     spec = dataset_spec(file)
     rows = sample(RowFile(spec, loaded.task.rows), spec, None)
     found = tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task), reading=loaded.kind)
@@ -322,17 +266,13 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_rows_that_are_none_are_refused_by_line(bert: Case, tmp_path: Path, fault: str) -> None:
+def test_rows_that_are_none_are_refused_by_line(bert: Siblings, tmp_path: Path, fault: str) -> None:
     row, words = REFUSED[fault]
     loaded = bert.loaded()
-    spec = dataset_spec(write(tmp_path / "rows.jsonl", [{"tokens": ["one"], "label": ["O"]}, row]))
-
-    def read() -> None:
-        rows = sample(RowFile(spec, loaded.task.rows), spec, None, shuffle=False)
-        tokenize(rows, spec, loaded.tokenizer, loaded.max_length, LabelMap(loaded.task), reading=loaded.kind)
+    spec = dataset_spec(write_objects(tmp_path / "rows.jsonl", [{"tokens": ["one"], "label": ["O"]}, row]))
 
     with pytest.raises(InvalidDataset) as caught:
-        read()
+        examples_of(loaded, spec)
     assert all(word in caught.value.message for word in words), caught.value.message
 
 
@@ -425,12 +365,11 @@ def test_the_default_draws_labels() -> None:
     assert estimator_for("auto", TASK, 0) == Estimator("sampled", 0)
 
 
-def test_a_head_with_a_published_rule_is_scored_by_its_own_loss(bert: Case, engine: Engine, tmp_path: Path) -> None:
+def test_a_head_with_a_published_rule_is_scored_by_its_own_loss(bert: Siblings, engine: Engine, tmp_path: Path) -> None:
     """One batch of all rows: the squared gradient of the model's loss, the mean over their words."""
-    loaded = bert.loaded()
-    examples = bert.examples(loaded)
-    model = AutoModelForTokenClassification.from_pretrained(bert.models["one"], dtype=torch.float64).eval()
-    masks = insert_masks(model, TINY)
+    loaded, model = bert.loaded(), bert.exact()
+    examples = examples_of(loaded, bert.spec())
+    masks = insert_masks(model, bert.tiny)
     losses, words = [], 0
     for example in examples:
         labels = torch.full((1, example.length), -100)
@@ -440,13 +379,10 @@ def test_a_head_with_a_published_rule_is_scored_by_its_own_loss(bert: Case, engi
         words += example.outputs
     gradients = torch.autograd.grad(torch.stack(losses).sum() / words, masks)
     found = paper_scores(loaded, examples, "rows", silent)
-    for kind, of in zip(("heads", "neurons"), gradients, strict=True):
-        for layer in range(LAYERS):
-            exact = of[layer] ** 2
-            torch.testing.assert_close(found[ScoreName(layer, NODE_KINDS[kind])], exact, rtol=1e-3, atol=1e-12)
+    assert_squares(found, gradients)
 
 
-def test_places_of_labels(bert: Case) -> None:
+def test_places_of_labels(bert: Siblings) -> None:
     assert TASK.value("O B-PER", LabelMap(TASK), "rows", Place("line", 1)) == (0, 1)
     assert LabelMap(TASK).begins_at_one([[1, 2], "3 4", [4]])
     assert not LabelMap(TASK).begins_at_one([[1, 2], "3 4", [0]])
