@@ -9,7 +9,8 @@ from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
-from worker.engine.tasks.kind import OnRows, Part, Running
+from worker.engine.runtime.progress import OnRows
+from worker.engine.tasks.kind import PlacedBatch, Running
 from worker.engine.tasks.metrics import Array
 
 
@@ -65,7 +66,7 @@ def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Pre
 
 def _forward(
     loaded: LoadedModel, examples: Sequence[Example], precision: Precision
-) -> Iterator[tuple[Part, Tensor, Tensor]]:
+) -> Iterator[tuple[PlacedBatch, Tensor, Tensor]]:
     """Run the model as `HeadKind.parts`, and yield the head's input for each output too, (outputs, width)."""
     read: list[Tensor] = []
     handle = head_of(loaded).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))

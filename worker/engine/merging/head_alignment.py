@@ -10,7 +10,7 @@ from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
-from worker.engine.tasks.kind import OnRows
+from worker.engine.runtime.progress import OnRows
 
 
 def aligned(

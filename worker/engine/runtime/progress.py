@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 OnProgress = Callable[[str, int, int, str], None]
 """Called with phase, done, total and unit. It may raise to stop the job."""
+OnRows = Callable[[int], None]
+"""Called with the number of rows that were done since the last call. It may raise to stop the job."""
 
 
 @dataclass

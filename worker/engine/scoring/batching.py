@@ -11,9 +11,10 @@ from worker.engine.catalog.methods import BATCH_TOKENS, LARGEST_BATCH_TOKENS
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, rounded_weights
+from worker.engine.runtime.progress import OnRows
 from worker.engine.runtime.resources import is_out_of_memory
 from worker.engine.scoring.estimators import Estimator
-from worker.engine.scoring.scorer import OnRows, score
+from worker.engine.scoring.scorer import score
 
 CANDIDATES = {
     "cpu": (1024, BATCH_TOKENS, LARGEST_BATCH_TOKENS),

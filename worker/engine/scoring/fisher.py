@@ -15,9 +15,10 @@ from worker.engine.catalog.methods import PARAMETER_FISHER
 from worker.engine.inputs.examples import Batch, Example, collate
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
+from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.estimators import Estimator
 from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
-from worker.engine.scoring.scorer import OnRows, not_finite
+from worker.engine.scoring.scorer import not_finite
 from worker.engine.tasks.kind import Passes
 
 BLOCK_ROWS = 16  # squares of so few examples are summed in float32, and the blocks in float64

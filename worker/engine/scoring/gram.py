@@ -13,8 +13,9 @@ from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.experts import RoutedLinear
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
+from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
-from worker.engine.scoring.scorer import OnRows, not_finite
+from worker.engine.scoring.scorer import not_finite
 
 
 def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> list[list[LinearInput]]:

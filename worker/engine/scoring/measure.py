@@ -8,11 +8,11 @@ from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
+from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.measurement import Measured, Measurement
 from worker.engine.scoring.passes import PASSES
 from worker.engine.scoring.sample import Sample
-from worker.engine.scoring.scorer import OnRows
 from worker.engine.scoring.store import StatisticsStore
 
 __all__ = ["Measured", "Measurer"]

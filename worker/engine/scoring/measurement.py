@@ -13,10 +13,10 @@ from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
+from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.sample import Sample
-from worker.engine.scoring.scorer import OnRows
 from worker.engine.scoring.statistics import SUMS, NodeStatistics
 from worker.engine.scoring.store import Statistics, StatisticsStore
 

@@ -1,6 +1,6 @@
 """Scores a model's mask nodes over a data set's rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
 from worker.engine.models.loading import LoadedModel
 from worker.engine.models.mask_gradients import MaskGradients
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
+from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.estimators import Estimator, expected_squares
 from worker.engine.scoring.statistics import NodeStatistics
-
-OnRows = Callable[[int], None]
-"""Called with the number of rows done since the last call; may raise to stop."""
 
 
 def sites_of(loaded: LoadedModel) -> list[Site]:

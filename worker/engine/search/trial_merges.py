@@ -28,7 +28,7 @@ SMALLEST = 1e-12
 """Value of a metric below which less is no better."""
 State = Mapping[str, Tensor]
 """Tensors of a backbone, by `Slot.name`."""
-Head = tuple[Tensor, Tensor | None] | None
+HeadTensors = tuple[Tensor, Tensor | None] | None
 """Weight, (outputs, width), and bias, (outputs,) or None, float64; None if heads merge with the backbone."""
 
 
@@ -60,10 +60,10 @@ class ExpertOutputs:
         """Return the number of a row's values that are computed with a merge: inputs of the head, or predictions."""
         return self.kind.predictions_of(example) if self.head is None else example.outputs
 
-    def held_out_predictions(self, features: Tensor, head: Head) -> Array:
+    def held_out_predictions(self, features: Tensor, head: HeadTensors) -> Array:
         return self.kind.predicted(self._of(features, head), self.held_out)
 
-    def _of(self, features: Tensor, head: Head) -> Tensor:
+    def _of(self, features: Tensor, head: HeadTensors) -> Tensor:
         """Compute logits in the precision in which the whole model predicts, so that near ties end alike.
 
         Where heads are merged, `features` are what decides predictions already.
@@ -88,7 +88,7 @@ class ExpertOutputs:
     def _smoothed_expert(self) -> float:
         return self._smoothed(self._logits, self.searched)
 
-    def kept(self, features: Tensor, head: Head, rows: int) -> tuple[float, float]:
+    def kept(self, features: Tensor, head: HeadTensors, rows: int) -> tuple[float, float]:
         """Compute the retention of the metric on the first `rows` search rows, and that of the smoothed metric.
 
         If the expert's metric on these rows is not positive, its metric on all search rows takes the place; if its
@@ -179,7 +179,7 @@ class TriedMerge:
             for index, expert in enumerate(self._experts)
         }
 
-    def _head(self, index: int, share: float, ridge: float) -> Head:
+    def _head(self, index: int, share: float, ridge: float) -> HeadTensors:
         expert = self._experts[index]
         if not expert.alignment:
             return self._backbone.stored_head(index, expert.head)
@@ -237,7 +237,7 @@ class SharedBackbone:
             evaluation = self.experts[index].evaluation
             return _read(model, rows[wanted], self._precision, evaluation).float()  # they were computed in float32
 
-    def stored_head(self, index: int, head: Head) -> Head:
+    def stored_head(self, index: int, head: HeadTensors) -> HeadTensors:
         """Return the last layer of expert `index` as it would be stored."""
         if head is None:
             return None
@@ -289,7 +289,7 @@ def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision,
     return torch.from_numpy(predict(model, examples, precision, lambda _: None, evaluation))
 
 
-def _head(loaded: LoadedModel) -> Head:
+def _head(loaded: LoadedModel) -> HeadTensors:
     if loaded.family.head.merges:
         return None
     head = head_of(loaded)

@@ -1,7 +1,7 @@
 """The interface of a kind of head: the derivatives of its scores, its predictions, and its metrics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Generic, Literal, TypeVar, overload
@@ -26,6 +26,7 @@ from worker.engine.inputs.examples import (
     tokenize,
 )
 from worker.engine.runtime.device import Precision, computing_in
+from worker.engine.runtime.progress import OnRows
 from worker.engine.tasks.last_token import logits_of_last_token, pad_token_of, reads_last_token
 from worker.engine.tasks.metrics import CORRELATIONS, Array, Metric, ResampledMetric
 
@@ -38,8 +39,6 @@ ResolvedEstimator = Literal["expected", "sampled", "empirical"]
 Passes = tuple[Tensor, Sequence[Tensor]]
 """Weights of squared derivatives, (batch, passes), float64, and for each pass the sums to differentiate, (batch,), each
 of which depends on its own example alone."""
-OnRows = Callable[[int], None]
-"""Called with a number of rows that are done. It may raise to stop."""
 T = TypeVar("T", bound=Task)
 
 
@@ -59,8 +58,8 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of the examples, which are computed together, with what belongs to them among that of all examples."""
+class PlacedBatch:
+    """A batch, with the places of what belongs to its examples among that of all examples."""
 
     batch: Batch
     examples: Sequence[Example]
@@ -177,7 +176,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         """Make an array for predictions."""
         return np.full((sum(map(self.predictions_of, examples)), *self.shape), np.nan)
 
-    def parts(self, examples: Sequence[Example], running: Running) -> Iterator[tuple[Part, Tensor]]:
+    def parts(self, examples: Sequence[Example], running: Running) -> Iterator[tuple[PlacedBatch, Tensor]]:
         """Run the model, and yield what decides the predictions of some examples at a time.
 
         A batch's indices are places in `examples`, which may be only some of a data set's.
@@ -194,7 +193,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
                 predictions, outputs = (
                     [place for row in indices for place in range(of[row], of[row + 1])] for of in (first, second)
                 )
-                part = Part(batch, [examples[row] for row in indices], predictions, outputs)
+                part = PlacedBatch(batch, [examples[row] for row in indices], predictions, outputs)
                 _check_finite(judged, part, running.source)
                 yield part, judged
 
@@ -231,7 +230,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         return None
 
 
-def _check_finite(judged: Tensor, part: Part, source: str) -> None:
+def _check_finite(judged: Tensor, part: PlacedBatch, source: str) -> None:
     """Raise NumericalError, which names the row, where a value is not finite; each row has as many values."""
     is_finite = torch.isfinite(judged).flatten(1).all(1).tolist()
     if all(is_finite):

@@ -23,7 +23,7 @@ ADDED = {"normalized": True}
 
 
 @dataclass(frozen=True)
-class Choices:
+class TokenChoices:
     """A recipe's settings of the output's tokens, with the names of the models."""
 
     names: Sequence[str]
@@ -83,7 +83,7 @@ def align_vocabularies(
     checkpoints: Sequence[CheckpointInfo],
     base: CheckpointInfo | None,
     owner: CheckpointInfo | None = None,
-    choices: Choices | None = None,
+    choices: TokenChoices | None = None,
 ) -> Vocabulary:
     """Find the output's vocabulary, and the rows of its tokens in the models.
 
@@ -186,7 +186,7 @@ def _places_in(
 
 
 def _given(
-    choices: Choices, checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None, places: Mapping[str, int]
+    choices: TokenChoices, checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None, places: Mapping[str, int]
 ) -> dict[int, GivenRow]:
     found = {}
     for token, said in (choices.tokens.tokens or {}).items():

@@ -10,7 +10,7 @@ from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.library import completed, value_at
 from worker.engine.catalog.checkpoints.tensor_names import HEADS, ends_with
 from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
-from worker.engine.catalog.checkpoints.vocabulary import Choices, Vocabulary, align_vocabularies
+from worker.engine.catalog.checkpoints.vocabulary import TokenChoices, Vocabulary, align_vocabularies
 from worker.engine.catalog.contracts.spec import Dtype, VocabularyPolicy
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints
@@ -28,7 +28,7 @@ class MergeSettings:
     merges_heads: bool
     vocabulary: VocabularyPolicy
     config_from: CheckpointInfo | None
-    choices: Choices | None
+    choices: TokenChoices | None
     rows_of: CheckpointInfo | None = None
     """The model whose number of rows the output has, if only the padding of matrices differs."""
 

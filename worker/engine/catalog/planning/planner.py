@@ -10,7 +10,7 @@ from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.settings import check_settings
 from worker.engine.catalog.checkpoints.tensor_names import stacks_of
 from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
-from worker.engine.catalog.checkpoints.vocabulary import Choices, pads_differ
+from worker.engine.catalog.checkpoints.vocabulary import TokenChoices, pads_differ
 from worker.engine.catalog.contracts.spec import Dtype, Heads, OutputSpec, VocabularyPolicy
 from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.by_name import planned_by_name
@@ -31,7 +31,7 @@ def plan_merge(
     heads: Heads | None = None,
     vocabulary: VocabularyPolicy = "error",
     config_from: CheckpointInfo | None = None,
-    choices: Choices | None = None,
+    choices: TokenChoices | None = None,
 ) -> MergePlan:
     """Check that the checkpoints fit each other, and their ancestor `base`, and lay out the merge.
 
@@ -95,7 +95,7 @@ def plan_job(
     slices: Sequence[OutputSlice] | None = None,
 ) -> MergePlan:
     """The plan of a merge by any method, with all files that are published. See `plan_merge` and `plan_slices`."""
-    choices, whose = Choices(names, output), None
+    choices, whose = TokenChoices(names, output), None
     if output.config_from is not None:
         whose = base if output.config_from not in names else checkpoints[names.index(output.config_from)]
     scale: Callable[[TensorPlace], float] | None = None

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from worker.engine.catalog.checkpoints.adapters.checks import check_complete, refuse_tied
 from worker.engine.catalog.checkpoints.adapters.folder import Adapter
-from worker.engine.catalog.checkpoints.adapters.heads import class_with_head, table_of, with_class_head, with_table_head
+from worker.engine.catalog.checkpoints.adapters.heads import (
+    class_with_head,
+    table_of_adapted,
+    with_class_head,
+    with_table_head,
+)
 from worker.engine.catalog.checkpoints.adapters.names import target_of, tensors_of
 from worker.engine.catalog.checkpoints.adapters.peft import MERGE_IT
 from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG
@@ -41,7 +46,7 @@ def adapted(adapter: Adapter, path: Path, base: CheckpointInfo) -> CheckpointInf
         InvalidCheckpoint: the adapter lacks tensors that its configuration names, or files cannot show what it does.
         IncompatibleCheckpoints: the base has no such tensor, or one of another shape.
     """
-    family = table_of(adapter, base)
+    family = table_of_adapted(adapter, base)
     config, tensors = base.config, tensors_of(base, family)
     head = class_with_head(adapter, base, tensors) if family is None else None
     known = head or architecture(base.config, base.architecture)

@@ -19,7 +19,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 LABELS = ("id2label", "label2id", "problem_type")
 
 
-def table_of(adapter: Adapter, base: CheckpointInfo) -> Family | None:
+def table_of_adapted(adapter: Adapter, base: CheckpointInfo) -> Family | None:
     """Return the table of the adapted model; None if it is no classifier of texts, which alone have tables."""
     family, task_type = backbone_of(base.model_type), adapter.config.task_type
     if family is None or task_type == "SEQ_CLS" or base.architecture == family.head.architecture:
