@@ -5,9 +5,9 @@ differently, rows are merged by token.
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.token_rows import GivenRow, NewToken, TokenRows
@@ -101,88 +101,102 @@ def align_vocabularies(
     if choices is not None and choices.tokens.vocabulary_of is not None:
         owner = checkpoints[choices.position(choices.tokens.vocabulary_of, "vocabulary_of")]
     owner = owner or base or checkpoints[0]
-    of_owner, rows = tokenizer_of(owner), matrix_rows(owner)
-    places = dict(of_owner.ids)
-    new: list[NewToken] = []
-    for token in (choices.tokens.tokens or {}) if choices is not None else ():
-        if token not in places:
-            places[token] = rows + len(new)
-            new.append(NewToken(token, places[token], ADDED))
-    check_room(owner, of_owner, owner, rows, new)
-    merges = of_owner.merges
-    maps, shared, introduced = [], [], []
-    for info in checkpoints:
-        tokenizer = of_owner if info is owner else tokenizer_of(info)
-        check_same_kind(owner, of_owner, info, tokenizer)
-        first = merges if policy == "union" else of_owner.merges
-        longer, shorter = (tokenizer.merges, first) if len(tokenizer.merges) > len(first) else (first, tokenizer.merges)
-        if longer[: len(shorter)] != shorter:
-            problem = "their tokenizers merge characters in different orders (BPE), so their tokens are not the same"
-            raise IncompatibleCheckpoints(owner.source, info.source, problem)
-        before = len(new)
-        if policy == "union":
-            merges = longer
-            for token, _ in sorted(tokenizer.ids.items(), key=lambda item: item[1]):
-                if token not in places:
-                    places[token] = rows + len(new)
-                    new.append(NewToken(token, places[token], tokenizer.added.get(token)))
-            check_room(owner, of_owner, info, rows, new)
-        introduced.append(len(new) - before)
-        own = array("i", range(rows)) if info is owner else array("i", [-1]) * (rows + len(new))
-        common = 0
-        for token, index in tokenizer.ids.items():
-            if token in places:
-                common += 1
-                if info is not owner:
-                    own[places[token]] = index
-        maps.append(own)
-        shared.append(common)
-    total = rows + len(new)
+    tokens = _Tokens(owner, (choices.tokens.tokens or {}) if choices is not None else ())
+    aligned = [tokens.align(info, adds=policy == "union") for info in checkpoints]
     multiple = choices.tokens.pad_to_multiple_of if choices is not None else None
-    padding = -total % multiple if multiple else 0
-    total += padding
+    padding = -tokens.count % multiple if multiple else 0
+    total = tokens.count + padding
     if total > MAX_ROWS:
         raise InvalidRequest(f"that would be {total} rows; {MAX_ROWS} are allowed", field="output.pad_to_multiple_of")
     # A token that came from a later model is in none before it.
-    models = tuple(own + array("i", [-1]) * (total - len(own)) for own in maps)
-    of_base = None
-    if base is not None:
-        of_base = _places_in(base, owner, of_owner, rows, places, total)
-    given = {} if choices is None else _given(choices, checkpoints, base, places)
-    for place, token in ((place, token) for token, place in places.items() if place not in given):
-        if place >= rows and all(own[place] < 0 for own in (*models, *([of_base] if of_base else []))):
+    models = tuple(one.rows + array("i", [-1]) * (total - len(one.rows)) for one in aligned)
+    of_base = None if base is None else tokens.rows_in(base, total)
+    given = {} if choices is None else _given(choices, checkpoints, base, tokens.places)
+    for place, token in ((place, token) for token, place in tokens.places.items() if place not in given):
+        if place >= tokens.owned and all(own[place] < 0 for own in (*models, *([of_base] if of_base else []))):
             problem = f"no model has a row for the token {token!r}, which is added; give it a source"
             raise InvalidRequest(problem, field="output.tokens")
     return Vocabulary(
         owner,
         total,
-        len(places),
-        tuple(new),
-        merges[len(of_owner.merges) :],
+        len(tokens.places),
+        tuple(tokens.new),
+        tokens.merges[len(tokens.of_owner.merges) :],
         TokenRows(models, of_base, given, padding),
-        tuple(shared),
-        tuple(introduced),
+        tuple(one.shared for one in aligned),
+        tuple(one.introduced for one in aligned),
     )
 
 
-def _places_in(
-    base: CheckpointInfo,
-    owner: CheckpointInfo,
-    of_owner: Tokenizer,
-    rows: int,
-    places: Mapping[str, int],
-    total: int,
-) -> "array[int]":
-    """Return the base's rows of the output's tokens; if it is the owner, its rows of no token too."""
-    if base is owner:
-        return array("i", range(rows)) + array("i", [-1]) * (total - rows)
-    tokenizer = tokenizer_of(base)
-    check_same_kind(owner, of_owner, base, tokenizer)
-    own = array("i", [-1]) * total
-    for token, index in tokenizer.ids.items():
-        if token in places:
-            own[places[token]] = index
-    return own
+class _Aligned(NamedTuple):
+    """A model's part in the output's tokens."""
+
+    rows: "array[int]"
+    """Its row of each of the tokens that were known by then; -1 where it has none."""
+    shared: int
+    introduced: int
+
+
+class _Tokens:
+    """The output's tokens, which grow model by model: those of `owner`, those of a recipe, and then each model's.
+
+    Raises:
+        InvalidCheckpoint: the owner's tokenizer has no ids to align by, or nothing can be added to it.
+    """
+
+    def __init__(self, owner: CheckpointInfo, added: Iterable[str]) -> None:
+        self.owner, self.of_owner, self.owned = owner, tokenizer_of(owner), matrix_rows(owner)
+        self.places = dict(self.of_owner.ids)
+        """Row of each token in the output."""
+        self.new: list[NewToken] = []
+        self.merges = self.of_owner.merges
+        for token in added:
+            self._add(token, ADDED)
+        check_room(owner, self.of_owner, owner, self.owned, self.new)
+
+    @property
+    def count(self) -> int:
+        """Number of rows so far: the owner's, and one for each new token."""
+        return self.owned + len(self.new)
+
+    def align(self, info: CheckpointInfo, *, adds: bool) -> _Aligned:
+        """Find a model's rows of the tokens; with `adds`, its own tokens are added first. Raises as the caller does."""
+        tokenizer = self.of_owner if info is self.owner else tokenizer_of(info)
+        check_same_kind(self.owner, self.of_owner, info, tokenizer)
+        first = self.merges if adds else self.of_owner.merges
+        shorter, longer = sorted((first, tokenizer.merges), key=len)
+        if longer[: len(shorter)] != shorter:
+            problem = "their tokenizers merge characters in different orders (BPE), so their tokens are not the same"
+            raise IncompatibleCheckpoints(self.owner.source, info.source, problem)
+        before = len(self.new)
+        if adds:
+            self.merges = longer
+            for token, _ in sorted(tokenizer.ids.items(), key=lambda item: item[1]):
+                self._add(token, tokenizer.added.get(token))
+            check_room(self.owner, self.of_owner, info, self.owned, self.new)
+        shared = sum(token in self.places for token in tokenizer.ids)
+        rows = array("i", range(self.owned)) if info is self.owner else self._rows(tokenizer, self.count)
+        return _Aligned(rows, shared, len(self.new) - before)
+
+    def rows_in(self, base: CheckpointInfo, total: int) -> "array[int]":
+        """Return the base's rows of the output's tokens; if it is the owner, its rows of no token too."""
+        if base is self.owner:
+            return array("i", range(self.owned)) + array("i", [-1]) * (total - self.owned)
+        tokenizer = tokenizer_of(base)
+        check_same_kind(self.owner, self.of_owner, base, tokenizer)
+        return self._rows(tokenizer, total)
+
+    def _add(self, token: str, entry: Mapping[str, Any] | None) -> None:
+        if token not in self.places:
+            self.places[token] = self.count
+            self.new.append(NewToken(token, self.places[token], entry))
+
+    def _rows(self, tokenizer: Tokenizer, length: int) -> "array[int]":
+        rows = array("i", [-1]) * length
+        for token, index in tokenizer.ids.items():
+            if token in self.places:
+                rows[self.places[token]] = index
+        return rows
 
 
 def _given(
