@@ -1,7 +1,7 @@
 """Plans a result that is put together from slices: layers of models become layers of the result."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
@@ -21,6 +21,7 @@ from worker.engine.catalog.checkpoints.tensor_names import (
 )
 from worker.engine.catalog.checkpoints.tied import without_copies
 from worker.engine.catalog.checkpoints.token_tensors import check_names_tell_tokens, token_keys
+from worker.engine.catalog.checkpoints.vocabulary import Vocabulary
 from worker.engine.catalog.checkpoints.weights import LAYER_COUNTS, LAYER_KINDS, check_checkpoint, layer_count
 from worker.engine.catalog.planning.comparing import (
     MergeSettings,
@@ -35,6 +36,8 @@ from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, Inv
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.values import TensorPlace
 
+_Shapes = frozenset[tuple[str, tuple[int, ...]]]
+"""Shapes of a layer's tensors, with their names within it."""
 SAME_VOCABULARY = (
     "the slices' models need one vocabulary; output.vocabulary 'base' or 'union' merges them token by token"
 )
@@ -73,7 +76,7 @@ def plan_slices(
         InvalidCheckpoint: an architecture's layers are not one list, or a setting cannot be combined.
         IncompatibleCheckpoints: a tensor or setting differs; the message names it and both values.
     """
-    base, vocabulary, config_from = asked.base, asked.vocabulary, asked.config_from
+    base, config_from = asked.base, asked.config_from
     checkpoints = [identity.info for identity in identities]
     first_index = names.index(slices[0].sources[0].model)
     first = checkpoints[first_index]
@@ -82,15 +85,7 @@ def plan_slices(
     if base is not None and config_from is base:
         check_settings(base)
     for info in everyone:
-        check_architectures(first, info)
-        check_checkpoint(info)
-        besides = {*keys_of_layers(first.config), *keys_of_layers(info.config)}
-        if vocabulary != "error":
-            check_names_tell_tokens(info)
-            besides |= {*token_keys(first.config), *token_keys(info.config)}
-        elif first.vocabulary and info.vocabulary:
-            check_vocabulary(first, info, SAME_VOCABULARY)
-        differing |= {*check_configs(first, info, besides, settles=config_from is not None)}
+        differing |= {*_differences(first, info, asked)}
         states.append(tensors_by_name(info, first))
     aligned = replace(asked, rows_of=base or first).aligned(checkpoints)
     order = [first_index, *(index for index in range(len(states)) if index != first_index)]
@@ -99,55 +94,16 @@ def plan_slices(
     stack = _only_stack(first, states[first_index])
     field = "slices" if scale is None else "method.slices"
     layers = _layers(slices, names, checkpoints, base, states, stack, field)
-    inner = [_by_layer(state) for state in states]
+    backbone = _Backbone(checkpoints, states, stack, len(layers), scale, asked, aligned)
+    backbone.add_outer(layers[0], before=True)
     # Some architectures alternate between layers of different kinds.
-    known = {_shapes(layer) for layer in inner[first_index].values()}
-    stacks = {stack: len(layers)}
-    backbone: list[PlannedTensor] = []
-
-    def add(name: str, members: Sequence[int], tensors: Sequence[Mapping[str, TensorInfo]], key: str) -> None:
-        """Add the tensor `key` of each member and of the base, which comes last in `tensors` if there is one."""
-        slot, place = slot_of(name), place_of(name, stacks)
-        tensor = tensors[0][key]
-        if is_buffer(tensor):
-            backbone.append(
-                PlannedTensor(slot, place, tensor.shape, tensor.dtype, (tensor,), is_copied=True, members=(members[0],))
-            )
-            return
-        infos = [checkpoints[member] for member in members]
-        origin = (base, tensors[len(members)].get(key)) if base is not None else None
-        planned = merged_tensor(slot, place, infos, tensors[: len(members)], key, origin, asked.dtype, aligned)
-        rows = planned.token_rows
-        if rows is not None:
-            rows = rows.of(members)
-        copied = scale is not None and scale(place) == 1 and rows is None
-        backbone.append(replace(planned, token_rows=rows, members=tuple(members), is_copied=copied))
-
-    def add_outer(layer: _Layer, before: bool) -> None:
-        tensors = [states[member] for member in layer.members] + ([states[-1]] if base is not None else [])
-        for name in tensors[0]:
-            if layer_of(name) is None and is_before_layers(name) is before:
-                add(name, layer.members, tensors, name)
-
-    add_outer(layers[0], before=True)
+    known = {_shapes(layer) for layer in backbone.inner[first_index].values()}
     for number, layer in enumerate(layers):
-        tensors = [inner[member].get(of, {}) for member, of in zip(layer.members, layer.numbers, strict=True)]
-        for member, of, found in zip(layer.members, layer.numbers, tensors, strict=True):
-            if _shapes(found) not in known:
-                problem = f"layer {of} of the second has other tensors or shapes than any layer of the first"
-                raise IncompatibleCheckpoints(first.source, checkpoints[member].source, problem)
-            if _shapes(found) != _shapes(tensors[0]):
-                problem = (
-                    f"layer {layer.numbers[0]} of the first has other tensors or shapes than layer {of} of the second"
-                )
-                raise IncompatibleCheckpoints(checkpoints[layer.members[0]].source, checkpoints[member].source, problem)
-        if base is not None:
-            tensors.append(inner[-1].get(layer.of_base, {}))
-        for key in tensors[0]:
-            add(f"{stack}.{number}.{key}", layer.members, tensors, key)
-    add_outer(layers[-1], before=False)
-    if len(backbone) > MAX_TENSORS:
-        raise InvalidRequest(f"the result would have {len(backbone)} tensors; {MAX_TENSORS} are allowed")
+        _check_shapes(layer, first, known, backbone)
+        backbone.add_layer(number, layer)
+    backbone.add_outer(layers[-1], before=False)
+    if len(backbone.planned) > MAX_TENSORS:
+        raise InvalidRequest(f"the result would have {len(backbone.planned)} tensors; {MAX_TENSORS} are allowed")
     config = stacked_config(first, [(layer.members[0], layer.numbers[0]) for layer in layers], checkpoints)
     for layer in layers:
         _check_kinds(layer, checkpoints)
@@ -161,7 +117,7 @@ def plan_slices(
         tuple(checkpoints),
         base,
         nothing,
-        tuple(backbone),
+        tuple(backbone.planned),
         ((),),
         (published,),
         tuple(tied),
@@ -169,6 +125,95 @@ def plan_slices(
         config_from,
         notes=tuple(notes),
     )
+
+
+class _Backbone:
+    """The result's tensors, planned one after another.
+
+    Args:
+        states: tensors of every checkpoint by the first one's names; those of the base come last if there is one.
+        layers: number of the result's layers, which are a list of the name `stack`.
+        aligned: rows of the result's tokens in the models.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[CheckpointInfo],
+        states: Sequence[Mapping[str, TensorInfo]],
+        stack: str,
+        layers: int,
+        scale: Callable[[TensorPlace], float] | None,
+        asked: MergeSettings,
+        aligned: Vocabulary | None,
+    ) -> None:
+        self.planned: list[PlannedTensor] = []
+        self.checkpoints = checkpoints
+        self.inner = [_by_layer(state) for state in states]
+        """Tensors of every checkpoint by layer, see `_by_layer`."""
+        self._states, self._stack, self._stacks = states, stack, {stack: layers}
+        self._scale, self._asked, self._aligned = scale, asked, aligned
+
+    def add_outer(self, layer: _Layer, *, before: bool) -> None:
+        """Add the tensors before or after all layers, of this layer's models."""
+        tensors = [self._states[member] for member in layer.members]
+        if self._asked.base is not None:
+            tensors.append(self._states[-1])
+        for name in tensors[0]:
+            if layer_of(name) is None and is_before_layers(name) is before:
+                self._add(name, layer.members, tensors, name)
+
+    def add_layer(self, number: int, layer: _Layer) -> None:
+        """Add the result's layer of this number."""
+        tensors = self.tensors_of(layer)
+        if self._asked.base is not None:
+            tensors.append(self.inner[-1].get(layer.of_base, {}))
+        for key in tensors[0]:
+            self._add(f"{self._stack}.{number}.{key}", layer.members, tensors, key)
+
+    def tensors_of(self, layer: _Layer) -> list[Mapping[str, TensorInfo]]:
+        """Return the tensors of each model's layer."""
+        return [self.inner[member].get(of, {}) for member, of in zip(layer.members, layer.numbers, strict=True)]
+
+    def _add(self, name: str, members: Sequence[int], tensors: Sequence[Mapping[str, TensorInfo]], key: str) -> None:
+        """Add the tensor `key` of each member and of the base, which comes last in `tensors` if there is one."""
+        slot, place = slot_of(name), place_of(name, self._stacks)
+        tensor, base = tensors[0][key], self._asked.base
+        if is_buffer(tensor):
+            copied = PlannedTensor(slot, place, tensor.shape, tensor.dtype, (tensor,), is_copied=True)
+            self.planned.append(replace(copied, members=(members[0],)))
+            return
+        infos = [self.checkpoints[member] for member in members]
+        origin = (base, tensors[len(members)].get(key)) if base is not None else None
+        dtype = self._asked.dtype
+        planned = merged_tensor(slot, place, infos, tensors[: len(members)], key, origin, dtype, self._aligned)
+        rows = None if planned.token_rows is None else planned.token_rows.of(members)
+        is_copied = self._scale is not None and self._scale(place) == 1 and rows is None
+        self.planned.append(replace(planned, token_rows=rows, members=tuple(members), is_copied=is_copied))
+
+
+def _differences(first: CheckpointInfo, info: CheckpointInfo, asked: MergeSettings) -> list[str]:
+    """Return the settings in which a checkpoint differs from the first. Raises where they cannot be combined."""
+    check_architectures(first, info)
+    check_checkpoint(info)
+    besides = {*keys_of_layers(first.config), *keys_of_layers(info.config)}
+    if asked.vocabulary != "error":
+        check_names_tell_tokens(info)
+        besides |= {*token_keys(first.config), *token_keys(info.config)}
+    elif first.vocabulary and info.vocabulary:
+        check_vocabulary(first, info, SAME_VOCABULARY)
+    return check_configs(first, info, besides, settles=asked.config_from is not None)
+
+
+def _check_shapes(layer: _Layer, first: CheckpointInfo, known: Collection[_Shapes], backbone: _Backbone) -> None:
+    """Raise IncompatibleCheckpoints where the models' layers differ, or are like no layer of the first model."""
+    tensors, sources = backbone.tensors_of(layer), [backbone.checkpoints[member].source for member in layer.members]
+    for source, of, found in zip(sources, layer.numbers, tensors, strict=True):
+        if _shapes(found) not in known:
+            problem = f"layer {of} of the second has other tensors or shapes than any layer of the first"
+            raise IncompatibleCheckpoints(first.source, source, problem)
+        if _shapes(found) != _shapes(tensors[0]):
+            problem = f"layer {layer.numbers[0]} of the first has other tensors or shapes than layer {of} of the second"
+            raise IncompatibleCheckpoints(sources[0], source, problem)
 
 
 def layers_of_models(plan: MergePlan) -> list[int]:
@@ -255,5 +300,5 @@ def _by_layer(state: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo
     return found
 
 
-def _shapes(layer: Mapping[str, TensorInfo]) -> frozenset[tuple[str, tuple[int, ...]]]:
+def _shapes(layer: Mapping[str, TensorInfo]) -> _Shapes:
     return frozenset((inner, tensor.shape) for inner, tensor in layer.items() if not is_buffer(tensor))
