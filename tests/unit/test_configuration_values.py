@@ -9,6 +9,7 @@ import pytest
 from tests.tiny import edit_json
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
@@ -83,10 +84,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {model.model_type: tiny_model(root / model.model_type, model) for model in (LLAMA, GPT2, QWEN2, T5)}
 
 
-def planned(models: dict[str, Path], model: TinyModel, changes: dict[str, Any], tmp_path: Path) -> None:
+def planned(models: dict[str, Path], model: TinyModel, changes: dict[str, Any], tmp_path: Path) -> MergePlan:
     folder = Path(shutil.copytree(models[model.model_type], tmp_path / "m"))
     edit_json(folder / "config.json", **changes)
-    plan_merge([inspect_checkpoint(folder, "local:m"), inspect_checkpoint(folder, "local:n")])
+    return plan_merge([inspect_checkpoint(folder, "local:m"), inspect_checkpoint(folder, "local:n")])
 
 
 @pytest.mark.parametrize(("model", "changes"), REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else "")
@@ -162,4 +163,5 @@ def test_a_model_type_that_is_no_text_is_refused_in_headers(
 def test_values_that_real_models_have_are_taken(
     models: dict[str, Path], tmp_path: Path, model: TinyModel, changes: dict[str, Any]
 ) -> None:
-    planned(models, model, changes, tmp_path)
+    plan = planned(models, model, changes, tmp_path)
+    assert plan.checkpoints[0].config.items() >= changes.items()
