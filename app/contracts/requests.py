@@ -136,7 +136,7 @@ class MergeRequest(JobRequest[ModelRequest]):
             models=len(taking_part),
         )
         try:
-            method = search.with_candidates(names)
+            method = search.with_default_candidates(names)
         except ValidationError as invalid:
             errors = [problem(("method", AUTO.name, *error["loc"]), error["msg"], names) for error in invalid.errors()]
             raise ValidationError.from_exception_data(type(self).__name__, errors) from invalid

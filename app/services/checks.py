@@ -26,11 +26,12 @@ from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import models_beside
 from worker.engine.catalog.data.rows import RowReader, check_first_rows
 from worker.engine.catalog.data.spec import Columns, DatasetSpec
+from worker.engine.catalog.families import Family
 from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan, require_reader, required_task
-from worker.engine.catalog.planning.planner import plan_job, plan_merge
+from worker.engine.catalog.planning.planner import misfit, plan_job, plan_merge
 from worker.engine.catalog.planning.stacking import layers_of_models
 from worker.engine.catalog.primitives.errors import EngineError
 from worker.engine.catalog.primitives.notes import in_order
@@ -153,10 +154,11 @@ class Checker:
         if request.method.search and request.output.heads == "merged" and family and not family.head.merges:
             why = "method auto evaluates every model with a head of its own; leave it out, or say per_model"
             _refuse([("output.heads", why)])
+        request, left_out = _runnable(request, family)
         plan = _planned(request, checkpoints, base)
         with _refusing("output.chat_template"):
             doubts = _check_templates(plan, request.output.chat_template)
-        plan = replace(plan, notes=tuple(in_order([*doubts, *plan.notes])))
+        plan = replace(plan, notes=tuple(in_order([*doubts, *left_out, *plan.notes])))
         if plan.family is None:
             _refuse_rows(request, plan)
         _refuse(_unbeatable(request, plan))
@@ -178,6 +180,7 @@ class Checker:
                     check_run_tokenizer(info)
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
+        accepted["notes"] += left_out
         accepted["base"] = None if plan.base is None else plan.base.source
         accepted["output"]["heads"] = "merged" if plan.merges_heads else "per_model"
         accepted["output"]["align_heads"] = _aligns(request, plan)
@@ -271,6 +274,22 @@ def _check_estimators(request: MergeRequest | ScoreRequest, task: Task) -> None:
         for asked in (method.gradients for method in request.method.methods):
             if asked is not None:
                 check_estimator(asked.estimator, task)
+
+
+def _runnable(request: MergeRequest, family: Family | None) -> tuple[MergeRequest, list[str]]:
+    """Leave out default candidates of `auto` that cannot merge models of a family, and return notes of them.
+
+    Candidates that were asked for stay, and are refused.
+    """
+    search = request.method.search
+    if search is None or search.asks_for_candidates:
+        return request, []
+    left_out = {one.name: why for one in search.methods if (why := misfit(one, family)) is not None}
+    if not left_out:
+        return request, []
+    names = [one.name for one in search.methods if one.name not in left_out]
+    reduced = request.model_copy(update={"method": search.with_default_candidates(names)})
+    return reduced, [f"auto did not try a candidate: {why}" for why in left_out.values()]
 
 
 def _planned(request: MergeRequest, checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo | None) -> MergePlan:

@@ -13,7 +13,8 @@ import pytest
 
 from app.contracts.jobs import PhaseName
 from tests.conftest import REPOSITORY, Service, assert_problem, make_service, tiny_recipe, wait_until
-from tests.tiny import write_lines, write_rows
+from tests.tiny import tiny_checkpoint, write_lines, write_rows
+from tests.tiny_families import TINY_FAMILIES
 
 Job = dict[str, Any]
 Recipe = dict[str, Any]
@@ -251,6 +252,26 @@ def test_candidates_by_default_are_those_that_can_be_run(service: Service) -> No
     assert plan["peak_memory_bytes"] > alone["peak_memory_bytes"]
     job = succeeded(service, service.submit(recipe))
     assert {c["name"] for c in job["result"]["candidates"] if c["kind"] == "method"} == set(names)
+
+
+def test_a_default_candidate_that_an_architecture_does_not_allow_is_left_out(service: Service) -> None:
+    """What the accepted request names was asked for, when it is posted again; and that is refused."""
+    tiny_checkpoint(service.inputs / "checkpoints" / "albert", family=TINY_FAMILIES["albert"])
+    recipe = search_recipe(trials=5)
+    recipe["models"] = [{**recipe["models"][0], "checkpoint": "local:checkpoints/albert"}]
+    recipe["method"]["candidates"] = None
+    del recipe["base"]
+    plan = service.post("/merge/validate", json=recipe).json()
+    assert plan["candidates"] == ["average", "mask_fisher", "regmean", "mask_regmean"]
+    [note] = plan["notes"]
+    assert note.startswith("auto did not try a candidate: aligned_regmean fits one layer after another")
+    accepted = plan["request"]
+    assert accepted["notes"] == [note]
+    assert service.post("/merge/validate", json=accepted).json()["candidates"] == plan["candidates"]
+    accepted["method"]["candidates"].append({"name": "aligned_regmean"})
+    refused = service.post("/merge/validate", json=accepted)
+    assert_problem(refused, 422, "invalid_checkpoint")
+    assert "name method.candidates without it" in refused.json()["detail"]
 
 
 def test_the_command_line_shows_trials_and_what_was_chosen(service: Service, found: Job, tmp_path: Path) -> None:

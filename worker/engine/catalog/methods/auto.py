@@ -98,9 +98,16 @@ class AutoParameters(BaseParameters):
     def search(self) -> "AutoParameters":
         return self
 
-    def with_candidates(self, names: Sequence[str]) -> "AutoParameters":
-        """Return the same search over the candidates of these names. Raises ValidationError."""
-        return self.model_validate({**self.model_dump(), "candidates": names})
+    def with_default_candidates(self, names: Sequence[str]) -> "AutoParameters":
+        """Return the same search over the candidates of these names, which nobody asked for. Raises ValidationError."""
+        found = self.model_validate({**self.model_dump(exclude_unset=True), "candidates": names})
+        found.model_fields_set.discard("candidates")
+        return found
+
+    @property
+    def asks_for_candidates(self) -> bool:
+        """Whether the candidates are those that a request names; otherwise those that do not suit may be left out."""
+        return "candidates" in self.model_fields_set
 
     def _common(self, candidate: MethodParameters) -> dict[str, Any]:
         common: dict[str, Any] = {"precision": self.precision}

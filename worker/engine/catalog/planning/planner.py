@@ -12,6 +12,7 @@ from worker.engine.catalog.checkpoints.tensor_names import stacks_of
 from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.checkpoints.vocabulary import TokenChoices, pads_differ
 from worker.engine.catalog.contracts.spec import Dtype, Heads, OutputSpec, VocabularyPolicy
+from worker.engine.catalog.families import Family
 from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.by_name import planned_by_name
 from worker.engine.catalog.planning.by_table import planned_by_table, table_of
@@ -86,6 +87,17 @@ def _note_of_padding(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo
     )
 
 
+def misfit(method: BaseParameters, family: Family | None) -> str | None:
+    """Return why a method cannot merge models of a family, though others can; None if it can."""
+    if family is None or not method.refits_layers:
+        return None
+    if family.shares_layers:
+        return f"{method.name} fits one layer after another, and the layers of this architecture are one"
+    if family.stacked:
+        return f"{method.name} fits layers to the same tokens in model and merge, and experts get others"
+    return None
+
+
 def plan_job(
     method: BaseParameters,
     names: Sequence[str],
@@ -109,13 +121,11 @@ def plan_job(
         if plan.vocabulary is not None and output.vocabulary == "error" and by_own_tokens:
             problem = f"method {method.name} needs matrices with the same number of rows, padding included"
             raise IncompatibleCheckpoints(checkpoints[0].source, checkpoints[-1].source, problem)
-        family = plan.family if method.refits_layers else None
-        if family is not None and (family.shares_layers or family.stacked):
-            problem = "aligned_regmean fits one layer after another, and the layers of this architecture are one"
-            if family.stacked:
-                problem = "aligned_regmean fits layers to the same tokens in model and merge, and experts get others"
-            advice = "name method.candidates without it" if method.search else "use regmean"
-            raise InvalidCheckpoint(checkpoints[0].source, f"{problem}; {advice}")
+        for one in method.methods:
+            why = misfit(one, plan.family)
+            if why is not None:
+                advice = "name method.candidates without it" if method.search else "use regmean"
+                raise InvalidCheckpoint(checkpoints[0].source, f"{why}; {advice}")
         return with_companions(plan, output.dtype, chat_template=output.chat_template)
     if output.heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")
