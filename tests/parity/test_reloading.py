@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import Tensors, edit_json, edit_tensors, merge_spec, model_spec, silent, tiny_checkpoint
+from tests.tiny_families import TINY_BERT, TINY_VISION, TinyFamily
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
@@ -177,13 +178,37 @@ def test_a_merge_whose_outputs_are_not_finite_is_not_published(engine: Engine, t
 def test_models_that_are_not_finite_themselves_may_be_merged(engine: Engine, tmp_path: Path) -> None:
 
     def scale(tensors: Tensors) -> None:
-        for tensor in tensors.values():
-            tensor *= 1e25
+        for name in ("model.norm.weight", "lm_head.weight"):
+            tensors[name] *= 1e30
 
     folders = pair(tmp_path)
     for folder in folders:
         edit_tensors(folder, scale)
+    [note] = merged(engine, tmp_path / "out", folders).notes
+    assert note == "the outputs of the published LlamaForCausalLM are not finite, nor those of the model"
+
+
+HEADS = [
+    *((TINY_BERT, task) for task in ("TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM")),
+    *((family, "ImageClassification") for family in TINY_VISION.values()),
+]
+
+
+@pytest.mark.parametrize(("family", "task"), HEADS, ids=lambda value: getattr(value, "model_type", value))
+def test_models_of_every_head_are_run(engine: Engine, tmp_path: Path, family: TinyFamily, task: str) -> None:
+    """One that is not run has a note of it."""
+    folders = [
+        tiny_checkpoint(tmp_path / name, family=family, seed=seed, task=task) for seed, name in enumerate("ab", 1)
+    ]
     assert merged(engine, tmp_path / "out", folders).notes == []
+
+
+def test_a_model_that_takes_more_than_a_text_is_noted(engine: Engine, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"text_config": {**sizes, "vocab_size": 64}, "vision_config": {**sizes, "image_size": 8, "patch_size": 4}}
+    folders = pair(tmp_path, TinyModel("CLIPModel", "clip", {**parts, "projection_dim": 8}))
+    [note] = merged(engine, tmp_path / "out", folders).notes
+    assert note == "the published CLIPModel was loaded anew, but not run: it takes more than a text or an image"
 
 
 def test_copies_that_come_out_untied_are_not_published(engine: Engine, tmp_path: Path) -> None:

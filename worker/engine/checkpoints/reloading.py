@@ -7,6 +7,7 @@ all, so only small models are run. The weights of larger ones were checked to be
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,9 @@ from worker.engine.catalog.planning.memory import RUN_BYTES
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.publishing import beyond_matrix
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError, is_of_library
+from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line
+from worker.engine.catalog.tasks import MultipleChoice
 from worker.engine.checkpoints.configurations import OFFLINE, library_config
 from worker.engine.checkpoints.layout import (
     check_layout,
@@ -116,7 +119,7 @@ class Reloading:
         model, problems = _model(published, model_class, config)
         if model is not None and is_run:
             self._were_run.add(published.architecture)
-            _run(published, model, text.ids, origin)
+            problems += _run(published, model, text.ids, origin)
         return [*text.notes, *problems]
 
     def _text(self, info: CheckpointInfo, config: Any) -> "_Text":
@@ -244,16 +247,28 @@ def _check_tied(published: CheckpointInfo, model: Any) -> None:
         raise InvalidCheckpoint(published.source, problem, tensor=copy)
 
 
-def _run(published: CheckpointInfo, model: Any, ids: Sequence[int] | None, origin: CheckpointInfo) -> None:
-    inputs = _inputs(model, ids, vocabulary_size(published.config))
-    if inputs is None:
-        return
-    problem = _problem_of(published, model, inputs)
-    if problem is None:
-        return
-    # Not every model runs on these inputs alone. The merge need not do what its own model does not do either.
-    if origin.base is None and _problem_of(origin, _loaded(origin, type(model)), inputs) is None:
-        raise problem
+def _run(published: CheckpointInfo, model: Any, ids: Sequence[int] | None, origin: CheckpointInfo) -> list[str]:
+    """Run a published model on a text or an image. Return a note if that says nothing.
+
+    Raises:
+        InvalidCheckpoint: it does not run, and the model that it comes from does.
+        NumericalError: its outputs are not finite, and those of the model that it comes from are.
+    """
+    inputs = _inputs(model, ids, published)
+    problem: EngineError | None = None
+    if inputs is not None:
+        problem = _problem_of(published, model, inputs)
+        if problem is None:
+            return []
+        # Not every model runs on these inputs alone. The merge need not do what its own model does not do either.
+        before = origin.base or origin  # an adapter has no model of its own
+        if _problem_of(before, _loaded(before, type(model)), inputs) is None:
+            raise problem
+    if isinstance(problem, NumericalError):
+        return [Doubt(f"the outputs of the published {published.architecture} are not finite, nor those of the model")]
+    return [
+        f"the published {published.architecture} was loaded anew, but not run: it takes more than a text or an image"
+    ]
 
 
 def _loaded(origin: CheckpointInfo, model_class: Any) -> Any:
@@ -263,12 +278,23 @@ def _loaded(origin: CheckpointInfo, model_class: Any) -> Any:
     )
 
 
-def _inputs(model: Any, ids: Sequence[int] | None, rows: int | None) -> Mapping[str, Tensor] | None:
-    """Return a text of the model's own tokens as inputs; None for a model that takes something else."""
+def _inputs(model: Any, ids: Sequence[int] | None, published: CheckpointInfo) -> Mapping[str, Tensor] | None:
+    """Return an image, or a text of the model's own tokens, as inputs; None for a model that takes something else."""
+    if model.main_input_name == "pixel_values":
+        config = getattr(model.config, "vision_config", model.config)
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+        sides = [size, size] if isinstance(size, int) else size
+        if not isinstance(channels, int) or not isinstance(sides, list | tuple) or len(sides) != 2:
+            return None
+        shape = (1, channels, *sides)
+        return {"pixel_values": torch.linspace(-1, 1, prod(shape)).reshape(shape)}
+    rows = vocabulary_size(published.config)
     if model.main_input_name != "input_ids" or rows is None:
         return None
     known = [index for index in (range(4) if ids is None else ids) if index < rows] or [0]
     inputs = {"input_ids": torch.tensor([known[:16]])}
+    if published.architecture.endswith(MultipleChoice.ending):
+        inputs["input_ids"] = inputs["input_ids"].repeat(1, 2, 1)  # (rows, choices, tokens)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
     return inputs
@@ -277,6 +303,7 @@ def _inputs(model: Any, ids: Sequence[int] | None, rows: int | None) -> Mapping[
 def _problem_of(info: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor]) -> EngineError | None:
     if model.dtype == torch.float16:  # CPUs lack operations in it, and values that a GPU keeps finite may overflow
         model = model.float()
+    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     try:
         with torch.inference_mode():
             outputs = model.eval()(**inputs)
@@ -287,5 +314,7 @@ def _problem_of(info: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor]) 
         return InvalidCheckpoint(info.source, problem)
     for key, value in outputs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-            return NumericalError(f"the merge's {key} of a text are not finite, though those of the models are")
+            return NumericalError(
+                f"the merge's {key} of a text or an image are not finite, though those of the models are"
+            )
     return None
