@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.conftest import wait_until
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, write_lines
 from tests.tiny_families import DECODERS, TinyFamily, bytes_of_decoders
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
@@ -19,11 +20,13 @@ from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import CausalLanguageModel, column_problems
+from worker.engine.inputs import chats
 from worker.engine.inputs.chats import template_version
 from worker.engine.inputs.examples import Example
 from worker.engine.inputs.tables import read_parquet
 from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
+from worker.engine.runtime.time_limits import are_late
 
 CPU = torch.device("cpu")
 READER = CausalLanguageModel.rows
@@ -40,6 +43,8 @@ FORGETFUL = (
     "" + WRITTEN + "{% endif %}{% endfor %}" + BEGINNING
 )
 STRICT = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
+ENDLESS = "{% for a in range(1000) %}{% for b in range(9000) %}{% endfor %}{% endfor %}"
+"""It ends, so that nothing runs on through other tests."""
 DATED = "{{ strftime_now('%d %B') }}" + PLAIN
 TALKS = [
     [("user", "one two"), ("assistant", "three")],
@@ -120,6 +125,29 @@ def test_a_template_that_fails_on_a_row_is_refused_by_row_without_its_text(check
     spec = spec_of(tmp_path, [talk(*TALKS[1]), talk(*TALKS[0])])
     with pytest.raises(InvalidDataset, match=r"line 2: the chat template fails on it \(TemplateError\)"):
         examples_of(loaded, spec)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "template", "problem"),
+    [
+        (0.2, f"{ENDLESS}{{{{ 'x' }}}}", r"line 1: the chat template takes more than 0\.2 s for it"),
+        (
+            60,
+            "{{ 'x' * 10000001 }}",
+            r"line 1: the chat template writes 10000001 characters of it; 10000000 are allowed",
+        ),
+    ],
+    ids=["time", "length"],
+)
+def test_what_a_template_takes_and_writes_has_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, template: str, problem: str
+) -> None:
+    monkeypatch.setattr(chats, "LONGEST_S", seconds)
+    folder = tiny_checkpoint(tmp_path / "m", family=DECODERS["llama"], task="CausalLM")
+    loaded = with_template(folder, template)
+    with pytest.raises(InvalidDataset, match=problem):
+        examples_of(loaded, spec_of(tmp_path, [talk(*TALKS[0])]))
+    wait_until(lambda: not are_late(), "the template")
 
 
 def test_templates_run_in_the_sandbox(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from typing import Any
 
 from worker.engine.catalog.data.rows import ASSISTANT, Row
@@ -16,11 +17,14 @@ from worker.engine.catalog.primitives.errors import InvalidDataset, is_of_librar
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.runtime.libraries import chat_template_utils
 from worker.engine.runtime.resources import is_out_of_memory
+from worker.engine.runtime.time_limits import within
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template marks what the assistant says."""
 TODAY = "strftime_now"
 """Name of the function by which a template reads the date."""
+LONGEST_S = 10  # seconds that a template may take for a row; those in use take a thousandth
+LONGEST_TEXT = 10_000_000  # characters that it may write of a row
 Message = tuple[str, str]
 
 
@@ -102,14 +106,25 @@ def _rendered(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return a conversation as text, and the beginnings and ends of what the template marks in it."""
     conversation = [{"role": role, "content": content} for role, content in messages]
+    render = partial(
+        chat_template_utils.render_jinja_template,
+        [conversation],
+        chat_template=template,
+        **settings,
+        **tokenizer.special_tokens_map,
+    )
     try:
-        [text], spans = chat_template_utils.render_jinja_template(
-            [conversation], chat_template=template, **settings, **tokenizer.special_tokens_map
-        )
+        [text], spans = within(LONGEST_S, render)
         marked = spans[0] if settings.get("return_assistant_tokens_mask") else []
+    except TimeoutError as error:
+        problem = f"the chat template takes more than {LONGEST_S} s for it; use that of the original model"
+        raise InvalidDataset(spec.source, problem, row.place) from error
     except BaseException as error:  # templates raise anything, and their messages may quote the row
         if is_out_of_memory(error) or not is_of_library(error):
             raise
         problem = f"the chat template fails on it ({type(error).__name__}); does it take these roles in this order?"
         raise InvalidDataset(spec.source, problem, row.place) from error
+    if len(text) > LONGEST_TEXT:
+        problem = f"the chat template writes {len(text)} characters of it; {LONGEST_TEXT} are allowed"
+        raise InvalidDataset(spec.source, problem, row.place)
     return text, marked
