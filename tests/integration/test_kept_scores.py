@@ -15,6 +15,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load
+from transformers import BertForSequenceClassification
 
 from app.contracts.settings import Settings
 from app.main import create_app
@@ -26,7 +27,14 @@ from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
 from worker.engine.catalog.methods import GRAM
 from worker.engine.checkpoints import reloading
+from worker.engine.checkpoints.reader import Digests
+from worker.engine.inputs.examples import plan_batches
+from worker.engine.jobs.context import EngineState, job_context
 from worker.engine.jobs.engine import Engine
+from worker.engine.jobs.merge import load as load_inputs
+from worker.engine.jobs.merge import measure_all
+from worker.engine.models.loading import ModelCache
+from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.store import StatisticsStore
 
 CPU = torch.device("cpu")
@@ -90,6 +98,34 @@ def test_a_merge_of_scored_models_runs_no_forward_pass(
         assert [model.score_cached for model in control.models] == [False] * 3
     for file in (tmp_path / "control" / "models").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "merged" / file.relative_to(tmp_path / "control")).read_bytes()
+
+
+@pytest.mark.parametrize("candidates", [["regmean", "mask_fisher"], ["mask_fisher", "fisher"]])
+def test_candidates_share_passes_over_the_same_rows(tiny_inputs: Path, tmp_path: Path, candidates: list[str]) -> None:
+    """Scores and Gram matrices take one pass together, whichever comes first; Fisher information one for each row."""
+    rows = 40
+    models = [model_spec(tiny_inputs / "checkpoints" / name, tiny_inputs / "rows" / f"{name}.jsonl") for name in "ab"]
+    auto = {"name": "auto", "candidates": candidates, "examples": rows}
+    passes, seen = 0, list[Any]()
+
+    def begin(module: torch.nn.Module, _: object) -> None:
+        nonlocal passes
+        passes += isinstance(module, BertForSequenceClassification)
+
+    lasting = EngineState(CPU, ModelCache(CPU), BatchSizes(), Digests())
+    spec = merge_spec(tmp_path / "out", models, auto, align_heads=False)
+    with job_context(spec, lasting, lambda *progress: seen.append(progress)) as context:
+        loaded = load_inputs(spec, context)
+        samples = [model.rows.sample for model in loaded.models if model.rows.sample is not None]
+        batches = sum(len(plan_batches(block)) for sample in samples for block in sample.blocks(0, rows))
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(begin)
+        by_method = measure_all(spec, loaded, context)
+        handle.remove()
+    assert passes == batches + ("fisher" in candidates) * rows * len(models)
+    assert [set(of_method[0].measured.statistics) for of_method in by_method] == [
+        set(method.statistics) for method in spec.method.methods
+    ]
+    assert seen[-1] == ("scoring", 2 * rows * len(models), 2 * rows * len(models), "examples")
 
 
 # --- the API's side

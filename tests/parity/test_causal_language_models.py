@@ -38,7 +38,7 @@ from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidDataset
-from worker.engine.inputs.examples import Example
+from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.jobs.engine import Engine
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.fisher import fisher
@@ -239,7 +239,7 @@ def test_gram_matrices_are_those_of_the_inputs_of_linear_layers(case: Siblings) 
     loaded = case.loaded()
     examples = examples_of(loaded, case.spec(), labelled=False)
     inputs = plan_merge([loaded.info]).linear_inputs
-    found = grams(loaded, inputs, examples, "float32", "rows", silent)
+    found = grams(loaded, inputs, plan_batches(examples), "float32", "rows", silent)
     model = case.exact()
     rows = [torch.tensor([example.encoding["input_ids"]]) for example in examples]
     assert_grams(found, model, inputs, lambda: [model(input_ids=tokens) for tokens in rows])

@@ -12,12 +12,18 @@ from tests.tiny import dataset_spec, float64_model, read_rows, silent, tiny_chec
 from tests.tiny_families import TINY_FAMILIES
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.families import FAMILIES
+from worker.engine.catalog.methods import GRAM, NODE_FISHER
+from worker.engine.catalog.methods.mask_regmean import MaskRegMeanParameters
 from worker.engine.catalog.planning.plan import LinearInput
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.inputs.examples import Example, plan_batches, tokenize
 from worker.engine.models.loading import LoadedModel, load
+from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.gram import grams, in_passes
+from worker.engine.scoring.measure import Measured, Measurer
+from worker.engine.scoring.sample import Sample
+from worker.engine.scoring.store import StatisticsStore
 
 ROWS = 10
 TOLERANCE = 1e-5  # in norm, float32 against float64
@@ -27,7 +33,7 @@ class Case:
     def __init__(self, name: str, root: Path) -> None:
         self.tiny = TINY_FAMILIES[name]
         self.folder = tiny_checkpoint(root / "model", family=self.tiny, labels=2)
-        rows = write_rows(root / "rows.jsonl", count=ROWS)
+        rows = self.rows = write_rows(root / "rows.jsonl", count=ROWS)
         info = inspect_checkpoint(self.folder, "local:model")
         self.inputs: Sequence[LinearInput] = plan_merge([info]).linear_inputs
         self.loaded: LoadedModel = load(info, torch.device("cpu"))
@@ -36,7 +42,24 @@ class Case:
         ).examples
 
     def measured(self, examples: Sequence[Example], inputs: Sequence[LinearInput] | None = None) -> dict[str, Tensor]:
-        return grams(self.loaded, inputs or self.inputs, examples, "float32", "rows", silent)
+        return grams(self.loaded, inputs or self.inputs, plan_batches(examples), "float32", "rows", silent)
+
+    def kept(self, store: StatisticsStore, *runs: set[str]) -> tuple[dict[str, Tensor], int]:
+        """The statistics that were measured in this order, and how many forward passes were begun."""
+        measurer = Measurer(MaskRegMeanParameters(), self.inputs, "float32", store, BatchSizes())
+        own = Sample(read_rows(self.rows), ROWS, dataset_spec(self.rows), self.loaded, None)
+        found, begun = Measured(), 0
+
+        def count(*_: object) -> None:
+            nonlocal begun
+            begun += 1
+
+        handle = self.loaded.model.get_submodule(self.loaded.family.embeddings).register_forward_pre_hook(count)
+        for statistics in runs:
+            found = measurer.measure(found, self.loaded, "digest", own, ROWS, silent, statistics)
+        handle.remove()
+        assert not found.cached
+        return {**found.of(GRAM), **found.of(NODE_FISHER)}, begun
 
 
 @pytest.fixture(scope="module", params=TINY_FAMILIES)
@@ -91,6 +114,18 @@ def test_neither_order_nor_batches_nor_passes_matter(case: Case) -> None:
         parts = torch.stack([one[name].double() for one in one_by_one])
         mean = (parts * weights[:, None, None]).sum(0) / weights.sum()
         torch.testing.assert_close(mean, gram.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_with_scores_in_one_pass_both_have_the_bits_of_passes_of_their_own(case: Case, tmp_path: Path) -> None:
+    with StatisticsStore(tmp_path / "one", 10**9) as one, StatisticsStore(tmp_path / "two", 10**9) as two:
+        together, passes = case.kept(one, {GRAM, NODE_FISHER})
+        apart, passes_apart = case.kept(two, {NODE_FISHER}, {GRAM})
+        assert passes_apart == 2 * passes
+        assert together.keys() == apart.keys()
+        assert all(torch.equal(together[name], apart[name]) for name in apart)
+    assert {entry.name for entry in (tmp_path / "one").iterdir()} == {
+        entry.name for entry in (tmp_path / "two").iterdir()
+    }
 
 
 def test_the_model_is_left_as_it_was(case: Case) -> None:

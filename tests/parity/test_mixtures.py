@@ -38,7 +38,7 @@ from worker.engine.catalog.families import HEADS as HEAD_NODES
 from worker.engine.catalog.families import NEURONS as NEURON_NODES
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint
-from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.inputs.examples import Example, plan_batches, tokenize
 from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import Estimator
@@ -226,7 +226,7 @@ def test_fisher_information_is_that_of_autograd(case: Case) -> None:
 def test_gram_matrices_are_of_the_tokens_that_an_expert_gets(case: Case) -> None:
     loaded, model = case.loaded(), case.exact()
     examples = case.examples(loaded)
-    found = grams(loaded, plan_merge([loaded.info]).linear_inputs, examples, "float32", "rows", silent)
+    found = grams(loaded, plan_merge([loaded.info]).linear_inputs, plan_batches(examples), "float32", "rows", silent)
     seen: dict[str, list[Tensor]] = {}
     for number, layer in enumerate(model.base_model.layers):
 

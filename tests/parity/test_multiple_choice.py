@@ -38,6 +38,7 @@ from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.evaluation.metrics import bootstrap
+from worker.engine.inputs.examples import plan_batches
 from worker.engine.jobs.engine import Engine
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.gram import grams
@@ -126,7 +127,8 @@ def test_scores_do_not_depend_on_batch_order_and_padding(case: Siblings, name: A
 def test_gram_matrices_are_those_of_every_choice(case: Siblings) -> None:
     loaded = case.loaded()
     inputs = plan_merge([loaded.info]).linear_inputs
-    found = grams(loaded, inputs, examples_of(loaded, case.spec()), "float32", "rows", silent)
+    batches = plan_batches(examples_of(loaded, case.spec()))
+    found = grams(loaded, inputs, batches, "float32", "rows", silent)
     model, tokenizer = case.exact(), AutoTokenizer.from_pretrained(case.models["one"])
     assert_grams(found, model, inputs, lambda: [logits_of(model, tokenizer, row) for row in case.rows()])
 

@@ -1,6 +1,6 @@
 """Turns rows into padded batches of tokens."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -318,7 +318,7 @@ def plan_batches(examples: Sequence[Example], tokens: int = BATCH_TOKENS) -> lis
     return batches
 
 
-def collate(batches: Sequence[Sequence[Example]], pad: Mapping[str, int], device: torch.device) -> Iterator[Batch]:
+def collate(batches: Iterable[Sequence[Example]], pad: Mapping[str, int], device: torch.device) -> Iterator[Batch]:
     """Pad each batch to its longest row; `pad` is the padding value of every model input."""
     for examples in batches:
         sequences = [sequence for example in examples for sequence in example.inputs]

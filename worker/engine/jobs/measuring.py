@@ -1,7 +1,8 @@
 """The step that measures statistics of every model, on as many of its rows as they need."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from worker.engine.catalog.contracts.spec import JobSpec
@@ -50,28 +51,49 @@ def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobMode
         if model.rows.sample is not None
     )
     scoring = context.phase("scoring", total, "examples")
-    return [_measure(part, measurer, scoring, context) for measurer, part in zip(measurers, work, strict=True)]
+    wanted: dict[object, set[str]] = defaultdict(set)
+    for part in work:
+        for model in part.models:
+            wanted[_rows_of(model)] |= part.method.statistics
+    found = {}
+    # First those that run passes which others can share.
+    for place in sorted(range(len(work)), key=lambda place: NODE_FISHER not in work[place].method.statistics):
+        found[place] = _measure(work[place], measurers[place], scoring, wanted, context)
+    return [found[place] for place in range(len(work))]
 
 
-def _measure(work: Measuring, measurer: Measurer, scoring: Phase, context: JobContext) -> list[JobModel]:
+def _rows_of(model: JobModel) -> object:
+    """Identify a model and the rows that it is measured on."""
+    sample = model.rows.sample
+    return None if sample is None else (model.digest, sample.digest(len(sample), with_labels=False))
+
+
+def _measure(
+    work: Measuring,
+    measurer: Measurer,
+    scoring: Phase,
+    wanted: Mapping[object, Collection[str]],
+    context: JobContext,
+) -> list[JobModel]:
     """Measure all statistics of every model that takes part.
 
-    With `examples: "auto"` they are measured on as many rows as are needed to know the weights of the merge.
+    With `examples: "auto"` they are measured on as many rows as are needed to know the weights of the merge. What is
+    `wanted` of the same rows elsewhere, by `_rows_of`, is taken from the same passes if it can be.
     """
     method = work.method
     found = [replace(model, measured=Measured()) for model in work.models]
     samples = {index: model.rows.sample for index, model in enumerate(found) if model.rows.sample is not None}
 
-    def extend(index: int, rows: int, statistics: Collection[str]) -> None:
+    def extend(index: int, rows: int, statistics: Collection[str], also: Collection[str] = ()) -> None:
         model, sample = found[index], samples[index]
         loaded = context.models.get(model.info)
-        known = measurer.measure(model.measured, loaded, model.digest, sample, rows, scoring.advance, statistics)
+        known = measurer.measure(model.measured, loaded, model.digest, sample, rows, scoring.advance, statistics, also)
         found[index] = replace(model, measured=known)
 
     stopping = method.scoring
     if stopping is None or stopping.tolerance is None:
         for index, sample in samples.items():
-            extend(index, len(sample), method.statistics)
+            extend(index, len(sample), method.statistics, wanted[_rows_of(found[index])])
         _check(found, context)
         return found
     for rows in looks(max(map(len, samples.values()))):

@@ -25,7 +25,7 @@ class MaskGradients:
     """Hooks on a model's mask sites, while in context.
 
     The graph starts at the first sites that a forward pass reaches: nothing before them is differentiated. Where it is
-    known which tokens the head does not read, nothing is computed for them.
+    known which tokens the head does not read, nothing is computed for them. Without gradients, hooks do nothing.
 
     Args:
         model: a model in eval mode; its parameters' requires_grad is switched off for good.
@@ -82,6 +82,8 @@ class MaskGradients:
 
     def _narrower(self, uses: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not torch.is_grad_enabled():
+                return None
             self._calls[module] += 1
             return _first_token(inputs) if self._calls[module] % uses == 0 else None
 

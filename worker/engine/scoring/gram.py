@@ -1,7 +1,13 @@
-"""Computes Gram matrices of the inputs of a model's linear layers, over its rows' tokens."""
+"""Computes Gram matrices of the inputs of a model's linear layers, over its rows' tokens.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+They come from forward passes of their own, or from those that another statistic runs over the same rows.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +21,10 @@ from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
-from worker.engine.scoring.scorer import not_finite
+from worker.engine.scoring.scorer import Watching, not_finite
+
+TILE = 128
+"""Rows of a Gram matrix that are multiplied at once. What is left of their diagonal tile follows by symmetry."""
 
 
 def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> list[list[LinearInput]]:
@@ -35,7 +44,7 @@ def in_passes(inputs: Sequence[LinearInput], budget_bytes: int = GRAM_BYTES) -> 
 def grams(
     loaded: LoadedModel,
     inputs: Sequence[LinearInput],
-    examples: Sequence[Example],
+    batches: Iterable[Sequence[Example]],
     precision: Precision,
     source: str,
     on_rows: OnRows,
@@ -46,70 +55,121 @@ def grams(
     several times has one for each use. That of an expert has those of the tokens that are routed to it, and the matrix
     is zero if there are none. Products of a batch are float32, and their sum is float64.
 
+    Args:
+        batches: rows that are computed together.
+
     Returns:
         Gram matrices by name of the input, (width, width), float32.
 
     Raises:
         NumericalError: an input is NaN or infinite; the message names the row.
     """
-    with _Sums(loaded, inputs, source) as sums, torch.inference_mode():
-        for batch in collate(plan_batches(examples), loaded.padding, loaded.device):
-            with computing_in(precision, loaded.device):
-                sums.add(batch)
+    with GramSums(loaded, inputs, source, stops=True) as sums, torch.inference_mode():
+        for batch in collate(batches, loaded.padding, loaded.device):
+            with computing_in(precision, loaded.device), sums.watching(batch), suppress(_AllSeen):
+                loaded.model(**loaded.kind.arguments(batch.inputs))
             on_rows(len(batch))
-        return {name: (total / max(1, sums.counts[name])).float().cpu() for name, total in sums.totals.items()}
+        return sums.means()
 
 
 class _AllSeen(Exception):
     """All inputs were seen, so the rest of the forward pass is not needed."""
 
 
-class _Sums:
-    """Sums of `x x^T` over the inputs of modules in forward passes, while in context."""
+class GramSums:
+    """Sums of `x x^T` over the inputs of modules in forward passes, while in context.
 
-    def __init__(self, loaded: LoadedModel, inputs: Sequence[LinearInput], source: str) -> None:
+    Where a pass computes the last layer for some tokens alone (`Family.narrowing`), that layer runs once more without
+    gradients, for all tokens. That changes nothing in the pass itself.
+
+    Args:
+        stops: whether a pass ends, by `_AllSeen`, once all inputs were seen; then no pass narrows.
+    """
+
+    def __init__(self, loaded: LoadedModel, inputs: Sequence[LinearInput], source: str, *, stops: bool) -> None:
         model, device = loaded.model, loaded.device
-        self.totals = {i.name: torch.zeros(i.width, i.width, dtype=torch.float64, device=device) for i in inputs}
-        self.counts = dict.fromkeys(self.totals, 0)
-        self._model, self._kind = model, loaded.kind
-        self._source = source
+        self._totals = {i.name: torch.zeros(i.width, i.width, dtype=torch.float64, device=device) for i in inputs}
+        self._counts = dict.fromkeys(self._totals, 0)
+        self._source, self._stops = source, stops
         self._batch: Batch | None = None
-        self._uses = sum(i.uses for i in inputs)
+        self._all_uses = sum(i.uses for i in inputs)
         self._unseen = 0
-        self._handles = [model.get_submodule(i.module).register_forward_pre_hook(self._seer(i.name)) for i in inputs]
+        self._narrowed = "" if stops else _narrowed_layer(loaded)
+        self._calls: Counter[nn.Module] = Counter()
+        self._is_again = False
+        self._handles = [model.get_submodule(i.module).register_forward_pre_hook(self._seer(i)) for i in inputs]
+        uses = max((i.uses for i in inputs if self._is_narrowed(i)), default=0)
+        if uses:
+            layer = model.get_submodule(self._narrowed.removesuffix("."))
+            self._handles.append(layer.register_forward_hook(self._repeater(uses), with_kwargs=True))
 
-    def __enter__(self) -> "_Sums":
+    def __enter__(self) -> "GramSums":
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def add(self, batch: Batch) -> None:
-        self._batch, self._unseen = batch, self._uses
-        with suppress(_AllSeen):
-            self._model(**self._kind.arguments(batch.inputs))
+    @contextmanager
+    def watching(self, batch: Batch) -> Iterator[None]:
+        """See one forward pass over a batch, while in context; other passes are not seen."""
+        self._batch, self._unseen = batch, self._all_uses
+        self._calls.clear()
+        try:
+            yield
+        finally:
+            self._batch = None
         if self._unseen:
-            raise RuntimeError(f"{self._unseen} of {self._uses} uses of modules were not run")
+            raise RuntimeError(f"{self._unseen} of {self._all_uses} uses of modules were not run")
 
-    def _seer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def means(self) -> dict[str, Tensor]:
+        """Return the Gram matrices by name of the input, float32, on the CPU."""
+        totals, counts = self._totals, self._counts
+        return {name: _mirrored(total / max(1, counts[name])).float().cpu() for name, total in totals.items()}
+
+    def _is_narrowed(self, seen: LinearInput) -> bool:
+        return bool(self._narrowed) and seen.module.startswith(self._narrowed)
+
+    def _seer(self, seen: LinearInput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._see(name, inputs[0], module.tokens if isinstance(module, RoutedLinear) else None)
+            if self._batch is None:
+                return
+            if self._is_narrowed(seen) and not self._is_again:
+                self._calls[module] += 1
+                if self._calls[module] == seen.uses:
+                    return
+            with torch.no_grad():
+                tokens = module.tokens if isinstance(module, RoutedLinear) else None
+                self._see(seen.name, inputs[0], self._batch, tokens)
             self._unseen -= 1
-            if not self._unseen:
+            if self._stops and not self._unseen:
                 raise _AllSeen
 
         return before
 
-    def _see(self, name: str, x: Tensor, tokens: Tensor | None) -> None:
+    def _repeater(self, uses: int) -> Callable[..., None]:
+        """Return a hook that runs a layer again after its last use, with all tokens."""
+
+        def after(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], _: object) -> None:
+            if self._batch is None or self._is_again:
+                return
+            self._calls[module] += 1
+            if self._calls[module] == uses:
+                self._is_again = True
+                try:
+                    with torch.no_grad():
+                        module(*inputs, **named)
+                finally:
+                    self._is_again = False
+
+        return after
+
+    def _see(self, name: str, x: Tensor, batch: Batch, tokens: Tensor | None) -> None:
         """Add `x`, (batch, tokens, width) or (batch * tokens, width), or (batch, width) if it is read once a row.
 
         Args:
             tokens: places in the batch of the tokens that `x` has, (tokens, width), see `RoutedLinear`; None: all.
         """
-        if self._batch is None:
-            raise TypeError("no batch")
-        batch = self._batch
         is_text = batch.counted
         rows = torch.arange(len(is_text), device=x.device)  # of the batch's sequences
         if tokens is not None:
@@ -122,21 +182,51 @@ class _Sums:
         finite = torch.isfinite(x).all(-1)
         if not bool(finite.all()):
             raise not_finite(f"the input of {name}", batch.places[batch.row_of(int(rows[~finite][0]))], self._source)
+        total = self._totals[name]
         with torch.autocast(x.device.type, enabled=False):
-            product = x.T @ x
-        self.totals[name] += product
-        self.counts[name] += len(x)
+            for start in range(0, len(total), TILE):
+                total[start : start + TILE, start:] += x[:, start : start + TILE].T @ x[:, start:]
+        self._counts[name] += len(x)
+
+
+def _narrowed_layer(loaded: LoadedModel) -> str:
+    """Return the prefix of the names in the layer that is computed for some tokens alone; empty if there is none."""
+    family, config = loaded.family, loaded.info.config
+    return family.layer_path(family.size(config, "layers") - 1) if family.narrowing(config) else ""
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """Make a symmetric matrix of what is on and above the diagonal."""
+    return upper.triu() + upper.triu(1).T
 
 
 def _measure(work: Measurement, measured: Measured) -> Measured:
     passes = in_passes(work.inputs)
-    return work.find_or_compute(measured, work.facts(GRAM, work.rows), _parts(work, passes), len(passes))
+    return work.find_or_compute(measured, work.facts(GRAM, work.rows), _parts(work, passes, work.on_rows), len(passes))
 
 
-def _parts(work: Measurement, passes: Sequence[Sequence[LinearInput]]) -> Iterator[Mapping[str, Tensor]]:
-    examples = work.examples
+def _parts(
+    work: Measurement, passes: Sequence[Sequence[LinearInput]], on_rows: OnRows
+) -> Iterator[Mapping[str, Tensor]]:
     for inputs in passes:
-        yield grams(work.loaded, inputs, examples, work.precision, work.sample.source, work.on_rows)
+        blocks = work.sample.blocks(0, work.rows)
+        batches = (batch for block in blocks for batch in plan_batches(block))
+        yield grams(work.loaded, inputs, batches, work.precision, work.sample.source, on_rows)
 
 
-PASS = StatisticPass(_measure, lambda inputs: len(in_passes(inputs)))
+@contextmanager
+def _beside(work: Measurement) -> Iterator[Watching]:
+    """Take the first pass's matrices from forward passes that another statistic runs, and keep all of them then."""
+    facts = work.facts(GRAM, work.rows)
+    with work.store.alone_with(facts, lambda: work.on_rows(0)):
+        if work.store.get(facts) is not None:
+            yield lambda _: nullcontext()
+            return
+        first, *others = in_passes(work.inputs)
+        with GramSums(work.loaded, first, work.sample.source, stops=False) as sums:
+            yield sums.watching
+        parts = chain([sums.means()], _parts(work, others, lambda _: work.on_rows(0)))
+        work.store.put(facts, work.origin(work.rows), parts)
+
+
+PASS = StatisticPass(_measure, lambda inputs: len(in_passes(inputs)), _beside)

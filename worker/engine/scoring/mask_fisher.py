@@ -1,6 +1,7 @@
 """Scores mask nodes block by block, with the sums for their errors, so that more rows go on from fewer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from worker.engine.runtime.device import rounded_weights
 from worker.engine.scoring.batching import CANDIDATES
 from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
 from worker.engine.scoring.sample import block_ends, looks
-from worker.engine.scoring.scorer import paper_scores, score, score_names
+from worker.engine.scoring.scorer import Watching, paper_scores, score, score_names
 from worker.engine.scoring.statistics import STANDARD_ERROR, NodeStatistics
 
 
@@ -38,6 +39,7 @@ def _with_scores(work: Measurement, measured: Measured) -> Measured:
     """Score the first rows. The longest run of whole blocks whose sums are known is not scored again.
 
     Every look is kept. If several processes need the same scores, one goes through the rows and the others wait for it.
+    Where all rows are scored, further statistics are taken from the same forward passes.
     """
     found = _with_kept(work, measured)
     if found.scored_rows == work.rows:
@@ -45,21 +47,24 @@ def _with_scores(work: Measurement, measured: Measured) -> Measured:
         return found
     alone = work.store.alone_with(_facts(work, work.rows), lambda: work.on_rows(0))
     # Weights are rounded once here, and not anew for every block.
-    with alone, rounded_weights(work.loaded.model, work.precision):
+    with alone, rounded_weights(work.loaded.model, work.precision), ExitStack() as beside:
         found = _with_kept(work, found)
         known = found.scored_rows
         work.on_rows(known - measured.scored_rows)
         sums = NodeStatistics()
         tokens = 0
+        watching: list[Watching] = []
         if known:
             sums.merge(found.sums[known])
+        else:
+            watching = [beside.enter_context(begin(work)) for begin in work.beside]
         for look in [look for look in looks(work.rows) if look > known]:
             for block in work.sample.blocks(sums.examples, look):
                 if not tokens:
                     tokens = _tokens(work, found, block, work.rows - known)
                     are_all_alike = found.batch_tokens == tokens or not known
                     found = replace(found, batch_tokens=tokens if are_all_alike else None)
-                sums.merge(_scored(work, block, tokens))
+                sums.merge(_scored(work, block, tokens, watching))
             errors = sums.standard_errors(work.sample.population)
             named = {f"{site}{STANDARD_ERROR}": error for site, error in errors.items()}
             parts = [sums.scores() | named | sums.named()]
@@ -68,9 +73,10 @@ def _with_scores(work: Measurement, measured: Measured) -> Measured:
     return found
 
 
-def _scored(work: Measurement, block: Sequence[Example], tokens: int) -> NodeStatistics:
+def _scored(work: Measurement, block: Sequence[Example], tokens: int, watching: Sequence[Watching]) -> NodeStatistics:
     batches = plan_batches(block, tokens)
-    return score(work.loaded, block, work.required_estimator, work.precision, work.sample.source, work.on_rows, batches)
+    source = work.sample.source
+    return score(work.loaded, block, work.required_estimator, work.precision, source, work.on_rows, batches, watching)
 
 
 def _with_kept(work: Measurement, measured: Measured) -> Measured:

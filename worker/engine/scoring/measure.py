@@ -54,15 +54,21 @@ class Measurer:
         rows: int,
         on_rows: OnRows,
         statistics: Collection[str] | None = None,
+        also: Collection[str] = (),
     ) -> Measured:
         """Add statistics of the first `rows` rows to `measured`: all of the method's, or those that are named.
 
         Scores of mask nodes go on from the known sums over fewer rows. `digest` is the checkpoint's.
 
+        Args:
+            also: statistics of the same rows that others need. They are kept too if they take no pass of their own.
+
         Raises:
             NumericalError: a gradient or an activation is NaN or infinite; the message names the row.
         """
         start = time.monotonic()
+        wanted = self._method.statistics if statistics is None else statistics
+        beside = {name: PASSES[name].beside for name in sorted({*wanted, *also})}
         work = Measurement(
             self._method,
             self._inputs,
@@ -74,12 +80,13 @@ class Measurer:
             self._store,
             self._batches,
             on_rows,
+            [begin for begin in beside.values() if begin is not None],
         )
         found = replace(
             measured,
             cached=measured.cached or not measured.statistics,
             estimator=work.estimator.name if work.estimator else None,
         )
-        for statistic in sorted(self._method.statistics if statistics is None else statistics):
+        for statistic in sorted(wanted, key=lambda name: (beside[name] is not None, name)):  # these find what they need
             found = PASSES[statistic].measure(work, found)
         return replace(found, rows=rows, seconds=found.seconds + time.monotonic() - start)

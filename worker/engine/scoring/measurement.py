@@ -1,6 +1,7 @@
 """The interface of a statistic's pass over one model's rows: `Measurement` goes in, and `Measured` comes out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.sample import Sample
+from worker.engine.scoring.scorer import Watching
 from worker.engine.scoring.statistics import SUMS, NodeStatistics
 from worker.engine.scoring.store import Statistics, StatisticsStore
 
@@ -82,6 +84,8 @@ class Measurement:
     store: StatisticsStore
     batches: BatchSizes
     on_rows: OnRows
+    beside: "Sequence[Beside]" = ()
+    """Further statistics that are wanted of the same rows, and can share the passes that one of them runs."""
 
     @cached_property
     def estimator(self) -> Estimator | None:
@@ -140,6 +144,10 @@ class Measurement:
         return replace(measured.with_statistic(facts.statistic, kept), cached=measured.cached and was_there)
 
 
+Beside = Callable[[Measurement], AbstractContextManager[Watching]]
+"""Takes a statistic from forward passes over all rows that run while in context, and keeps it at the end."""
+
+
 @dataclass(frozen=True)
 class StatisticPass:
     """The functions that measure one statistic, in the module that has its name."""
@@ -148,3 +156,5 @@ class StatisticPass:
     """Adds the statistic to the measured ones; it goes on from those of fewer rows, if it can."""
     passes: Callable[[Sequence[LinearInput]], int] = lambda inputs: 1
     """Returns the number of passes over each row for a model whose linear layers have these inputs."""
+    beside: Beside | None = None
+    """Takes the statistic from another's passes, if it can be."""

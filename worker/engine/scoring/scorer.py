@@ -1,6 +1,7 @@
 """Scores a model's mask nodes over a data set's rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from worker.engine.runtime.device import Precision, computing_in, rounded_weight
 from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.estimators import Estimator, expected_squares
 from worker.engine.scoring.statistics import NodeStatistics
+
+Watching = Callable[[Batch], AbstractContextManager[None]]
+"""Takes another statistic's sums from the one forward pass, over this batch, that runs while in context."""
 
 
 def sites_of(loaded: LoadedModel) -> list[Site]:
@@ -33,6 +37,7 @@ def score(
     source: str,
     on_rows: OnRows,
     batches: Sequence[Sequence[Example]] | None = None,
+    watching: Sequence[Watching] = (),
 ) -> NodeStatistics:
     """Sum each example's squared mask gradients.
 
@@ -41,6 +46,7 @@ def score(
 
     Args:
         batches: rows that are computed together; planned by token budget when absent.
+        watching: further statistics, whose sums are taken from the same forward passes.
 
     Raises:
         NumericalError: a gradient is NaN or infinite; the message names the row.
@@ -48,8 +54,12 @@ def score(
     statistics = NodeStatistics()
     with rounded_weights(loaded.model, precision), mask_gradients(loaded) as gradients:
         for batch in collate(batches or plan_batches(examples), loaded.padding, loaded.device):
+            with computing_in(precision, loaded.device), ExitStack() as watched:
+                for watch in watching:
+                    watched.enter_context(watch(batch))
+                outputs = loaded.kind.run(batch.inputs)
             with computing_in(precision, loaded.device):
-                passes = estimator.passes(loaded, loaded.kind.run(batch.inputs), batch)
+                passes = estimator.passes(loaded, outputs, batch)
             squares = expected_squares(passes, gradients, batch)
             _check_finite(squares, batch, source)
             statistics.add(squares)
