@@ -56,12 +56,20 @@ def predict_with(
 
 
 def head_inputs(loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows) -> Tensor:
-    """Compute inputs of the head's linear layer for each output, (outputs, width), float64 on the CPU, row by row."""
-    inputs = torch.empty(sum(example.outputs for example in examples), head_of(loaded).in_features, dtype=torch.float64)
-    for part, features, _ in _forward(loaded, examples, precision):
-        inputs[part.outputs] = features.cpu().double()
-        on_rows(len(part.batch))
+    """Compute inputs of the head's linear layer for each output, (outputs, width), float32 on the CPU, row by row."""
+    inputs = torch.empty(sum(example.outputs for example in examples), head_of(loaded).in_features)
+    for places, features in head_inputs_of_parts(loaded, examples, precision, on_rows):
+        inputs[places] = features
     return inputs
+
+
+def head_inputs_of_parts(
+    loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Yield the places of some outputs at a time, and what the head's linear layer reads for them, as `head_inputs`."""
+    for part, features, _ in _forward(loaded, examples, precision):
+        yield part.outputs, features.cpu().float()
+        on_rows(len(part.batch))
 
 
 def _forward(

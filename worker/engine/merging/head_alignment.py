@@ -6,11 +6,47 @@ import torch
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import ALIGN_RIDGE
-from worker.engine.evaluation.evaluate import head_inputs, head_of
+from worker.engine.evaluation.evaluate import head_inputs_of_parts, head_of
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
 from worker.engine.runtime.progress import OnRows
+
+CHUNK = 4096  # rows of features that are held in float64 at once
+
+
+class Refit:
+    """Sums over rows from which an aligned head follows, see `aligned`. The rows themselves are not kept.
+
+    Args:
+        weight, bias: the expert's head, (outputs, width) and (outputs,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._has_bias = bias is not None
+        self._head = weight.double() if bias is None else torch.cat([weight.double(), bias.double()[:, None]], dim=1)
+        columns = self._head.shape[1]
+        self._second_moment = torch.zeros(columns, columns, dtype=torch.float64)
+        self._residual = torch.zeros_like(self._head)
+        self._rows = 0
+
+    def add(self, features: Tensor, outputs: Tensor) -> None:
+        """Add rows: their features, (rows, width), and the outputs that are wanted, (rows, outputs)."""
+        for start in range(0, len(features), CHUNK):
+            x = features[start : start + CHUNK].double()
+            if self._has_bias:
+                x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            self._second_moment += x.T @ x
+            self._residual += (outputs[start : start + CHUNK].double() - x @ self._head.T).T @ x
+        self._rows += len(features)
+
+    def head(self, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """Return the aligned head's weight and bias, float64."""
+        second_moment, residual = self._second_moment / self._rows, self._residual / self._rows
+        held = ridge * second_moment.diagonal().mean()
+        factor = torch.linalg.cholesky(second_moment + held * torch.eye(len(second_moment), dtype=torch.float64))
+        head = self._head + torch.cholesky_solve(residual.T, factor).T
+        return (head[:, :-1], head[:, -1]) if self._has_bias else (head, None)
 
 
 def aligned(
@@ -30,17 +66,9 @@ def aligned(
     Returns:
         Weight and bias, float64.
     """
-    x = features.double()
-    head = weight.double()
-    if bias is not None:
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        head = torch.cat([head, bias.double()[:, None]], dim=1)
-    second_moment = x.T @ x / len(x)
-    held = ridge * second_moment.diagonal().mean()
-    residual = (outputs.double() - x @ head.T).T @ x / len(x)  # (outputs, columns)
-    factor = torch.linalg.cholesky(second_moment + held * torch.eye(x.shape[1], dtype=torch.float64))
-    head = head + torch.cholesky_solve(residual.T, factor).T
-    return (head, None) if bias is None else (head[:, :-1], head[:, -1])
+    refit = Refit(weight, bias)
+    refit.add(features, outputs)
+    return refit.head(ridge)
 
 
 def align_head(
@@ -59,10 +87,14 @@ def align_head(
     """
     head = head_of(expert)
     weight, bias = head.weight.detach().cpu(), None if head.bias is None else head.bias.detach().cpu()
-    outputs = head_inputs(expert, examples, precision, on_rows) @ weight.double().T
-    if bias is not None:
-        outputs += bias.double()
-    features = head_inputs(merged, examples if merged_examples is None else merged_examples, precision, on_rows)
-    new_weight, new_bias = aligned(features, outputs, weight, bias, ridge)
+    outputs = torch.empty(sum(example.outputs for example in examples), len(weight), dtype=torch.float64)
+    for places, features in head_inputs_of_parts(expert, examples, precision, on_rows):
+        found = features.double() @ weight.double().T
+        outputs[places] = found if bias is None else found + bias.double()
+    refit = Refit(weight, bias)
+    own = examples if merged_examples is None else merged_examples
+    for places, features in head_inputs_of_parts(merged, own, precision, on_rows):
+        refit.add(features, outputs[places])
+    new_weight, new_bias = refit.head(ridge)
     name = expert.family.head.logits
     return {f"{name}.weight": new_weight} | ({} if new_bias is None else {f"{name}.bias": new_bias})

@@ -16,7 +16,7 @@ from worker.engine.checkpoints.reader import TORCH_DTYPES
 from worker.engine.checkpoints.row_blocks import is_finite
 from worker.engine.evaluation.evaluate import head_inputs, head_of, predict
 from worker.engine.inputs.examples import Example
-from worker.engine.merging.head_alignment import aligned
+from worker.engine.merging.head_alignment import CHUNK, aligned
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
@@ -221,7 +221,7 @@ class SharedBackbone:
         self._models.append(self._with_backbone(len(self._models), loaded))
 
     def read(self, state: State, index: int, rows: Sequence[Example], wanted: slice) -> Tensor:
-        """Compute the inputs of the head of expert `index` on some rows with a merge, (rows, width), float32.
+        """Compute what the head of expert `index` reads on some rows with a merge, see `_read`.
 
         Raises:
             NumericalError: a value is beyond the dtype in which it would be stored, or an input is not finite.
@@ -235,7 +235,7 @@ class SharedBackbone:
         model = self._models[index]
         with rounded_weights(model.model, self._precision):
             evaluation = self.experts[index].evaluation
-            return _read(model, rows[wanted], self._precision, evaluation).float()  # they were computed in float32
+            return _read(model, rows[wanted], self._precision, evaluation)
 
     def stored_head(self, index: int, head: HeadTensors) -> HeadTensors:
         """Return the last layer of expert `index` as it would be stored."""
@@ -283,7 +283,7 @@ def _stored(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _read(model: LoadedModel, examples: Sequence[Example], precision: Precision, evaluation: EvaluationSpec) -> Tensor:
-    """Compute the inputs of the model's own head, (outputs, width), or what decides its predictions; float64."""
+    """Compute the inputs of the model's own head, (outputs, width), float32, or what decides its predictions."""
     if not model.family.head.merges:
         return head_inputs(model, examples, precision, lambda _: None)
     return torch.from_numpy(predict(model, examples, precision, lambda _: None, evaluation))
@@ -297,5 +297,5 @@ def _head(loaded: LoadedModel) -> HeadTensors:
 
 
 def _outputs(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    outputs = features @ weight.T
+    outputs = torch.cat([part.double() @ weight.T for part in torch.split(features, CHUNK)])
     return outputs if bias is None else outputs + bias
