@@ -4,8 +4,9 @@ import collections
 import random
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def made(root: Path, tiny: TinyFamily) -> Siblings:
     return Siblings(tiny, root, AutoModelForQuestionAnswering, spec_of)
 
 
+def in_windows(case: Siblings) -> Siblings:
+    """The same with so small a limit of tokens that most contexts are read in windows."""
+    tokenizer = AutoTokenizer.from_pretrained(case.models["one"])
+    rows = [row for file in case.root.glob("*.jsonl") for row in case.rows(file.stem)]
+    limit = max(len(tokenizer(row["question"], "")["input_ids"]) for row in rows) + 4
+    return replace(case, spec_of=partial(spec_of, max_length=limit))
+
+
 @pytest.fixture(scope="module", params=WITH_HEAD)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siblings:
     return made(tmp_path_factory.mktemp(request.param), TINY_FAMILIES[request.param])
@@ -98,14 +107,46 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Siblings:
 # As transformers' run_qa does
 
 
-def outputs_of(model: Any, tokenizer: Any, row: Row) -> tuple[Any, Tensor, Tensor]:
-    """The tokens of a row, with the logits of an answer's first and last."""
-    encoded = tokenizer(row["question"], row["context"], return_offsets_mapping=True)
+STRIDE = 128
+"""Tokens that windows share, or half of what a window has of the context where that is less."""
+
+
+def windows_of(tokenizer: Any, row: Row, limit: int | None = None) -> list[Any]:
+    """The tokens of a row, or, where they are more than the limit, of windows that overlap."""
+    texts = row["question"], row["context"]
+    whole = tokenizer(*texts, return_offsets_mapping=True)
+    if limit is None or len(whole["input_ids"]) <= limit:
+        return [Encoded(whole, whole.sequence_ids())]
+    room = limit - len(whole["input_ids"]) + whole.sequence_ids().count(1)
+    cut = {"truncation": "only_second", "max_length": limit, "stride": min(STRIDE, room // 2)}
+    found = tokenizer(*texts, return_offsets_mapping=True, return_overflowing_tokens=True, **cut)
+    return [
+        Encoded(
+            {name: found[name][k] for name in found if len(found[name]) == len(found["input_ids"])},
+            found.sequence_ids(k),
+        )
+        for k in range(len(found["input_ids"]))
+    ]
+
+
+class Encoded(dict[str, Any]):
+    """One window's tokens, with the text that each is of."""
+
+    def __init__(self, encoded: Mapping[str, Any], parts: list[int | None]) -> None:
+        super().__init__(encoded)
+        self.parts = parts
+
+    def sequence_ids(self) -> list[int | None]:
+        return self.parts
+
+
+def outputs_of(model: Any, encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """The logits of an answer's first and last token."""
     inputs = {n: torch.tensor([encoded[n]]) for n in ("input_ids", "token_type_ids") if n in encoded}
     if getattr(model.config, "type_vocab_size", 0) < 2 or model.config.model_type in ("distilbert", "llama", "mpnet"):
         inputs.pop("token_type_ids", None)
     found = model(**inputs)
-    return encoded, found.start_logits[0], found.end_logits[0]
+    return found.start_logits[0], found.end_logits[0]
 
 
 def wanted_tokens(encoded: Any, row: Row) -> tuple[int, int]:
@@ -130,25 +171,32 @@ def scores_one_by_one(case: Siblings, estimator: Estimator) -> dict[ScoreName, T
     model, tokenizer = case.exact(), AutoTokenizer.from_pretrained(case.models["one"])
     blocks = f"{model.base_model_prefix}.{case.tiny.layers.partition('.')[2]}"
     masks = insert_masks(model, replace(case.tiny, layers=blocks))
+    limit = case.spec().max_length
 
     def likelihoods() -> Iterator[list[tuple[float, Tensor]]]:
         for index, row in enumerate(case.rows()):
-            encoded, *logits = outputs_of(model, tokenizer, row)
-            labels = wanted_tokens(encoded, row)
-            if estimator.name == "sampled":
-                draws = [uniform(estimator.seed, index, side) for side in (0, 1)]
-                sums = [of.detach().softmax(0).cumsum(0)[:-1] for of in logits]
-                labels = int((sums[0] <= draws[0]).sum()), int((sums[1] <= draws[1]).sum())
-            both = [of.log_softmax(0)[label] for of, label in zip(logits, labels, strict=True)]
-            yield [(1.0, both[0] + both[1])]
+            likelihood = torch.zeros(())
+            for window, encoded in enumerate(windows_of(tokenizer, row, limit)):
+                logits = outputs_of(model, encoded)
+                labels = wanted_tokens(encoded, row)
+                if estimator.name == "sampled":
+                    draws = [uniform(estimator.seed, index, 2 * window + side) for side in (0, 1)]
+                    sums = [of.detach().softmax(0).cumsum(0)[:-1] for of in logits]
+                    labels = int((sums[0] <= draws[0]).sum()), int((sums[1] <= draws[1]).sum())
+                for of, label in zip(logits, labels, strict=True):
+                    likelihood = likelihood + of.log_softmax(0)[label]
+            yield [(1.0, likelihood)]
 
     return scores_by_masks(case.tiny, masks, likelihoods())
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("name", ["sampled", "empirical"])
-def test_scores_are_those_of_masks_that_are_there(case: Siblings, name: Any) -> None:
+def test_scores_are_those_of_masks_that_are_there(case: Siblings, name: Any, is_long: bool) -> None:
+    case = in_windows(case) if is_long else case
     loaded, estimator = case.loaded(), Estimator(name, seed=5)
     examples = examples_of(loaded, case.spec())
+    assert any(example.others for example in examples) == is_long
     found = score(loaded, examples, estimator, "float32", "rows", silent).scores()
     assert_same_in_norm(found, scores_one_by_one(case, estimator), TOLERANCE)
 
@@ -190,28 +238,37 @@ def compute_f1(a_gold: str, a_pred: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def answer_of(model: Any, tokenizer: Any, row: Row, may_have_none: bool) -> str:
-    """The likeliest span, pair by pair, or none."""
-    with torch.no_grad():
-        encoded, start, end = outputs_of(model, tokenizer, row)
-    offsets, parts = encoded["offset_mapping"], encoded.sequence_ids()
-    pairs = [
-        (float(start[i] + end[j]), row["context"][offsets[i][0] : offsets[j][1]])
-        for i in range(len(parts))
-        for j in range(i, min(i + LONGEST, len(parts)))
-        if parts[i] == parts[j] == 1
-    ]
+def answer_of(model: Any, tokenizer: Any, row: Row, may_have_none: bool, limit: int | None = None) -> str:
+    """The likeliest span, pair by pair in every window, or none."""
+    pairs, none = [], []
+    for encoded in windows_of(tokenizer, row, limit):
+        with torch.no_grad():
+            start, end = outputs_of(model, encoded)
+        offsets, parts = encoded["offset_mapping"], encoded.sequence_ids()
+        none.append(float(start[0] + end[0]))
+        pairs += [
+            (float(start[i] + end[j]), row["context"][offsets[i][0] : offsets[j][1]])
+            for i in range(len(parts))
+            for j in range(i, min(i + LONGEST, len(parts)))
+            if parts[i] == parts[j] == 1
+        ]
     best, text = max(pairs)
-    return "" if may_have_none and float(start[0] + end[0]) > best else text
+    return "" if may_have_none and min(none) > best else text
 
 
 @pytest.mark.parametrize(
-    ("method", "metric", "rows"),
-    [("mask_fisher", "f1", "held-out"), ("aligned_regmean", "f1", "answered"), ("fisher", "exact_match", "answered")],
+    ("method", "metric", "rows", "is_long"),
+    [
+        ("mask_fisher", "f1", "held-out", True),
+        ("aligned_regmean", "f1", "answered", False),
+        ("fisher", "exact_match", "answered", True),
+    ],
 )
 def test_siblings_keep_their_heads_and_are_evaluated_as_squad_does(
-    case: Siblings, engine: Engine, tmp_path: Path, method: str, metric: str, rows: str
+    case: Siblings, engine: Engine, tmp_path: Path, method: str, metric: str, rows: str, is_long: bool
 ) -> None:
+    case = in_windows(case) if is_long else case
+    limit = case.spec().max_length
     case.require_refit(method)
     models = case.evaluated(metric, f"-{rows}")
     spec = merge_spec(tmp_path / "out", models, {"name": method}, evaluate=True, align_heads=True)
@@ -226,7 +283,7 @@ def test_siblings_keep_their_heads_and_are_evaluated_as_squad_does(
             tokenizer = AutoTokenizer.from_pretrained(path)
             total = 0.0
             for row in wanted:
-                said, golds = answer_of(model, tokenizer, row, has_none), row["answers"]["text"] or [""]
+                said, golds = answer_of(model, tokenizer, row, has_none, limit), row["answers"]["text"] or [""]
                 if metric == "f1":
                     total += max(compute_f1(gold, said) for gold in golds)
                 else:
@@ -293,17 +350,21 @@ def test_columns_may_have_other_names(bert: Siblings, tmp_path: Path) -> None:
     assert [(e.encoding, e.label) for e in examples_of(loaded, spec)] == [(e.encoding, e.label) for e in expected]
 
 
-def test_only_the_context_is_cut_and_an_answer_that_is_cut_off_counts_as_none(bert: Siblings, tmp_path: Path) -> None:
+def test_a_long_context_is_read_in_windows_that_overlap(bert: Siblings, tmp_path: Path) -> None:
     loaded = bert.loaded()
     context = " ".join([*["one"] * 60, "ten"])
     answers = {"text": ["ten"], "answer_start": [len(context) - 3]}
-    file = write_objects(tmp_path / "rows.jsonl", [{"question": "two three", "context": context, "answers": answers}])
-    [example] = examples_of(loaded, spec_of(file))
-    assert example.length == loaded.max_length
-    assert example.encoding["input_ids"][1:3] == loaded.tokenizer.convert_tokens_to_ids(["two", "three"])
-    assert example.labels == (0, 0)
-    assert example.passage is not None
-    assert example.passage.answers == ("ten",)
+    rows = [{"question": "two three", "context": context, "answers": answers}, GOOD]
+    long, short = examples_of(loaded, spec_of(write_objects(tmp_path / "rows.jsonl", rows)))
+    windows = windows_of(loaded.tokenizer, rows[0], loaded.max_length)
+    assert [one["input_ids"] for one in long.inputs] == [one["input_ids"] for one in windows]
+    assert [len(one["input_ids"]) for one in long.inputs[:-1]] == [loaded.max_length] * (len(windows) - 1)
+    assert long.labels == tuple(token for window in windows for token in wanted_tokens(window, rows[0]))
+    assert set(long.labels[:2]) == {0}
+    assert 0 not in long.labels[-2:]
+    assert long.passage is not None
+    assert long.passage.answers == ("ten",)
+    assert not short.others
 
 
 GOOD = {"question": "one", "context": "two three", "answers": {"text": ["three"], "answer_start": [4]}}

@@ -1,9 +1,9 @@
 """Turns rows into padded batches of tokens."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ from worker.engine.runtime.time_limits import within
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
 LONGEST_S = 60  # seconds in which a tokenizer must cut up to a block of rows, besides those for their length
 SLOWEST = 100_000  # characters a second that it must cut; those in use cut ten times as many on one core
+FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
+"""Names that the library `tokenizers` gives to inputs of models."""
 SHORT_ROW = 16  # tokens; a batch has at most as many rows as rows of this length fit into it
 
 
@@ -37,11 +39,12 @@ class Example:
     label: Label | None
     """Label of the row; if it has several outputs, a tuple of their labels."""
     positions: tuple[int, ...] | None = None
-    """Positions of the tokens whose outputs have labels, ascending; None if the row has one output."""
+    """Positions of the tokens whose outputs have labels, ascending; None if the row has one output. Those of further
+    sequences go on from the first's."""
     passage: "Passage | None" = None
     """The text in which the answer to the row's question is; None if it has none."""
     others: tuple[Mapping[str, list[int]], ...] = ()
-    """Further sequences of tokens, where a row has several: each has one output."""
+    """Further sequences of tokens, where a row has several: each has one output, or those at `positions`."""
     tokens: int | None = field(default=None, kw_only=True)
     """Number of tokens that the model makes of the row, if it is an image."""
 
@@ -53,6 +56,16 @@ class Example:
     def inputs(self) -> Sequence[Mapping[str, Any]]:
         """The row's sequences of tokens."""
         return (self.encoding, *self.others)
+
+    @property
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield the sequence of each output at `positions`, and its token in that sequence."""
+        ends = [*accumulate(len(sequence["input_ids"]) for sequence in self.inputs)]
+        sequence = 0
+        for position in self.positions or ():
+            while position >= ends[sequence]:
+                sequence += 1
+            yield sequence, position - (ends[sequence - 1] if sequence else 0)
 
     @property
     def unpadded(self) -> int:
@@ -85,7 +98,7 @@ class Batch:
     indices: Tensor
     places: tuple[Place, ...]
     positions: Tensor | None = None
-    """Whether each token's output has a label, (batch, tokens); None if each row has one output."""
+    """Whether each token's output has a label, (batch, tokens); None if each sequence has one output."""
     tokens: int = 0
     """Number of tokens of each sequence, with padding."""
     rows: Tensor | None = None
@@ -100,6 +113,15 @@ class Batch:
 
     def row_of(self, sequence: int) -> int:
         return sequence if self.rows is None else int(self.rows[sequence])
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """The row of each sequence, and its number among the row's sequences: (batch,) each."""
+        if self.rows is None:
+            rows = torch.arange(len(self))
+            return rows, torch.zeros_like(rows)
+        first = torch.searchsorted(self.rows, torch.arange(len(self), device=self.rows.device))
+        return self.rows, torch.arange(len(self.rows), device=self.rows.device) - first[self.rows]
 
     def by_row(self, values: Tensor) -> Tensor:
         """Sum the values of each row's sequences: (batch, …) to (rows, …)."""
@@ -130,7 +152,8 @@ class Passage:
 
     text: str
     spans: tuple[tuple[int, int] | None, ...]
-    """The first character of each of the row's tokens, and the one after its last; None for tokens of other texts."""
+    """The first character of each of the row's tokens, and the one after its last; None for tokens of other texts.
+    Those of further sequences go on from the first's."""
     answers: tuple[str, ...] | None
     """All answers that are right; empty if there is none, and None if they were not read."""
 
@@ -166,6 +189,13 @@ class Reading(Protocol):
     def tokenizer_arguments(self) -> Mapping[str, Any]:
         """Further arguments of the tokenizer."""
 
+    def overlap(self, encoding: Any, limit: int) -> int | None:
+        """Return how many tokens neighbouring windows share of a row that is longer than the limit; None: it is cut.
+
+        Args:
+            encoding: the row's tokens within the limit, as the library `tokenizers` gives them.
+        """
+
     def whole(self, row: Row) -> Text:
         """Return the row's text that is cut into tokens."""
 
@@ -195,6 +225,9 @@ class OneOutput:
 
     def whole(self, row: Row) -> Text:
         return row.text
+
+    def overlap(self, encoding: Any, limit: int) -> int | None:
+        return None
 
     def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
         return Answers(None, label)
@@ -251,18 +284,38 @@ def tokenize(
         encoding, *others = ({name: encoded[name][place] for name in names} for place in places)
         if not all(one["input_ids"] for one in (encoding, *others)):
             raise InvalidDataset(spec.source, "no tokens", row.place)
-        overflowing += any(encoded.encodings[place].overflowing != [] for place in places if encoded.encodings)
         label = None if labels is None else labels.value(row.label, spec.source, row.place)
         tokens = encoded.encodings[places[0]] if encoded.encodings else None
+        is_cut = any(encoded.encodings[place].overflowing != [] for place in places if encoded.encodings)
+        stride = reading.overlap(tokens, limit) if is_cut else None
+        windows = [tokens]
+        if stride is not None:
+            [(text, pair)] = by_row[index]
+            again = encode(tokenizer, [text], spec.source, text_pair=[pair], stride=stride, **cut, **arguments)
+            windows = [again.encodings[0], *again.encodings[0].overflowing]
+            encoding, *others = ({name: getattr(one, FIELDS[name]) for name in names} for one in windows)
+        overflowing += is_cut and stride is None
         if tokens is not None and tokens.overflowing and (row.target is not None or row.predicted is not None):
             problem = f"it is longer than the {limit} tokens that are allowed, and what is to be predicted would be cut"
             raise InvalidDataset(spec.source, f"{problem}; set a larger max_length, or leave it out", row.place)
-        found = reading.answers(row, tokens, label, spec.source)
+        found = _joined([reading.answers(row, window, label, spec.source) for window in windows], windows)
         if found.hidden:
             encoding["input_ids"] = _masked(encoding["input_ids"], found.hidden, tokenizer, spec.source)
         answered = (found.label, found.positions, found.passage)
         examples.append(Example(first + index, row.place, encoding, *answered, tuple(others)))
     return Tokenized(examples, overflowing)
+
+
+def _joined(found: Sequence[Answers], windows: Sequence[Any]) -> Answers:
+    """Join what is to be predicted in each of a row's windows."""
+    if len(found) == 1:
+        return found[0]
+    starts = accumulate((len(window.ids) for window in windows), initial=0)
+    positions = [start + place for start, one in zip(starts, found, strict=False) for place in one.positions or ()]
+    labels = [one.label for one in found if isinstance(one.label, tuple)]
+    passages = [one.passage for one in found if one.passage is not None]
+    passage = replace(passages[0], spans=tuple(span for one in passages for span in one.spans)) if passages else None
+    return Answers(tuple(positions), tuple(chain.from_iterable(labels)) if labels else None, passage)
 
 
 def _masked(tokens: Sequence[int], hidden: Sequence[int], tokenizer: Any, source: str) -> list[int]:
@@ -332,9 +385,15 @@ def collate(batches: Iterable[Sequence[Example]], pad: Mapping[str, int], device
             labels = torch.tensor([label for e in examples for label in e.labels], device=device)
         positions = None
         if examples[0].positions is not None:
-            positions = torch.zeros(len(examples), longest, dtype=torch.bool, device=device)
-            for row, example in enumerate(examples):
-                positions[row, list(example.positions or ())] = True
+            starts = accumulate((len(example.inputs) for example in examples), initial=0)
+            each = [
+                (start + sequence, token)
+                for start, e in zip(starts, examples, strict=False)
+                for sequence, token in e.places
+            ]
+            of_sequence, of_token = torch.tensor(each, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+            positions = torch.zeros(len(sequences), longest, dtype=torch.bool, device=device)
+            positions[of_sequence, of_token] = True
         indices = torch.tensor([e.index for e in examples], dtype=torch.int64)
         yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions, longest, rows)
 

@@ -76,17 +76,9 @@ class MultipleChoiceHead(HeadKind[MultipleChoice]):
 KIND = MultipleChoiceHead
 
 
-def _places(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the row of each sequence, and its number among the row's sequences: (batch,) each."""
-    if batch.rows is None:
-        raise TypeError("the batch was read for a head with one sequence a row")
-    first = torch.searchsorted(batch.rows, torch.arange(len(batch), device=batch.rows.device))
-    return batch.rows, torch.arange(len(batch.rows), device=batch.rows.device) - first[batch.rows]
-
-
 def _of_rows(logits: Tensor, batch: Batch) -> Tensor:
     """Return each row's logits, (rows, choices), with minus infinity where a row has fewer choices."""
-    rows, places = _places(batch)
+    rows, places = batch.sequences
     found = logits.new_full((len(batch), int(places.max()) + 1), -torch.inf)
     found[rows, places] = logits.detach()[:, 0]
     return found
@@ -94,7 +86,7 @@ def _of_rows(logits: Tensor, batch: Batch) -> Tensor:
 
 def _sums(logits: Tensor, coefficients: Tensor, batch: Batch) -> Tensor:
     """Sum each row's logits with coefficients, (rows, choices): (rows,)."""
-    return batch.by_row(coefficients[_places(batch)].to(logits.dtype) * logits[:, 0])
+    return batch.by_row(coefficients[batch.sequences].to(logits.dtype) * logits[:, 0])
 
 
 def _split(logits: Tensor, examples: Sequence[Example]) -> list[Array]:

@@ -1,10 +1,13 @@
 """Answers to questions are spans of a context: the likelihood is that of the span's first token times that of its last.
 
 Both are softmaxes over the row's tokens. That there is no answer is the span of the first token alone, as in
-transformers. So is an answer that truncation cut off.
+transformers. A context that is longer than the limit is read in windows that overlap, each with the question, as in
+transformers' run_qa.py. The likelihood of such a row is the product of its windows', and in a window without the whole
+answer, there is none.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,8 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
     """
 
     truncation: Truncation = "only_second"
+    stride = 128
+    """Number of tokens that neighbouring windows share, as in run_qa.py, or half of what they have of the context."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +57,10 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
             if len(tokens) + special >= limit:
                 problem = f"its question has {len(tokens)} tokens, so that {limit} have no room for its context"
                 raise InvalidDataset(spec.source, problem, row.place)
+
+    def overlap(self, encoding: Any, limit: int) -> int | None:
+        of_context: int = encoding.sequence_ids.count(1)
+        return min(self.stride, of_context // 2)
 
     def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
         if encoding is None:
@@ -83,8 +92,8 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
         return "sampled" if asked == "auto" else asked
 
     def loss_per_likelihood(self, batch: Batch) -> float:
-        """The loss is the mean of that of the first token and that of the last."""
-        return 0.5
+        """The loss is the mean over windows of that of the first token and that of the last."""
+        return 0.5 * len(batch) / len(batch.required_positions)
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:
         raise ValueError("the expectation over all spans takes too long")
@@ -92,21 +101,26 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
     def sampled(self, logits: Tensor, batch: Batch, seed: int) -> Passes:
         tokens = batch.required_positions
         last = tokens.sum(1) - 1
+        rows, windows = (found.tolist() for found in batch.sequences)
         labels = []
         for end in (0, 1):
-            draws = [uniform(seed, int(index), end) for index in batch.indices]
+            draws = [
+                uniform(seed, int(batch.indices[row]), 2 * window + end)
+                for row, window in zip(rows, windows, strict=True)
+            ]
             found = drawn(_of_row(logits[..., end], tokens), torch.tensor(draws, dtype=torch.float64))
             labels.append(torch.minimum(found, last))
         return self._one_pass(logits, batch, torch.stack(labels, dim=1))
 
     def empirical(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
-        return self._one_pass(logits, batch, labels.view(len(batch), 2))
+        return self._one_pass(logits, batch, labels.view(-1, 2))
 
     def _one_pass(self, logits: Tensor, batch: Batch, labels: Tensor) -> Passes:
-        """Differentiate the likelihood of first and last tokens, (batch, 2)."""
+        """Differentiate the likelihood of first and last tokens, (batch, 2), of each row's windows together."""
         probabilities = _of_row(logits, batch.required_positions[..., None]).detach().double().softmax(1)
         own = torch.zeros_like(probabilities).scatter_(1, labels[:, None], 1.0)
-        return one_pass(logits, own - probabilities)
+        weights, [of_windows] = one_pass(logits, own - probabilities)
+        return weights[: len(batch)], [batch.by_row(of_windows)]
 
     def decision(self, logits: Tensor) -> Tensor:
         raise TypeError("answers are decided by their rows, see `predicted`")
@@ -156,11 +170,27 @@ def _passage(example: Example) -> Passage:
 
 
 def _judged(logits: Array, example: Example) -> tuple[float, float, float]:
-    """Judge the likeliest span of the context with up to `LONGEST_ANSWER` tokens, by logits, (tokens, 2)."""
+    """Judge the likeliest span of all windows by logits, (tokens, 2); that there is no answer, all windows must say."""
     passage = _passage(example)
     if passage.answers is None:
         raise TypeError("the row was read without its answers")
-    is_context = np.array([span is not None for span in passage.spans])
+    windows = [
+        slice(*bounds) for bounds in pairwise(accumulate((len(one["input_ids"]) for one in example.inputs), initial=0))
+    ]
+    best, (begins, last) = max((_best(logits[one], passage.spans[one]) for one in windows), key=lambda found: found[0])
+    none = min(float(logits[one.start].sum()) for one in windows)
+    answer = passage.text[begins:last]
+    return squad.exact_match(answer, passage.answers), squad.f1(answer, passage.answers), none - best
+
+
+def _best(logits: Array, spans: Sequence[tuple[int, int] | None]) -> tuple[float, tuple[int, int]]:
+    """Return the greatest sum of logits of a span of the context, with up to `LONGEST_ANSWER` tokens, and its place.
+
+    Args:
+        logits: of one window's tokens, (tokens, 2).
+        spans: see `Passage.spans`.
+    """
+    is_context = np.array([span is not None for span in spans])
     start, end = (np.where(is_context, logits[:, side], -np.inf) for side in (0, 1))
     best, place = -np.inf, (0, 0)
     for more in range(min(LONGEST_ANSWER, len(start))):
@@ -168,10 +198,8 @@ def _judged(logits: Array, example: Example) -> tuple[float, float, float]:
         first = int(sums.argmax())
         if sums[first] > best:
             best, place = float(sums[first]), (first, first + more)
-    (begins, _), (_, ends) = (passage.spans[token] or (0, 0) for token in place)
-    answer = passage.text[begins:ends]
-    margin = float(logits[0].sum()) - best
-    return squad.exact_match(answer, passage.answers), squad.f1(answer, passage.answers), margin
+    (begins, _), (_, ends) = (spans[token] or (0, 0) for token in place)
+    return best, (begins, ends)
 
 
 def _values(name: MetricName, labels: Array, predictions: Array) -> Array:

@@ -28,6 +28,8 @@ class Tokens(Strict):
     inputs: list[str]
     """The outputs of the tokenizer, or of the image processor, that the model takes."""
     max_length: int
+    stride: int | None = None
+    """Number of tokens that windows of a longer row share; None if such a row is cut."""
     versions: dict[str, str]
     """Versions of the libraries that make them."""
 
