@@ -6,6 +6,9 @@ Floors are bare passes over the same batches, in the same number format: a forwa
 of the embeddings, by the model as transformers loads it (with the faster of its two kinds of attention, found in the
 same run) and by the model as it is scored here. References are the published algorithm and full-scale Fisher
 information. Their times are the least of several rounds, in which all take turns.
+
+Decoders have random weights and tokens. Their bare passes go back from the likelihoods of a row's tokens, which
+transformers computes from all logits at once, and the model as scored from a few tokens' at a time.
 """
 
 import argparse
@@ -28,18 +31,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from bench import forms
 from bench.experts import PACKAGED, base_model_folder
 from bench.table import shown
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import Place
 from worker.engine.catalog.tasks import LabelMap
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches, tokenize
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import Precision, best_device, computing_in, resolve_precision, rounded_weights
 from worker.engine.scoring.batching import UNTRIED
-from worker.engine.scoring.estimators import estimator_for
+from worker.engine.scoring.estimators import Estimator, estimator_for
+from worker.engine.scoring.gram import GramSums, in_passes
 from worker.engine.scoring.scorer import mask_gradients, score, sites_of
 from worker.engine.tasks import EstimatorName
 
@@ -48,7 +54,12 @@ PUBLISHED_ROWS = 64  # of the references, which are slow: their time is per row
 FISHER_ROWS = 8
 LABELS = (2, 3, 5, 8)
 WITHIN = 1.10  # of the floor's time
+OF_DECODERS = 1.15
+TOGETHER = 1.4  # of the time of scores, with Gram matrices from the same passes
 MEMORY = 1.45  # times what the bare pass keeps
+DECODERS = ("llama", "gpt2")
+MODELS = ["minilm", "bert-base", *DECODERS]
+LENGTHS = (16, 128)  # tokens of a decoder's rows
 
 
 def checkpoint(name: str, labels: int, folder: Path) -> Path:
@@ -87,7 +98,7 @@ def sentences(loaded: LoadedModel, path: Path | None, count: int, tokens: int | 
 
 
 @contextmanager
-def graph_from_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+def graph_from_embeddings(loaded: LoadedModel) -> Iterator[list[Tensor]]:
     """Start the graph at the output of the embeddings; the newest is in the list."""
     roots: list[Tensor] = []
 
@@ -95,25 +106,63 @@ def graph_from_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
         roots[:] = [output.detach().requires_grad_()]
         return roots[0]
 
-    model.requires_grad_(False)
-    handle = model.get_submodule("bert.embeddings").register_forward_hook(start)
+    loaded.model.requires_grad_(False)
+    handle = loaded.model.get_submodule(loaded.family.embeddings).register_forward_hook(start)
     try:
         yield roots
     finally:
         handle.remove()
 
 
-def bare(loaded: LoadedModel, batches: Sequence[Sequence[Example]], precision: Precision) -> None:
-    with graph_from_embeddings(loaded.model) as roots:
+def of_transformers(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """One logit of each row, or, of a language model, the loss."""
+    model: Any = loaded.model
+    if not loaded.family.head.merges:
+        logits: Tensor = model(**batch.inputs).logits
+        return logits[:, 0].sum()
+    labels = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, -100)
+    loss: Tensor = model(**batch.inputs, labels=labels).loss
+    return loss
+
+
+def as_scored(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """The same; of a language model, from logits of a few tokens at a time."""
+    if not loaded.family.head.merges:
+        return of_transformers(loaded, batch)
+    _, [likelihoods] = Estimator("empirical").passes(loaded, loaded.kind.run(batch.inputs), batch)
+    return likelihoods.sum()
+
+
+Outputs = Callable[[LoadedModel, Batch], Tensor]
+
+
+def bare(
+    loaded: LoadedModel, batches: Sequence[Sequence[Example]], precision: Precision, outputs: Outputs = of_transformers
+) -> None:
+    with graph_from_embeddings(loaded) as roots:
         for batch in collate(batches, loaded.padding, loaded.device):
             with computing_in(precision, loaded.device):
-                logits = loaded.model(**batch.inputs).logits
-            torch.autograd.grad(logits[:, 0].sum(), roots)
+                output = outputs(loaded, batch)
+            torch.autograd.grad(output, roots)
 
 
 def bare_as_scored(loaded: LoadedModel, batches: Sequence[Sequence[Example]], precision: Precision) -> None:
     with rounded_weights(loaded.model, precision):
-        bare(loaded, batches, precision)
+        bare(loaded, batches, precision, as_scored)
+
+
+def together(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    estimator: Estimator,
+    precision: Precision,
+    batches: Sequence[Sequence[Example]],
+) -> None:
+    """Scores and Gram matrices from the same passes."""
+    inputs, *_ = in_passes(plan_merge([loaded.info]).linear_inputs)
+    with GramSums(loaded, inputs, "rows", stops=False) as sums:
+        score(loaded, examples, estimator, precision, "rows", lambda _: None, batches, [sums.watching])
+        sums.means()
 
 
 @contextmanager
@@ -227,13 +276,12 @@ def memory(loaded: LoadedModel, batch: Batch, precision: Precision) -> tuple[int
 
     def forward() -> Tensor:
         with computing_in(precision, loaded.device):
-            logits: Tensor = loaded.model(**batch.inputs).logits
-        return logits
+            return loaded.kind.run(batch.inputs)
 
     with rounded_weights(loaded.model, precision):
         with mask_gradients(loaded):
             ours = kept_bytes(forward)
-        with graph_from_embeddings(loaded.model):
+        with graph_from_embeddings(loaded):
             return ours, kept_bytes(forward)
 
 
@@ -284,8 +332,11 @@ def measure(
         works["empirical"] = scoring(two, examples, "empirical")
         for k, loaded in experts.items():
             works[f"expected {k}"] = scoring(loaded, examples, "expected")
+        asked = estimator_for("expected", two.task, seed=0)
+        works["together"] = lambda: together(two, examples, asked, precision, batches)
         seconds = clock.time(works)
         per_row = {work: 1000 * s / rows for work, s in seconds.items()}
+        with_grams = per_row.pop("together")
 
         floors = {"stock": f"bare pass of transformers, {stock} attention", "bare": "bare pass as scored"}
         for reference, floor in floors.items():
@@ -294,6 +345,9 @@ def measure(
                 most = (1 + 2 * (k - 1)) / 3 * WITHIN
                 named = f"{what}: {work} against {floor}, ms a row"
                 yield row(named, per_row[work], per_row[reference], most, f"<= {most:.2f}")
+
+        named = f"{what}: expected 2 with Gram matrices against without, ms a row"
+        yield row(named, with_grams, per_row["expected 2"], TOGETHER, f"<= {TOGETHER}")
 
         longest = max(batches, key=lambda batch: len(batch) * batch[-1].length)
         ours, least = memory(two, next(collate([longest], two.padding, device)), precision)
@@ -311,11 +365,50 @@ def measure(
                 yield row(named, per_row["expected 2"], 1000 * took, 1 / times, f"<= 1/{times:g}")
 
 
+def measure_decoder(name: str, precision: Precision, rows: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """All rows of one language model in one number format."""
+    what = f"{name}, {precision}, {torch.get_num_threads()} threads"
+    with TemporaryDirectory() as folder:
+        loaded = load(inspect_checkpoint(forms.write(name, Path(folder)), name), device)
+        examples = forms.rows(loaded, rows, LENGTHS)
+        batches = plan_batches(examples, UNTRIED[device.type])
+        asked = estimator_for("sampled", loaded.task, seed=0)
+        stock = faster_attention(loaded, batches, precision)
+
+        def stock_bare() -> None:
+            with attention(loaded, stock):
+                bare(loaded, batches, precision)
+
+        def scores() -> None:
+            score(loaded, examples, asked, precision, "rows", lambda _: None, batches)
+
+        seconds = Clock(device).time(
+            {
+                "stock": stock_bare,
+                "bare": lambda: bare_as_scored(loaded, batches, precision),
+                "scores": scores,
+                "together": lambda: together(loaded, examples, asked, precision, batches),
+            }
+        )
+        per_row = {work: 1000 * s / rows for work, s in seconds.items()}
+        for ours, reference, floor, most in (
+            ("scores", "stock", f"bare pass of transformers, {stock} attention", OF_DECODERS),
+            ("scores", "bare", "bare pass with logits of a few tokens at a time", OF_DECODERS),
+            ("together", "scores", "scores alone", TOGETHER),
+        ):
+            shown_as = "with Gram matrices" if ours == "together" else "sampled"
+            named = f"{what}: {shown_as} against {floor}, ms a row"
+            yield row(named, per_row[ours], per_row[reference], most, f"<= {most:.2f}")
+        longest = max(batches, key=lambda batch: len(batch) * batch[-1].length)
+        kept, least = memory(loaded, next(collate([longest], loaded.padding, device)), precision)
+        yield row(f"{what}: kept for the backward pass, MB", kept / 1e6, least / 1e6, MEMORY, f"<= {MEMORY}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=512, help="of each measurement (%(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on a CPU (%(default)s)")
-    parser.add_argument("--models", nargs="+", choices=("minilm", "bert-base"), default=["minilm", "bert-base"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--data", type=Path, help="JSON lines with a column text instead of the packaged tweets")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
@@ -324,13 +417,16 @@ def main() -> None:
     for threads in options.threads if device.type == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         for name in options.models:
-            for precision, tokens in (
-                (resolve_precision("auto", device), None),
-                ("float32", None),
-                (resolve_precision("auto", device), 256),
-            ):
+            best = resolve_precision("auto", device)
+            for precision, tokens in dict.fromkeys([(best, None), ("float32", None), (best, 256)]):
                 rows = options.rows if tokens is None else max(16, options.rows // 8)
-                for measured in measure(name, precision, options.data, rows, tokens, device):
+                if name not in DECODERS:
+                    works = measure(name, precision, options.data, rows, tokens, device)
+                elif tokens is None:
+                    works = measure_decoder(name, precision, rows, device)
+                else:
+                    continue
+                for measured in works:
                     print(*measured.values(), flush=True)
                     found.append(measured)
     shown(options.json, found)

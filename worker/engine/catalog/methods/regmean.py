@@ -13,14 +13,18 @@ GRAM_BYTES = 500_000_000  # sums of Gram matrices held at once; those of a large
 GRAM_MATRICES = 6  # held in float64 while a layer is merged: the sum, its factor, one model's, and intermediate ones
 
 
+def _sums_bytes(running: RunningModels) -> int:
+    """Count the bytes of sums in one pass, and of a copy of the widest input."""
+    matrices = [8 * width**2 for width in running.input_widths]
+    return min(sum(matrices), max(GRAM_BYTES, max(matrices))) + 4 * running.tokens * max(running.input_widths)
+
+
 def _gram_bytes(running: RunningModels) -> int:
     """Count the bytes of sums and a forward pass, or, if that is more, of solving for the largest layer later."""
-    matrices = [8 * width**2 for width in running.input_widths]
-    sums = min(sum(matrices), max(GRAM_BYTES, max(matrices)))
-    return max(running.batch + sums, GRAM_MATRICES * max(matrices))
+    return max(running.batch + _sums_bytes(running), GRAM_MATRICES * 8 * max(running.input_widths) ** 2)
 
 
-GRAM = Statistic("gram", _gram_bytes)
+GRAM = Statistic("gram", _gram_bytes, _sums_bytes)
 """Gram matrices of the inputs of linear layers."""
 
 

@@ -39,13 +39,21 @@ class Statistic(str):
     """A statistic that a method may need of every model, measured on the model's own rows.
 
     It is the name that is written and asked for. `measuring_bytes` counts the bytes of measuring it, besides the
-    models, and of merging by it.
+    models, and of merging by it; `beside_bytes` those that it adds to the passes of another statistic, if it can be
+    taken from these.
     """
 
-    __slots__ = ("measuring_bytes",)
+    __slots__ = ("beside_bytes", "measuring_bytes")
     measuring_bytes: Callable[[RunningModels], int]
+    beside_bytes: Callable[[RunningModels], int]
 
-    def __new__(cls, name: str, measuring_bytes: Callable[[RunningModels], int]) -> Self:
+    def __new__(
+        cls,
+        name: str,
+        measuring_bytes: Callable[[RunningModels], int],
+        beside_bytes: Callable[[RunningModels], int] = lambda _: 0,
+    ) -> Self:
         statistic = super().__new__(cls, name)
         statistic.measuring_bytes = measuring_bytes
+        statistic.beside_bytes = beside_bytes
         return statistic

@@ -64,7 +64,12 @@ def estimate(plan: MergePlan, needs: MemoryNeeds) -> int:
     if not needs.loads_models:
         return RUNTIME_BYTES + merging + _run_bytes(plan)
     running = _Running(plan, needs)
-    measuring = [statistic.measuring_bytes(running) for statistic in needs.method.statistics]
+    statistics = needs.method.statistics
+    # One of them is measured, and others may be taken from its passes.
+    measuring = [
+        one.measuring_bytes(running) + sum(other.beside_bytes(running) for other in statistics if other is not one)
+        for one in statistics
+    ]
     return RUNTIME_BYTES + running.held + max(running.batch, merging, *measuring)
 
 
@@ -131,7 +136,7 @@ class _Running:
         """
         sizes = self.sizes
         family = required_family(self.plan)
-        attention = sizes["heads"] * self.longest_row
+        attention = sizes["heads"] * min(self.longest_row, family.max_tokens(self.plan.checkpoints[0].config))
         routed = sizes.get("experts_per_token", 0)
         kept = (family.hidden_vectors + ROUTED_VECTORS * routed) * sizes["hidden"]
         kept += family.neuron_vectors * sizes["neurons"] * max(1, routed)
