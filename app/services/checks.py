@@ -28,7 +28,7 @@ from worker.engine.catalog.data.rows import RowReader, check_first_rows
 from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.methods import METHODS
-from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
+from worker.engine.catalog.planning.memory import MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan, require_reader, required_task
 from worker.engine.catalog.planning.planner import misfit, plan_job, plan_merge
@@ -329,6 +329,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
         loads_models=_loads_models(request, plan),
         models_beside=models_beside(evaluates, aligns, method),
         tokens_held=measured * longest if method.refits_layers else 0,
+        new_tokens=most_new_tokens(plan, [model.evaluation if evaluates else None for model in request.models]),
     )
     return Plan(
         bytes_to_read=plan.bytes_to_read,

@@ -15,6 +15,7 @@ from tests.tiny_families import DECODERS, WORDS, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec
 from worker.engine.catalog.data.rows import Row, RowFile, sample
+from worker.engine.catalog.planning.memory import HELD_TOKENS
 from worker.engine.catalog.primitives.answers import answer_in, answer_pattern
 from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError, Place
 from worker.engine.catalog.tasks import CausalLanguageModel, column_problems
@@ -88,7 +89,7 @@ def written_alone(checkpoint: Path) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("held", [generation.HELD_TOKENS, 60])
+@pytest.mark.parametrize("held", [HELD_TOKENS, 60])
 def test_rows_together_are_written_as_each_alone(decoder: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     monkeypatch.setattr(generation, "HELD_TOKENS", held)
     alone = written_alone(decoder)

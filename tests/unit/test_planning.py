@@ -15,18 +15,23 @@ from safetensors import safe_open
 
 from tests.score_names import named
 from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors, tiny_base, tiny_checkpoint
+from tests.tiny_families import TINY_LLAMA
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.spec import NEW_TOKENS
 from worker.engine.catalog.families import Kind, Owner, Part, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.methods import (
+    LARGEST_BATCH_TOKENS,
     AutoParameters,
     AverageParameters,
     MaskFisherParameters,
+    MaskRegMeanParameters,
     RegMeanParameters,
     TiesParameters,
 )
-from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
+from worker.engine.catalog.planning.memory import HELD_TOKENS, MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_merge
@@ -135,6 +140,26 @@ def test_the_plan_says_what_linear_layers_read_and_counts_what_measuring_them_ho
         assert estimate(found, replace(least, **more)) > estimate(found, least)
     held = estimate(found, replace(least, tokens_held=1000)) - estimate(found, replace(least, tokens_held=400))
     assert held == 600 * 2 * 4 * hidden
+    searched = estimate(found, replace(least, outputs_held=1000)) - estimate(found, replace(least, outputs_held=400))
+    assert searched == 600 * 2 * 4 * hidden
+    both = estimate(found, replace(least, method=MaskRegMeanParameters()))
+    alone = estimate(found, replace(least, method=MaskFisherParameters()))
+    sums = 8 * sum(seen.width**2 for seen in found.linear_inputs)
+    assert both - alone == sums + 4 * max(LARGEST_BATCH_TOKENS, 10) * NEURONS
+
+
+def test_what_a_model_writes_is_counted(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", family=TINY_LLAMA, task="CausalLM")
+    found = plan_merge([inspect_checkpoint(folder, "model")])
+    writes = EvaluationSpec(source="rows", metric="exact_match", max_new_tokens=15)
+    assert most_new_tokens(found, [writes]) == 15
+    assert most_new_tokens(found, [writes.model_copy(update={"max_new_tokens": None})]) == NEW_TOKENS
+    assert most_new_tokens(found, [writes.model_copy(update={"metric": "loss"})]) == 0
+    assert most_new_tokens(found, [None]) == 0
+    least = MemoryNeeds(AverageParameters(), longest_row=10)
+    keys_and_values = HELD_TOKENS * 2 * (2 * 4) * 4 * (LAYERS + 1)
+    more = estimate(found, replace(least, new_tokens=15)) - estimate(found, least)
+    assert more > keys_and_values
 
 
 def test_methods_that_solve_for_layers_hold_no_matrix_of_tokens_whole(pair: list[Path]) -> None:

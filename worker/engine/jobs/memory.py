@@ -3,14 +3,19 @@
 import torch
 
 from worker.engine.catalog.contracts.spec import JobSpec
-from worker.engine.catalog.planning.memory import MemoryNeeds, estimate
+from worker.engine.catalog.planning.memory import MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.jobs.context import JobContext
 from worker.engine.runtime.resources import available_memory, require_memory
 
 
 def require_memory_of_job(
-    plan: MergePlan, spec: JobSpec, context: JobContext, longest_row: int, tokens_held: int = 0
+    plan: MergePlan,
+    spec: JobSpec,
+    context: JobContext,
+    longest_row: int,
+    tokens_held: int = 0,
+    outputs_held: int = 0,
 ) -> None:
     """Check that the job's memory is there, and make room by giving up models of earlier jobs.
 
@@ -19,6 +24,7 @@ def require_memory_of_job(
     Args:
         longest_row: number of tokens of the job's longest row, as far as it is known.
         tokens_held: number of padded tokens of all rows that layers are refitted to at once.
+        outputs_held: number of outputs of all rows that a search holds the inputs of heads for.
 
     Raises:
         OutOfMemory: the machine has less than the job needs.
@@ -30,6 +36,8 @@ def require_memory_of_job(
         models_beside=spec.models_beside,
         longest_row=longest_row,
         tokens_held=tokens_held,
+        outputs_held=outputs_held,
+        new_tokens=most_new_tokens(plan, spec.evaluations),
         value_bytes=0 if on_gpu else 2 if context.precision == "bfloat16" else 4,
         threads=torch.get_num_threads(),
     )

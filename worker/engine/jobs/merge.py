@@ -25,7 +25,7 @@ from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.evaluating import evaluate
 from worker.engine.jobs.measuring import Measuring, for_method, measure, truncations
 from worker.engine.jobs.memory import require_memory_of_job
-from worker.engine.jobs.preparing import InputStates, examples_of, longest_row, padded_tokens, prepare
+from worker.engine.jobs.preparing import InputStates, examples_of, longest_row, outputs_searched, padded_tokens, prepare
 from worker.engine.jobs.results import as_run, filter_notes, model_result, stopping_of, vocabulary_notes
 from worker.engine.merging.backbone import Backbone, given
 from worker.engine.merging.head_alignment import align_head
@@ -148,7 +148,8 @@ def load(spec: MergeSpec, context: JobContext) -> LoadedInputs:
             loading.advance()
         on_cpu = context.device.type == "cpu"
         held = sum(map(padded_tokens, models)) if spec.method.refits_layers and on_cpu else 0
-        require_memory_of_job(plan, spec, context, max(map(longest_row, models)), held)
+        read = sum(map(outputs_searched, models)) if spec.method.search and not plan.merges_heads else 0
+        require_memory_of_job(plan, spec, context, max(map(longest_row, models)), held, read)
         return LoadedInputs(plan, models, base_digest, states, reloading)
 
 

@@ -137,6 +137,12 @@ def longest_row(model: JobModel) -> int:
     return max([*lengths, rows.sample.longest() if rows.sample else 1])
 
 
+def outputs_searched(model: JobModel) -> int:
+    """Return the number of outputs of the rows on which a search runs the model, aligns its head and judges it."""
+    rows = model.rows
+    return sum(example.outputs for example in (*rows.searched, *rows.alignment, *rows.evaluation))
+
+
 def padded_tokens(model: JobModel) -> int:
     """Return the number of tokens, with padding, in the batches of rows that layers are fitted to."""
     return sum(len(batch) * batch[-1].length for batch in plan_batches(model.rows.fitted)) if model.takes_part else 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import NEW_TOKENS, DatasetSpec
+from worker.engine.catalog.planning.memory import HELD_TOKENS
 from worker.engine.catalog.primitives.answers import answer_in, answer_pattern
 from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
 from worker.engine.catalog.tasks import CausalLanguageModel, LabelMap
@@ -21,9 +22,6 @@ from worker.engine.runtime.libraries import transformers
 from worker.engine.tasks.causal_language_model import CausalLanguageModelHead
 from worker.engine.tasks.kind import Running
 from worker.engine.tasks.metrics import Array
-
-HELD_TOKENS = 8192
-"""Number of tokens of a batch, with those to come, whose keys and values are held at once."""
 
 
 @dataclass(frozen=True)

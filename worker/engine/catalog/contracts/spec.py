@@ -121,6 +121,11 @@ class JobSpec(Strict):
         return 0
 
     @property
+    def evaluations(self) -> list[EvaluationSpec | None]:
+        """The evaluation of each model, if it is evaluated; empty where none is."""
+        return []
+
+    @property
     def names_the_hub(self) -> bool:
         return any(c.hub for c in self.checkpoints) or any(rows.hub for rows in self.rows_to_read)
 
@@ -155,6 +160,10 @@ class MergeSpec(JobSpec):
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
         return [*super().rows_to_read, *(m.evaluation for m in self.models if m.evaluation and self.evaluate)]
+
+    @property
+    def evaluations(self) -> list[EvaluationSpec | None]:
+        return [model.evaluation if self.evaluate else None for model in self.models]
 
     @property
     def aligns(self) -> bool:

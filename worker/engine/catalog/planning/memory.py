@@ -2,12 +2,15 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
+from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
+from worker.engine.catalog.data.spec import NEW_TOKENS
 from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 
@@ -18,6 +21,8 @@ VERSIONS_HELD = 4  # copies of every model's block and the base's: as read, and 
 MERGING_COPIES = 6  # further copies of a block in float32 while it is merged
 BLOCK_ELEMENTS = 1 << 18  # elements of one version that are merged at once: 1 MB in float32, which a cache holds
 HELD_BLOCKS = 16  # blocks of values in which a rank is found; two models' tensors of half the size are held whole
+HELD_TOKENS = 8192  # of a batch that a model writes, with those to come; their keys and values are held at once
+LOGITS_COPIES = 3  # of the next token's, while it is chosen
 RUN_BYTES = 256_000_000  # largest weights of a model that is run once before it is published
 
 
@@ -29,6 +34,16 @@ def _has_cuda_libraries() -> bool:
 
 RUNTIME_BYTES = 1_250_000_000 if _has_cuda_libraries() else 600_000_000
 """Size of the loaded torch and transformers: measured 450 to 600 MB, and up to 650 more with CUDA's libraries."""
+
+
+class Writing(Protocol):
+    """What an evaluation says of what is written."""
+
+    @property
+    def metric(self) -> str | None: ...
+
+    @property
+    def max_new_tokens(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,10 @@ class MemoryNeeds:
     tokens_held: int = 0
     """Number of tokens of all rows, with padding, where layers are refitted. That keeps every expert loaded, and every
     token's hidden state in the expert and in the merge."""
+    outputs_held: int = 0
+    """Number of outputs of all rows that a search holds the inputs of heads for."""
+    new_tokens: int = 0
+    """Largest number of tokens that a model writes after a row; 0: nothing is written."""
     value_bytes: int = 4
     """Bytes of an activation: 4 in float32, 2 in bfloat16, and 0 where they lie on another device."""
     threads: int | None = None
@@ -70,7 +89,23 @@ def estimate(plan: MergePlan, needs: MemoryNeeds) -> int:
         one.measuring_bytes(running) + sum(other.beside_bytes(running) for other in statistics if other is not one)
         for one in statistics
     ]
-    return RUNTIME_BYTES + running.held + max(running.batch, merging, *measuring)
+    return RUNTIME_BYTES + running.held + max(running.batch, running.writing, merging, *measuring)
+
+
+def most_new_tokens(plan: MergePlan, evaluations: Sequence[Writing | None]) -> int:
+    """Return the largest number of tokens that a model writes after a row; 0 if no metric is of what it writes.
+
+    Args:
+        evaluations: that of each model, if it has one; empty where no model is evaluated.
+    """
+    return max(
+        (
+            asked.max_new_tokens or NEW_TOKENS
+            for task, asked in zip(plan.tasks, evaluations, strict=False)
+            if task is not None and asked is not None and asked.metric in task.writing_metrics
+        ),
+        default=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +144,10 @@ class _Running:
         models, beside, tokens = self.models, self.needs.models_beside, self.needs.tokens_held
         cached = sum(models) if tokens else min(sum(models), CACHE_BYTES + max(models))
         merged = 4 * sum(math.prod(tensor.shape) for tensor in self.plan.backbone)
-        return cached + beside * max(*models, merged) + tokens * 2 * 4 * self.sizes["hidden"]
+        read = (
+            2 + self.needs.method.refits_layers
+        ) * self.needs.outputs_held  # of one merge, a copy, and refitted ones
+        return cached + beside * max(*models, merged) + (2 * tokens + read) * 4 * self.sizes["hidden"]
 
     @property
     def longest_row(self) -> int:
@@ -127,6 +165,19 @@ class _Running:
     def batch(self) -> int:
         """Bytes of a forward pass; where layers are refitted, of passes in the expert and the merge together."""
         return (2 if self.needs.tokens_held else 1) * self.activations(self.tokens, layers=1)
+
+    @property
+    def writing(self) -> int:
+        """Bytes of a batch that a model writes: keys and values of all layers, one layer's twice, and logits."""
+        new = self.needs.new_tokens
+        if not new or not self.needs.value_bytes:
+            return 0
+        family, config = required_family(self.plan), self.plan.checkpoints[0].config
+        tokens = max(HELD_TOKENS, self.longest_row + new)
+        width = family.size(config, "kv_heads") * family.size(config, "head_size")
+        cache = 4 * tokens * 2 * width * (self.sizes["layers"] + 1)
+        logits = 4 * LOGITS_COPIES * (HELD_TOKENS // (new + 1)) * (vocabulary_size(config) or 0)
+        return cache + logits + self.activations(tokens, layers=1)
 
     def activations(self, tokens: int, layers: int | None = None) -> int:
         """Return the bytes that `layers` layers keep of `tokens` tokens; None: all layers, as a backward pass does.
