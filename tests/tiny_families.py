@@ -429,11 +429,12 @@ DECODERS = {
         fused={"self_attention.query_key_value": "q0 q1 k0 v0 q2 q3 k1 v1"},
         settings={**TINY_FALCON.settings, "new_decoder_architecture": True, "num_kv_heads": 2},
     ),
+    # As the ones that were trained on RefinedWeb alone.
     "falcon-sequential": replace(
         TINY_FALCON,
         kv_heads=4,
         fused={"self_attention.query_key_value": "q0 k0 v0 q1 k1 v1 q2 k2 v2 q3 k3 v3"},
-        settings={**TINY_FALCON.settings, "multi_query": False, "parallel_attn": False, "bias": True},
+        settings={**TINY_FALCON.settings, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
     ),
     "opt": TINY_OPT,
     # As the one of 350 million parameters.

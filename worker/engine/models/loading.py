@@ -152,6 +152,8 @@ def _attention(info: CheckpointInfo, device: torch.device) -> str | None:
     model_class = _auto_class(info)._model_mapping[type(config)]
     # Falcon's classes choose among their own implementations by name.
     own_alone = model_class._supports_sdpa and not model_class._supports_attention_backend
+    if own_alone and getattr(config, "alibi", False):
+        return "sdpa"  # with "eager" they add the positions of ALiBi twice
     return "eager" if own_alone else cpu_attention()
 
 

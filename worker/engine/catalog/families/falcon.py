@@ -1,4 +1,4 @@
-"""Falcon (Almazrouei et al. 2023, arXiv 2311.16867) with rotary positions."""
+"""Falcon (Almazrouei et al. 2023, arXiv 2311.16867), with rotary positions or ALiBi."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,9 +53,9 @@ FALCON = _Falcon(
         "multi_query": True,
         "parallel_attn": True,
         "bias": False,
+        "alibi": False,
     },
-    # transformers adds the positions of ALiBi once or twice, as its implementation of attention may be.
-    supported={"alibi": False},
+    supported={},
     ownership=GROUPED_QUERY,
     is_causal=True,
     norms=Norms.PARALLEL,
