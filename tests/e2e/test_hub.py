@@ -5,11 +5,13 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -21,7 +23,7 @@ from tests.conftest import Service, assert_problem, free_port, keeps_within, mak
 from tests.hub import Hub
 from tests.tiny import edit_json, read_model, tiny_base, tiny_checkpoint, tiny_texts, write_lines
 from tests.tiny_adapters import merged_by_peft, tiny_adapter
-from tests.tiny_families import TINY_BERT
+from tests.tiny_families import TINY_BERT, TINY_VISION
 
 CANCEL_S = 5
 NAMES = ["bad", "good"]
@@ -523,6 +525,94 @@ def test_parquet_of_equal_texts_is_not_decoded_to_the_disk(service: Service, hub
     assert job["status"] == "succeeded", job["error"]
     assert job["result"]["metrics"]["a"]["examples"] == 60
     assert _bytes_below(Path(service.environment["HF_HOME"])) - before < 1_000_000
+
+
+PICTURES = """---
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': dog
+          '1': cat
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory, hub: Hub, tiny_inputs: Path) -> Mapping[str, Any]:
+    """A merge of two models on images; their labels have the data set's names in the other order."""
+    root = tmp_path_factory.mktemp("pictures")
+    images = [
+        PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+        for seed in range(40)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    table = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(40)]}, features)
+    for name in ("described", "bare"):
+        (root / name).mkdir()
+        table.to_parquet(root / name / "train-00000.parquet")
+        hub.add("dataset", f"org/{name}", root / name)
+    write_lines(root / "described" / "README.md", PICTURES.splitlines())
+    for label in ("dog", "cat"):
+        (root / "folders" / "train" / label).mkdir(parents=True)
+    for place, image in enumerate(images):
+        image.save(root / "folders" / "train" / ("dog", "cat")[place % 2] / f"{place:02}.png")
+    hub.add("dataset", "org/folders", root / "folders")
+    (root / "broken" / "train" / "cat").mkdir(parents=True)
+    images[0].save(root / "broken" / "train" / "cat" / "1.png")
+    (root / "broken" / "train" / "cat" / "2.png").write_bytes(b"no image")
+    hub.add("dataset", "org/broken-images", root / "broken")
+    (root / "documented").mkdir()
+    images[0].save(root / "documented" / "1.png")
+    write_lines(root / "documented" / "metadata.jsonl", [json.dumps({"file_name": "1.png", "label": 0})])
+    hub.add("dataset", "org/documented", root / "documented")
+    models = []
+    for seed in (1, 2):
+        folder = tiny_inputs / "checkpoints" / f"pictures-{seed}"
+        tiny_checkpoint(folder, family=TINY_VISION["vit"], seed=seed, names=["cat", "dog"], task="ImageClassification")
+        models.append({"name": f"m{seed}", "checkpoint": f"local:checkpoints/pictures-{seed}"})
+    return {"method": {"name": "mask_fisher", "examples": 20, "estimator": "empirical"}, "models": models}
+
+
+def of_pictures(pictures: Mapping[str, Any], source: str) -> dict[str, Any]:
+    rows = {"source": source, "label": "label"}
+    return {**pictures, "models": [{**model, "dataset": rows, "evaluation": rows} for model in pictures["models"]]}
+
+
+def test_images_of_the_hub_are_read_however_it_stores_them(service: Service, pictures: Mapping[str, Any]) -> None:
+    """In Parquet, described or not, and as a folder for each label; the same rows in another order."""
+    found = []
+    for name in ("described", "bare", "folders"):
+        job = service.finished(service.submit(of_pictures(pictures, f"hf:org/{name}")))
+        assert job["status"] == "succeeded", job["error"]
+        found.append({name: metric["expert"] for name, metric in job["result"]["metrics"].items()})
+        assert {metric["examples"] for metric in job["result"]["metrics"].values()} == {40}
+    assert found[0] == found[1] == found[2]
+    assert len({*found[0].values()} - {0.5}) > 0, "labels in the other order would show"
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "says"),
+    [
+        ("broken-images", {"label": None}, "row 2: column 'image' is no image of a known format"),
+        ("folders", {"split": "test"}, "has the splits train; name one as split"),
+        ("documented", {}, "is a folder of images with metadata.jsonl, which is none; store images and columns"),
+    ],
+)
+def test_images_of_the_hub_that_cannot_be_read_fail_the_job_by_their_row(
+    service: Service, pictures: Mapping[str, Any], source: str, changes: dict[str, Any], says: str
+) -> None:
+    asked = of_pictures(pictures, f"hf:org/{source}")
+    for model in asked["models"]:
+        model["dataset"] = {**model["dataset"], **changes}
+        del model["evaluation"]
+    job = service.finished(service.submit({**asked, "method": {"name": "regmean", "examples": 20}}))
+    assert (job["status"], job["error"]["code"]) == ("failed", "invalid_dataset")
+    assert says in job["error"]["message"]
 
 
 def _bytes_below(folder: Path) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import datasets
 import httpx2
+import pyarrow
 from datasets.packaged_modules.csv.csv import CsvConfig
 from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
@@ -29,13 +30,22 @@ from worker.engine.catalog.data.spec import DatasetSpec, HubSource
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line
-from worker.engine.inputs.tables import LISTS, FileRows, TableRows, count_of_parquet, rows_of_parquet, types_of_parquet
+from worker.engine.inputs.tables import (
+    LISTS,
+    EncodedTable,
+    FileRows,
+    TableRows,
+    count_of_parquet,
+    rows_of_parquet,
+    types_of_parquet,
+)
 from worker.engine.runtime.progress import OnProgress, Phase
 from worker.engine.runtime.protocols import require_others_forbidden
 from worker.engine.runtime.resources import is_out_of_memory, require_space
 
-# Formats that hold rows. Others would decode images and sounds, or read files that are no data of the repository.
-BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+# Formats that hold rows. Others would decode sounds, or read files that are no data of the repository.
+BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet", "text")
+MOST_FILES = 20_000  # of a folder of images, each of which is asked for by itself
 QUOTES = ("quoting", "quotechar", "escapechar", "doublequote", "dialect")
 # Options of CSV that say which lines are rows, besides quotes.
 LINES = (
@@ -70,13 +80,26 @@ class ParquetFiles:
     """The repository's description of the columns, by name."""
 
 
+@dataclass(frozen=True)
+class ImageFolder:
+    """Rows of images that are files, each in the folder of its label."""
+
+    table: pyarrow.Table
+    """Paths from `folder`, and ids of labels where the folders' names are labels."""
+    names: tuple[str, ...] | None
+    """Names of the labels."""
+    folder: Path
+    root: Path
+    """The cache's folder of the repository, in which its files lie."""
+
+
 @dataclass
 class Fetched:
     """A job's inputs from the hub."""
 
     checkpoints: dict[HubSource, Path] = field(default_factory=dict)
     """Folders of checkpoints, by repository and commit."""
-    tables: dict[tuple[HubSource, str | None, str | None], "datasets.Dataset | ParquetFiles"] = field(
+    tables: dict[tuple[HubSource, str | None, str | None], "datasets.Dataset | ParquetFiles | ImageFolder"] = field(
         default_factory=dict
     )
     """Tables by repository, configuration and split."""
@@ -86,6 +109,9 @@ class Fetched:
     def rows(self, spec: DatasetSpec, reader: RowReader = ROWS_OF_TEXT) -> TableRows:
         """Return the rows of a data set. Raises InvalidDataset."""
         table = self.tables[_table_key(spec)]
+        if isinstance(table, ImageFolder):
+            beside = spec.model_copy(update={"folder": table.folder, "root": table.root})
+            return TableRows(EncodedTable(table.table), beside, table.names, reader=reader)
         if isinstance(table, ParquetFiles):
             column = reader.label_column(spec)
             label = None if column is None else table.features.get(column)
@@ -130,8 +156,11 @@ def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
             fetched.checkpoints[source] = _download(files, "model", source, downloading)
     for (source, config, split), rows in tables.items():
         with _translated(rows):
-            _download(files, "dataset", source, downloading)
+            folder = _download(files, "dataset", source, downloading)
             builder = builders[source, config]
+            if _builder_name(builder) == "imagefolder":
+                fetched.tables[source, config, split] = _image_folder(rows, source, builder, folder)
+                continue
             files_of_it = _parquet_files(rows, source, builder)
             if files_of_it is not None:
                 fetched.tables[source, config, split] = files_of_it
@@ -232,6 +261,9 @@ def _builder_name(builder: Any) -> str:
 def _data_files(rows: DatasetSpec, source: HubSource, builder: Any) -> list[RemoteFile]:
     """Return the files of all splits of the configuration, because these are prepared together."""
     names = {name for split in builder.config.data_files or {} for name in _file_names(rows, source, builder, split)}
+    if _builder_name(builder) == "imagefolder" and len(names) > MOST_FILES:
+        problem = f"it is a folder of {len(names)} images; {MOST_FILES} are allowed, and more as Parquet"
+        raise InvalidDataset(rows.source, problem)
     return [_remote_file("dataset", source, name) for name in sorted(names)]
 
 
@@ -266,6 +298,39 @@ def _parquet_files(rows: DatasetSpec, source: HubSource, builder: Any) -> Parque
         if any(name in types and feature() != types[name] for name, feature in features.items() if callable(feature)):
             return None
     return ParquetFiles(tuple(parts), features) if parts else None
+
+
+def _image_folder(rows: DatasetSpec, source: HubSource, builder: Any, folder: Path) -> ImageFolder:
+    """Return the rows that were asked for, or those of the only split, as the library `datasets` makes them.
+
+    Args:
+        folder: the repository's files.
+
+    Raises:
+        InvalidDataset: there is no such split, or there are other files than images.
+    """
+    of_splits = {str(split): _file_names(rows, source, builder, split) for split in builder.config.data_files or {}}
+    every = [name for names in of_splits.values() for name in names]
+    others = [name for name in every if Path(name).suffix.lower() not in builder.EXTENSIONS]
+    if others:
+        problem = f"it is a folder of images with {others[0]}, which is none"
+        raise InvalidDataset(rows.source, f"{problem}; store images and columns as Parquet, as push_to_hub does")
+    labels = sorted({Path(name).parent.name for name in every})
+    are_labels = len(labels) > 1 and len({name.count("/") for name in every}) == 1
+    if builder.config.drop_labels is not None:
+        are_labels = not builder.config.drop_labels
+    asked = rows.split or (next(iter(of_splits)) if len(of_splits) == 1 else "")
+    try:
+        runs = datasets.ReadInstruction.from_spec(asked).to_absolute({s: len(names) for s, names in of_splits.items()})
+    except (ValueError, AssertionError) as error:
+        problem = f"it has the splits {', '.join(of_splits)}; name one as split"
+        raise InvalidDataset(rows.source, problem) from error
+    chosen = [name for run in runs for name in of_splits[run.splitname][run.from_ : run.to]]
+    columns: dict[str, list[Any]] = {"image": chosen}
+    if are_labels:
+        columns["label"] = [labels.index(Path(name).parent.name) for name in chosen]
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.repository, repo_type="dataset")
+    return ImageFolder(pyarrow.table(columns), tuple(labels) if are_labels else None, folder, root)
 
 
 def parts_of_split(asked: str, files: Mapping[str, Sequence[Path]]) -> list[FileRows]:
