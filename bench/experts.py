@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import experts as demo
 from experts import Row, base_model_folder
 
-__all__ = ["base_model_folder", "prepare"]
+__all__ = ["Row", "base_model_folder", "make_tasks", "prepare"]
 
 PACKAGED = demo.READERS
 RECIPE = 1  # raise it when the same rows would give other weights
