@@ -381,10 +381,11 @@ class Family:
         part = OLDER_PARTS.get(part, part)
         canonical = f"{module}.{part}"
         for own in self.head.modules if part in ("weight", "bias") else ():
-            stored = self.head.stored.get(own, own)
+            stored = self.head.stored.get(own)
             if module in (own, stored):
                 of_head = Kind.MERGED_HEAD if self.head.merges else Kind.HEAD
-                return Slot(f"{own}.{part}", of_head, None, part == "bias", name_in_files=f"{stored}.{part}")
+                in_files = None if stored is None else f"{stored}.{part}"
+                return Slot(f"{own}.{part}", of_head, None, part == "bias", name_in_files=in_files)
         if self._unread_pattern.fullmatch(canonical):
             return Slot(canonical, Kind.UNREAD, None, False)
         outer = self.outer_parameters.get(name.removeprefix(self.prefix)) if name.startswith(self.prefix) else None
