@@ -1,6 +1,6 @@
 """What a model writes after a text, compared with what it should write."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +121,7 @@ class Writing(CausalLanguageModelHead):
         return list(zip(watch.texts, watch.lengths, strict=True))
 
     @contextmanager
-    def _greedily(self, padding: dict[str, int] | Any) -> Iterator[None]:
+    def _greedily(self, padding: Mapping[str, int]) -> Iterator[None]:
         """Give the model settings of generation of which only the end tokens are the checkpoint's."""
         own = self._model.generation_config
         self._model.generation_config = transformers.GenerationConfig(

@@ -59,7 +59,7 @@ def refuse_code(name: str, content: Mapping[str, Any], source: str) -> None:
         )
 
 
-def is_of_library(config: Mapping[str, Any]) -> bool:
+def has_library_class(config: Mapping[str, Any]) -> bool:
     """Return whether transformers has the model's own class, so that code beside the checkpoint is not needed."""
     kind = model_type_of(config.get("model_type", ""))
     name = architecture_of(config)
@@ -72,7 +72,7 @@ def without_code(config: dict[str, Any], source: str) -> tuple[dict[str, Any], t
     Raises:
         InvalidCheckpoint: it names code, and transformers has no class of its own in its place.
     """
-    if not config.get("auto_map") or not is_of_library(config):
+    if not config.get("auto_map") or not has_library_class(config):
         refuse_code("config.json", config, source)
         return config, ()
     note = f"config.json of {source} has auto_map: its code was not run, the class is transformers' own"

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from worker.engine.catalog.checkpoints.descriptions import is_of_library
+from worker.engine.catalog.checkpoints.descriptions import has_library_class
 from worker.engine.catalog.checkpoints.files import (
     ADAPTER_CONFIG,
     ADAPTER_PICKLE,
@@ -269,7 +269,7 @@ def _has_own_class(view: Path) -> bool:
         config = parsed_json((view / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(config, dict) and is_of_library(config)
+    return isinstance(config, dict) and has_library_class(config)
 
 
 def _without(keys: re.Pattern[str], content: bytes, is_deep: bool = False) -> bytes:

@@ -29,7 +29,7 @@ from worker.engine.catalog.planning.comparing import (
     check_vocabulary_size,
     differences_from_base,
     doubts_of_heads,
-    listed,
+    first_tensor,
     notes_of_heads,
     notes_of_settings,
     with_settings_of,
@@ -172,5 +172,5 @@ def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, 
             notes.append(f"tensor {name} was left out: only some models have it, and {known.name} does not read it")
     merged = sorted(name for name in unread if all(name in state for state in states))
     if merged:
-        notes.append(f"{listed(merged)} is not one that {known.name} reads; it was merged all the same")
+        notes.append(f"{first_tensor(merged)} is not one that {known.name} reads; it was merged all the same")
     return notes

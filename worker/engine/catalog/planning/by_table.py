@@ -23,7 +23,7 @@ from worker.engine.catalog.planning.comparing import (
     check_vocabulary_size,
     differences_from_base,
     doubts_of_heads,
-    listed,
+    first_tensor,
     notes_of_heads,
     notes_of_settings,
     with_settings_of,
@@ -134,7 +134,7 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Merg
     if asked.merges_heads:
         return whole
     if Kind.POOLER in kept and (poolers := [name for name, (slot, _) in slots[0].items() if slot.kind is Kind.POOLER]):
-        note = f"{base.source if base else ''} has no {listed(poolers)}: every model kept its own, with its head"
+        note = f"{base.source if base else ''} has no {first_tensor(poolers)}: every model kept its own, with its head"
         whole = replace(whole, notes=(*whole.notes, note))
     heads = tuple(
         tuple(

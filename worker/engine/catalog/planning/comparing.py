@@ -117,7 +117,7 @@ def notes_of_heads(base: CheckpointInfo, alone: Sequence[str]) -> list[str]:
     """Note the tensors that the base lacks, so that they have no task vector."""
     if not alone:
         return []
-    return [f"{base.source} has no {listed(alone)} to compare with: it was averaged by the models' weights"]
+    return [f"{base.source} has no {first_tensor(alone)} to compare with: it was averaged by the models' weights"]
 
 
 def doubts_of_heads(checkpoints: Sequence[CheckpointInfo]) -> list[Doubt]:
@@ -155,6 +155,7 @@ def _has_classifier(info: CheckpointInfo) -> bool:
     return use.has_labels or (tells_nothing and any(ends_with(name, HEADS) for name in info.tensors))
 
 
-def listed(names: Sequence[str]) -> str:
+def first_tensor(names: Sequence[str]) -> str:
+    """Name the first of some tensors in a message, and say how many more there are."""
     more = f" (like {len(names) - 1} more)" if len(names) > 1 else ""
     return f"tensor {names[0]}{more}"
