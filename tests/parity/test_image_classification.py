@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pyarrow.parquet import write_table
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPConfig, CLIPModel, CLIPVisionModel
 
 from tests.score_names import assert_same_in_norm
 from tests.siblings import CPU, TOLERANCE, scores_by_masks
@@ -37,13 +37,13 @@ from tests.tiny import (
 )
 from tests.tiny_families import TINY_VISION, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec
 from worker.engine.catalog.data.images import MAX_IMAGE_BYTES
 from worker.engine.catalog.data.rows import Row, RowFile, Rows, check_first_rows, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import FAMILIES, ScoreName
 from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, InvalidRequest
 from worker.engine.catalog.tasks import ImageClassification, LabelMap, column_problems
 from worker.engine.inputs.examples import Example
 from worker.engine.inputs.tables import read_parquet
@@ -561,3 +561,38 @@ def test_older_names_of_clips_tensors_are_those_of_its_files_today(tmp_path: Pat
         load(inspect_checkpoint(path, "local:x"), CPU).model(pixel_values=values).logits for path in (folder, older)
     ]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("part", ["whole", "tower"])
+def test_what_clip_was_pre_trained_as_may_be_a_base(tmp_path: Path, part: str) -> None:
+    """Image classifiers begin with CLIP or its vision tower, whose text vocabulary does not matter here."""
+    family = TINY_VISION["clip"]
+    folders = [
+        tiny_checkpoint(tmp_path / name, family=family, seed=seed, names=NAMES, task="ImageClassification")
+        for seed, name in enumerate("ab", 1)
+    ]
+    vision = CLIPConfig.from_pretrained(folders[0]).vision_config
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CLIPConfig(
+        text_config={**text, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config=vision.to_dict(),
+        projection_dim=8,
+    )
+    ancestor = CLIPModel(config) if part == "whole" else CLIPVisionModel(vision)
+    ancestor.save_pretrained(tmp_path / "base")
+    spec = merge_spec(tmp_path / "out", [model_spec(folder, None) for folder in folders], {"name": "task_arithmetic"})
+    base = CheckpointSpec(source="local:base", path=tmp_path / "base")
+    Engine(CPU).merge(spec.model_copy(update={"base": base}), silent)
+    merged, first, second = (read_model(path) for path in (tmp_path / "out/models/a", *folders))
+    origin = {
+        name if part == "whole" else f"vision_model.{name}": v for name, v in read_model(tmp_path / "base").items()
+    }
+    backbone = [name for name in merged if not name.startswith("classifier")]
+    assert len(backbone) == len(plan_merge([inspect_checkpoint(folders[0], "local:a")]).backbone)
+    for name in backbone:
+        summed = first[name].double() + second[name].double() - 2 * origin[name].double()
+        torch.testing.assert_close(merged[name].double(), origin[name].double() + 0.4 * summed, rtol=0, atol=1e-6)
+    if part == "tower":
+        info = inspect_checkpoint(tmp_path / "base", "local:base")
+        with pytest.raises(InvalidRequest, match="configuration of a part alone"):
+            plan_merge([inspect_checkpoint(folder, "local:x") for folder in folders], base=info, config_from=info)

@@ -27,6 +27,7 @@ CLIP = Family(
     },
     outer_parameters={"embeddings.class_embedding": Kind.EMBEDDING},
     unread=("embeddings.position_ids",),
+    part_of={"clip_vision_model": "vision_config"},
     older_prefix="vision_model.vision_model.",
     config_names={
         "layers": "vision_config.num_hidden_layers",

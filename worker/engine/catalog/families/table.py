@@ -265,6 +265,9 @@ class Family:
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parameters of a layer in which transformers keeps matrices of all experts, (experts, rows, columns), each with
     the modules whose rows it has, in order. Files may have them in place of the modules' weights."""
+    part_of: Mapping[str, str] = field(default_factory=dict)
+    """Model types of checkpoints that are the backbone alone and have a configuration of their own, each with the key
+    under which the family's configuration has it. Such a checkpoint may be a base."""
     padding_position: str | None = None
     """Configuration key of padding's position; a row's first token has the next one. None: the first token has 0."""
     ownership: Ownership = MULTI_HEAD

@@ -255,7 +255,7 @@ def _ancestor(
         ours, theirs = family.setting(first.config, key), family.setting(base.config, key)
         if not same(ours, theirs):
             raise IncompatibleCheckpoints(first.source, base.source, f"{key} differs: {ours!r}, {theirs!r}")
-    if vocabulary == "error":
+    if vocabulary == "error" and not reads_images(first):
         check_vocabulary_size(first, base)
     if base.vocabulary and vocabulary == "error":
         check_vocabulary(first, base)

@@ -23,6 +23,7 @@ from worker.engine.catalog.planning.stacking import plan_slices
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.values import TensorPlace
+from worker.engine.catalog.tasks import reads_images
 
 
 def plan_merge(
@@ -55,11 +56,16 @@ def plan_merge(
     checkpoints = [identity.info for identity in identities]
     first = checkpoints[0]
     tables = [table_of(info) for info in checkpoints]
+    if base is not None and tables[0] is not None and base.model_type in tables[0].part_of:
+        if config_from is base:
+            raise InvalidRequest(f"{base.source} has the configuration of a part alone", field="output.config_from")
+        inside = {tables[0].part_of[base.model_type]: base.config}
+        base = replace(base, config={"model_type": tables[0].model_type, **inside})
     for info in checkpoints[1:]:
         check_architectures(first, info)
     notes = list(dict.fromkeys(note for identity in identities for note in identity.notes))
     owner = None
-    if vocabulary == "error" and pads_differ(checkpoints, base):
+    if vocabulary == "error" and not reads_images(first) and pads_differ(checkpoints, base):
         vocabulary, owner = "base", whose or first
         notes.append(_note_of_padding(checkpoints, base, owner))
     asked = MergeSettings(dtype, base, heads == "merged", vocabulary, whose, choices, owner)
