@@ -43,6 +43,7 @@ from tests.tiny_families import OF_EACH_FORM, TINY_FAMILIES, WORDS, TinyFamily
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.catalog.tasks import Classification, column_problems
 from worker.engine.jobs.engine import Engine
 from worker.engine.scoring.estimators import Estimator, estimator_for
 from worker.engine.scoring.scorer import paper_scores, score
@@ -111,14 +112,14 @@ STRIDE = 128
 """Tokens that windows share, or half of what a window has of the context where that is less."""
 
 
-def windows_of(tokenizer: Any, row: Row, limit: int | None = None) -> list[Any]:
+def windows_of(tokenizer: Any, row: Row, limit: int | None = None, stride: int | None = None) -> list[Any]:
     """The tokens of a row, or, where they are more than the limit, of windows that overlap."""
     texts = row["question"], row["context"]
     whole = tokenizer(*texts, return_offsets_mapping=True)
     if limit is None or len(whole["input_ids"]) <= limit:
         return [Encoded(whole, whole.sequence_ids())]
     room = limit - len(whole["input_ids"]) + whole.sequence_ids().count(1)
-    cut = {"truncation": "only_second", "max_length": limit, "stride": min(STRIDE, room // 2)}
+    cut = {"truncation": "only_second", "max_length": limit, "stride": stride or min(STRIDE, room // 2)}
     found = tokenizer(*texts, return_offsets_mapping=True, return_overflowing_tokens=True, **cut)
     return [
         Encoded(
@@ -350,13 +351,15 @@ def test_columns_may_have_other_names(bert: Siblings, tmp_path: Path) -> None:
     assert [(e.encoding, e.label) for e in examples_of(loaded, spec)] == [(e.encoding, e.label) for e in expected]
 
 
-def test_a_long_context_is_read_in_windows_that_overlap(bert: Siblings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [None, 7])
+def test_a_long_context_is_read_in_windows_that_overlap(bert: Siblings, tmp_path: Path, stride: int | None) -> None:
     loaded = bert.loaded()
     context = " ".join([*["one"] * 60, "ten"])
     answers = {"text": ["ten"], "answer_start": [len(context) - 3]}
     rows = [{"question": "two three", "context": context, "answers": answers}, GOOD]
-    long, short = examples_of(loaded, spec_of(write_objects(tmp_path / "rows.jsonl", rows)))
-    windows = windows_of(loaded.tokenizer, rows[0], loaded.max_length)
+    spec = spec_of(write_objects(tmp_path / "rows.jsonl", rows), doc_stride=stride)
+    long, short = examples_of(loaded, spec)
+    windows = windows_of(loaded.tokenizer, rows[0], loaded.max_length, stride)
     assert [one["input_ids"] for one in long.inputs] == [one["input_ids"] for one in windows]
     assert [len(one["input_ids"]) for one in long.inputs[:-1]] == [loaded.max_length] * (len(windows) - 1)
     assert long.labels == tuple(token for window in windows for token in wanted_tokens(window, rows[0]))
@@ -365,6 +368,18 @@ def test_a_long_context_is_read_in_windows_that_overlap(bert: Siblings, tmp_path
     assert long.passage is not None
     assert long.passage.answers == ("ten",)
     assert not short.others
+
+
+def test_windows_that_would_never_end_are_refused_by_line_and_windows_of_other_rows_by_name(
+    bert: Siblings, tmp_path: Path
+) -> None:
+    row = {"question": "two three", "context": " ".join(["one"] * 60), "answers": {"text": [], "answer_start": []}}
+    spec = spec_of(write_objects(tmp_path / "rows.jsonl", [GOOD, row]), doc_stride=50)
+    with pytest.raises(InvalidDataset, match=r"line 2: a window has 43 tokens .* doc_stride 50 never ends"):
+        examples_of(bert.loaded(), spec)
+    of_texts = DatasetSpec(source="rows", doc_stride=50)
+    found = dict(column_problems(of_texts, Classification(2, {})))
+    assert found == {"doc_stride": f"a {Classification(2, {}).title} reads no windows; leave it out"}
 
 
 GOOD = {"question": "one", "context": "two three", "answers": {"text": ["three"], "answer_start": [4]}}

@@ -189,11 +189,14 @@ class Reading(Protocol):
     def tokenizer_arguments(self) -> Mapping[str, Any]:
         """Further arguments of the tokenizer."""
 
-    def overlap(self, encoding: Any, limit: int) -> int | None:
+    def overlap(self, row: Row, encoding: Any, spec: DatasetSpec) -> int | None:
         """Return how many tokens neighbouring windows share of a row that is longer than the limit; None: it is cut.
 
         Args:
             encoding: the row's tokens within the limit, as the library `tokenizers` gives them.
+
+        Raises:
+            InvalidDataset: windows cannot share as many tokens as the data set asks for; the message names the row.
         """
 
     def whole(self, row: Row) -> Text:
@@ -226,7 +229,7 @@ class OneOutput:
     def whole(self, row: Row) -> Text:
         return row.text
 
-    def overlap(self, encoding: Any, limit: int) -> int | None:
+    def overlap(self, row: Row, encoding: Any, spec: DatasetSpec) -> int | None:
         return None
 
     def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
@@ -287,7 +290,7 @@ def tokenize(
         label = None if labels is None else labels.value(row.label, spec.source, row.place)
         tokens = encoded.encodings[places[0]] if encoded.encodings else None
         is_cut = any(encoded.encodings[place].overflowing != [] for place in places if encoded.encodings)
-        stride = reading.overlap(tokens, limit) if is_cut else None
+        stride = reading.overlap(row, tokens, spec) if is_cut else None
         windows = [tokens]
         if stride is not None:
             [(text, pair)] = by_row[index]

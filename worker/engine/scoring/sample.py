@@ -51,7 +51,7 @@ class Sample:
             tokenizer=digest_processor(loaded.info) if loaded.task.reads_images else digest_tokenizer(loaded.info),
             inputs=list(loaded.tokenizer.model_input_names),
             max_length=min(loaded.max_length, spec.max_length or loaded.max_length),
-            stride=loaded.kind.stride,
+            windows=spec.doc_stride or "auto" if loaded.task.reads_windows else None,
             versions={
                 **{name: version(name) for name in loaded.kind.libraries},
                 **(template_version(loaded.tokenizer, spec) if spec.messages is not None else {}),

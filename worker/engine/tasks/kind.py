@@ -79,8 +79,6 @@ class HeadKind(OneOutput, ABC, Generic[T]):
 
     libraries: tuple[str, ...] = ("tokenizers", "transformers")
     """Distributions whose versions decide a row's inputs."""
-    stride: int | None = None
-    """Number of tokens that windows of a long row share at most; None if such a row is cut, or refused."""
 
     def __init__(self, task: T, model: nn.Module | None = None) -> None:
         self.task = task

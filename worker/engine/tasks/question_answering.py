@@ -26,6 +26,7 @@ from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEs
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 
 LONGEST_ANSWER = 30  # tokens, as in SQuAD's and transformers' scripts
+STRIDE = 128  # tokens that neighbouring windows share, as in run_qa.py; half of what they have of the context at most
 
 
 class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
@@ -36,8 +37,6 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
     """
 
     truncation: Truncation = "only_second"
-    stride = 128
-    """Number of tokens that neighbouring windows share, as in run_qa.py, or half of what they have of the context."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,9 +57,14 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
                 problem = f"its question has {len(tokens)} tokens, so that {limit} have no room for its context"
                 raise InvalidDataset(spec.source, problem, row.place)
 
-    def overlap(self, encoding: Any, limit: int) -> int | None:
-        of_context: int = encoding.sequence_ids.count(1)
-        return min(self.stride, of_context // 2)
+    def overlap(self, row: Row, encoding: Any, spec: DatasetSpec) -> int | None:
+        room: int = encoding.sequence_ids.count(1)
+        if spec.doc_stride is None:
+            return min(STRIDE, room // 2)
+        if spec.doc_stride >= room:
+            problem = f"a window has {room} tokens of its context, so that doc_stride {spec.doc_stride} never ends"
+            raise InvalidDataset(spec.source, f"{problem}; set a smaller one", row.place)
+        return spec.doc_stride
 
     def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
         if encoding is None:

@@ -6,7 +6,7 @@ The worker writes them, the API lists them and hands them out.
 import hashlib
 import json
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field
 
@@ -28,8 +28,8 @@ class Tokens(Strict):
     inputs: list[str]
     """The outputs of the tokenizer, or of the image processor, that the model takes."""
     max_length: int
-    stride: int | None = None
-    """Number of tokens that windows of a longer row share; None if such a row is cut."""
+    windows: int | Literal["auto"] | None = None
+    """`doc_stride` of the rows, if a longer row is read in windows; None if it is cut."""
     versions: dict[str, str]
     """Versions of the libraries that make them."""
 

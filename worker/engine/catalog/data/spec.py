@@ -56,8 +56,11 @@ class Columns(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed from which the rows and their order are drawn."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Largest number of tokens of a row; longer rows are truncated, or refused where a part to predict would
-    be cut. Default: the model's limit."""
+    """Largest number of tokens of a row, or of a window of one; longer rows are truncated, read in windows, or refused
+    where a part to predict would be cut. Default: the model's limit."""
+    doc_stride: Annotated[int, Field(ge=1)] | None = None
+    """Number of tokens that neighbouring windows of a context share, for extractive question answering; default: 128,
+    or half of what a window has of the context where that is less."""
 
 
 class Generation(Strict):

@@ -42,6 +42,8 @@ def column_problems(
             yield name, f"{who} does not read it; leave it out"
     if task.reads_images and rows.max_length is not None:
         yield "max_length", "images are not cut; leave it out"
+    if not task.reads_windows and rows.doc_stride is not None:
+        yield "doc_stride", f"a {task.title} reads no windows; leave it out"
     for name in Generation.model_fields:
         if metric not in task.writing_metrics and getattr(rows, name, None) is not None:
             yield name, f"metric {metric} does not judge what a model writes; leave it out"

@@ -24,6 +24,7 @@ class QuestionAnswering(Task):
     metrics = ("f1", "exact_match")
     estimators = frozenset({"auto", "sampled", "empirical"})
     has_classes: ClassVar[bool] = False
+    reads_windows: ClassVar[bool] = True
     rows = QuestionReader(required=("question", "context"), optional=(), label="answers", label_is_object=True)
 
     @classmethod

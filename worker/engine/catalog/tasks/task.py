@@ -44,6 +44,8 @@ class Task(ABC):
     """Names of the estimators that can be computed."""
     reads_images: ClassVar[bool] = False
     """Whether rows are images, which the checkpoint's image processor makes inputs of, not texts and its tokenizer."""
+    reads_windows: ClassVar[bool] = False
+    """Whether a row that is longer than the limit is read in windows that overlap."""
     merges_heads: ClassVar[bool] = False
     """Whether such heads were pre-trained, and merge with their backbone, see `Head.merges`."""
     metrics: ClassVar[tuple[str, ...]]
