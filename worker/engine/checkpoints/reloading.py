@@ -29,7 +29,7 @@ from worker.engine.catalog.planning.publishing import beyond_matrix
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError, is_of_library
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line
-from worker.engine.catalog.tasks import MultipleChoice
+from worker.engine.catalog.tasks import TASKS
 from worker.engine.checkpoints.configurations import OFFLINE, library_config
 from worker.engine.checkpoints.layout import (
     check_layout,
@@ -293,7 +293,7 @@ def _inputs(model: Any, ids: Sequence[int] | None, published: CheckpointInfo) ->
         return None
     known = [index for index in (range(4) if ids is None else ids) if index < rows] or [0]
     inputs = {"input_ids": torch.tensor([known[:16]])}
-    if published.architecture.endswith(MultipleChoice.ending):
+    if any(task.reads_choices for task in TASKS if published.architecture.endswith(task.ending)):
         inputs["input_ids"] = inputs["input_ids"].repeat(1, 2, 1)  # (rows, choices, tokens)
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]

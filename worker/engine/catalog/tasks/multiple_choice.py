@@ -26,6 +26,7 @@ class MultipleChoice(Task):
     name = "multiple_choice"
     ending = "ForMultipleChoice"
     metrics = ("accuracy",)
+    reads_choices = True
     has_classes: ClassVar[bool] = False
     rows = BegunChoiceReader(required=("text", "choices"), optional=("text_pair",), lists=frozenset({"choices"}))
 

@@ -46,6 +46,8 @@ class Task(ABC):
     """Whether rows are images, which the checkpoint's image processor makes inputs of, not texts and its tokenizer."""
     reads_windows: ClassVar[bool] = False
     """Whether a row that is longer than the limit is read in windows that overlap."""
+    reads_choices: ClassVar[bool] = False
+    """Whether the model takes several sequences a row: (rows, choices, tokens) instead of (rows, tokens)."""
     merges_heads: ClassVar[bool] = False
     """Whether such heads were pre-trained, and merge with their backbone, see `Head.merges`."""
     metrics: ClassVar[tuple[str, ...]]
