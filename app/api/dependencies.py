@@ -26,7 +26,7 @@ def get_record(job_id: JobId, services: ServicesOf) -> Record:
 
 
 def no_job(job_id: str, services: Services) -> ProblemError:
-    """The problem for a job that is not there: it says why the job is gone, or that there never was one."""
+    """Return the problem for a job that is not there: it says why the job is gone, or that there never was one."""
     return ProblemError(Problem.NOT_FOUND, absence(job_id, services.store.records.gone(job_id)))
 
 

@@ -45,7 +45,7 @@ ACCEPTED: Responses = {
 
 
 def file_responses(media_type: str) -> Responses:
-    """The responses of a route that sends a file of this type."""
+    """Return the responses of a route that sends a file of this type."""
     content: dict[str, Any] = {media_type: {}}  # there is no schema, because a part of a JSON file is not JSON
     described = headers(
         ETag="Changes when the content does",

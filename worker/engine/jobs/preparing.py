@@ -86,7 +86,14 @@ def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: J
 def with_dataset(
     spec: JobSpec, model: JobModel, inputs: Inputs, context: JobContext, held_out: HeldOut = frozenset()
 ) -> JobModel:
-    """Add the rows of the model's data set: to measure, to fit layers to, and to align its head on."""
+    """Add the rows of the model's data set: to measure, to fit layers to, and to align its head on.
+
+    Args:
+        held_out: contents of the rows that the model is evaluated on.
+
+    Raises:
+        InvalidDataset: a column is missing or does not suit the head, or the method has no row left to fit layers to.
+    """
     method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
     measured, aligned_on = spec.rows_wanted(model.spec)
     _check_columns(dataset, loaded, needs_labels=bool(measured) and method.needs_labels)
@@ -231,7 +238,11 @@ def examples_from(
 def examples_of(
     plan: MergePlan, merged: LoadedModel, dataset: DatasetSpec, rows: Sequence[Row], examples: Sequence[Example]
 ) -> tuple[Sequence[Example], list[str]]:
-    """Return an expert's examples as the merged model reads them, and notes. They differ only if vocabularies do."""
+    """Return an expert's examples as the merged model reads them, and notes. They differ only if vocabularies do.
+
+    Raises:
+        InvalidDataset: the merge's tokenizer leaves a row another number of outputs.
+    """
     if plan.vocabulary is None:
         return examples, []
     kind = merged.kind.evaluated(dataset) if isinstance(dataset, EvaluationSpec) else merged.kind

@@ -94,7 +94,7 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
         return "sampled" if asked == "auto" else asked
 
     def loss_per_likelihood(self, batch: Batch) -> float:
-        """The loss is the mean over the labels of all rows."""
+        """Return the ratio for a loss that is the mean over the labels of all rows."""
         return len(batch) / float(batch.required_positions.sum())
 
     def expected(self, outputs: Tensor, batch: Batch) -> Passes:

@@ -96,7 +96,7 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
         return "sampled" if asked == "auto" else asked
 
     def loss_per_likelihood(self, batch: Batch) -> float:
-        """The loss is the mean over windows of that of the first token and that of the last."""
+        """Return the ratio for a loss that is the mean over windows of that of the first token and that of the last."""
         return 0.5 * len(batch) / len(batch.required_positions)
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:

@@ -47,7 +47,7 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
         return "sampled" if asked == "auto" else super().estimator(asked)
 
     def loss_per_likelihood(self, batch: Batch) -> float:
-        """The loss is the mean over the words of all rows."""
+        """Return the ratio for a loss that is the mean over the words of all rows."""
         return len(batch) / float(batch.required_positions.sum())
 
     def expected(self, logits: Tensor, batch: Batch) -> Passes:

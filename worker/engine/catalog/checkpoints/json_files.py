@@ -11,6 +11,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 
 def read_file(file: Path, source: str, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes. Raises InvalidCheckpoint where it is larger, missing or not readable."""
     reads(source, file.name)
     try:
         if file.stat().st_size > limit:

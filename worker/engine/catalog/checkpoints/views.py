@@ -156,7 +156,11 @@ class _Checkpoint:
             raise InvalidCheckpoint(source, "not a folder; a checkpoint is a folder written by save_pretrained()")
 
     def names(self) -> list[str]:
-        """Names of the folder's files, and of those in its sub-folders that may hold files of a checkpoint."""
+        """Return the names of the folder's files, and of those in its sub-folders that may hold files of a checkpoint.
+
+        Raises:
+            InvalidCheckpoint: there are more than `MAX_NAMES`.
+        """
         found: list[str] = []
         for entry in _entries(self._path):
             if entry.is_dir(follow_symlinks=False):
@@ -169,7 +173,7 @@ class _Checkpoint:
         return found
 
     def open(self, name: str) -> int:
-        """Open a regular file, and return its descriptor."""
+        """Open a regular file, and return its descriptor. Raises InvalidCheckpoint, which names the fault."""
         reads(self.source, name)
         if _is_annexed(self._path / name) and not (self._path / name).exists():
             raise not_there(name, ANNEXED, self.source)

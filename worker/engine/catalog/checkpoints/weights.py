@@ -88,6 +88,7 @@ def check_checkpoint(info: CheckpointInfo) -> None:
 
 
 def require_kind(info: CheckpointInfo) -> None:
+    """Raise InvalidCheckpoint where the configuration does not say what kind of model it is of."""
     if not info.model_type:
         raise InvalidCheckpoint(info.source, "config.json has no model_type; save the model by save_pretrained()")
 

@@ -45,6 +45,10 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings, family
 
     Args:
         family: the table that says which nodes own slices of a tensor; None if there is none.
+
+    Raises:
+        InvalidCheckpoint: a checkpoint is not whole, or a table of its family does not know one of its tensors.
+        IncompatibleCheckpoints: a tensor or setting differs; the message names it and both values.
     """
     checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
     first, notes, differing = checkpoints[0], list[str](), set[str]()

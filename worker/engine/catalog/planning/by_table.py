@@ -66,6 +66,7 @@ def _unavailable(info: CheckpointInfo, family: Family) -> str | None:
 
 
 def planned_by_table(family: Family, identities: Sequence[Identity], asked: MergeSettings) -> MergePlan:
+    """Plan to merge the backbones of a family, slot by slot. Raises as `plan_merge` does."""
     checkpoints, base, vocabulary = [identity.info for identity in identities], asked.base, asked.vocabulary
     first, everyone = checkpoints[0], [*checkpoints, *([base] if base else ())]
     tasks, differing, notes = [], set[str](), list[str]()

@@ -39,6 +39,7 @@ class MergeSettings:
 
 
 def check_vocabulary_size(first: CheckpointInfo, info: CheckpointInfo) -> None:
+    """Raise IncompatibleCheckpoints where both configurations say a number of tokens, and another one."""
     ours, theirs = vocabulary_size(first.config), vocabulary_size(info.config)
     if None not in (ours, theirs) and ours != theirs:
         problem = f"vocab_size differs: {ours!r}, {theirs!r}; {VOCABULARY_ADVICE}"

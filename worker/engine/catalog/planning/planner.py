@@ -112,7 +112,12 @@ def plan_job(
     base: CheckpointInfo | None = None,
     slices: Sequence[OutputSlice] | None = None,
 ) -> MergePlan:
-    """The plan of a merge by any method, with all files that are published. See `plan_merge` and `plan_slices`."""
+    """Plan a merge by any method, with all files that are published.
+
+    Raises:
+        InvalidCheckpoint, IncompatibleCheckpoints, InvalidRequest: see `plan_merge` and `plan_slices`. Besides, the
+            method may not suit the models' architecture or matrices.
+    """
     choices, whose = TokenChoices(names, output), None
     if output.config_from is not None:
         whose = base if output.config_from not in names else checkpoints[names.index(output.config_from)]

@@ -91,7 +91,12 @@ def _check_base(
 def check_shape(
     first: CheckpointInfo, tensor: TensorInfo, info: CheckpointInfo, found: TensorInfo, by_token: bool = False
 ) -> None:
-    if found.shape[by_token:] != tensor.shape[by_token:]:  # a vocabulary may have any number of rows
+    """Raise IncompatibleCheckpoints where a tensor has another shape in `info` than in `first`.
+
+    Args:
+        by_token: whether it has a row for each token, so that the number of rows does not count.
+    """
+    if found.shape[by_token:] != tensor.shape[by_token:]:
         raise IncompatibleCheckpoints(
             first.source,
             info.source,

@@ -34,6 +34,7 @@ def are_bare(names: Iterable[tuple[str, int]]) -> bool:
 
 
 def labels_in(info: CheckpointInfo, key: str) -> dict[str, Any]:
+    """Return a table of labels, `id2label` or `label2id`. Raises InvalidCheckpoint where it is no object."""
     labels = info.config.get(key) or {}
     if not isinstance(labels, dict):
         raise InvalidCheckpoint(info.source, f"config.json has {key} that is no object")

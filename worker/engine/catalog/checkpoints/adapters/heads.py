@@ -44,7 +44,11 @@ def class_with_head(adapter: Adapter, base: CheckpointInfo, tensors: Mapping[str
 def with_table_head(
     adapter: Adapter, path: Path, base: CheckpointInfo, family: Family, replaced: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
-    """Return the base's configuration with the keys that describe the head and name its outputs."""
+    """Return the base's configuration with the keys that describe the head and name its outputs.
+
+    Raises:
+        InvalidCheckpoint: neither the adapter nor the base has a head.
+    """
     is_classifier = base.architecture == family.head.architecture
     logits = replaced.get(f"{family.head.logits}.weight")
     if logits is None and not is_classifier:
