@@ -5,6 +5,7 @@ up with depth. Here each layer is fitted to the inputs that the merged layers be
 to a residual, it also corrects the error of the residual.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +25,7 @@ from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, values_at
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
-from worker.engine.models.loading import LoadedModel, load
+from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.scoring.scorer import not_finite
 from worker.engine.tasks import HeadKind
@@ -155,8 +156,7 @@ def refitted(
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
     """Return the merged backbone `start`, by `Slot.name`, after `align_layers`."""
-    first = experts[0].loaded
-    merged = load(first.info, first.device).model
+    merged = copy.deepcopy(experts[0].loaded.model)
     merged.load_state_dict(dict(start), strict=False)
     changes = align_layers(plan, experts, merged, parameters, precision, on_group)
     del merged  # the sums take its place
