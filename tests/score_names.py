@@ -10,15 +10,15 @@ from worker.engine.catalog.families import NODE_KINDS, ScoreName
 
 
 def named(text: str) -> ScoreName:
-    """Of `layers.0.heads`."""
-    _, layer, kind = text.split(".")
-    return ScoreName(int(layer), NODE_KINDS[kind])
+    """Of `layers.0.heads`, or `decoder.layers.0.heads`."""
+    *stack, _, layer, kind = text.split(".")
+    return ScoreName(int(layer), NODE_KINDS[kind], stack="".join(stack))
 
 
 def by_name(tiny: TinyFamily, of_masks: Sequence[Tensor]) -> dict[ScoreName, Tensor]:
     """Name what was found for the masks of `insert_masks`, (layers, nodes) for each kind of node."""
     return {
-        ScoreName(layer, NODE_KINDS[nodes]): of_kind[layer]
+        named(tiny.score(nodes, layer)): of_kind[layer]
         for nodes, of_kind in zip(tiny.counts(HEADS, NEURONS), of_masks, strict=True)
         for layer in range(tiny.stored(LAYERS))
     }

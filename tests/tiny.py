@@ -47,6 +47,8 @@ def tiny_checkpoint(
     `task` is the end of the name of its Auto class. One label, or `problem_type` regression, is a regression head.
     `names` are the labels' names.
     """
+    if names is None and family.names_labels:
+        names = [f"label {chr(ord('a') + index)}" for index in range(labels)]
     named = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
     settings = {**(named or {"num_labels": labels}), "problem_type": problem_type}
     if task not in ("SequenceClassification", "TokenClassification", "ImageClassification"):
@@ -211,10 +213,10 @@ def insert_masks(model: Any, family: TinyFamily = TINY_BERT) -> tuple[Tensor, ..
         kind: torch.ones(family.stored(LAYERS), count, dtype=torch.float64, requires_grad=True)
         for kind, count in family.counts(HEADS, NEURONS).items()
     }
-    for layer, block in enumerate(model.get_submodule(family.layers)):
-        for kind, mask in masks.items():
-            module = block.get_submodule(family.neurons_out if kind == "neurons" else family.heads_out)
-            _multiply_input(module, mask, layer)
+    for kind, mask in masks.items():
+        blocks, module = family.seen_at(kind)
+        for layer, block in enumerate(model.get_submodule(blocks)):
+            _multiply_input(block.get_submodule(module), mask, layer)
     return tuple(masks.values())
 
 

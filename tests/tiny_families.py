@@ -124,6 +124,20 @@ def albert_unigram() -> Any:
     return AlbertTokenizer(vocab=unigram("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"))
 
 
+def bart_byte_level_bpe() -> Any:
+    from transformers import BartTokenizer
+
+    trained = byte_level_bpe()
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    return BartTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def t5_unigram() -> Any:
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer(vocab=unigram("<pad>", "</s>", "<unk>"), extra_ids=0)
+
+
 def numbered(*tokens: str) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
@@ -164,6 +178,17 @@ class TinyFamily:
     """How many these are."""
     experts: int = 0
     """How many experts a layer has; modules of each are below its number in the path `mlp.experts`."""
+    cross_in: tuple[str, ...] = ()
+    """Whose rows, and biases, belong to heads that read the encoder's output."""
+    cross_out: str = ""
+    """Whose columns belong to them."""
+    cross_values: str = ""
+    stack: str = ""
+    """Name of the stack that the blocks are, where a model has two."""
+    decoder: "TinyFamily | None" = None
+    """The other stack, where this one is an encoder's."""
+    names_labels: bool = False
+    """Whether two labels without names would be three to transformers."""
     shares_layers: bool = False
     """Whether all layers are one, which is run as many times."""
     fused: Mapping[str, str] = field(default_factory=dict)
@@ -195,11 +220,38 @@ class TinyFamily:
         return 1 if self.shares_layers else layers
 
     def counts(self, heads: int, neurons: int) -> dict[str, int]:
-        """How many nodes of each kind a layer has."""
-        return {"heads": heads, "neurons": neurons} | ({"kv_heads": self.kv_heads} if self.kv_heads else {})
+        """How many nodes of each kind a layer has; kinds of a model with two stacks begin with the stack's name."""
+        own = {"heads": heads, "neurons": neurons} | ({"kv_heads": self.kv_heads} if self.kv_heads else {})
+        if self.cross_out:
+            own["cross_heads"] = heads
+        own = {self.kind(nodes): count for nodes, count in own.items()}
+        return own | (self.decoder.counts(heads, neurons) if self.decoder else {})
+
+    def kind(self, nodes: str) -> str:
+        """The kind of node as `counts` has it."""
+        return f"{self.stack}.{nodes}" if self.stack else nodes
+
+    def score(self, kind: str, layer: int) -> str:
+        """The name of a layer's scores of a kind of `counts`."""
+        stack, _, nodes = kind.rpartition(".")
+        return f"{stack}.layers.{layer}.{nodes}" if stack else f"layers.{layer}.{nodes}"
+
+    def seen_at(self, kind: str) -> tuple[str, str]:
+        """The path of the list of blocks, and the module within a block at whose input nodes of a kind are seen."""
+        if self.decoder is not None and kind.startswith(f"{self.decoder.stack}."):
+            return self.decoder.seen_at(kind)
+        nodes = kind.rpartition(".")[2]
+        return self.layers, {"neurons": self.neurons_out, "cross_heads": self.cross_out}.get(nodes, self.heads_out)
+
+    def under(self, prefix: str) -> "TinyFamily":
+        """The same backbone whose tensors begin otherwise: `prefix` takes the place of the first part."""
+        decoder = self.decoder.under(prefix) if self.decoder else None
+        return replace(self, layers=f"{prefix}{self.layers.partition('.')[2]}", decoder=decoder)
 
     def slices_of(self, name: str, heads: int, neurons: int) -> "Slices | None":
         """Who owns the slices of the tensor `name`; None for what no node owns."""
+        if self.decoder is not None and name.startswith(f"{self.decoder.layers}."):
+            return self.decoder.slices_of(name, heads, neurons)
         if not name.startswith(f"{self.layers}."):
             return None
         layer, _, inner = name.removeprefix(f"{self.layers}.").partition(".")
@@ -207,9 +259,13 @@ class TinyFamily:
         counts = self.counts(heads, neurons)
         shared = "kv_heads" if self.kv_heads else "heads"
         kinds = {"q": "heads", "k": shared, "v": shared, "g": "neurons", "u": "neurons", "o": "heads", "d": "neurons"}
+        if module in (*self.cross_in, self.cross_out):
+            kinds |= dict.fromkeys("qkvo", "cross_heads")
         is_column, letter = False, ""
-        if module in (self.heads_out, self.neurons_out) and part == "weight":
-            is_column, letter = True, "o" if module == self.heads_out else "d"
+        if module in (self.heads_out, self.cross_out, self.neurons_out) and part == "weight":
+            is_column, letter = True, "d" if module == self.neurons_out else "o"
+        elif module in self.cross_in:
+            letter = "v" if module == self.cross_values else "k" if module in self.cross_in[1:] else "q"
         elif module in (*self.heads_in, *self.kv_heads_in):
             letter = "v" if module == self.values else "q" if module in self.heads_in else "k"
         elif module in self.neurons_in:
@@ -217,9 +273,9 @@ class TinyFamily:
         elif module not in self.fused:
             return None
         slices = self.fused[module].split() if module in self.fused else []
-        slices = slices or [f"{letter}{index}" for index in range(counts[kinds[letter]])]
+        slices = slices or [f"{letter}{index}" for index in range(counts[self.kind(kinds[letter])])]
         axis = int(is_column) ^ int(self.transposed and part == "weight")
-        owners = tuple((f"layers.{layer}.{kinds[one[0]]}", int(one[1:])) for one in slices)
+        owners = tuple((self.score(self.kind(kinds[one[0]]), int(layer)), int(one[1:])) for one in slices)
         return Slices(axis, owners, tuple(one[0] for one in slices))
 
 
@@ -459,6 +515,82 @@ TINY_MIXTURES: dict[str, TinyFamily] = {
     ),
 }
 """Models whose layers are mixtures of experts."""
+TINY_BART = TinyFamily(
+    model_type="bart",
+    stack="encoder",
+    layers="model.encoder.layers",
+    heads_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    values="self_attn.v_proj",
+    heads_out="self_attn.out_proj",
+    neurons_in=("fc1",),
+    neurons_out="fc2",
+    head=("classification_head.",),
+    tokenizer=bart_byte_level_bpe,
+    names_labels=True,
+    settings={
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 24,
+        "scale_embedding": True,
+        "forced_eos_token_id": None,
+    },
+    size_names=("d_model", "encoder_attention_heads", "encoder_layers", "encoder_ffn_dim"),
+)
+TINY_BART = replace(
+    TINY_BART,
+    decoder=replace(
+        TINY_BART,
+        stack="decoder",
+        layers="model.decoder.layers",
+        cross_in=("encoder_attn.q_proj", "encoder_attn.k_proj", "encoder_attn.v_proj"),
+        cross_values="encoder_attn.v_proj",
+        cross_out="encoder_attn.out_proj",
+    ),
+)
+TINY_T5 = TinyFamily(
+    model_type="t5",
+    stack="encoder",
+    layers="transformer.encoder.block",
+    heads_in=("layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"),
+    values="layer.0.SelfAttention.v",
+    heads_out="layer.0.SelfAttention.o",
+    neurons_in=("layer.1.DenseReluDense.wi",),
+    neurons_out="layer.1.DenseReluDense.wo",
+    head=("classification_head.",),
+    tokenizer=t5_unigram,
+    settings={
+        "d_kv": 6,
+        "n_positions": 48,
+        "feed_forward_proj": "gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    },
+    rounding=0.5,  # its attention is not scaled by the heads' width
+    size_names=("d_model", "num_heads", "num_layers", "d_ff"),
+)
+TINY_T5 = replace(
+    TINY_T5,
+    decoder=replace(
+        TINY_T5,
+        stack="decoder",
+        layers="transformer.decoder.block",
+        cross_in=("layer.1.EncDecAttention.q", "layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
+        cross_values="layer.1.EncDecAttention.v",
+        cross_out="layer.1.EncDecAttention.o",
+        neurons_in=("layer.2.DenseReluDense.wi",),
+        neurons_out="layer.2.DenseReluDense.wo",
+    ),
+)
+TINY_GATED_T5 = replace(
+    TINY_T5,
+    neurons_in=("layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1"),
+    decoder=replace(
+        TINY_T5.decoder or TINY_T5, neurons_in=("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1")
+    ),
+    settings={**TINY_T5.settings, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 2},
+)
+ENCODER_DECODERS = {"bart": TINY_BART, "t5": TINY_T5, "t5-gated": TINY_GATED_T5}
 TINY_VIT = TinyFamily(
     model_type="vit",
     layers="vit.layers",
@@ -568,6 +700,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         },
     ),
     **DECODERS,
+    **ENCODER_DECODERS,
     "gpt-neox-sequential": replace(TINY_GPT_NEOX, settings={**TINY_GPT_NEOX.settings, "use_parallel_residual": False}),
 }
 OF_EACH_FORM = ("bert", "deberta-v2", "modernbert", "albert", "llama", "gpt2")

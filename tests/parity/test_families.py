@@ -44,14 +44,19 @@ from tests.tiny import (
     tiny_checkpoint,
     write_rows,
 )
-from tests.tiny_families import TINY_FAMILIES, TINY_MIXTURES, TINY_VISION, Slices, TinyFamily
+from tests.tiny_families import ENCODER_DECODERS, TINY_FAMILIES, TINY_MIXTURES, TINY_VISION, Slices, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.library import model_type_of
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.families import FAMILIES, Family, Kind, ScoreName
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.primitives.errors import (
+    EngineError,
+    IncompatibleCheckpoints,
+    InvalidCheckpoint,
+    InvalidDataset,
+)
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.inputs.examples import Example, collate, tokenize
 from worker.engine.jobs.engine import Engine
@@ -63,7 +68,8 @@ ALL = {**TINY_FAMILIES, **TINY_VISION}
 ROWS = 12
 LABELS = {"two": 2, "three": 3, "grade": 1}
 OF_ANY = {kind for family in TINY_FAMILIES.values() for kind in family.counts(HEADS, NEURONS)}
-INDICES = {kind: index for kind, index in {"heads": 2, "neurons": 7, "kv_heads": 1}.items() if kind in OF_ANY}
+WITHIN = {"heads": 2, "neurons": 7, "kv_heads": 1, "cross_heads": 3}
+INDICES = {kind: WITHIN[kind.rpartition(".")[2]] for kind in sorted(OF_ANY)}
 NODES = [(kind, layer, index) for kind, index in INDICES.items() for layer in range(LAYERS)]
 HEADS_OF_NO_WIDTH = {"llama": 32, "falcon": 71, "gpt_neox": 64}
 """Numbers of heads that are a class's own where the configuration says none, and that its checks come to first."""
@@ -118,7 +124,7 @@ class Case:
             if slices is not None:
                 parts = tensor.chunk(len(slices.owners), slices.axis)
                 for part, owner, letter in zip(parts, slices.owners, slices.letters, strict=True):
-                    if owner == (f"layers.{layer}.{nodes}", index % self.counts[nodes]):
+                    if owner == (self.tiny.score(nodes, layer), index % self.counts[nodes]):
                         yield name, letter, part
 
 
@@ -161,8 +167,11 @@ def assert_refused(paths: list[Path], error: type[EngineError], *words: str) -> 
 
 def probe(case: Case) -> Tensors:
     """Rows without padding, past the special tokens' ids."""
-    vocabulary = AutoConfig.from_pretrained(case.experts["two"]).vocab_size
-    return {"input_ids": torch.randint(8, vocabulary, (3, 12), generator=torch.Generator().manual_seed(0))}
+    config = AutoConfig.from_pretrained(case.experts["two"])
+    ids = torch.randint(8, config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
+    if config.is_encoder_decoder:
+        ids[:, -1] = config.eos_token_id
+    return {"input_ids": ids}
 
 
 def logits(checkpoint: Path, inputs: Tensors) -> Tensor:
@@ -281,7 +290,7 @@ def test_the_last_layer_is_computed_of_the_token_that_the_head_reads(case: Case)
     assert longest > 1
     assert seen == {name: [*[longest] * (uses - 1), 1 if name in last else longest] for name in seen}
     assert {*last} <= {*seen}
-    assert len(seen) == 2 * case.layers
+    assert len(seen) == sum(not kind.endswith("kv_heads") for kind in case.counts) * case.layers
 
 
 def test_bfloat16_gives_scores_of_the_same_order(case: Case) -> None:
@@ -360,7 +369,7 @@ def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
         slot = case.table.slot(name)
         assert slot is not None, name
         # A bias that is the same for every key, or place of one, is invisible to softmax: its gradient is rounding.
-        is_invisible = slot.is_bias and (slot.kind is Kind.KEY or "pos_key_proj" in name)
+        is_invisible = slot.is_bias and (slot.kind in (Kind.KEY, Kind.CROSS_KEY) or "pos_key_proj" in name)
         visible[name] = gradient.abs() > 1e-12 if is_invisible or case.tiny.fused else gradient != 0
     masked = {(nodes, layer, index % case.counts[nodes])}
     if nodes == "kv_heads":  # with what heads share, these heads are masked too
@@ -378,10 +387,10 @@ def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
     for name, found in visible.items():
         slices = case.slices_of(name)
         axis, letters = (0, ("",)) if slices is None else (slices.axis, slices.letters)
-        if not name.startswith(f"{case.tiny.layers}."):
-            continue
         slot = case.table.slot(name)
-        of_keys = slot is not None and slot.kind is Kind.KEY
+        if slot is None or slot.layer is None:
+            continue
+        of_keys = slot.kind in (Kind.KEY, Kind.CROSS_KEY)
         for part, letter in zip(found.chunk(len(letters), axis), letters, strict=True):
             if not (name.endswith(".bias") and (letter == "k" or of_keys or "pos_key_proj" in name)):
                 assert slices_without_effect(part, axis) == 0, name
@@ -397,7 +406,9 @@ def test_the_table_gives_every_tensor_the_owner_that_is_written_down_twice(case:
         owner, expected = tensor.slot.owner, case.slices_of(tensor.slot.name)
         assert (owner is None) == (expected is None), tensor.slot.name
         if owner is not None and expected is not None:
-            parts = [[(str(score), index) for index in range(case.counts[score.kind.name])] for score in owner.scores]
+            kinds = [f"{score.stack}.{score.kind}" if score.stack else score.kind.name for score in owner.scores]
+            scores = zip(owner.scores, kinds, strict=True)
+            parts = [[(str(score), index) for index in range(case.counts[kind])] for score, kind in scores]
             groups = min(map(len, parts)) if owner.by_head else 1
             runs = [part[group * len(part) // groups : (group + 1) * len(part) // groups]
                     for group in range(groups) for part in parts]  # fmt: skip
@@ -436,13 +447,15 @@ def test_the_merge_computes_what_a_model_assembled_by_hand_computes(case: Case, 
     versions = [read_model(path) for path in case.experts.values()]
     scores = [load_file(tmp_path / "scores" / f"{name}.safetensors") for name in case.experts]
     scores = [{n: s for n, s in of_model.items() if not n.endswith("stderr")} for of_model in scores]
-    assert scores[0].keys() == {f"layers.{layer}.{nodes}" for layer in range(case.layers) for nodes in case.counts}
+    assert scores[0].keys() == {case.tiny.score(kind, layer) for layer in range(case.layers) for kind in case.counts}
     backbones = [{n: t for n, t in v.items() if not n.startswith(case.tiny.head)} for v in versions]
     by_hand = dense_merge(case, backbones, scores)
     inputs = probe(case)
     for (name, folder), version in zip(merged.items(), versions, strict=True):
         model = AutoModelForSequenceClassification.from_pretrained(case.experts[name], dtype=torch.float64).eval()
-        model.load_state_dict({n: by_hand.get(n, tensor) for n, tensor in version.items()})
+        state = {n: by_hand.get(n, tensor) for n, tensor in version.items()}
+        missing = model.load_state_dict(state, strict=False).missing_keys
+        assert {*missing} == tied_copies(model, state)
         with torch.no_grad():
             expected = model(**inputs).logits
         assert float((expected - logits(case.experts[name], inputs)).abs().max()) > 1e-3
@@ -509,8 +522,9 @@ def test_transformers_loads_the_merge_and_its_tokenizer_whole(case: Case, engine
         model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert {kind: list(found) for kind, found in report.items() if found} == {}
         on_disk = read_model(folder)
-        assert model.state_dict().keys() == on_disk.keys()
-        assert [n for n, tensor in model.state_dict().items() if not torch.equal(tensor, on_disk[n])] == []
+        state = model.state_dict()
+        assert state.keys() - on_disk.keys() == tied_copies(model, on_disk)
+        assert [n for n, tensor in on_disk.items() if not torch.equal(tensor, state[n])] == []
         expert = AutoModelForSequenceClassification.from_pretrained(case.experts[name])
         assert shared_storage(model) == shared_storage(expert)
         tokenizer, own = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(case.experts[name])
@@ -522,11 +536,20 @@ def test_transformers_loads_the_merge_and_its_tokenizer_whole(case: Case, engine
 def test_no_classifier_of_these_families_ties_weights_and_a_tie_would_be_seen(case: Case) -> None:
     """Input embeddings are tied to the output of language models alone; the same check finds that tie there."""
     expert = AutoModelForSequenceClassification.from_pretrained(case.experts["two"])
+    if case.tiny.decoder is not None:
+        names = [case.table.prefix + name for name in ("decoder.embed_tokens", "encoder.embed_tokens", "shared")]
+        assert shared_storage(expert) == [[f"{name}.weight" for name in names]]
+        return
     assert shared_storage(expert) == []
     config = AutoConfig.from_pretrained(case.experts["two"], tie_word_embeddings=True)
     masked = type(config) in AutoModelForMaskedLM._model_mapping
     language_model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config)
     assert any("embed" in name or "wte" in name for group in shared_storage(language_model) for name in group)
+
+
+def tied_copies(model: Any, stored: Mapping[str, Tensor]) -> set[str]:
+    """Names of parameters that are others, which alone are stored."""
+    return {name for names in shared_storage(model) for name in names if name not in stored and {*names} & {*stored}}
 
 
 def shared_storage(model: Any) -> list[list[str]]:
@@ -549,7 +572,8 @@ def test_rows_are_cut_at_exactly_the_models_last_position(case: Case, tmp_path: 
     longest = max(examples_of(loaded, rows), key=lambda example: example.length)
     assert longest.length == POSITIONS
     if not case.table.is_causal:  # decoders' rows have no mark at their end
-        assert loaded.tokenizer.sep_token_id == longest.encoding["input_ids"][-1]
+        tokenizer = loaded.tokenizer
+        assert longest.encoding["input_ids"][-1] in (tokenizer.sep_token_id, tokenizer.eos_token_id)
     inputs = {name: torch.tensor([values]) for name, values in longest.encoding.items()}
     assert bool(loaded.model(**inputs).logits.isfinite().all())
     one_more = {name: torch.cat([values[:, :1], values], dim=1) for name, values in inputs.items()}
@@ -575,6 +599,17 @@ def test_only_what_the_model_takes_is_given_to_it(case: Case, tmp_path: Path) ->
     assert set(example.encoding) == {"input_ids", "attention_mask"} | ({"token_type_ids"} if segments else set())
     inputs = {name: torch.tensor([values]) for name, values in example.encoding.items()}
     assert bool(loaded.model(**inputs).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_a_row_whose_text_spells_the_end_token_is_refused(tmp_path: Path, name: str) -> None:
+    """A classifier reads at the last end token of a row, and transformers refuses batches of different numbers."""
+    case = make_case(name, tmp_path)
+    loaded = load(inspect_checkpoint(case.experts["two"], "two"), CPU)
+    file = tmp_path / "ends.jsonl"
+    file.write_text(json.dumps({"text": f"one {loaded.tokenizer.eos_token} two", "label": 0}) + "\n")
+    with pytest.raises(InvalidDataset, match=r"line 1: its text spells the end token"):
+        loaded.kind.tokenized(read_rows(file), dataset_spec(file), loaded.tokenizer, loaded.max_length, None)
 
 
 # Refusals
@@ -664,6 +699,8 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
         other: Any = 7 if config.get(key) != 7 else 8
         if key == "pos_att_type":
             other = ["p2c"]
+        elif key == "feed_forward_proj":
+            other = config[key].replace("gelu", "relu")
         elif key in ("layer_types", "no_rope_layers"):
             other = config[key][::-1]
         elif isinstance(config.get(key), float) or (config.get(key) is None and key.endswith("softcapping")):
@@ -688,7 +725,8 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
         else:
             assert_refused(pair, IncompatibleCheckpoints, f"{key} differs")
     for what, key in case.table.config_names.items():
-        if what in ("kv_heads", "head_size") or (what == "neurons" and case.table.widening):  # which follow from others
+        follows = ("kv_heads", "head_size", "decoder_layers", "decoder_heads", "decoder_neurons")
+        if what in (*follows, *case.table.absent_sizes) or (what == "neurons" and case.table.widening):
             continue
         pair = copied(case, tmp_path / key)
         edit_json(pair[0] / "config.json", **{key: None, "layer_types": None, "no_rope_layers": None})
@@ -709,14 +747,21 @@ def test_what_a_missing_setting_means_is_what_transformers_takes_it_for(case: Ca
         case.table.settings[key] is None
         for key in known.derived.keys() & case.table.settings.keys() - {"rope_parameters", "sliding_window"}
     )
-    assert {key for what, key in case.table.config_names.items() if what != "head_size"} <= defaults.keys()
+    follow = ("head_size", *case.table.absent_sizes)
+    assert {key for what, key in case.table.config_names.items() if what not in follow} <= defaults.keys()
     for what, key in case.table.config_names.items():
         if what in ("kv_heads", "head_size") and key in defaults and case.table.model_type != "falcon":
             sizes = {
                 name: defaults[name] for name in case.table.config_names.values() if name != key and name in defaults
             }
             assert case.table.size(sizes, what) == defaults[key]
-    read_with_a_default_of_its_own = {"position_buckets", "norm_rel_ebd", "share_att_key", "position_embedding_type"}
+    read_with_a_default_of_its_own = {
+        "decoder_start_token_id",
+        "position_buckets",
+        "norm_rel_ebd",
+        "share_att_key",
+        "position_embedding_type",
+    }
     read_with_a_default_of_its_own |= of_older_versions
     unknown = {key for key in case.table.settings if key not in defaults and not key.startswith("conv_")}
     assert unknown <= read_with_a_default_of_its_own
@@ -739,7 +784,8 @@ def test_a_padding_position_that_leaves_no_row_is_refused_by_its_key(case: Case,
     if key is None or key in case.table.supported:
         positions = case.table.config_names["positions"]
         edit_json(pair[0] / "config.json", **{positions: padding if padding == "1" else 0})
-        problem = f"no usable {positions}" if padding != "1" else f"{positions} '1'"
+        is_known = positions in vars(AutoConfig.for_model(case.tiny.model_type))
+        problem = f"{positions} '1'" if padding == "1" and is_known else f"no usable {positions}"
         assert_refused(pair, InvalidCheckpoint, problem)
     else:
         edit_json(pair[0] / "config.json", pad_token_id=padding)
@@ -889,7 +935,7 @@ def test_every_module_that_a_table_names_is_in_a_model() -> None:
                 )
                 model = auto_class.from_config(config)
                 found |= dict(model.named_modules()).keys() | dict(model.named_parameters()).keys()
-        inner = [table.layer_path(0) + module for module in table.layer_modules]
+        inner = [table.layer_path(0, stack.name) + module for stack in table.stacks for module in stack.modules]
         outer = [table.prefix + name for name in (*table.outer_modules, *table.outer_parameters)]
         assert {*inner, *outer, *table.head.modules, table.embeddings} <= found
 

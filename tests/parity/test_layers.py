@@ -112,7 +112,9 @@ class Case:
         return [folder / "models" / path.name for path in self.folders]
 
 
-@pytest.fixture(scope="module", params=[name for name, tiny in TINY_FAMILIES.items() if not tiny.shares_layers])
+@pytest.fixture(
+    scope="module", params=[n for n, tiny in TINY_FAMILIES.items() if not tiny.shares_layers and not tiny.decoder]
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 

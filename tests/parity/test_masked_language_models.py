@@ -49,7 +49,7 @@ from worker.engine.scoring.scorer import score
 from worker.engine.tasks import next_tokens
 from worker.engine.tasks.drawing import uniform
 
-WITH_HEAD = [name for name, family in TINY_FAMILIES.items() if family.model_type in CLASSES]
+WITH_HEAD = [name for name, family in TINY_FAMILIES.items() if family.model_type in CLASSES and not family.decoder]
 """The families of which the library has such a class."""
 ROWS = 12
 

@@ -25,6 +25,8 @@ LONGEST_S = 60  # seconds in which a tokenizer must cut up to a block of rows, b
 SLOWEST = 100_000  # characters a second that it must cut; those in use cut ten times as many on one core
 FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
 """Names that the library `tokenizers` gives to inputs of models."""
+DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
+"""What the decoder of a model reads, beside what its encoder does."""
 SHORT_ROW = 16  # tokens; a batch has at most as many rows as rows of this length fit into it
 
 
@@ -60,7 +62,8 @@ class Example:
     @property
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield the sequence of each output at `positions`, and its token in that sequence."""
-        ends = [*accumulate(len(sequence["input_ids"]) for sequence in self.inputs)]
+        name = DECODER_INPUTS[0] if DECODER_INPUTS[0] in self.encoding else "input_ids"  # the decoder has the outputs
+        ends = [*accumulate(len(sequence[name]) for sequence in self.inputs)]
         sequence = 0
         for position in self.positions or ():
             while position >= ends[sequence]:
@@ -79,10 +82,11 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Number of tokens, of several sequences padded to the longest."""
+        """Number of tokens, of several sequences padded to the longest; of text that is read and text that is written,
+        the longer one's."""
         if self.tokens is not None:
             return self.tokens
-        return len(self.inputs) * max(len(sequence["input_ids"]) for sequence in self.inputs)
+        return len(self.inputs) * max(len(tokens) for sequence in self.inputs for tokens in sequence.values())
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class Batch:
     indices: Tensor
     places: tuple[Place, ...]
     positions: Tensor | None = None
-    """Whether each token's output has a label, (batch, tokens); None if each sequence has one output."""
+    """Whether each token's output has a label, (batch, tokens), of the decoder's tokens where it has its own; None if
+    each sequence has one output."""
     tokens: int = 0
     """Number of tokens of each sequence, with padding."""
     rows: Tensor | None = None
@@ -137,6 +142,12 @@ class Batch:
             device = next(iter(self.inputs.values())).device
             return torch.ones(len(self), self.tokens, dtype=torch.bool, device=device)
         return mask.bool()
+
+    @property
+    def counted_in_decoder(self) -> Tensor:
+        """Whether each token that a decoder reads is no padding, (batch, tokens); they are the encoder's by default."""
+        mask = self.inputs.get("decoder_attention_mask")
+        return self.counted if mask is None else mask.bool()
 
     def of_outputs(self, values: Tensor) -> Tensor:
         """Select the values of each output, row by row: (batch, …) or (batch, tokens, …) to (outputs, …)."""
@@ -379,7 +390,7 @@ def collate(batches: Iterable[Sequence[Example]], pad: Mapping[str, int], device
     for examples in batches:
         sequences = [sequence for example in examples for sequence in example.inputs]
         longest = max(example.length // len(example.inputs) for example in examples)
-        inputs = {name: _stacked(sequences, name, longest, pad).to(device) for name in examples[0].encoding}
+        inputs = {name: _stacked(sequences, name, pad).to(device) for name in examples[0].encoding}
         rows = None
         if len(sequences) > len(examples):
             rows = torch.tensor([row for row, e in enumerate(examples) for _ in e.inputs], device=device)
@@ -395,16 +406,18 @@ def collate(batches: Iterable[Sequence[Example]], pad: Mapping[str, int], device
                 for sequence, token in e.places
             ]
             of_sequence, of_token = torch.tensor(each, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-            positions = torch.zeros(len(sequences), longest, dtype=torch.bool, device=device)
+            width = inputs[DECODER_INPUTS[0]].shape[1] if DECODER_INPUTS[0] in inputs else longest
+            positions = torch.zeros(len(sequences), width, dtype=torch.bool, device=device)
             positions[of_sequence, of_token] = True
         indices = torch.tensor([e.index for e in examples], dtype=torch.int64)
         yield Batch(inputs, labels, indices, tuple(e.place for e in examples), positions, longest, rows)
 
 
-def _stacked(sequences: Sequence[Mapping[str, Any]], name: str, longest: int, pad: Mapping[str, int]) -> Tensor:
+def _stacked(sequences: Sequence[Mapping[str, Any]], name: str, pad: Mapping[str, int]) -> Tensor:
     values = [sequence[name] for sequence in sequences]
     if isinstance(values[0], Tensor):
         return torch.stack(values)
+    longest = max(map(len, values))
     return torch.tensor([[*one, *([pad[name]] * (longest - len(one)))] for one in values])
 
 
@@ -414,8 +427,11 @@ def padding_values(tokenizer: Any, pad_token: int | None = None) -> dict[str, in
     Args:
         pad_token: the token that the model takes for padding; None: any token will do, and the tokenizer's is taken.
     """
+    pad = (tokenizer.pad_token_id or 0) if pad_token is None else pad_token
     return {
-        "input_ids": (tokenizer.pad_token_id or 0) if pad_token is None else pad_token,
+        "input_ids": pad,
         "token_type_ids": tokenizer.pad_token_type_id,
         "attention_mask": 0,
+        "decoder_input_ids": pad,
+        "decoder_attention_mask": 0,
     }

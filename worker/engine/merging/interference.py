@@ -69,8 +69,8 @@ class Interference:
     """The interference of `models` task vectors."""
 
     models: int
-    layers: Mapping[int | None, TaskVectors]
-    """Sums by layer; None: everything outside the layers."""
+    layers: Mapping[tuple[str, int | None], TaskVectors]
+    """Sums by stack and layer, see `Slot.stack`; None: everything outside the layers."""
     values: int
     """Number of values of each model that were read."""
     of: int
@@ -116,11 +116,12 @@ def interference(
     At most `most` values of each model are read from a tensor (or one row, if that is longer). Larger tensors are read
     in runs of rows that are evenly spread.
     """
-    layers: dict[int | None, TaskVectors] = {}
+    layers: dict[tuple[str, int | None], TaskVectors] = {}
     values, of = 0, 0
     with TensorReader() as reader:
         for planned in tensors:
-            layer = layers.setdefault(planned.slot.layer, TaskVectors.of_none(len(taking_part)))
+            slot = planned.slot
+            layer = layers.setdefault((slot.stack, slot.layer), TaskVectors.of_none(len(taking_part)))
             of += math.prod(planned.shape)
             for block in _blocks(reader, planned, taking_part, most):
                 values += block.versions[0].numel()

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import TEXT, check_ids, check_run_tokenizer, check_segments
@@ -129,18 +129,27 @@ def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.
         config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
     with_single_experts(model, family)
-    parameters = dict(model.named_parameters())
+    parameters, state = dict(model.named_parameters()), model.state_dict(keep_vars=True)  # has copies, buffers
+    copies: dict[str, Tensor] = {}
     with TensorReader() as reader, torch.no_grad():
         for tensor in info.tensors.values():
             slot = family.slot(tensor.name)
-            parameter = None if slot is None else parameters.pop(slot.name, None)
-            if parameter is None:
+            own = None if slot is None else state.get(slot.name)
+            if slot is None or own is None:
                 continue
-            if parameter.shape != tensor.shape:  # copying would stretch a tensor that has an axis of 1
-                raise misshapen(info, tensor.name, tensor.shape, parameter.shape)
-            parameter.copy_(reader.read(tensor))
+            if own.shape != tensor.shape:  # copying would stretch a tensor that has an axis of 1
+                raise misshapen(info, tensor.name, tensor.shape, own.shape)
+            values = reader.read(tensor)
+            if parameters.pop(slot.name, None) is None and isinstance(own, nn.Parameter):
+                copies[slot.name] = values
+            else:
+                own.copy_(values)
     if parameters:
         raise InvalidCheckpoint(info.source, f"no tensor {next(iter(parameters))}, which {info.architecture} needs")
+    for name, values in copies.items():  # as transformers does, where a checkpoint has another matrix than the original
+        if not torch.equal(state[name], values.to(state[name].dtype)):
+            module, _, part = name.rpartition(".")
+            setattr(model.get_submodule(module), part, nn.Parameter(values.to(state[name].dtype)))
     return model
 
 

@@ -6,6 +6,7 @@ left out.
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
-from worker.engine.catalog.families import NodeKind, ScoreName
+from worker.engine.catalog.families import DECODER, NODE_KINDS, NodeKind, ScoreName
 from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor
 from worker.engine.catalog.planning.tensors import TORCH_NAMES
 from worker.engine.catalog.primitives.strict import Strict
@@ -35,7 +36,7 @@ DTYPES = {short: long for long, short in TORCH_NAMES.items()}
 
 ScoresByModel = Mapping[str, Mapping[ScoreName, Tensor]]
 """Scores by model and score name, (nodes,)."""
-ScoresByLayer = Mapping[tuple[int, NodeKind], Tensor]
+ScoresByLayer = Mapping[tuple[str, int, NodeKind], Tensor]
 """Scores of all nodes of a kind in a layer, (nodes,)."""
 
 
@@ -56,6 +57,8 @@ class NodeMap(Strict):
 
     nodes: str
     """Name of the kind of node."""
+    stack: str = ""
+    """`encoder` or `decoder`, where a model has both."""
     layers: int
     count: int
     """Number of nodes of a layer."""
@@ -66,6 +69,12 @@ class NodeMap(Strict):
     """Merge weights in the same form; empty where scores decide no weights."""
     lambdas: dict[str, Known]
     """Merge weight that each model has where all scores are equal."""
+
+    @property
+    def title(self) -> str:
+        """Name of the nodes."""
+        of_nodes = NODE_KINDS[self.nodes].title
+        return f"{of_nodes} of the {self.stack}" if self.stack else of_nodes
 
 
 class Maps(Strict):
@@ -87,8 +96,15 @@ class Spread(Strict):
 class LayerInterference(Strict):
     layer: int | None
     """Number of the layer; null: everything outside the layers."""
+    stack: str = ""
+    """`encoder` or `decoder`, where a model has both."""
     cosine: Spread | None
     sign_conflicts: Spread | None
+
+    @property
+    def title(self) -> str:
+        """Name of the layer."""
+        return "outside" if self.layer is None else f"{self.stack} {self.layer}".strip()
 
 
 class PairInterference(Strict):
@@ -207,22 +223,24 @@ def _maps(spec: JobSpec, scores: ScoresByModel, plan: MergePlan | None = None) -
     factor = 2 if weights else 1
     cells = accumulate(factor * _cells(by_layer(scores[model.name])) for model in scored)
     shown = max(1, sum(so_far <= MOST_CELLS for so_far in cells))
-    shapes: dict[tuple[int, NodeKind, int], list[str]] = {}
+    shapes: dict[tuple[str, int, NodeKind, int], list[str]] = {}
     for model in scored[:shown]:
         own = by_layer(scores[model.name])
-        for kind in _kinds(own):
-            shapes.setdefault((_layers(own), kind, len(own[0, kind])), []).append(model.name)
+        for (stack, kind), layers in _layers(own).items():
+            count = len(own[stack, 0, kind])
+            shapes.setdefault((stack, layers, kind, count), []).append(model.name)
     of_layers, weights_of_layers = {name: by_layer(of) for name, of in scores.items()}, by_layer(weights)
     places = {model.name: index for index, model in enumerate(scored)}
     maps = []
-    for (layers, kind, count), names in shapes.items():
-        sites = [(layer, kind) for layer in range(layers)]
+    for (stack, layers, kind, count), names in shapes.items():
+        sites = [(stack, layer, kind) for layer in range(layers)]
         decided = {
             name: _blocks([weights_of_layers[site][places[name]] for site in sites]) for name in names if weights
         }
         maps.append(
             NodeMap(
                 nodes=kind.name,
+                stack=stack,
                 layers=layers,
                 count=count,
                 scores={name: _blocks([of_layers[name][site] for site in sites]) for name in names},
@@ -233,17 +251,18 @@ def _maps(spec: JobSpec, scores: ScoresByModel, plan: MergePlan | None = None) -
     return Maps(models=list(places)[:shown], left_out=len(scored) - shown, maps=maps)
 
 
-def _layers(scores: ScoresByLayer) -> int:
-    return len({layer for layer, _ in scores})
-
-
-def _kinds(scores: ScoresByLayer) -> list[NodeKind]:
-    return sorted({kind for _, kind in scores}, key=lambda kind: kind.name)
+def _layers(scores: ScoresByLayer) -> dict[tuple[str, NodeKind], int]:
+    """Return the number of layers by stack and kind of node, an encoder's before a decoder's."""
+    counts = Counter((stack, kind) for stack, _, kind in scores)
+    return dict(sorted(counts.items(), key=lambda item: (item[0][0] == DECODER, item[0][1].name)))
 
 
 def _cells(scores: ScoresByLayer) -> int:
     """Count the cells of a model's maps of scores."""
-    return sum(min(BLOCKS, _layers(scores)) * min(BLOCKS, len(scores[0, kind])) for kind in _kinds(scores))
+    return sum(
+        min(BLOCKS, layers) * min(BLOCKS, len(scores[stack, 0, kind]))
+        for (stack, kind), layers in _layers(scores).items()
+    )
 
 
 def _blocks(by_layer: Sequence[Tensor]) -> list[list[Any]]:
@@ -259,22 +278,22 @@ def _interference(found: Interference, names: Sequence[str]) -> InterferenceRepo
         known = [value for value in found.of_pairs(matrix) if not math.isnan(value)]
         return Spread(mean=sum(known) / len(known), least=min(known), most=max(known)) if known else None
 
-    def of_layer(layer: int | None, vectors: TaskVectors) -> LayerInterference:
+    def of_layer(stack: str, layer: int | None, vectors: TaskVectors) -> LayerInterference:
         return LayerInterference(
             layer=layer,
+            stack=stack,
             cosine=spread(vectors.cosines),
             sign_conflicts=spread(vectors.conflicts),
         )
 
-    inside = sorted(layer for layer in found.layers if layer is not None)
-    outside = [None] if None in found.layers else []
+    in_order = sorted(found.layers, key=lambda at: (at[1] is None, at[0] == DECODER, at[1] or 0))
     whole = found.whole
     pairs = list(
         zip(combinations(names, 2), found.of_pairs(whole.cosines), found.of_pairs(whole.conflicts), strict=True)
     )
     return InterferenceReport(
         share_read=found.values / found.of,
-        layers=[of_layer(layer, found.layers[layer]) for layer in [*inside, *outside]],
+        layers=[of_layer(*at, found.layers[at]) for at in in_order],
         pairs=[
             PairInterference(models=models, cosine=cosine, sign_conflicts=conflicts)
             for models, cosine, conflicts in pairs[:MOST_PAIRS]

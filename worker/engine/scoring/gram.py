@@ -140,7 +140,7 @@ class GramSums:
                     return
             with torch.no_grad():
                 tokens = module.tokens if isinstance(module, RoutedLinear) else None
-                self._see(seen.name, inputs[0], self._batch, tokens)
+                self._see(seen, inputs[0], self._batch, tokens)
             self._unseen -= 1
             if self._stops and not self._unseen:
                 raise _AllSeen
@@ -164,13 +164,13 @@ class GramSums:
 
         return after
 
-    def _see(self, name: str, x: Tensor, batch: Batch, tokens: Tensor | None) -> None:
+    def _see(self, of: LinearInput, x: Tensor, batch: Batch, tokens: Tensor | None) -> None:
         """Add `x`, (batch, tokens, width) or (batch * tokens, width), or (batch, width) if it is read once a row.
 
         Args:
             tokens: places in the batch of the tokens that `x` has, (tokens, width), see `RoutedLinear`; None: all.
         """
-        is_text = batch.counted
+        name, is_text = of.name, batch.counted_in_decoder if of.of_decoder else batch.counted
         rows = torch.arange(len(is_text), device=x.device)  # of the batch's sequences
         if tokens is not None:
             counted = is_text.flatten()[tokens]

@@ -1,6 +1,6 @@
 """Candidate answers that are ranked by their likelihood after a text, as lm-evaluation-harness ranks them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import CausalLanguageModel, LabelMap
-from worker.engine.inputs.examples import Batch, Example, Tokenized, encode
+from worker.engine.inputs.examples import DECODER_INPUTS, Batch, Example, Tokenized, encode
 from worker.engine.tasks.causal_language_model import CausalLanguageModelHead
 from worker.engine.tasks.kind import Running
 from worker.engine.tasks.metrics import Array
@@ -68,36 +68,31 @@ class Ranking(CausalLanguageModelHead):
                 limit.
         """
         limit = min(max_length, spec.max_length or max_length)
-        mark = tokenizer.bos_token or tokenizer.eos_token
         examples: list[Example] = []
         for index, row in enumerate(rows):
             if not isinstance(row.text, str) or row.choices is None or not isinstance(row.label, int):
                 raise InvalidDataset(spec.source, "the row has no choices, or no label", row.place)
-            text = row.text.rstrip()
-            texts = [text, *(f"{row.text}{choice}" for choice in row.choices)]
-            special = not (mark and text.startswith(mark))  # a text that begins with the mark has it already
-            [context, *wholes] = encode(tokenizer, texts, spec.source, add_special_tokens=special)["input_ids"]
+            context, answers = self.tokens_of(row.text, row.choices, spec.source, tokenizer)
             if not context:
                 raise InvalidDataset(spec.source, "its text has no token, so that no answer follows on one", row.place)
             followed: dict[tuple[int, ...], list[int]] = {}
-            for number, whole in enumerate(wholes):
-                answer = whole[len(context) :]
+            for number, answer in enumerate(answers):
                 if not answer:
                     problem = f"choice {number} has no token of its own after the text; end the text with a space"
                     raise InvalidDataset(spec.source, problem, row.place)
-                length = len(context) + len(answer)
+                length = self.length_of(context, answer)
                 if length > limit:
                     problem = f"the text with choice {number} has {length} tokens, and {limit} are allowed"
                     raise InvalidDataset(spec.source, problem, row.place)
-                followed.setdefault((*context, *answer[:-1]), []).append(number)
+                followed.setdefault(tuple(answer[:-1]), []).append(number)
             found = Choices(
                 index,
                 row.place,
-                {"input_ids": [token for whole in wholes for token in whole]},
+                {"input_ids": [token for answer in answers for token in (*context, *answer)]},
                 row.label,
                 sequences=tuple(
-                    _sequence(row, read, len(context), [wholes[number] for number in answers], tokenizer)
-                    for read, answers in followed.items()
+                    _sequence(row, self.read(context, before, spec.source), [answers[n] for n in places], tokenizer)
+                    for before, places in followed.items()
                 ),
                 answers=tuple(map(tuple, followed.values())),
                 characters=tuple(map(len, row.choices)),
@@ -105,6 +100,28 @@ class Ranking(CausalLanguageModelHead):
             )
             examples.append(found)
         return Tokenized(examples, truncated=0)
+
+    def tokens_of(
+        self, text: str, choices: Sequence[str], source: str, tokenizer: Any
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of a text, and of each of the answers after it."""
+        mark, context = tokenizer.bos_token or tokenizer.eos_token, text.rstrip()
+        special = not (mark and context.startswith(mark))  # a text that begins with the mark has it already
+        texts = [context, *(f"{text}{choice}" for choice in choices)]
+        [tokens, *wholes] = encode(tokenizer, texts, source, add_special_tokens=special)["input_ids"]
+        return tokens, [whole[len(tokens) :] for whole in wholes]
+
+    def length_of(self, context: Sequence[int], answer: Sequence[int]) -> int:
+        """Return the number of tokens that the limit is of."""
+        return len(context) + len(answer)
+
+    def read(self, context: Sequence[int], before: Sequence[int], source: str) -> Mapping[str, list[int]]:
+        """Return what the model reads of a text and of the tokens before an answer's last, by the model's inputs.
+
+        The last position is that before the answer's last token.
+        """
+        tokens = [*context, *before]
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "token_type_ids": [0] * len(tokens)}
 
     def predictions(self, examples: Sequence[Example], running: Running) -> Array:
         """Run the model on every answer, and return predictions of rows, (rows, 3)."""
@@ -141,18 +158,13 @@ class Ranking(CausalLanguageModelHead):
         return bool(scores.argmax() == row.right), float(margin), 1
 
 
-def _sequence(row: Row, read: Sequence[int], context: int, answers: Sequence[Sequence[int]], tokenizer: Any) -> Example:
-    """Make the example of what is read before the last token of some answers, with the model's inputs.
-
-    Args:
-        context: number of the text's own tokens.
-        answers: tokens of the text with each answer.
-    """
-    encoding = {"input_ids": [*read], "attention_mask": [1] * len(read), "token_type_ids": [0] * len(read)}
-    wanted = {name: values for name, values in encoding.items() if name in tokenizer.model_input_names}
-    positions = tuple(range(context - 1, len(read)))
-    labels = tuple(tuple(answer[place + 1] for answer in answers) for place in positions)
-    return Example(0, row.place, wanted, labels, positions)
+def _sequence(row: Row, read: Mapping[str, list[int]], answers: Sequence[Sequence[int]], tokenizer: Any) -> Example:
+    """Make the example of what is read before the last token of some answers, which alone they differ in."""
+    names = (*tokenizer.model_input_names, *DECODER_INPUTS)
+    encoding = {name: values for name, values in read.items() if name in names}
+    last = len(read.get(DECODER_INPUTS[0], read["input_ids"]))
+    positions = tuple(range(last - len(answers[0]), last))
+    return Example(0, row.place, encoding, tuple(zip(*answers, strict=True)), positions)
 
 
 def _padded(sequence: Example, answers: int) -> Example:

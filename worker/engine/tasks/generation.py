@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class Writing(CausalLanguageModelHead):
     sampling and penalties. It ends with one of the end tokens there, a text of `stop`, or `max_new_tokens`. The
     prediction of a row is whether it is right, the number of tokens written, without an end token, and 1.
     """
+
+    goes_on: ClassVar[bool] = True
+    """Whether what is written follows on the text's own tokens, and not on a decoder's start token."""
 
     def __init__(self, task: CausalLanguageModel, model: nn.Module | None, evaluation: EvaluationSpec) -> None:
         super().__init__(task, model)
@@ -108,14 +111,16 @@ class Writing(CausalLanguageModelHead):
     def _written(self, rows: Sequence[Prompt], running: Running) -> list[tuple[str, int]]:
         """Return what the model writes after each row, and the number of its tokens."""
         longest = max(row.length for row in rows)
+
+        def padded(row: Prompt, name: str) -> list[int]:
+            padding, tokens = [running.padding[name]] * (longest - row.length), row.encoding[name]
+            return [*padding, *tokens] if self.goes_on else [*tokens, *padding]
+
         inputs = {
-            name: torch.tensor(
-                [[running.padding[name]] * (longest - row.length) + row.encoding[name] for row in rows],
-                device=running.device,
-            )
-            for name in rows[0].encoding
+            name: torch.tensor([padded(row, name) for row in rows], device=running.device) for name in rows[0].encoding
         }
-        watch = _Watch(rows, self._stop, self._model.generation_config.eos_token_id, running)
+        before = longest if self.goes_on else 1
+        watch = _Watch(rows, before, self._stop, self._model.generation_config.eos_token_id, running)
         with computing_in(running.precision, running.device):
             self._model.generate(**inputs, logits_processor=[watch.check], stopping_criteria=[watch.are_done])
         return list(zip(watch.texts, watch.lengths, strict=True))
@@ -128,6 +133,7 @@ class Writing(CausalLanguageModelHead):
             do_sample=False,
             use_cache=True,
             max_new_tokens=self._most,
+            decoder_start_token_id=getattr(self._model.config, "decoder_start_token_id", None),
             eos_token_id=own.eos_token_id,
             pad_token_id=padding["input_ids"],
         )
@@ -138,12 +144,22 @@ class Writing(CausalLanguageModelHead):
 
 
 class _Watch:
-    """Watches rows being written: where they end, and whether logits are finite."""
+    """Watches rows being written: where they end, and whether logits are finite.
 
-    def __init__(self, rows: Sequence[Prompt], stop: Sequence[str], ends: int | Sequence[int] | None, running: Running):
-        self._rows, self._stop, self._running = rows, stop, running
+    Args:
+        before: number of tokens, with padding, before those that are written.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Prompt],
+        before: int,
+        stop: Sequence[str],
+        ends: int | Sequence[int] | None,
+        running: Running,
+    ) -> None:
+        self._rows, self._before, self._stop, self._running = rows, before, stop, running
         self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
-        self._prompt = max(row.length for row in rows)
         self._is_done = [False] * len(rows)
         self.texts = [""] * len(rows)
         self.lengths = [0] * len(rows)
@@ -159,7 +175,7 @@ class _Watch:
 
     def are_done(self, tokens: Tensor, logits: Tensor, **_: Any) -> Tensor:
         """Return whether each row is written, (batch,), as a stopping criterion of transformers."""
-        written = tokens[:, self._prompt :].tolist()
+        written = tokens[:, self._before :].tolist()
         for row, of_row in enumerate(written):
             if self._is_done[row]:
                 continue

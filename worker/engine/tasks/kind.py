@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.catalog.tasks import LabelMap, MetricName, Task
+from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
+from worker.engine.catalog.tasks import Label, LabelMap, MetricName, Task
 from worker.engine.inputs.examples import (
+    Answers,
     Batch,
     Example,
     OneOutput,
@@ -27,7 +28,13 @@ from worker.engine.inputs.examples import (
 )
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.runtime.progress import OnRows
-from worker.engine.tasks.last_token import logits_of_last_token, pad_token_of, reads_last_token
+from worker.engine.tasks.last_token import (
+    end_token_problem,
+    logits_of_last_token,
+    pad_token_of,
+    reads_end_token,
+    reads_last_token,
+)
 from worker.engine.tasks.metrics import CORRELATIONS, Array, Metric, ResampledMetric
 
 AUTO_EXPECTED_LABELS = 8  # they take K - 1 backward passes; beyond this, one with a drawn label uses time better
@@ -99,6 +106,13 @@ class HeadKind(OneOutput, ABC, Generic[T]):
     ) -> Tokenized:
         """Make an example of each row. Raises InvalidDataset, see `tokenize`."""
         return tokenize(rows, spec, tokenizer, max_length, labels, first, self)
+
+    def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
+        if encoding is not None and self.model is not None and reads_end_token(self.model):
+            problem = end_token_problem(self.model, encoding)
+            if problem is not None:
+                raise InvalidDataset(source, problem, row.place)
+        return super().answers(row, encoding, label, source)
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the model's arguments for padded inputs, (batch, tokens) each."""

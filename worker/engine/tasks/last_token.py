@@ -1,6 +1,7 @@
-"""Heads of decoders that read the last token of a row, as transformers' classes do: the last that is no padding.
+"""Heads that read one token of a row, as transformers' classes do: the last that is no padding, or the last end token.
 
-transformers finds it by the configuration's `pad_token_id`, and refuses batches without one.
+transformers finds the former, of decoders, by the configuration's `pad_token_id`, and refuses batches without one.
+Models with an encoder and a decoder have the latter; of these it refuses batches whose rows differ in their number.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,20 @@ def pad_token_of(model: Any) -> int | None:
 def reads_last_token(model: nn.Module) -> bool:
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     return classifies and isinstance(getattr(model, HEAD_MODULE, None), nn.Linear)
+
+
+def reads_end_token(model: Any) -> bool:
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    return classifies and bool(model.config.is_encoder_decoder)
+
+
+def end_token_problem(model: Any, encoding: Any) -> str | None:
+    """Return why a row's end tokens do not show where the head reads, from its tokens as `tokenizers` gives them."""
+    end = model.config.eos_token_id
+    marks = [is_mark for token, is_mark in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if token == end]
+    if not marks:
+        return f"it has no end token ({end}), at which the head reads; the checkpoint's tokenizer adds none"
+    return None if all(marks) else "its text spells the end token, at which the head reads; leave it out"
 
 
 def logits_of_last_token(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

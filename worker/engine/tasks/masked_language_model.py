@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row
@@ -20,6 +20,7 @@ from worker.engine.inputs.examples import Answers
 from worker.engine.tasks.causal_language_model import CausalLanguageModelHead
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.kind import HeadKind
+from worker.engine.tasks.next_tokens import read_by
 
 SHARE = 0.15
 
@@ -32,20 +33,7 @@ class MaskedLanguageModelHead(CausalLanguageModelHead):
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run the model up to its last layer, and return what that reads, (batch, tokens, width)."""
-        read: list[Tensor] = []
-
-        def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            read.append(given[0])
-            raise _Read
-
-        handle = self._layer.linear.register_forward_pre_hook(stop)
-        try:
-            self._model(**inputs)
-        except _Read:
-            return read[0]
-        finally:
-            handle.remove()
-        raise TypeError(f"{type(self._model).__name__} does not run its output layer")
+        return read_by(self._layer.linear, self._model, inputs)
 
     def answers(self, row: Row, encoding: Any, label: Label | None, source: str) -> Answers:
         """Hide tokens. They are drawn from the row's tokens alone, so that equal rows hide the same ones."""
@@ -66,7 +54,3 @@ class MaskedLanguageModelHead(CausalLanguageModelHead):
 
 
 KIND = MaskedLanguageModelHead
-
-
-class _Read(Exception):
-    """The rest of the forward pass is not needed."""

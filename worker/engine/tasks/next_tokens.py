@@ -4,7 +4,7 @@ The logits of some thousand tokens are gigabytes where the vocabulary has hundre
 computed for a few tokens at a time, and the gradient by the hidden states with them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,42 @@ class OutputLayer:
 
     linear: nn.Linear
     cap: float | None = None
+    offset: Tensor | None = None
+    """A constant that is added to `z`, (1, vocabulary)."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, (tokens, vocabulary), float32, of hidden states, (tokens, width)."""
         z: Tensor = self.linear(hidden).float()
+        if self.offset is not None:
+            z += self.offset
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Cut a number of tokens into runs whose logits are held at once."""
         size = max(1, CHUNK_LOGITS[self.linear.weight.device.type] // self.linear.out_features)
         return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+class _Read(Exception):
+    """The rest of the forward pass is not needed."""
+
+
+def read_by(linear: nn.Module, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Run a model up to its output layer, and return what that reads, (batch, tokens, width)."""
+    read: list[Tensor] = []
+
+    def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read.append(given[0])
+        raise _Read
+
+    handle = linear.register_forward_pre_hook(stop)
+    try:
+        model(**inputs)
+    except _Read:
+        return read[0]
+    finally:
+        handle.remove()
+    raise TypeError(f"{type(model).__name__} does not run its output layer")
 
 
 def log_likelihoods(hidden: Tensor, layer: OutputLayer, labels: Callable[[Tensor, slice], Tensor]) -> Tensor:

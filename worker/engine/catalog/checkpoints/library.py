@@ -141,6 +141,12 @@ class Architecture:
         """Yield the names that a checkpoint may have for a tensor, or a module, of the model."""
         yield from in_files(name, self.stored)
 
+    @cached_property
+    def body(self) -> str:
+        """What the names of tensors below the head begin with, which is nothing where the class itself is the model."""
+        prefix = f"{self.prefix}."
+        return prefix if any(name.startswith(prefix) for name in self.all_names) else ""
+
     @property
     def is_pre_training(self) -> bool:
         return PRE_TRAINING.fullmatch(self.name) is not None

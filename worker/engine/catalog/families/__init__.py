@@ -5,7 +5,16 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from worker.engine.catalog.families.head import Head
-from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NODE_KINDS, NodeKind, ScoreName
+from worker.engine.catalog.families.nodes import (
+    CROSS_HEADS,
+    DECODER,
+    HEADS,
+    KV_HEADS,
+    NEURONS,
+    NODE_KINDS,
+    NodeKind,
+    ScoreName,
+)
 from worker.engine.catalog.families.table import Family, Fused, Kind, Owner, Part, Site, Slot
 
 
@@ -34,6 +43,8 @@ def backbone_of(model_type: str) -> Family | None:
 
 
 __all__ = [
+    "CROSS_HEADS",
+    "DECODER",
     "FAMILIES",
     "HEADS",
     "KV_HEADS",

@@ -17,6 +17,8 @@ class Head:
     scratch, so that each model keeps its own."""
     reads_first_token: bool = False
     """Whether the head reads only the first token of the last layer, so that other tokens only matter for attention."""
+    parameters: tuple[str, ...] = ()
+    """Names of the head's tensors that are no module's weight or bias."""
     unread: tuple[str, ...] = ()
     """Tensors of the backbone that a model with this head does not have, and that older checkpoints may hold; they are
     left out. Their names lack the backbone's prefix."""

@@ -9,7 +9,17 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from worker.engine.catalog.families.head import Head
-from worker.engine.catalog.families.nodes import HEADS, KV_HEADS, NEURONS, NodeKind, ScoreName
+from worker.engine.catalog.families.nodes import (
+    CROSS_HEADS,
+    DECODER,
+    ENCODER,
+    HEADS,
+    KV_HEADS,
+    NEURONS,
+    NodeKind,
+    ScoreName,
+    layer_name,
+)
 
 
 class Kind(StrEnum):
@@ -25,6 +35,11 @@ class Kind(StrEnum):
     QUERY_NORM = "query_norm"
     KEY_NORM = "key_norm"
     ATTENTION_NORM = "attention_norm"
+    CROSS_QUERY = "cross_query"  # of attention from a decoder's layer to the encoder's output
+    CROSS_KEY = "cross_key"
+    CROSS_VALUE = "cross_value"
+    CROSS_ATTENTION_OUTPUT = "cross_attention_output"
+    CROSS_ATTENTION_NORM = "cross_attention_norm"
     GATE = "gate"  # gives the factors of the neurons in a gated feed-forward layer
     UP = "up"
     DOWN = "down"
@@ -64,6 +79,11 @@ MULTI_HEAD = Ownership(
     columns={Kind.ATTENTION_OUTPUT: HEADS, Kind.DOWN: NEURONS},
 )
 """Ownership where every head has its own query, key and value."""
+WITH_CROSS_ATTENTION = Ownership(
+    rows={**MULTI_HEAD.rows, **dict.fromkeys((Kind.CROSS_QUERY, Kind.CROSS_KEY, Kind.CROSS_VALUE), CROSS_HEADS)},
+    columns={**MULTI_HEAD.columns, Kind.CROSS_ATTENTION_OUTPUT: CROSS_HEADS},
+)
+"""Ownership where the layers of a decoder also have heads that read the encoder's output."""
 GROUPED_QUERY = Ownership(
     rows={Kind.QUERY: HEADS, Kind.KEY: KV_HEADS, Kind.VALUE: KV_HEADS, Kind.GATE: NEURONS, Kind.UP: NEURONS},
     columns=MULTI_HEAD.columns,
@@ -86,6 +106,10 @@ LAYER_INPUTS = {
     Kind.VALUE: "attention",
     Kind.ATTENTION_OUTPUT: "heads",
     Kind.ROUTER: "feed_forward",
+    Kind.CROSS_QUERY: "cross_attention",
+    Kind.CROSS_KEY: "encoded",
+    Kind.CROSS_VALUE: "encoded",
+    Kind.CROSS_ATTENTION_OUTPUT: "cross_heads",
     Kind.GATE: "feed_forward",
     Kind.UP: "feed_forward",
     Kind.DOWN: "neurons",
@@ -99,8 +123,11 @@ RESIDUAL_NORMS: Mapping[Norms, Mapping[Kind, Kind | None]] = {
 }
 OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler", Kind.OUTPUT_PROJECTION: "output"}
 
-NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.GATE)
+NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.CROSS_KEY, Kind.GATE)
 """Modules whose input is seen elsewhere: query and key share that of value, and may also run on positions."""
+
+OF_ENCODER_OUTPUT = (Kind.CROSS_KEY, Kind.CROSS_VALUE)
+"""Modules of a decoder's layers that read the encoder's tokens."""
 
 AFTER_ATTENTION = (Kind.ATTENTION_OUTPUT, Kind.ATTENTION_NORM, Kind.GATE, Kind.UP)
 """Modules after a layer's attention whose input still has all tokens: attention's output, or a residual."""
@@ -179,6 +206,13 @@ class Slot:
     """Name that files have, where it is another than the model's."""
     expert: int | None = None
     """Number of the expert that it is part of, in a layer that is a mixture of experts."""
+    stack: str = ""
+    """The stack of its layer, see `ScoreName.stack`."""
+
+    @property
+    def reads_decoder(self) -> bool:
+        """Whether the tokens of its input are the decoder's, not the encoder's."""
+        return self.stack == DECODER and self.kind not in OF_ENCODER_OUTPUT
 
     @property
     def stored(self) -> str:
@@ -195,7 +229,7 @@ class Slot:
         if self.kind not in LAYER_INPUTS:
             return None
         expert = "" if self.expert is None else f"experts.{self.expert}."
-        return f"layers.{self.layer}.{expert}{LAYER_INPUTS[self.kind]}"
+        return f"{layer_name(self.layer, self.stack)}.{expert}{LAYER_INPUTS[self.kind]}"
 
     @property
     def shows_input(self) -> bool:
@@ -210,6 +244,27 @@ class Site:
     module: str
     counts: Mapping[ScoreName, int]
     """Number of nodes of each kind that is seen there. The nodes of a kind are equal runs of the values, in order."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers that run one after another, and have the same modules."""
+
+    name: str
+    """See `ScoreName.stack`."""
+    layers: str
+    """Path of a layer under the family's prefix, with `{layer}` for its number."""
+    modules: Mapping[str, Kind | Fused]
+    """Kinds of modules by their path within a layer."""
+
+    @cached_property
+    def kinds(self) -> Mapping[str, Kind]:
+        """Kinds of the modules as slots have them."""
+        return {module: kind.kind if isinstance(kind, Fused) else kind for module, kind in self.modules.items()}
+
+    def size(self, what: str) -> str:
+        """Return the name of a size of this stack, see `Family.size`."""
+        return f"{DECODER}_{what}" if self.name == DECODER else what
 
 
 @dataclass(frozen=True)
@@ -241,15 +296,18 @@ class Family:
     Where layers are mixtures of experts, `experts` is how many there are in each, `experts_per_token` how many of
     them compute a token, and `neurons` counts those of one expert.
     Where layers share their weights, `layers` counts those that are stored, and `uses` is how many times these are run,
-    one after another."""
+    one after another. Sizes of a decoder beside an encoder have `decoder_` before their names."""
     settings: Mapping[str, Any]
     """Further keys that change what a model computes and do not show in shapes, each with its value if it is missing.
 
     Merged checkpoints must share them. Where that value is a tuple, the setting is a set of words."""
     supported: Mapping[str, Any]
     """Keys for which only one value is available; a missing key has it."""
+    decoder: Stack | None = None
+    """The decoder's layers, where a model has an encoder and a decoder; `layers` are the encoder's then."""
     absent_sizes: Mapping[str, int] = field(default_factory=dict)
-    """Values of kv_heads and head_size where the configuration lacks the key; else they follow from other sizes."""
+    """Values of sizes where the configuration lacks the key. Else kv_heads and head_size follow from other sizes, and
+    the decoder's sizes are the encoder's."""
     spellings: Mapping[str, str] = field(default_factory=dict)
     """Other spellings of keys in `config_names`, by the key."""
     widening: int | None = None
@@ -292,9 +350,15 @@ class Family:
                 raise ValueError(f"{self.model_type}: {module} is fused of kinds whose rows no nodes own")
 
     @cached_property
+    def stacks(self) -> Sequence[Stack]:
+        """The stacks of layers, in the order in which they run."""
+        first = Stack(ENCODER if self.decoder else "", self.layers, self.layer_modules)
+        return (first, self.decoder) if self.decoder else (first,)
+
+    @cached_property
     def layer_kinds(self) -> Mapping[str, Kind]:
         """Kinds of the layer modules as slots have them."""
-        return {module: kind.kind if isinstance(kind, Fused) else kind for module, kind in self.layer_modules.items()}
+        return self.stacks[0].kinds
 
     def norms_in(self, config: Mapping[str, Any]) -> Norms:
         """Return where a layer's norms are in a model with this configuration."""
@@ -325,7 +389,8 @@ class Family:
         """Return a size from the configuration; `what` is a key of `config_names`, `kv_heads`, `head_size` or `uses`.
 
         Where the configuration does not say otherwise, and `absent_sizes` neither, each head has its own key and
-        value, all heads together are as wide as the hidden states, and the layers are run once.
+        value, all heads together are as wide as the hidden states, the layers are run once, and a decoder is as large
+        as the encoder.
 
         Raises:
             ValueError: the size is no positive number; the message names the key.
@@ -336,6 +401,8 @@ class Family:
         if key is not None and key not in config:
             key = self.spellings.get(key, key)
         value = None if key is None else _value_at(config, key, self.absent_sizes.get(what))
+        if value is None and what.startswith(f"{DECODER}_"):
+            return self.size(config, what.removeprefix(f"{DECODER}_"))
         if value is None and what == "kv_heads":
             return self.size(config, "heads")
         if value is None and what == "head_size":
@@ -346,9 +413,11 @@ class Family:
             raise ValueError(f"config.json has no usable {key}")
         return value
 
-    def owned(self, config: Mapping[str, Any], kind: NodeKind) -> int:
+    def owned(self, config: Mapping[str, Any], kind: NodeKind, stack: str = "") -> int:
         """Return how many rows or columns of a tensor a layer's nodes own. Raises ValueError, which names the key."""
-        return self.size(config, kind.count) * (1 if kind.width is None else self.size(config, kind.width))
+        of = self._stack(stack)
+        width = 1 if kind.width is None else self.size(config, of.size(kind.width))
+        return self.size(config, of.size(kind.count)) * width
 
     def max_tokens(self, config: Mapping[str, Any]) -> int:
         """Return the number of tokens for which positions are enough. Raises ValueError, which names the key.
@@ -391,6 +460,8 @@ class Family:
                 return Slot(f"{own}.{part}", of_head, None, part == "bias", name_in_files=in_files)
         if self._unread_pattern.fullmatch(canonical):
             return Slot(canonical, Kind.UNREAD, None, False)
+        if name in self.head.parameters:
+            return Slot(name, Kind.MERGED_HEAD if self.head.merges else Kind.HEAD, None, False)
         outer = self.outer_parameters.get(name.removeprefix(self.prefix)) if name.startswith(self.prefix) else None
         if outer is not None:
             return Slot(name, outer, None, False)
@@ -404,21 +475,22 @@ class Family:
         found = self._in_layer(inner)
         if found is None:
             return None
-        (layer, own, expert), is_bias = found, part == "bias"
+        (stack, layer, own, expert), is_bias = found, part == "bias"
         if layer == 0 and own in self.absent_in_first_layer:
             return None
-        kind = self.layer_modules[own]
+        kind = stack.modules[own]
         fused = kind if isinstance(kind, Fused) else Fused((kind,))
-        owner, transposed = self._owner(fused, layer, expert, is_bias), fused.transposed and not is_bias
-        name = f"{self.layer_path(layer)}{own.format(expert=expert)}.{part}"
-        stored = self.prefix + self.stored_path(layer, own, expert) + f".{part}"
-        return Slot(name, fused.kind, layer, is_bias, owner, transposed, None if stored == name else stored, expert)
+        owner, transposed = self._owner(fused, layer, expert, stack.name, is_bias), fused.transposed and not is_bias
+        name = f"{self.layer_path(layer, stack.name)}{own.format(expert=expert)}.{part}"
+        stored = f"{self.prefix}{self.stored_path(layer, own, expert, stack.name)}.{part}"
+        in_files = None if stored == name else stored
+        return Slot(name, fused.kind, layer, is_bias, owner, transposed, in_files, expert, stack.name)
 
-    def stored_path(self, layer: int, module: str, expert: int | None = None) -> str:
-        """Return the path under `prefix` that files have for a module of `layer_modules`."""
+    def stored_path(self, layer: int, module: str, expert: int | None = None, stack: str = "") -> str:
+        """Return the path under `prefix` that files have for a module of a layer."""
         stored = self.stored_modules.get(module, module)
         stored = stored if expert is None else stored.format(expert=expert)
-        return f"{(self.stored_layers or self.layers).format(layer=layer)}.{stored}"
+        return f"{(self.stored_layers or self._stack(stack).layers).format(layer=layer)}.{stored}"
 
     def unstacked(self, name: str) -> list[str] | None:
         """Return the names that the weights of all experts have in files, with `{expert}`, for a tensor of `stacked`.
@@ -438,40 +510,43 @@ class Family:
         slot = self.slot(before + name)
         return name if slot is None or slot.layer is None else slot.stored.removeprefix(before)
 
-    def _in_layer(self, path: str) -> tuple[int, str, int | None] | None:
-        """Find a module of a layer by its name in the model or in files: layer, path within it, and expert."""
-        for pattern, modules in self._layer_spellings:
+    def _in_layer(self, path: str) -> tuple[Stack, int, str, int | None] | None:
+        """Find a module of a layer by its name in the model or in files: stack, layer, path within it, and expert."""
+        for stack, pattern, modules in self._layer_spellings:
             match = pattern.fullmatch(path)
             if match is None:
                 continue
             expert = EXPERT.search(match["module"]) if self.stacked else None
             module = match["module"] if expert is None else EXPERT.sub("{expert}", match["module"])
             if module in modules:
-                return int(match["layer"]), modules[module], None if expert is None else int(expert[0])
+                return stack, int(match["layer"]), modules[module], None if expert is None else int(expert[0])
         return None
 
-    def _owner(self, fused: Fused, layer: int, expert: int | None, is_bias: bool) -> Owner | None:
+    def _owner(self, fused: Fused, layer: int, expert: int | None, stack: str, is_bias: bool) -> Owner | None:
         axis = int(fused.transposed and not is_bias)  # of the rows
         rows, columns = self.ownership.rows, self.ownership.columns
         if fused.parts[0] in rows:
-            parts = tuple(Part(kind, ScoreName(layer, rows[kind], expert)) for kind in fused.parts)
+            parts = tuple(Part(kind, ScoreName(layer, rows[kind], expert, stack)) for kind in fused.parts)
             return Owner(parts, axis, fused.by_head)
         if fused.kind in columns and not is_bias:
-            return Owner((Part(fused.kind, ScoreName(layer, columns[fused.kind], expert)),), 1 - axis)
+            return Owner((Part(fused.kind, ScoreName(layer, columns[fused.kind], expert, stack)),), 1 - axis)
         return None
 
     def sites(self, config: Mapping[str, Any]) -> Iterator[Site]:
         """Yield the sites of all mask nodes of a model with this configuration, layer by layer."""
-        for layer in range(self.size(config, "layers")):
-            for module, kind in self.layer_kinds.items():
-                seen = self.ownership.columns.get(kind)
-                if seen is not None:
+        for stack in self.stacks:
+            for layer in range(self.size(config, stack.size("layers"))):
+                for module, kind in stack.kinds.items():
+                    seen = self.ownership.columns.get(kind)
+                    if seen is None:
+                        continue
                     kinds = [nodes for nodes in self.ownership.kinds if seen in (nodes, nodes.groups)]
-                    sizes = {nodes: self.size(config, nodes.count) for nodes in kinds}
+                    sizes = {nodes: self.size(config, stack.size(nodes.count)) for nodes in kinds}
                     experts = range(self.size(config, "experts")) if "{expert}" in module else (None,)
                     for expert in experts:
-                        counts = {ScoreName(layer, nodes, expert): size for nodes, size in sizes.items()}
-                        yield Site(self.layer_path(layer) + module.format(expert=expert), counts)
+                        counts = {ScoreName(layer, nodes, expert, stack.name): size for nodes, size in sizes.items()}
+                        path = self.layer_path(layer, stack.name) + module.format(expert=expert)
+                        yield Site(path, counts)
 
     def narrowing(self, config: Mapping[str, Any]) -> list[str]:
         """Return the modules of the last layer from whose input on the first token is enough, in the layer's last use.
@@ -484,9 +559,12 @@ class Family:
         before = {Kind.ATTENTION_NORM} if self.norms is Norms.BEFORE_BLOCKS else set()
         return [last + module for module, kind in self.layer_kinds.items() if kind in {*AFTER_ATTENTION} - before]
 
-    def layer_path(self, layer: int) -> str:
-        """Return the prefix of the names of a layer's tensors."""
-        return f"{self.prefix}{self.layers.format(layer=layer)}."
+    def layer_path(self, layer: int, stack: str = "") -> str:
+        """Return the prefix of the names of a layer's tensors; without a stack, it is the first one's."""
+        return f"{self.prefix}{self._stack(stack).layers.format(layer=layer)}."
+
+    def _stack(self, name: str) -> Stack:
+        return next((stack for stack in self.stacks if stack.name == name), self.stacks[0])
 
     @cached_property
     def _unread_pattern(self) -> re.Pattern[str]:
@@ -501,12 +579,12 @@ class Family:
         return re.compile(rf"(?P<before>(?:{prefix})?){before}(?P<layer>\d{{1,6}}){after}\.(?P<module>{modules})")
 
     @cached_property
-    def _layer_spellings(self) -> Sequence[tuple[re.Pattern[str], Mapping[str, str]]]:
+    def _layer_spellings(self) -> Sequence[tuple[Stack, re.Pattern[str], Mapping[str, str]]]:
         """Patterns of the names of layers' modules, each with the modules' paths in the model by those in the names."""
-        found = [(_layer_pattern(self.layers), {module: module for module in self.layer_modules})]
+        found = [(of, _layer_pattern(of.layers), {module: module for module in of.modules}) for of in self.stacks]
         if self.stored_layers is not None or self.stored_modules:
             stored = {self.stored_modules.get(module, module): module for module in self.layer_modules}
-            found.append((_layer_pattern(self.stored_layers or self.layers), stored))
+            found.append((self.stacks[0], _layer_pattern(self.stored_layers or self.layers), stored))
         return found
 
 

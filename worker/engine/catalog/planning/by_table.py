@@ -96,7 +96,8 @@ def planned_by_table(family: Family, identities: Sequence[Identity], asked: Merg
         kept.add(Kind.POOLER)
     apart = {Kind.UNREAD} if asked.merges_heads else {*kept, Kind.UNREAD}
     aligned = asked.aligned(checkpoints)
-    place = partial(_place, family.size(first.config, "layers"))
+    layers = {stack.name: family.size(first.config, stack.size("layers")) for stack in family.stacks}
+    place = partial(_place, layers)
     named = [{name: tensor for name, (_, tensor) in of.items()} for of in slots]
     backbone, alone = [], []
     for name, (slot, tensor) in slots[0].items():
@@ -168,9 +169,10 @@ def _slots(identity: Identity, family: Family) -> dict[str, tuple[Slot, TensorIn
     return slots
 
 
-def _place(layers: int, slot: Slot) -> TensorPlace:
+def _place(layers: Mapping[str, int], slot: Slot) -> TensorPlace:
     if slot.layer is not None:
-        return TensorPlace(slot.stored, slot.layer / max(1, layers - 1), slot.layer, layers)
+        count = layers[slot.stack]
+        return TensorPlace(slot.stored, slot.layer / max(1, count - 1), slot.layer, count)
     return TensorPlace(slot.stored, 0.0 if slot.kind in (Kind.EMBEDDING, Kind.EMBEDDING_PROJECTION) else 1.0)
 
 
@@ -182,14 +184,17 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
         raise InvalidCheckpoint(info.source, str(error)) from error
     if "head_size" not in sizes and sizes["hidden"] % sizes["heads"]:
         raise InvalidCheckpoint(info.source, f"hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
-    layers: dict[int, set[str]] = {}
+    layers: dict[str, dict[int, set[str]]] = {stack.name: {} for stack in family.stacks}
     for slot, tensor in slots.values():
         if slot.layer is not None:
-            layers.setdefault(slot.layer, set()).add(slot.name.removeprefix(family.layer_path(slot.layer)))
+            inner = slot.name.removeprefix(family.layer_path(slot.layer, slot.stack))
+            layers[slot.stack].setdefault(slot.layer, set()).add(inner)
         owner = slot.owner
-        is_checked = slot.kind in (Kind.QUERY, Kind.UP, Kind.DOWN) or (owner is not None and len(owner.parts) > 1)
+        is_checked = slot.kind in (Kind.QUERY, Kind.CROSS_QUERY, Kind.UP, Kind.DOWN) or (
+            owner is not None and len(owner.parts) > 1
+        )
         if is_checked and owner is not None and not slot.is_bias:
-            owned = sum(family.owned(info.config, score.kind) for score in owner.scores)
+            owned = sum(family.owned(info.config, score.kind, score.stack) for score in owner.scores)
             if len(tensor.shape) != 2 or tensor.shape[owner.axis] != owned:
                 what = " and ".join(kind.name for kind in owner.kinds)
                 if owner.kinds[0].width and owned == sizes["hidden"]:
@@ -197,18 +202,22 @@ def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInf
                 raise InvalidCheckpoint(
                     info.source, f"tensor {tensor.name} has shape {list(tensor.shape)}, config.json says {owned} {what}"
                 )
-    if len(layers) != sizes["layers"] or max(layers) != sizes["layers"] - 1:
-        raise InvalidCheckpoint(info.source, f"{len(layers)} layers are there, config.json says {sizes['layers']}")
+    for stack in family.stacks:
+        found, count = layers[stack.name], family.size(info.config, stack.size("layers"))
+        if len(found) != count or max(found) != count - 1:
+            what = f"{stack.name} layers".strip()
+            raise InvalidCheckpoint(info.source, f"{len(found)} {what} are there, config.json says {count}")
     experts = {slot.expert for slot, _ in slots.values()} - {None}
     if experts != {*range(sizes.get("experts", 0))}:
         problem = f"{len(experts)} experts are there, config.json says {sizes.get('experts', 0)}"
         raise InvalidCheckpoint(info.source, problem)
-    everywhere = set.union(*layers.values())
-    for layer, names in layers.items():
-        for name in sorted(everywhere - names):
-            lacking = family.slot(family.layer_path(layer) + name)
-            if lacking is not None:  # None: this layer has no such tensor
-                raise InvalidCheckpoint(info.source, f"no tensor {lacking.stored}; other layers have it")
+    for stack in family.stacks:
+        everywhere = set.union(*layers[stack.name].values())
+        for layer, names in layers[stack.name].items():
+            for name in sorted(everywhere - names):
+                lacking = family.slot(family.layer_path(layer, stack.name) + name)
+                if lacking is not None:  # None: this layer has no such tensor
+                    raise InvalidCheckpoint(info.source, f"no tensor {lacking.stored}; other layers have it")
 
 
 def _check_settings(first: CheckpointInfo, info: CheckpointInfo, family: Family, asked: MergeSettings) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.data.spec import NEW_TOKENS
+from worker.engine.catalog.families import DECODER
 from worker.engine.catalog.methods import BaseParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 
@@ -187,17 +188,15 @@ class _Running:
         """
         sizes = self.sizes
         family = required_family(self.plan)
-        attention = sizes["heads"] * min(self.longest_row, family.max_tokens(self.plan.checkpoints[0].config))
+        heads, neurons = (max(sizes[what], sizes.get(f"{DECODER}_{what}", 0)) for what in ("heads", "neurons"))
+        attention = heads * min(self.longest_row, family.max_tokens(self.plan.checkpoints[0].config))
         routed = sizes.get("experts_per_token", 0)
         kept = (family.hidden_vectors + ROUTED_VECTORS * routed) * sizes["hidden"]
-        kept += family.neuron_vectors * sizes["neurons"] * max(1, routed)
+        kept += family.neuron_vectors * neurons * max(1, routed)
         kept += family.attention_rows * attention
         passing = PASSING_ATTENTION_ROWS * attention
-        return (
-            tokens
-            * ((sizes["layers"] * sizes.get("uses", 1) if layers is None else layers) * kept + passing)
-            * self.value_bytes
-        )
+        all_layers = sizes["layers"] * sizes.get("uses", 1) + sizes.get(f"{DECODER}_layers", 0)
+        return tokens * ((all_layers if layers is None else layers) * kept + passing) * self.value_bytes
 
 
 def _merging_bytes(plan: MergePlan, needs: MemoryNeeds) -> int:

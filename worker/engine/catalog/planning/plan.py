@@ -58,6 +58,8 @@ class LinearInput:
     width: int
     uses: int = 1
     """How many times a pass runs the module."""
+    of_decoder: bool = False
+    """Whether its tokens are the decoder's, where a model has an encoder too."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class MergePlan:
                 t.slot.name.removesuffix(".weight"),
                 t.shape[0 if t.slot.transposed else 1],
                 1 if t.slot.layer is None else uses,
+                t.slot.reads_decoder,
             )
             for t in self.backbone
             if t.slot.input and t.slot.shows_input
@@ -154,7 +157,8 @@ class MergePlan:
 
     @property
     def layers(self) -> int:
-        return len({tensor.slot.layer for tensor in self.backbone if tensor.slot.layer is not None})
+        slots = (tensor.slot for tensor in self.backbone)
+        return len({(slot.stack, slot.layer) for slot in slots if slot.layer is not None})
 
     @property
     def owned(self) -> Mapping[ScoreName, Sequence[TensorPlace]]:

@@ -99,6 +99,8 @@ def misfit(method: BaseParameters, family: Family | None) -> str | None:
         return None
     if family.shares_layers:
         return f"{method.name} fits one layer after another, and the layers of this architecture are one"
+    if family.decoder is not None:
+        return f"{method.name} fits one layer after another, and this architecture has an encoder and a decoder"
     if family.stacked:
         return f"{method.name} fits layers to the same tokens in model and merge, and experts get others"
     return None

@@ -17,6 +17,7 @@ from worker.engine.catalog.tasks.multi_label import MultiLabel
 from worker.engine.catalog.tasks.multiple_choice import MultipleChoice
 from worker.engine.catalog.tasks.question_answering import QuestionAnswering
 from worker.engine.catalog.tasks.regression import Regression
+from worker.engine.catalog.tasks.sequence_to_sequence import SequenceToSequence
 from worker.engine.catalog.tasks.task import Label, LabelMap, Task
 from worker.engine.catalog.tasks.token_classification import TokenClassification
 
@@ -48,7 +49,7 @@ def family_of(info: CheckpointInfo) -> Family | None:
     found = architecture(info.config, info.architecture)
     task = next((task for task in TASKS if info.architecture.endswith(task.ending)), None)
     head = None if found is None or task is None else task.head_on(family, found)
-    return None if found is None or head is None else family.under(head, f"{found.prefix}.")
+    return None if found is None or head is None else family.under(head, found.body)
 
 
 def reads_images(info: CheckpointInfo) -> bool:
@@ -98,6 +99,7 @@ __all__ = [
     "MultipleChoice",
     "QuestionAnswering",
     "Regression",
+    "SequenceToSequence",
     "Task",
     "TokenClassification",
     "architectures_of",

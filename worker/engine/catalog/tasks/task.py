@@ -89,9 +89,12 @@ class Task(ABC):
     def head_on(cls, family: Family, found: Architecture) -> Head | None:
         """Return the head of a class that the family's own table does not have; None where it has no table.
 
-        Its modules are those outside the backbone. Where the class has no pooler, that of a checkpoint is left out.
+        Its modules are those outside the backbone. Where the class has no pooler, that of a checkpoint is left out. A
+        class whose backbone lacks the prefix, or the decoder, has none.
         """
-        prefix = f"{found.prefix}."
+        prefix = found.body
+        if not prefix or (family.decoder is not None and not _has_decoder(family, found)):
+            return None
         names = {name.rpartition(".")[0] for name in found.all_names if not name.startswith(prefix)}
         # A pooler that the family does not have was not pre-trained, and belongs to the head.
         own = {name.rpartition(".")[0] for name in found.all_names if name.startswith(f"{prefix}pooler.")}
@@ -284,6 +287,13 @@ class LabelMap:
             advice = "; label_names can say which of these it is" if self.names and place else ""
             raise InvalidDataset(source, f"{said} is unknown{missing}{advice}", place)
         return index
+
+
+def _has_decoder(family: Family, found: Architecture) -> bool:
+    """Return whether a class has the family's decoder, and not its encoder alone."""
+    return family.decoder is not None and any(
+        name.startswith(found.body + family.decoder.layers.partition("{")[0]) for name in found.all_names
+    )
 
 
 def _counts_labels(found: Architecture, module: str) -> bool:

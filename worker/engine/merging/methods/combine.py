@@ -62,11 +62,12 @@ def combination(versions: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     return merged.addcmul_(versions[0], beyond) if bool(beyond.any()) else merged
 
 
-def by_layer(scores: Mapping[ScoreName, Tensor]) -> dict[tuple[int, NodeKind], Tensor]:
-    """Return the scores of all nodes of a kind in a layer, (…, nodes): those of experts one after another."""
-    parts: dict[tuple[int, NodeKind], list[tuple[int, Tensor]]] = {}
+def by_layer(scores: Mapping[ScoreName, Tensor]) -> dict[tuple[str, int, NodeKind], Tensor]:
+    """Return the scores of all nodes of a kind in a layer, (…, nodes), by stack, layer and kind: those of experts one
+    after another."""
+    parts: dict[tuple[str, int, NodeKind], list[tuple[int, Tensor]]] = {}
     for name, of_nodes in scores.items():
-        parts.setdefault((name.layer, name.kind), []).append((name.expert or 0, of_nodes))
+        parts.setdefault((name.stack, name.layer, name.kind), []).append((name.expert or 0, of_nodes))
     return {key: torch.cat([part for _, part in sorted(of, key=itemgetter(0))], dim=-1) for key, of in parts.items()}
 
 

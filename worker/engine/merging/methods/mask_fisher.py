@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import Owner, ScoreName
+from worker.engine.catalog.families import Owner, ScoreName, Slot
 from worker.engine.catalog.methods import MaskFisherParameters, MethodParameters, Normalize, ScoringParameters
 from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.merging.methods import paper
@@ -34,7 +34,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         owner = versions.slot.owner
         if owner is not None:
             return by_slices(versions, weights_of(owner, owned, versions.place), owner.axis)
-        return by_slices(versions, rest(versions.slot.layer, versions.place))
+        return by_slices(versions, rest(versions.slot, versions.place))
 
     return prepare
 
@@ -75,25 +75,27 @@ def weight_errors(weights: Tensor, relative: Tensor) -> Tensor:
 
 def rest_weights(
     models: list[MeasuredModel], rest: Literal["uniform", "model"]
-) -> Callable[[int | None, TensorPlace], Tensor]:
-    """Return the merge weights of the rest, by layer (None outside the layers) and place: (models, 1), float64.
+) -> Callable[[Slot, TensorPlace], Tensor]:
+    """Return the merge weights of the rest, by the layer of a slot, and by place: (models, 1), float64.
 
     `uniform`: lambda alone. `model`: lambda times the sum over the kinds of the mean model-normalised score, of the
     layer, or, for tensors outside the layers, of the model.
     """
-    by_model: list[dict[int | None, Tensor]] = []
+    by_model: list[dict[tuple[str, int | None], Tensor]] = []
     for model in models if rest == "model" else ():
-        layers: dict[int | None, Tensor] = {}
-        for (layer, _), score in by_layer(normalize_scores(model.scores, "model")).items():
-            layers[layer] = layers.get(layer, torch.zeros(1, dtype=torch.float64)) + score.mean()
-        layers[None] = torch.stack(list(layers.values())).mean(0)
+        layers: dict[tuple[str, int | None], Tensor] = {}
+        for (stack, layer, _), score in by_layer(normalize_scores(model.scores, "model")).items():
+            layers[stack, layer] = layers.get((stack, layer), torch.zeros(1, dtype=torch.float64)) + score.mean()
+        layers["", None] = torch.stack(list(layers.values())).mean(0)
         by_model.append(layers)
 
-    def at(layer: int | None, place: TensorPlace) -> Tensor:
+    def at(slot: Slot, place: TensorPlace) -> Tensor:
         lambdas = model_weights(models, place)
         if rest == "uniform":
             return (lambdas / lambdas.sum())[:, None]
-        return normalized(torch.stack([lam * m[layer] for lam, m in zip(lambdas, by_model, strict=True)]), lambdas)
+        return normalized(
+            torch.stack([lam * m[slot.stack, slot.layer] for lam, m in zip(lambdas, by_model, strict=True)]), lambdas
+        )
 
     return at
 

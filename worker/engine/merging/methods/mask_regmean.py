@@ -27,7 +27,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             return regression(versions, source, owner)
         if owner is not None:
             return by_slices(versions, weights_of(owner, owned, versions.place), owner.axis)
-        return by_slices(versions, rest(slot.layer, versions.place))
+        return by_slices(versions, rest(slot, versions.place))
 
     def regression(versions: Versions, source: str, owner: Owner | None) -> BlockMerge:
         place, columns_axis = versions.place, 0 if versions.slot.transposed else 1
@@ -35,7 +35,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         by_lambda /= by_lambda.sum()
         weights, columns = by_lambda, None
         if owner is None:
-            weights = rest(versions.slot.layer, place)
+            weights = rest(versions.slot, place)
         elif owner.axis != columns_axis and (owner.kinds != (NEURONS,) or parameters.neuron_rows):
             weights = weights_of(owner, owned, place)
         elif owner.axis == columns_axis and parameters.columns:

@@ -8,17 +8,20 @@ and pooler the mean over layers of both. Raw sums, no normalisation; a sum of ze
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.families import HEADS, NEURONS, Kind, ScoreName
+from worker.engine.catalog.families import CROSS_HEADS, HEADS, NEURONS, Kind, ScoreName
 from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
 from worker.engine.merging.methods.combine import by_layer, by_slices, model_weights, normalized, of_slices
 
-BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.GATE, Kind.UP)
+BY_NODE = (Kind.QUERY, Kind.KEY, Kind.POSITION, Kind.CROSS_QUERY, Kind.CROSS_KEY, Kind.GATE, Kind.UP)
 BY_LAYER_MEAN = {
     Kind.VALUE: HEADS,
     Kind.QUERY_NORM: HEADS,
     Kind.KEY_NORM: HEADS,
     Kind.ATTENTION_OUTPUT: HEADS,
     Kind.ATTENTION_NORM: HEADS,
+    Kind.CROSS_VALUE: CROSS_HEADS,
+    Kind.CROSS_ATTENTION_OUTPUT: CROSS_HEADS,
+    Kind.CROSS_ATTENTION_NORM: CROSS_HEADS,
     Kind.DOWN: NEURONS,
     Kind.ROUTER: NEURONS,
     Kind.FEED_FORWARD_NORM: NEURONS,
@@ -31,8 +34,8 @@ def build(models: list[MeasuredModel]) -> Merger:
 
     of_layers = [by_layer(model.scores) for model in models]
     means = {key: torch.stack([of_model[key] for of_model in of_layers]).mean(1) for key in of_layers[0]}  # (models,)
-    ordered = sorted(means, key=lambda key: (key[0], key[1].name))
-    overall = torch.stack([means[key] for key in ordered]).sum(0) / len({layer for layer, _ in means})
+    ordered = sorted(means, key=lambda key: (*key[:2], key[2].name))
+    overall = torch.stack([means[key] for key in ordered]).sum(0) / len({key[:2] for key in means})
 
     def prepare(versions: Versions) -> BlockMerge:
         slot = versions.slot
@@ -50,6 +53,6 @@ def build(models: list[MeasuredModel]) -> Merger:
                 if part.kind not in BY_NODE:
                     scores[:] = scores.mean(1, keepdim=True)
             return by_slices(versions, weights(of_slices(owner, parts)), owner.axis)
-        return by_slices(versions, weights(means[slot.layer, BY_LAYER_MEAN[slot.kind]][:, None]))
+        return by_slices(versions, weights(means[slot.stack, slot.layer, BY_LAYER_MEAN[slot.kind]][:, None]))
 
     return prepare

@@ -39,10 +39,7 @@ def interference(found: InterferenceReport | None) -> list[Markup]:
         _by_layer("cosine", "Cosine between task vectors", layers, [layer.cosine for layer in layers], 0),
         _by_layer("conflicts", "Share of sign conflicts", layers, [layer.sign_conflicts for layer in layers], 1),
     ]
-    rows = [
-        ["outside" if layer.layer is None else str(layer.layer), *_spread(layer.cosine), *_spread(layer.sign_conflicts)]
-        for layer in found.layers
-    ]
+    rows = [[layer.title, *_spread(layer.cosine), *_spread(layer.sign_conflicts)] for layer in found.layers]
     columns = ["layer", "mean cosine", "least", "most", "mean share of conflicts", "least", "most"]
     listed = [[" and ".join(p.models), number(p.cosine, 3), number(p.sign_conflicts, 3)] for p in found.pairs]
     caption = "Pairs over all layers"
@@ -63,7 +60,7 @@ def _spread(of: Spread | None) -> list[str]:
 def _by_layer(
     name: str, title: str, layers: Sequence[LayerInterference], values: Sequence[Spread | None], index: int
 ) -> Markup | None:
-    known = [(float(of.layer or 0), value) for of, value in zip(layers, values, strict=True) if value is not None]
+    known = [(float(x), value) for x, value in enumerate(values) if value is not None]  # a decoder's after an encoder's
     if not known:
         return None
     ends = [end for _, value in known for end in (value.least, value.most)]
@@ -71,6 +68,7 @@ def _by_layer(
     mean = statistics.fmean(value.mean for _, value in known)
     said = f"By layer, on average {mean:.3f}; all pairs lie between {min(ends):.3f} and {max(ends):.3f}."
     last = known[-1][0]
-    ticks = [(float(n), str(n)) for n in range(0, int(last) + 1, max(1, math.ceil(last / 8)))]
+    shown = range(0, int(last) + 1, max(1, math.ceil(last / 8)))
+    ticks = [(float(x), layers[x].title) for x in shown]
     drawn = Plot(Scale(0, max(last, 1)), Scale.around([0.0, *ends]), [series], "layer", x_ticks=ticks)
     return element("div", element("h3", title), plot(f"interference-{name}", title, said, drawn), class_="card")

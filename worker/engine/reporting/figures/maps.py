@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from worker.engine.catalog.families import NODE_KINDS
 from worker.engine.reporting.charts import (
     heat,
     ramp,
@@ -39,12 +38,12 @@ def scores(maps: Maps | None) -> list[Markup]:
             grid = of.scores[name]
             mean = _mean(grid)
             levels = [[_octave(value, mean) for value in row] for row in grid]
-            title = f"Scores of {name}: {NODE_KINDS[of.nodes].title} by layer"
+            title = f"Scores of {name}: {of.title} by layer"
             said = f"Mean {mean:.3g}. The largest mean of a block is {max(_flat(grid)):.3g}{_where(of, grid)}."
             picture = heat(
-                f"scores-{of.nodes}-{index}", title, said, levels, ramp="a", rows=of.layers, columns=of.count
+                f"scores-{of.stack}{of.nodes}-{index}", title, said, levels, ramp="a", rows=of.layers, columns=of.count
             )
-            drawn.append((f"{NODE_KINDS[of.nodes].title}, mean {mean:.3g}", picture, _grid_table(of, grid, title)))
+            drawn.append((f"{of.title}, mean {mean:.3g}", picture, _grid_table(of, grid, title)))
         parts.append(_of_model(name, drawn))
     return parts
 
@@ -72,12 +71,12 @@ def weights(maps: Maps | None) -> list[Markup]:
             grid, middle = of.weights[name], of.lambdas[name] or 0.0
             levels = [[_balance(value, middle, reach) for value in row] for row in grid]
             flat = _flat(grid)
-            title = f"Merge weights of {name}: {NODE_KINDS[of.nodes].title} by layer"
+            title = f"Merge weights of {name}: {of.title} by layer"
             said = f"From {min(flat):.3f} to {max(flat):.3f}, {middle:.3f} by the model's weight alone."
             picture = heat(
-                f"weights-{of.nodes}-{index}", title, said, levels, ramp="b", rows=of.layers, columns=of.count
+                f"weights-{of.stack}{of.nodes}-{index}", title, said, levels, ramp="b", rows=of.layers, columns=of.count
             )
-            label = f"{NODE_KINDS[of.nodes].title}, mean {_mean(grid):.3f}"
+            label = f"{of.title}, mean {_mean(grid):.3f}"
             drawn.append((label, picture, _grid_table(of, grid, title)))
         parts.append(_of_model(name, drawn))
     return parts
@@ -98,7 +97,7 @@ def _left_out(maps: Maps, *, says_blocks: bool = True) -> list[Markup]:
     for of in maps.maps:
         grid = next(iter(of.scores.values()))
         if len(grid[0]) < of.count:
-            pooled[f"{len(grid[0])} blocks of {of.count} {NODE_KINDS[of.nodes].title}"] = None
+            pooled[f"{len(grid[0])} blocks of {of.count} {of.title}"] = None
         if len(grid) < of.layers:
             pooled[f"{len(grid)} runs of {of.layers} layers"] = None
     said = []
