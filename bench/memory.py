@@ -3,7 +3,8 @@
     python bench/memory.py [--forms NAME ...] [--precisions FORMAT ...] [--tokens N] [--row N] [--json FILE]
 
 Each form is measured in a process of its own: it loads the model, scores it and takes Gram matrices from the same
-passes, in batches of as many tokens as the plan counts with. What is compared is the most memory that the process held.
+passes, in one batch of as many tokens as the plan counts with. What is compared is the most memory that the process
+held.
 """
 
 import argparse
@@ -17,8 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.table import shown
-
-BATCHES = 3
 
 
 def measured(name: str, precision: str, tokens: int, row: int) -> tuple[int, int]:
@@ -45,7 +44,7 @@ def measured(name: str, precision: str, tokens: int, row: int) -> tuple[int, int
         plan = plan_merge([info])
         loaded = load(info, torch.device("cpu"))
         longest = min(row, loaded.max_length)
-        examples = forms.rows(loaded, BATCHES * tokens // longest, (longest, longest))
+        examples = forms.rows(loaded, tokens // longest, (longest, longest))
         estimator = estimator_for("auto", loaded.task, seed=0)
         inputs, *_ = in_passes(plan.linear_inputs)
         with GramSums(loaded, inputs, "rows", stops=False) as sums:

@@ -179,13 +179,14 @@ class GramSums:
             rows = rows[:, None].expand_as(is_text)[is_text]
             x = x.reshape(*is_text.shape, -1)[is_text]
         x = x.float()  # (tokens, width); `rows` has each token's row
-        finite = torch.isfinite(x).all(-1)
-        if not bool(finite.all()):
-            raise not_finite(f"the input of {name}", batch.places[batch.row_of(int(rows[~finite][0]))], self._source)
         total = self._totals[name]
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(total), TILE):
                 total[start : start + TILE, start:] += x[:, start : start + TILE].T @ x[:, start:]
+        if not bool(torch.isfinite(total.diagonal()).all()):  # each has a column's squares, so that one check is enough
+            sizes = x.abs().amax(-1)
+            worst = int(torch.where(sizes.isfinite(), sizes, torch.inf).argmax())
+            raise not_finite(f"the input of {name}", batch.places[batch.row_of(int(rows[worst]))], self._source)
         self._counts[name] += len(x)
 
 
