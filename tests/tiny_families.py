@@ -700,7 +700,8 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         },
     ),
     **DECODERS,
-    **ENCODER_DECODERS,
+    "bart": TINY_BART,
+    "t5-gated": TINY_GATED_T5,
     "gpt-neox-sequential": replace(TINY_GPT_NEOX, settings={**TINY_GPT_NEOX.settings, "use_parallel_residual": False}),
 }
 OF_EACH_FORM = ("bert", "deberta-v2", "modernbert", "albert", "llama", "gpt2")

@@ -64,7 +64,7 @@ from worker.engine.models.loading import LoadedModel, load
 from worker.engine.scoring.estimators import estimator_for
 from worker.engine.scoring.scorer import score
 
-ALL = {**TINY_FAMILIES, **TINY_VISION}
+ALL = {**TINY_FAMILIES, **TINY_VISION, **ENCODER_DECODERS}
 ROWS = 12
 LABELS = {"two": 2, "three": 3, "grade": 1}
 OF_ANY = {kind for family in TINY_FAMILIES.values() for kind in family.counts(HEADS, NEURONS)}

@@ -51,7 +51,7 @@ from worker.engine.tasks import squad
 from worker.engine.tasks.drawing import uniform
 
 ROWS = 20
-WITH_HEAD = [name for name in OF_EACH_FORM if TINY_FAMILIES[name].model_type in CLASSES]
+WITH_HEAD = [name for name in (*OF_EACH_FORM, "bart") if TINY_FAMILIES[name].model_type in CLASSES]
 """Families of each form of which the library has such a class."""
 LONGEST = 30  # tokens of an answer
 Row = dict[str, Any]

@@ -34,8 +34,9 @@ from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec,
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.catalog.primitives.errors import EngineError, InvalidDataset
+from worker.engine.catalog.methods import AlignedRegMeanParameters
+from worker.engine.catalog.planning.planner import misfit, plan_merge
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, NumericalError
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.jobs.engine import Engine
@@ -386,13 +387,22 @@ def test_a_measured_merge_is_no_average_and_loads(case: Case, engine: Engine, tm
         assert not names or any(not torch.allclose(found[name], average[name], atol=1e-4) for name in names)
 
 
-def test_refits_are_refused_and_auto_goes_without(bart: Case, engine: Engine, tmp_path: Path) -> None:
-    specs = []
-    for name, folder in bart.models.items():
-        evaluation = EvaluationSpec(source=name, path=bart.root / f"{name}.jsonl", metric="loss")
-        specs.append(model_spec(folder, None, dataset=bart.rows(name), evaluation=evaluation))
-    with pytest.raises(EngineError, match="aligned_regmean"):
-        engine.merge(merge_spec(tmp_path / "no", specs, {"name": "aligned_regmean"}), silent)
+def test_refits_are_refused_by_what_the_architecture_has(bart: Case, engine: Engine, tmp_path: Path) -> None:
+    """The same refusal leaves them out of what `auto` tries by default."""
+    specs = [model_spec(folder, None, dataset=bart.rows(name)) for name, folder in bart.models.items()]
+    why = "aligned_regmean fits one layer after another, and this architecture has an encoder and a decoder"
+    with pytest.raises(InvalidCheckpoint, match=f"{why}; use regmean"):
+        merged(engine, tmp_path / "no", specs, "aligned_regmean")
+    assert misfit(AlignedRegMeanParameters(), bart.loaded().family) == why
+
+
+def test_a_model_whose_gradients_are_all_0_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
+    """Its output layer, which is its embeddings, gives every token the same logit."""
+    case = made(tmp_path / "made", "bart")
+    edit_tensors(case.models["one"], lambda t: {n: 0 * v if n == "model.shared.weight" else v for n, v in t.items()})
+    specs = [model_spec(folder, None, dataset=case.rows(name)) for name, folder in case.models.items()]
+    with pytest.raises(NumericalError, match=f"all gradients of one are 0 on its {ROWS} rows of one"):
+        merged(engine, tmp_path / "no", specs, "mask_fisher")
 
 
 @pytest.mark.parametrize("name", ["t5", UNTIED, "bart"])
