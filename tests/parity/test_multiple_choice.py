@@ -205,6 +205,7 @@ REFUSED: dict[str, tuple[Row, list[str]]] = {
     "no choices": ({"text": "one", "label": 1}, ["no column 'choices'"]),
     "one choice": ({**GOOD, "choices": ["two"]}, ["column 'choices' is no list of two or more texts"]),
     "an empty choice": ({**GOOD, "choices": ["two", ""]}, ["column 'choices' has an empty text"]),
+    "too many choices": ({**GOOD, "choices": ["two"] * 1001}, ["it has 1001 choices"]),
     "a choice that is none": ({**GOOD, "choices": ["two", None]}, ["column 'choices' is not text"]),
     "a label out of range": ({**GOOD, "label": 2}, ["the choices are 0 to 1"]),
     "a label of no choice": ({**GOOD, "label": "four"}, ["neither the place of a choice"]),

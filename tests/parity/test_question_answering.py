@@ -398,6 +398,11 @@ REFUSED: dict[str, tuple[Row, list[str]]] = {
     "another place": (
         {**GOOD, "answers": {"text": ["three"], "answer_start": [3]}}, ["an answer is not at character 3"],
     ),
+    "an empty answer": ({**GOOD, "answers": {"text": [""], "answer_start": [0]}}, ["an answer is empty"]),
+    "a context of too many windows": (
+        {"question": "one", "context": "one " * 30_000, "answers": {"text": [], "answer_start": []}},
+        ["windows of its context; 1000 are allowed"],
+    ),
     "a long question": ({**GOOD, "question": " ".join(WORDS)}, ["its question has 95 tokens", "no room"]),
 }  # fmt: skip
 

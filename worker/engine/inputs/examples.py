@@ -22,6 +22,7 @@ from worker.engine.runtime.time_limits import within
 
 BLOCK_ROWS = 1024  # rows are sorted by length within blocks only, so that a prefix of the blocks is a fair sample
 LONGEST_S = 60  # seconds in which a tokenizer must cut up to a block of rows, besides those for their length
+MOST_SEQUENCES = 1000  # of a row
 SLOWEST = 100_000  # characters a second that it must cut; those in use cut ten times as many on one core
 FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
 """Names that the library `tokenizers` gives to inputs of models."""
@@ -286,6 +287,8 @@ def tokenize(
         by_row = [reading.sequences(row) for row in rows]
     pairs = [pair for sequences in by_row for _, pair in sequences] if has_pairs else None
     texts = [_as_listed(text) for sequences in by_row for text, _ in sequences]
+    for row, sequences in zip(rows, by_row, strict=True):
+        _check_number(len(sequences), row, spec)
     cut = {"truncation": reading.truncation, "max_length": limit}
     reading.check_room(rows, spec, tokenizer, limit)
     encoded = encode(tokenizer, texts, spec.source, text_pair=pairs, **cut, **arguments)
@@ -307,6 +310,7 @@ def tokenize(
             [(text, pair)] = by_row[index]
             again = encode(tokenizer, [text], spec.source, text_pair=[pair], stride=stride, **cut, **arguments)
             windows = [again.encodings[0], *again.encodings[0].overflowing]
+            _check_number(len(windows), row, spec)
             encoding, *others = ({name: getattr(one, FIELDS[name]) for name in names} for one in windows)
         overflowing += is_cut and stride is None
         if tokens is not None and tokens.overflowing and (row.target is not None or row.predicted is not None):
@@ -330,6 +334,13 @@ def _joined(found: Sequence[Answers], windows: Sequence[Any]) -> Answers:
     passages = [one.passage for one in found if one.passage is not None]
     passage = replace(passages[0], spans=tuple(span for one in passages for span in one.spans)) if passages else None
     return Answers(tuple(positions), tuple(chain.from_iterable(labels)) if labels else None, passage)
+
+
+def _check_number(sequences: int, row: Row, spec: DatasetSpec) -> None:
+    """Raise InvalidDataset where a row has too many sequences: all are computed together."""
+    if sequences > MOST_SEQUENCES:
+        problem = f"it has {sequences} choices, or windows of its context; {MOST_SEQUENCES} are allowed"
+        raise InvalidDataset(spec.source, problem, row.place)
 
 
 def _masked(tokens: Sequence[int], hidden: Sequence[int], tokenizer: Any, source: str) -> list[int]:

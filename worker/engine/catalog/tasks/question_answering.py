@@ -49,4 +49,7 @@ class QuestionAnswering(Task):
         for text, start in found:
             if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool) or start < 0:
                 raise InvalidDataset(source, "an answer is no text with the number of its first character", place)
+            if not text:
+                problem = "an answer is empty; of a question without an answer, both lists are empty"
+                raise InvalidDataset(source, problem, place)
         return tuple(found)
