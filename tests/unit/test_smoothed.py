@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.tasks import Classification, MetricName, MultiLabel, Regression, Task
+from worker.engine.catalog.tasks import Classification, MetricName, MultiLabel, Regression, Task, TokenClassification
 from worker.engine.evaluation.metrics import metric_for
 from worker.engine.tasks import kind_of
 from worker.engine.tasks import smoothing as module
@@ -145,3 +146,70 @@ def test_which_of_two_is_better_is_seen_more_often() -> None:
         accuracies = [metric_for("accuracy", TWO)(labels, kind_of(TWO).predicted(one)) for one in (better, worse)]
         seen["itself"] += accuracies[0] > accuracies[1]
     assert seen["smoothed"] > seen["itself"] + 15
+
+
+SCHEMES = {
+    "IOB": ("O", "B-X", "I-X", "B-Y", "I-Y"),
+    "BIOES": ("O", "B-X", "I-X", "E-X", "S-X"),
+}
+
+
+def of_words(scheme: str, rows: Sequence[int], seed: int) -> tuple[TokenClassification, Array, Tensor]:
+    """Labels of words of rows of these lengths, and logits that know something of them."""
+    names = SCHEMES[scheme]
+    rng = np.random.default_rng(seed)
+    own = rng.integers(0, len(names), sum(rows))
+    starts = np.zeros(sum(rows))
+    starts[np.cumsum([0, *rows[:-1]])] = 1
+    logits = 1.5 * np.eye(len(names))[own] + rng.normal(size=(sum(rows), len(names)))
+    task = TokenClassification(len(names), {name: index for index, name in enumerate(names)})
+    return task, np.stack([own, starts], axis=1).astype(float), torch.from_numpy(logits).float()
+
+
+def entities(task: TokenClassification, labels: Sequence[int], starts: Sequence[float]) -> set[tuple[int, int, str]]:
+    """The first and last word and type of each entity, word by word as conlleval goes."""
+    names = {index: name for name, index in task.label_ids.items()}
+    found: set[tuple[int, int, str]] = set()
+    begun: int | None = None
+    for place, label in enumerate([*labels, 0]):
+        part, _, kind = names[label].partition("-")
+        before = names[labels[place - 1]] if place else "O"
+        is_end = place == len(labels) or bool(starts[place])
+        goes_on = not is_end and kind and before[2:] == kind and before[0] not in "ES" and part not in "BS"
+        if begun is not None and not goes_on:
+            found.add((begun, place - 1, before[2:]))
+            begun = None
+        if place < len(labels) and kind and not goes_on:
+            begun = place
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (1, 1, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_f1_of_entities_is_that_of_the_numbers_expected_over_all_labellings(
+    scheme: str, rows: Sequence[int], seed: int
+) -> None:
+    task, labels, logits = of_words(scheme, rows, seed)
+    centred = logits.double() - logits.double().mean(1, keepdim=True)
+    shares = (centred / (WIDTH * centred.square().mean().sqrt())).softmax(1).tolist()
+    starts = labels[:, 1].tolist()
+    wanted = entities(task, labels[:, 0].astype(int).tolist(), starts)
+    found = right = 0.0
+    for labelling in itertools.product(range(task.outputs), repeat=sum(rows)):
+        share = math.prod(of_word[label] for of_word, label in zip(shares, labelling, strict=True))
+        said = entities(task, labelling, starts)
+        found += share * len(said)
+        right += share * len(said & wanted)
+    smoothed = kind_of(task).smoothed("entity_f1", labels, logits)
+    assert smoothed == pytest.approx(2 * right / (found + len(wanted)) if wanted else 0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_f1_of_entities_is_the_limit_of_its_smoothed_form(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, labels, logits = of_words(scheme, (7, 9, 1, 12), 5)
+    monkeypatch.setattr(module, "WIDTH", 1e-4)
+    kind = kind_of(task)
+    metric = metric_for("entity_f1", task)(labels, kind.predicted(logits))
+    assert 0 < metric < 1
+    assert kind.smoothed("entity_f1", labels, logits) == pytest.approx(metric, abs=1e-9)

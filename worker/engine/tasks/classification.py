@@ -57,8 +57,7 @@ class ClassificationHead(HeadKind[C], Generic[C]):
         return metrics.of_classes(name, labels, [metrics.indicator(classes, outputs) for classes in predictions])
 
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
-        decisive = logits.double()
-        is_of_class = scaled(decisive - decisive.mean(1, keepdim=True)).softmax(1).numpy()
+        is_of_class = smoothed_classes(logits)
         return float(metrics.of_classes(name, labels, [is_of_class.T])(np.ones((len(labels), 1)))[0, 0])
 
     def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
@@ -66,6 +65,12 @@ class ClassificationHead(HeadKind[C], Generic[C]):
 
 
 KIND = ClassificationHead
+
+
+def smoothed_classes(logits: Tensor) -> Array:
+    """Return the probability of each class of which a prediction is partly, (outputs, classes)."""
+    decisive = logits.double()
+    return np.asarray(scaled(decisive - decisive.mean(1, keepdim=True)).softmax(1))
 
 
 def drawn(logits: Tensor, draws: Tensor) -> Tensor:

@@ -48,6 +48,46 @@ def resampled_entity_f1(task: TokenClassification, labels: Array, predictions: S
     return values
 
 
+def expected_entity_f1(task: TokenClassification, labels: Array, probabilities: Array) -> float:
+    """Compute F1 from the expected numbers of entities that are found, and that are found rightly.
+
+    Words have their labels independently of each other. Then a word goes on with the entity of the word before it by
+    the two words' labels alone, and an entity's probability is a product along its words.
+
+    Args:
+        labels: (words, 2), see `entity_f1`.
+        probabilities: (words, labels): of each word's label.
+    """
+    parts = task.parts_of_entities
+    own, starts_row = labels[:, 0].astype(int), labels[:, 1].astype(bool)
+    wanted = _entities(task, own, starts_row)
+    found = right = 0.0
+    for number, name in enumerate(sorted({name for _, name in parts.values()}), start=1):
+        of = {
+            kind: probabilities[:, [k for k, (part, of) in parts.items() if of == name and _kind(part) == kind]].sum(1)
+            for kind in ((True, True), (True, False), (False, True), (False, False))
+        }
+        first, inner = of[True, True] + of[True, False], of[False, True] + of[False, False]
+        stays_open = np.append(0.0, (of[True, False] + of[False, False])[:-1])  # after the word before
+        is_open = np.where(starts_row, 0.0, stays_open)
+        goes_on = np.append(np.where(starts_row, 0.0, inner)[1:], 0.0)  # to the next word
+        found += float((first + inner * (1 - is_open)).sum())
+        for begin in np.flatnonzero(wanted[:, 0] == number):
+            new = 1 - is_open[begin]  # the probability that a label that is no first one begins an entity here
+            opened = of[True, False][begin] + of[False, False][begin] * new
+            closed = of[True, True][begin] + of[False, True][begin] * new
+            for word in range(begin + 1, wanted[begin, 1] + 1):
+                opened, closed = opened * of[False, False][word], opened * of[False, True][word]
+            right += float(closed + opened * (1 - goes_on[wanted[begin, 1]]))
+    entities = found + np.count_nonzero(wanted[:, 0])
+    return 2 * right / entities if entities else 0.0
+
+
+def _kind(part: str) -> tuple[bool, bool]:
+    """Return whether a part is of an entity's first word, and of its last."""
+    return part in FIRST, part in LAST
+
+
 def _entities(task: TokenClassification, labels: NDArray[np.int_], starts_row: NDArray[np.bool_]) -> NDArray[np.int_]:
     """Return (words, 2): at the first word of an entity its type, from 1, and the place of its last word; else 0."""
     parts = task.parts_of_entities

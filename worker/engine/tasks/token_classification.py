@@ -14,9 +14,9 @@ from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import Label, MetricName, TokenClassification
 from worker.engine.inputs.examples import Answers, Batch, Example
-from worker.engine.tasks.classification import ClassificationHead, contrasts, drawn, of_label
+from worker.engine.tasks.classification import ClassificationHead, contrasts, drawn, of_label, smoothed_classes
 from worker.engine.tasks.drawing import uniform
-from worker.engine.tasks.entities import entity_f1, is_any_entity, resampled_entity_f1
+from worker.engine.tasks.entities import entity_f1, expected_entity_f1, is_any_entity, resampled_entity_f1
 from worker.engine.tasks.kind import EstimatorName, Passes, ResolvedEstimator, combined, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
 
@@ -108,9 +108,8 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
         return super().resampled(name, labels[:, 0], predictions)
 
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
-        """Compute the smoothed metric; F1 of entities has no smoothed form, and is itself."""
         if name == "entity_f1":
-            return self.metric(name)(labels, self.predicted(logits))
+            return expected_entity_f1(self.task, labels, smoothed_classes(logits))
         return super().smoothed(name, labels[:, 0], logits)
 
     def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
