@@ -293,6 +293,28 @@ def test_the_command_line_shows_trials_and_what_was_chosen(service: Service, fou
     ]  # fmt: skip
 
 
+def test_a_merge_that_does_not_beat_what_it_must_is_written_and_not_accepted(service: Service, tmp_path: Path) -> None:
+    """The average does not beat itself. The command line fails, and what was made can be looked at."""
+    asked = search_recipe("average", trials=1)
+    asked["method"]["must_beat"] = ["average", "base"]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(asked))
+    command = [sys.executable, "-m", "app.cli", "merge", str(recipe), "--url", f"http://127.0.0.1:{service.port}"]
+    done = subprocess.run([*command, "--wait"], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "")
+    first, *lines = done.stdout.splitlines()
+    verdict = lines[lines.index("succeeded") + 1]
+    assert verdict.startswith("note: what auto chose, average, is not accepted: on the held-out rows it does not beat")
+    job = service.job(first.removeprefix("job "))
+    assert job["result"]["accepted"] is False
+    short = next(one for one in service.get("/jobs").json()["data"] if one["id"] == job["id"])
+    assert short["result"]["accepted"] is False
+    assert service.get(f"/jobs/{job['id']}/artifacts/report.json").json()["accepted"] is False
+    card = service.get(f"/jobs/{job['id']}/artifacts/README.md").text
+    assert card.index("is not accepted") < card.index("| candidate |")
+    assert "is not accepted" in service.get(f"/jobs/{job['id']}/report").text
+
+
 def with_evaluation(**evaluation: Any) -> Recipe:
     recipe = search_recipe()
     recipe["models"][1]["evaluation"] |= evaluation
