@@ -478,6 +478,13 @@ DECODERS = {
         size_names=("n_embd", "n_head", "n_layer", "n_inner"),
     ),
     "gpt-neox": TINY_GPT_NEOX,
+    "starcoder2": replace(
+        TINY_LLAMA,
+        model_type="starcoder2",
+        neurons_in=("mlp.c_fc",),
+        neurons_out="mlp.c_proj",
+        settings={**TINY_LLAMA.settings, "sliding_window": 6},
+    ),
     "falcon": TINY_FALCON,
     "falcon-new": replace(
         TINY_FALCON,
