@@ -51,6 +51,11 @@ class TensorReader:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def open(self, paths: Iterable[Path]) -> None:
+        """Open files now, so that what is read later is what they are now. Raises OSError."""
+        for path in paths:
+            self._open(path)
+
     def read(self, tensor: TensorInfo, rows: slice | None = None) -> Tensor:
         """Read a tensor, or some of its rows: (rows, *tensor.shape[1:]).
 

@@ -13,13 +13,20 @@ import torch
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.report import Timings
 from worker.engine.catalog.contracts.spec import JobSpec, StoreSpec
+from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.primitives.notes import in_order
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.models.loading import ModelCache
 from worker.engine.runtime.device import Precision, reset_peak_memory, resolve_precision
 from worker.engine.runtime.progress import OnProgress, Phase
+from worker.engine.runtime.resources import megabytes
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.store import StatisticsStore
+
+HELD = {
+    Holding.STORED: "they were held in the format of their files, and converted layer by layer",
+    Holding.STREAMED: "layers were read from the files while they were at work, which takes longer",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class JobContext:
     views: Views
     on_progress: OnProgress
     _notes: list[str] = field(default_factory=list)
+    _of_memory: list[str] = field(default_factory=list)
     _seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -51,6 +59,18 @@ class JobContext:
     @property
     def models(self) -> ModelCache:
         return self.lasting.models
+
+    def hold(self, holding: Holding, needed_bytes: int, available_bytes: int) -> None:
+        """Hold the job's models in this way from now on, or in one that takes less memory if that was needed before.
+
+        Args:
+            needed_bytes: memory that the job would need if its models were held whole, for the note.
+        """
+        if holding <= self.models.holding:
+            return
+        self.models.hold(holding)
+        lacking = f"needs {megabytes(needed_bytes)}, and this worker has {megabytes(available_bytes)}"
+        self._of_memory[:] = [f"holding models in float32 {lacking}: {HELD[holding]}; no number depends on it"]
 
     def note(self, *notes: str) -> None:
         """Add notes for the reader of the result."""
@@ -63,7 +83,7 @@ class JobContext:
     @property
     def notes(self) -> list[str]:
         """All notes, with doubts first."""
-        return in_order(self._notes)
+        return in_order([*self._of_memory, *self._notes])
 
     def phase(self, name: str, total: int, unit: str) -> Phase:
         """Begin a phase of the job's progress."""
@@ -90,6 +110,7 @@ def job_context(spec: JobSpec, lasting: EngineState, on_progress: OnProgress) ->
     reset_peak_memory()
     spec.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        lasting.models.holding = Holding.WHOLE
         where = spec.store
         if where is None:
             where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=sys.maxsize)

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MetricResult, Version
+from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.tasks import task_of
@@ -19,9 +18,9 @@ from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import compare
 from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.preparing import examples_of
-from worker.engine.merging.backbone import plain_average
+from worker.engine.merging.backbone import Backbone, averaged
 from worker.engine.merging.job_models import JobModel
-from worker.engine.models.loading import load
+from worker.engine.models.weights import Source, held
 from worker.engine.runtime.progress import Phase
 from worker.engine.tasks.metrics import Array
 
@@ -35,8 +34,8 @@ class Published:
     plan: MergePlan
     folders: Mapping[str, Path]
     """Folders by model."""
-    average: Mapping[str, Tensor]
-    """The plain average of the models that take part."""
+    average: Mapping[str, Source]
+    """The plain average of the models that take part, by names of parameters."""
     experts: Sequence[JobModel]
     base: CheckpointInfo | None
     """The base, if it can be evaluated beside the experts."""
@@ -54,17 +53,24 @@ def evaluate(
     if not any(model.rows.evaluation for model in models):
         return None
     with context.timed("evaluate_seconds"):
-        average = plain_average(plan, [model.takes_part for model in models])
-        published = Published(plan, folders, average, models, _evaluable_base(plan, context))
-        rows = sum(len(model.rows.evaluation) for model in models)
-        evaluating = context.phase("evaluating", (3 + published.baselines) * rows, "examples")
-        metrics = {
-            model.name: _evaluated(model, published, evaluating, context)
-            for model in models
-            if model.spec.evaluation is not None
-        }
+        with averaged(plan, [model.takes_part for model in models]) as backbone:
+            published = Published(plan, folders, _sources(backbone, context), models, _evaluable_base(plan, context))
+            rows = sum(len(model.rows.evaluation) for model in models)
+            evaluating = context.phase("evaluating", (3 + published.baselines) * rows, "examples")
+            metrics = {
+                model.name: _evaluated(model, published, evaluating, context)
+                for model in models
+                if model.spec.evaluation is not None
+            }
         context.note(*_behind(metrics, models))
         return metrics
+
+
+def _sources(average: Backbone, context: JobContext) -> Mapping[str, Source]:
+    """Compute the average once, or, where models are not held whole, again for each part that is at work."""
+    if context.models.holding is not Holding.WHOLE:
+        return average.sources()
+    return {name: held(tensor) for name, tensor in average.state().items()}
 
 
 def _evaluable_base(plan: MergePlan, context: JobContext) -> CheckpointInfo | None:
@@ -146,7 +152,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     if undefined:
         context.note(Doubt(undefined))
     name = "model" if published.plan.merges_heads else f"models/{model.name}"
-    merged = load(inspect_checkpoint(published.folders[model.name], name), context.device)
+    merged = context.models.fresh(inspect_checkpoint(published.folders[model.name], name))
     examples, truncated = examples_of(published.plan, merged, evaluation, model.rows.evaluation_texts, examples)
     context.note(*truncated)
     kept_head_predictions = None
@@ -155,7 +161,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     else:
         kept = head_of(loaded)
         merged_predictions, kept_head_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
-    merged.model.load_state_dict(published.average, strict=False)
+    merged.take(published.average)
     if not head.merges:
         head_of(merged).load_state_dict(head_of(loaded).state_dict())
     average_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)

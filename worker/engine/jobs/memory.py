@@ -1,8 +1,11 @@
 """Checks whether the machine has the memory that a job needs."""
 
+from dataclasses import replace
+
 import torch
 
 from worker.engine.catalog.contracts.spec import JobSpec
+from worker.engine.catalog.planning.holding import Holding, holdings
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.jobs.context import JobContext
@@ -19,7 +22,8 @@ def require_memory_of_job(
 ) -> None:
     """Check that the job's memory is there, and make room by giving up models of earlier jobs.
 
-    On a GPU, activations take none of this machine's memory.
+    Models are held in the first way of `Holding` for which it is enough. On a GPU, activations take none of this
+    machine's memory.
 
     Args:
         longest_row: number of tokens of the job's longest row, as far as it is known.
@@ -41,8 +45,12 @@ def require_memory_of_job(
         value_bytes=0 if on_gpu else 2 if context.precision == "bfloat16" else 4,
         threads=torch.get_num_threads(),
     )
-    needed = estimate(plan, needs)
     loaded = plan.checkpoints if spec.loads_models else []
-    if needed + context.models.bytes_besides(loaded) > available_memory():
+    besides, available = context.models.bytes_besides(loaded), available_memory()
+    ways = holdings(plan, spec.method) if spec.loads_models else [Holding.WHOLE]
+    estimates = {holding: estimate(plan, replace(needs, holding=holding)) for holding in ways}
+    holding = next((way for way, needed in estimates.items() if needed <= available), ways[-1])
+    if estimates[holding] + besides > available:
         context.models.keep_only(loaded)
-    require_memory(needed)
+    require_memory(estimates[holding])
+    context.hold(holding, estimates[Holding.WHOLE], available)

@@ -33,7 +33,6 @@ from worker.engine.merging.interference import Interference, compared_tensors, i
 from worker.engine.merging.job_models import JobModel, experts_of
 from worker.engine.merging.layer_alignment import linear_groups
 from worker.engine.merging.mergers import mean_shares, merger_of, refitted_state, weighted_average
-from worker.engine.models.loading import load as load_model
 from worker.engine.runtime.device import peak_memory_bytes
 from worker.engine.runtime.resources import require_space
 from worker.engine.search.gate import verdict
@@ -240,7 +239,7 @@ def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobCo
                 continue
             folder = written.folders[model.name]
             expert = context.models.get(model.info)
-            merged = load_model(inspect_checkpoint(folder, f"models/{model.name}"), context.device)
+            merged = context.models.fresh(inspect_checkpoint(folder, f"models/{model.name}"))
             by_merge, _ = examples_of(plan, merged, model.dataset, model.rows.alignment_texts, examples)
             ridge = chosen.spec.output.align_ridge
             head = align_head(expert, merged, examples, context.precision, aligning.advance, ridge, by_merge)

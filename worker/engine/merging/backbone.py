@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from worker.engine.merging.methods import MeasuredModel, Merger
 from worker.engine.merging.methods.average import average
 from worker.engine.merging.methods.blocks import Block, BlockMerge, Versions, required_base
 from worker.engine.merging.token_rows import read_by_token
+from worker.engine.models.weights import Source
 
 
 class Backbone:
@@ -55,17 +57,34 @@ class Backbone:
         if planned.is_copied:
             yield from self._copied(planned)
             return
-        taking_part = self._taking_part(planned)
-        sources = [planned.sources[index] for index in taking_part]
-        versions = self._versions(planned, sources, taking_part)
-        has_base = planned.base is not None or self.plan.base is None
-        merge = self._scaled(self._merger(versions), self._scale(planned.place) if has_base else 1.0)
+        sources, versions, merge = self._prepared(planned)
         for block in versions.blocks():
             merged = merge(block)
             if not is_finite(merged):
                 _blame(block, sources, planned.base)
             yield block.rows, merged
             del block, merged  # freed before the next is read
+
+    def sources(self) -> dict[str, Source]:
+        """Return the backbone, which is computed when it is read; the method must merge rows by themselves."""
+        return {tensor.slot.name: partial(self._some, tensor) for tensor in self.plan.backbone}
+
+    def _some(self, planned: PlannedTensor, rows: slice | None) -> Tensor:
+        if rows is None:
+            return self._whole(planned)
+        if planned.is_copied:
+            [source] = planned.sources
+            return self._reader.read(source, rows)
+        _, versions, merge = self._prepared(planned)
+        return merge(versions.some(rows))
+
+    def _prepared(self, planned: PlannedTensor) -> tuple[Sequence[TensorInfo], Versions, BlockMerge]:
+        """Return the tensors to merge, their blocks, and the method's function of these."""
+        taking_part = self._taking_part(planned)
+        sources = [planned.sources[index] for index in taking_part]
+        versions = self._versions(planned, sources, taking_part)
+        has_base = planned.base is not None or self.plan.base is None
+        return sources, versions, self._scaled(self._merger(versions), self._scale(planned.place) if has_base else 1.0)
 
     def state(self) -> dict[str, Tensor]:
         """Compute the whole backbone, to be loaded into a model."""
@@ -134,11 +153,15 @@ def given(state: Mapping[str, Tensor]) -> Merger:
     return prepare
 
 
+def averaged(plan: MergePlan, takes_part: Sequence[bool]) -> Backbone:
+    """Return the unweighted average of the models that take part."""
+    equal = [MeasuredModel(1.0) for takes in takes_part if takes]
+    return Backbone(replace(plan, base=None), takes_part, average(equal))  # an average does not read the base
+
+
 def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:
     """Compute the unweighted average of the models that take part, to be loaded into a model."""
-    equal = [MeasuredModel(1.0) for takes in takes_part if takes]
-    without_base = replace(plan, base=None)  # an average does not read it
-    with Backbone(without_base, takes_part, average(equal)) as backbone:
+    with averaged(plan, takes_part) as backbone:
         return backbone.state()
 
 

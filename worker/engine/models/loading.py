@@ -2,7 +2,8 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import TEXT, check_ids, check_run_tokenizer, check_segments
 from worker.engine.catalog.checkpoints.files import described_files
-from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.families import Family
+from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.memory import CACHE_BYTES
 from worker.engine.catalog.planning.plan import require_reader, required_table
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
@@ -28,15 +30,19 @@ from worker.engine.checkpoints.tokenizer import load_tokenizer
 from worker.engine.inputs.examples import padding_values
 from worker.engine.models.attention import cpu_attention
 from worker.engine.models.experts import with_single_experts
+from worker.engine.models.weights import Source, Weights, first_names, parts_of, tensors_of
 from worker.engine.runtime.libraries import transformers
+from worker.engine.runtime.placeholders import is_placeholder, without_values
 from worker.engine.runtime.resources import is_out_of_memory
 from worker.engine.tasks import HeadKind, kind_of
 from worker.engine.tasks.last_token import pad_token_of
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float32 model in eval mode on its device, with its tokenizer or image processor."""
+    """A model in eval mode on its device that computes in float32, with its tokenizer or image processor."""
 
     info: CheckpointInfo
     family: Family
@@ -48,6 +54,40 @@ class LoadedModel:
     device: torch.device
     max_length: int
     padding: dict[str, int]
+    weights: Weights | None = None
+    """The weights of its parts; None where it is held whole."""
+
+    @property
+    def holding(self) -> Holding:
+        return Holding.WHOLE if self.weights is None else self.weights.holding
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the weights that are held."""
+        of_parts = 0 if self.weights is None else self.weights.nbytes
+        return of_parts + sum(p.numel() * p.element_size() for p in self.model.parameters() if not is_placeholder(p))
+
+    def take(self, sources: Mapping[str, Source]) -> None:
+        """Replace parameters by others of the same shapes, by their names."""
+        if self.weights is not None:
+            self.weights.replace(sources)
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name in sources.keys() & own.keys():
+                if not is_placeholder(own[name]):
+                    own[name].copy_(sources[name](None))
+
+    def held_as(self, holding: Holding) -> "LoadedModel":
+        """Return the model held in a way that takes less memory. It is the same module, so this one is no longer whole.
+
+        Raises:
+            OSError: this process may open no more files.
+        """
+        if self.weights is not None:
+            self.weights.stream()
+            return self
+        tensors = tensors_of(self.model, self.info, self.family)
+        return replace(self, weights=Weights(self.model, self.info, self.family, tensors, holding, self.device))
 
     @cached_property
     def kind(self) -> HeadKind[Any]:
@@ -55,8 +95,11 @@ class LoadedModel:
         return kind_of(self.task, self.model)
 
 
-def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
+def load(info: CheckpointInfo, device: torch.device, holding: Holding = Holding.WHOLE) -> LoadedModel:
     """Load with transformers: safetensors only, no code from the checkpoint, no network.
+
+    Args:
+        holding: where its weights are; unless it is held whole, they are never in memory together.
 
     Raises:
         InvalidCheckpoint: transformers cannot load it, a weight is missing, or a weight is NaN or infinite.
@@ -67,7 +110,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         check_layout(info)  # first, because the configuration may claim a model of any size
         check_run_tokenizer(info)
         attention = _attention(info, device)
-        if info.base is None:
+        if info.base is None and holding is Holding.WHOLE:
             model, report = _auto_class(info).from_pretrained(
                 info.path,
                 config=library_config(info.config, info.source),
@@ -80,7 +123,8 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
             )
             with_single_experts(model, family)
         else:
-            model, report = _adapted(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
+            made = _adapted if holding is Holding.WHOLE else _outlined
+            model, report = made(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
         is_of_text = not reads_images(info)
         reader: Any
         reader, last = load_tokenizer(info, model.config) if is_of_text else (_image_processor(info, model), 0)
@@ -96,10 +140,14 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
     if missing:
         raise InvalidCheckpoint(info.source, f"no tensor {missing[0]}, which {info.architecture} needs")
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
+        if not parameter.is_meta:
+            _check_finite(info, name, parameter)
     model.config.use_cache = False  # rows are computed whole, and blocks of layers again and again
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    weights = None
+    if holding is not Holding.WHOLE:
+        weights = Weights(model, info, family, tensors_of(model, info, family), holding, device)
+    _move(model, device)
     positions = family.max_tokens(info.config)
     if is_of_text:
         check_ids(info, last, model.config.vocab_size)
@@ -114,6 +162,7 @@ def load(info: CheckpointInfo, device: torch.device) -> LoadedModel:
         device=device,
         max_length=min(positions, _length_limit(reader, positions)) if is_of_text else positions,
         padding=padding_values(reader, pad_token_of(model)) if is_of_text else {},
+        weights=weights,
     )
 
 
@@ -122,13 +171,23 @@ def _image_processor(info: CheckpointInfo, model: Any) -> ImageProcessor:
     return load_image_processor(info, (config.num_channels, config.image_size, config.image_size))
 
 
+def _built(info: CheckpointInfo, family: Family, attention: str | None, *, whole: bool) -> Any:
+    """Build a model whose layout was checked, with parameters that have no values unless it is whole."""
+    config = library_config(info.config, info.source)
+    with nullcontext() if whole else without_values():
+        model: Any = _auto_class(info).from_config(
+            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
+    with_single_experts(model, family)
+    described = (info.base or info).path
+    if (described / GENERATION_CONFIG).exists() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(described, **OFFLINE)
+    return model
+
+
 def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.Module:
     """Apply an adapter to its base, whose layout was checked, and return the model."""
-    config = library_config(info.config, info.source)
-    model: nn.Module = _auto_class(info).from_config(
-        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-    )
-    with_single_experts(model, family)
+    model: nn.Module = _built(info, family, attention, whole=True)
     parameters, state = dict(model.named_parameters()), model.state_dict(keep_vars=True)  # has copies, buffers
     copies: dict[str, Tensor] = {}
     with TensorReader() as reader, torch.no_grad():
@@ -151,6 +210,67 @@ def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.
             module, _, part = name.rpartition(".")
             setattr(model.get_submodule(module), part, nn.Parameter(values.to(state[name].dtype)))
     return model
+
+
+def _outlined(info: CheckpointInfo, family: Family, attention: str | None) -> nn.Module:
+    """Build a model whose layout was checked, and read what it has besides its parts, whose tensors are only checked."""
+    model: nn.Module = _built(info, family, attention, whole=False)
+    of_parts = {
+        id(parameter)
+        for module, kind in parts_of(model, info, family)
+        for _, _, parameter in kind.own_parameters(module)
+    }
+    parameters, state = dict(model.named_parameters()), model.state_dict(keep_vars=True)
+    first, found = first_names(model), dict[str, TensorInfo]()
+    with TensorReader() as reader:
+        for tensor in info.tensors.values():
+            slot = family.slot(tensor.name)
+            own = None if slot is None else state.get(slot.name)
+            if slot is None or own is None:
+                continue
+            if own.shape != tensor.shape:
+                raise misshapen(info, tensor.name, tensor.shape, own.shape)
+            values = reader.read(tensor)
+            if not isinstance(own, nn.Parameter):  # a buffer
+                own.copy_(values)
+                continue
+            _check_finite(info, slot.name, values)
+            other = found.setdefault(first[slot.name], tensor)
+            if other is not tensor:
+                if not torch.equal(reader.read(other), values):
+                    problem = f"tensors {other.name} and {tensor.name} should be one matrix, and differ"
+                    raise InvalidCheckpoint(info.source, f"{problem}; a worker with memory for the whole model takes it")
+            elif id(own) not in of_parts:
+                _put(model, own, values.float())
+    lacking = next((name for name in parameters if name not in found), None)
+    if lacking is not None:
+        raise InvalidCheckpoint(info.source, f"no tensor {lacking}, which {info.architecture} needs")
+    return model
+
+
+def _put(model: nn.Module, parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Put a parameter with these values everywhere in place of one without."""
+    made = nn.Parameter(values, requires_grad=False)
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is parameter:
+                module._parameters[name] = made
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Move a model to its device, except placeholders, which are there already and would take their memory."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_placeholder(parameter):
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _check_finite(info: CheckpointInfo, name: str, values: torch.Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
+>>>>>>> 7863fce (Models are held in the format of their files, or read layer by layer, where memory lacks)
 
 
 def _attention(info: CheckpointInfo, device: torch.device) -> str | None:
@@ -199,28 +319,43 @@ def _length_limit(tokenizer: Any, positions: int) -> int:
 
 
 class ModelCache:
-    """Keeps the models used last, by the state of their files; the oldest go when the budget is exceeded."""
+    """Keeps the models used last, by the state of their files; the oldest go when the budget is exceeded.
+
+    `holding` says how models are held from now on, see `hold`.
+    """
 
     def __init__(self, device: torch.device, capacity_bytes: int = CACHE_BYTES) -> None:
         self._device = device
         self._capacity = capacity_bytes
         self._models: OrderedDict[tuple[object, ...], LoadedModel] = OrderedDict()
+        self.holding = Holding.WHOLE
 
     def get(self, info: CheckpointInfo) -> LoadedModel:
         key = _state(info)
-        if key in self._models:
+        if key in self._models and self._models[key].holding <= self.holding:
             self._models[key] = replace(self._models[key], info=info)  # the view of this `info` is open now
             self._models.move_to_end(key)
         else:
-            self._models[key] = load(info, self._device)
-            while len(self._models) > 1 and sum(_bytes(m) for m in self._models.values()) > self._capacity:
+            self._models[key] = self.fresh(info)
+            while len(self._models) > 1 and sum(model.nbytes for model in self._models.values()) > self._capacity:
                 self._models.popitem(last=False)
         return self._models[key]
+
+    def fresh(self, info: CheckpointInfo) -> LoadedModel:
+        """Load a model that is not kept."""
+        return load(info, self._device, self.holding)
+
+    def hold(self, holding: Holding) -> None:
+        """Hold models in this way. Those that take more memory give it up; those that take less stay as they are."""
+        self.holding = holding
+        for key, model in self._models.items():
+            if model.holding < holding:
+                self._models[key] = model.held_as(holding)
 
     def bytes_besides(self, infos: Sequence[CheckpointInfo]) -> int:
         """Return the bytes that are held for other checkpoints than these."""
         keys = {_state(info) for info in infos}
-        return sum(_bytes(model) for key, model in self._models.items() if key not in keys)
+        return sum(model.nbytes for key, model in self._models.items() if key not in keys)
 
     def keep_only(self, infos: Sequence[CheckpointInfo]) -> None:
         keys = {_state(info) for info in infos}
@@ -238,7 +373,3 @@ def _state(info: CheckpointInfo) -> tuple[object, ...]:
     weights = [(name, *file_identity((info.path / name).stat())) for name in info.weight_files]
     state = (info.source, *own, *weights)
     return state if info.base is None else (*state, _state(info.base))
-
-
-def _bytes(loaded: LoadedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in loaded.model.parameters())

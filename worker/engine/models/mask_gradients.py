@@ -36,11 +36,11 @@ class MaskGradients:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], narrowing: Sequence[str] = (), uses: int = 1) -> None:
         model.requires_grad_(False)
-        self._roots: list[Tensor] = []
         self._gradients: dict[ScoreName, Tensor] = {}
         self._token_sums = TokenSums()
         self._tokens: tuple[int, ...] = ()  # (batch, tokens), as the sites before show
         self._calls: Counter[nn.Module] = Counter()
+        self._is_differentiated = False
         self._handles = [model.register_forward_pre_hook(self._forget)]
         for module in narrowing:  # before the sites' own hooks, which then see one token
             self._handles.append(model.get_submodule(module).register_forward_pre_hook(self._narrower(uses)))
@@ -54,7 +54,6 @@ class MaskGradients:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._roots.clear()
         self._gradients = {}  # a new object, because the caller has the old one
 
     def of(self, outputs: Tensor, *, last: bool) -> dict[ScoreName, Tensor]:
@@ -67,22 +66,23 @@ class MaskGradients:
         Returns:
             Derivatives by score name, (batch, nodes), float64.
         """
-        if not self._roots:
+        if not outputs.requires_grad:
             raise RuntimeError("no forward pass ran inside the context")
         self._gradients = {}
         # The derivatives by the roots themselves are not wanted, but asking for them runs every hook on the way.
-        torch.autograd.grad(outputs.sum(), self._roots, retain_graph=not last)
-        if last:
-            self._roots.clear()
+        torch.autograd.backward(outputs.sum(), retain_graph=not last)
+        if not self._gradients:
+            raise RuntimeError("the forward pass did not run inside the context")
         return self._gradients
 
     def _forget(self, module: nn.Module, inputs: object) -> None:
-        self._roots.clear()
         self._calls.clear()
+        # Asked here, because layers that are computed again in the backward pass are run without gradients before.
+        self._is_differentiated = torch.is_grad_enabled()
 
     def _narrower(self, uses: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not torch.is_grad_enabled():
+            if not self._is_differentiated:
                 return None
             self._calls[module] += 1
             return _first_token(inputs) if self._calls[module] % uses == 0 else None
@@ -100,7 +100,6 @@ class MaskGradients:
             shape = (*self._tokens, activation.shape[-1])
             if not activation.requires_grad:
                 activation = activation.detach().requires_grad_()
-                self._roots.append(activation)
             kept = _kept(activation)
 
             def contract(gradient: Tensor) -> None:

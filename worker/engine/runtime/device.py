@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from worker.engine.runtime.placeholders import is_placeholder, placeholder
+
 Precision = Literal["float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
@@ -52,12 +54,17 @@ def rounded_weights(model: nn.Module, precision: Precision) -> Iterator[None]:
                 kept.append((module, dict(module._parameters)))
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
-                        rounded = nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
-                        module._parameters[name] = rounded
+                        module._parameters[name] = _rounded(parameter)
         yield
     finally:
         for module, parameters in kept:
             module._parameters.update(parameters)
+
+
+def _rounded(parameter: nn.Parameter) -> nn.Parameter:
+    if is_placeholder(parameter):  # its values are rounded when they come
+        return placeholder(parameter.shape, torch.bfloat16, parameter.device)
+    return nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
 
 
 def reset_peak_memory() -> None:

@@ -28,7 +28,7 @@ def require_memory(needed_bytes: int) -> None:
     available = available_memory()
     if needed_bytes > available:
         raise OutOfMemory(
-            f"the job needs about {_megabytes(needed_bytes)}, this worker has {_megabytes(available)}; use fewer or "
+            f"the job needs about {megabytes(needed_bytes)}, this worker has {megabytes(available)}; use fewer or "
             "smaller models, shorter rows (max_length), or a worker with more memory",
             needed_bytes=needed_bytes,
             available_bytes=available,
@@ -40,7 +40,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise DiskFull(
-            f"{what} needs {_megabytes(needed_bytes)}, its disk has room for {_megabytes(free)}",
+            f"{what} needs {megabytes(needed_bytes)}, its disk has room for {megabytes(free)}",
             needed_bytes=needed_bytes,
             available_bytes=free,
         )
@@ -76,5 +76,6 @@ def _fields(file: Path) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
-def _megabytes(count: int) -> str:
+def megabytes(count: int) -> str:
+    """Write a number of bytes for people."""
     return f"{max(count, 0) / 1e6:,.0f} MB"

@@ -64,7 +64,8 @@ class BatchSizes:
 def _situation(loaded: LoadedModel, longest: int, estimator: Estimator, precision: Precision) -> tuple[object, ...]:
     shapes = tuple(tuple(parameter.shape) for parameter in loaded.model.parameters())
     length = longest.bit_length()  # attention's share of the time grows with it
-    return shapes, length, estimator.name, type(loaded.kind), precision, loaded.device.type, torch.get_num_threads()
+    head, device = type(loaded.kind), loaded.device.type
+    return shapes, length, estimator.name, head, precision, loaded.holding, device, torch.get_num_threads()
 
 
 def _fastest(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worker.engine.runtime.placeholders import opened
+
 CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Number of logits that are computed at once; on a CPU they take 32 MiB in float32, and as much twice beside them."""
 BLOCK = 256
@@ -71,9 +73,10 @@ def log_likelihoods(hidden: Tensor, layer: OutputLayer, labels: Callable[[Tensor
         labels: gives the labels, (positions,), of the positions in a slice, whose probabilities are the first argument,
             (positions, vocabulary), float32.
     """
-    found: Tensor = _LogLikelihoods.apply(  # type: ignore[no-untyped-call]
-        hidden, layer.linear.weight, layer.linear.bias, layer, labels
-    )
+    with opened(layer.linear):
+        found: Tensor = _LogLikelihoods.apply(  # type: ignore[no-untyped-call]
+            hidden, layer.linear.weight, layer.linear.bias, layer, labels
+        )
     return found
 
 
@@ -144,11 +147,12 @@ def judged(hidden: Tensor, layer: OutputLayer, labels: Tensor) -> tuple[Tensor, 
     """Return `log p` of each label, and whether no token is likelier: (tokens,) each; no gradient is kept."""
     likelihoods = hidden.new_empty(len(hidden), dtype=torch.float32)
     is_right = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    for chunk in layer.chunks(len(hidden)):
-        z = layer.logits(hidden[chunk])
-        chosen = labels[chunk, None]
-        likelihoods[chunk] = z.log_softmax(-1).gather(1, chosen)[:, 0]
-        is_right[chunk] = z.argmax(-1) == chosen[:, 0]
+    with opened(layer.linear):
+        for chunk in layer.chunks(len(hidden)):
+            z = layer.logits(hidden[chunk])
+            chosen = labels[chunk, None]
+            likelihoods[chunk] = z.log_softmax(-1).gather(1, chosen)[:, 0]
+            is_right[chunk] = z.argmax(-1) == chosen[:, 0]
     return likelihoods, is_right
 
 

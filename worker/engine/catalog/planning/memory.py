@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from worker.engine.catalog.checkpoints.info import TensorInfo
 from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.data.spec import NEW_TOKENS
-from worker.engine.catalog.families import DECODER
+from worker.engine.catalog.families import DECODER, Kind
 from worker.engine.catalog.methods import BaseParameters
+from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 
 CACHE_BYTES = 2_000_000_000  # size of the models that are kept loaded
@@ -67,6 +70,8 @@ class MemoryNeeds:
     """Largest number of tokens that a model writes after a row; 0: nothing is written."""
     value_bytes: int = 4
     """Bytes of an activation: 4 in float32, 2 in bfloat16, and 0 where they lie on another device."""
+    holding: Holding = Holding.WHOLE
+    """Where the weights of models are that are run."""
     threads: int | None = None
     """Number of threads, each of which merges a tensor; None: one for each core of this machine."""
 
@@ -123,13 +128,48 @@ class _Running:
 
     @property
     def models(self) -> list[int]:
-        """Bytes of every model, which is held in float32, whichever dtype it is stored in.
+        """Bytes of every model that are held all the time.
 
         Where heads are merged, the base is evaluated beside the others.
         """
         evaluates = self.plan.merges_heads and self.needs.models_beside
         infos = self.plan.all_checkpoints if evaluates else self.plan.checkpoints
-        return [4 * sum(math.prod(t.shape) for t in info.tensors.values()) for info in infos]
+        return [sum(map(self._held_of, info.tensors.values())) for info in infos]
+
+    def _held_of(self, tensor: TensorInfo) -> int:
+        wide = 4 * math.prod(tensor.shape)
+        if self.needs.holding is Holding.WHOLE or not self._is_of_part(tensor):
+            return wide
+        if self.needs.holding is Holding.STREAMED:
+            return 0
+        return wide if tensor.delta is not None else min(wide, tensor.nbytes)
+
+    def _is_of_part(self, tensor: TensorInfo) -> bool:
+        """Return whether the model has the tensor only while a part of it is at work: a layer, or a vocabulary."""
+        slot = required_family(self.plan).slot(tensor.name)
+        if slot is None or slot.layer is not None:
+            return slot is not None
+        of_tokens = slot.kind in (Kind.EMBEDDING, Kind.MERGED_HEAD)
+        return of_tokens and tensor.shape[0] == vocabulary_size(self.plan.checkpoints[0].config)
+
+    @property
+    def at_work(self) -> int:
+        """Bytes of the largest part of a model while it is at work, and of a tensor of it that is read or averaged."""
+        if self.needs.holding is Holding.WHOLE:
+            return 0
+        family = required_family(self.plan)
+        layers: Counter[int] = Counter()
+        output = largest = 0
+        for tensor in self.plan.checkpoints[0].tensors.values():
+            slot, wide = family.slot(tensor.name), 4 * math.prod(tensor.shape)
+            if slot is None or not self._is_of_part(tensor):
+                continue
+            largest = max(largest, wide)
+            if slot.layer is not None:
+                layers[slot.layer] += wide
+            elif family.head.merges:
+                output = max(output, wide)
+        return max([output, *layers.values()]) + (2 if self.needs.models_beside else 1) * largest
 
     @property
     def input_widths(self) -> list[int]:
@@ -145,10 +185,12 @@ class _Running:
         models, beside, tokens = self.models, self.needs.models_beside, self.needs.tokens_held
         cached = sum(models) if tokens else min(sum(models), CACHE_BYTES + max(models))
         merged = 4 * sum(math.prod(tensor.shape) for tensor in self.plan.backbone)
+        if self.needs.holding is not Holding.WHOLE:  # the average is computed for the part at work
+            merged = 0
         read = (
             2 + self.needs.method.refits_layers
         ) * self.needs.outputs_held  # of one merge, a copy, and refitted ones
-        return cached + beside * max(*models, merged) + (2 * tokens + read) * 4 * self.sizes["hidden"]
+        return cached + beside * max(*models, merged) + self.at_work + (2 * tokens + read) * 4 * self.sizes["hidden"]
 
     @property
     def longest_row(self) -> int:
@@ -184,8 +226,11 @@ class _Running:
         """Return the bytes that `layers` layers keep of `tokens` tokens; None: all layers, as a backward pass does.
 
         A layer keeps for each token about 16 vectors of the hidden size, 4 of the feed-forward size, and rows of
-        attention.
+        attention. Where weights are read from files, only one layer does, and the others keep their input in float32.
         """
+        if layers is None and self.needs.holding is Holding.STREAMED:
+            inputs = self.sizes["layers"] * self.sizes["hidden"] * tokens * min(4, 4 * self.value_bytes)
+            return inputs + self.activations(tokens, layers=1)
         sizes = self.sizes
         family = required_family(self.plan)
         heads, neurons = (max(sizes[what], sizes.get(f"{DECODER}_{what}", 0)) for what in ("heads", "neurons"))

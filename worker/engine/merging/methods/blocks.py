@@ -83,6 +83,10 @@ class Versions:
         for rows in self._runs:
             yield self._read(rows)
 
+    def some(self, rows: slice) -> Block:
+        """Read the block of these rows."""
+        return self._read(rows)
+
     def sample(self, elements: int) -> Iterator[Block]:
         """Yield runs of rows from all over the tensor.
 

@@ -1,0 +1,110 @@
+"""Models that are not held whole in float32 give the numbers of those that are, bit for bit."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import tiny_checkpoint, tiny_texts, write_lines
+from tests.tiny_families import DECODERS, TINY_FAMILIES, TinyFamily
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.planning.holding import Holding
+from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.evaluation.evaluate import predict
+from worker.engine.inputs.examples import Example, tokenize
+from worker.engine.models.loading import LoadedModel, load
+from worker.engine.models.weights import held
+from worker.engine.runtime.device import Precision
+from worker.engine.runtime.placeholders import is_placeholder
+from worker.engine.scoring.estimators import estimator_for
+from worker.engine.scoring.gram import grams
+from worker.engine.scoring.scorer import score
+from worker.engine.tasks import EstimatorName
+
+CPU = torch.device("cpu")
+LESS = [Holding.STORED, Holding.STREAMED]
+FORMS: dict[str, tuple[TinyFamily, str]] = {
+    **{name: (TINY_FAMILIES[name], "SequenceClassification") for name in ("bert", "deberta-v2", "modernbert", "llama")},
+    "bert with a masked head": (TINY_FAMILIES["bert"], "MaskedLM"),
+    **{f"{name}, a language model": (DECODERS[name], "CausalLM") for name in ("llama", "gpt2", "gemma3", "opt")},
+}
+"""Norms before and after, relative positions, scaled embeddings, two tables of rotary positions, tied matrices."""
+
+
+@dataclass(frozen=True)
+class Case:
+    folder: Path
+    spec: EvaluationSpec
+
+    def loaded(self, holding: Holding = Holding.WHOLE) -> LoadedModel:
+        return load(inspect_checkpoint(self.folder, "local:model"), CPU, holding)
+
+    def measured(self, loaded: LoadedModel, precision: Precision = "float32") -> dict[str, Tensor]:
+        examples = self.examples(loaded)
+        estimators: list[EstimatorName] = ["sampled"] if loaded.family.head.merges else ["expected", "sampled"]
+        found = {}
+        for name in estimators:
+            estimator = estimator_for(name, loaded.task, seed=1)
+            sums = score(loaded, examples, estimator, precision, "rows", lambda _: None).named()
+            found.update({f"{name} {key}": value for key, value in sums.items()})
+        inputs = plan_merge([loaded.info]).linear_inputs
+        found |= grams(loaded, inputs, examples, precision, "rows", lambda _: None)
+        predictions = predict(loaded, examples, precision, lambda _: None, self.spec)
+        return {**found, "predictions": torch.from_numpy(predictions)}
+
+    def examples(self, loaded: LoadedModel) -> list[Example]:
+        rows = sample(RowFile(self.spec), self.spec, None, shuffle=False)
+        return tokenize(rows, self.spec, loaded.tokenizer, loaded.max_length, None, reading=loaded.kind).examples
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    root = tmp_path_factory.mktemp("holding")
+    tiny, task = FORMS[request.param]
+    tiny_checkpoint(root / "model", family=tiny, labels=3, task=task, dtype=torch.bfloat16)
+    text = "[MASK] {}" if task == "MaskedLM" else "{}"
+    rows = write_lines(root / "rows.jsonl", [json.dumps({"text": text.format(one)}) for one in tiny_texts(9, 1)])
+    metric: Any = "accuracy" if task == "SequenceClassification" else "loss"
+    return Case(root / "model", EvaluationSpec(source="rows", path=rows, metric=metric))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_number_has_the_bits_that_it_has_where_the_model_is_held_whole(case: Case, precision: Precision) -> None:
+    expected = case.measured(case.loaded(), precision)
+    assert all(values.isfinite().all() for values in expected.values())
+    for holding in LESS:
+        found = case.measured(case.loaded(holding), precision)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == [], holding.name
+
+
+def test_a_model_gives_its_memory_up_where_it_is(case: Case) -> None:
+    loaded = case.loaded()
+    expected, whole = case.measured(loaded), loaded.nbytes
+    stored = loaded.held_as(Holding.STORED)
+    layer = stored.model.get_submodule(loaded.family.layer_path(0).rstrip("."))
+    assert all(map(is_placeholder, layer.parameters()))
+    in_files = stored.nbytes
+    assert in_files < 0.75 * whole
+    streamed = stored.held_as(Holding.STREAMED)
+    assert streamed.nbytes < 0.5 * in_files
+    found = case.measured(streamed)
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert all(map(is_placeholder, layer.parameters()))
+
+
+@pytest.mark.parametrize("holding", Holding)
+def test_other_weights_take_the_place_of_all_or_some(case: Case, holding: Holding, tmp_path: Path) -> None:
+    loaded, doubled = case.loaded(holding), case.loaded()
+    with torch.no_grad():
+        for parameter in doubled.model.parameters():
+            parameter.mul_(0.5)
+    loaded.take({name: held(tensor.detach()) for name, tensor in doubled.model.named_parameters()})
+    found, expected = case.measured(loaded), case.measured(doubled)
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
