@@ -27,6 +27,7 @@ BLOCK_ELEMENTS = 1 << 18  # elements of one version that are merged at once: 1 M
 HELD_BLOCKS = 16  # blocks of values in which a rank is found; two models' tensors of half the size are held whole
 HELD_TOKENS = 8192  # of a batch that a model writes, with those to come; their keys and values are held at once
 LOGITS_COPIES = 3  # of the next token's, while it is chosen
+KEPT_BYTES = 150_000_000  # what the allocator keeps of parts of models that were at work; measured up to 140 MB
 RUN_BYTES = 256_000_000  # largest weights of a model that is run once before it is published
 
 
@@ -95,7 +96,8 @@ def estimate(plan: MergePlan, needs: MemoryNeeds) -> int:
         one.measuring_bytes(running) + sum(other.beside_bytes(running) for other in statistics if other is not one)
         for one in statistics
     ]
-    return RUNTIME_BYTES + running.held + max(running.batch, running.writing, merging, *measuring)
+    published = 0 if needs.holding is Holding.WHOLE else _run_bytes(plan)  # otherwise less than the models
+    return RUNTIME_BYTES + running.held + max(running.batch, running.writing, merging, published, *measuring)
 
 
 def most_new_tokens(plan: MergePlan, evaluations: Sequence[Writing | None]) -> int:
@@ -169,7 +171,7 @@ class _Running:
                 layers[slot.layer] += wide
             elif family.head.merges:
                 output = max(output, wide)
-        return max([output, *layers.values()]) + (2 if self.needs.models_beside else 1) * largest
+        return KEPT_BYTES + max([output, *layers.values()]) + (2 if self.needs.models_beside else 1) * largest
 
     @property
     def input_widths(self) -> list[int]:
