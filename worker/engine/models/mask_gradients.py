@@ -17,6 +17,7 @@ from torch.nn.functional import gelu, one_hot
 
 from worker.engine.catalog.families import ScoreName, Site
 from worker.engine.models.experts import RoutedLinear
+from worker.engine.models.weights import IS_COMPUTED_AGAIN
 
 CHUNK_VALUES = 1 << 17  # values of a product that are summed at once, 512 kB in float32: they stay in a core's cache
 
@@ -40,7 +41,6 @@ class MaskGradients:
         self._token_sums = TokenSums()
         self._tokens: tuple[int, ...] = ()  # (batch, tokens), as the sites before show
         self._calls: Counter[nn.Module] = Counter()
-        self._is_differentiated = False
         self._handles = [model.register_forward_pre_hook(self._forget)]
         for module in narrowing:  # before the sites' own hooks, which then see one token
             self._handles.append(model.get_submodule(module).register_forward_pre_hook(self._narrower(uses)))
@@ -77,12 +77,10 @@ class MaskGradients:
 
     def _forget(self, module: nn.Module, inputs: object) -> None:
         self._calls.clear()
-        # Asked here, because layers that are computed again in the backward pass are run without gradients before.
-        self._is_differentiated = torch.is_grad_enabled()
 
     def _narrower(self, uses: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not self._is_differentiated:
+            if not torch.is_grad_enabled() and not IS_COMPUTED_AGAIN.get():
                 return None
             self._calls[module] += 1
             return _first_token(inputs) if self._calls[module] % uses == 0 else None

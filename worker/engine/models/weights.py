@@ -12,6 +12,7 @@ activations of all layers would lack too: only a layer's input is kept, and the 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize, ref
@@ -28,6 +29,8 @@ from worker.engine.runtime.placeholders import PART, placeholder
 
 Source = Callable[[slice | None], Tensor]
 """Gives a tensor on the CPU, or, for a slice, some of its rows."""
+IS_COMPUTED_AGAIN: ContextVar[bool] = ContextVar("is_computed_again", default=False)
+"""Whether a layer is run without gradients that its backward pass will compute again with them."""
 
 
 def held(values: Tensor) -> Source:
@@ -310,7 +313,11 @@ class _Recomputed(torch.autograd.Function):
         ctx.part, ctx.call = part, call
         ctx.casting = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.save_for_backward(*tensors)
-        return call(tensors)
+        before = IS_COMPUTED_AGAIN.set(True)
+        try:
+            return call(tensors)
+        finally:
+            IS_COMPUTED_AGAIN.reset(before)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
