@@ -28,6 +28,7 @@ from worker.engine.catalog.data.rows import RowReader, check_first_rows
 from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.planning.holding import holdings
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan, require_reader, required_task
@@ -75,6 +76,9 @@ class Plan(BaseModel):
     bytes_to_write: int
     peak_memory_bytes: int
     """Estimate for one worker, in float32, with the longest rows that the models take."""
+    least_memory_bytes: int
+    """The same for a worker that has less. It holds models in the format of their files, or reads them layer by layer,
+    if the method allows it; one with less than this refuses the job."""
     examples: int
     """Largest number of rows that would be measured, over all models."""
     candidates: list[str] | None
@@ -335,6 +339,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
         bytes_to_read=plan.bytes_to_read,
         bytes_to_write=plan.bytes_to_write,
         peak_memory_bytes=estimate(plan, needs),
+        least_memory_bytes=min(estimate(plan, replace(needs, holding=way)) for way in holdings(plan, method)),
         examples=measured,
         candidates=[candidate.name for candidate in method.methods] if method.search else None,
         trials=method.search.trials if method.search else None,

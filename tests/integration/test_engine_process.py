@@ -1,22 +1,36 @@
 """The engine process from the worker's end: a real one, started, fed, killed."""
 
+import json
 import os
 import resource
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from threading import Thread
 
 import psutil
 import pytest
+import torch
 
 from tests.conftest import running, wait_until
-from tests.tiny import POSITIONS, dataset_spec, merge_spec, model_spec, tiny_checkpoint, write_rows
+from tests.tiny import (
+    POSITIONS,
+    dataset_spec,
+    merge_spec,
+    model_spec,
+    tiny_checkpoint,
+    tiny_texts,
+    write_lines,
+    write_rows,
+)
 from tests.tiny_language_models import tiny_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
+from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec, ScoreSpec
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import AverageParameters
+from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.memory import RUN_BYTES, RUNTIME_BYTES, MemoryNeeds, estimate
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine_process import EngineDied, EngineHung, EngineProcess, Failed, Finished, Progressed
@@ -292,3 +306,32 @@ def test_the_plans_memory_is_what_a_merge_takes(fresh: EngineProcess, tmp_path: 
     planned = estimate(plan, needs)
     assert event.result.peak_memory_bytes < planned
     assert event.result.peak_memory_bytes - idle > 0.4 * (planned - RUNTIME_BYTES)
+
+
+def test_a_model_larger_than_the_memory_that_is_left_is_measured_layer_by_layer(
+    fresh: EngineProcess, tmp_path: Path
+) -> None:
+    """A real limit on a real process, which could not load the model in float32."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
+    folder = tiny_model(tmp_path / "model", layers=30, dtype=torch.bfloat16, **sizes)
+    rows = write_lines(tmp_path / "rows.jsonl", [json.dumps({"text": text}) for text in tiny_texts(4, 1)])
+    plan = plan_merge([inspect_checkpoint(folder, "model")])
+    model = model_spec(folder).model_copy(update={"dataset": DatasetSpec(source="rows", path=rows)})
+    method = {"name": "mask_fisher", "precision": "float32", "batch_tokens": 256}
+    spec = ScoreSpec.model_validate(
+        {"name": "tiny", "models": [model], "method": method, "folder": tmp_path / "out", "recipe": {}}
+    )
+    needs = MemoryNeeds(spec.method, longest_row=POSITIONS, publishes=False)
+    whole, stored, streamed = (estimate(plan, replace(needs, holding=holding)) for holding in Holding)
+    in_float32 = 2 * plan.checkpoints[0].nbytes
+    process = psutil.Process(fresh.pid).memory_info()
+    further = streamed + 30_000_000 - process.rss
+    assert further < in_float32
+    assert streamed + 30_000_000 < min(stored, whole)
+    resource.prlimit(fresh.pid, resource.RLIMIT_AS, (process.vms + further, process.vms + further))
+    fresh.run(spec)
+    event = last_event(fresh)
+    fresh.kill()
+    assert isinstance(event, Finished), event
+    assert "layers were read from the files" in event.result.notes[0]
+    assert event.result.peak_memory_bytes < streamed

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from worker.engine.catalog.contracts.spec import JobSpec
+from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
 from worker.engine.catalog.planning.holding import Holding, holdings
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.plan import MergePlan
@@ -43,6 +43,7 @@ def require_memory_of_job(
         outputs_held=outputs_held,
         new_tokens=most_new_tokens(plan, spec.evaluations),
         value_bytes=0 if on_gpu else 2 if context.precision == "bfloat16" else 4,
+        publishes=isinstance(spec, MergeSpec),
         threads=torch.get_num_threads(),
     )
     loaded = plan.checkpoints if spec.loads_models else []

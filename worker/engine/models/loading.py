@@ -239,7 +239,9 @@ def _outlined(info: CheckpointInfo, family: Family, attention: str | None) -> nn
             if other is not tensor:
                 if not torch.equal(reader.read(other), values):
                     problem = f"tensors {other.name} and {tensor.name} should be one matrix, and differ"
-                    raise InvalidCheckpoint(info.source, f"{problem}; a worker with memory for the whole model takes it")
+                    raise InvalidCheckpoint(
+                        info.source, f"{problem}; a worker with memory for the whole model takes it"
+                    )
             elif id(own) not in of_parts:
                 _put(model, own, values.float())
     lacking = next((name for name in parameters if name not in found), None)
@@ -270,7 +272,6 @@ def _move(model: nn.Module, device: torch.device) -> None:
 def _check_finite(info: CheckpointInfo, name: str, values: torch.Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
         raise InvalidCheckpoint(info.source, f"tensor {name} has values that are NaN or infinite", tensor=name)
->>>>>>> 7863fce (Models are held in the format of their files, or read layer by layer, where memory lacks)
 
 
 def _attention(info: CheckpointInfo, device: torch.device) -> str | None:

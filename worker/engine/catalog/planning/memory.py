@@ -73,6 +73,8 @@ class MemoryNeeds:
     """Bytes of an activation: 4 in float32, 2 in bfloat16, and 0 where they lie on another device."""
     holding: Holding = Holding.WHOLE
     """Where the weights of models are that are run."""
+    publishes: bool = True
+    """Whether a merge is published, and may be run once before."""
     threads: int | None = None
     """Number of threads, each of which merges a tensor; None: one for each core of this machine."""
 
@@ -96,7 +98,8 @@ def estimate(plan: MergePlan, needs: MemoryNeeds) -> int:
         one.measuring_bytes(running) + sum(other.beside_bytes(running) for other in statistics if other is not one)
         for one in statistics
     ]
-    published = 0 if needs.holding is Holding.WHOLE else _run_bytes(plan)  # otherwise less than the models
+    # A model that is run once before it is published takes less than those that are held whole.
+    published = _run_bytes(plan) if needs.publishes and needs.holding is not Holding.WHOLE else 0
     return RUNTIME_BYTES + running.held + max(running.batch, running.writing, merging, published, *measuring)
 
 
