@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import psutil
 import pytest
@@ -312,7 +313,12 @@ def test_a_model_larger_than_the_memory_that_is_left_is_measured_layer_by_layer(
     fresh: EngineProcess, tmp_path: Path
 ) -> None:
     """A real limit on a real process, which could not load the model in float32."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
     folder = tiny_model(tmp_path / "model", layers=30, dtype=torch.bfloat16, **sizes)
     rows = write_lines(tmp_path / "rows.jsonl", [json.dumps({"text": text}) for text in tiny_texts(4, 1)])
     plan = plan_merge([inspect_checkpoint(folder, "model")])

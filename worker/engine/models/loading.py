@@ -213,7 +213,7 @@ def _adapted(info: CheckpointInfo, family: Family, attention: str | None) -> nn.
 
 
 def _outlined(info: CheckpointInfo, family: Family, attention: str | None) -> nn.Module:
-    """Build a model whose layout was checked, and read what it has besides its parts, whose tensors are only checked."""
+    """Build a model whose layout was checked, and read what it has besides its parts; their tensors are checked."""
     model: nn.Module = _built(info, family, attention, whole=False)
     of_parts = {
         id(parameter)
