@@ -22,7 +22,8 @@ def holdings(plan: MergePlan, method: BaseParameters) -> Sequence[Holding]:
     """Return the ways of holding models that a job may choose among.
 
     What searches and refits keep beside the models is as large as these, and Fisher information of every parameter is
-    larger. Where all layers share their weights, one layer is the model. Models of an encoder and a decoder are held whole.
+    larger. Where all layers share their weights, one layer is the model. Models of an encoder and a decoder are held
+    whole.
     """
     needs_whole = method.search is not None or method.refits_layers or PARAMETER_FISHER in method.statistics
     family = plan.family
