@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_checkpoint, tiny_texts, write_lines
-from tests.tiny_families import DECODERS, TINY_FAMILIES, TinyFamily
+from tests.tiny_families import DECODERS, TINY_FAMILIES, TINY_MIXTURES, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
@@ -32,7 +32,10 @@ LESS = [Holding.STORED, Holding.STREAMED]
 FORMS: dict[str, tuple[TinyFamily, str]] = {
     **{name: (TINY_FAMILIES[name], "SequenceClassification") for name in ("bert", "deberta-v2", "llama")},
     "bert with a masked head": (TINY_FAMILIES["bert"], "MaskedLM"),
-    **{f"{name}, a language model": (DECODERS[name], "CausalLM") for name in ("llama", "gpt2", "gemma3")},
+    **{
+        f"{name}, a language model": ({**DECODERS, **TINY_MIXTURES}[name], "CausalLM")
+        for name in ("llama", "gpt2", "gemma3", "qwen3_moe")
+    },
 }
 """Norms before and after, relative positions, scaled embeddings, two tables of rotary positions, tied matrices."""
 

@@ -70,6 +70,8 @@ class Weights:
             weights = []
             for owner, own, parameter in kind.own_parameters(module):
                 name = names[id(parameter)]
+                if name not in tensors:  # the files have it in another form
+                    continue
                 if name not in self._sources:
                     self._sources[name] = self._source(name)
                 weights.append(_Weight(self._sources, name, ref(owner), own))
