@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import tiny_checkpoint, tiny_texts, write_lines
-from tests.tiny_families import DECODERS, TINY_FAMILIES, TINY_MIXTURES, TinyFamily
+from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines
+from tests.tiny_families import DECODERS, TINY_BERT, TINY_FAMILIES, TINY_LLAMA, TINY_MIXTURES, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
+from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.checkpoints.reader import digest_file
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.inputs.examples import Example, plan_batches, tokenize
+from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.models.weights import held
 from worker.engine.runtime.device import Precision
@@ -111,3 +114,40 @@ def test_other_weights_take_the_place_of_all_or_some(case: Case, holding: Holdin
     loaded.take({name: held(tensor.detach()) for name, tensor in doubled.model.named_parameters()})
     found, expected = case.measured(loaded), case.measured(doubled)
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "CausalLM"])
+def test_a_job_has_the_same_result_however_its_models_are_held(
+    tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept heads are aligned and evaluated, language models are judged beside the base; and so is the plain average."""
+    of_text = task == "CausalLM"
+    for seed, name in enumerate(("base", "one", "two")):
+        tiny_checkpoint(
+            tmp_path / name, family=TINY_LLAMA if of_text else TINY_BERT, seed=seed, task=task, dtype=torch.bfloat16
+        )
+        rows = [{"text": text, "label": place % 2} for place, text in enumerate(tiny_texts(40, seed))]
+        write_lines(tmp_path / f"{name}.jsonl", [json.dumps(row) for row in rows])
+    columns = {} if of_text else {"label": "label"}
+    metric: Any = "loss" if of_text else "accuracy"
+    models = []
+    for name in ("one", "two"):
+        rows_of = {"source": name, "path": tmp_path / f"{name}.jsonl", **columns}
+        held_out = EvaluationSpec(**{**rows_of, "path": tmp_path / "base.jsonl"}, metric=metric)
+        model = model_spec(tmp_path / name, evaluation=held_out)
+        models.append(model.model_copy(update={"dataset": DatasetSpec(**rows_of)}))
+    found = []
+    for holding in Holding:
+        monkeypatch.setattr("worker.engine.jobs.memory.holdings", lambda plan, method, one=holding: [one])
+        spec = merge_spec(
+            tmp_path / holding.name, models, {"name": "mask_regmean"}, evaluate=True, align_heads=not of_text
+        )
+        if of_text:
+            spec = spec.model_copy(update={"base": CheckpointSpec(source="base", path=tmp_path / "base")})
+        result = Engine(CPU).merge(spec, silent)
+        assert any("holding models in float32" in note for note in result.notes) is (holding is not Holding.WHOLE)
+        weights = sorted(spec.folder.rglob("*.safetensors"))
+        found.append((result.metrics, [(file.name, digest_file(file)) for file in weights]))
+    assert found[0][1]
+    assert found[1] == found[0]
+    assert found[2] == found[0]
