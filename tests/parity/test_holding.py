@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines
-from tests.tiny_families import DECODERS, TINY_BERT, TINY_FAMILIES, TINY_LLAMA, TINY_MIXTURES, TinyFamily
+from tests.tiny_families import DECODERS, TINY_FAMILIES, TINY_LLAMA, TINY_MIXTURES, TinyFamily
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec
 from worker.engine.catalog.data.rows import RowFile, sample
@@ -123,9 +123,7 @@ def test_a_job_has_the_same_result_however_its_models_are_held(
     """Kept heads are aligned and evaluated, language models are judged beside the base; and so is the plain average."""
     of_text = task == "CausalLM"
     for seed, name in enumerate(("base", "one", "two")):
-        tiny_checkpoint(
-            tmp_path / name, family=TINY_LLAMA if of_text else TINY_BERT, seed=seed, task=task, dtype=torch.bfloat16
-        )
+        tiny_checkpoint(tmp_path / name, family=TINY_LLAMA, seed=seed, task=task, dtype=torch.bfloat16)
         rows = [{"text": text, "label": place % 2} for place, text in enumerate(tiny_texts(40, seed))]
         write_lines(tmp_path / f"{name}.jsonl", [json.dumps(row) for row in rows])
     columns = {} if of_text else {"label": "label"}

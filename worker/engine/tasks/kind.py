@@ -31,7 +31,6 @@ from worker.engine.runtime.progress import OnRows
 from worker.engine.tasks.last_token import (
     end_token_problem,
     logits_of_last_token,
-    pad_token_of,
     reads_end_token,
     reads_last_token,
 )
@@ -122,7 +121,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         """Run the model on padded inputs, (batch, tokens) each, and return its logits, (batch, …)."""
         if self.model is None:
             raise TypeError("this head has no model to run")
-        if reads_last_token(self.model) and pad_token_of(self.model) is None:
+        if reads_last_token(self.model):
             return logits_of_last_token(self.model, inputs)
         logits: Tensor = self.model(**self.arguments(inputs)).logits
         return logits

@@ -41,9 +41,13 @@ def end_token_problem(model: Any, encoding: Any) -> str | None:
 
 
 def logits_of_last_token(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Run the model, and return the logits of each row's last token in the attention mask, (batch, labels)."""
+    """Run the model, and return the logits of each row's last token that is no padding, (batch, labels).
+
+    The head reads no other token. Without a token of padding, the attention mask says which tokens are padding.
+    """
     hidden = model.base_model(**inputs).last_hidden_state
-    mask = inputs["attention_mask"].bool()
+    padding = pad_token_of(model)
+    mask = inputs["attention_mask"].bool() if padding is None else inputs["input_ids"] != padding
     places = torch.arange(mask.shape[1], device=mask.device)
     last = (places * mask).argmax(-1)
     logits: Tensor = getattr(model, HEAD_MODULE)(hidden[torch.arange(len(hidden), device=hidden.device), last])
