@@ -83,7 +83,7 @@ def main() -> None:
             peak, announced = json.loads(run.stdout.splitlines()[-1])
             found.append(
                 {
-                    "what": f"{name}, {precision}, rows of {options.row} tokens: most memory, MB",
+                    "what": f"{name}, {precision}, rows of up to {options.row} tokens: most memory, MB",
                     "ours": peak / 1e6,
                     "reference": announced / 1e6,
                     "ratio": peak / announced,
