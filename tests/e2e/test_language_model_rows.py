@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Service, assert_problem
 from tests.tiny import Tensors, edit_json, edit_tensors, tiny_checkpoint, tiny_texts, write_lines
-from tests.tiny_families import DECODERS, words_of_decoders
+from tests.tiny_families import DECODERS, ENCODER_DECODERS, words_of_decoders
 
 Recipe = dict[str, Any]
 ROWS = 12
@@ -28,12 +28,16 @@ def inputs(tiny_inputs: Path) -> Path:
     edit_tensors(folder / "huge", lambda tensors: {**tensors, NORM: 0 * tensors[NORM] + 3e38})
     edit_tensors(folder / "small", shrunk)
     edit_json(folder / "small" / "config.json", vocab_size=20)
+    for seed, name in enumerate(("writer-0", "writer-1"), start=1):
+        tiny_checkpoint(folder / name, family=ENCODER_DECODERS["bart"], seed=seed, task="Seq2SeqLM")
     rows = tiny_inputs / "rows"
     write_lines(rows / "texts.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, 1)])
     written = [{"text": "one two", "target": "three"}] * ROWS
     write_lines(rows / "targets.jsonl", [json.dumps(row) for row in written])
     long = [*written[:4], {"text": "one " * 46, "target": "three"}]
     write_lines(rows / "long.jsonl", [json.dumps(row) for row in long])
+    write_lines(rows / "far.jsonl", [json.dumps(row) for row in [*written[:4], {"text": "one", "target": "two " * 60}]])
+    write_lines(rows / "empty.jsonl", [json.dumps(row) for row in [*written[:4], {"text": "one", "target": ""}]])
     chosen = [{"text": "one ", "choices": ["two", "three"], "label": place % 2} for place in range(ROWS)]
     write_lines(rows / "choices.jsonl", [json.dumps(row) for row in chosen])
     write_lines(rows / "wrong.jsonl", [json.dumps(row) for row in [*chosen, {**chosen[0], "label": 2}]])
@@ -75,6 +79,18 @@ def test_what_models_write_is_judged_as_asked(service: Service, inputs: Path) ->
     assert found["best_expert"]["value"] >= found["expert"]
 
 
+def test_text_to_text_is_measured_and_judged_by_both_columns(service: Service, inputs: Path) -> None:
+    asked = recipe("targets", "writer-0", "writer-1", method="mask_fisher", **{**WRITTEN, "target": None})
+    for model in asked["models"]:
+        model["dataset"] = {"source": "local:rows/targets.jsonl"}
+    job = service.finished(service.submit(asked))
+    assert job["status"] == "succeeded", job["error"]
+    for part in ("dataset", "evaluation"):
+        kept = job["request"]["models"][0][part]
+        assert (kept["text"], kept["target"]) == ("text", "target")
+    assert 0 <= job["result"]["metrics"]["writer-0"]["answer_tokens"]["merged"] <= 2
+
+
 def test_choices_are_judged(service: Service, inputs: Path) -> None:
     job = service.finished(service.submit(recipe("choices", metric="choice_accuracy", choices="choices")))
     assert job["status"] == "succeeded", job["error"]
@@ -85,6 +101,9 @@ def test_choices_are_judged(service: Service, inputs: Path) -> None:
 REFUSED: dict[str, tuple[Recipe, list[str]]] = {
     "a setting of another metric": (recipe("texts", metric="loss", stop=["a"]), ["models.0.evaluation.stop"]),
     "a pattern that goes back": (recipe("targets", **{**WRITTEN, "answer": r"(a)\1"}), ["models.0.evaluation.answer"]),
+    "text to text without a target": (
+        recipe("texts", "writer-0", "writer-1"), ["models.0.evaluation", "no column 'target'"],
+    ),
     "choices of perplexity": (recipe("choices", choices="choices"), ["models.0.evaluation.choices"]),
     "a label that is no choice": (
         recipe("wrong", metric="choice_accuracy"), ["models.0.evaluation", "line 13", "label 2 is out of range"],
@@ -110,6 +129,12 @@ FAILING: dict[str, tuple[Recipe, str, list[str]]] = {
     ),
     "a completion that would be cut": (
         recipe("long", target="target", max_length=20), "invalid_dataset", ["line 5", "longer than the 20 tokens"],
+    ),
+    "a target over the limit": (
+        recipe("far", "writer-0", "writer-1"), "invalid_dataset", ["line 5", "its target has", "48 are allowed"],
+    ),
+    "a target without a token": (
+        recipe("empty", "writer-0", "writer-1"), "invalid_dataset", ["line 5", "no token is of its target"],
     ),
     "a template that fails": (
         recipe("talks", messages="messages"), "invalid_dataset", ["line 1", "the chat template fails on it"],

@@ -23,6 +23,7 @@ from tests.tiny import (
     merge_spec,
     model_spec,
     silent,
+    tiny_base,
     tiny_checkpoint,
     tiny_texts,
     write_lines,
@@ -385,6 +386,36 @@ def test_a_measured_merge_is_no_average_and_loads(case: Case, engine: Engine, tm
         names = [name for name in found if name.endswith(f".{what}.weight")]
         average = {name: (one[name] + two[name]) / 2 for name in names}
         assert not names or any(not torch.allclose(found[name], average[name], atol=1e-4) for name in names)
+
+
+def test_the_ancestor_without_a_head_is_the_base(case: Case, engine: Engine, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", family=case.tiny)
+    specs = [model_spec(folder, None) for folder in case.models.values()]
+    spec = merge_spec(tmp_path / "out", specs, {"name": "task_arithmetic", "scale": 0.25})
+    engine.merge(spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)}), silent)
+    folders = (*case.models.values(), tmp_path / "out" / "model")
+    one, two, found = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, tensor in load_file(base / "model.safetensors").items():
+        own = name if name in found else f"model.{name}"
+        expected = tensor / 2 + (one[own] + two[own]) / 4
+        torch.testing.assert_close(found[own], expected, rtol=0, atol=1e-5, msg=own)
+
+
+def test_auto_searches_by_a_metric_of_targets(bart: Case, engine: Engine, tmp_path: Path) -> None:
+    specs = []
+    for seed, (name, folder) in enumerate(bart.models.items()):
+        texts, targets = tiny_texts(40, seed + 20, 12), tiny_texts(40, seed + 30, 9)
+        lines = [json.dumps({"text": text, "target": target}) for text, target in zip(texts, targets, strict=True)]
+        evaluation = EvaluationSpec(source=name, path=write_lines(tmp_path / f"{name}.jsonl", lines), metric="loss")
+        specs.append(model_spec(folder, None, dataset=bart.rows(name), evaluation=evaluation))
+    candidates = [{"name": "average"}, {"name": "mask_regmean"}]
+    method = {"name": "auto", "trials": 3, "candidates": candidates}
+    result = engine.merge(merge_spec(tmp_path / "out", specs, method, evaluate=True), silent)
+    assert result.candidates is not None
+    assert result.metrics is not None
+    [chosen] = [candidate for candidate in result.candidates if candidate.chosen]
+    for name, metric in result.metrics.items():
+        assert chosen.metrics[name].value == metric.merged
 
 
 def test_refits_are_refused_by_what_the_architecture_has(bart: Case, engine: Engine, tmp_path: Path) -> None:
