@@ -1,12 +1,14 @@
 """Models that are not held whole in float32 give the numbers of those that are, bit for bit."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines
@@ -17,6 +19,7 @@ from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.inputs.examples import Example, plan_batches, tokenize
@@ -149,3 +152,31 @@ def test_a_job_has_the_same_result_however_its_models_are_held(
     assert found[0][1]
     assert found[1] == found[0]
     assert found[2] == found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "problem"),
+    [
+        ("lm_head.weight", lambda table: table.clone(), None),
+        ("lm_head.weight", lambda table: table + 1, "should be one matrix, and differ"),
+        ("transformer.wte.weight", lambda table: table / 0, "wte.weight has values that are NaN or infinite"),
+        ("transformer.wte.weight", lambda table: table[1:], "wte.weight has shape"),
+        ("transformer.ln_f.weight", lambda table: None, "no tensor transformer.ln_f.weight"),
+    ],
+)
+def test_what_cannot_be_held_in_parts_is_refused_by_name(
+    tmp_path: Path, name: str, values: Callable[[Tensor], Tensor | None], problem: str | None
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", family=DECODERS["gpt2"], task="CausalLM")
+    tensors: dict[str, Tensor | None] = {**load_file(folder / "model.safetensors")}
+    table = tensors["transformer.wte.weight"]
+    assert table is not None
+    tensors[name] = values(table)
+    kept = {key: value.contiguous() for key, value in tensors.items() if value is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    info = inspect_checkpoint(folder, "local:model")
+    if problem is None:
+        assert load(info, CPU, Holding.STREAMED).holding is Holding.STREAMED
+        return
+    with pytest.raises(InvalidCheckpoint, match=problem):
+        load(info, CPU, Holding.STREAMED)
