@@ -102,11 +102,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(TINY_MIXTURES[name], task, root)
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
-
-
 def with_masks(model: Any, tiny: TinyFamily) -> dict[ScoreName, Tensor]:
     """Multiply every node's activation by a mask, and compute each token by all experts, most of them with weight 0."""
     masks: dict[ScoreName, Tensor] = {}
