@@ -245,13 +245,14 @@ def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _gains(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Return a doubt if the search gained nothing over the plain average, which nothing needs to be measured for."""
+    """Return a doubt if the chosen merge is not ahead of the plain average, which needs nothing to be measured."""
     average = next((line for line in candidates if line.kind == "average"), None)
     if average is None or average.behind is None or average.behind.interval[0] > 0:
         return []
     low, high = average.behind.interval
     gained = f"the search gained {average.behind.value:+z.4f} of mean retention ({low:+z.4f} to {high:+z.4f})"
-    return [Doubt(f"on the held-out rows {gained} over the plain average, which is nothing beyond chance")]
+    judged = "which is worse" if high < 0 else "which is nothing beyond chance"
+    return [Doubt(f"on the held-out rows {gained} over the plain average, {judged}")]
 
 
 def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:
