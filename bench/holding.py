@@ -99,8 +99,6 @@ def main() -> None:
             ratio = ours / reference
             names = {"what": f"{way}: {what}", "ours": ours, "reference": reference}
             found.append({**names, "ratio": ratio, "target": f"<= {most:g}", "met": ratio <= most})
-    for line in found:
-        print(*line.values())
     shown(options.json, found)
 
 
