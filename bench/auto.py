@@ -62,8 +62,8 @@ class Outcome:
 
     @property
     def best_other(self) -> Candidate:
-        """The best of what was not chosen, of candidates and the plain average: on rows that it was not chosen by."""
-        others = [line for line in self.lines if not line.chosen and line.kind != "expert"]
+        """The best of what was not chosen, of candidates and plain merges: on rows that it was not chosen by."""
+        others = [line for line in self.lines if not line.chosen and line.kind not in ("expert", "base")]
         return max(others, key=lambda line: line.mean_retention or 0.0)
 
     @property
