@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import edit_json, merge_spec, model_spec, read_model, silent, tiny_base
+from tests.tiny_embeddings import embedding_model
 from tests.tiny_families import TINY_BERT
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import CheckpointSpec
@@ -25,31 +26,6 @@ Edit = Callable[[Path], None]
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine(torch.device("cpu"))
-
-
-def embedding_model(folder: Path, seed: int, pooling: str = "cls", *more: str, prompts: Any = None) -> Path:
-    """As the library saves it: a transformer, pooling, and more modules."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling, Transformer
-
-    transformer = folder.parent / f"{folder.name}-transformer"
-    tiny_base(transformer, base_seed=1000 + seed)
-    TINY_BERT.tokenizer().save_pretrained(transformer)
-    torch.manual_seed(seed)
-    width = 16 * len(pooling.split("+"))
-    made: dict[str, Callable[[], Any]] = {
-        "dense": lambda: Dense(width, 8, activation_function=torch.nn.GELU()),
-        "residual": lambda: Dense(width, 8, bias=False, use_residual=True),
-        "layer norm": lambda: LayerNorm(8),
-        "normalize": Normalize,
-    }
-    modules = [Transformer(str(transformer)), Pooling(16, tuple(pooling.split("+"))), *(made[name]() for name in more)]
-    for module in modules[2:]:
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter)
-    model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts)
-    model.save_pretrained(str(folder), create_model_card=False)
-    return folder
 
 
 def embeddings(folder: Path) -> Tensor:

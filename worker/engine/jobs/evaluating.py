@@ -13,7 +13,7 @@ from worker.engine.catalog.contracts.report import MetricResult, Version
 from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
-from worker.engine.catalog.tasks import task_of
+from worker.engine.catalog.tasks import family_of, task_of
 from worker.engine.evaluation.evaluate import head_of, predict, predict_with
 from worker.engine.evaluation.metrics import compare
 from worker.engine.jobs.context import JobContext
@@ -70,7 +70,7 @@ def _sources(average: Backbone, context: JobContext) -> Mapping[str, Source]:
     """Compute the average once, or, where models are not held whole, again for each part that is at work."""
     if context.models.holding is not Holding.WHOLE:
         return average.sources()
-    return {name: held(tensor) for name, tensor in average.state().items()}
+    return {name: held(tensor) for name, tensor in {**average.state(), **average.modules()}.items()}
 
 
 def _evaluable_base(plan: MergePlan, context: JobContext) -> CheckpointInfo | None:
@@ -78,7 +78,7 @@ def _evaluable_base(plan: MergePlan, context: JobContext) -> CheckpointInfo | No
     base = plan.base
     if base is None or not plan.merges_heads:
         return None
-    if base.architecture == plan.checkpoints[0].architecture and base.vocabulary:
+    if base.architecture == plan.checkpoints[0].architecture and base.vocabulary and family_of(base) is not None:
         return base
     lacking = f"the head of {plan.checkpoints[0].architecture}" if base.vocabulary else "a tokenizer"
     context.note(f"the base {base.source} was not evaluated: it lacks {lacking}")

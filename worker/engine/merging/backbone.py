@@ -66,8 +66,9 @@ class Backbone:
             del block, merged  # freed before the next is read
 
     def sources(self) -> dict[str, Source]:
-        """Return the backbone, which is computed when it is read; the method must merge rows by themselves."""
-        return {tensor.slot.name: partial(self._some, tensor) for tensor in self.plan.backbone}
+        """Return backbone and modules, computed when they are read; the method must merge rows by themselves."""
+        tensors = (*self.plan.backbone, *self.plan.module_tensors)
+        return {tensor.slot.name: partial(self._some, tensor) for tensor in tensors}
 
     def _some(self, planned: PlannedTensor, rows: slice | None) -> Tensor:
         if rows is None:
@@ -89,6 +90,10 @@ class Backbone:
     def state(self) -> dict[str, Tensor]:
         """Compute the whole backbone, to be loaded into a model."""
         return {tensor.slot.name: self._whole(tensor) for tensor in self.plan.backbone}
+
+    def modules(self) -> dict[str, Tensor]:
+        """Compute the modules of sentence-transformers that are published with the model, by `Slot.name`."""
+        return {tensor.slot.name: self._whole(tensor) for tensor in self.plan.module_tensors}
 
     def _whole(self, planned: PlannedTensor) -> Tensor:
         parts = [part for _, part in self.blocks(planned)]
@@ -162,7 +167,7 @@ def averaged(plan: MergePlan, takes_part: Sequence[bool]) -> Backbone:
 def plain_average(plan: MergePlan, takes_part: Sequence[bool]) -> dict[str, Tensor]:
     """Compute the unweighted average of the models that take part, to be loaded into a model."""
     with averaged(plan, takes_part) as backbone:
-        return backbone.state()
+        return {**backbone.state(), **backbone.modules()}
 
 
 def base_alone(plan: MergePlan) -> dict[str, Tensor]:

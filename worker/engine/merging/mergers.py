@@ -103,8 +103,11 @@ def merged_state(
     if method.refits_layers:
         start = Backbone(plan, takes_part, merger)
         merger = given(refitted_state(method, start, experts(), precision, lambda: None))
-    with Backbone(plan, takes_part, merger, method.distance) as backbone:
-        return backbone.state()
+    with (
+        Backbone(plan, takes_part, merger, method.distance) as backbone,
+        Backbone(replace(plan, base=None), takes_part, weighted_average(models, plan)) as average,
+    ):
+        return {**backbone.state(), **average.modules()}
 
 
 def refitted_state(

@@ -15,13 +15,14 @@ from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import TEXT, check_ids, check_run_tokenizer, check_segments
 from worker.engine.catalog.checkpoints.files import described_files
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
+from worker.engine.catalog.checkpoints.modules import SENTENCE_MODULES, embedder_of
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.planning.memory import CACHE_BYTES
 from worker.engine.catalog.planning.plan import require_reader, required_table
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, is_of_library
 from worker.engine.catalog.primitives.paths import in_one_line
-from worker.engine.catalog.tasks import Task, reads_images, task_of
+from worker.engine.catalog.tasks import Embedding, Task, reads_images, task_of
 from worker.engine.checkpoints.configurations import OFFLINE, library_config
 from worker.engine.checkpoints.image_processor import ImageProcessor, load_image_processor
 from worker.engine.checkpoints.layout import check_layout, misshapen
@@ -30,6 +31,7 @@ from worker.engine.checkpoints.tokenizer import load_tokenizer
 from worker.engine.inputs.examples import padding_values
 from worker.engine.models.attention import cpu_attention
 from worker.engine.models.experts import with_single_experts
+from worker.engine.models.sentence_modules import SentenceModules
 from worker.engine.models.weights import Source, Weights, first_names, parts_of, tensors_of
 from worker.engine.runtime.libraries import transformers
 from worker.engine.runtime.placeholders import is_placeholder, without_values
@@ -125,6 +127,10 @@ def load(info: CheckpointInfo, device: torch.device, holding: Holding = Holding.
         else:
             made = _adapted if holding is Holding.WHOLE else _outlined
             model, report = made(info, family, attention), {"mismatched_keys": (), "missing_keys": ()}
+        task = task_of(info)
+        embedder = embedder_of(info) if isinstance(task, Embedding) else None
+        if embedder is not None:
+            setattr(model, SENTENCE_MODULES, SentenceModules(embedder))
         is_of_text = not reads_images(info)
         reader: Any
         reader, last = load_tokenizer(info, model.config) if is_of_text else (_image_processor(info, model), 0)
@@ -149,6 +155,8 @@ def load(info: CheckpointInfo, device: torch.device, holding: Holding = Holding.
         weights = Weights(model, info, family, tensors_of(model, info, family), holding, device)
     _move(model, device)
     positions = family.max_tokens(info.config)
+    if embedder is not None and embedder.max_tokens is not None:
+        positions = min(positions, embedder.max_tokens)
     if is_of_text:
         check_ids(info, last, model.config.vocab_size)
         reader.model_input_names = _inputs(reader, model)
@@ -156,7 +164,7 @@ def load(info: CheckpointInfo, device: torch.device, holding: Holding = Holding.
     return LoadedModel(
         info=info,
         family=family,
-        task=task_of(info),
+        task=task,
         model=model,
         tokenizer=reader,
         device=device,

@@ -201,7 +201,7 @@ class SharedBackbone:
     def __init__(self, plan: MergePlan, precision: Precision) -> None:
         self.experts: list[ExpertOutputs] = []
         self._precision = precision
-        self._dtypes = _dtypes(plan.backbone)
+        self._dtypes = _dtypes((*plan.backbone, *plan.module_tensors))
         # Heads that merge are in the backbone, and there is one published model, not one for each expert.
         heads = [()] * len(plan.checkpoints) if plan.merges_heads else plan.heads
         self._head_dtypes = [_dtypes(head) for head in heads]

@@ -7,6 +7,7 @@ the checkpoint's folder, as any other. https://sbert.net/docs/package_reference/
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 
 SENTENCE_CONFIG = "config_sentence_transformers.json"
+SENTENCE_MODULES = "sentence_modules"
+"""Name of the part of a running model that holds the modules after the transformer, by their folders."""
 SAVE_ANEW = "save it anew by SentenceTransformer('IN').save_pretrained('OUT')"
 MAX_MODULES = 20
 FOLDER = re.compile(r"[0-9]{1,2}_[A-Za-z0-9_]{1,64}")
@@ -36,6 +39,8 @@ POOLING_FLAGS = {
 }
 """Older spellings of `pooling_mode`, in the order in which vectors are joined."""
 ACTIVATION = re.compile(r"torch\.nn\.modules\.[a-z]{1,40}\.[A-Za-z0-9]{1,40}")
+RUN_ACTIVATION = re.compile(r"torch\.nn\.modules\.(activation\.[A-Za-z0-9]{1,40}|linear\.Identity)")
+"""Matches the activations that are run here."""
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Pooling": {"include_prompt": True},
     "Normalize": {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
@@ -118,6 +123,63 @@ def read_modules(info: CheckpointInfo) -> Modules | None:
     if len({*folders}) < len(folders):
         raise InvalidCheckpoint(source, f"{MODULES} names one folder for two modules")
     return Modules(info, path, tuple(entries), tuple(steps), None, _encoder(path, source))
+
+
+SIMILARITIES = ("cosine", "dot")
+"""Names of the similarities by which embeddings are compared here; the first is the default."""
+COMPUTED = ("Pooling", "Normalize", "Dropout", *WITH_WEIGHTS)
+POOLING_MODES = frozenset(POOLING_FLAGS.values())
+SENTENCE = "sentence_embedding"
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """How a folder of sentence-transformers makes embeddings of its transformer's outputs, and compares them."""
+
+    steps: tuple[Module, ...]
+    width: int
+    """Width of an embedding."""
+    similarity: str
+    """One of `SIMILARITIES`."""
+    max_tokens: int | None
+    """Number of tokens of a text that are read; None: as many as the transformer and its tokenizer allow."""
+
+
+def embedder_of(info: CheckpointInfo) -> Embedder | None:
+    """Return how a checkpoint makes embeddings; None if it is no embedding model, or has a step that is not run here.
+
+    Raises:
+        InvalidCheckpoint: see `read_modules`.
+    """
+    modules = read_modules(info)
+    if modules is None or modules.unknown or not all(starmap(_is_computed, enumerate(modules.steps))):
+        return None
+    file = modules.path / SENTENCE_CONFIG
+    said = read_json(file, info.source, MAX_CONFIG_BYTES) if file.is_file() else {}
+    similarity, most = said.get("similarity_fn_name") or SIMILARITIES[0], modules.encoder.get("max_seq_length")
+    computing = all(modules.encoder.get(key, default) == default for key, default in COMPUTING.items())
+    if similarity not in SIMILARITIES or said.get("default_prompt_name") or not computing or not modules.steps:
+        return None
+    width = modules.steps[0].settings["embedding_dimension"]
+    width = width * len(modules.steps[0].settings["pooling_mode"]) if isinstance(width, int) else None
+    for step in modules.steps:
+        width = step.settings["out_features"] if step.kind == "Dense" else width
+    if not isinstance(width, int) or width <= 0:
+        return None
+    return Embedder(modules.steps, width, similarity, most if isinstance(most, int) and most > 0 else None)
+
+
+def _is_computed(number: int, step: Module) -> bool:
+    """Return whether a step is run here: pooling first, and then steps that read and give the text's one vector."""
+    settings = step.settings
+    if (number == 0) != (step.kind == "Pooling") or step.kind not in COMPUTED:
+        return False
+    if step.kind == "Pooling":
+        return settings["include_prompt"] is True and POOLING_MODES.issuperset(settings["pooling_mode"])
+    if step.kind == "Dense" and not RUN_ACTIVATION.fullmatch(str(settings["activation_function"])):
+        return False
+    names = (settings.get("module_input_name") or SENTENCE, settings.get("module_output_name") or SENTENCE)
+    return names == (SENTENCE, SENTENCE)
 
 
 def _module(kind: str, folder: str, path: Path, source: str) -> Module:

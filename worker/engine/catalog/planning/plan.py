@@ -111,7 +111,14 @@ class MergePlan:
 
         Without a base it lacks the first tensor.
         """
-        return next((tensor.slot.stored for tensor in self.backbone if tensor.base is None), None)
+        return next((t.place.name for t in (*self.backbone, *self.module_tensors) if t.base is None), None)
+
+    @property
+    def module_tensors(self) -> list[PlannedTensor]:
+        """Tensors of the one published model's modules; none where each model keeps its own."""
+        if not self.merges_heads:
+            return []
+        return [tensor for planned in self.modules if planned for of in planned.tensors.values() for tensor in of]
 
     @property
     def is_of_slices(self) -> bool:

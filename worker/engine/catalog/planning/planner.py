@@ -76,7 +76,8 @@ def plan_merge(
                 problem = f"the head of {named(first)} was pre-trained with the rest"
             problem += ": all tensors are merged; leave output.heads out, or say merged"
             raise InvalidRequest(problem, field="output.heads")
-        plan = planned_by_name(identities, asked, tables[0])
+        # Embedding models may differ in steps that are run here or not.
+        plan = planned_by_name(identities, asked, tables[0] if None not in tables else None)
     else:
         plan = planned_by_table(tables[0], identities, asked)
     for identity in identities:

@@ -13,7 +13,14 @@ from worker.engine.catalog.checkpoints.config_differences import same, short
 from worker.engine.catalog.checkpoints.files import CHAT_TEMPLATES, MORE_CHAT_TEMPLATES, PROCESSORS
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import completed
-from worker.engine.catalog.checkpoints.modules import SENTENCE_CONFIG, Module, Modules, check_agree, read_modules
+from worker.engine.catalog.checkpoints.modules import (
+    SENTENCE_CONFIG,
+    SENTENCE_MODULES,
+    Module,
+    Modules,
+    check_agree,
+    read_modules,
+)
 from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.contracts.spec import Dtype
 from worker.engine.catalog.families import Kind, Slot
@@ -146,7 +153,9 @@ def _own(modules: Modules, dtype: Dtype) -> PlannedModules:
 def _planned(
     step: Module, name: str, sources: Sequence[TensorInfo], dtype: Dtype, *, is_copied: bool = False
 ) -> PlannedTensor:
-    slot, place = Slot(name, Kind.HEAD, None, name.endswith("bias")), TensorPlace(f"{step.folder}.{name}", 1.0)
+    own = f"{SENTENCE_MODULES}.{step.folder}.{name}"
+    slot = Slot(own, Kind.HEAD, None, name.endswith("bias"), name_in_files=name)
+    place = TensorPlace(f"{step.folder}.{name}", 1.0)
     shape = sources[0].shape
     return PlannedTensor(slot, place, shape, output_dtype(sources, dtype), tuple(sources), is_copied=is_copied)
 

@@ -10,6 +10,7 @@ from worker.engine.catalog.families import FAMILIES, Family, backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.catalog.tasks.causal_language_model import CausalLanguageModel
 from worker.engine.catalog.tasks.classification import Classification
+from worker.engine.catalog.tasks.embedding import Embedding
 from worker.engine.catalog.tasks.image_classification import ImageClassification
 from worker.engine.catalog.tasks.labels import check_estimator, check_metric, column_problems, label_map
 from worker.engine.catalog.tasks.masked_language_model import MaskedLanguageModel
@@ -47,9 +48,11 @@ def family_of(info: CheckpointInfo) -> Family | None:
     if family is None or family.head.architecture == info.architecture:
         return family
     found = architecture(info.config, info.architecture)
-    task = next((task for task in TASKS if info.architecture.endswith(task.ending)), None)
-    head = None if found is None or task is None else task.head_on(family, found)
-    return None if found is None or head is None else family.under(head, found.body)
+    task = next((task for task in TASKS if task.is_of(info)), None)
+    if found is None or task is None:
+        return None
+    head = task.head_on(family, found)
+    return None if head is None else task.beside(family, head, found)
 
 
 def reads_images(info: CheckpointInfo) -> bool:
@@ -66,7 +69,7 @@ def task_of(info: CheckpointInfo) -> Task:
     family = family_of(info)
     if family is None:
         raise InvalidCheckpoint(info.source, f"architecture '{info.architecture}' has no table")
-    kinds = [kind for kind in TASKS if info.architecture.endswith(kind.ending)]
+    kinds = [kind for kind in TASKS if kind.is_of(info)]
     outputs = kinds[0].outputs_in(info, family.head)
     return next(task for kind in kinds if (task := kind.of(info, outputs)) is not None)
 
@@ -90,6 +93,7 @@ __all__ = [
     "TASKS",
     "CausalLanguageModel",
     "Classification",
+    "Embedding",
     "ImageClassification",
     "Label",
     "LabelMap",

@@ -1,5 +1,6 @@
 """Names of a head's labels, in config.json and in the rows of data sets."""
 
+import math
 import re
 import unicodedata
 from collections import defaultdict
@@ -92,3 +93,14 @@ def _differently_named(of_ids: list[tuple[str, int]], of_names: list[tuple[str, 
         if not others and other is not None and (normal(other), index) not in known:
             return f"the label {index} is '{other[:SHOWN_NAME]}' in id2label, and '{name[:SHOWN_NAME]}' in label2id"
     return _named_twice(of_ids)
+
+
+def number_in(label: Any) -> float | None:
+    """Return the finite number that a label is, or that its text spells; None if it is something else."""
+    if isinstance(label, bool) or (isinstance(label, str) and not NUMBER.fullmatch(label.strip())):
+        return None
+    try:
+        value = float(label)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None

@@ -1,12 +1,11 @@
 """A sequence has a number."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, Place
-from worker.engine.catalog.tasks.names import NUMBER
+from worker.engine.catalog.tasks.names import number_in
 from worker.engine.catalog.tasks.task import LabelMap, Task
 
 
@@ -29,11 +28,7 @@ class Regression(Task):
         return cls(1, {})
 
     def value(self, label: Any, labels: LabelMap, source: str, place: Place) -> float:
-        try:
-            is_number = not isinstance(label, bool | str) or NUMBER.fullmatch(str(label).strip())
-            value = float(label) if is_number and not isinstance(label, bool) else math.nan
-        except (TypeError, ValueError, OverflowError):
-            value = math.nan
-        if not math.isfinite(value):
+        value = number_in(label)
+        if value is None:
             raise InvalidDataset(source, "the label of a regression is a finite number", place)
         return value

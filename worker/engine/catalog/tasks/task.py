@@ -72,6 +72,11 @@ class Task(ABC):
         return cls.of_metrics.get(metric or "", cls.rows)
 
     @classmethod
+    def is_of(cls, info: CheckpointInfo) -> bool:
+        """Return whether a checkpoint may have such a head."""
+        return info.architecture.endswith(cls.ending)
+
+    @classmethod
     @abstractmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:
         """Make the task of a checkpoint whose class has the ending; None if its configuration has another task.
@@ -108,6 +113,11 @@ class Task(ABC):
             return None
         stored = {module: found.stored[module][0] for module in modules if module in found.stored}
         return Head(found.name, tuple(modules), merges=cls.merges_heads, unread=unread, stored=stored)
+
+    @classmethod
+    def beside(cls, family: Family, head: Head, found: Architecture) -> Family:
+        """Return the backbone beside a head of the class `found`."""
+        return family.under(head, found.body)
 
     @classmethod
     def outputs_in(cls, info: CheckpointInfo, head: Head) -> int:
