@@ -373,7 +373,7 @@ def test_a_line_that_is_better_than_the_chosen_one_beyond_chance_is_noted() -> N
 
 @pytest.mark.parametrize(("gained", "judged"), [(0.005, "nothing beyond chance"), (-0.05, "worse")])
 def test_what_is_not_ahead_of_the_plain_average_is_noted(gained: float, judged: str) -> None:
-    first = notes({"a": 0.9, "b": 0.9}, {"plain average": gained})[0]
+    first = notes({"a": 0.9, "b": 0.9}, {"average": gained})[0]
     assert first.startswith(f"on the held-out rows the search gained {gained:+.4f} of mean retention")
     assert first.endswith(f"over the plain average, which is {judged}")
 
