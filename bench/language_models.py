@@ -146,6 +146,7 @@ class Bench:
 
     def of_auto(self, tasks: Combination) -> tuple[str, dict[str, Array]]:
         """Return the method that `auto` chooses by rows of its own, and the predictions of its merge."""
+        self._models.keep_only([])  # the engine loads them for itself
         with TemporaryDirectory() as folder:
             spec = MergeSpec(
                 name="+".join(tasks),
