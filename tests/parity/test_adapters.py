@@ -505,6 +505,18 @@ def test_a_matrix_that_the_heads_class_ties_is_refused(tmp_path: Path, named: di
         inspect_model(tmp_path / "a", "local:a", inspect_checkpoint(base, "local:base"))
 
 
+def test_a_bias_that_the_base_has_once_is_stored_twice_by_peft(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", MASKED_BERT)
+    save_adapter(loaded_model(base, MASKED_BERT.architecture), tmp_path / "a", 1, target_modules=["query"], bias="all")
+    info = adapted(tmp_path / "a", base)
+    found = {tensor.slot.name for tensor in plan_merge([info]).backbone}
+    assert "cls.predictions.bias" in found
+    assert "cls.predictions.decoder.bias" not in found
+    expected = merged_by_peft(loaded_model(base, MASKED_BERT.architecture), tmp_path / "a").state_dict()
+    for name, tensor in read(info).items():
+        torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), rtol=0, atol=ROUNDING)
+
+
 def test_embeddings_of_a_class_that_is_not_known_and_has_no_logits_are_adapted(tmp_path: Path) -> None:
     base = tmp_path / "base"
     loaded_model(tiny_model(tmp_path / "masked", MASKED_BERT), "BertModel", torch.float32).save_pretrained(base)

@@ -8,7 +8,10 @@ import pytest
 
 from tests.tiny import edit_json
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.checkpoints.library import architecture, completed
+from worker.engine.catalog.checkpoints.settings import check_settings, refused_values
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
@@ -58,6 +61,8 @@ REFUSED: list[tuple[TinyModel, dict[str, Any]]] = [
     (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": "2"}}),
     (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
     (GPT2, {"rope_scaling": {"type": "linear"}}),
+    (LLAMA, {"rope_scaling": {"type": "none"}}),
+    (LLAMA, {"rope_scaling": {"rope_type": "none", "factor": 2.0}}),
     (LLAMA, {"per_layer_config": 1}),
     (LLAMA, {"per_layer_config": {"0": {"none": 1}}}),
     (LLAMA, {"sub_configs": {}}),
@@ -76,6 +81,21 @@ CONTRADICTED: list[tuple[TinyModel, dict[str, Any], str]] = [
     (QWEN2, {"num_key_value_heads": 4}, "by its configuration it would have [16]"),
 ]
 """Configurations that contradict the tensors, each with what the message says."""
+OF_KINDS: list[tuple[str, dict[str, Any], str]] = [
+    ("beit", {"num_hidden_layers": 4, "out_features": ["stage5"]}, "its stages are stem to stage4 (0 to 4)"),
+    ("beit", {"num_hidden_layers": 4, "out_indices": [5]}, "its stages are stem to stage4 (0 to 4)"),
+    ("convnext", {"depths": [1, 1], "out_indices": [1, -2]}, "names a stage twice"),
+    ("convnext", {"out_features": ["stage2", "stage1"]}, "not in the order of the stages"),
+    ("convnext", {"out_features": ["stage1"], "out_indices": [2]}, "not the same stages"),
+    ("beit", {"pool_scales": [1, "x"]}, "pool_scales with 'x', which is of type text; transformers takes int"),
+    ("xlnet", {"d_model": 64, "n_head": 4, "d_head": 8}, "d_head 8, and d_model/n_head is 16"),
+    ("wav2vec2", {"conv_dim": [8, 8], "conv_stride": [2, 2], "conv_kernel": [3]}, "conv_kernel of 1 entries"),
+]
+OF_CLASSES: list[tuple[str, str, dict[str, Any], str]] = [
+    ("whisper", "WhisperForConditionalGeneration", {"encoder_attention_heads": 5}, "does not divide d_model 384"),
+    ("segformer", "SegformerForImageClassification", {"depths": [2, 2, 2]}, "and num_encoder_blocks 4"),
+    ("longformer", "LongformerForMaskedLM", {"attention_window": [8, 8]}, "and num_hidden_layers 12"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +118,45 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_key(
         planned(models, model, changes, tmp_path)
     assert next(iter(changes)) in caught.value.message
     assert caught.value.message.startswith("checkpoint local:m:")
+
+
+def of_kind(model_type: str, settings: dict[str, Any]) -> CheckpointInfo:
+    return CheckpointInfo("local:m", Path(), {"model_type": model_type, **settings}, {}, {}, Path())
+
+
+@pytest.mark.parametrize(("model_type", "settings", "said"), OF_KINDS)
+def test_what_the_class_of_a_configuration_refuses_is_refused_by_its_key(
+    model_type: str, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidCheckpoint) as caught:
+        check_settings(of_kind(model_type, settings))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("model_type", "name", "settings", "said"), OF_CLASSES)
+def test_what_the_class_of_a_model_refuses_is_refused_by_its_key(
+    model_type: str, name: str, settings: dict[str, Any], said: str
+) -> None:
+    config = {"model_type": model_type, **settings}
+    known = architecture(config, name)
+    assert known is not None
+    assert said in " ".join(refused_values(config, completed(config), known.refused))
+    assert not refused_values({}, completed({"model_type": model_type}), known.refused)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("beit", {"num_hidden_layers": 4, "out_features": ["stage2", "stage4"], "out_indices": [2, -1]}),
+        ("mamba2", {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24}),  # Mamba 2 of 130 M parameters
+        ("xlnet", {"d_model": 64, "n_head": 4}),
+        ("musicgen", {"decoder": {"model_type": "musicgen_decoder", "vocab_size": 8, "pad_token_id": 8}}),
+    ],
+)
+def test_settings_of_real_models_are_taken(model_type: str, settings: dict[str, Any]) -> None:
+    info = of_kind(model_type, settings)
+    check_settings(info)
+    assert info.model_type == model_type
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -15,7 +15,7 @@ from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TINY
 from worker.engine.catalog.checkpoints.config_differences import differences
 from worker.engine.catalog.checkpoints.identity import identify
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.checkpoints.library import completed
+from worker.engine.catalog.checkpoints.library import architecture, completed
 from worker.engine.catalog.checkpoints.tensor_names import is_before_layers, layer_of, place_of, stacks_of
 from worker.engine.catalog.contracts.spec import OutputSpec
 from worker.engine.catalog.methods import AverageParameters, PassthroughParameters, RegMeanParameters
@@ -162,6 +162,29 @@ def test_depth_runs_from_before_the_first_layer_to_after_the_last_of_each_list()
 )
 def test_what_is_before_the_layers_is_told_by_whole_words(name: str, is_before: bool) -> None:
     assert is_before_layers(name) is is_before
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture_", "name", "is_before"),
+    [
+        ("distilbert", "DistilBertForSequenceClassification", "pre_classifier.weight", False),
+        ("bigbird_pegasus", "BigBirdPegasusForCausalLM", "model.decoder.layernorm_embedding.weight", False),
+        ("wav2vec2", "Wav2Vec2ForCTC", "wav2vec2.feature_projection.projection.weight", True),
+        ("wav2vec2", "Wav2Vec2ForCTC", "wav2vec2.encoder.layer_norm.weight", True),
+        ("bart", "BartForConditionalGeneration", "model.encoder.layernorm_embedding.weight", True),
+        ("gpt2", "GPT2LMHeadModel", "wpe.weight", True),  # without the prefix
+        ("gpt2", "GPT2LMHeadModel", "ln_f.weight", False),
+        ("llava", "LlavaForConditionalGeneration", "language_model.model.embed_tokens.weight", True),  # as in files
+        ("llava", "LlavaForConditionalGeneration", "language_model.lm_head.weight", False),
+        ("llama", "LlamaForCausalLM", "own_embed.weight", True),  # unknown, so that its name tells
+    ],
+)
+def test_what_a_known_class_uses_before_its_layers_is_told_by_the_order_of_its_modules(
+    model_type: str, architecture_: str, name: str, is_before: bool
+) -> None:
+    known = architecture({"model_type": model_type}, architecture_)
+    assert known is not None
+    assert is_before_layers(name, known) is is_before
 
 
 @pytest.mark.parametrize("stored", [(1,), (2,), (1, 2), (0, 1, 2), (0,)], ids=str)

@@ -14,7 +14,16 @@ from tests.tiny_language_models import LLAMA, tiny_model
 from worker.engine.catalog.checkpoints.architectures import PIPELINE_TAGS, use_of
 from worker.engine.catalog.checkpoints.config_differences import differences
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.checkpoints.library import FLOAT, TABLE, completed, decoded, encoded, member, model_type_of
+from worker.engine.catalog.checkpoints.library import (
+    FLOAT,
+    TABLE,
+    architecture,
+    completed,
+    decoded,
+    encoded,
+    member,
+    model_type_of,
+)
 from worker.engine.checkpoints.library_table import as_json, described, lists_of_library
 from worker.engine.checkpoints.library_variations import plain
 
@@ -96,6 +105,32 @@ def test_the_hubs_names_of_tasks_are_those_of_the_librarys_pipelines() -> None:
         "AutoModelForDecision",
     }  # which have several uses, or none that the hub knows
     assert [name for name in sorted(told) if PIPELINE_TAGS[name] not in by_class[name]] == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "embedding", "output"),
+    [
+        ("llama", "LlamaForCausalLM", "model.embed_tokens.weight", "lm_head.weight"),
+        ("xlnet", "XLNetLMHeadModel", "transformer.word_embedding.weight", "lm_loss.weight"),
+        ("bert", "BertForSequenceClassification", "bert.embeddings.word_embeddings.weight", None),
+        ("wav2vec2", "Wav2Vec2ForCTC", None, None),
+    ],
+)
+def test_matrices_of_tokens_are_those_that_the_class_says(
+    model_type: str, name: str, embedding: str | None, output: str | None
+) -> None:
+    known = architecture({"model_type": model_type}, name)
+    assert known is not None
+    assert (known.embedding, known.output) == (embedding, output)
+
+
+def test_buffers_that_checkpoints_no_longer_have_are_told() -> None:
+    known = architecture({"model_type": "llama"}, "LlamaForCausalLM")
+    assert known is not None
+    assert "model.rotary_emb.inv_freq" in known.computed
+    norm = architecture({"model_type": "mobilenet_v2"}, "MobileNetV2ForImageClassification")
+    assert norm is not None
+    assert not [name for name in norm.computed if "running" in name]  # which are learned, and saved
 
 
 def test_a_kind_that_there_is_not_is_unknown() -> None:

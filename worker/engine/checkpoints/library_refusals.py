@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path as File
 from typing import Any, get_args
 
@@ -22,7 +23,15 @@ from worker.engine.catalog.checkpoints.library import (
     type_name,
 )
 from worker.engine.catalog.checkpoints.settings import DROPOUT
-from worker.engine.checkpoints.library_variations import PARTS_OF_WIDTHS, WORDS, Config, Path, Trial
+from worker.engine.checkpoints.library_variations import (
+    PARTS_OF_WIDTHS,
+    WORDS,
+    Changes,
+    Config,
+    Path,
+    Trial,
+    is_list_of,
+)
 
 NO_WORD = "nosuchword"
 TEXT = re.compile(r"""['"]([A-Za-z][A-Za-z0-9_-]{1,30})['"]""")
@@ -40,7 +49,7 @@ ROTARY_VALUES: Mapping[str, Any] = {
 def refusals(
     trial: Trial, types: Mapping[str, Sequence[str]], rotary: Iterable[str], words: Mapping[str, Sequence[str]]
 ) -> Config:
-    """Return what is refused near the trial's configuration: `refused`, `divides`, `words` and `counts` of the table.
+    """Return what is refused near the trial's configuration, see `library.Refusals`.
 
     Args:
         types: types of values, for keys that take no other; values of others are not tried.
@@ -65,27 +74,56 @@ def refusals(
         known = taken_words(trial, path, value, words)
         if known:
             taken[where] = known
-    return {"refused": refused, "divides": divides, "words": taken, "counts": counted_lists(trial)}
+    counts, least = counted_lists(trial)
+    return {
+        "refused": refused,
+        "divides": divides,
+        "words": taken,
+        "counts": counts,
+        "least": least,
+        "equals": equal_numbers(trial),
+    }
 
 
-def counted_lists(trial: Trial) -> list[list[str]]:
-    """Return pairs of a key that counts and a list that must have as many entries."""
-    found = []
+def counted_lists(trial: Trial) -> tuple[list[list[str]], list[list[str]]]:
+    """Return `counts` and `least` of the table, see `library.Refusals`."""
+    counts: list[list[str]] = []
+    least: list[list[str]] = []
     for path in trial.paths:
-        count = trial.at(path)
-        if type(count) is not int or count < 2 or len(path) > 1 or trial.takes({path: count - 1}):
+        value = trial.at(path)
+        count = len(value) if isinstance(value, list) else value
+        if type(count) is not int or count < 2 or len(path) > 1:
             continue
-        lists = {
-            other: value[:-1]
-            for other in trial.paths
-            if isinstance(value := trial.at(other), list) and len(value) == count
-        }
-        if trial.takes({**lists, path: count - 1}):
-            found += [
-                [path[0], ".".join(left)]
-                for left in lists
-                if not trial.takes({**{other: one for other, one in lists.items() if other != left}, path: count - 1})
-            ]
+        less = value[:-1] if isinstance(value, list) else count - 1
+        lists = {other: one for other in trial.paths if other != path and is_list_of(one := trial.at(other), count)}
+        shorter: dict[Path, Any] = {other: one[:-1] for other, one in lists.items()}
+        if not lists or trial.takes({**shorter, path: value}) or not trial.takes({**shorter, path: less}):
+            continue
+        for left, whole in lists.items():
+            one_shorter = trial.takes({**lists, left: shorter[left], path: value})
+            one_whole = trial.takes({**shorter, left: whole, path: less})
+            pair = [path[0], ".".join(left)]
+            if isinstance(value, list) and pair[::-1] in (*counts, *least):
+                continue
+            if not one_shorter:
+                (least if one_whole else counts).append(pair)
+    return counts, least
+
+
+def equal_numbers(trial: Trial) -> list[list[str]]:
+    """Return pairs of a key and the quotient of two others that its value must equal."""
+    numbers = {path: one for path in trial.paths if len(path) == 1 and type(one := trial.at(path)) is int and one > 1}
+    found = []
+    for path, own in numbers.items():
+        if trial.takes({path: 2 * own}):
+            continue
+        for (one, a), (other, b) in product(numbers.items(), numbers.items()):
+            if one in (path, other) or other == path or a // b != own or a % b:
+                continue
+            taken: list[Changes] = [{one: 2 * a, path: 2 * own}, {one: 2 * a, other: 2 * b, path: own}]
+            refused: list[Changes] = [{one: 2 * a, path: own}, {other: 2 * b, path: own}]
+            if all(map(trial.takes, taken)) and not any(map(trial.takes, refused)):
+                found.append([path[0], f"{one[0]}/{other[0]}"])
     return found
 
 
@@ -113,7 +151,7 @@ def refused_too(trial: Trial, known: Config) -> Config:
         for where, taken in known["words"].items()
         if (path := path_of(trial, where)) and not trial.takes({path: NO_WORD})
     }
-    return {"refused": refused, "divides": divides, "words": words, "counts": known["counts"]}
+    return {**known, "refused": refused, "divides": divides, "words": words}
 
 
 def path_of(trial: Trial, where: str) -> Path | None:
@@ -135,7 +173,9 @@ def extremes(trial: Trial, path: Path, rotary: Iterable[str]) -> Iterator[Any]:
         yield from (True, -1, 0)
     elif path[-1] == "rope_parameters" and isinstance(value, dict):
         is_nested = any(isinstance(part, dict) for part in value.values())
-        for name in ("default",) if is_nested else (*rotary, ROTARY_UNKNOWN):
+        # Of a class with a type of its own, which this list lacks, no type is known to be refused.
+        is_listed = value.get("rope_type", "default") in ("default", *rotary)
+        for name in ("default",) if is_nested else (*rotary, *((ROTARY_UNKNOWN,) if is_listed else ())):
             factors = [1.0] * rotary_pairs(trial, path, value)
             lists = {"short_factor": factors, "long_factor": factors}
             yield {**({} if is_nested else value), **ROTARY_VALUES, **lists, "rope_type": name}
@@ -163,6 +203,11 @@ def refused_unless(trial: Trial, path: Path, value: Any) -> dict[str, str] | Non
     return {".".join(other): state_of(one) for other, one in found.items()} or None
 
 
+def is_size(key: str) -> bool:
+    """Return whether a number may grow; a model would have many more layers, or no row for a token's id."""
+    return key not in NOT_MULTIPLIED and not key.endswith("_token_id")
+
+
 def is_width(path: Path, value: Any) -> bool:
     return type(value) is int and value > 1 and any(part in path[-1] for part in PARTS_OF_WIDTHS)
 
@@ -176,7 +221,7 @@ def multiples(trial: Trial, path: Path) -> list[Path]:
     numbers = {
         other: number
         for other in trial.paths
-        if other != path and other[-1] not in NOT_MULTIPLIED and type(number := trial.at(other)) is int and number > 1
+        if other != path and is_size(other[-1]) and type(number := trial.at(other)) is int and number > 1
     }
     grown: dict[Path, Any] = {other: number * prime for other, number in numbers.items() if number % own == 0}
     fitting: dict[Path, Any] = {other: 1 for other, number in numbers.items() if number < own and own % number == 0}

@@ -2,8 +2,9 @@
 
 `python -m worker.engine.checkpoints.library_table` writes `catalog/checkpoints/library.zip`. The tensors of a class
 depend on its configuration in ways that only its code tells. So each class is built, without memory for weights, from
-many configurations that differ from the default in one key. The table has whatever holds for all of them. With the
-argument `--lists` only the lists that hold for all kinds of model are written anew, which takes seconds, not minutes.
+many configurations that differ from the default in one key. The table has whatever holds for all of them. That takes
+an hour or more. If it is stopped, the table has what is finished, and `--rest` goes on with what is not. Names of kinds
+of model as arguments write these anew, and `--lists` the lists that hold for all kinds, which takes seconds.
 """
 
 import json
@@ -32,10 +33,12 @@ from worker.engine.catalog.checkpoints.library import (
     in_files,
     member,
     state_of,
+    type_name,
     value_at,
 )
 from worker.engine.catalog.checkpoints.tensor_names import layer_of
 from worker.engine.checkpoints.library_refusals import ROTARY_VALUES, refusals, refused_too, words_in_code, words_of
+from worker.engine.checkpoints.library_roles import roles_of
 from worker.engine.checkpoints.library_tensors import FACTORS, Samples
 from worker.engine.checkpoints.library_tokenizers import tokenizers_of_library
 from worker.engine.checkpoints.library_variations import (
@@ -43,6 +46,7 @@ from worker.engine.checkpoints.library_variations import (
     Config,
     built,
     few_layers,
+    is_list_of,
     plain,
     trial_of_config,
     trial_of_model,
@@ -57,6 +61,8 @@ from worker.engine.runtime.libraries import (
     transformers,
 )
 
+WRITTEN_AT_ONCE = 20
+"""Number of kinds that are described between writing the table and writing it again."""
 LONGEST_LIST = 128
 """Largest number of layers for which lists over layers are compared, to find their period."""
 GENERAL = (
@@ -78,36 +84,37 @@ SAMPLES: Mapping[str, tuple[Any, ...]] = {
 """Values of each type."""
 
 
-def main(model_types: Sequence[str]) -> None:
-    """Write the table, or only its lists (`--lists`), or print its entries for some kinds of model."""
+def main(asked: Sequence[str]) -> None:
+    """Write the table: as a whole, the kinds that it lacks (`--rest`), only its lists (`--lists`), or some kinds."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     preload()
-    if model_types == ["--lists"]:
-        write(kept_entries())
-        return
+    kept = {entry["model_type"]: entry for entry in kept_entries()} if asked else {}
+    if asked == ["--rest"]:
+        kinds = [kind for kind in sorted(transformers.CONFIG_MAPPING) if kind not in kept]
+    else:
+        kinds = [] if asked == ["--lists"] else list(asked or sorted(transformers.CONFIG_MAPPING))
+    lists = lists_of_library()
     with Pool() as pool:
-        entries = filter(None, pool.imap(described, model_types or sorted(transformers.CONFIG_MAPPING)))
-        if not model_types:
-            write(entries)
-            return
-        for entry in entries:
-            sys.stdout.write(as_json(entry) + "\n")
-            sys.stdout.flush()
+        for count, entry in enumerate(filter(None, pool.imap_unordered(described, kinds)), start=1):
+            kept[entry["model_type"]] = entry
+            if count % WRITTEN_AT_ONCE == 0:
+                write(lists, kept)
+    write(lists, kept)
 
 
 def as_json(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
-def write(entries: Iterable[Config]) -> None:
+def write(lists: Config, entries: Mapping[str, Config]) -> None:
     """Write the table with the version of transformers; the same entries give the same bytes."""
     with ZipFile(TABLE, "w", ZIP_DEFLATED) as table:
         table.comment = comment()
-        for name, content in lists_of_library().items():
+        for name, content in lists.items():
             table.writestr(ZipInfo(name), as_json(content), ZIP_DEFLATED)
-        for entry in entries:
-            table.writestr(ZipInfo(member(entry["model_type"])), as_json(entry), ZIP_DEFLATED)
+        for model_type, entry in sorted(entries.items()):
+            table.writestr(ZipInfo(member(model_type)), as_json(entry), ZIP_DEFLATED)
 
 
 def kept_entries() -> list[Config]:
@@ -192,6 +199,8 @@ def described(model_type: str) -> Config | None:
         "derived": derived_of(config_class, defaults),
         "aliases": dict(getattr(config_class, "attribute_map", {})),
         "types": types,
+        "items": items_of(config_class, defaults),
+        "stages": stages_of(config_class, defaults),
         "fixed": fixed_of(config_class),
         **refusals(trial, types, rotary, {key: words for key, words in hints.items() if words}),
         "architectures": {},
@@ -220,8 +229,10 @@ def without_known(entry: Config, kind: Config) -> Config:
     left = {
         **entry,
         "refused": {key: states for key, states in refused.items() if states},
-        "divides": [pair for pair in entry.get("divides", ()) if pair not in kind["divides"]],
-        "counts": [pair for pair in entry.get("counts", ()) if pair not in kind["counts"]],
+        **{
+            key: [pair for pair in entry.get(key, ()) if pair not in kind[key]]
+            for key in ("divides", "counts", "least", "equals")
+        },
         "words": {key: words for key, words in entry.get("words", {}).items() if key not in kind["words"]},
     }
     return {key: value for key, value in left.items() if value or key == "prefix"}
@@ -351,6 +362,43 @@ def types_of(config_class: Any) -> dict[str, list[str]]:
     return dict(sorted(found.items()))
 
 
+def items_of(config_class: Any, defaults: Config) -> dict[str, list[str]]:
+    """Return the types of JSON of the entries of lists, for keys that take no lists of others."""
+    found = {}
+    for key, hint in ((one.name, one.type) for one in fields(config_class)):
+        if "list" not in (taken_by(hint) or ()):
+            continue
+        own = defaults.get(key) if isinstance(defaults.get(key), list) else None
+        taken = [
+            name
+            for name, samples in SAMPLES.items()
+            if any(not refuses(config_class, key, [one] * len(own or [0])) for one in samples)
+        ]
+        if taken and len(taken) < len(SAMPLES) and all(type_name(one) in taken for one in own or ()):
+            found[key] = sorted(taken)
+    return dict(sorted(found.items()))
+
+
+def stages_of(config_class: Any, defaults: Config) -> str | None:
+    """Return the key that says how many stages a backbone has; None if it is none, or names them in another way."""
+
+    def names(**changes: Any) -> list[str] | None:
+        try:
+            return list(config_class(**changes).stage_names)
+        except Exception:
+            return None
+
+    usual = names()
+    count = len(usual or ()) - 1
+    if usual != ["stem", *(f"stage{number}" for number in range(1, count + 1))]:
+        return None
+    for key, value in defaults.items():
+        less = value[:-1] if is_list_of(value, count) else value - 1 if type(value) is int and value == count else None
+        if less is not None and names(**{key: less}) == usual[:-1]:
+            return key
+    return None
+
+
 def taken_by(hint: Any) -> set[str] | None:
     """Return the types of JSON that a type hint allows; None if JSON has no such type."""
     origin = get_origin(hint)
@@ -401,15 +449,17 @@ def entry_of(samples: Samples) -> Config:
     first = samples.model
     conversions = conversion_mapping.get_model_conversion_mapping(first, add_legacy=False)
     names = [name for name, _ in first.named_parameters(remove_duplicate=False)]
+    tensors = samples.tensors(first._keys_to_ignore_on_load_missing or ())
     return {
         "prefix": first.base_model_prefix,
         "ties": [[copy, original, samples.governed.get((copy, original))] for copy, original in sorted(samples.ties)],
         "unsaved": sorted(first._keys_to_ignore_on_save or ()),
         "buffers": sorted(name for name, _ in first.named_buffers() if layer_of(name) is None),
         "untested": sorted(samples.untested),
-        **samples.tensors(first._keys_to_ignore_on_load_missing or ()),
+        **tensors,
         "converted": bool(conversions),
         "stored": stored_names(conversions, names) if conversions else {},
+        **roles_of(first, {*tensors["tensors"], *tensors["optional"]}),
     }
 
 

@@ -19,6 +19,7 @@ from worker.engine.checkpoints.library_variations import (
     Config,
     Path,
     Trial,
+    is_list_of,
     plain,
     variations_of_models,
 )
@@ -279,10 +280,6 @@ def ties_of(model: Any) -> list[tuple[str, str]]:
     return [(target, source) for target, source in pairs if not any(part.isdigit() for part in target.split("."))]
 
 
-def is_list_of(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count
-
-
 # --- lengths of axes --------------------------------------------------------------------------------------
 
 
@@ -301,7 +298,8 @@ class Lengths:
         """Return the length of each axis: a number, an expression, or None. No axes are told if too little is known."""
         having = [(sample, shape) for sample in self._samples if (shape := sample.sizes.get(name)) is not None]
         firsts = [sample for sample, _ in having if sample.path is None]
-        if not firsts or len({len(shape) for _, shape in having}) != 1:
+        differs = name in self._samples[0].sizes and self._samples[0].sizes[name] is None  # from layer to layer
+        if not firsts or differs or len({len(shape) for _, shape in having}) != 1:
             return []
         return [self._of_axis([(sample, shape[axis]) for sample, shape in having]) for axis in range(len(having[0][1]))]
 

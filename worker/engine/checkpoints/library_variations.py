@@ -188,6 +188,10 @@ def changed(settings: Config, config: Config, changes: Changes) -> Config:
     return found | inner
 
 
+def is_list_of(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count
+
+
 def variations(key: str, value: Any) -> list[Any]:
     """Return other values of a key, for a model that is otherwise the same."""
     if key in HARMLESS - SHOWN or is_of_training(key) or key.endswith("_token_id"):
@@ -200,7 +204,7 @@ def variations(key: str, value: Any) -> list[Any]:
         return [not value]
     if type(value) is int:
         if value <= 0:
-            return [2]
+            return [2, 1]
         return [value * 2] if key in LAYER_KEYS else [value * 2, 0]
     return [8] if value is None else []
 

@@ -25,7 +25,7 @@ from worker.engine.catalog.checkpoints.library import (
     with_nulls,
 )
 from worker.engine.catalog.checkpoints.settings import FUNCTIONS, POSITIONS, check_settings, refused_values
-from worker.engine.catalog.checkpoints.tensor_names import layer_of, spellings
+from worker.engine.catalog.checkpoints.tensor_names import layer_of, own_names
 from worker.engine.catalog.checkpoints.weights import require_kind
 from worker.engine.catalog.families import backbone_of
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
@@ -39,6 +39,8 @@ PRE_TRAINING_HEADS = (
     "generator_lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector",
 )  # fmt: skip
 """Modules of pre-training heads, also those of classes that transformers no longer has."""
+CHECKED = ("rope_parameters", "layer_types", "out_features", "out_indices")
+"""Keys that `settings` checks, and that change no tensor of a model with a head."""
 LISTED = 3  # number of classes or tensors that a message names
 
 
@@ -296,22 +298,6 @@ def _refuse_other_head(found: Identity, known: Architecture, kind: ModelType, le
             raise InvalidCheckpoint(found.info.source, problem, tensor=name)
 
 
-def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
-    """Return the class's name of each tensor on disk, which may lack the prefix of the model below the head."""
-    found = {}
-    for name in names:
-        if known.reads(name):
-            found[name] = name
-            continue
-        others = [
-            own
-            for spelling in spellings(name)
-            for own in (spelling, f"{known.prefix}.{spelling}", spelling.removeprefix(f"{known.prefix}."))
-        ]
-        found[name] = next((own for own in others if known.reads(own)), name)
-    return found
-
-
 # --- whether a checkpoint has what its class needs ---------------------------------------------------------
 
 
@@ -381,7 +367,7 @@ def _unusual(
     for key, default in defaults.items():
         value = config.get(key, default)
         where = f"{path}{key}"
-        if same(value, default) or is_harmless(key) or key in ("rope_parameters", "layer_types"):
+        if same(value, default) or is_harmless(key) or key in CHECKED:
             continue
         if isinstance(value, Mapping) and isinstance(default, Mapping) and "model_type" in default:
             if value.get("model_type") != default["model_type"]:
@@ -413,9 +399,13 @@ def _absent(found: Identity, known: Architecture) -> list[str]:
         if layer is not None:
             stacks.setdefault(layer.stack, set()).add(layer.number)
     absent += [name for name in known.switched if "{}" not in name and found.is_switched(name) and name not in own]
-    for pattern in [*known.layers, *(name for name in known.switched if "{}" in name and found.is_switched(name))]:
+    turned_on = [name for name in known.switched if "{}" in name and found.is_switched(name)]
+    has_no_layers = any(value == 0 and "layers" in key for key, value in found.config.items())
+    for pattern in [*known.layers, *turned_on]:
         stack, _, _ = pattern.partition(".{}.")
-        absent += [one for number in sorted(stacks.get(stack, ())) if (one := pattern.format(number)) not in own]
+        # A list of layers that a setting turns on may be missing as a whole.
+        whole = {0} if pattern in turned_on and not has_no_layers else set()
+        absent += [one for number in sorted(stacks.get(stack, whole)) if (one := pattern.format(number)) not in own]
     uncertain = found.uncertain or frozenset()
     return [name for name in absent if collapsed(name) not in uncertain]
 

@@ -82,7 +82,11 @@ class Refusals:
     words: Mapping[str, str | Sequence[str]]
     """Maps a key to the words that it takes; `activations` or `gated` stands for the names of functions."""
     counts: Sequence[tuple[str, str]]
-    """Pairs of a key that counts, and a list that must have as many entries."""
+    """Pairs of a key that counts, or of a list, and a list that must have as many entries."""
+    least: Sequence[tuple[str, str]]
+    """Such pairs where a list may have more entries."""
+    equals: Sequence[tuple[str, str]]
+    """Pairs of a key and an expression of others that its value must equal."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,14 @@ class Architecture:
     """Whether checkpoints have other tensor names than the model."""
     stored: Mapping[str, Sequence[str]]
     """Beginnings of names in the model, in whole words, each with those that names in a checkpoint may have instead."""
+    embedding: str | None
+    """The matrix that turns what the model reads into vectors, as the class itself says."""
+    output: str | None
+    """The matrix that gives logits of tokens, as the class itself says."""
+    before: frozenset[str]
+    """Tensors outside the layers that the model uses before them."""
+    computed: frozenset[str]
+    """Buffers that follow from the configuration, so that newer checkpoints do not have them."""
 
     @cached_property
     def all_names(self) -> frozenset[str]:
@@ -147,6 +159,11 @@ class Architecture:
         prefix = f"{self.prefix}."
         return prefix if any(name.startswith(prefix) for name in self.all_names) else ""
 
+    @cached_property
+    def names_in_model(self) -> Mapping[str, str]:
+        """The names of tensors in checkpoints of other names than the model's, with `{}` as number of a layer."""
+        return {file: name for name in sorted(self.all_names) for file in self.in_files(name) if file != name}
+
     @property
     def is_pre_training(self) -> bool:
         return PRE_TRAINING.fullmatch(self.name) is not None
@@ -166,6 +183,10 @@ class ModelType:
     architectures: Mapping[str, Architecture]
     types: Mapping[str, Sequence[str]]
     """Types of JSON that keys take, for keys whose class refuses all others; see `type_name`."""
+    items: Mapping[str, Sequence[str]]
+    """Types of JSON of the entries of lists, for keys whose class refuses all others."""
+    stages: str | None
+    """The key that says how many stages a backbone has, as a number or by the length of a list; None if it is none."""
     fixed: frozenset[str]
     """Keys that no configuration may have, because the class works them out itself."""
     refused: Refusals
@@ -218,6 +239,10 @@ def _kind(model_type: str) -> ModelType | None:
             layers=found.get("layers", {}),
             converted=found.get("converted", False),
             stored=found.get("stored", {}),
+            embedding=found.get("embedding"),
+            output=found.get("output"),
+            before=frozenset(found.get("before", ())),
+            computed=frozenset(found.get("computed", ())),
         )
         for name, found in content["architectures"].items()
     }
@@ -228,6 +253,8 @@ def _kind(model_type: str) -> ModelType | None:
         content["aliases"],
         architectures,
         content["types"],
+        content.get("items", {}),
+        content.get("stages"),
         frozenset(content["fixed"]),
         _refusals(content),
     )
@@ -235,8 +262,8 @@ def _kind(model_type: str) -> ModelType | None:
 
 def _refusals(content: Mapping[str, Any]) -> Refusals:
     divides = tuple((divisor, multiple) for divisor, multiple in content.get("divides", ()))
-    counts = tuple((count, listed) for count, listed in content.get("counts", ()))
-    return Refusals(content.get("refused", {}), divides, content.get("words", {}), counts)
+    counts, least, equals = (tuple(map(tuple, content.get(key, ()))) for key in ("counts", "least", "equals"))
+    return Refusals(content.get("refused", {}), divides, content.get("words", {}), counts, least, equals)
 
 
 def member(model_type: str) -> str:

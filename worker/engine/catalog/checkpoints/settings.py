@@ -21,6 +21,7 @@ from worker.engine.catalog.checkpoints.library import (
     state_of,
     type_name,
     value_at,
+    value_of,
 )
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
@@ -39,12 +40,14 @@ POSITIONS = (
     "max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len", "max_seq_length",
     "max_sequence_length", "max_source_positions", "max_target_positions",
 )  # fmt: skip
+MAX_STAGES = 10_000
 MAX_POSITIONS = 1 << 24  # models compute tables with a row for each; the longest real ones have 10,485,760
 PAD_FREELY = frozenset(
     {
         "aimv2", "bark", "bloom", "canine", "clip", "clip_text_model", "clipseg", "codegen", "cpmant", "ctrl",
         "decision_transformer", "falcon", "falcon_mamba", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
         "gpt_neox_japanese", "gptj", "groupvit", "hubert", "imagegpt", "longt5", "mamba", "mamba2", "mpt", "mt5",
+        "musicgen_decoder", "musicgen_melody_decoder",
         "nemotron_h", "openai-gpt", "perceiver", "pix2struct", "pop2piano", "rag", "reformer", "rwkv", "sew", "sew-d",
         "siglip", "siglip2", "switch_transformers", "t5", "udop", "umt5", "unispeech", "unispeech-sat", "wav2vec2",
         "wav2vec2-bert", "wav2vec2-conformer", "wavlm", "xlnet", "xlstm",
@@ -92,6 +95,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     misfits = [*_misfits(config, kind)]
     refused = [] if misfits else refused_values(config, completed(config), kind.refused)
     problems += [*_problems_of_spellings(config, kind), *_problems_of_kind(config, kind)]
+    problems += [] if misfits else _problems_of_stages(config, kind)
     return [*problems, *_problems_of_rotary(config, kind), *fixed, *misfits, *refused]
 
 
@@ -150,20 +154,30 @@ def refused_values(given: Mapping[str, Any], config: Mapping[str, Any], refused:
         if not has_key(config, key):
             continue
         value = given[key] if key in given else value_at(config, key)
+        named = key
+        if key == "rope_parameters" and given.get("rope_scaling"):  # which takes its place
+            named, value = "rope_scaling", value_at(config, key)
         state = _state_of(value)
         unless = states.get(state)
         if unless is not None and not any(state_of(value_at(config, k)) == one for k, one in unless.items()):
             others = " or ".join(f"another {name}" for name in unless)
             advice = f" without {others}" if unless else ""
-            problems.append(f"{key} {_short(value)}, which transformers does not take{advice}")
+            problems.append(f"{named} {_short(value)}, which transformers does not take{advice}")
     for divisor, multiple in refused.divides:
         one, other = value_at(config, divisor), value_at(config, multiple)
         if type(one) is int and type(other) is int and (one == 0 or other % one):
             problems.append(f"{divisor} {one}, which does not divide {multiple} {other}")
-    for key, listed in refused.counts:
-        count, entries = value_at(config, key), value_at(config, listed)
-        if type(count) is int and isinstance(entries, list) and len(entries) != count:
-            problems.append(f"{listed} of {len(entries)} entries, and {key} {count}")
+    for pairs, is_right in ((refused.counts, int.__eq__), (refused.least, int.__ge__)):
+        for key, listed in pairs:
+            count, entries = value_at(config, key), value_at(config, listed)
+            wanted = len(count) if isinstance(count, list) else count
+            if type(wanted) is int and isinstance(entries, list) and not is_right(len(entries), wanted):
+                of_list = " entries" if isinstance(count, list) else ""
+                problems.append(f"{listed} of {len(entries)} entries, and {key} {wanted}{of_list}")
+    for key, rule in refused.equals:
+        value, wanted = value_at(config, key), value_of(rule, config)
+        if type(value) is int and wanted is not None and value != wanted:
+            problems.append(f"{key} {value}, and {rule} is {wanted}")
     for key, words in refused.words.items():
         value = value_at(config, key)
         if not isinstance(value, str):
@@ -196,6 +210,35 @@ def _misfits(config: Mapping[str, Any], kind: ModelType) -> Iterator[str]:
         taken = kind.types.get(kind.aliases.get(key, key))
         if taken is not None and type_name(value) not in taken:
             yield f"{key} {_short(value)}, which is of type {type_name(value)}; transformers takes {' or '.join(taken)}"
+        items = kind.items.get(kind.aliases.get(key, key), ())
+        wrong = {type_name(one): one for one in value if type_name(one) not in items} if isinstance(value, list) else {}
+        if items and wrong:
+            name, one = next(iter(wrong.items()))
+            yield f"{key} with {_short(one)}, which is of type {name}; transformers takes {' or '.join(items)}"
+
+
+def _problems_of_stages(config: Mapping[str, Any], kind: ModelType) -> Iterator[str]:
+    """Yield what is wrong with the stages that a backbone is to return, by their names and by their numbers."""
+    features, indices = config.get("out_features"), config.get("out_indices")
+    count = None if kind.stages is None else value_at(completed(config), kind.stages)
+    count = len(count) if isinstance(count, list) else count
+    if type(count) is not int or not 0 <= count < MAX_STAGES:
+        return
+    names = ["stem", *(f"stage{number}" for number in range(1, count + 1))]
+    numbers: dict[str, list[int]] = {}
+    if isinstance(features, list):
+        numbers["out_features"] = [names.index(one) if one in names else len(names) for one in features]
+    if isinstance(indices, list):
+        numbers["out_indices"] = [
+            len(names) if type(one) is not int else one % len(names) if one < 0 else one for one in indices
+        ]
+    for key, found in numbers.items():
+        if any(one >= len(names) for one in found):
+            yield f"{key} {_short(config[key])}, and its stages are {names[0]} to {names[-1]} (0 to {count})"
+        elif found != sorted({*found}):
+            yield f"{key} {_short(config[key])}, which names a stage twice, or not in the order of the stages"
+    if len(numbers) == 2 and numbers["out_features"] != numbers["out_indices"]:
+        yield f"out_features {_short(features)} and out_indices {_short(indices)}, which are not the same stages"
 
 
 def _problems_of_labels(config: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from worker.engine.catalog.checkpoints.info import FLOATS, CheckpointInfo, TensorInfo
-from worker.engine.catalog.checkpoints.library import LAYER
+from worker.engine.catalog.checkpoints.library import LAYER, Architecture, collapsed
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import OLDER_PARTS
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
@@ -76,23 +76,41 @@ def slot_of(name: str) -> Slot:
     return Slot(name, Kind.OTHER, None if layer is None else layer.number, name.endswith("bias"))
 
 
-def place_of(name: str, stacks: Mapping[str, int]) -> TensorPlace:
-    """Return a tensor's place: its depth is 0 before the layers and 1 after them, as far as the name tells."""
+def place_of(name: str, stacks: Mapping[str, int], known: Architecture | None = None) -> TensorPlace:
+    """Return a tensor's place: its depth is 0 before the layers and 1 after them.
+
+    Args:
+        stacks: lists of layers, each with its number of layers.
+        known: the tensor's class; without it the name tells.
+    """
     layer = layer_of(name)
     if layer is not None:
         count = stacks[layer.stack]
         return TensorPlace(name, layer.number / max(1, count - 1), layer.number, count)
-    return TensorPlace(name, 0.0 if is_before_layers(name) else 1.0)
+    return TensorPlace(name, 0.0 if is_before_layers(name, known) else 1.0)
 
 
-def is_before_layers(name: str) -> bool:
+def is_before_layers(name: str, known: Architecture | None = None) -> bool:
     """Return whether a tensor outside the layers comes before them, as embeddings and their norms do."""
+    own = None if known is None else own_name(known, name)
+    if known is not None and own in known.all_names:
+        return own in known.before
     return not ends_with(name, OUTPUT_EMBEDDINGS) and BEFORE_LAYERS.search(name.lower()) is not None
 
 
-def is_buffer(tensor: TensorInfo) -> bool:
-    """Return whether it is computed from the configuration, not learned: integers, masks, rotary frequencies."""
-    if tensor.dtype not in FLOATS or tensor.name.endswith(("rotary_emb.inv_freq", ".masked_bias", "position_ids")):
+def is_buffer(tensor: TensorInfo, known: Architecture | None = None) -> bool:
+    """Return whether it is computed from the configuration, not learned: integers, masks, rotary frequencies.
+
+    Args:
+        known: the tensor's class. The names tell of tensors that it does not have, as older checkpoints may.
+    """
+    if tensor.dtype not in FLOATS:
+        return True
+    if known is not None and (known.computed or known.unsaved):
+        own = own_names(known, [tensor.name])[tensor.name]
+        if collapsed(own) in known.computed or own in known.unsaved:
+            return True
+    if tensor.name.endswith(("rotary_emb.inv_freq", ".masked_bias", "position_ids")):
         return True
     # Causal masks of GPT-2, GPT-Neo and GPT-NeoX have these names; with one axis, such a tensor is a bias.
     return tensor.name.endswith(("attn.bias", "attention.bias")) and len(tensor.shape) == 4
@@ -131,6 +149,27 @@ def tensors_by_name(info: CheckpointInfo, like: CheckpointInfo) -> dict[str, Ten
             raise InvalidCheckpoint(info.source, f"tensor {known} is there under two spellings")
         found[known] = tensor
     return found
+
+
+def own_names(known: Architecture, names: Iterable[str]) -> dict[str, str]:
+    """Return the class's name of each tensor on disk, which may lack the prefix of the model below the head."""
+    found = {}
+    for name in names:
+        if known.reads(name):
+            found[name] = name
+            continue
+        others = [
+            own
+            for spelling in spellings(name)
+            for own in (spelling, f"{known.prefix}.{spelling}", spelling.removeprefix(f"{known.prefix}."))
+        ]
+        found[name] = next((own for own in others if known.reads(own)), name)
+    return found
+
+
+def own_name(known: Architecture, name: str) -> str:
+    """Return the class's name of a tensor on disk outside the layers, also of one that it renames as it loads it."""
+    return name if known.reads(name) else known.names_in_model.get(name) or own_names(known, [name])[name]
 
 
 def spellings(name: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from worker.engine.catalog.checkpoints.identity import Identity, own_names
+from worker.engine.catalog.checkpoints.identity import Identity
 from worker.engine.catalog.checkpoints.info import TensorInfo
 from worker.engine.catalog.checkpoints.library import completed, ties
 from worker.engine.catalog.checkpoints.tensor_names import (
@@ -12,6 +12,7 @@ from worker.engine.catalog.checkpoints.tensor_names import (
     SHARED_EMBEDDINGS,
     ends_with,
     layer_of,
+    own_name,
 )
 from worker.engine.catalog.checkpoints.weights import ties_embeddings
 
@@ -55,7 +56,7 @@ def tied_in_base(first: Identity, name: str, base_config: Mapping[str, object], 
     if first.known is None:
         return None
     by_own = _by_own(first, [state])
-    own = own_names(first.known, [name])[name]
+    own = own_name(first.known, name)
     for copy, original in ties(first.known, completed(base_config)):
         if copy == own and original in by_own:
             return state[by_own[original]]
@@ -65,7 +66,7 @@ def tied_in_base(first: Identity, name: str, base_config: Mapping[str, object], 
 def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[str]]:
     """Return groups of names of one tensor; the name that it keeps comes first."""
     config = completed(first.info.config)
-    if first.known is None or first.known.converted:
+    if first.known is None:
         by_original: dict[str, list[str]] = {}
         for copy, original in _copies_by_name(config, states).items():
             by_original.setdefault(original, [original]).append(copy)
@@ -75,7 +76,7 @@ def _groups(first: Identity, states: Sequence[State], models: int) -> list[list[
     unties_output = config.get("tie_word_embeddings") is False or config.get("scale_decoder_outputs") is False
     members: dict[str, list[str]] = {}
     for copy, original in originals.items():
-        if unties_output and ends_with(copy, OUTPUT_EMBEDDINGS) and all(named.get(copy) in s for s in states[:models]):
+        if unties_output and copy == first.known.output and all(named.get(copy) in s for s in states[:models]):
             continue  # T5 1.1's class says that both are one, but its checkpoints have two
         while original in originals:
             original = originals[original]
@@ -92,8 +93,8 @@ def _by_own(first: Identity, states: Sequence[State]) -> dict[str, str]:
     """Return the name of each tensor in the states, by the name that the class gives it."""
     if first.known is None:
         return {name: name for state in states for name in state}
-    names = dict.fromkeys(name for state in states for name in state)
-    return {own: name for name, own in own_names(first.known, names).items()}
+    names = dict.fromkeys(name for state in states for name in state if layer_of(name) is None)
+    return {own_name(first.known, name): name for name in names}
 
 
 def _copies_by_name(config: Mapping[str, Any], states: Sequence[Mapping[str, TensorInfo]]) -> dict[str, str]:

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures, check_configs
-from worker.engine.catalog.checkpoints.identity import Identity, check_present, check_tensors, own_names
+from worker.engine.catalog.checkpoints.identity import Identity, check_present, check_tensors
 from worker.engine.catalog.checkpoints.info import FLOATS, TensorInfo
 from worker.engine.catalog.checkpoints.tensor_names import (
-    EMBEDDINGS,
     HEADS,
     OUTPUT_EMBEDDINGS,
-    SHARED_EMBEDDINGS,
     ends_with,
     is_buffer,
     layer_of,
+    own_name,
     place_of,
     slot_of,
     stacks_of,
@@ -85,8 +84,8 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings, family
     stacks = stacks_of(versions[0])
     backbone, alone = [], []
     for name, tensor in versions[0].items():
-        slot, place = _slot_of(identities[0], name, family), place_of(name, stacks)
-        if is_buffer(tensor) or _is_unsaved(identities[0], name):
+        slot, place = _slot_of(identities[0], name, family), place_of(name, stacks, identities[0].known)
+        if is_buffer(tensor, identities[0].known):
             for info, other in zip(everyone, own, strict=True):
                 if name in other:
                     check_shape(first, tensor, info, other[name])
@@ -103,8 +102,7 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings, family
         backbone.append(merged_tensor(slot, place, checkpoints, versions, name, origin, asked.dtype, aligned))
     for info, state in zip(checkpoints, versions, strict=True):
         for name, tensor in state.items():
-            is_derived = is_buffer(tensor) or _is_unsaved(identities[0], name)
-            if name not in versions[0] and not is_derived:
+            if name not in versions[0] and not is_buffer(replace(tensor, name=name), identities[0].known):
                 raise IncompatibleCheckpoints(first.source, info.source, f"tensor {name} is in the second only")
     if not any(t.dtype in FLOATS for t in backbone):
         raise InvalidCheckpoint(first.source, "it has no tensor of floats to merge")
@@ -130,7 +128,7 @@ def planned_by_name(identities: Sequence[Identity], asked: MergeSettings, family
 
 def _slot_of(first: Identity, name: str, family: Family | None) -> Slot:
     """Return the slot of a tensor in the table. Raises InvalidCheckpoint where the table has none for it."""
-    if family is None or name in first.unread or is_buffer(first.info.tensors[name]) or _is_unsaved(first, name):
+    if family is None or name in first.unread or is_buffer(first.info.tensors[name], first.known):
         return slot_of(name)
     slot = family.slot(name) or family.slot(family.prefix + name)
     if slot is None:
@@ -144,21 +142,16 @@ def _is_head(first: Identity, name: str) -> bool:
     """Return whether fine-tuning may have started a tensor from scratch, so that a base may lack it."""
     if layer_of(name) is not None:
         return False
-    if "pooler" in name.split(".") or first.known is None or first.known.converted:
-        return ends_with(name, (*OUTPUT_EMBEDDINGS, *HEADS)) or "pooler" in name.split(".")
-    own = own_names(first.known, [name])[name]
-    is_body = first.known.name.endswith("Model") and not first.known.is_pre_training
-    return (
-        not is_body
-        and not own.startswith(f"{first.known.prefix}.")
-        and not ends_with(name, (*EMBEDDINGS, *SHARED_EMBEDDINGS))
-    )
-
-
-def _is_unsaved(first: Identity, name: str) -> bool:
-    """Return whether the library computes the tensor from the configuration, and does not save it."""
+    if "pooler" in name.split("."):
+        return True
     known = first.known
-    return known is not None and bool(known.unsaved) and own_names(known, [name])[name] in known.unsaved
+    if known is None:
+        return ends_with(name, (*OUTPUT_EMBEDDINGS, *HEADS))
+    own = own_name(known, name)
+    if not known.body or own == known.output:
+        return own == known.output or ends_with(name, HEADS)
+    is_body = known.name.endswith("Model") and not known.is_pre_training
+    return not is_body and not own.startswith(known.body)
 
 
 def _left_out_unread(identities: Sequence[Identity], states: Sequence[dict[str, TensorInfo]]) -> list[str]:

@@ -94,7 +94,7 @@ def plan_slices(
     stack = _only_stack(first, states[first_index])
     field = "slices" if scale is None else "method.slices"
     layers = _layers(slices, names, checkpoints, base, states, stack, field)
-    backbone = _Backbone(checkpoints, states, stack, len(layers), scale, asked, aligned)
+    backbone = _Backbone(identities, states, stack, len(layers), scale, asked, aligned)
     backbone.add_outer(layers[0], before=True)
     # Some architectures alternate between layers of different kinds.
     known = {_shapes(layer) for layer in backbone.inner[first_index].values()}
@@ -138,7 +138,7 @@ class _Backbone:
 
     def __init__(
         self,
-        checkpoints: Sequence[CheckpointInfo],
+        identities: Sequence[Identity],
         states: Sequence[Mapping[str, TensorInfo]],
         stack: str,
         layers: int,
@@ -147,7 +147,8 @@ class _Backbone:
         aligned: Vocabulary | None,
     ) -> None:
         self.planned: list[PlannedTensor] = []
-        self.checkpoints = checkpoints
+        self.checkpoints = [identity.info for identity in identities]
+        self._architecture = identities[0].known  # all are of one
         self.inner = [_by_layer(state) for state in states]
         """Tensors of every checkpoint by layer, see `_by_layer`."""
         self._states, self._stack, self._stacks = states, stack, {stack: layers}
@@ -159,7 +160,7 @@ class _Backbone:
         if self._asked.base is not None:
             tensors.append(self._states[-1])
         for name in tensors[0]:
-            if layer_of(name) is None and is_before_layers(name) is before:
+            if layer_of(name) is None and is_before_layers(name, self._architecture) is before:
                 self._add(name, layer.members, tensors, name)
 
     def add_layer(self, number: int, layer: _Layer) -> None:
@@ -176,9 +177,9 @@ class _Backbone:
 
     def _add(self, name: str, members: Sequence[int], tensors: Sequence[Mapping[str, TensorInfo]], key: str) -> None:
         """Add the tensor `key` of each member and of the base, which comes last in `tensors` if there is one."""
-        slot, place = slot_of(name), place_of(name, self._stacks)
+        slot, place = slot_of(name), place_of(name, self._stacks, self._architecture)
         tensor, base = tensors[0][key], self._asked.base
-        if is_buffer(tensor):
+        if is_buffer(tensor, self._architecture):
             copied = PlannedTensor(slot, place, tensor.shape, tensor.dtype, (tensor,), is_copied=True)
             self.planned.append(replace(copied, members=(members[0],)))
             return

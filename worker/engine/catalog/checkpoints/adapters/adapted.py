@@ -18,8 +18,9 @@ from worker.engine.catalog.checkpoints.adapters.peft import MERGE_IT
 from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG
 from worker.engine.catalog.checkpoints.identity import identify
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, LowRank, TensorInfo
-from worker.engine.catalog.checkpoints.library import Architecture, architecture
+from worker.engine.catalog.checkpoints.library import Architecture, architecture, completed, ties
 from worker.engine.catalog.checkpoints.patterns import ModulePatterns
+from worker.engine.catalog.checkpoints.tensor_names import own_name
 from worker.engine.catalog.checkpoints.tokenizer_files import vocabulary_of
 from worker.engine.catalog.families import FAMILIES, Family, Fused, Kind, backbone_of
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
@@ -86,13 +87,19 @@ def _replaced(
     head: Architecture | None,
     known: Architecture | None,
 ) -> dict[str, TensorInfo]:
-    """Return tensors that are stored whole, by the names that they replace; the base may lack a head or a pooler."""
+    """Return tensors that are stored whole, by the names that they replace.
+
+    The base may lack a head or a pooler, and the second name of a bias that it has once (`bias: all` stores both).
+    """
     replaced = {}
+    tied = {} if known is None else dict(ties(known, completed(base.config)))
     for name, tensor in adapter.whole.items():
         target = target_of(name, tensors, family, known)
         slot = family.slot(name) if family is not None else None
         is_new = target not in tensors and (
-            (slot is not None and slot.kind is Kind.POOLER) or (head is not None and head.reads(name))
+            (slot is not None and slot.kind is Kind.POOLER)
+            or (head is not None and head.reads(name))
+            or (known is not None and tied.get(own_name(known, name)) in adapter.whole)
         )
         if not is_new and (slot is None or slot.kind is not Kind.HEAD):
             if target not in tensors:

@@ -7,7 +7,7 @@ from worker.engine.catalog.checkpoints.adapters.peft import HEAD_MODULES, MERGE_
 from worker.engine.catalog.checkpoints.files import ADAPTER_WEIGHTS
 from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.library import Architecture, completed, ties
-from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of
+from worker.engine.catalog.checkpoints.tensor_names import EMBEDDINGS, OUTPUT_EMBEDDINGS, ends_with, layer_of, own_name
 from worker.engine.catalog.checkpoints.weights import layer_count
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
@@ -20,24 +20,23 @@ WITHOUT_LOGITS = ("Model", "Classification", "QuestionAnswering", "MultipleChoic
 def refuse_tied(adapter: Adapter, base: CheckpointInfo, known: Architecture | None) -> None:
     """Raise InvalidCheckpoint for an adapter of one of two tied matrices: it unties them, which no file can show."""
     tied = set() if known is None else {name for pair in ties(known, completed(base.config)) for name in pair}
-    tied |= {other for name in tied if known is not None for other in known.in_files(name)}
-    may_tie = _may_tie(base, known)
+    may_tie = known is None and _may_tie(base)
     for name in [*(f"{module}.weight" for module in adapter.factors), *adapter.whole]:
         by_name = may_tie and ends_with(name, (*EMBEDDINGS, *OUTPUT_EMBEDDINGS))
-        if by_name or (name in tied and name.endswith(".weight")):
+        if by_name or (known is not None and name.endswith(".weight") and own_name(known, name) in tied):
             problem = f"it adapts {name}, which the base ties to another matrix (tie_word_embeddings)"
             raise InvalidCheckpoint(adapter.source, f"{problem}; {MERGE_IT}")
 
 
-def _may_tie(base: CheckpointInfo, known: Architecture | None) -> bool:
-    """Return whether a model may have one matrix for embeddings and logits, as far as its configuration tells.
+def _may_tie(base: CheckpointInfo) -> bool:
+    """Return whether a model of an unknown class may have one matrix for embeddings and logits.
 
-    A class that is not known ties them unless it says otherwise, or has no logits of tokens by its name.
+    It ties them unless it says otherwise, or has no logits of tokens by its name.
     """
     has_output = any(ends_with(name, OUTPUT_EMBEDDINGS) for name in base.tensors)
     if base.architecture.endswith(GENERATES):
         return bool(base.config.get("tie_word_embeddings", not has_output))
-    gives_tokens = known is None and not base.architecture.endswith(WITHOUT_LOGITS)
+    gives_tokens = not base.architecture.endswith(WITHOUT_LOGITS)
     return gives_tokens and base.config.get("tie_word_embeddings") is not False
 
 
