@@ -1,5 +1,6 @@
 """The report page as text: what is escaped, how large it gets, and whether its colours can be read."""
 
+import random
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ import pytest
 import torch
 from markupsafe import Markup
 
-from tests.reports import UGLY, invented_contents, invented_result
+from tests.reports import UGLY, invented_contents, invented_metric, invented_result
 from tests.score_names import named
 from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
@@ -31,7 +32,7 @@ from worker.engine.reporting.colours import (
 )
 from worker.engine.reporting.contents import BLOCKS, MOST_CELLS, Contents, of_scores, rounded
 from worker.engine.reporting.figures.certainty import certainty
-from worker.engine.reporting.figures.comparisons import candidates
+from worker.engine.reporting.figures.comparisons import candidates, versions
 from worker.engine.reporting.figures.search import search
 from worker.engine.reporting.html import element, table
 from worker.engine.reporting.page import merge_page
@@ -263,6 +264,17 @@ def test_a_search_shows_every_trial_its_best_its_floors_and_what_was_given_up() 
     ]
     assert "Objective over scale" in parameters
     assert trials.count("given up") == 10
+
+
+def test_bars_of_a_metric_above_one_are_as_long_as_their_values() -> None:
+    values = {"expert": 100.0, "average": 200.0, "merged": 150.0}
+    ends = {"intervals": dict.fromkeys(values, (90.0, 250.0)), "merged_kept_head": None}
+    shares = invented_metric(random.Random(0))
+    metrics = {"a": shares.model_copy(update={"metric": "perplexity", **values, **ends}), "b": shares}
+    words, share = versions(metrics).split('<div class="card">')[1:]
+    assert [float(width) for width in re.findall(r'<rect[^>]* width="([0-9.]+)%"', words)] == [40.0, 80.0, 60.0]
+    longest = [float(width) for width in re.findall(r'<rect[^>]* width="([0-9.]+)%"', share)][-1]
+    assert longest == pytest.approx(100 * shares.merged, abs=0.01)
 
 
 def test_candidates_show_every_model_with_its_mean() -> None:

@@ -66,7 +66,7 @@ def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: 
         _repeat(spec, result, "/merge"),
     ]
     tiles = [
-        ("mean retention", _share(result.mean_retention), "merged over expert"),
+        ("mean retention", _share(result.mean_retention), "of the experts' metrics"),
         ("lowest retention", _share(result.min_retention), _lowest(result)),
         ("accepted", _accepted(result), "whether it beats what it must"),
         *_common_tiles(spec, result),

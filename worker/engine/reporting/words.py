@@ -19,9 +19,10 @@ METRIC_COLUMNS = [
     "rows",
 ]
 ABOUT_METRICS = (
-    "All versions predict the same rows. The plain average and the merge with kept head use the expert's head as it "
-    "was; merged is the model as published here. Retention is merged over expert. Intervals are bootstrap percentile "
-    "intervals over rows; for the difference, both versions are resampled together."
+    "All versions predict the same rows. Where models keep their heads, the plain average and the merge with kept head "
+    "use the expert's head as it was. Merged is the model as published here. Retention is merged over expert, or "
+    "expert over merged where less is better (loss, perplexity). Intervals are bootstrap percentile intervals over "
+    "rows; for the difference, both versions are resampled together."
 )
 CANDIDATE_COLUMNS = ["candidate", "mean retention", "lowest retention", "behind the chosen (95 % interval)"]
 ABOUT_CANDIDATES = (

@@ -35,8 +35,11 @@ VERSIONS: dict[Version, str] = {
 
 
 def versions(metrics: Mapping[str, MetricResult]) -> Markup:
-    """Draw bars of every version, by model."""
-    low = min(0.0, *(m.intervals[version][0] for m in metrics.values() for version in m.intervals))
+    """Draw bars of every version, by model. Bars of one metric have one scale, from 0 to 1 or as far as they go."""
+    ends: dict[str, list[float]] = {}
+    for m in metrics.values():
+        drawn = (value for version in VERSIONS if (value := m.value_of(version)) is not None)
+        ends.setdefault(m.metric, []).extend([*drawn, *(end for interval in m.intervals.values() for end in interval)])
     cards = []
     for index, (name, m) in enumerate(metrics.items()):
         values = {version: value for version in VERSIONS if (value := m.value_of(version)) is not None}
@@ -47,7 +50,8 @@ def versions(metrics: Mapping[str, MetricResult]) -> Markup:
         said = "; ".join(f"{row.label} {row.written}" for row in rows)
         kept = f"{100 * m.retention:.1f} % kept" if m.retention is not None else "no retention"
         title = f"{m.metric} of {name} by version"
-        picture = bars(f"kept-{index}", title, f"{said}. Lines are 95 % intervals.", rows, low=low)
+        low, high = min(0.0, *ends[m.metric]), max(1.0, *ends[m.metric])
+        picture = bars(f"kept-{index}", title, f"{said}. Lines are 95 % intervals.", rows, low=low, high=high)
         head = element("h3", element("span", name), element("span", f"{m.metric}, {kept}"))
         cards.append(element("div", head, picture, class_="card"))
     return element("div", cards, class_="cards")
