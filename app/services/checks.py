@@ -31,7 +31,13 @@ from worker.engine.catalog.methods import METHODS
 from worker.engine.catalog.planning.holding import holdings
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.parameters import parameter_problems
-from worker.engine.catalog.planning.plan import MergePlan, require_reader, required_task
+from worker.engine.catalog.planning.plan import (
+    MergePlan,
+    require_reader,
+    required_family,
+    required_task,
+    usable_sizes,
+)
 from worker.engine.catalog.planning.planner import misfit, plan_job, plan_merge
 from worker.engine.catalog.planning.stacking import layers_of_models
 from worker.engine.catalog.primitives.errors import EngineError
@@ -135,6 +141,7 @@ class Checker:
                 task = required_task(plan)
                 require_reader(info)
                 check_run_tokenizer(info)
+                usable_sizes(info, required_family(plan))
             _refuse(parameter_problems(plan, request.method))
             kept = accepted["models"][index]
             kept["checkpoint"] = info.source
@@ -182,6 +189,7 @@ class Checker:
                 with _refusing(_checkpoint_field(index)):
                     require_reader(info)
                     check_run_tokenizer(info)
+                    usable_sizes(info, required_family(plan))
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title
         accepted["notes"] += left_out

@@ -1,6 +1,7 @@
 """Rows and metrics of language models on the running service: what is judged, and what fails by name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def inputs(tiny_inputs: Path) -> Path:
     edit_tensors(folder / "huge", lambda tensors: {**tensors, NORM: 0 * tensors[NORM] + 3e38})
     edit_tensors(folder / "small", shrunk)
     edit_json(folder / "small" / "config.json", vocab_size=20)
+    shutil.copytree(folder / "decoder-0", folder / "unsaid")
+    edit_json(folder / "unsaid" / "config.json", max_position_embeddings=None)
     for seed, name in enumerate(("writer-0", "writer-1"), start=1):
         tiny_checkpoint(folder / name, family=ENCODER_DECODERS["bart"], seed=seed, task="Seq2SeqLM")
     rows = tiny_inputs / "rows"
@@ -107,6 +110,9 @@ REFUSED: dict[str, tuple[Recipe, list[str]]] = {
     "choices of perplexity": (recipe("choices", choices="choices"), ["models.0.evaluation.choices"]),
     "a label that is no choice": (
         recipe("wrong", metric="choice_accuracy"), ["models.0.evaluation", "line 13", "label 2 is out of range"],
+    ),
+    "a size that nothing says": (
+        recipe("texts", "decoder-0", "unsaid"), ["models.1.checkpoint", "no usable max_position_embeddings"],
     ),
     "text beside messages": (
         recipe("talks", part="dataset", method="mask_fisher", messages="messages", text="text"),

@@ -377,6 +377,9 @@ def test_experts_that_are_missing_or_fit_no_other_are_refused(case: Case, tmp_pa
         assert_refused(pair, "local:two", f"{case.tiny.experts - 1} experts are there, config.json says 4")
     else:
         assert_refused(pair, last, "is missing in the second")
+    routed = [Path(shutil.copytree(path, tmp_path / f"routed-{name}")) for name, path in case.models.items()]
+    edit_json(routed[1] / "config.json", num_experts_per_tok=case.tiny.experts + 1)
+    assert_refused(routed, "local:routed-two", f"num_experts_per_tok {case.tiny.experts + 1}, and {case.tiny.experts}")
     odd = stacked(case, tmp_path / "odd")
     edit_tensors(
         odd, lambda tensors: {n: t[:, :5].clone() if n.endswith("gate_up_proj") else t for n, t in tensors.items()}

@@ -173,11 +173,15 @@ def test_a_long_text_is_cut_and_noted(bart: Case, engine: Engine, tmp_path: Path
     assert any(f"2 of 2 rows of rows are longer than {POSITIONS} tokens" in note for note in result.notes)
 
 
-def test_a_model_without_a_start_token_is_refused_by_its_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [None, True, 5000])
+def test_a_model_without_a_start_token_is_refused_by_its_key(tmp_path: Path, start: int | None) -> None:
     case = made(tmp_path, "t5")
-    edit_json(case.root / "one" / "config.json", decoder_start_token_id=None)
-    with pytest.raises(InvalidDataset, match="no usable decoder_start_token_id"):
-        examples_of(case, case.loaded())
+    edit_json(case.root / "one" / "config.json", decoder_start_token_id=start)
+    loaded = case.loaded()
+    writing = EvaluationSpec(source="rows", path=case.root / "one.jsonl", metric="exact_match", max_new_tokens=6)
+    for spec in (None, writing):
+        with pytest.raises(InvalidDataset, match="no usable decoder_start_token_id"):
+            examples_of(case, loaded, spec)
 
 
 # Scores and other statistics

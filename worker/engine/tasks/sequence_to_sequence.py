@@ -77,7 +77,7 @@ class SequenceToSequenceHead(CausalLanguageModelHead):
 
     def _start(self, source: str) -> int:
         start = getattr(self._model.config, "decoder_start_token_id", None)
-        if not isinstance(start, int) or not 0 <= start < self.task.outputs:
+        if type(start) is not int or not 0 <= start < self.task.outputs:
             problem = "it cannot be read: the checkpoint's config.json has no usable decoder_start_token_id"
             raise InvalidDataset(source, problem)
         return start
@@ -127,8 +127,9 @@ class SequenceToSequenceWriting(Writing, SequenceToSequenceHead):
         """Make an example of each row. Texts are cut at the limit.
 
         Raises:
-            InvalidDataset: a text has no token, or the limit is below `max_new_tokens`.
+            InvalidDataset: a text has no token, the limit is below `max_new_tokens`, or the model has no start token.
         """
+        self._start(spec.source)
         limit = min(max_length, spec.max_length or max_length)
         if self._most > limit:
             problem = f"max_new_tokens is {self._most}, and a target may have {limit} tokens"

@@ -41,6 +41,11 @@ POSITIONS = (
     "max_sequence_length", "max_source_positions", "max_target_positions",
 )  # fmt: skip
 MAX_STAGES = 10_000
+BUCKETS, DISTANCE = "relative_attention_num_buckets", "relative_attention_max_distance"
+"""Numbers of T5's relative positions. Half of the buckets, of an encoder a quarter, are of one distance each; the
+others grow by the logarithm of the maximum distance over that number (Raffel et al. 2020, 2.1)."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys of the number of experts that a token may be routed to."""
 MAX_POSITIONS = 1 << 24  # models compute tables with a row for each; the longest real ones have 10,485,760
 PAD_FREELY = frozenset(
     {
@@ -280,6 +285,14 @@ def _problems_of_kind(config: Mapping[str, Any], kind: ModelType) -> list[str]:
             problems.append(f"layer_types with {_short(unknown[0])}, which is no kind of layer that transformers knows")
         elif "layer_types" in config and type(layers) is int and len(types) != layers:
             problems.append(f"layer_types of {len(types)} layers, and {count} {_short(layers)}")
+    buckets, distance = known.get(BUCKETS), known.get(DISTANCE)
+    if type(buckets) is int and type(distance) is int and not 2 <= buckets // 2 < distance:
+        problem = "half of the buckets must be more than one, and fewer than the distance"
+        problems.append(f"{BUCKETS} {buckets} and {DISTANCE} {distance}; {problem}")
+    routed = known.get("num_experts_per_tok")
+    experts = next((known[key] for key in EXPERTS if type(known.get(key)) is int), 0)
+    if type(routed) is int and 0 < experts < routed:  # 0 experts: layers that are no mixtures
+        problems.append(f"num_experts_per_tok {routed}, and {experts} experts")
     padding, rows = known.get("pad_token_id"), known.get("vocab_size")
     if padding is not None and type(padding) is not int:
         problems.append(f"pad_token_id {_short(padding)}, which is no token's id")

@@ -61,7 +61,7 @@ BART = Family(
         "decoder_start_token_id": 2,
         "eos_token_id": 2,
     },
-    supported={},
+    supported={"is_encoder_decoder": True},
     ownership=WITH_CROSS_ATTENTION,
     hidden_vectors=24,  # of a decoder's layer, which attends twice
     attention_rows=2,

@@ -77,7 +77,7 @@ T5 = Family(
         "decoder_start_token_id": None,
         "eos_token_id": 1,
     },
-    supported={},
+    supported={"is_encoder_decoder": True},
     ownership=WITH_CROSS_ATTENTION,
     norms=Norms.BEFORE_BLOCKS,
     hidden_vectors=24,  # of a decoder's layer, which attends twice

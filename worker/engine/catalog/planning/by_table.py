@@ -28,7 +28,7 @@ from worker.engine.catalog.planning.comparing import (
     notes_of_settings,
     with_settings_of,
 )
-from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, require_reader
+from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, require_reader, usable_sizes
 from worker.engine.catalog.planning.tensors import merged_tensor, output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.values import TensorPlace
@@ -177,11 +177,7 @@ def _place(layers: Mapping[str, int], slot: Slot) -> TensorPlace:
 
 
 def _check_sizes(info: CheckpointInfo, slots: Mapping[str, tuple[Slot, TensorInfo]], family: Family) -> None:
-    try:
-        sizes = {what: family.size(info.config, what) for what in family.config_names}
-        family.max_tokens(info.config)
-    except ValueError as error:
-        raise InvalidCheckpoint(info.source, str(error)) from error
+    sizes = usable_sizes(info, family)
     if "head_size" not in sizes and sizes["hidden"] % sizes["heads"]:
         raise InvalidCheckpoint(info.source, f"hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
     layers: dict[str, dict[int, set[str]]] = {stack.name: {} for stack in family.stacks}

@@ -189,6 +189,20 @@ def required_family(plan: MergePlan) -> Family:
     return plan.family
 
 
+def usable_sizes(info: CheckpointInfo, family: Family) -> dict[str, int]:
+    """Return the sizes that a table reads from a configuration.
+
+    Raises:
+        InvalidCheckpoint: a size, or the number of tokens of a row, is no positive number; the message names the key.
+    """
+    try:
+        sizes = {what: family.size(info.config, what) for what in family.config_names}
+        family.max_tokens(info.config)
+    except ValueError as error:
+        raise InvalidCheckpoint(info.source, str(error)) from error
+    return sizes
+
+
 def required_table(info: CheckpointInfo) -> Family:
     """Return the table of a checkpoint's backbone, under its head. Raises InvalidCheckpoint when there is none."""
     family = family_of(info)
