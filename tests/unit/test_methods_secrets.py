@@ -11,7 +11,8 @@ OWN_ROOMS = ("worker/engine/catalog/methods/", "worker/engine/merging/methods/")
 MAY_NAME_AUTO = {
     "app/contracts/requests.py",  # the union of methods in a request
     "worker/engine/catalog/contracts/spec.py",  # and that in a job
-    "worker/engine/search/job.py",  # the room of `auto`
+    "worker/engine/search/gate.py",  # the room of `auto`
+    "worker/engine/search/job.py",
     "worker/engine/search/search.py",
     "worker/engine/search/space.py",
 }
