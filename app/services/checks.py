@@ -19,7 +19,7 @@ from app.storage.sources import Sources
 from app.storage.sources.source import SourceUnavailable
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.companion_checks import check_run_tokenizer
+from worker.engine.catalog.checkpoints.companion_checks import check_generation, check_run_tokenizer
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
@@ -189,6 +189,7 @@ class Checker:
                 with _refusing(_checkpoint_field(index)):
                     require_reader(info)
                     check_run_tokenizer(info)
+                    check_generation(info)
                     usable_sizes(info, required_family(plan))
         accepted = request.model_dump(mode="json")
         accepted["name"] = request.title

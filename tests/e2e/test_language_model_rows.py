@@ -29,6 +29,8 @@ def inputs(tiny_inputs: Path) -> Path:
     edit_tensors(folder / "huge", lambda tensors: {**tensors, NORM: 0 * tensors[NORM] + 3e38})
     edit_tensors(folder / "small", shrunk)
     edit_json(folder / "small" / "config.json", vocab_size=20)
+    shutil.copytree(folder / "decoder-0", folder / "endless")
+    edit_json(folder / "endless" / "generation_config.json", eos_token_id=[1, "2"])
     shutil.copytree(folder / "decoder-0", folder / "unsaid")
     edit_json(folder / "unsaid" / "config.json", max_position_embeddings=None)
     for seed, name in enumerate(("writer-0", "writer-1"), start=1):
@@ -110,6 +112,9 @@ REFUSED: dict[str, tuple[Recipe, list[str]]] = {
     "choices of perplexity": (recipe("choices", choices="choices"), ["models.0.evaluation.choices"]),
     "a label that is no choice": (
         recipe("wrong", metric="choice_accuracy"), ["models.0.evaluation", "line 13", "label 2 is out of range"],
+    ),
+    "end tokens that are none": (
+        recipe("targets", "decoder-0", "endless", **WRITTEN), ["models.1.checkpoint", "eos_token_id [1, '2']"],
     ),
     "a size that nothing says": (
         recipe("texts", "decoder-0", "unsaid"), ["models.1.checkpoint", "no usable max_position_embeddings"],

@@ -126,6 +126,9 @@ REFUSED: list[tuple[str, str, Change, str]] = [
             ("cache_implementation", "x"),
             ("watermarking_config", {"x": 1}),
             ("suppress_tokens", 3),
+            ("eos_token_id", "1"),
+            ("eos_token_id", [1, 2.0]),
+            ("eos_token_id", [1 << 63]),
             ("num_return_sequences", 3),
         ]
     ),

@@ -59,6 +59,11 @@ def check_companions(info: CheckpointInfo) -> None:
         InvalidCheckpoint: a file is refused; the message names it, the key and its value.
     """
     check_tokenizer(info)
+    check_generation(info)
+
+
+def check_generation(info: CheckpointInfo) -> None:
+    """Check the settings of generation. Raises InvalidCheckpoint, which names the key and its value."""
     file = companions(info).get("generation_config.json")
     if file is not None:
         content = read_json(file, info.source, MAX_CONFIG_BYTES)
@@ -259,6 +264,7 @@ def _problems_of_generation(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrong(
         config, "suppress_tokens", "no list of tokens' ids", lambda value: _is_list(value, lambda one: type(one) is int)
     )
+    yield from _wrong(config, "eos_token_id", "no token's id, and no list of them", _are_ids)
     beams, returned = config.get("num_beams"), config.get("num_return_sequences") or 1
     if beams in (None, 1):
         if returned > 1 and not config.get("do_sample"):
@@ -296,6 +302,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any, is_right: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(is_right, value))
+
+
+def _are_ids(value: Any) -> bool:
+    return _is_list(value if isinstance(value, list) else [value], lambda one: type(one) is int and abs(one) < 1 << 63)
 
 
 def _is_named_template(value: Any) -> bool:
