@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,9 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="where everything is kept (default: .demo)")
     parser.add_argument("--port", type=int, default=8123)
     options = parser.parse_args()
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", options.port)) == 0:
+            sys.exit(f"port {options.port} is in use by another program; name another with --port")
     os.environ["HF_HUB_OFFLINE"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the block that stops the service
     inputs = options.dir / "inputs"

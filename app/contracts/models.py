@@ -9,12 +9,9 @@ from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, Weight, takes_part
 from worker.engine.catalog.tasks import MetricName
 
-LATER_COLUMNS = ("image",)
-"""Columns that are refused because they are not available yet."""
-
 
 class Dataset(Columns):
-    """Rows of text, with or without labels."""
+    """Rows, with or without labels."""
 
     source: str
     """Reference to a JSON lines, CSV or Parquet file, or to a data set on the hub."""
@@ -22,7 +19,6 @@ class Dataset(Columns):
     """Configuration of a data set on the hub, if it has several."""
     split: Name | None = None
     """Split of a data set on the hub, if it has several."""
-    image: str | None = None
 
 
 class Evaluation(Dataset, Generation):

@@ -1,13 +1,12 @@
 """The whole schema of requests, including fields that are refused because they are not available yet."""
 
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.contracts.models import LATER_COLUMNS, MeasuredModelRequest, ModelRequest, ScoredModelRequest
+from app.contracts.models import MeasuredModelRequest, ModelRequest, ScoredModelRequest
 from app.contracts.output import Output, Webhook
 from app.contracts.suitability import (
     check_slices,
@@ -245,23 +244,12 @@ class ScoreRequest(JobRequest[ScoredModelRequest]):
 
 def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, str]]:
     """Return (field, why) of everything that the schema knows and this version cannot do, which is refused."""
-    return [(field, "is not available yet; leave it out") for field in _later(request)]
-
-
-def _later(request: MergeRequest | ScoreRequest) -> Iterator[str]:
-    if isinstance(request, MergeRequest):
-        used = {
-            "webhook": request.webhook is not None,
-            "priority": request.priority != 0,
-            "device": request.device == "cuda",
-            "output.publish": request.output.publish is not None,
-        }
-        yield from (field for field, is_used in used.items() if is_used)
-    for index, model in enumerate(request.models):
-        parts = {"dataset": model.dataset}
-        if isinstance(model, ModelRequest):
-            parts["evaluation"] = model.evaluation
-        for part, rows in parts.items():
-            for column in LATER_COLUMNS:
-                if rows is not None and getattr(rows, column) is not None:
-                    yield f"models.{index}.{part}.{column}"
+    if not isinstance(request, MergeRequest):
+        return []
+    used = {
+        "webhook": request.webhook is not None,
+        "priority": request.priority != 0,
+        "device": request.device == "cuda",
+        "output.publish": request.output.publish is not None,
+    }
+    return [(field, "is not available yet; leave it out") for field, is_used in used.items() if is_used]

@@ -29,7 +29,7 @@ def inputs(tiny_inputs: Path) -> Path:
     """Two models, with rows beside the service's other inputs, and rows of which the 151st is bad."""
     rows = tiny_inputs / "rows"
     (rows / "images").mkdir(parents=True)
-    lines = [json.dumps({"image": f"images/{index}.png", "label": NAMES[index % 2]}) for index in range(60)]
+    lines = [json.dumps({"picture": f"images/{index}.png", "label": NAMES[index % 2]}) for index in range(60)]
     for index in range(60):
         (rows / "images" / f"{index}.png").write_bytes(encoded(index))
     (rows / "images" / "cut").write_bytes(encoded(0)[:200])
@@ -39,17 +39,19 @@ def inputs(tiny_inputs: Path) -> Path:
         tiny_checkpoint(folder, family=TINY_VISION["vit"], seed=seed, names=NAMES, task="ImageClassification")
     write_lines(rows / "images.jsonl", lines)
     for name in BAD:
-        bad = json.dumps({"image": f"images/{name}", "label": "cat"})
+        bad = json.dumps({"picture": f"images/{name}", "label": "cat"})
         write_lines(rows / f"images-{name}.jsonl", [*(lines * 3)[:150], bad])
-    write_lines(rows / "images-out.jsonl", [json.dumps({"image": "../checkpoints/vit-1/config.json", "label": "cat"})])
+    write_lines(
+        rows / "images-out.jsonl", [json.dumps({"picture": "../checkpoints/vit-1/config.json", "label": "cat"})]
+    )
     return tiny_inputs
 
 
 def recipe(rows: str = "images", method: Recipe | None = None) -> Recipe:
     models = []
     for name in ("vit-1", "vit-2"):
-        source = {"source": f"local:rows/{rows}.jsonl", "label": "label"}
-        evaluation = {"source": "local:rows/images.jsonl", "limit": 40}
+        source = {"source": f"local:rows/{rows}.jsonl", "image": "picture", "label": "label"}
+        evaluation = {"source": "local:rows/images.jsonl", "image": "picture", "limit": 40}
         models.append(
             {"name": name, "checkpoint": f"local:checkpoints/{name}", "dataset": source, "evaluation": evaluation}
         )
@@ -77,7 +79,7 @@ def test_a_bad_image_fails_the_job_by_its_line(service: Service, inputs: Path, f
     job = service.finished(service.submit(recipe(f"images-{fault}")))
     assert job["status"] == "failed"
     assert job["error"]["code"] == "invalid_dataset"
-    assert "line 151: column 'image'" in job["error"]["message"]
+    assert "line 151: column 'picture'" in job["error"]["message"]
     assert BAD[fault] in job["error"]["message"]
     assert service.get("/readyz").status_code == 200
 
@@ -85,4 +87,4 @@ def test_a_bad_image_fails_the_job_by_its_line(service: Service, inputs: Path, f
 def test_a_path_out_of_the_folder_is_refused_before_the_job_is_accepted(service: Service, inputs: Path) -> None:
     answer = service.post("/merge", json=recipe("images-out"))
     assert_problem(answer, 422, "invalid_dataset")
-    assert "line 1: column 'image' is a path out of the data set's folder" in answer.text
+    assert "line 1: column 'picture' is a path out of the data set's folder" in answer.text

@@ -195,7 +195,7 @@ def changed(**models: Any) -> Recipe:
         (changed(checkpoint="local:rows"), "invalid_checkpoint", "models.0.checkpoint"),
         (changed(checkpoint="local:checkpoints/base"), "invalid_checkpoint", "models.0.checkpoint"),
         (changed(dataset={"source": "local:rows/a.jsonl", "text": "other"}), "invalid_dataset", "models.0.dataset"),
-        (changed(dataset={"source": "local:rows/a.jsonl", "image": "x"}), "not_available", "models.0.dataset.image"),
+        (changed(dataset={"source": "local:rows/a.jsonl", "image": "x"}), "invalid_request", "models.0.dataset.image"),
         (score_recipe("a", name="mask_fisher", estimator="exact"), "invalid_request", "method.estimator"),
         (score_recipe("a", name="auto"), "invalid_request", "method"),
         (score_recipe("a", name="regmean", examples="auto"), "invalid_request", "method"),
