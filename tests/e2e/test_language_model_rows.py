@@ -85,7 +85,8 @@ def test_what_models_write_is_judged_as_asked(service: Service, inputs: Path) ->
 
 
 def test_text_to_text_is_measured_and_judged_by_both_columns(service: Service, inputs: Path) -> None:
-    asked = recipe("targets", "writer-0", "writer-1", method="mask_fisher", **{**WRITTEN, "target": None})
+    writing = {**WRITTEN, "target": None, "answer": "four"}
+    asked = recipe("targets", "writer-0", "writer-1", method="mask_fisher", **writing)
     for model in asked["models"]:
         model["dataset"] = {"source": "local:rows/targets.jsonl"}
     job = service.finished(service.submit(asked))
@@ -93,7 +94,10 @@ def test_text_to_text_is_measured_and_judged_by_both_columns(service: Service, i
     for part in ("dataset", "evaluation"):
         kept = job["request"]["models"][0][part]
         assert (kept["text"], kept["target"]) == ("text", "target")
-    assert 0 <= job["result"]["metrics"]["writer-0"]["answer_tokens"]["merged"] <= 2
+    found = job["result"]["metrics"]["writer-0"]
+    assert 0 <= found["answer_tokens"]["merged"] <= 2
+    assert (found["expert"], found["retention"]) == (0, None)  # no answer to the pattern is the target
+    assert "writer-0 has no row of local:rows/targets.jsonl right itself" in job["result"]["notes"][0]
 
 
 def test_choices_are_judged(service: Service, inputs: Path) -> None:

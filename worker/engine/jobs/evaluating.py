@@ -174,4 +174,12 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     if kept_head_predictions is not None:
         predictions["merged_kept_head"] = kept_head_predictions
     predictions["merged"] = merged_predictions
-    return compare(evaluation, loaded.task, labels, predictions, counts, best)
+    found = compare(evaluation, loaded.task, labels, predictions, counts, best)
+    if evaluation.metric == "exact_match" and found.expert == 0:
+        context.note(
+            Doubt(
+                f"{model.spec.source} has no row of {evaluation.source} right itself, so nothing can be said of what "
+                "the merge keeps; do the rows fit it, and answer, stop and max_new_tokens, where it writes?"
+            )
+        )
+    return found
