@@ -96,6 +96,7 @@ REFUSED: list[tuple[str, str, Change, str]] = [
             ("additional_special_tokens", [{"content": "y"}]),
             ("model_specific_special_tokens", ["x"]),
             ("chat_template", ["x"]),
+            ("chat_template", 5),
             ("padding_side", None),
             ("truncation_side", "middle"),
             ("model_input_names", 3),

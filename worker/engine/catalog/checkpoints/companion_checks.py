@@ -214,6 +214,8 @@ def _problems_of_config(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(config.get("split_special_tokens", False), bool):
         yield f"split_special_tokens {_short(config['split_special_tokens'])}, which is neither true nor false"
     template = config.get("chat_template")
+    if not isinstance(template, str | list | dict | None):
+        yield f"chat_template {_short(template)}, which is no text"
     if isinstance(template, list) and not _is_list(template, _is_named_template):
         yield f"chat_template {_short(template)}, which is no list of templates with their names"
     yield from _problems_of_tokens(config, _is_typed)
