@@ -24,6 +24,7 @@ SHAPES = (
 )
 TEXT_DROP = 4  # pixels from the middle of a line of text down to its baseline
 LABEL_PX = 7.0  # width of a letter, for making room
+BOLD_PX = 8.0  # the same of the values of strong lines
 ROW = 24
 LINE_HEIGHT = 170
 AXIS = 22  # pixels below a plot
@@ -148,7 +149,7 @@ def bars(
     """Draw horizontal bars from 0, with intervals; each line has a label and a value."""
     scale = Scale(low, high)
     left = 8 + LABEL_PX * max(len(row.label) for row in rows)
-    right = 10 + LABEL_PX * max(len(row.written) for row in rows)
+    right = 10 + max((BOLD_PX if row.strong else LABEL_PX) * len(row.written) for row in rows)
     height = ROW * len(rows)
     drawn: list[Markup] = [line(scale.across(0), 0, scale.across(0), height, "rule")]
     for index, row in enumerate(rows):
