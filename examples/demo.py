@@ -118,15 +118,15 @@ def show(job: dict[str, Any]) -> None:
 
 def show_where(folder: Path, job: dict[str, Any], port: int, request: Path) -> None:
     artifact = next((folder / "data" / "artifacts").glob(f"{job['id']}.*"))
-    base = f"http://127.0.0.1:{port}"
+    base, command = f"http://127.0.0.1:{port}", Path(sys.executable).with_name("maskmerge")
     console.print(f"\nThe artifact is in [bold]{artifact}[/bold], the report is {artifact / 'report.html'}")
     console.print("\nThe same by hand, while the service runs (make serve listens on port 8000):\n")
     for line in (
-        f"maskmerge serve --data-dir {folder / 'data'} --local-root {folder / 'inputs'} --port {port}",
+        f"{command} serve --data-dir {folder / 'data'} --local-root {folder / 'inputs'} --port {port}",
         f"curl -H 'Content-Type: application/json' -d @{request} {base}/merge",
         f"curl {base}/jobs/{job['id']}",
         f"curl {base}/jobs/{job['id']}/artifacts",
-        f"curl {base}/jobs/{job['id']}/archive | tar -x",
+        f"mkdir -p {folder / 'merged'} && curl {base}/jobs/{job['id']}/archive | tar -x -C {folder / 'merged'}",
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
