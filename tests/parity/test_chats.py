@@ -150,6 +150,13 @@ def test_what_a_template_takes_and_writes_has_limits(
     wait_until(lambda: not are_late(), "the template")
 
 
+@pytest.mark.parametrize("template", ["{{ 9 ** (9 ** 9) }}", "{% if messages %}{{ 2 ** messages|length }}{% endif %}"])
+def test_a_template_with_a_power_is_not_run(checkpoint: Path, tmp_path: Path, template: str) -> None:
+    loaded = with_template(checkpoint, template)
+    with pytest.raises(InvalidDataset, match=r"the chat template .* raises to a power"):
+        examples_of(loaded, spec_of(tmp_path, [talk(*TALKS[0])]))
+
+
 def test_templates_run_in_the_sandbox(checkpoint: Path, tmp_path: Path) -> None:
     loaded = with_template(checkpoint, "{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InvalidDataset, match=r"line 1: the chat template fails on it \(SecurityError\)"):

@@ -13,6 +13,7 @@ from typing import Any
 
 from worker.engine.catalog.data.rows import ASSISTANT, Row
 from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.planning.templates import raises_to_powers
 from worker.engine.catalog.primitives.errors import InvalidDataset, is_of_library
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.runtime.libraries import chat_template_utils
@@ -29,12 +30,19 @@ Message = tuple[str, str]
 
 
 def template_of(tokenizer: Any, spec: DatasetSpec) -> str:
-    """Return the main template. Raises InvalidDataset where there is none."""
+    """Return the main template.
+
+    Raises:
+        InvalidDataset: there is none, or it has a power, which Jinja computes as it compiles and no time limit ends.
+    """
     try:
         template: str = tokenizer.get_chat_template()
     except ValueError as error:
         problem = "its messages need a chat template, and the checkpoint's tokenizer has none"
         raise InvalidDataset(spec.source, problem, column=spec.messages) from error
+    if raises_to_powers(template):
+        problem = "the chat template of the checkpoint's tokenizer raises to a power (**), which can take any time"
+        raise InvalidDataset(spec.source, f"{problem}; take that out", column=spec.messages)
     return template
 
 

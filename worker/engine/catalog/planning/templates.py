@@ -4,6 +4,8 @@ A template is parsed, never run: nobody knows how long that would take. In the A
 because Jinja takes a while to load.
 """
 
+from functools import lru_cache
+
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -54,14 +56,24 @@ def check_templates(plan: MergePlan, asked: str | None) -> list[str]:
 
 def problem_of(template: str) -> str | None:
     """Say what is wrong with a template; None where nothing is."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
     try:
-        environment.parse(template)
+        _parsed(template)
     except RecursionError:
         return "it is nested too deeply"
     except Exception as error:  # Jinja raises errors of its own, and others of Python's that it did not foresee
         line = getattr(error, "lineno", None)
         return in_one_line(error) + (f" (line {line})" if line else "")
     return None
+
+
+@lru_cache(maxsize=64)  # asked for every row
+def raises_to_powers(template: str) -> bool:
+    """Return whether a template has a power, which could take any time, and lets no other thread run meanwhile."""
+    return problem_of(template) is None and next(_parsed(template).find_all(nodes.Pow), None) is not None
+
+
+def _parsed(template: str) -> nodes.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    return environment.parse(template)
