@@ -177,9 +177,18 @@ class Service:
         assert_tells_no_paths(json.dumps(job))
         return job
 
+    def submit_held(self, recipe: dict[str, Any]) -> tuple[str, psutil.Process]:
+        """A job that the only worker has in hand, and its engine, which was suspended before. To be resumed or
+        killed."""
+        engine: psutil.Process = wait_until(lambda: self.processes().get("engine"), "the engine")
+        engine.suspend()
+        job_id = self.submit(recipe)
+        wait_until(lambda: self.job(job_id)["status"] == "running", "the job to run")
+        return job_id, engine
+
     def stand_still(self, job_id: str, phase: str) -> psutil.Process:
-        """The engine of the only worker, suspended as soon as the job is seen in the phase: whatever is tried then, the
-        job is not over before it. To be resumed or killed."""
+        """The engine of the only worker, suspended as soon as the job is seen in the phase, which has to last long
+        enough for that. To be resumed or killed."""
         with Client(self.url, HANGS_S) as client:
             for event in client.events(job_id):
                 if event.kind == "progress" and event.data["phase"] == phase:

@@ -91,8 +91,7 @@ def test_a_running_job_is_cancelled_within_5_s_while_it_merges(service: Service)
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_the_running_one_goes_on(service: Service) -> None:
-    running = service.submit(measured_anew(tiny_recipe()))
-    engine = service.stand_still(running, "loading")
+    running, engine = service.submit_held(measured_anew(tiny_recipe()))
     waiting = service.submit(tiny_recipe())
     assert service.post(f"/jobs/{waiting}/cancel").json()["status"] == "cancelled"
     assert service.job(running)["status"] == "running"
@@ -102,8 +101,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_the_running_one_goes_on(service:
 
 
 def test_a_cancelled_job_succeeds_when_it_is_retried(service: Service) -> None:
-    job_id = service.submit(measured_anew(tiny_recipe()))
-    service.stand_still(job_id, "loading")
+    job_id, _ = service.submit_held(measured_anew(tiny_recipe()))
     service.post(f"/jobs/{job_id}/cancel")
     assert service.finished(job_id)["status"] == "cancelled"
     response = service.post(f"/jobs/{job_id}/retry")
@@ -128,8 +126,7 @@ def test_a_deleted_job_is_gone_with_its_artifact(service: Service) -> None:
 
 
 def test_what_the_state_does_not_allow_is_a_conflict(service: Service) -> None:
-    running = service.submit(measured_anew(tiny_recipe()))
-    engine = service.stand_still(running, "loading")
+    running, engine = service.submit_held(measured_anew(tiny_recipe()))
     assert service.post(f"/jobs/{running}/retry").json()["code"] == "conflict"
     with service.http as http:
         assert http.delete(f"/jobs/{running}").status_code == 409

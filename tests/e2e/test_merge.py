@@ -52,8 +52,8 @@ def test_a_merge_is_accepted_with_its_location(service: Service) -> None:
 def test_the_result_has_every_field_of_the_contract(job: dict[str, Any]) -> None:
     result = job["result"]
     assert set(result) == {
-        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "search", "stopping", "timings",
-        "peak_memory_bytes", "device", "notes",
+        "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "accepted", "search",
+        "stopping", "timings", "peak_memory_bytes", "device", "notes",
     }  # fmt: skip
     assert [model["name"] for model in result["models"]] == ["a", "b"]
     assert sum(model["weight_share"] for model in result["models"]) == pytest.approx(1)

@@ -26,7 +26,7 @@ def model_result(model: JobModel, weight_share: float | None, weight_error: floa
 
 def scored_model(model: JobModel, stopping: Stopping | None) -> ScoredModel:
     scores = []
-    for statistics in model.measured.statistics.values():
+    for _, statistics in sorted(model.measured.statistics.items()):
         facts = statistics.about.facts
         href = f"/scores/{facts.address}"
         scores.append(
