@@ -170,11 +170,12 @@ def watched() -> Iterator[EngineProcess]:
 
 
 def suspend_next(others: set[int]) -> None:
-    """Stop the next engine as soon as it is there."""
+    """Stop the next engine of this process as soon as it is there."""
+    mine = {"worker.engine_process", str(os.getpid())}
 
     def found() -> psutil.Process | None:
         started = ((child, words) for child, words in running(psutil.Process()) if child.pid not in others)
-        return next((child for child, words in started if "worker.engine_process" in words), None)
+        return next((child for child, words in started if mine.issubset(words)), None)
 
     wait_until(found, "the process", interval_s=0.01).suspend()
 
