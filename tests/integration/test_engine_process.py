@@ -36,7 +36,7 @@ from worker.engine.catalog.planning.memory import RUN_BYTES, RUNTIME_BYTES, Memo
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine_process import EngineDied, EngineHung, EngineProcess, Failed, Finished, Progressed
 
-OF_THREADS = 300_000_000  # address space that threads reserve, and do not use
+OF_THREADS = 300_000_000  # address space that further threads may reserve, and do not use
 
 
 @pytest.fixture(scope="module")
@@ -313,18 +313,27 @@ def test_the_plans_memory_is_what_a_merge_takes(fresh: EngineProcess, tmp_path: 
 
 
 def test_a_model_larger_than_the_memory_that_is_left_is_measured_layer_by_layer(
-    fresh: EngineProcess, tmp_path: Path
+    startable: EngineProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real limit on a real process, which could not load the model in float32."""
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # else each thread reserves address space that it does not use
+    startable.start()
+    fresh = warm(startable)
+    rows = write_lines(tmp_path / "rows.jsonl", [json.dumps({"text": text}) for text in tiny_texts(4, 1)])
+    method = {"name": "mask_fisher", "precision": "float32", "batch_tokens": 256}
+
+    def score_spec(folder: Path) -> ScoreSpec:
+        model = model_spec(folder).model_copy(update={"dataset": DatasetSpec(source="rows", path=rows)})
+        out = tmp_path / f"{folder.name}-scores"
+        given = {"name": "tiny", "models": [model], "method": method, "folder": out, "recipe": {}}
+        return ScoreSpec.model_validate(given)
+
+    fresh.run(score_spec(tiny_model(tmp_path / "small")))  # by which threads reserve their address space
+    assert isinstance(last_event(fresh), Finished)
     sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8}
     folder = tiny_model(tmp_path / "model", layers=15, dtype=torch.bfloat16, **sizes)
-    rows = write_lines(tmp_path / "rows.jsonl", [json.dumps({"text": text}) for text in tiny_texts(4, 1)])
     plan = plan_merge([inspect_checkpoint(folder, "model")])
-    model = model_spec(folder).model_copy(update={"dataset": DatasetSpec(source="rows", path=rows)})
-    method = {"name": "mask_fisher", "precision": "float32", "batch_tokens": 256}
-    spec = ScoreSpec.model_validate(
-        {"name": "tiny", "models": [model], "method": method, "folder": tmp_path / "out", "recipe": {}}
-    )
+    spec = score_spec(folder)
     needs = MemoryNeeds(spec.method, longest_row=POSITIONS, publishes=False)
     whole, stored, streamed = (estimate(plan, replace(needs, holding=holding)) for holding in Holding)
     in_float32 = 2 * plan.checkpoints[0].nbytes

@@ -703,6 +703,8 @@ def test_every_setting_and_size_must_be_shared(case: Case, tmp_path: Path) -> No
             other = config[key].replace("gelu", "relu")
         elif key in ("layer_types", "no_rope_layers"):
             other = config[key][::-1]
+        elif key.startswith("relative_attention_"):
+            other = 2 * config[key]
         elif isinstance(config.get(key), float) or (config.get(key) is None and key.endswith("softcapping")):
             other = 7.0
         elif key.endswith(("act", "activation", "activation_function")):
@@ -771,7 +773,7 @@ def test_what_is_not_available_is_refused_by_its_key(case: Case, tmp_path: Path)
     of_encoders = {} if case.table.is_causal else {"is_decoder": False}
     for key, only in {**of_encoders, **case.table.supported}.items():
         pair = copied(case, tmp_path / key)
-        other = "relative_key" if isinstance(only, str) else only + 1 if only else True
+        other: Any = "relative_key" if isinstance(only, str) else only + 1 if type(only) is int else not only
         for path in pair:
             edit_json(path / "config.json", **{key: other})
         assert_refused(pair, InvalidCheckpoint, key, "not available")

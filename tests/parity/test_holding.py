@@ -123,7 +123,10 @@ def test_other_weights_take_the_place_of_all_or_some(case: Case, holding: Holdin
 def test_a_job_has_the_same_result_however_its_models_are_held(
     tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept heads are aligned and evaluated, language models are judged beside the base; and so is the plain average."""
+    """Kept heads are aligned and evaluated, language models are judged beside the base; and so is the plain average.
+
+    One engine does all jobs, so that later ones find models that are held otherwise.
+    """
     of_text = task == "CausalLM"
     for seed, name in enumerate(("base", "one", "two")):
         tiny_checkpoint(tmp_path / name, family=TINY_LLAMA, seed=seed, task=task, dtype=torch.bfloat16)
@@ -138,6 +141,7 @@ def test_a_job_has_the_same_result_however_its_models_are_held(
         model = model_spec(tmp_path / name, evaluation=held_out)
         models.append(model.model_copy(update={"dataset": DatasetSpec(**rows_of)}))
     found = []
+    engine = Engine(CPU)
     for holding in Holding:
         monkeypatch.setattr("worker.engine.jobs.memory.holdings", lambda plan, method, one=holding: [one])
         spec = merge_spec(
@@ -145,7 +149,7 @@ def test_a_job_has_the_same_result_however_its_models_are_held(
         )
         if of_text:
             spec = spec.model_copy(update={"base": CheckpointSpec(source="base", path=tmp_path / "base")})
-        result = Engine(CPU).merge(spec, silent)
+        result = engine.merge(spec, silent)
         assert any("holding models in float32" in note for note in result.notes) is (holding is not Holding.WHOLE)
         weights = sorted(spec.folder.rglob("*.safetensors"))
         found.append((result.metrics, [(file.name, digest_file(file)) for file in weights]))

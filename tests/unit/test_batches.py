@@ -193,7 +193,8 @@ def test_a_row_longer_than_the_budget_is_a_batch_of_its_own() -> None:
 def test_rows_are_padded_at_their_end_to_the_longest_of_their_batch(tokenizer: Any) -> None:
     examples = tokenized(tokenizer, "one two three", "three", "two").examples
     pad = padding_values(tokenizer)
-    assert pad == {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0}
+    of_decoders = {"decoder_input_ids": 0, "decoder_attention_mask": 0}
+    assert pad == {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0, **of_decoders}
     first, second = collate([examples[:2], examples[2:]], pad, CPU)
     assert first.inputs["input_ids"].tolist() == [[CLS, ONE, TWO, THREE, SEP], [CLS, THREE, SEP, 0, 0]]
     assert first.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.report import Timings
 from worker.engine.catalog.contracts.spec import JobSpec, StoreSpec
@@ -60,15 +61,16 @@ class JobContext:
     def models(self) -> ModelCache:
         return self.lasting.models
 
-    def hold(self, holding: Holding, needed_bytes: int, available_bytes: int) -> None:
+    def hold(self, holding: Holding, infos: Sequence[CheckpointInfo], needed_bytes: int, available_bytes: int) -> None:
         """Hold the job's models in this way from now on, or in one that takes less memory if that was needed before.
 
         Args:
+            infos: the checkpoints whose models this is asked for.
             needed_bytes: memory that the job would need if its models were held whole, for the note.
         """
         if holding <= self.models.holding:
             return
-        self.models.hold(holding)
+        self.models.hold(holding, infos)
         lacking = f"needs {megabytes(needed_bytes)}, and this worker has {megabytes(available_bytes)}"
         self._of_memory[:] = [f"holding models in float32 {lacking}: {HELD[holding]}; no number depends on it"]
 

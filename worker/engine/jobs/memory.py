@@ -54,4 +54,4 @@ def require_memory_of_job(
     if estimates[holding] + besides > available:
         context.models.keep_only(loaded)
     require_memory(estimates[holding])
-    context.hold(holding, estimate(plan, needs), available)
+    context.hold(holding, loaded, estimate(plan, needs), available)

@@ -354,12 +354,20 @@ class ModelCache:
         """Load a model that is not kept."""
         return load(info, self._device, self.holding)
 
-    def hold(self, holding: Holding) -> None:
-        """Hold models in this way. Those that take more memory give it up; those that take less stay as they are."""
+    def hold(self, holding: Holding, infos: Sequence[CheckpointInfo]) -> None:
+        """Hold models in this way from now on. Those of these checkpoints that take more memory give it up.
+
+        Others that take more are given up, since the views that they were loaded from may be closed.
+        """
         self.holding = holding
-        for key, model in self._models.items():
-            if model.holding < holding:
-                self._models[key] = model.held_as(holding)
+        open_now = {_state(info): info for info in infos}
+        for key, model in list(self._models.items()):
+            if model.holding >= holding:
+                continue
+            if key in open_now:
+                self._models[key] = replace(model, info=open_now[key]).held_as(holding)
+            else:
+                del self._models[key]
 
     def bytes_besides(self, infos: Sequence[CheckpointInfo]) -> int:
         """Return the bytes that are held for other checkpoints than these."""
