@@ -70,7 +70,13 @@ LABELS = {"two": 2, "three": 3, "grade": 1}
 OF_ANY = {kind for family in TINY_FAMILIES.values() for kind in family.counts(HEADS, NEURONS)}
 WITHIN = {"heads": 2, "neurons": 7, "kv_heads": 1, "cross_heads": 3}
 INDICES = {kind: WITHIN[kind.rpartition(".")[2]] for kind in sorted(OF_ANY)}
-NODES = [(kind, layer, index) for kind, index in INDICES.items() for layer in range(LAYERS)]
+NODES_OF_FAMILIES = [
+    (name, kind, layer, index)
+    for name, tiny in TINY_FAMILIES.items()
+    for kind, index in INDICES.items()
+    for layer in range(tiny.stored(LAYERS))
+    if kind in tiny.counts(HEADS, NEURONS)
+]
 HEADS_OF_NO_WIDTH = {"llama": 32, "falcon": 71, "gpt_neox": 64}
 """Numbers of heads that are a class's own where the configuration says none, and that its checks come to first."""
 AGAINST_SHAPES = {
@@ -108,10 +114,6 @@ class Case:
     def layers(self) -> int:
         """The number of layers with weights of their own."""
         return self.tiny.stored(LAYERS)
-
-    def require(self, nodes: str, layer: int) -> None:
-        if nodes not in self.counts or layer >= self.layers:
-            pytest.skip(f"{self.name} has no {nodes} in layer {layer}")
 
     def slices_of(self, name: str) -> Slices | None:
         return self.tiny.slices_of(name, HEADS, NEURONS)
@@ -323,11 +325,10 @@ def test_what_is_found_of_roberta_holds_of_those_that_share_its_code(family: str
 # Ownership
 
 
-@pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
+@pytest.mark.parametrize(("case", "nodes", "layer", "index"), NODES_OF_FAMILIES, indirect=["case"])
 def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
     case: Case, tmp_path: Path, nodes: str, layer: int, index: int
 ) -> None:
-    case.require(nodes, layer)
     multiplier, inputs, expert = -1.7, probe(case), case.experts["three"]
     masked = float64_model(expert)
     with torch.no_grad():
@@ -353,11 +354,10 @@ def test_scaling_what_a_node_owns_after_its_activation_is_scaling_its_mask(
         torch.testing.assert_close(logits(scaled, inputs), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("nodes", "layer", "index"), NODES)
+@pytest.mark.parametrize(("case", "nodes", "layer", "index"), NODES_OF_FAMILIES, indirect=["case"])
 def test_what_a_node_owns_is_exactly_what_matters_no_more_when_it_is_masked(
     case: Case, nodes: str, layer: int, index: int
 ) -> None:
-    case.require(nodes, layer)
     model = float64_model(case.experts["three"])
     mask = insert_masks(model, case.tiny)[list(case.counts).index(nodes)]
     with torch.no_grad():
