@@ -101,7 +101,7 @@ def in_turn(rows: Iterable[Labelled], rng: random.Random) -> list[Labelled]:
 def make_task(
     train: Iterable[Labelled], validation: Iterable[Labelled] | None, train_rows: int, validation_rows: int, seed: int
 ) -> Task:
-    """At most so many rows for training and to hold out, both balanced over the labels as far as there are rows.
+    """Make a task of at most so many rows to train on and to hold out, both balanced over labels as far as rows go.
 
     Without `validation` a quarter of the rows at most is held out.
 

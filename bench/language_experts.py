@@ -78,9 +78,9 @@ class Counts:
     """Largest numbers of rows of each task on which nothing is trained."""
 
     search: int
-    """At most `MOST_SEARCH_ROWS`."""
+    """Number of rows for `auto` to search on, at most `MOST_SEARCH_ROWS`."""
     validation: int
-    """At most `MOST_VALIDATION_ROWS`."""
+    """Number of rows that are held out, at most `MOST_VALIDATION_ROWS`."""
 
 
 def base_folder(out: Path) -> Path:

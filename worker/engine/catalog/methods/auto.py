@@ -63,7 +63,7 @@ class AutoParameters(BaseParameters):
     base; every single expert; the plain average; task arithmetic, plain or tuned. What does not beat them is written
     all the same, and the first of the notes says what it does not beat."""
     must_beat_on: Literal["mean", "each"] = "mean"
-    """Where it must beat them: in the mean retention over all models, or in the metric on each model's rows."""
+    """Measure by which it must beat them: the mean retention over all models, or the metric on each model's rows."""
 
     @field_validator("candidates")
     @classmethod

@@ -8,14 +8,14 @@ from worker.engine.catalog.planning.plan import MergePlan
 
 
 class Holding(IntEnum):
-    """Where the weights of a model are that is run. All give the same results, bit for bit."""
+    """A way of holding the weights of a model that is run. All ways give the same results, bit for bit."""
 
     WHOLE = 0
-    """In memory in float32."""
+    """The weights are in memory in float32."""
     STORED = 1
-    """In memory in the format of the files; a layer's are converted while it is at work."""
+    """The weights are in memory in the format of the files; a layer's are converted while it is at work."""
     STREAMED = 2
-    """In the files; a layer's are read while it is at work, and a backward pass computes each layer again."""
+    """The weights stay in the files; a layer's are read while it is at work, and a backward pass computes it again."""
 
 
 def holdings(plan: MergePlan, method: BaseParameters) -> Sequence[Holding]:

@@ -72,7 +72,7 @@ class MemoryNeeds:
     value_bytes: int = 4
     """Bytes of an activation: 4 in float32, 2 in bfloat16, and 0 where they lie on another device."""
     holding: Holding = Holding.WHOLE
-    """Where the weights of models are that are run."""
+    """Way of holding the weights of models that are run."""
     publishes: bool = True
     """Whether a merge is published, and may be run once before."""
     threads: int | None = None
