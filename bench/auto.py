@@ -11,19 +11,19 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from rich.table import Table
 
+from bench.combinations import combinations_of
 from bench.experts import base_model_folder, prepare
-from bench.quality import combinations_of
 from bench.table import console, shown
 from worker.engine.catalog.contracts.report import Candidate, MergeResult
 from worker.engine.catalog.contracts.spec import (
@@ -72,32 +72,56 @@ class Outcome:
         return any(line.behind is not None and line.behind.interval[1] < 0 for line in self.lines)
 
 
-class Bench:
-    def __init__(self, out: Path, data: Path | None, rows: int, validation_rows: int) -> None:
+class Searches:
+    """Lets the service's engine search for the best merges of experts.
+
+    Args:
+        out: folder of tasks, experts and statistics, see bench/experts.py.
+        rows: number of each task's rows to measure and align on.
+    """
+
+    def __init__(self, out: Path, rows: int, precision: Literal["auto", "float32", "bfloat16"] = "auto") -> None:
         self._out = out
         self._rows = rows
-        self.tasks = list(
-            prepare(out, data, validation_rows=validation_rows, on_expert=lambda name, _: console.print(name))
-        )
+        self._precision = precision
         self._engine = Engine()
 
-    def search(self, tasks: Sequence[str], trials: int, store: Path) -> Outcome:
-        candidates = default_candidates(has_base=True, has_datasets=True, models=len(tasks))
+    def method(self, models: int, trials: int) -> dict[str, Any]:
+        """Return the method of a search, with the default candidates, of which each is tried at least once."""
+        candidates = default_candidates(has_base=True, has_datasets=True, models=models)
+        return {
+            "name": "auto",
+            "candidates": candidates,
+            "trials": max(trials, len(candidates)),
+            "examples": self._rows,
+            "precision": self._precision,
+        }
+
+    def search(
+        self,
+        tasks: Sequence[str],
+        trials: int,
+        store: Path | None = None,
+        on_published: Callable[[Path, MergeResult], None] = lambda folder, result: None,
+    ) -> Outcome:
+        """Search, and tell of the folder that was published, which is gone afterwards."""
         with TemporaryDirectory() as folder:
             spec = MergeSpec(
                 name="+".join(tasks),
                 models=[self._model(task) for task in tasks],
-                method={"name": "auto", "candidates": candidates, "trials": trials, "examples": self._rows},
+                method=self.method(len(tasks), trials),
                 base=CheckpointSpec(source="base", path=base_model_folder()),
                 output=OutputSpec(align_heads=True),
                 evaluate=True,
                 recipe={},
                 folder=Path(folder),
-                store=StoreSpec(folder=store, max_bytes=10**11),
+                store=StoreSpec(folder=store or self._out / "statistics", max_bytes=10**11),
             )
             start = time.monotonic()
             result = self._engine.merge(spec, lambda *_: None)
-            return Outcome(tuple(tasks), result, time.monotonic() - start)
+            seconds = time.monotonic() - start
+            on_published(Path(folder), result)
+            return Outcome(tuple(tasks), result, seconds)
 
     def _model(self, task: str) -> ModelSpec:
         parts = {}
@@ -179,19 +203,26 @@ def main() -> None:
         "--only", type=int, nargs="*", help="sizes of the combinations, without the timing; none: the timing alone"
     )
     options = parser.parse_args()
-    bench = Bench(options.out, options.data, options.rows, options.validation_rows)
+    made = prepare(
+        options.out,
+        options.data,
+        validation_rows=options.validation_rows,
+        on_expert=lambda name, _: console.print(name),
+    )
+    tasks_of_all = list(made)
+    searches = Searches(options.out, options.rows)
     timed = None
     if options.only is None or not options.only:
         with TemporaryDirectory() as fresh:
-            timed = bench.search(bench.tasks[:TIMED_EXPERTS], TIMED_TRIALS, Path(fresh))
+            timed = searches.search(tasks_of_all[:TIMED_EXPERTS], TIMED_TRIALS, Path(fresh))
         show([timed])
     outcomes = []
-    for tasks in combinations_of(bench.tasks):
+    for tasks in combinations_of(tasks_of_all):
         if options.only is None or len(tasks) in options.only:
-            outcomes.append(bench.search(tasks, options.trials, options.out / "statistics"))
+            outcomes.append(searches.search(tasks, options.trials))
             show(outcomes[-1:])
     show(outcomes)
-    shown(options.json, rows(outcomes, len(bench.tasks), timed))
+    shown(options.json, rows(outcomes, len(tasks_of_all), timed))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from rich.table import Table
 
+from bench.combinations import Combination
 from bench.language_experts import (
     MOST_SEARCH_ROWS,
     MOST_VALIDATION_ROWS,
@@ -35,7 +36,7 @@ from bench.language_experts import (
     base_folder,
     prepare,
 )
-from bench.quality import METHOD, Combination
+from bench.quality import METHOD
 from bench.table import console, shown
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint

@@ -22,7 +22,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bench.quality import HEADS, SEED, Bench, Combination, Outcome
+from bench.combinations import Combination
+from bench.outcomes import Outcome
+from bench.quality import HEADS, SEED, Bench
 from bench.table import console, shown
 from worker.engine.catalog.contracts.report import StoppingPoint
 from worker.engine.catalog.data.rows import RowFile, sample
