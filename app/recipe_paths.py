@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.contracts.models import GivenStatistics
 from app.contracts.references import is_reference
 
 MERGEKIT_KEYS = frozenset({"model", "base_model", "tokenizer_source", "source"})
-OWN_KEYS = frozenset({"checkpoint", "base", "source"})
+OWN_KEYS = frozenset({"checkpoint", "base", "source", *GivenStatistics.model_fields})
 WORDS = ("base", "union")
 """Words that a recipe may have in place of a tokenizer's source."""
 

@@ -21,6 +21,7 @@ JOB_ERRORS = {
     ErrorCode.INVALID_CHECKPOINT: "a checkpoint is broken, unsafe or unknown; the message names file or tensor",
     ErrorCode.INCOMPATIBLE_CHECKPOINTS: "two checkpoints do not fit each other; the message names what differs",
     ErrorCode.INVALID_DATASET: "a file, column, row or label; the message names the line",
+    ErrorCode.INVALID_STATISTICS: "a file of statistics is broken or not of its model; the message names the tensor",
     ErrorCode.NUMERICAL_ERROR: "a gradient or a prediction left the finite numbers",
     ErrorCode.OUT_OF_MEMORY: "the work needs more memory than the worker has",
     ErrorCode.DISK_FULL: "no space is left for the artifact",

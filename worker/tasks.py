@@ -3,7 +3,7 @@
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,13 @@ from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailabl
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.data.spec import Columns, Generation
-from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, StorageError
+from worker.engine.catalog.primitives.errors import (
+    EngineError,
+    InvalidCheckpoint,
+    InvalidDataset,
+    InvalidStatistics,
+    StorageError,
+)
 from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter
 
@@ -43,6 +49,13 @@ TICK_S = 0.2  # a stop, a lost lease or a finished job is noticed within this ti
 RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
 REDIS_RETRY_S = 1.0
 LONGEST_RENEWAL_S = 2.0  # renewing is also how the worker hears of a cancel, which is to take effect within 5 s
+
+INVALID: Mapping[InputKind, Callable[[str, str], EngineError]] = {
+    "checkpoint": InvalidCheckpoint,
+    "rows": InvalidDataset,
+    "statistics": InvalidStatistics,
+}
+"""Errors of the kinds of input."""
 
 Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
@@ -317,7 +330,8 @@ class TaskRunner:
         Raises:
             Unwanted: nobody wants the attempt any more.
             StorageError: the storage fails.
-            InvalidCheckpoint, InvalidDataset: the input, which was there when the job was accepted, is not there now.
+            InvalidCheckpoint, InvalidDataset, InvalidStatistics: the input, which was there when the job was accepted,
+                is not there now.
         """
         renewed = time.monotonic()
 
@@ -337,8 +351,7 @@ class TaskRunner:
         except SourceUnavailable as error:
             raise StorageError(f"{error}; try again", source=reference) from error
         except ReferenceError as error:
-            invalid = InvalidCheckpoint if kind == "checkpoint" else InvalidDataset
-            raise invalid(reference, str(error)) from error
+            raise INVALID[kind](reference, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -357,11 +370,15 @@ class _Inputs:
         if isinstance(model, ModelRequest):
             own = model.model_dump(include={"weight", "parameters", "min_retention"})
             spec |= {**own, "evaluation": self._rows(model.evaluation)}
+            spec["statistics"] = {name: self._statistics(reference) for name, reference in model.given.items()}
         return spec
 
     def checkpoint(self, reference: str) -> dict[str, object]:
         found = self.fetch(reference, "checkpoint", self.record.inputs.get(reference))
         return {"source": reference, **_where(found), "state": found.state}
+
+    def _statistics(self, reference: str) -> dict[str, object]:
+        return {"source": reference, **_where(self.fetch(reference, "statistics", None))}
 
     def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
         if rows is None:
@@ -379,7 +396,7 @@ def phases_of(spec: JobSpec) -> list[PhaseName]:
     """Return the phases that this job goes through."""
     phases = [PhaseName.DOWNLOADING] if spec.names_the_hub else []
     phases.append(PhaseName.LOADING)
-    if spec.method.statistics:
+    if spec.method.statistics - spec.given_of_all:
         phases.append(PhaseName.SCORING)
     if spec.method.search is not None:
         phases.append(PhaseName.SEARCHING)

@@ -27,6 +27,7 @@ class Problem(Enum):
     INVALID_CHECKPOINT = ("invalid_checkpoint", 422, "A checkpoint is refused")
     INCOMPATIBLE_CHECKPOINTS = ("incompatible_checkpoints", 422, "The checkpoints do not fit each other")
     INVALID_DATASET = ("invalid_dataset", 422, "A data set is refused")
+    INVALID_STATISTICS = ("invalid_statistics", 422, "A file of statistics is refused")
     IDEMPOTENCY_MISMATCH = ("idempotency_mismatch", 422, "The Idempotency-Key came with another body before")
     HEADERS_TOO_LARGE = ("headers_too_large", 431, "The headers are too large")
     INTERNAL = ("internal", 500, "The service failed; this is not the caller's fault")

@@ -89,6 +89,7 @@ class ErrorCode(StrEnum):
     INVALID_CHECKPOINT = "invalid_checkpoint"
     INCOMPATIBLE_CHECKPOINTS = "incompatible_checkpoints"
     INVALID_DATASET = "invalid_dataset"
+    INVALID_STATISTICS = "invalid_statistics"
     NUMERICAL_ERROR = "numerical_error"
     OUT_OF_MEMORY = "out_of_memory"
     DISK_FULL = "disk_full"

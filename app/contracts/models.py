@@ -1,5 +1,6 @@
 """The models of a request, with their data sets."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field, field_validator
@@ -52,6 +53,24 @@ class MeasuredModelRequest(Strict):
     def takes_part(self) -> bool:
         return True
 
+    @property
+    def given(self) -> Mapping[str, str]:
+        """References to the statistics that are not measured, by name."""
+        return {}
+
+
+class GivenStatistics(Strict):
+    """References to statistics of a model that are not measured: to a safetensors file, or a folder or repository of
+    the files that a checkpoint has. Tensors are named and shaped as the checkpoint's."""
+
+    fisher: str | None = None
+    """Fisher information of every parameter, for the method `fisher`; such are the second moments that Adam keeps."""
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The references that are given, by the statistic's name."""
+        return {name: reference for name, reference in self if reference is not None}
+
 
 class ModelRequest(MeasuredModelRequest):
     weight: PerTensor[Weight] = DEFAULT_WEIGHT
@@ -60,6 +79,7 @@ class ModelRequest(MeasuredModelRequest):
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
     """This model's own values of the method's parameters that `per_model` of `GET /methods` names. Where none of its
     filters matches a tensor, the method's value counts."""
+    statistics: GivenStatistics = GivenStatistics()
     evaluation: Evaluation | None = None
     min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
     """Share of this expert's metric that a merge chosen by `auto` must keep, if any trial does."""
@@ -67,6 +87,10 @@ class ModelRequest(MeasuredModelRequest):
     @property
     def takes_part(self) -> bool:
         return takes_part(self.weight)
+
+    @property
+    def given(self) -> Mapping[str, str]:
+        return self.statistics.references
 
 
 class ScoredModelRequest(MeasuredModelRequest):

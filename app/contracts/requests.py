@@ -18,6 +18,7 @@ from app.contracts.suitability import (
     search_problems,
     slice_problems,
     unmeasured,
+    unread_statistics,
 )
 from worker.engine.catalog.methods import (
     AUTO,
@@ -153,6 +154,11 @@ class MergeRequest(JobRequest[ModelRequest]):
             if model.min_retention is not None:
                 why = f"is for the method auto, and method {self.method.name} makes but one merge; leave it out"
                 refuse(type(self), [problem(("models", index, "min_retention"), why, model.min_retention)])
+        return self
+
+    @model_validator(mode="after")
+    def _statistics_suit_the_method(self) -> Self:
+        refuse(type(self), (e for i, model in enumerate(self.models) for e in unread_statistics(self.method, i, model)))
         return self
 
     @model_validator(mode="after")

@@ -46,10 +46,21 @@ def unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest) 
     """Yield the reasons why the model `index` cannot be measured."""
     if not model.takes_part:
         return
-    measuring = [one for one in method.methods if one.statistics]
+    measuring = [one for one in method.methods if not one.statistics <= model.given.keys()]
     if measuring and model.dataset is None:
         why = f"model '{model.name}' has no dataset, and {_named(method, measuring)} cannot do without: it is measured"
         yield problem(("models", index, "dataset"), why, None)
+
+
+def unread_statistics(method: BaseParameters, index: int, model: ModelRequest) -> Iterator[InitErrorDetails]:
+    """Yield an error for every file of statistics of the model `index` that no merge reads."""
+    for name, reference in model.given.items():
+        if name not in method.statistics:
+            defaults = {other: entry.parameters.model_construct(name=other) for other, entry in METHODS.items()}
+            readers = [other for other, parameters in defaults.items() if name in parameters.statistics]
+            whose = "none of the candidates of auto goes" if method.search else f"method {method.name} does not go"
+            why = f"{whose} by this statistic; leave it out. Methods that do: {', '.join(readers)}"
+            yield problem(("models", index, "statistics", name), why, reference)
 
 
 def misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts: bool = True) -> Iterator[str]:

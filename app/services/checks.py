@@ -23,11 +23,12 @@ from worker.engine.catalog.checkpoints.companion_checks import check_generation,
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.checkpoints.views import Views
-from worker.engine.catalog.contracts.spec import models_beside
+from worker.engine.catalog.contracts.spec import given_of_all, models_beside
 from worker.engine.catalog.data.rows import RowReader, check_first_rows
 from worker.engine.catalog.data.spec import Columns, DatasetSpec
 from worker.engine.catalog.families import Family
 from worker.engine.catalog.methods import METHODS
+from worker.engine.catalog.planning.given import given_tensors
 from worker.engine.catalog.planning.holding import holdings
 from worker.engine.catalog.planning.memory import MemoryNeeds, estimate, most_new_tokens
 from worker.engine.catalog.planning.parameters import parameter_problems
@@ -197,15 +198,21 @@ class Checker:
         accepted["base"] = None if plan.base is None else plan.base.source
         accepted["output"]["heads"] = "merged" if plan.merges_heads else "per_model"
         accepted["output"]["align_heads"] = _aligns(request, plan)
+        given_bytes = 0
         for index, (model, task) in enumerate(zip(request.models, plan.tasks, strict=True)):
             where = f"models.{index}"
             kept = accepted["models"][index]
             kept["checkpoint"] = plan.checkpoints[index].source
+            for name, reference in model.given.items():
+                nbytes, found = self._statistics(f"{where}.statistics.{name}", reference, plan, index)
+                kept["statistics"][name] = found
+                given_bytes += nbytes if model.takes_part else 0
             if task is None:
                 continue
             _check_estimators(request, task)
             if model.dataset is not None:
-                source = self._rows(f"{where}.dataset", model.dataset, task, request.method.needs_labels)
+                reads_labels = request.method.reads_labels(model.given)
+                source = self._rows(f"{where}.dataset", model.dataset, task, reads_labels)
                 kept["dataset"] |= {"source": source, **task.rows.columns(model.dataset)}
             if model.evaluation is not None:
                 metric = model.evaluation.metric or task.metrics[0]
@@ -221,7 +228,9 @@ class Checker:
                 source = self._rows(f"{where}.evaluation", evaluation, task, True, least, metric)
                 kept["evaluation"]["source"] = source
         return Accepted(
-            request=accepted, states=self._states(plan.all_checkpoints), plan=_plan(request, accepted, plan)
+            request=accepted,
+            states=self._states(plan.all_checkpoints),
+            plan=_plan(request, accepted, plan, given_bytes),
         )
 
     def _checkpoint(self, field: str, reference: str, inspect: Inspect = inspect_checkpoint) -> CheckpointInfo:
@@ -231,6 +240,15 @@ class Checker:
             kept = self._sources.resolve(reference, "checkpoint")
             with self._sources.inspect(kept) as place:
                 return inspect(self._views.open(place.path, str(kept), place.root), str(kept))
+
+    def _statistics(self, field: str, reference: str, plan: MergePlan, index: int) -> tuple[int, str]:
+        """Check the headers of a model's statistics. Returns the tensors' bytes, and the reference to keep."""
+        self._at(field)
+        with _refusing(field):
+            kept = self._sources.resolve(reference, "statistics")
+            with self._sources.inspect(kept) as place:
+                tensors = given_tensors(plan, index, self._views, place.path, str(kept), place.root)
+                return sum(tensor.nbytes for tensor in tensors.values()), str(kept)
 
     def _rows(
         self,
@@ -331,7 +349,7 @@ def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:
     return check_templates(plan, asked)
 
 
-def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> Plan:
+def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan, given_bytes: int) -> Plan:
     vocabulary, method = plan.vocabulary, request.method
     measured = _measured(request)
     evaluates = _evaluates(request)
@@ -339,13 +357,14 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan) -> P
     longest = plan.family.max_tokens(plan.checkpoints[0].config) if plan.family else 0
     needs = MemoryNeeds(
         method,
+        given=given_of_all(model.given for model in request.models if model.takes_part),
         loads_models=_loads_models(request, plan),
         models_beside=models_beside(evaluates, aligns, method),
         tokens_held=measured * longest if method.refits_layers else 0,
         new_tokens=most_new_tokens(plan, [model.evaluation if evaluates else None for model in request.models]),
     )
     return Plan(
-        bytes_to_read=plan.bytes_to_read,
+        bytes_to_read=plan.bytes_to_read + given_bytes,
         bytes_to_write=plan.bytes_to_write,
         peak_memory_bytes=estimate(plan, needs),
         least_memory_bytes=min(estimate(plan, replace(needs, holding=way)) for way in holdings(plan, method)),
@@ -380,7 +399,8 @@ def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
     name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
     errors = []
     does = "evaluates" if request.method.search else "measures"
-    if request.method.statistics or request.method.search:
+    given = given_of_all(model.given for model in request.models if model.takes_part)
+    if request.method.statistics - given or request.method.search:
         others = ", ".join(other for other, entry in METHODS.items() if "dataset" not in entry.needs)
         message = f"{request.method.name} {does} models, for which {name} has no table; methods without are {others}"
         errors.append(FieldError(field="method.name", message=message))
@@ -410,9 +430,9 @@ def _aligns(request: MergeRequest, plan: MergePlan) -> bool:
 
 def _measured(request: MergeRequest) -> int:
     """Return the largest number of rows that would be measured, over all models."""
-    examples = request.method.most_examples
-    limits = [model.dataset.limit or examples for model in request.models if model.dataset and model.takes_part]
-    return sum(min(examples, limit) for limit in limits)
+    measured = [model for model in request.models if model.dataset and model.takes_part]
+    counts = ((request.method.rows_measured(model.given), model.dataset) for model in measured)
+    return sum(min(examples, (rows and rows.limit) or examples) for examples, rows in counts)
 
 
 def _evaluates(request: MergeRequest) -> bool:

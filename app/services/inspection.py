@@ -386,7 +386,9 @@ def sources(request: MergeRequest | ScoreRequest) -> Iterator[str]:
         yield model.checkpoint
         if model.dataset is not None:
             yield model.dataset.source
-        if isinstance(model, ModelRequest) and model.evaluation is not None:
-            yield model.evaluation.source
+        if isinstance(model, ModelRequest):
+            yield from model.given.values()
+            if model.evaluation is not None:
+                yield model.evaluation.source
     if isinstance(request, MergeRequest) and request.base is not None:
         yield request.base

@@ -43,6 +43,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> It
     hub = Hub(free_port())
     hub.add("model", "org/a", tiny_checkpoint(root / "a", seed=1, names=NAMES))
     hub.add("model", "org/b", tiny_checkpoint(root / "b", labels=3, seed=2), private=True)
+    fisher = {key: tensor.square() for key, tensor in load_file(root / "a" / "model.safetensors").items()}
+    (root / "fisher").mkdir()
+    save_file(fisher, root / "fisher" / "model.safetensors")
+    hub.add("model", "org/fisher", root / "fisher")
     hub.add("model", "org/large", tiny_checkpoint(root / "large", seed=3, hidden=1024))
     hub.add("model", "org/base", tiny_base(root / "base"))
     hub.add("model", "org/lora", tiny_adapter(root / "lora", root / "base", seed=5))
@@ -190,6 +194,20 @@ def recipe(**changes: Any) -> dict[str, Any]:
             place = place[int(part) if part.isdigit() else part]
         place[last] = value
     return found
+
+
+def test_statistics_of_a_repository_are_read_at_its_commit(service: Service, hub: Hub) -> None:
+    asked = recipe(method={"name": "fisher", "examples": 8})
+    asked["models"] = [asked["models"][0], {**asked["models"][1], "checkpoint": "hf:org/a"}]
+    del asked["models"][0]["dataset"]
+    asked["models"][0]["statistics"] = {"fisher": "hf:org/fisher"}
+    asked["models"][1]["dataset"] = recipe()["models"][0]["dataset"]
+    job = service.finished(service.submit({**asked, "evaluate": False}))
+    assert job["status"] == "succeeded", job["error"]
+    source = job["request"]["models"][0]["statistics"]["fisher"]
+    assert len(source) == len("hf:org/fisher@") + 40
+    assert job["result"]["models"][0]["statistics"]["fisher"]["source"] == source
+    assert [model["examples"] for model in job["result"]["models"]] == [0, 8]
 
 
 def test_a_merge_that_names_no_hub_asks_none(service: Service, hub: Hub) -> None:

@@ -58,7 +58,7 @@ class HubRepositories:
         self._waiting = waiting
 
     def resolve(self, reference: Reference, kind: InputKind) -> Reference:
-        found = self._hub.pinned(Repository.parse(reference), "model" if kind == "checkpoint" else "dataset")
+        found = self._hub.pinned(Repository.parse(reference), "dataset" if kind == "rows" else "model")
         return Reference.parse(str(found))
 
     @contextmanager

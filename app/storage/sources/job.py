@@ -44,6 +44,11 @@ class JobSource:
     def resolve(self, reference: Reference, kind: InputKind) -> Reference:
         if kind == "rows":
             raise ReferenceError(f"'{reference}' names a model of a job, which has no rows; use local: or hf:")
+        if kind == "statistics":
+            raise ReferenceError(
+                f"'{reference}' names a model of a job, which has no statistics; those that this service measured are "
+                "in GET /scores, to be downloaded into a local root"
+            )
         return reference
 
     @contextmanager

@@ -13,7 +13,7 @@ from app.storage.inputs import OnBytes, RootedPath
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.data.spec import HubSource
 
-InputKind = Literal["checkpoint", "rows"]
+InputKind = Literal["checkpoint", "rows", "statistics"]
 
 REQUEST_TIMEOUT_S = 10.0
 DEADLINE_S = 30.0  # limits all that one request asks of a remote source, because its caller waits
@@ -45,8 +45,8 @@ class Source(Protocol):
         branch becomes its present commit."""
 
     def inspect(self, reference: Reference) -> AbstractContextManager[RootedPath]:
-        """Provide a checkpoint, or its outline: small files whole, and weight files as their headers alone, in sparse
-        files of their true size."""
+        """Provide a checkpoint or statistics, or their outline: small files whole, and weight files as their headers
+        alone, in sparse files of their true size."""
 
     def inspect_rows(self, reference: Reference) -> AbstractContextManager[RootedPath | None]:
         """Provide a file with at least the first rows of a data set; None where only the worker looks at it."""

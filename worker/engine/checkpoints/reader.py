@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -158,6 +158,17 @@ class Digests:
             return f"sha256:{_joined(digests)}"
 
         return [of(info) for info in infos]
+
+    def of_files(self, paths: Collection[Path], threads: int) -> str:
+        """Return `sha256:` of a file; of several files, over their names and digests."""
+        of_files: dict[str, str] = {}
+
+        def digest(path: Path) -> None:
+            of_files[path.name] = self._of_file(path)
+
+        in_threads(digest, sorted(paths), threads, lambda: None)
+        [single, *others] = of_files.values()
+        return f"sha256:{_joined({name: of_files[name] for name in sorted(of_files)}) if others else single}"
 
     def _of_file(self, path: Path) -> str:
         stat = path.stat()

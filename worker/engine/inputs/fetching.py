@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.engine.catalog.checkpoints.adapters import inspect_model
-from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import CheckpointInfo, TensorInfo
 from worker.engine.catalog.checkpoints.inspection import checkpoint_state
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
 from worker.engine.catalog.data.rows import RowFile, RowReader, Rows, is_parquet
 from worker.engine.catalog.data.spec import DatasetSpec
+from worker.engine.catalog.planning.given import given_tensors
+from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.runtime.libraries import preload
 from worker.engine.runtime.progress import OnProgress
@@ -40,17 +42,25 @@ class Inputs:
 
     def checkpoint(self, model: CheckpointSpec, base: CheckpointInfo | None = None) -> CheckpointInfo:
         """Open a checkpoint; an adapter needs the model that it adapts as `base`. Raises InvalidCheckpoint."""
-        if model.hub is not None and self._fetched is not None:
-            folder = self._fetched.checkpoints[model.hub]
-            root = folder.parent.parent  # the repository's part of the cache
-        elif model.path is not None:
-            folder, root = model.path, model.root or Path("/")
-        else:
-            raise TypeError(f"{model.source} is neither a folder nor on the hub")
+        folder, root = self._place(model)
         info = inspect_model(self._views.open(folder, model.source, root), model.source, base)
         if model.state not in (None, checkpoint_state(info)):
             raise InvalidCheckpoint(model.source, "its files were changed after the job was accepted; post it again")
         return info
+
+    def statistics(self, plan: MergePlan, model: int, spec: CheckpointSpec) -> dict[str, TensorInfo]:
+        """Open a statistic of a model of the plan. Returns `given_tensors`. Raises InvalidStatistics."""
+        place, root = self._place(spec)
+        return given_tensors(plan, model, self._views, place, spec.source, root)
+
+    def _place(self, spec: CheckpointSpec) -> tuple[Path, Path]:
+        """Return the place of an input, and the folder that its links must not lead out of."""
+        if spec.hub is not None and self._fetched is not None:
+            folder = self._fetched.checkpoints[spec.hub]
+            return folder, folder.parent.parent  # the repository's part of the cache
+        if spec.path is not None:
+            return spec.path, spec.root or Path("/")
+        raise TypeError(f"{spec.source} is neither a folder nor on the hub")
 
     def rows(self, spec: DatasetSpec, reader: RowReader) -> Rows:
         """Open a data set. Raises InvalidDataset."""

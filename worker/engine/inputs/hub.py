@@ -98,7 +98,7 @@ class Fetched:
     """A job's inputs from the hub."""
 
     checkpoints: dict[HubSource, Path] = field(default_factory=dict)
-    """Folders of checkpoints, by repository and commit."""
+    """Folders of checkpoints and statistics, by repository and commit."""
     tables: dict[tuple[HubSource, str | None, str | None], "datasets.Dataset | ParquetFiles | ImageFolder"] = field(
         default_factory=dict
     )
@@ -132,7 +132,8 @@ def fetch(spec: JobSpec, on_progress: OnProgress) -> Fetched:
         RuntimeError: the libraries of this process may open files at any address.
     """
     require_others_forbidden()
-    checkpoints = {checkpoint.hub: checkpoint for checkpoint in spec.checkpoints if checkpoint.hub}
+    folders = [*spec.checkpoints, *spec.given_statistics]
+    checkpoints = {folder.hub: folder for folder in folders if folder.hub}
     tables = {_table_key(rows): rows for rows in spec.rows_to_read if rows.hub}
     files: list[RemoteFile] = []
     for source, checkpoint in checkpoints.items():

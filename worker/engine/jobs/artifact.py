@@ -16,7 +16,8 @@ from worker.engine.reporting.card import model_card
 from worker.engine.reporting.contents import Contents, ScoresByModel
 from worker.engine.reporting.page import NOT_KNOWN_YET, merge_page, score_page
 
-REPEATING = {"checkpoint", "digest", "examples", "batch_tokens"}  # fields of each model that the same bits depend on
+REPEATING = {"checkpoint", "digest", "examples", "batch_tokens", "statistics"}
+"""Fields of each model that the same bits depend on."""
 
 
 def model_folders(folder: Path, names: Sequence[str], *, is_one: bool) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from worker.engine.catalog.contracts.report import Timings
 from worker.engine.catalog.contracts.spec import JobSpec, StoreSpec
 from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.primitives.notes import in_order
-from worker.engine.checkpoints.reader import Digests
+from worker.engine.checkpoints.reader import Digests, TensorReader
 from worker.engine.models.loading import ModelCache
 from worker.engine.runtime.device import Precision, reset_peak_memory, resolve_precision
 from worker.engine.runtime.progress import OnProgress, Phase
@@ -48,6 +48,8 @@ class JobContext:
     precision: Precision
     store: StatisticsStore
     views: Views
+    reader: TensorReader
+    """Reads statistics that come from files."""
     on_progress: OnProgress
     _notes: list[str] = field(default_factory=list)
     _of_memory: list[str] = field(default_factory=list)
@@ -118,4 +120,6 @@ def job_context(spec: JobSpec, lasting: EngineState, on_progress: OnProgress) ->
             where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=sys.maxsize)
         views = stack.enter_context(Views())
         store = stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
-        yield JobContext(lasting, resolve_precision(spec.method.precision, lasting.device), store, views, on_progress)
+        reader = stack.enter_context(TensorReader())
+        precision = resolve_precision(spec.method.precision, lasting.device)
+        yield JobContext(lasting, precision, store, views, reader, on_progress)

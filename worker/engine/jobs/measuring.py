@@ -33,7 +33,7 @@ class Measuring:
 
 def for_method(method: MethodParameters, spec: JobSpec, model: JobModel) -> JobModel:
     """Return the model as one of the job's methods sees it: with the rows that this method measures and fits to."""
-    wanted = method.most_examples
+    wanted = method.rows_measured(model.given)
     _, aligned_on = spec.rows_wanted(model.spec)
     rows = model.rows
     sample = rows.sample.first(wanted) if rows.sample and wanted else None

@@ -36,6 +36,7 @@ def require_memory_of_job(
     on_gpu = context.device.type == "cuda"
     needs = MemoryNeeds(
         spec.method,
+        spec.given_of_all,
         loads_models=spec.loads_models,
         models_beside=spec.models_beside,
         longest_row=longest_row,

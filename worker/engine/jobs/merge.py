@@ -25,8 +25,16 @@ from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.evaluating import evaluate
 from worker.engine.jobs.measuring import Measuring, for_method, measure, truncations
 from worker.engine.jobs.memory import require_memory_of_job
-from worker.engine.jobs.preparing import InputStates, examples_of, longest_row, outputs_searched, padded_tokens, prepare
-from worker.engine.jobs.results import as_run, filter_notes, model_result, stopping_of, vocabulary_notes
+from worker.engine.jobs.preparing import (
+    InputStates,
+    examples_of,
+    given_statistics,
+    longest_row,
+    outputs_searched,
+    padded_tokens,
+    prepare,
+)
+from worker.engine.jobs.results import as_run, filter_notes, model_result, notes_of_given, stopping_of, vocabulary_notes
 from worker.engine.merging.backbone import Backbone, given
 from worker.engine.merging.head_alignment import align_head
 from worker.engine.merging.interference import Interference, compared_tensors, interference
@@ -51,7 +59,7 @@ def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
     candidates, accepted = judge(spec, chosen, metrics, context)
     found = compare(chosen, loaded.plan, context)
     context.note_first(*loaded.reloading.check_published(written.published))
-    loaded.states.check_unchanged()
+    loaded.check_unchanged()
     return publish(chosen, loaded, written, Judged(metrics, candidates, accepted, found), context)
 
 
@@ -64,6 +72,13 @@ class LoadedInputs:
     base_digest: str | None
     states: InputStates
     reloading: Reloading
+
+    def check_unchanged(self) -> None:
+        """Raise InvalidCheckpoint or InvalidStatistics where a file was changed while the job ran."""
+        self.states.check_unchanged()
+        for model in self.models:
+            for statistic in model.given.values():
+                statistic.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -142,9 +157,11 @@ def load(spec: MergeSpec, context: JobContext) -> LoadedInputs:
         digests = context.lasting.digests.of_checkpoints(plan.all_checkpoints, torch.get_num_threads())
         base_digest = digests.pop() if plan.base else None
         models = []
-        for asked, info, digest in zip(spec.models, plan.checkpoints, digests, strict=True):
-            models.append(prepare(spec, JobModel(asked, info, digest), inputs, context))
+        for index, (asked, info, digest) in enumerate(zip(spec.models, plan.checkpoints, digests, strict=True)):
+            given = given_statistics(plan, index, asked, inputs, context)
+            models.append(prepare(spec, JobModel(asked, info, digest, given), inputs, context))
             loading.advance()
+        context.note(*notes_of_given(spec.method, models))
         on_cpu = context.device.type == "cpu"
         held = sum(map(padded_tokens, models)) if spec.method.refits_layers and on_cpu else 0
         read = sum(map(outputs_searched, models)) if spec.method.search and not plan.merges_heads else 0
@@ -156,7 +173,7 @@ def measure_all(spec: MergeSpec, loaded: LoadedInputs, context: JobContext) -> l
     """Measure the models for each of the job's methods."""
     methods = spec.method.methods
     by_method = [[for_method(method, spec, model) for model in loaded.models] for method in methods]
-    if not spec.method.statistics:
+    if not spec.method.statistics - spec.given_of_all:
         return by_method
     with context.timed("score_seconds"):
         work = {

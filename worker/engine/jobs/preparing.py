@@ -4,9 +4,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import checkpoint_state
-from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec, JobSpec, MergeSpec
+from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS, EvaluationSpec, JobSpec, MergeSpec, ModelSpec
 from worker.engine.catalog.data.rows import Row, Rows, Text, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.plan import MergePlan
@@ -18,6 +20,7 @@ from worker.engine.inputs.chats import template_notes
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.inputs.fetching import Inputs
 from worker.engine.jobs.context import JobContext
+from worker.engine.merging.given_statistics import GivenStatistic, check_information, identities_of
 from worker.engine.merging.job_models import JobModel, ModelRows
 from worker.engine.models.loading import LoadedModel
 from worker.engine.scoring.sample import Sample
@@ -61,6 +64,24 @@ def prepare(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContex
     return model
 
 
+def given_statistics(
+    plan: MergePlan, index: int, model: ModelSpec, inputs: Inputs, context: JobContext
+) -> dict[str, GivenStatistic]:
+    """Open the statistics of the model `index` that come from files, and check every value.
+
+    Raises:
+        InvalidStatistics: a file is not of the model, or its values are no statistic.
+    """
+    given = {}
+    for name, spec in model.statistics.items() if model.takes_part else ():
+        tensors = inputs.statistics(plan, index, spec)
+        identities = identities_of(tensors)
+        digest = context.lasting.digests.of_files({t.path for t in tensors.values()}, torch.get_num_threads())
+        given[name] = GivenStatistic(spec.source, digest, tensors, context.reader, identities)
+        check_information(given[name])
+    return given
+
+
 def with_evaluation(spec: MergeSpec, model: JobModel, inputs: Inputs, context: JobContext) -> tuple[JobModel, HeldOut]:
     """Add the rows on which the result is judged and those on which `auto` searches; return their texts too."""
     evaluation, loaded = model.evaluation, context.models.get(model.info)
@@ -96,10 +117,11 @@ def with_dataset(
     """
     method, dataset, loaded = spec.method, model.dataset, context.models.get(model.info)
     measured, aligned_on = spec.rows_wanted(model.spec)
-    _check_columns(dataset, loaded, needs_labels=bool(measured) and method.needs_labels)
+    reads_labels = bool(measured) and method.reads_labels(model.given)
+    _check_columns(dataset, loaded, needs_labels=reads_labels)
     context.note(*template_notes(loaded.tokenizer, dataset, model.spec.source))
     rows = inputs.rows(dataset, loaded.task.rows)
-    needed = _label_map(loaded, dataset, rows, context) if measured and method.needs_labels else None
+    needed = _label_map(loaded, dataset, rows, context) if reads_labels else None
     fitted_on = max(aligned_on, measured if method.refits_layers else 0)
     read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
     context.note(*rows.notes)

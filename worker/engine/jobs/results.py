@@ -3,11 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-from worker.engine.catalog.contracts.report import ModelResult, ScoredModel, ScoresFile, Stopping
+from worker.engine.catalog.contracts.report import (
+    GivenStatisticReport,
+    ModelResult,
+    ScoredModel,
+    ScoresFile,
+    Stopping,
+)
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
-from worker.engine.catalog.methods import MethodParameters
+from worker.engine.catalog.methods import BaseParameters, FisherParameters, MethodParameters
 from worker.engine.catalog.planning.parameters import unmatched_filters
 from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.jobs.context import JobContext
 from worker.engine.merging.job_models import JobModel
 from worker.engine.merging.stopping import Scored, errors_of_models, stopping
@@ -21,6 +28,9 @@ def model_result(model: JobModel, weight_share: float | None, weight_error: floa
         weight_share=weight_share,
         weight_error=weight_error,
         parameters=model.spec.parameters,
+        statistics={
+            name: GivenStatisticReport(source=given.source, digest=given.digest) for name, given in model.given.items()
+        },
     )
 
 
@@ -109,6 +119,21 @@ def vocabulary_notes(plan: MergePlan) -> list[str]:
         *notes,
         f"the merged models have the tokenizer of {vocabulary.owner.source}{more}, {vocabulary.rows} rows in all",
     ]
+
+
+def notes_of_given(method: BaseParameters, models: Sequence[JobModel]) -> list[str]:
+    """Note which statistics were read from files; a doubt comes first if models of different scales were compared."""
+    taking_part = [model for model in models if model.takes_part]
+    notes: list[str] = []
+    for statistic in sorted({name for model in taking_part for name in model.given}):
+        read = [model for model in taking_part if statistic in model.given]
+        listed = ", ".join(f"{model.name} ({model.given[statistic].source})" for model in read)
+        notes.append(f"{statistic} was read from files, and not measured, of {listed}")
+    raw = any(isinstance(one, FisherParameters) and not one.normalize for one in method.methods)
+    if raw and notes and len(taking_part) > 1:
+        said = "with normalize false models count by the scale of their Fisher information"
+        notes.insert(0, Doubt(f"{said}, which a mean or sum of losses, and any factor, changes in files"))
+    return notes
 
 
 def filter_notes(plan: MergePlan, spec: MergeSpec) -> list[str]:

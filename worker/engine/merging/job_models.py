@@ -1,6 +1,6 @@
 """The models of a job, with the rows and the statistics that merging and searching need."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
@@ -10,6 +10,7 @@ from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.inputs.examples import Example
+from worker.engine.merging.given_statistics import GivenStatistic
 from worker.engine.merging.layer_alignment import Expert
 from worker.engine.merging.methods import MeasuredModel
 from worker.engine.merging.stopping import Scored
@@ -48,6 +49,8 @@ class JobModel:
     info: CheckpointInfo
     digest: str
     """Digest of the checkpoint."""
+    given: Mapping[str, GivenStatistic] = field(default_factory=dict)
+    """Statistics that are not measured, by name."""
     rows: ModelRows = field(default_factory=ModelRows)
     measured: Measured = field(default_factory=Measured)
 
@@ -67,7 +70,7 @@ class JobModel:
             self.spec.weight,
             measured.scores,
             measured.of(GRAM),
-            measured.of(PARAMETER_FISHER),
+            self.given.get(PARAMETER_FISHER) or measured.of(PARAMETER_FISHER),
             self.spec.parameters,
             measured.statistics,
         )

@@ -76,7 +76,7 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
         raise InvalidCheckpoint(source, f"config.json has model_type {repr(kind)[:100]}, which is no text")
     config, notes = without_code(config, source)
     tensors: dict[str, TensorInfo] = {}
-    files, indexed = _weight_files(path, source, config)
+    files, indexed = weight_files(path, source, config)
     for file_name in files:
         for tensor in read_header(path / file_name, source):
             if tensor.name in tensors:
@@ -90,7 +90,7 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
         if name not in tensors:
             problem = f"{INDEX} says that tensor {name} is in {file_of}, and no weight file has it"
             raise InvalidCheckpoint(source, problem, tensor=name)
-    tensors = _unstacked(tensors, config.get("model_type"), source)
+    tensors = unstacked(tensors, config.get("model_type"), source)
     if config.get("quantization_config") and not any(map(_may_be_packed, tensors.values())):
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         notes += (f"config.json of {source} has a quantization_config though its weights are plain: it was left out",)
@@ -98,7 +98,7 @@ def _inspect(path: Path, source: str) -> CheckpointInfo:
     return CheckpointInfo(source, path, config, tensors, vocabulary, path, last_token=last, notes=notes)
 
 
-def _unstacked(tensors: dict[str, TensorInfo], model_type: str | None, source: str) -> dict[str, TensorInfo]:
+def unstacked(tensors: dict[str, TensorInfo], model_type: str | None, source: str) -> dict[str, TensorInfo]:
     """Take matrices of all experts in one tensor apart, as if each expert's were a tensor of the file.
 
     Each is one run of bytes there. What is in such layers besides gets the name that files without such tensors have.
@@ -172,7 +172,7 @@ def checkpoint_state(info: CheckpointInfo) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[list[str], Mapping[str, object]]:
+def weight_files(path: Path, source: str, config: Mapping[str, Any]) -> tuple[list[str], Mapping[str, object]]:
     """Return the names of the weight files, see `weights_among`, and each tensor's file according to the index."""
     if (path / WEIGHTS).is_file():
         return [WEIGHTS], {}

@@ -17,6 +17,13 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; bas
 """Content-Security-Policy of the report page: a browser may show it and nothing more."""
 
 
+class GivenStatisticReport(Strict):
+    source: str
+    """Reference of the file, or of the folder of files, as the job was accepted with it."""
+    digest: str
+    """sha256 of the file; of several files, over their names and sha256."""
+
+
 class ModelReport(Strict):
     """The common part of results about a model."""
 
@@ -49,6 +56,8 @@ class ModelResult(ModelReport):
     underestimate if fewer than a few hundred rows were measured."""
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
     """The model's own values of the method's parameters."""
+    statistics: dict[StatisticName, GivenStatisticReport] = Field(default_factory=dict)
+    """Statistics that were read from files, and not measured, by name."""
 
 
 Version = Literal["base", "expert", "best_expert", "average", "merged_kept_head", "merged"]

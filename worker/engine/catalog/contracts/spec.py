@@ -1,5 +1,6 @@
 """The engine's input: a job with every reference already resolved to a path."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,8 @@ class ModelSpec(CheckpointSpec):
     parameters: Annotated[dict[str, PerTensor[float]], Field(default_factory=dict)]
     """The model's own values of the method's parameters, see `MethodParameters.of_model`."""
     dataset: DatasetSpec | None = None
+    statistics: dict[str, CheckpointSpec] = Field(default_factory=dict)
+    """Files of statistics that are not measured, by the statistic's name."""
     evaluation: EvaluationSpec | None = None
     min_retention: float | None = None
     """Share of its metric that the merge chosen by `auto` must keep."""
@@ -83,6 +86,12 @@ def models_beside(evaluates: bool, aligns: bool, method: BaseParameters) -> int:
     return max(method.models_beside, 2 if evaluates else 1 if aligns else 0)
 
 
+def given_of_all(models: Iterable[Collection[str]]) -> frozenset[str]:
+    """Return the names of the statistics that files have of every model, from those of each model."""
+    given = [frozenset(names) for names in models]
+    return frozenset.intersection(*given) if given else frozenset()
+
+
 class JobSpec(Strict):
     """The common part of all jobs' specifications.
 
@@ -100,7 +109,7 @@ class JobSpec(Strict):
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         """Return how many of the first rows of a model's data set are measured at most, and how many its head needs."""
-        return self.method.most_examples if model.takes_part else 0, 0
+        return self.method.rows_measured(model.statistics) if model.takes_part else 0, 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
@@ -116,6 +125,16 @@ class JobSpec(Strict):
         return list(self.models)
 
     @property
+    def given_statistics(self) -> list[CheckpointSpec]:
+        """Files of the statistics of models that take part."""
+        return [spec for model in self.models if model.takes_part for spec in model.statistics.values()]
+
+    @property
+    def given_of_all(self) -> frozenset[str]:
+        """Names of the statistics that files have of every model that takes part."""
+        return given_of_all(model.statistics for model in self.models if model.takes_part)
+
+    @property
     def models_beside(self) -> int:
         """Number of models that are held beside those that the job names."""
         return 0
@@ -127,7 +146,9 @@ class JobSpec(Strict):
 
     @property
     def names_the_hub(self) -> bool:
-        return any(c.hub for c in self.checkpoints) or any(rows.hub for rows in self.rows_to_read)
+        return any(c.hub for c in (*self.checkpoints, *self.given_statistics)) or any(
+            rows.hub for rows in self.rows_to_read
+        )
 
 
 class ScoreSpec(JobSpec):

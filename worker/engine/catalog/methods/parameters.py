@@ -1,6 +1,6 @@
 """Base classes of methods' parameters, which answer every question that other modules have about a method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -80,6 +80,18 @@ class BaseParameters(Strict):
         """Largest number of rows of each data set that are measured."""
         return 0
 
+    def rows_measured(self, given: Collection[str]) -> int:
+        """Return the largest number of rows that are measured of a model.
+
+        Args:
+            given: names of the model's statistics that are not measured, because files have them.
+        """
+        return max((one.most_examples for one in self.methods if one.is_measured(given)), default=0)
+
+    def reads_labels(self, given: Collection[str]) -> bool:
+        """Return whether measuring a model, of which files have the statistics `given`, reads its rows' labels."""
+        return any(one.needs_labels for one in self.methods if one.is_measured(given))
+
     @property
     def needs_base(self) -> bool:
         return False
@@ -142,6 +154,10 @@ class MethodParameters(BaseParameters):
     @property
     def methods(self) -> "Sequence[MethodParameters]":
         return [self]
+
+    def is_measured(self, given: Collection[str]) -> bool:
+        """Return whether rows of a model are read that has the statistics `given`: not if these are all it needs."""
+        return not self.statistics or not self.statistics <= {*given}
 
     @property
     def gradients(self) -> "GradientParameters | None":

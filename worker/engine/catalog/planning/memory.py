@@ -56,6 +56,8 @@ class MemoryNeeds:
     """The facts about a job, besides its plan, on which its memory depends."""
 
     method: BaseParameters
+    given: frozenset[str] = frozenset()
+    """Names of the statistics that no model is measured for, because files have them."""
     loads_models: bool = True
     """Whether models are run; a job that measures, aligns and evaluates nothing only merges blocks of rows."""
     models_beside: int = 0
@@ -92,7 +94,7 @@ def estimate(plan: MergePlan, needs: MemoryNeeds) -> int:
     if not needs.loads_models:
         return RUNTIME_BYTES + merging + _run_bytes(plan)
     running = _Running(plan, needs)
-    statistics = needs.method.statistics
+    statistics = needs.method.statistics - needs.given
     # One of them is measured, and others may be taken from its passes.
     measuring = [
         one.measuring_bytes(running) + sum(other.beside_bytes(running) for other in statistics if other is not one)

@@ -5,6 +5,7 @@ EngineError
 ├── InvalidCheckpoint       one checkpoint is broken, unsafe or unknown
 ├── IncompatibleCheckpoints two checkpoints do not fit each other
 ├── InvalidDataset          a file, column, row or label
+├── InvalidStatistics       a file of statistics is broken, or not of its model
 ├── NumericalError          the arithmetic left the finite numbers
 ├── OutOfMemory
 ├── DiskFull
@@ -73,6 +74,13 @@ class InvalidDataset(EngineError):
         where = f"{source}, {place}" if place else source
         facts = {place.unit: place.number} if place else {}
         super().__init__(f"data set {where}: {problem}", source=source, **facts, **detail)
+
+
+class InvalidStatistics(EngineError):
+    code = "invalid_statistics"
+
+    def __init__(self, source: str, problem: str, **detail: object) -> None:
+        super().__init__(f"statistics {source}: {problem}", source=source, **detail)
 
 
 class NumericalError(EngineError):
