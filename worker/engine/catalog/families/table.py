@@ -122,6 +122,8 @@ RESIDUAL_NORMS: Mapping[Norms, Mapping[Kind, Kind | None]] = {
     Norms.AFTER_BLOCKS: {},
 }
 OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler", Kind.OUTPUT_PROJECTION: "output"}
+LINEAR = (*LAYER_INPUTS, *OUTER_INPUTS, Kind.POSITION)
+"""Kinds of linear modules that are merged with the backbone."""
 
 NOT_SHOWING_INPUT = (Kind.QUERY, Kind.KEY, Kind.CROSS_KEY, Kind.GATE)
 """Modules whose input is seen elsewhere: query and key share that of value, and may also run on positions."""
@@ -230,6 +232,13 @@ class Slot:
             return None
         expert = "" if self.expert is None else f"experts.{self.expert}."
         return f"{layer_name(self.layer, self.stack)}.{expert}{LAYER_INPUTS[self.kind]}"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer's weight, or, without a table, may be: it is in a layer, and is no bias."""
+        if self.is_bias:
+            return False
+        return self.layer is not None if self.kind is Kind.OTHER else self.kind in LINEAR
 
     @property
     def shows_input(self) -> bool:

@@ -43,10 +43,12 @@ from worker.engine.catalog.methods.task_arithmetic import TaskArithmeticParamete
 from worker.engine.catalog.methods.task_vectors import (
     DroppingParameters,
     ElectionParameters,
+    MatrixParameters,
     SumParameters,
     TaskVectorParameters,
 )
 from worker.engine.catalog.methods.ties import TiesParameters
+from worker.engine.catalog.methods.tsv_m import TsvMParameters
 
 __all__ = [
     "AUTO",
@@ -81,6 +83,7 @@ __all__ = [
     "MaskFisherParameters",
     "MaskRegMeanParameters",
     "MaskingParameters",
+    "MatrixParameters",
     "MeasuringParameters",
     "Method",
     "MethodEntry",
@@ -107,6 +110,7 @@ __all__ = [
     "TaskArithmeticParameters",
     "TaskVectorParameters",
     "TiesParameters",
+    "TsvMParameters",
     "check_name",
     "default_candidates",
 ]

@@ -135,6 +135,9 @@ class AutoParameters(BaseParameters):
     def merges_rows(self) -> bool:
         return all(method.merges_rows for method in self.methods)
 
+    def solving_bytes(self, outputs: int, inputs: int) -> int:
+        return max((method.solving_bytes(outputs, inputs) for method in self.methods), default=0)
+
     @property
     def selects_by_rank(self) -> bool:
         return any(method.selects_by_rank for method in self.methods)

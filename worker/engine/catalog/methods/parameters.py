@@ -111,6 +111,13 @@ class BaseParameters(Strict):
         """Whether some rows of a tensor can be merged without the others; otherwise all of it is held at once."""
         return True
 
+    def solving_bytes(self, outputs: int, inputs: int) -> int:
+        """Return the bytes that merging the whole weight of a linear layer takes besides its versions.
+
+        Those of solving with Gram matrices are counted with the statistic.
+        """
+        return 0
+
     @property
     def selects_by_rank(self) -> bool:
         """Whether the method looks for values of a given rank in a tensor."""

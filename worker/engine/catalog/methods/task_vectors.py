@@ -39,6 +39,24 @@ class DataDecidesParameters(MethodParameters):
         return None
 
 
+class MatrixParameters(MethodParameters):
+    """Parameters of methods that merge the task vectors of linear layers as matrices, in float64."""
+
+    matrices: ClassVar[int]
+    """Number of matrices of the size of the largest that are held in float64 while it is merged."""
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def merges_rows(self) -> bool:
+        return False
+
+    def solving_bytes(self, outputs: int, inputs: int) -> int:
+        return self.matrices * 8 * outputs * inputs
+
+
 class SumParameters(TaskVectorParameters):
     """Parameters of methods that add task vectors up."""
 

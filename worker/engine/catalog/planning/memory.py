@@ -28,6 +28,7 @@ HELD_BLOCKS = 16  # blocks of values in which a rank is found; two models' tenso
 HELD_TOKENS = 8192  # of a batch that a model writes, with those to come; their keys and values are held at once
 LOGITS_COPIES = 3  # of the next token's, while it is chosen
 KEPT_BYTES = 150_000_000  # what the allocator keeps of parts of models that were at work; measured up to 140 MB
+MATRIX_AXES = 2
 RUN_BYTES = 256_000_000  # largest weights of a model that is run once before it is published
 
 
@@ -267,8 +268,13 @@ def _merging_bytes(plan: MergePlan, needs: MemoryNeeds) -> int:
     if method.merges_rows:
         return by_rows
     # Linear layers are solved for, and held whole; a matrix of hundreds of thousands of tokens is not.
-    whole = max((math.prod(tensor.shape) for tensor in merged if tensor.slot.input is not None), default=0)
-    return max(by_rows, value_bytes * versions * whole)
+    whole = (
+        value_bytes * versions * math.prod(tensor.shape)
+        + method.solving_bytes(*(tensor.shape[::-1] if tensor.slot.transposed else tensor.shape))
+        for tensor in merged
+        if tensor.slot.is_linear and len(tensor.shape) == MATRIX_AXES
+    )
+    return max(by_rows, *whole)
 
 
 def _run_bytes(plan: MergePlan) -> int:
