@@ -198,7 +198,7 @@ class Service:
         pytest.fail(f"job {job_id} was not seen {phase}")
 
     def processes(self) -> dict[str, psutil.Process]:
-        """What runs now, by role: supervisor, redis, api, inspector, worker, engine."""
+        """What runs now, by role: supervisor, redis, api, inspector, worker, engine, renderer."""
         assert self.process is not None
         found = {}
         for process, words in running(psutil.Process(self.process.pid)):
@@ -222,6 +222,7 @@ def running(parent: psutil.Process) -> list[tuple[psutil.Process, list[str]]]:
 ROLES = {
     "engine": "worker.engine_process",
     "inspector": "app.services.inspector",
+    "renderer": "worker.engine.runtime.rendering",
     "redis": "-server",  # of Redis or Valkey
     "supervisor": "serve",
     "api": "app.cli",

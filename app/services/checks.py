@@ -37,6 +37,7 @@ from worker.engine.catalog.planning.plan import (
     require_reader,
     required_family,
     required_task,
+    unavailable_setting,
     usable_sizes,
 )
 from worker.engine.catalog.planning.planner import misfit, plan_job, plan_merge
@@ -148,7 +149,7 @@ class Checker:
             kept["checkpoint"] = info.source
             _check_estimators(request, task)
             where = f"models.{index}.dataset"
-            source = self._rows(where, model.dataset, task, request.method.needs_labels)
+            source = self._rows(where, model.dataset, task, info, request.method.needs_labels)
             kept["dataset"] |= {"source": source, **task.rows.columns(model.dataset)}
         return Accepted(request=accepted, states=self._states(checkpoints), plan=None)
 
@@ -210,9 +211,10 @@ class Checker:
             if task is None:
                 continue
             _check_estimators(request, task)
+            info = plan.checkpoints[index]
             if model.dataset is not None:
                 reads_labels = request.method.reads_labels(model.given)
-                source = self._rows(f"{where}.dataset", model.dataset, task, reads_labels)
+                source = self._rows(f"{where}.dataset", model.dataset, task, info, reads_labels)
                 kept["dataset"] |= {"source": source, **task.rows.columns(model.dataset)}
             if model.evaluation is not None:
                 metric = model.evaluation.metric or task.metrics[0]
@@ -225,7 +227,7 @@ class Checker:
                 if reader.label is not None and reader.label_column(evaluation) is None:
                     evaluation = evaluation.model_copy(update={reader.label: reader.label})
                 kept["evaluation"] |= reader.columns(evaluation)
-                source = self._rows(f"{where}.evaluation", evaluation, task, True, least, metric)
+                source = self._rows(f"{where}.evaluation", evaluation, task, info, True, least, metric)
                 kept["evaluation"]["source"] = source
         return Accepted(
             request=accepted,
@@ -255,6 +257,7 @@ class Checker:
         field: str,
         rows: Dataset | Evaluation,
         task: Task,
+        info: CheckpointInfo,
         needs_labels: bool,
         least_texts: int = 1,
         metric: str | None = None,
@@ -262,6 +265,9 @@ class Checker:
         """Check rows, and return the reference to keep. The worker checks rows of the hub."""
         self._at(field)
         _refuse((f"{field}.{name}", why) for name, why in column_problems(rows, task, needs_labels, metric))
+        if rows.messages is not None:
+            with _refusing(f"{field}.messages"):
+                _check_conversations(rows.source, info)
         labels = None
         if needs_labels and task.rows.label is not None:
             with _refusing(f"{field}.label_names"):
@@ -349,6 +355,12 @@ def _check_templates(plan: MergePlan, asked: str | None) -> list[str]:
     return check_templates(plan, asked)
 
 
+def _check_conversations(source: str, info: CheckpointInfo) -> None:
+    from worker.engine.catalog.planning.templates import check_conversations  # here for the same reason
+
+    check_conversations(source, info)
+
+
 def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan, given_bytes: int) -> Plan:
     vocabulary, method = plan.vocabulary, request.method
     measured = _measured(request)
@@ -396,18 +408,22 @@ def _checkpoint_field(index: int) -> str:
 
 def _refuse_rows(request: MergeRequest, plan: MergePlan) -> None:
     """Refuse measuring, alignment and evaluation where the architecture has no table, which they need."""
-    name = plan.checkpoints[0].architecture or plan.checkpoints[0].model_type
+    first = plan.checkpoints[0]
+    name, family = first.architecture or first.model_type, family_of(first)
+    setting = None if family is None else unavailable_setting(first, family)
     errors = []
     does = "evaluates" if request.method.search else "measures"
     given = given_of_all(model.given for model in request.models if model.takes_part)
     if request.method.statistics - given or request.method.search:
         others = ", ".join(other for other, entry in METHODS.items() if "dataset" not in entry.needs)
-        message = f"{request.method.name} {does} models, for which {name} has no table; methods without are {others}"
+        why = f"for which {name} has no table" if setting is None else f"and cannot here: {setting}"
+        message = f"{request.method.name} {does} models, {why}; methods without are {others}"
         errors.append(FieldError(field="method.name", message=message))
     for index, model in enumerate(request.models):
         for part, rows in (("dataset", model.dataset), ("evaluation", model.evaluation)):
             if rows is not None:
-                message = f"nothing is measured of {name}, for which there is no table; leave it out"
+                why = f"{name}, for which there is no table" if setting is None else f"{name}: {setting}"
+                message = f"nothing is measured of {why}; leave it out"
                 errors.append(FieldError(field=f"models.{index}.{part}", message=message))
     if errors:
         raise ProblemError(Problem.NOT_AVAILABLE, _sentence(errors), errors)

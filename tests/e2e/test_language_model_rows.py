@@ -22,11 +22,12 @@ STRICT = "{{ raise_exception('no') if messages[0]['content'] == 'w5' else '<s>' 
 def inputs(tiny_inputs: Path) -> Path:
     """Two language models, one whose output layer is zero, one with a weight so large that logits overflow."""
     folder = tiny_inputs / "checkpoints"
-    for seed, name in enumerate(("decoder-0", "decoder-1", "silent", "huge", "small"), start=1):
+    for seed, name in enumerate(("decoder-0", "decoder-1", "silent", "huge", "large", "small"), start=1):
         tiny_checkpoint(folder / name, family=DECODERS["llama"], seed=seed, task="CausalLM")
         (folder / name / "chat_template.jinja").write_text(STRICT)
     edit_tensors(folder / "silent", lambda tensors: {**tensors, "lm_head.weight": 0 * tensors["lm_head.weight"]})
     edit_tensors(folder / "huge", lambda tensors: {**tensors, NORM: 0 * tensors[NORM] + 3e38})
+    edit_tensors(folder / "large", lambda tensors: {**tensors, NORM: 0 * tensors[NORM] + 3e37})
     edit_tensors(folder / "small", shrunk)
     edit_json(folder / "small" / "config.json", vocab_size=20)
     shutil.copytree(folder / "decoder-0", folder / "endless")
@@ -35,6 +36,13 @@ def inputs(tiny_inputs: Path) -> Path:
     edit_json(folder / "unsaid" / "config.json", max_position_embeddings=None)
     for seed, name in enumerate(("writer-0", "writer-1"), start=1):
         tiny_checkpoint(folder / name, family=ENCODER_DECODERS["bart"], seed=seed, task="Seq2SeqLM")
+    shutil.copytree(folder / "writer-0", folder / "half")
+    edit_json(folder / "half" / "config.json", is_encoder_decoder=False)
+    shutil.copytree(folder / "decoder-0", folder / "mute")
+    (folder / "mute" / "chat_template.jinja").unlink()
+    for name, template in (("broken", "{% for"), ("greedy", "{{ ('x' * 9999999999)|length }}")):
+        shutil.copytree(folder / "decoder-0", folder / name)
+        (folder / name / "chat_template.jinja").write_text(template)
     rows = tiny_inputs / "rows"
     write_lines(rows / "texts.jsonl", [json.dumps({"text": text}) for text in tiny_texts(ROWS, 1)])
     written = [{"text": "one two", "target": "three"}] * ROWS
@@ -127,6 +135,21 @@ REFUSED: dict[str, tuple[Recipe, list[str]]] = {
         recipe("talks", part="dataset", method="mask_fisher", messages="messages", text="text"),
         ["models.0.dataset.text"],
     ),
+    "messages without a template": (
+        recipe("talks", "mute", messages="messages"),
+        ["models.0.evaluation.messages", "the checkpoint's tokenizer has none, local:checkpoints/mute"],
+    ),
+    "messages with a template that is none": (
+        recipe("talks", "decoder-0", "broken", part="dataset", method="regmean", messages="messages"),
+        ["models.1.dataset.messages", "the chat template of local:checkpoints/broken, which is no Jinja"],
+    ),
+    "half of an encoder and a decoder": (
+        recipe("targets", "half"), ["models.0.evaluation", "is_encoder_decoder False is not available"],
+    ),
+    "measuring half of them": (
+        recipe("targets", "half", method="regmean", part="dataset"),
+        ["method.name", "is_encoder_decoder False is not available"],
+    ),
 }  # fmt: skip
 
 
@@ -138,6 +161,7 @@ def test_what_is_not_read_is_refused_before_the_job_is_accepted(service: Service
     assert not [word for word in words if word not in response.text], response.text
 
 
+FAR: Recipe = {"method": {"name": "task_arithmetic", "scale": 10.0}, "base": "local:checkpoints/decoder-0"}
 FAILING: dict[str, tuple[Recipe, str, list[str]]] = {
     "no room for the answer": (
         recipe("long", **{**WRITTEN, "max_new_tokens": 8}), "invalid_dataset", ["line 5", "leave no room for 8 more"],
@@ -153,6 +177,14 @@ FAILING: dict[str, tuple[Recipe, str, list[str]]] = {
     ),
     "a template that fails": (
         recipe("talks", messages="messages"), "invalid_dataset", ["line 1", "the chat template fails on it"],
+    ),
+    "a template without end": (
+        recipe("talks", "greedy", messages="messages"),
+        "invalid_dataset", ["line 1", "the chat template takes more than 1024 MiB of memory for it"],
+    ),
+    "NaN in the merge alone": (
+        {**recipe("texts", "large", "decoder-1"), **FAR}, "numerical_error",
+        ["the merge gives logits that are NaN or infinite on line ", "of local:rows/texts.jsonl"],
     ),
     "all gradients zero": (
         recipe("texts", "decoder-0", "silent", method="mask_fisher", part="dataset"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.conftest import wait_until
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, write_lines
 from tests.tiny_families import DECODERS, TinyFamily, bytes_of_decoders
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
@@ -20,13 +19,12 @@ from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import CausalLanguageModel, column_problems
-from worker.engine.inputs import chats
 from worker.engine.inputs.chats import template_version
 from worker.engine.inputs.examples import Example
 from worker.engine.inputs.tables import read_parquet
 from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
-from worker.engine.runtime.time_limits import are_late
+from worker.engine.runtime import rendering
 
 CPU = torch.device("cpu")
 READER = CausalLanguageModel.rows
@@ -43,8 +41,6 @@ FORGETFUL = (
     "" + WRITTEN + "{% endif %}{% endfor %}" + BEGINNING
 )
 STRICT = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
-ENDLESS = "{% for a in range(1000) %}{% for b in range(9000) %}{% endfor %}{% endfor %}"
-"""It ends, so that nothing runs on through other tests."""
 DATED = "{{ strftime_now('%d %B') }}" + PLAIN
 TALKS = [
     [("user", "one two"), ("assistant", "three")],
@@ -128,33 +124,22 @@ def test_a_template_that_fails_on_a_row_is_refused_by_row_without_its_text(check
 
 
 @pytest.mark.parametrize(
-    ("seconds", "template", "problem"),
+    ("template", "problem"),
     [
-        (0.2, f"{ENDLESS}{{{{ 'x' }}}}", r"line 1: the chat template takes more than 0\.2 s for it"),
-        (
-            60,
-            "{{ 'x' * 10000001 }}",
-            r"line 1: the chat template writes 10000001 characters of it; 10000000 are allowed",
-        ),
+        ("{{ 9 ** (messages|length * 99999999) }}", "the chat template takes more than 1 s for it"),
+        ("{{ ('x' * 9999999999)|length }}", "the chat template takes more than 1024 MiB of memory for it"),
+        ("{{ 'x' * 10000001 }}", r"the chat template writes 100000\d\d characters of it; 10000000 are allowed"),
+        ("x{{ '\\ud83d' }}", r"the chat template writes half of a character \(a lone surrogate, '\\ud83d'\)"),
     ],
-    ids=["time", "length"],
+    ids=["time", "memory", "length", "surrogate"],
 )
-def test_what_a_template_takes_and_writes_has_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, template: str, problem: str
+def test_what_a_template_may_not_do_is_refused_by_row(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, problem: str
 ) -> None:
-    monkeypatch.setattr(chats, "LONGEST_S", seconds)
-    folder = tiny_checkpoint(tmp_path / "m", family=DECODERS["llama"], task="CausalLM")
-    loaded = with_template(folder, template)
-    with pytest.raises(InvalidDataset, match=problem):
-        examples_of(loaded, spec_of(tmp_path, [talk(*TALKS[0])]))
-    wait_until(lambda: not are_late(), "the template")
-
-
-@pytest.mark.parametrize("template", ["{{ 9 ** (9 ** 9) }}", "{% if messages %}{{ 2 ** messages|length }}{% endif %}"])
-def test_a_template_with_a_power_is_not_run(checkpoint: Path, tmp_path: Path, template: str) -> None:
-    loaded = with_template(checkpoint, template)
-    with pytest.raises(InvalidDataset, match=r"the chat template .* raises to a power"):
-        examples_of(loaded, spec_of(tmp_path, [talk(*TALKS[0])]))
+    monkeypatch.setattr(rendering, "LONGEST_S", 1)
+    loaded = with_template(checkpoint, f"{{% if messages|length > 2 %}}{template}{{% endif %}}{PLAIN}")
+    with pytest.raises(InvalidDataset, match=f"line 2: {problem}"):
+        examples_of(loaded, spec_of(tmp_path, [talk(*TALKS[0]), talk(*TALKS[1])]))
 
 
 def test_templates_run_in_the_sandbox(checkpoint: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset
-from worker.engine.catalog.tasks import LabelMap
+from worker.engine.catalog.tasks import LabelMap, column_problems
 from worker.engine.inputs.examples import Example
 from worker.engine.jobs.engine import Engine
 from worker.engine.models.loading import LoadedModel, load
@@ -305,6 +305,15 @@ def test_labels_that_are_no_similarity_are_refused_by_their_row(tmp_path: Path) 
     assert "a label is the similarity of two texts" in refused(loaded, spec.model_copy(update={"text_pair": None}))
     write_lines(file, [json.dumps({"text": "one", "text_pair": "two", "label": "near"})])
     assert "the label of two texts is a finite number" in refused(loaded, spec)
+
+
+def test_labels_are_only_read_of_two_texts(tmp_path: Path) -> None:
+    loaded = load(inspect_checkpoint(embedding_model(tmp_path / "one", 1, "mean"), "one"), CPU)
+    spec = DatasetSpec(source="rows", path=tmp_path, label="label")
+    [(column, problem)] = column_problems(spec, loaded.task, needs_labels=True)
+    assert (column, "two texts" in problem) == ("text_pair", True)
+    assert not list(column_problems(spec.model_copy(update={"text_pair": "other"}), loaded.task, needs_labels=True))
+    assert not list(column_problems(spec.model_copy(update={"label": None}), loaded.task))
 
 
 def otherwise_compared(folder: Path) -> None:

@@ -213,7 +213,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_row(checkpoint: 
     model: Any = loaded.model
     model.get_output_embeddings().weight.fill_(float("nan"))
     spec = spec_of(tmp_path / "rows.jsonl")
-    with pytest.raises(NumericalError, match=r"m gives .* NaN or infinite on line \d+ of its rows") as caught:
+    with pytest.raises(NumericalError, match=r"m gives .* NaN or infinite on line \d+ of rows") as caught:
         predictions(loaded, spec)
     assert 1 <= int(str(caught.value.detail["line"])) <= ROWS
 

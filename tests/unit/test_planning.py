@@ -260,6 +260,7 @@ def another_vocabulary(path: Path) -> None:
 Spoiling = Callable[[Path], object]
 BAD: dict[str, tuple[Spoiling, list[str]]] = {
     "a decoder": (config(is_decoder=True), ["is_decoder"]),
+    "an encoder with a decoder": (config(is_encoder_decoder=True), ["is_encoder_decoder True is not available"]),
     "kind of positions": (config(position_embedding_type="relative_key"), ["position_embedding_type", "'absolute'"]),
     "no layer count": (config(num_hidden_layers=None), ["no usable num_hidden_layers"]),
     "layer count as text": (config(num_hidden_layers="2"), ["num_hidden_layers '2'", "type text", "takes int"]),

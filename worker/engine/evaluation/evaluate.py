@@ -35,7 +35,7 @@ def predict(
         evaluation: names the metric that they are for; None: one that reads rows and runs the model as most do.
     """
     kind = loaded.kind if evaluation is None else loaded.kind.evaluated(evaluation)
-    return kind.predictions(examples, _running(loaded, precision, on_rows))
+    return kind.predictions(examples, _running(loaded, precision, on_rows, evaluation))
 
 
 def predict_with(
@@ -44,10 +44,11 @@ def predict_with(
     examples: Sequence[Example],
     precision: Precision,
     on_rows: OnRows,
+    evaluation: EvaluationSpec | None = None,
 ) -> tuple[Array, Array]:
     """Compute predictions as `predict`, with the model's own head and with another in its place, in one pass."""
     own, others = (loaded.kind.unknown(examples) for _ in range(2))
-    for part, features, judged in _forward(loaded, examples, precision):
+    for part, features, judged in _forward(loaded, examples, precision, evaluation):
         own[part.predictions] = loaded.kind.predicted(judged, part.examples)
         with computing_in(precision, loaded.device):
             others[part.predictions] = loaded.kind.predicted(other(features).float(), part.examples)
@@ -73,17 +74,23 @@ def head_inputs_of_parts(
 
 
 def _forward(
-    loaded: LoadedModel, examples: Sequence[Example], precision: Precision
+    loaded: LoadedModel, examples: Sequence[Example], precision: Precision, evaluation: EvaluationSpec | None = None
 ) -> Iterator[tuple[PlacedBatch, Tensor, Tensor]]:
     """Run the model as `HeadKind.parts`, and yield the head's input for each output too, (outputs, width)."""
     read: list[Tensor] = []
     handle = head_of(loaded).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
-        for part, judged in loaded.kind.parts(examples, _running(loaded, precision)):
+        for part, judged in loaded.kind.parts(examples, _running(loaded, precision, evaluation=evaluation)):
             yield part, part.batch.of_outputs(read.pop()), judged
     finally:
         handle.remove()
 
 
-def _running(loaded: LoadedModel, precision: Precision, on_rows: OnRows = lambda _: None) -> Running:
-    return Running(loaded.info.source, loaded.tokenizer, loaded.padding, loaded.device, precision, on_rows)
+def _running(
+    loaded: LoadedModel,
+    precision: Precision,
+    on_rows: OnRows = lambda _: None,
+    evaluation: EvaluationSpec | None = None,
+) -> Running:
+    named = (loaded.info.source, "its rows" if evaluation is None else evaluation.source)
+    return Running(*named, loaded.tokenizer, loaded.padding, loaded.device, precision, on_rows)

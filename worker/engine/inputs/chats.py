@@ -1,6 +1,6 @@
 """Conversations as texts, by the tokenizer's own template, with the parts that the assistant says.
 
-Templates come from outside. They run in transformers' sandbox, in the engine's process alone.
+Templates come from outside. They run in transformers' sandbox, in a process of their own.
 """
 
 import hashlib
@@ -8,41 +8,28 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from typing import Any
 
 from worker.engine.catalog.data.rows import ASSISTANT, Row
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.planning.templates import raises_to_powers
-from worker.engine.catalog.primitives.errors import InvalidDataset, is_of_library
+from worker.engine.catalog.planning.templates import NO_TEMPLATE
+from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.primitives.notes import Doubt
-from worker.engine.runtime.libraries import chat_template_utils
-from worker.engine.runtime.resources import is_out_of_memory
-from worker.engine.runtime.time_limits import within
+from worker.engine.runtime.rendering import NotRendered, render
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template marks what the assistant says."""
 TODAY = "strftime_now"
 """Name of the function by which a template reads the date."""
-LONGEST_S = 10  # seconds that a template may take for a row; those in use take a thousandth
-LONGEST_TEXT = 10_000_000  # characters that it may write of a row
 Message = tuple[str, str]
 
 
 def template_of(tokenizer: Any, spec: DatasetSpec) -> str:
-    """Return the main template.
-
-    Raises:
-        InvalidDataset: there is none, or it has a power, which Jinja computes as it compiles and no time limit ends.
-    """
+    """Return the main template. Raises InvalidDataset where there is none."""
     try:
         template: str = tokenizer.get_chat_template()
     except ValueError as error:
-        problem = "its messages need a chat template, and the checkpoint's tokenizer has none"
-        raise InvalidDataset(spec.source, problem, column=spec.messages) from error
-    if raises_to_powers(template):
-        problem = "the chat template of the checkpoint's tokenizer raises to a power (**), which can take any time"
-        raise InvalidDataset(spec.source, f"{problem}; take that out", column=spec.messages)
+        raise InvalidDataset(spec.source, NO_TEMPLATE, column=spec.messages) from error
     return template
 
 
@@ -73,7 +60,7 @@ def as_text(row: Row, tokenizer: Any, spec: DatasetSpec) -> Row:
     messages = row.messages or ()
     template = template_of(tokenizer, spec)
     if MARKED.search(template):
-        text, spans = _rendered(messages, row, tokenizer, spec, template, return_assistant_tokens_mask=True)
+        text, spans = _rendered(messages, row, tokenizer, spec, template, marks=True)
         return replace(row, text=text, predicted=tuple(spans))
     text, _ = _rendered(messages, row, tokenizer, spec, template)
     answers = []
@@ -82,7 +69,7 @@ def as_text(row: Row, tokenizer: Any, spec: DatasetSpec) -> Row:
             continue
         if not number:
             raise InvalidDataset(spec.source, "its first message is the assistant's, which answers nothing", row.place)
-        before, _ = _rendered(messages[:number], row, tokenizer, spec, template, add_generation_prompt=True)
+        before, _ = _rendered(messages[:number], row, tokenizer, spec, template, begins=True)
         through, _ = _rendered(messages[: number + 1], row, tokenizer, spec, template)
         if not (through.startswith(before) and text.startswith(through)):
             problem = f"the chat template writes the messages before number {number} otherwise than as a part of all"
@@ -105,34 +92,23 @@ def as_prompt(row: Row, tokenizer: Any, spec: DatasetSpec) -> Row:
         problem = "its last message is not the assistant's answer to others, which is what should be written"
         raise InvalidDataset(spec.source, problem, row.place)
     template = template_of(tokenizer, spec)
-    text, _ = _rendered(messages[:-1], row, tokenizer, spec, template, add_generation_prompt=True)
+    text, _ = _rendered(messages[:-1], row, tokenizer, spec, template, begins=True)
     return replace(row, text=text, target=messages[-1][1])
 
 
 def _rendered(
-    messages: Sequence[Message], row: Row, tokenizer: Any, spec: DatasetSpec, template: str, **settings: bool
+    messages: Sequence[Message],
+    row: Row,
+    tokenizer: Any,
+    spec: DatasetSpec,
+    template: str,
+    *,
+    marks: bool = False,
+    begins: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return a conversation as text, and the beginnings and ends of what the template marks in it."""
     conversation = [{"role": role, "content": content} for role, content in messages]
-    render = partial(
-        chat_template_utils.render_jinja_template,
-        [conversation],
-        chat_template=template,
-        **settings,
-        **tokenizer.special_tokens_map,
-    )
     try:
-        [text], spans = within(LONGEST_S, render)
-        marked = spans[0] if settings.get("return_assistant_tokens_mask") else []
-    except TimeoutError as error:
-        problem = f"the chat template takes more than {LONGEST_S} s for it; use that of the original model"
-        raise InvalidDataset(spec.source, problem, row.place) from error
-    except BaseException as error:  # templates raise anything, and their messages may quote the row
-        if is_out_of_memory(error) or not is_of_library(error):
-            raise
-        problem = f"the chat template fails on it ({type(error).__name__}); does it take these roles in this order?"
-        raise InvalidDataset(spec.source, problem, row.place) from error
-    if len(text) > LONGEST_TEXT:
-        problem = f"the chat template writes {len(text)} characters of it; {LONGEST_TEXT} are allowed"
-        raise InvalidDataset(spec.source, problem, row.place)
-    return text, marked
+        return render(template, conversation, tokenizer.special_tokens_map, marks=marks, begins=begins)
+    except NotRendered as error:
+        raise InvalidDataset(spec.source, f"the chat template {error}", row.place) from error

@@ -18,6 +18,7 @@ from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.primitives.notes import in_order
 from worker.engine.checkpoints.reader import Digests, TensorReader
 from worker.engine.models.loading import ModelCache
+from worker.engine.runtime import rendering
 from worker.engine.runtime.device import Precision, reset_peak_memory, resolve_precision
 from worker.engine.runtime.progress import OnProgress, Phase
 from worker.engine.runtime.resources import megabytes
@@ -114,6 +115,7 @@ def job_context(spec: JobSpec, lasting: EngineState, on_progress: OnProgress) ->
     reset_peak_memory()
     spec.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        stack.callback(rendering.end)
         lasting.models.holding = Holding.WHOLE
         where = spec.store
         if where is None:

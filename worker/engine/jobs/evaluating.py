@@ -4,7 +4,7 @@ The merge is loaded from the artifact, as its user will load it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
@@ -20,6 +20,7 @@ from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.preparing import examples_of
 from worker.engine.merging.backbone import Backbone, averaged
 from worker.engine.merging.job_models import JobModel
+from worker.engine.models.loading import LoadedModel
 from worker.engine.models.weights import Source, held
 from worker.engine.runtime.progress import Phase
 from worker.engine.tasks.metrics import Array
@@ -133,6 +134,11 @@ def _best_expert(
     return best, found[best]
 
 
+def _called(name: str, loaded: LoadedModel) -> LoadedModel:
+    """Return the same model under a name for messages."""
+    return replace(loaded, info=replace(loaded.info, source=name))
+
+
 def _evaluated(model: JobModel, published: Published, evaluating: Phase, context: JobContext) -> MetricResult:
     """Evaluate on one model's rows. Its merge is only held meanwhile."""
     evaluation, examples, precision = model.evaluation, model.rows.evaluation, context.precision
@@ -155,16 +161,21 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     merged = context.models.fresh(inspect_checkpoint(published.folders[model.name], name))
     examples, truncated = examples_of(published.plan, merged, evaluation, model.rows.evaluation_texts, examples)
     context.note(*truncated)
+    whose = "" if head.merges else f", with the head of {model.spec.source},"
+    merged = _called(f"the merge{whose}", merged)
     kept_head_predictions = None
     if head.merges:
         merged_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)
     else:
         kept = head_of(loaded)
-        merged_predictions, kept_head_predictions = predict_with(merged, kept, examples, precision, evaluating.advance)
+        merged_predictions, kept_head_predictions = predict_with(
+            merged, kept, examples, precision, evaluating.advance, evaluation
+        )
     merged.take(published.average)
     if not head.merges:
         head_of(merged).load_state_dict(head_of(loaded).state_dict())
-    average_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)
+    average = _called(f"the plain average{whose}", merged)
+    average_predictions = predict(average, examples, precision, evaluating.advance, evaluation)
     predictions: dict[Version, Array] = {"expert": expert_predictions, "average": average_predictions}
     best = None
     if published.plan.merges_heads:

@@ -17,6 +17,9 @@ METRIC_COLUMNS = [
     "merged minus average (95 % interval)",
     "retention",
     "rows",
+    "base",
+    "best expert",
+    "tokens written",
 ]
 ABOUT_METRICS = (
     "All versions predict the same rows. Where models keep their heads, the plain average and the merge with kept head "
@@ -43,20 +46,10 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def metric_table(result: MergeResult) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of the metrics' table; baselines and lengths have columns where there are any."""
-    metrics = (result.metrics or {}).values()
+    """Return columns and rows of the metrics' table, without columns in which nothing is known of any model."""
     rows = _metric_rows(result)
-    columns = list(METRIC_COLUMNS)
-    further = {
-        "base": [number(m.base) for m in metrics],
-        "best expert": [f"{m.best_expert.value:.4f} ({m.best_expert.name})" if m.best_expert else "-" for m in metrics],
-        "tokens written": [_lengths(m) for m in metrics],
-    }
-    for column, cells in further.items():
-        if set(cells) - {"-"}:
-            columns.append(column)
-            rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
-    return columns, rows
+    known = [place for place in range(len(METRIC_COLUMNS)) if any(row[place] != "-" for row in rows)]
+    return [METRIC_COLUMNS[place] for place in known], [[row[place] for place in known] for row in rows]
 
 
 def _lengths(metric: MetricResult) -> str:
@@ -80,6 +73,9 @@ def _metric_rows(result: MergeResult) -> list[list[str]]:
                 f"{gain.value:+z.4f} ({gain.interval[0]:+z.4f} to {gain.interval[1]:+z.4f})",
                 number(m.retention, 3),
                 str(m.examples),
+                number(m.base),
+                f"{m.best_expert.value:.4f} ({m.best_expert.name})" if m.best_expert else "-",
+                _lengths(m),
             ]
         )
     return rows

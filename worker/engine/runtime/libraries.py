@@ -22,7 +22,6 @@ IMPORTED = (
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
-    "transformers.utils.chat_template_utils",
 )
 _importing = Lock()
 
@@ -59,7 +58,6 @@ masking_utils = Library("transformers.masking_utils")
 modeling_rope_utils = Library("transformers.modeling_rope_utils")
 import_utils = Library("transformers.utils.import_utils")
 tokenization_auto = Library("transformers.models.auto.tokenization_auto")
-chat_template_utils = Library("transformers.utils.chat_template_utils")
 optuna = Library("optuna")
 optimize = Library("scipy.optimize")
 sparse = Library("scipy.sparse")

@@ -13,7 +13,7 @@ from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import NEW_TOKENS, DatasetSpec
 from worker.engine.catalog.planning.memory import HELD_TOKENS
 from worker.engine.catalog.primitives.answers import answer_in, answer_pattern
-from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
+from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import CausalLanguageModel, LabelMap
 from worker.engine.inputs.chats import as_prompt
 from worker.engine.inputs.examples import BLOCK_ROWS, Example, Tokenized, encode
@@ -168,9 +168,7 @@ class _Watch:
         """Return the logits, as a processor of transformers. Raises NumericalError, which names the row."""
         is_finite = torch.isfinite(logits).all(1).tolist()
         if not all(is_finite):
-            place = self._rows[is_finite.index(False)].place
-            problem = f"{self._running.source} gives logits that are NaN or infinite on {place} of its rows"
-            raise NumericalError(problem, **{place.unit: place.number})
+            raise self._running.not_finite(self._rows[is_finite.index(False)].place)
         return logits
 
     def are_done(self, tokens: Tensor, logits: Tensor, **_: Any) -> Tensor:

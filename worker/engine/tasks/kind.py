@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
+from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError, Place
 from worker.engine.catalog.tasks import Label, LabelMap, MetricName, Task
 from worker.engine.inputs.examples import (
     Answers,
@@ -54,6 +54,8 @@ class Running:
 
     source: str
     """Name of the model in messages."""
+    rows: str
+    """Name of the data set in messages."""
     tokenizer: Any
     """Its tokenizer, or its image processor."""
     padding: Mapping[str, int]
@@ -61,6 +63,11 @@ class Running:
     device: torch.device
     precision: Precision
     on_rows: OnRows
+
+    def not_finite(self, place: Place) -> NumericalError:
+        """Return the error of logits that are not finite on a row."""
+        problem = f"{self.source} gives logits that are NaN or infinite on {place} of {self.rows}"
+        return NumericalError(problem, **{place.unit: place.number})
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
                     [place for row in indices for place in range(of[row], of[row + 1])] for of in (first, second)
                 )
                 part = PlacedBatch(batch, [examples[row] for row in indices], predictions, outputs)
-                _check_finite(judged, part, running.source)
+                _check_finite(judged, part, running)
                 yield part, judged
 
     @abstractmethod
@@ -243,7 +250,7 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         return None
 
 
-def _check_finite(judged: Tensor, part: PlacedBatch, source: str) -> None:
+def _check_finite(judged: Tensor, part: PlacedBatch, running: Running) -> None:
     """Raise NumericalError, which names the row, where a value is not finite; each row has as many values."""
     is_finite = torch.isfinite(judged).flatten(1).all(1).tolist()
     if all(is_finite):
@@ -251,9 +258,7 @@ def _check_finite(judged: Tensor, part: PlacedBatch, source: str) -> None:
     by_output = len(judged) == len(part.outputs)
     rows = [example for example in part.examples for _ in range(example.outputs if by_output else 1)]
     place = rows[is_finite.index(False)].place
-    raise NumericalError(
-        f"{source} gives logits that are NaN or infinite on {place} of its rows", **{place.unit: place.number}
-    )
+    raise running.not_finite(place)
 
 
 def one_pass(logits: Tensor, coefficients: Tensor) -> Passes:

@@ -28,7 +28,13 @@ from worker.engine.catalog.planning.comparing import (
     notes_of_settings,
     with_settings_of,
 )
-from worker.engine.catalog.planning.plan import MergePlan, PlannedTensor, require_reader, usable_sizes
+from worker.engine.catalog.planning.plan import (
+    MergePlan,
+    PlannedTensor,
+    require_reader,
+    unavailable_setting,
+    usable_sizes,
+)
 from worker.engine.catalog.planning.tensors import merged_tensor, output_dtype
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint
 from worker.engine.catalog.primitives.values import TensorPlace
@@ -46,23 +52,12 @@ def table_of(info: CheckpointInfo) -> Family | None:
         return None
     if info.config.get("quantization_config"):
         raise InvalidCheckpoint(info.source, "its weights are quantised; merge the checkpoints before quantising them")
-    problem = _unavailable(info, family)
+    problem = unavailable_setting(info, family)
     if problem is None:
         return family
     if family.head.merges:  # it can still be merged by name
         return None
     raise InvalidCheckpoint(info.source, problem)
-
-
-def _unavailable(info: CheckpointInfo, family: Family) -> str | None:
-    """Say which setting of a checkpoint the table is not of; None if there is none."""
-    if info.config.get("is_decoder") and not family.is_causal:
-        return "is_decoder is not available for this family"
-    for key, only in family.supported.items():
-        value = family.setting(info.config, key)
-        if value != only and (value or only):  # null and false say alike that something is off
-            return f"{key} {value!r} is not available for this family; {only!r} is"
-    return None
 
 
 def planned_by_table(family: Family, identities: Sequence[Identity], asked: MergeSettings) -> MergePlan:

@@ -212,8 +212,25 @@ def required_table(info: CheckpointInfo) -> Family:
 
 
 def _without_table(info: CheckpointInfo) -> InvalidCheckpoint:
+    family = family_of(info)
+    problem = None if family is None else unavailable_setting(info, family)
+    if problem is not None:
+        return InvalidCheckpoint(info.source, f"it is not measured: {problem}")
     known = ", ".join(known_architectures())
     return InvalidCheckpoint(info.source, f"{named(info)} has no table to measure it by; available are {known}")
+
+
+def unavailable_setting(info: CheckpointInfo, family: Family) -> str | None:
+    """Say which setting of a checkpoint its table is not of; None if there is none."""
+    if info.config.get("is_decoder") and not family.is_causal:
+        return "is_decoder is not available for this family"
+    if info.config.get("is_encoder_decoder") and family.decoder is None:
+        return "is_encoder_decoder True is not available for this family; False is"
+    for key, only in family.supported.items():
+        value = family.setting(info.config, key)
+        if value != only and (value or only):  # null and false say alike that something is off
+            return f"{key} {value!r} is not available for this family; {only!r} is"
+    return None
 
 
 def required_task(plan: MergePlan) -> Task:

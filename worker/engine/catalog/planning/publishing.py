@@ -253,6 +253,22 @@ def chat_templates(info: CheckpointInfo) -> dict[str, str]:
     return {**own, CHAT_TEMPLATES[1]: older} if isinstance(older, str) else own
 
 
+def main_template(info: CheckpointInfo) -> str | None:
+    """Return the template by which transformers writes a checkpoint's conversations; None where it has none.
+
+    Once there is a file of a template, those in tokenizer_config.json do not count.
+    """
+    files = [name for name in companions(info) if name == CHAT_TEMPLATES[0] or MORE_CHAT_TEMPLATES.fullmatch(name)]
+    config = companions(info).get("tokenizer_config.json")
+    given = None if files or config is None else _content(config).get("chat_template")
+    if isinstance(given, list):
+        given = {one["name"]: one["template"] for one in given}
+    if isinstance(given, dict):
+        given = given.get("default")
+    found = _companions(info).get(_template("default")) if files else given
+    return found if isinstance(found, str) else None
+
+
 def _template(name: str) -> str:
     return "chat template" if name == "default" else f"chat template {name[:100]!r}"
 

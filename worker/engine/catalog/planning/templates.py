@@ -1,22 +1,23 @@
-"""Checks that chat templates are Jinja, in the dialect that transformers reads.
+"""Checks that chat templates are there and are Jinja, in the dialect that transformers reads.
 
 A template is parsed, never run: nobody knows how long that would take. In the API, only inspectors import this module,
 because Jinja takes a while to load.
 """
-
-from functools import lru_cache
 
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.reading import reads
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.publishing import chat_templates
-from worker.engine.catalog.primitives.errors import InvalidRequest
+from worker.engine.catalog.planning.publishing import chat_templates, main_template
+from worker.engine.catalog.primitives.errors import InvalidDataset, InvalidRequest
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.paths import in_one_line
+
+NO_TEMPLATE = "its messages need a chat template, and the checkpoint's tokenizer has none"
 
 
 class _Generation(Extension):
@@ -54,6 +55,19 @@ def check_templates(plan: MergePlan, asked: str | None) -> list[str]:
     return [Doubt(note) for note in dict.fromkeys(notes)]
 
 
+def check_conversations(source: str, info: CheckpointInfo) -> None:
+    """Raise InvalidDataset where a checkpoint's tokenizer cannot write the conversations of a data set as texts."""
+    reads(info.source, "chat templates")
+    template = main_template(info)
+    if template is None:
+        raise InvalidDataset(source, f"{NO_TEMPLATE}, {info.source}")
+    problem = problem_of(template)
+    if problem is not None:
+        raise InvalidDataset(
+            source, f"its messages need the chat template of {info.source}, which is no Jinja: {problem}"
+        )
+
+
 def problem_of(template: str) -> str | None:
     """Say what is wrong with a template; None where nothing is."""
     try:
@@ -64,12 +78,6 @@ def problem_of(template: str) -> str | None:
         line = getattr(error, "lineno", None)
         return in_one_line(error) + (f" (line {line})" if line else "")
     return None
-
-
-@lru_cache(maxsize=64)  # asked for every row
-def raises_to_powers(template: str) -> bool:
-    """Return whether a template has a power, which could take any time, and lets no other thread run meanwhile."""
-    return problem_of(template) is None and next(_parsed(template).find_all(nodes.Pow), None) is not None
 
 
 def _parsed(template: str) -> nodes.Template:

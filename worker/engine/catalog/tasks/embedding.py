@@ -29,6 +29,7 @@ class Embedding(Task):
         "pearson": SCORED_PAIRS,
         "retrieval_accuracy": RowReader(required=("text", "text_pair"), optional=(), label=None),
     }
+    labels_need = ("text_pair",)
     merges_heads = True
     has_classes = False
 

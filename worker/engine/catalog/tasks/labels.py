@@ -50,6 +50,9 @@ def column_problems(
     if needs_labels and reader.label is not None and reader.label_column(rows) is None:
         who = "the estimator" if metric is None else f"metric {metric}"
         yield reader.label, f"{who} reads labels; name their column"
+    for name in task.labels_need if needs_labels and metric is None else ():
+        if getattr(rows, name) is None:
+            yield name, "the estimator reads labels, which are those of two texts; name the column, or choose another"
 
 
 def check_estimator(name: str, task: Task) -> None:

@@ -40,6 +40,8 @@ class Task(ABC):
     """Readers of the rows on which a metric is computed, by its name, where they are not `rows`."""
     writing_metrics: ClassVar[frozenset[str]] = frozenset()
     """Names of the metrics that judge what a model writes, for which an evaluation has further settings."""
+    labels_need: ClassVar[tuple[str, ...]] = ()
+    """Columns that a row may lack, and without which it has no label."""
     estimators: ClassVar[frozenset[str]] = frozenset({"auto", "expected", "sampled", "empirical"})
     """Names of the estimators that can be computed."""
     reads_images: ClassVar[bool] = False
