@@ -39,6 +39,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint, Numerical
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.inputs.examples import collate, plan_batches, tokenize
 from worker.engine.jobs.engine import Engine
+from worker.engine.merging import layer_alignment
 from worker.engine.merging.layer_alignment import Expert, _Comparison, align_layers, linear_groups, ridge_step
 from worker.engine.models.loading import LoadedModel, load
 
@@ -329,13 +330,14 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
     expert = case.expert(case.folders[0], case.folders[0].with_suffix(".jsonl"), 1.0)
     family = required_family(case.plan)
     blocks = [family.layer_path(layer).removesuffix(".") for layer in range(LAYERS)]
-    comparison = _Comparison(expert, loaded.model, blocks, "float32")
+    comparison = _Comparison(expert, loaded.model, blocks, "float32", keeping=0)
     batches = list(collate(plan_batches(expert.examples), loaded.padding, CPU))
     assert max(example.length for example in expert.examples) > 20
     for layer in range(LAYERS):
         with torch.inference_mode():
-            comparison.enter(layer)
-            for group in (group for group in groups if group.layer == layer):
+            of_layer = [group for group in groups if group.layer == layer]
+            comparison.enter(layer, of_layer)
+            for group in of_layer:
                 found = [inputs for inputs, _ in comparison.samples(group)]
                 for batch, x in zip(batches, found, strict=True):
                     seen: list[Tensor] = []
@@ -345,6 +347,14 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
                     handle.remove()
                     is_text = batch.inputs["attention_mask"].bool().flatten()
                     torch.testing.assert_close(x, seen[0].flatten(0, -2)[is_text], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_of_a_layer_spares_passes_and_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for keeping in (0, 10**9):
+        monkeypatch.setattr(layer_alignment, "most_tokens_kept", lambda hidden, keeping=keeping: keeping)
+        found.append(case.align(case.experts(), case.average()))
+    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
 
 
 def test_layers_that_share_their_weights_are_not_fitted_one_after_another(tmp_path: Path) -> None:

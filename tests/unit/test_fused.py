@@ -286,8 +286,10 @@ class Given:
     def count(self, group: LinearGroup) -> int:
         return len(self._sample[0])
 
-    def samples(self, group: LinearGroup) -> list[tuple[Tensor, Tensor]]:
-        return [self._sample]
+    def products(self, group: LinearGroup) -> tuple[Tensor, Tensor]:
+        x, error = (values.double() for values in self._sample)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        return x.T @ x, error.T @ x
 
 
 def test_a_transposed_layer_is_refitted_as_one_that_is_stored_otherwise() -> None:

@@ -31,7 +31,14 @@ from worker.engine.catalog.methods import (
     RegMeanParameters,
     TiesParameters,
 )
-from worker.engine.catalog.planning.memory import HELD_TOKENS, MemoryNeeds, estimate, most_new_tokens
+from worker.engine.catalog.planning.memory import (
+    HELD_TOKENS,
+    KEPT_VECTORS,
+    MOST_KEPT_BYTES,
+    MemoryNeeds,
+    estimate,
+    most_new_tokens,
+)
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_merge
@@ -139,7 +146,10 @@ def test_the_plan_says_what_linear_layers_read_and_counts_what_measuring_them_ho
     for more in ({"method": MaskFisherParameters()}, {"method": RegMeanParameters()}, {"models_beside": 2}):
         assert estimate(found, replace(least, **more)) > estimate(found, least)
     held = estimate(found, replace(least, tokens_held=1000)) - estimate(found, replace(least, tokens_held=400))
-    assert held == 600 * 2 * 4 * hidden
+    assert held == 600 * (2 + KEPT_VECTORS) * 4 * hidden
+    most = MOST_KEPT_BYTES // (4 * KEPT_VECTORS * hidden)
+    kept = estimate(found, replace(least, tokens_held=3 * most)) - estimate(found, replace(least, tokens_held=2 * most))
+    assert kept == most * 2 * 4 * hidden
     searched = estimate(found, replace(least, outputs_held=1000)) - estimate(found, replace(least, outputs_held=400))
     assert searched == 600 * 2 * 4 * hidden
     both = estimate(found, replace(least, method=MaskRegMeanParameters()))

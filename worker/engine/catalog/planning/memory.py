@@ -29,6 +29,9 @@ HELD_TOKENS = 8192  # of a batch that a model writes, with those to come; their 
 LOGITS_COPIES = 3  # of the next token's, while it is chosen
 KEPT_BYTES = 150_000_000  # what the allocator keeps of parts of models that were at work; measured up to 140 MB
 MATRIX_AXES = 2
+KEPT_VECTORS = 10  # of the hidden size, per token, that spare passes while layers are refitted
+MOST_FINISHED = 5  # of these are outputs of the merge's modules
+MOST_KEPT_BYTES = 4_000_000_000  # of these; for further tokens passes are run again instead
 RUN_BYTES = 256_000_000  # largest weights of a model that is run once before it is published
 
 
@@ -67,7 +70,7 @@ class MemoryNeeds:
     """Number of tokens of the longest row; None: it is not known yet, and counts as the most that the model takes."""
     tokens_held: int = 0
     """Number of tokens of all rows, with padding, where layers are refitted. That keeps every expert loaded, and every
-    token's hidden state in the expert and in the merge."""
+    token's hidden state in the expert and in the merge, beside what spares passes."""
     outputs_held: int = 0
     """Number of outputs of all rows that a search holds the inputs of heads for."""
     new_tokens: int = 0
@@ -80,6 +83,15 @@ class MemoryNeeds:
     """Whether a merge is published, and may be run once before."""
     threads: int | None = None
     """Number of threads, each of which merges a tensor; None: one for each core of this machine."""
+
+
+def most_tokens_kept(hidden: int) -> int:
+    """Return the number of padded tokens for which passes are spared while layers are refitted.
+
+    Args:
+        hidden: size of a hidden state.
+    """
+    return MOST_KEPT_BYTES // (4 * KEPT_VECTORS * hidden)
 
 
 def estimate(plan: MergePlan, needs: MemoryNeeds) -> int:
@@ -198,7 +210,9 @@ class _Running:
         read = (
             2 + self.needs.method.refits_layers
         ) * self.needs.outputs_held  # of one merge, a copy, and refitted ones
-        return cached + beside * max(*models, merged) + self.at_work + (2 * tokens + read) * 4 * self.sizes["hidden"]
+        hidden = self.sizes["hidden"]
+        states = (2 * tokens + KEPT_VECTORS * min(tokens, most_tokens_kept(hidden)) + read) * 4 * hidden
+        return cached + beside * max(*models, merged) + self.at_work + states
 
     @property
     def longest_row(self) -> int:
