@@ -166,8 +166,8 @@ class MergeRequest(JobRequest[ModelRequest]):
         if self.method.search is not None:
             return self
         if self.method.needs_base and self.base is None:
-            named = "base" in METHODS[self.method.name].needs
-            why = f"method {self.method.name}" if named else "a scale other than 1"
+            [method] = self.method.methods
+            why = f"method {method.name}" if "base" in METHODS[method.name].needs else method.needs_base_by
             raise ValueError(f"{why} merges differences from the common ancestor; name it as base")
         if self.method.refits_layers and self.output.vocabulary != "error":
             raise ValueError(

@@ -99,7 +99,7 @@ def search_problems(method: BaseParameters, request: "MergeRequest") -> Iterator
         yield problem(("output", "align_ridge"), why, output.align_ridge)
     needing = [one for one in method.methods if one.needs_base]
     if needing and request.base is None:
-        scaled = "" if "base" in METHODS[needing[0].name].needs else ", with a scale other than 1,"
+        scaled = "" if "base" in METHODS[needing[0].name].needs else f", with {needing[0].needs_base_by},"
         why = f"{_named(method, needing)}{scaled} cannot do without the common ancestor; name it as base"
         yield problem(("base",), why, None)
     asked = method.search.must_beat if method.search else []
@@ -181,6 +181,9 @@ def slice_problems(
     """Yield the reasons why the models cannot be merged slice by slice."""
     if method.statistics:
         why = f"method {method.name} measures whole models, and merges no slices of them; leave it out"
+        yield problem(("slices",), why, None)
+    if method.needs_table:
+        why = f"with {method.needs_base_by}, method {method.name} merges whole models, and no slices; leave it out"
         yield problem(("slices",), why, None)
     models = {model.name: model for model in request.models}
     used = {source.model for part in slices for source in part.sources}

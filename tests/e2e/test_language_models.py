@@ -156,6 +156,10 @@ def stack(*slices: tuple[str, int, int], **more: Any) -> Recipe:
 
 WHOLE = (("lm-1", 0, 2), ("lm-2", 0, 2))
 REFUSED: dict[str, tuple[Recipe, str, list[str]]] = {
+    "estimates of layers that no table tells": (
+        recipe("bare-1", "bare-2", method={"name": "regmean", "gram": "deltas"}, base="local:checkpoints/bare-1"),
+        "invalid_checkpoint", ["regmean takes linear layers from a table", "such as ties"],
+    ),
     "a method that measures": (
         measured("mask_fisher"), "not_available",
         ["method.name", "mask_fisher", "StableLmForCausalLM", "average, task_arithmetic, ties", "models.0.dataset"],

@@ -400,3 +400,18 @@ def test_no_password_is_in_any_command_line(service: Service) -> None:
     assert password not in service.log
     assert (service.data_dir / "redis" / "redis.conf").stat().st_mode & 0o077 == 0
     assert json.dumps(password) not in service.get("/jobs").text
+
+
+def test_regmean_estimates_what_it_reads_where_no_model_has_rows(service: Service) -> None:
+    asked = tiny_recipe("a", "b", name="regmean", gram="deltas")
+    for model in asked["models"]:
+        del model["dataset"]
+    asked["base"] = "local:checkpoints/base"
+    plan = service.post("/merge/validate", json=asked).json()
+    job = service.finished(service.submit(asked))
+    assert job["status"] == "succeeded", job["error"]
+    doubt = "Gram matrices of the inputs of linear layers were not measured, but estimated from the task vectors"
+    assert plan["notes"][0] == job["result"]["notes"][0] == doubt
+    assert [model["examples"] for model in job["result"]["models"]] == [plan["examples"], 0] == [0, 0]
+    asked["slices"] = [{"sources": [{"model": "a", "layers": [0, 1]}, {"model": "b", "layers": [1, 2]}]}]
+    assert "merges whole models" in service.post("/merge/validate", json=asked).json()["detail"]

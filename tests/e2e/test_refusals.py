@@ -156,6 +156,10 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "base of a method that needs one": (
         changed(method={"name": "ties"}), 422, "invalid_request", ["method ties", "name it as base"],
     ),
+    "estimates without a base": (
+        changed(method={"name": "regmean", "gram": "deltas"}), 422, "invalid_request",
+        ["gram 'deltas' merges differences", "name it as base"],
+    ),
     "truncated base": (
         changed(base="local:checkpoints/truncated"), 422, "invalid_checkpoint", ["\"field\": \"base\"", "is truncated"],
     ),

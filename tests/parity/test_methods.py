@@ -16,7 +16,7 @@ from tests.tiny import merged_of
 from worker.engine.catalog.families import ScoreName, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.deberta_v2 import DEBERTA_V2
-from worker.engine.catalog.methods import GRAM, METHODS, NODE_FISHER, PARAMETER_FISHER, Statistic
+from worker.engine.catalog.methods import GRAM, METHODS, NODE_FISHER, PARAMETER_FISHER, RegMeanParameters, Statistic
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
 
@@ -332,6 +332,46 @@ def with_gram(models: Sequence[MeasuredModel], *grams: Tensor) -> list[MeasuredM
         replace(m, grams={source: gram[: len(g), : len(g)] for source, g in m.grams.items()})
         for m, gram in zip(models, grams, strict=True)
     ]
+
+
+ACTMAT = [
+    [-0.296418273, 1.017531391, 6.764066083, -4.507013627],
+    [5.47516719, 2.922880942, -0.428047369, 4.472480136],
+    [0.7513498, -6.249628353, -2.04021789, 3.005242643],
+]
+"""What `merge_actmat` of github.com/marawangamal/actmat, commit 42292c7d, makes of the matrices of the test below."""
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_regmean_of_estimates_is_what_their_authors_make(transposed: bool) -> None:
+    rng = generator(7)
+    base = torch.randn(3, 4, generator=rng, dtype=torch.float64)
+    versions = [base + (1 + j) * torch.randn(3, 4, generator=rng, dtype=torch.float64) for j in range(2)]
+    slot = replace(slot_of(QUERY), transposed=transposed)
+    if transposed:
+        base, versions = base.T.contiguous(), [version.T.contiguous() for version in versions]
+    parameters = RegMeanParameters(gram="deltas", ridge=0.0)
+    found = merged_of(BUILDERS["regmean"](parameters, [MeasuredModel(1.0)] * 2), slot, versions, base)
+    np.testing.assert_allclose(float64(found.T if transposed else found), ACTMAT, rtol=0, atol=2e-8)
+
+
+@pytest.mark.parametrize("shrink", [1.0, 0.5])
+def test_regmean_of_estimates_solves_the_normal_equations_of_task_vectors(shrink: float) -> None:
+    """With the weights, `shrink` and `ridge` of measured matrices, and others as the average."""
+    found = merge("regmean", [MeasuredModel(weight) for weight in LAMBDAS], gram="deltas", shrink=shrink, ridge=0.01)
+    for name, base in BASE.items():
+        expected = mean_of(name)
+        if input_of(name) is not None:
+            grams = [(float64(v[name]) - float64(base)).T @ (float64(v[name]) - float64(base)) for v in VERSIONS]
+            ridge = 0.01 * np.mean([np.diag(gram).mean() for gram in grams]) * np.eye(len(grams[0]))
+            grams = [shrink * g + (1 - shrink) * np.diag(np.diag(g)) + ridge for g in grams]
+            left = np.sum([w * g for w, g in zip(LAMBDAS, grams, strict=True)], axis=0)
+            weighted = [w * float64(v[name]) @ g for w, v, g in zip(LAMBDAS, VERSIONS, grams, strict=True)]
+            expected = np.linalg.solve(left, np.sum(weighted, axis=0).T).T
+        np.testing.assert_allclose(float64(found[name]), expected, rtol=0, atol=1e-5, err_msg=name)
+    same = merge("regmean", [MeasuredModel(1.0)] * 2, [VERSIONS[0]] * 2, gram="deltas")
+    assert all(torch.equal(same[name], VERSIONS[0][name]) for name in BASE)
+    assert all(torch.equal(t, BASE[n]) for n, t in merge("regmean", MODELS, [BASE] * 3, gram="deltas").items())
 
 
 def test_regmean_without_inputs_is_the_average() -> None:

@@ -12,7 +12,7 @@ from worker.engine.catalog.contracts.report import Candidate, MergeResult, Metri
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.planner import plan_job
+from worker.engine.catalog.planning.planner import notes_of_estimates, plan_job
 from worker.engine.catalog.planning.templates import check_templates
 from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.catalog.tasks import task_of
@@ -201,6 +201,7 @@ def choose(
         result = search_job(spec, auto, plan, by_method, context.models, context.precision, context.on_progress)
     found = result.found
     chosen = with_chosen(spec, found.chosen)
+    context.note(*(note for method in chosen.method.methods for note in notes_of_estimates(method)))
     context.note(*floor_notes(found.search), *result.notes)
     if plan.base is not None and plan.lacking_in_base is not None:
         context.note(f"the base {plan.base.source} is not in the table of auto: it lacks tensor {plan.lacking_in_base}")

@@ -182,6 +182,22 @@ class MethodParameters(BaseParameters):
         return None
 
     @property
+    def needs_base_by(self) -> str:
+        """The setting for which a method needs a base that needs none otherwise."""
+        return "a scale other than 1"
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether linear layers are told from other tensors, which takes the architecture's table, though nothing is
+        measured."""
+        return False
+
+    @property
+    def estimated(self) -> str | None:
+        """What is estimated instead of being measured, as the subject of a note; None if nothing is."""
+        return None
+
+    @property
     def needs_base(self) -> bool:
         return any(value != 1 for value in values_of(self.scale, type(self).model_fields["scale"].default))
 

@@ -47,12 +47,44 @@ class RegressionParameters(MeasuringParameters):
 
 class RegMeanParameters(RegressionParameters):
     name: Literal["regmean"] = "regmean"
+    gram: Literal["rows", "deltas"] = "rows"
+    """Where Gram matrices come from: `rows` measures them on every model's rows; `deltas` estimates each by the task
+    vector of the layer itself, which needs a base and no rows."""
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        return super().statistics if self.gram == "rows" else frozenset()
+
+    @property
+    def most_examples(self) -> int:
+        return super().most_examples if self.gram == "rows" else 0
+
+    @property
+    def needs_base(self) -> bool:
+        return self.gram == "deltas" or super().needs_base
+
+    @property
+    def needs_base_by(self) -> str:
+        return "gram 'deltas'" if self.gram == "deltas" else super().needs_base_by
+
+    @property
+    def needs_table(self) -> bool:
+        return self.gram == "deltas"
+
+    @property
+    def estimated(self) -> str | None:
+        return "Gram matrices of the inputs of linear layers" if self.gram == "deltas" else None
+
+    def solving_bytes(self, outputs: int, inputs: int) -> int:
+        return GRAM_MATRICES * 8 * inputs**2 if self.gram == "deltas" else 0
 
 
 REGMEAN = MethodEntry(
     name="regmean",
-    formula="W = W_1 + [sum_j lambda_j (W_j - W_1) G_j] [sum_j lambda_j G_j]^-1, G_j = mean x x^T; others as average",
-    source="Jin et al. 2023, Dataless Knowledge Fusion by Merging Weights of Language Models, arXiv 2212.09849",
+    formula="W = W_1 + [sum_j lambda_j (W_j - W_1) G_j] [sum_j lambda_j G_j]^-1, G_j = mean x x^T, or with "
+    "gram 'deltas' (W_j - W_0)^T (W_j - W_0); others as average",
+    source="Jin et al. 2023, Dataless Knowledge Fusion by Merging Weights of Language Models, arXiv 2212.09849; "
+    "deltas: Hameed et al. 2026, Model Merging via Data-Free Covariance Estimation, arXiv 2604.01329",
     needs=("dataset",),
     parameters=RegMeanParameters,
     search={"shrink": Range(0.8, 1.0), "ridge": Range(1e-4, 1e-1, log=True), "scale": Range(0.8, 1.25)},

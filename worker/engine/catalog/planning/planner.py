@@ -13,7 +13,7 @@ from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
 from worker.engine.catalog.checkpoints.vocabulary import TokenChoices, pads_differ
 from worker.engine.catalog.contracts.spec import Dtype, Heads, OutputSpec, VocabularyPolicy
 from worker.engine.catalog.families import Family
-from worker.engine.catalog.methods import BaseParameters
+from worker.engine.catalog.methods import BaseParameters, MethodParameters
 from worker.engine.catalog.planning.by_name import planned_by_name
 from worker.engine.catalog.planning.by_table import planned_by_table, table_of
 from worker.engine.catalog.planning.comparing import MergeSettings
@@ -21,6 +21,7 @@ from worker.engine.catalog.planning.plan import MergePlan, named
 from worker.engine.catalog.planning.publishing import with_companions
 from worker.engine.catalog.planning.stacking import plan_slices
 from worker.engine.catalog.primitives.errors import IncompatibleCheckpoints, InvalidCheckpoint, InvalidRequest
+from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.catalog.tasks import reads_images
@@ -94,9 +95,19 @@ def _note_of_padding(checkpoints: Sequence[CheckpointInfo], base: CheckpointInfo
     )
 
 
+def notes_of_estimates(method: MethodParameters) -> list[str]:
+    """Return a doubt if the method estimates something instead of measuring it."""
+    if method.estimated is None:
+        return []
+    return [Doubt(f"{method.estimated} were not measured, but estimated from the task vectors")]
+
+
 def misfit(method: BaseParameters, family: Family | None) -> str | None:
     """Return why a method cannot merge models of a family, though others can; None if it can."""
-    if family is None or not method.refits_layers:
+    if family is None:
+        tells = any(one.needs_table for one in method.methods)
+        return f"{method.name} takes linear layers from a table, and this architecture has none" if tells else None
+    if not method.refits_layers:
         return None
     if family.shares_layers:
         return f"{method.name} fits one layer after another, and the layers of this architecture are one"
@@ -139,7 +150,11 @@ def plan_job(
             why = misfit(one, plan.family)
             if why is not None:
                 advice = "name method.candidates without it" if method.search else "use regmean"
+                if one.needs_table:
+                    advice = "use a method that works on single tensors, such as ties"
                 raise InvalidCheckpoint(checkpoints[0].source, f"{why}; {advice}")
+        estimates = [] if method.search else [note for one in method.methods for note in notes_of_estimates(one)]
+        plan = replace(plan, notes=(*estimates, *plan.notes))
         return with_companions(plan, output.dtype, chat_template=output.chat_template)
     if output.heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")

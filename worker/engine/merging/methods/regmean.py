@@ -4,15 +4,16 @@ It is the least-squares solution of `sum_j lambda_j ||X_j W^T - X_j W_j^T||^2` (
 `G_j` the mean instead of the sum over tokens, so that a model with more or longer rows has no more influence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.methods import MethodParameters, RegressionParameters
+from worker.engine.catalog.methods import MethodParameters, RegMeanParameters, RegressionParameters
 from worker.engine.catalog.primitives.errors import NumericalError
-from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions
+from worker.engine.merging.methods.blocks import BlockMerge, MeasuredModel, Merger, Versions, required_base
 from worker.engine.merging.methods.combine import by_slices, model_weights
 
 BATCH_BYTES = 128_000_000  # size of the matrices that are factorised at once
@@ -30,9 +31,46 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         if source is None:
             return by_slices(versions, weights)
         shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
-        return regression_of(versions, source, models, weights, shrink, ridge)
+        measured = models
+        if isinstance(parameters, RegMeanParameters) and parameters.gram == "deltas":
+            measured = _estimated(models, versions)
+        return regression_of(versions, source, measured, weights, shrink, ridge)
 
     return prepare
+
+
+@dataclass(frozen=True)
+class TaskVectorGrams(Mapping[str, Tensor]):
+    """The estimate `tau^T tau` of a Gram matrix, whatever the name of the input, computed when it is asked for.
+
+    Gradients of a layer's rows are multiples of its inputs, so that the sum of steps spans what it has read
+    (arXiv 2604.01329). The estimate is up to a factor.
+    """
+
+    version: Tensor
+    """(outputs, inputs), or its transpose."""
+    base: Tensor
+    transposed: bool
+
+    def __getitem__(self, name: str) -> Tensor:
+        delta = self.version.double() - self.base.double()
+        return delta @ delta.T if self.transposed else delta.T @ delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _estimated(models: Sequence[MeasuredModel], versions: Versions) -> list[MeasuredModel]:
+    """Return the models with estimates of the Gram matrices of one linear layer."""
+    whole = versions.whole()
+    base, transposed = required_base(whole.base), versions.slot.transposed
+    return [
+        replace(model, grams=TaskVectorGrams(version, base, transposed))
+        for model, version in zip(models, whole.versions, strict=True)
+    ]
 
 
 def regression_of(
