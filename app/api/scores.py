@@ -17,7 +17,7 @@ from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Job
 from app.contracts.requests import ScoreRequest
 from app.storage.statistics import KeptStatistic
-from worker.engine.catalog.methods import StatisticName
+from worker.engine.catalog.contracts.statistics import KeptName
 
 router = APIRouter(tags=["scores"], route_class=StrictRoute)
 
@@ -43,7 +43,7 @@ class ScoresEntry(BaseModel):
 
     digest: str
     """Digest of everything that the statistic follows from."""
-    statistic: StatisticName
+    statistic: KeptName
     checkpoint: str
     """Digest of the checkpoint."""
     source: str
@@ -97,7 +97,7 @@ def list_scores(
     checkpoint: Annotated[
         str | None, Query(pattern=DIGEST, description="Only of the checkpoint with this digest")
     ] = None,
-    statistic: Annotated[StatisticName | None, Query(description="Only of this kind")] = None,
+    statistic: Annotated[KeptName | None, Query(description="Only of this kind")] = None,
     limit: Limit = 20,
     after: Annotated[
         str | None, Query(pattern=r"^[0-9a-f]{14}-[0-9a-f]{64}$", description="The `next` of the page before")

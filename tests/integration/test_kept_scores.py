@@ -21,9 +21,11 @@ from app.contracts.settings import Settings
 from app.main import create_app
 from app.storage.statistics import StatisticsFolder
 from tests.conftest import BASE_URL, free_port
-from tests.tiny import merge_spec, model_spec, silent, write_rows
-from worker.engine.catalog.contracts.report import MANIFEST
-from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, StoreSpec
+from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines, write_rows
+from tests.tiny_families import DECODERS
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.contracts.report import MANIFEST, MergeResult
+from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec, ModelSpec, ScoreSpec, StoreSpec
 from worker.engine.catalog.contracts.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
 from worker.engine.catalog.methods import GRAM
 from worker.engine.checkpoints import reloading
@@ -33,6 +35,7 @@ from worker.engine.jobs.context import EngineState, job_context
 from worker.engine.jobs.engine import Engine
 from worker.engine.jobs.merge import load as load_inputs
 from worker.engine.jobs.merge import measure_all
+from worker.engine.jobs.merge import merge as merge_job
 from worker.engine.models.loading import ModelCache
 from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.store import StatisticsStore
@@ -98,6 +101,84 @@ def test_a_merge_of_scored_models_runs_no_forward_pass(
         assert [model.score_cached for model in control.models] == [False] * 3
     for file in (tmp_path / "control" / "models").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "merged" / file.relative_to(tmp_path / "control")).read_bytes()
+
+
+def classifiers(inputs: Path, folder: Path) -> list[ModelSpec]:
+    def evaluation(name: str) -> EvaluationSpec:
+        rows = write_rows(folder / f"{name}.jsonl", count=70, labels={"a": 2, "b": 3}[name], seed=9)
+        return EvaluationSpec(source=f"{name} anew", path=rows, label="label", metric="accuracy")
+
+    return [
+        model_spec(inputs / "checkpoints" / name, inputs / "rows" / f"{name}.jsonl", evaluation=evaluation(name))
+        for name in "ab"
+    ]
+
+
+def writers(inputs: Path, folder: Path) -> list[ModelSpec]:
+    """Language models, of which one is judged by what it writes; the answer is empty, so it is right."""
+    texts = tiny_texts(24, longest=12)
+    rows = write_lines(folder / "rows.jsonl", [json.dumps({"text": text, "target": text[:20]}) for text in texts])
+    spec = {"source": "rows", "path": rows, "target": "target"}
+    evaluations = {
+        "ll": EvaluationSpec.model_validate({**spec, "metric": "perplexity"}),
+        "written": EvaluationSpec.model_validate(
+            {**spec, "metric": "exact_match", "max_new_tokens": 4, "answer": "x?"}
+        ),
+    }
+    return [
+        model_spec(
+            tiny_checkpoint(folder / name, family=DECODERS["llama"], seed=seed, task="CausalLM"), evaluation=evaluation
+        )
+        for seed, (name, evaluation) in enumerate(evaluations.items(), 1)
+    ]
+
+
+@pytest.mark.parametrize("models_of", [classifiers, writers])
+@pytest.mark.parametrize("searches", [False, True])
+def test_no_expert_runs_again_for_another_merge(
+    tiny_inputs: Path, tmp_path: Path, models_of: Callable[[Path, Path], list[ModelSpec]], searches: bool
+) -> None:
+    """What it gave for alignment, search and evaluation is found; the result is the same to the bit as without."""
+    models = models_of(tiny_inputs, tmp_path)
+    backbones: set[torch.nn.Module] = set()
+    passes = 0
+
+    def forward(module: torch.nn.Module, *_: object) -> None:
+        nonlocal passes
+        passes += module in backbones
+
+    def merge(method: dict[str, Any], folder: Path, store: str) -> tuple[MergeResult, int, tuple[Any, ...]]:
+        nonlocal passes
+        aligned = models_of is classifiers
+        if searches:
+            method = {"name": "auto", "candidates": [method], "trials": 3}
+        spec = merge_spec(folder, models, method, evaluate=True, align_heads=aligned)
+        spec = spec.model_copy(update={"store": StoreSpec(folder=tmp_path / store, max_bytes=10**9)})
+        lasting = EngineState(CPU, ModelCache(CPU), BatchSizes(), Digests())
+        seen: list[Any] = []
+        with job_context(spec, lasting, lambda *progress: seen.append(progress)) as context:
+            experts = [lasting.models.get(inspect_checkpoint(m.path, m.source)).model for m in models if m.path]
+            backbones.clear()
+            backbones.update(dict(expert.named_modules())[expert.base_model_prefix] for expert in experts)
+            passes = 0
+            result = merge_job(spec, context)
+        return result, passes, seen[-1]
+
+    handle = torch.nn.modules.module.register_module_forward_hook(forward)
+    try:
+        _, first, _ = merge({"name": "linear"}, tmp_path / "first", "kept")
+        again, found, ended = merge({"name": "average"}, tmp_path / "again", "kept")
+        anew, control, ended_anew = merge({"name": "average"}, tmp_path / "anew", "empty")
+    finally:
+        handle.remove()
+    assert found == 0
+    assert first == control > 0
+    assert ended == ended_anew
+    assert ended[1] == ended[2]
+    assert again.metrics == anew.metrics
+    assert again.candidates == anew.candidates
+    for file in (tmp_path / "anew").rglob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(tmp_path / "anew")).read_bytes()
 
 
 @pytest.mark.parametrize("candidates", [["regmean", "mask_fisher"], ["mask_fisher", "fisher"]])

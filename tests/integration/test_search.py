@@ -21,9 +21,11 @@ from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec,
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.catalog.primitives.errors import InvalidDataset
+from worker.engine.evaluation.outputs import KeptOutputs
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import load
+from worker.engine.scoring.store import StatisticsStore
 from worker.engine.search.search import SHARES
 from worker.engine.search.splitting import halves
 from worker.engine.search.trial_merges import SharedBackbone
@@ -295,13 +297,13 @@ def test_other_rows_are_another_search(
     assert again.journal.read_text().splitlines()[0] != head
 
 
-def test_of_an_expert_no_more_is_held_than_what_is_not_merged(tiny_inputs: Path) -> None:
+def test_of_an_expert_no_more_is_held_than_what_is_not_merged(tiny_inputs: Path, tmp_path: Path) -> None:
     """All of them at once would need more memory than the plan counts."""
     info = inspect_checkpoint(tiny_inputs / "checkpoints" / "a", "local:a")
     plan, loaded = plan_merge([info]), load(info, CPU)
-    backbone = SharedBackbone(plan, "float32")
+    backbone = SharedBackbone(plan, KeptOutputs(StatisticsStore(tmp_path, 0), "float32"), "float32")
     model = model_spec(info.path, evaluation=EvaluationSpec(source="a", metric="accuracy"))
-    backbone.add(JobModel(model, info, "unused"), loaded)
+    backbone.add(JobModel(model, info, "unused"), loaded, lambda _: None)
     parameters = dict(loaded.model.named_parameters())
     held = weakref.WeakValueDictionary({tensor.slot.name: parameters[tensor.slot.name] for tensor in plan.backbone})
     assert len(held) == len(plan.backbone)

@@ -1,7 +1,9 @@
 """Turns rows into padded batches of tokens."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any, Literal, Protocol
@@ -370,6 +372,31 @@ def encode(tokenizer: Any, texts: Sequence[Any], source: str, **arguments: Any) 
 
 def _as_listed(text: Text) -> str | list[str]:
     return text if isinstance(text, str) else list(text)
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Return the sha256, in hexadecimal, over what is read of each row and what it is judged by, in their order.
+
+    The places of rows in their data set do not count.
+    """
+    digest = hashlib.sha256()
+    for example in examples:
+        content = {name: value for name, value in _fields(example).items() if name not in ("index", "place")}
+        digest.update(json.dumps(content, default=_as_json).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """Return what stands in a digest for what is no JSON: a tensor's bytes, or the fields of an object."""
+    if isinstance(value, Tensor):
+        return [list(value.shape), str(value.dtype), hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()]
+    if is_dataclass(value):
+        return _fields(value)
+    raise TypeError(f"a row has {type(value).__name__}, which has no digest")
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def labels_of(examples: Sequence[Example]) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from worker.engine.catalog.contracts.spec import JobSpec, StoreSpec
 from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.primitives.notes import in_order
 from worker.engine.checkpoints.reader import Digests, TensorReader
+from worker.engine.evaluation.outputs import KeptOutputs
 from worker.engine.models.loading import ModelCache
 from worker.engine.runtime import rendering
 from worker.engine.runtime.device import Precision, reset_peak_memory, resolve_precision
@@ -63,6 +64,11 @@ class JobContext:
     @property
     def models(self) -> ModelCache:
         return self.lasting.models
+
+    @property
+    def outputs(self) -> KeptOutputs:
+        """Outputs of models on rows, kept beside the statistics."""
+        return KeptOutputs(self.store, self.precision)
 
     def hold(self, holding: Holding, infos: Sequence[CheckpointInfo], needed_bytes: int, available_bytes: int) -> None:
         """Hold the job's models in this way from now on, or in one that takes less memory if that was needed before.

@@ -38,8 +38,8 @@ class Published:
     average: Mapping[str, Source]
     """The plain average of the models that take part, by names of parameters."""
     experts: Sequence[JobModel]
-    base: CheckpointInfo | None
-    """The base, if it can be evaluated beside the experts."""
+    base: tuple[CheckpointInfo, str] | None
+    """The base and its digest, if it can be evaluated beside the experts."""
 
     @property
     def baselines(self) -> int:
@@ -48,14 +48,25 @@ class Published:
 
 
 def evaluate(
-    models: Sequence[JobModel], plan: MergePlan, folders: Mapping[str, Path], context: JobContext
+    models: Sequence[JobModel],
+    plan: MergePlan,
+    base_digest: str | None,
+    folders: Mapping[str, Path],
+    context: JobContext,
 ) -> dict[str, MetricResult] | None:
-    """Compute metrics by model; None where no model has rows to be evaluated on."""
+    """Compute metrics by model; None where no model has rows to be evaluated on.
+
+    Predictions of experts and base are kept for later jobs.
+
+    Args:
+        base_digest: digest of the plan's base, if it has one.
+    """
     if not any(model.rows.evaluation for model in models):
         return None
     with context.timed("evaluate_seconds"):
         with averaged(plan, [model.takes_part for model in models]) as backbone:
-            published = Published(plan, folders, _sources(backbone, context), models, _evaluable_base(plan, context))
+            base = _evaluable_base(plan, base_digest, context)
+            published = Published(plan, folders, _sources(backbone, context), models, base)
             rows = sum(len(model.rows.evaluation) for model in models)
             evaluating = context.phase("evaluating", (3 + published.baselines) * rows, "examples")
             metrics = {
@@ -74,13 +85,13 @@ def _sources(average: Backbone, context: JobContext) -> Mapping[str, Source]:
     return {name: held(tensor) for name, tensor in {**average.state(), **average.modules()}.items()}
 
 
-def _evaluable_base(plan: MergePlan, context: JobContext) -> CheckpointInfo | None:
+def _evaluable_base(plan: MergePlan, digest: str | None, context: JobContext) -> tuple[CheckpointInfo, str] | None:
     """Return the base if it predicts as the experts do, which takes the same head and a tokenizer; note why not."""
     base = plan.base
-    if base is None or not plan.merges_heads:
+    if base is None or digest is None or not plan.merges_heads:
         return None
     if base.architecture == plan.checkpoints[0].architecture and base.vocabulary and family_of(base) is not None:
-        return base
+        return base, digest
     lacking = f"the head of {plan.checkpoints[0].architecture}" if base.vocabulary else "a tokenizer"
     context.note(f"the base {base.source} was not evaluated: it lacks {lacking}")
     return None
@@ -108,15 +119,15 @@ def _behind(metrics: Mapping[str, MetricResult], models: Sequence[JobModel]) -> 
     return notes
 
 
-def _of_expert(
-    model: JobModel, other: CheckpointInfo, published: Published, evaluating: Phase, context: JobContext
+def _of_other(
+    model: JobModel, other: CheckpointInfo, digest: str, published: Published, evaluating: Phase, context: JobContext
 ) -> Array:
-    """Return the predictions of a model's rows by another model with the same head."""
+    """Return the predictions of a model's rows by another model with the same head, whose digest is `digest`."""
     loaded = context.models.get(other)
     examples, _ = examples_of(
         published.plan, loaded, model.evaluation, model.rows.evaluation_texts, model.rows.evaluation
     )
-    return predict(loaded, examples, context.precision, evaluating.advance, model.evaluation)
+    return context.outputs.predictions(loaded, digest, examples, model.evaluation, evaluating.advance)
 
 
 def _best_expert(
@@ -128,7 +139,7 @@ def _best_expert(
     found = {model.name: own}
     for other in published.experts:
         if other.name != model.name:
-            found[other.name] = _of_expert(model, other.info, published, evaluating, context)
+            found[other.name] = _of_other(model, other.info, other.digest, published, evaluating, context)
     sign = -1 if model.evaluation.metric in kind.task.minimised else 1
     best = max(found, key=lambda name: sign * metric(labels, found[name]))
     return best, found[best]
@@ -145,7 +156,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     loaded = context.models.get(model.info)
     kind, head = loaded.kind, loaded.family.head
     labels, counts = kind.truth(examples), [kind.predictions_of(example) for example in examples]
-    expert_predictions = predict(loaded, examples, precision, evaluating.advance, evaluation)
+    expert_predictions = context.outputs.predictions(loaded, model.digest, examples, evaluation, evaluating.advance)
     better = kind.likely_permutation(labels, expert_predictions)
     if better:
         context.note(
@@ -181,7 +192,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     if published.plan.merges_heads:
         best, predictions["best_expert"] = _best_expert(model, expert_predictions, published, evaluating, context)
         if published.base is not None:
-            predictions["base"] = _of_expert(model, published.base, published, evaluating, context)
+            predictions["base"] = _of_other(model, *published.base, published, evaluating, context)
     if kept_head_predictions is not None:
         predictions["merged_kept_head"] = kept_head_predictions
     predictions["merged"] = merged_predictions

@@ -55,7 +55,7 @@ def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
     chosen = choose(spec, loaded.plan, by_method, context)
     written = write(chosen, loaded.plan, context)
     written = align(chosen, loaded.plan, written, context)
-    metrics = evaluate(chosen.models, loaded.plan, written.folders, context)
+    metrics = evaluate(chosen.models, loaded.plan, loaded.base_digest, written.folders, context)
     candidates, accepted = judge(spec, chosen, metrics, context)
     found = compare(chosen, loaded.plan, context)
     context.note_first(*loaded.reloading.check_published(written.published))
@@ -198,7 +198,9 @@ def choose(
         [models] = by_method
         return ChosenMerge(spec, models)
     with context.timed("search_seconds"):
-        result = search_job(spec, auto, plan, by_method, context.models, context.precision, context.on_progress)
+        result = search_job(
+            spec, auto, plan, by_method, context.models, context.outputs, context.precision, context.on_progress
+        )
     found = result.found
     chosen = with_chosen(spec, found.chosen)
     context.note(*(note for method in chosen.method.methods for note in notes_of_estimates(method)))
@@ -257,10 +259,11 @@ def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobCo
                 continue
             folder = written.folders[model.name]
             expert = context.models.get(model.info)
+            wanted = context.outputs.head_outputs(expert, model.digest, examples, model.dataset, aligning.advance)
             merged = context.models.fresh(inspect_checkpoint(folder, f"models/{model.name}"))
             by_merge, _ = examples_of(plan, merged, model.dataset, model.rows.alignment_texts, examples)
             ridge = chosen.spec.output.align_ridge
-            head = align_head(expert, merged, examples, context.precision, aligning.advance, ridge, by_merge)
+            head = align_head(expert, wanted, merged, by_merge, context.precision, aligning.advance, ridge)
             path, digest = rewrite_head(folder, planned, head)
             digests[path] = digest
     return replace(written, digests=digests)

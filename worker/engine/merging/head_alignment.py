@@ -73,27 +73,22 @@ def aligned(
 
 def align_head(
     expert: LoadedModel,
+    outputs: Tensor,
     merged: LoadedModel,
     examples: Sequence[Example],
     precision: Precision,
     on_rows: OnRows,
     ridge: float = ALIGN_RIDGE,
-    merged_examples: Sequence[Example] | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors of `merged`'s head, by name, refitted to the outputs of `expert`; no model is changed.
 
     Args:
-        merged_examples: the same rows in the tokens of `merged`, where these differ from the expert's.
+        outputs: outputs of the expert's own head on the rows, (outputs, labels).
+        examples: the rows in the tokens of `merged`.
     """
     head = head_of(expert)
-    weight, bias = head.weight.detach().cpu(), None if head.bias is None else head.bias.detach().cpu()
-    outputs = torch.empty(sum(example.outputs for example in examples), len(weight), dtype=torch.float64)
-    for places, features in head_inputs_of_parts(expert, examples, precision, on_rows):
-        found = features.double() @ weight.double().T
-        outputs[places] = found if bias is None else found + bias.double()
-    refit = Refit(weight, bias)
-    own = examples if merged_examples is None else merged_examples
-    for places, features in head_inputs_of_parts(merged, own, precision, on_rows):
+    refit = Refit(head.weight.detach().cpu(), None if head.bias is None else head.bias.detach().cpu())
+    for places, features in head_inputs_of_parts(merged, examples, precision, on_rows):
         refit.add(features, outputs[places])
     new_weight, new_bias = refit.head(ridge)
     name = expert.family.head.logits

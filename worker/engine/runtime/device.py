@@ -31,6 +31,18 @@ def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: tor
     return "bfloat16" if native else "float32"
 
 
+def hardware(device: torch.device) -> dict[str, str]:
+    """Return what the bits of a forward pass depend on besides model and rows: the device, its threads, PyTorch."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": f"{device.type} {instructions}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     """Compute matrix products in `precision`, and functions that only read them: activations, and softmax on a CPU.

@@ -47,16 +47,7 @@ class Sample:
         self.max_length = loaded.max_length
         self._labels = labels
         self._tokenized: dict[int, tuple[int, int]] = {}  # truncated rows and all rows, by first row of the block
-        self.tokens = Tokens(
-            tokenizer=digest_processor(loaded.info) if loaded.task.reads_images else digest_tokenizer(loaded.info),
-            inputs=list(loaded.tokenizer.model_input_names),
-            max_length=min(loaded.max_length, spec.max_length or loaded.max_length),
-            windows=spec.doc_stride or "auto" if loaded.task.reads_windows else None,
-            versions={
-                **{name: version(name) for name in loaded.kind.libraries},
-                **(template_version(loaded.tokenizer, spec) if spec.messages is not None else {}),
-            },
-        )
+        self.tokens = tokens_of(loaded, spec)
         self._digests = {with_labels: self._digested(with_labels) for with_labels in (False, True)}
 
     def first(self, rows: int) -> "Sample":
@@ -125,6 +116,20 @@ class Sample:
                 digest.update(json.dumps([text, pair, label, *target]).encode() + b"\n")
             found[stop] = digest.copy().hexdigest()
         return found
+
+
+def tokens_of(loaded: LoadedModel, spec: DatasetSpec) -> Tokens:
+    """Return everything that the tokens of a data set's rows depend on besides the rows."""
+    return Tokens(
+        tokenizer=digest_processor(loaded.info) if loaded.task.reads_images else digest_tokenizer(loaded.info),
+        inputs=list(loaded.tokenizer.model_input_names),
+        max_length=min(loaded.max_length, spec.max_length or loaded.max_length),
+        windows=spec.doc_stride or "auto" if loaded.task.reads_windows else None,
+        versions={
+            **{name: version(name) for name in loaded.kind.libraries},
+            **(template_version(loaded.tokenizer, spec) if spec.messages is not None else {}),
+        },
+    )
 
 
 def block_ends(rows: int) -> list[int]:

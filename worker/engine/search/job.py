@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
@@ -17,17 +17,20 @@ from worker.engine.catalog.methods import AVERAGE, METHODS, AutoParameters, Meth
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.values import PerTensor
+from worker.engine.evaluation.outputs import KeptOutputs
+from worker.engine.inputs.examples import digest_of
 from worker.engine.merging.backbone import base_alone, plain_average
 from worker.engine.merging.job_models import JobModel, experts_of
 from worker.engine.merging.mergers import merged_state
 from worker.engine.models.loading import ModelCache
 from worker.engine.runtime.device import Precision
-from worker.engine.runtime.progress import OnProgress, Phase
+from worker.engine.runtime.progress import OnProgress, OnRows, Phase
 from worker.engine.search.journal import Journal
 from worker.engine.search.search import Found, search
 from worker.engine.search.space import Proposal, Space
 from worker.engine.search.table import TableRow, table
 from worker.engine.search.trial_merges import SharedBackbone, State, TriedMerge
+from worker.engine.tasks.metrics import Array
 
 FEW_ROWS = 32
 """Least number of a model's held-out rows; fewer say little."""
@@ -53,6 +56,7 @@ def search_job(
     plan: MergePlan,
     by_method: Sequence[Sequence[JobModel]],
     cache: ModelCache,
+    outputs: KeptOutputs,
     precision: Precision,
     on_progress: OnProgress,
 ) -> SearchResult:
@@ -62,12 +66,16 @@ def search_job(
         by_method: the job's models as each candidate measured them.
     """
     [models, *_] = by_method  # rows are the same for all
-    backbone = SharedBackbone(plan, precision)
-    for model in models:
-        backbone.add(model, cache.get(model.info))
+    backbone = SharedBackbone(plan, outputs, precision)
     space = Space(spec, auto, aligns=any(model.rows.alignment for model in models))
-    baselines = _baselines(spec, plan, models, backbone, precision)
+
+    def on_rows(_: int) -> None:
+        searching.advance(0)  # which may stop the job
+
+    baselines = _baselines(spec, plan, models, cache, backbone, precision, on_rows)
     searching = Phase("searching", auto.trials + len(space) + len(baselines), "merges", on_progress)
+    for model in models:
+        backbone.add(model, cache.get(model.info), on_rows)
 
     refitted: dict[str, TriedMerge] = {}
 
@@ -78,6 +86,9 @@ def search_job(
         if key not in refitted:  # it takes as long as dozens of other merges, and trials may differ in heads alone
             refitted[key] = TriedMerge(backbone, merged(proposal))
         return refitted[key]
+
+    def judged(proposal: Proposal) -> Mapping[str, Array]:
+        return made(proposal).judged(proposal.align_ridge)
 
     def merged(proposal: Proposal) -> dict[str, Tensor]:
         own = by_method[proposal.candidate]
@@ -99,7 +110,7 @@ def search_job(
             weights=dict(zip(names, proposal.weights, strict=True)),
             align_ridge=proposal.align_ridge,
             trial=number,
-            tried_merge=partial(made, proposal),
+            judged=partial(judged, proposal),
         )
         for candidate, (number, proposal) in found.best.items()
     ]
@@ -111,12 +122,19 @@ def search_job(
 
 
 def _baselines(
-    spec: MergeSpec, plan: MergePlan, models: Sequence[JobModel], backbone: SharedBackbone, precision: Precision
+    spec: MergeSpec,
+    plan: MergePlan,
+    models: Sequence[JobModel],
+    cache: ModelCache,
+    backbone: SharedBackbone,
+    precision: Precision,
+    on_rows: OnRows,
 ) -> list[TableRow]:
     """Return the lines that a search is compared with, whatever its candidates are.
 
     They are the plain average, task arithmetic with its defaults and the recipe's weights, every single expert, and the
-    base. The latter two are backbones under the models' own heads, where heads are kept.
+    base. The latter two are backbones under the models' own heads, where heads are kept. Where they merge, an expert's
+    predictions are its own, which are kept, unless it would be stored in another format.
     """
 
     def line(
@@ -133,8 +151,19 @@ def _baselines(
             weights={model.name: weight for model, weight in zip(models, weights, strict=True)},
             align_ridge=spec.output.align_ridge,
             trial=None,
-            tried_merge=lambda: TriedMerge(backbone, state()),
+            judged=lambda: TriedMerge(backbone, state()).judged(spec.output.align_ridge),
         )
+
+    def judged_alone(expert: JobModel, state: Callable[[], State]) -> Mapping[str, Array]:
+        loaded, stored = cache.get(expert.info), state()
+        if not backbone.stores_as_is(loaded, stored):
+            return TriedMerge(backbone, stored).judged(spec.output.align_ridge)
+        return {
+            model.name: backbone.outputs.predictions(
+                loaded, expert.digest, model.rows.evaluation, model.evaluation, on_rows
+            )
+            for model in models
+        }
 
     taking_part = [model.takes_part for model in models]
     sum_of_vectors = METHODS["task_arithmetic"].parameters.model_validate({"name": "task_arithmetic"})
@@ -154,9 +183,11 @@ def _baselines(
         found.append(line("plain task arithmetic", "task_arithmetic", weights, summed, sum_of_vectors))
     for expert in models:
         alone = [model is expert for model in models]
-        found.append(
-            line(f"expert {expert.name}", "expert", list(map(float, alone)), partial(plain_average, plan, alone))
-        )
+        state = partial(plain_average, plan, alone)
+        own = line(f"expert {expert.name}", "expert", list(map(float, alone)), state)
+        if plan.merges_heads:
+            own = replace(own, judged=partial(judged_alone, expert, state))
+        found.append(own)
     if plan.lacking_in_base is None:
         found.append(line("base", "base", [0.0] * len(models), partial(base_alone, plan)))
     return found
@@ -187,16 +218,10 @@ def _identity(spec: MergeSpec, auto: AutoParameters, models: Sequence[JobModel],
     for model in models:
         rows = model.rows
         for examples in (rows.searched, rows.alignment, rows.fitted):
-            for example in examples:
-                digest.update(json.dumps(asdict(example), default=_digest_of_pixels).encode())
+            digest.update(digest_of(examples).encode())
         if rows.sample is not None:
             digest.update(rows.sample.digest(len(rows.sample), with_labels=True).encode())
     return digest.hexdigest()
-
-
-def _digest_of_pixels(values: Tensor) -> str:
-    """Return the sha256 of an image's pixel values, in hexadecimal; nothing else of an example is no JSON."""
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def floor_notes(found: Search) -> list[str]:

@@ -11,7 +11,7 @@ from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.evaluation.metrics import bootstrap, interval, metric_for
-from worker.engine.search.trial_merges import ExpertOutputs, TriedMerge
+from worker.engine.search.trial_merges import ExpertOutputs
 from worker.engine.tasks.metrics import Array
 
 
@@ -25,7 +25,8 @@ class TableRow:
     weights: Mapping[str, PerTensor[float]]
     align_ridge: float
     trial: int | None
-    tried_merge: Callable[[], TriedMerge]
+    judged: Callable[[], Mapping[str, Array]]
+    """Computes every model's predictions for its held-out rows, by model."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ def table(
     Returns:
         The table, and notes of baselines that are not in it because their numbers do not stay finite.
     """
-    predictions: list[dict[str, Array]] = []
+    predictions: list[Mapping[str, Array]] = []
     made: list[TableRow] = []
     notes: list[str] = []
     for line in lines:
         try:
-            predictions.append(line.tried_merge().judged(line.align_ridge))
+            predictions.append(line.judged())
             made.append(line)
         except NumericalError as failed:
             if line.kind == "method":

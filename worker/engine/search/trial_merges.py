@@ -15,11 +15,14 @@ from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES
 from worker.engine.checkpoints.row_blocks import is_finite
 from worker.engine.evaluation.evaluate import head_inputs, head_of, predict
+from worker.engine.evaluation.outputs import KeptOutputs, logits_of
 from worker.engine.inputs.examples import Example
-from worker.engine.merging.head_alignment import CHUNK, aligned
+from worker.engine.merging.head_alignment import aligned
 from worker.engine.merging.job_models import JobModel
 from worker.engine.models.loading import LoadedModel
-from worker.engine.runtime.device import Precision, computing_in, rounded_weights
+from worker.engine.runtime.device import Precision, rounded_weights
+from worker.engine.runtime.placeholders import is_placeholder
+from worker.engine.runtime.progress import OnRows
 from worker.engine.search.journal import RungOutcome
 from worker.engine.tasks import kind_of
 from worker.engine.tasks.metrics import Array
@@ -38,7 +41,9 @@ class ExpertOutputs:
     The expert itself is not kept.
     """
 
-    def __init__(self, expert: JobModel, loaded: LoadedModel, precision: Precision) -> None:
+    def __init__(
+        self, expert: JobModel, loaded: LoadedModel, outputs: KeptOutputs, precision: Precision, on_rows: OnRows
+    ) -> None:
         self.name = expert.name
         self._device, self._precision = loaded.device, precision
         self.evaluation = expert.evaluation
@@ -47,14 +52,19 @@ class ExpertOutputs:
         self.searched, self.held_out, self.alignment = rows.searched, rows.evaluation, rows.alignment
         self.labels, self.held_out_labels = map(self.kind.truth, (self.searched, self.held_out))
         self.head = _head(loaded)
+        self.targets: Tensor | None = None
+
+        def predicted(rows: Sequence[Example]) -> Array:
+            return outputs.predictions(loaded, expert.digest, rows, self.evaluation, on_rows)
+
         with rounded_weights(loaded.model, precision):
-            own, aligning, judged = (
-                _read(loaded, examples, precision, self.evaluation)
-                for examples in (self.searched, self.alignment, self.held_out)
-            )
-        self.targets = None if self.head is None else _outputs(aligning, *self.head)
-        self.held_out_predicted = self.held_out_predictions(judged, self.head)
-        self._logits = self._of(own, self.head)
+            self.held_out_predicted = predicted(self.held_out)
+            if self.head is None:
+                self._logits = torch.from_numpy(predicted(self.searched))
+            else:
+                self._logits = outputs.logits(loaded, expert.digest, self.searched, self.evaluation, on_rows)
+            if self.head is not None and self.alignment:
+                self.targets = outputs.head_outputs(loaded, expert.digest, self.alignment, expert.dataset, on_rows)
 
     def values_of(self, example: Example) -> int:
         """Return the number of a row's values that are computed with a merge: inputs of the head, or predictions."""
@@ -64,20 +74,8 @@ class ExpertOutputs:
         return self.kind.predicted(self._of(features, head), self.held_out)
 
     def _of(self, features: Tensor, head: HeadTensors) -> Tensor:
-        """Compute logits in the precision in which the whole model predicts, so that near ties end alike.
-
-        Where heads are merged, `features` are what decides predictions already.
-        """
-        if head is None:
-            return features
-
-        def given(values: Tensor) -> Tensor:
-            return values.to(self._device, torch.float32)
-
-        weight, bias = head
-        with computing_in(self._precision, self._device):
-            logits = nn.functional.linear(given(features), given(weight), None if bias is None else given(bias))
-        return logits.float().cpu()
+        """Compute logits; where heads are merged, `features` are what decides predictions already."""
+        return features if head is None else logits_of(features, *head, self._precision, self._device)
 
     @cached_property
     def metric_alone(self) -> float:
@@ -198,8 +196,9 @@ class SharedBackbone:
     values are rounded as they would be stored, so that a tried merge is the one that would be published.
     """
 
-    def __init__(self, plan: MergePlan, precision: Precision) -> None:
+    def __init__(self, plan: MergePlan, outputs: KeptOutputs, precision: Precision) -> None:
         self.experts: list[ExpertOutputs] = []
+        self.outputs = outputs
         self._precision = precision
         self._dtypes = _dtypes((*plan.backbone, *plan.module_tensors))
         # Heads that merge are in the backbone, and there is one published model, not one for each expert.
@@ -209,9 +208,9 @@ class SharedBackbone:
         self._models: list[LoadedModel] = []
         self._present: State | None = None
 
-    def add(self, expert: JobModel, loaded: LoadedModel) -> None:
-        """Add an expert with its rows."""
-        self.experts.append(ExpertOutputs(expert, loaded, self._precision))
+    def add(self, expert: JobModel, loaded: LoadedModel, on_rows: OnRows) -> None:
+        """Add an expert with its rows, whose outputs are computed unless they are kept."""
+        self.experts.append(ExpertOutputs(expert, loaded, self.outputs, self._precision, on_rows))
         if not self._backbone:
             self._backbone = {
                 name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -219,6 +218,19 @@ class SharedBackbone:
                 if name in self._dtypes
             }
         self._models.append(self._with_backbone(len(self._models), loaded))
+
+    def stores_as_is(self, loaded: LoadedModel, state: State) -> bool:
+        """Return whether a model would be stored with the values that it has; `state` has its tensors.
+
+        Raises:
+            NumericalError: a value is beyond the dtype in which it would be stored.
+        """
+        own = dict(loaded.model.named_parameters())
+        return all(
+            not is_placeholder(own[name]) and torch.equal(_stored(name, state[name], dtype).float(), own[name].cpu())
+            for name, dtype in self._dtypes.items()
+            if name in self._backbone
+        )
 
     def read(self, state: State, index: int, rows: Sequence[Example], wanted: slice) -> Tensor:
         """Compute what the head of expert `index` reads on some rows with a merge, see `_read`.
@@ -294,8 +306,3 @@ def _head(loaded: LoadedModel) -> HeadTensors:
         return None
     head = head_of(loaded)
     return head.weight.detach().cpu().double(), None if head.bias is None else head.bias.detach().cpu().double()
-
-
-def _outputs(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    outputs = torch.cat([part.double() @ weight.T for part in torch.split(features, CHUNK)])
-    return outputs if bias is None else outputs + bias

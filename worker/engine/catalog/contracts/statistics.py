@@ -6,11 +6,11 @@ The worker writes them, the API lists them and hands them out.
 import hashlib
 import json
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import AwareDatetime, Field
 
-from worker.engine.catalog.methods import StatisticName
+from worker.engine.catalog.methods import STATISTICS
 from worker.engine.catalog.primitives.strict import Strict
 
 FOLDER = "statistics"
@@ -18,6 +18,16 @@ FOLDER = "statistics"
 ABOUT = "about.json"
 ADDRESS = re.compile("[0-9a-f]{64}")
 FORMAT = 3  # raise it when the same facts would give other numbers
+Output = Literal["head_outputs", "logits", "predictions"]
+"""Outputs of models that are kept too: of heads to be aligned, of heads to be searched with, and for metrics."""
+HEAD_OUTPUTS: Output = "head_outputs"
+LOGITS: Output = "logits"
+PREDICTIONS: Output = "predictions"
+
+if TYPE_CHECKING:
+    KeptName = str
+else:
+    KeptName = Literal[(*map(str, STATISTICS), *get_args(Output))]
 
 
 class Tokens(Strict):
@@ -37,11 +47,12 @@ class Tokens(Strict):
 class Facts(Strict):
     """Everything that a statistic depends on: the same facts give the same statistic. None stands for no influence."""
 
-    statistic: StatisticName
+    statistic: KeptName
     checkpoint: str
     """Digest of the checkpoint."""
     rows: str
-    """sha256 over the rows' texts or images, in order, and over their labels where these are read."""
+    """sha256 over the rows' texts or images, in order, and over their labels where these are read. Of outputs: over
+    what the model reads of each row, and what it is judged by."""
     tokens: Tokens
     precision: str
     estimator: str | None = None
@@ -51,6 +62,12 @@ class Facts(Strict):
     """Number of rows of the data set, which standard errors depend on."""
     paper: bool | None = None
     """Whether batches are those of the published code."""
+    settings: str | None = None
+    """sha256 over the checkpoint's files beside the weights; of outputs only."""
+    read_as: str | None = None
+    """Kind of head, and settings of its metric where that runs the model in a way of its own; of outputs only."""
+    hardware: dict[str, str] | None = None
+    """The device and the library on which the bits of outputs depend, see `worker.engine.runtime.device.hardware`."""
 
     @property
     def address(self) -> str:
