@@ -192,7 +192,7 @@ class MergeRequest(JobRequest[ModelRequest]):
 
     @model_validator(mode="after")
     def _filters_are_few(self) -> Self:
-        settings = [getattr(method, name) for method in self.method.methods for name in type(method).model_fields]
+        settings = [value for method in self.method.methods for value in method.settings.values()]
         for model in self.models:
             settings += [model.weight, *model.parameters.values()]
         count = sum(len(filters_of(setting)) for setting in settings)

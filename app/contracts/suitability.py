@@ -72,6 +72,9 @@ def misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts:
         yield f"merges {entry.models_wanted} models; {len(weights)} take part, as those of weight 0 do not"
     if not method.weighs_models and any(weight != weights[0] for weight in weights):
         yield "does not go by the models' weights; leave them out, or make them equal"
+    if method.starts_from is not None:
+        for why in misfits(method.starts_from, models, counts=counts):
+            yield f"starts from {method.starts_from.name}, which {why}"
 
 
 def search_problems(method: BaseParameters, request: "MergeRequest") -> Iterator[InitErrorDetails]:

@@ -431,6 +431,29 @@ def test_scale_applies_to_the_refitted_layers(bert: Case, tmp_path: Path) -> Non
         torch.testing.assert_close(found[f"bert.{name}"], expected, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("start", "scale"),
+    [({"name": "average", "scale": 0.25}, 0.25), ("task_arithmetic", None)],
+    ids=["average", "task_arithmetic"],
+)
+def test_layers_are_refitted_from_the_start_that_is_named(
+    bert: Case, tmp_path: Path, start: str | dict[str, Any], scale: float | None
+) -> None:
+    [merged, *_] = bert.merge(tmp_path / "merged", name="aligned_regmean", start=start, hold=HOLD, base=True)
+    base, *theirs = (read_model(folder) for folder in (bert.base, *bert.folders))
+    shares = [0.4 * weight if scale is None else scale * weight / sum(WEIGHTS) for weight in WEIGHTS]
+    begun = bert.loaded(bert.folders[0]).model
+    with torch.no_grad():
+        for name, ancestor in base.items():
+            moved = sum(share * (own[f"bert.{name}"] - ancestor) for share, own in zip(shares, theirs, strict=True))
+            begun.get_parameter(f"bert.{name}").copy_(ancestor + moved)
+    bert.align(bert.experts(), begun)
+    found = read_model(merged)
+    for name, tensor in begun.state_dict().items():
+        if name.startswith("bert.") and name in found:
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
 def test_progress_counts_every_group_of_layers(bert: Case, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from worker.engine.catalog.methods import parameters
 from worker.engine.catalog.methods.entry import MethodEntry
 from worker.engine.catalog.methods.parameters import MethodParameters
+from worker.engine.catalog.methods.refitting import RefittingParameters
 from worker.engine.catalog.methods.statistic import Statistic
 from worker.engine.catalog.primitives.strict import did_you_mean
 
@@ -73,12 +74,40 @@ def _statistics() -> list[Statistic]:
 
 METHODS = _by_name(_entries())
 STATISTICS = _statistics()
+STARTS = tuple(
+    name
+    for name, entry in METHODS.items()
+    if name != "passthrough" and not issubclass(entry.parameters, RefittingParameters)
+)
+"""Methods whose merge may be refitted."""
+
+
+def _as_start(start: Any) -> Any:
+    """Return a start as a recipe. Raises ValueError where it is none, or names no method to start from."""
+    recipe = {"name": start} if isinstance(start, str) else start
+    if not isinstance(recipe, dict | MethodParameters) or (isinstance(recipe, dict) and "name" not in recipe):
+        raise ValueError('a start is a method\'s name, or an object that has it: "tsv_m" or {"name": "tsv_m"}')
+    name = recipe.get("name") if isinstance(recipe, dict) else recipe.name
+    if name in METHODS and name not in STARTS:
+        raise ValueError(f"{name} cannot be a start, because it refits or stacks layers itself; name another method")
+    return check_name(recipe, STARTS)
+
 
 if TYPE_CHECKING:
     Method = MethodParameters
     StatisticName = str
 else:
     StatisticName = Literal[tuple(map(str, STATISTICS))]
+    _Starting = Annotated[
+        Union[tuple(METHODS[name].parameters for name in STARTS)],  # noqa: UP007 - made of a tuple
+        Field(discriminator="name"),
+    ]
+    StartingMethod = Annotated[
+        _Starting, BeforeValidator(_as_start, json_schema_input_type=Literal[STARTS] | _Starting)
+    ]
+    for entry in METHODS.values():
+        if issubclass(entry.parameters, RefittingParameters):
+            entry.parameters.model_rebuild(_types_namespace={"StartingMethod": StartingMethod})
     Method = Annotated[
         Union[tuple(entry.parameters for entry in METHODS.values())],  # noqa: UP007 - made of a tuple
         Field(discriminator="name"),

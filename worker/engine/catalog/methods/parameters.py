@@ -167,6 +167,16 @@ class MethodParameters(BaseParameters):
         return not self.statistics or not self.statistics <= {*given}
 
     @property
+    def settings(self) -> dict[str, object]:
+        """The values of all parameters, by their path in a recipe; those of a start are there too."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    @property
+    def starts_from(self) -> "MethodParameters | None":
+        """The method whose merge is refitted, if layers are, with the values that it shares with this one."""
+        return None
+
+    @property
     def gradients(self) -> "GradientParameters | None":
         """These parameters, if measuring takes gradients of a label's likelihood; else None."""
         return None

@@ -41,7 +41,7 @@ def unmatched_filters(
     settings: dict[str, object] = {}
     for number, one in enumerate(method.methods):
         field = f"method.candidates.{number}" if method.search else "method"
-        settings |= {f"{field}.{name}": getattr(one, name) for name in type(one).model_fields}
+        settings |= {f"{field}.{name}": value for name, value in one.settings.items()}
     settings |= {f"models.{index}.weight": weight for index, weight in enumerate(weights)}
     for index, own in enumerate(of_models):
         settings |= {f"models.{index}.parameters.{name}": setting for name, setting in own.items()}
