@@ -23,7 +23,7 @@ from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
 from worker.engine.scoring.scorer import Watching, not_finite
 
-TILE = 128
+TILE = 96
 """Rows of a Gram matrix that are multiplied at once. What is left of their diagonal tile follows by symmetry."""
 
 
@@ -73,7 +73,7 @@ def grams(
 
 
 class _AllSeen(Exception):
-    """All inputs were seen, so the rest of the forward pass is not needed."""
+    """All inputs were seen, so the rest of the forward pass, or of the layer that runs again, is not needed."""
 
 
 class GramSums:
@@ -92,16 +92,18 @@ class GramSums:
         self._counts = dict.fromkeys(self._totals, 0)
         self._source, self._stops = source, stops
         self._batch: Batch | None = None
+        self._counted: dict[bool, Tensor] = {}
         self._all_uses = sum(i.uses for i in inputs)
         self._unseen = 0
         self._narrowed = "" if stops else _narrowed_layer(loaded)
         self._calls: Counter[nn.Module] = Counter()
         self._is_again = False
         self._handles = [model.get_submodule(i.module).register_forward_pre_hook(self._seer(i)) for i in inputs]
-        uses = max((i.uses for i in inputs if self._is_narrowed(i)), default=0)
-        if uses:
+        narrowed = [i.uses for i in inputs if self._is_narrowed(i)]
+        self._unseen_again = self._all_narrowed = len(narrowed)
+        if narrowed:
             layer = model.get_submodule(self._narrowed.removesuffix("."))
-            self._handles.append(layer.register_forward_hook(self._repeater(uses), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._repeater(max(narrowed)), with_kwargs=True))
 
     def __enter__(self) -> "GramSums":
         return self
@@ -114,6 +116,7 @@ class GramSums:
     def watching(self, batch: Batch) -> Iterator[None]:
         """See one forward pass over a batch, while in context; other passes are not seen."""
         self._batch, self._unseen = batch, self._all_uses
+        self._counted.clear()
         self._calls.clear()
         try:
             yield
@@ -125,7 +128,7 @@ class GramSums:
     def means(self) -> dict[str, Tensor]:
         """Return the Gram matrices by name of the input, float32, on the CPU."""
         totals, counts = self._totals, self._counts
-        return {name: _mirrored(total / max(1, counts[name])).float().cpu() for name, total in totals.items()}
+        return {name: _mirrored((total / max(1, counts[name])).float()).cpu() for name, total in totals.items()}
 
     def _is_narrowed(self, seen: LinearInput) -> bool:
         return bool(self._narrowed) and seen.module.startswith(self._narrowed)
@@ -142,22 +145,24 @@ class GramSums:
                 tokens = module.tokens if isinstance(module, RoutedLinear) else None
                 self._see(seen, inputs[0], self._batch, tokens)
             self._unseen -= 1
-            if self._stops and not self._unseen:
+            if self._is_again:
+                self._unseen_again -= 1
+            if (self._stops and not self._unseen) or (self._is_again and not self._unseen_again):
                 raise _AllSeen
 
         return before
 
     def _repeater(self, uses: int) -> Callable[..., None]:
-        """Return a hook that runs a layer again after its last use, with all tokens."""
+        """Return a hook that runs a layer again after its last use, with all tokens, as far as there are inputs."""
 
         def after(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], _: object) -> None:
             if self._batch is None or self._is_again:
                 return
             self._calls[module] += 1
             if self._calls[module] == uses:
-                self._is_again = True
+                self._is_again, self._unseen_again = True, self._all_narrowed
                 try:
-                    with torch.no_grad():
+                    with torch.no_grad(), suppress(_AllSeen):
                         module(*inputs, **named)
                 finally:
                     self._is_again = False
@@ -171,14 +176,18 @@ class GramSums:
             tokens: places in the batch of the tokens that `x` has, (tokens, width), see `RoutedLinear`; None: all.
         """
         name, is_text = of.name, batch.counted_in_decoder if of.of_decoder else batch.counted
-        rows = torch.arange(len(is_text), device=x.device)  # of the batch's sequences
+        if of.of_decoder not in self._counted:
+            self._counted[of.of_decoder] = is_text.flatten().nonzero()[:, 0]
         if tokens is not None:
             counted = is_text.flatten()[tokens]
-            rows, x = rows[tokens[counted] // is_text.shape[1]], x[counted]
+            places, x = tokens[counted], x[counted]
         elif x.dim() == 3 or len(x) == is_text.numel():
-            rows = rows[:, None].expand_as(is_text)[is_text]
-            x = x.reshape(*is_text.shape, -1)[is_text]
-        x = x.float()  # (tokens, width); `rows` has each token's row
+            places, x = self._counted[of.of_decoder], x.reshape(is_text.numel(), -1)
+            if len(places) < len(x):
+                x = x.index_select(0, places)
+        else:
+            places = torch.arange(0, is_text.numel(), is_text.shape[1], device=x.device)
+        x = x.float()  # (tokens, width); `places` has each token's place in the flattened batch
         total = self._totals[name]
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(total), TILE):
@@ -186,7 +195,9 @@ class GramSums:
         if not bool(torch.isfinite(total.diagonal()).all()):  # each has a column's squares, so that one check is enough
             sizes = x.abs().amax(-1)
             worst = int(torch.where(sizes.isfinite(), sizes, torch.inf).argmax())
-            raise not_finite(f"the input of {name}", batch.places[batch.row_of(int(rows[worst]))], self._source)
+            raise not_finite(
+                f"the input of {name}", batch.places[batch.row_of(int(places[worst]) // is_text.shape[1])], self._source
+            )
         self._counts[name] += len(x)
 
 
@@ -197,8 +208,9 @@ def _narrowed_layer(loaded: LoadedModel) -> str:
 
 
 def _mirrored(upper: Tensor) -> Tensor:
-    """Make a symmetric matrix of what is on and above the diagonal."""
-    return upper.triu() + upper.triu(1).T
+    """Make a matrix symmetric, in its place, by what is on and above the diagonal."""
+    below = upper.triu_().triu(1).T
+    return upper.add_(below)
 
 
 def _measure(work: Measurement, measured: Measured) -> Measured:
