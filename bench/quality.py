@@ -85,6 +85,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "mask_regmean": {"name": "mask_regmean"},
     "regmean_plus": {"name": "regmean_plus"},
     "featcal": {"name": "featcal"},
+    "regmean, gram deltas": {"name": "regmean", "gram": "deltas"},
     "aligned_regmean": {"name": "aligned_regmean"},
 }
 LABELED = {label: asked for label, asked in ASKED.items() if asked["name"] in METHODS}
