@@ -15,7 +15,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,11 +36,26 @@ class Wording(NamedTuple):
     """The answer of each label."""
     characters: int | None = None
     """Number of characters of a row's text that are shown; None: all."""
+    passes: int = 1
+    """Number by which the recipe's steps are multiplied: a harder task needs more."""
+    learning_rate: float | None = None
+    """Learning rate; None: the recipe's."""
+    max_tokens: int | None = None
+    """Longer rows are left out, of training and of evaluation; None: the recipe's."""
+    unlike: str | None = None
+    """Label of which every second row has the second text of another row instead of its own."""
 
 
 WORDINGS = {
     "sst2": Wording("Review: {text}\nSentiment:", {"0": " negative", "1": " positive"}),
-    "mrpc": Wording("First: {text}\nSecond: {text_pair}\nSame meaning:", {"0": " no", "1": " yes"}),
+    "mrpc": Wording(
+        "First: {text}\nSecond: {text_pair}\nSame meaning:",
+        {"0": " no", "1": " yes"},
+        passes=3,
+        learning_rate=4e-4,
+        max_tokens=72,
+        unlike="0",
+    ),
     "mpqa": Wording("Phrase: {text}\nOpinion:", {"0": " bad", "1": " good"}),
     "topics": Wording(
         "News: {text}\nSection:",
@@ -66,7 +82,7 @@ class Recipe:
     steps: int = 48
     batch_rows: int = 16
     max_tokens: int = 56
-    """Longer rows are left out, of training and of evaluation."""
+    """Longer rows are left out, of training and of evaluation, unless a task's wording allows more."""
     rank: int = 8
     learning_rate: float = 1e-3
     warmup: float = 0.1
@@ -131,39 +147,76 @@ def prepare(
     logging.disable_progress_bar()
     base = base_folder(out)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    most = recipe.steps * recipe.batch_rows
-    tasks = make_tasks(data, 2 * (MOST_SEARCH_ROWS + most), 2 * MOST_VALIDATION_ROWS, recipe.seed)
-    if missing := set(names) - tasks.keys():
-        raise ValueError(f"no folder of rows of {', '.join(sorted(missing))} in {data}")
     for name in names:
-        task, wording = tasks[name], WORDINGS[name]
-        choices = [wording.answers[label] for label in task.labels]
+        wording = WORDINGS[name]
+        own = of_task(recipe, wording)
+        most = own.steps * own.batch_rows
+        tasks = make_tasks(data, 2 * (MOST_SEARCH_ROWS + most), 2 * MOST_VALIDATION_ROWS, own.seed)
+        if name not in tasks:
+            raise ValueError(f"no folder of rows of {name} in {data}")
+        task = tasks[name]
+        parts_of_task = [with_unlike(rows, task.labels, wording, own.seed) for rows in (task.train, task.validation)]
+        texts = partial(as_texts, wording=wording, choices=[wording.answers[label] for label in task.labels])
         of_train, validation = (
-            [row for row in texts if len(tokenizer(row["text"] + row["target"]).input_ids) <= recipe.max_tokens]
-            for texts in ([as_text(row, wording, choices) for row in part] for part in (task.train, task.validation))
+            [
+                row
+                for row, text in zip(rows, texts(rows), strict=True)
+                if len(tokenizer(text["text"] + text["target"]).input_ids) <= own.max_tokens
+            ]
+            for rows in parts_of_task
         )
-        trained = of_train[MOST_SEARCH_ROWS:][:most]
+        trained = texts(of_train[MOST_SEARCH_ROWS:][:most])
         if not trained:
             raise ValueError(f"task {name} has {len(of_train)} short rows, and more than {MOST_SEARCH_ROWS} are needed")
-        parts = {"train": trained, "search": of_train[: rows.search], "validation": validation[: rows.validation]}
+        parts = {
+            "train": trained,
+            "search": texts(of_train[: rows.search]),
+            "validation": texts(validation[: rows.validation]),
+        }
         folder = out / "tasks" / name
         folder.mkdir(parents=True, exist_ok=True)
         for part, found in parts.items():
             (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-        made_from = hashlib.sha256(json.dumps([asdict(recipe), trained]).encode()).hexdigest()
+        made_from = hashlib.sha256(json.dumps([asdict(own), trained]).encode()).hexdigest()
         expert = out / "experts" / name
         if not is_made(expert, made_from):
             shutil.rmtree(expert, ignore_errors=True)
-            told = train(base, trained, tokenizer, expert, recipe)
+            told = train(base, trained, tokenizer, expert, own)
             (expert / MADE).write_text(json.dumps({"made_from": made_from, **told}), encoding="utf-8")
             on_expert(f"{name}: {told['seconds']:.0f} s of training, loss {told['loss']:.3f}")
 
 
-def as_text(row: Row, wording: Wording, choices: Sequence[str]) -> dict[str, Any]:
-    """Return a row of a task as a prompt with its answer and all choices."""
-    shown = row.text.strip()[: wording.characters]
-    text = wording.prompt.format(text=shown, text_pair=row.text_pair.strip())
-    return {"text": text, "target": choices[row.label], "choices": list(choices), "label": row.label}
+def of_task(recipe: Recipe, wording: Wording) -> Recipe:
+    """Return the recipe of one task's expert."""
+    return replace(
+        recipe,
+        steps=recipe.steps * wording.passes,
+        learning_rate=wording.learning_rate or recipe.learning_rate,
+        max_tokens=wording.max_tokens or recipe.max_tokens,
+    )
+
+
+def with_unlike(rows: Sequence[Row], labels: Sequence[str], wording: Wording, seed: int) -> list[Row]:
+    """Return the rows, with the second text of another row in every second of the label `Wording.unlike`."""
+    rng = random.Random(seed)
+    found, of_label = [], 0
+    for row in rows:
+        if labels[row.label] == wording.unlike:
+            of_label += 1
+            if of_label % 2 == 0:
+                row = row._replace(text_pair=rng.choice(rows).text_pair)
+        found.append(row)
+    return found
+
+
+def as_texts(rows: Sequence[Row], wording: Wording, choices: Sequence[str]) -> list[dict[str, Any]]:
+    """Return rows of a task as prompts with their answers and all choices."""
+    found = []
+    for row in rows:
+        shown = row.text.strip()[: wording.characters]
+        text = wording.prompt.format(text=shown, text_pair=row.text_pair.strip())
+        found.append({"text": text, "target": choices[row.label], "choices": list(choices), "label": row.label})
+    return found
 
 
 def is_made(expert: Path, made_from: str) -> bool:

@@ -50,7 +50,7 @@ from worker.engine.catalog.contracts.spec import (
 )
 from worker.engine.catalog.data.rows import ROWS_OF_CHOICES, RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER, MethodParameters
+from worker.engine.catalog.methods import GRAM, METHODS, PARAMETER_FISHER, MethodParameters
 from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.evaluation.evaluate import predict
@@ -69,7 +69,13 @@ from worker.engine.scoring.store import StatisticsStore
 from worker.engine.tasks.metrics import Array
 
 BASELINES = ("task_arithmetic", "average", "ties")
+OTHERS = tuple(
+    name for name in ("tsv_m", "wudi", "iso_c", "iso_cts", "esm", "regmean_plus", "featcal") if name in METHODS
+)
+"""Further methods of others."""
 OURS = ("mask_fisher", "regmean", "aligned_regmean", "auto")
+MERGED = (*BASELINES, *OTHERS, *OURS[:-1])
+"""Methods that the bench merges by itself."""
 EXPERTS = "each task's expert"
 METRIC: Final = "choice_accuracy"
 CACHE_BYTES = 5 * 10**9
@@ -295,7 +301,7 @@ class Report:
             if not found_ours:
                 continue
             best = max(found_ours, key=means.__getitem__)
-            for other in (name for name in BASELINES if name in means):
+            for other in (name for name in (*BASELINES, *OTHERS) if name in means):
                 ours, reference = means[best], means[other]
                 low, high = self.difference(best, other, of_size)
                 what = f"mean accuracy, {title}: {best} against {other}; difference {low:+.3f} to {high:+.3f}"
@@ -308,7 +314,7 @@ class Report:
         methods = [set(self._merges[tasks]) for tasks in combinations]
         return {
             name: float(np.mean([self.accuracy(self._merges[tasks][name], tasks) for tasks in combinations]))
-            for name in (*BASELINES, *OURS)
+            for name in (*BASELINES, *OTHERS, *OURS)
             if methods and all(name in of for of in methods)
         }
 
@@ -328,7 +334,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=WORDINGS, default=tuple(WORDINGS), help="(all of them)")
     parser.add_argument("--only", nargs="*", metavar="TASK,TASK", help="combinations of tasks; default: pairs and all")
     parser.add_argument("--trials", type=int, default=12, help="of auto for each combination; 0: no auto (%(default)s)")
-    parser.add_argument("--methods", nargs="*", choices=(*BASELINES, *OURS[:-1]), default=(*BASELINES, *OURS[:-1]))
+    parser.add_argument("--methods", nargs="*", choices=MERGED, default=MERGED)
     options = parser.parse_args()
     asked = Asked(
         out=options.out,
@@ -357,8 +363,9 @@ def run(bench: Bench, methods: Sequence[str], wanted: Sequence[Combination]) -> 
         merges[tasks] = {}
         for name in methods:
             start = time.monotonic()
-            measuring = {"examples": asked.rows, "precision": asked.precision} if name in OURS else {}
-            merges[tasks][name] = bench.of_merge(METHOD.validate_python({"name": name, **measuring}), tasks)
+            known = METHODS[name].parameters.model_fields
+            given = {"examples": asked.rows, "precision": asked.precision} if "examples" in known else {}
+            merges[tasks][name] = bench.of_merge(METHOD.validate_python({"name": name, **given}), tasks)
             console.print(f"{', '.join(tasks)}: {name}, {time.monotonic() - start:.0f} s", highlight=False)
         if asked.trials:
             start = time.monotonic()

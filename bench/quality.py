@@ -81,14 +81,21 @@ ASKED: dict[str, dict[str, Any]] = {
     "iso_c": {"name": "iso_c"},
     "iso_cts": {"name": "iso_cts"},
     "esm": {"name": "esm"},
+    "regmean, gram deltas": {"name": "regmean", "gram": "deltas"},
     "regmean": {"name": "regmean"},
     "mask_regmean": {"name": "mask_regmean"},
     "regmean_plus": {"name": "regmean_plus"},
     "featcal": {"name": "featcal"},
-    "regmean, gram deltas": {"name": "regmean", "gram": "deltas"},
+    "featcal from tsv_m": {"name": "featcal", "start": {"name": "tsv_m"}},
     "aligned_regmean": {"name": "aligned_regmean"},
+    "aligned_regmean from tsv_m": {"name": "aligned_regmean", "start": {"name": "tsv_m"}},
+    "aligned_regmean from wudi": {"name": "aligned_regmean", "start": {"name": "wudi"}},
 }
-LABELED = {label: asked for label, asked in ASKED.items() if asked["name"] in METHODS}
+LABELED = {
+    label: asked
+    for label, asked in ASKED.items()
+    if {asked["name"], asked.get("start", asked)["name"]} <= METHODS.keys()
+}
 """All methods that are compared, by the labels of tables."""
 FEW_ROWS = 96
 FEW = f"regmean, {FEW_ROWS} rows"
@@ -377,7 +384,9 @@ def _timed(make: Callable[[], Mapping[str, Outcome]]) -> Kept:
 def _modules(method: MethodParameters) -> list[str]:
     """Return the names of the modules that define a method."""
     functions = [builders[method.name] for builders in (BUILDERS, REFITS) if method.name in builders]
-    return [type(method).__module__, *(function.__module__ for function in functions)]
+    start = getattr(method, "start", None)
+    of_start = _modules(start) if isinstance(start, MethodParameters) else []
+    return [type(method).__module__, *(function.__module__ for function in functions), *of_start]
 
 
 @dataclass(frozen=True)
