@@ -415,3 +415,17 @@ def test_regmean_estimates_what_it_reads_where_no_model_has_rows(service: Servic
     assert [model["examples"] for model in job["result"]["models"]] == [plan["examples"], 0] == [0, 0]
     asked["slices"] = [{"sources": [{"model": "a", "layers": [0, 1]}, {"model": "b", "layers": [1, 2]}]}]
     assert "merges whole models" in service.post("/merge/validate", json=asked).json()["detail"]
+
+
+def test_esm_reads_rows_and_base_and_is_refused_without_either(service: Service) -> None:
+    asked = tiny_recipe("a", "b", name="esm", examples=32)
+    detail = service.post("/merge", json=asked).json()["detail"]
+    assert "method esm merges differences from the common ancestor; name it as base" in detail
+    asked["base"] = "local:checkpoints/base"
+    job = service.finished(service.submit(asked))
+    assert job["status"] == "succeeded", job["error"]
+    assert [model["examples"] for model in job["result"]["models"]] == [32, 32]
+    del asked["models"][0]["dataset"]
+    assert "model 'a' has no dataset, and method esm" in service.post("/merge", json=asked).json()["detail"]
+    asked["method"]["rank"] = 0
+    assert "method.rank" in service.post("/merge", json=asked).text

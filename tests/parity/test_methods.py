@@ -16,7 +16,15 @@ from tests.tiny import merged_of
 from worker.engine.catalog.families import ScoreName, Slot
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.deberta_v2 import DEBERTA_V2
-from worker.engine.catalog.methods import GRAM, METHODS, NODE_FISHER, PARAMETER_FISHER, RegMeanParameters, Statistic
+from worker.engine.catalog.methods import (
+    GRAM,
+    METHODS,
+    NODE_FISHER,
+    PARAMETER_FISHER,
+    EsmParameters,
+    RegMeanParameters,
+    Statistic,
+)
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.merging.methods import BUILDERS, MeasuredModel
 
@@ -578,3 +586,90 @@ def test_what_a_method_needs(method: str, statistics: set[Statistic], needs_base
     assert parameters.scale == scale
     assert ("base" in METHODS[method].needs) is needs_base
     assert ("dataset" in METHODS[method].needs) is bool(statistics)
+
+
+# --- ESM -----------------------------------------------------------------------------------------------
+
+AUTHORS_ESM = [
+    [0.892074328, -3.284237931, 3.08326, -1.112382302, -1.665172282, -0.070602209],
+    [1.427627594, 2.425212623, 1.354267903, 2.537470661, -0.755019193, 1.748910947],
+    [2.427534424, -1.045853473, -0.441099771, 1.378929955, 1.975093301, -0.349059523],
+    [1.334641672, -0.711792694, 1.125346947, 1.064917876, 0.972065643, -1.101822884],
+]
+"""What `esm_merge` and `_compute_esd` of github.com/kiddo127/ESM (ESM-ViT), commit fc82fe76, make of the matrices and
+rows of the test below: with eigenvalues that are all 1, which leaves out the factor that the paper does not have,
+without the last factor of 2, and with one layer, so that it is scaled against no other."""
+
+
+def shifts(outputs: int, inputs: int, models: int, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """A base, its task vectors, and rows that models read."""
+    rng = generator(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    base = drawn(outputs, inputs)
+    deltas = [(1 + j) * 0.5 * drawn(outputs, inputs) for j in range(models)]
+    return base, deltas, [drawn(20, inputs) @ drawn(inputs, inputs) for _ in range(models)]
+
+
+def read(rows: Sequence[Tensor], weights: Sequence[float]) -> list[MeasuredModel]:
+    return [
+        MeasuredModel(w, grams={"layers.0.attention": x.T @ x / len(x)}) for w, x in zip(weights, rows, strict=True)
+    ]
+
+
+def test_esm_is_what_its_authors_make() -> None:
+    base, deltas, rows = shifts(4, 6, 2, seed=11)
+    merger = BUILDERS["esm"](EsmParameters(), read(rows, [1.0, 1.0]))
+    found = merged_of(merger, slot_of(QUERY), [base + delta for delta in deltas], base)
+    np.testing.assert_allclose(float64(found), AUTHORS_ESM, rtol=0, atol=1e-8)
+
+
+def polar(matrix: Array) -> Array:
+    """With the mean singular value instead of each."""
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    return np.asarray(s.mean() * u @ v)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(6, 5), (5, 9)])
+@pytest.mark.parametrize("power", [0.0, 2.0])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_esm_keeps_the_principal_directions_of_shifted_outputs(
+    outputs: int, inputs: int, power: float, transposed: bool
+) -> None:
+    """By singular values of `X D^T` itself, with weights."""
+    base, deltas, rows = shifts(outputs, inputs, 2, seed=12)
+    weights = np.array([1.5, 0.5])
+    kept = int(0.8 * outputs / 2)
+    directions = [np.linalg.svd(float64(x @ d.T))[2][:kept].T for x, d in zip(rows, deltas, strict=True)]
+    norms = np.array([np.linalg.norm(float64(delta)) for delta in deltas])
+    scales = weights * (norms / norms.mean()) ** power
+    parts = [s * p.T @ float64(d) for s, p, d in zip(scales, directions, deltas, strict=True)]
+    coordinates = np.concatenate(parts)
+    by_input = np.linalg.norm(coordinates, axis=0)
+    coordinates *= (by_input / by_input.mean()) ** power
+    expected = float64(base) + polar(np.concatenate(directions, axis=1)) @ polar(coordinates)
+    slot = replace(slot_of(QUERY), transposed=transposed)
+    versions = [base, *(base + delta for delta in deltas)]
+    base, *versions = [version.T.contiguous() if transposed else version for version in versions]
+    for order in ([0, 1], [1, 0]):
+        models = read([rows[j] for j in order], weights[order].tolist())
+        merger = BUILDERS["esm"](EsmParameters(rank=0.8, power=power), models)
+        found = merged_of(merger, slot, [versions[j] for j in order], base)
+        np.testing.assert_allclose(float64(found.T if transposed else found), expected, rtol=0, atol=1e-9)
+
+
+def test_esm_averages_what_is_no_linear_layer_and_leaves_what_no_model_changed() -> None:
+    found = merge("esm")
+    others = [name for name in SHAPES if input_of(name) is None]
+    assert_merged({name: found[name] for name in others}, {name: mean_of(name) for name in others})
+    still = merge("esm", versions=[{**v, QUERY: BASE[QUERY]} for v in VERSIONS])
+    assert torch.equal(still[QUERY], BASE[QUERY])
+    nobody = [replace(m, grams={name: torch.zeros_like(g) for name, g in m.grams.items()}) for m in MODELS]
+    unread = merge("esm", nobody)
+    alike = [replace(m, grams={name: torch.eye(len(g)) for name, g in m.grams.items()}) for m in MODELS]
+    assert_merged(unread, {name: float64(tensor) for name, tensor in merge("esm", alike).items()}, 1e-6)
+    one_changed = [{**v, QUERY: BASE[QUERY]} for v in VERSIONS[:2]] + VERSIONS[2:]
+    delta = float64(merge("esm", versions=one_changed)[QUERY]) - float64(BASE[QUERY])
+    assert np.linalg.matrix_rank(delta, tol=1e-5) == HIDDEN // 3

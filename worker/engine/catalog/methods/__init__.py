@@ -12,6 +12,7 @@ from worker.engine.catalog.methods.breadcrumbs import (
 from worker.engine.catalog.methods.dare import DareLinearParameters, DareTiesParameters
 from worker.engine.catalog.methods.della import DellaDroppingParameters, DellaLinearParameters, DellaParameters
 from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, SearchSpace
+from worker.engine.catalog.methods.esm import EsmParameters
 from worker.engine.catalog.methods.fisher import PARAMETER_FISHER, FisherParameters
 from worker.engine.catalog.methods.karcher import KarcherParameters
 from worker.engine.catalog.methods.linear import LinearParameters
@@ -76,6 +77,7 @@ __all__ = [
     "DellaParameters",
     "DroppingParameters",
     "ElectionParameters",
+    "EsmParameters",
     "FisherParameters",
     "GradientParameters",
     "KarcherParameters",
