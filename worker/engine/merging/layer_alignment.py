@@ -243,17 +243,18 @@ class _Settings:
 
 
 class _Products:
-    """Sums over tokens of `x x^T` and `e x^T`, with x augmented by 1: float64 sums of float32 products."""
+    """Weighted sums over tokens of `x x^T` and `e x^T`, x augmented by 1: float64 sums of float32 products."""
 
     def __init__(self, inputs: int, errors: int, device: torch.device) -> None:
         self._moment = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
         self._error = torch.zeros(errors, inputs + 1, dtype=torch.float64, device=device)
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, x: Tensor, e: Tensor) -> None:
-        """Add tokens: x (tokens, inputs), e (tokens, errors)."""
-        self._waiting.append((x, e))
-        if sum(len(x) for x, _ in self._waiting) >= PRODUCT_TOKENS:
+    def add(self, x: Tensor, e: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens: x (tokens, inputs), e (tokens, errors), and the tokens' weights, (tokens,), 1 by default."""
+        root = x.new_ones(len(x), 1) if weights is None else weights.to(x)[:, None].sqrt()
+        self._waiting.append((x, e, root) if weights is None else (x * root, e * root, root))
+        if sum(len(x) for x, *_ in self._waiting) >= PRODUCT_TOKENS:
             self._multiply()
 
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,7 @@ class _Products:
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        x, e = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        x, e, root = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting.clear()
         width = x.shape[1]
         columns = max(LEAST_COLUMNS, -(-width // MOST_RUNS))
@@ -273,12 +274,12 @@ class _Products:
             product = x[:, start:end].T @ x[:, start:]
             self._moment[start:end, start:width].add_(product)
             self._moment[end:width, start:end].add_(product[:, end - start :].T)
-        constant = x.sum(0)
+        constant = (root.T @ x)[0]
         self._moment[:width, width].add_(constant)
         self._moment[width, :width].add_(constant)
-        self._moment[width, width].add_(len(x))
+        self._moment[width, width].add_(root.square().sum())
         self._error[:, :width].add_(e.T @ x)
-        self._error[:, width].add_(e.sum(0))
+        self._error[:, width].add_((e.T @ root)[:, 0])
 
 
 class _Comparison:
@@ -440,6 +441,53 @@ class _Run:
                 if number in self._kept and held <= self._hidden[number].numel():
                     self._arguments[number] = _Call(tuple(others), call.kwargs)
         self._layer, self._groups = layer, groups
+
+    def enter_with(self, other: "_Run") -> None:
+        """Go on to the layer that another run of the same rows is in, with that run's inputs of it."""
+        self._layer, self._groups, self._beside = other._layer, other._groups, other._beside
+        self._hidden = dict(other._hidden)
+        self._given.clear()
+        self._finished.clear()
+        self._arguments.clear()
+
+    def read(self, number: int, group: LinearGroup, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Return what modules of the present layer, which has this group, read, (tokens, width), by path.
+
+        The run keeps the layer's output, and must not be changed before it goes on.
+        """
+        counted = _counted(self._batches[number], group)
+        modules = [self._model.get_submodule(path) for path in paths]
+
+        def selected(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return _selected(args[0], counted).float()
+
+        if group.layer is None:
+            return dict(zip(paths, self._reach(number, None, modules, selected), strict=True))
+        block, call = self._block(number)
+
+        def run() -> None:
+            self._given[number] = self._hidden_of(block(*call.args, **call.kwargs))
+
+        with self._computing():
+            return dict(zip(paths, _first_calls(run, modules, selected, stops=False), strict=True))
+
+    def tokens_read(self, number: int) -> Tensor:
+        """Mark the tokens whose last hidden state the head's outputs depend on, (tokens,), without padding.
+
+        The run is in its last layer, and has its output.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            hidden = self._given[number].clone().requires_grad_()
+            batch = self._batches[number]
+            inputs = {name: values.clone() for name, values in batch.inputs.items()}
+            with self._computing(), _giving(self._blocks, hidden, self._beside):
+                outputs = self._kind.run(inputs)
+            [gradient] = torch.autograd.grad(batch.of_outputs(outputs).float().square().sum(), hidden)
+        return gradient.abs().sum(-1)[batch.counted] > 0
+
+    def forget(self) -> None:
+        """Compute the present layer's output anew, because the layer has changed."""
+        self._given.clear()
 
     def seen(self, number: int, groups: Sequence[LinearGroup], whole: bool = False) -> list[_Seen]:
         """Return what groups of the present layer read and give in a batch.

@@ -13,6 +13,7 @@ from worker.engine.catalog.methods.dare import DareLinearParameters, DareTiesPar
 from worker.engine.catalog.methods.della import DellaDroppingParameters, DellaLinearParameters, DellaParameters
 from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, SearchSpace
 from worker.engine.catalog.methods.esm import EsmParameters
+from worker.engine.catalog.methods.featcal import FeatCalParameters
 from worker.engine.catalog.methods.fisher import PARAMETER_FISHER, FisherParameters
 from worker.engine.catalog.methods.karcher import KarcherParameters
 from worker.engine.catalog.methods.linear import LinearParameters
@@ -37,6 +38,7 @@ from worker.engine.catalog.methods.parameters import (
 from worker.engine.catalog.methods.passthrough import PassthroughParameters
 from worker.engine.catalog.methods.ram import RamParameters, RamPlusParameters
 from worker.engine.catalog.methods.regmean import GRAM, RegMeanParameters, RegressionParameters
+from worker.engine.catalog.methods.regmean_plus import RegMeanPlusParameters
 from worker.engine.catalog.methods.sce import SceParameters
 from worker.engine.catalog.methods.slerp import SlerpParameters
 from worker.engine.catalog.methods.statistic import RunningModels, Statistic
@@ -78,6 +80,7 @@ __all__ = [
     "DroppingParameters",
     "ElectionParameters",
     "EsmParameters",
+    "FeatCalParameters",
     "FisherParameters",
     "GradientParameters",
     "KarcherParameters",
@@ -100,6 +103,7 @@ __all__ = [
     "RamPlusParameters",
     "Range",
     "RegMeanParameters",
+    "RegMeanPlusParameters",
     "RegressionParameters",
     "RunningModels",
     "SceParameters",

@@ -22,11 +22,11 @@ OF_THE_WHOLE = ("examples", "precision")
 """Parameters that a start shares with the method that starts from it."""
 
 
-def default_start(name: str) -> MethodParameters:
-    """Return the method of this name with its defaults."""
+def default_start(name: str, **given: float) -> MethodParameters:
+    """Return the method of this name with these parameters."""
     from worker.engine.catalog.methods.merging import METHODS  # imported here because it imports this module's methods
 
-    return METHODS[name].parameters.model_validate({"name": name})
+    return METHODS[name].parameters.model_validate({"name": name, **given})
 
 
 class RefittingParameters(MeasuringParameters):
