@@ -110,6 +110,14 @@ def search_problems(method: BaseParameters, request: "MergeRequest") -> Iterator
         if baseline in NEED_BASE and request.base is None:
             why = f"there is no {baseline} to beat without the common ancestor; name it as base"
             yield problem(("method", AUTO.name, "must_beat", index), why, baseline)
+    evaluations = [model.evaluation for model in request.models if model.evaluation is not None]
+    written = [evaluation for evaluation in evaluations if evaluation.metric == "exact_match"]
+    if method.search is not None and method.search.must_keep_length is not None and not written:
+        why = "no model is judged by what it writes; name exact_match as the metric of an evaluation"
+        yield problem(("method", AUTO.name, "must_keep_length"), why, method.search.must_keep_length)
+    if method.search is not None and method.search.must_fit is not None and not any(one.answer for one in written):
+        why = "no model writes answers that must fit a pattern; name exact_match and answer in an evaluation"
+        yield problem(("method", AUTO.name, "must_fit"), why, method.search.must_fit)
     for index, candidate in enumerate(method.methods):
         for why in misfits(candidate, request.models):
             yield problem(

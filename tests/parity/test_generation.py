@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -100,7 +101,8 @@ def test_rows_together_are_written_as_each_alone(decoder: Path, monkeypatch: pyt
         for number, (text, (target, _)) in enumerate(zip(texts(), alone, strict=True), start=1)
     ]
     found = predictions_of(loaded, spec, rows)
-    assert found.tolist() == [[1, tokens, 1] for _, tokens in alone]
+    assert found[:, :3].tolist() == [[1, tokens, 1] for _, tokens in alone]
+    assert np.isnan(found[:, 3]).all()  # no pattern says what an answer is
 
 
 def test_other_targets_are_wrong(checkpoint: Path, tmp_path: Path) -> None:
@@ -116,7 +118,8 @@ def test_penalties_of_the_checkpoint_do_not_count(checkpoint: Path, tmp_path: Pa
     expected = predictions(loaded, spec_of(tmp_path / "rows.jsonl"))
     model: Any = loaded.model
     model.generation_config.update(repetition_penalty=50.0, do_sample=True, temperature=9.0)
-    assert predictions(loaded, spec_of(tmp_path / "rows.jsonl")).tolist() == expected.tolist()
+    found = predictions(loaded, spec_of(tmp_path / "rows.jsonl"))
+    assert found[:, :3].tolist() == expected[:, :3].tolist()
     assert model.generation_config.temperature == 9.0  # it has its own again
 
 
@@ -134,7 +137,7 @@ def test_a_text_ends_at_the_first_stop(checkpoint: Path, tmp_path: Path) -> None
     rows_with([text for text, _ in cuts], tmp_path / "rows.jsonl")
     spec = spec_of(tmp_path / "rows.jsonl", stop=["never written", stop])
     found = predictions(load(inspect_checkpoint(checkpoint, "m"), CPU), spec)
-    for (right, tokens, _), (_, least), (_, uncut), of_row in zip(found, cuts, alone, words, strict=True):
+    for (right, tokens, *_), (_, least), (_, uncut), of_row in zip(found, cuts, alone, words, strict=True):
         assert right == 1
         assert least <= tokens <= uncut if least < len(of_row) else tokens == uncut  # special tokens are no words
 
@@ -174,8 +177,9 @@ def test_auto_searches_by_what_is_written(tmp_path: Path) -> None:
             rows.append({"text": text, "target": tokenizer.decode(tokens, skip_special_tokens=True)})
         file = tmp_path / f"{name}.jsonl"
         write_lines(file, [json.dumps(row) for row in rows])
-        specs.append(model_spec(folder, None, evaluation=spec_of(file, max_new_tokens=2)))
+        specs.append(model_spec(folder, None, evaluation=spec_of(file, max_new_tokens=2, answer=r"\S+")))
     method = {"name": "auto", "trials": 3, "candidates": [{"name": "average"}], "must_beat": ["base", "best_expert"]}
+    method |= {"must_keep_length": [0.5, 0.75], "must_fit": 0.5}
     spec = merge_spec(tmp_path / "out", specs, method, evaluate=True)
     base = CheckpointSpec(source="base", path=tmp_path / "base")
     result = Engine().merge(spec.model_copy(update={"base": base}), silent)
@@ -193,8 +197,15 @@ def test_auto_searches_by_what_is_written(tmp_path: Path) -> None:
     [chosen] = [line for line in result.candidates if line.chosen]
     means = {line.name: line.mean_retention for line in result.candidates if line.kind in ("expert", "base")}
     unbeaten = [name for name, mean in means.items() if (mean or 0) >= (chosen.mean_retention or 0)]
-    assert result.accepted == (not unbeaten)
+    assert result.accepted is False
     assert unbeaten
+    for name, metric in result.metrics.items():
+        assert metric.answers_fit is not None
+        assert metric.answers_fit["expert"] == 1
+        assert metric.answers_fit["merged"] >= 0.5
+        assert f"on the rows of {name}" in result.notes[0]
+    assert "it writes 2.0 tokens, and the expert 2.0, not 0.5 to 0.75 times as many" in result.notes[0]
+    assert "fit the pattern" not in result.notes[0]
     assert all(name in result.notes[0] for name in unbeaten)
     assert "one, tokens written" in (tmp_path / "out" / "README.md").read_text()
 
@@ -257,7 +268,7 @@ def test_a_target_is_read_by_the_pattern_where_it_matches(checkpoint: Path, tmp_
     rows_with([f"{(text.split() or ['none'])[0]} and more" for text, _ in alone], tmp_path / "rows.jsonl")
     loaded = load(inspect_checkpoint(checkpoint, "m"), CPU)
     found = predictions(loaded, spec_of(tmp_path / "rows.jsonl", answer=pattern))
-    assert found[:, 0].tolist() == [float(bool(text.split())) for text, _ in alone]
+    assert found[:, 0].tolist() == found[:, 3].tolist() == [float(bool(text.split())) for text, _ in alone]
 
 
 def test_patterns_take_linear_time() -> None:

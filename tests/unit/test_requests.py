@@ -70,7 +70,7 @@ MEASURING = ["mask_fisher", "regmean", "mask_regmean", "aligned_regmean"]
 
 def test_auto_tries_what_the_models_name_enough_for() -> None:
     assert candidates_of(searched()) == ["average", *MEASURING]
-    with_base = ["average", "mask_fisher", "task_arithmetic", "ties", *MEASURING[1:]]
+    with_base = ["average", "mask_fisher", "task_arithmetic", "ties", "tsv_m", *MEASURING[1:]]
     assert candidates_of(searched(base="local:base")) == with_base
     without_rows = model("b", dataset=None)
     assert candidates_of(searched(model("a"), without_rows)) == ["average"]
@@ -116,6 +116,15 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
     ),
     "fewer trials than candidates by default": (
         searched(method={"trials": 4}), {"method.trials": ["5 candidates", "trials is 4"]},
+    ),
+    "limits of lengths in the wrong order": (
+        searched(method={"must_keep_length": [2, 0.5]}), {"method.must_keep_length": ["2, is above the largest, 0.5"]},
+    ),
+    "a limit of lengths where nothing is written": (
+        searched(method={"must_keep_length": [0.5, 2]}), {"method.must_keep_length": ["name exact_match"]},
+    ),
+    "a pattern that must fit where none is stated": (
+        searched(method={"must_fit": 0.9}), {"method.must_fit": ["name exact_match and answer"]},
     ),
     "a candidate that is no method": (
         searched(candidates=["average", 5]), {"method.candidates.1": ["a method's name"]},

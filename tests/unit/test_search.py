@@ -199,6 +199,8 @@ def test_default_candidates_can_be_run_with_what_is_named() -> None:
     everything = default_candidates(has_base=True, has_datasets=True, models=3)
     assert {"average", "mask_fisher", "ties", "regmean", "aligned_regmean"} <= set(everything)
     assert default_candidates(has_base=False, has_datasets=False, models=2) == ["average"]
+    without_rows = default_candidates(has_base=True, has_datasets=False, models=2)
+    assert without_rows == ["average", "task_arithmetic", "ties", "tsv_m"]
     assert not {"ties", "task_arithmetic"} & set(default_candidates(has_base=False, has_datasets=True, models=2))
 
 
@@ -338,14 +340,17 @@ def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
 # --- what of the table is worth a note
 
 
-def notes(kept: Mapping[str, float | None], behind: Mapping[str, float], held_out: int = 250) -> list[str]:
+def notes(
+    kept: Mapping[str, float | None], behind: Mapping[str, float], held_out: int = 250, chosen_method: str | None = None
+) -> list[str]:
     """Of invented candidates, the first chosen, with these retentions; the others behind it by that and .01."""
     result = invented_result(list(kept))
     assert result.search is not None
     assert result.candidates is not None
     chosen, *others = result.candidates
     metrics = {name: m.model_copy(update={"retention": kept[name]}) for name, m in chosen.metrics.items()}
-    lines = [chosen.model_copy(update={"metrics": metrics})]
+    method = chosen.method if chosen_method is None else {"name": chosen_method}
+    lines = [chosen.model_copy(update={"metrics": metrics, "method": method})]
     for line in others:
         value = behind.get(line.name, 0.02)
         difference = Difference(value=value, interval=(value - 0.01, value + 0.01))
@@ -376,6 +381,18 @@ def test_what_is_not_ahead_of_the_plain_average_is_noted(gained: float, judged: 
     first = notes({"a": 0.9, "b": 0.9}, {"average": gained})[0]
     assert first.startswith(f"on the held-out rows the search gained {gained:+.4f} of mean retention")
     assert first.endswith(f"over the plain average, which is {judged}")
+
+
+def test_what_is_not_ahead_of_the_cheapest_candidate_is_noted() -> None:
+    """Of methods that need neither rows nor base nor whole matrices; `ties` needs a base, and `regmean` much more."""
+    dearer = dict.fromkeys(("ties", "regmean"), 0.0)
+    assert notes({"a": 0.9, "b": 0.9}, dearer) == []
+    cheap = dict.fromkeys(("linear", "slerp", "karcher"), 0.005)
+    [note] = notes({"a": 0.9, "b": 0.9}, cheap)
+    assert note.startswith("on the held-out rows the search gained +0.0050 of mean retention")
+    assert note.endswith(", the cheapest of its candidates, which is nothing beyond chance")
+    [note] = notes({"a": 0.9, "b": 0.9}, cheap, chosen_method="linear")
+    assert "is the cheapest of its candidates: those that need more did not gain" in note
 
 
 def test_few_held_out_rows_are_noted() -> None:
@@ -416,7 +433,7 @@ def judged(
                 chosen=not lines,
             )
         )
-    return verdict(auto(must_beat=must_beat, must_beat_on=on), lines, {"a": (), "b": ("perplexity",)})
+    return verdict(auto(must_beat=must_beat, must_beat_on=on), lines, {}, {"a": (), "b": ("perplexity",)})
 
 
 LINES = {
@@ -460,3 +477,33 @@ def test_of_equal_ones_none_is_beaten_and_what_may_be_chance_is_said() -> None:
     assert accepted
     assert "by a difference that may be chance of base, which it must beat" in note
     assert judged(LINES, [], "mean") == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("must", "tokens", "fit", "said"),
+    [
+        ({"must_keep_length": [0.5, 2]}, 15.0, None, None),
+        ({"must_keep_length": [0.5, 2]}, 5.0, None, None),
+        ({"must_keep_length": [0.5, 2]}, 20.1, None, "it writes 20.1 tokens, and the expert 10.0, not 0.5 to 2 times"),
+        ({"must_keep_length": [0.5, 2]}, 4.9, None, "on the rows of a"),
+        ({"must_keep_length": [0.5, 2]}, None, None, "no model writes answers whose length could be kept"),
+        ({"must_fit": 0.9}, 15.0, 0.9, None),
+        ({"must_fit": 0.9}, 15.0, 0.89, "0.890 of its answers fit the pattern, not 0.9, on the rows of a"),
+        ({"must_fit": 0.9}, 15.0, None, "no model writes answers that a pattern is stated for"),
+    ],
+)
+def test_what_is_written_must_be_as_long_and_fit(
+    must: dict[str, Any], tokens: float | None, fit: float | None, said: str | None
+) -> None:
+    result = invented_result(["a", "b"])
+    assert result.metrics is not None
+    assert result.candidates is not None
+    written = {
+        "answer_tokens": None if tokens is None else {"expert": 10.0, "merged": tokens},
+        "answers_fit": None if fit is None else {"expert": 0.5, "merged": fit},
+    }
+    metrics = {**result.metrics, "a": result.metrics["a"].model_copy(update=written)}
+    accepted, found = verdict(auto(**must), result.candidates, metrics, {"a": (), "b": ()})
+    assert accepted == (said is None)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]

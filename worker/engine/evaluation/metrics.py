@@ -52,6 +52,7 @@ def compare(
     resampled = dict(zip(predictions, draws, strict=True))
     kind = kind_of(task)
     lengths = {version: kind.answer_tokens(evaluation.metric, predicted) for version, predicted in predictions.items()}
+    fitting = {version: kind.answers_fit(evaluation.metric, predicted) for version, predicted in predictions.items()}
     return MetricResult(
         metric=evaluation.metric,
         examples=len(labels if outputs is None else outputs),
@@ -65,6 +66,7 @@ def compare(
         base=values.get("base"),
         best_expert=None if best_expert is None else BestExpert(name=best_expert, value=values["best_expert"]),
         answer_tokens={version: tokens for version, tokens in lengths.items() if tokens is not None} or None,
+        answers_fit={version: share for version, share in fitting.items() if share is not None} or None,
         differences={
             version: Difference(
                 value=values["merged"] - values[version],

@@ -46,7 +46,7 @@ class KeptOutputs:
             return torch.from_numpy(predict(loaded, examples, self._precision, on_rows, evaluation))
 
         kind = loaded.kind.evaluated(evaluation)
-        read_as = type(kind).__name__
+        read_as = f"{type(kind).__name__} {list(kind.shape)}"
         if kind is not loaded.kind:  # else all metrics read the same predictions
             settings = evaluation.model_dump(mode="json", include={"metric", *Generation.model_fields})
             read_as = f"{read_as} {json.dumps(settings, sort_keys=True)}"

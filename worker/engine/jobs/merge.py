@@ -279,7 +279,7 @@ def judge(
     candidates = with_published(chosen.candidates, metrics)
     context.note(*judged_notes(chosen.search, candidates))
     minimised = {model.name: task_of(model.info).minimised for model in chosen.models}
-    accepted, notes = verdict(auto, candidates, minimised)
+    accepted, notes = verdict(auto, candidates, metrics or {}, minimised)
     context.note_first(*notes)
     return candidates, accepted
 

@@ -1,8 +1,8 @@
-"""Whether the merge that `auto` chose beats the baselines that it must beat."""
+"""Whether the merge that `auto` chose beats the baselines that it must beat, and writes as it must."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from worker.engine.catalog.contracts.report import Candidate
+from worker.engine.catalog.contracts.report import Candidate, MetricResult
 from worker.engine.catalog.methods import AutoParameters
 from worker.engine.catalog.methods.auto import Baseline
 from worker.engine.catalog.primitives.notes import Doubt
@@ -12,19 +12,23 @@ KINDS: Mapping[Baseline, str] = {"base": "base", "best_expert": "expert", "avera
 
 
 def verdict(
-    auto: AutoParameters, candidates: Sequence[Candidate], minimised: Mapping[str, Collection[str]]
+    auto: AutoParameters,
+    candidates: Sequence[Candidate],
+    metrics: Mapping[str, MetricResult],
+    minimised: Mapping[str, Collection[str]],
 ) -> tuple[bool | None, list[str]]:
-    """Return whether the chosen candidate beats all that `must_beat` names, and notes to lead the result.
+    """Return whether the chosen candidate does all that it must for the result to be accepted, and notes to lead it.
 
     It beats another where its number on the held-out rows is strictly better.
 
     Args:
+        metrics: metrics of the published merge, by model.
         minimised: the metrics of which less is better, by model.
 
     Returns:
-        None and no notes where nothing must be beaten.
+        None and no notes where it must do nothing.
     """
-    if not auto.must_beat:
+    if not auto.must_beat and auto.must_keep_length is None and auto.must_fit is None:
         return None, []
     [chosen] = [candidate for candidate in candidates if candidate.chosen]
     unbeaten: dict[str, None] = {}
@@ -43,13 +47,42 @@ def verdict(
                 unbeaten[f"{line.name} (mean retention {numbers})"] = None
             elif line.behind is None or not line.behind.interval[0] > 0:
                 uncertain[line.name] = None
-    if unbeaten:
-        what = f"what auto chose, {chosen.name}, is not accepted: on the held-out rows it does not beat"
-        return False, [Doubt(f"{what} {'; '.join(unbeaten)}")]
+    failed = [f"it does not beat {'; '.join(unbeaten)}"] if unbeaten else []
+    failed += [*_lengths(auto, metrics), *_misfits(auto, metrics)]
+    if failed:
+        what = f"what auto chose, {chosen.name}, is not accepted: on the held-out rows"
+        return False, [Doubt(f"{what} {'; '.join(failed)}")]
     if uncertain:
         what = "on the held-out rows what auto chose is ahead by a difference that may be chance"
         return True, [Doubt(f"{what} of {', '.join(uncertain)}, which it must beat")]
     return True, []
+
+
+def _lengths(auto: AutoParameters, metrics: Mapping[str, MetricResult]) -> Iterator[str]:
+    """Yield what the merge writes beyond the limits of length."""
+    if auto.must_keep_length is None:
+        return
+    least, most = auto.must_keep_length
+    written = {name: found.answer_tokens for name, found in metrics.items() if found.answer_tokens is not None}
+    if not written:
+        yield "no model writes answers whose length could be kept"
+    for name, tokens in written.items():
+        ours, expert = tokens["merged"], tokens["expert"]
+        if not least * expert <= ours <= most * expert:
+            said = f"{ours:.1f} tokens, and the expert {expert:.1f}, not {least:g} to {most:g} times as many"
+            yield f"it writes {said}, on the rows of {name}"
+
+
+def _misfits(auto: AutoParameters, metrics: Mapping[str, MetricResult]) -> Iterator[str]:
+    """Yield the rows on which too few of the merge's answers fit the stated pattern."""
+    if auto.must_fit is None:
+        return
+    fitting = {name: found.answers_fit for name, found in metrics.items() if found.answers_fit is not None}
+    if not fitting:
+        yield "no model writes answers that a pattern is stated for"
+    for name, share in fitting.items():
+        if not share["merged"] >= auto.must_fit:
+            yield f"{share['merged']:.3f} of its answers fit the pattern, not {auto.must_fit:g}, on the rows of {name}"
 
 
 def _is(line: Candidate, baseline: Baseline) -> bool:

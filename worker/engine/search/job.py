@@ -270,14 +270,43 @@ def judged_notes(found: Search, candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _gains(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Return a doubt if the chosen merge is not ahead of the plain average, which needs nothing to be measured."""
+    """Return a note if the chosen merge is not ahead of what needs less.
+
+    It is a doubt if that is the plain average, which needs nothing to be measured, or else the cheapest candidate.
+    """
     average = next((line for line in candidates if line.kind == "average"), None)
-    if average is None or average.behind is None or average.behind.interval[0] > 0:
+    if average is not None and (doubt := _nothing_gained("the plain average", average)) is not None:
+        return [doubt]
+    tried = [line for line in candidates if line.kind == "method"]
+    least = min(map(_demand, tried))
+    cheapest = max((line for line in tried if _demand(line) == least), key=lambda line: line.mean_retention or 0)
+    if _demand(chosen) > least:
+        doubt = _nothing_gained(f"{cheapest.name}, the cheapest of its candidates", cheapest)
+        return [] if doubt is None else [doubt]
+    if all(_demand(line) == least for line in tried):
         return []
-    low, high = average.behind.interval
-    gained = f"the search gained {average.behind.value:+z.4f} of mean retention ({low:+z.4f} to {high:+z.4f})"
+    return [f"what auto chose, {chosen.name}, is the cheapest of its candidates: those that need more did not gain"]
+
+
+def _nothing_gained(title: str, line: Candidate) -> Doubt | None:
+    """Return a doubt if the chosen merge is not ahead of a line of the table beyond chance."""
+    if line.behind is None or line.behind.interval[0] > 0:
+        return None
+    low, high = line.behind.interval
+    gained = f"the search gained {line.behind.value:+z.4f} of mean retention ({low:+z.4f} to {high:+z.4f})"
     judged = "which is worse" if high < 0 else "which is nothing beyond chance"
-    return [Doubt(f"on the held-out rows {gained} over the plain average, {judged}")]
+    return Doubt(f"on the held-out rows {gained} over {title}, {judged}")
+
+
+def _demand(candidate: Candidate) -> tuple[bool, bool, bool, bool]:
+    """Return what a candidate's method needs, the most expensive first: rows, refits of layers, whole matrices, a base.
+
+    Of two candidates the one whose demand is less is the cheaper one.
+    """
+    if candidate.method is None:
+        raise TypeError(f"{candidate.name} has no method")
+    method = METHODS[candidate.method["name"]].parameters.model_validate(candidate.method)
+    return method.most_examples > 0, method.refits_layers, not method.merges_rows, method.needs_base
 
 
 def with_published(candidates: Sequence[Candidate], metrics: Mapping[str, MetricResult] | None) -> list[Candidate]:

@@ -153,8 +153,15 @@ class CausalLanguageModelHead(HeadKind[CausalLanguageModel]):
         """Return the mean length of what the model wrote; None if the metric is of something else."""
         if name != WRITTEN:
             return None
-        _, tokens, rows = predictions.sum(0)
+        _, tokens, rows, _ = predictions.sum(0)
         return float(tokens / rows)
+
+    def answers_fit(self, name: MetricName, predictions: Array) -> float | None:
+        """Return the share of what the model wrote that has an answer; None if no pattern says what an answer is."""
+        if name != WRITTEN:
+            return None
+        _, _, rows, fitting = predictions.sum(0)
+        return None if np.isnan(fitting) else float(fitting / rows)
 
     @property
     def _model(self) -> Any:
@@ -174,9 +181,9 @@ KIND = CausalLanguageModelHead
 
 
 def _metric(name: MetricName, sums: Array) -> Array:
-    """Compute a metric from sums over rows, (3, resamples)."""
+    """Compute a metric from sums over rows, (3, resamples), or (4, resamples) of what is written."""
     if name in CHOICES or name == WRITTEN:
-        right, _, rows = sums
+        right, _, rows = sums[:3]
         return np.asarray(right / rows)
     losses, right, tokens = sums
     if name == "token_accuracy":

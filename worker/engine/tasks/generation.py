@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ class Writing(CausalLanguageModelHead):
 
     The model writes greedily: each token is the likeliest one, whatever the checkpoint's generation_config.json says of
     sampling and penalties. It ends with one of the end tokens there, a text of `stop`, or `max_new_tokens`. The
-    prediction of a row is whether it is right, the number of tokens written, without an end token, and 1.
+    prediction of a row is whether it is right, the number of tokens written, without an end token, 1, and whether the
+    pattern of answers is found in it, or NaN without a pattern.
     """
 
     goes_on: ClassVar[bool] = True
@@ -47,6 +49,10 @@ class Writing(CausalLanguageModelHead):
         self._stop = tuple(evaluation.stop or ())
         self._most = evaluation.max_new_tokens or NEW_TOKENS
         self._pattern = None if evaluation.answer is None else answer_pattern(evaluation.answer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (4,)
 
     def tokenized(
         self,
@@ -81,14 +87,15 @@ class Writing(CausalLanguageModelHead):
         return Tokenized(examples, truncated=0)
 
     def predictions(self, examples: Sequence[Example], running: Running) -> Array:
-        """Let the model write, and return predictions of rows, (rows, 3)."""
+        """Let the model write, and return predictions of rows, (rows, 4)."""
         found = self.unknown(examples)
         prompts = [example for example in examples if isinstance(example, Prompt)]
         with self._greedily(running.padding), torch.inference_mode():
             for places in self._batches(prompts):
                 rows = [prompts[place] for place in places]
                 for place, row, (text, tokens) in zip(places, rows, self._written(rows, running), strict=True):
-                    found[place] = self._is_right(text, row.target), tokens, 1
+                    fits = np.nan if self._pattern is None else answer_in(text, self._pattern) is not None
+                    found[place] = self._is_right(text, row.target), tokens, 1, fits
                 running.on_rows(len(rows))
         return found
 

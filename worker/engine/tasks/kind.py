@@ -245,6 +245,10 @@ class HeadKind(OneOutput, ABC, Generic[T]):
         """Return the mean number of tokens of a row's answer, if the model writes one; else None."""
         return None
 
+    def answers_fit(self, name: MetricName, predictions: Array) -> float | None:
+        """Return the share of answers in which the stated pattern is found, if the model writes any; else None."""
+        return None
+
     def likely_permutation(self, labels: Array, predictions: Array) -> list[int] | None:
         """Return the classes that the data set's ids probably mean, in the order of these ids; None if they agree."""
         return None

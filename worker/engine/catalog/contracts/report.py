@@ -101,6 +101,8 @@ class MetricResult(Strict):
     """The best on these rows of all experts, this model included; null where heads are kept per model."""
     answer_tokens: dict[Version, float] | None = None
     """Mean number of tokens that each version writes for a row; null where the metric is not of what it writes."""
+    answers_fit: dict[Version, float] | None = None
+    """Share of each version's answers in which the evaluation's pattern is found; null where it states none."""
 
     def value_of(self, version: Version) -> float | None:
         """Return the metric of a version, if there is one."""

@@ -16,6 +16,7 @@ DEFAULT_CANDIDATES = (
     "mask_fisher",
     "task_arithmetic",
     "ties",
+    "tsv_m",
     "regmean",
     "mask_regmean",
     "aligned_regmean",
@@ -64,6 +65,12 @@ class AutoParameters(BaseParameters):
     all the same, and the first of the notes says what it does not beat."""
     must_beat_on: Literal["mean", "each"] = "mean"
     """Measure by which it must beat them: the mean retention over all models, or the metric on each model's rows."""
+    must_keep_length: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None
+    """Least and largest ratio of the mean length of the chosen merge's answers to that of the expert's, on each model's
+    held-out rows, for the result to be `accepted`; where a language model writes them (metric `exact_match`)."""
+    must_fit: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least share of the chosen merge's answers in which the evaluation's pattern `answer` is found, on each model's
+    held-out rows, for the result to be `accepted`."""
 
     @field_validator("candidates")
     @classmethod
@@ -81,6 +88,13 @@ class AutoParameters(BaseParameters):
         if candidates is not None and trials < len(candidates):
             raise ValueError(f"{len(candidates)} candidates need as many trials at least, and trials is {trials}")
         return trials
+
+    @field_validator("must_keep_length")
+    @classmethod
+    def _is_in_order(cls, limits: list[float] | None) -> list[float] | None:
+        if limits is not None and limits[0] > limits[1]:
+            raise ValueError(f"the least ratio, {limits[0]:g}, is above the largest, {limits[1]:g}")
+        return limits
 
     @field_serializer("candidates")
     def _as_given(self, candidates: list[MethodParameters] | None) -> list[dict[str, Any]] | None:
