@@ -3,15 +3,26 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.catalog.tasks import Classification, MetricName, MultiLabel, Regression, Task, TokenClassification
+from worker.engine.catalog.primitives.errors import Place
+from worker.engine.catalog.tasks import (
+    Classification,
+    MetricName,
+    MultiLabel,
+    QuestionAnswering,
+    Regression,
+    Task,
+    TokenClassification,
+)
 from worker.engine.evaluation.metrics import metric_for
-from worker.engine.tasks import kind_of
+from worker.engine.inputs.examples import Example, Passage
+from worker.engine.tasks import kind_of, squad
 from worker.engine.tasks import smoothing as module
 from worker.engine.tasks.metrics import Array
 from worker.engine.tasks.smoothing import WIDTH
@@ -213,3 +224,66 @@ def test_f1_of_entities_is_the_limit_of_its_smoothed_form(scheme: str, monkeypat
     metric = metric_for("entity_f1", task)(labels, kind.predicted(logits))
     assert 0 < metric < 1
     assert kind.smoothed("entity_f1", labels, logits) == pytest.approx(metric, abs=1e-9)
+
+
+def question(context: str, answers: Sequence[str], windows: Sequence[tuple[int, int]]) -> Example:
+    """A row whose tokens are words: each window has a mark, and the context's words from one place to another."""
+    ends = [*itertools.accumulate(len(word) + 1 for word in context.split())]
+    words = [(end - 1 - len(word), end - 1) for word, end in zip(context.split(), ends, strict=True)]
+    spans = tuple(span for first, last in windows for span in (None, *words[first:last]))
+    inputs = tuple({"input_ids": [0] * (1 + last - first)} for first, last in windows)
+    passage = Passage(context, spans, tuple(answers))
+    return Example(0, Place("row", 1), inputs[0], None, tuple(range(len(spans))), passage, inputs[1:])
+
+
+QUESTIONS = [
+    question("red green blue grey", ["green blue"], [(0, 4)]),
+    question("one two three four five", ["five", "four five"], [(0, 3), (2, 5)]),  # "three" is in both windows
+    question("up and down", [], [(0, 3)]),
+]
+
+
+def smoothed_answers(name: MetricName, rows: Sequence[Example], logits: Tensor) -> float:
+    """Written out: the sum of the logits of every candidate answer, and how right it is."""
+    measure = squad.exact_match if name == "exact_match" else squad.f1
+    values = iter(logits.double().tolist())
+    of_rows: list[list[tuple[float, float]]] = []
+    for row in rows:
+        assert row.passage is not None
+        assert row.passage.answers is not None
+        text, answers, spans = row.passage.text, row.passage.answers, iter(row.passage.spans)
+        sums: dict[tuple[int, int], float] = {}
+        none = []
+        for inputs in row.inputs:
+            tokens = [(next(spans), *next(values)) for _ in inputs["input_ids"]]
+            none.append(tokens[0][1] + tokens[0][2])
+            for (first, start, _), (last, _, end) in itertools.combinations_with_replacement(tokens, 2):
+                if first is not None and last is not None:
+                    place = (first[0], last[1])
+                    sums[place] = max(sums.get(place, -math.inf), start + end)
+        candidates = [(value, measure(text[begins:ends], answers)) for (begins, ends), value in sums.items()]
+        of_rows.append([*candidates, (min(none), float(not answers))])
+    means = [sum(value for value, _ in row) / len(row) for row in of_rows]
+    centred = [[(value - mean, right) for value, right in row] for row, mean in zip(of_rows, means, strict=True)]
+    size = math.sqrt(sum(v**2 for row in centred for v, _ in row) / sum(map(len, centred)))
+    expected = []
+    for of_row in centred:
+        powers = [math.exp(value / (WIDTH * size)) for value, _ in of_row]
+        expected.append(sum(p * right for p, (_, right) in zip(powers, of_row, strict=True)) / sum(powers))
+    return sum(expected) / len(expected)
+
+
+@pytest.mark.parametrize("name", ["exact_match", "f1"])
+def test_answers_are_right_as_far_as_they_are_expected_to_be(monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
+    kind = kind_of(QuestionAnswering(2, {}))
+    labels = kind.truth(QUESTIONS)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        logits = 3 * torch.randn(sum(row.outputs for row in QUESTIONS), 2, generator=generator)
+        found = kind.smoothed(name, labels, logits, QUESTIONS)
+        assert found == pytest.approx(smoothed_answers(name, QUESTIONS, logits), abs=1e-9)
+        assert kind.smoothed(name, labels, 100 * logits, QUESTIONS) == pytest.approx(found, abs=1e-6)
+        with monkeypatch.context() as narrow:
+            narrow.setattr(module, "WIDTH", 1e-9)
+            itself = kind.metric(name)(labels, kind.predicted(logits, QUESTIONS))
+            assert kind.smoothed(name, labels, logits, QUESTIONS) == pytest.approx(itself, abs=1e-9)

@@ -24,8 +24,10 @@ from worker.engine.tasks.classification import drawn
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.kind import EstimatorName, HeadKind, Passes, ResolvedEstimator, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
+from worker.engine.tasks.smoothing import scaled
 
 LONGEST_ANSWER = 30  # tokens, as in SQuAD's and transformers' scripts
+LIKELIEST = 20  # spans of a row that a smoothed metric counts, the `n_best_size` of run_qa.py
 STRIDE = 128  # tokens that neighbouring windows share, as in run_qa.py; half of what they have of the context at most
 
 
@@ -147,8 +149,27 @@ class QuestionAnsweringHead(HeadKind[QuestionAnswering]):
         return lambda counts: np.asarray(values @ counts / counts.sum(0))
 
     def smoothed(self, name: MetricName, labels: Array, logits: Tensor, examples: Sequence[Example] = ()) -> float:
-        """Return the metric itself, which has no smoothed form."""
-        return self.metric(name)(labels, self.predicted(logits, examples))
+        """Return the expected metric of each row's likeliest answers, which are like classes.
+
+        They are its `LIKELIEST` likeliest spans, and, where some row has no answer, that there is none.
+        """
+        parts = torch.split(logits.cpu().double(), [example.outputs for example in examples])
+        measure = squad.exact_match if name == "exact_match" else squad.f1
+        decisive: list[Tensor] = []
+        values: list[Array] = []
+        for part, example, label in zip(parts, examples, labels, strict=True):
+            spans, none = _answers(part.numpy(), example, LIKELIEST)
+            passage = _passage(example)
+            found = [measure(passage.text[begins:last], passage.answers or ()) for _, (begins, last) in spans]
+            sums = [best for best, _ in spans]
+            if labels.any():
+                found, sums = [*found, float(label)], [*sums, none]
+            own = torch.tensor(sums, dtype=torch.float64)
+            decisive.append(own - own.mean())
+            values.append(np.array(found))
+        of_rows = torch.split(scaled(torch.cat(decisive)), [len(own) for own in decisive])
+        expected = [of_row.softmax(0).numpy() @ found for of_row, found in zip(of_rows, values, strict=True)]
+        return float(np.mean(expected))
 
 
 KIND = QuestionAnsweringHead
@@ -178,17 +199,34 @@ def _judged(logits: Array, example: Example) -> tuple[float, float, float]:
     passage = _passage(example)
     if passage.answers is None:
         raise TypeError("the row was read without its answers")
-    windows = [
-        slice(*bounds) for bounds in pairwise(accumulate((len(one["input_ids"]) for one in example.inputs), initial=0))
-    ]
-    best, (begins, last) = max((_best(logits[one], passage.spans[one]) for one in windows), key=lambda found: found[0])
-    none = min(float(logits[one.start].sum()) for one in windows)
+    [(best, (begins, last))], none = _answers(logits, example, 1)
     answer = passage.text[begins:last]
     return squad.exact_match(answer, passage.answers), squad.f1(answer, passage.answers), none - best
 
 
-def _best(logits: Array, spans: Sequence[tuple[int, int] | None]) -> tuple[float, tuple[int, int]]:
-    """Return the greatest sum of logits of a span of the context, with up to `LONGEST_ANSWER` tokens, and its place.
+def _answers(logits: Array, example: Example, count: int) -> tuple[list[tuple[float, tuple[int, int]]], float]:
+    """Return the likeliest spans of all windows, the first being the likeliest, and the logit of no answer.
+
+    Args:
+        logits: (tokens, 2).
+        count: number of spans, of which there may be fewer; a span that several windows have counts once.
+    """
+    passage = _passage(example)
+    windows = [
+        slice(*bounds) for bounds in pairwise(accumulate((len(one["input_ids"]) for one in example.inputs), initial=0))
+    ]
+    found = [span for one in windows for span in _likeliest(logits[one], passage.spans[one], count)]
+    best: dict[tuple[int, int], float] = {}
+    for value, place in sorted(found, key=lambda span: -span[0]):
+        best.setdefault(place, value)
+    none = min(float(logits[one.start].sum()) for one in windows)
+    return [(value, place) for place, value in best.items()][:count], none
+
+
+def _likeliest(
+    logits: Array, spans: Sequence[tuple[int, int] | None], count: int
+) -> list[tuple[float, tuple[int, int]]]:
+    """Return the greatest sums of logits of spans of the context, with up to `LONGEST_ANSWER` tokens, and their places.
 
     Args:
         logits: of one window's tokens, (tokens, 2).
@@ -196,14 +234,18 @@ def _best(logits: Array, spans: Sequence[tuple[int, int] | None]) -> tuple[float
     """
     is_context = np.array([span is not None for span in spans])
     start, end = (np.where(is_context, logits[:, side], -np.inf) for side in (0, 1))
-    best, place = -np.inf, (0, 0)
-    for more in range(min(LONGEST_ANSWER, len(start))):
-        sums = start[: len(start) - more] + end[more:]
-        first = int(sums.argmax())
-        if sums[first] > best:
-            best, place = float(sums[first]), (first, first + more)
-    (begins, _), (_, ends) = (spans[token] or (0, 0) for token in place)
-    return best, (begins, ends)
+    sums = np.full((min(LONGEST_ANSWER, len(start)), len(start)), -np.inf)
+    for more in range(len(sums)):
+        sums[more, : len(start) - more] = start[: len(start) - more] + end[more:]
+    flat = sums.ravel()
+    found = []
+    for place in [flat.argmax()] if count == 1 else np.argsort(-flat, kind="stable")[:count]:
+        more, first = divmod(int(place), len(start))
+        if not np.isfinite(flat[place]):  # no span of the context is left
+            break
+        (begins, _), (_, ends) = (spans[token] or (0, 0) for token in (first, first + more))
+        found.append((float(flat[place]), (begins, ends)))
+    return found
 
 
 def _values(name: MetricName, labels: Array, predictions: Array) -> Array:
