@@ -15,6 +15,8 @@ from worker.engine.catalog.methods.entry import Choice, MethodEntry, Range, Sear
 from worker.engine.catalog.methods.esm import EsmParameters
 from worker.engine.catalog.methods.featcal import FeatCalParameters
 from worker.engine.catalog.methods.fisher import PARAMETER_FISHER, FisherParameters
+from worker.engine.catalog.methods.iso_c import IsoCParameters
+from worker.engine.catalog.methods.iso_cts import IsoCtsParameters
 from worker.engine.catalog.methods.karcher import KarcherParameters
 from worker.engine.catalog.methods.linear import LinearParameters
 from worker.engine.catalog.methods.mask_fisher import MASK_FISHER, MaskFisherParameters
@@ -52,6 +54,7 @@ from worker.engine.catalog.methods.task_vectors import (
 )
 from worker.engine.catalog.methods.ties import TiesParameters
 from worker.engine.catalog.methods.tsv_m import TsvMParameters
+from worker.engine.catalog.methods.wudi import WudiParameters
 
 __all__ = [
     "AUTO",
@@ -83,6 +86,8 @@ __all__ = [
     "FeatCalParameters",
     "FisherParameters",
     "GradientParameters",
+    "IsoCParameters",
+    "IsoCtsParameters",
     "KarcherParameters",
     "LinearParameters",
     "MaskFisherParameters",
@@ -117,6 +122,7 @@ __all__ = [
     "TaskVectorParameters",
     "TiesParameters",
     "TsvMParameters",
+    "WudiParameters",
     "check_name",
     "default_candidates",
 ]

@@ -10,7 +10,7 @@ from worker.engine.catalog.primitives.values import PerTensor
 
 
 class TsvMParameters(MatrixParameters):
-    matrices: ClassVar[int] = 10
+    matrices: ClassVar[int] = 16
 
     name: Literal["tsv_m"] = "tsv_m"
     rank: PerTensor[Annotated[float, Field(gt=0, le=1)]] = 1.0

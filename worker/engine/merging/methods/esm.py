@@ -33,10 +33,10 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
         taking_part = [model for model, weight in zip(models, weights, strict=True) if weight > 0]
         rank, power = parameters.at("rank", place), parameters.at("power", place)
 
-        def change(matrices: TaskMatrices) -> Tensor:
-            return merged_subspaces(matrices, taking_part, source, rank, power)
+        def merged(matrices: TaskMatrices) -> Tensor:
+            return matrices.base.double() + merged_subspaces(matrices, taking_part, source, rank, power)
 
-        return merging_matrices(models, change)(versions)
+        return merging_matrices(models, merged)(versions)
 
     return prepare
 

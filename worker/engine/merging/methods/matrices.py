@@ -37,10 +37,14 @@ class TaskMatrices:
     def __getitem__(self, index: int) -> Tensor:
         return self.versions[index].double() - self.base.double()
 
-    @property
-    def shares(self) -> Tensor:
-        """Weights of a mean, (models,), float64."""
-        return torch.tensor(self.weights, dtype=torch.float64) / len(self)
+    def mean(self) -> Tensor:
+        """Compute the weighted mean of the models' weights, float64, exact for equal models."""
+        first, *others = self.versions
+        start = first.double()
+        total = start.clone()
+        for version, weight in zip(others, self.weights[1:], strict=True):
+            total.add_(version.double() - start, alpha=weight / len(self))
+        return total
 
     def sum(self) -> Tensor:
         """Compute the weighted sum of the task vectors, float64."""
@@ -55,14 +59,14 @@ class TaskMatrices:
         return 0.5 * torch.finfo(self.base.dtype).eps * float(torch.linalg.vector_norm(self.base.double()))
 
 
-def merging_matrices(models: Sequence[MeasuredModel], change: Callable[[TaskMatrices], Tensor]) -> Merger:
-    """Make the method that changes the base's linear layers by `change`, and averages all other tensors.
+def merging_matrices(models: Sequence[MeasuredModel], merged_by: Callable[[TaskMatrices], Tensor]) -> Merger:
+    """Make the method that merges linear layers by `merged_by`, and averages all other tensors.
 
     A matrix that fuses several layers, as query, key and value, is one matrix. Models of weight 0 in a tensor have no
     part in it. Matrices that are not finite are averaged, so that the executor sees what is not finite.
 
     Args:
-        change: returns what is added to the base, (outputs, inputs), float64.
+        merged_by: returns merged weights, (outputs, inputs), float64.
     """
 
     def prepare(versions: Versions) -> BlockMerge:
@@ -74,7 +78,7 @@ def merging_matrices(models: Sequence[MeasuredModel], change: Callable[[TaskMatr
         if not all(map(is_finite, (*whole.versions, required_base(whole.base)))):
             return mean
         matrices = _matrices(whole, weights, versions)
-        merged = (matrices.base.double() + change(matrices)).to(matrices.base.dtype)
+        merged = merged_by(matrices).to(matrices.base.dtype)
         merged = merged.T if versions.slot.transposed else merged
         return lambda block: merged[block.rows]
 
@@ -126,6 +130,10 @@ class Components:
         """Put components of several matrices beside each other, and turn their vectors by `isometry`."""
         left, right = (torch.cat([getattr(part, side) for part in parts], dim=1) for side in ("left", "right"))
         return cls(isometry(left), torch.cat([part.values for part in parts]), isometry(right))
+
+    def isotropic(self) -> "Components":
+        """Return the same vectors with the mean of the values, float64."""
+        return Components(self.left, self.values.mean().expand_as(self.values), self.right)
 
     def matrix(self) -> Tensor:
         """Return the sum of the components, (rows, columns)."""

@@ -18,7 +18,7 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
     if not isinstance(parameters, TsvMParameters):
         raise TypeError(f"parameters of tsv_m expected, got {type(parameters).__name__}")
 
-    def change(matrices: TaskMatrices) -> Tensor:
+    def merged(matrices: TaskMatrices) -> Tensor:
         share = parameters.at("rank", matrices.place) / len(matrices)
         most = max(1, int(share * min(matrices.base.shape) + ROUNDING))
         parts = [Components.of(matrices[index], most, matrices.rounding) for index in range(len(matrices))]
@@ -26,6 +26,6 @@ def build(parameters: MethodParameters, models: list[MeasuredModel]) -> Merger:
             Components(part.left, weight * part.values, part.right)
             for part, weight in zip(parts, matrices.weights, strict=True)
         ]
-        return Components.joined(weighted).matrix()
+        return matrices.base.double() + Components.joined(weighted).matrix()
 
-    return merging_matrices(models, change)
+    return merging_matrices(models, merged)
