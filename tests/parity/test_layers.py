@@ -376,6 +376,14 @@ def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+def test_rounding_for_passes_does_not_move_what_is_right(bert: Case) -> None:
+    first, second = bert.folders
+    experts = [bert.expert(first, folder.with_suffix(".jsonl"), 1.0) for folder in (first, second)]
+    parameters, merged = AlignedRegMeanParameters(), bert.loaded(first).model
+    changes = align_layers(bert.plan, experts, merged, parameters, "bfloat16", lambda: None)
+    assert max(float(change.abs().max()) for change in changes.values()) < 1e-6
+
+
 def residual_sums(case: Case, folder: Path, expert: Path) -> list[Tensor]:
     """Of a model on an expert's rows, one at a time: the sums as norms read them, in that order, (tokens, width)."""
     model = float64_model(folder)

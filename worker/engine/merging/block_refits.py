@@ -21,6 +21,8 @@ class Pair:
     """An expert and the merge, in the same block on the same batches of the expert's rows."""
 
     expert: Expert
+    own: Mapping[str, Tensor]
+    """The expert's parameters by name, as they are without rounding for passes."""
     theirs: _Run
     ours: _Run
     batches: int
@@ -38,13 +40,14 @@ def pairs_of(
         pairs = []
         for expert in experts:
             loaded = expert.loaded
+            own = dict(loaded.model.named_parameters())
             stack.enter_context(rounded_weights(loaded.model, precision))
             batches = list(collate(plan_batches(expert.examples), loaded.padding, loaded.device))
             theirs, ours = (
                 _Run(model, loaded.kind, blocks, batches, precision, loaded.device, ())
                 for model in (loaded.model, merged)
             )
-            pairs.append(Pair(expert, theirs, ours, len(batches)))
+            pairs.append(Pair(expert, own, theirs, ours, len(batches)))
         yield pairs
 
 

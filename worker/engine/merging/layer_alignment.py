@@ -147,12 +147,12 @@ def align_layers(
     keeping = most_tokens_kept(family.size(plan.checkpoints[0].config, "hidden"))
     changes: dict[str, Tensor] = {}
     with torch.inference_mode(), ExitStack() as stack:
-        for expert in experts:  # the merge's state changes from layer to layer
-            stack.enter_context(rounded_weights(expert.loaded.model, precision))
         comparisons: list[_Comparison] = []
         for expert in experts:
             comparisons.append(_Comparison(expert, merged, blocks, precision, keeping))
             keeping -= comparisons[-1].tokens_kept
+        for expert in experts:  # the merge's state changes from layer to layer
+            stack.enter_context(rounded_weights(expert.loaded.model, precision))
         for layer, of_layer in by_layer:
             groups = list(of_layer)
             for comparison in comparisons:
@@ -288,6 +288,8 @@ class _Comparison:
     The expert does not change while a layer is refitted, so one pass through it shows what all groups need. That is
     kept for the first batches.
 
+    It is made before the expert's weights are rounded for passes, and solves with those that they were.
+
     Args:
         keeping: number of padded tokens for which it may be kept.
     """
@@ -297,6 +299,7 @@ class _Comparison:
     ) -> None:
         loaded = expert.loaded
         self.expert = expert
+        self._own = dict(loaded.model.named_parameters())
         self._merged = merged
         self._batches = list(collate(plan_batches(expert.examples), loaded.padding, loaded.device))
         padded = list(accumulate(math.prod(batch.counted.shape) for batch in self._batches))
@@ -369,7 +372,7 @@ class _Comparison:
             raise ValueError(f"{self.expert.source} has no rows")
         moment, error = products.sums()
         if self._is_by_inputs(group):
-            theirs, ours = (_augmented(model, group) for model in (self.expert.loaded.model, self._merged))
+            theirs, ours = (_augmented(own, group) for own in (self._own, dict(self._merged.named_parameters())))
             error = theirs[:, :-1] @ error + (theirs - ours) @ moment
         return moment, error
 
@@ -723,11 +726,16 @@ def _matrix(model: nn.Module, path: str, transposed: bool) -> Tensor:
     return weight.T if transposed else weight
 
 
-def _augmented(model: nn.Module, group: LinearGroup) -> Tensor:
-    """Return the weights of a group, one below the other, with a column of biases, (outputs, inputs + 1), float64."""
+def _augmented(parameters: Mapping[str, Tensor], group: LinearGroup) -> Tensor:
+    """Return the weights of a group, one below the other, with a column of biases, (outputs, inputs + 1), float64.
+
+    Args:
+        parameters: of the model, by name.
+    """
     parts = []
     for module in group.modules:
-        weight, bias = _matrix(model, module, module in group.transposed), _bias(model, module)
+        weight, bias = parameters[f"{module}.weight"], parameters.get(f"{module}.bias")
+        weight = weight.T if module in group.transposed else weight
         constant = weight.new_zeros(len(weight)) if bias is None else bias
         parts.append(torch.cat([weight, constant[:, None]], dim=1).double())
     return torch.cat(parts)

@@ -154,7 +154,7 @@ def _block(
             place = slots[module].place
             solved = calibrated_linear(
                 [linear[module] for linear, _ in summed],
-                [_augmented(expert.loaded.model, single) for expert in experts],
+                [_augmented(pair.own, single) for pair in pairs],
                 len(experts) * lambdas_at(experts, place),
                 torch.cat([anchor, constant[:, None]], dim=1),
                 teacher=parameters.teacher,
@@ -213,6 +213,7 @@ def _sums(
     for number in range(pair.batches):
         theirs = pair.theirs.read(number, groups[0], readers)
         ours = pair.ours.read(number, groups[0], [*readers, *norms])
+        pair.ours.forget()
         is_read = pair.theirs.tokens_read(number) if unread < 1 else torch.ones((), dtype=torch.bool)
         for group in groups:
             x = ours[group.reader]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from worker.engine.catalog.methods import MethodParameters, RegMeanPlusParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.merging.block_refits import Pair, lambdas_at, refit_blocks
-from worker.engine.merging.layer_alignment import Expert, LinearGroup, _matrix, _Products
+from worker.engine.merging.layer_alignment import Expert, LinearGroup, _Products
 from worker.engine.merging.methods.average import average
 from worker.engine.merging.methods.blocks import MeasuredModel, Merger
 from worker.engine.merging.methods.regmean import regress
@@ -46,11 +46,12 @@ def _block(
     for group in groups:
         for module in group.modules:
             name, transposed = f"{module}.weight", module in group.transposed
-            versions = [_matrix(pair.expert.loaded.model, module, transposed).float() for pair in pairs]
+            weights_of = [pair.own[name].T if transposed else pair.own[name] for pair in pairs]
+            versions = [weight.detach().float().cpu() for weight in weights_of]
             place = places[name]
             weights = lambdas_at([pair.expert for pair in pairs], place)[:, None]
             shrink, ridge = parameters.at("shrink", place), parameters.at("ridge", place)
-            solved = regress(group.input, [v.cpu() for v in versions], measured, weights, shrink, ridge)
+            solved = regress(group.input, versions, measured, weights, shrink, ridge)
             found[name] = solved.T if transposed else solved
     return found
 
@@ -65,7 +66,7 @@ def _grams(groups: Sequence[LinearGroup], pair: Pair) -> dict[str, Tensor]:
         for group in groups:
             x = read[group.reader]
             sums.setdefault(group.input, _Products(x.shape[1], 0, x.device)).add(x, x[:, :0])
-    pair.theirs.forget()
+        pair.theirs.forget()
     found = {}
     for name, products in sums.items():
         moment, _ = products.sums()
