@@ -231,7 +231,7 @@ def test_linear_layers_of_other_forms_are_solved_for(method: str, family: str, t
     case = Case(family, tmp_path)
     found: dict[str, Any] = {}
     for name in ("average", method):
-        [merged, *_] = case.merge(tmp_path / name, name=name, base=True)
+        [merged, *_] = case.merge(tmp_path / name, name=name, base=True, precision="bfloat16")
         found[name] = read_model(merged)
     changed = [key for key, tensor in found[method].items() if not torch.equal(tensor, found["average"][key])]
     assert len(changed) >= LAYERS * 4

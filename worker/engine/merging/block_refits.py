@@ -36,7 +36,7 @@ def pairs_of(
     family = required_family(plan)
     layers = range(family.size(plan.checkpoints[0].config, "layers"))
     blocks = [family.layer_path(layer).removesuffix(".") for layer in layers]
-    with torch.inference_mode(), ExitStack() as stack:
+    with ExitStack() as stack:  # weights that are rounded in inference mode could not be differentiated through
         pairs = []
         for expert in experts:
             loaded = expert.loaded
@@ -48,7 +48,8 @@ def pairs_of(
                 for model in (loaded.model, merged)
             )
             pairs.append(Pair(expert, own, theirs, ours, len(batches)))
-        yield pairs
+        with torch.inference_mode():
+            yield pairs
 
 
 def refit_blocks(
