@@ -46,7 +46,7 @@ def unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest) 
     """Yield the reasons why the model `index` cannot be measured."""
     if not model.takes_part:
         return
-    measuring = [one for one in method.methods if not one.statistics <= model.given.keys()]
+    measuring = [one for one in method.methods if one.most_examples and one.is_measured(model.given)]
     if measuring and model.dataset is None:
         why = f"model '{model.name}' has no dataset, and {_named(method, measuring)} cannot do without: it is measured"
         yield problem(("models", index, "dataset"), why, None)

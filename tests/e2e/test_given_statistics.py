@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from app.client import Client
 from tests.conftest import Service, assert_problem, tiny_recipe
 from tests.parity.test_merging import backbone
-from tests.tiny import Tensors
+from tests.tiny import Tensors, read_model
 from tests.tiny_adapters import tiny_adapter
+from tests.tiny_language_models import MARKS, ROTARY, TinyModel, tiny_model
 
 Recipe = dict[str, Any]
+WITHOUT_TABLE = TinyModel("StableLmForCausalLM", "stablelm", {**ROTARY, **MARKS})
 WEIGHT = "bert.encoder.layer.1.attention.self.value.weight"
 
 
@@ -110,6 +112,47 @@ def test_auto_tries_fisher_with_what_files_have(service: Service, information: d
     job = service.finished(service.submit(asked))
     assert job["status"] == "succeeded", job["error"]
     assert {"average", "fisher"} <= {candidate["name"] for candidate in job["result"]["candidates"]}
+
+
+def test_layers_are_refitted_to_rows_of_which_nothing_is_measured(
+    service: Service, information: dict[str, Tensors]
+) -> None:
+    asked = tiny_recipe("a", "b", name="aligned_regmean", start="fisher", examples=16)
+    asked["models"][0]["statistics"] = {"fisher": "local:fisher/a.safetensors"}
+    job = service.finished(service.submit({**asked, "evaluate": False}))
+    assert job["status"] == "succeeded", job["error"]
+    assert [model["examples"] for model in job["result"]["models"]] == [0, 16]
+
+
+def test_models_without_a_table_are_weighed_by_the_names_of_their_tensors(
+    service: Service, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    asked: Recipe = {"method": {"name": "fisher"}, "models": []}
+    states, weights = [], []
+    for seed in (1, 2):
+        state = read_model(tiny_model(tiny_inputs / "checkpoints" / f"untold-{seed}", WITHOUT_TABLE, seed=seed))
+        drawing = torch.Generator().manual_seed(seed)
+        squares = {name: torch.rand(tensor.shape, generator=drawing) for name, tensor in state.items()}
+        save_file(squares, tiny_inputs / f"untold-{seed}.safetensors")
+        given = {"fisher": f"local:untold-{seed}.safetensors"}
+        asked["models"].append(
+            {"name": f"m{seed}", "checkpoint": f"local:checkpoints/untold-{seed}", "statistics": given}
+        )
+        norm = torch.cat([square.double().ravel() for square in squares.values()]).norm()
+        weights.append({name: square.double() / norm for name, square in squares.items()})
+        states.append(state)
+    job = service.finished(service.submit(asked))
+    assert job["status"] == "succeeded", job["error"]
+    with Client(service.url) as client:
+        client.download(job["id"], tmp_path)
+    found = read_model(tmp_path / "model")
+    assert found.keys() == states[0].keys()
+    for name, tensor in found.items():
+        total = weights[0][name] + weights[1][name]
+        expected = sum(w[name] * s[name].double() for w, s in zip(weights, states, strict=True)) / total
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-5)
+    del asked["models"][1]["statistics"]
+    assert "model 'm2' has no dataset" in service.post("/merge", json=asked).json()["detail"]
 
 
 def test_adapters_have_information_of_the_matrices_that_they_change(
@@ -208,6 +251,12 @@ def test_contents_fail_the_job(
         ({"fisher": "local:rows"}, {}, "invalid_statistics", "neither model.safetensors nor"),
         ({"fisher": f"job:{'0' * 28}/a"}, {}, "invalid_request", "GET /scores"),
         ({}, {}, "invalid_request", "model 'a' has no dataset"),
+        (
+            {"fisher": "local:fisher/a.safetensors"},
+            {"name": "aligned_regmean", "start": "fisher"},
+            "invalid_request",
+            "model 'a' has no dataset, and method aligned_regmean",
+        ),
     ],
 )
 def test_references_are_refused_by_name(

@@ -45,7 +45,7 @@ def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobMode
     store, batches = context.store, context.lasting.batches
     measurers = [Measurer(part.method, part.plan.linear_inputs, context.precision, store, batches) for part in work]
     total = sum(
-        measurer.passes * len(model.rows.sample)
+        measurer.passes(model.given) * len(model.rows.sample)
         for measurer, part in zip(measurers, work, strict=True)
         for model in part.models
         if model.rows.sample is not None
@@ -54,7 +54,7 @@ def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobMode
     wanted: dict[object, set[str]] = defaultdict(set)
     for part in work:
         for model in part.models:
-            wanted[_rows_of(model)] |= part.method.statistics
+            wanted[_rows_of(model)] |= part.method.statistics - model.given.keys()
     found = {}
     # First those that run passes which others can share.
     for place in sorted(range(len(work)), key=lambda place: NODE_FISHER not in work[place].method.statistics):
@@ -93,7 +93,9 @@ def _measure(
     stopping = method.scoring
     if stopping is None or stopping.tolerance is None:
         for index, sample in samples.items():
-            extend(index, len(sample), method.statistics, wanted[_rows_of(found[index])])
+            statistics = method.statistics - found[index].given.keys()
+            if statistics:
+                extend(index, len(sample), statistics, wanted[_rows_of(found[index])])
         _check(found, context)
         return found
     for rows in looks(max(map(len, samples.values()))):

@@ -40,10 +40,9 @@ class Measurer:
         self._store = store
         self._batches = batches
 
-    @property
-    def passes(self) -> int:
-        """Number of passes over each row."""
-        return sum(PASSES[statistic].passes(self._inputs) for statistic in self._method.statistics)
+    def passes(self, given: Collection[str]) -> int:
+        """Return the number of passes over each row of a model of which files have the statistics `given`."""
+        return sum(PASSES[statistic].passes(self._inputs) for statistic in self._method.statistics - {*given})
 
     def measure(
         self,
