@@ -40,7 +40,14 @@ from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.inputs.examples import collate, plan_batches, tokenize
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging import layer_alignment
-from worker.engine.merging.layer_alignment import Expert, _Comparison, align_layers, linear_groups, ridge_step
+from worker.engine.merging.layer_alignment import (
+    Expert,
+    _Comparison,
+    align_layers,
+    linear_groups,
+    ridge_step,
+    stacks_of,
+)
 from worker.engine.models.loading import LoadedModel, load
 
 LAYERS = 3  # of which the first two are reached in another way than the rest
@@ -328,9 +335,7 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
     """With the mask and the positions of its own kind, for rows longer than any window."""
     loaded, groups = case.loaded(case.folders[0]), linear_groups(case.plan)
     expert = case.expert(case.folders[0], case.folders[0].with_suffix(".jsonl"), 1.0)
-    family = required_family(case.plan)
-    blocks = [family.layer_path(layer).removesuffix(".") for layer in range(LAYERS)]
-    comparison = _Comparison(expert, loaded.model, blocks, "float32", keeping=0)
+    comparison = _Comparison(expert, loaded.model, stacks_of(case.plan), "float32", keeping=0)
     batches = list(collate(plan_batches(expert.examples), loaded.padding, CPU))
     assert max(example.length for example in expert.examples) > 20
     for layer in range(LAYERS):
@@ -338,7 +343,7 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
             of_layer = [group for group in groups if group.layer == layer]
             comparison.enter(layer, of_layer)
             for group in of_layer:
-                found = [inputs for inputs, _ in comparison.samples(group)]
+                found = [inputs for [(inputs, _)] in comparison.samples([group])]
                 for batch, x in zip(batches, found, strict=True):
                     seen: list[Tensor] = []
                     reader = expert.loaded.model.get_submodule(group.reader)

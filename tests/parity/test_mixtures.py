@@ -393,13 +393,6 @@ def test_experts_that_are_missing_or_fit_no_other_are_refused(case: Case, tmp_pa
         inspect_checkpoint(both, "both")
 
 
-def test_layers_are_not_refitted_to_tokens_that_experts_do_not_share(
-    case: Case, engine: Engine, tmp_path: Path
-) -> None:
-    with pytest.raises(InvalidCheckpoint, match="aligned_regmean fits layers to the same tokens"):
-        merged(engine, tmp_path, case, case.models, {"name": "aligned_regmean"})
-
-
 def test_layers_without_experts_have_no_table(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "one", family=TINY_MIXTURES["qwen3_moe"])
     edit_json(checkpoint / "config.json", mlp_only_layers=[1])

@@ -35,9 +35,8 @@ from worker.engine.catalog.contracts.spec import CheckpointSpec, EvaluationSpec,
 from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.families import ScoreName
-from worker.engine.catalog.methods import AlignedRegMeanParameters
-from worker.engine.catalog.planning.planner import misfit, plan_merge
-from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, NumericalError
+from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.catalog.primitives.errors import InvalidDataset, NumericalError
 from worker.engine.evaluation.evaluate import predict
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.jobs.engine import Engine
@@ -420,15 +419,6 @@ def test_auto_searches_by_a_metric_of_targets(bart: Case, engine: Engine, tmp_pa
     [chosen] = [candidate for candidate in result.candidates if candidate.chosen]
     for name, metric in result.metrics.items():
         assert chosen.metrics[name].value == metric.merged
-
-
-def test_refits_are_refused_by_what_the_architecture_has(bart: Case, engine: Engine, tmp_path: Path) -> None:
-    """The same refusal leaves them out of what `auto` tries by default."""
-    specs = [model_spec(folder, None, dataset=bart.rows(name)) for name, folder in bart.models.items()]
-    why = "aligned_regmean fits one layer after another, and this architecture has an encoder and a decoder"
-    with pytest.raises(InvalidCheckpoint, match=f"{why}; use regmean"):
-        merged(engine, tmp_path / "no", specs, "aligned_regmean")
-    assert misfit(AlignedRegMeanParameters(), bart.loaded().family) == why
 
 
 def test_a_model_whose_gradients_are_all_0_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Fused matrices: whose slices they have, against attention and feed-forward layers as transformers runs them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -286,10 +286,10 @@ class Given:
     def count(self, group: LinearGroup) -> int:
         return len(self._sample[0])
 
-    def products(self, group: LinearGroup) -> tuple[Tensor, Tensor]:
+    def products(self, groups: Sequence[LinearGroup]) -> list[tuple[Tensor, Tensor]]:
         x, error = (values.double() for values in self._sample)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        return x.T @ x, error.T @ x
+        return [(x.T @ x, error.T @ x)] * len(groups)
 
 
 def test_a_transposed_layer_is_refitted_as_one_that_is_stored_otherwise() -> None:
@@ -302,7 +302,7 @@ def test_a_transposed_layer_is_refitted_as_one_that_is_stored_otherwise() -> Non
         group = LinearGroup("x", 0, ("fc",), "fc", None, transposed=frozenset({"fc"} if stored is not weight else ()))
         compared: Any = Given(x, error)
         with torch.inference_mode():
-            changed = _refit(group, [compared], model, lambda module: _Settings((1.0,), 0.1))
+            changed = _refit([group], [compared], model, lambda module: _Settings((1.0,), 0.1))
         assert torch.equal(model.state_dict()["fc.weight"], stored + changed["fc.weight"])
         changes.append(changed)
     plain, transposed = changes

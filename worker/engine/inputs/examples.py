@@ -152,6 +152,11 @@ class Batch:
         mask = self.inputs.get("decoder_attention_mask")
         return self.counted if mask is None else mask.bool()
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of sequences and padded tokens: of what is read, and of what a decoder beside an encoder reads."""
+        return tuple(self.counted.shape), tuple(self.counted_in_decoder.shape)
+
     def of_outputs(self, values: Tensor) -> Tensor:
         """Select the values of each output, row by row: (batch, …) or (batch, tokens, …) to (outputs, …)."""
         return values if self.positions is None else values[self.positions]

@@ -9,10 +9,10 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from worker.engine.catalog.planning.plan import MergePlan, required_family
+from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, TensorPlace, values_at
 from worker.engine.inputs.examples import collate, plan_batches
-from worker.engine.merging.layer_alignment import Expert, LinearGroup, _Run, linear_groups
+from worker.engine.merging.layer_alignment import Expert, LinearGroup, _Run, linear_groups, stacks_of
 from worker.engine.runtime.device import Precision, rounded_weights
 
 
@@ -33,9 +33,6 @@ def pairs_of(
     plan: MergePlan, experts: Sequence[Expert], merged: nn.Module, precision: Precision
 ) -> Iterator[list[Pair]]:
     """Make a pair of each expert and the merge; meanwhile experts' weights are held in `precision`."""
-    family = required_family(plan)
-    layers = range(family.size(plan.checkpoints[0].config, "layers"))
-    blocks = [family.layer_path(layer).removesuffix(".") for layer in layers]
     with ExitStack() as stack:  # weights that are rounded in inference mode could not be differentiated through
         pairs = []
         for expert in experts:
@@ -44,7 +41,7 @@ def pairs_of(
             stack.enter_context(rounded_weights(loaded.model, precision))
             batches = list(collate(plan_batches(expert.examples), loaded.padding, loaded.device))
             theirs, ours = (
-                _Run(model, loaded.kind, blocks, batches, precision, loaded.device, ())
+                _Run(model, loaded.kind, stacks_of(plan), batches, precision, loaded.device, ())
                 for model in (loaded.model, merged)
             )
             pairs.append(Pair(expert, own, theirs, ours, len(batches)))

@@ -10,13 +10,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from worker.engine.catalog.families import Kind, Slot
 from worker.engine.catalog.families.table import LAYER_INPUTS
@@ -26,6 +27,7 @@ from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, PerTensor, values_at
 from worker.engine.inputs.examples import Batch, Example, collate, plan_batches
+from worker.engine.models.experts import RoutedLinear, SingleExpert
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in, rounded_weights
 from worker.engine.scoring.scorer import not_finite
@@ -33,10 +35,12 @@ from worker.engine.tasks import HeadKind
 
 RIDGE = 1e-4  # share of the mean diagonal entry: directions that no input spans stay as they are
 ORDER = (*LAYER_INPUTS, Kind.POOLER)
+SUMS_BYTES = 500_000_000  # of sums over tokens that are held at once, for experts
 PRODUCT_TOKENS = 4096  # multiplied at once, so that adding to the sums takes little of the time
 LEAST_COLUMNS = 128  # of a run in which half of a symmetric product is computed
 MOST_RUNS = 12
 Read = TypeVar("Read")
+_Selected = tuple[Tensor, Tensor]
 _Finished = tuple[nn.Module, Any]
 """A module that was called, and its output."""
 
@@ -61,12 +65,19 @@ class LinearGroup:
 
     input: str
     layer: int | None
+    """Place of their layer among all layers in the order in which they run, those of an encoder first."""
     modules: tuple[str, ...]
     reader: str
     norm: str | None
     ends_block: bool = False
     transposed: frozenset[str] = frozenset()
     """Modules of the group whose weights are stored as (inputs, outputs)."""
+    reads_decoder: bool = False
+    """Whether the tokens of the input are those of a decoder beside an encoder."""
+    expert: str | None = None
+    """The module of the expert that the layers are part of, in a mixture of experts: (its tokens, width)."""
+    router: str | None = None
+    """The module that reads what all experts of that mixture read."""
 
     @property
     def is_added(self) -> bool:
@@ -75,28 +86,49 @@ class LinearGroup:
 
 
 def linear_groups(plan: MergePlan) -> list[LinearGroup]:
-    """Return the linear layers that are refitted, in the order of a pass: four groups a layer, and the pooler."""
-    modules = {(t.slot.layer, t.slot.kind): _module(t.slot) for t in plan.backbone}
-    slots = [t.slot for t in plan.backbone if t.slot.input and t.slot.kind in ORDER]
-    slots.sort(key=lambda slot: (math.inf if slot.layer is None else slot.layer, ORDER.index(slot.kind)))
-    norms = required_family(plan).residual_norms(plan.checkpoints[0].config)
+    """Return the linear layers that are refitted, in the order of a pass, and last the pooler.
+
+    A layer has four groups, and one of a decoder beside an encoder seven. One that is a mixture of experts has one for
+    its router, and two for each expert; first come those by which experts read, and then those by which they give.
+    """
+    family, config = required_family(plan), plan.checkpoints[0].config
+    sizes = [family.size(config, stack.size("layers")) for stack in family.stacks]
+    before = {stack.name: sum(sizes[:number]) for number, stack in enumerate(family.stacks)}
+
+    def place(slot: Slot) -> int | None:
+        return None if slot.layer is None else before[slot.stack] + slot.layer
+
+    modules = {(place(t.slot), t.slot.kind): _module(t.slot) for t in plan.backbone}
+    slots = [(place(t.slot), t.slot) for t in plan.backbone if t.slot.input and t.slot.kind in ORDER]
+    slots.sort(key=lambda found: (math.inf if found[0] is None else found[0], *_order(found[1])))
     groups = []
-    for name, sharing in groupby(slots, key=lambda slot: slot.input):
-        members = list(sharing)
+    for (layer, name), sharing in groupby(slots, key=lambda found: (found[0], found[1].input)):
+        members = [slot for _, slot in sharing]
         shown = next(slot for slot in members if slot.shows_input)
+        reader, is_of_expert = _module(shown), shown.expert is not None
+        norms = {} if is_of_expert and shown.kind is Kind.DOWN else family.residual_norms(config, shown.stack)
         norm = norms.get(shown.kind)
         groups.append(
             LinearGroup(
                 input=str(name),
-                layer=shown.layer,
+                layer=layer,
                 modules=tuple(_module(slot) for slot in members),
-                reader=_module(shown),
-                norm=modules[shown.layer, norm] if norm else None,
+                reader=reader,
+                norm=modules[layer, norm] if norm else None,
                 ends_block=shown.kind in norms and norm is None,
                 transposed=frozenset(_module(slot) for slot in members if slot.transposed),
+                reads_decoder=shown.reads_decoder,
+                expert=reader.rpartition(".")[0] if is_of_expert else None,
+                router=modules[layer, Kind.ROUTER] if is_of_expert else None,
             )
         )
     return groups
+
+
+def _order(slot: Slot) -> tuple[int, int, int]:
+    """Return a key by which the linear layers of a layer are in the order in which they run, by their inputs."""
+    of_input = Kind.UP if slot.kind is Kind.GATE else slot.kind
+    return ORDER.index(of_input), -1 if slot.expert is None else slot.expert, ORDER.index(slot.kind)
 
 
 def align_layers(
@@ -135,7 +167,6 @@ def align_layers(
     """
     by_layer = groupby(linear_groups(plan), key=lambda group: group.layer)
     family = required_family(plan)
-    layers = family.size(plan.checkpoints[0].config, "layers")
     places = {tensor.slot.name: tensor.place for tensor in plan.backbone}
 
     def settings(module: str) -> _Settings:
@@ -143,13 +174,12 @@ def align_layers(
         lambdas = tuple(values_at((expert.weight for expert in experts), place, DEFAULT_WEIGHT))
         return _Settings(lambdas, parameters.at("hold", place))
 
-    blocks = [family.layer_path(layer).removesuffix(".") for layer in range(layers)]
     keeping = most_tokens_kept(family.size(plan.checkpoints[0].config, "hidden"))
     changes: dict[str, Tensor] = {}
     with torch.inference_mode(), ExitStack() as stack:
         comparisons: list[_Comparison] = []
         for expert in experts:
-            comparisons.append(_Comparison(expert, merged, blocks, precision, keeping))
+            comparisons.append(_Comparison(expert, merged, stacks_of(plan), precision, keeping))
             keeping -= comparisons[-1].tokens_kept
         for expert in experts:  # the merge's state changes from layer to layer
             stack.enter_context(rounded_weights(expert.loaded.model, precision))
@@ -157,10 +187,28 @@ def align_layers(
             groups = list(of_layer)
             for comparison in comparisons:
                 comparison.enter(layer, groups)
-            for group in groups:
-                changes |= _refit(group, comparisons, merged, settings)
-                on_group()
+            for at_once in _at_once(groups, merged):
+                changes |= _refit(at_once, comparisons, merged, settings)
+                for _ in at_once:
+                    on_group()
     return changes
+
+
+def _at_once(groups: Sequence[LinearGroup], merged: nn.Module) -> Iterator[Sequence[LinearGroup]]:
+    """Yield groups of a layer that are refitted at once: experts do not read what others give, up to `SUMS_BYTES`."""
+    for is_of_expert, alike in groupby(groups, key=lambda group: group.expert and group.input.rpartition(".")[2]):
+        members = list(alike)
+        outputs, inputs = _matrix(merged, members[0].reader, members[0].reader in members[0].transposed).shape
+        size = 8 * (inputs + 1) * (inputs + outputs * len(members[0].modules))
+        most = max(1, SUMS_BYTES // size) if is_of_expert else 1
+        yield from (members[start : start + most] for start in range(0, len(members), most))
+
+
+def stacks_of(plan: MergePlan) -> list[list[str]]:
+    """Return the paths of the layers, in the order in which they run: those of each stack."""
+    family, config = required_family(plan), plan.checkpoints[0].config
+    numbers = {stack.name: range(family.size(config, stack.size("layers"))) for stack in family.stacks}
+    return [[family.layer_path(n, stack).removesuffix(".") for n in of_stack] for stack, of_stack in numbers.items()]
 
 
 def refitted(
@@ -196,42 +244,65 @@ def ridge_step(moment: Tensor, error: Tensor, hold: float) -> Tensor:
 
 
 def _refit(
-    group: LinearGroup,
+    groups: Sequence[LinearGroup],
     comparisons: Sequence["_Comparison"],
     merged: nn.Module,
     settings: Callable[[str], "_Settings"],
 ) -> dict[str, Tensor]:
-    weights = [_matrix(merged, module, module in group.transposed) for module in group.modules]
-    biases = [_bias(merged, module) for module in group.modules]
-    has_bias = all(bias is not None for bias in biases)  # a regression has either a constant or none
-    outputs, inputs = [len(weight) for weight in weights], weights[0].shape[1]
-    columns = inputs + has_bias
-    alike: dict[_Settings, list[int]] = {}  # layers with the same settings share a regression
-    for number, module in enumerate(group.modules):
-        alike.setdefault(settings(module), []).append(number)
-    empty = torch.zeros(columns, columns, dtype=torch.float64, device=weights[0].device)
-    moments = {of: empty.clone() for of in alike}
-    errors = {of: empty.new_zeros(sum(outputs[number] for number in members), columns) for of, members in alike.items()}
-    for expert, comparison in enumerate(comparisons):
-        moment, error = comparison.products(group)
-        by_layer = torch.split(error[:, :columns], outputs)
-        for of, members in alike.items():
-            share = of.lambdas[expert] / sum(of.lambdas) / comparison.count(group)
-            moments[of].add_(moment[:columns, :columns], alpha=share)
-            errors[of].add_(torch.cat([by_layer[number] for number in members]), alpha=share)
-    changes = {}
-    for of, members in alike.items():
-        step_of_all = ridge_step(moments[of], errors[of], of.hold).float()
-        steps = torch.split(step_of_all, [outputs[number] for number in members])
-        for number, step in zip(members, steps, strict=True):
-            module, change = group.modules[number], step[:, :inputs]
-            changes[f"{module}.weight"] = change.T if module in group.transposed else change
-            weights[number].add_(change)
-            bias = biases[number] if has_bias else None
-            if bias is not None:
-                changes[f"{module}.bias"] = step[:, -1]
-                bias.add_(step[:, -1])
-    return {name: change.cpu().contiguous() for name, change in changes.items()}
+    regressions = [_Regression(group, merged, settings) for group in groups]
+    for number, comparison in enumerate(comparisons):
+        for regression, sums in zip(regressions, comparison.products(groups), strict=True):
+            regression.add(number, *sums, comparison.count(regression.group))
+    return {name: change for regression in regressions for name, change in regression.step().items()}
+
+
+class _Regression:
+    """The ridge regression of one group: linear layers of the merge that read the same."""
+
+    def __init__(self, group: LinearGroup, merged: nn.Module, settings: Callable[[str], "_Settings"]) -> None:
+        self.group = group
+        self._weights = [_matrix(merged, module, module in group.transposed) for module in group.modules]
+        self._biases = [_bias(merged, module) for module in group.modules]
+        self._has_bias = all(bias is not None for bias in self._biases)  # it has either a constant or none
+        self._outputs = [len(weight) for weight in self._weights]
+        self._inputs = self._weights[0].shape[1]
+        self._alike: dict[_Settings, list[int]] = {}  # layers with the same settings share a regression
+        for number, module in enumerate(group.modules):
+            self._alike.setdefault(settings(module), []).append(number)
+        columns, device = self._inputs + self._has_bias, self._weights[0].device
+        empty = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self._moments = {of: empty.clone() for of in self._alike}
+        self._errors = {
+            of: empty.new_zeros(sum(self._outputs[number] for number in members), columns)
+            for of, members in self._alike.items()
+        }
+
+    def add(self, expert: int, moment: Tensor, error: Tensor, count: int) -> None:
+        """Add the sums of a model's `count` tokens, see `_Comparison.products`."""
+        columns = self._inputs + self._has_bias
+        by_layer = torch.split(error[:, :columns], self._outputs)
+        for of, members in self._alike.items():
+            share = of.lambdas[expert] / sum(of.lambdas) / count
+            self._moments[of].add_(moment[:columns, :columns], alpha=share)
+            self._errors[of].add_(torch.cat([by_layer[number] for number in members]), alpha=share)
+
+    def step(self) -> dict[str, Tensor]:
+        """Change the layers in place, and return their changes; nothing changes where there was no token."""
+        changes = {}
+        for of, members in self._alike.items():
+            if not bool(self._moments[of].any()):
+                continue
+            step_of_all = ridge_step(self._moments[of], self._errors[of], of.hold).float()
+            steps = torch.split(step_of_all, [self._outputs[number] for number in members])
+            for number, step in zip(members, steps, strict=True):
+                module, change = self.group.modules[number], step[:, : self._inputs]
+                changes[f"{module}.weight"] = change.T if module in self.group.transposed else change
+                self._weights[number].add_(change)
+                bias = self._biases[number] if self._has_bias else None
+                if bias is not None:
+                    changes[f"{module}.bias"] = step[:, -1]
+                    bias.add_(step[:, -1])
+        return {name: change.cpu().contiguous() for name, change in changes.items()}
 
 
 @dataclass(frozen=True)
@@ -295,23 +366,21 @@ class _Comparison:
     """
 
     def __init__(
-        self, expert: Expert, merged: nn.Module, blocks: Sequence[str], precision: Precision, keeping: int
+        self, expert: Expert, merged: nn.Module, stacks: Sequence[Sequence[str]], precision: Precision, keeping: int
     ) -> None:
         loaded = expert.loaded
         self.expert = expert
         self._own = dict(loaded.model.named_parameters())
         self._merged = merged
         self._batches = list(collate(plan_batches(expert.examples), loaded.padding, loaded.device))
-        padded = list(accumulate(math.prod(batch.counted.shape) for batch in self._batches))
+        padded = list(accumulate(max(map(math.prod, batch.shapes)) for batch in self._batches))
         self._kept = range(sum(tokens <= keeping for tokens in padded))
         self.tokens_kept = padded[len(self._kept) - 1] if self._kept else 0
-        self._tokens = sum(example.unpadded for example in expert.examples)
-        self._sequences = sum(len(example.inputs) for example in expert.examples)
         self._theirs, self._ours = (
             _Run(
                 model,
                 loaded.kind,
-                blocks,
+                stacks,
                 self._batches,
                 precision,
                 loaded.device,
@@ -321,60 +390,90 @@ class _Comparison:
         )
         self._shown: dict[tuple[str, int], Tensor] = {}
         """What the expert's layers read or give, by the group's input and the number of the batch."""
+        self._routed: dict[int, Tensor] = {}
+        """What all experts of a mixture in its present layer read, (tokens, width), alike."""
 
     def enter(self, layer: int | None, groups: Sequence[LinearGroup]) -> None:
         """Go on to the next layer, which has these groups; None: past the last layer."""
         for run in (self._theirs, self._ours):
             run.enter(layer, groups)
+        self._routed.clear()
         for number in self._kept:
             self._show(number, groups, whole=layer is not None)
 
     def _show(self, number: int, groups: Sequence[LinearGroup], whole: bool = False) -> None:
-        for group, seen in zip(groups, self._theirs.seen(number, groups, whole), strict=True):
-            self._shown[group.input, number] = seen.x if self._is_by_inputs(group) else seen.outputs()
+        asked = {group.input: group for group in groups if group.expert is None}
+        experts = next((group for group in groups if group.expert is not None), None)
+        if experts is not None and experts.router is not None:
+            routed = replace(experts, reader=experts.router, modules=(experts.router,), expert=None)
+            asked[experts.input] = routed
+        for group, seen in zip(asked.values(), self._theirs.seen(number, [*asked.values()], whole), strict=True):
+            if experts is not None and group.input == experts.input:
+                self._routed[number] = seen.x
+            else:
+                self._shown[group.input, number] = seen.x if self._is_by_inputs(group) else seen.outputs()
 
     def count(self, group: LinearGroup) -> int:
         """Return the number of the group's inputs on all rows: tokens without padding, or, for the pooler, rows."""
-        return self._sequences if group.layer is None else self._tokens
+        return sum(int(_counted(batch, group).sum()) for batch in self._batches)
 
-    def samples(self, group: LinearGroup) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each batch the inputs x of the merge's layers, (tokens, width), and what the expert's are off.
+    def samples(self, groups: Sequence[LinearGroup]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield for each batch and group the inputs x of the merge's layers, (tokens, width), and what is off of these.
 
         That are the errors of the outputs, (tokens, outputs), with the group's layers side by side: the expert's minus
         the merge's. Where outputs are more than inputs, it is the difference of the inputs, (tokens, width). Both are
-        float32, without padding.
+        float32, without padding. The layers of a mixture's expert read the tokens that the merge routes to it, and
+        what they are compared with is what the same expert of the other model makes of the same tokens there,
+        wherever these are routed.
+
+        Args:
+            groups: one group, or several of experts.
         """
         for number, batch in enumerate(self._batches):
             if number not in self._kept:
-                self._show(number, [group])
-            [ours] = self._ours.seen(number, [group])
-            theirs = self._shown.pop((group.input, number))
-            e = theirs - (ours.x if self._is_by_inputs(group) else ours.outputs())
-            finite = torch.isfinite(ours.x.sum(-1) + e.sum(-1))  # NaN and infinity stay in a sum
-            if not bool(finite.all()):
-                row = int(_counted(batch, group).nonzero()[~finite][0, 0])
-                raise not_finite(
-                    f"what {group.input} reads or gives", batch.places[batch.row_of(row)], self.expert.source
-                )
-            yield ours.x, e
+                self._show(number, groups)
+            found = []
+            for group, ours in zip(groups, self._ours.seen(number, groups), strict=True):
+                by_inputs = self._is_by_inputs(group)
+                if group.expert is None:
+                    theirs = self._shown.pop((group.input, number))
+                else:
+                    theirs = self._theirs.read_by_expert(group, self._routed[number][ours.places])
+                    theirs = theirs if by_inputs else self._theirs.outputs(group, theirs)
+                e = theirs - (ours.x if by_inputs else ours.outputs())
+                finite = torch.isfinite(ours.x.sum(-1) + e.sum(-1))  # NaN and infinity stay in a sum
+                if not bool(finite.all()):
+                    row = int(_counted(batch, group).nonzero()[ours.places[~finite]][0, 0])
+                    raise not_finite(
+                        f"what {group.input} reads or gives", batch.places[batch.row_of(row)], self.expert.source
+                    )
+                found.append((ours.x, e))
+            if number not in self._kept:
+                self._routed.pop(number, None)
+            yield found
 
-    def products(self, group: LinearGroup) -> tuple[Tensor, Tensor]:
-        """Sum `x x^T` and `e x^T` over all rows: (width + 1, width + 1) and (outputs, width + 1), float64.
+    def products(self, groups: Sequence[LinearGroup]) -> list[tuple[Tensor, Tensor]]:
+        """Sum `x x^T` and `e x^T` over all rows: (width + 1, width + 1) and (outputs, width + 1), float64, by group.
 
         x are the inputs of the merge's layers, augmented by 1, and e the errors of their outputs. With `W` and `x` the
         augmented weights and inputs of the expert, and `V` and `z` those of the merge, `e = W (x - z) + (W - V) z`.
         """
-        products: _Products | None = None
-        for x, e in self.samples(group):
-            products = products or _Products(x.shape[1], e.shape[1], x.device)
-            products.add(x, e)
-        if products is None:
+        products: list[_Products] = []
+        for batch in self.samples(groups):
+            products = products or [_Products(x.shape[1], e.shape[1], x.device) for x, e in batch]
+            for of_group, (x, e) in zip(products, batch, strict=True):
+                of_group.add(x, e)
+        if not products:
             raise ValueError(f"{self.expert.source} has no rows")
-        moment, error = products.sums()
-        if self._is_by_inputs(group):
-            theirs, ours = (_augmented(own, group) for own in (self._own, dict(self._merged.named_parameters())))
-            error = theirs[:, :-1] @ error + (theirs - ours) @ moment
-        return moment, error
+        found = []
+        for group, of_group in zip(groups, products, strict=True):
+            moment, error = of_group.sums()
+            if self._is_by_inputs(group):
+                merged = dict(self._merged.named_parameters())
+                theirs, ours = (_augmented(own, group) for own in (self._own, merged))
+                error = theirs[:, :-1] @ error + (theirs - ours) @ moment
+            found.append((moment, error))
+        return found
 
     def _is_by_inputs(self, group: LinearGroup) -> bool:
         """Return whether the difference of inputs stands for that of outputs, because it is narrower."""
@@ -387,6 +486,8 @@ class _Seen:
     """What a group of layers reads, (tokens, width), and gives; float32, without padding."""
 
     x: Tensor
+    places: Tensor
+    """Places of these tokens among all that count."""
     outputs: Callable[[], Tensor]
     """Gives (tokens, outputs): the residual sum where the layers are added to one, else their outputs side by side."""
 
@@ -397,6 +498,27 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """What a block gives beside the hidden states."""
+
+    count: int | None = None
+    """Number of further values in a tuple; None: it gives no tuple."""
+    is_computed: bool = False
+    """Whether any of these is a tensor, which the blocks after it may read."""
+
+    @classmethod
+    def of(cls, given: Any) -> "_Beside":
+        """Return what there is beside the hidden states in a block's output."""
+        if not isinstance(given, tuple):
+            return cls()
+        return cls(len(given) - 1, any(isinstance(value, Tensor) for value in given[1:]))
+
+
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    return _Call(args, kwargs)
+
+
 class _Run:
     """Runs a model on batches of rows, layer by layer. For each batch it holds the input of its present layer."""
 
@@ -404,7 +526,7 @@ class _Run:
         self,
         model: nn.Module,
         kind: HeadKind[Any],
-        blocks: Sequence[str],
+        stacks: Sequence[Sequence[str]],
         batches: Sequence[Batch],
         precision: Precision,
         device: torch.device,
@@ -418,7 +540,8 @@ class _Run:
         self._model, self._kind = model, kind
         self._kept = kept
         self._groups: Sequence[LinearGroup] = ()
-        self._blocks = [model.get_submodule(block) for block in blocks]
+        self._stacks = [[model.get_submodule(block) for block in stack] for stack in stacks]
+        self._blocks = [block for stack in self._stacks for block in stack]
         self._batches = batches
         self._computing = partial(computing_in, precision, device)
         self._layer: int | None = None
@@ -426,7 +549,8 @@ class _Run:
         self._given: dict[int, Tensor] = {}  # the present layer's outputs that are known, alike
         self._finished: dict[int, list[_Finished]] = {}  # alike: what need not be computed again in the present layer
         self._arguments: dict[int, _Call] = {}  # alike: those of the present layer besides the hidden states
-        self._beside: int | None = None  # values that a block gives in a tuple after the hidden states
+        self._ended: dict[int, list[Tensor]] = {}  # alike: outputs of stacks whose last layer is behind
+        self._beside = _Beside()
 
     def enter(self, layer: int | None, groups: Sequence[LinearGroup]) -> None:
         """Go on to the next layer, which has these groups, or past the last."""
@@ -434,11 +558,14 @@ class _Run:
             if self._layer is not None:
                 self._hidden[number] = self._output(number)
             self._finished.pop(number, None)
+            ended = self._ended.setdefault(number, [])
+            if layer is not None and layer == sum(map(len, self._stacks[: len(ended) + 1])):  # another stack begins
+                ended.append(self._hidden.pop(number))
         self._given.clear()
         self._arguments.clear()
         if layer is not None:
             for number in range(len(self._batches)):
-                [call] = self._reach(number, layer, [self._blocks[layer]], _Call)
+                [call] = self._reach(number, layer, [self._blocks[layer]], _called)
                 self._hidden[number], *others = call.args
                 held = sum(value.numel() for value in _tensors((*others, *call.kwargs.values())))
                 if number in self._kept and held <= self._hidden[number].numel():
@@ -448,7 +575,7 @@ class _Run:
     def enter_with(self, other: "_Run") -> None:
         """Go on to the layer that another run of the same rows is in, with that run's inputs of it."""
         self._layer, self._groups, self._beside = other._layer, other._groups, other._beside
-        self._hidden = dict(other._hidden)
+        self._hidden, self._ended = dict(other._hidden), dict(other._ended)
         self._given.clear()
         self._finished.clear()
         self._arguments.clear()
@@ -461,8 +588,8 @@ class _Run:
         counted = _counted(self._batches[number], group)
         modules = [self._model.get_submodule(path) for path in paths]
 
-        def selected(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            return _selected(args[0], counted).float()
+        def selected(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return _selected(args[0], counted)[0]
 
         if group.layer is None:
             return dict(zip(paths, self._reach(number, None, modules, selected), strict=True))
@@ -498,12 +625,13 @@ class _Run:
         Args:
             whole: keep the layer's output too.
         """
-        counted = _counted(self._batches[number], groups[0])
-        paths = [path for group in groups for path in (group.reader, group.norm) if path]
-        modules = [self._model.get_submodule(path) for path in paths]
+        batch = self._batches[number]
+        counted = {path: _counted(batch, group) for group in groups for path in (group.reader, group.norm) if path}
+        paths, modules = list(counted), [self._model.get_submodule(path) for path in counted]
+        by_module = dict(zip(modules, counted.values(), strict=True))
 
-        def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            return _selected(args[0], counted).float()
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Selected:
+            return _selected(args[0], by_module[module], module)
 
         if groups[0].layer is None:
             read_by = dict(zip(paths, self._reach(number, None, modules, read), strict=True))
@@ -511,30 +639,45 @@ class _Run:
             read_by = dict(zip(paths, self._passed(number, groups, modules, read, whole), strict=True))
         found = []
         for group in groups:
-            x = read_by[group.reader]
-            total = _selected(self._given[number], counted).float() if group.ends_block else None
+            x, places = read_by[group.reader]
+            total = _selected(self._given[number], _counted(batch, group))[0] if group.ends_block else None
             if group.norm:
-                total = read_by[group.norm]
-            found.append(_Seen(x, partial(self._outputs, group, x) if total is None else partial(_same, total)))
+                total = read_by[group.norm][0]
+            outputs = partial(self.outputs, group, x) if total is None else partial(_same, total)
+            found.append(_Seen(x, places, outputs))
         if whole:  # no further pass is needed
             self._arguments.pop(number, None)
         else:
             self._given.pop(number, None)
         return found
 
-    def _outputs(self, group: LinearGroup, x: Tensor) -> Tensor:
-        """Return outputs of the group's layers, side by side, (tokens, outputs)."""
+    def outputs(self, group: LinearGroup, x: Tensor) -> Tensor:
+        """Return outputs of the group's layers, side by side, (tokens, outputs); a router's are logits."""
+        found = []
         with self._computing():
-            return torch.cat([self._model.get_submodule(module)(x).float() for module in group.modules], dim=-1)
+            for module in group.modules:
+                weight = _matrix(self._model, module, module in group.transposed)
+                found.append(linear(x, weight, _bias(self._model, module)).float())
+        return torch.cat(found, dim=-1)
+
+    def read_by_expert(self, group: LinearGroup, x: Tensor) -> Tensor:
+        """Return what a group of an expert reads, (tokens, width), where the expert reads x."""
+        expert = self._model.get_submodule(group.expert or "")
+        if not isinstance(expert, SingleExpert):
+            raise TypeError(f"{group.input} is of no expert")
+        if self._model.get_submodule(group.reader) is not expert.down_proj:
+            return x
+        with self._computing():
+            return expert.neurons(x).float()
 
     def _passed(
         self,
         number: int,
         groups: Sequence[LinearGroup],
         modules: Sequence[nn.Module],
-        read: Callable[[tuple[Any, ...], dict[str, Any]], Tensor],
+        read: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], _Selected],
         whole: bool,
-    ) -> list[Tensor]:
+    ) -> list[_Selected]:
         """Return what modules of the present layer read; `whole`: and keep the layer's output."""
         to_end = whole or any(group.ends_block for group in groups)
         block, call = self._block(number)
@@ -564,7 +707,7 @@ class _Run:
         return self._given.pop(number)
 
     def _hidden_of(self, given: Any) -> Tensor:
-        self._beside = len(given) - 1 if isinstance(given, tuple) else None
+        self._beside = _Beside.of(given)
         hidden: Tensor = given[0] if isinstance(given, tuple) else given
         return hidden
 
@@ -575,7 +718,7 @@ class _Run:
         block = self._blocks[self._layer]
         call = self._arguments.get(number)
         if call is None:
-            [whole] = self._reach(number, self._layer, [block], _Call)
+            [whole] = self._reach(number, self._layer, [block], _called)
             call = _Call(whole.args[1:], whole.kwargs)
         return block, _Call((self._hidden[number], *call.args), call.kwargs)
 
@@ -584,22 +727,38 @@ class _Run:
         number: int,
         layer: int | None,
         modules: Sequence[nn.Module],
-        read: Callable[[tuple[Any, ...], dict[str, Any]], Read],
+        read: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Read],
     ) -> list[Read]:
         """Return what modules from `layer` on read, in the whole model, whose blocks before it give what is held."""
         arguments = self._kind.arguments(self._batches[number].inputs)
-        with self._computing(), _giving(self._blocks[:layer], self._hidden.get(number), self._beside):
+        ended = self._ended.get(number, [])
+        behind = None if layer is None else layer - sum(map(len, self._stacks[: len(ended)]))
+        with self._computing(), ExitStack() as giving:
+            for blocks, hidden in zip(self._stacks, ended, strict=False):
+                giving.enter_context(_giving(blocks, hidden, _Beside(self._beside.count)))
+            present = self._stacks[len(ended)][:behind]
+            giving.enter_context(_giving(present, self._hidden.get(number), self._beside))
             return _first_calls(partial(self._model, **arguments), modules, read)
 
 
-def _selected(values: Tensor, counted: Tensor) -> Tensor:
-    """Return the values that count, (inputs, width), of (batch, tokens, width), or flattened as OPT does."""
-    return values.reshape(*counted.shape, -1)[counted]
+def _selected(values: Tensor, counted: Tensor, module: nn.Module | None = None) -> _Selected:
+    """Return the values that count, (inputs, width), float32, with their places among all that count.
+
+    Args:
+        values: (batch, tokens, width), or flattened as OPT does, or (its tokens, width) where an expert's `module`
+            reads them.
+    """
+    if not isinstance(module, RoutedLinear):
+        values = values.reshape(*counted.shape, -1)[counted].float()
+        return values, torch.arange(len(values), device=values.device)
+    is_counted = counted.flatten()
+    kept = is_counted[module.tokens]
+    return values[kept].float(), (is_counted.cumsum(0) - 1)[module.tokens[kept]]
 
 
 def _counted(batch: Batch, group: LinearGroup) -> Tensor:
     """Mark the inputs of a batch that count: (batch, tokens), no padding; for the pooler, (batch,), the first token."""
-    is_text = batch.counted
+    is_text = batch.counted_in_decoder if group.reads_decoder else batch.counted
     return is_text[:, 0] if group.layer is None else is_text
 
 
@@ -610,7 +769,7 @@ class _AllCalled(Exception):
 def _first_calls(
     run: Callable[[], object],
     modules: Sequence[nn.Module],
-    read: Callable[[tuple[Any, ...], dict[str, Any]], Read],
+    read: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Read],
     stops: bool = True,
 ) -> list[Read]:
     """Return what `read` makes of the first call of each module while `run` runs.
@@ -622,7 +781,7 @@ def _first_calls(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module not in calls:
-            calls[module] = read(args, kwargs)
+            calls[module] = read(module, args, kwargs)
         if stops and len(calls) == len(set(modules)):
             raise _AllCalled
 
@@ -637,18 +796,22 @@ def _first_calls(
 
 
 @contextmanager
-def _giving(blocks: Sequence[nn.Module], hidden: Tensor | None, beside: int | None) -> Iterator[None]:
-    """Let the last of these blocks give `hidden`, alone or in a tuple with so many further values.
+def _giving(blocks: Sequence[nn.Module], hidden: Tensor | None, beside: _Beside) -> Iterator[None]:
+    """Let the last of these blocks give `hidden`, with what blocks give beside it, and those before what they read.
 
-    Those before it give what they are given.
+    What the first block computes for all others, as T5's biases of positions, it computes; the others give that on.
     """
+    shared: list[Any] = [None] * (beside.count or 0)
 
-    def give(given: Tensor | None, read: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def give(given: Tensor | None, forward: Callable[..., Any] | None, read: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if forward is not None:
+            shared[:] = forward(read, *args, **kwargs)[1:]
         output = read if given is None else given
-        return output if beside is None else (output, *([None] * beside))
+        return output if beside.count is None else (output, *shared)
 
     for number, block in enumerate(blocks, start=1):
-        block.forward = partial(give, hidden if number == len(blocks) else None)
+        computes = number == 1 and beside.is_computed
+        block.forward = partial(give, hidden if number == len(blocks) else None, block.forward if computes else None)
     try:
         yield
     finally:

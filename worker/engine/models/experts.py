@@ -25,7 +25,7 @@ class RoutedLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
-class _Expert(nn.Module):
+class SingleExpert(nn.Module):
     """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, weights: Mapping[str, Tensor], activation: nn.Module) -> None:
@@ -37,7 +37,12 @@ class _Expert(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         self.gate_proj.tokens = self.up_proj.tokens = self.down_proj.tokens = tokens
-        found: Tensor = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        found: Tensor = self.down_proj(self.neurons(hidden))
+        return found
+
+    def neurons(self, hidden: Tensor) -> Tensor:
+        """Return what the neurons give, which the last matrix reads."""
+        found: Tensor = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
         return found
 
 
@@ -80,5 +85,6 @@ def _single(stacked: Any, table: Mapping[str, Sequence[str]], path: str) -> Expe
         matrices |= {module.rpartition(".")[2]: part for module, part in zip(modules, parts, strict=True)}
     count = len(next(iter(matrices.values())))
     return Experts(
-        _Expert({name: of_all[number] for name, of_all in matrices.items()}, stacked.act_fn) for number in range(count)
+        SingleExpert({name: of_all[number] for name, of_all in matrices.items()}, stacked.act_fn)
+        for number in range(count)
     )

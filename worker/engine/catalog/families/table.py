@@ -121,6 +121,18 @@ RESIDUAL_NORMS: Mapping[Norms, Mapping[Kind, Kind | None]] = {
     Norms.PARALLEL: {Kind.DOWN: None},
     Norms.AFTER_BLOCKS: {},
 }
+RESIDUAL_NORMS_BESIDE_ENCODER: Mapping[Norms, Mapping[Kind, Kind | None]] = {
+    Norms.AFTER_SUMS: {
+        **RESIDUAL_NORMS[Norms.AFTER_SUMS],
+        Kind.CROSS_ATTENTION_OUTPUT: Kind.CROSS_ATTENTION_NORM,
+    },
+    Norms.BEFORE_BLOCKS: {
+        Kind.ATTENTION_OUTPUT: Kind.CROSS_ATTENTION_NORM,
+        Kind.CROSS_ATTENTION_OUTPUT: Kind.FEED_FORWARD_NORM,
+        Kind.DOWN: None,
+    },
+}
+"""The same in a decoder's layers that attend to an encoder's output between the two."""
 OUTER_INPUTS = {Kind.EMBEDDING_PROJECTION: "embeddings", Kind.POOLER: "pooler", Kind.OUTPUT_PROJECTION: "output"}
 LINEAR = (*LAYER_INPUTS, *OUTER_INPUTS, Kind.POSITION)
 """Kinds of linear modules that are merged with the backbone."""
@@ -374,12 +386,12 @@ class Family:
         found = (norms for key, (value, norms) in self.norms_where.items() if self.setting(config, key) == value)
         return next(found, self.norms)
 
-    def residual_norms(self, config: Mapping[str, Any]) -> Mapping[Kind, Kind | None]:
+    def residual_norms(self, config: Mapping[str, Any], stack: str = "") -> Mapping[Kind, Kind | None]:
         """Map each kind of module whose output is added to a residual to the norm that reads the sum.
 
         None means that the sum is the layer's output. An output that is normalised before it is added is not there.
         """
-        return RESIDUAL_NORMS[self.norms_in(config)]
+        return (RESIDUAL_NORMS_BESIDE_ENCODER if stack == DECODER else RESIDUAL_NORMS)[self.norms_in(config)]
 
     @property
     def shares_layers(self) -> bool:

@@ -22,6 +22,10 @@ class AlignedRegMeanParameters(RefittingParameters):
     """Strength that holds a weight to the start's, as a share of the mean square of the input that it multiplies. A
     bias has that of its weight."""
 
+    @property
+    def refits_every_form(self) -> bool:
+        return True
+
 
 ALIGNED_REGMEAN = MethodEntry(
     name="aligned_regmean",

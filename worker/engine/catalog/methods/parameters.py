@@ -129,6 +129,11 @@ class BaseParameters(Strict):
         return False
 
     @property
+    def refits_every_form(self) -> bool:
+        """Whether these may be of an encoder and a decoder or of mixtures of experts, not of one plain stack alone."""
+        return False
+
+    @property
     def aligns_heads(self) -> bool:
         """Whether kept heads are aligned to the merge unless a request says otherwise."""
         return True

@@ -211,7 +211,8 @@ class _Running:
             2 + self.needs.method.refits_layers
         ) * self.needs.outputs_held  # of one merge, a copy, and refitted ones
         hidden = self.sizes["hidden"]
-        states = (2 * tokens + KEPT_VECTORS * min(tokens, most_tokens_kept(hidden)) + read) * 4 * hidden
+        stacks = len(required_family(self.plan).stacks) if tokens else 1  # an encoder's output is held to the end
+        states = (2 * stacks * tokens + KEPT_VECTORS * min(tokens, most_tokens_kept(hidden)) + read) * 4 * hidden
         return cached + beside * max(*models, merged) + self.at_work + states
 
     @property
