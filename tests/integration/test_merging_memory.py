@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
@@ -29,6 +30,7 @@ TINY_ROWS, SMALL_ROWS, LARGE_ROWS = 20, 3_000, 30_000  # in float32 80 kB, 12 MB
 MOST_GROWTH = 30_000_000  # bytes, a quarter of the large tensor in one model
 MODELS, MANY_ROWS = 16, 3000  # 12 blocks of each
 NAME = "bert.embeddings.word_embeddings.weight"
+LINEAR = "bert.encoder.layer.0.output.dense.weight"
 
 
 def sparse_file(folder: Path, name: str, rows: int, drawn: int = 20) -> Path:
@@ -53,6 +55,20 @@ def planned(folder: Path, rows: int, models: int = 2, drawn: int = 20) -> MergeP
     return MergePlan(BERT, tuple(infos[:-1]), infos[-1], (), (tensor,), (), ())
 
 
+def planned_matrix(folder: Path, shape: tuple[int, int]) -> MergePlan:
+    """Of two models and their base, which differ in all of a linear layer's weight."""
+    rng, infos = torch.Generator().manual_seed(0), []
+    for name in ("0", "1", "base"):
+        path = folder / f"{name}.{shape[0]}.safetensors"
+        save_file({LINEAR: torch.randn(shape, generator=rng)}, path)
+        infos.append(CheckpointInfo(name, folder, {}, {LINEAR: next(iter(read_header(path, name)))}, {}, folder))
+    slot = BERT.slot(LINEAR)
+    assert slot is not None
+    *models, base = (info.tensors[LINEAR] for info in infos)
+    tensor = PlannedTensor(slot, TensorPlace(LINEAR, 0.0), shape, "BF16", tuple(models), base)
+    return MergePlan(BERT, tuple(infos[:-1]), infos[-1], (), (tensor,), (), ())
+
+
 def merge_parameters(method: str, **given: float) -> MethodParameters:
     return METHODS[method].parameters.model_validate({"name": method, **given})
 
@@ -70,6 +86,14 @@ def peak_bytes(plan: MergePlan, parameters: MethodParameters, folder: Path) -> t
         writer.write(tensor, merged.blocks(tensor))
     file.unlink()
     return before, peak_memory_bytes()
+
+
+def taken_by_matrix(parameters: MethodParameters, shape: tuple[int, int], folder: Path) -> tuple[int, int]:
+    """What a merge of the matrix takes after a first, small one; and what is announced of it."""
+    peak_bytes(planned_matrix(folder, (TINY_ROWS, TINY_ROWS)), parameters, folder)
+    plan = planned_matrix(folder, shape)
+    before, peak = peak_bytes(plan, parameters, folder)
+    return peak - before, estimate(plan, MemoryNeeds(parameters, loads_models=False, threads=1)) - RUNTIME_BYTES
 
 
 def taken(plan: MergePlan, parameters: MethodParameters, folder: Path) -> int:
@@ -142,3 +166,14 @@ def test_no_less_is_announced_than_many_models_take(
     plan = planned(tmp_path, MANY_ROWS, models=MODELS, drawn=MANY_ROWS)
     announced = estimate(plan, MemoryNeeds(parameters, loads_models=False, threads=1))
     assert 0.2 * (announced - RUNTIME_BYTES) < alone(taken, plan, parameters, tmp_path) < announced - RUNTIME_BYTES
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"), [({"name": "tsv_m"}, (900, 900)), ({"name": "wudi", "filter": "exponential"}, (1600, 500))]
+)
+def test_no_less_is_announced_than_decomposing_a_matrix_takes(
+    tmp_path: Path, alone: Callable[..., Any], method: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    parameters = METHODS[method["name"]].parameters.model_validate(method)
+    found, announced = alone(taken_by_matrix, parameters, shape, tmp_path)
+    assert 0.3 * announced < found < announced
