@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -74,10 +73,6 @@ class Siblings:
     def versions(self, name: str, folder: Path) -> dict[str, Path]:
         """The folders of a model's expert and of its merge."""
         return {"expert": self.models[name], "merged": folder}
-
-    def require_refit(self, method: str) -> None:
-        if self.tiny.shares_layers and method == "aligned_regmean":
-            pytest.skip("layers that share their weights are not refitted")
 
 
 def write_objects(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

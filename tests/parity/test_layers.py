@@ -33,6 +33,7 @@ from worker.engine.catalog.contracts.spec import OutputSpec
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.families.table import Norms
 from worker.engine.catalog.methods import AlignedRegMeanParameters, AutoParameters, RegMeanParameters
+from worker.engine.catalog.methods.regmean_plus import RegMeanPlusParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
 from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint, NumericalError
@@ -125,6 +126,11 @@ class Case:
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def albert(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case("albert", tmp_path_factory.mktemp("albert"))
 
 
 @pytest.fixture(scope="module")
@@ -362,11 +368,82 @@ def test_what_is_kept_of_a_layer_spares_passes_and_changes_nothing(case: Case, m
     torch.testing.assert_close(*found, rtol=0, atol=2e-5)
 
 
-def test_layers_that_share_their_weights_are_not_fitted_one_after_another(tmp_path: Path) -> None:
-    case = Case("albert", tmp_path)
-    refits = AlignedRegMeanParameters()
-    for method in (refits, AutoParameters(candidates=[refits, RegMeanParameters()])):
-        infos = [inspect_checkpoint(folder, folder.name) for folder in case.folders]
+def read_in_all_uses(model: nn.Module, expert: Expert, path: str) -> Tensor:
+    """What a module reads each time that it runs, one row at a time, (tokens of all uses and rows, width)."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(partial(keep_input, seen))
+    with torch.no_grad():
+        for example in expert.examples:
+            model(**{key: torch.tensor([ids]) for key, ids in example.encoding.items()})
+    handle.remove()
+    return torch.cat([x.flatten(0, -2) for x in seen])
+
+
+def test_a_layer_that_is_run_several_times_is_fitted_to_all_of_its_uses(
+    albert: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step, against least squares on passes of the whole model; and all steps lead nearer to the experts."""
+    monkeypatch.setattr(layer_alignment, "TURNS", 1)
+    experts, merged, start = albert.experts(), albert.average(), albert.average()
+    changes = albert.align(experts, merged)
+    group, last = linear_groups(albert.plan)[0], linear_groups(albert.plan)[3]
+    assert group.input == "layers.0.attention"
+    assert last.norm is not None
+    rows, wanted = [], []
+    for expert, weight in zip(experts, WEIGHTS, strict=True):
+        ours, theirs = (read_in_all_uses(model, expert, group.reader) for model in (start, expert.loaded.model))
+        assert len(ours) == LAYERS * sum(example.length for example in expert.examples)
+        with torch.no_grad():
+            given = [
+                torch.cat([model.get_submodule(path)(x) for path in group.modules], dim=1)
+                for model, x in ((start, ours), (expert.loaded.model, theirs))
+            ]
+        share = (weight / sum(WEIGHTS) / len(ours)) ** 0.5
+        rows.append(share * torch.cat([ours, ours.new_ones(len(ours), 1)], dim=1).double())
+        wanted.append(share * (given[1] - given[0]).double())
+    energy = torch.cat(rows).square().sum(0)
+    held = (HOLD * energy + RIDGE * energy.mean()).sqrt().diag()
+    zeros = held.new_zeros(len(held), wanted[0].shape[1])
+    expected = torch.linalg.lstsq(torch.cat([*rows, held]), torch.cat([*wanted, zeros])).solution.T
+    found = torch.cat(
+        [torch.cat([changes[f"{m}.weight"], changes[f"{m}.bias"][:, None]], dim=1) for m in group.modules]
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    off = [0.0, 0.0]
+    for expert, weight in zip(experts, WEIGHTS, strict=True):
+        theirs = read_in_all_uses(expert.loaded.model, expert, last.norm)
+        for place, model in enumerate((merged, start)):
+            off[place] += weight * float((read_in_all_uses(model, expert, last.norm) - theirs).square().mean())
+    assert off[0] < 0.9 * off[1]
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(
+            tensor, start.state_dict()[name] + changes.get(name, 0.0), rtol=0, atol=1e-5, msg=name
+        )
+
+
+def test_steps_that_lead_away_are_left_out(albert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the wrong sign leads away however short it is."""
+    right = ridge_step
+    monkeypatch.setattr(layer_alignment, "ridge_step", lambda moment, error, hold: -right(moment, error, hold))
+    merged, start = albert.average(), albert.average()
+    changes = albert.align(albert.experts(), merged)
+    assert {name.split(".")[1] for name in changes} == {"pooler"}
+    for name, tensor in merged.state_dict().items():
+        if "pooler" not in name:
+            torch.testing.assert_close(tensor, start.state_dict()[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_shared_layers_of_experts_that_are_the_start_stay_as_they_are(albert: Case) -> None:
+    first, second = albert.folders
+    experts = [albert.expert(first, folder.with_suffix(".jsonl"), 1.0) for folder in (first, second)]
+    changes = albert.align(experts, albert.loaded(first).model)
+    assert max((float(change.abs().max()) for change in changes.values()), default=0.0) < 1e-5
+
+
+def test_methods_that_refit_whole_blocks_are_refused_where_layers_share_their_weights(albert: Case) -> None:
+    blocks = RegMeanPlusParameters()
+    for method in (blocks, AutoParameters(candidates=[blocks, RegMeanParameters()])):
+        infos = [inspect_checkpoint(folder, folder.name) for folder in albert.folders]
         with pytest.raises(InvalidCheckpoint, match=r"layers of this architecture are one; (use regmean|name)"):
             plan_job(method, ["two", "three"], infos, OutputSpec(), None)
 

@@ -169,7 +169,6 @@ def test_fisher_information_is_that_of_autograd(case: Siblings) -> None:
 
 @pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "aligned_regmean"])
 def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
-    case.require_refit(method)
     folder = merged_with_itself(engine, tmp_path / "out", case, method)
     assert_same_model(folder / "model", case.models["one"])
 

@@ -135,7 +135,6 @@ def test_gram_matrices_are_those_of_every_choice(case: Siblings) -> None:
 
 @pytest.mark.parametrize("method", ["mask_fisher", "fisher", "aligned_regmean"])
 def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
-    case.require_refit(method)
     folder = merged_with_itself(engine, tmp_path / "out", case, method)
     for name in ("first", "second"):
         assert_same_model(folder / "models" / name, case.models["one"])
@@ -146,7 +145,6 @@ def test_siblings_keep_their_heads_and_are_evaluated(
     case: Siblings, engine: Engine, tmp_path: Path, method: str
 ) -> None:
     """Accuracy of the published models, choice by choice."""
-    case.require_refit(method)
     models = case.evaluated("accuracy")
     spec = merge_spec(tmp_path / "out", models, {"name": method}, evaluate=True, align_heads=True)
     result = engine.merge(spec, silent)

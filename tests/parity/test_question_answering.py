@@ -270,7 +270,6 @@ def test_siblings_keep_their_heads_and_are_evaluated_as_squad_does(
 ) -> None:
     case = in_windows(case) if is_long else case
     limit = case.spec().max_length
-    case.require_refit(method)
     models = case.evaluated(metric, f"-{rows}")
     spec = merge_spec(tmp_path / "out", models, {"name": method}, evaluate=True, align_heads=True)
     result = engine.merge(spec, silent)

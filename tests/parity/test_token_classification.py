@@ -153,7 +153,6 @@ def test_taggers_of_other_labels_keep_their_heads_and_are_evaluated(
     case: Siblings, engine: Engine, tmp_path: Path, method: str
 ) -> None:
     """The metric is scikit-learn's, of the published model as transformers runs it."""
-    case.require_refit(method)
     models = case.evaluated("accuracy")
     result = engine.merge(merge_spec(tmp_path / "out", models, {"name": method}, evaluate=True), silent)
     assert result.metrics is not None

@@ -35,6 +35,8 @@ from worker.engine.tasks import HeadKind
 
 RIDGE = 1e-4  # share of the mean diagonal entry: directions that no input spans stay as they are
 ORDER = (*LAYER_INPUTS, Kind.POOLER)
+TURNS = 2  # of the groups of a layer that is run several times; later ones gained next to nothing
+LEAST_SHARE = 1 / 8  # of a step there
 SUMS_BYTES = 500_000_000  # of sums over tokens that are held at once, for experts
 PRODUCT_TOKENS = 4096  # multiplied at once, so that adding to the sums takes little of the time
 LEAST_COLUMNS = 128  # of a run in which half of a symmetric product is computed
@@ -165,8 +167,7 @@ def align_layers(
     Raises:
         NumericalError: an input or an output is NaN or infinite; the message names the row.
     """
-    by_layer = groupby(linear_groups(plan), key=lambda group: group.layer)
-    family = required_family(plan)
+    groups, family = linear_groups(plan), required_family(plan)
     places = {tensor.slot.name: tensor.place for tensor in plan.backbone}
 
     def settings(module: str) -> _Settings:
@@ -177,20 +178,68 @@ def align_layers(
     keeping = most_tokens_kept(family.size(plan.checkpoints[0].config, "hidden"))
     changes: dict[str, Tensor] = {}
     with torch.inference_mode(), ExitStack() as stack:
+        comparison_of = _SharedComparison if family.shares_layers else _Comparison
         comparisons: list[_Comparison] = []
         for expert in experts:
-            comparisons.append(_Comparison(expert, merged, stacks_of(plan), precision, keeping))
+            comparisons.append(comparison_of(expert, merged, stacks_of(plan), precision, keeping))
             keeping -= comparisons[-1].tokens_kept
         for expert in experts:  # the merge's state changes from layer to layer
             stack.enter_context(rounded_weights(expert.loaded.model, precision))
-        for layer, of_layer in by_layer:
-            groups = list(of_layer)
+        if family.shares_layers:
+            return _align_shared(groups, comparisons, merged, settings, on_group)
+        for layer, alike in groupby(groups, key=lambda group: group.layer):
+            of_layer = list(alike)
             for comparison in comparisons:
-                comparison.enter(layer, groups)
-            for at_once in _at_once(groups, merged):
+                comparison.enter(layer, of_layer)
+            for at_once in _at_once(of_layer, merged):
                 changes |= _refit(at_once, comparisons, merged, settings)
                 for _ in at_once:
                     on_group()
+    return changes
+
+
+def _align_shared(
+    groups: Sequence[LinearGroup],
+    comparisons: Sequence["_Comparison"],
+    merged: nn.Module,
+    settings: Callable[[str], "_Settings"],
+    on_group: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Refit a layer that is run several times, as `align_layers`: the groups take turns, each for all of its uses.
+
+    A step changes what all later uses read too, and so may lead away from the experts. It is halved until the layer's
+    residual sums are nearer to theirs than before, and in the end left out.
+    """
+    of_layer = [group for group in groups if group.layer is not None]
+    last = of_layer[-1]
+    lambdas = settings(last.modules[0]).lambdas
+
+    def distance() -> float:
+        """Return the mean square of what the sums are off, over tokens and uses, by the models' weights."""
+        return sum(share * comparison.distance(last) for share, comparison in zip(lambdas, comparisons, strict=True))
+
+    changes: dict[str, Tensor] = {}
+    nearest = distance()
+    for turn in range(TURNS):
+        before = nearest
+        for group in of_layer:
+            step, taken = _refit([group], comparisons, merged, settings), 1.0
+            while (found := distance()) >= nearest and taken:
+                less = taken / 2 if taken > LEAST_SHARE else 0.0
+                for name, change in step.items():
+                    parameter = merged.get_parameter(name)
+                    parameter.add_(change.to(parameter.device), alpha=less - taken)
+                taken = less
+            nearest = min(found, nearest)
+            for name, change in step.items() if taken else ():
+                changes[name] = changes.get(name, torch.zeros(())) + taken * change
+            if not turn:
+                on_group()
+        if nearest == before:
+            break
+    for group in groups[len(of_layer) :]:
+        changes |= _refit([group], comparisons, merged, settings)
+        on_group()
     return changes
 
 
@@ -441,16 +490,27 @@ class _Comparison:
                     theirs = self._theirs.read_by_expert(group, self._routed[number][ours.places])
                     theirs = theirs if by_inputs else self._theirs.outputs(group, theirs)
                 e = theirs - (ours.x if by_inputs else ours.outputs())
-                finite = torch.isfinite(ours.x.sum(-1) + e.sum(-1))  # NaN and infinity stay in a sum
-                if not bool(finite.all()):
-                    row = int(_counted(batch, group).nonzero()[ours.places[~finite]][0, 0])
-                    raise not_finite(
-                        f"what {group.input} reads or gives", batch.places[batch.row_of(row)], self.expert.source
-                    )
+                self._check_finite(group, batch, ours.places, ours.x, e)
                 found.append((ours.x, e))
             if number not in self._kept:
                 self._routed.pop(number, None)
             yield found
+
+    def _check_finite(self, group: LinearGroup, batch: Batch, places: Tensor, x: Tensor, e: Tensor) -> None:
+        """Raise NumericalError, which names the row, where a token at one of `places` is NaN or infinite."""
+        finite = torch.isfinite(x.sum(-1) + e.sum(-1))  # NaN and infinity stay in a sum
+        if not bool(finite.all()):
+            row = int(_counted(batch, group).nonzero()[places[~finite]][0, 0])
+            what = f"what {group.input} reads or gives"
+            raise not_finite(what, batch.places[batch.row_of(row)], self.expert.source)
+
+    def distance(self, group: LinearGroup) -> float:
+        """Return the mean square of what is off in a group of `samples`, over tokens."""
+        sums, tokens = 0.0, 0
+        for [(_, e)] in self.samples([group]):
+            sums += float(e.square().sum(dtype=torch.float64))
+            tokens += len(e)
+        return sums / tokens
 
     def products(self, groups: Sequence[LinearGroup]) -> list[tuple[Tensor, Tensor]]:
         """Sum `x x^T` and `e x^T` over all rows: (width + 1, width + 1) and (outputs, width + 1), float64, by group.
@@ -479,6 +539,26 @@ class _Comparison:
         """Return whether the difference of inputs stands for that of outputs, because it is narrower."""
         shapes = [_matrix(self._merged, module, module in group.transposed).shape for module in group.modules]
         return not group.is_added and sum(outputs for outputs, _ in shapes) > shapes[0][1]
+
+
+class _SharedComparison(_Comparison):
+    """A comparison of models that run one layer several times. A group's tokens are those of all uses."""
+
+    def samples(self, groups: Sequence[LinearGroup]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield inputs and what is off, as `_Comparison.samples`, of one group."""
+        [group] = groups
+        for number, batch in enumerate(self._batches):
+            ours, theirs = (run.read_in_all_uses(number, group) for run in (self._ours, self._theirs))
+            x = ours[group.reader]
+            if group.norm:
+                e = theirs[group.norm] - ours[group.norm]
+            elif self._is_by_inputs(group):
+                e = theirs[group.reader] - x
+            else:
+                e = self._theirs.outputs(group, theirs[group.reader]) - self._ours.outputs(group, x)
+            tokens = int(_counted(batch, group).sum())
+            self._check_finite(group, batch, torch.arange(len(x), device=x.device) % tokens, x, e)
+            yield [(x, e)]
 
 
 @dataclass(frozen=True)
@@ -659,6 +739,26 @@ class _Run:
                 weight = _matrix(self._model, module, module in group.transposed)
                 found.append(linear(x, weight, _bias(self._model, module)).float())
         return torch.cat(found, dim=-1)
+
+    def read_in_all_uses(self, number: int, group: LinearGroup) -> dict[str, Tensor]:
+        """Return what the reader and the norm of a group read in a pass of the whole model, one use after another.
+
+        These are (uses * tokens, width), float32, without padding, by path.
+        """
+        counted = _counted(self._batches[number], group)
+        seen: dict[str, list[Tensor]] = {path: [] for path in (group.reader, group.norm) if path}
+
+        def keep(path: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[path].append(_selected(args[0], counted)[0])
+
+        handles = [self._model.get_submodule(path).register_forward_pre_hook(partial(keep, path)) for path in seen]
+        try:
+            with self._computing():
+                self._model(**self._kind.arguments(self._batches[number].inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {path: torch.cat(uses) for path, uses in seen.items()}
 
     def read_by_expert(self, group: LinearGroup, x: Tensor) -> Tensor:
         """Return what a group of an expert reads, (tokens, width), where the expert reads x."""

@@ -109,10 +109,10 @@ def misfit(method: BaseParameters, family: Family | None) -> str | None:
         return f"{method.name} takes linear layers from a table, and this architecture has none" if tells else None
     if not method.refits_layers:
         return None
-    if family.shares_layers:
-        return f"{method.name} fits one layer after another, and the layers of this architecture are one"
     if all(one.refits_every_form for one in method.methods if one.refits_layers):
         return None
+    if family.shares_layers:
+        return f"{method.name} fits one layer after another, and the layers of this architecture are one"
     if family.decoder is not None:
         return f"{method.name} fits one layer after another, and this architecture has an encoder and a decoder"
     if family.stacked:
