@@ -366,7 +366,8 @@ def run(bench: Bench, methods: Sequence[str], wanted: Sequence[Combination]) -> 
             known = METHODS[name].parameters.model_fields
             given = {"examples": asked.rows, "precision": asked.precision} if "examples" in known else {}
             merges[tasks][name] = bench.of_merge(METHOD.validate_python({"name": name, **given}), tasks)
-            console.print(f"{', '.join(tasks)}: {name}, {time.monotonic() - start:.0f} s", highlight=False)
+            told = ", ".join(f"{report.accuracy(merges[tasks][name], [task]):.3f}" for task in tasks)
+            console.print(f"{', '.join(tasks)}: {name}, {told}, {time.monotonic() - start:.0f} s", highlight=False)
         if asked.trials:
             start = time.monotonic()
             chosen, merges[tasks]["auto"] = bench.of_auto(tasks)
