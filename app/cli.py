@@ -1,4 +1,4 @@
-"""The command line: `maskmerge serve | api | worker | merge | download | settings`."""
+"""The command line: `maskmerge serve | api | worker | merge | download | keys | settings`."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from app import cli_keys
 from app.contracts.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _Stop as stop:
         print(f"maskmerge: {stop}", file=sys.stderr)
         return stop.status
-    given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
+    known = Settings.model_fields.keys()
+    given = {name: value for name, value in vars(options).items() if name in known and value is not None}
     try:
         settings = Settings(**given)
     except ValidationError as error:
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if options.command == "keys":
+        return cli_keys.run(options, settings)
     command = {"serve": _serve, "api": _api, "worker": _worker, "settings": _settings}[options.command]
     return command(settings)
 
@@ -72,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the artifact")
     for client in (merge, download):
         client.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is; default: %(default)s")
+    for keys in cli_keys.add_parser(commands):
+        _add(keys, "--data-dir", type=Path, metavar="DIR", help="folder of everything that must survive")
     commands.add_parser("settings", help="every setting with its value and meaning")
     return parser
 
@@ -83,7 +89,8 @@ def _add(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
 
 def _serve(settings: Settings) -> int:
     from app.embedded_redis import NoRedisServer
-    from app.supervisor import DataDirInUse, Supervisor
+    from app.storage.data_folder import DataDirInUse
+    from app.supervisor import Supervisor
 
     try:
         return Supervisor(settings).run()

@@ -48,10 +48,13 @@ class Client:
 
     Args:
         base_url: URL of the service, as `http://127.0.0.1:8000`.
+        api_key: key to send with each request; that of the variable MASKMERGE_API_KEY when None, if it is set.
     """
 
-    def __init__(self, base_url: str, timeout_s: float = 30) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s)
+    def __init__(self, base_url: str, timeout_s: float = 30, api_key: str | None = None) -> None:
+        key = os.environ.get("MASKMERGE_API_KEY") if api_key is None else api_key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=headers)
 
     def __enter__(self) -> "Client":
         return self

@@ -2,14 +2,27 @@
 
 import importlib.util
 import os
+import re
 import secrets
 import shutil
+import subprocess
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from redis import Redis
+from redis.exceptions import RedisError
+
+from app.contracts.lifetime import die_with_parent
+from app.storage.data_folder import lock
+
 MAX_SOCKET_PATH = 100  # the kernel takes 107 bytes
 SOCKET = "redis.sock"
+CONFIGURATION_FILE = "redis.conf"
+START_S = 60  # a long append-only file takes so long to read
 
 CONFIGURATION = """\
 port 0
@@ -63,7 +76,7 @@ class EmbeddedRedis:
             socket = self._temporary / SOCKET
         self.socket = socket
         self._password = secrets.token_urlsafe(32)
-        configuration = directory / "redis.conf"
+        configuration = directory / CONFIGURATION_FILE
         configuration.touch(mode=0o600)
         configuration.write_text(
             CONFIGURATION.format(socket=_quoted(socket), password=self._password, directory=_quoted(directory))
@@ -72,11 +85,84 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
-        return f"unix://{quote(str(self.socket))}?password={self._password}"
+        return _url(str(self.socket), self._password)
 
     def clean(self) -> None:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def wait_for(
+    server: EmbeddedRedis, process: "subprocess.Popen[bytes] | None", is_stopping: Callable[[], bool] = lambda: False
+) -> None:
+    """Wait until a server that was started answers. Raises OSError when it does not."""
+    deadline = time.monotonic() + START_S
+    with Redis.from_url(server.url) as client:
+        while not is_stopping():
+            try:
+                client.ping()
+                return
+            except RedisError:
+                if time.monotonic() > deadline or (process and process.poll() is not None):
+                    raise OSError("the embedded Redis does not start; its messages are above") from None
+                time.sleep(0.02)
+
+
+@contextmanager
+def opened(data_dir: Path) -> Iterator[str]:
+    """Yield the URL of the data folder's Redis: the one that runs, or one that runs while in context.
+
+    Raises:
+        DataDirInUse, NoRedisServer, OSError: none runs, and none can be started.
+    """
+    running = _running(data_dir)
+    if running is not None:
+        yield running
+        return
+    data_dir.mkdir(parents=True, exist_ok=True)
+    held = lock(data_dir, wait_s=0)
+    try:
+        server = EmbeddedRedis(data_dir)
+        parent = os.getpid()
+        process = subprocess.Popen(
+            server.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[held],
+            preexec_fn=lambda: die_with_parent(parent),
+        )
+        try:
+            wait_for(server, process)
+            yield server.url
+        finally:
+            process.terminate()
+            process.wait()
+            server.clean()
+    finally:
+        os.close(held)
+
+
+def _running(data_dir: Path) -> str | None:
+    """Return the URL of the server that its configuration in the data folder names; None when it does not answer."""
+    try:
+        text = (data_dir.resolve() / "redis" / CONFIGURATION_FILE).read_text()
+    except FileNotFoundError:
+        return None
+    socket = re.search(r'^unixsocket "(.*)"$', text, re.MULTILINE)
+    password = re.search(r"^requirepass (\S+)$", text, re.MULTILINE)
+    if socket is None or password is None:
+        return None
+    url = _url(re.sub(r"\\(.)", r"\1", socket[1]), password[1])
+    try:
+        with Redis.from_url(url) as client:
+            client.ping()
+    except RedisError:
+        return None
+    return url
+
+
+def _url(socket: str, password: str) -> str:
+    return f"unix://{quote(socket)}?password={password}"
 
 
 def _quoted(path: Path) -> str:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, docs, errors, events, health, jobs, merges, methods, scores
+from app.api import artifacts, docs, errors, events, health, jobs, keys, merges, methods, scores
 from app.api.body_limit import BodyLimit
 from app.api.head import HeadAsGet
 from app.api.hosts import OwnHosts
@@ -47,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
     app.add_middleware(HeadAsGet)
     app.add_middleware(OwnHosts, names=(settings.host, *settings.allowed_hosts))  # the last one added comes first
-    for module in (merges, scores, jobs, events, artifacts, methods, health, docs):
+    for module in (merges, scores, jobs, events, artifacts, methods, keys, health, docs):
         app.include_router(module.router)
     errors.install(app)
     return app

@@ -5,11 +5,13 @@ import json
 import resource
 import socket
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import h11
 import uvicorn
+from redis.exceptions import RedisError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
@@ -30,6 +32,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, settings: Settings) -> None:
         app = create_app(settings)
+        with suppress(RedisError):  # while Redis is away, so is the answer to who has a key
+            app.state.services.api_keys.require(settings)
         self._watcher = app.state.services.watcher
         allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if allowed < FILES:

@@ -1,6 +1,5 @@
 """`maskmerge serve` runs Redis, API and workers as children of one process, which restarts them and stops them all."""
 
-import fcntl
 import logging
 import os
 import signal
@@ -8,32 +7,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import httpx
 from redis import Redis
-from redis.exceptions import RedisError
 
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
-from app.embedded_redis import EmbeddedRedis
+from app.embedded_redis import EmbeddedRedis, wait_for
+from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
+from app.storage.data_folder import lock
 
 TICK_S = 0.1
-LOCK_WAIT_S = 15  # children of a killed supervisor are gone within a moment
-REDIS_START_S = 60  # a long append-only file takes so long to read
 STOP_S = 15  # time that a child has before it is killed
 LONGEST_BACKOFF_S = 10.0
 STEADY_S = 30.0  # a child that ran for so long starts again at once
 
 logger = logging.getLogger("maskmerge")
-
-
-class DataDirInUse(Exception):
-    pass
 
 
 @dataclass
@@ -73,9 +66,11 @@ class Supervisor:
         data_dir = self._settings.data_dir.resolve()
         open_artifacts(self._settings.artifact_store, data_dir)  # if there is none, no child can start
         data_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(data_dir / "lock", lambda: self._stopping)
+        self._lock = lock(data_dir, lambda: self._stopping)
         try:
             url = self._start_redis(data_dir)
+            with Redis.from_url(url, decode_responses=True) as redis:
+                ApiKeys(redis, self._settings.prefix).require(self._settings)
             environment = self._environment(url, data_dir)
             self._children.append(Child("api", [sys.executable, "-m", "app.cli", "api"]))
             for number in range(1, self._settings.workers + 1):
@@ -96,16 +91,7 @@ class Supervisor:
         child = Child("redis", self._redis.command)
         self._children.append(child)
         self._spawn(child, dict(os.environ))
-        with Redis.from_url(self._redis.url) as client:
-            deadline = time.monotonic() + REDIS_START_S
-            while not self._stopping:
-                try:
-                    client.ping()
-                    break
-                except RedisError:
-                    if time.monotonic() > deadline or (child.process and child.process.poll() is not None):
-                        raise OSError("the embedded Redis does not start; its messages are above") from None
-                    time.sleep(0.02)
+        wait_for(self._redis, child.process, lambda: self._stopping)
         return self._redis.url
 
     def _environment(self, redis_url: str, data_dir: Path) -> dict[str, str]:
@@ -196,20 +182,3 @@ def _check_free(host: str, port: int) -> None:
             raise OSError(
                 f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
             ) from error
-
-
-def _lock(path: Path, is_stopping: Callable[[], bool]) -> int:
-    """Take an exclusive lock on the data folder. It is held while the returned descriptor is open anywhere."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if is_stopping() or time.monotonic() > deadline:
-                os.close(descriptor)
-                raise DataDirInUse(
-                    f"{path.parent} is in use by another maskmerge; stop it or use another folder"
-                ) from None
-            time.sleep(TICK_S)

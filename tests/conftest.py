@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import psutil
@@ -27,6 +27,7 @@ from worker.engine.catalog.contracts.report import MergeResult, Timings
 
 REPOSITORY = Path(__file__).parent.parent
 BASE_URL = "http://localhost"  # of clients that call the app without a socket; it refuses other hosts
+HERE = ("127.0.0.1", 50000)  # address of such clients: without keys, this machine alone is answered
 HANGS_S = 300.0  # what no machine takes, however slow and busy, to do what a test waits for
 RESULT = MergeResult(
     models=[],
@@ -103,6 +104,7 @@ class Service:
     inputs: Path
     port: int
     environment: dict[str, str] = field(default_factory=dict)
+    key: str = ""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -111,7 +113,8 @@ class Service:
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=HANGS_S)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, timeout=HANGS_S, headers=headers)
 
     @property
     def log(self) -> str:
@@ -306,7 +309,19 @@ def measured_anew(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def assert_problem(response: httpx.Response, status: int, code: str) -> None:
+class Answer(Protocol):
+    """A response, of whichever client."""
+
+    @property
+    def status_code(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def text(self) -> str: ...
+    def json(self) -> Any: ...
+
+
+def assert_problem(response: Answer, status: int, code: str) -> None:
     """Every refusal has one shape (RFC 9457)."""
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/problem+json"

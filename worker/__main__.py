@@ -22,7 +22,7 @@ from rq.serializers import JSONSerializer
 from app.contracts.jobs import Attempt, Outcome, Status, TaskId
 from app.contracts.settings import Settings
 from app.storage.artifacts import open_artifacts
-from app.storage.artifacts.store import artifact_name
+from app.storage.artifacts.store import ArtifactStore, artifact_name
 from app.storage.connection import connect, connect_for_rq
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -30,11 +30,11 @@ from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
 from app.storage.sources.source import SourceContext
+from app.storage.tenants import roots_of, statistics_of, statistics_of_others
 from worker.engine.catalog.contracts.spec import StoreSpec
-from worker.engine.catalog.contracts.statistics import FOLDER
 from worker.engine.catalog.primitives.paths import hide
 from worker.engine_process import EngineProcess
-from worker.tasks import REDIS_RETRY_S, Storage, TaskRunner
+from worker.tasks import REDIS_RETRY_S, Storage, TaskRunner, TenantStorage
 
 BEAT_S = 2.0
 LOOK_S = 2  # a worker without a job looks after its engine this often
@@ -131,7 +131,7 @@ def run(settings: Settings) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
-    hide(*settings.local_roots, settings.data_dir)
+    hide(*settings.hidden_folders)
     url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     store = JobStore(connect(url, patience=3), settings.prefix, settings.lease_seconds, settings.max_losses)
@@ -151,9 +151,7 @@ def run(settings: Settings) -> int:
         job_class=job_class(functions),
         worker_ttl=60,
     )
-    sources = Sources(SourceContext(settings.local_roots, settings.data_dir, artifacts, store.records.outcome))
-    statistics = StoreSpec(folder=settings.data_dir.resolve() / FOLDER, max_bytes=settings.max_statistics_bytes)
-    storage = Storage(store, sources, artifacts, searches, statistics)
+    storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, searches)
     runner = TaskRunner(name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping)
     functions.update(runner.functions)
     engine.start()
@@ -174,6 +172,17 @@ def run(settings: Settings) -> int:
         engine.kill()
         store.workers.sign_off(name)
     return 0 if worker.is_stopping else 1
+
+
+def _of_tenant(settings: Settings, store: JobStore, artifacts: ArtifactStore, tenant: str) -> TenantStorage:
+    """Return where a tenant's jobs read their inputs, and keep statistics."""
+    roots, outcome = roots_of(settings.local_roots, tenant), partial(store.records.outcome, tenant=tenant)
+    statistics = StoreSpec(
+        folder=statistics_of(settings.data_dir, tenant),
+        max_bytes=settings.max_statistics_bytes,
+        others=statistics_of_others(settings.data_dir, tenant),
+    )
+    return TenantStorage(Sources(SourceContext(roots, settings.data_dir, artifacts, outcome)), statistics)
 
 
 def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> bool:

@@ -388,6 +388,6 @@ if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
     _open_as_many_files_as_allowed()
     configured = Settings()
-    hide(*configured.local_roots, configured.data_dir)
+    hide(*configured.hidden_folders)
     logging.basicConfig(level=configured.log_level, stream=sys.stderr)
     serve(sys.stdin.buffer, int(sys.argv[2]))

@@ -74,14 +74,21 @@ class Unwanted(Exception):
 
 
 @dataclass(frozen=True)
+class TenantStorage:
+    """Where the jobs of one tenant find their inputs, and keep statistics."""
+
+    sources: Sources
+    statistics: StoreSpec
+
+
+@dataclass(frozen=True)
 class Storage:
     """Everything that a worker reads and writes, except what its engine reads and writes."""
 
     store: JobStore
-    sources: Sources
+    of_tenant: Callable[[str], TenantStorage]
     artifacts: ArtifactStore
     searches: SearchFolder
-    statistics: StoreSpec
 
 
 class TaskRunner:
@@ -103,10 +110,9 @@ class TaskRunner:
     ) -> None:
         self._worker = worker
         self._store = storage.store
-        self._sources = storage.sources
+        self._of_tenant = storage.of_tenant
         self._artifacts = storage.artifacts
         self._searches = storage.searches
-        self._statistics = storage.statistics
         self._engine = engine
         self._renew_interval = min(storage.store.tasks.lease_seconds / 4, LONGEST_RENEWAL_S)
         self._max_engine_bytes = max_engine_bytes
@@ -303,8 +309,9 @@ class TaskRunner:
 
     def _spec(self, record: Record, folder: Path, attempt: Attempt) -> MergeSpec | ScoreSpec:
         """Make the engine's input, and fetch everything that the engine does not fetch itself."""
-        inputs = _Inputs(record, partial(self._fetch, attempt))
-        common = {"name": record.name, "recipe": record.request, "folder": folder, "store": self._statistics}
+        own = self._of_tenant(record.tenant)
+        inputs = _Inputs(record, partial(self._fetch, attempt, own.sources))
+        common = {"name": record.name, "recipe": record.request, "folder": folder, "store": own.statistics}
         if record.kind is JobKind.SCORES:
             wanted = ScoreRequest.model_validate(record.request)
             models = [inputs.model(model) for model in wanted.models]
@@ -324,7 +331,9 @@ class TaskRunner:
             }
         )
 
-    def _fetch(self, attempt: Attempt, reference: str, kind: InputKind, state: str | None) -> FetchedInput:
+    def _fetch(
+        self, attempt: Attempt, sources: Sources, reference: str, kind: InputKind, state: str | None
+    ) -> FetchedInput:
         """Fetch an input while the lease is kept.
 
         Raises:
@@ -347,7 +356,7 @@ class TaskRunner:
                     raise Unwanted(status)
 
         try:
-            return self._insist(lambda: self._sources.fetch(reference, kind, state, on_bytes))
+            return self._insist(lambda: sources.fetch(reference, kind, state, on_bytes))
         except SourceUnavailable as error:
             raise StorageError(f"{error}; try again", source=reference) from error
         except ReferenceError as error:

@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
 
 from app.api.conditional import PreconditionsOf, not_modified
-from app.api.dependencies import RecordOf, ServicesOf, get_record
+from app.api.dependencies import RecordOf, ServicesOf, read_again
 from app.api.files import ArchiveResponse, held_open, media_type, serve
 from app.api.openapi import NOT_MODIFIED, RANGES, Responses, file_responses, headers
 from app.api.strict_route import StrictRoute
@@ -131,7 +131,7 @@ def _intact(record: Record, services: Services) -> Iterator[str]:
     try:
         yield record.artifact
     except (FileNotFoundError, Damaged) as error:
-        get_record(record.id, services)
+        read_again(record, services)
         if isinstance(error, FileNotFoundError):
             detail = f"the artifact of job {record.id} is gone from the data folder"
             raise ProblemError(Problem.NOT_FOUND, detail) from error

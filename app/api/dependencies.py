@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
+from app.contracts.api_keys import Caller
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, absence
 from app.services.composition import Services
@@ -18,16 +19,35 @@ ServicesOf = Annotated[Services, Depends(get_services)]
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{28}$", description="A job's id")]
 
 
-def get_record(job_id: JobId, services: ServicesOf) -> Record:
-    record = services.store.records.get(job_id)
-    if record is None:
-        raise no_job(job_id, services)
-    return record
+def get_caller(request: Request) -> Caller:
+    """Return who sends the request, as its route has found out; see `StrictRoute`."""
+    caller: Caller = request.state.caller
+    return caller
 
 
-def no_job(job_id: str, services: Services) -> ProblemError:
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+def get_record(job_id: JobId, services: ServicesOf, caller: CallerOf) -> Record:
+    """Return a job of the caller's tenant. Raises ProblemError: for the caller, there are no others."""
+    return _record(job_id, caller.tenant, services)
+
+
+def read_again(record: Record, services: Services) -> Record:
+    """Return a job as it is now. Raises ProblemError when it is gone."""
+    return _record(record.id, record.tenant, services)
+
+
+def no_job(job_id: str, tenant: str, services: Services) -> ProblemError:
     """Return the problem for a job that is not there: it says why the job is gone, or that there never was one."""
-    return ProblemError(Problem.NOT_FOUND, absence(job_id, services.store.records.gone(job_id)))
+    return ProblemError(Problem.NOT_FOUND, absence(job_id, services.store.records.gone(job_id, tenant)))
+
+
+def _record(job_id: str, tenant: str, services: Services) -> Record:
+    record = services.store.records.get(job_id)
+    if record is None or record.tenant != tenant:
+        raise no_job(job_id, tenant, services)
+    return record
 
 
 RecordOf = Annotated[Record, Depends(get_record)]

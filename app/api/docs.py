@@ -10,11 +10,11 @@ from fastapi.responses import HTMLResponse
 
 from app.api.conditional import PreconditionsOf
 from app.api.files import held_open, serve
-from app.api.strict_route import StrictRoute
+from app.api.strict_route import PublicRoute
 from app.contracts.errors import Problem, ProblemError
 from app.storage.files import LocalFile
 
-router = APIRouter(route_class=StrictRoute, include_in_schema=False)
+router = APIRouter(route_class=PublicRoute, include_in_schema=False)
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"  # Swagger UI; nothing else of the package is used
 SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null});'

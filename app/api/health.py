@@ -3,10 +3,10 @@ from pydantic import BaseModel
 from redis.exceptions import RedisError
 
 from app.api.dependencies import ServicesOf
-from app.api.strict_route import StrictRoute
+from app.api.strict_route import PublicRoute
 from app.contracts.errors import FieldError, Problem, ProblemError
 
-router = APIRouter(tags=["health"], route_class=StrictRoute)
+router = APIRouter(tags=["health"], route_class=PublicRoute)
 
 
 class Health(BaseModel):

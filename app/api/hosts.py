@@ -1,8 +1,9 @@
 """Requests that name another host, and changes that another site's page asks for, are refused before anything else.
 
-The service has no passwords, and listens where browsers of its users reach it. A page from anywhere can send it
-requests, and can have its own name point to this address, after which the browser takes the answers for the page's own.
-What pages cannot change is what browsers say of a request: the name that it goes to, and the page that it comes from.
+Without keys the service asks nobody who they are, and it listens where browsers of its users reach it. A page from
+anywhere can send it requests, and can have its own name point to this address, after which the browser takes the
+answers for the page's own. What pages cannot change is what browsers say of a request: the name that it goes to, and
+the page that it comes from.
 """
 
 import re

@@ -6,7 +6,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.conditional import PreconditionsOf, not_modified
-from app.api.dependencies import RecordOf, ServicesOf, get_record, no_job
+from app.api.dependencies import CallerOf, RecordOf, ServicesOf, no_job, read_again
 from app.api.openapi import ETAG, NOT_MODIFIED, headers
 from app.api.paging import Limit
 from app.api.prefer import Wait, applied
@@ -32,6 +32,7 @@ class JobPage(BaseModel):
 @router.get("/jobs")
 def list_jobs(
     services: ServicesOf,
+    caller: CallerOf,
     status: Annotated[Status | None, Query(description="Only jobs in this state")] = None,
     label: Annotated[list[Label] | None, Query(description="Only jobs with this label; repeatable")] = None,
     limit: Limit = 20,
@@ -39,7 +40,7 @@ def list_jobs(
 ) -> JobPage:
     """List jobs, newest first, in short: without their requests, and without the candidates and trials of a search."""
     labels = [_label(text) for text in label or ()]
-    found = list(islice(services.store.records.newest(after, status, labels), limit + 1))
+    found = list(islice(services.store.records.newest(after, status, labels, caller.tenant), limit + 1))
     page = found[:limit]
     return JobPage(data=[job.public() for job in page], next=page[-1].id if len(found) > limit else None)
 
@@ -60,7 +61,7 @@ async def get_job(
     is_known = preconditions.is_current(_etag(record))
     if wait is not None and (is_known or (not preconditions.names_known and not record.status.is_final)):
         await services.watcher.change(record.id, record.revision, wait)
-        record = await run_in_threadpool(get_record, record.id, services)
+        record = await run_in_threadpool(read_again, record, services)
     etag = _etag(record)
     if preconditions.is_current(etag):
         return not_modified(etag, applied(wait))
@@ -77,7 +78,7 @@ def cancel(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
         services.searches.remove(record.id)
     if status in (Status.SUCCEEDED, Status.FAILED):
         raise ProblemError(Problem.CONFLICT, f"job {record.id} has {status.value} already")
-    return get_record(record.id, services).public()
+    return read_again(record, services).public()
 
 
 @router.post("/jobs/{job_id}/retry", status_code=202)
@@ -87,7 +88,7 @@ def retry(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf
     if not services.jobs.retry(record.id):
         detail = f"job {record.id} is {record.status.value}; only a failed or cancelled job can be tried again"
         raise ProblemError(Problem.CONFLICT, detail)
-    return get_record(record.id, services).public()
+    return read_again(record, services).public()
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
@@ -99,10 +100,10 @@ def delete(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
     preconditions.check(_etag(record))
     deleted = services.store.records.delete(record.id)
     if deleted is Deleted.NOT_ENDED:
-        current = get_record(record.id, services)
+        current = read_again(record, services)
         raise ProblemError(Problem.CONFLICT, f"job {record.id} is {current.status.value}; cancel it first")
     if deleted is Deleted.NO_SUCH_JOB:
-        raise no_job(record.id, services)
+        raise no_job(record.id, record.tenant, services)
     # The record went first, so that no reader finds one without its artifact; what a crash leaves is swept.
     if record.artifact is not None:
         services.artifacts.remove(record.artifact)

@@ -2,7 +2,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Response
 
-from app.api.dependencies import ServicesOf
+from app.api.dependencies import CallerOf, ServicesOf
 from app.api.openapi import ACCEPTED
 from app.api.prefer import Wait
 from app.api.submitting import IdempotencyKey, submitted
@@ -32,7 +32,12 @@ MergeBody = Annotated[MergeRequest, Body(openapi_examples=EXAMPLES)]
 
 @router.post("/merge", status_code=202, responses=ACCEPTED, openapi_extra=YAML_BODY)
 async def merge(
-    body: MergeBody, response: Response, services: ServicesOf, wait: Wait, idempotency_key: IdempotencyKey = None
+    body: MergeBody,
+    response: Response,
+    services: ServicesOf,
+    caller: CallerOf,
+    wait: Wait,
+    idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Queue a merge. The answer is the job; `Location` is where to watch it.
 
@@ -40,10 +45,10 @@ async def merge(
 
     `Prefer: wait=N` waits up to N (at most 60) seconds for the job's end; the status is 202 then too.
     """
-    return await submitted(services, body, idempotency_key, wait, response)
+    return await submitted(services, body, caller.tenant, idempotency_key, wait, response)
 
 
 @router.post("/merge/validate", openapi_extra=YAML_BODY)
-async def validate(body: MergeBody, services: ServicesOf) -> Plan:
+async def validate(body: MergeBody, services: ServicesOf, caller: CallerOf) -> Plan:
     """Check everything that `POST /merge` checks, and say what the job would do. Nothing is queued."""
-    return await services.jobs.plan(body)
+    return await services.jobs.plan(body, caller.tenant)

@@ -2,10 +2,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app.api.strict_route import StrictRoute
+from app.api.strict_route import PublicRoute
 from worker.engine.catalog.methods import AUTO, METHODS
 
-router = APIRouter(tags=["methods"], route_class=StrictRoute)
+router = APIRouter(tags=["methods"], route_class=PublicRoute)
 
 
 @router.get("/methods")

@@ -7,6 +7,11 @@ from fastapi import FastAPI
 
 from app.contracts.errors import MEDIA_TYPE
 
+SCHEME = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "An API key, `mm_…`. While none was ever made, requests from this machine need none.",
+}
 Responses = dict[int | str, dict[str, Any]]
 
 NOTES = """Every refusal is a problem document (RFC 9457) with a stable `code`. HEAD is answered wherever GET is, with
@@ -69,7 +74,9 @@ class Api(FastAPI):
         if self.openapi_schema is None:
             document = super().openapi()
             document["info"]["description"] = NOTES
+            document["components"]["securitySchemes"] = {"key": SCHEME}
             for operation in _operations(document):
+                operation.setdefault("security", [{"key": []}])
                 for status, response in operation["responses"].items():
                     if status in ("4XX", "5XX"):  # they have the media type of the route's success else
                         schema = {"$ref": "#/components/schemas/ProblemBody"}

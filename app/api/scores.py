@@ -6,7 +6,7 @@ from fastapi.responses import FileResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from app.api.conditional import PreconditionsOf
-from app.api.dependencies import ServicesOf
+from app.api.dependencies import CallerOf, ServicesOf
 from app.api.files import ArchiveResponse, serve
 from app.api.openapi import ACCEPTED, RANGES, file_responses
 from app.api.paging import Limit
@@ -81,19 +81,25 @@ class ScoresPage(BaseModel):
 
 @router.post("/scores", status_code=202, responses=ACCEPTED)
 async def score(
-    body: ScoreBody, response: Response, services: ServicesOf, wait: Wait, idempotency_key: IdempotencyKey = None
+    body: ScoreBody,
+    response: Response,
+    services: ServicesOf,
+    caller: CallerOf,
+    wait: Wait,
+    idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Queue a job that computes a method's statistics of each model and keeps them; nothing is merged.
 
     Later jobs that need the same statistics, merges among them, find them. `Prefer: wait=N` waits up to N (at most 60)
     seconds for the job's end; the status is 202 then too.
     """
-    return await submitted(services, body, idempotency_key, wait, response)
+    return await submitted(services, body, caller.tenant, idempotency_key, wait, response)
 
 
 @router.get("/scores")
 def list_scores(
     services: ServicesOf,
+    caller: CallerOf,
     checkpoint: Annotated[
         str | None, Query(pattern=DIGEST, description="Only of the checkpoint with this digest")
     ] = None,
@@ -111,7 +117,7 @@ def list_scores(
         is_wanted = wanted is None or facts.checkpoint.removeprefix(PREFIX) == wanted
         return is_wanted and (statistic is None or facts.statistic == statistic)
 
-    matching = filter(matches, services.statistics.newest(after))
+    matching = filter(matches, services.statistics.of(caller.tenant).newest(after))
     present = ((kept, entry) for kept in matching if (entry := _entry(kept)) is not None)
     found = list(islice(present, limit + 1))
     page = found[:limit]
@@ -122,12 +128,13 @@ def list_scores(
 def get_scores(
     digest: Annotated[str, Path(pattern=DIGEST, description="A statistic's digest")],
     services: ServicesOf,
+    caller: CallerOf,
     preconditions: PreconditionsOf,
 ) -> Response:
     """Send a statistic's safetensors file, with ranges and a strong ETag, or its several files as a tar."""
     address = digest.removeprefix(PREFIX)
     try:
-        kept = services.statistics.get(address)
+        kept = services.statistics.of(caller.tenant).get(address)
         files, held = kept.open()
     except FileNotFoundError as error:
         raise ProblemError(Problem.NOT_FOUND, f"no statistic {address} is kept") from error

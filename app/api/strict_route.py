@@ -1,17 +1,20 @@
-"""Refuses requests that have unknown parts, or say a thing twice."""
+"""Refuses requests of callers who may not send them, that have unknown parts, or say a thing twice."""
 
 import re
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, get_args, get_origin
 
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from pydantic.fields import FieldInfo
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
-from starlette.types import Scope
+from starlette.types import Scope as AsgiScope
 
+from app.api.authentication import authenticate
+from app.contracts.api_keys import Scope
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.services.bodies import read_body
 from worker.engine.catalog.primitives.strict import did_you_mean, limit_hints
@@ -22,11 +25,17 @@ FEW_BYTES = 16_384  # JSON of this size is read within some milliseconds
 
 
 class StrictRoute(APIRoute):
-    """A route that takes the parameters that it declares, once each, and a JSON body if it declares one."""
+    """A route that takes the parameters that it declares, once each, and a JSON body if it declares one.
+
+    Its caller needs an API key, see `app.api.authentication`: GET needs the scope `read`, all else `write`, unless
+    `scope` names another.
+    """
 
     media_types: tuple[str, ...] = (JSON,)
+    scope: Scope | None = None
+    is_public = False
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+    def matches(self, scope: AsgiScope) -> tuple[Match, AsgiScope]:
         """Refuses a path that ends with a line feed, which the regular expressions of paths would match."""
         return (Match.NONE, {}) if scope["path"].endswith("\n") else super().matches(scope)
 
@@ -36,9 +45,12 @@ class StrictRoute(APIRoute):
         query = {alias: is_repeatable for kind, alias, is_repeatable in parameters if kind == "query"}
         once = [alias for kind, alias, is_repeatable in parameters if kind == "header" and not is_repeatable]
         has_body = self.body_field is not None
+        needed = self.scope or (Scope.READ if "GET" in (self.methods or ()) else Scope.WRITE)
 
         async def handler(request: Request) -> Response:
             limit_hints()
+            if not self.is_public:
+                request.state.caller = await run_in_threadpool(authenticate, request, needed)
             _check_query(request, query)
             for name in once:
                 if len(request.headers.getlist(name)) > 1:
@@ -80,6 +92,16 @@ class StrictRoute(APIRoute):
             detail = f"Content-Type is '{sent[:100]}'; send {' or '.join(self.media_types[:2])}, in UTF-8"
             raise ProblemError(Problem.UNSUPPORTED_MEDIA_TYPE, detail)
         return media_type
+
+
+class PublicRoute(StrictRoute):
+    """A route that anybody may call: it tells nothing of any tenant."""
+
+    is_public = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        options["openapi_extra"] = {**(options.get("openapi_extra") or {}), "security": []}
+        super().__init__(*arguments, **options)
 
 
 class _ReadRequest(Request):

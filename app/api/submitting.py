@@ -18,12 +18,13 @@ IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 async def submitted(
     services: Services,
     request: MergeRequest | ScoreRequest,
+    tenant: str,
     idempotency_key: str | None,
     wait: int | None,
     response: Response,
 ) -> Job:
     """Submit a request, wait for the job's end for at most `wait` seconds, and return it. Headers say where it is."""
-    record = await services.jobs.submit(request, idempotency_key)
+    record = await services.jobs.submit(request, tenant, idempotency_key)
     if wait is not None:
         with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise
             await services.watcher.end(record.id, record.revision, wait)

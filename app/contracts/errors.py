@@ -12,6 +12,8 @@ class Problem(Enum):
     """The kinds of problem. Each has a stable code, an HTTP status and a title."""
 
     MALFORMED = ("malformed", 400, "The request is malformed")
+    UNAUTHENTICATED = ("unauthenticated", 401, "The request has no valid API key")
+    INSUFFICIENT_SCOPE = ("insufficient_scope", 403, "The API key does not allow this")
     FOREIGN_ORIGIN = ("foreign_origin", 403, "The request comes from another site's page")
     NOT_FOUND = ("not_found", 404, "There is no such thing")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The route does not take this method")

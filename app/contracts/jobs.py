@@ -154,6 +154,7 @@ class RecordCore(BaseModel):
     """The fields that a job's record and its summary share, as they are stored."""
 
     id: str
+    tenant: str
     kind: JobKind
     name: str
     status: Status

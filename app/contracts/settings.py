@@ -28,7 +28,8 @@ class Settings(BaseSettings):
     artifact_store: str = "folder"
     """Store that keeps artifacts: `folder` keeps them in the data folder."""
     local_roots: Annotated[tuple[Path, ...], NoDecode] = ()
-    """Folders that `local:` references may name, separated by colons; searched in order."""
+    """Folders that `local:` references may name, separated by colons; searched in order. `{tenant}` in a path stands
+    for the name of the tenant whose key a request has, so that each tenant has a folder of its own."""
     host: str = "127.0.0.1"
     """Address that the API listens on."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
@@ -94,6 +95,11 @@ class Settings(BaseSettings):
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - listened on, but no place to connect to
         host = anywhere.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def hidden_folders(self) -> tuple[Path, ...]:
+        """Folders that no message may name: the data folder, and what all tenants' local roots have in common."""
+        return (*(Path(str(root).partition("{tenant}")[0]) for root in self.local_roots), self.data_dir)
 
     @property
     def prefix(self) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from app.contracts.settings import Settings
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
+from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.connection import connect_for_answers, connect_for_dispatching, connect_for_watching
@@ -13,7 +14,7 @@ from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
-from app.storage.statistics import StatisticsFolder
+from app.storage.statistics import StatisticsFolders
 from worker.engine.catalog.primitives.paths import hide
 
 WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
@@ -28,18 +29,20 @@ class Services:
     searches: SearchFolder
     inspectors: Inspectors
     jobs: Jobs
-    statistics: StatisticsFolder
+    statistics: StatisticsFolders
     reaper: Reaper
+    api_keys: ApiKeys
 
 
 def compose(settings: Settings) -> Services:
     """Make the services. Raises ValueError when no Redis is named, or no store of artifacts."""
     if settings.redis_url is None:
         raise ValueError("MASKMERGE_REDIS_URL is not set; set it, or use 'maskmerge serve', which brings its own Redis")
-    hide(*settings.local_roots, settings.data_dir)
+    hide(*settings.hidden_folders)
     url = settings.redis_url.get_secret_value()
+    redis = connect_for_answers(url)
     store = JobStore(
-        connect_for_answers(url),
+        redis,
         settings.prefix,
         settings.lease_seconds,
         settings.max_losses,
@@ -52,6 +55,17 @@ def compose(settings: Settings) -> Services:
     jobs = Jobs(store, queue, inspectors, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.prefix)
-    statistics = StatisticsFolder(settings.data_dir)
+    statistics = StatisticsFolders(settings.data_dir)
     searches = SearchFolder(settings.data_dir)
-    return Services(settings, store, watcher, artifacts, searches, inspectors, jobs, statistics, Reaper(store, queue))
+    return Services(
+        settings=settings,
+        store=store,
+        watcher=watcher,
+        artifacts=artifacts,
+        searches=searches,
+        inspectors=inspectors,
+        jobs=jobs,
+        statistics=statistics,
+        reaper=Reaper(store, queue),
+        api_keys=ApiKeys(redis, settings.prefix),
+    )

@@ -36,6 +36,7 @@ from app.services.checks import Accepted
 from app.storage.scratch import Scratch
 from app.storage.sources import is_remote
 from app.storage.sources.source import DEADLINE_S, REQUEST_TIMEOUT_S
+from app.storage.tenants import roots_of
 
 HUB_S = DEADLINE_S + REQUEST_TIMEOUT_S  # the hub's own deadline is looked at between two requests
 START_S = 60.0  # loading what checks need, on a machine that is busy
@@ -205,10 +206,13 @@ class Inspectors:
             self._process.wait()
         self._control = self._process = None
 
-    async def check(self, request: MergeRequest | ScoreRequest, jobs: Mapping[str, Outcome | Gone]) -> Accepted:
+    async def check(
+        self, request: MergeRequest | ScoreRequest, tenant: str, jobs: Mapping[str, Outcome | Gone]
+    ) -> Accepted:
         """Return the answer of `Checker.check`.
 
         Args:
+            tenant: whose local roots count.
             jobs: outcome of each job that the request names, or why it is gone.
 
         Raises:
@@ -221,7 +225,7 @@ class Inspectors:
                 inspection = Inspection(
                     kind=JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
                     request=request.model_dump(mode="json", exclude_unset=True),
-                    local_roots=self._local_roots,
+                    local_roots=roots_of(self._local_roots, tenant),
                     data_dir=self._data_dir,
                     artifact_store=self._artifact_store,
                     jobs=dict(jobs),

@@ -28,17 +28,17 @@ class Jobs:
         self._inspectors = inspectors
         self._idempotency_seconds = idempotency_seconds
 
-    async def submit(self, request: MergeRequest | ScoreRequest, idempotency_key: str | None) -> Record:
-        """Return the queued job, or the one that the same key made before.
+    async def submit(self, request: MergeRequest | ScoreRequest, tenant: str, idempotency_key: str | None) -> Record:
+        """Return the tenant's queued job, or the one that the same key made before.
 
         Raises:
             ProblemError: the recipe or an input is refused, or the key came with another body.
         """
         digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
-        created = await run_sync(self._store.records.remembered, idempotency_key or "", digest)
+        created = await run_sync(self._store.records.remembered, tenant, idempotency_key or "", digest)
         if created is None:
-            accepted = await self._check(request)
+            accepted = await self._check(request, tenant)
             job = NewJob(
                 accepted.request,
                 request.title,
@@ -46,6 +46,7 @@ class Jobs:
                 accepted.states,
                 JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
                 request.deadline_seconds,
+                tenant,
             )
             once = None
             if idempotency_key is not None:
@@ -79,16 +80,17 @@ class Jobs:
         except RedisError as error:  # the job is stored, so it is accepted; the reaper hands it over
             logger.warning("job %s waits for Redis: %s", task.job, error)
 
-    async def plan(self, request: MergeRequest) -> Plan:
-        """Return what the job would do. Raises ProblemError, as `submit`."""
-        plan = (await self._check(request)).plan
+    async def plan(self, request: MergeRequest, tenant: str) -> Plan:
+        """Return what the tenant's job would do. Raises ProblemError, as `submit`."""
+        plan = (await self._check(request, tenant)).plan
         assert plan is not None  # noqa: S101 - for the type checker: every merge has one
         return plan
 
-    async def _check(self, request: MergeRequest | ScoreRequest) -> Accepted:
+    async def _check(self, request: MergeRequest | ScoreRequest, tenant: str) -> Accepted:
         named = {job_id for source in sources(request) if (job_id := job_named(source)) is not None}
-        return await self._inspectors.check(request, await run_sync(self._outcomes, named) if named else {})
+        outcomes = await run_sync(self._outcomes, named, tenant) if named else {}
+        return await self._inspectors.check(request, tenant, outcomes)
 
-    def _outcomes(self, ids: set[str]) -> dict[str, Outcome | Gone]:
-        found = ((job_id, self._store.records.outcome(job_id)) for job_id in ids)
+    def _outcomes(self, ids: set[str], tenant: str) -> dict[str, Outcome | Gone]:
+        found = ((job_id, self._store.records.outcome(job_id, tenant)) for job_id in ids)
         return {job_id: outcome for job_id, outcome in found if outcome is not None}

@@ -1,8 +1,9 @@
-"""The names of everything that Redis holds of jobs."""
+"""The names of everything that Redis holds."""
 
 import hashlib
 from dataclasses import dataclass
 
+from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.jobs import TaskId
 
 
@@ -36,14 +37,34 @@ class Keys:
         """Name the hash of a task: its state, attempt, losses, worker, and the message that carried it last."""
         return self._key("task", str(task))
 
-    def idempotency(self, key: str) -> str:
-        """Name the job that an Idempotency-Key made. The key is digested, because it may hold any text."""
-        return self._key("idempotency", hashlib.sha256(key.encode()).hexdigest())
+    def idempotency(self, tenant: str, key: str) -> str:
+        """Name the job that a tenant's Idempotency-Key made. The key is digested, because it may hold any text."""
+        # Keys of releases without tenants are those of the default tenant. No header has the character between.
+        text = key if tenant == DEFAULT_TENANT else f"{tenant}\0{key}"
+        return self._key("idempotency", hashlib.sha256(text.encode()).hexdigest())
+
+    def api_key(self, key_id: str) -> str:
+        """Name the hash of an API key: its digest, its tenant, its scopes, and when it was made, used and revoked."""
+        return self._key("key", key_id)
 
     @property
     def jobs(self) -> str:
         """Sorted set of all job ids, which sort by time."""
         return self._key("jobs")
+
+    def jobs_of(self, tenant: str) -> str:
+        """Sorted set of a tenant's job ids, which sort by time."""
+        return self._key("jobs", tenant)
+
+    @property
+    def listed(self) -> str:
+        """Mark that every job is in the list of its tenant; releases without tenants had one list."""
+        return self._key("listed")
+
+    @property
+    def api_keys(self) -> str:
+        """Sorted set of the ids of all API keys, by the time that they were made."""
+        return self._key("keys")
 
     @property
     def due(self) -> str:

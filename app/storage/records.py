@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from redis import Redis
 
+from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.jobs import (
     ErrorCode,
     Gone,
@@ -30,8 +31,8 @@ from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, Sc
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
 PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
 SUMMARY_FIELDS = (
-    "kind", "name", "status", "attempt", "created_ms", "started_ms", "finished_ms", "progress", "error", "labels",
-    "summary", "result",
+    "tenant", "kind", "name", "status", "attempt", "created_ms", "started_ms", "finished_ms", "progress", "error",
+    "labels", "summary", "result",
 )  # fmt: skip
 
 
@@ -55,6 +56,7 @@ class NewJob:
     kind: JobKind = JobKind.MERGE
     deadline_seconds: float | None = None
     """Time that the job may take from now on, or from a later retry, waiting included."""
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Records:
         self._keys = keys
         self._scripts = scripts
         self._retention_ms = None if retention_seconds is None else int(retention_seconds * 1000)
+        self._lists_all = False
         self._summaries = redis.register_script(source("summaries"))
 
     def create(self, job: NewJob, idempotency: Idempotency | None = None) -> Created:
@@ -107,6 +110,7 @@ class Records:
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
         task = _task(job_id)
         fields = {
+            "tenant": job.tenant,
             "kind": job.kind,
             "name": job.name,
             "attempt": 0,
@@ -123,14 +127,20 @@ class Records:
         before = self._scripts.run(
             "create",
             job_id,
-            [self._keys.jobs, self._keys.task(task), self._keys.due, self._keys.idempotency(once.key)],
+            [
+                self._keys.jobs,
+                self._keys.jobs_of(job.tenant),
+                self._keys.task(task),
+                self._keys.due,
+                self._keys.idempotency(job.tenant, once.key),
+            ],
             [job_id, str(task), remembered, once.seconds, *flat(fields)],
         )
         return _earlier(str(before), once.digest) if before else Created(job_id, existing=False)
 
-    def remembered(self, idempotency_key: str, digest: str) -> Created | None:
-        """Return the job that the key made before, if there is one."""
-        before = self._redis.get(self._keys.idempotency(idempotency_key))
+    def remembered(self, tenant: str, idempotency_key: str, digest: str) -> Created | None:
+        """Return the job that a tenant's key made before, if there is one."""
+        before = self._redis.get(self._keys.idempotency(tenant, idempotency_key))
         return _earlier(str(before), digest) if before else None
 
     def get(self, job_id: str) -> Record | None:
@@ -153,23 +163,38 @@ class Records:
             artifact=fields.get("artifact"),
         )
 
-    def outcome(self, job_id: str) -> Outcome | Gone | None:
-        """Return a job's status and artifact, or why it is gone; None where no job with this id is known."""
-        status, artifact = cast(list[str | None], self._redis.hmget(self._keys.record(job_id), ["status", "artifact"]))
-        return self.gone(job_id) if status is None else Outcome(status=Status(status), artifact=artifact)
+    def outcome(self, job_id: str, tenant: str | None = None) -> Outcome | Gone | None:
+        """Return a job's status and artifact, or why it is gone; None where no job with this id is known.
+
+        Args:
+            tenant: jobs of others count as unknown; None for any tenant's.
+        """
+        names = ["status", "artifact", "tenant"]
+        status, artifact, owner = cast(list[str | None], self._redis.hmget(self._keys.record(job_id), names))
+        if status is None:
+            return self.gone(job_id, tenant)
+        is_known = tenant in (None, owner or DEFAULT_TENANT)
+        return Outcome(status=Status(status), artifact=artifact) if is_known else None
 
     def newest(
-        self, after: str | None = None, status: Status | None = None, labels: Sequence[tuple[str, str]] = ()
+        self,
+        after: str | None = None,
+        status: Status | None = None,
+        labels: Sequence[tuple[str, str]] = (),
+        tenant: str = DEFAULT_TENANT,
     ) -> Iterator[RecordSummary]:
-        """Yield jobs in short, newest first, older than the job `after`. They are read in pages as they are consumed.
+        """Yield a tenant's jobs in short, newest first, older than the job `after`.
+
+        They are read in pages as they are consumed.
 
         Args:
             status, labels: restrict the list to jobs in this state, and with all of these labels.
         """
+        self._list_older_jobs()
         begin = f"({after}" if after else "+"
         while True:
             arguments: list[str | int] = [begin, PAGE, self._keys.record(""), *SUMMARY_FIELDS]
-            found = cast(list[Any], self._summaries(keys=[self._keys.jobs], args=arguments))
+            found = cast(list[Any], self._summaries(keys=[self._keys.jobs_of(tenant)], args=arguments))
             ids, rows = cast(list[str], found[::2]), cast(list[list[str | None]], found[1::2])
             for job_id, row in zip(ids, rows, strict=True):
                 fields = {name: value for name, value in zip(SUMMARY_FIELDS, row, strict=True) if value is not None}
@@ -201,12 +226,17 @@ class Records:
         latest = 2**53 if ended_by_ms is None else ended_by_ms
         why = Gone.DELETED if ended_by_ms is None else Gone.EXPIRED
         keys = [self._keys.task(_task(job_id)), self._keys.jobs, self._keys.gone(job_id)]
-        return Deleted(self._scripts.run("delete", job_id, keys, [job_id, latest, why, GONE_KEPT_S]))
+        arguments = [job_id, latest, why, GONE_KEPT_S, DEFAULT_TENANT]
+        return Deleted(self._scripts.run("delete", job_id, keys, arguments))
 
-    def gone(self, job_id: str) -> Gone | None:
-        """Return why the job is gone; None when it exists, never existed, or was removed long ago."""
-        why = self._redis.get(self._keys.gone(job_id))
-        return Gone(str(why)) if why else None
+    def gone(self, job_id: str, tenant: str | None = None) -> Gone | None:
+        """Return why the job is gone; None when it exists, never existed, or was removed long ago.
+
+        Args:
+            tenant: jobs of others count as if they had never existed; None for any tenant's.
+        """
+        why, _, owner = str(self._redis.get(self._keys.gone(job_id)) or "").partition(" ")
+        return Gone(why) if why and tenant in (None, owner or DEFAULT_TENANT) else None
 
     def outlived(self) -> Iterator[Outlived]:
         """Yield ended jobs that were kept for their time, oldest first, unless an active job reads their models."""
@@ -250,6 +280,20 @@ class Records:
             ended += self._scripts.run("time_out", task.job, keys, [str(task), error.model_dump_json()])
         return ended
 
+    def _list_older_jobs(self) -> None:
+        """Add the jobs of releases without tenants to the list of the default tenant, once in the life of the data."""
+        if self._lists_all:
+            return
+        position = "-" if not self._redis.exists(self._keys.listed) else None
+        while position is not None:
+            ids = cast(list[str], self._redis.zrangebylex(self._keys.jobs, position, "+", start=0, num=PAGE))
+            older = [job_id for job_id in ids if self._redis.hget(self._keys.record(job_id), "tenant") is None]
+            if older:
+                self._redis.zadd(self._keys.jobs_of(DEFAULT_TENANT), dict.fromkeys(older, 0))
+            position = f"({ids[-1]}" if len(ids) == PAGE else None
+        self._redis.set(self._keys.listed, 1)
+        self._lists_all = True
+
     def _read_by_active_jobs(self) -> set[str]:
         """Return the ids of the jobs whose models active jobs name."""
         tasks = [name for key in (self._keys.due, self._keys.leases) for name in self._redis.zrange(key, 0, -1)]
@@ -266,6 +310,7 @@ class Records:
         finished, retention = number("finished_ms"), self._retention_ms
         return {
             "id": job_id,
+            "tenant": fields.get("tenant", DEFAULT_TENANT),
             "kind": _kind(fields),
             "name": fields["name"],
             "status": Status(fields["status"]),

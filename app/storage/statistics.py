@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from app.storage.files import LocalFile
-from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, FOLDER, About
+from app.storage.tenants import statistics_of
+from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, About
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class KeptStatistic:
 
 
 class StatisticsFolder:
-    """Lists the statistics of a data folder. The content of an address never changes, so each entry is read once."""
+    """Lists the statistics in a folder. The content of an address never changes, so each entry is read once."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self._folder = data_dir.resolve() / FOLDER
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._known: dict[str, KeptStatistic] = {}
 
     def newest(self, after: str | None = None) -> Iterator[KeptStatistic]:
@@ -94,6 +95,17 @@ class StatisticsFolder:
         if known is not None and known.state == state:
             return known
         return _read(Path(entry.path), state)
+
+
+class StatisticsFolders:
+    """The statistics of each tenant."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._known: dict[str, StatisticsFolder] = {}
+
+    def of(self, tenant: str) -> StatisticsFolder:
+        return self._known.setdefault(tenant, StatisticsFolder(statistics_of(self._data_dir, tenant)))
 
 
 def _state(stat: stat_result) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class Stack:
         self.services: dict[str, dict[str, Any]] = compose(VARIABLES)["services"]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.redis_port, self.api_port = free_port(), free_port()
+        self.key = ""
         self.root = root
         self.arguments = root / "arguments"  # of every program that was started, one a line
         for folder in ("redis", "data", "hub", "tmp", "bin"):
@@ -120,10 +121,18 @@ class Stack:
         return result.returncode == 0
 
     def start_in_order(self) -> None:
-        """As depends_on orders it."""
+        """As depends_on orders it, with a key made before the API starts."""
         for name in NAMES:
+            if name == "api":
+                self.key = self.run("api", "maskmerge keys create --scope admin").strip()
             self.start(name)
             wait_until(partial(self.is_healthy, name), f"{name} to be healthy", interval_s=0.3)
+
+    def run(self, name: str, command: str) -> str:
+        """As `docker compose run --rm` does; what the command prints."""
+        return subprocess.run(
+            ["sh", "-c", command], env=self.environment(name), cwd=self.root, capture_output=True, text=True, check=True
+        ).stdout
 
     def stop(self, name: str) -> int:
         """As `docker stop` does; the exit status. Fails when it takes longer than the grace period."""
@@ -169,7 +178,8 @@ def test_the_services_run_the_installed_files_and_carry_a_job_through(stack: Sta
             command, env=stack.environment(name), cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout
         assert printed.count(str(stack.installed)) == 2
-    service = Service(stack.root / "data", tiny_inputs, stack.api_port)
+    service = Service(stack.root / "data", tiny_inputs, stack.api_port, key=stack.key)
+    assert httpx.get(f"{service.url}/jobs").status_code == 401
     assert service.get("/readyz").json() == {"status": "ready", "workers": 1}
     job = service.finished(service.submit(tiny_recipe("a", name="average")))
     assert job["status"] == "succeeded"
@@ -187,9 +197,17 @@ def test_the_password_is_in_no_command_line(stack: Stack) -> None:
     assert len(lines) >= 4  # the three services and the engine
     assert [line for line in lines if PASSWORD in line] == []
     started = stack.arguments.read_text()  # Redis writes over its own command line once it runs
-    for program in ("redis-server -", "redis-cli ping", "maskmerge api", "maskmerge worker", "python -m worker.health"):
+    for program in (
+        "redis-server -",
+        "redis-cli ping",
+        "maskmerge api",
+        "maskmerge worker",
+        "maskmerge keys create --scope admin",
+        "python -m worker.health",
+    ):
         assert f"{program}\n" in started
     assert PASSWORD not in started
+    assert stack.key not in started + "".join(lines)
 
 
 def test_redis_lets_in_nobody_without_the_password_and_keeps_every_write(stack: Stack) -> None:

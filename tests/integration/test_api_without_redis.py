@@ -16,7 +16,7 @@ from app.contracts.settings import Settings
 from app.embedded_redis import EmbeddedRedis
 from app.main import create_app
 from app.storage.connection import HUNG_S
-from tests.conftest import BASE_URL, free_port, keeps_within, tiny_recipe, wait_until
+from tests.conftest import BASE_URL, HERE, free_port, keeps_within, tiny_recipe, wait_until
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def api(tmp_path: Path, tiny_inputs: Path) -> Iterator[TestClient]:
     settings = Settings(
         redis_url=f"redis://:secret-word@127.0.0.1:{free_port()}", data_dir=tmp_path, local_roots=(tiny_inputs,)
     )
-    with TestClient(create_app(settings), BASE_URL) as client:
+    with TestClient(create_app(settings), BASE_URL, client=HERE) as client:
         yield client
 
 
@@ -43,10 +43,6 @@ def test_a_merge_is_not_accepted(api: TestClient) -> None:
     assert (response.status_code, response.json()["code"]) == (503, "redis_unavailable")
 
 
-def test_validating_needs_no_redis(api: TestClient) -> None:
-    assert api.post("/merge/validate", json=tiny_recipe()).status_code == 200
-
-
 def test_the_process_is_alive_but_not_ready(api: TestClient) -> None:
     assert api.get("/healthz").status_code == 200
     response = api.get("/readyz")
@@ -60,7 +56,7 @@ def test_the_api_says_what_it_needs(tmp_path: Path) -> None:
 
 
 TOLD_WITHIN_S = 2.0
-UNKNOWN = "0" * 28
+UNKNOWN, KEY, DIGEST = "0" * 28, "1" * 16, "2" * 64
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def hung(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterato
     server = EmbeddedRedis(folder)
     process = subprocess.Popen(server.command, stdout=subprocess.DEVNULL)
     settings = Settings(redis_url=SecretStr(server.url), data_dir=folder, local_roots=(tiny_inputs,))
-    with TestClient(create_app(settings), BASE_URL) as client:
+    with TestClient(create_app(settings), BASE_URL, client=HERE) as client:
         wait_until(lambda: client.get("/jobs").status_code == 200, "Redis to answer")
         os.kill(process.pid, signal.SIGSTOP)
         yield client
@@ -89,6 +85,12 @@ ASKING = [
     *[("GET", f"/jobs/{UNKNOWN}/{part}") for part in ("events", "artifacts", "artifacts/a", "archive", "report")],
     ("POST", "/merge"),
     ("POST", "/scores"),
+    ("POST", "/merge/validate"),  # these ask only who calls
+    ("GET", "/scores"),
+    ("GET", f"/scores/{DIGEST}"),
+    ("POST", "/keys"),
+    ("GET", "/keys"),
+    ("DELETE", f"/keys/{KEY}"),
     ("GET", "/readyz"),
 ]
 
@@ -114,11 +116,16 @@ def test_that_redis_hangs_is_told_within_2_s(hung: TestClient, method: str, path
 
 
 def test_every_route_that_asks_redis_is_among_these(hung: TestClient) -> None:
-    without = {"/healthz", "/methods", "/scores/{digest}", "/merge/validate"}
+    without = {"/healthz", "/methods"}
     paths = hung.get("/openapi.json").json()["paths"]
     routes = {(method.upper(), path) for path, methods in paths.items() for method in methods if path not in without}
-    asked = {(m, p.replace(UNKNOWN, "{job_id}").replace("artifacts/a", "artifacts/{name}")) for m, p in ASKING}
-    assert {(m, p) for m, p in routes if m != "HEAD"} - {("GET", "/scores")} == asked
+    names = {UNKNOWN: "{job_id}", KEY: "{key_id}", DIGEST: "{digest}", "artifacts/a": "artifacts/{name}"}
+    asked = set()
+    for method, path in ASKING:
+        for unknown, name in names.items():
+            path = path.replace(unknown, name)
+        asked.add((method, path))
+    assert {(method, path) for method, path in routes if method != "HEAD"} == asked
 
 
 def test_many_who_ask_at_once_are_told_as_soon(hung: TestClient) -> None:
@@ -136,5 +143,5 @@ def test_many_who_ask_at_once_are_told_as_soon(hung: TestClient) -> None:
 
 
 def test_what_needs_no_redis_is_answered_while_it_hangs(hung: TestClient) -> None:
-    for path in ("/healthz", "/methods", "/scores"):
+    for path in ("/healthz", "/methods"):
         assert hung.get(path).status_code == 200

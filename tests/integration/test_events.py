@@ -21,7 +21,7 @@ from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import JobStore
 from app.storage.records import NewJob
 from app.storage.scripts import PROGRESS_KEPT
-from tests.conftest import BASE_URL, HANGS_S, RESULT, wait_until
+from tests.conftest import BASE_URL, HANGS_S, HERE, RESULT, wait_until
 
 MAX_LOSSES = 3
 NOTES = ["2 of 200 rows of local:rows.jsonl are longer than 48 tokens and were truncated", "another"]
@@ -42,7 +42,9 @@ def store(redis: Redis) -> JobStore:
 
 @pytest.fixture
 def api(redis_url: str, redis: Redis, tmp_path: Path) -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(redis_url=redis_url, queue="test", data_dir=tmp_path)), BASE_URL) as client:
+    with TestClient(
+        create_app(Settings(redis_url=redis_url, queue="test", data_dir=tmp_path)), BASE_URL, client=HERE
+    ) as client:
         yield client
 
 
@@ -382,7 +384,9 @@ def test_a_stream_whose_redis_goes_away_for_good_ends_and_the_next_one_is_refuse
         task = new_job(JobStore(redis, "test", 10, MAX_LOSSES))
         path = f"/jobs/{task.job}/events"
         with (
-            TestClient(create_app(Settings(redis_url=server.url, queue="test", data_dir=tmp_path)), BASE_URL) as api,
+            TestClient(
+                create_app(Settings(redis_url=server.url, queue="test", data_dir=tmp_path)), BASE_URL, client=HERE
+            ) as api,
             ThreadPoolExecutor(1) as pool,
         ):
             reading = pool.submit(api.get, path)

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.requests import MergeRequest
 from app.services.bodies import read_body
@@ -50,7 +51,7 @@ async def inspecting(inputs: Path, data: Path, limits: Limits = PATIENT) -> Asyn
 
 
 async def check(inspectors: Inspectors, *names: str) -> Accepted:
-    return await inspectors.check(MergeRequest.model_validate(tiny_recipe(*names)), {})
+    return await inspectors.check(MergeRequest.model_validate(tiny_recipe(*names)), DEFAULT_TENANT, {})
 
 
 async def copy_of(inspectors: Inspectors) -> psutil.Process:
@@ -105,11 +106,11 @@ def test_a_chat_template_that_is_no_jinja_is_refused_at_the_door(inputs: Path, t
     async def test() -> None:
         async with inspecting(inputs, tmp_path) as inspectors:
             for template in ("{% broken", "{% if a %}", "{{ " + "(" * 9000):
-                error = await refusal(inspectors.check(recipe_with(template, "a", "b"), {}))
+                error = await refusal(inspectors.check(recipe_with(template, "a", "b"), DEFAULT_TENANT, {}))
                 assert (error.problem, error.errors[0].field) == (Problem.INVALID_REQUEST, "output.chat_template")
                 assert "it is no Jinja: " in error.detail
             ours = "{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}"
-            accepted = await inspectors.check(recipe_with(ours, "a", "b"), {})
+            accepted = await inspectors.check(recipe_with(ours, "a", "b"), DEFAULT_TENANT, {})
             assert accepted.request["output"]["chat_template"] == ours
 
     run(test)
@@ -122,7 +123,7 @@ def test_a_checkpoints_template_that_is_no_jinja_is_told_before_the_job(inputs: 
         async with inspecting(inputs, tmp_path) as inspectors:
             recipe = tiny_recipe("a", "b", name="average")
             recipe["models"][0]["checkpoint"] = "local:checkpoints/broken"
-            accepted = await inspectors.check(MergeRequest.model_validate(recipe), {})
+            accepted = await inspectors.check(MergeRequest.model_validate(recipe), DEFAULT_TENANT, {})
         assert accepted.plan is not None
         told = "the chat template of local:checkpoints/broken is no Jinja"
         assert accepted.plan.notes[0].startswith(told)

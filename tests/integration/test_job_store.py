@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from redis import Redis
 
+from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.jobs import (
     Attempt,
     ErrorCode,
@@ -115,7 +116,7 @@ def as_the_last_release_kept_it(store: JobStore, redis: Redis, task: TaskId) -> 
     assert redis.hset(f"test:job:{task.job}", "result", result) == 1
     assert sorted(redis.hkeys(f"test:job:{task.job}")) == [
         "artifact", "attempt", "created_ms", "finished_ms", "inputs", "kind", "labels", "name", "progress", "request",
-        "result", "revision", "started_ms", "status",
+        "result", "revision", "started_ms", "status", "tenant",
     ]  # fmt: skip
 
 
@@ -321,8 +322,8 @@ def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
     other = store.records.create(NewJob({}, "name"), Idempotency("key", "another", 60))
     assert (other.existing, other.same_body) == (True, False)
     assert [record.id for record in store.records.newest()] == [first.job_id]
-    assert store.records.remembered("key", "digest") == again
-    assert store.records.remembered("no such key", "digest") is None
+    assert store.records.remembered(DEFAULT_TENANT, "key", "digest") == again
+    assert store.records.remembered(DEFAULT_TENANT, "no such key", "digest") is None
 
 
 def test_jobs_are_listed_newest_first_across_pages(store: JobStore, clock: Clock) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from safetensors.torch import load
 from transformers import BertForSequenceClassification
 
 from app.contracts.settings import Settings
 from app.main import create_app
 from app.storage.statistics import StatisticsFolder
-from tests.conftest import BASE_URL, free_port
+from tests.conftest import BASE_URL, HERE
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines, write_rows
 from tests.tiny_families import DECODERS
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
@@ -213,9 +214,9 @@ def test_candidates_share_passes_over_the_same_rows(tiny_inputs: Path, tmp_path:
 
 
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[TestClient]:
-    settings = Settings(redis_url=f"redis://127.0.0.1:{free_port()}", data_dir=tmp_path)
-    with TestClient(create_app(settings), BASE_URL) as client:
+def api(redis_url: str, tmp_path: Path) -> Iterator[TestClient]:
+    settings = Settings(redis_url=SecretStr(redis_url), data_dir=tmp_path)
+    with TestClient(create_app(settings), BASE_URL, client=HERE) as client:
         yield client
 
 
@@ -257,7 +258,7 @@ def test_a_statistic_of_several_parts_is_a_tar_of_them(api: TestClient, store: S
 
 def test_what_is_being_sent_stays_whole_when_it_is_removed(tmp_path: Path, store: StatisticsStore) -> None:
     store.put(FACTS, ORIGIN, PARTS)
-    kept = StatisticsFolder(tmp_path).get(FACTS.address)
+    kept = StatisticsFolder(tmp_path / FOLDER).get(FACTS.address)
     whole = [(kept.path / file.name).read_bytes() for file in kept.about.files]
     files, held = kept.open()
     shutil.rmtree(kept.path)
@@ -272,7 +273,7 @@ def test_what_is_being_sent_stays_whole_when_it_is_removed(tmp_path: Path, store
 def test_what_vanishes_while_it_is_listed_is_left_out(tmp_path: Path, store: StatisticsStore, api: TestClient) -> None:
     for number in range(3):
         store.put(numbered(number), ORIGIN, PARTS)
-    newest = StatisticsFolder(tmp_path).newest()
+    newest = StatisticsFolder(tmp_path / FOLDER).newest()
     first = next(newest)
     shutil.rmtree(tmp_path / FOLDER / numbered(1).address)
     rest = list(newest)

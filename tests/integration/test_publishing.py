@@ -17,7 +17,7 @@ from app.storage.sources.source import SourceContext
 from tests.conftest import tiny_recipe, wait_until
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine_process import EngineProcess
-from worker.tasks import Storage, TaskRunner
+from worker.tasks import Storage, TaskRunner, TenantStorage
 
 LEASE_S = 2
 Publish = Callable[[FolderStore, JobStore, Attempt], str]
@@ -79,7 +79,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
         statistics = StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9)
         runner = TaskRunner(
             "test",
-            Storage(store, sources, artifacts, SearchFolder(tmp_path), statistics),
+            Storage(store, lambda tenant: TenantStorage(sources, statistics), artifacts, SearchFolder(tmp_path)),
             engine,
             max_engine_bytes=2**40,
             is_stopping=lambda: False,

@@ -25,7 +25,7 @@ from tests.object_storage.s3 import AWAY, SLOW, Buckets
 from tests.tiny import read_model
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine_process import EngineProcess
-from worker.tasks import Storage, TaskRunner
+from worker.tasks import Storage, TaskRunner, TenantStorage
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,8 @@ Run = Callable[[dict[str, Any]], Record]
 def run(store: JobStore, sources: Sources, tmp_path: Path, engine: EngineProcess) -> Run:
     """What becomes of a job that is accepted and run."""
     statistics = StoreSpec(folder=tmp_path / "statistics", max_bytes=10**9)
-    storage = Storage(store, sources, open_artifacts("folder", tmp_path), SearchFolder(tmp_path), statistics)
+    own = TenantStorage(sources, statistics)
+    storage = Storage(store, lambda tenant: own, open_artifacts("folder", tmp_path), SearchFolder(tmp_path))
 
     def run(recipe: dict[str, Any]) -> Record:
         accepted = checked(sources, recipe)

@@ -224,7 +224,12 @@ def test_the_guides_name_services_profiles_and_paths_of_the_compose_file() -> No
     volumes = set(compose(PASSWORD)["volumes"])
     assert set(re.findall(r"-v maskmerge_(\w+):", blocks)) == {"redis", "data"} < volumes
     assert set(re.findall(r"(MASKMERGE_\w+)=", blocks)) <= published_variables()
+    for service, command in re.findall(r"docker compose run --rm (\w+) (.*?)(?:  #|$)", blocks, re.MULTILINE):
+        assert service in SERVICES
+        assert command.startswith("maskmerge keys create"), command
     assert set(re.findall(r"docker compose (?:--profile \w+ )?(\w+)", blocks)) <= {
+        "build",
+        "run",
         "up",
         "down",
         "stop",

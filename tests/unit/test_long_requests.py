@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from app.contracts.settings import Settings
 from app.contracts.suitability import MOST_ERRORS
 from app.main import create_app
-from tests.conftest import BASE_URL, free_port, keeps_within
+from tests.conftest import BASE_URL, HERE, keeps_within
 
 PROMISE_S = 0.5
 MODELS = [{"name": name, "checkpoint": f"local:{name}"} for name in ("a", "b")]
@@ -62,10 +62,10 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+def api(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("data")
-    settings = Settings(redis_url=SecretStr(f"redis://127.0.0.1:{free_port()}"), data_dir=folder)
-    with TestClient(create_app(settings), BASE_URL) as client:
+    settings = Settings(redis_url=SecretStr(redis_url), data_dir=folder)
+    with TestClient(create_app(settings), BASE_URL, client=HERE) as client:
         yield client
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import HANGS_S, wait_until
-from worker.engine.catalog.contracts.statistics import Facts, Origin, Tokens
+from worker.engine.catalog.contracts.statistics import ABOUT, Facts, Origin, Tokens
 from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER
 from worker.engine.catalog.primitives.errors import StorageError
 from worker.engine.scoring.store import ASSEMBLED, LOCK, LOCK_POLL_S, StatisticsStore
@@ -254,3 +255,26 @@ def test_a_lock_that_fails_its_computation_is_free_again_and_one_of_the_dead_is_
             store.get_or_compute(FACTS, ORIGIN, parts(), lambda: None)
         assert list(tmp_path.iterdir()) == []
         assert store.get_or_compute(FACTS, ORIGIN, PARTS, lambda: None)[1] is False
+
+
+def test_a_statistic_of_another_tenant_is_linked_by_its_facts_and_forgets_the_names_of_its_inputs(
+    tmp_path: Path,
+) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    with StatisticsStore(theirs, 10**9) as store:
+        store.put(FACTS, ORIGIN, PARTS)
+    with StatisticsStore(ours, 10**9, [tmp_path / "nobody", theirs]) as store:
+        found = store.get(FACTS)
+        assert found is not None
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {
+            name: tensor.tolist() for part in PARTS for name, tensor in part.items()
+        }
+        assert store.get(numbered(1)) is None
+    for part in (ours / FACTS.address).glob("*.safetensors"):
+        assert part.samefile(theirs / FACTS.address / part.name), "it takes no room"
+    about = (ours / FACTS.address / ABOUT).read_text()
+    assert ORIGIN.checkpoint not in about
+    assert ORIGIN.dataset not in about
+    shutil.rmtree(theirs)
+    with StatisticsStore(ours, 10**9) as store:
+        assert store.get(FACTS) is not None

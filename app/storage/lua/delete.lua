@@ -1,12 +1,14 @@
 -- Forgets a job that ended early enough, but for why it is gone.
 -- Returns 0 when there is no such job, 1 deleted, 2 it has not ended, or not as early.
 local task, jobs, gone = unpack(KEYS, 6)
-local job_id, latest_end, why, why_s = unpack(ARGV, 2)
+local job_id, latest_end, why, why_s, default_tenant = unpack(ARGV, 2)
 local status = redis.call('HGET', job, 'status')
 if not status then return 0 end
 if not FINAL[status] then return 2 end
 if tonumber(redis.call('HGET', job, 'finished_ms')) > tonumber(latest_end) then return 2 end
-redis.call('SET', gone, why, 'EX', why_s)
+local tenant = redis.call('HGET', job, 'tenant') or default_tenant
+redis.call('SET', gone, why .. ' ' .. tenant, 'EX', why_s)
 redis.call('DEL', task, job, result, events, progress_events)
 redis.call('ZREM', jobs, job_id)
+redis.call('ZREM', jobs .. ':' .. tenant, job_id)
 return 1

@@ -127,7 +127,7 @@ def job_context(spec: JobSpec, lasting: EngineState, on_progress: OnProgress) ->
         if where is None:
             where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=sys.maxsize)
         views = stack.enter_context(Views())
-        store = stack.enter_context(StatisticsStore(where.folder, where.max_bytes))
+        store = stack.enter_context(StatisticsStore(where.folder, where.max_bytes, where.others))
         reader = stack.enter_context(TensorReader())
         precision = resolve_precision(spec.method.precision, lasting.device)
         yield JobContext(lasting, precision, store, views, reader, on_progress)

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,11 +57,16 @@ class StatisticsStore:
 
     Entries appear by one rename. Beyond `max_bytes` those that were used longest ago are removed. An entry in use stays
     readable, because its files are open.
+
+    Args:
+        others: folders of other tenants. An entry of theirs is linked when its facts are asked for: who knows them has
+            the same inputs. It is found in no other way.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, others: Sequence[Path] = ()) -> None:
         self.folder = folder
         self._max_bytes = max_bytes
+        self._others = others
         self._stack = ExitStack()
 
     def __enter__(self) -> "StatisticsStore":
@@ -73,7 +78,7 @@ class StatisticsStore:
     def get(self, facts: Facts) -> Statistics | None:
         """Return the statistic with these facts; None when there is none, or none that is readable."""
         entry = self.folder / facts.address
-        if not entry.exists():
+        if not entry.exists() and not self._linked(facts):
             return None
         try:
             os.utime(entry)  # it was used now
@@ -173,6 +178,25 @@ class StatisticsStore:
             else:  # another process has just kept the same statistic
                 shutil.rmtree(assembled)
         return kept
+
+    def _linked(self, facts: Facts) -> bool:
+        """Link another tenant's statistic with these facts; it does not say by which names its inputs went there."""
+        for folder in self._others:
+            source, assembled = folder / facts.address, self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
+            try:
+                about = About.model_validate_json((source / ABOUT).read_bytes())
+                assembled.mkdir(parents=True)
+                for part in _parts(source):
+                    os.link(part, assembled / part.name)
+                unnamed = {"checkpoint": facts.checkpoint, "dataset": f"sha256:{facts.rows}"}
+                own = {"origin": about.origin.model_copy(update=unnamed), "created_at": datetime.now(UTC)}
+                (assembled / ABOUT).write_text(about.model_copy(update=own).model_dump_json(indent=1), encoding="utf-8")
+                _flush(assembled / ABOUT)
+                assembled.rename(self.folder / facts.address)
+                return True
+            except (OSError, ValidationError):  # it is not there, or it was removed or linked meanwhile
+                shutil.rmtree(assembled, ignore_errors=True)
+        return False
 
     def _remove(self, entry: Path) -> None:
         """Rename an entry, then remove it: a process that is killed meanwhile must not leave half of it there."""

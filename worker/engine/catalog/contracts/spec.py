@@ -79,6 +79,8 @@ class StoreSpec(Strict):
 
     folder: Path
     max_bytes: int
+    others: tuple[Path, ...] = ()
+    """Other folders of statistics. What a job needs by its digest is linked from them instead of measured again."""
 
 
 def models_beside(evaluates: bool, aligns: bool, method: BaseParameters) -> int:

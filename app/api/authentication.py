@@ -1,0 +1,62 @@
+"""Tells who sends a request, by its API key, before anything else of it is read.
+
+While no key was ever made, callers on this machine may do everything, and nobody else anything.
+"""
+
+import re
+from ipaddress import IPv6Address, ip_address
+
+from fastapi import Request
+
+from app.contracts.api_keys import Caller, Scope
+from app.contracts.errors import Problem, ProblemError
+from app.storage.api_keys import ApiKeys, KeyRefused
+
+BEARER = re.compile(r"bearer +([!-~]+) *", re.IGNORECASE)
+HOW = "send the header Authorization: Bearer mm_…"
+
+
+def authenticate(request: Request, needed: Scope) -> Caller:
+    """Return who sends a request. It asks Redis, and may block.
+
+    Raises:
+        ProblemError: the key is missing, unknown, expired or revoked, or does not allow what the request needs.
+    """
+    caller = _caller(request, request.app.state.services.api_keys)
+    if not caller.may(needed):
+        detail = f"this needs a key with the scope {needed}, and the key has {', '.join(sorted(caller.scopes))}"
+        challenge = f'Bearer error="insufficient_scope", scope="{needed}"'
+        raise ProblemError(Problem.INSUFFICIENT_SCOPE, detail, None, **{"WWW-Authenticate": challenge})
+    return caller
+
+
+def _caller(request: Request, keys: ApiKeys) -> Caller:
+    sent = request.headers.getlist("authorization")
+    if not sent:
+        if keys.exist():
+            raise _unauthenticated(f"the request has no API key; {HOW}")
+        if not _is_from_this_machine(request):
+            raise _unauthenticated(
+                "without API keys the service answers this machine alone; make one with `maskmerge keys create`"
+            )
+        return Caller()
+    found = BEARER.fullmatch(sent[0]) if len(sent) == 1 else None
+    if found is None:
+        raise _unauthenticated(f"the header Authorization names no API key; {HOW}, once")
+    try:
+        return keys.caller(found[1])
+    except KeyRefused as error:
+        raise _unauthenticated(str(error), ' error="invalid_token"') from error
+
+
+def _unauthenticated(detail: str, more: str = "") -> ProblemError:
+    return ProblemError(Problem.UNAUTHENTICATED, detail, None, **{"WWW-Authenticate": f"Bearer{more}"})
+
+
+def _is_from_this_machine(request: Request) -> bool:
+    try:
+        address = ip_address(request.client.host if request.client else "")
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (mapped or address).is_loopback
