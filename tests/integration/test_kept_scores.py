@@ -27,7 +27,7 @@ from tests.tiny_families import DECODERS
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MANIFEST, MergeResult
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec, ModelSpec, ScoreSpec, StoreSpec
-from worker.engine.catalog.contracts.statistics import ABOUT, FOLDER, About, Facts, Origin, Tokens
+from worker.engine.catalog.contracts.statistics import ABOUT, FOLDER, PREDICTIONS, About, Facts, Origin, Tokens
 from worker.engine.catalog.methods import GRAM
 from worker.engine.checkpoints import reloading
 from worker.engine.checkpoints.reader import Digests
@@ -254,6 +254,15 @@ def test_a_statistic_of_several_parts_is_a_tar_of_them(api: TestClient, store: S
     head = api.head(f"/scores/{FACTS.address}")
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["Content-Length"] == response.headers["Content-Length"]
+
+
+def test_outputs_of_experts_are_listed_by_their_kind(store: StatisticsStore, api: TestClient) -> None:
+    predicted = FACTS.model_copy(update={"statistic": PREDICTIONS, "hardware": {"device": "cpu AVX2"}})
+    for facts in (FACTS, predicted):
+        store.put(facts, ORIGIN, PARTS)
+    [entry] = api.get("/scores", params={"statistic": "predictions"}).json()["data"]
+    assert (entry["digest"], entry["statistic"]) == (predicted.address, "predictions")
+    assert len(api.get("/scores").json()["data"]) == 2
 
 
 def test_what_is_being_sent_stays_whole_when_it_is_removed(tmp_path: Path, store: StatisticsStore) -> None:

@@ -20,6 +20,7 @@ DEFAULT_CANDIDATES = (
     "regmean",
     "mask_regmean",
     "aligned_regmean",
+    "featcal",
 )
 """Candidates by default, as far as the models name what they need. Each is the best of its kind on some set of tasks
 (docs/quality.md), and a trial of it takes seconds; `fisher` is left out, because measuring every parameter takes
