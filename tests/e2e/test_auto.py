@@ -254,21 +254,17 @@ def test_candidates_by_default_are_those_that_can_be_run(service: Service) -> No
     assert {c["name"] for c in job["result"]["candidates"] if c["kind"] == "method"} == set(names)
 
 
-def test_a_default_candidate_that_an_architecture_does_not_allow_is_left_out(service: Service) -> None:
-    """What the accepted request names was asked for, when it is posted again; and that is refused."""
+def test_a_candidate_that_an_architecture_does_not_allow_is_refused(service: Service) -> None:
+    """Those by default are all allowed, also where layers share their weights."""
     tiny_checkpoint(service.inputs / "checkpoints" / "albert", family=TINY_FAMILIES["albert"])
-    recipe = search_recipe(trials=5)
+    recipe = search_recipe(trials=6)
     recipe["models"] = [{**recipe["models"][0], "checkpoint": "local:checkpoints/albert"}]
     recipe["method"]["candidates"] = None
     del recipe["base"]
     plan = service.post("/merge/validate", json=recipe).json()
-    assert plan["candidates"] == ["average", "mask_fisher", "regmean", "mask_regmean"]
-    [note] = plan["notes"]
-    assert note.startswith("auto did not try a candidate: aligned_regmean fits one layer after another")
+    assert plan["candidates"] == ["average", "mask_fisher", "regmean", "mask_regmean", "aligned_regmean"]
     accepted = plan["request"]
-    assert accepted["notes"] == [note]
-    assert service.post("/merge/validate", json=accepted).json()["candidates"] == plan["candidates"]
-    accepted["method"]["candidates"].append({"name": "aligned_regmean"})
+    accepted["method"]["candidates"].append({"name": "regmean_plus"})
     refused = service.post("/merge/validate", json=accepted)
     assert_problem(refused, 422, "invalid_checkpoint")
     assert "name method.candidates without it" in refused.json()["detail"]
