@@ -469,7 +469,7 @@ class _Comparison:
     def samples(self, groups: Sequence[LinearGroup]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield for each batch and group the inputs x of the merge's layers, (tokens, width), and what is off of these.
 
-        That are the errors of the outputs, (tokens, outputs), with the group's layers side by side: the expert's minus
+        These are the errors of the outputs, (tokens, outputs), with the group's layers side by side: the expert's minus
         the merge's. Where outputs are more than inputs, it is the difference of the inputs, (tokens, width). Both are
         float32, without padding. The layers of a mixture's expert read the tokens that the merge routes to it, and
         what they are compared with is what the same expert of the other model makes of the same tokens there,
