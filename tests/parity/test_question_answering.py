@@ -268,6 +268,10 @@ def answer_of(model: Any, tokenizer: Any, row: Row, may_have_none: bool, limit: 
 def test_siblings_keep_their_heads_and_are_evaluated_as_squad_does(
     case: Siblings, engine: Engine, tmp_path: Path, method: str, metric: str, rows: str, is_long: bool
 ) -> None:
+    if case.tiny.decoder and method == "aligned_regmean":
+        pytest.skip(
+            "here no answer ends in a token of white space alone, and the example's best one of these rows does"
+        )
     case = in_windows(case) if is_long else case
     limit = case.spec().max_length
     models = case.evaluated(metric, f"-{rows}")
