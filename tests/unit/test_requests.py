@@ -70,7 +70,7 @@ MEASURING = ["mask_fisher", "regmean", "mask_regmean", "aligned_regmean"]
 
 def test_auto_tries_what_the_models_name_enough_for() -> None:
     assert candidates_of(searched()) == ["average", *MEASURING]
-    with_base = ["average", "mask_fisher", "task_arithmetic", "ties", "tsv_m", *MEASURING[1:], "featcal"]
+    with_base = ["average", "mask_fisher", "task_arithmetic", "ties", "tsv_m", *MEASURING[1:]]
     assert candidates_of(searched(base="local:base")) == with_base
     without_rows = model("b", dataset=None)
     assert candidates_of(searched(model("a"), without_rows)) == ["average"]

@@ -20,11 +20,10 @@ DEFAULT_CANDIDATES = (
     "regmean",
     "mask_regmean",
     "aligned_regmean",
-    "featcal",
 )
 """Candidates by default, as far as the models name what they need. Each is the best of its kind on some set of tasks
 (docs/quality.md), and a trial of it takes seconds; `fisher` is left out, because measuring every parameter takes
-minutes."""
+minutes, and `featcal`, which takes as long as `aligned_regmean` and was above it on no combination beyond chance."""
 WEIGHTS = Range(1 / 3, 3, log=True)
 """Factors of the weight that the recipe gives."""
 ALIGN_RIDGE = Range(0.01, 1.0, log=True)
