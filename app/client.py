@@ -75,6 +75,13 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         return self._json("POST", "/merge", json=recipe, headers=headers)
 
+    def put_merge(self, key: str, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Queue a merge under a name of your own, and return the job. Repeated, it returns the same job.
+
+        Raises RequestRefused, also where the job of this name has another recipe.
+        """
+        return self._json("PUT", f"/merge/{key}", json=recipe)
+
     def merge_recipe(self, recipe: bytes, media_type: str) -> dict[str, Any]:
         """Queue a merge by the bytes of a recipe file, and return the job. Raises RequestRefused.
 

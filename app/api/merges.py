@@ -1,11 +1,11 @@
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body, Path, Response
 
 from app.api.dependencies import CallerOf, ServicesOf
 from app.api.openapi import ACCEPTED
 from app.api.prefer import Wait
-from app.api.submitting import IdempotencyKey, submitted
+from app.api.submitting import IdempotencyKey, answered, submitted
 from app.api.yaml_body import YAML_BODY, YamlRoute
 from app.contracts.jobs import Job
 from app.contracts.requests import MergeRequest
@@ -27,6 +27,7 @@ EXAMPLE: dict[str, Any] = {
 }
 SEARCH: dict[str, Any] = {**EXAMPLE, "method": {"name": "auto", "candidates": ["average", "regmean"], "trials": 20}}
 EXAMPLES: dict[str, Any] = {"two experts": {"value": EXAMPLE}, "the best of several methods": {"value": SEARCH}}
+PUT = {**ACCEPTED, 200: {"description": "The job that has this name already", "headers": ACCEPTED[202]["headers"]}}
 MergeBody = Annotated[MergeRequest, Body(openapi_examples=EXAMPLES)]
 
 
@@ -52,3 +53,22 @@ async def merge(
 async def validate(body: MergeBody, services: ServicesOf, caller: CallerOf) -> Plan:
     """Check everything that `POST /merge` checks, and say what the job would do. Nothing is queued."""
     return await services.jobs.plan(body, caller.tenant)
+
+
+@router.put("/merge/{key}", status_code=202, responses=PUT, openapi_extra=YAML_BODY)
+async def put_merge(
+    key: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,128}$", description="Your own name of the job")],
+    body: MergeBody,
+    response: Response,
+    services: ServicesOf,
+    caller: CallerOf,
+    wait: Wait,
+) -> Job:
+    """Queue a merge under a name of your own, once: 202 the first time, and 200 with the job when it is repeated.
+
+    409 when the job of this name has another recipe. The name is free again when the job is deleted, or removed after
+    its time. Each tenant has names of its own.
+    """
+    record, is_new = await services.jobs.put(body, caller.tenant, key)
+    response.status_code = 202 if is_new else 200
+    return await answered(services, record, wait, response)

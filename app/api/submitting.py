@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from redis.exceptions import RedisError
 
 from app.api.prefer import applied
-from app.contracts.jobs import Job
+from app.contracts.jobs import Job, Record
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.composition import Services
 
@@ -23,8 +23,13 @@ async def submitted(
     wait: int | None,
     response: Response,
 ) -> Job:
-    """Submit a request, wait for the job's end for at most `wait` seconds, and return it. Headers say where it is."""
-    record = await services.jobs.submit(request, tenant, idempotency_key)
+    """Submit a request, and return the job as `answered` does."""
+    record = await services.jobs.submit(request, tenant, idempotency_key=idempotency_key)
+    return await answered(services, record, wait, response)
+
+
+async def answered(services: Services, record: Record, wait: int | None, response: Response) -> Job:
+    """Return an accepted job, after waiting for its end for at most `wait` seconds. Headers say where it is."""
     if wait is not None:
         with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise
             await services.watcher.end(record.id, record.revision, wait)

@@ -120,6 +120,8 @@ class JobCore(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
+    key: str | None
+    """The caller's own name of the job, by which it was put; null for one that was posted."""
     kind: JobKind
     name: str
     status: Status
@@ -155,6 +157,7 @@ class RecordCore(BaseModel):
 
     id: str
     tenant: str
+    key: str | None
     kind: JobKind
     name: str
     status: Status
@@ -175,6 +178,7 @@ class RecordCore(BaseModel):
 
         return {
             "id": self.id,
+            "key": self.key,
             "kind": self.kind,
             "name": self.name,
             "status": self.status,

@@ -28,15 +28,44 @@ class Jobs:
         self._inspectors = inspectors
         self._idempotency_seconds = idempotency_seconds
 
-    async def submit(self, request: MergeRequest | ScoreRequest, tenant: str, idempotency_key: str | None) -> Record:
+    async def submit(
+        self, request: MergeRequest | ScoreRequest, tenant: str, *, idempotency_key: str | None = None
+    ) -> Record:
         """Return the tenant's queued job, or the one that the same key made before.
 
         Raises:
             ProblemError: the recipe or an input is refused, or the key came with another body.
         """
-        digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+        once = Idempotency(idempotency_key or "", _digest(request), self._idempotency_seconds)
+        created = await self._created(request, tenant, once)
+        if created.existing and not created.same_body:
+            raise ProblemError(
+                Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
+            )
+        record = await run_sync(self._store.records.get, created.job_id)
+        if record is None:
+            raise ProblemError(Problem.CONFLICT, "the job of this Idempotency-Key was deleted; use a new key")
+        return record
+
+    async def put(self, request: MergeRequest, tenant: str, key: str) -> tuple[Record, bool]:
+        """Return the tenant's job of this name, and whether it is new.
+
+        Raises:
+            ProblemError: the recipe or an input is refused, or the job of this name has another recipe.
+        """
+        created = await self._created(request, tenant, Idempotency(key, _digest(request), None))
+        record = await run_sync(self._store.records.get, created.job_id)
+        if record is None:
+            raise ProblemError(Problem.CONFLICT, f"the job '{key}' was deleted just now; put it again")
+        if not created.same_body:
+            detail = f"job {record.id} has the name '{key}' and another recipe; delete it, or use another name"
+            raise ProblemError(Problem.CONFLICT, detail)
+        return record, not created.existing
+
+    async def _created(self, request: MergeRequest | ScoreRequest, tenant: str, once: Idempotency) -> Created:
+        """Make and dispatch a job, unless its key made one before."""
         # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
-        created = await run_sync(self._store.records.remembered, tenant, idempotency_key or "", digest)
+        created = await run_sync(self._store.records.remembered, tenant, once)
         if created is None:
             accepted = await self._check(request, tenant)
             job = NewJob(
@@ -48,24 +77,10 @@ class Jobs:
                 request.deadline_seconds,
                 tenant,
             )
-            once = None
-            if idempotency_key is not None:
-                once = Idempotency(idempotency_key, digest, self._idempotency_seconds)
-            created = await run_sync(self._store.records.create, job, once)
-        return await run_sync(self._record, created)
-
-    def _record(self, created: Created) -> Record:
-        """Dispatch a new job, and return its record."""
-        if created.existing and not created.same_body:
-            raise ProblemError(
-                Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
-            )
+            created = await run_sync(self._store.records.create, job, once if once.key else None)
         if not created.existing:
-            self._dispatch(TaskId(job=created.job_id, stage=Stage.MERGE))
-        record = self._store.records.get(created.job_id)
-        if record is None:
-            raise ProblemError(Problem.CONFLICT, "the job of this Idempotency-Key was deleted; use a new key")
-        return record
+            await run_sync(self._dispatch, TaskId(job=created.job_id, stage=Stage.MERGE))
+        return created
 
     def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job anew. Returns False when it is neither."""
@@ -94,3 +109,7 @@ class Jobs:
     def _outcomes(self, ids: set[str], tenant: str) -> dict[str, Outcome | Gone]:
         found = ((job_id, self._store.records.outcome(job_id, tenant)) for job_id in ids)
         return {job_id: outcome for job_id, outcome in found if outcome is not None}
+
+
+def _digest(request: MergeRequest | ScoreRequest) -> str:
+    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()

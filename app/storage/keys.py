@@ -43,6 +43,10 @@ class Keys:
         text = key if tenant == DEFAULT_TENANT else f"{tenant}\0{key}"
         return self._key("idempotency", hashlib.sha256(text.encode()).hexdigest())
 
+    def named(self, tenant: str, name: str) -> str:
+        """Name the job that has a tenant's own name. The name is digested as an Idempotency-Key is."""
+        return self._key("named", hashlib.sha256(f"{tenant}\0{name}".encode()).hexdigest())
+
     def api_key(self, key_id: str) -> str:
         """Name the hash of an API key: its digest, its tenant, its scopes, and when it was made, used and revoked."""
         return self._key("key", key_id)

@@ -31,8 +31,8 @@ from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, Sc
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
 PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
 SUMMARY_FIELDS = (
-    "tenant", "kind", "name", "status", "attempt", "created_ms", "started_ms", "finished_ms", "progress", "error",
-    "labels", "summary", "result",
+    "tenant", "key", "kind", "name", "status", "attempt", "created_ms", "started_ms", "finished_ms", "progress",
+    "error", "labels", "summary", "result",
 )  # fmt: skip
 
 
@@ -66,8 +66,8 @@ class Idempotency:
     key: str
     digest: str
     """Digest of the request's body."""
-    seconds: int
-    """Time for which the key is remembered."""
+    seconds: int | None
+    """Time for which the key is remembered; None: for as long as the job is there, as the caller's own name of it."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ class Records:
             fields["deadline_ms"] = int(job.deadline_seconds * 1000)
         once = idempotency or Idempotency("", "", 0)
         remembered = f"{job_id} {once.digest}" if once.key else ""
+        remembering = self._remembering(job.tenant, once)
+        if once.seconds is None:
+            fields |= {"key": once.key, "named": remembering}
         before = self._scripts.run(
             "create",
             job_id,
@@ -132,16 +135,21 @@ class Records:
                 self._keys.jobs_of(job.tenant),
                 self._keys.task(task),
                 self._keys.due,
-                self._keys.idempotency(job.tenant, once.key),
+                remembering,
             ],
-            [job_id, str(task), remembered, once.seconds, *flat(fields)],
+            [job_id, str(task), remembered, once.seconds or 0, *flat(fields)],
         )
         return _earlier(str(before), once.digest) if before else Created(job_id, existing=False)
 
-    def remembered(self, tenant: str, idempotency_key: str, digest: str) -> Created | None:
+    def remembered(self, tenant: str, once: Idempotency) -> Created | None:
         """Return the job that a tenant's key made before, if there is one."""
-        before = self._redis.get(self._keys.idempotency(tenant, idempotency_key))
-        return _earlier(str(before), digest) if before else None
+        before = self._redis.get(self._remembering(tenant, once))
+        return _earlier(str(before), once.digest) if before else None
+
+    def _remembering(self, tenant: str, once: Idempotency) -> str:
+        """Return the name under which Redis remembers the job that a key made."""
+        of = self._keys.named if once.seconds is None else self._keys.idempotency
+        return of(tenant, once.key)
 
     def get(self, job_id: str) -> Record | None:
         """Return the whole record; None where there is no such job."""
@@ -322,6 +330,7 @@ class Records:
             "progress": Progress.model_validate_json(fields["progress"]),
             "error": JobError.model_validate_json(fields["error"]) if "error" in fields else None,
             "labels": json.loads(fields["labels"]),
+            "key": fields.get("key"),
         }
 
 

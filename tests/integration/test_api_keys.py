@@ -127,7 +127,7 @@ def test_what_needs_no_key_tells_nothing_of_jobs(api: TestClient, bearer: Callab
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
-PLACES = {"{job_id}": "0" * 28, "{key_id}": "1" * 16, "{digest}": "2" * 64, "{name}": "a"}
+PLACES = {"{job_id}": "0" * 28, "{key_id}": "1" * 16, "{digest}": "2" * 64, "{name}": "a", "{key}": "mine"}
 
 
 def test_each_operation_needs_its_scope_before_anything_else_is_looked_at(
@@ -145,7 +145,7 @@ def test_each_operation_needs_its_scope_before_anything_else_is_looked_at(
             for name, value in PLACES.items():
                 path = path.replace(name, value)
             # The body is not even JSON: whoever may not send it does not hear of that.
-            content, kind = (b"{", {"Content-Type": "application/json"}) if method == "post" else (None, {})
+            content, kind = (b"{", {"Content-Type": "application/json"}) if method in ("post", "put") else (None, {})
             without = api.request(method, path, content=content, headers=kind)
             assert (without.status_code, without.headers["WWW-Authenticate"]) == (401, "Bearer")
             for scope, header in held.items():
@@ -157,7 +157,7 @@ def test_each_operation_needs_its_scope_before_anything_else_is_looked_at(
                     assert response.status_code == 403, (method, path, scope)
                     assert f'scope="{needed}"' in response.headers["WWW-Authenticate"]
                     assert_problem(response, 403, "insufficient_scope")
-    assert asked == 3 * 18, "every operation but the public ones"
+    assert asked == 3 * 19, "every operation but the public ones"
 
 
 @pytest.mark.parametrize("sent", ["", "Bearer", "Basic bW06bW0=", "Bearer a b", "mm_0"])

@@ -85,6 +85,7 @@ ASKING = [
     *[("GET", f"/jobs/{UNKNOWN}/{part}") for part in ("events", "artifacts", "artifacts/a", "archive", "report")],
     ("POST", "/merge"),
     ("POST", "/scores"),
+    ("PUT", "/merge/mine"),
     ("POST", "/merge/validate"),  # these ask only who calls
     ("GET", "/scores"),
     ("GET", f"/scores/{DIGEST}"),
@@ -106,7 +107,7 @@ def test_that_redis_hangs_is_told_within_2_s(hung: TestClient, method: str, path
             time.sleep(HUNG_S)  # so that it is not told by what was found out a moment ago
         began = time.monotonic()
         headers = {"Prefer": "wait=10"}
-        response = hung.request(method, path, json=recipe if method == "POST" else None, headers=headers)
+        response = hung.request(method, path, json=recipe if method in ("POST", "PUT") else None, headers=headers)
         took = time.monotonic() - began
         code = "not_ready" if path == "/readyz" else "redis_unavailable"
         assert (response.status_code, response.json()["code"]) == (503, code)
@@ -119,7 +120,13 @@ def test_every_route_that_asks_redis_is_among_these(hung: TestClient) -> None:
     without = {"/healthz", "/methods"}
     paths = hung.get("/openapi.json").json()["paths"]
     routes = {(method.upper(), path) for path, methods in paths.items() for method in methods if path not in without}
-    names = {UNKNOWN: "{job_id}", KEY: "{key_id}", DIGEST: "{digest}", "artifacts/a": "artifacts/{name}"}
+    names = {
+        UNKNOWN: "{job_id}",
+        KEY: "{key_id}",
+        DIGEST: "{digest}",
+        "artifacts/a": "artifacts/{name}",
+    }
+    names["/mine"] = "/{key}"
     asked = set()
     for method, path in ASKING:
         for unknown, name in names.items():

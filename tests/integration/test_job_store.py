@@ -322,8 +322,8 @@ def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
     other = store.records.create(NewJob({}, "name"), Idempotency("key", "another", 60))
     assert (other.existing, other.same_body) == (True, False)
     assert [record.id for record in store.records.newest()] == [first.job_id]
-    assert store.records.remembered(DEFAULT_TENANT, "key", "digest") == again
-    assert store.records.remembered(DEFAULT_TENANT, "no such key", "digest") is None
+    assert store.records.remembered(DEFAULT_TENANT, Idempotency("key", "digest", 60)) == again
+    assert store.records.remembered(DEFAULT_TENANT, Idempotency("no such key", "digest", 60)) is None
 
 
 def test_jobs_are_listed_newest_first_across_pages(store: JobStore, clock: Clock) -> None:

@@ -5,7 +5,8 @@ if redis.call('EXISTS', job) == 1 then return false end
 if remembered ~= '' then
   local before = redis.call('GET', idempotency)
   if before then return before end
-  redis.call('SET', idempotency, remembered, 'EX', remembered_s)
+  redis.call('SET', idempotency, remembered)
+  if tonumber(remembered_s) > 0 then redis.call('EXPIRE', idempotency, remembered_s) end
 end
 redis.call('ZADD', jobs, 0, job_id)
 redis.call('ZADD', jobs_of_tenant, 0, job_id)

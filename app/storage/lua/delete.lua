@@ -6,6 +6,8 @@ local status = redis.call('HGET', job, 'status')
 if not status then return 0 end
 if not FINAL[status] then return 2 end
 if tonumber(redis.call('HGET', job, 'finished_ms')) > tonumber(latest_end) then return 2 end
+local named = redis.call('HGET', job, 'named')
+if named then redis.call('DEL', named) end
 local tenant = redis.call('HGET', job, 'tenant') or default_tenant
 redis.call('SET', gone, why .. ' ' .. tenant, 'EX', why_s)
 redis.call('DEL', task, job, result, events, progress_events)
