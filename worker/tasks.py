@@ -327,6 +327,7 @@ class TaskRunner:
                 "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
                 **request.model_dump(include={"slices", "notes", "strict_filters"}),
                 "evaluate": request.evaluate,
+                "accept": request.accept and request.accept.model_dump(),
                 "journal": self._searches.begin(attempt) if searches else None,
             }
         )

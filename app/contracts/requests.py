@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 from app.contracts.models import MeasuredModelRequest, ModelRequest, ScoredModelRequest
 from app.contracts.output import Output, Webhook
 from app.contracts.suitability import (
+    acceptance_problems,
     check_slices,
     misfits,
     negative_weights,
@@ -20,6 +21,7 @@ from app.contracts.suitability import (
     unmeasured,
     unread_statistics,
 )
+from worker.engine.catalog.contracts.spec import Acceptance
 from worker.engine.catalog.methods import (
     AUTO,
     MASK_FISHER,
@@ -106,6 +108,9 @@ class MergeRequest(JobRequest[ModelRequest]):
     """Whether a filter that matches no tensor is refused; otherwise the result has a note of it."""
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100, default_factory=list)]
     """Notes with which the result begins, such as those of a translation about what it left out of a recipe."""
+    accept: Acceptance | None = None
+    """What the merge must reach on the evaluation rows for the result to be `accepted`; of `auto`, on their held-out
+    half."""
     evaluate: bool = True
     """Whether to compare expert, plain average and merge on each model's evaluation rows."""
     webhook: Webhook | None = None
@@ -188,6 +193,12 @@ class MergeRequest(JobRequest[ModelRequest]):
         if named is not None and named not in known:
             why = f"is no model's name{did_you_mean(named, known)}; known are {', '.join(known)}"
             refuse(type(self), [problem(("output", "config_from"), why, named)])
+        return self
+
+    @model_validator(mode="after")
+    def _acceptance_can_be_judged(self) -> Self:
+        if self.accept is not None:
+            refuse(type(self), acceptance_problems(self.accept, self.evaluate, self.models))
         return self
 
     @model_validator(mode="after")

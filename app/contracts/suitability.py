@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.contracts.models import MeasuredModelRequest, ModelRequest
-from worker.engine.catalog.contracts.spec import ALIGN_RIDGE
+from worker.engine.catalog.contracts.spec import ALIGN_RIDGE, Acceptance
 from worker.engine.catalog.methods import AUTO, METHODS, BaseParameters, MethodParameters
 from worker.engine.catalog.methods.auto import NEED_BASE
 from worker.engine.catalog.primitives.slices import OutputSlice
@@ -50,6 +50,24 @@ def unmeasured(method: BaseParameters, index: int, model: MeasuredModelRequest) 
     if measuring and model.dataset is None:
         why = f"model '{model.name}' has no dataset, and {_named(method, measuring)} cannot do without: it is measured"
         yield problem(("models", index, "dataset"), why, None)
+
+
+def acceptance_problems(
+    accept: Acceptance, evaluates: bool, models: Sequence[ModelRequest]
+) -> Iterator[InitErrorDetails]:
+    """Yield the reasons why nothing could be said of whether a merge reaches what it must."""
+    evaluated = [model.name for model in models if model.evaluation is not None]
+    if not evaluates or not evaluated:
+        why = "needs models with an evaluation, and evaluate true: it is judged on evaluation rows"
+        yield problem(("accept",), why, None)
+        return
+    if not accept.model_dump(exclude_defaults=True):
+        yield problem(("accept",), "names nothing to reach; give min_mean_retention, min_retention or metrics", None)
+    for name, value in accept.metrics.items():
+        if name not in evaluated:
+            known = [model.name for model in models]
+            why = "has no evaluation" if name in known else f"is no model's name{did_you_mean(name, known)}"
+            yield problem(("accept", "metrics", name), f"'{name[:100]}' {why}", value)
 
 
 def unread_statistics(method: BaseParameters, index: int, model: ModelRequest) -> Iterator[InitErrorDetails]:

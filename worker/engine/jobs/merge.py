@@ -14,6 +14,7 @@ from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import notes_of_estimates, plan_job
 from worker.engine.catalog.planning.templates import check_templates
+from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.values import TensorPlace
 from worker.engine.catalog.tasks import task_of
 from worker.engine.checkpoints.checking import check_plan
@@ -21,6 +22,7 @@ from worker.engine.checkpoints.reloading import Reloading
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
 from worker.engine.inputs.fetching import Inputs
 from worker.engine.jobs import artifact
+from worker.engine.jobs.acceptance import missed
 from worker.engine.jobs.context import JobContext
 from worker.engine.jobs.evaluating import evaluate
 from worker.engine.jobs.measuring import Measuring, for_method, measure, truncations
@@ -272,16 +274,24 @@ def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobCo
 def judge(
     spec: MergeSpec, chosen: ChosenMerge, metrics: Mapping[str, MetricResult] | None, context: JobContext
 ) -> tuple[Sequence[Candidate] | None, bool | None]:
-    """Return the table of `auto` with the metrics of the published merge, and whether it beats what it must."""
-    auto = spec.method.search
-    if auto is None or chosen.search is None or chosen.candidates is None:
-        return None, None
-    candidates = with_published(chosen.candidates, metrics)
-    context.note(*judged_notes(chosen.search, candidates))
+    """Return the table of `auto` with the metrics of the published merge, and whether the merge does what it must."""
     minimised = {model.name: task_of(model.info).minimised for model in chosen.models}
-    accepted, notes = verdict(auto, candidates, metrics or {}, minimised)
-    context.note_first(*notes)
-    return candidates, accepted
+    verdicts = []
+    candidates = None
+    auto = spec.method.search
+    if auto is not None and chosen.search is not None and chosen.candidates is not None:
+        candidates = with_published(chosen.candidates, metrics)
+        context.note(*judged_notes(chosen.search, candidates))
+        accepted, notes = verdict(auto, candidates, metrics or {}, minimised)
+        context.note_first(*notes)
+        verdicts.append(accepted)
+    if spec.accept is not None:
+        found = list(missed(spec.accept, metrics or {}, minimised))
+        if found:
+            context.note_first(Doubt(f"the merge is not accepted: {'; '.join(found)}"))
+        verdicts.append(not found)
+    asked = [accepted for accepted in verdicts if accepted is not None]
+    return candidates, all(asked) if asked else None
 
 
 def compare(chosen: ChosenMerge, plan: MergePlan, context: JobContext) -> Interference | None:

@@ -68,7 +68,7 @@ def merge_page(spec: MergeSpec, plan: MergePlan, result: MergeResult, contents: 
     tiles = [
         ("mean retention", _share(result.mean_retention), "of the experts' metrics"),
         ("lowest retention", _share(result.min_retention), _lowest(result)),
-        ("accepted", _accepted(result), "whether it beats what it must"),
+        ("accepted", _accepted(result), "whether it reaches what is asked for"),
         *_common_tiles(spec, result),
     ]
     return _page(spec, "Merge", _summary(spec, result), tiles, sections)

@@ -266,8 +266,9 @@ class MergeSummary(JobResult):
     mean_retention: float | None
     min_retention: float | None
     accepted: bool | None = None
-    """Whether the merge that `auto` chose beats what `must_beat` names, on the held-out rows; null where that names
-    nothing."""
+    """Whether the merge reaches what `accept` asks for and, if `auto` chose it, beats what `must_beat` names and writes
+    as it must. It is judged on the evaluation rows, of `auto` on their held-out half; null where nothing is asked
+    for."""
     stopping: Stopping | None = None
     """Present for methods that weight by scores of mask nodes, except with the preset `paper`."""
 

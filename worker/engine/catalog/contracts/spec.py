@@ -94,6 +94,17 @@ def given_of_all(models: Iterable[Collection[str]]) -> frozenset[str]:
     return frozenset.intersection(*given) if given else frozenset()
 
 
+class Acceptance(Strict):
+    """What a merge must reach on its evaluation rows to be accepted. What does not is written all the same."""
+
+    min_mean_retention: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Least mean retention over the models that are evaluated."""
+    min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Least retention of every model that is evaluated."""
+    metrics: Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(default_factory=dict)]
+    """By model, the least value of its metric, or the largest where less is better."""
+
+
 class JobSpec(Strict):
     """The common part of all jobs' specifications.
 
@@ -173,6 +184,7 @@ class MergeSpec(JobSpec):
     strict_filters: bool = True
     """Whether a filter that matches no tensor is refused; if not, the result has a note of it."""
     evaluate: bool
+    accept: Acceptance | None = None
     journal: Path | None = None
     """File in which `auto` keeps its trials for an attempt after this one; None: they are forgotten."""
 
