@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 import time
@@ -132,6 +133,35 @@ def writers(inputs: Path, folder: Path) -> list[ModelSpec]:
         )
         for seed, (name, evaluation) in enumerate(evaluations.items(), 1)
     ]
+
+
+def test_nothing_is_kept_of_a_file_that_was_written_to_after_it_was_digested(tiny_inputs: Path, tmp_path: Path) -> None:
+    """Its digest would find numbers of other weights, also after the file is as it was, and for other tenants."""
+    models = classifiers(tiny_inputs, tmp_path)
+    own = shutil.copytree(models[1].path or tmp_path, tmp_path / "own")
+    models[1] = models[1].model_copy(update={"path": own})
+    file = own / "model.safetensors"
+    before, times = file.read_bytes(), file.stat()
+    header = 8 + int.from_bytes(before[:8], "little")
+
+    def merge(folder: str, store: str, change: Callable[..., None]) -> MergeResult:
+        spec = merge_spec(tmp_path / folder, models, {"name": "regmean", "examples": 20}, evaluate=True)
+        spec = spec.model_copy(update={"store": StoreSpec(folder=tmp_path / store, max_bytes=10**9)})
+        return Engine(CPU).merge(spec, change)
+
+    def change(phase: str, *_: object) -> None:
+        if phase == "scoring" and file.read_bytes() == before:
+            with file.open("r+b") as stream:
+                stream.seek(header)
+                stream.write(bytes(len(before) - header))
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    merge("changed", "kept", change)
+    assert file.read_bytes() != before
+    file.write_bytes(before)
+    after, anew = merge("after", "kept", silent), merge("anew", "empty", silent)
+    assert after.metrics == anew.metrics
+    assert [model.score_cached for model in after.models] == [False, False]
 
 
 @pytest.mark.parametrize("models_of", [classifiers, writers])

@@ -149,6 +149,7 @@ def load(spec: MergeSpec, context: JobContext) -> LoadedInputs:
         context.note(*(note for info in plan.all_checkpoints for note in info.notes))
         context.note(*plan.notes, *vocabulary_notes(plan))
         states = InputStates.of(plan.all_checkpoints)
+        context.store.may_keep = states.are_untouched
         require_space(spec.folder, plan.bytes_to_write, "the artifact")
         require_memory_of_job(plan, spec, context, longest_row=1)
         context.note(*check_templates(plan, output.chat_template))

@@ -1,7 +1,8 @@
 """The step that reads and tokenises a model's rows before any work is spent, and checks that inputs do not change."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDa
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.tasks import LabelMap, column_problems, label_map
 from worker.engine.checkpoints.layout import check_layout
+from worker.engine.checkpoints.reader import file_identity
 from worker.engine.inputs.chats import template_notes
 from worker.engine.inputs.examples import Example, plan_batches
 from worker.engine.inputs.fetching import Inputs
@@ -33,13 +35,25 @@ HeldOut = Collection[tuple[Text | None, ...]]
 
 @dataclass(frozen=True)
 class InputStates:
-    """The states of the checkpoints when the job began."""
+    """The states of the checkpoints when the job began, before they are digested."""
 
     states: Sequence[tuple[CheckpointInfo, str]]
+    weights: Mapping[Path, tuple[int, ...]]
+    """What `file_identity` was of each weight file."""
 
     @classmethod
     def of(cls, checkpoints: Sequence[CheckpointInfo]) -> "InputStates":
-        return cls([(info, checkpoint_state(info)) for info in checkpoints])
+        infos = [*checkpoints, *(info.base for info in checkpoints if info.base is not None)]
+        paths = [info.path / name for info in infos for name in info.weight_files]
+        weights = {path: file_identity(path.stat()) for path in paths}
+        return cls([(info, checkpoint_state(info)) for info in checkpoints], weights)
+
+    def are_untouched(self) -> bool:
+        """Return whether no weight file can have been written to since, whatever times it was given afterwards.
+
+        A file that was merely linked or had its mode changed counts as touched.
+        """
+        return all(file_identity(path.stat()) == identity for path, identity in self.weights.items())
 
     def check_unchanged(self) -> None:
         """Raise InvalidCheckpoint where a file was changed since."""

@@ -51,6 +51,7 @@ def load(spec: ScoreSpec, context: JobContext) -> LoadedScores:
             required_family(plan)
         infos = [info for plan in plans for info in plan.checkpoints]
         states = InputStates.of(infos)
+        context.store.may_keep = states.are_untouched
         loading = context.phase("loading", len(spec.models), "models")
         context.note(*(note for info in infos for note in info.notes))
         digests = context.lasting.digests.of_checkpoints(infos, torch.get_num_threads())

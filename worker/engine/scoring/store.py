@@ -58,6 +58,9 @@ class StatisticsStore:
     Entries appear by one rename. Beyond `max_bytes` those that were used longest ago are removed. An entry in use stays
     readable, because its files are open.
 
+    What was computed is used all the same, but not kept, where `may_keep` says so: a file that was written to since its
+    digest was taken gives other numbers than the facts name, and they would be found by whoever has the digest's file.
+
     Args:
         others: folders of other tenants. An entry of theirs is linked when its facts are asked for: who knows them has
             the same inputs. It is found in no other way.
@@ -68,6 +71,7 @@ class StatisticsStore:
         self._max_bytes = max_bytes
         self._others = others
         self._stack = ExitStack()
+        self.may_keep: Callable[[], bool] = lambda: True
 
     def __enter__(self) -> "StatisticsStore":
         return self
@@ -165,6 +169,10 @@ class StatisticsStore:
             _flush(path)
         about = About(facts=facts, origin=origin, files=_files(assembled), created_at=datetime.now(UTC))
         kept = Statistics(assembled, about, self._stack)
+        if not self.may_keep():
+            logger.warning("%s of %s is not kept: files were changed meanwhile", facts.statistic, origin.checkpoint)
+            shutil.rmtree(assembled)  # its files are open
+            return kept
         (assembled / ABOUT).write_text(about.model_dump_json(indent=1), encoding="utf-8")
         _flush(assembled / ABOUT)
         entry = self.folder / facts.address
