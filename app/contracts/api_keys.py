@@ -1,10 +1,10 @@
 """API keys: who calls, for which tenant, and what the caller may do."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from worker.engine.catalog.primitives.strict import Strict
 
@@ -36,7 +36,23 @@ def _is_text(value: object) -> object:
     return value
 
 
-Expiry = Annotated[AwareDatetime, BeforeValidator(_is_text, json_schema_input_type=AwareDatetime)]
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("is beyond the years 1 to 9999 in UTC") from error
+
+
+def _is_printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("has control characters, which would reach the terminal of who lists keys")
+    return name
+
+
+Expiry = Annotated[
+    AwareDatetime, BeforeValidator(_is_text, json_schema_input_type=AwareDatetime), AfterValidator(_in_utc)
+]
+Name = Annotated[str, Field(max_length=64), AfterValidator(_is_printable)]
 
 
 class NewKey(Strict):
@@ -44,7 +60,7 @@ class NewKey(Strict):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    name: Annotated[str, Field(max_length=64)] = ""
+    name: Name = ""
     """Name for people, such as that of the pipeline that uses the key."""
     tenant: Tenant = DEFAULT_TENANT
     """Tenant whose jobs the key's holder makes and sees; others' are a 404."""

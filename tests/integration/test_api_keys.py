@@ -194,11 +194,18 @@ def test_keys_are_made_listed_and_revoked_over_http(api: TestClient, bearer: Cal
         ({"scopes": ["root"]}, "scopes.0"),
         ({"expires_at": "2030-01-01T00:00:00"}, "expires_at"),
         ({"expires_at": 1893456000}, "expires_at"),
+        ({"expires_at": "0001-01-01T00:00:00+14:00"}, "expires_at"),
+        ({"expires_at": "9999-12-31T23:59:59-14:00"}, "expires_at"),
+        ({"name": "red \x1b[31m"}, "name"),
         ({"secret": "mine"}, ""),
     ):
         refused = api.post("/keys", json=body, headers=admin)
         assert_problem(refused, 422, "invalid_request")
         assert [error["field"] for error in refused.json()["errors"]] == [field]
+    for end in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"):
+        assert api.post("/keys", json={"expires_at": end}, headers=admin).status_code == 201
+    ends = [entry["expires_at"] for entry in api.get("/keys", headers=admin).json()["data"]]
+    assert ends[-2:] == ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"]
 
 
 def test_another_tenants_jobs_are_not_there(
