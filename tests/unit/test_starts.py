@@ -52,6 +52,7 @@ def test_what_a_start_needs_the_whole_needs() -> None:
     ("given", "why"),
     [
         ({"start": "aligned_regmean"}, "cannot be a start, because it refits or stacks layers itself"),
+        ({"start": "regmean_plus"}, "cannot be a start, because it refits or stacks layers itself"),
         ({"start": {"name": "passthrough"}}, "cannot be a start, because it refits or stacks layers itself"),
         ({"start": "tie"}, "unknown method 'tie'; did you mean 'ties'?"),
         ({"start": 3}, "a start is a method's name, or an object that has it"),

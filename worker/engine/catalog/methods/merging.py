@@ -77,7 +77,9 @@ STATISTICS = _statistics()
 STARTS = tuple(
     name
     for name, entry in METHODS.items()
-    if name != "passthrough" and not issubclass(entry.parameters, RefittingParameters)
+    if name != "passthrough"
+    and not issubclass(entry.parameters, RefittingParameters)  # which cannot be made before starts are known
+    and not entry.parameters.model_validate({"name": name}).refits_layers
 )
 """Methods whose merge may be refitted."""
 
