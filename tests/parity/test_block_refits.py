@@ -11,10 +11,16 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from tests.parity.test_layers import LAYERS, WEIGHTS, Case, Dense
-from tests.tiny import Tensors, read_model
+from tests.tiny import Tensors, dataset_spec, read_model, read_rows, write_rows
+from tests.tiny_embeddings import embedding_model
+from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.merging.block_refits import pairs_of
+from worker.engine.merging.layer_alignment import Expert, linear_groups
 from worker.engine.merging.methods.blocks import MeasuredModel
 from worker.engine.merging.methods.featcal import LinearSums, NormSums, calibrated_linear, calibrated_norm
 from worker.engine.merging.methods.regmean import regress
+from worker.engine.models.loading import load
 
 STRENGTH, ANCHOR, TEACHER, UNREAD = 0.05, 2.2, 0.25, 0.01
 SHARES = [2 * weight / sum(WEIGHTS) for weight in WEIGHTS]
@@ -236,3 +242,24 @@ def test_linear_layers_of_other_forms_are_solved_for(method: str, family: str, t
     changed = [key for key, tensor in found[method].items() if not torch.equal(tensor, found["average"][key])]
     assert len(changed) >= LAYERS * 4
     assert all(bool(tensor.isfinite().all()) for tensor in found[method].values())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_tokens_that_embeddings_of_length_1_depend_on_are_those_that_are_pooled(
+    pooling: str, tmp_path: Path
+) -> None:
+    """The sum of their squares depends on none."""
+    info = inspect_checkpoint(embedding_model(tmp_path / "one", 1, pooling, "normalize"), "one")
+    plan, loaded = plan_merge([info]), load(info, torch.device("cpu"))
+    file = write_rows(tmp_path / "rows.jsonl", count=12, labels=1)
+    read = loaded.kind.tokenized(read_rows(file), dataset_spec(file), loaded.tokenizer, loaded.max_length, None)
+    groups = linear_groups(plan)
+    with pairs_of(plan, [Expert(loaded, 1.0, read.examples, "rows")], loaded.model, "float32") as [pair]:
+        for layer in range(info.config["num_hidden_layers"]):
+            of_layer = [group for group in groups if group.layer == layer]
+            pair.theirs.enter(layer, of_layer)
+        pair.theirs.read(0, of_layer[0], [of_layer[0].reader])
+        found = pair.theirs.tokens_read(0)
+    lengths = [example.length for example in read.examples]
+    assert (pair.batches, len(found)) == (1, sum(lengths))
+    assert int(found.sum()) == (len(lengths) if pooling == "cls" else sum(lengths))
