@@ -376,10 +376,13 @@ class _Conversation:
 
     def _refused(self, why: str) -> ProblemError:
         """Return the refusal of the file that is being read now."""
-        place, is_rows = self.place, self.place.field.endswith((".dataset", ".evaluation"))
-        what = "data set" if is_rows else "checkpoint"
+        place = self.place
+        what, problem = "checkpoint", Problem.INVALID_CHECKPOINT
+        if place.field.endswith((".dataset", ".evaluation")):
+            what, problem = "data set", Problem.INVALID_DATASET
+        elif ".statistics." in place.field:
+            what, problem = "statistics", Problem.INVALID_STATISTICS
         where = f"{what} {place.source[:LONGEST_QUOTE]}: {place.file}: " if place.source else ""
-        problem = Problem.INVALID_DATASET if is_rows else Problem.INVALID_CHECKPOINT
         message = f"{where}{why}"
         return ProblemError(problem, message, [FieldError(field=place.field, message=message)])
 

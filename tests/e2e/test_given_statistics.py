@@ -220,15 +220,20 @@ def test_headers_are_refused_at_the_door(
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(float("nan"), "NaN or infinite"), (-1e-9, "values below 0"), (None, "all values are 0")]
+    ("value", "factor", "said"),
+    [
+        (float("nan"), 1, "NaN or infinite"),
+        (1e200, 1, "too large for float32"),
+        (-1e-9, 1, "values below 0"),
+        (None, 0, "all values are 0 in float32"),
+        (None, 1e-300, "all values are 0 in float32"),
+    ],
 )
 def test_contents_fail_the_job(
-    service: Service, tiny_inputs: Path, information: dict[str, Tensors], value: float | None, said: str
+    service: Service, tiny_inputs: Path, information: dict[str, Tensors], value: float | None, factor: float, said: str
 ) -> None:
-    state = {key: tensor.clone() for key, tensor in information["a"].items()}
-    if value is None:
-        state = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    else:
+    state = {key: tensor.double() * factor for key, tensor in information["a"].items()}
+    if value is not None:
         state[WEIGHT][3, 5] = value
     save_file(state, tiny_inputs / "fisher" / "bad.safetensors")
     asked = recipe("a", "b")

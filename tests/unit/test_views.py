@@ -167,6 +167,13 @@ def test_a_pipe_and_a_link_in_a_circle_are_refused_by_name(checkpoint: Path, vie
         view_of(views, checkpoint)
 
 
+def test_a_pipe_in_place_of_a_file_of_rows_or_statistics_is_refused(tmp_path: Path, views: Views) -> None:
+    """Its reader would wait for ever."""
+    os.mkfifo(tmp_path / "fisher.safetensors")
+    with pytest.raises(InvalidDataset, match="local:fisher: it is no regular file"):
+        views.open_file(tmp_path / "fisher.safetensors", "local:fisher", tmp_path)
+
+
 def test_a_folder_that_is_swapped_for_a_link_while_files_are_opened_is_not_followed(
     checkpoint: Path, tmp_path: Path, views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:

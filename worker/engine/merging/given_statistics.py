@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from worker.engine.catalog.checkpoints.info import TensorInfo
@@ -70,13 +69,16 @@ def check_information(information: GivenStatistic) -> None:
     for name, tensor in information.tensors.items():
         for rows in row_blocks(tensor.shape):
             part = information[name][rows]
+            used = part.float()  # merging computes with these
             where = f"tensor {tensor.name} in {tensor.file}"
-            if not is_finite(part.float()):
-                raise InvalidStatistics(source, f"{where} has values that are NaN or infinite", tensor=tensor.name)
-            least, most = torch.aminmax(part) if part.numel() else (0.0, 0.0)
+            if not is_finite(used):
+                what = "too large for float32" if is_finite(part) else "NaN or infinite"
+                raise InvalidStatistics(source, f"{where} has values that are {what}", tensor=tensor.name)
+            least, most = (part.min(), used.max()) if part.numel() else (0.0, 0.0)
             if least < 0:
                 problem = f"{where} has values below 0, and Fisher information is a mean of squares"
                 raise InvalidStatistics(source, problem, tensor=tensor.name)
             is_zero &= not most > 0
     if is_zero:
-        raise InvalidStatistics(source, "all values are 0, so the model would be left out; leave it out, or measure it")
+        problem = "all values are 0 in float32, so the model would be left out; leave it out, or measure it"
+        raise InvalidStatistics(source, problem)

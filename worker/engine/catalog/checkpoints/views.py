@@ -90,11 +90,15 @@ class Views:
         """Open a data set's file, and return a link to it with the same name; `path` itself where it cannot be opened.
 
         Raises:
-            InvalidDataset: the file lies outside `root`, or was changed to a link while it was opened.
+            InvalidDataset: the file lies outside `root`, was changed to a link while it was opened, or is a pipe or
+                device, whose readers may wait for ever.
         """
         link = self._folder() / path.name
         try:
-            link.symlink_to(descriptor_path(open_beneath(path, root, self._opened)))
+            descriptor = open_beneath(path, root, self._opened)
+            if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode) and not stat.S_ISDIR(mode):
+                raise InvalidDataset(source, "it is no regular file")
+            link.symlink_to(descriptor_path(descriptor))
         except LinkOut as error:
             raise InvalidDataset(source, "it is a symbolic link out of the allowed folders") from error
         except OSError as error:
