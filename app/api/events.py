@@ -1,16 +1,22 @@
 import logging
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator, Field
 from redis.exceptions import RedisError
 
+from app.api.authentication import authenticate
 from app.api.dependencies import JobId, RecordOf, ServicesOf
 from app.api.strict_route import StrictRoute
+from app.contracts.api_keys import Scope
 from app.contracts.errors import FieldError, Problem, ProblemError
+
+KEY_HOLDS_S = 10.0  # an event later than this is sent only if the reader's key is still valid
 
 router = APIRouter(tags=["jobs"], route_class=StrictRoute)
 
@@ -45,7 +51,7 @@ def get_position(record: RecordOf, response: Response, last_event_id: LastEventI
     responses={204: {"description": "The job has ended and nothing is left to tell; do not reconnect"}},
 )
 async def events(
-    job_id: JobId, after: Annotated[int | None, Depends(get_position)], services: ServicesOf
+    job_id: JobId, after: Annotated[int | None, Depends(get_position)], services: ServicesOf, request: Request
 ) -> AsyncIterator[ServerSentEvent]:
     """Send a job's events, as server-sent events: from the first, or from the one after `Last-Event-ID`, to its end.
 
@@ -54,8 +60,14 @@ async def events(
     """
     if after is None:
         return
+    checked = time.monotonic()
     try:
         async for event in services.watcher.follow(job_id, after):
+            if time.monotonic() - checked >= KEY_HOLDS_S:
+                await run_in_threadpool(authenticate, request, Scope.READ)
+                checked = time.monotonic()
             yield ServerSentEvent(event=event.event, id=str(event.id), data=event.data)
+    except ProblemError:  # the key was revoked, or expired; the reader hears of it when it comes back
+        return
     except RedisError as error:  # the answer has begun; the reader comes back and hears of it then
         logger.warning("the events of job %s are cut short, Redis is away: %s", job_id, error)

@@ -235,7 +235,11 @@ class MergeRequest(JobRequest[ModelRequest]):
         return self
 
 
-MEASURING = ", ".join(name for name, entry in METHODS.items() if "dataset" in entry.needs)
+MEASURING = ", ".join(
+    name
+    for name, entry in METHODS.items()
+    if "dataset" in entry.needs and entry.parameters.model_validate({"name": name}).statistics
+)
 
 
 def _measurable(method: Any) -> Any:

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from itertools import product
@@ -206,6 +206,26 @@ def test_keys_are_made_listed_and_revoked_over_http(api: TestClient, bearer: Cal
         assert api.post("/keys", json={"expires_at": end}, headers=admin).status_code == 201
     ends = [entry["expires_at"] for entry in api.get("/keys", headers=admin).json()["data"]]
     assert ends[-2:] == ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"]
+
+
+def test_a_stream_of_events_ends_with_its_key(api: TestClient, keys: ApiKeys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.api.events.KEY_HOLDS_S", 0.0)
+    key = keys.create(NewKey())
+    headers = {"Authorization": f"Bearer {key.key}"}
+    job = api.post("/merge", json=tiny_recipe("a", "b", name="average"), headers=headers).json()["id"]
+    assert api.post(f"/jobs/{job}/cancel", headers=headers).status_code == 202
+    watcher = api.app.state.services.watcher  # type: ignore[attr-defined]
+    follow = watcher.follow
+
+    async def revoked_after_the_first(job_id: str, after: int) -> AsyncIterator[Any]:
+        async for event in follow(job_id, after):
+            yield event
+            keys.revoke(key.id)
+
+    assert api.get(f"/jobs/{job}/events", headers=headers).text.count("event: ") == 2
+    monkeypatch.setattr(watcher, "follow", revoked_after_the_first)
+    assert api.get(f"/jobs/{job}/events", headers=headers).text.count("event: ") == 1
+    assert_problem(api.get(f"/jobs/{job}/events", headers=headers), 401, "unauthenticated")
 
 
 def test_another_tenants_jobs_are_not_there(
