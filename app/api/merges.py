@@ -57,7 +57,7 @@ async def validate(body: MergeBody, services: ServicesOf, caller: CallerOf) -> P
 
 @router.put("/merge/{key}", status_code=202, responses=PUT, openapi_extra=YAML_BODY)
 async def put_merge(
-    key: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,128}$", description="Your own name of the job")],
+    key: Annotated[str, Path(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$", description="Your own name of the job")],
     body: MergeBody,
     response: Response,
     services: ServicesOf,

@@ -72,7 +72,7 @@ def test_many_who_put_the_same_at_once_make_one_job(api: TestClient) -> None:
     assert len({answer.json()["id"] for answer in answers}) == 1
 
 
-@pytest.mark.parametrize("name", ["a b", "a%2Fb", "", "ä", "x" * 129, "mine%0A"])
+@pytest.mark.parametrize("name", ["a b", "%2E%2E", ".hidden", "a%2Fb", "", "ä", "x" * 129, "mine%0A"])
 def test_names_that_no_job_can_have_are_not_found(api: TestClient, name: str) -> None:
     assert api.put(f"/merge/{name}", json=RECIPE).status_code in (404, 405)
     assert api.get("/jobs").json()["data"] == []
