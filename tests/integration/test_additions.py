@@ -238,7 +238,7 @@ def test_a_store_of_artifacts_stands_in_its_file_alone(run: Run) -> None:
             request = MergeRequest.model_validate({"method": {"name": "average"}, "models": models, "evaluate": False})
             outcome = Outcome(status=Status.SUCCEEDED, artifact=artifact)
             try:
-                return await services.inspectors.check(request, {attempt.task.job: outcome})
+                return await services.inspectors.check(request, "default", {attempt.task.job: outcome})
             finally:
                 services.inspectors.close()
 
