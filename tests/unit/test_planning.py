@@ -18,7 +18,7 @@ from tests.tiny import HEADS, LAYERS, NEURONS, Tensors, edit_json, edit_tensors,
 from tests.tiny_families import TINY_LLAMA
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
-from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.contracts.spec import EvaluationSpec, OutputSpec
 from worker.engine.catalog.data.spec import NEW_TOKENS
 from worker.engine.catalog.families import Kind, Owner, Part, Slot
 from worker.engine.catalog.families.bert import BERT
@@ -28,6 +28,7 @@ from worker.engine.catalog.methods import (
     AverageParameters,
     MaskFisherParameters,
     MaskRegMeanParameters,
+    MethodParameters,
     RegMeanParameters,
     TiesParameters,
 )
@@ -41,8 +42,9 @@ from worker.engine.catalog.planning.memory import (
 )
 from worker.engine.catalog.planning.parameters import parameter_problems
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.planner import plan_merge
+from worker.engine.catalog.planning.planner import plan_job, plan_merge
 from worker.engine.catalog.primitives.errors import EngineError, IncompatibleCheckpoints, InvalidCheckpoint
+from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.primitives.values import Filtered
 
 LAYER = "bert.encoder.layer.1"
@@ -240,6 +242,22 @@ def test_the_output_has_the_asked_dtype_or_one_that_holds_the_inputs(
     assert {tensor.dtype for tensor in found.backbone} == {planned}
     if asked != "auto":
         assert {tensor.dtype for head in found.heads for tensor in head} == {planned}
+
+
+def test_a_model_that_is_rounded_more_than_the_base_is_doubted_where_differences_from_the_base_count(
+    pair: list[Path], tmp_path: Path
+) -> None:
+    base = inspect_checkpoint(tiny_base(tmp_path / "base"), "base")
+    edit_tensors(pair[1], partial(converted, dtype=torch.bfloat16))
+    infos = [inspect_checkpoint(path, name) for path, name in zip(pair, ("whole", "rounded"), strict=True)]
+
+    def doubts(method: MethodParameters) -> list[str]:
+        notes = plan_job(method, ["whole", "rounded"], infos, OutputSpec(), base).notes
+        return [note for note in notes if isinstance(note, Doubt)]
+
+    [doubt] = doubts(TiesParameters())
+    assert doubt.startswith("rounded is stored as BF16 and the base as F32, so what rounding changed counts")
+    assert doubts(AverageParameters()) == []
 
 
 def converted(tensors: Tensors, dtype: torch.dtype) -> Tensors:

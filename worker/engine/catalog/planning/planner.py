@@ -6,7 +6,7 @@ from functools import partial
 
 from worker.engine.catalog.checkpoints.config_differences import check_architectures
 from worker.engine.catalog.checkpoints.identity import check_tensors, identify
-from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.info import DTYPE_BYTES, CheckpointInfo
 from worker.engine.catalog.checkpoints.settings import check_settings
 from worker.engine.catalog.checkpoints.tensor_names import stacks_of
 from worker.engine.catalog.checkpoints.token_tensors import vocabulary_size
@@ -102,6 +102,24 @@ def notes_of_estimates(method: MethodParameters) -> list[str]:
     return [Doubt(f"{method.estimated} were not measured, but estimated from the task vectors")]
 
 
+def notes_of_rounding(method: BaseParameters, plan: MergePlan) -> list[str]:
+    """Return a doubt for each model of whose differences from the base a part is what its data type rounded off."""
+    if not method.needs_base:
+        return []
+    rounded: dict[str, tuple[str, str]] = {}
+    for tensor in plan.backbone:
+        for source in tensor.sources:
+            if tensor.base is not None and DTYPE_BYTES[source.dtype] < DTYPE_BYTES[tensor.base.dtype]:
+                rounded.setdefault(source.source, (source.dtype, tensor.base.dtype))
+    return [
+        Doubt(
+            f"{source} is stored as {own} and the base as {wider}, so what rounding changed counts as a difference "
+            "from the base too; a base in the same format has none of that"
+        )
+        for source, (own, wider) in rounded.items()
+    ]
+
+
 def misfit(method: BaseParameters, family: Family | None) -> str | None:
     """Return why a method cannot merge models of a family, though others can; None if it can."""
     if family is None:
@@ -156,7 +174,7 @@ def plan_job(
                     advice = "use a method that works on single tensors, such as ties"
                 raise InvalidCheckpoint(checkpoints[0].source, f"{why}; {advice}")
         estimates = [] if method.search else [note for one in method.methods for note in notes_of_estimates(one)]
-        plan = replace(plan, notes=(*estimates, *plan.notes))
+        plan = replace(plan, notes=(*estimates, *notes_of_rounding(method, plan), *plan.notes))
         return with_companions(plan, output.dtype, chat_template=output.chat_template)
     if output.heads == "per_model":
         raise InvalidRequest("slices make one model with one head", field="output.heads")
@@ -166,7 +184,7 @@ def plan_job(
     asked = MergeSettings(output.dtype, base, True, output.vocabulary, whose, choices)
     plan = plan_slices(slices, names, identities, asked, scale)
     notes = dict.fromkeys([*(note for identity in identities for note in identity.notes), *plan.notes])
-    plan = replace(plan, notes=tuple(notes))
+    plan = replace(plan, notes=(*notes_of_rounding(method, plan), *notes))
     only, *others = slices[-1].sources
     last = None if others else checkpoints[names.index(only.model)]
     return with_companions(plan, output.dtype, last=last, chat_template=output.chat_template)
