@@ -99,6 +99,8 @@ def paths(service: Service, job: dict[str, Any]) -> list[str]:
         "job_id": job["id"],
         "name": "models/a/config.json",
         "digest": digest[0]["digest"] if digest else "0" * 64,
+        "key_id": "0" * 16,
+        "key": "mine",
     }
     return [re.sub(r"\{(\w+)\}", lambda m: values[m[1]], path) for path in service.get("/openapi.json").json()["paths"]]
 

@@ -31,7 +31,7 @@ ELSEWHERE = ("192.0.2.7", 50000)
 
 @pytest.fixture
 def keys(redis: Redis) -> ApiKeys:
-    return ApiKeys(redis, "test")
+    return ApiKeys(redis, "keys")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def settings(redis_url: str, root: Path, tiny_inputs: Path) -> Settings:
     roots = (root / "of" / "{tenant}", tiny_inputs)
-    return Settings(redis_url=SecretStr(redis_url), data_dir=root / "data", queue="test", local_roots=roots)
+    return Settings(redis_url=SecretStr(redis_url), data_dir=root / "data", queue="keys", local_roots=roots)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_key_is_kept_as_its_digest_and_told_once(keys: ApiKeys, redis: Redis) 
     assert TOKEN.fullmatch(made.key)
     assert made.key.startswith(f"{made.prefix}_")
     secret = made.key.removeprefix(f"{made.prefix}_")
-    kept = "".join(str(redis.hgetall(name)) for name in redis.scan_iter("test:key:*"))
+    kept = "".join(str(redis.hgetall(name)) for name in redis.scan_iter("keys:key:*"))
     assert secret not in kept
     assert [key.model_dump() for key in keys.all()] == [made.model_dump(exclude={"key"})]
     assert keys.caller(made.key) == Caller(tenant="search", scopes=frozenset({Scope.READ, Scope.WRITE}))
@@ -277,15 +277,15 @@ def test_each_tenant_has_local_roots_of_its_own(
 
 
 def test_jobs_of_releases_without_tenants_are_the_default_tenants(redis: Redis) -> None:
-    made = JobStore(redis, "test", lease_seconds=10, max_losses=3)
+    made = JobStore(redis, "keys", lease_seconds=10, max_losses=3)
     ids = [made.records.create(NewJob({}, f"{number}")).job_id for number in range(130)]
     theirs = made.records.create(NewJob({}, "theirs", tenant="theirs")).job_id
     ids.sort(reverse=True)
     assert [record.id for record in made.records.newest()] == ids
-    redis.delete("test:jobs:default", "test:listed")
+    redis.delete("keys:jobs:default", "keys:listed")
     for job_id in ids:
-        redis.hdel(f"test:job:{job_id}", "tenant")
-    upgraded = JobStore(redis, "test", lease_seconds=10, max_losses=3)
+        redis.hdel(f"keys:job:{job_id}", "tenant")
+    upgraded = JobStore(redis, "keys", lease_seconds=10, max_losses=3)
     assert [record.id for record in upgraded.records.newest()] == ids
     assert [record.id for record in upgraded.records.newest(tenant="theirs")] == [theirs]
     record = upgraded.records.get(ids[0])

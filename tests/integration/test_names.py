@@ -19,7 +19,7 @@ from tests.conftest import BASE_URL, HERE, assert_problem, tiny_recipe
 @pytest.fixture(scope="module")
 def app_of_module(redis_url: str, tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("names")
-    settings = Settings(redis_url=SecretStr(redis_url), data_dir=folder, queue="test", local_roots=(tiny_inputs,))
+    settings = Settings(redis_url=SecretStr(redis_url), data_dir=folder, queue="names", local_roots=(tiny_inputs,))
     with TestClient(create_app(settings), BASE_URL, client=HERE) as client:
         yield client
 
@@ -55,11 +55,11 @@ def test_a_name_is_free_when_its_job_is_deleted_and_is_kept_for_as_long_as_it_is
     api: TestClient, redis: Redis
 ) -> None:
     job = api.put("/merge/mine", json=RECIPE).json()["id"]
-    assert [redis.ttl(name) for name in redis.scan_iter("test:named:*")] == [-1]
+    assert [redis.ttl(name) for name in redis.scan_iter("names:named:*")] == [-1]
     assert api.post(f"/jobs/{job}/cancel").status_code == 202
     assert api.put("/merge/mine", json=RECIPE).json()["status"] == "cancelled"
     assert api.delete(f"/jobs/{job}").status_code == 204
-    assert list(redis.scan_iter("test:named:*")) == []
+    assert list(redis.scan_iter("names:named:*")) == []
     made = api.put("/merge/mine", json=OTHER)
     assert made.status_code == 202
     assert made.json()["id"] != job
@@ -86,7 +86,7 @@ def test_a_refused_recipe_leaves_its_name_free(api: TestClient) -> None:
 
 
 def test_each_tenant_has_names_of_its_own(api: TestClient, redis: Redis) -> None:
-    keys = ApiKeys(redis, "test")
+    keys = ApiKeys(redis, "names")
     made = set()
     for tenant in ("one", "two"):
         header = {"Authorization": f"Bearer {keys.create(NewKey(tenant=tenant)).key}"}

@@ -276,10 +276,12 @@ def judge(
     spec: MergeSpec, chosen: ChosenMerge, metrics: Mapping[str, MetricResult] | None, context: JobContext
 ) -> tuple[Sequence[Candidate] | None, bool | None]:
     """Return the table of `auto` with the metrics of the published merge, and whether the merge does what it must."""
+    auto = spec.method.search
+    if auto is None and spec.accept is None:
+        return None, None
     minimised = {model.name: task_of(model.info).minimised for model in chosen.models}
     verdicts = []
     candidates = None
-    auto = spec.method.search
     if auto is not None and chosen.search is not None and chosen.candidates is not None:
         candidates = with_published(chosen.candidates, metrics)
         context.note(*judged_notes(chosen.search, candidates))

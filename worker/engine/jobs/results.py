@@ -11,7 +11,7 @@ from worker.engine.catalog.contracts.report import (
     Stopping,
 )
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec
-from worker.engine.catalog.methods import BaseParameters, FisherParameters, MethodParameters
+from worker.engine.catalog.methods import BaseParameters, MethodParameters
 from worker.engine.catalog.planning.parameters import unmatched_filters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.notes import Doubt
@@ -129,7 +129,7 @@ def notes_of_given(method: BaseParameters, models: Sequence[JobModel]) -> list[s
         read = [model for model in taking_part if statistic in model.given]
         listed = ", ".join(f"{model.name} ({model.given[statistic].source})" for model in read)
         notes.append(f"{statistic} was read from files, and not measured, of {listed}")
-    raw = any(isinstance(one, FisherParameters) and not one.normalize for one in method.methods)
+    raw = any(one.counts_scale for one in method.methods)
     if raw and notes and len(taking_part) > 1:
         said = "with normalize false models count by the scale of their Fisher information"
         notes.insert(0, Doubt(f"{said}, which a mean or sum of losses, and any factor, changes in files"))

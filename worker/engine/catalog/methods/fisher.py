@@ -30,6 +30,10 @@ class FisherParameters(GradientParameters):
     def statistics(self) -> frozenset[Statistic]:
         return frozenset({PARAMETER_FISHER})
 
+    @property
+    def counts_scale(self) -> bool:
+        return not self.normalize
+
 
 FISHER = MethodEntry(
     name="fisher",

@@ -182,6 +182,11 @@ class MethodParameters(BaseParameters):
         return None
 
     @property
+    def counts_scale(self) -> bool:
+        """Whether a factor of all of a model's statistics changes its weight in the merge."""
+        return False
+
+    @property
     def gradients(self) -> "GradientParameters | None":
         """These parameters, if measuring takes gradients of a label's likelihood; else None."""
         return None
