@@ -28,6 +28,7 @@ from app.client import Client
 TASKS = ("topics", "sentiment")
 POLL_S = 0.25
 START_TIMEOUT_S = 60
+READY = "ready on http"  # what the service logs when it is
 MAX_TOKENS = 128  # what the experts were trained on
 
 console = Console()
@@ -58,12 +59,15 @@ def service(folder: Path, port: int) -> Iterator[Client]:
     command = [sys.executable, "-m", "app.cli", "serve", "--data-dir", str(folder / "data"), "--port", str(port)]
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [*command, "--local-root", str(folder / "inputs")], stdout=stream, stderr=subprocess.STDOUT
+            [*command, "--local-root", str(folder / "inputs")],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "MASKMERGE_LOG_LEVEL": "INFO"},  # at which it says that it is ready
         )
     try:
         with Client(f"http://127.0.0.1:{port}") as client, console.status("starting the service"):
             deadline = time.monotonic() + START_TIMEOUT_S
-            while not client.is_ready():
+            while READY not in log.read_text():  # another service may have taken the port, and would answer too
                 if process.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"the service did not start:\n{log.read_text()}")
                 time.sleep(POLL_S)
