@@ -3,7 +3,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Response
 
 from app.api.dependencies import CallerOf, ServicesOf
-from app.api.openapi import ACCEPTED
+from app.api.openapi import ACCEPTED, Responses
 from app.api.prefer import Wait
 from app.api.submitting import IdempotencyKey, answered, submitted
 from app.api.yaml_body import YAML_BODY, YamlRoute
@@ -27,7 +27,10 @@ EXAMPLE: dict[str, Any] = {
 }
 SEARCH: dict[str, Any] = {**EXAMPLE, "method": {"name": "auto", "candidates": ["average", "regmean"], "trials": 20}}
 EXAMPLES: dict[str, Any] = {"two experts": {"value": EXAMPLE}, "the best of several methods": {"value": SEARCH}}
-PUT = {**ACCEPTED, 200: {"description": "The job that has this name already", "headers": ACCEPTED[202]["headers"]}}
+PUT: Responses = {
+    **ACCEPTED,
+    200: {"model": Job, "description": "The job that has this name already", "headers": ACCEPTED[202]["headers"]},
+}
 MergeBody = Annotated[MergeRequest, Body(openapi_examples=EXAMPLES)]
 
 

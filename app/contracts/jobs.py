@@ -120,8 +120,6 @@ class JobCore(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
-    key: str | None
-    """The caller's own name of the job, by which it was put; null for one that was posted."""
     kind: JobKind
     name: str
     status: Status
@@ -135,6 +133,8 @@ class JobCore(BaseModel):
     progress: Progress
     error: JobError | None
     labels: dict[str, str]
+    key: str | None
+    """The caller's own name of the job, by which it was put; null for one that was posted."""
     links: Links
 
 
@@ -178,7 +178,6 @@ class RecordCore(BaseModel):
 
         return {
             "id": self.id,
-            "key": self.key,
             "kind": self.kind,
             "name": self.name,
             "status": self.status,
@@ -190,6 +189,7 @@ class RecordCore(BaseModel):
             "progress": self.progress,
             "error": self.error,
             "labels": self.labels,
+            "key": self.key,
             "links": Links(
                 self=f"/jobs/{self.id}",
                 events=f"/jobs/{self.id}/events",
