@@ -1,4 +1,4 @@
-"""Which experts are merged with each other."""
+"""Chooses the experts that are merged with each other."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

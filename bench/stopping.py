@@ -72,14 +72,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where scoring of one combination stops at one tolerance. `rows` and `of` are over all of its models."""
+    """The point at which scoring of a combination stops at a tolerance. `rows` and `of` are over all of its models."""
 
     rows: int
     of: int
     look: int
     error: float
     comparisons: dict[tuple[str, str], Comparison]
-    """By task and head."""
+    """Comparisons by task and head."""
 
     @property
     def share(self) -> float:
@@ -116,7 +116,7 @@ class StoppingBench:
         return [found for rows in looks(most) if (found := point(METHOD, models, rows, self.owned)) is not None]
 
     def calibration(self, tasks: Combination) -> dict[int, float]:
-        """By look: how far the merge weights are from those of all rows, over how far their errors say they are."""
+        """Return, by look, how far the merge weights are from those of all rows, over how far their errors say."""
         models = [self.scored[task] for task in tasks]
         most = max(model.population for model in models)
         final = self._weights(tasks, most)

@@ -234,3 +234,13 @@ def silent(*_: object) -> None:
 def read_model(folder: Path) -> Tensors:
     """Every tensor of a checkpoint folder, whatever its shards."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def drifted_tensors(
+    shape: Sequence[int], models: int = 3, dtype: torch.dtype = torch.float32, *, seed: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A base, and models that have drifted from it, in part alike."""
+    rng = torch.Generator().manual_seed(seed)
+    base, common = (torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(2))
+    steps = [torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(models)]
+    return base.to(dtype), [(base + 0.2 * common + 0.3 * step).to(dtype) for step in steps]

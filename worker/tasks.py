@@ -75,7 +75,7 @@ class Unwanted(Exception):
 
 @dataclass(frozen=True)
 class TenantStorage:
-    """Where the jobs of one tenant find their inputs, and keep statistics."""
+    """The places in which jobs of one tenant find their inputs, and keep statistics."""
 
     sources: Sources
     statistics: StoreSpec

@@ -4,12 +4,12 @@ While no key was ever made, callers on this machine may do everything, and nobod
 """
 
 import re
-from ipaddress import IPv6Address, ip_address
 
 from fastapi import Request
 
 from app.contracts.api_keys import Caller, Scope
 from app.contracts.errors import Problem, ProblemError
+from app.contracts.settings import is_loopback
 from app.storage.api_keys import ApiKeys, KeyRefused
 
 BEARER = re.compile(r"bearer +([!-~]+) *", re.IGNORECASE)
@@ -35,7 +35,7 @@ def _caller(request: Request, keys: ApiKeys) -> Caller:
     if not sent:
         if keys.exist():
             raise _unauthenticated(f"the request has no API key; {HOW}")
-        if not _is_from_this_machine(request):
+        if request.client is None or not is_loopback(request.client.host):
             raise _unauthenticated(
                 "without API keys the service answers this machine alone; make one with `maskmerge keys create`"
             )
@@ -51,12 +51,3 @@ def _caller(request: Request, keys: ApiKeys) -> Caller:
 
 def _unauthenticated(detail: str, more: str = "") -> ProblemError:
     return ProblemError(Problem.UNAUTHENTICATED, detail, None, **{"WWW-Authenticate": f"Bearer{more}"})
-
-
-def _is_from_this_machine(request: Request) -> bool:
-    try:
-        address = ip_address(request.client.host if request.client else "")
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return (mapped or address).is_loopback

@@ -8,7 +8,7 @@ the page that it comes from.
 
 import re
 from collections.abc import Iterable
-from ipaddress import IPv6Address, ip_address
+from ipaddress import ip_address
 from urllib.parse import unquote
 
 from fastapi import Request
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import answer
 from app.contracts.errors import Problem, ProblemError
+from app.contracts.settings import is_loopback
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{0,5}))?")
@@ -74,7 +75,7 @@ class OwnHosts:
         if found is None:
             raise ProblemError(Problem.MALFORMED, f"'{authority[:100]}' is no host; write NAME or NAME:PORT")
         name = _without_brackets(found[1])
-        if not _is_loopback(name) and name not in self._names:
+        if name != "localhost" and not is_loopback(name) and name not in self._names:
             detail = f"the service does not go by the name '{name[:100]}'; where it should, set MASKMERGE_ALLOWED_HOSTS"
             raise ProblemError(Problem.UNKNOWN_HOST, detail)
 
@@ -101,15 +102,6 @@ def _place(authority: str, scheme: str) -> tuple[str, str] | None:
     """Splits a host into name and port; None when it is malformed."""
     found = AUTHORITY.fullmatch(authority)
     return (_without_brackets(found[1]), found[2] or DEFAULT_PORTS[scheme]) if found else None
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        address = ip_address(name)
-    except ValueError:
-        return name == "localhost"
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def _without_brackets(name: str) -> str:

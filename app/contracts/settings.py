@@ -1,7 +1,7 @@
 """Every setting of the service, read from `MASKMERGE_*` variables."""
 
 import re
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -119,6 +119,16 @@ class Settings(BaseSettings):
             (f"MASKMERGE_{name.upper()}", self.text(name), field.description or "")
             for name, field in type(self).model_fields.items()
         ]
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address is one of this machine alone; False for names, and for what is no address."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return False
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return (mapped or found).is_loopback
 
 
 def _is_address(text: str) -> bool:

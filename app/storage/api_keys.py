@@ -10,13 +10,12 @@ import secrets
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from typing import Any, cast
 
 from redis import Redis
 
 from app.contracts.api_keys import Caller, CreatedKey, Key, NewKey, Scope
-from app.contracts.settings import Settings
+from app.contracts.settings import Settings, is_loopback
 from app.storage.keys import Keys
 
 TOKEN = re.compile(r"(?P<prefix>mm_(?P<id>[0-9a-f]{16}))_[A-Za-z0-9_-]{43}")
@@ -81,7 +80,7 @@ class ApiKeys:
 
     def require(self, settings: Settings) -> None:
         """Raise ValueError where the API would listen to other machines, and no key was ever made."""
-        if settings.host == "localhost" or _is_loopback(settings.host) or self.exist():
+        if settings.host == "localhost" or is_loopback(settings.host) or self.exist():
             return
         where = "" if settings.redis_url is not None else f" --data-dir {settings.data_dir}"
         raise ValueError(
@@ -127,13 +126,6 @@ class ApiKeys:
             last_used_at=time_of("used_ms"),
             revoked_at=time_of("revoked_ms"),
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _digest(token: str) -> str:

@@ -4,6 +4,7 @@ computation that takes another way, by NumPy's decompositions."""
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from app.contracts.requests import MergeRequest
-from tests.tiny import merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
+from tests.tiny import (
+    drifted_tensors,
+    merge_spec,
+    merged_of,
+    model_spec,
+    read_model,
+    silent,
+    tiny_base,
+    tiny_checkpoint,
+)
 from tests.tiny_families import TINY_FAMILIES, TINY_MIXTURES
 from worker.engine.catalog.checkpoints.tensor_names import slot_of
 from worker.engine.catalog.contracts.spec import CheckpointSpec
@@ -47,14 +57,7 @@ LINEAR = slot_in(BERT, WEIGHT)
 TRANSPOSED = slot_in(GPT2, "transformer.h.0.mlp.c_fc.weight")
 
 
-def tensors_of(
-    shape: Sequence[int], models: int = 3, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, list[Tensor]]:
-    """A base, and models that have drifted from it, in part alike."""
-    rng = torch.Generator().manual_seed(5)
-    base, common = (torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(2))
-    steps = [torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(models)]
-    return base.to(dtype), [(base + 0.2 * common + 0.3 * step).to(dtype) for step in steps]
+tensors_of = partial(drifted_tensors, seed=5)
 
 
 def merge(

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from app.contracts.requests import MergeRequest
-from tests.tiny import LAYERS, merge_spec, merged_of, model_spec, read_model, silent, tiny_base, tiny_checkpoint
+from tests.tiny import (
+    LAYERS,
+    drifted_tensors,
+    merge_spec,
+    merged_of,
+    model_spec,
+    read_model,
+    silent,
+    tiny_base,
+    tiny_checkpoint,
+)
 from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.families import Slot
 from worker.engine.catalog.families.bert import BERT
@@ -54,14 +65,7 @@ def named(name: str = "bert.encoder.layer.0.intermediate.dense.weight") -> Slot:
     return slot
 
 
-def tensors_of(
-    shape: Sequence[int], models: int = 3, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, list[Tensor]]:
-    """A base, and models that have drifted from it, in part alike."""
-    rng = torch.Generator().manual_seed(7)
-    base, common = (torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(2))
-    steps = [torch.randn(tuple(shape), generator=rng, dtype=torch.float64) for _ in range(models)]
-    return base.to(dtype), [(base + 0.2 * common + 0.3 * step).to(dtype) for step in steps]
+tensors_of = partial(drifted_tensors, seed=7)
 
 
 def merge(

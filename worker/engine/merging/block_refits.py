@@ -1,6 +1,5 @@
 """Runs experts and a merge side by side, block by block, for methods that refit all layers of a block at once."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.values import DEFAULT_WEIGHT, TensorPlace, values_at
 from worker.engine.inputs.examples import collate, plan_batches
-from worker.engine.merging.layer_alignment import Expert, LinearGroup, _Run, linear_groups, stacks_of
+from worker.engine.merging.layer_alignment import Expert, LinearGroup, _Run, linear_groups, model_of, stacks_of
 from worker.engine.runtime.device import Precision, rounded_weights
 
 
@@ -63,8 +62,7 @@ def refit_blocks(
         refit: returns new values by `Slot.name`. Runs are in the block, with the merge's inputs in both.
         on_group: called after each of `linear_groups`.
     """
-    merged = copy.deepcopy(experts[0].loaded.model)
-    merged.load_state_dict(dict(start), strict=False)
+    merged = model_of(start, experts)
     found: dict[str, Tensor] = dict(start)
     with pairs_of(plan, experts, merged, precision) as pairs:
         for _, of_layer in groupby(linear_groups(plan), key=lambda group: group.layer):

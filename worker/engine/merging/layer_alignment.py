@@ -260,6 +260,13 @@ def stacks_of(plan: MergePlan) -> list[list[str]]:
     return [[family.layer_path(n, stack).removesuffix(".") for n in of_stack] for stack, of_stack in numbers.items()]
 
 
+def model_of(start: Mapping[str, Tensor], experts: Sequence[Expert]) -> nn.Module:
+    """Return a model with the backbone `start`, by `Slot.name`, and all else as the first expert has it."""
+    merged = copy.deepcopy(experts[0].loaded.model)
+    merged.load_state_dict(dict(start), strict=False)
+    return merged
+
+
 def refitted(
     plan: MergePlan,
     start: Mapping[str, Tensor],
@@ -269,8 +276,7 @@ def refitted(
     on_group: Callable[[], None],
 ) -> dict[str, Tensor]:
     """Return the merged backbone `start`, by `Slot.name`, after `align_layers`."""
-    merged = copy.deepcopy(experts[0].loaded.model)
-    merged.load_state_dict(dict(start), strict=False)
+    merged = model_of(start, experts)
     changes = align_layers(plan, experts, merged, parameters, precision, on_group)
     del merged  # the sums take its place
     return {name: tensor + changes.get(name, 0.0) for name, tensor in start.items()}

@@ -102,7 +102,7 @@ class Acceptance(Strict):
     min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
     """Least retention of every model that is evaluated."""
     metrics: Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(default_factory=dict)]
-    """By model, the least value of its metric, or the largest where less is better."""
+    """Least value of a model's metric, or the largest where less is better, by model."""
 
 
 class JobSpec(Strict):

@@ -48,7 +48,7 @@ class RegressionParameters(MeasuringParameters):
 class RegMeanParameters(RegressionParameters):
     name: Literal["regmean"] = "regmean"
     gram: Literal["rows", "deltas"] = "rows"
-    """Where Gram matrices come from: `rows` measures them on every model's rows; `deltas` estimates each by the task
+    """Source of the Gram matrices: `rows` measures them on every model's rows; `deltas` estimates each by the task
     vector of the layer itself, which needs a base and no rows."""
 
     @property
