@@ -85,10 +85,12 @@ def cancel(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
 def retry(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Queue a failed or cancelled job again, as a new attempt. 409 when it is neither."""
     preconditions.check(_etag(record))
-    if not services.jobs.retry(record.id):
-        detail = f"job {record.id} is {record.status.value}; only a failed or cancelled job can be tried again"
+    again = services.jobs.retry(record.id)
+    if again is None:
+        current = read_again(record, services)
+        detail = f"job {record.id} is {current.status.value}; only a failed or cancelled job can be tried again"
         raise ProblemError(Problem.CONFLICT, detail)
-    return read_again(record, services).public()
+    return again.public()
 
 
 @router.delete("/jobs/{job_id}", status_code=204)

@@ -42,7 +42,7 @@ class Jobs:
             raise ProblemError(
                 Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
             )
-        record = await run_sync(self._store.records.get, created.job_id)
+        record = await run_sync(self._begin, created)
         if record is None:
             raise ProblemError(Problem.CONFLICT, "the job of this Idempotency-Key was deleted; use a new key")
         return record
@@ -54,7 +54,7 @@ class Jobs:
             ProblemError: the recipe or an input is refused, or the job of this name has another recipe.
         """
         created = await self._created(request, tenant, Idempotency(key, _digest(request), None))
-        record = await run_sync(self._store.records.get, created.job_id)
+        record = await run_sync(self._begin, created)
         if record is None:
             raise ProblemError(Problem.CONFLICT, f"the job '{key}' was deleted just now; put it again")
         if not created.same_body:
@@ -63,7 +63,7 @@ class Jobs:
         return record, not created.existing
 
     async def _created(self, request: MergeRequest | ScoreRequest, tenant: str, once: Idempotency) -> Created:
-        """Make and dispatch a job, unless its key made one before."""
+        """Make a job, unless its key made one before."""
         # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
         created = await run_sync(self._store.records.remembered, tenant, once)
         if created is None:
@@ -78,16 +78,26 @@ class Jobs:
                 tenant,
             )
             created = await run_sync(self._store.records.create, job, once if once.key else None)
-        if not created.existing:
-            await run_sync(self._dispatch, TaskId(job=created.job_id, stage=Stage.MERGE))
         return created
 
-    def retry(self, job_id: str) -> bool:
-        """Queue a failed or cancelled job anew. Returns False when it is neither."""
+    def _begin(self, created: Created) -> Record | None:
+        """Dispatch a job if it is new, and return its record as it was before; None when the job was deleted.
+
+        So the answer to whoever made a job tells it as queued, however soon a worker takes it.
+        """
+        record = self._store.records.get(created.job_id)
+        if not created.existing:
+            self._dispatch(TaskId(job=created.job_id, stage=Stage.MERGE))
+        return record
+
+    def retry(self, job_id: str) -> Record | None:
+        """Queue a failed or cancelled job anew, and return it as queued; None when it is neither, or deleted."""
         task = self._store.records.retry(job_id)
-        if task is not None:
-            self._dispatch(task)
-        return task is not None
+        if task is None:
+            return None
+        record = self._store.records.get(job_id)
+        self._dispatch(task)
+        return record
 
     def _dispatch(self, task: TaskId) -> None:
         try:

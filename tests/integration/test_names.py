@@ -10,9 +10,12 @@ from pydantic import SecretStr
 from redis import Redis
 
 from app.contracts.api_keys import NewKey
+from app.contracts.jobs import Attempt, ErrorCode, JobError, Stage, TaskId
 from app.contracts.settings import Settings
 from app.main import create_app
 from app.storage.api_keys import ApiKeys
+from app.storage.jobs import JobStore
+from app.storage.queue import TaskQueue
 from tests.conftest import BASE_URL, HERE, assert_problem, tiny_recipe
 
 
@@ -63,6 +66,31 @@ def test_a_name_is_free_when_its_job_is_deleted_and_is_kept_for_as_long_as_it_is
     made = api.put("/merge/mine", json=OTHER)
     assert made.status_code == 202
     assert made.json()["id"] != job
+
+
+@pytest.fixture
+def eager_worker(api: TestClient, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> JobStore:
+    """A worker that has begun every job before its dispatch returns."""
+    store = JobStore(redis, "names", lease_seconds=10, max_losses=3)
+    monkeypatch.setattr(TaskQueue, "dispatch", lambda _, task: store.tasks.claim(task, "worker"))
+    return store
+
+
+def test_an_answer_tells_a_new_job_as_queued_however_soon_a_worker_takes_it(
+    api: TestClient, eager_worker: JobStore
+) -> None:
+    for answer in (api.post("/merge", json=RECIPE), api.put("/merge/mine", json=RECIPE)):
+        job = answer.json()
+        assert (answer.status_code, job["status"]) == (202, "queued")
+        assert api.get(f"/jobs/{job['id']}").json()["status"] == "running"
+    again = api.put("/merge/mine", json=RECIPE)
+    assert (again.status_code, again.json()["status"]) == (200, "running")
+    attempt = Attempt(task=TaskId(job=job["id"], stage=Stage.MERGE), number=1)
+    error = JobError(code=ErrorCode.INTERNAL, message="lost", retryable=True)
+    assert eager_worker.tasks.fail(attempt, error)
+    retried = api.post(f"/jobs/{job['id']}/retry")
+    assert (retried.status_code, retried.json()["status"]) == (202, "queued")
+    assert api.get(f"/jobs/{job['id']}").json()["status"] == "running"
 
 
 def test_many_who_put_the_same_at_once_make_one_job(api: TestClient) -> None:
