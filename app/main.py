@@ -9,9 +9,11 @@ from fastapi import FastAPI
 
 from app.api import artifacts, docs, errors, events, health, jobs, keys, merges, methods, scores
 from app.api.body_limit import BodyLimit
+from app.api.cors import Cors
 from app.api.head import HeadAsGet
 from app.api.hosts import OwnHosts
 from app.api.openapi import Api
+from app.api.proxies import Proxies
 from app.contracts.settings import Settings
 from app.services.composition import compose
 from app.storage.reaper import EXPIRY_S, SWEEP_S, Repeater, remove_outlived
@@ -46,7 +48,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.services = services
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
     app.add_middleware(HeadAsGet)
-    app.add_middleware(OwnHosts, names=(settings.host, *settings.allowed_hosts))  # the last one added comes first
+    if settings.cors_origins:
+        app.add_middleware(Cors, origins=settings.cors_origins)
+    app.add_middleware(
+        OwnHosts, names=(settings.host, *settings.allowed_hosts), origins=frozenset(settings.cors_origins)
+    )
+    app.add_middleware(Proxies, trusted=settings.trusted_proxies)  # the last one added comes first
     for module in (merges, scores, jobs, events, artifacts, methods, keys, health, docs):
         app.include_router(module.router)
     errors.install(app)

@@ -17,24 +17,30 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
 from app.contracts.settings import Settings
 from app.main import create_app
+from app.tls import Certificate
 
 MOST_CONNECTIONS = 1000
 MOST_HEADER_BYTES = 16_384  # counted for each request, with its first line
 OTHER_FILES = 400  # those that the process may have open beside its clients' connections, most of them to Redis
+RENEWAL_TICKS = 600  # a certificate is looked at once a minute; uvicorn ticks ten times a second
 FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is a file, and so is its download
 
 
 class Server(uvicorn.Server):
     """Ends event streams and long waits before it stops; uvicorn would wait for them, then cut them off.
 
+    It speaks TLS where the settings name a certificate, and takes up a new one without a restart.
+
     Raises ValueError or OSError when the app cannot be made.
     """
 
     def __init__(self, settings: Settings) -> None:
+        certificate = Certificate.of(settings)
         app = create_app(settings)
         with suppress(RedisError):  # while Redis is away, so is the answer to who has a key
             app.state.services.api_keys.require(settings)
         self._watcher = app.state.services.watcher
+        self._certificate = certificate
         allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if allowed < FILES:
             resource.setrlimit(
@@ -49,12 +55,18 @@ class Server(uvicorn.Server):
                 http=connection,
                 h11_max_incomplete_event_size=MOST_HEADER_BYTES,
                 ws="none",
-                proxy_headers=False,  # nothing depends on what they say
+                ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
+                proxy_headers=False,  # `app.api.proxies` reads them, and `Forwarded` too
                 log_level=settings.log_level.lower(),
                 access_log=False,
                 timeout_graceful_shutdown=5,  # a download in progress does not keep the service from stopping
             )
         )
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._certificate is not None and counter % RENEWAL_TICKS == 0:
+            self._certificate.renew()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watcher.stop()

@@ -20,6 +20,7 @@ from app.embedded_redis import EmbeddedRedis, wait_for
 from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
 from app.storage.data_folder import lock
+from app.tls import Certificate
 
 TICK_S = 0.1
 STOP_S = 15  # time that a child has before it is killed
@@ -63,6 +64,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         signal.signal(signal.SIGINT, self._ask_to_stop)
         _check_free(self._settings.host, self._settings.port)
+        Certificate.of(self._settings)  # raises what would keep the API from starting
         data_dir = self._settings.data_dir.resolve()
         open_artifacts(self._settings.artifact_store, data_dir)  # if there is none, no child can start
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ class Supervisor:
                 value = data_dir
             elif name == "local_roots":
                 value = ":".join(str(root.resolve()) for root in value)
-            elif name == "allowed_hosts":
+            elif isinstance(value, tuple):
                 value = self._settings.text(name)
             if value is not None:
                 environment[f"MASKMERGE_{name.upper()}"] = str(value)
@@ -141,7 +143,8 @@ class Supervisor:
     def _announce(self) -> bool:
         base = self._settings.url
         try:
-            if httpx.get(f"{base}/readyz", timeout=1).status_code != 200:
+            # The certificate is for the names that clients use, and this is the service asking itself over loopback.
+            if httpx.get(f"{base}/readyz", timeout=1, verify=False).status_code != 200:  # noqa: S501
                 return False
         except httpx.HTTPError:
             return False

@@ -7,7 +7,7 @@ the page that it comes from.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from ipaddress import ip_address
 from urllib.parse import unquote
 
@@ -17,26 +17,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import answer
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.settings import is_loopback
+from app.contracts.settings import DEFAULT_PORTS, is_loopback
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{0,5}))?")
-DEFAULT_PORTS = {"http": "80", "https": "443"}
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 
 
 class OwnHosts:
     """Middleware. It serves loopback's names, the address that the service listens on, and names that are allowed.
 
-    A forwarded name (`X-Forwarded-Host`) counts for nothing, because any client can send one.
+    A name that a proxy forwards is in `Host` already where the proxy is trusted; see `app.api.proxies`.
 
     Args:
         names: other names of the service.
+        origins: origins whose pages may change things too; see `app.api.cors`.
     """
 
-    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, names: Iterable[str], origins: Collection[str] = ()) -> None:
         self._app = app
         self._names = {_without_brackets(name) for name in names} - set(ANY_ADDRESS)
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,8 +67,9 @@ class OwnHosts:
             self._check(authority)
             path = whole[2] or "/"
             scope = {**scope, "path": unquote(path), "raw_path": path.encode("latin-1")}
-        if scope["method"] not in READS:
-            _check_origin(headers, authority)
+        is_named = len(origins := headers.getlist("origin")) == 1 and origins[0] in self._origins
+        if scope["method"] not in READS and not is_named:
+            _check_origin(headers, authority, scope["scheme"])
         return scope
 
     def _check(self, authority: str) -> None:
@@ -80,28 +82,34 @@ class OwnHosts:
             raise ProblemError(Problem.UNKNOWN_HOST, detail)
 
 
-def _check_origin(headers: Headers, authority: str) -> None:
+def _check_origin(headers: Headers, authority: str, scheme: str) -> None:
     """Raises ProblemError unless the page that the request comes from, if any, is of the host that it goes to.
 
-    A page on another port of the same machine is foreign too, and so is one that hides where it comes from (`null`).
+    A page on another port of the same machine is foreign too, and so is one that hides where it comes from (`null`). A
+    request over plain HTTP may have come to a proxy by TLS, so its page may be of either scheme.
     """
     sites, origins = headers.getlist("sec-fetch-site"), headers.getlist("origin")
     is_own = all(site in ("same-origin", "none") for site in sites)
-    if not is_own or not all(_is_origin_of(origin, authority) for origin in origins):
+    if not is_own or not all(_is_origin_of(origin, authority, scheme) for origin in origins):
         source = f"the page at '{origins[0][:100]}'" if origins else f"a page of another site ({sites[-1][:100]})"
-        detail = f"{source} is not this service's own, and may not change anything here"
+        detail = (
+            f"{source} is not this service's own, and may change nothing here unless MASKMERGE_CORS_ORIGINS names its "
+            "origin"
+        )
         raise ProblemError(Problem.FOREIGN_ORIGIN, detail)
 
 
-def _is_origin_of(origin: str, authority: str) -> bool:
+def _is_origin_of(origin: str, authority: str, asked_by: str) -> bool:
     scheme, _, source = origin.lower().partition("://")
-    return scheme in DEFAULT_PORTS and _place(source, scheme) == _place(authority, scheme) is not None
+    if scheme not in DEFAULT_PORTS or (asked_by == "https" and scheme != "https"):
+        return False
+    return _place(source, scheme) == _place(authority, scheme) is not None
 
 
 def _place(authority: str, scheme: str) -> tuple[str, str] | None:
     """Splits a host into name and port; None when it is malformed."""
     found = AUTHORITY.fullmatch(authority)
-    return (_without_brackets(found[1]), found[2] or DEFAULT_PORTS[scheme]) if found else None
+    return (_without_brackets(found[1]), found[2] or str(DEFAULT_PORTS[scheme])) if found else None
 
 
 def _without_brackets(name: str) -> str:

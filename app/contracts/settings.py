@@ -1,14 +1,16 @@
 """Every setting of the service, read from `MASKMERGE_*` variables."""
 
 import re
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-SEPARATORS = {"local_roots": ":", "allowed_hosts": ","}  # between the parts of a variable's value
+SEPARATORS = {"local_roots": ":", "allowed_hosts": ",", "cors_origins": ",", "trusted_proxies": ","}
+"""Between the parts of a variable's value."""
+DEFAULT_PORTS = {"http": 80, "https": 443}
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -16,6 +18,19 @@ def _seconds(value: object) -> object:
     """Return the seconds of a duration such as `90d`, and any other value unchanged."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhd])", value.strip()) if isinstance(value, str) else None
     return float(found[1]) * UNITS[found[2]] if found else value
+
+
+def _network(value: object) -> object:
+    """Return the network that a text names, and any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ip_network(value.strip())
+    except ValueError as error:
+        raise ValueError(f"{error}; write an address or a network, as 10.0.0.7 or 10.0.0.0/24") from error
+
+
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 
 
 class Settings(BaseSettings):
@@ -35,6 +50,18 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Names and addresses by which clients reach the API, separated by commas, without ports. Loopback names and `host`
     are always allowed; requests for other names are refused."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins whose pages may call the API from a browser, separated by commas, each exactly as
+    https://app.example.org. Without any, pages of other sites can neither change nor read anything."""
+    trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
+    """Addresses and networks of proxies, separated by commas. `Forwarded` and `X-Forwarded-*` say the client's address,
+    the scheme and the host of a request that comes from one of them; from anybody else they are ignored."""
+    tls_certificate: Path | None = None
+    """File of the certificate with which the API speaks TLS, in PEM, followed by those that signed it. Without it, the
+    API speaks plain HTTP."""
+    tls_key: Path | None = None
+    """File of the certificate's private key, in PEM and without a passphrase. Both files are read again within a minute
+    of a change."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that the API listens on."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
@@ -72,7 +99,7 @@ class Settings(BaseSettings):
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
     """Lowest level of the messages that are logged."""
 
-    @field_validator("local_roots", "allowed_hosts", mode="before")
+    @field_validator(*SEPARATORS, mode="before")
     @classmethod
     def _split(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str):
@@ -89,12 +116,18 @@ class Settings(BaseSettings):
                 )
         return stripped
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_origin(origin.strip()) for origin in origins)
+
     @property
     def url(self) -> str:
         """URL by which this machine reaches the API."""
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - listened on, but no place to connect to
         host = anywhere.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        scheme = "http" if self.tls_certificate is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def hidden_folders(self) -> tuple[Path, ...]:
@@ -136,3 +169,13 @@ def _is_address(text: str) -> bool:
         return bool(ip_address(text.removeprefix("[").removesuffix("]")))
     except ValueError:
         return False
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers write it. Raises ValueError where it is none."""
+    found = re.fullmatch(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", text.lower())
+    if found is None:
+        raise ValueError(f"'{text}' is no origin; write it as https://app.example.org or http://localhost:3000")
+    scheme, host, port = found.groups()
+    is_default = port is None or int(port) == DEFAULT_PORTS[scheme]
+    return f"{scheme}://{host}" if is_default else f"{scheme}://{host}:{int(port)}"

@@ -13,8 +13,12 @@ from app.contracts.settings import Settings
 Header = tuple[str, str]
 NAMES = ("0.0.0.0", "Merge.Example.org.", "[2001:db8::1]", "api")  # noqa: S104 - the address as it is set
 
+ORIGINS = frozenset({"https://app.example.org"})
 
-def answered(*headers: Header, method: str = "GET", target: str = "/jobs") -> tuple[int, dict[str, Any], str]:
+
+def answered(
+    *headers: Header, method: str = "GET", target: str = "/jobs", scheme: str = "http"
+) -> tuple[int, dict[str, Any], str]:
     """(status, problem or nothing, path that the app behind was asked for)."""
     sent: list[Message] = []
     asked: list[str] = []
@@ -31,10 +35,11 @@ def answered(*headers: Header, method: str = "GET", target: str = "/jobs") -> tu
         sent.append(message)
 
     scope = {
-        "type": "http", "method": method, "path": target, "raw_path": target.encode("latin-1"), "query_string": b"",
+        "type": "http", "method": method, "scheme": scheme, "path": target, "raw_path": target.encode("latin-1"),
+        "query_string": b"",
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers],
     }  # fmt: skip
-    asyncio.run(OwnHosts(behind, NAMES)(scope, receive, send))
+    asyncio.run(OwnHosts(behind, NAMES, ORIGINS)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), asked[0] if asked else ""
 
 
@@ -148,6 +153,23 @@ def test_pages_of_others_may_not_change_anything(headers: tuple[Header, ...]) ->
         status, problem, asked = answered(*headers, method=method)
         assert (status, problem["code"], asked) == (403, "foreign_origin", "")
     assert answered(*headers)[0] == 200, "that they may read anything is what browsers forbid"
+
+
+def test_pages_of_named_origins_may_change_things_and_of_no_others() -> None:
+    host, site = ("host", "localhost:8000"), ("sec-fetch-site", "cross-site")
+    assert answered(host, ("origin", "https://app.example.org"), site, method="POST")[0] == 200
+    for origin in ("http://app.example.org", "https://app.example.org:8443", "https://app.example.org.evil.example"):
+        status, problem, _ = answered(host, ("origin", origin), site, method="POST")
+        assert (status, problem["code"]) == (403, "foreign_origin")
+        assert "MASKMERGE_CORS_ORIGINS" in problem["detail"]
+    twice = (("origin", "https://app.example.org"), ("origin", "https://evil.example"))
+    assert answered(host, *twice, method="POST")[0] == 403
+
+
+def test_a_page_that_came_without_tls_is_foreign_to_a_service_with_tls() -> None:
+    host = ("host", "merge.example.org")
+    assert answered(host, ("origin", "https://merge.example.org"), method="POST", scheme="https")[0] == 200
+    assert answered(host, ("origin", "http://merge.example.org"), method="POST", scheme="https")[0] == 403
 
 
 def test_a_request_to_another_origin_than_the_target_names_is_foreign() -> None:
