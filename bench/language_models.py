@@ -57,9 +57,9 @@ from worker.engine.evaluation.evaluate import predict
 from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, bootstrap, interval
 from worker.engine.inputs.examples import Example
 from worker.engine.jobs.engine import Engine
-from worker.engine.merging.layer_alignment import Expert
 from worker.engine.merging.mergers import merged_state
 from worker.engine.merging.methods import MeasuredModel
+from worker.engine.merging.refits.comparison import Expert
 from worker.engine.models.loading import LoadedModel, ModelCache, load
 from worker.engine.runtime.device import best_device, rounded_weights
 from worker.engine.scoring.batching import BatchSizes

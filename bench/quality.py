@@ -54,11 +54,12 @@ from worker.engine.checkpoints.reader import Digests
 from worker.engine.evaluation.evaluate import head_inputs, head_of
 from worker.engine.evaluation.metrics import BOOTSTRAP_RESAMPLES, bootstrap, interval
 from worker.engine.inputs.examples import Example, tokenize
-from worker.engine.merging import layer_alignment as layers
 from worker.engine.merging.backbone import Backbone
 from worker.engine.merging.head_alignment import aligned
 from worker.engine.merging.mergers import merged_state
 from worker.engine.merging.methods import BUILDERS, REFITS, MeasuredModel
+from worker.engine.merging.refits import comparison
+from worker.engine.merging.refits import layer_alignment as layers
 from worker.engine.models.loading import LoadedModel, load
 from worker.engine.runtime.device import best_device, resolve_precision, rounded_weights
 from worker.engine.scoring.batching import BatchSizes
@@ -228,11 +229,11 @@ class Bench:
         measured = [self.experts[task].measured[label] for task in tasks]
         return merged_state(method, measured, lambda: self._sides(tasks), plan, self.precision)
 
-    def _sides(self, tasks: Sequence[str]) -> list[layers.Expert]:
+    def _sides(self, tasks: Sequence[str]) -> list[comparison.Expert]:
         """Load the experts of some tasks, to refit layers to."""
         experts = [self.experts[task] for task in tasks]
         return [
-            layers.Expert(load(expert.info, self.device), 1.0, expert.rows[: self.rows], expert.name)
+            comparison.Expert(load(expert.info, self.device), 1.0, expert.rows[: self.rows], expert.name)
             for expert in experts
         ]
 

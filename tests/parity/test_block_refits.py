@@ -15,11 +15,12 @@ from tests.tiny import Tensors, dataset_spec, read_model, read_rows, write_rows
 from tests.tiny_embeddings import embedding_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.merging.block_refits import pairs_of
-from worker.engine.merging.layer_alignment import Expert, linear_groups
 from worker.engine.merging.methods.blocks import MeasuredModel
 from worker.engine.merging.methods.featcal import LinearSums, NormSums, calibrated_linear, calibrated_norm
 from worker.engine.merging.methods.regmean import regress
+from worker.engine.merging.refits.block_refits import pairs_of
+from worker.engine.merging.refits.comparison import Expert
+from worker.engine.merging.refits.linear_groups import linear_groups
 from worker.engine.models.loading import load
 
 STRENGTH, ANCHOR, TEACHER, UNREAD = 0.05, 2.2, 0.25, 0.01

@@ -23,8 +23,10 @@ from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import misfit, plan_merge
 from worker.engine.inputs.examples import Batch, collate, plan_batches
 from worker.engine.jobs.engine import Engine
-from worker.engine.merging import layer_alignment
-from worker.engine.merging.layer_alignment import Expert, LinearGroup, align_layers, linear_groups
+from worker.engine.merging.refits import layer_alignment
+from worker.engine.merging.refits.comparison import Comparison, Expert
+from worker.engine.merging.refits.layer_alignment import align_layers
+from worker.engine.merging.refits.linear_groups import LinearGroup, linear_groups, stacks_of
 from worker.engine.models.loading import LoadedModel, load
 
 CPU = torch.device("cpu")
@@ -183,8 +185,8 @@ def test_layers_of_encoder_and_decoder_get_what_they_get_in_the_model(text_to_te
     """With the biases of positions of another layer, and the encoder's output."""
     expert, merged = text_to_text.expert(0, 0), text_to_text.loaded(1).model
     groups = linear_groups(text_to_text.plan)
-    stacks = layer_alignment.stacks_of(text_to_text.plan)
-    comparison = layer_alignment._Comparison(expert, merged, stacks, "float32", keeping=0)
+    stacks = stacks_of(text_to_text.plan)
+    comparison = Comparison(expert, merged, stacks, "float32", keeping=0)
     number = sum(map(len, stacks))
     assert [group.layer for group in groups] == [
         n for n in range(number) for _ in range(4 if n < len(stacks[0]) else 7)

@@ -40,15 +40,11 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint, Numerical
 from worker.engine.catalog.primitives.values import PerTensor
 from worker.engine.inputs.examples import collate, plan_batches, tokenize
 from worker.engine.jobs.engine import Engine
-from worker.engine.merging import layer_alignment
-from worker.engine.merging.layer_alignment import (
-    Expert,
-    _Comparison,
-    align_layers,
-    linear_groups,
-    ridge_step,
-    stacks_of,
-)
+from worker.engine.merging.refits import layer_alignment, regression
+from worker.engine.merging.refits.comparison import Comparison, Expert
+from worker.engine.merging.refits.layer_alignment import align_layers
+from worker.engine.merging.refits.linear_groups import linear_groups, stacks_of
+from worker.engine.merging.refits.regression import ridge_step
 from worker.engine.models.loading import LoadedModel, load
 
 LAYERS = 3  # of which the first two are reached in another way than the rest
@@ -341,7 +337,7 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
     """With the mask and the positions of its own kind, for rows longer than any window."""
     loaded, groups = case.loaded(case.folders[0]), linear_groups(case.plan)
     expert = case.expert(case.folders[0], case.folders[0].with_suffix(".jsonl"), 1.0)
-    comparison = _Comparison(expert, loaded.model, stacks_of(case.plan), "float32", keeping=0)
+    comparison = Comparison(expert, loaded.model, stacks_of(case.plan), "float32", keeping=0)
     batches = list(collate(plan_batches(expert.examples), loaded.padding, CPU))
     assert max(example.length for example in expert.examples) > 20
     for layer in range(LAYERS):
@@ -424,7 +420,7 @@ def test_a_layer_that_is_run_several_times_is_fitted_to_all_of_its_uses(
 def test_steps_that_lead_away_are_left_out(albert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the wrong sign leads away however short it is."""
     right = ridge_step
-    monkeypatch.setattr(layer_alignment, "ridge_step", lambda moment, error, hold: -right(moment, error, hold))
+    monkeypatch.setattr(regression, "ridge_step", lambda moment, error, hold: -right(moment, error, hold))
     merged, start = albert.average(), albert.average()
     changes = albert.align(albert.experts(), merged)
     assert {name.split(".")[1] for name in changes} == {"pooler"}

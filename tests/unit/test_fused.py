@@ -26,10 +26,12 @@ from worker.engine.catalog.families import HEADS, KV_HEADS, NEURONS, Family, Fus
 from worker.engine.catalog.families.bert import BERT
 from worker.engine.catalog.families.table import GROUPED_QUERY, MULTI_HEAD, Ownership
 from worker.engine.catalog.methods import MaskFisherParameters, MaskRegMeanParameters, RegMeanParameters
-from worker.engine.merging.layer_alignment import LinearGroup, _refit, _Settings
 from worker.engine.merging.methods import mask_fisher, mask_regmean, regmean
 from worker.engine.merging.methods.blocks import MeasuredModel
 from worker.engine.merging.methods.combine import of_slices
+from worker.engine.merging.refits.layer_alignment import refit_groups
+from worker.engine.merging.refits.linear_groups import LinearGroup
+from worker.engine.merging.refits.regression import LayerSettings
 
 HEAD_COUNT, KV_COUNT, NEURON_COUNT, SIZE = 4, 2, 10, 6  # width of a head
 HIDDEN = HEAD_COUNT * SIZE
@@ -302,7 +304,7 @@ def test_a_transposed_layer_is_refitted_as_one_that_is_stored_otherwise() -> Non
         group = LinearGroup("x", 0, ("fc",), "fc", None, transposed=frozenset({"fc"} if stored is not weight else ()))
         compared: Any = Given(x, error)
         with torch.inference_mode():
-            changed = _refit([group], [compared], model, lambda module: _Settings((1.0,), 0.1))
+            changed = refit_groups([group], [compared], model, lambda module: LayerSettings((1.0,), 0.1))
         assert torch.equal(model.state_dict()["fc.weight"], stored + changed["fc.weight"])
         changes.append(changed)
     plain, transposed = changes

@@ -41,8 +41,8 @@ from worker.engine.merging.backbone import Backbone, given
 from worker.engine.merging.head_alignment import align_head
 from worker.engine.merging.interference import Interference, compared_tensors, interference
 from worker.engine.merging.job_models import JobModel, experts_of
-from worker.engine.merging.layer_alignment import linear_groups
 from worker.engine.merging.mergers import mean_shares, merger_of, refitted_state, weighted_average
+from worker.engine.merging.refits.linear_groups import linear_groups
 from worker.engine.runtime.device import peak_memory_bytes
 from worker.engine.runtime.resources import require_space
 from worker.engine.search.gate import verdict

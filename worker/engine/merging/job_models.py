@@ -11,8 +11,8 @@ from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.inputs.examples import Example
 from worker.engine.merging.given_statistics import GivenStatistic
-from worker.engine.merging.layer_alignment import Expert
 from worker.engine.merging.methods import MeasuredModel
+from worker.engine.merging.refits.comparison import Expert
 from worker.engine.merging.stopping import Scored
 from worker.engine.models.loading import ModelCache
 from worker.engine.scoring.measure import Measured

@@ -11,11 +11,11 @@ from worker.engine.catalog.methods import MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.stacking import copied_shares
 from worker.engine.merging.backbone import Backbone, given
-from worker.engine.merging.layer_alignment import Expert
 from worker.engine.merging.methods import BUILDERS, REFITS, MeasuredModel, Merger
 from worker.engine.merging.methods.average import average
 from worker.engine.merging.methods.combine import model_weights
 from worker.engine.merging.methods.mask_fisher import node_weights, weight_shares
+from worker.engine.merging.refits.comparison import Expert
 from worker.engine.merging.token_rows import ByToken
 from worker.engine.runtime.device import Precision
 

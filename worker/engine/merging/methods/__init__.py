@@ -11,8 +11,8 @@ from torch import Tensor
 
 from worker.engine.catalog.methods import METHODS, MethodEntry, MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.merging.layer_alignment import Expert
 from worker.engine.merging.methods.blocks import MeasuredModel, Merger
+from worker.engine.merging.refits.comparison import Expert
 from worker.engine.runtime.device import Precision
 
 Build = Callable[[MethodParameters, list[MeasuredModel]], Merger]

@@ -16,9 +16,11 @@ from torch.nn.functional import layer_norm
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.methods import FeatCalParameters, MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan, required_family
-from worker.engine.merging.block_refits import Pair, lambdas_at, refit_blocks
-from worker.engine.merging.layer_alignment import Expert, LinearGroup, _augmented, _bias, _Products
 from worker.engine.merging.methods.starting import build
+from worker.engine.merging.refits.block_refits import Pair, lambdas_at, refit_blocks
+from worker.engine.merging.refits.comparison import Expert
+from worker.engine.merging.refits.linear_groups import LinearGroup, augmented, bias_of
+from worker.engine.merging.refits.regression import Products
 from worker.engine.runtime.device import Precision
 
 __all__ = ["build", "refit"]
@@ -149,12 +151,12 @@ def _block(
             single = LinearGroup(group.input, layer, (module,), group.reader, None, transposed=group.transposed)
             anchor = anchors[f"{module}.weight"].to(device)
             anchor = anchor.T if module in group.transposed else anchor
-            has_bias = _bias(merged, module) is not None
+            has_bias = bias_of(merged, module) is not None
             constant = anchors[f"{module}.bias"].to(anchor) if has_bias else anchor.new_zeros(len(anchor))
             place = slots[module].place
             solved = calibrated_linear(
                 [linear[module] for linear, _ in summed],
-                [_augmented(pair.own, single) for pair in pairs],
+                [augmented(pair.own, single) for pair in pairs],
                 len(experts) * lambdas_at(experts, place),
                 torch.cat([anchor, constant[:, None]], dim=1),
                 teacher=parameters.teacher,
@@ -203,7 +205,7 @@ def _sums(
     """
     for run in (pair.ours, pair.theirs):
         run.enter(groups[0].layer, groups)
-    products: dict[tuple[str, bool], _Products] = {}
+    products: dict[tuple[str, bool], Products] = {}
     of_norms: dict[str, NormSums] = {}
     readers = [group.reader for group in groups]
 
@@ -219,7 +221,7 @@ def _sums(
             x = ours[group.reader]
             weights = torch.where(is_read.to(x.device), 1.0, unread).expand(len(x))
             for counts_all in {alike(module) for module in group.modules}:
-                of = products.setdefault((group.input, counts_all), _Products(x.shape[1], x.shape[1], x.device))
+                of = products.setdefault((group.input, counts_all), Products(x.shape[1], x.shape[1], x.device))
                 of.add(x, theirs[group.reader] - x, None if counts_all else weights)
         for path in norms:
             norm = merged.get_submodule(path)

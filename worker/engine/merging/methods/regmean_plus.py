@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from worker.engine.catalog.methods import MethodParameters, RegMeanPlusParameters
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.merging.block_refits import Pair, lambdas_at, refit_blocks
-from worker.engine.merging.layer_alignment import Expert, LinearGroup, _Products
 from worker.engine.merging.methods.average import average
 from worker.engine.merging.methods.blocks import MeasuredModel, Merger
 from worker.engine.merging.methods.regmean import regress
+from worker.engine.merging.refits.block_refits import Pair, lambdas_at, refit_blocks
+from worker.engine.merging.refits.comparison import Expert
+from worker.engine.merging.refits.linear_groups import LinearGroup
+from worker.engine.merging.refits.regression import Products
 from worker.engine.runtime.device import Precision
 
 
@@ -60,12 +62,12 @@ def _grams(groups: Sequence[LinearGroup], pair: Pair) -> dict[str, Tensor]:
     """Return the mean of `x x^T` for each group, x what the expert's own layer reads, (inputs, inputs)."""
     pair.ours.enter(groups[0].layer, groups)
     pair.theirs.enter_with(pair.ours)
-    sums: dict[str, _Products] = {}
+    sums: dict[str, Products] = {}
     for number in range(pair.batches):
         read = pair.theirs.read(number, groups[0], [group.reader for group in groups])
         for group in groups:
             x = read[group.reader]
-            sums.setdefault(group.input, _Products(x.shape[1], 0, x.device)).add(x, x[:, :0])
+            sums.setdefault(group.input, Products(x.shape[1], 0, x.device)).add(x, x[:, :0])
         pair.theirs.forget()
     found = {}
     for name, products in sums.items():
