@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.experts import Row, make_tasks
+from worker.engine.runtime.device import has_bfloat16
 
 
 class Wording(NamedTuple):
@@ -286,7 +287,7 @@ def loss_of(model: Any, tokenizer: Any, batch: Sequence[dict[str, Any]]) -> Tens
                 for p in range(first, len(own))]  # fmt: skip
     rows, places = torch.tensor(answered).T
     labels = inputs["input_ids"][rows, places + 1]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(torch.device("cpu"))):
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[rows, places])
     return torch.nn.functional.cross_entropy(logits.float(), labels)
