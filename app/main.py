@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, docs, errors, events, health, jobs, keys, merges, methods, scores
+from app.api import artifacts, docs, errors, events, health, jobs, keys, mcp, merges, methods, scores
 from app.api.body_limit import BodyLimit
 from app.api.cors import Cors
 from app.api.head import HeadAsGet
@@ -56,5 +56,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Proxies, trusted=settings.trusted_proxies)  # the last one added comes first
     for module in (merges, scores, jobs, events, artifacts, methods, keys, health, docs):
         app.include_router(module.router)
+    app.router.routes.append(mcp.route)
     errors.install(app)
     return app

@@ -36,11 +36,11 @@ def imported(files: Iterable[Path]) -> set[str]:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (["app", "worker/engine/catalog"], []),
+        (["app", "worker/engine/catalog"], ["mcp"]),
         (["worker"], ["worker"]),
         (["examples"], ["worker", "demo"]),
         (["bench"], ["worker", "demo", "dev"]),
-        (["docs", "tests"], ["worker", "dev"]),
+        (["docs", "tests"], ["worker", "dev", "mcp"]),
     ],
     ids=["api", "worker", "examples", "bench", "tests"],
 )
