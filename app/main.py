@@ -44,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # it would redirect to whatever host the caller names
         responses=errors.RESPONSES,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.services = services
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)

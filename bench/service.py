@@ -1,20 +1,25 @@
-"""How long the API takes to list jobs when there are many, each with the long result of a search.
+"""How soon the service answers under load, what it adds to a job, and how fast it sends an artifact.
 
-    python bench/service.py [--jobs N] [--trials N] [--json FILE]
+    python bench/service.py [--only PART ...] [--seconds N] [--jobs N] [--trials N] [--json FILE]
 
-It starts a Redis and an API of its own. The reference is `GET /healthz`, the least that a request takes;
-both are medians.
+Every part starts a Redis and a service of its own, with API keys, on loopback. Latencies are judged by the best of
+three rounds, since the machine may be busy with something else.
 """
 
 import argparse
+import asyncio
+import hashlib
+import json
 import os
+import random
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,24 +27,56 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
+import psutil
 from redis import Redis
 from redis.exceptions import RedisError
 
-from app.contracts.jobs import Stage, TaskId
+from app.contracts.api_keys import NewKey, Scope
+from app.contracts.jobs import Attempt, Stage, TaskId
 from app.embedded_redis import EmbeddedRedis
+from app.storage.api_keys import ApiKeys
+from app.storage.artifacts.folder import FolderStore
+from app.storage.connection import connect_for_rq
 from app.storage.jobs import JobStore
+from app.storage.queue import TaskQueue
 from app.storage.records import NewJob
+from bench.loopback import Answer, Connection, Load, head_of, received, repeated, request, spread
 from bench.table import shown
-from worker.engine.catalog.contracts.report import MergeResult, MetricResult, ModelResult, Search, Timings, Trial
+from worker.engine.catalog.contracts.report import (
+    MANIFEST,
+    MergeResult,
+    MetricResult,
+    ModelResult,
+    Search,
+    Timings,
+    Trial,
+)
 
-TARGET_MS = 20.0
+ROOT = Path(__file__).resolve().parent.parent
+LIST_MS = 20.0
+GET_P99_MS, POST_P99_MS = 10.0, 25.0
+CLIENTS, GETS_PER_S, POSTS_PER_S = 100, 200, 4
+OVERHEAD_S = 0.5
+SHARE_OF_CAT = 0.8
+ARTIFACT_BYTES = 2_000_000_000
+LISTENERS, LISTENERS_BYTES = 500, 100e6
 ROUNDS = 100
+REPEATS = 3
+MERGES = 10
 PREFIX = "bench"
+TITLE = "the merge of a bench"
+
+Row = dict[str, Any]
+
+
+def row(what: str, ours: float, reference: float, target: str, *, is_met: bool) -> Row:
+    ratio = ours / reference if reference else None
+    return {"what": what, "ours": ours, "reference": reference, "ratio": ratio, "target": target, "met": is_met}
 
 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """The embedded Redis, without its append-only file, which is for writes, and would make filling it take minutes."""
+    """The embedded Redis. Its append-only file is off until `kept` turns it on: it would make filling take minutes."""
     server = EmbeddedRedis(folder)
     process = subprocess.Popen([*server.command, "--appendonly", "no"], stdout=subprocess.DEVNULL)
     try:
@@ -57,29 +94,66 @@ def redis_server(folder: Path) -> Iterator[str]:
         server.clean()
 
 
-@contextmanager
-def api(redis_url: str, folder: Path) -> Iterator[httpx.Client]:
-    """The API as a process, and a client of it."""
+def kept(redis: Redis) -> None:
+    """Have each write on disk before its answer, as the service has it."""
+    redis.config_set("appendonly", "yes")
+    while redis.info("persistence")["aof_rewrite_in_progress"]:
+        time.sleep(0.05)
+
+
+@dataclass
+class Api:
+    """A running API: its process, its port, and a key for it."""
+
+    process: psutil.Process
+    port: int
+    key: str
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=60, headers={"Authorization": f"Bearer {self.key}"}
+        )
+
+    def cpu_s(self) -> float:
+        """Processor time that it has used, without that of the processes that inspect requests."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"REDIS_URL": redis_url, "DATA_DIR": str(folder), "QUEUE": PREFIX, "PORT": str(port)}
-    environment = {**os.environ, **{f"MASKMERGE_{name}": value for name, value in settings.items()}}
-    process = subprocess.Popen([sys.executable, "-m", "app.cli", "api"], env=environment)
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(command: str, key: str, ready: str, **settings: str) -> Iterator[Api]:
+    """Start `maskmerge COMMAND` with these settings, and wait until a path answers 200."""
+    port = free_port()
+    variables = {f"MASKMERGE_{name.upper()}": value for name, value in {**settings, "port": str(port)}.items()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASKMERGE_LOG_LEVEL": "WARNING", **variables}
+    process = subprocess.Popen([sys.executable, "-m", "app.cli", command], env=environment)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            while True:
-                try:
-                    client.get("/healthz")
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}{ready}").status_code == 200:
                     break
-                except httpx.TransportError:
-                    if process.poll() is not None:
-                        raise RuntimeError("the API does not start; its messages are above") from None
-                    time.sleep(0.05)
-            yield client
+            if process.poll() is not None:
+                raise RuntimeError(f"maskmerge {command} does not start; its messages are above")
+            time.sleep(0.05)
+        yield Api(psutil.Process(process.pid), port, key)
     finally:
         process.terminate()
         process.wait()
+
+
+@contextmanager
+def api(redis_url: str, folder: Path, **settings: str) -> Iterator[Api]:
+    """The API alone, as a process, with a key."""
+    with Redis.from_url(redis_url, decode_responses=True) as redis:
+        key = ApiKeys(redis, PREFIX).create(NewKey(scopes=[Scope.WRITE])).key
+    with started("api", key, "/healthz", redis_url=redis_url, data_dir=str(folder), queue=PREFIX, **settings) as found:
+        yield found
 
 
 def searched(trials: int) -> MergeResult:
@@ -143,32 +217,261 @@ def milliseconds(client: httpx.Client, path: str) -> float:
     return statistics.median(taken)
 
 
+def lists(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Lists of jobs, each of which has the long result of a search."""
+    with redis_server(folder / "redis") as url:
+        size = fill(url, options.jobs, searched(options.trials))
+        with api(url, folder / "data") as found, found.client() as client:
+            least = milliseconds(client, "/healthz")
+            listed = client.get("/jobs?limit=50").json()["data"]
+            if len(listed) != min(50, options.jobs):
+                raise RuntimeError(f"{len(listed)} jobs were listed")
+            for path in ("/jobs?limit=50", "/jobs?limit=50&label=team:search", "/jobs?limit=50&status=succeeded"):
+                ours = milliseconds(client, path)
+                what = f"GET {path}, ms; {options.jobs} jobs, each with a result of {size / 1000:.0f} kB"
+                yield row(what, ours, least, f"at most {LIST_MS:g} ms", is_met=ours <= LIST_MS)
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    """Two tiny experts, as files, and a merge of them."""
+    from tests.tiny import tiny_checkpoint
+
+    for seed, name in enumerate(("a", "b")):
+        tiny_checkpoint(folder / name, labels=2, seed=seed)
+    models = [{"name": name, "checkpoint": f"local:{name}"} for name in ("a", "b")]
+    return {"method": {"name": "average"}, "models": models}
+
+
+def queued(redis_url: str, jobs: int) -> list[str]:
+    """Make so many jobs that wait, in the queue too, and return their ids."""
+    with Redis.from_url(redis_url, decode_responses=True) as redis, connect_for_rq(redis_url) as for_rq:
+        store = JobStore(redis, PREFIX, lease_seconds=10, max_losses=3)
+        queue = TaskQueue(for_rq, PREFIX, store)
+        ids = [store.records.create(NewJob({"models": ["x" * 2000]}, f"job {n}")).job_id for n in range(jobs)]
+        for job_id in ids:
+            queue.dispatch(TaskId(job=job_id, stage=Stage.MERGE))
+        kept(redis)
+        return ids
+
+
+async def polled(found: Api, ids: list[str], body: bytes, seconds: float) -> tuple[Load, Load]:
+    """Poll jobs with many clients while another posts merges, and return how long each took."""
+    draw, gets, posts = random.Random(0), Load(), Load()
+    clients = [await Connection.open(found.port, found.key) for _ in range(CLIENTS)]
+    poster = await Connection.open(found.port, found.key)
+    await poster.ask("POST", "/merge", body)  # the first waits for the inspector to have started
+    every_s = CLIENTS / GETS_PER_S
+    until = time.perf_counter() + seconds
+
+    def asking(client: Connection) -> Callable[[], Awaitable[Answer]]:
+        return lambda: client.ask("GET", f"/jobs/{draw.choice(ids)}")
+
+    pairs = zip(clients, spread(CLIENTS, every_s), strict=True)
+    await asyncio.gather(
+        *(repeated(asking(client), every_s, first, until, gets) for client, first in pairs),
+        repeated(lambda: poster.ask("POST", "/merge", body), 1 / POSTS_PER_S, 0.1, until, posts),
+    )
+    for client in (*clients, poster):
+        client.close()
+    return gets, posts
+
+
+async def least(found: Api) -> Load:
+    load = Load()
+    connection = await Connection.open(found.port, found.key)
+    await repeated(lambda: connection.ask("GET", "/healthz"), 1 / GETS_PER_S, 0, time.perf_counter() + 2, load)
+    connection.close()
+    return load
+
+
+def latency(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Requests while many jobs wait and many clients poll."""
+    body = json.dumps(recipe(folder / "inputs")).encode()
+    with redis_server(folder / "redis") as url:
+        ids = queued(url, options.jobs)
+        with api(url, folder / "data", local_roots=str(folder / "inputs")) as found:
+            rounds, cpu_ms = [], []
+            for _ in range(REPEATS):
+                before = found.cpu_s()
+                gets, posts = asyncio.run(polled(found, ids, body, options.seconds))
+                cpu_ms.append(1000 * (found.cpu_s() - before) / len(gets.seconds))
+                rounds.append((gets, posts))
+            healthz = asyncio.run(least(found)).percentile_ms(99)
+    get_ms = min(gets.percentile_ms(99) for gets, _ in rounds)
+    post_ms = min(posts.percentile_ms(99) for _, posts in rounds)
+    under = f"{options.jobs} jobs queued, {CLIENTS} clients polling, {GETS_PER_S} requests a second"
+    yield row(
+        f"GET /jobs/ID, p99, ms; {under}", get_ms, healthz, f"at most {GET_P99_MS:g} ms", is_met=get_ms <= GET_P99_MS
+    )
+    median = min(gets.percentile_ms(50) for gets, _ in rounds)
+    yield row("the same, median, ms", median, healthz, f"at most {GET_P99_MS:g} ms", is_met=median <= GET_P99_MS)
+    post_what = f"POST /merge, p99, ms, {POSTS_PER_S} a second beside these"
+    yield row(post_what, post_ms, healthz, f"at most {POST_P99_MS:g} ms", is_met=post_ms <= POST_P99_MS)
+    most_ms = 1000 / GETS_PER_S
+    what = "processor time of the API for each GET, ms, with its share of the POSTs"
+    yield row(what, min(cpu_ms), most_ms, f"at most {most_ms:g} ms", is_met=min(cpu_ms) <= most_ms)
+
+
+def overhead(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """What the service adds to a job that its engine works on, from its acceptance to its end."""
+    merge = recipe(folder / "inputs")
+    create = [sys.executable, "-m", "app.cli", "keys", "create", "--data-dir", str(folder / "data")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    key = subprocess.run(create, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    settings = {"data_dir": str(folder / "data"), "local_roots": str(folder / "inputs")}
+    added, whole = [], []
+    with started("serve", key, "/readyz", **settings) as found, found.client() as client:
+        for number in range(MERGES + 1):
+            job = client.post("/merge", json={**merge, "name": f"{TITLE} {number}"}).raise_for_status().json()
+            while job["finished_at"] is None:
+                job = client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=10"}).raise_for_status().json()
+            if job["status"] != "succeeded":
+                raise RuntimeError(f"the job has {job['status']}: {job['error']}")
+            timings = {name: seconds for name, seconds in job["result"]["timings"].items() if name != "queue_seconds"}
+            start, end = (time_of(job[name]) for name in ("created_at", "finished_at"))
+            if number > 0:  # the first one warms
+                whole.append(end - start)
+                added.append(end - start - sum(timings.values()))
+    ours = statistics.median(added)
+    what = "warm job, accepted to succeeded, less the engine's own seconds, s; reference: all of it"
+    yield row(what, ours, statistics.median(whole), f"at most {OVERHEAD_S:g} s", is_met=ours <= OVERHEAD_S)
+
+
+def time_of(text: str) -> float:
+    from datetime import datetime
+
+    return datetime.fromisoformat(text).timestamp()
+
+
+def large_artifact(redis_url: str, data: Path) -> tuple[str, Path]:
+    """Make a job with an artifact of one file, most of it holes, and return the file's path in the API and on disk."""
+    store = FolderStore(data)
+    store.prepare()
+    with Redis.from_url(redis_url, decode_responses=True) as redis:
+        jobs = JobStore(redis, PREFIX, lease_seconds=3600, max_losses=3)
+        task = TaskId(job=jobs.records.create(NewJob({}, TITLE)).job_id, stage=Stage.MERGE)
+        attempt = jobs.tasks.claim(task, "bench")
+        assert isinstance(attempt, Attempt)  # noqa: S101 - nobody else is there to claim it
+        folder = store.begin(attempt)
+        path = folder / "model.safetensors"
+        with path.open("wb") as stream:
+            stream.truncate(ARTIFACT_BYTES)
+            for place in range(0, ARTIFACT_BYTES - 4096, ARTIFACT_BYTES // 64):
+                stream.seek(place)
+                stream.write(random.Random(place).randbytes(4096))
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        files = [{"name": path.name, "bytes": ARTIFACT_BYTES, "sha256": sha256}]
+        (folder / MANIFEST).write_text(json.dumps({"files": files}))
+        if not jobs.tasks.succeed(attempt, searched(0), store.publish(attempt)):
+            raise RuntimeError("the job did not succeed")
+    return f"/jobs/{task.job}/artifacts/{path.name}", data / "artifacts" / f"{task.job}.1" / path.name
+
+
+def asked_for(found: Api, path: str, **headers: str) -> tuple[socket.socket, dict[str, str]]:
+    """Ask for a file, and return the connection with the file's bytes still in it, and the headers before them."""
+    stream = socket.create_connection(("127.0.0.1", found.port))
+    stream.sendall(request("GET", path, found.key, b"", **headers))
+    status, answered = head_of(stream)
+    if status not in (200, 206):
+        raise RuntimeError(f"{path} is answered {status}")
+    return stream, answered
+
+
+def bytes_per_s(found: Api, path: str) -> float:
+    start = time.perf_counter()
+    stream, headers = asked_for(found, path)
+    with stream:
+        count = received(stream, most=int(headers["content-length"]))
+    if count != ARTIFACT_BYTES:
+        raise RuntimeError(f"{count} bytes came")
+    return count / (time.perf_counter() - start)
+
+
+def cat_bytes_per_s(path: Path) -> float:
+    """The same file by `cat` to a connection over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as writer:
+        reader, _ = server.accept()
+        start = time.perf_counter()
+        with reader, subprocess.Popen(["cat", str(path)], stdout=writer.fileno()):
+            count = received(reader, most=ARTIFACT_BYTES)
+            return count / (time.perf_counter() - start)
+
+
+def download(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """A large file of an artifact, whole, and again with the connection cut in the middle."""
+    with redis_server(folder / "redis") as url:
+        path, file = large_artifact(url, folder / "data")
+        with api(url, folder / "data") as found:
+            rates = [(bytes_per_s(found, path), cat_bytes_per_s(file)) for _ in range(REPEATS)]
+            digest, cut_at = hashlib.sha256(), ARTIFACT_BYTES // 3
+            stream, headers = asked_for(found, path)
+            with stream:
+                received(stream, digest.update, cut_at)
+            stream, rest = asked_for(found, path, Range=f"bytes={cut_at}-", If_Range=headers["etag"])
+            with stream:
+                received(stream, digest.update, int(rest["content-length"]))
+            with file.open("rb") as whole:
+                is_same = digest.digest() == hashlib.file_digest(whole, "sha256").digest()
+    ours, cat = max(rates, key=lambda pair: pair[0] / pair[1])
+    size = f"{ARTIFACT_BYTES / 1e9:g} GB"
+    target = f"at least {SHARE_OF_CAT:g} of cat to loopback"
+    yield row(f"download of {size}, MB/s", ours / 1e6, cat / 1e6, target, is_met=ours >= SHARE_OF_CAT * cat)
+    yield row(f"{size} after a cut at a third: 1 where it is the same file", is_same, 1, "1", is_met=is_same)
+
+
+async def listened(found: Api, ids: list[str]) -> tuple[int, int]:
+    """Open the event streams, and return how many told the queueing of their job, and what memory they take."""
+    before = found.process.memory_info().rss
+    streams = [await Connection.open(found.port, found.key) for _ in range(LISTENERS)]
+
+    async def first(stream: Connection, job_id: str) -> bool:
+        status, _ = await stream.begin("GET", f"/jobs/{job_id}/events")
+        async for line in stream.lines():
+            if line.startswith(b"data:"):
+                return status == 200 and b"queued" in line
+        return False
+
+    told = await asyncio.gather(*(first(stream, job_id) for stream, job_id in zip(streams, ids, strict=True)))
+    await asyncio.sleep(2)  # by then each waits for news
+    after = found.process.memory_info().rss
+    for stream in streams:
+        stream.close()
+    return sum(told), after - before
+
+
+def listeners(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Readers of events, each of a job of its own."""
+    with redis_server(folder / "redis") as url:
+        ids = queued(url, LISTENERS)
+        with api(url, folder / "data") as found:
+            with found.client() as client:
+                client.get(f"/jobs/{ids[0]}").raise_for_status()
+            told, taken = asyncio.run(listened(found, ids))
+    if told != LISTENERS:
+        raise RuntimeError(f"{told} of {LISTENERS} streams told of their job")
+    target = f"at most {LISTENERS_BYTES / 1e6:g} MB"
+    yield row(f"{LISTENERS} event listeners, MB", taken / 1e6, LISTENERS_BYTES / 1e6, target,
+              is_met=taken <= LISTENERS_BYTES)  # fmt: skip
+
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[Row]]] = {
+    "latency": latency, "overhead": overhead, "download": download, "listeners": listeners, "lists": lists,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=15, help="length of each of three rounds of polling")
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with TemporaryDirectory() as name, redis_server(Path(name) / "redis") as url:
-        size = fill(url, options.jobs, searched(options.trials))
-        with api(url, Path(name) / "data") as client:
-            least = milliseconds(client, "/healthz")
-            found = client.get("/jobs?limit=50").json()["data"]
-            if len(found) != min(50, options.jobs):
-                raise RuntimeError(f"{len(found)} jobs were listed")
-            for path in ("/jobs?limit=50", "/jobs?limit=50&label=team:search", "/jobs?limit=50&status=succeeded"):
-                ours = milliseconds(client, path)
-                rows.append(
-                    {
-                        "what": f"GET {path}, ms; {options.jobs} jobs, each with a result of {size / 1000:.0f} kB",
-                        "ours": ours,
-                        "reference": least,
-                        "ratio": ours / least,
-                        "target": f"below {TARGET_MS:g} ms",
-                        "met": ours < TARGET_MS,
-                    }
-                )
+    rows: list[Row] = []
+    for name in options.only:
+        with TemporaryDirectory() as folder:
+            rows += PARTS[name](Path(folder), options)
     shown(options.json, rows)
 
 

@@ -2,16 +2,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Path, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from app.api.conditional import PreconditionsOf, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, read_again
 from app.api.files import ArchiveResponse, held_open, media_type, serve
-from app.api.openapi import NOT_MODIFIED, RANGES, Responses, file_responses, headers
+from app.api.openapi import NOT_MODIFIED, RANGES, Responses, file_responses, headers, problems
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
@@ -29,23 +30,38 @@ ARCHIVE: Responses = {
         "headers": headers(Content_Disposition="The archive's name", ETag="Changes when the content does"),
     },
     304: NOT_MODIFIED,
+    **problems(409),
 }
 
 
+FileName = Annotated[str, Path(description="The file's name, as the listing has it")]
+
+
 class FileEntry(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     name: str
+    """Path within the artifact; it may contain slashes."""
     bytes: int
+    """Size of the file."""
     sha256: str
+    """Digest of the file, in hexadecimal digits."""
     media_type: str
+    """Media type that it is sent with."""
     href: str
+    """Where to download it."""
 
 
 class Listing(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     files: list[FileEntry]
+    """All files of the artifact."""
     archive: str
+    """Where to download all of them as one tar."""
 
 
-@router.get("/jobs/{job_id}/artifacts")
+@router.get("/jobs/{job_id}/artifacts", responses=problems(409))
 def list_files(record: RecordOf, services: ServicesOf) -> Listing:
     """List every file of a succeeded job's artifact. Files with the same sha256 need downloading only once.
 
@@ -69,10 +85,10 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
 @router.get(
     "/jobs/{job_id}/artifacts/{name:path}",
     response_class=FileResponse,
-    responses=file_responses("*/*"),
+    responses=file_responses("*/*") | problems(409),
     openapi_extra=RANGES,
 )
-def get_file(name: str, record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
+def get_file(name: FileName, record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
     """Send one file, with ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530).
 
     It is sent to its end also when the job is removed meanwhile.
@@ -81,7 +97,10 @@ def get_file(name: str, record: RecordOf, services: ServicesOf, preconditions: P
 
 
 @router.get(
-    "/jobs/{job_id}/report", response_class=FileResponse, responses=file_responses("text/html"), openapi_extra=RANGES
+    "/jobs/{job_id}/report",
+    response_class=FileResponse,
+    responses=file_responses("text/html") | problems(409),
+    openapi_extra=RANGES,
 )
 def report(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
     """Send the report page."""

@@ -15,19 +15,10 @@ class Preconditions:
 
     def __init__(
         self,
-        if_match: Annotated[
-            list[str] | None, Header(description="ETags of the copies that are meant: 412 when none is the present")
-        ] = None,
-        if_none_match: Annotated[
-            list[str] | None, Header(description="ETags of the copies that are known: 304 when one is the present")
-        ] = None,
-        if_unmodified_since: Annotated[
-            str | None, Header(description="Date of the copy that is meant, of a file; `If-Match` takes precedence")
-        ] = None,
-        if_modified_since: Annotated[
-            str | None,
-            Header(description="Date of the copy that is known, of a file; `If-None-Match` takes precedence"),
-        ] = None,
+        if_match: Sequence[str] | None,
+        if_none_match: Sequence[str] | None,
+        if_unmodified_since: str | None,
+        if_modified_since: str | None,
     ) -> None:
         self._meant = _tags(if_match)
         self._known = _tags(if_none_match)
@@ -67,7 +58,25 @@ class Preconditions:
             raise ProblemError(Problem.PRECONDITION_FAILED, "it was made later than If-Unmodified-Since says")
 
 
-PreconditionsOf = Annotated[Preconditions, Depends()]
+async def get_preconditions(
+    if_match: Annotated[
+        list[str] | None, Header(description="ETags of the copies that are meant: 412 when none is the present")
+    ] = None,
+    if_none_match: Annotated[
+        list[str] | None, Header(description="ETags of the copies that are known: 304 when one is the present")
+    ] = None,
+    if_unmodified_since: Annotated[
+        str | None, Header(description="Date of the copy that is meant, of a file; `If-Match` takes precedence")
+    ] = None,
+    if_modified_since: Annotated[
+        str | None,
+        Header(description="Date of the copy that is known, of a file; `If-None-Match` takes precedence"),
+    ] = None,
+) -> Preconditions:
+    return Preconditions(if_match, if_none_match, if_unmodified_since, if_modified_since)
+
+
+PreconditionsOf = Annotated[Preconditions, Depends(get_preconditions)]
 
 
 def not_modified(etag: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,4 +1,8 @@
-"""Dependencies that routes share: the services, and a job by its id."""
+"""Dependencies that routes share: the services, and a job by its id.
+
+Those that wait for nothing are coroutines: FastAPI runs all others in threads, and each change of threads takes as long
+as the rest of a short answer.
+"""
 
 from typing import Annotated
 
@@ -10,7 +14,7 @@ from app.contracts.jobs import Record, absence
 from app.services.composition import Services
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -19,7 +23,7 @@ ServicesOf = Annotated[Services, Depends(get_services)]
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{28}$", description="A job's id")]
 
 
-def get_caller(request: Request) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Return who sends the request, as its route has found out; see `StrictRoute`."""
     caller: Caller = request.state.caller
     return caller

@@ -33,7 +33,7 @@ Numbered = Annotated[str, AfterValidator(_numbered), Field(json_schema_extra={"p
 LastEventId = Annotated[Numbered | None, Header(description="The last event that is known")]
 
 
-def get_position(record: RecordOf, response: Response, last_event_id: LastEventId = None) -> int | None:
+async def get_position(record: RecordOf, response: Response, last_event_id: LastEventId = None) -> int | None:
     """Return the event to go on after; None, and a 204, when the job has ended and its last event is known."""
     after = int(last_event_id or 0)
     if after > record.revision:

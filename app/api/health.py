@@ -1,5 +1,5 @@
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from redis.exceptions import RedisError
 
 from app.api.dependencies import ServicesOf
@@ -10,12 +10,19 @@ router = APIRouter(tags=["health"], route_class=PublicRoute)
 
 
 class Health(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     status: str = "ok"
+    """Always `ok`."""
 
 
 class Readiness(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     status: str = "ready"
+    """Always `ready`."""
     workers: int
+    """Number of live workers."""
 
 
 @router.get("/healthz")

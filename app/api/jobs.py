@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.conditional import PreconditionsOf, not_modified
 from app.api.dependencies import CallerOf, RecordOf, ServicesOf, no_job, read_again
-from app.api.openapi import ETAG, NOT_MODIFIED, headers
+from app.api.openapi import ETAG, NOT_MODIFIED, headers, problems
 from app.api.paging import Limit
 from app.api.prefer import Wait, applied
 from app.api.strict_route import StrictRoute
@@ -25,6 +25,7 @@ class JobPage(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     data: list[JobSummary]
+    """The jobs of this page, newest first."""
     next: str | None
     """Cursor of the next page, for `after`; null on the last."""
 
@@ -69,8 +70,8 @@ async def get_job(
     return record.public()
 
 
-@router.post("/jobs/{job_id}/cancel", status_code=202)
-def cancel(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
+@router.post("/jobs/{job_id}/cancel", status_code=202, responses=problems(409))
+def cancel_job(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Cancel a job: at once while it waits, within 5 s while it runs. 409 when it has succeeded or failed."""
     preconditions.check(_etag(record))
     status = services.store.records.cancel(record.id)
@@ -81,8 +82,8 @@ def cancel(record: RecordOf, services: ServicesOf, preconditions: PreconditionsO
     return read_again(record, services).public()
 
 
-@router.post("/jobs/{job_id}/retry", status_code=202)
-def retry(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
+@router.post("/jobs/{job_id}/retry", status_code=202, responses=problems(409))
+def retry_job(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Queue a failed or cancelled job again, as a new attempt. 409 when it is neither."""
     preconditions.check(_etag(record))
     again = services.jobs.retry(record.id)
@@ -93,8 +94,8 @@ def retry(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf
     return again.public()
 
 
-@router.delete("/jobs/{job_id}", status_code=204)
-def delete(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> None:
+@router.delete("/jobs/{job_id}", status_code=204, responses=problems(409))
+def delete_job(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> None:
     """Remove a job that has ended: its record and its artifact. 409 while it is active; 404 when it is removed already.
 
     Downloads that have begun go on to their end.

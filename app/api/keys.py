@@ -1,7 +1,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from app.api.dependencies import ServicesOf
 from app.api.strict_route import StrictRoute
@@ -25,11 +25,14 @@ KeyId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="A key's id")
 
 
 class KeyList(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     data: list[Key]
+    """All keys, oldest first."""
 
 
 @router.post("/keys", status_code=201)
-def create(
+def create_key(
     body: Annotated[NewKey, Body(openapi_examples=EXAMPLES)], response: Response, services: ServicesOf
 ) -> CreatedKey:
     """Make an API key. Its secret is in this answer, and nowhere else: the service keeps its digest."""
@@ -44,7 +47,7 @@ def list_keys(services: ServicesOf) -> KeyList:
 
 
 @router.delete("/keys/{key_id}", status_code=204)
-def revoke(key_id: KeyId, services: ServicesOf) -> None:
+def revoke_key(key_id: KeyId, services: ServicesOf) -> None:
     """Revoke a key: it is refused from now on. It stays in the list."""
     if not services.api_keys.revoke(key_id):
         raise ProblemError(Problem.NOT_FOUND, f"there is no key {key_id}")

@@ -3,7 +3,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Response
 
 from app.api.dependencies import CallerOf, ServicesOf
-from app.api.openapi import ACCEPTED, Responses
+from app.api.openapi import ACCEPTED, Responses, problems
 from app.api.prefer import Wait
 from app.api.submitting import IdempotencyKey, answered, submitted
 from app.api.yaml_body import YAML_BODY, YamlRoute
@@ -34,7 +34,7 @@ PUT: Responses = {
 MergeBody = Annotated[MergeRequest, Body(openapi_examples=EXAMPLES)]
 
 
-@router.post("/merge", status_code=202, responses=ACCEPTED, openapi_extra=YAML_BODY)
+@router.post("/merge", status_code=202, responses=ACCEPTED | problems(409, 507), openapi_extra=YAML_BODY)
 async def merge(
     body: MergeBody,
     response: Response,
@@ -52,13 +52,13 @@ async def merge(
     return await submitted(services, body, caller.tenant, idempotency_key, wait, response)
 
 
-@router.post("/merge/validate", openapi_extra=YAML_BODY)
+@router.post("/merge/validate", responses=problems(507), openapi_extra=YAML_BODY)
 async def validate(body: MergeBody, services: ServicesOf, caller: CallerOf) -> Plan:
     """Check everything that `POST /merge` checks, and say what the job would do. Nothing is queued."""
     return await services.jobs.plan(body, caller.tenant)
 
 
-@router.put("/merge/{key}", status_code=202, responses=PUT, openapi_extra=YAML_BODY)
+@router.put("/merge/{key}", status_code=202, responses=PUT | problems(409, 507), openapi_extra=YAML_BODY)
 async def put_merge(
     key: Annotated[str, Path(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$", description="Your own name of the job")],
     body: MergeBody,

@@ -1,11 +1,13 @@
 """Makes the OpenAPI document: FastAPI's own, with the answers added that it cannot see in the routes."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
 
-from app.contracts.errors import MEDIA_TYPE
+from app.api.links import add_links
+from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
 
 SCHEME = {
     "type": "http",
@@ -16,6 +18,15 @@ Responses = dict[int | str, dict[str, Any]]
 
 NOTES = """Every refusal is a problem document (RFC 9457) with a stable `code`. HEAD is answered wherever GET is, with
 the same headers. Refused is what goes to a host that the service is not, and what pages of others ask to change."""
+ANYWHERE = (400, 408, 421, 431, 500, 503)
+"""Statuses of the refusals that every operation has."""
+SAID_BY_HEADERS = {
+    401: {"WWW_Authenticate": "What the request lacks"},
+    415: {"Accept_Encoding": "Encodings of the body that are taken, where another was sent"},
+    416: {"Content_Range": "Number of bytes that there are"},
+    429: {"Retry_After": "Seconds after which to try again"},
+    503: {"Retry_After": "Seconds after which to try again, where that is known"},
+}
 RANGES: dict[str, Any] = {
     "parameters": [
         {
@@ -27,6 +38,11 @@ RANGES: dict[str, Any] = {
         {"name": "if-range", "in": "header", "schema": {"type": "string"}, "description": "ETag of which `range` is"},
     ]
 }
+
+
+def problems(*statuses: int) -> Responses:
+    """Return the refusals of a route that do not follow from what it takes, by their statuses."""
+    return {status: {"description": "Refused"} for status in statuses}
 
 
 def headers(**meanings: str) -> dict[str, Any]:
@@ -68,27 +84,81 @@ def file_responses(media_type: str) -> Responses:
 
 
 class Api(FastAPI):
-    """FastAPI with other descriptions of refusals and of optional parameters."""
+    """FastAPI with other descriptions of refusals and of optional parameters, and with links between operations."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             document = super().openapi()
             document["info"]["description"] = NOTES
             document["components"]["securitySchemes"] = {"key": SCHEME}
-            for operation in _operations(document):
+            document["components"]["responses"] = {_name(status): _refusal(status) for status in _codes()}
+            for method, path, operation in _operations(document):
                 operation.setdefault("security", [{"key": []}])
-                for status, response in operation["responses"].items():
-                    if status in ("4XX", "5XX"):  # they have the media type of the route's success else
-                        schema = {"$ref": "#/components/schemas/ProblemBody"}
-                        response["content"] = {MEDIA_TYPE: {"schema": schema}}
+                found = operation["responses"]
+                refusals = _refusals(method, path, operation) | {int(s) for s in found if s.isdigit() and int(s) >= 400}
+                kept = {status: answer for status, answer in found.items() if status[0] in "123"}
+                references = {str(s): {"$ref": f"#/components/responses/{_name(s)}"} for s in sorted(refusals)}
+                operation["responses"] = kept | references
                 for parameter in operation.get("parameters", ()):
                     _without_null(parameter["schema"])
+            add_links(list(_operations(document)))
+            for schema in document["components"]["schemas"].values():
+                name = schema.get("properties", {}).get("name", {})
+                if "const" in name:
+                    name.setdefault("description", "Name of the method, by which its parameters are told from others'.")
         return self.openapi_schema or {}
 
 
-def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for operations in document["paths"].values():
-        yield from operations.values()
+def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield every operation with its method and path."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield method, path, operation
+
+
+def _refusals(method: str, path: str, operation: dict[str, Any]) -> set[int]:
+    """Return the statuses of the refusals that follow from what an operation takes; its route declares all others."""
+    found = set(ANYWHERE)
+    names = {parameter["name"] for parameter in operation.get("parameters", ())}
+    if operation["security"]:
+        found |= {401, 403, 429} & set(_codes())
+    if method != "get":
+        found.add(403)  # pages of other origins
+    if "{" in path:
+        found.add(404)
+    if "requestBody" in operation:
+        found |= {413, 415, 422}
+    if "if-match" in names:
+        found.add(412)
+    if "range" in names:
+        found.add(416)
+    return found
+
+
+@cache
+def _codes() -> dict[int, list[Problem]]:
+    """Return the problems of each status."""
+    found: dict[int, list[Problem]] = {}
+    for problem in Problem:
+        found.setdefault(problem.status, []).append(problem)
+    return found
+
+
+def _name(status: int) -> str:
+    return f"Problem{status}"
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    """Describe the refusals of one status: their codes, and one of them in full."""
+    found = _codes()[status]
+    example = ProblemError(found[0], "models.0.checkpoint: there is no local:experts/topics").body("/merge")
+    described: dict[str, Any] = {
+        "description": "; ".join(f"`{problem.code}`: {problem.title}" for problem in found),
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}, "example": example}},
+    }
+    if status in SAID_BY_HEADERS:
+        described["headers"] = headers(**SAID_BY_HEADERS[status])
+    return described
 
 
 def _without_null(schema: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 from app.api.conditional import PreconditionsOf
 from app.api.dependencies import CallerOf, ServicesOf
 from app.api.files import ArchiveResponse, serve
-from app.api.openapi import ACCEPTED, RANGES, file_responses
+from app.api.openapi import ACCEPTED, RANGES, file_responses, problems
 from app.api.paging import Limit
 from app.api.prefer import Wait
 from app.api.strict_route import StrictRoute
@@ -44,6 +44,7 @@ class ScoresEntry(BaseModel):
     digest: str
     """Digest of everything that the statistic follows from."""
     statistic: KeptName
+    """Kind of the statistic."""
     checkpoint: str
     """Digest of the checkpoint."""
     source: str
@@ -53,7 +54,9 @@ class ScoresEntry(BaseModel):
     examples: int
     """Number of rows that were measured."""
     estimator: str | None
+    """Estimator of scores; null for other statistics."""
     precision: str
+    """Number format of forward and backward passes."""
     seed: int | None
     """Seed of the estimator `sampled`; null if no seed counts."""
     paper: bool
@@ -65,21 +68,25 @@ class ScoresEntry(BaseModel):
     batch_tokens: int | None
     """Number of padded tokens that were computed together; null where the statistic does not depend on it."""
     bytes: int
+    """Size of its files."""
     created_at: AwareDatetime
+    """Time at which it was measured."""
     used_at: AwareDatetime
     """Time at which a job last used it. The statistics that were used longest ago make room for others."""
     href: str
+    """Where to download it."""
 
 
 class ScoresPage(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     data: list[ScoresEntry]
+    """The statistics of this page, newest first."""
     next: str | None
     """Cursor of the next page, for `after`; null on the last."""
 
 
-@router.post("/scores", status_code=202, responses=ACCEPTED)
+@router.post("/scores", status_code=202, responses=ACCEPTED | problems(409, 507))
 async def score(
     body: ScoreBody,
     response: Response,

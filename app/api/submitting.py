@@ -12,7 +12,12 @@ from app.contracts.jobs import Job, Record
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.composition import Services
 
-IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1, max_length=255, description="Your own text: repeated with the same body, it makes no second job"
+    ),
+]
 
 
 async def submitted(

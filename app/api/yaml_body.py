@@ -4,9 +4,21 @@ from fastapi import Request
 
 from app.api.strict_route import YAML, StrictRoute
 
+EXAMPLE = """merge_method: linear
+models:
+  - model: local:experts/topics
+    parameters: {weight: 0.6}
+  - model: local:experts/sentiment
+    parameters: {weight: 0.4}
+"""
 YAML_BODY = {
     "requestBody": {
-        "content": {"application/yaml": {"schema": {"type": "object", "description": "The same, or mergekit's."}}}
+        "content": {
+            "application/yaml": {
+                "schema": {"type": "object", "description": "The same, or mergekit's."},
+                "examples": {"a recipe of mergekit": {"value": EXAMPLE}},
+            }
+        }
     }
 }
 

@@ -76,13 +76,19 @@ class Key(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
+    """The key's id, by which it is revoked."""
     prefix: str
     """The part of the key before its secret."""
     name: str
+    """Name for people."""
     tenant: str
+    """Tenant whose jobs its holder makes and sees."""
     scopes: list[Scope]
+    """What it allows."""
     created_at: AwareDatetime
+    """Time at which it was made."""
     expires_at: AwareDatetime | None
+    """Time from which it is refused; null: never."""
     last_used_at: AwareDatetime | None
     """Time of its last use, to the minute; null: never used."""
     revoked_at: AwareDatetime | None

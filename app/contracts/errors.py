@@ -47,9 +47,12 @@ class Problem(Enum):
 
 
 class FieldError(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     field: str
     """Path of the field, such as `models.0.checkpoint`."""
     message: str
+    """What is wrong with it, and what to write instead."""
 
 
 class ProblemBody(BaseModel):
@@ -58,12 +61,19 @@ class ProblemBody(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str = "about:blank"
+    """Always `about:blank`; the code tells problems apart."""
     title: str
+    """What kind of problem it is, for people."""
     status: int
+    """The HTTP status."""
     code: Annotated[str, Field(json_schema_extra={"enum": [problem.code for problem in Problem]})]
+    """Stable code of the problem."""
     detail: str
+    """What is wrong with this request, and what to do."""
     instance: str
+    """Path of the request."""
     errors: list[FieldError] = []
+    """The fields of the request that are wrong, if there are any."""
 
 
 class ProblemError(Exception):

@@ -76,12 +76,20 @@ class PhaseName(StrEnum):
 class Progress(BaseModel):
     """Progress of a job. `fraction` is that of the whole job, and never falls within an attempt."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     phase: PhaseName = PhaseName.QUEUED
+    """Step that the job is at."""
     done: int = 0
+    """Number of units of this step that are done."""
     total: int = 0
+    """Number of units of this step; 0 where it is not known."""
     unit: str = ""
+    """What is counted, such as `examples` or `tensors`."""
     fraction: float = 0.0
+    """Share of the whole job that is done, from 0 to 1."""
     eta_seconds: float | None = None
+    """Estimate of the seconds that are left; null where there is none."""
 
 
 class ErrorCode(StrEnum):
@@ -100,18 +108,31 @@ class ErrorCode(StrEnum):
 
 
 class JobError(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     code: ErrorCode
+    """Stable code of the error."""
     message: Told
+    """What went wrong, with the file, tensor or row, and what to do."""
     retryable: bool = False
+    """Whether a retry may succeed without a change."""
     detail: Annotated[dict[str, Any], AfterValidator(told)] = {}
+    """Facts about the error, by name."""
 
 
 class Links(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     self: str
+    """The job itself."""
     events: str
+    """Its events, as a stream."""
     artifacts: str
+    """The files that it made."""
     cancel: str
+    """POST here to cancel it."""
     report: str
+    """Its report page."""
 
 
 class JobCore(BaseModel):
@@ -120,28 +141,40 @@ class JobCore(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
+    """The job's id; ids sort by time."""
     kind: JobKind
+    """What the job makes."""
     name: str
+    """Title for people."""
     status: Status
+    """State of the job; the last three are final."""
     attempt: int
     """Number of times that the work was started."""
     created_at: AwareDatetime
+    """Time at which it was accepted."""
     started_at: AwareDatetime | None
+    """Time at which the first attempt began; null while it waits."""
     finished_at: AwareDatetime | None
+    """Time at which it ended; null while it has not."""
     expires_at: AwareDatetime | None
     """Time at which the job and its artifact are removed; null while it has not ended."""
     progress: Progress
+    """How far it is."""
     error: JobError | None
+    """Why it failed; null unless it did."""
     labels: dict[str, str]
+    """The labels of its request."""
     key: str | None
     """The caller's own name of the job, by which it was put; null for one that was posted."""
     links: Links
+    """Paths of what belongs to it."""
 
 
 class JobSummary(JobCore):
     """A job as `GET /jobs` lists it, without its request and without the candidates and trials of a search."""
 
     result: MergeSummary | ScoreResult | None
+    """What the job found, in short; null until it has succeeded."""
 
 
 class Job(JobCore):
@@ -150,6 +183,7 @@ class Job(JobCore):
     request: dict[str, Any]
     """The request as it was accepted, with defaults filled in."""
     result: MergeResult | ScoreResult | None
+    """What the job found; null until it has succeeded."""
 
 
 class RecordCore(BaseModel):

@@ -41,6 +41,7 @@ class MeasuredModelRequest(Strict):
     """Reference to a folder written by `save_pretrained`, to a repository on the hub, or to a model of an earlier job;
     in a merge also to a LoRA adapter of `base`."""
     dataset: Dataset | None = None
+    """Rows that the model is measured on, if the method measures."""
 
     @field_validator("name")
     @classmethod
@@ -80,7 +81,9 @@ class ModelRequest(MeasuredModelRequest):
     """This model's own values of the method's parameters that `per_model` of `GET /methods` names. Where none of its
     filters matches a tensor, the method's value counts."""
     statistics: GivenStatistics = GivenStatistics()
+    """Statistics that are read from files, and not measured."""
     evaluation: Evaluation | None = None
+    """Rows that merge and expert are compared on; null: none."""
     min_retention: Annotated[float, Field(ge=0, le=2)] | None = None
     """Share of this expert's metric that a merge chosen by `auto` must keep, if any trial does."""
 
@@ -95,3 +98,4 @@ class ModelRequest(MeasuredModelRequest):
 
 class ScoredModelRequest(MeasuredModelRequest):
     dataset: Dataset
+    """Rows that the model is measured on."""

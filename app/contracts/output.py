@@ -23,6 +23,7 @@ class Output(TokenSettings):
     """Strength that holds an aligned head to its former weights, in units of the mean square of its inputs. `auto`
     searches for it, and only accepts the default here."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
+    """Largest size of a file of weights."""
     vocabulary: VocabularyPolicy = "error"
     """Treatment of models whose tokenizers differ: `error` refuses them; `base` keeps the vocabulary of the base, or of
     the first model where no base is named; `union` appends the other models' further tokens to that."""
@@ -37,6 +38,7 @@ class Output(TokenSettings):
     """Whether to compare the models' differences from the base for the report, which reads the checkpoints once more.
     It has no effect where no base is named."""
     publish: str | None = None
+    """Reference of a further place to publish at."""
 
     @property
     def spec(self) -> OutputSpec:
@@ -62,4 +64,6 @@ class Output(TokenSettings):
 
 class Webhook(Strict):
     url: AnyHttpUrl
+    """Address that gets a POST for each event."""
     events: tuple[Literal["job.succeeded", "job.failed", "job.cancelled"], ...] = ("job.succeeded", "job.failed")
+    """Events to tell of."""

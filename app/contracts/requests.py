@@ -57,8 +57,11 @@ class JobRequest(Strict, Generic[Model]):
     name: Annotated[str, Field(max_length=LONGEST_TITLE)] | None = None
     """Title for people; default: the models' names joined by +, as far as there is room."""
     method: RequestedMethod
+    """Method and its parameters, as `GET /methods` lists them."""
     models: Annotated[list[Model], Field(min_length=1, max_length=64)]
+    """The models, in their order."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
+    """Labels by which `GET /jobs` can be filtered."""
     deadline_seconds: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
     """Seconds that the job has from its acceptance, including its time in the queue and all attempts. A job that has
     not ended by then fails with `timeout` and publishes nothing. A retry has the same time again. Null: no limit."""
@@ -104,6 +107,7 @@ class MergeRequest(JobRequest[ModelRequest]):
     Tensors before the layers are merged from the first slice's models, and those after them from the last slice's.
     Null: all layers of all models, or `method.slices`."""
     output: Output = Output()
+    """How the result is written."""
     strict_filters: bool = True
     """Whether a filter that matches no tensor is refused; otherwise the result has a note of it."""
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=100, default_factory=list)]
@@ -114,8 +118,11 @@ class MergeRequest(JobRequest[ModelRequest]):
     evaluate: bool = True
     """Whether to compare expert, plain average and merge on each model's evaluation rows."""
     webhook: Webhook | None = None
+    """Whom to tell of the job's end."""
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    """Jobs with a greater number are taken first."""
     device: Literal["cpu", "cuda"] | None = None
+    """Device to compute on; null: the worker's own choice."""
 
     @model_validator(mode="after")
     def _method_may_keep_heads(self) -> Self:

@@ -65,8 +65,11 @@ class PlannedModel(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     name: str
+    """The model's name in the request."""
     architecture: str
+    """Class of the model in transformers."""
     task: str
+    """Kind of its head."""
     head: str
     """Treatment of the model's head in the result."""
     tokens: int | None
@@ -81,7 +84,9 @@ class Plan(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     bytes_to_read: int
+    """Size of the checkpoints."""
     bytes_to_write: int
+    """Size of the artifact's weights."""
     peak_memory_bytes: int
     """Estimate for one worker, in float32, with the longest rows that the models take."""
     least_memory_bytes: int
@@ -94,9 +99,11 @@ class Plan(BaseModel):
     trials: int | None
     """Number of merges that `auto` would try."""
     tensors: int
+    """Number of tensors that are written."""
     owners: dict[str, int]
     """Number of merged tensors that belong to each kind of node, and to no node (rest)."""
     models: list[PlannedModel]
+    """What is known of each model before the work."""
     tokens: int | None
     """Number of tokens of the output's tokenizer, if `output.vocabulary` is not `error`."""
     notes: list[str]

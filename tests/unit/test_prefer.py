@@ -1,6 +1,6 @@
 import pytest
 
-from app.api.prefer import applied, get_wait
+from app.api.prefer import applied, preferred
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from app.api.prefer import applied, get_wait
     ],
 )
 def test_the_wait_is_read_as_rfc_7240_writes_it_and_capped_at_60_s(lines: list[str], seconds: int) -> None:
-    assert get_wait(lines) == seconds
+    assert preferred(lines) == seconds
     assert applied(seconds) == {"Preference-Applied": f"wait={seconds}"}
 
 
@@ -26,6 +26,6 @@ def test_the_wait_is_read_as_rfc_7240_writes_it_and_capped_at_60_s(lines: list[s
     "line", ["", "respond-async", "wait", "wait=", "wait=soon", "wait=-1", "wait=1.5", "waiting=5", "wait=٣", "=,;="]
 )
 def test_what_cannot_be_honoured_is_ignored(line: str) -> None:
-    assert get_wait([line]) is None
-    assert get_wait(None) is None
+    assert preferred([line]) is None
+    assert preferred([]) is None
     assert applied(None) == {}

@@ -27,6 +27,6 @@ def test_a_file_that_clients_read_elsewhere_is_redirected_to() -> None:
     file, held = held_open(SignedFile())
     closed: list[bool] = []
     held.callback(closed.append, True)
-    response = serve(file, held, Preconditions())
+    response = serve(file, held, Preconditions(None, None, None, None))
     assert (response.status_code, response.headers["location"]) == (307, "https://storage.example.org/a?signature=x")
     assert closed == [True]

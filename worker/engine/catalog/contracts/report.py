@@ -28,6 +28,7 @@ class ModelReport(Strict):
     """The common part of results about a model."""
 
     name: str
+    """The model's name in the request."""
     checkpoint: str
     """The checkpoint's reference as the job was accepted with it."""
     commit: str | None = None
@@ -40,6 +41,7 @@ class ModelReport(Strict):
     """Number of padded tokens that were computed together for its scores; null where the method has no scores, or parts
     of them were computed with different numbers."""
     score_seconds: float
+    """Time that measuring the model took, in seconds; near 0 where its statistics were kept."""
     score_cached: bool
     """Whether another job, an earlier or a simultaneous one, had measured all of its statistics."""
 
@@ -66,21 +68,27 @@ Version = Literal["base", "expert", "best_expert", "average", "merged_kept_head"
 
 class Difference(Strict):
     value: float
+    """The difference."""
     interval: tuple[float, float]
+    """95 % interval of the difference, by a paired bootstrap over rows."""
 
 
 class BestExpert(Strict):
     """The single expert that is best on some rows."""
 
     name: str
+    """Name of the expert."""
     value: float
+    """Its metric on these rows."""
 
 
 class MetricResult(Strict):
     metric: MetricName
+    """Name of the metric that all versions are compared by."""
     examples: int
     """Number of rows that were evaluated."""
     expert: float
+    """Metric of the expert itself, before the merge."""
     average: float
     """Metric of the plain, unweighted average of the same checkpoints, with the expert's own head."""
     merged: float
@@ -116,7 +124,9 @@ class CandidateMetric(Strict):
     """The metric that a candidate keeps of one expert, on the held-out rows."""
 
     metric: MetricName
+    """Name of the metric."""
     value: float
+    """The candidate's metric on the held-out rows."""
     interval: tuple[float, float]
     """95 % bootstrap percentile interval over rows; all candidates are evaluated on the same resamples."""
     retention: float | None
@@ -132,6 +142,7 @@ class Candidate(Strict):
     """Unique name: that of the method, or of a baseline: `plain average`, `plain task arithmetic`, `expert NAME` for
     the backbone of a single expert, `base`."""
     kind: Literal["method", "average", "task_arithmetic", "expert", "base"]
+    """What the candidate is: a method that was searched for, or a baseline."""
     method: dict[str, Any] | None
     """All parameters of the method's best trial, or of the plain merge; null for an expert and the base."""
     weights: dict[str, PerTensor[float]]
@@ -143,7 +154,9 @@ class Candidate(Strict):
     metrics: dict[str, CandidateMetric]
     """Metrics by model."""
     mean_retention: float | None
+    """Mean of the models' retentions; null where no model has one."""
     min_retention: float | None
+    """Least of the models' retentions; null where no model has one."""
     behind: Difference | None
     """Mean retention of the chosen candidate minus this one's, by a paired bootstrap over each model's rows."""
     chosen: bool
@@ -160,6 +173,7 @@ class Proposed(Strict):
     parameters: dict[str, Any]
     """Parameters of the trial; the weight of a model is `weight NAME`."""
     seconds: float
+    """Time that the trial took, in seconds."""
 
 
 class FailedTrial(Proposed):
@@ -187,7 +201,9 @@ class Search(Strict):
     """The search by which `auto` chose a merge."""
 
     objective: Literal["mean_retention", "min_retention"]
+    """What the search makes as large as it can."""
     search_rows: dict[str, int]
+    """Number of rows of each model's evaluation that trials are evaluated on."""
     held_out_rows: dict[str, int]
     """Number of held-out rows of each model's evaluation. No row is also a search row."""
     min_retention: dict[str, float]
@@ -197,6 +213,7 @@ class Search(Strict):
     chosen: int
     """Number of the chosen trial."""
     trials: list[Trial]
+    """All merges that were made and evaluated, in their order."""
     failed: Annotated[list[FailedTrial], Field(default_factory=list)]
     """Merges that could not be made."""
 
@@ -235,14 +252,23 @@ class Stopping(Strict):
 
 class Timings(Strict):
     queue_seconds: float = 0.0
+    """From acceptance to the start of the first attempt."""
     load_seconds: float = 0.0
+    """Reading and checking checkpoints and rows."""
     score_seconds: float = 0.0
+    """Measuring statistics of the models."""
     search_seconds: float = 0.0
+    """Trials of `auto`."""
     merge_seconds: float = 0.0
+    """Merging tensors and writing them."""
     align_seconds: float = 0.0
+    """Refitting heads or layers."""
     evaluate_seconds: float = 0.0
+    """Evaluating expert, average and merge."""
     interference_seconds: float = 0.0
+    """Comparing the models' differences from the base."""
     publish_seconds: float = 0.0
+    """Checking and publishing the artifact."""
 
 
 class JobResult(Strict):
@@ -251,8 +277,11 @@ class JobResult(Strict):
     method: dict[str, Any]
     """The method as it ran: values of `auto` are resolved, and `precision` is left out if no model was run."""
     timings: Timings
+    """Times of the job's steps, in seconds."""
     peak_memory_bytes: int
+    """Most memory that the engine process held during the job."""
     device: str
+    """Device that computed, such as `cpu` or `cuda`."""
     notes: list[Told]
     """Notes for the reader. Doubts come first, which put a number in question, such as labels whose order is not
     certain; then notes of what was done, such as rows that were truncated."""
@@ -262,9 +291,13 @@ class MergeSummary(JobResult):
     """A merge's result, without the search and the candidates of `auto`."""
 
     models: list[ModelResult]
+    """What was found of each model."""
     metrics: dict[str, MetricResult] | None
+    """Expert, average and merge on each model's evaluation rows, by model; null where nothing was evaluated."""
     mean_retention: float | None
+    """Mean of the models' retentions; null where no model has one."""
     min_retention: float | None
+    """Least of the models' retentions; null where no model has one."""
     accepted: bool | None = None
     """Whether the merge reaches what `accept` asks for and, if `auto` chose it, beats what `must_beat` names and writes
     as it must. It is judged on the evaluation rows, of `auto` on their held-out half; null where nothing is asked
@@ -284,10 +317,13 @@ class ScoresFile(Strict):
     """A statistic that is kept. It can be fetched until the store needs its room for others."""
 
     statistic: StatisticName
+    """Kind of the statistic."""
     digest: str
     """Digest of everything that the statistic follows from, as `GET /scores` lists it."""
     href: str
+    """Where to download it."""
     bytes: int
+    """Size of its files."""
 
 
 class ScoredModel(ModelReport):
@@ -297,7 +333,9 @@ class ScoredModel(ModelReport):
     """Accuracy that the merge weights would have in a merge with a model of the same scores, errors and weight. Present
     for methods that weight by scores of mask nodes, except with the preset `paper`."""
     scores: list[ScoresFile]
+    """The statistics that are kept of the model."""
 
 
 class ScoreResult(JobResult):
     models: list[ScoredModel]
+    """What was measured of each model."""

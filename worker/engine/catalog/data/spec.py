@@ -29,6 +29,7 @@ class Columns(Strict):
     text: Name | None = None
     """Column of the text; default: `text`, and none for heads whose rows are other columns."""
     text_pair: Name | None = None
+    """Column of the second text of a pair; null: rows are single texts."""
     label: Name | None = None
     """Column of the labels; absent for unlabelled text."""
     target: Name | None = None

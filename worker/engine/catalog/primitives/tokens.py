@@ -20,6 +20,7 @@ class TokenSource(Strict):
     id: Annotated[int, Field(ge=0)] | None = None
     """Number of the row in that model, instead of a token."""
     force: bool = False
+    """Whether models that have the token get this row too."""
 
     @model_validator(mode="after")
     def _is_one_row(self) -> Self:

@@ -101,6 +101,7 @@ class Filtered(Strict, Generic[Number]):
     filter: Annotated[str, Field(min_length=1, max_length=1000)]
     """Glob for names of tensors, such as `*.attention.*`; `*` alone matches every name."""
     value: NumberOrLayers[Number]
+    """Value of these tensors: a number, or a list of numbers that runs over their layers."""
     where: Where | None = None
     """Restricts the value to tensors of layers; to these layers: the first, and the one after the last, counted from 0;
     or to tensors before or after all layers. A list of numbers then runs from the first of these layers to the last; a
