@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from experts import prepare
+from maskmerge import Client, Job, MergeResult, MetricResult, Status
+from maskmerge import Progress as JobProgress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-from app.client import Client
 
 TASKS = ("topics", "sentiment")
 POLL_S = 0.25
@@ -77,20 +77,20 @@ def service(folder: Path, port: int) -> Iterator[Client]:
         process.wait()
 
 
-def watch(client: Client, job_id: str) -> dict[str, Any]:
+def watch(client: Client, job_id: str) -> Job:
     """The job when it has ended, its progress shown meanwhile."""
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         shown: dict[str, Any] = {}
         for event in client.events(job_id):
-            phase = event.data.get("phase", "queued")
-            if event.kind == "progress" and phase not in ("queued", "done"):
-                if phase not in shown:
+            told = event.data
+            if isinstance(told, JobProgress) and told.phase not in ("queued", "done"):
+                if told.phase not in shown:
                     finish(bars)
-                    shown[phase] = bars.add_task(phase, total=None)
-                bars.update(shown[phase], completed=event.data["done"], total=event.data["total"] or None)
+                    shown[told.phase] = bars.add_task(told.phase, total=None)
+                bars.update(shown[told.phase], completed=told.done, total=told.total or None)
         job = client.job(job_id)
-        if job["status"] == "succeeded":
+        if job.status is Status.SUCCEEDED:
             finish(bars)
         return job
 
@@ -101,18 +101,18 @@ def finish(bars: Progress) -> None:
         bars.update(task.id, completed=task.total or 1, total=task.total or 1)
 
 
-def show(job: dict[str, Any]) -> None:
+def show(metrics: dict[str, MetricResult]) -> None:
     """The numbers as they are, also where the plain average wins."""
     table = Table(title="On rows that none of the models has seen in training", title_justify="left")
     for column in ("task", "metric", "expert", "plain average", "merged, head kept", "merged", "retention"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     better, worse = [], []
-    for task, metric in job["result"]["metrics"].items():
-        numbers = [f"{metric[key]:.4f}" for key in ("expert", "average", "merged_kept_head", "merged", "retention")]
-        table.add_row(task, metric["metric"], *numbers)
-        if metric["merged"] > metric["average"]:
+    for task, metric in metrics.items():
+        numbers = (metric.expert, metric.average, metric.merged_kept_head, metric.merged, metric.retention)
+        table.add_row(task, metric.metric, *(f"{number:.4f}" for number in numbers))
+        if metric.merged > metric.average:
             better.append(task)
-        elif metric["merged"] < metric["average"]:
+        elif metric.merged < metric.average:
             worse.append(task)
     console.print(table)
     for tasks, verb in ((better, "beats"), (worse, "loses to")):
@@ -120,17 +120,17 @@ def show(job: dict[str, Any]) -> None:
             console.print(f"The merge {verb} the plain average on {' and '.join(tasks)}.")
 
 
-def show_where(folder: Path, job: dict[str, Any], port: int, request: Path) -> None:
-    artifact = next((folder / "data" / "artifacts").glob(f"{job['id']}.*"))
+def show_where(folder: Path, job_id: str, port: int, request: Path) -> None:
+    artifact = next((folder / "data" / "artifacts").glob(f"{job_id}.*"))
     base, command = f"http://127.0.0.1:{port}", Path(sys.executable).with_name("maskmerge")
     console.print(f"\nThe artifact is in [bold]{artifact}[/bold], the report is {artifact / 'report.html'}")
     console.print("\nThe same by hand, while the service runs (make serve listens on port 8000):\n")
     for line in (
         f"{command} serve --data-dir {folder / 'data'} --local-root {folder / 'inputs'} --port {port}",
         f"curl -H 'Content-Type: application/json' -d @{request} {base}/merge",
-        f"curl {base}/jobs/{job['id']}",
-        f"curl {base}/jobs/{job['id']}/artifacts",
-        f"mkdir -p {folder / 'merged'} && curl {base}/jobs/{job['id']}/archive | tar -x -C {folder / 'merged'}",
+        f"curl {base}/jobs/{job_id}",
+        f"curl {base}/jobs/{job_id}/artifacts",
+        f"mkdir -p {folder / 'merged'} && curl {base}/jobs/{job_id}/archive | tar -x -C {folder / 'merged'}",
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
@@ -158,12 +158,14 @@ def main() -> int:
     request = inputs / "recipe.json"
     request.write_text(json.dumps(recipe(), indent=1))
     with service(options.dir, options.port) as client:
-        job = watch(client, client.merge(recipe())["id"])
-    if job["status"] != "succeeded":
-        console.print(f"[red]{job['error']['code']}[/red]: {job['error']['message']}")
+        job = watch(client, client.submit(recipe()).id)
+    if job.error is not None:
+        console.print(f"[red]{job.error.code}[/red]: {job.error.message}")
         return 1
-    show(job)
-    show_where(options.dir, job, options.port, request)
+    if not isinstance(job.result, MergeResult) or job.result.metrics is None:
+        sys.exit(f"the job is {job.status}")
+    show(job.result.metrics)
+    show_where(options.dir, job.id, options.port, request)
     return 0
 
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from redis import Redis
 
-from app.client import Client
+from app.client import Client, Progress
 from app.embedded_redis import EmbeddedRedis
 from tests.tiny import tiny_base, tiny_checkpoint, write_rows
 from worker.engine.catalog.contracts.report import MergeResult, Timings
@@ -192,9 +192,9 @@ class Service:
     def stand_still(self, job_id: str, phase: str) -> psutil.Process:
         """The engine of the only worker, suspended as soon as the job is seen in the phase, which has to last long
         enough for that. To be resumed or killed."""
-        with Client(self.url, HANGS_S) as client:
+        with Client(self.url, timeout_s=HANGS_S) as client:
             for event in client.events(job_id):
-                if event.kind == "progress" and event.data["phase"] == phase:
+                if isinstance(event.data, Progress) and event.data.phase == phase:
                     engine = self.processes()["engine"]
                     engine.suspend()
                     return engine

@@ -7,13 +7,13 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Path, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict
 
 from app.api.conditional import PreconditionsOf, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, read_again
 from app.api.files import ArchiveResponse, held_open, media_type, serve
 from app.api.openapi import NOT_MODIFIED, RANGES, Responses, file_responses, headers, problems
 from app.api.strict_route import StrictRoute
+from app.contracts.artifacts import FileEntry, Listing
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
 from app.services.composition import Services
@@ -35,30 +35,6 @@ ARCHIVE: Responses = {
 
 
 FileName = Annotated[str, Path(description="The file's name, as the listing has it")]
-
-
-class FileEntry(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    name: str
-    """Path within the artifact; it may contain slashes."""
-    bytes: int
-    """Size of the file."""
-    sha256: str
-    """Digest of the file, in hexadecimal digits."""
-    media_type: str
-    """Media type that it is sent with."""
-    href: str
-    """Where to download it."""
-
-
-class Listing(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    files: list[FileEntry]
-    """All files of the artifact."""
-    archive: str
-    """Where to download all of them as one tar."""
 
 
 @router.get("/jobs/{job_id}/artifacts", responses=problems(409))

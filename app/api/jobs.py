@@ -3,7 +3,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from app.api.conditional import PreconditionsOf, not_modified
 from app.api.dependencies import CallerOf, RecordOf, ServicesOf, no_job, read_again
@@ -12,22 +12,13 @@ from app.api.paging import Limit
 from app.api.prefer import Wait, applied
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.contracts.jobs import Job, JobSummary, Record, Status
+from app.contracts.jobs import Job, JobPage, Record, Status
 from app.storage.records import Deleted
 
 router = APIRouter(tags=["jobs"], route_class=StrictRoute)
 
 Label = Annotated[str, Field(description="key:value", json_schema_extra={"pattern": "^[^:]*:"})]
 SHOWN = {**ETAG, **headers(Preference_Applied="Which preference of `Prefer` was honoured, if any")}
-
-
-class JobPage(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    data: list[JobSummary]
-    """The jobs of this page, newest first."""
-    next: str | None
-    """Cursor of the next page, for `after`; null on the last."""
 
 
 @router.get("/jobs")

@@ -1,11 +1,10 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Response
-from pydantic import BaseModel, ConfigDict
 
 from app.api.dependencies import ServicesOf
 from app.api.strict_route import StrictRoute
-from app.contracts.api_keys import CreatedKey, Key, NewKey, Scope
+from app.contracts.api_keys import CreatedKey, KeyList, NewKey, Scope
 from app.contracts.errors import Problem, ProblemError
 
 
@@ -22,13 +21,6 @@ EXAMPLES: dict[str, Any] = {
     "for a few days": {"value": {"name": "a visitor", "scopes": ["read"], "expires_at": "2030-01-31T00:00:00Z"}},
 }
 KeyId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="A key's id")]
-
-
-class KeyList(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    data: list[Key]
-    """All keys, oldest first."""
 
 
 @router.post("/keys", status_code=201)

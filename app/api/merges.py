@@ -8,8 +8,8 @@ from app.api.prefer import Wait
 from app.api.submitting import IdempotencyKey, answered, submitted
 from app.api.yaml_body import YAML_BODY, YamlRoute
 from app.contracts.jobs import Job
+from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest
-from app.services.checks import Plan
 
 router = APIRouter(tags=["merge"], route_class=YamlRoute)
 

@@ -3,7 +3,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Query, Response
 from fastapi.responses import FileResponse
-from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from app.api.conditional import PreconditionsOf
 from app.api.dependencies import CallerOf, ServicesOf
@@ -16,6 +15,7 @@ from app.api.submitting import IdempotencyKey, submitted
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Job
 from app.contracts.requests import ScoreRequest
+from app.contracts.scores import ScoresEntry, ScoresPage
 from app.storage.statistics import KeptStatistic
 from worker.engine.catalog.contracts.statistics import KeptName
 
@@ -34,56 +34,6 @@ EXAMPLE: dict[str, Any] = {
 ScoreBody = Annotated[ScoreRequest, Body(openapi_examples={"one expert": {"value": EXAMPLE}})]
 PREFIX = "sha256:"
 DIGEST = r"^(sha256:)?[0-9a-f]{64}$"
-
-
-class ScoresEntry(BaseModel):
-    """One statistic of one model."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    digest: str
-    """Digest of everything that the statistic follows from."""
-    statistic: KeptName
-    """Kind of the statistic."""
-    checkpoint: str
-    """Digest of the checkpoint."""
-    source: str
-    """Reference by which the checkpoint was named when it was first measured."""
-    dataset: str
-    """Reference of the rows that it was first measured on."""
-    examples: int
-    """Number of rows that were measured."""
-    estimator: str | None
-    """Estimator of scores; null for other statistics."""
-    precision: str
-    """Number format of forward and backward passes."""
-    seed: int | None
-    """Seed of the estimator `sampled`; null if no seed counts."""
-    paper: bool
-    """Whether it was computed by the published rule."""
-    population: int | None
-    """Number of rows of the data set, which standard errors depend on; null where there are no standard errors."""
-    max_length: int
-    """Number of tokens that a row was cut to."""
-    batch_tokens: int | None
-    """Number of padded tokens that were computed together; null where the statistic does not depend on it."""
-    bytes: int
-    """Size of its files."""
-    created_at: AwareDatetime
-    """Time at which it was measured."""
-    used_at: AwareDatetime
-    """Time at which a job last used it. The statistics that were used longest ago make room for others."""
-    href: str
-    """Where to download it."""
-
-
-class ScoresPage(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    data: list[ScoresEntry]
-    """The statistics of this page, newest first."""
-    next: str | None
-    """Cursor of the next page, for `after`; null on the last."""
 
 
 @router.post("/scores", status_code=202, responses=ACCEPTED | problems(409, 507))

@@ -95,6 +95,13 @@ class Key(BaseModel):
     """Time from which it is refused because it was revoked; null: it was not."""
 
 
+class KeyList(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    data: list[Key]
+    """All keys, oldest first."""
+
+
 class CreatedKey(Key):
     key: str
     """The whole key, with its secret. It is told this once, and only its digest is kept."""

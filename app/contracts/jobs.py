@@ -186,6 +186,15 @@ class Job(JobCore):
     """What the job found; null until it has succeeded."""
 
 
+class JobPage(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    data: list[JobSummary]
+    """The jobs of this page, newest first."""
+    next: str | None
+    """Cursor of the next page, for `after`; null on the last."""
+
+
 class RecordCore(BaseModel):
     """The fields that a job's record and its summary share, as they are stored."""
 

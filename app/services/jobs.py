@@ -8,8 +8,9 @@ from redis.exceptions import RedisError
 
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Gone, JobKind, Outcome, Record, Stage, TaskId
+from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest, ScoreRequest
-from app.services.checks import Accepted, Plan
+from app.services.checks import Accepted
 from app.services.inspection import Inspectors, sources
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue

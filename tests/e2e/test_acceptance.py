@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from app.cli import main
+from app.cli.exits import Exit
 from tests.conftest import Service, tiny_recipe
 
 
@@ -27,5 +28,7 @@ def test_a_merge_says_whether_it_is_accepted_and_is_written_all_the_same(
         assert any(file["name"].endswith(".safetensors") for file in files)
         path = tmp_path / f"{accepted}.json"
         path.write_text(json.dumps({**recipe, "accept": {"min_mean_retention": floor}}))
-        assert main(["merge", str(path), "--url", service.url, "--wait"]) == (0 if accepted else 1)
+        assert main(["submit", str(path), "--url", service.url, "--wait"]) == (
+            Exit.OK if accepted else Exit.NOT_ACCEPTED
+        )
     assert "not accepted" in capsys.readouterr().out

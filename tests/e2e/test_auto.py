@@ -273,7 +273,7 @@ def test_a_candidate_that_an_architecture_does_not_allow_is_refused(service: Ser
 def test_the_command_line_shows_trials_and_what_was_chosen(service: Service, found: Job, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(recipe_of(service, found["id"])))
-    command = [sys.executable, "-m", "app.cli", "merge", str(recipe), "--url", f"http://127.0.0.1:{service.port}"]
+    command = [sys.executable, "-m", "app.cli", "submit", str(recipe), "--url", f"http://127.0.0.1:{service.port}"]
     done = subprocess.run([*command, "--wait"], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -295,9 +295,9 @@ def test_a_merge_that_does_not_beat_what_it_must_is_written_and_not_accepted(ser
     asked["method"]["must_beat"] = ["average", "base"]
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(asked))
-    command = [sys.executable, "-m", "app.cli", "merge", str(recipe), "--url", f"http://127.0.0.1:{service.port}"]
+    command = [sys.executable, "-m", "app.cli", "submit", str(recipe), "--url", f"http://127.0.0.1:{service.port}"]
     done = subprocess.run([*command, "--wait"], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (5, "")
     first, *lines = done.stdout.splitlines()
     verdict = lines[lines.index("succeeded") + 1]
     assert verdict.startswith("note: what auto chose, average, is not accepted: on the held-out rows it does not beat")

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.client import Client, Event
+from app.client import Client, Event, LogEntry, Progress, StatusChange
 from tests.conftest import HANGS_S, Service, make_service, measured_anew, tiny_recipe, wait_until
 from tests.tiny import write_rows
 
@@ -43,14 +43,14 @@ def client(service: Service) -> Client:
     return Client(f"http://127.0.0.1:{service.port}")
 
 
-def events(service: Service, job_id: str, last_event_id: str | None = None) -> Iterator[Event]:
+def events(service: Service, job_id: str, last_event_id: int | None = None) -> Iterator[Event]:
     with client(service) as connected:
         yield from connected.events(job_id, last_event_id)
 
 
-def raw(service: Service, job_id: str, last_event_id: str | None = None) -> httpx.Response:
+def raw(service: Service, job_id: str, last_event_id: int | None = None) -> httpx.Response:
     """One connection, to its end."""
-    headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
+    headers = {"Last-Event-ID": str(last_event_id)} if last_event_id else {}
     return service.get(f"/jobs/{job_id}/events", headers=headers)
 
 
@@ -77,25 +77,25 @@ class Watch(threading.Thread):
 
 
 def is_scoring(event: Event) -> bool:
-    return event.kind == "progress" and event.data["phase"] == "scoring" and event.data["done"] > 0
+    return isinstance(event.data, Progress) and event.data.phase == "scoring" and event.data.done > 0
 
 
 def statuses(seen: list[Event]) -> list[str]:
-    return [event.data["status"] for event in seen if event.kind == "status"]
+    return [event.data.status for event in seen if isinstance(event.data, StatusChange)]
 
 
 def attempts_of(seen: list[Event]) -> list[str]:
     """What was logged of attempts, without the notes of the result."""
-    codes = [event.data["code"] for event in seen if event.kind == "log"]
+    codes = [event.data.code for event in seen if isinstance(event.data, LogEntry)]
     return [code for code in codes if code != "note"]
 
 
 def check_whole(service: Service, job_id: str, seen: list[Event]) -> None:
     """Every event once and in order, exactly as a later reader gets them, the last one final."""
-    assert [event.id for event in seen] == [str(number) for number in range(1, len(seen) + 1)]
+    assert [event.id for event in seen] == list(range(1, len(seen) + 1))
     assert seen == list(events(service, job_id))
     assert statuses(seen)[-1] in FINAL
-    assert seen[-1].kind == "status"
+    assert seen[-1].event == "status"
 
 
 def test_events_tell_a_job_from_its_beginning_to_its_end(service: Service) -> None:
@@ -104,25 +104,26 @@ def test_events_tell_a_job_from_its_beginning_to_its_end(service: Service) -> No
     seen = Watch(service, job["id"]).end()
     check_whole(service, job["id"], seen)
     assert statuses(seen) == ["queued", "running", "succeeded"]
-    progress = [event.data for event in seen if event.kind == "progress"]
-    assert [p["fraction"] for p in progress] == sorted(p["fraction"] for p in progress)
-    assert {"loading", "scoring", "done"} <= {p["phase"] for p in progress}
+    progress = [event.data for event in seen if isinstance(event.data, Progress)]
+    assert [p.fraction for p in progress] == sorted(p.fraction for p in progress)
+    assert {"loading", "scoring", "done"} <= {p.phase for p in progress}
     assert attempts_of(seen) == ["attempt_started"]
-    notes = [event.data["message"] for event in seen if event.kind == "log" and event.data["code"] == "note"]
-    assert notes == service.job(job["id"])["result"]["notes"]
+    logged = [event.data for event in seen if isinstance(event.data, LogEntry)]
+    assert [entry.message for entry in logged if entry.code == "note"] == service.job(job["id"])["result"]["notes"]
     response = raw(service, job["id"], seen[-1].id)
     assert (response.status_code, response.content) == (204, b"")
     with client(service) as connected:
-        assert connected.wait(job["id"]) == service.job(job["id"])
+        assert connected.wait(job["id"]).model_dump(mode="json") == service.job(job["id"])
+        assert list(connected.log(job["id"])) == logged
 
 
 def test_a_reader_that_was_cut_off_goes_on_where_it_was(service: Service) -> None:
     job_id = service.submit(long_recipe())
     seen: list[Event] = []
-    while not seen or seen[-1].data.get("status") not in FINAL:
+    while not seen or getattr(seen[-1].data, "status", None) not in FINAL:
         for event in events(service, job_id, seen[-1].id if seen else None):
             seen.append(event)
-            if event.kind == "progress":
+            if isinstance(event.data, Progress):
                 break  # and with it the connection
     check_whole(service, job_id, seen)
 
@@ -250,6 +251,6 @@ def test_a_service_that_stops_ends_its_streams_and_polls_in_good_order(service: 
     service.start()
     seen = Watch(service, job_id).end()
     check_whole(service, job_id, seen)
-    assert [event.data for event in seen][: len(before)] == before
-    assert "attempt_handed_back" in [event.data["code"] for event in seen if event.kind == "log"]
+    assert [event.data.model_dump(mode="json") for event in seen][: len(before)] == before
+    assert "attempt_handed_back" in attempts_of(seen)
     assert service.finished(poll.result().json()["id"])["status"] == "succeeded"

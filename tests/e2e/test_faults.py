@@ -239,10 +239,10 @@ def test_engines_that_stand_still_are_noticed_idle_or_at_work_and_replaced(pair:
 
 def worker_of(service: Service, job_id: str) -> psutil.Process:
     """The worker that has the job in hand; its name, in the job's log, holds its process id."""
-    with Client(service.url, HANGS_S) as client:
-        for event in client.events(job_id):
-            if event.kind == "log" and event.data["code"] == "attempt_started":
-                return psutil.Process(int(event.data["message"].rsplit("-", 2)[1]))
+    with Client(service.url, timeout_s=HANGS_S) as client:
+        for entry in client.log(job_id):
+            if entry.code == "attempt_started":
+                return psutil.Process(int(entry.message.rsplit("-", 2)[1]))
     pytest.fail("nobody has it")
 
 

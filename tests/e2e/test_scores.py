@@ -42,7 +42,7 @@ def score_recipe(*names: str, **method: Any) -> Recipe:
 
 def submit(service: Service, recipe: Recipe) -> str:
     with Client(f"http://127.0.0.1:{service.port}") as client:
-        job_id: str = client.score(recipe)["id"]
+        job_id: str = client.submit_scores(recipe).id
     return job_id
 
 
@@ -268,9 +268,9 @@ def test_pages_of_scores_follow_each_other_newest_first(service: Service, job: d
     everything = service.get("/scores", params={"limit": 100}).json()["data"]
     assert [entry["created_at"] for entry in everything] == sorted((e["created_at"] for e in everything), reverse=True)
     with Client(f"http://127.0.0.1:{service.port}") as client:
-        paged = list(client.scores(limit=1))
-    assert [entry["digest"] for entry in paged] == [entry["digest"] for entry in everything]
-    assert {model["scores"][0]["digest"] for model in job["result"]["models"]} <= {e["digest"] for e in paged}
+        paged = list(client.scores(page_size=1))
+    assert [entry.digest for entry in paged] == [entry["digest"] for entry in everything]
+    assert {model["scores"][0]["digest"] for model in job["result"]["models"]} <= {e.digest for e in paged}
 
 
 def test_a_statistic_answers_ranges_and_conditions(service: Service, job: dict[str, Any]) -> None:
@@ -338,7 +338,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterato
 
 def kept_examples(service: Service) -> list[int]:
     with Client(service.url) as client:
-        return [entry["examples"] for entry in client.scores()]
+        return [entry.examples for entry in client.scores()]
 
 
 def test_two_merges_at_once_score_each_model_once(pair: Service) -> None:
@@ -400,7 +400,7 @@ def cancelled_while_it_waits(service: Service) -> float:
     del recipe["evaluate"], recipe["output"]
     ids = [submit(service, {**recipe, "name": name}) for name in ("one", "two")]
     with held_up(service, ids) as holder, Client(service.url) as client:
-        workers = {i: next(e.data["message"] for e in client.events(i) if e.kind == "log") for i in ids}
+        workers = {i: next(client.log(i)).message for i in ids}
         [waiting] = [i for i, message in workers.items() if f"-{holder.ppid()}-" not in message]
         [running] = set(ids) - {waiting}
         start = time.monotonic()

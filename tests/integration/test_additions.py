@@ -162,7 +162,7 @@ def test_a_statistic_stands_in_its_methods_files_and_one_for_its_pass(run: Run) 
 
         import torch
 
-        from app.api.scores import ScoresEntry
+        from app.contracts.scores import ScoresEntry
         from tests.tiny import merge_spec, model_spec, read_model, silent, tiny_checkpoint, write_rows
         from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
         from worker.engine.catalog.contracts.spec import StoreSpec

@@ -219,7 +219,9 @@ def optional_reference(entry: Mapping[str, Any], key: str, place: str) -> str | 
         return name
     if name.startswith(("/", ".", "~")) or "\\" in name:
         problem = f"'{name[:100]}' is a path of your machine, which a service does not know"
-        advice = "write local:PATH of a folder under its local root; `maskmerge merge --local-root DIR` does so for you"
+        advice = (
+            "write local:PATH of a folder under its local root; `maskmerge submit --local-root DIR` does so for you"
+        )
         raise MergekitError(place, f"{problem}; {advice}")
     if not HUB_NAME.fullmatch(name):
         raise MergekitError(place, f"'{name[:100]}' is no name on the hub; of a folder write local:PATH")

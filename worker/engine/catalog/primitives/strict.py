@@ -9,12 +9,21 @@ from itertools import pairwise
 from textwrap import dedent
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 LONGEST_NAME = 40  # characters of a quoted name: columns of a file without a header are its first row
 MOST_NAMES = 20
+IGNORE_UNKNOWN = {"ignore_unknown": True}
+"""Context of a validation that passes over unknown fields, as that of answers from a service of another version."""
 MOST_COMPARED = 1000  # names, each of which takes 0.1 ms; of more, the first ones
 
 _comparisons: ContextVar[list[int] | None] = ContextVar("comparisons", default=None)  # left to all hints, if limited
@@ -66,8 +75,8 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict):
+    def _refuse_unknown_fields(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, dict) and info.context is not IGNORE_UNKNOWN:
             known = cls.model_fields  # looked up once, because pydantic makes it anew each time
             for name in data:
                 if name not in known:

@@ -1,0 +1,49 @@
+"""All commands, and how the program ends."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from app.cli import catalog, jobs, keys, service
+from app.cli.exits import Exit, explained
+
+app = typer.Typer(
+    help="Merge fine-tuned language models by the Fisher information of their mask nodes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich takes longer to load than all else that --help needs
+    pretty_exceptions_enable=False,  # they show variables, and with them keys
+)
+app.command()(service.serve)
+app.command()(service.api)
+app.command()(service.worker)
+app.command()(service.settings)
+app.command()(jobs.submit)
+app.command()(jobs.wait)
+app.command()(jobs.status)
+app.command("list")(jobs.list_jobs)
+app.command()(jobs.logs)
+app.command()(jobs.cancel)
+app.command()(jobs.retry)
+app.command()(jobs.delete)
+app.command()(jobs.download)
+app.command()(catalog.methods)
+app.command()(catalog.scores)
+app.add_typer(keys.app, name="keys")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, and return its exit status; see `Exit`."""
+    try:
+        app(arguments, prog_name="maskmerge")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except Exception as error:
+        stop = explained(error)
+        if stop is None:
+            raise
+        print(f"maskmerge: {stop}", file=sys.stderr)
+        return stop.status
+    return Exit.OK

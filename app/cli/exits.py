@@ -1,0 +1,77 @@
+"""How commands end: exit statuses, and the messages that come with them."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from app.client import Job
+
+
+class Exit(IntEnum):
+    OK = 0
+    """The command did what it was asked; a job that was waited for succeeded, and was not refused by `accept`."""
+    ERROR = 1
+    """The service refused the request, or a file of this machine cannot be read or written."""
+    USAGE = 2
+    """The command line, or a setting, is wrong."""
+    FAILED = 3
+    """The job failed."""
+    CANCELLED = 4
+    """The job was cancelled."""
+    NOT_ACCEPTED = 5
+    """The job succeeded, and its merge does not reach what the recipe asks for (`accept`, `must_beat`)."""
+    UNREACHABLE = 6
+    """No service answers at the URL."""
+    INTERRUPTED = 130
+    """Ctrl-C."""
+
+
+class Stop(Exception):
+    """Ends the command with a message and an exit status."""
+
+    def __init__(self, message: str, status: Exit = Exit.ERROR) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def outcome(job: "Job") -> Exit:
+    """Return the exit status of a command that waited for the job, which has ended."""
+    from app.client import MergeResult, Status
+
+    if job.status is Status.FAILED:
+        return Exit.FAILED
+    if job.status is Status.CANCELLED:
+        return Exit.CANCELLED
+    is_refused = isinstance(job.result, MergeResult) and job.result.accepted is False
+    return Exit.NOT_ACCEPTED if is_refused else Exit.OK
+
+
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """End the command with a message when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stop(message, Exit.INTERRUPTED) from error
+
+
+def explained(error: Exception) -> Stop | None:
+    """Return how an error ends a command; None for one that is a fault of this program."""
+    if isinstance(error, Stop):
+        return error
+    if isinstance(error, OSError):
+        return Stop(str(error))
+    if "app.client" not in sys.modules:
+        return None
+    from app.client import ClientError, NoService, Refused, Unreachable
+
+    if isinstance(error, Refused):
+        return Stop(error.detail + (f" (request {error.request_id})" if error.request_id else ""))
+    if isinstance(error, Unreachable):
+        return Stop(f"{error}; `maskmerge serve` starts a service", Exit.UNREACHABLE)
+    if isinstance(error, NoService):
+        return Stop(str(error), Exit.UNREACHABLE)
+    return Stop(str(error)) if isinstance(error, ClientError) else None
