@@ -11,8 +11,9 @@ class ModelCount(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     least: int
+    """Smallest number."""
     most: int | None
-    """Null if there is no limit."""
+    """Largest number; null if there is no limit."""
 
 
 class MethodDescription(BaseModel):
@@ -21,11 +22,15 @@ class MethodDescription(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     name: str
+    """Name, as `method.name` takes it."""
     formula: str
+    """The method in one line."""
     source: str
+    """Where it was published."""
     needs: list[str]
     """What a request must have besides checkpoints: `dataset`, `base`, `evaluation`."""
     models: ModelCount
+    """How many models it merges."""
     per_model: list[str]
     """Parameters of which each model can have its own value."""
     search: dict[str, dict[str, Any]]
@@ -35,4 +40,7 @@ class MethodDescription(BaseModel):
 
 
 class MethodList(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     data: list[MethodDescription]
+    """All methods; `auto` comes last."""

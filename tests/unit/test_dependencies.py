@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from tests.conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-OURS = {"app", "worker", "tests", "bench", *(file.stem for file in (REPOSITORY / "examples").glob("*.py"))}
+OURS = {"app", "maskmerge", "worker", "tests", "bench", *(file.stem for file in (REPOSITORY / "examples").glob("*.py"))}
 
 
 def names(requirements: Iterable[str]) -> set[str]:
