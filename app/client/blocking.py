@@ -76,7 +76,7 @@ class Client:
         """Queue a merge, and return the job.
 
         Args:
-            recipe: a dictionary, the text of YAML or JSON (YAML may be a recipe of mergekit), or a `MergeRequest`.
+            recipe: a dictionary or the text of YAML or JSON, which may be a recipe of mergekit, or a `MergeRequest`.
             idempotency_key: with the same key, the same recipe gives the same job; one is made when None, so that the
                 request can be sent again without making two jobs.
         """

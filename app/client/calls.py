@@ -22,10 +22,12 @@ from worker.engine.catalog.primitives.strict import IGNORE_UNKNOWN
 Answer = TypeVar("Answer")
 Model = TypeVar("Model", bound=BaseModel)
 Recipe = Mapping[str, Any] | str | bytes | BaseModel
-"""A request: a dictionary, the text of YAML or JSON, or a `MergeRequest` or `ScoreRequest`. YAML may be mergekit's."""
+"""A request: a dictionary or the text of YAML or JSON, also mergekit's, or a `MergeRequest` or `ScoreRequest`."""
 
 JSON = "application/json"
 YAML = "application/yaml"
+MERGEKIT_KEY = "merge_method"
+"""Key that a recipe of mergekit has, and none of the service's own."""
 IDEMPOTENCY_KEY = "Idempotency-Key"
 REPEATABLE = ("GET", "HEAD", "PUT", "DELETE")
 """Methods of which a second request does nothing that the first has not done."""
@@ -153,7 +155,8 @@ def body(recipe: Recipe) -> tuple[bytes, str]:
         return recipe.model_dump_json(exclude_unset=True).encode(), JSON
     if isinstance(recipe, str | bytes):  # JSON is a part of YAML
         return recipe.encode() if isinstance(recipe, str) else recipe, YAML
-    return json.dumps(recipe, allow_nan=False).encode(), JSON
+    # Recipes of mergekit are taken as YAML alone, of which JSON is a part.
+    return json.dumps(recipe, allow_nan=False).encode(), YAML if MERGEKIT_KEY in recipe else JSON
 
 
 def _submission(path: str, recipe: Recipe, idempotency_key: str | None) -> Call[Job]:

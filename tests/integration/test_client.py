@@ -282,7 +282,12 @@ def test_another_server_and_no_server_are_told_apart() -> None:
 def test_a_recipe_may_be_a_dictionary_yaml_or_a_typed_request() -> None:
     recipe = tiny_recipe("a", "b")
     with Server(sends(202, job_body(status="failed", error={"code": "timeout", "message": "late"}))) as server:
-        for given in (recipe, "merge_method: linear\n", b"{}", MergeRequest.model_validate(recipe)):
+        for given in (
+            recipe,
+            "merge_method: linear\n",
+            {"merge_method": "linear"},
+            MergeRequest.model_validate(recipe),
+        ):
             for job in both(partial(_submitted, given), server.url):
                 assert job.status is Status.FAILED
                 assert job.error.code is ErrorCode.TIMEOUT
