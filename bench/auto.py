@@ -77,12 +77,20 @@ class Searches:
 
     Args:
         out: folder of tasks, experts and statistics, see bench/experts.py.
-        rows: number of each task's rows to measure and align on.
+        rows: number of each task's rows to measure.
+        alignment_rows: number of each task's rows to align its head on; None: those that are measured.
     """
 
-    def __init__(self, out: Path, rows: int, precision: Literal["auto", "float32", "bfloat16"] = "auto") -> None:
+    def __init__(
+        self,
+        out: Path,
+        rows: int,
+        precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        alignment_rows: int | None = None,
+    ) -> None:
         self._out = out
         self._rows = rows
+        self._alignment_rows = alignment_rows or rows
         self._precision = precision
         self._engine = Engine()
 
@@ -111,7 +119,7 @@ class Searches:
                 models=[self._model(task) for task in tasks],
                 method=self.method(len(tasks), trials),
                 base=CheckpointSpec(source="base", path=base_model_folder()),
-                output=OutputSpec(align_heads=True),
+                output=OutputSpec(align_heads=True, alignment_rows=self._alignment_rows),
                 evaluate=True,
                 recipe={},
                 folder=Path(folder),
@@ -197,7 +205,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="experts and statistics (%(default)s)")
     parser.add_argument("--json", type=Path, help="file for the rows of targets")
     parser.add_argument("--trials", type=int, default=20, help="of each combination (%(default)s)")
-    parser.add_argument("--rows", type=int, default=512, help="of each task, to measure and align on (%(default)s)")
+    parser.add_argument("--rows", type=int, default=512, help="of each task, to measure (%(default)s)")
     parser.add_argument("--validation-rows", type=int, default=800, help="to search and judge on (%(default)s)")
     parser.add_argument(
         "--only", type=int, nargs="*", help="sizes of the combinations, without the timing; none: the timing alone"

@@ -162,8 +162,9 @@ class Bench:
     """Experts, their merges, and what is predicted with these.
 
     Args:
-        rows: number of each task's rows to measure and align on.
+        rows: number of each task's rows to measure.
         validation_rows: most rows of a task that are held out.
+        alignment_rows: number of each task's rows to align its head on; None: those that are measured.
     """
 
     def __init__(
@@ -173,10 +174,12 @@ class Bench:
         rows: int,
         validation_rows: int,
         precision: Literal["auto", "float32", "bfloat16"] = "auto",
+        alignment_rows: int | None = None,
     ) -> None:
         self.device = best_device()
         self.precision = resolve_precision(precision, self.device)
         self.rows = rows
+        self.alignment_rows = alignment_rows or rows
         self.out = out
         self.base = inspect_checkpoint(base_model_folder(), "base")
         made = prepare(out, data, validation_rows=validation_rows, on_expert=lambda name, _: console.print(name))
@@ -204,7 +207,7 @@ class Bench:
         spec = DatasetSpec(
             source=name, path=path, label="label", text_pair="text_pair" if has_pairs else None, max_length=128
         )
-        return spec, sample(RowFile(spec), spec, self.rows if part == "train" else None)
+        return spec, sample(RowFile(spec), spec, max(self.rows, self.alignment_rows) if part == "train" else None)
 
     def _features(self, model: LoadedModel, examples: Sequence[Example]) -> Tensor:
         with rounded_weights(model.model, self.precision):
@@ -219,7 +222,7 @@ class Bench:
                 measurer = Measurer(method, plan.linear_inputs, self.precision, self.store, BatchSizes())
                 model = load(expert.info, self.device)  # the one at hand has another backbone by now
                 spec, read = self.rows_of(expert.name, "train")
-                own = Sample(read[:rows], len(read), spec, model, LabelMap(model.task))
+                own = Sample(read[:rows], min(len(read), self.rows), spec, model, LabelMap(model.task))
                 digest = Digests().of_checkpoint(expert.info)
                 found = measurer.measure(Measured(), model, digest, own, len(own), lambda _: None)
                 expert.measured[label] = MeasuredModel(1.0, found.scores, found.of(GRAM), found.of(PARAMETER_FISHER))
@@ -242,6 +245,7 @@ class Bench:
     ) -> Outcome:
         expert = self.experts[task]
         expert.model.model.load_state_dict(state, strict=False)
+        rows = rows or self.alignment_rows
         features, seen = (self._features(expert.model, e) for e in (expert.held_out, expert.rows[:rows]))
         kept = features @ expert.weight.T + expert.bias
         weight, bias = aligned(seen, expert.outputs[:rows], expert.weight, expert.bias, ridge)
@@ -278,7 +282,8 @@ class Bench:
             }
             controls: Controls = {}
             for name, make in makers.items():
-                identity = self._identity(name, self.experts, code_digest([layers.__name__]))
+                asked = [name, self.alignment_rows]
+                identity = self._identity(asked, self.experts, code_digest([layers.__name__]))
                 made = self._found(identity, CONTROLS in wanted, partial(_timed, make))
                 if made is not None:
                     controls[name] = made.by_task
@@ -298,7 +303,7 @@ class Bench:
         return kept
 
     def _of_method(self, label: str, tasks: Combination, is_wanted: bool) -> Kept | None:
-        method, rows = self._method(label)
+        method, rows, aligned_on = self._method(label)
 
         def make() -> Kept:
             if any(label not in self.experts[task].measured for task in tasks):
@@ -306,22 +311,23 @@ class Bench:
             start = time.process_time()
             state = self.merge(method, label, tasks)
             seconds = time.process_time() - start
-            return Kept({task: self.evaluate(state, task, rows) for task in tasks}, seconds)
+            return Kept({task: self.evaluate(state, task, aligned_on) for task in tasks}, seconds)
 
-        asked = [method.model_dump(mode="json", exclude_unset=True), rows]
+        asked = [method.model_dump(mode="json", exclude_unset=True), aligned_on]
         return self._found(self._identity(asked, tasks, code_digest(_modules(method))), is_wanted, make)
 
-    def _method(self, label: str) -> tuple[MethodParameters, int]:
-        """Return a method with its parameters, and the number of rows that it measures and that heads align on."""
-        rows = FEW_ROWS if label == FEW else self.rows
+    def _method(self, label: str) -> tuple[MethodParameters, int, int]:
+        """Return a method with its parameters, and the numbers of rows that it measures and that heads align on."""
+        rows, aligned_on = (FEW_ROWS, FEW_ROWS) if label == FEW else (self.rows, self.alignment_rows)
         asked = {"name": "regmean"} if label == FEW else LABELED[label]
         measures = "examples" in METHODS[asked["name"]].parameters.model_fields
-        return METHOD.validate_python({**asked, **({"examples": rows} if measures else {})}), rows
+        return METHOD.validate_python({**asked, **({"examples": rows} if measures else {})}), rows, aligned_on
 
     def _of_auto(self, tasks: Combination, trials: int, is_wanted: bool) -> Kept | None:
         """Let the service's engine search, on a half of the held-out rows, and evaluate the merge that it publishes."""
-        searches = Searches(self.out, self.rows, self.precision)
-        asked = searches.method(len(tasks), trials)
+        searches = Searches(self.out, self.rows, self.precision, self.alignment_rows)
+        method = searches.method(len(tasks), trials)
+        asked = [method, self.alignment_rows]
 
         def make() -> Kept:
             outcomes: dict[str, Outcome] = {}
@@ -340,7 +346,7 @@ class Bench:
             return Kept(outcomes, seconds[1] - seconds[0], found.chosen.name)
 
         modules = {
-            module for name in asked["candidates"] for module in _modules(METHOD.validate_python({"name": name}))
+            module for name in method["candidates"] for module in _modules(METHOD.validate_python({"name": name}))
         }
         return self._found(self._identity(asked, tasks, code_digest({SEARCH, *modules})), is_wanted, make)
 
@@ -644,7 +650,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that is searched for tasks besides the packaged ones")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="experts and what follows (%(default)s)")
     parser.add_argument("--json", type=Path, help="file for the rows of targets")
-    parser.add_argument("--rows", type=int, default=512, help="of each task, to measure and align on (%(default)s)")
+    parser.add_argument("--rows", type=int, default=512, help="of each task, to measure (%(default)s)")
+    parser.add_argument("--alignment-rows", type=int, help="of each task, to align its head on (as --rows)")
     parser.add_argument("--validation-rows", type=int, default=800, help="held out, at most (%(default)s)")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="(%(default)s)")
     parser.add_argument("--only", type=int, nargs="+", help="sizes of the combinations (all)")
@@ -658,7 +665,9 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=20, help="of auto for each combination (%(default)s)")
     options = parser.parse_args()
-    bench = Bench(options.out, options.data, options.rows, options.validation_rows, options.precision)
+    bench = Bench(
+        options.out, options.data, options.rows, options.validation_rows, options.precision, options.alignment_rows
+    )
     report = Report(bench.experts, *bench.run(options.methods, options.only, options.trials))
     report.show()
     shown(options.json, report.rows())

@@ -4,7 +4,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AnyHttpUrl, Field, field_validator, model_validator
 
-from worker.engine.catalog.contracts.spec import ALIGN_RIDGE, Dtype, Heads, OutputSpec, VocabularyPolicy
+from worker.engine.catalog.contracts.spec import (
+    ALIGN_RIDGE,
+    ALIGNMENT_ROWS,
+    LEAST_ALIGNMENT_ROWS,
+    MOST_ALIGNMENT_ROWS,
+    Dtype,
+    Heads,
+    OutputSpec,
+    VocabularyPolicy,
+)
 from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.tokens import TokenSettings
 
@@ -22,6 +31,9 @@ class Output(TokenSettings):
     align_ridge: Annotated[float, Field(gt=0, le=100)] = ALIGN_RIDGE
     """Strength that holds an aligned head to its former weights, in units of the mean square of its inputs. `auto`
     searches for it, and only accepts the default here."""
+    alignment_rows: Annotated[int, Field(ge=LEAST_ALIGNMENT_ROWS, le=MOST_ALIGNMENT_ROWS)] = ALIGNMENT_ROWS
+    """Largest number of rows of each model's `dataset` that its head is aligned on; where there are fewer, all of them.
+    Rows that the model is also evaluated on do not count."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     """Largest size of a file of weights."""
     vocabulary: VocabularyPolicy = "error"
@@ -39,6 +51,12 @@ class Output(TokenSettings):
     It has no effect where no base is named."""
     publish: str | None = None
     """Reference of a further place to publish at."""
+
+    @property
+    def alignment(self) -> dict[str, float]:
+        """The settings of head alignment that differ from their defaults."""
+        defaults = {"align_ridge": ALIGN_RIDGE, "alignment_rows": ALIGNMENT_ROWS}
+        return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
 
     @property
     def spec(self) -> OutputSpec:

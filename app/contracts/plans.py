@@ -38,6 +38,8 @@ class Plan(BaseModel):
     if the method allows it; one with less than this refuses the job."""
     examples: int
     """Largest number of rows that would be measured, over all models."""
+    aligned_examples: int
+    """Largest number of rows that heads would be aligned on, over all models. Expert and merge each read them once."""
     candidates: list[str] | None
     """Names of the methods that `auto` would try."""
     trials: int | None

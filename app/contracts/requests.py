@@ -131,6 +131,13 @@ class MergeRequest(JobRequest[ModelRequest]):
         return self.model_copy(update={"output": self.output.model_copy(update={"align_heads": False})})
 
     @model_validator(mode="after")
+    def _alignment_has_an_effect(self) -> Self:
+        if not self.output.align_heads:
+            why = "has no effect where heads are kept as they are; leave it out, or set align_heads to true"
+            refuse(type(self), (problem(("output", name), why, v) for name, v in self.output.alignment.items()))
+        return self
+
+    @model_validator(mode="after")
     def _some_model_takes_part(self) -> Self:
         if not any(model.takes_part for model in self.models):
             raise ValueError("the weights of all models are 0; at least one must be positive")

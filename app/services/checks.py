@@ -139,6 +139,9 @@ class Checker:
                 _refuse([("layers", f"the models have {found} layers, the recipe says {request.layers}")])
         weights, own = [m.weight for m in request.models], [m.parameters for m in request.models]
         _refuse(parameter_problems(plan, request.method, weights, own, strict_filters=request.strict_filters))
+        if plan.merges_heads:
+            why = "has no effect where heads are merged; leave it out"
+            _refuse((f"output.{name}", why) for name in request.output.alignment)
         free = self._free_bytes()
         if plan.bytes_to_write > free:
             detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
@@ -323,6 +326,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan, give
     measured = _measured(request)
     evaluates = _evaluates(request)
     aligns = _aligns(request, plan) and any(model.dataset for model in request.models)
+    aligned_on = _aligned_on(request) if aligns else 0
     longest = plan.family.max_tokens(plan.checkpoints[0].config) if plan.family else 0
     needs = MemoryNeeds(
         method,
@@ -330,6 +334,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan, give
         loads_models=_loads_models(request, plan),
         models_beside=models_beside(evaluates, aligns, method),
         tokens_held=measured * longest if method.refits_layers else 0,
+        outputs_held=aligned_on if method.search else 0,
         new_tokens=most_new_tokens(plan, [model.evaluation if evaluates else None for model in request.models]),
     )
     return Plan(
@@ -338,6 +343,7 @@ def _plan(request: MergeRequest, accepted: dict[str, Any], plan: MergePlan, give
         peak_memory_bytes=estimate(plan, needs),
         least_memory_bytes=min(estimate(plan, replace(needs, holding=way)) for way in holdings(plan, method)),
         examples=measured,
+        aligned_examples=aligned_on,
         candidates=[candidate.name for candidate in method.methods] if method.search else None,
         trials=method.search.trials if method.search else None,
         tensors=len(plan.backbone),
@@ -406,6 +412,12 @@ def _measured(request: MergeRequest) -> int:
     measured = [model for model in request.models if model.dataset and model.takes_part]
     counts = ((request.method.rows_measured(model.given), model.dataset) for model in measured)
     return sum(min(examples, (rows and rows.limit) or examples) for examples, rows in counts)
+
+
+def _aligned_on(request: MergeRequest) -> int:
+    """Return the largest number of rows that heads would be aligned on, over all models."""
+    most = request.output.alignment_rows
+    return sum(min(most, rows.limit or most) for model in request.models if (rows := model.dataset) is not None)
 
 
 def _evaluates(request: MergeRequest) -> bool:

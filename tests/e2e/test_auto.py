@@ -250,6 +250,11 @@ def test_candidates_by_default_are_those_that_can_be_run(service: Service) -> No
     alone = service.post("/merge/validate", json=one).json()
     assert (alone["examples"], plan["examples"]) == (0, 2 * 64)
     assert plan["peak_memory_bytes"] > alone["peak_memory_bytes"]
+    assert alone["aligned_examples"] == plan["aligned_examples"] == 2 * 512
+    most = service.post("/merge/validate", json={**one, "output": {"alignment_rows": 100_000}}).json()
+    assert most["aligned_examples"] == 2 * 100_000
+    # Of each row a search holds what the head reads of two merges, 16 numbers of 4 bytes.
+    assert most["peak_memory_bytes"] - alone["peak_memory_bytes"] == 2 * (100_000 - 512) * 2 * 16 * 4
     job = succeeded(service, service.submit(recipe))
     assert {c["name"] for c in job["result"]["candidates"] if c["kind"] == "method"} == set(names)
 

@@ -91,6 +91,14 @@ def test_the_plan_of_a_merge_that_loads_no_model(service: Service, inputs: Path)
         "head": "merged like the rest into model", "tokens": None, "new_tokens": None,
     }  # fmt: skip
     assert plan["request"]["output"]["heads"] == "merged"
+    assert plan["aligned_examples"] == 0
+    refused = service.post("/merge/validate", json={**recipe("bare-1", "bare-2"), "output": {"alignment_rows": 64}})
+    assert_problem(refused, 422, "invalid_request")
+    [error] = refused.json()["errors"]
+    assert error == {
+        "field": "output.alignment_rows",
+        "message": "has no effect where heads are merged; leave it out",
+    }
 
 
 def test_layers_stack(service: Service, inputs: Path, tmp_path: Path) -> None:

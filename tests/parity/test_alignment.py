@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tests.tiny import (
+    dataset_spec,
     float64_model,
     merge_spec,
     model_spec,
@@ -24,6 +25,7 @@ from tests.tiny import (
 )
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import EvaluationSpec
+from worker.engine.catalog.data.rows import RowFile, sample
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.head_alignment import aligned
@@ -124,6 +126,33 @@ def test_the_artifact_holds_the_aligned_heads(
         manifest = {file["name"]: file for file in json.loads((tmp_path / "manifest.json").read_text())["files"]}
         assert {f"models/{name}/{shard.name}" for shard in merged.glob("*.safetensors")} <= manifest.keys()
     assert all(torch.equal(backbones[0][key], other[key]) for other in backbones for key in backbones[0])
+
+
+def first_texts(rows: Path, count: int) -> list[str]:
+    """The texts of the first rows in the seeded order."""
+    read = sample(RowFile(spec := dataset_spec(rows)), spec, count)
+    return [str(row.text) for row in read]
+
+
+@pytest.mark.parametrize("method", ["average", "aligned_regmean"])
+def test_heads_are_aligned_on_as_many_rows_as_are_asked_for(
+    engine: Engine, experts: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    """What is measured, and what layers are refitted to, does not depend on it."""
+    asked = {"name": method, **({"examples": 20} if method == "aligned_regmean" else {})}
+    for rows in (16, 30):
+        folder = tmp_path / str(rows)
+        result = merge(engine, folder, experts, method=asked, align_heads=True, alignment_rows=rows)
+        assert [model.aligned_examples for model in result.models] == [rows] * 3
+        assert "| rows its head was aligned on |" in (folder / "README.md").read_text()
+        for name, path in experts.items():
+            texts, kept, merged = first_texts(path.with_suffix(".jsonl"), rows), head(path).double(), folder / "models"
+            outputs = head_reads(path, texts) @ kept[:, :-1].T + kept[:, -1]
+            expected = ridge_by_stacking(head_reads(merged / name, texts), outputs, kept[:, :-1], kept[:, -1])
+            assert (head(merged / name) - expected).norm() < 1e-4 * expected.norm()
+    few, many = (read_model(tmp_path / str(rows) / "models" / "two") for rows in (16, 30))
+    differing = {name for name in few if not torch.equal(few[name], many[name])}
+    assert differing == {"classifier.weight", "classifier.bias"}
 
 
 def test_heads_are_kept_to_the_bit_when_nothing_is_to_be_aligned(

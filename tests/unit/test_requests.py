@@ -191,6 +191,30 @@ def test_what_cannot_be_searched_is_refused_by_its_field(
         assert all(words in found[field] for words in says), found
 
 
+@pytest.mark.parametrize("method", [{"name": "average"}, {"name": "mask_fisher", "preset": "paper"}])
+def test_rows_that_no_head_is_aligned_on_are_refused(method: dict[str, Any]) -> None:
+    asked = {"alignment_rows": 64, "align_ridge": 0.2}
+    kept = {"method": method, "models": [model("a")]}
+    defaults: list[dict[str, Any]] = [{}, {"alignment_rows": 512, "align_ridge": 0.1}]
+    for output in defaults:
+        found = MergeRequest.model_validate({**kept, "output": {"align_heads": False, **output}}).output
+        assert (found.alignment_rows, found.align_ridge) == (512, 0.1), "a recipe has all defaults, and is posted again"
+    said = refusals({**kept, "output": {"align_heads": False, **asked}})
+    assert set(said) == {"output.alignment_rows", "output.align_ridge"}
+    assert all("no effect where heads are kept as they are" in why for why in said.values())
+    by_default = {**kept, "output": asked}
+    if "preset" in method:
+        assert set(refusals(by_default)) == set(said)
+    else:
+        assert MergeRequest.model_validate(by_default).output.alignment_rows == 64
+
+
+@pytest.mark.parametrize(("rows", "says"), [(15, "equal to 16"), (100_001, "equal to 100000"), ("64", "valid integer")])
+def test_a_head_is_aligned_on_a_number_of_rows_that_suffices_and_can_be_held(rows: Any, says: str) -> None:
+    asked = {"method": {"name": "average"}, "models": [model("a")], "output": {"alignment_rows": rows}}
+    assert says in refusals(asked)["output.alignment_rows"]
+
+
 def test_filters_of_candidates_count() -> None:
     density = [{"filter": "*", "value": 0.5}] * 600
     candidates = [{"name": name, "density": density} for name in ("ties", "dare_ties")]

@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from worker.engine.catalog.contracts.spec import JobSpec
 from worker.engine.catalog.methods import GRAM, NODE_FISHER, PARAMETER_FISHER, MethodParameters
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import NumericalError
@@ -31,13 +30,12 @@ class Measuring:
     models: Sequence[JobModel]
 
 
-def for_method(method: MethodParameters, spec: JobSpec, model: JobModel) -> JobModel:
+def for_method(method: MethodParameters, model: JobModel) -> JobModel:
     """Return the model as one of the job's methods sees it: with the rows that this method measures and fits to."""
     wanted = method.rows_measured(model.given)
-    _, aligned_on = spec.rows_wanted(model.spec)
     rows = model.rows
     sample = rows.sample.first(wanted) if rows.sample and wanted else None
-    return replace(model, rows=replace(rows, sample=sample, fitted=rows.fitted[: max(aligned_on, wanted)]))
+    return replace(model, rows=replace(rows, sample=sample, fitted=rows.fitted[:wanted]))
 
 
 def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobModel]]:

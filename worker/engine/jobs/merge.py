@@ -175,7 +175,7 @@ def load(spec: MergeSpec, context: JobContext) -> LoadedInputs:
 def measure_all(spec: MergeSpec, loaded: LoadedInputs, context: JobContext) -> list[list[JobModel]]:
     """Measure the models for each of the job's methods."""
     methods = spec.method.methods
-    by_method = [[for_method(method, spec, model) for model in loaded.models] for method in methods]
+    by_method = [[for_method(method, model) for model in loaded.models] for method in methods]
     if not spec.method.statistics - spec.given_of_all:
         return by_method
     with context.timed("score_seconds"):

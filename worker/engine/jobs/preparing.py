@@ -136,7 +136,8 @@ def with_dataset(
     context.note(*template_notes(loaded.tokenizer, dataset, model.spec.source))
     rows = inputs.rows(dataset, loaded.task.rows)
     needed = _label_map(loaded, dataset, rows, context) if reads_labels else None
-    fitted_on = max(aligned_on, measured if method.refits_layers else 0)
+    refitted_on = measured if method.refits_layers else 0
+    fitted_on = max(aligned_on, refitted_on)
     read, unseen = _read(rows, dataset, measured, fitted_on, held_out, shuffle=method.batch_rows is None)
     context.note(*rows.notes)
     to_measure = None
@@ -165,7 +166,7 @@ def with_dataset(
     found = replace(
         model.rows,
         sample=to_measure,
-        fitted=fitted,
+        fitted=fitted[:refitted_on],
         alignment=fitted[:aligned_on],
         alignment_texts=texts[:aligned_on],
         truncated=truncated,
@@ -176,7 +177,7 @@ def with_dataset(
 def longest_row(model: JobModel) -> int:
     """Return the number of tokens of the model's longest row, as far as it is known."""
     rows = model.rows
-    lengths = [example.length for example in (*rows.fitted, *rows.searched, *rows.evaluation)]
+    lengths = [example.length for example in (*rows.fitted, *rows.alignment, *rows.searched, *rows.evaluation)]
     return max([*lengths, rows.sample.longest() if rows.sample else 1])
 
 

@@ -133,6 +133,9 @@ def _origins(spec: MergeSpec, result: MergeResult) -> Table:
         return ["model", "checkpoint"], rows
     columns = ["model", "checkpoint", "mean merge weight"]
     rows = [[*row, number(model.weight_share, 3)] for row, model in zip(rows, result.models, strict=True)]
+    if any(model.aligned_examples for model in result.models):
+        columns.append("rows its head was aligned on")
+        rows = [[*row, str(model.aligned_examples)] for row, model in zip(rows, result.models, strict=True)]
     if any(model.parameters for model in result.models):
         columns.append("its own parameters")
         own = [model.model_dump(mode="json")["parameters"] for model in result.models]

@@ -18,11 +18,13 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 Heads = Literal["per_model", "merged"]
 VocabularyPolicy = Literal["error", "union", "base"]
 ALIGNMENT_ROWS = 512
-"""Largest number of rows that a head is aligned on."""
+"""Largest number of rows that a head is aligned on, unless another one is asked for."""
 ALIGN_RIDGE = 0.1
 """Strength that holds an aligned head to its former weights, in units of the mean square of its inputs."""
 LEAST_ALIGNMENT_ROWS = 16
 """Least number of distinct rows that a head is aligned on; with fewer it is kept as it was."""
+MOST_ALIGNMENT_ROWS = 100_000
+"""Largest number that may be asked for: their tokens, and a search's features of them, are held in memory."""
 
 
 class EvaluationSpec(DatasetSpec, Generation):
@@ -66,6 +68,7 @@ class OutputSpec(TokenSettings):
     """Treatment of heads; None: by kind, see `plan_merge`."""
     align_heads: bool = False
     align_ridge: float = ALIGN_RIDGE
+    alignment_rows: int = ALIGNMENT_ROWS
     max_shard_bytes: int = 5_000_000_000
     vocabulary: VocabularyPolicy = "error"
     config_from: str | None = None
@@ -190,7 +193,7 @@ class MergeSpec(JobSpec):
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         measured, _ = super().rows_wanted(model)
-        return measured, ALIGNMENT_ROWS if self.output.align_heads and model.dataset else 0
+        return measured, self.output.alignment_rows if self.output.align_heads and model.dataset else 0
 
     @property
     def rows_to_read(self) -> list[DatasetSpec]:
