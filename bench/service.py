@@ -32,7 +32,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from app.contracts.api_keys import NewKey, Scope
-from app.contracts.jobs import Attempt, Stage, TaskId
+from app.contracts.jobs import Attempt
 from app.embedded_redis import EmbeddedRedis
 from app.storage.api_keys import ApiKeys
 from app.storage.artifacts.folder import FolderStore
@@ -201,7 +201,7 @@ def fill(redis_url: str, jobs: int, result: MergeResult) -> int:
         for number in range(jobs):
             request = {"models": ["x" * 2000]}
             job_id = store.records.create(NewJob(request, f"job {number}", {"team": "search"})).job_id
-            attempt = store.tasks.claim(TaskId(job=job_id, stage=Stage.MERGE), "worker")
+            attempt = store.tasks.claim("worker")
             if attempt is None or not store.tasks.succeed(attempt, result, f"{job_id}.1"):
                 raise RuntimeError(f"job {job_id} did not succeed")
     return len(result.model_dump_json())
@@ -248,8 +248,7 @@ def queued(redis_url: str, jobs: int) -> list[str]:
         store = JobStore(redis, PREFIX, lease_seconds=10, max_losses=3)
         queue = TaskQueue(for_rq, PREFIX, store)
         ids = [store.records.create(NewJob({"models": ["x" * 2000]}, f"job {n}")).job_id for n in range(jobs)]
-        for job_id in ids:
-            queue.dispatch(TaskId(job=job_id, stage=Stage.MERGE))
+        queue.wake()
         kept(redis)
         return ids
 
@@ -349,8 +348,8 @@ def large_artifact(redis_url: str, data: Path) -> tuple[str, Path]:
     store.prepare()
     with Redis.from_url(redis_url, decode_responses=True) as redis:
         jobs = JobStore(redis, PREFIX, lease_seconds=3600, max_losses=3)
-        task = TaskId(job=jobs.records.create(NewJob({}, TITLE)).job_id, stage=Stage.MERGE)
-        attempt = jobs.tasks.claim(task, "bench")
+        job_id = jobs.records.create(NewJob({}, TITLE)).job_id
+        attempt = jobs.tasks.claim("bench")
         assert isinstance(attempt, Attempt)  # noqa: S101 - nobody else is there to claim it
         folder = store.begin(attempt)
         path = folder / "model.safetensors"
@@ -365,7 +364,7 @@ def large_artifact(redis_url: str, data: Path) -> tuple[str, Path]:
         (folder / MANIFEST).write_text(json.dumps({"files": files}))
         if not jobs.tasks.succeed(attempt, searched(0), store.publish(attempt)):
             raise RuntimeError("the job did not succeed")
-    return f"/jobs/{task.job}/artifacts/{path.name}", data / "artifacts" / f"{task.job}.1" / path.name
+    return f"/jobs/{job_id}/artifacts/{path.name}", data / "artifacts" / f"{job_id}.1" / path.name
 
 
 def asked_for(found: Api, path: str, **headers: str) -> tuple[socket.socket, dict[str, str]]:

@@ -43,7 +43,7 @@ TIDY_S = 600.0  # folders that crashes left cost nothing but space
 ALIVE_S = 10.0  # a worker that has not beaten for so long does not count as live
 
 logger = logging.getLogger("worker")
-Functions = Mapping[str, Callable[[str], None]]
+Functions = Mapping[str, Callable[..., None]]
 
 
 class TaskWorker(SimpleWorker):
@@ -96,7 +96,7 @@ class TaskWorker(SimpleWorker):
         self._is_busy = True
         try:
             super().execute_job(job, queue)
-        except RedisError as error:  # RQ's own lists do not count, see `due`
+        except RedisError as error:  # RQ's own lists do not count
             logger.warning("Redis does not answer: %s", error)
         finally:
             self._is_busy = False
@@ -112,7 +112,7 @@ def job_class(functions: Functions) -> type[Job]:
 
     class TableJob(Job):
         @property
-        def func(self) -> Callable[[str], None]:
+        def func(self) -> Callable[..., None]:
             try:
                 return functions[self.func_name or ""]
             except KeyError:
@@ -142,7 +142,7 @@ def run(settings: Settings) -> int:
     cores = len(os.sched_getaffinity(0))
     threads = settings.threads or max(1, cores // settings.workers)
     engine = EngineProcess(threads, settings.heartbeat_seconds, settings.stall_seconds)
-    functions: dict[str, Callable[[str], None]] = {}
+    functions: dict[str, Callable[..., None]] = {}
     worker = TaskWorker(
         [settings.queue],
         name=name,
@@ -152,7 +152,7 @@ def run(settings: Settings) -> int:
         worker_ttl=60,
     )
     storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, searches)
-    runner = TaskRunner(name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping)
+    runner = TaskRunner(name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping, queue.wake)
     functions.update(runner.functions)
     engine.start()
     worker.between_jobs = runner.look_after_engine

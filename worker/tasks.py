@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,13 @@ from app.contracts.jobs import (
     Record,
     Stage,
     Status,
-    TaskId,
 )
 from app.contracts.models import Dataset, Evaluation, MeasuredModelRequest, ModelRequest
 from app.contracts.references import ReferenceError
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.jobs import JobStore
+from app.storage.queue import WORK
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
 from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
@@ -98,6 +99,7 @@ class TaskRunner:
         worker: the worker's name.
         max_engine_bytes: memory above which an engine process is replaced after a job.
         is_stopping: tells whether the worker was asked to end; the task is handed back then.
+        wake: called after an attempt, since the next task may start then.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class TaskRunner:
         engine: EngineProcess,
         max_engine_bytes: int,
         is_stopping: Callable[[], bool],
+        wake: Callable[[], object],
     ) -> None:
         self._worker = worker
         self._store = storage.store
@@ -117,20 +120,22 @@ class TaskRunner:
         self._renew_interval = min(storage.store.tasks.lease_seconds / 4, LONGEST_RENEWAL_S)
         self._max_engine_bytes = max_engine_bytes
         self._is_stopping = is_stopping
+        self._wake = wake
 
     @property
-    def functions(self) -> dict[str, Callable[[str], None]]:
+    def functions(self) -> dict[str, Callable[..., None]]:
         """Table of the functions that a message from the queue may run."""
-        return {Stage.MERGE.value: self.run}
+        # Messages of the last release ask for the stage of a task that they name.
+        return {WORK: self.run, Stage.MERGE.value: lambda _: self.run()}
 
-    def run(self, task_id: str) -> None:
-        """Make one attempt at a job. Whatever happens, the record says so and the worker lives on."""
+    def run(self) -> None:
+        """Make an attempt at the task that is next. Whatever happens, the record says so and the worker lives on."""
         if not self.look_after_engine():
-            logger.warning("%s is left to others: there is no engine", task_id)
-            return  # it goes on waiting, and is handed out again
-        attempt = self._store.tasks.claim(TaskId.parse(task_id), self._worker)
+            logger.warning("the work is left to others: there is no engine")
+            return  # it goes on waiting, and a worker is woken again
+        attempt = self._store.tasks.claim(self._worker)
         if attempt is None:
-            logger.info("%s is not waiting any more", task_id)
+            logger.info("no task waits any more that may start now")
             return
         logger.info("job %s: attempt %d starts", attempt.task.job, attempt.number)
         try:
@@ -154,6 +159,8 @@ class TaskRunner:
             self._fail(attempt, JobError(code=ErrorCode.INTERNAL, message=message))
         finally:
             self.look_after_engine()
+            with suppress(RedisError):  # a sweep does it too
+                self._wake()
 
     def _attempt(self, attempt: Attempt) -> None:
         record = self._store.records.get(attempt.task.job)

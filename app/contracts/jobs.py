@@ -148,6 +148,8 @@ class JobCore(BaseModel):
     """Title for people."""
     status: Status
     """State of the job; the last three are final."""
+    priority: int
+    """Priority with which it waits: of a tenant's waiting jobs, those of the highest priority start first."""
     attempt: int
     """Number of times that the work was started."""
     created_at: AwareDatetime
@@ -204,6 +206,7 @@ class RecordCore(BaseModel):
     kind: JobKind
     name: str
     status: Status
+    priority: int
     attempt: int
     created_ms: int
     started_ms: int | None
@@ -224,6 +227,7 @@ class RecordCore(BaseModel):
             "kind": self.kind,
             "name": self.name,
             "status": self.status,
+            "priority": self.priority,
             "attempt": self.attempt,
             "created_at": time(self.created_ms),
             "started_at": time(self.started_ms),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from app.contracts.models import MeasuredModelRequest, ModelRequest, ScoredModelRequest
 from app.contracts.output import Output, Webhook
 from app.contracts.suitability import (
@@ -62,6 +63,9 @@ class JobRequest(Strict, Generic[Model]):
     """The models, in their order."""
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=32, default_factory=dict)]
     """Labels by which `GET /jobs` can be filtered."""
+    priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = 0
+    """Waiting jobs of a higher priority start first; among equal ones tenants take turns. A tenant's limits may forbid
+    high priorities."""
     deadline_seconds: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
     """Seconds that the job has from its acceptance, including its time in the queue and all attempts. A job that has
     not ended by then fails with `timeout` and publishes nothing. A retry has the same time again. Null: no limit."""
@@ -119,8 +123,6 @@ class MergeRequest(JobRequest[ModelRequest]):
     """Whether to compare expert, plain average and merge on each model's evaluation rows."""
     webhook: Webhook | None = None
     """Whom to tell of the job's end."""
-    priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    """Jobs with a greater number are taken first."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to compute on; null: the worker's own choice."""
 
@@ -283,7 +285,6 @@ def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, s
         return []
     used = {
         "webhook": request.webhook is not None,
-        "priority": request.priority != 0,
         "device": request.device == "cuda",
         "output.publish": request.output.publish is not None,
     }

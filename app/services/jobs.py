@@ -7,7 +7,7 @@ from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Gone, JobKind, Outcome, Record, Stage, TaskId
+from app.contracts.jobs import Gone, JobKind, Outcome, Record
 from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.checks import Accepted
@@ -77,34 +77,34 @@ class Jobs:
                 JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
                 request.deadline_seconds,
                 tenant,
+                request.priority,
             )
             created = await run_sync(self._store.records.create, job, once if once.key else None)
         return created
 
     def _begin(self, created: Created) -> Record | None:
-        """Dispatch a job if it is new, and return its record as it was before; None when the job was deleted.
+        """Wake a worker for a job if it is new, and return its record as it was before; None when the job was deleted.
 
         So the answer to whoever made a job tells it as queued, however soon a worker takes it.
         """
         record = self._store.records.get(created.job_id)
         if not created.existing:
-            self._dispatch(TaskId(job=created.job_id, stage=Stage.MERGE))
+            self._wake()
         return record
 
     def retry(self, job_id: str) -> Record | None:
         """Queue a failed or cancelled job anew, and return it as queued; None when it is neither, or deleted."""
-        task = self._store.records.retry(job_id)
-        if task is None:
+        if not self._store.records.retry(job_id):
             return None
         record = self._store.records.get(job_id)
-        self._dispatch(task)
+        self._wake()
         return record
 
-    def _dispatch(self, task: TaskId) -> None:
+    def _wake(self) -> None:
         try:
-            self._queue.dispatch(task)
-        except RedisError as error:  # the job is stored, so it is accepted; the reaper hands it over
-            logger.warning("job %s waits for Redis: %s", task.job, error)
+            self._queue.wake()
+        except RedisError as error:  # the job is stored, so it is accepted; the reaper wakes a worker
+            logger.warning("a job waits for Redis: %s", error)
 
     async def plan(self, request: MergeRequest, tenant: str) -> Plan:
         """Return what the tenant's job would do. Raises ProblemError, as `submit`."""

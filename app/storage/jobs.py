@@ -6,6 +6,7 @@ Each change of a job's status or progress is an event in its log, added by the s
 
 from redis import Redis
 
+from app.contracts.limits import UNLIMITED, TenantLimits
 from app.storage.keys import Keys
 from app.storage.records import Records
 from app.storage.scripts import Clock, JobScripts
@@ -28,10 +29,11 @@ class JobStore:
         max_losses: int,
         clock: Clock | None = None,
         retention_seconds: float | None = None,
+        limits: TenantLimits = UNLIMITED,
     ) -> None:
         keys = Keys(prefix)
         scripts = JobScripts(redis, keys, clock)
         self.clock = scripts.clock
         self.records = Records(redis, keys, scripts, retention_seconds)
-        self.tasks = Tasks(redis, keys, scripts, lease_seconds, max_losses)
+        self.tasks = Tasks(redis, keys, scripts, lease_seconds, max_losses, limits)
         self.workers = Workers(redis, keys, scripts.clock)

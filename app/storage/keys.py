@@ -33,9 +33,21 @@ class Keys:
         """Name the reason why a job that existed is gone."""
         return self._key("gone", job_id)
 
-    def task(self, task: TaskId) -> str:
-        """Name the hash of a task: its state, attempt, losses, worker, and the message that carried it last."""
+    def task(self, task: TaskId | str) -> str:
+        """Name the hash of a task: its state, attempt, losses and worker."""
         return self._key("task", str(task))
+
+    def claim(self, token: str) -> str:
+        """Name the attempt that a claim started, so that the same claim, sent again, starts no other."""
+        return self._key("claim", token)
+
+    def waiting(self, tenant: str) -> str:
+        """Sorted set of a tenant's waiting tasks: the highest priority first, and the oldest of equal ones."""
+        return self._key("waiting", tenant)
+
+    def running(self, tenant: str) -> str:
+        """Sorted set of a tenant's running tasks, by the time that their attempt began."""
+        return self._key("running", tenant)
 
     def idempotency(self, tenant: str, key: str) -> str:
         """Name the job that a tenant's Idempotency-Key made. The key is digested, because it may hold any text."""
@@ -71,8 +83,23 @@ class Keys:
         return self._key("keys")
 
     @property
+    def tenants(self) -> str:
+        """Sorted set of the tenants that ever had a job, by the number of the start that was theirs last."""
+        return self._key("tenants")
+
+    @property
+    def turns(self) -> str:
+        """Sorted set of tenants that wait for a worker: fewest running tasks first, then least recently served."""
+        return self._key("turns")
+
+    @property
+    def ranks(self) -> str:
+        """Sorted set of the same tenants: by the priority of their first task, and by turns where it is equal."""
+        return self._key("ranks")
+
+    @property
     def due(self) -> str:
-        """Sorted set of waiting tasks, by the time they were last handed to RQ."""
+        """Sorted set of tasks that processes of the last release made to wait. They are moved to `waiting`."""
         return self._key("due")
 
     @property

@@ -1,4 +1,4 @@
-"""RQ as transport: it carries task ids to workers, at least once. `Tasks` knows the state of each task."""
+"""RQ as transport: it wakes workers, which then claim whatever is next. `Tasks` knows which tasks wait."""
 
 import secrets
 
@@ -6,14 +6,14 @@ from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-from app.contracts.jobs import TaskId
 from app.storage.jobs import JobStore
 
-GRACE_MS = 5_000  # a task popped from RQ so long ago and still not claimed was popped by a worker that died
+WORK = "work"
+"""Name of the function that a message asks for, in the worker's table."""
 
 
 class TaskQueue:
-    """Hands tasks to RQ, and again when RQ lost them.
+    """Wakes workers through RQ. A message says that there is work, and names none.
 
     Args:
         redis: a client without decode_responses, as RQ needs it.
@@ -24,27 +24,22 @@ class TaskQueue:
         self._queue = Queue(name, connection=redis, serializer=JSONSerializer)
         self._store = store
 
-    def dispatch(self, task: TaskId) -> None:
-        """Hand `task` to RQ. The message has an id of its own, so that no two dispatches share RQ's bookkeeping."""
-        message = f"{task}-{secrets.token_hex(4)}"
-        self._store.tasks.dispatched(task, message)
-        self._queue.enqueue_call(
-            str(task.stage),  # a name in the worker's table of functions, never imported
-            args=(str(task),),
-            job_id=message,
-            timeout=-1,  # leases watch over the work, see `app.storage.tasks`
-            result_ttl=0,
-            failure_ttl=3600,
-            description=str(task),
-        )
+    def wake(self) -> int:
+        """See to it that RQ has a message for each task that may start, and returns how many it added.
 
-    def dispatch_lost(self) -> int:
-        """Dispatch every waiting task that RQ does not have, and return how many there were."""
-        now = self._store.clock()
-        lost = 0
-        for task in self._store.tasks.due(now - GRACE_MS):
-            message = self._store.tasks.message(task)
-            if message is None or self._queue.get_job_position(message) is None:
-                self.dispatch(task)
-                lost += 1
-        return lost
+        There are never more messages than workers, since a worker that ends a task calls this again. So it is called
+        whenever a task may have become one that can start; what a crash leaves undone, and what RQ loses, the next
+        sweep makes good.
+        """
+        wanted = self._store.tasks.startable(max(1, self._store.workers.count()))
+        missing = max(0, wanted - self._queue.count) if wanted else 0
+        for _ in range(missing):
+            self._queue.enqueue_call(
+                WORK,  # never imported
+                job_id=secrets.token_hex(8),
+                timeout=-1,  # leases watch over the work, see `app.storage.tasks`
+                result_ttl=0,
+                failure_ttl=3600,
+                description="there is work",
+            )
+        return missing

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reaper:
-    """Puts lost attempts and lost tasks back in the queue, and ends jobs past their deadline.
+    """Puts lost attempts back in the queue, wakes workers whose message was lost, and ends jobs past their deadline.
 
     Args:
         clock: monotonic clock, in seconds.
@@ -37,7 +37,7 @@ class Reaper:
         self._spare_until = 0.0
 
     def sweep(self) -> None:
-        """End jobs past their deadline, release expired attempts, and hand waiting tasks that RQ lost to it again.
+        """End jobs past their deadline, release expired attempts, and wake workers for tasks that wait.
 
         While Redis does not answer, nobody can renew a lease. After such a time all attempts have the length of a lease
         to do so.
@@ -49,7 +49,8 @@ class Reaper:
         self._answered = now
         if now >= self._spare_until:
             self._release_expired()
-        self._queue.dispatch_lost()
+        self._store.tasks.adopt()
+        self._queue.wake()
 
     def _release_expired(self) -> None:
         for attempt in self._store.tasks.expired():

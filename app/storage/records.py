@@ -29,10 +29,11 @@ from app.storage.sources.job import job_named
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
 
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
+READ_AT_ONCE = 500  # records of which one field is read
 PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
 SUMMARY_FIELDS = (
-    "tenant", "key", "kind", "name", "status", "attempt", "created_ms", "started_ms", "finished_ms", "progress",
-    "error", "labels", "summary", "result",
+    "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
+    "progress", "error", "labels", "summary", "result",
 )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ class NewJob:
     deadline_seconds: float | None = None
     """Time that the job may take from now on, or from a later retry, waiting included."""
     tenant: str = DEFAULT_TENANT
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Records:
             "tenant": job.tenant,
             "kind": job.kind,
             "name": job.name,
+            "priority": job.priority,
             "attempt": 0,
             "created_ms": now,
             "request": json.dumps(job.request),
@@ -134,7 +137,6 @@ class Records:
                 self._keys.jobs,
                 self._keys.jobs_of(job.tenant),
                 self._keys.task(task),
-                self._keys.due,
                 remembering,
             ],
             [job_id, str(task), remembered, once.seconds or 0, *flat(fields)],
@@ -218,16 +220,15 @@ class Records:
     def cancel(self, job_id: str) -> Status | None:
         """Cancel a waiting job, or ask a running one to stop. Returns its new status; None where there is none."""
         task = _task(job_id)
-        status = self._scripts.run("cancel", job_id, [self._keys.task(task), self._keys.due], [str(task)])
+        status = self._scripts.run("cancel", job_id, [self._keys.task(task)], [str(task)])
         return Status(status) if status else None
 
-    def retry(self, job_id: str) -> TaskId | None:
-        """Queue a failed or cancelled job anew. Returns its task, to be dispatched; None when it is neither."""
+    def retry(self, job_id: str) -> bool:
+        """Queue a failed or cancelled job anew. Returns False when it is neither."""
         task = _task(job_id)
         again = listed(Status.QUEUED.predecessors - {Status.RUNNING})
-        keys = [self._keys.task(task), self._keys.due]
-        done = self._scripts.run("retry", job_id, keys, [str(task), again, Progress().model_dump_json()])
-        return task if done else None
+        arguments = [str(task), again, Progress().model_dump_json()]
+        return bool(self._scripts.run("retry", job_id, [self._keys.task(task)], arguments))
 
     def delete(self, job_id: str, *, ended_by_ms: int | None = None) -> Deleted:
         """Forget a job that has ended (by `ended_by_ms`, if given). Its files then belong to no job."""
@@ -284,8 +285,8 @@ class Records:
                 "as long again",
                 retryable=True,
             )
-            keys = [self._keys.task(task), self._keys.leases, self._keys.due]
-            ended += self._scripts.run("time_out", task.job, keys, [str(task), error.model_dump_json()])
+            arguments = [str(task), error.model_dump_json()]
+            ended += self._scripts.run("time_out", task.job, [self._keys.task(task)], arguments)
         return ended
 
     def _list_older_jobs(self) -> None:
@@ -304,10 +305,19 @@ class Records:
 
     def _read_by_active_jobs(self) -> set[str]:
         """Return the ids of the jobs whose models active jobs name."""
-        tasks = [name for key in (self._keys.due, self._keys.leases) for name in self._redis.zrange(key, 0, -1)]
-        active = [self._redis.hget(self._keys.record(TaskId.parse(str(name)).job), "inputs") for name in tasks]
-        named = (job_named(reference) for inputs in active if inputs is not None for reference in json.loads(inputs))
-        return {job_id for job_id in named if job_id is not None}
+        tenants = cast(list[str], self._redis.zrange(self._keys.tenants, 0, -1))
+        lists = [key for tenant in tenants for key in (self._keys.waiting(tenant), self._keys.running(tenant))]
+        lists += [self._keys.due, self._keys.leases]
+        names = [str(name) for key in lists for name in self._redis.zrange(key, 0, -1)]
+        found: set[str] = set()
+        for first in range(0, len(names), READ_AT_ONCE):
+            with self._redis.pipeline(transaction=False) as reads:
+                for name in names[first : first + READ_AT_ONCE]:
+                    reads.hget(self._keys.record(TaskId.parse(name).job), "inputs")
+                active = [inputs for inputs in reads.execute() if inputs is not None]
+            named = (job_named(reference) for inputs in active for reference in json.loads(inputs))
+            found |= {job_id for job_id in named if job_id is not None}
+        return found
 
     def _core(self, job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the fields of `RecordCore`."""
@@ -322,6 +332,7 @@ class Records:
             "kind": _kind(fields),
             "name": fields["name"],
             "status": Status(fields["status"]),
+            "priority": int(fields.get("priority", 0)),  # records of the last release have none
             "attempt": int(fields["attempt"]),
             "created_ms": int(fields["created_ms"]),
             "started_ms": number("started_ms"),

@@ -13,7 +13,9 @@ from typing import Any
 from redis import Redis
 from redis.commands.core import Script
 
+from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.jobs import Status
+from app.contracts.limits import HIGHEST_PRIORITY
 from app.storage.keys import Keys
 
 Clock = Callable[[], int]
@@ -22,14 +24,11 @@ Clock = Callable[[], int]
 FOLDER = Path(__file__).parent / "lua"
 PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
 PROGRESS_KEPT_S = 3600  # an hour after the job's end; its other events stay as long as its record
-CONSTANTS = (
-    f"local FINAL = {{{', '.join(f'{status} = true' for status in Status if status.is_final)}}}\n"
-    f"local PROGRESS_KEPT, PROGRESS_KEPT_S = {PROGRESS_KEPT}, {PROGRESS_KEPT_S}\n"
-)
+TURN_EVERY = 4  # every fourth start goes by turns alone, so that priorities delay other tenants and never stop them
 
 
 class JobScripts:
-    """Runs the scripts in `app/storage/lua`, each of which begins with `prelude.lua`.
+    """Runs the scripts in `app/storage/lua`, each of which begins with `prelude.lua` and `queue.lua`.
 
     Args:
         redis: a client with decode_responses.
@@ -39,13 +38,18 @@ class JobScripts:
     def __init__(self, redis: Redis, keys: Keys, clock: Clock | None = None) -> None:
         self._redis = redis
         self._keys = keys
+        self._beginning = _constants(keys) + source("prelude") + source("queue")
         self._scripts: dict[str, Script] = {}
         self.clock = clock or self._redis_clock
 
     def run(self, name: str, job_id: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        """Run a script on a job, with the keys and the time that all scripts begin with."""
+        """Run a script on a job, with the keys and the time that all scripts begin with.
+
+        Args:
+            job_id: '' for a script that finds its job itself, which it does with `work_on` of `queue.lua`.
+        """
         if name not in self._scripts:
-            self._scripts[name] = self._redis.register_script(CONSTANTS + source("prelude") + source(name))
+            self._scripts[name] = self._redis.register_script(self._beginning + source(name))
         names = self._keys
         shared = [names.record(job_id), names.result(job_id), names.events(job_id), names.progress(job_id)]
         return self._scripts[name](keys=[*shared, names.deadlines, *keys], args=[self.clock(), *arguments])
@@ -53,6 +57,26 @@ class JobScripts:
     def _redis_clock(self) -> int:
         seconds, micros = self._redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _constants(keys: Keys) -> str:
+    """Return what the scripts know from here: states that are final, numbers, and names that no job is part of."""
+    values = {
+        "PROGRESS_KEPT": PROGRESS_KEPT,
+        "PROGRESS_KEPT_S": PROGRESS_KEPT_S,
+        "HIGHEST_PRIORITY": HIGHEST_PRIORITY,
+        "TURN_EVERY": TURN_EVERY,
+        "DEFAULT_TENANT": f"'{DEFAULT_TENANT}'",
+        "TASK": f"'{keys.task('')}'",
+        "WAITING": f"'{keys.waiting('')}'",
+        "RUNNING": f"'{keys.running('')}'",
+        "TENANTS": f"'{keys.tenants}'",
+        "TURNS": f"'{keys.turns}'",
+        "RANKS": f"'{keys.ranks}'",
+        "LEASES": f"'{keys.leases}'",
+    }
+    finals = ", ".join(f"{status} = true" for status in Status if status.is_final)
+    return f"local FINAL = {{{finals}}}\n" + "".join(f"local {name} = {value}\n" for name, value in values.items())
 
 
 @cache

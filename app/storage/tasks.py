@@ -1,14 +1,34 @@
 """Tasks: some wait for a worker, some run under a lease, which shows whether their worker is still at it."""
 
+import json
+import secrets
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 from redis import Redis
 
 from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Status, TaskId, TaskState
+from app.contracts.limits import TenantLimits
 from app.storage.keys import Keys
 from app.storage.scripts import JobScripts, flat, listed
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
+
+CLAIM_KEPT_S = 60  # the client sends a claim again within seconds when its answer got lost
+ADOPTED_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class TenantTasks:
+    """A tenant's waiting and running tasks. Times are in milliseconds since the epoch; None where there is no task."""
+
+    tenant: str
+    waiting: int
+    oldest_waiting_ms: int | None
+    """Time at which the job was made that waits and is the oldest."""
+    running: int
+    first_started_ms: int | None
+    """Start of the attempt that has been running for longest."""
 
 
 class Tasks:
@@ -18,32 +38,57 @@ class Tasks:
         redis: a client with decode_responses.
         lease_seconds: time for which an attempt is ours without renewing its lease.
         max_losses: number of times that a task may lose its worker before its job fails.
+        limits: numbers of tasks that run at once, by tenant.
     """
 
-    def __init__(self, redis: Redis, keys: Keys, scripts: JobScripts, lease_seconds: float, max_losses: int) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        scripts: JobScripts,
+        lease_seconds: float,
+        max_losses: int,
+        limits: TenantLimits,
+    ) -> None:
         self._redis = redis
         self._keys = keys
         self._scripts = scripts
         self.lease_seconds = lease_seconds
         self._lease_ms = int(lease_seconds * 1000)
         self._max_losses = max_losses
+        running = {"*": limits.default, **limits.tenants}
+        self._most_running = json.dumps({tenant: of.active_jobs or 0 for tenant, of in running.items()})
 
-    def claim(self, task: TaskId, worker: str) -> Attempt | None:
-        """Start an attempt. Returns None when the task does not wait (done, running elsewhere, cancelled, deleted)."""
-        number = self._scripts.run(
+    def claim(self, worker: str) -> Attempt | None:
+        """Start an attempt at the task that is next. Returns None when none waits that may start now.
+
+        A task of the highest priority is next, and among equal ones tenants take turns: who has the fewest running
+        comes first, then who was least recently served. Every fourth start goes by turns alone. Of a tenant's tasks,
+        the highest priority comes first, then the oldest. Tasks of a tenant that runs as many as it may are left out.
+        """
+        claimed = self._scripts.run(
             "claim",
-            task.job,
-            [self._keys.task(task), self._keys.due, self._keys.leases],
-            [str(task), self._lease_ms, worker, Progress(phase=PhaseName.LOADING).model_dump_json()],
+            "",
+            [self._keys.claim(secrets.token_hex(8))],
+            [
+                self._lease_ms,
+                worker,
+                Progress(phase=PhaseName.LOADING).model_dump_json(),
+                self._most_running,
+                CLAIM_KEPT_S,
+            ],
         )
-        return Attempt(task=task, number=int(number)) if number else None
+        if not claimed:
+            return None
+        task, number = str(claimed).split(" ")
+        return Attempt(task=TaskId.parse(task), number=int(number))
 
     def renew(self, attempt: Attempt, progress: Progress | None = None) -> Status | None:
         """Extend the lease and perhaps record progress. Returns the job's status; None when the attempt is not ours."""
         status = self._scripts.run(
             "renew",
             attempt.task.job,
-            [self._keys.task(attempt.task), self._keys.leases],
+            [self._keys.task(attempt.task)],
             [
                 str(attempt.task),
                 attempt.number,
@@ -85,7 +130,7 @@ class Tasks:
         outcome = self._scripts.run(
             "release",
             attempt.task.job,
-            [self._keys.task(attempt.task), self._keys.leases, self._keys.due],
+            [self._keys.task(attempt.task)],
             [
                 str(attempt.task),
                 attempt.number,
@@ -116,19 +161,31 @@ class Tasks:
             return None
         return state == TaskState.RUNNING and int(attempt) == number
 
-    def due(self, dispatched_before_ms: int) -> list[TaskId]:
-        """Return the waiting tasks that were not handed to RQ since then."""
-        names = cast(list[str], self._redis.zrangebyscore(self._keys.due, "-inf", dispatched_before_ms))
-        return [TaskId.parse(name) for name in names]
+    def startable(self, most: int) -> int:
+        """Return the number of waiting tasks that may start now, at most `most`.
 
-    def dispatched(self, task: TaskId, message: str) -> None:
-        """Note that RQ has the task, in its job `message`."""
-        self._redis.zadd(self._keys.due, {str(task): self._scripts.clock()}, xx=True)
-        self._redis.hset(self._keys.task(task), "message", message)
+        It may be too high: whether a tenant runs as many tasks as it may is found out by a claim.
+        """
+        return int(self._scripts.run("startable", "", [], [most]))
 
-    def message(self, task: TaskId) -> str | None:
-        """Return the id of the RQ job that carried the task last."""
-        return cast(str | None, self._redis.hget(self._keys.task(task), "message"))
+    def counts(self) -> list[TenantTasks]:
+        """Count the tasks of every tenant that has any, without reading them."""
+        found = cast(list[list[Any]], self._scripts.run("counts", "", [], []))
+        return [
+            TenantTasks(
+                str(tenant),
+                int(waiting),
+                int(str(oldest)[:12], 16) if oldest else None,  # an id begins with the time that its job was made at
+                int(running),
+                int(float(started)) if started else None,
+            )
+            for tenant, waiting, oldest, running, started in found
+        ]
+
+    def adopt(self) -> None:
+        """Let tasks take their turn that processes of the last release made to wait."""
+        while self._scripts.run("adopt", "", [self._keys.due], [ADOPTED_AT_ONCE]):
+            pass
 
     def _end(
         self,
@@ -142,7 +199,7 @@ class Tasks:
         done = self._scripts.run(
             "finish",
             attempt.task.job,
-            [self._keys.task(attempt.task), self._keys.leases],
+            [self._keys.task(attempt.task)],
             [
                 str(attempt.task),
                 attempt.number,

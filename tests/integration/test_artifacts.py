@@ -59,9 +59,11 @@ class Api:
 
     def succeeded(self, files: dict[str, bytes] = FILES, result: Any = RESULT) -> str:
         """A job with an artifact."""
-        task = TaskId(job=self.store.records.create(NewJob({"name": "all of it"}, "name")).job_id, stage=Stage.MERGE)
-        attempt = self.store.tasks.claim(task, "worker")
+        job = NewJob({"name": "all of it"}, "name", priority=10)  # other tests may have left one that waits
+        task = TaskId(job=self.store.records.create(job).job_id, stage=Stage.MERGE)
+        attempt = self.store.tasks.claim("worker")
         assert attempt is not None
+        assert attempt.task == task
         folder = self.artifacts.begin(attempt)
         entries = []
         for name, content in files.items():
@@ -242,7 +244,7 @@ def test_what_a_crash_leaves_of_a_removed_job_is_nobodys_and_what_of_an_unknown_
     folders = []
     for _ in range(3):
         task = TaskId(job=store.records.create(NewJob({}, "name")).job_id, stage=Stage.MERGE)
-        attempt = store.tasks.claim(task, "worker")
+        attempt = store.tasks.claim("worker")
         assert attempt is not None
         artifacts.begin(attempt)
         store.tasks.succeed(attempt, RESULT, artifacts.publish(attempt))

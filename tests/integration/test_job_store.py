@@ -23,7 +23,7 @@ from app.contracts.jobs import (
 )
 from app.storage.connection import connect_for_rq
 from app.storage.jobs import JobStore
-from app.storage.queue import GRACE_MS, TaskQueue
+from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper
 from app.storage.records import Deleted, Idempotency, NewJob
 from app.storage.scripts import FOLDER
@@ -72,8 +72,9 @@ def queue(redis: Redis, redis_url: str, store: JobStore) -> TaskQueue:
     return TaskQueue(connect_for_rq(redis_url), "test", store)
 
 
-def new_job(store: JobStore, **labels: str) -> TaskId:
-    return TaskId(job=store.records.create(NewJob({"some": "request"}, "name", labels)).job_id, stage=Stage.MERGE)
+def new_job(store: JobStore, priority: int = 0, **labels: str) -> TaskId:
+    job = NewJob({"some": "request"}, "name", labels, priority=priority)
+    return TaskId(job=store.records.create(job).job_id, stage=Stage.MERGE)
 
 
 def record_of(store: JobStore, task: TaskId) -> Record:
@@ -83,18 +84,25 @@ def record_of(store: JobStore, task: TaskId) -> Record:
 
 
 def claimed(store: JobStore, task: TaskId) -> Attempt:
-    attempt = store.tasks.claim(task, "worker")
+    """The attempt at this task, which is the next."""
+    attempt = store.tasks.claim("worker")
     assert attempt is not None
+    assert attempt.task == task
     return attempt
 
 
-def test_a_new_job_is_queued_and_waits_to_be_dispatched(store: JobStore) -> None:
+def waiting(store: JobStore) -> int:
+    """The number of tasks that wait."""
+    return sum(tenant.waiting for tenant in store.tasks.counts())
+
+
+def test_a_new_job_is_queued_and_waits(store: JobStore) -> None:
     task = new_job(store, team="search")
     record = record_of(store, task)
     assert (record.status, record.attempt, record.revision) == (Status.QUEUED, 0, 1)
     assert record.request == {"some": "request"}
     assert record.labels == {"team": "search"}
-    assert store.tasks.due(0) == [task]
+    assert waiting(store) == 1
 
 
 def test_a_job_has_its_kind_and_one_stored_before_there_were_kinds_is_a_merge(store: JobStore, redis: Redis) -> None:
@@ -112,7 +120,7 @@ def as_the_last_release_kept_it(store: JobStore, redis: Redis, task: TaskId) -> 
     """Writes a succeeded job's record anew as it was when a record held its result and there were no summaries."""
     result = redis.getdel(f"test:result:{task.job}")
     assert isinstance(result, str)
-    assert redis.hdel(f"test:job:{task.job}", "summary") == 1
+    assert redis.hdel(f"test:job:{task.job}", "summary", "priority") == 2
     assert redis.hset(f"test:job:{task.job}", "result", result) == 1
     assert sorted(redis.hkeys(f"test:job:{task.job}")) == [
         "artifact", "attempt", "created_ms", "finished_ms", "inputs", "kind", "labels", "name", "progress", "request",
@@ -163,7 +171,7 @@ def test_scripts_change_what_belongs_to_a_job_through_one_function_alone() -> No
 def test_jobs_are_listed_by_status_and_labels_without_reading_what_is_long(store: JobStore, clock: Clock) -> None:
     tasks = []
     for number in range(5):
-        tasks.append(new_job(store, team="search", number=str(number % 2)))
+        tasks.append(new_job(store, int(number == 1), team="search", number=str(number % 2)))
         clock.advance(1)
     assert store.tasks.succeed(claimed(store, tasks[1]), SEARCHED, "folder")
     assert store.records.cancel(tasks[3].job) is Status.CANCELLED
@@ -182,24 +190,27 @@ def test_jobs_are_listed_by_status_and_labels_without_reading_what_is_long(store
 
 def test_only_one_worker_claims_a_task(store: JobStore) -> None:
     task = new_job(store)
-    first = store.tasks.claim(task, "one")
+    first = store.tasks.claim("one")
     assert first is not None
     assert first.number == 1
-    assert store.tasks.claim(task, "two") is None
+    assert store.tasks.claim("two") is None
     assert record_of(store, task).status is Status.RUNNING
-    assert store.tasks.due(2**53) == []
+    assert waiting(store) == 0
 
 
-def test_a_worker_whose_claim_was_not_answered_claims_the_same_attempt_again(store: JobStore, clock: Clock) -> None:
-    task = new_job(store)
-    first = store.tasks.claim(task, "one")
+def test_a_claim_that_was_not_answered_starts_the_same_attempt_when_it_is_sent_again(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = new_job(store, 1)
+    later = new_job(store)
+    monkeypatch.setattr("app.storage.tasks.secrets.token_hex", lambda count: "0" * 2 * count)
+    first = claimed(store, task)
     before = record_of(store, task)
-    clock.advance(LEASE_S - 1)
-    assert store.tasks.claim(task, "one") == first
+    assert store.tasks.claim("worker") == first
     assert record_of(store, task) == before
-    clock.advance(LEASE_S - 1)
-    assert store.tasks.expired() == []
-    assert store.tasks.claim(task, "two") is None
+    monkeypatch.undo()
+    assert claimed(store, later).number == 1
+    assert store.tasks.claim("worker") is None
 
 
 def test_a_lease_lasts_as_long_as_it_is_renewed(store: JobStore, clock: Clock) -> None:
@@ -257,7 +268,7 @@ def test_a_job_ends_once(store: JobStore, write: str) -> None:
     assert before.progress.fraction == 1
     assert not WRITES[write](store, attempt)
     assert record_of(store, task) == before
-    assert store.tasks.claim(task, "another") is None
+    assert store.tasks.claim("another") is None
 
 
 def test_ending_a_job_again_because_the_answer_got_lost_is_no_failure(store: JobStore) -> None:
@@ -311,7 +322,7 @@ def test_a_job_that_loses_every_worker_fails_and_says_so(store: JobStore) -> Non
     assert record.error.retryable
     assert record.finished_ms is not None
     assert store.tasks.expired() == []
-    assert store.tasks.due(2**53) == []
+    assert waiting(store) == 0
 
 
 def test_an_idempotency_key_makes_one_job(store: JobStore) -> None:
@@ -351,7 +362,7 @@ def test_the_reaper_puts_an_expired_attempt_back_in_the_queue(
     store: JobStore, queue: TaskQueue, redis: Redis, clock: Clock
 ) -> None:
     task = new_job(store)
-    queue.dispatch(task)
+    queue.wake()
     redis.lpop("rq:queue:test")  # as the worker that then dies
     claimed(store, task)
     clock.advance(LEASE_S + 1)
@@ -360,29 +371,36 @@ def test_the_reaper_puts_an_expired_attempt_back_in_the_queue(
     assert redis.llen("rq:queue:test") == 1
 
 
-def test_a_task_that_its_worker_took_and_never_claimed_is_dispatched_again(
-    store: JobStore, queue: TaskQueue, redis: Redis, clock: Clock
-) -> None:
-    task = new_job(store)
-    queue.dispatch(task)
+def test_a_task_whose_message_was_lost_wakes_a_worker_again(store: JobStore, queue: TaskQueue, redis: Redis) -> None:
+    new_job(store)
+    assert queue.wake() == 1
+    assert queue.wake() == 0  # RQ has the message, so the task only waits for a worker
     reaper = Reaper(store, queue)
     redis.delete("rq:queue:test")
     reaper.sweep()
-    assert redis.llen("rq:queue:test") == 0  # it may be on its way
-    clock.advance(GRACE_MS / 1000 + 1)
+    assert redis.llen("rq:queue:test") == 1
     reaper.sweep()
     assert redis.llen("rq:queue:test") == 1
-    clock.advance(GRACE_MS / 1000 + 1)
-    reaper.sweep()
-    assert redis.llen("rq:queue:test") == 1  # RQ has it, so it only waits for a worker
 
 
-def test_a_job_accepted_while_the_queue_was_away_is_dispatched_by_the_reaper(
+def test_a_job_accepted_while_the_queue_was_away_wakes_a_worker_at_the_next_sweep(
     store: JobStore, queue: TaskQueue, redis: Redis
 ) -> None:
     new_job(store)
     Reaper(store, queue).sweep()
     assert redis.llen("rq:queue:test") == 1
+
+
+def test_there_are_as_many_messages_as_tasks_that_may_start_and_workers(
+    store: JobStore, queue: TaskQueue, redis: Redis
+) -> None:
+    for name in ("one", "two", "three"):
+        store.workers.beat(name, 10)
+    assert queue.wake() == 0
+    for messages in (1, 2, 3, 3, 3):
+        new_job(store)
+        queue.wake()
+        assert redis.llen("rq:queue:test") == messages
 
 
 def test_the_states_form_a_closed_table() -> None:
@@ -396,8 +414,8 @@ def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
     task = new_job(store)
     assert store.records.cancel(task.job) is Status.CANCELLED
     assert record_of(store, task).finished_ms is not None
-    assert store.tasks.claim(task, "worker") is None
-    assert store.tasks.due(2**53) == []
+    assert store.tasks.claim("worker") is None
+    assert waiting(store) == 0
 
 
 def test_a_running_job_is_asked_to_stop_and_its_attempt_says_when(store: JobStore) -> None:
@@ -424,11 +442,11 @@ def test_a_job_that_loses_its_worker_while_it_is_cancelled_is_cancelled(
     clock.advance(LEASE_S + 1)
     assert store.tasks.release(attempt, lost=lost)
     assert record_of(store, task).status is Status.CANCELLED
-    assert store.tasks.due(2**53) == []
+    assert waiting(store) == 0
 
 
 def test_a_job_that_ended_cannot_be_cancelled(store: JobStore) -> None:
-    succeeded, failed = new_job(store), new_job(store)
+    succeeded, failed = new_job(store, 1), new_job(store)
     store.tasks.succeed(claimed(store, succeeded), RESULT, "folder")
     store.tasks.fail(claimed(store, failed), FAILURE)
     before = [record_of(store, task) for task in (succeeded, failed)]
@@ -442,7 +460,7 @@ def test_retrying_begins_a_new_attempt_with_a_clean_record(store: JobStore) -> N
     for _ in range(MAX_LOSSES):
         store.tasks.release(claimed(store, task), lost=True)
     assert record_of(store, task).status is Status.FAILED
-    assert store.records.retry(task.job) == task
+    assert store.records.retry(task.job)
     record = record_of(store, task)
     assert (record.status, record.error, record.finished_ms) == (Status.QUEUED, None, None)
     attempt = claimed(store, task)
@@ -453,16 +471,16 @@ def test_retrying_begins_a_new_attempt_with_a_clean_record(store: JobStore) -> N
 
 def test_only_failed_and_cancelled_jobs_are_retried(store: JobStore) -> None:
     task = new_job(store)
-    assert store.records.retry(task.job) is None
+    assert not store.records.retry(task.job)
     attempt = claimed(store, task)
-    assert store.records.retry(task.job) is None
+    assert not store.records.retry(task.job)
     store.records.cancel(task.job)
-    assert store.records.retry(task.job) is None
+    assert not store.records.retry(task.job)
     store.tasks.acknowledge_cancel(attempt)
-    assert store.records.retry(task.job) == task
+    assert store.records.retry(task.job)
     store.tasks.succeed(claimed(store, task), RESULT, "folder")
-    assert store.records.retry(task.job) is None
-    assert store.records.retry("0" * 28) is None
+    assert not store.records.retry(task.job)
+    assert not store.records.retry("0" * 28)
 
 
 def test_only_jobs_that_ended_are_deleted_and_nothing_of_them_stays_but_that_they_were(
@@ -482,8 +500,9 @@ def test_only_jobs_that_ended_are_deleted_and_nothing_of_them_stays_but_that_the
     assert store.records.gone(task.job) is Gone.DELETED
 
 
-def timed(store: JobStore, seconds: float) -> TaskId:
-    return TaskId(job=store.records.create(NewJob({}, "name", deadline_seconds=seconds)).job_id, stage=Stage.MERGE)
+def timed(store: JobStore, seconds: float, priority: int = 0) -> TaskId:
+    job = NewJob({}, "name", deadline_seconds=seconds, priority=priority)
+    return TaskId(job=store.records.create(job).job_id, stage=Stage.MERGE)
 
 
 @pytest.mark.parametrize("runs", [False, True], ids=["waiting", "running"])
@@ -501,7 +520,7 @@ def test_a_job_past_its_deadline_fails_whether_it_waits_or_runs(store: JobStore,
     assert "deadline_seconds, 5.5" in record.error.message
     assert record.finished_ms == clock.now
     assert store.records.time_out() == 0
-    assert (store.tasks.due(2**53), store.tasks.expired()) == ([], [])
+    assert (waiting(store), store.tasks.expired()) == (0, [])
     if attempt is not None:  # the worker hears of it, and nothing that it does counts
         assert store.tasks.renew(attempt) is None
         assert not store.tasks.succeed(attempt, RESULT, "folder")
@@ -517,7 +536,7 @@ def test_all_attempts_share_a_deadline_and_a_retry_has_as_long_again(store: JobS
     store.tasks.release(claimed(store, task), lost=False)
     clock.advance(2)
     assert store.records.time_out() == 1
-    assert store.records.retry(task.job) == task
+    assert store.records.retry(task.job)
     clock.advance(9)
     assert store.records.time_out() == 0
     assert store.tasks.succeed(claimed(store, task), RESULT, "folder")
@@ -529,20 +548,20 @@ def test_all_attempts_share_a_deadline_and_a_retry_has_as_long_again(store: JobS
 def test_past_the_deadline_nothing_begins_and_nothing_succeeds_before_anybody_has_ended_the_job(
     store: JobStore, clock: Clock
 ) -> None:
-    waiting, running = timed(store, 10), timed(store, 10)
+    late, running = timed(store, 10), timed(store, 10, 1)
     attempt = claimed(store, running)
     clock.advance(10)
-    assert store.tasks.claim(waiting, "worker") is None
+    assert store.tasks.claim("worker") is None
     assert not store.tasks.succeed(attempt, RESULT, "folder")
     assert record_of(store, running).status is Status.RUNNING
     assert store.records.time_out() == 2
-    assert not [task for task in (waiting, running) if record_of(store, task).status is not Status.FAILED]
+    assert not [task for task in (late, running) if record_of(store, task).status is not Status.FAILED]
 
 
 def test_a_job_that_is_being_cancelled_or_has_ended_has_no_deadline(
     store: JobStore, clock: Clock, redis: Redis
 ) -> None:
-    cancelled, cancelling, failed, lost = [timed(store, 10) for _ in range(4)]
+    cancelled, cancelling, failed, lost = [timed(store, 10, -place) for place in range(4)]
     store.records.cancel(cancelled.job)
     attempt = claimed(store, cancelling)
     store.records.cancel(cancelling.job)
@@ -570,8 +589,8 @@ def ended(store: JobStore) -> TaskId:
 
 
 def test_a_job_is_kept_for_its_time_after_its_end_and_no_longer(forgetting: JobStore, clock: Clock) -> None:
-    waiting = new_job(forgetting)
-    failed = new_job(forgetting)
+    waits = new_job(forgetting)
+    failed = new_job(forgetting, 1)
     clock.advance(RETENTION_S)
     forgetting.tasks.fail(claimed(forgetting, failed), FAILURE)
     record = record_of(forgetting, failed)
@@ -583,7 +602,7 @@ def test_a_job_is_kept_for_its_time_after_its_end_and_no_longer(forgetting: JobS
     assert forgetting.records.expire(record)
     assert not forgetting.records.expire(record)
     assert (forgetting.records.get(failed.job), forgetting.records.gone(failed.job)) == (None, Gone.EXPIRED)
-    assert record_of(forgetting, waiting).expires_ms is None
+    assert record_of(forgetting, waits).expires_ms is None
 
 
 def test_a_job_that_is_tried_again_meanwhile_does_not_expire(forgetting: JobStore, clock: Clock) -> None:

@@ -18,7 +18,6 @@ from redis import Redis
 
 from app.api import mcp as door
 from app.contracts.api_keys import DEFAULT_TENANT, NewKey
-from app.contracts.jobs import Stage, TaskId
 from app.contracts.settings import Settings
 from app.server import Server
 from app.storage.api_keys import ApiKeys
@@ -97,7 +96,7 @@ def test_an_agent_merges_from_the_list_of_methods_to_the_end(url: str, keys: Api
     posted = called(url, mine, "submit", mode, recipe=recipe)
     assert posted["id"] != job["id"]
     store = JobStore(redis, "mcp", lease_seconds=10, max_losses=3)
-    attempt = store.tasks.claim(TaskId(job=posted["id"], stage=Stage.MERGE), "worker")
+    attempt = store.tasks.claim("worker")
     assert attempt is not None
     store.tasks.succeed(attempt, RESULT, "gone")
     assert called(url, mine, "status", mode, job_id=posted["id"], wait_seconds=1)["status"] == "succeeded"

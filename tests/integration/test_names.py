@@ -70,9 +70,9 @@ def test_a_name_is_free_when_its_job_is_deleted_and_is_kept_for_as_long_as_it_is
 
 @pytest.fixture
 def eager_worker(api: TestClient, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> JobStore:
-    """A worker that has begun every job before its dispatch returns."""
+    """A worker that has begun every job before waking it returns."""
     store = JobStore(redis, "names", lease_seconds=10, max_losses=3)
-    monkeypatch.setattr(TaskQueue, "dispatch", lambda _, task: store.tasks.claim(task, "worker"))
+    monkeypatch.setattr(TaskQueue, "wake", lambda _: store.tasks.claim("worker"))
     return store
 
 

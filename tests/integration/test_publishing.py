@@ -83,6 +83,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
             engine,
             max_engine_bytes=2**40,
             is_stopping=lambda: False,
+            wake=lambda: None,
         )
         recipe = {**tiny_recipe("a", name="average"), "evaluate": False}
         del recipe["models"][0]["evaluation"]
@@ -90,7 +91,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
         task = TaskId(
             job=store.records.create(NewJob(request.model_dump(mode="json"), "name")).job_id, stage=Stage.MERGE
         )
-        runner.run(str(task))
+        runner.run()
         record = store.records.get(task.job)
         assert record is not None
         return record

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from redis import Redis
 
-from app.contracts.jobs import Attempt, ErrorCode, JobError, Stage, TaskId
+from app.contracts.jobs import Attempt, ErrorCode, JobError
 from app.storage.jobs import JobStore
 from app.storage.records import NewJob
 from app.storage.searches import SearchFolder
@@ -18,8 +18,8 @@ def test_only_journals_that_another_attempt_may_read_outlast_a_sweep(redis: Redi
     searches = SearchFolder(tmp_path)
 
     def attempt() -> Attempt:
-        task = TaskId(job=store.records.create(NewJob({}, "name")).job_id, stage=Stage.MERGE)
-        claimed = store.tasks.claim(task, "worker")
+        store.records.create(NewJob({}, "name"))
+        claimed = store.tasks.claim("worker")
         assert claimed is not None
         searches.begin(claimed).write_text("a trial\n")
         return claimed

@@ -10,7 +10,7 @@ from redis import Redis
 
 import app.storage.sources
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import ErrorCode, PhaseName, Record, Stage, Status, TaskId
+from app.contracts.jobs import ErrorCode, PhaseName, Record, Status
 from app.contracts.references import ReferenceError
 from app.contracts.requests import MergeRequest
 from app.services.checks import Accepted, Checker
@@ -91,8 +91,8 @@ def run(store: JobStore, sources: Sources, tmp_path: Path, engine: EngineProcess
     def run(recipe: dict[str, Any]) -> Record:
         accepted = checked(sources, recipe)
         created = store.records.create(NewJob(accepted.request, "name", inputs=accepted.states))
-        runner = TaskRunner("test", storage, engine, 2**40, lambda: False)
-        runner.run(str(TaskId(job=created.job_id, stage=Stage.MERGE)))
+        runner = TaskRunner("test", storage, engine, 2**40, lambda: False, lambda: None)
+        runner.run()
         record = store.records.get(created.job_id)
         assert record is not None
         return record

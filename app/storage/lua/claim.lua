@@ -1,21 +1,42 @@
--- Starts an attempt. Returns its number; 0 when the task is not waiting.
-local task, due, leases = unpack(KEYS, 6)
-local task_id, lease_ms, worker, progress = unpack(ARGV, 2)
-local state = redis.call('HGET', task, 'state')
-if state == 'running' and redis.call('HGET', task, 'worker') == worker then
-  redis.call('ZADD', leases, now + lease_ms, task_id)  -- the answer to its claim got lost
-  return tonumber(redis.call('HGET', task, 'attempt'))
+-- Starts an attempt at the task that is next. Returns the task's id and the attempt's number; false when none may start.
+-- `limits` has the most running tasks of a tenant, and of any other under '*'; 0 is no limit.
+local claim = KEYS[6]
+local lease_ms, worker, progress, limits, remembered_s = unpack(ARGV, 2)
+local before = redis.call('GET', claim)
+if before then return before end  -- the answer to this claim got lost
+limits = cjson.decode(limits)
+local start = 1 + (redis.call('ZREVRANGE', TENANTS, 0, 0, 'WITHSCORES')[2] or 0)
+local order = start % TURN_EVERY == 0 and TURNS or RANKS
+while true do
+  local tenant = redis.call('ZRANGE', order, 0, 0)[1]
+  if not tenant then return false end
+  local most = limits[tenant] or limits['*']
+  local task_id = redis.call('ZRANGE', WAITING .. tenant, 0, 0)[1]
+  if most > 0 and redis.call('ZCARD', RUNNING .. tenant) >= most then
+    withhold(tenant)  -- it has its turn again when one of its tasks ends
+  elseif not task_id then
+    withhold(tenant)
+  else
+    local task = work_on(task_id)
+    local is_waiting = redis.call('HGET', task, 'state') == 'queued' and redis.call('HGET', job, 'status') == 'queued'
+    if is_waiting and not is_overdue(task_id) then
+      redis.call('ZADD', TENANTS, start, tenant)
+      move(task, task_id, 'running')
+      local attempt = redis.call('HINCRBY', task, 'attempt', 1)
+      redis.call('HSET', task, 'worker', worker)
+      redis.call('ZADD', LEASES, now + lease_ms, task_id)
+      change_job({
+        fields = {'attempt', attempt, 'started_ms', now},
+        {'status', 'running'},
+        {'log', 'attempt_started', 'attempt ' .. attempt .. ' starts on worker ' .. worker},
+        {'progress', progress},
+      })
+      local claimed = task_id .. ' ' .. attempt
+      redis.call('SET', claim, claimed, 'EX', remembered_s)
+      return claimed
+    end
+    -- A task past its deadline is ended by `time_out`. Any other was moved by a process of the last release.
+    redis.call('ZREM', WAITING .. tenant, task_id)
+    take_turn(tenant)
+  end
 end
-if state ~= 'queued' then return 0 end
-if redis.call('HGET', job, 'status') ~= 'queued' or is_overdue(task_id) then return 0 end
-local attempt = redis.call('HINCRBY', task, 'attempt', 1)
-redis.call('HSET', task, 'state', 'running', 'worker', worker)
-redis.call('ZREM', due, task_id)
-redis.call('ZADD', leases, now + lease_ms, task_id)
-change_job({
-  fields = {'attempt', attempt, 'started_ms', now},
-  {'status', 'running'},
-  {'log', 'attempt_started', 'attempt ' .. attempt .. ' starts on worker ' .. worker},
-  {'progress', progress},
-})
-return attempt

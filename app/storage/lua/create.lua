@@ -1,5 +1,5 @@
 -- Creates a queued job with its task. Returns false, or what the idempotency key remembers.
-local jobs, jobs_of_tenant, task, due, idempotency = unpack(KEYS, 6)
+local jobs, jobs_of_tenant, task, idempotency = unpack(KEYS, 6)
 local job_id, task_id, remembered, remembered_s = unpack(ARGV, 2, 5)
 if redis.call('EXISTS', job) == 1 then return false end
 if remembered ~= '' then
@@ -10,8 +10,8 @@ if remembered ~= '' then
 end
 redis.call('ZADD', jobs, 0, job_id)
 redis.call('ZADD', jobs_of_tenant, 0, job_id)
-redis.call('HSET', task, 'state', 'queued', 'attempt', 0, 'losses', 0)
-redis.call('ZADD', due, 0, task_id)
+redis.call('HSET', task, 'attempt', 0, 'losses', 0)
 change_job({fields = {unpack(ARGV, 6)}, {'status', 'queued'}})
+move(task, task_id, 'queued')
 start_the_time(task_id)
 return false

@@ -1,6 +1,6 @@
 -- Ends a task, and with it its job. Returns 1; 0 when the attempt is not current, or the job's status does not allow it.
 -- A result and a progress of '' are none; after them come the number of notes, the notes, and fields of the record.
-local task, leases = unpack(KEYS, 6)
+local task = KEYS[6]
 local task_id, attempt, allowed, status, progress, made, count = unpack(ARGV, 2, 8)
 if redis.call('HGET', task, 'attempt') ~= attempt then return 0 end
 local state = redis.call('HGET', task, 'state')
@@ -8,8 +8,7 @@ local before = redis.call('HGET', job, 'status')
 if state == 'done' and before == status then return 1 end  -- the answer got lost
 if state ~= 'running' or not has(allowed, before) then return 0 end
 if status == 'succeeded' and is_overdue(task_id) then return 0 end
-redis.call('HSET', task, 'state', 'done')
-redis.call('ZREM', leases, task_id)
+move(task, task_id, 'done')
 redis.call('ZREM', deadlines, task_id)
 local fields = 9 + count
 local change = {fields = {unpack(ARGV, fields)}, result = made ~= '' and made}

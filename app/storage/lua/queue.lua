@@ -1,0 +1,49 @@
+-- Begins every script, after the prelude. It keeps the queue: which tasks wait, and whose turn it is.
+--
+-- A tenant's waiting tasks are a sorted set of its own. Its scores are priorities, negated; equal scores are ordered by the
+-- tasks' ids, which begin with the time that the job was made at. Tenants with waiting tasks are in two sorted sets: TURNS
+-- orders them by the number of their running tasks, then by how long ago one was started; RANKS by the priority of their
+-- first task before that. So the next task is found by two reads, however many wait.
+--
+-- A score has 53 bits: 5 for the priority, 12 for running tasks, 36 for the number of the start.
+
+local MOST_COUNTED = 2 ^ 12 - 1
+
+-- Makes the scripts' job that of a task, and returns the name of the task. Scripts that begin without a job have the
+-- beginnings of names in place of names.
+local job_names = {job, result, events, progress_events}
+local function work_on(task_id)
+  local id = string.match(task_id, '^[^-]+')
+  job, result, events, progress_events = job_names[1] .. id, job_names[2] .. id, job_names[3] .. id, job_names[4] .. id
+  return TASK .. task_id
+end
+
+local function withhold(tenant)
+  redis.call('ZREM', TURNS, tenant)
+  redis.call('ZREM', RANKS, tenant)
+end
+
+local function take_turn(tenant)
+  local first = redis.call('ZRANGE', WAITING .. tenant, 0, 0, 'WITHSCORES')
+  if not first[1] then return withhold(tenant) end
+  local running = math.min(redis.call('ZCARD', RUNNING .. tenant), MOST_COUNTED)
+  local turn = running * 2 ^ 36 + (redis.call('ZSCORE', TENANTS, tenant) or 0)
+  redis.call('ZADD', TURNS, turn, tenant)
+  redis.call('ZADD', RANKS, (HIGHEST_PRIORITY + first[2]) * 2 ^ 48 + turn, tenant)
+end
+
+-- Changes the state of a task of the job, and moves it to where tasks of this state are.
+local function move(task, task_id, state)
+  local tenant = redis.call('HGET', job, 'tenant') or DEFAULT_TENANT
+  redis.call('HSET', task, 'state', state)
+  redis.call('ZREM', WAITING .. tenant, task_id)
+  redis.call('ZREM', RUNNING .. tenant, task_id)
+  if state == 'queued' then
+    redis.call('ZADD', TENANTS, 'NX', 0, tenant)
+    redis.call('ZADD', WAITING .. tenant, -(redis.call('HGET', job, 'priority') or 0), task_id)
+  elseif state == 'running' then
+    redis.call('ZADD', RUNNING .. tenant, now, task_id)
+  end
+  if state ~= 'running' then redis.call('ZREM', LEASES, task_id) end
+  take_turn(tenant)
+end
