@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, docs, errors, events, health, jobs, keys, mcp, merges, methods, scores
+from app.api import artifacts, docs, errors, events, health, jobs, keys, mcp, merges, methods, scores, uploads
 from app.api.body_limit import BodyLimit
 from app.api.cors import Cors
 from app.api.head import HeadAsGet
@@ -17,6 +17,7 @@ from app.api.proxies import Proxies
 from app.contracts.settings import Settings
 from app.services.composition import compose
 from app.storage.reaper import EXPIRY_S, SWEEP_S, Repeater, remove_outlived
+from app.storage.uploads import remove_unused
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -25,7 +26,14 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         expire = partial(remove_outlived, services.store.records, services.artifacts, services.searches)
-        repeaters = [Repeater(SWEEP_S, services.reaper.sweep), Repeater(EXPIRY_S, expire)]
+        expire_uploads = partial(
+            remove_unused, services.uploads.folders, services.uploads.in_use, settings.upload_retention
+        )
+        repeaters = [
+            Repeater(SWEEP_S, services.reaper.sweep),
+            Repeater(EXPIRY_S, expire),
+            Repeater(EXPIRY_S, expire_uploads),
+        ]
         for repeater in repeaters:
             repeater.start()
         services.inspectors.start()
@@ -47,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.services = services
-    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes)
     app.add_middleware(HeadAsGet)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
@@ -55,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         OwnHosts, names=(settings.host, *settings.allowed_hosts), origins=frozenset(settings.cors_origins)
     )
     app.add_middleware(Proxies, trusted=settings.trusted_proxies)  # the last one added comes first
-    for module in (merges, scores, jobs, events, artifacts, methods, keys, health, docs):
+    for module in (merges, scores, jobs, events, artifacts, uploads, methods, keys, health, docs):
         app.include_router(module.router)
     app.router.routes.append(mcp.route)
     errors.install(app)

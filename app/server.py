@@ -14,6 +14,7 @@ import uvicorn
 from redis.exceptions import RedisError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from app.api.body_limit import is_upload
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
 from app.contracts.settings import Settings
 from app.main import create_app
@@ -21,6 +22,7 @@ from app.tls import Certificate
 
 MOST_CONNECTIONS = 1000
 MOST_HEADER_BYTES = 16_384  # counted for each request, with its first line
+RENEWING_BYTES = 1_000_000
 OTHER_FILES = 400  # those that the process may have open beside its clients' connections, most of them to Redis
 RENEWAL_TICKS = 600  # a certificate is looked at once a minute; uvicorn ticks ten times a second
 FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is a file, and so is its download
@@ -98,13 +100,14 @@ class Connection(H11Protocol):
     An answer that is under way is never cut off, however slowly its reader reads.
 
     Args:
-        request_s: seconds from a request's first byte to its last.
+        request_s: seconds from a request's first byte to its last; of an upload, for each megabyte.
     """
 
     def __init__(self, *args: Any, request_s: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self._request_s = request_s
         self._deadline: asyncio.TimerHandle | None = None  # while a request is awaited or arrives
+        self._received = 0  # bytes of an upload since its time was renewed
         self.conn = OneLength(h11.SERVER, MOST_HEADER_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -126,6 +129,7 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
             self._await_request()
         super().data_received(data)
+        self._go_on_waiting(len(data))
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -146,6 +150,16 @@ class Connection(H11Protocol):
             self._close(ProblemError(Problem.HEADERS_TOO_LARGE, problem))
         else:
             self._close(ProblemError(Problem.MALFORMED, f"the request is not HTTP as it is taken here: {error}"))
+
+    def _go_on_waiting(self, received: int) -> None:
+        """Give an upload, which may be large, the whole time again for each megabyte of it."""
+        if self.conn.their_state is not h11.SEND_BODY or self._deadline is None or not is_upload(self.scope):
+            self._received = 0
+            return
+        self._received += received
+        if self._received >= RENEWING_BYTES:
+            self._received = 0
+            self._await_request()
 
     def _await_request(self) -> None:
         self._stop_waiting()

@@ -182,7 +182,8 @@ def _of_tenant(settings: Settings, store: JobStore, artifacts: ArtifactStore, te
         max_bytes=settings.max_statistics_bytes,
         others=statistics_of_others(settings.data_dir, tenant),
     )
-    return TenantStorage(Sources(SourceContext(roots, settings.data_dir, artifacts, outcome)), statistics)
+    context = SourceContext(roots, settings.data_dir, artifacts, outcome, tenant=tenant)
+    return TenantStorage(Sources(context), statistics)
 
 
 def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> bool:

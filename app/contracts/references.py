@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SCHEMES = ("local", "hf", "s3", "job")
+SCHEMES = ("local", "hf", "s3", "upload", "job")
 
 
 class ReferenceError(ValueError):
@@ -30,7 +30,9 @@ class Reference:
         """Raises ReferenceError when the text begins with no scheme that is known."""
         scheme, colon, rest = text.partition(":")
         if not colon or scheme not in SCHEMES:
-            raise ReferenceError(f"'{text}' is no reference; write local:PATH, hf:ORG/NAME@REVISION or job:ID/MODEL")
+            raise ReferenceError(
+                f"'{text}' is no reference; write local:PATH, hf:ORG/NAME@REVISION, upload:SHA256 or job:ID/MODEL"
+            )
         return cls(scheme, rest)
 
 

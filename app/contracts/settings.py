@@ -83,9 +83,9 @@ class Settings(BaseSettings):
     """If a job makes no progress for this long while its engine uses no processor time or sends no heartbeat, it counts
     as hung too. Other work may take any time; `deadline_seconds` of the request limits it."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
-    """Largest request body."""
+    """Largest request body, except those of uploads."""
     request_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
-    """A client must send a whole request within this time, or it is cut off."""
+    """A client must send a whole request within this time, or it is cut off; of an upload, each megabyte."""
     max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
     """An engine process that holds more than this after a job is replaced by a fresh one."""
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
@@ -94,6 +94,11 @@ class Settings(BaseSettings):
     job_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e10)] = 90 * 86_400
     """Time for which a job and its artifact are kept after the job's end: in seconds, or as 90d, 12h or 30m. If a
     waiting or running job reads its models, it is kept until that job ends."""
+    max_upload_bytes: Annotated[int, Field(ge=1024)] = 100_000_000_000
+    """Size of the largest file that can be uploaded."""
+    upload_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e10)] = 7 * 86_400
+    """Time for which an upload is kept that nothing uses: in seconds, or as 90d, 12h or 30m. A job that names it renews
+    that time, and while such a job waits or runs, the upload stays."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
     """Seconds for which an Idempotency-Key is remembered."""
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"

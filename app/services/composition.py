@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from app.contracts.settings import Settings
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
+from app.services.uploads import Uploads
 from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
 from app.storage.artifacts.store import ArtifactStore
@@ -15,6 +16,7 @@ from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
 from app.storage.statistics import StatisticsFolders
+from app.storage.uploads import UploadFolders
 from worker.engine.catalog.primitives.paths import hide
 
 WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
@@ -32,6 +34,7 @@ class Services:
     statistics: StatisticsFolders
     reaper: Reaper
     api_keys: ApiKeys
+    uploads: Uploads
 
 
 def compose(settings: Settings) -> Services:
@@ -68,4 +71,12 @@ def compose(settings: Settings) -> Services:
         statistics=statistics,
         reaper=Reaper(store, queue),
         api_keys=ApiKeys(redis, settings.prefix),
+        uploads=Uploads(
+            UploadFolders(settings.data_dir),
+            inspectors,
+            store.records.uploads_in_use,
+            artifacts.free_bytes,
+            settings.max_upload_bytes,
+            settings.upload_retention,
+        ),
     )

@@ -81,6 +81,7 @@ class Inspection(BaseModel):
     """The request as it was sent, without defaults."""
     local_roots: tuple[Path, ...]
     data_dir: Path
+    tenant: str
     artifact_store: str
     jobs: dict[str, Outcome | Gone]
     """The jobs that the request names, by id: those that exist, and those of which it is known why they are gone."""
@@ -91,7 +92,17 @@ class Inspection(BaseModel):
     """Processor time after which the kernel ends the copy, in case the API is gone and cannot."""
 
 
-Question = Text | Inspection
+class Weights(BaseModel):
+    """A file of weights that was uploaded, whose header is to be checked."""
+
+    asks: Literal["weights"] = "weights"
+    path: Path
+    source: str
+    memory_bytes: int
+    cpu_seconds: int
+
+
+Question = Text | Inspection | Weights
 QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="asks")])
 
 
@@ -129,6 +140,12 @@ class Read(BaseModel):
     text: str
 
 
+class Sound(BaseModel):
+    """Nothing is wrong with the header of a file of weights."""
+
+    event: Literal["sound"] = "sound"
+
+
 class Refused(BaseModel):
     event: Literal["refused"] = "refused"
     code: str
@@ -151,7 +168,7 @@ class Broken(BaseModel):
     error: str
 
 
-InspectorEvent = Began | ReadingInput | AskedHub | Allowed | Read | Refused | Exhausted | Broken
+InspectorEvent = Began | ReadingInput | AskedHub | Allowed | Read | Sound | Refused | Exhausted | Broken
 EVENT: TypeAdapter[InspectorEvent] = TypeAdapter(Annotated[InspectorEvent, Field(discriminator="event")])
 
 
@@ -212,7 +229,7 @@ class Inspectors:
         """Return the answer of `Checker.check`.
 
         Args:
-            tenant: whose local roots count.
+            tenant: whose local roots and uploads count.
             jobs: outcome of each job that the request names, or why it is gone.
 
         Raises:
@@ -227,6 +244,7 @@ class Inspectors:
                     request=request.model_dump(mode="json", exclude_unset=True),
                     local_roots=roots_of(self._local_roots, tenant),
                     data_dir=self._data_dir,
+                    tenant=tenant,
                     artifact_store=self._artifact_store,
                     jobs=dict(jobs),
                     scratch=scratch,
@@ -252,6 +270,17 @@ class Inspectors:
         assert isinstance(answer, Read)  # noqa: S101 - for the type checker
         return Body(*json.loads(answer.text))
 
+    async def check_weights(self, path: Path, source: str) -> None:
+        """Check the header of a safetensors file. Raises ProblemError, also where too many requests wait already."""
+        async with self._place():
+            weights = Weights(
+                path=path,
+                source=source,
+                memory_bytes=self._limits.memory_bytes,
+                cpu_seconds=ceil(2 * self._limits.seconds),
+            )
+            await self._ask(weights)
+
     @asynccontextmanager
     async def _place(self, *, names_hub: bool = False) -> AsyncIterator[None]:
         """Wait for a place; a slow hub only holds up requests that name it."""
@@ -270,7 +299,7 @@ class Inspectors:
         finally:
             places.release()
 
-    async def _ask(self, question: Question) -> Allowed | Read:
+    async def _ask(self, question: Question) -> Allowed | Read | Sound:
         for _ in range(2):  # another inspector is soon there, whatever ended this one
             reader, writer = await asyncio.open_unix_connection(sock=self._copy(), limit=MAX_ANSWER_BYTES)
             conversation = _Conversation(reader, writer, self._limits.seconds)
@@ -312,7 +341,7 @@ class _Conversation:
     place: ReadingInput = field(default_factory=lambda: ReadingInput(field="", source="", file=""))
     """The file that it reads now."""
 
-    async def hold(self, question: Question) -> Allowed | Read:
+    async def hold(self, question: Question) -> Allowed | Read | Sound:
         began = await self._next(START_S)
         if not isinstance(began, Began):
             raise InspectorDied
@@ -336,7 +365,7 @@ class _Conversation:
                     self.place = event
                 case AskedHub():
                     waits_for_hub = event.is_waited_for
-                case Allowed() | Read():
+                case Allowed() | Read() | Sound():
                     return event
                 case Refused():
                     problem = next(problem for problem in Problem if problem.code == event.code)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from app.contracts.errors import FieldError, ProblemError
+from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import JobKind
 from app.contracts.lifetime import die_with_parent
 from app.contracts.requests import MergeRequest, ScoreRequest
@@ -38,12 +38,16 @@ from app.services.inspection import (
     Read,
     ReadingInput,
     Refused,
+    Sound,
+    Weights,
 )
 from app.storage.artifacts import open_artifacts
 from app.storage.sources import Sources, preload
 from app.storage.sources.source import SourceContext
+from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.checkpoints.library import activations
 from worker.engine.catalog.checkpoints.reading import observed
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +119,12 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _outcome(question: Question, told: "_Told") -> Allowed | Read:
+def _outcome(question: Question, told: "_Told") -> Allowed | Read | Sound:
     _limit(question.memory_bytes, question.cpu_seconds)
     if isinstance(question, Inspection):
         return _inspected(question, told)
+    if isinstance(question, Weights):
+        return _checked(question, told)
     body = read_body(question.body, is_yaml=question.is_yaml)
     return Read(text=json.dumps([body.content, body.fields_there]))
 
@@ -127,10 +133,27 @@ def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
     tempfile.tempdir = str(inspection.scratch)
     kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is JobKind.MERGE else ScoreRequest
     artifacts = open_artifacts(inspection.artifact_store, inspection.data_dir)
-    context = SourceContext(inspection.local_roots, inspection.data_dir, artifacts, inspection.jobs.get, told.waiting)
+    context = SourceContext(
+        inspection.local_roots,
+        inspection.data_dir,
+        artifacts,
+        inspection.jobs.get,
+        told.waiting,
+        inspection.tenant,
+    )
     checker = Checker(Sources(context), artifacts.free_bytes, told.at)
     with observed(told.reads):
         return Allowed(accepted=checker.check(kind.model_validate(inspection.request)))
+
+
+def _checked(weights: Weights, told: "_Told") -> Sound:
+    told.at("upload")
+    try:
+        with observed(told.reads):
+            read_header(weights.path, weights.source)
+    except InvalidCheckpoint as error:
+        raise ProblemError(Problem.INVALID_CHECKPOINT, error.message) from error
+    return Sound()
 
 
 class _Told:

@@ -1,6 +1,7 @@
 """Records of jobs, which say what became of each. They are the truth; RQ only carries task ids."""
 
 import json
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, Sc
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
 READ_AT_ONCE = 500  # records of which one field is read
 PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
+UPLOAD_NAMED = re.compile(r'"upload:([0-9a-f]{64})"')
+"""A reference to an upload in a request's JSON."""
 SUMMARY_FIELDS = (
     "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
     "progress", "error", "labels", "summary", "result",
@@ -303,21 +306,34 @@ class Records:
         self._redis.set(self._keys.listed, 1)
         self._lists_all = True
 
+    def uploads_in_use(self) -> set[tuple[str, str]]:
+        """Return the tenant and the sha256 of each upload that active jobs name."""
+        active = self._of_active_jobs("tenant", "request")
+        return {
+            (tenant or DEFAULT_TENANT, sha256)
+            for tenant, request in active
+            for sha256 in UPLOAD_NAMED.findall(request or "")
+        }
+
     def _read_by_active_jobs(self) -> set[str]:
         """Return the ids of the jobs whose models active jobs name."""
+        active = self._of_active_jobs("inputs")
+        named = (job_named(reference) for [inputs] in active if inputs is not None for reference in json.loads(inputs))
+        return {job_id for job_id in named if job_id is not None}
+
+    def _of_active_jobs(self, *names: str) -> Iterator[list[str | None]]:
+        """Yield these fields of the record of every job that waits or runs."""
         tenants = cast(list[str], self._redis.zrange(self._keys.tenants, 0, -1))
         lists = [key for tenant in tenants for key in (self._keys.waiting(tenant), self._keys.running(tenant))]
-        lists += [self._keys.due, self._keys.leases]
-        names = [str(name) for key in lists for name in self._redis.zrange(key, 0, -1)]
-        found: set[str] = set()
-        for first in range(0, len(names), READ_AT_ONCE):
+        with self._redis.pipeline() as reads:  # at once, since a task may go from one list to another meanwhile
+            for key in (*lists, self._keys.due, self._keys.leases):
+                reads.zrange(key, 0, -1)
+            tasks = [str(name) for found in reads.execute() for name in found]
+        for first in range(0, len(tasks), READ_AT_ONCE):
             with self._redis.pipeline(transaction=False) as reads:
-                for name in names[first : first + READ_AT_ONCE]:
-                    reads.hget(self._keys.record(TaskId.parse(name).job), "inputs")
-                active = [inputs for inputs in reads.execute() if inputs is not None]
-            named = (job_named(reference) for inputs in active for reference in json.loads(inputs))
-            found |= {job_id for job_id in named if job_id is not None}
-        return found
+                for name in tasks[first : first + READ_AT_ONCE]:
+                    reads.hmget(self._keys.record(TaskId.parse(name).job), list(names))
+                yield from cast(list[list[str | None]], reads.execute())
 
     def _core(self, job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the fields of `RecordCore`."""

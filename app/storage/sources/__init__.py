@@ -63,6 +63,6 @@ def preload() -> None:
 def _module(scheme: str) -> ModuleType:
     name = f"{__name__}.{scheme}"
     if find_spec(name) is None:
-        others = "use local: or hf:, or job: for a model"
+        others = "use local:, upload: or hf:, or job: for a model"
         raise ReferenceError(f"'{scheme}:' references are not available yet; {others}", available=False)
     return import_module(name)

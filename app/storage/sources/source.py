@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.jobs import Gone, Outcome
 from app.contracts.references import Reference
 from app.storage.artifacts.store import ArtifactStore
@@ -73,3 +74,5 @@ class SourceContext:
     """Returns the outcome of the job with an id, or why it is gone; None where there is no such job."""
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     """Makes a context that is entered while a remote source is waited for."""
+    tenant: str = DEFAULT_TENANT
+    """Tenant whose uploads count."""
