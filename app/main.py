@@ -30,6 +30,7 @@ def create_app(settings: Settings) -> FastAPI:
             remove_unused, services.uploads.folders, services.uploads.in_use, settings.upload_retention
         )
         repeaters = [
+            Repeater(SWEEP_S, services.upgrade.run),
             Repeater(SWEEP_S, services.reaper.sweep),
             Repeater(EXPIRY_S, expire),
             Repeater(EXPIRY_S, expire_uploads),

@@ -18,6 +18,7 @@ from app.api.body_limit import is_upload
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
 from app.contracts.settings import Settings
 from app.main import create_app
+from app.storage.versions import NewerData
 from app.tls import Certificate
 
 MOST_CONNECTIONS = 1000
@@ -33,13 +34,17 @@ class Server(uvicorn.Server):
 
     It speaks TLS where the settings name a certificate, and takes up a new one without a restart.
 
-    Raises ValueError or OSError when the app cannot be made.
+    Raises ValueError or OSError when the app cannot be made, and NewerData when a newer release has written the data.
     """
 
     def __init__(self, settings: Settings) -> None:
         certificate = Certificate.of(settings)
         app = create_app(settings)
+        self._upgrade = app.state.services.upgrade
         with suppress(RedisError):  # while Redis is away, so is the answer to who has a key
+            self._upgrade.run()
+            if self._upgrade.refused is not None:
+                raise self._upgrade.refused
             app.state.services.api_keys.require(settings)
         self._watcher = app.state.services.watcher
         self._certificate = certificate
@@ -65,10 +70,16 @@ class Server(uvicorn.Server):
             )
         )
 
+    @property
+    def found_newer_data(self) -> NewerData | None:
+        """Why the server has ended, if Redis was away at first and then had what a newer release has written."""
+        refused: NewerData | None = self._upgrade.refused
+        return refused
+
     async def on_tick(self, counter: int) -> bool:
         if self._certificate is not None and counter % RENEWAL_TICKS == 0:
             self._certificate.renew()
-        return await super().on_tick(counter)
+        return await super().on_tick(counter) or self._upgrade.refused is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watcher.stop()

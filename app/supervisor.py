@@ -20,6 +20,8 @@ from app.embedded_redis import EmbeddedRedis, wait_for
 from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
 from app.storage.data_folder import lock
+from app.storage.keys import Keys
+from app.storage.versions import upgrade_folder, upgrade_redis
 from app.tls import Certificate
 
 TICK_S = 0.1
@@ -59,7 +61,7 @@ class Supervisor:
         """Run until SIGTERM or Ctrl-C.
 
         Raises:
-            DataDirInUse, NoRedisServer, ValueError, OSError: it cannot start.
+            DataDirInUse, NoRedisServer, NewerData, ValueError, OSError: it cannot start.
         """
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         signal.signal(signal.SIGINT, self._ask_to_stop)
@@ -70,8 +72,10 @@ class Supervisor:
         data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = lock(data_dir, lambda: self._stopping)
         try:
+            upgrade_folder(data_dir)
             url = self._start_redis(data_dir)
             with Redis.from_url(url, decode_responses=True) as redis:
+                upgrade_redis(redis, Keys(self._settings.prefix))
                 ApiKeys(redis, self._settings.prefix).require(self._settings)
             environment = self._environment(url, data_dir)
             self._children.append(Child("api", [sys.executable, "-m", "app.cli", "api"]))

@@ -25,12 +25,14 @@ from app.storage.artifacts import open_artifacts
 from app.storage.artifacts.store import ArtifactStore, artifact_name
 from app.storage.connection import connect, connect_for_rq
 from app.storage.jobs import JobStore
+from app.storage.keys import Keys
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
 from app.storage.sources.source import SourceContext
 from app.storage.tenants import roots_of, statistics_of, statistics_of_others
+from app.storage.versions import NEWER_DATA_STATUS, NewerData, upgrade_folder, upgrade_redis
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine.catalog.primitives.paths import hide
 from worker.engine_process import EngineProcess
@@ -122,7 +124,8 @@ def job_class(functions: Functions) -> type[Job]:
 
 
 def run(settings: Settings) -> int:
-    """Work until asked to stop. Returns the exit status: 0 when asked, 1 when Redis went away for good."""
+    """Work until asked to stop. Returns the exit status: 0 when asked, 1 when Redis is away or went away for good, 7
+    when a newer release has written what is there."""
     if settings.redis_url is None:
         print("MASKMERGE_REDIS_URL is not set", file=sys.stderr)  # noqa: T201
         return 2
@@ -134,10 +137,20 @@ def run(settings: Settings) -> int:
     hide(*settings.hidden_folders)
     url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    store = JobStore(connect(url, patience=3), settings.prefix, settings.lease_seconds, settings.max_losses)
+    redis = connect(url, patience=3)
+    store = JobStore(redis, settings.prefix, settings.lease_seconds, settings.max_losses)
+    artifacts.prepare()
+    try:
+        upgrade_folder(settings.data_dir)
+        upgrade_redis(redis, Keys(settings.prefix))
+    except NewerData as error:
+        logger.error("%s", error)
+        return NEWER_DATA_STATUS
+    except RedisError as error:
+        logger.error("Redis is away: %s", error)
+        return 1
     rq_redis = connect_for_rq(url)
     queue = TaskQueue(rq_redis, settings.queue, store)
-    artifacts.prepare()
     searches = SearchFolder(settings.data_dir)
     cores = len(os.sched_getaffinity(0))
     threads = settings.threads or max(1, cores // settings.workers)

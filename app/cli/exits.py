@@ -25,6 +25,8 @@ class Exit(IntEnum):
     """The job succeeded, and its merge does not reach what the recipe asks for (`accept`, `must_beat`)."""
     UNREACHABLE = 6
     """No service answers at the URL."""
+    NEWER_DATA = 7
+    """A newer release has written the data folder, or what Redis holds."""
     INTERRUPTED = 130
     """Ctrl-C."""
 

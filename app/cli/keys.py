@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.exits import Stop
+from app.cli.exits import Exit, Stop
 from app.cli.options import DataDir, Json, connected
 from app.cli.printing import minute, print_json, print_table
 
@@ -118,6 +118,8 @@ def _keys(data_dir: Path | None, url: str | None) -> Iterator["Client | _Stored"
     from app.storage.api_keys import ApiKeys
     from app.storage.connection import connect_for_answers
     from app.storage.data_folder import DataDirInUse
+    from app.storage.keys import Keys
+    from app.storage.versions import NewerData, check_folder, check_redis
 
     if url is not None:
         with connected(url) as client:
@@ -129,9 +131,13 @@ def _keys(data_dir: Path | None, url: str | None) -> Iterator["Client | _Stored"
             if settings.redis_url is not None:
                 redis = held.enter_context(connect_for_answers(settings.redis_url.get_secret_value()))
             else:
+                check_folder(settings.data_dir)
                 address = held.enter_context(opened(settings.data_dir))
                 redis = held.enter_context(Redis.from_url(address, decode_responses=True))
+            check_redis(redis, Keys(settings.prefix))  # what is older is upgraded by the service, not beside it
             yield _Stored(ApiKeys(redis, settings.prefix))
+    except NewerData as error:
+        raise Stop(str(error), Exit.NEWER_DATA) from error
     except (DataDirInUse, NoRedisServer, ValueError, OSError, RedisError) as error:
         raise Stop(str(error)) from error
 

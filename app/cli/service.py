@@ -35,10 +35,13 @@ def serve(
     settings = configured(data_dir=data_dir, local_roots=local_root or None, workers=workers, host=host, port=port)
     from app.embedded_redis import NoRedisServer
     from app.storage.data_folder import DataDirInUse
+    from app.storage.versions import NewerData
     from app.supervisor import Supervisor
 
     try:
         Supervisor(settings).run()
+    except NewerData as error:
+        raise Stop(str(error), Exit.NEWER_DATA) from error
     except (DataDirInUse, NoRedisServer, ValueError, OSError) as error:
         raise Stop(str(error)) from error
 
@@ -49,13 +52,18 @@ def api(host: Host = None, port: Port = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
 
     from app.server import Server
+    from app.storage.versions import NewerData
 
     try:
         server = Server(settings)
+    except NewerData as error:
+        raise Stop(str(error), Exit.NEWER_DATA) from error
     except (ValueError, OSError) as error:
         raise Stop(str(error), Exit.USAGE) from error
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
         server.run()
+    if server.found_newer_data is not None:
+        raise Stop(str(server.found_newer_data), Exit.NEWER_DATA)
     if not server.started:
         raise typer.Exit(3)
 

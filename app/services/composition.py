@@ -12,11 +12,13 @@ from app.storage.artifacts.store import ArtifactStore
 from app.storage.connection import connect_for_answers, connect_for_dispatching, connect_for_watching
 from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import JobStore
+from app.storage.keys import Keys
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
 from app.storage.statistics import StatisticsFolders
 from app.storage.uploads import UploadFolders
+from app.storage.versions import RedisUpgrade, upgrade_folder
 from worker.engine.catalog.primitives.paths import hide
 
 WATCHING = 256  # connections to Redis; with as many to clients, half of the 1,024 files that a process usually may open
@@ -35,10 +37,16 @@ class Services:
     reaper: Reaper
     api_keys: ApiKeys
     uploads: Uploads
+    upgrade: RedisUpgrade
 
 
 def compose(settings: Settings) -> Services:
-    """Make the services. Raises ValueError when no Redis is named, or no store of artifacts."""
+    """Make the services.
+
+    Raises:
+        ValueError: no Redis is named, or no store of artifacts.
+        NewerData: a newer release has written the data folder.
+    """
     if settings.redis_url is None:
         raise ValueError("MASKMERGE_REDIS_URL is not set; set it, or use 'maskmerge serve', which brings its own Redis")
     hide(*settings.hidden_folders)
@@ -54,6 +62,7 @@ def compose(settings: Settings) -> Services:
     queue = TaskQueue(connect_for_dispatching(url), settings.queue, store)
     artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
     artifacts.prepare()
+    upgrade_folder(settings.data_dir)
     inspectors = Inspectors(settings.local_roots, settings.data_dir, settings.artifact_store)
     jobs = Jobs(store, queue, inspectors, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
@@ -79,4 +88,5 @@ def compose(settings: Settings) -> Services:
             settings.max_upload_bytes,
             settings.upload_retention,
         ),
+        upgrade=RedisUpgrade(redis, Keys(settings.prefix)),
     )

@@ -73,9 +73,9 @@ class Keys:
         return self._key("jobs", tenant)
 
     @property
-    def listed(self) -> str:
-        """Mark that every job is in the list of its tenant; releases without tenants had one list."""
-        return self._key("listed")
+    def format(self) -> str:
+        """Name the form in which the rest is stored, and the release that brought it there, as JSON."""
+        return self._key("format")
 
     @property
     def api_keys(self) -> str:

@@ -26,14 +26,14 @@ from app.contracts.jobs import (
 )
 from app.storage.keys import Keys
 from app.storage.scripts import JobScripts, flat, listed, source
-from app.storage.sources.job import job_named
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
 
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
 READ_AT_ONCE = 500  # records of which one field is read
 PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
 UPLOAD_NAMED = re.compile(r'"upload:([0-9a-f]{64})"')
-"""A reference to an upload in a request's JSON."""
+JOB_NAMED = re.compile(r'"job:([0-9a-f]{28})/')
+"""References to uploads and to models of jobs, in a request's JSON."""
 SUMMARY_FIELDS = (
     "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
     "progress", "error", "labels", "summary", "result",
@@ -106,7 +106,6 @@ class Records:
         self._keys = keys
         self._scripts = scripts
         self._retention_ms = None if retention_seconds is None else int(retention_seconds * 1000)
-        self._lists_all = False
         self._summaries = redis.register_script(source("summaries"))
 
     def create(self, job: NewJob, idempotency: Idempotency | None = None) -> Created:
@@ -203,7 +202,6 @@ class Records:
         Args:
             status, labels: restrict the list to jobs in this state, and with all of these labels.
         """
-        self._list_older_jobs()
         begin = f"({after}" if after else "+"
         while True:
             arguments: list[str | int] = [begin, PAGE, self._keys.record(""), *SUMMARY_FIELDS]
@@ -292,20 +290,6 @@ class Records:
             ended += self._scripts.run("time_out", task.job, [self._keys.task(task)], arguments)
         return ended
 
-    def _list_older_jobs(self) -> None:
-        """Add the jobs of releases without tenants to the list of the default tenant, once in the life of the data."""
-        if self._lists_all:
-            return
-        position = "-" if not self._redis.exists(self._keys.listed) else None
-        while position is not None:
-            ids = cast(list[str], self._redis.zrangebylex(self._keys.jobs, position, "+", start=0, num=PAGE))
-            older = [job_id for job_id in ids if self._redis.hget(self._keys.record(job_id), "tenant") is None]
-            if older:
-                self._redis.zadd(self._keys.jobs_of(DEFAULT_TENANT), dict.fromkeys(older, 0))
-            position = f"({ids[-1]}" if len(ids) == PAGE else None
-        self._redis.set(self._keys.listed, 1)
-        self._lists_all = True
-
     def uploads_in_use(self) -> set[tuple[str, str]]:
         """Return the tenant and the sha256 of each upload that active jobs name."""
         active = self._of_active_jobs("tenant", "request")
@@ -317,9 +301,8 @@ class Records:
 
     def _read_by_active_jobs(self) -> set[str]:
         """Return the ids of the jobs whose models active jobs name."""
-        active = self._of_active_jobs("inputs")
-        named = (job_named(reference) for [inputs] in active if inputs is not None for reference in json.loads(inputs))
-        return {job_id for job_id in named if job_id is not None}
+        active = self._of_active_jobs("request")
+        return {job_id for [request] in active for job_id in JOB_NAMED.findall(request or "")}
 
     def _of_active_jobs(self, *names: str) -> Iterator[list[str | None]]:
         """Yield these fields of the record of every job that waits or runs."""

@@ -22,7 +22,9 @@ from app.main import create_app
 from app.server import Server
 from app.storage.api_keys import TOKEN, ApiKeys, KeyRefused
 from app.storage.jobs import JobStore
+from app.storage.keys import Keys
 from app.storage.records import NewJob
+from app.storage.versions import FORMAT, check_redis, upgrade_redis
 from tests.conftest import BASE_URL, HANGS_S, HERE, REPOSITORY, assert_problem, free_port, tiny_recipe, wait_until
 
 ANYWHERE = "0.0.0.0"  # noqa: S104 - what needs a key is listened on in two tests
@@ -127,7 +129,14 @@ def test_what_needs_no_key_tells_nothing_of_jobs(api: TestClient, bearer: Callab
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
-PLACES = {"{job_id}": "0" * 28, "{key_id}": "1" * 16, "{digest}": "2" * 64, "{name}": "a", "{key}": "mine"}
+PLACES = {
+    "{job_id}": "0" * 28,
+    "{key_id}": "1" * 16,
+    "{digest}": "2" * 64,
+    "{sha256}": "2" * 64,
+    "{name}": "a",
+    "{key}": "mine",
+}
 
 
 def test_each_operation_needs_its_scope_before_anything_else_is_looked_at(
@@ -157,7 +166,7 @@ def test_each_operation_needs_its_scope_before_anything_else_is_looked_at(
                     assert response.status_code == 403, (method, path, scope)
                     assert f'scope="{needed}"' in response.headers["WWW-Authenticate"]
                     assert_problem(response, 403, "insufficient_scope")
-    assert asked == 3 * 19, "every operation but the public ones"
+    assert asked == 3 * 22, "every operation but the public ones"
 
 
 @pytest.mark.parametrize("sent", ["", "Bearer", "Basic bW06bW0=", "Bearer a b", "mm_0"])
@@ -282,10 +291,13 @@ def test_jobs_of_releases_without_tenants_are_the_default_tenants(redis: Redis) 
     theirs = made.records.create(NewJob({}, "theirs", tenant="theirs")).job_id
     ids.sort(reverse=True)
     assert [record.id for record in made.records.newest()] == ids
-    redis.delete("keys:jobs:default", "keys:listed")
+    redis.delete("keys:jobs:default")
     for job_id in ids:
         redis.hdel(f"keys:job:{job_id}", "tenant")
     upgraded = JobStore(redis, "keys", lease_seconds=10, max_losses=3)
+    assert check_redis(redis, Keys("keys")) < FORMAT
+    upgrade_redis(redis, Keys("keys"))
+    assert check_redis(redis, Keys("keys")) == FORMAT
     assert [record.id for record in upgraded.records.newest()] == ids
     assert [record.id for record in upgraded.records.newest(tenant="theirs")] == [theirs]
     record = upgraded.records.get(ids[0])

@@ -92,6 +92,7 @@ ASKING = [
     ("POST", "/keys"),
     ("GET", "/keys"),
     ("DELETE", f"/keys/{KEY}"),
+    *[(method, f"/uploads/{DIGEST}") for method in ("PUT", "GET", "DELETE")],
     ("GET", "/readyz"),
 ]
 
@@ -123,6 +124,7 @@ def test_every_route_that_asks_redis_is_among_these(hung: TestClient) -> None:
     names = {
         UNKNOWN: "{job_id}",
         KEY: "{key_id}",
+        f"uploads/{DIGEST}": "uploads/{sha256}",
         DIGEST: "{digest}",
         "artifacts/a": "artifacts/{name}",
     }

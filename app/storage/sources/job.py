@@ -11,7 +11,6 @@ from app.storage.files import Damaged
 from app.storage.inputs import OnBytes, RootedPath
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
-from worker.engine.catalog.checkpoints.inspection import checkpoint_state
 
 IS_REMOTE = False
 JOB = re.compile(r"(?P<job>[0-9a-f]{28})/(?P<model>(?!\.+$)[A-Za-z0-9._-]{1,64})")
@@ -66,7 +65,7 @@ class JobSource:
         try:
             with _intact(reference):
                 artifact, model = self._artifact(reference)
-                return FetchedInput(artifact.fetch(model, on_bytes), state=state)
+                return FetchedInput(artifact.fetch(model, on_bytes))
         except ReferenceError as error:
             job, _ = _parsed(reference)
             if isinstance(self._outcome(job), Outcome):
@@ -74,7 +73,7 @@ class JobSource:
             raise ReferenceError(f"job {job} was deleted after this one was accepted") from error
 
     def state(self, info: CheckpointInfo) -> str | None:
-        return checkpoint_state(info)
+        return None  # an artifact never changes, while times of its files may, as when it is restored from a backup
 
     def _artifact(self, reference: Reference) -> tuple[Artifact, str]:
         """Return the artifact, and the model's name in it.
