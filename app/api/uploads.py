@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from app.api.dependencies import CallerOf, ServicesOf
-from app.api.openapi import Responses, headers
+from app.api.openapi import Responses, headers, problems
 from app.api.strict_route import StrictRoute
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.uploads import Kind, UploadStatus, name_problem
@@ -33,6 +33,7 @@ TAKEN: Responses = {
         "headers": {**HEADERS, **headers(Location="Where its status is")},
     },
     202: {"description": "More bytes are to come", "model": UploadStatus, "headers": HEADERS},
+    **problems(409, 507),
 }
 BODY: dict[str, Any] = {
     "requestBody": {
@@ -43,7 +44,7 @@ BODY: dict[str, Any] = {
 
 
 @router.put("/uploads/{sha256}", responses=TAKEN, openapi_extra=BODY)
-async def put(
+async def put_upload(
     sha256: Digest,
     request: Request,
     response: Response,
@@ -79,7 +80,7 @@ async def put(
 
 
 @router.get("/uploads/{sha256}", responses=STATUS)
-def get(sha256: Digest, response: Response, services: ServicesOf, caller: CallerOf) -> UploadStatus:
+def get_upload(sha256: Digest, response: Response, services: ServicesOf, caller: CallerOf) -> UploadStatus:
     """Say how much of an upload is there. Only the tenant that sends it sees it."""
     status = services.uploads.get(caller.tenant, sha256)
     response.headers.update(progress_headers(status))
@@ -87,8 +88,8 @@ def get(sha256: Digest, response: Response, services: ServicesOf, caller: Caller
     return status
 
 
-@router.delete("/uploads/{sha256}", status_code=204)
-def delete(sha256: Digest, services: ServicesOf, caller: CallerOf) -> None:
+@router.delete("/uploads/{sha256}", status_code=204, responses=problems(409))
+def delete_upload(sha256: Digest, services: ServicesOf, caller: CallerOf) -> None:
     """Forget an upload. 409 while a job that waits or runs names it. Folders that have its file keep it."""
     services.uploads.delete(caller.tenant, sha256)
 

@@ -32,7 +32,9 @@ class UploadStatus(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     sha256: str
+    """SHA-256 of all bytes, in hexadecimal digits."""
     kind: Kind
+    """Whether it is a file, or the manifest of a folder."""
     name: str | None
     """Name of a file, whose ending says its format; null for a folder."""
     bytes: int
