@@ -35,10 +35,11 @@ TAKEN: Responses = {
     202: {"description": "More bytes are to come", "model": UploadStatus, "headers": HEADERS},
     **problems(409, 507),
 }
+ROW = '{"text": "a row", "label": 0}\n'
 BODY: dict[str, Any] = {
     "requestBody": {
         "description": "The bytes that `Content-Range` names, or all of them",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}, "example": ROW}},
     }
 }
 

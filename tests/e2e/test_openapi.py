@@ -3,6 +3,7 @@
 All of its checks run but `positive_data_acceptance`: a recipe that fits the schema may well be refused.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -71,10 +72,14 @@ def find_faults(
 def test_what_there_is_answers_as_the_document_says(service: Service, job: dict[str, Any], tmp_path: Path) -> None:
     digest = service.get("/scores").json()["data"][0]["digest"]
     key = service.post("/keys", json={}).json()["id"]
+    sha256 = hashlib.sha256(b"{}").hexdigest()
+    with service.http as http:
+        assert http.put(f"/uploads/{sha256}", params={"name": "rows.jsonl"}, content=b"{}").status_code == 201
     report = find_faults(
         service, tmp_path, "--exclude-path-regex", TAKE_RECIPES, "--exclude-method", "DELETE",
         "--phases", "coverage,fuzzing", "-n", "10",
         job_id=job["id"], digest=digest, key_id=key, name="models/a/config.json",
+        sha256=sha256,
     )  # fmt: skip
     assert "Missing test data" not in report, "what is there was not found"
     assert service.job(job["id"])["status"] == "succeeded"
