@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
@@ -19,7 +18,7 @@ from app.main import create_app
 from app.storage.api_keys import ApiKeys
 from app.storage.tenants import uploads_of
 from app.storage.uploads import remove_unused
-from tests.conftest import BASE_URL, HERE, assert_problem
+from tests.conftest import BASE_URL, HERE, Answer, assert_problem
 
 ROWS = b'{"text": "a", "label": 0}\n' * 100
 MOST = 1_000_000
@@ -54,16 +53,14 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def put(
-    api: TestClient, content: bytes, *, of: bytes | None = None, range_: str | None = None, **more: Any
-) -> httpx.Response:
+def put(api: TestClient, content: bytes, *, of: bytes | None = None, range_: str | None = None, **more: Any) -> Answer:
     params = {"name": "rows.jsonl", **more}
     headers = {"Content-Range": range_} if range_ else {}
     path = f"/uploads/{digest(content if of is None else of)}"
     return api.put(path, content=content, params={k: v for k, v in params.items() if v}, headers=headers)
 
 
-def progress(response: httpx.Response) -> tuple[int, str, str, str]:
+def progress(response: Answer) -> tuple[int, str, str, str]:
     headers = response.headers
     return response.status_code, headers["Upload-Offset"], headers["Upload-Length"], headers["Upload-Complete"]
 
@@ -126,7 +123,7 @@ def test_a_range_that_is_none_of_the_body_is_malformed(api: TestClient, range_: 
 def test_a_body_of_another_length_than_it_announces(api: TestClient) -> None:
     size = len(ROWS)
 
-    def sent(content: bytes) -> httpx.Response:  # in chunks, without Content-Length
+    def sent(content: bytes) -> Answer:  # in chunks, without Content-Length
         return api.put(
             f"/uploads/{digest(ROWS)}",
             params={"name": "a.jsonl"},
