@@ -21,13 +21,14 @@ class PathError(ValueError):
     """A path cannot become a reference; the message names the field and the path, and says what to do."""
 
 
-def with_references(recipe: Any, roots: Sequence[Path]) -> Any:
+def with_references(recipe: Any, roots: Sequence[Path], *, follows_links: bool = False) -> Any:
     """Return the recipe, mergekit's or our own, with `local:PATH` for each folder or file of this machine in it.
 
     As in mergekit, a name that exists as a path from the working directory is that path, and else a name on the hub.
 
     Args:
         roots: local roots of the service, as its settings have them.
+        follows_links: whether a root is passed over where links lead out of it, which the service would refuse.
 
     Raises:
         PathError: a path does not exist, or lies under no root.
@@ -35,7 +36,8 @@ def with_references(recipe: Any, roots: Sequence[Path]) -> Any:
     if not isinstance(recipe, dict):
         return recipe
     keys = MERGEKIT_KEYS if "merge_method" in recipe else OWN_KEYS
-    return _walked(recipe, keys, "", lambda field, name: _references(field, name, roots))
+    usable = _holds if follows_links else _is_above
+    return _walked(recipe, keys, "", lambda field, name: _references(field, name, roots, usable))
 
 
 def taken_for_the_hubs(recipe: Any, fields: Collection[str]) -> list[str]:
@@ -64,16 +66,26 @@ def _walked(value: Any, keys: frozenset[str], field: str, reference: Callable[[s
     return found
 
 
-def _references(field: str, name: str, roots: Sequence[Path]) -> str:
+def _is_above(root: Path, path: Path) -> bool:
+    return path.is_relative_to(root)
+
+
+def _holds(root: Path, path: Path) -> bool:
+    """Return whether a file, or a folder with its entries, lies under a root, whatever links it is made of."""
+    real, entries = root.resolve(), path.iterdir() if path.is_dir() else ()
+    return path.is_relative_to(root) and all(one.resolve().is_relative_to(real) for one in (path, *entries))
+
+
+def _references(field: str, name: str, roots: Sequence[Path], usable: Callable[[Path, Path], bool]) -> str:
     """Return the reference of a model, or of a model and its adapter (`BASE+ADAPTER`)."""
     if name in WORDS or not name or "\0" in name:
         return name
     if Path(name).exists():
-        return _reference(field, name, roots)
-    return "+".join(_reference(field, part, roots) for part in name.split("+"))
+        return _reference(field, name, roots, usable)
+    return "+".join(_reference(field, part, roots, usable) for part in name.split("+"))
 
 
-def _reference(field: str, name: str, roots: Sequence[Path]) -> str:
+def _reference(field: str, name: str, roots: Sequence[Path], usable: Callable[[Path, Path], bool]) -> str:
     if is_reference(name):
         return name
     path = Path(os.path.abspath(Path(name).expanduser()))  # not resolved: the service follows links itself
@@ -83,7 +95,7 @@ def _reference(field: str, name: str, roots: Sequence[Path]) -> str:
         return name
     given = [Path(os.path.abspath(root.expanduser())) for root in roots]
     for number, root in enumerate(given):
-        if not path.is_relative_to(root):
+        if not usable(root, path):
             continue
         relative = path.relative_to(root)
         earlier = next((other for other in given[:number] if (other / relative).exists()), None)

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -48,14 +50,19 @@ class Supervisor:
     """Starts Redis (unless `settings.redis_url` names one), API and workers, and keeps them running.
 
     It has one thread, so that children may be started with a hook that ties their life to this process.
+
+    Args:
+        is_quiet: whether what Redis prints is dropped.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, is_quiet: bool = False) -> None:
         self._settings = settings
+        self._is_quiet = is_quiet
         self._stopping = False
         self._lock = -1
         self._redis: EmbeddedRedis | None = None
         self._children: list[Child] = []
+        self._variables: dict[str, str] = {}
 
     def run(self) -> int:
         """Run until SIGTERM or Ctrl-C.
@@ -67,6 +74,22 @@ class Supervisor:
         signal.signal(signal.SIGINT, self._ask_to_stop)
         _check_free(self._settings.host, self._settings.port)
         Certificate.of(self._settings)  # raises what would keep the API from starting
+        with self.started(Child("api", [sys.executable, "-m", "app.cli", "api"])) as url:
+            with Redis.from_url(url, decode_responses=True) as redis:
+                ApiKeys(redis, self._settings.prefix).require(self._settings)
+            announced = False
+            while not self._stopping:
+                self.keep_running()
+                announced = announced or self._announce()
+                time.sleep(TICK_S)
+        return 0
+
+    @contextmanager
+    def started(self, *others: Child) -> Iterator[str]:
+        """Yield the URL of Redis, which runs; workers and others run once `keep_running` is called, again and again.
+
+        All of them are stopped at the end. Raises as `run` does.
+        """
         data_dir = self._settings.data_dir.resolve()
         open_artifacts(self._settings.artifact_store, data_dir)  # if there is none, no child can start
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -76,19 +99,18 @@ class Supervisor:
             url = self._start_redis(data_dir)
             with Redis.from_url(url, decode_responses=True) as redis:
                 upgrade_redis(redis, Keys(self._settings.prefix))
-                ApiKeys(redis, self._settings.prefix).require(self._settings)
-            environment = self._environment(url, data_dir)
-            self._children.append(Child("api", [sys.executable, "-m", "app.cli", "api"]))
+            self._variables = self._environment(url, data_dir)
+            self._children.extend(others)
             for number in range(1, self._settings.workers + 1):
                 self._children.append(Child(f"worker {number}", [sys.executable, "-m", "worker"]))
-            announced = False
-            while not self._stopping:
-                self._keep_running(environment)
-                announced = announced or self._announce()
-                time.sleep(TICK_S)
+            yield url
         finally:
             self._stop()
-        return 0
+
+    @property
+    def failures(self) -> int:
+        """How often a child that should run has ended, one time soon after the other."""
+        return max(child.failures for child in self._children)
 
     def _start_redis(self, data_dir: Path) -> str:
         if self._settings.redis_url is not None:
@@ -117,7 +139,8 @@ class Supervisor:
                 environment[f"MASKMERGE_{name.upper()}"] = str(value)
         return environment
 
-    def _keep_running(self, environment: dict[str, str]) -> None:
+    def keep_running(self) -> None:
+        """Start the children that do not run, after a pause that grows while they fail."""
         now = time.monotonic()
         for child in self._children:
             if child.process is not None and child.process.poll() is not None:
@@ -128,7 +151,7 @@ class Supervisor:
                 child.process = None
                 child.start_at = now + wait
             if child.process is None and now >= child.start_at:
-                self._spawn(child, environment)
+                self._spawn(child, self._variables)
 
     def _spawn(self, child: Child, environment: dict[str, str]) -> None:
         parent = os.getpid()
@@ -137,6 +160,7 @@ class Supervisor:
             child.command,
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if self._is_quiet and child.name == "redis" else None,
             # Ctrl-C in a terminal is for the supervisor, which stops the others in order.
             start_new_session=True,
             # Children hold the lock too: a successor waits until all of them are gone, and never runs beside them.

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,6 +14,7 @@ from starlette.routing import Match
 from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
 from app.contracts.suitability import MOST_ERRORS
+from app.services.bodies import field_of
 from worker.engine.catalog.primitives.paths import without_paths
 
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
@@ -98,13 +99,3 @@ def _redis(request: Request, error: Exception) -> Response:
 def _unexpected(request: Request, error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return answer(request, ProblemError(Problem.INTERNAL, "the service failed on this request; its log says why"))
-
-
-def field_of(location: Sequence[object]) -> str:
-    """Return a field's path, as `models.0.checkpoint`, without the word body and the tags that unions add to it."""
-    parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal[", "<"))]
-    if len(parts) > 1 and parts[0] == "method":
-        parts.pop(1)
-    if len(parts) > 3 and parts[:2] == ["method", "candidates"]:
-        parts.pop(3)
-    return ".".join(parts)

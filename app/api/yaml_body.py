@@ -3,6 +3,7 @@
 from fastapi import Request
 
 from app.api.strict_route import YAML, StrictRoute
+from app.services.bodies import field_there
 
 EXAMPLE = """merge_method: linear
 models:
@@ -30,13 +31,6 @@ class YamlRoute(StrictRoute):
 
 
 def as_sent(request: Request, field: str) -> str:
-    """Return the path that a field of the request has in the body, which is another path in a recipe of mergekit.
-
-    It has no index into filters, because those of the translation come from several mappings.
-    """
+    """Return the path that a field of the request has in the body; see `field_there`."""
     fields: dict[str, str] = getattr(request.state, "fields_there", {})
-    known = max((ours for ours in fields if field == ours or field.startswith(f"{ours}.")), key=len, default=None)
-    if known is None:
-        return field
-    rest = field.removeprefix(known)
-    return fields[known] + (rest if rest.removeprefix(".").isdecimal() else "")
+    return field_there(field, fields)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from app.cli import catalog, jobs, keys, service
+from app.cli import catalog, jobs, keys, run, service
 from app.cli.exits import Exit, explained
 
 app = typer.Typer(
@@ -14,6 +14,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes longer to load than all else that --help needs
     pretty_exceptions_enable=False,  # they show variables, and with them keys
 )
+app.command()(run.run)
 app.command()(service.serve)
 app.command()(service.api)
 app.command()(service.worker)

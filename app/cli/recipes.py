@@ -26,11 +26,12 @@ def read(recipe: Path) -> Any:
         raise Stop(f"{recipe}: {error}") from error
 
 
-def related(content: Any, roots: Sequence[Path] | None) -> Any:
+def related(content: Any, roots: Sequence[Path] | None, *, follows_links: bool = False) -> Any:
     """Return a recipe's content with references in place of this machine's paths.
 
     Args:
         roots: local roots of the service; those of MASKMERGE_LOCAL_ROOTS when None.
+        follows_links: see `with_references`.
 
     Raises:
         Stop: a path lies under no root, or does not exist.
@@ -40,7 +41,7 @@ def related(content: Any, roots: Sequence[Path] | None) -> Any:
     if roots is None:
         roots = [Path(root) for root in os.environ.get("MASKMERGE_LOCAL_ROOTS", "").split(":") if root]
     try:
-        return with_references(content, roots)
+        return with_references(content, roots, follows_links=follows_links)
     except PathError as error:
         raise Stop(str(error)) from error
 

@@ -1,5 +1,6 @@
 """Reads bodies of requests: JSON or YAML, our own requests or recipes of mergekit."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,3 +35,25 @@ def read_body(body: bytes, *, is_yaml: bool) -> Body:
         errors = [FieldError(field=error.field, message=error.message)]
         raise ProblemError(Problem.INVALID_REQUEST, str(error), errors) from error
     return Body(content, {})
+
+
+def field_there(field: str, fields_there: Mapping[str, str]) -> str:
+    """Return the path that a field of a request has in the body, which is another path in a recipe of mergekit.
+
+    It has no index into filters, because those of the translation come from several mappings.
+    """
+    known = max((ours for ours in fields_there if field == ours or field.startswith(f"{ours}.")), key=len, default=None)
+    if known is None:
+        return field
+    rest = field.removeprefix(known)
+    return fields_there[known] + (rest if rest.removeprefix(".").isdecimal() else "")
+
+
+def field_of(location: Sequence[object]) -> str:
+    """Return a field's path, as `models.0.checkpoint`, without the word body and the tags that unions add to it."""
+    parts = [str(part) for part in location[1:] if not str(part).startswith(("constrained-", "literal[", "<"))]
+    if len(parts) > 1 and parts[0] == "method":
+        parts.pop(1)
+    if len(parts) > 3 and parts[:2] == ["method", "candidates"]:
+        parts.pop(3)
+    return ".".join(parts)

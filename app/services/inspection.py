@@ -203,6 +203,7 @@ class Inspectors:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr,
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C in a terminal is for the process that started it
                 # Redis's URL holds a password.
                 env={name: value for name, value in os.environ.items() if name != "MASKMERGE_REDIS_URL"},
             )

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import maskmerge
@@ -25,7 +24,6 @@ from app.client import (
     ClientError,
     DownloadFailed,
     Event,
-    Job,
     MergeRequest,
     NoService,
     Refused,
@@ -34,8 +32,9 @@ from app.client import (
     Unreachable,
     steps,
 )
-from app.contracts.jobs import ErrorCode, JobKind, PhaseName
+from app.contracts.jobs import ErrorCode, PhaseName
 from tests.conftest import RESULT, tiny_recipe
+<<<<<<< HEAD
 
 JOB_ID = "0" * 28
 STATUS = '{"status": "%s", "attempt": 1, "error": null, "at": "2030-01-01T00:00:00Z"}'
@@ -125,6 +124,9 @@ def job_body(**changed: Any) -> dict[str, Any]:
     ).model_dump(mode="json")  # fmt: skip
     job["result"]["timings"]["tea_seconds"] = 1.0
     return {**job, "colour": 3, **changed}
+=======
+from tests.servers import JOB_ID, STATUS, Answer, Server, cuts, hangs_up, job_body, refuses, sends
+>>>>>>> 0349e6b (maskmerge run: the whole service for one job, which leaves nothing but the result)
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.api.errors import field_of
 from app.contracts.requests import MergeRequest
+from app.services.bodies import field_of
 from worker.engine.catalog.contracts.report import Difference, MetricResult
 from worker.engine.catalog.contracts.spec import Acceptance
 from worker.engine.jobs.acceptance import missed

@@ -103,3 +103,21 @@ def test_the_same_path_under_an_earlier_root_is_no_mistake(here: Path) -> None:
     assert mapped("./models/a", ".", "other") == "local:models/a"
     with pytest.raises(PathError, match="goes first"):
         mapped("./models/a", "other", ".")
+
+
+def test_a_root_is_passed_over_where_links_lead_out_of_it(here: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As in the hub's cache, whose snapshots are folders of links, or where a folder of models is a link."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "weights").touch()
+    (elsewhere / "model").mkdir()
+    (here / "snapshot").mkdir()
+    (here / "snapshot" / "model.safetensors").symlink_to(elsewhere / "weights")
+    (here / "linked").symlink_to(elsewhere / "model")
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": f"./{name}"} for name in ("models/a", "snapshot", "linked")],
+    }
+    found = with_references(recipe, [here, Path("/")], follows_links=True)
+    assert [model["model"] for model in found["models"]] == [
+        "local:models/a", f"local:{here.relative_to('/')}/snapshot", f"local:{here.relative_to('/')}/linked",
+    ]  # fmt: skip

@@ -7,10 +7,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr, ValidationError
 
-from app.api.errors import field_of
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.contracts.settings import Settings
 from app.main import create_app
+from app.services.bodies import field_of
 from worker.engine.catalog.methods import AutoParameters
 
 
