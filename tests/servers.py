@@ -91,9 +91,10 @@ def job_body(**changed: Any) -> dict[str, Any]:
     """A job as a newer service may tell of it, with fields that this client does not know."""
     links = dict.fromkeys(("self", "events", "artifacts", "cancel", "report"), "/")
     job = Job(
-        id=JOB_ID, kind=JobKind.MERGE, name="", status=Status.QUEUED, attempt=0, created_at="2030-01-01T00:00:00Z",
+        id=JOB_ID, kind=JobKind.MERGE, name="", status=Status.QUEUED, priority=0, attempt=0,
+        created_at="2030-01-01T00:00:00Z",
         started_at=None, finished_at=None, expires_at=None, progress={}, error=None, labels={}, key=None, links=links,
         request={}, result=RESULT,
     ).model_dump(mode="json")  # fmt: skip
     job["result"]["timings"]["tea_seconds"] = 1.0
-    return {**job, "priority": 3, **changed}
+    return {**job, "colour": 3, **changed}

@@ -16,8 +16,8 @@ from tests.conftest import REPOSITORY, RESULT, tiny_recipe
 from tests.servers import JOB_ID, STATUS, Answer, Server, job_body, refuses, sends
 
 COMMANDS = {
-    "run", "serve", "api", "worker", "settings", "submit", "wait", "status", "list", "logs", "cancel", "retry", "delete",
-    "download", "methods", "scores", "keys",
+    "run", "serve", "api", "worker", "settings", "submit", "wait", "status", "list", "logs", "cancel", "retry",
+    "delete", "download", "methods", "scores", "keys",
 }  # fmt: skip
 ENDED: dict[str, tuple[dict[str, Any], Exit]] = {
     "succeeded": ({"status": "succeeded"}, Exit.OK),
