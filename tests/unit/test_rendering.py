@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from worker.engine.runtime import rendering
@@ -65,6 +68,30 @@ def test_a_process_that_was_killed_or_ended_has_a_successor() -> None:
     rendering.end()
     assert successor.returncode == 0
     assert rendered("z") == "z"
+
+
+ASKING = """
+from worker.engine.runtime import rendering
+rendering.render("x", [], {}, marks=False, begins=False)
+print(rendering._renderer.process.pid, flush=True)
+rendering.render("{{ 9 ** (9 ** 9) }}", [], {}, marks=False, begins=False)
+"""
+
+
+def test_a_process_whose_template_holds_up_all_threads_ends_with_the_one_that_asked() -> None:
+    """The kernel ends it at once, and not when its own time is up, after 10 s."""
+    with subprocess.Popen([sys.executable, "-c", ASKING], stdout=subprocess.PIPE) as asking:
+        assert asking.stdout is not None
+        renderer = psutil.Process(int(asking.stdout.readline()))
+        began = renderer.cpu_times().user
+        while renderer.cpu_times().user < began + 0.2:  # it computes
+            assert asking.poll() is None
+            time.sleep(0.01)
+        asking.kill()
+    begun = time.monotonic()
+    while renderer.is_running() and renderer.status() != psutil.STATUS_ZOMBIE:  # nobody may collect it
+        assert time.monotonic() - begun < 3
+        time.sleep(0.01)
 
 
 def test_the_process_has_nothing_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

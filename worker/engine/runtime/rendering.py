@@ -1,13 +1,15 @@
 """Runs chat templates in a process of its own, whose time and memory are limited.
 
 A template can ask for any time and any memory in one operation, such as `9 ** 9 ** 9` or `"x" * 9 ** 9`, and no other
-thread of its process runs meanwhile. So only the kernel can stop it.
+thread of its process runs meanwhile. So only the kernel can stop it, also when the process that asked has ended.
 """
 
 import atexit
+import fcntl
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -120,10 +122,29 @@ def _serve() -> None:
     with suppress(OSError):  # if the machine runs out of memory, this process goes first; not every container lets it
         Path("/proc/self/oom_score_adj").write_text("1000")
     for question in sys.stdin.buffer:
+        _end_with_asker(True)
         answer = json.dumps(_answer(chat_template_utils, question)).encode()
         signal.setitimer(signal.ITIMER_REAL, 0)
+        _end_with_asker(False)
         sys.stdout.buffer.write(answer + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _end_with_asker(does: bool) -> None:
+    """Let the kernel end this process by SIGIO as soon as the pipe of questions is closed, or no longer.
+
+    It does so as well when there is something to read, but nobody asks before the answer. With `die_with_parent` the
+    kernel would watch the thread that started this process, which may be one of many short ones.
+    """
+    pipe = sys.stdin.fileno()
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC if does else flags & ~os.O_ASYNC)
+    if does:
+        poll = select.poll()
+        poll.register(pipe, 0)
+        if poll.poll(0):  # it was closed before
+            sys.exit(1)
 
 
 def _answer(chat_template_utils: Any, question: bytes) -> dict[str, Any]:
