@@ -320,7 +320,7 @@ class Bench:
         """Return a method with its parameters, and the numbers of rows that it measures and that heads align on."""
         rows, aligned_on = (FEW_ROWS, FEW_ROWS) if label == FEW else (self.rows, self.alignment_rows)
         asked = {"name": "regmean"} if label == FEW else LABELED[label]
-        measures = "examples" in METHODS[asked["name"]].parameters.model_fields
+        measures = METHOD.validate_python(asked).most_examples > 0
         return METHOD.validate_python({**asked, **({"examples": rows} if measures else {})}), rows, aligned_on
 
     def _of_auto(self, tasks: Combination, trials: int, is_wanted: bool) -> Kept | None:

@@ -14,7 +14,7 @@ from starlette.routing import Match
 from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
 from app.contracts.suitability import MOST_ERRORS
-from app.services.bodies import field_of
+from app.services.bodies import field_of, message_of
 from worker.engine.catalog.primitives.paths import without_paths
 
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
@@ -55,8 +55,7 @@ def _validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     found = error.errors()
     errors = [
-        FieldError(field=as_sent(request, field_of(e["loc"])), message=e["msg"].removeprefix("Value error, "))
-        for e in found[:MOST_ERRORS]
+        FieldError(field=as_sent(request, field_of(e["loc"])), message=message_of(e)) for e in found[:MOST_ERRORS]
     ]
     outside = any(e["loc"][0] != "body" for e in found)
     problem = Problem.MALFORMED if outside else Problem.INVALID_REQUEST

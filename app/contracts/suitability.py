@@ -148,7 +148,7 @@ def negative_weights(method: str, index: int, weight: PerTensor[Weight]) -> Iter
     if not is_ever_negative(weight):
         return
     takers = ", ".join(name for name, entry in METHODS.items() if entry.parameters.takes_negative_weights)
-    why = f"Input should be greater than or equal to 0 in method {method}; methods that take others are {takers}"
+    why = f"must be greater than or equal to 0 in method {method}; methods that take others are {takers}"
     filters = filters_of(weight)
     parts: list[tuple[tuple[str | int, ...], Any]] = [((), weight)]
     if filters:

@@ -241,6 +241,7 @@ def test_contents_fail_the_job(
     job = service.finished(service.submit(asked))
     assert (job["status"], job["error"]["code"]) == ("failed", "invalid_statistics")
     assert said in job["error"]["message"]
+    assert job["error"]["detail"]["field"] == "models.0.statistics.fisher"
     assert "local:fisher/bad.safetensors" in job["error"]["message"]
     assert value is None or f"tensor {WEIGHT} in bad.safetensors" in job["error"]["message"]
 

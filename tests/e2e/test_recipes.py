@@ -383,7 +383,7 @@ def test_the_command_line_says_what_was_refused(service: Service, tmp_path: Path
     recipe.write_text(TIES.replace("0.7", "[0.7, -2e6]"))
     done = run(service, recipe, "--wait")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "models.1.parameters.weight: Input should be greater than or equal to -1000000" in done.stderr
+    assert "models.1.parameters.weight: must be greater than or equal to -1000000" in done.stderr
     recipe.write_text("merge_method: linear\nmodels: [{model: lm/nothere, parameters: {weight: 1}}]")
     assert "there is no folder 'lm/nothere' here" in run(service, recipe).stderr
     done = run(service, tmp_path / "none.yaml")

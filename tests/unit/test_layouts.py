@@ -631,6 +631,14 @@ def test_stacks_that_cannot_be_are_refused(copied: Copied, case: str) -> None:
     assert_refused(partial(stacked, slices, *folders), error, words)
 
 
+def test_slices_of_two_lists_are_refused_in_words_of_any_method(copied: Copied) -> None:
+    infos = [inspect_checkpoint(copied(T5, seed), f"local:t5-{seed}") for seed in (1, 2)]
+    sources = [{"model": name, "layers": [1, 2]} for name in "ab"]
+    slices = [OutputSlice.model_validate({"sources": sources})]
+    with pytest.raises(InvalidCheckpoint, match=r"it has 2 lists of layers .*; leave slices out to merge it whole"):
+        plan_job(AverageParameters(), ["a", "b"], infos, OutputSpec(), slices=slices)
+
+
 def test_models_of_different_depths_stack(tmp_path: Path) -> None:
     models = [tiny_model(tmp_path / name, seed=seed, layers=seed + 1) for seed, name in ((1, "a"), (2, "b"))]
     found = stacked([("a", 0, 2), ("b", 2, 3)], *models)

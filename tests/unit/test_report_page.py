@@ -1,7 +1,9 @@
 """The report page as text: what is escaped, how large it gets, and whether its colours can be read."""
 
+import html
 import random
 import re
+import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from itertools import product
@@ -108,7 +110,7 @@ class Checked(HTMLParser):
             self.named_by += [given["aria-labelledby"] or "", given["aria-describedby"] or ""]
         if re.fullmatch(r"h\d", tag):
             self.headings.append(int(tag[1]))
-        if tag not in ("meta",):
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -170,6 +172,22 @@ def test_sections_are_there_only_where_there_are_data(merged: tuple[MergeSpec, M
         "repeat",
     ]  # fmt: skip
     assert "retention" not in bare
+
+
+def test_the_recipe_is_posted_wherever_the_service_is_and_long_names_break_between_words(
+    merged: tuple[MergeSpec, MergePlan],
+) -> None:
+    result = invented_result(["a", "b"]).model_copy(update={"method": {"name": "aligned_regmean"}})
+    page = page_of(merged, result, invented_contents(["a", "b"]))
+    assert "<dd>aligned_<wbr>regmean" in page
+    [command] = re.findall(r'<pre[^>]*aria-label="Command">(.*?)</pre>', page, flags=re.DOTALL)
+    command = html.unescape(command).partition(" --data")[0]
+    for key, given in ((None, []), ("mm_x", ["-H", "Authorization: Bearer mm_x"])):
+        variables = {"MASKMERGE_URL": "http://there:9"} | ({"MASKMERGE_API_KEY": key} if key else {})
+        script = command.replace("curl", "printf '%s\n'", 1)
+        told = subprocess.run(["/bin/sh", "-c", script], env=variables, capture_output=True, text=True, check=True)
+        said = ["--fail-with-body", "http://there:9/merge", *given, "-H", "Content-Type: application/json"]
+        assert told.stdout.splitlines() == said
 
 
 def test_a_hundred_models_of_96_layers_make_no_large_page(merged: tuple[MergeSpec, MergePlan]) -> None:

@@ -133,6 +133,10 @@ def test_what_a_candidate_gives_is_kept_and_what_the_job_gives_counts_for_all() 
             assert proposal.method.most_examples == 99
         assert "align_ridge" not in proposal.parameters
         assert "scale" not in proposal.parameters
+    [refitted, estimated] = auto(
+        candidates=[{"name": "aligned_regmean", "start": "tsv_m"}, {"name": "regmean", "gram": "deltas"}], examples=99
+    ).methods
+    assert (refitted.most_examples, estimated.most_examples) == (99, 0)
 
 
 def test_weights_are_around_the_recipes_and_the_first_is_as_it_is() -> None:

@@ -48,6 +48,29 @@ def test_what_a_start_needs_the_whole_needs() -> None:
     assert METHODS["aligned_regmean"].describe()["parameters"]["properties"]["start"]["default"] == "regmean"
 
 
+def test_what_has_no_effect_is_neither_told_nor_taken() -> None:
+    """Every dump can be asked for again, and leads to the same merge."""
+    of_regression, of_sums = aligned(), aligned(start="tsv_m")
+    assert {"shrink", "ridge", "hold"} <= of_regression.model_dump().keys()
+    assert of_sums.model_dump().keys() == of_regression.model_dump().keys() - {"shrink", "ridge"}
+    own = aligned(start={"name": "regmean", "shrink": 0.9}, ridge=0.2).model_dump()
+    assert ("shrink" in own, own["ridge"], own["start"]) == (False, 0.2, {"name": "regmean", "shrink": 0.9})
+    deltas = METHOD.validate_python({"name": "regmean", "gram": "deltas"})
+    assert "examples" not in deltas.model_dump()
+    empirical = METHOD.validate_python({"name": "fisher", "estimator": "empirical"})
+    assert "seed" not in empirical.model_dump()
+    assert METHOD.validate_python({"name": "fisher", "seed": 3}).model_dump()["seed"] == 3
+    for method in (of_regression, of_sums, deltas, empirical, METHOD.validate_python(own)):
+        assert METHOD.validate_python(method.model_dump()) == method
+    no_effect: list[tuple[dict[str, Any], str]] = [
+        ({"name": "regmean", "gram": "deltas", "examples": 64}, "examples counts rows to measure, and gram 'deltas'"),
+        ({"name": "fisher", "estimator": "expected", "seed": 3}, "seed draws labels, and the estimator 'expected'"),
+    ]
+    for given, why in no_effect:
+        with pytest.raises(ValidationError, match=why):
+            METHOD.validate_python(given)
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [

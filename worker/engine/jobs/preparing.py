@@ -13,7 +13,7 @@ from worker.engine.catalog.contracts.spec import LEAST_ALIGNMENT_ROWS, Evaluatio
 from worker.engine.catalog.data.rows import Row, Rows, Text, sample
 from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset
+from worker.engine.catalog.primitives.errors import InvalidCheckpoint, InvalidDataset, InvalidStatistics
 from worker.engine.catalog.primitives.notes import Doubt
 from worker.engine.catalog.tasks import LabelMap, column_problems, label_map
 from worker.engine.checkpoints.layout import check_layout
@@ -84,15 +84,19 @@ def given_statistics(
     """Open the statistics of the model `index` that come from files, and check every value.
 
     Raises:
-        InvalidStatistics: a file is not of the model, or its values are no statistic.
+        InvalidStatistics: a file is not of the model, or its values are no statistic; the detail names the field.
     """
     given = {}
     for name, spec in model.statistics.items() if model.takes_part else ():
-        tensors = inputs.statistics(plan, index, spec)
-        identities = identities_of(tensors)
-        digest = context.lasting.digests.of_files({t.path for t in tensors.values()}, torch.get_num_threads())
-        given[name] = GivenStatistic(spec.source, digest, tensors, context.reader, identities)
-        check_information(given[name])
+        try:
+            tensors = inputs.statistics(plan, index, spec)
+            identities = identities_of(tensors)
+            digest = context.lasting.digests.of_files({t.path for t in tensors.values()}, torch.get_num_threads())
+            given[name] = GivenStatistic(spec.source, digest, tensors, context.reader, identities)
+            check_information(given[name])
+        except InvalidStatistics as error:
+            error.detail["field"] = f"models.{index}.statistics.{name}"
+            raise
     return given
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from worker.engine.catalog.contracts.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
@@ -122,13 +122,18 @@ def _accepted(result: MergeResult) -> str | None:
 
 
 def _common_tiles(spec: JobSpec, result: JobResult) -> list[tuple[str, str | None, str]]:
-    method = str(result.method["name"])
+    method = _breakable(str(result.method["name"]))
     seconds = sum(result.timings.model_dump(exclude=NOT_KNOWN_YET).values())
     return [
         ("models", str(len(spec.models)), ""),
         ("method", method, "chosen by auto" if isinstance(result, MergeResult) and result.candidates else ""),
         ("time", _seconds(seconds), f"on {result.device}, {size(result.peak_memory_bytes)} of memory"),
     ]
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long name break after its underscores."""
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
 def _seconds(seconds: float) -> str:
@@ -257,10 +262,14 @@ def _repeat(spec: JobSpec, result: JobResult, route: str) -> Section:
     recipe = json.dumps(spec.recipe, indent=2, ensure_ascii=False)
     shown = recipe if len(recipe) <= MOST_RECIPE_LETTERS else None
     data = f"--data @- <<'END'\n{shown}\nEND" if shown else "--data @recipe.json"
-    host = "http://127.0.0.1:8000"
-    command = f"curl --fail-with-body {host}{route} -H 'Content-Type: application/json' {data}"
+    host = f'"${{MASKMERGE_URL:-http://127.0.0.1:8000}}{route}"'
+    key = '${MASKMERGE_API_KEY:+-H "Authorization: Bearer $MASKMERGE_API_KEY"}'
+    command = f"curl --fail-with-body {host} {key} -H 'Content-Type: application/json' {data}"
     method = json.dumps(result.method, indent=2, ensure_ascii=False)
-    about = "Posts the recipe to a service on this machine. manifest.json names what the same bits need."
+    about = (
+        "Posts the recipe to the service at MASKMERGE_URL, by default one on this machine, with the key in "
+        "MASKMERGE_API_KEY if there is one. manifest.json names what the same bits need."
+    )
     return Section(
         "repeat",
         "How to repeat it",

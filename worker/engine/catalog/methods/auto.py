@@ -125,7 +125,7 @@ class AutoParameters(BaseParameters):
 
     def _common(self, candidate: MethodParameters) -> dict[str, Any]:
         common: dict[str, Any] = {"precision": self.precision}
-        if candidate.statistics and "examples" not in candidate.model_fields_set:
+        if candidate.most_examples and "examples" not in candidate.model_fields_set:
             common["examples"] = self.examples
         return common
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from worker.engine.catalog.methods.statistic import RunningModels, Statistic
 from worker.engine.catalog.primitives.slices import Slice
@@ -172,6 +172,25 @@ class MethodParameters(BaseParameters):
         return not self.statistics or not self.statistics <= {*given}
 
     @property
+    def idle(self) -> Mapping[str, str]:
+        """The parameters that have no effect beside the values of others, each with the reason, which follows its name.
+
+        A value of these other than the default is refused, and recipes, cards and reports leave them out.
+        """
+        return {}
+
+    @model_validator(mode="after")
+    def _no_idle_parameter_is_given(self) -> Self:
+        for name, why in self.idle.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {why}; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_parameters(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialized(self).items() if name not in self.idle}
+
+    @property
     def settings(self) -> dict[str, object]:
         """The values of all parameters, by their path in a recipe; those of a start are there too."""
         return {name: getattr(self, name) for name in type(self).model_fields}
@@ -296,6 +315,12 @@ class GradientParameters(MeasuringParameters):
     """Label whose log-likelihood is differentiated. `auto`: `expected` for up to 8 labels, else `sampled`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed from which the labels of the estimator `sampled` are drawn."""
+
+    @property
+    def idle(self) -> Mapping[str, str]:
+        if self.estimator in ("auto", "sampled"):
+            return super().idle
+        return {**super().idle, "seed": f"draws labels, and the estimator {self.estimator!r} draws none"}
 
     @property
     def gradients(self) -> "GradientParameters":

@@ -52,16 +52,17 @@ class RefittingParameters(MeasuringParameters):
         for name in OF_THE_WHOLE:
             if name in self.start.model_fields_set:
                 raise ValueError(f"{name} is of the whole method; give it to {self.name} instead of its start")
-        for name, default in self.shared.items():
-            if getattr(self, name) == default:
-                continue
-            if name not in type(self.start).model_fields:
-                raise ValueError(
-                    f"{name} is of a start that is a regression, and the start is {self.start.name}; leave it out"
-                )
-            if name in self.start.model_fields_set:
-                raise ValueError(f"{name} is given twice, to {self.name} and to its start; leave one out")
         return self
+
+    @property
+    def idle(self) -> Mapping[str, str]:
+        found = {}
+        for name in self.shared:
+            if name not in type(self.start).model_fields:
+                found[name] = f"is of a start that is a regression, and the start is {self.start.name}"
+            elif name in self.start.model_fields_set:
+                found[name] = f"is given twice, to {self.name} and to its start"
+        return {**super().idle, **found}
 
     @field_serializer("start")
     def _start_as_given(self, start: MethodParameters) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`regmean`: each linear layer's outputs are as near as possible to every model's own, on the model's own inputs."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range
@@ -58,6 +59,10 @@ class RegMeanParameters(RegressionParameters):
     @property
     def most_examples(self) -> int:
         return super().most_examples if self.gram == "rows" else 0
+
+    @property
+    def idle(self) -> Mapping[str, str]:
+        return {} if self.gram == "rows" else {"examples": "counts rows to measure, and gram 'deltas' reads none"}
 
     @property
     def needs_base(self) -> bool:

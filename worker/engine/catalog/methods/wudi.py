@@ -1,8 +1,9 @@
 """`wudi`: the change whose difference from each task vector gives least on the inputs that this task vector shows."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from worker.engine.catalog.methods.entry import MethodEntry, Range
 from worker.engine.catalog.methods.task_vectors import MatrixParameters
@@ -25,16 +26,11 @@ class WudiParameters(MatrixParameters):
     rank: PerTensor[Annotated[float, Field(gt=0, le=1)]] = 0.65
     """Share of the directions that are solved for; the authors take 0.85 for language models."""
 
-    @model_validator(mode="after")
-    def _has_parameters_of_its_filter(self) -> Self:
-        for other, names in OF_FILTERS.items():
-            for name in names:
-                is_changed = getattr(self, name) != type(self).model_fields[name].default
-                if is_changed and other != self.filter:
-                    raise ValueError(
-                        f"{name} is of the filter {other!r}, and the filter is {self.filter!r}; leave one out"
-                    )
-        return self
+    @property
+    def idle(self) -> Mapping[str, str]:
+        others = {other: names for other, names in OF_FILTERS.items() if other != self.filter}
+        why = f"and the filter is {self.filter!r}"
+        return {name: f"is of the filter {other!r}, {why}" for other, names in others.items() for name in names}
 
     def solving_bytes(self, outputs: int, inputs: int) -> int:
         """Count what the formula takes, and products of the inputs with themselves.

@@ -91,7 +91,7 @@ def plan_slices(
     order = [first_index, *(index for index in range(len(states)) if index != first_index)]
     kept, tied = without_copies(identities[first_index], [states[index] for index in order], len(checkpoints))
     states = [kept[order.index(index)] for index in range(len(states))]
-    stack = _only_stack(first, states[first_index])
+    stack = _only_stack(first, states[first_index], merges=scale is None)
     field = "slices" if scale is None else "method.slices"
     layers = _layers(slices, names, checkpoints, base, states, stack, field)
     backbone = _Backbone(identities, states, stack, len(layers), scale, asked, aligned)
@@ -233,11 +233,12 @@ def copied_shares(plan: MergePlan) -> list[float]:
     return [given[info.source] / given.total() / models[info.source] for info in plan.checkpoints]
 
 
-def _only_stack(info: CheckpointInfo, state: Mapping[str, TensorInfo]) -> str:
+def _only_stack(info: CheckpointInfo, state: Mapping[str, TensorInfo], *, merges: bool) -> str:
     stacks = stacks_of(state)
     if len(stacks) != 1:
         found = f"{len(stacks)} lists of layers ({', '.join(sorted(stacks))})" if stacks else "no list of layers"
-        raise InvalidCheckpoint(info.source, f"passthrough stacks the layers of one list, and there are {found}")
+        advice = "; leave slices out to merge it whole" if merges else ""
+        raise InvalidCheckpoint(info.source, f"slices are of one list of layers, and it has {found}{advice}")
     if layer_count(info.config) is None:
         keys = (*LAYER_COUNTS, *LAYER_KINDS)
         raise InvalidCheckpoint(info.source, f"config.json says the number of layers by none of {keys}")
