@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, docs, errors, events, health, jobs, keys, mcp, merges, methods, scores, uploads
+from app.api import artifacts, docs, errors, events, health, jobs, keys, mcp, merges, methods, scores, uploads, webhooks
 from app.api.body_limit import BodyLimit
 from app.api.cors import Cors
 from app.api.head import HeadAsGet
@@ -38,7 +38,9 @@ def create_app(settings: Settings) -> FastAPI:
         for repeater in repeaters:
             repeater.start()
         services.inspectors.start()
+        services.deliverer.start()
         yield
+        await services.deliverer.stop()
         services.inspectors.close()
         for repeater in repeaters:
             repeater.stop()
@@ -64,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         OwnHosts, names=(settings.host, *settings.allowed_hosts), origins=frozenset(settings.cors_origins)
     )
     app.add_middleware(Proxies, trusted=settings.trusted_proxies)  # the last one added comes first
-    for module in (merges, scores, jobs, events, artifacts, uploads, methods, keys, health, docs):
+    for module in (merges, scores, jobs, events, webhooks, artifacts, uploads, methods, keys, health, docs):
         app.include_router(module.router)
     app.router.routes.append(mcp.route)
     errors.install(app)

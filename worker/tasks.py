@@ -318,7 +318,9 @@ class TaskRunner:
         """Make the engine's input, and fetch everything that the engine does not fetch itself."""
         own = self._of_tenant(record.tenant)
         inputs = _Inputs(record, partial(self._fetch, attempt, own.sources))
-        common = {"name": record.name, "recipe": record.request, "folder": folder, "store": own.statistics}
+        # Artifacts are passed on, and a webhook's URL may hold secrets.
+        recipe = {name: value for name, value in record.request.items() if name != "webhook"}
+        common = {"name": record.name, "recipe": recipe, "folder": folder, "store": own.statistics}
         if record.kind is JobKind.SCORES:
             wanted = ScoreRequest.model_validate(record.request)
             models = [inputs.model(model) for model in wanted.models]

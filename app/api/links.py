@@ -11,7 +11,11 @@ IDS = {
 }
 """The parameter that an answer has a value for, and where, by the answer's schema. A list of keys has none: its first
 key may be the reader's own, and what follows is to revoke it."""
-FILE = {"job_id": "$request.path.job_id", "name": "$response.body#/files/0/name"}
+PARTS = {
+    "Listing": {"job_id": "$request.path.job_id", "name": "$response.body#/files/0/name"},
+    "DeliveryLog": {"job_id": "$request.path.job_id", "n": "$response.body#/data/0/n"},
+}
+"""The parameters of what follows a list of a job's parts, by the list's schema."""
 
 
 def add_links(operations: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
@@ -27,9 +31,10 @@ def add_links(operations: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
                 parameter, value = IDS[schema]
                 followers = [other for _, path, other in operations if _parameters(path) == [parameter]]
                 answer["links"] = {other["operationId"]: _link(other, {parameter: value}) for other in followers}
-            elif schema == "Listing":
-                follower = next(other for _, path, other in operations if _parameters(path) == list(FILE))
-                answer["links"] = {follower["operationId"]: _link(follower, FILE)}
+            elif schema in PARTS:
+                parts = PARTS[schema]
+                follower = next(other for _, path, other in operations if _parameters(path) == list(parts))
+                answer["links"] = {follower["operationId"]: _link(follower, parts)}
 
 
 def _schema(answer: dict[str, Any]) -> str | None:

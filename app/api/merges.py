@@ -49,13 +49,13 @@ async def merge(
 
     `Prefer: wait=N` waits up to N (at most 60) seconds for the job's end; the status is 202 then too.
     """
-    return await submitted(services, body, caller.tenant, idempotency_key, wait, response)
+    return await submitted(services, body, caller, idempotency_key, wait, response)
 
 
 @router.post("/merge/validate", responses=problems(507), openapi_extra=YAML_BODY)
 async def validate(body: MergeBody, services: ServicesOf, caller: CallerOf) -> Plan:
     """Check everything that `POST /merge` checks, and say what the job would do. Nothing is queued."""
-    return await services.jobs.plan(body, caller.tenant)
+    return await services.jobs.plan(body, caller)
 
 
 @router.put("/merge/{key}", status_code=202, responses=PUT | problems(409, 507), openapi_extra=YAML_BODY)
@@ -72,6 +72,6 @@ async def put_merge(
     409 when the job of this name has another recipe. The name is free again when the job is deleted, or removed after
     its time. Each tenant has names of its own.
     """
-    record, is_new = await services.jobs.put(body, caller.tenant, key)
+    record, is_new = await services.jobs.put(body, caller, key)
     response.status_code = 202 if is_new else 200
     return await answered(services, record, wait, response)

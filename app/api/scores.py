@@ -50,7 +50,7 @@ async def score(
     Later jobs that need the same statistics, merges among them, find them. `Prefer: wait=N` waits up to N (at most 60)
     seconds for the job's end; the status is 202 then too.
     """
-    return await submitted(services, body, caller.tenant, idempotency_key, wait, response)
+    return await submitted(services, body, caller, idempotency_key, wait, response)
 
 
 @router.get("/scores")

@@ -8,6 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from redis.exceptions import RedisError
 
 from app.api.prefer import applied
+from app.contracts.api_keys import Caller
 from app.contracts.jobs import Job, Record
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.composition import Services
@@ -23,13 +24,13 @@ IdempotencyKey = Annotated[
 async def submitted(
     services: Services,
     request: MergeRequest | ScoreRequest,
-    tenant: str,
+    caller: Caller,
     idempotency_key: str | None,
     wait: int | None,
     response: Response,
 ) -> Job:
     """Submit a request, and return the job as `answered` does."""
-    record = await services.jobs.submit(request, tenant, idempotency_key=idempotency_key)
+    record = await services.jobs.submit(request, caller, idempotency_key=idempotency_key)
     return await answered(services, record, wait, response)
 
 

@@ -145,13 +145,16 @@ async def _submitted(
 async def _followed(services: "Services", content: dict[str, Any], out: Any) -> "tuple[Job, Path | None]":
     """Submit a recipe and show its progress. Raises Stop where it is refused."""
     from app.cli.following import news
-    from app.contracts.api_keys import DEFAULT_TENANT
+    from app.contracts.api_keys import Caller
     from app.contracts.errors import ProblemError
     from app.storage.files import LocalFile
     from worker.engine.catalog.contracts.report import MANIFEST
 
+    request = _request(content)
+    if request.webhook is not None:
+        raise Stop("webhook: nothing is left that could tell anybody once this job has ended; leave it out")
     try:
-        record = await services.jobs.submit(_request(content), DEFAULT_TENANT)
+        record = await services.jobs.submit(request, Caller())
     except ProblemError as error:
         raise Stop(error.detail) from error
     with news(out) as shown:

@@ -115,6 +115,8 @@ class Caller(BaseModel):
     tenant: str = DEFAULT_TENANT
     scopes: frozenset[Scope] = frozenset({Scope.ADMIN})
     """Scopes of the key; all where there are no keys."""
+    key_id: str | None = None
+    """Id of the key; None where there are no keys."""
 
     def may(self, scope: Scope) -> bool:
         return any(scope in granted.included for granted in self.scopes)

@@ -1,8 +1,8 @@
-"""What a request says of a merge's output, and whom it tells of the end."""
+"""What a request says of a merge's output."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import AnyHttpUrl, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from worker.engine.catalog.contracts.spec import (
     ALIGN_RIDGE,
@@ -14,7 +14,6 @@ from worker.engine.catalog.contracts.spec import (
     OutputSpec,
     VocabularyPolicy,
 )
-from worker.engine.catalog.primitives.strict import Strict
 from worker.engine.catalog.primitives.tokens import TokenSettings
 
 
@@ -78,10 +77,3 @@ class Output(TokenSettings):
         if self.vocabulary_of is not None and self.vocabulary == "union":
             raise ValueError("vocabulary_of needs vocabulary 'base'; 'union' keeps all")
         return self
-
-
-class Webhook(Strict):
-    url: AnyHttpUrl
-    """Address that gets a POST for each event."""
-    events: tuple[Literal["job.succeeded", "job.failed", "job.cancelled"], ...] = ("job.succeeded", "job.failed")
-    """Events to tell of."""

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from app.contracts.models import MeasuredModelRequest, ModelRequest, ScoredModelRequest
-from app.contracts.output import Output, Webhook
+from app.contracts.output import Output
 from app.contracts.suitability import (
     acceptance_problems,
     check_slices,
@@ -22,6 +22,7 @@ from app.contracts.suitability import (
     unmeasured,
     unread_statistics,
 )
+from app.contracts.webhooks import Webhook
 from worker.engine.catalog.contracts.spec import Acceptance
 from worker.engine.catalog.methods import (
     AUTO,
@@ -69,6 +70,8 @@ class JobRequest(Strict, Generic[Model]):
     deadline_seconds: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S)] | None = None
     """Seconds that the job has from its acceptance, including its time in the queue and all attempts. A job that has
     not ended by then fails with `timeout` and publishes nothing. A retry has the same time again. Null: no limit."""
+    webhook: Webhook | None = None
+    """Receiver that is told of the job's events, signed with the secret of the caller's key."""
 
     @model_validator(mode="before")
     @classmethod
@@ -121,8 +124,6 @@ class MergeRequest(JobRequest[ModelRequest]):
     half."""
     evaluate: bool = True
     """Whether to compare expert, plain average and merge on each model's evaluation rows."""
-    webhook: Webhook | None = None
-    """Whom to tell of the job's end."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to compute on; null: the worker's own choice."""
 
@@ -284,7 +285,6 @@ def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, s
     if not isinstance(request, MergeRequest):
         return []
     used = {
-        "webhook": request.webhook is not None,
         "device": request.device == "cuda",
         "output.publish": request.output.publish is not None,
     }

@@ -99,6 +99,12 @@ class Settings(BaseSettings):
     upload_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e10)] = 7 * 86_400
     """Time for which an upload is kept that nothing uses: in seconds, or as 90d, 12h or 30m. A job that names it renews
     that time, and while such a job waits or runs, the upload stays."""
+    webhook_allow_private: bool = False
+    """Whether webhooks may be sent to private, loopback and other addresses that are not public."""
+    webhook_seconds: Annotated[float, Field(ge=0.1, le=300)] = 15
+    """A receiver of webhooks must answer within this time, or the attempt has failed."""
+    webhook_progress_seconds: Annotated[float, Field(ge=1, le=86_400)] = 10
+    """Least time between two `job.progress` of a job."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
     """Seconds for which an Idempotency-Key is remembered."""
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 from app.contracts.settings import Settings
+from app.services.deliverer import Deliverer
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
 from app.services.uploads import Uploads
+from app.services.webhook_sender import Sender
+from app.services.webhooks import Webhooks
 from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
 from app.storage.artifacts.store import ArtifactStore
@@ -16,6 +19,7 @@ from app.storage.keys import Keys
 from app.storage.queue import TaskQueue
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
+from app.storage.signing_secrets import SigningSecrets
 from app.storage.statistics import StatisticsFolders
 from app.storage.uploads import UploadFolders
 from app.storage.versions import RedisUpgrade, upgrade_folder
@@ -38,6 +42,8 @@ class Services:
     api_keys: ApiKeys
     uploads: Uploads
     upgrade: RedisUpgrade
+    webhooks: Webhooks
+    deliverer: Deliverer
 
 
 def compose(settings: Settings) -> Services:
@@ -64,7 +70,15 @@ def compose(settings: Settings) -> Services:
     artifacts.prepare()
     upgrade_folder(settings.data_dir)
     inspectors = Inspectors(settings.local_roots, settings.data_dir, settings.artifact_store)
-    jobs = Jobs(store, queue, inspectors, settings.idempotency_seconds)
+    secrets = SigningSecrets(redis, settings.prefix)
+    sender = Sender(allow_private=settings.webhook_allow_private, timeout_s=settings.webhook_seconds)
+    webhooks = Webhooks(
+        secrets,
+        sender,
+        allow_private=settings.webhook_allow_private,
+        progress_seconds=settings.webhook_progress_seconds,
+    )
+    jobs = Jobs(store, queue, inspectors, webhooks, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.prefix)
     statistics = StatisticsFolders(settings.data_dir)
@@ -89,4 +103,6 @@ def compose(settings: Settings) -> Services:
             settings.upload_retention,
         ),
         upgrade=RedisUpgrade(redis, Keys(settings.prefix)),
+        webhooks=webhooks,
+        deliverer=Deliverer(store, secrets, sender, settings.webhook_seconds),
     )

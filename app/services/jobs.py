@@ -6,12 +6,15 @@ import logging
 from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 
+from app.contracts.api_keys import Caller
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Gone, JobKind, Outcome, Record
 from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest, ScoreRequest
+from app.contracts.webhooks import JobWebhook
 from app.services.checks import Accepted
 from app.services.inspection import Inspectors, sources
+from app.services.webhooks import Webhooks
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.records import Created, Idempotency, NewJob
@@ -23,22 +26,30 @@ logger = logging.getLogger(__name__)
 class Jobs:
     """The use cases behind `POST /merge`, `POST /merge/validate` and `POST /scores`."""
 
-    def __init__(self, store: JobStore, queue: TaskQueue, inspectors: Inspectors, idempotency_seconds: int) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        queue: TaskQueue,
+        inspectors: Inspectors,
+        webhooks: Webhooks,
+        idempotency_seconds: int,
+    ) -> None:
         self._store = store
         self._queue = queue
         self._inspectors = inspectors
+        self._webhooks = webhooks
         self._idempotency_seconds = idempotency_seconds
 
     async def submit(
-        self, request: MergeRequest | ScoreRequest, tenant: str, *, idempotency_key: str | None = None
+        self, request: MergeRequest | ScoreRequest, caller: Caller, *, idempotency_key: str | None = None
     ) -> Record:
-        """Return the tenant's queued job, or the one that the same key made before.
+        """Return the caller's queued job, or the one that the same key made before.
 
         Raises:
             ProblemError: the recipe or an input is refused, or the key came with another body.
         """
         once = Idempotency(idempotency_key or "", _digest(request), self._idempotency_seconds)
-        created = await self._created(request, tenant, once)
+        created = await self._created(request, caller, once)
         if created.existing and not created.same_body:
             raise ProblemError(
                 Problem.IDEMPOTENCY_MISMATCH, "this Idempotency-Key made a job from another body; use a new key"
@@ -48,13 +59,13 @@ class Jobs:
             raise ProblemError(Problem.CONFLICT, "the job of this Idempotency-Key was deleted; use a new key")
         return record
 
-    async def put(self, request: MergeRequest, tenant: str, key: str) -> tuple[Record, bool]:
-        """Return the tenant's job of this name, and whether it is new.
+    async def put(self, request: MergeRequest, caller: Caller, key: str) -> tuple[Record, bool]:
+        """Return the job of the caller's tenant of this name, and whether it is new.
 
         Raises:
             ProblemError: the recipe or an input is refused, or the job of this name has another recipe.
         """
-        created = await self._created(request, tenant, Idempotency(key, _digest(request), None))
+        created = await self._created(request, caller, Idempotency(key, _digest(request), None))
         record = await run_sync(self._begin, created)
         if record is None:
             raise ProblemError(Problem.CONFLICT, f"the job '{key}' was deleted just now; put it again")
@@ -63,12 +74,13 @@ class Jobs:
             raise ProblemError(Problem.CONFLICT, detail)
         return record, not created.existing
 
-    async def _created(self, request: MergeRequest | ScoreRequest, tenant: str, once: Idempotency) -> Created:
+    async def _created(self, request: MergeRequest | ScoreRequest, caller: Caller, once: Idempotency) -> Created:
         """Make a job, unless its key made one before."""
         # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
-        created = await run_sync(self._store.records.remembered, tenant, once)
+        created = await run_sync(self._store.records.remembered, caller.tenant, once)
         if created is None:
-            accepted = await self._check(request, tenant)
+            webhook = await self._webhook(request, caller)
+            accepted = await self._check(request, caller.tenant)
             job = NewJob(
                 accepted.request,
                 request.title,
@@ -76,8 +88,9 @@ class Jobs:
                 accepted.states,
                 JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
                 request.deadline_seconds,
-                tenant,
+                caller.tenant,
                 request.priority,
+                webhook,
             )
             created = await run_sync(self._store.records.create, job, once if once.key else None)
         return created
@@ -106,11 +119,15 @@ class Jobs:
         except RedisError as error:  # the job is stored, so it is accepted; the reaper wakes a worker
             logger.warning("a job waits for Redis: %s", error)
 
-    async def plan(self, request: MergeRequest, tenant: str) -> Plan:
-        """Return what the tenant's job would do. Raises ProblemError, as `submit`."""
-        plan = (await self._check(request, tenant)).plan
+    async def plan(self, request: MergeRequest, caller: Caller) -> Plan:
+        """Return what the caller's job would do. Raises ProblemError, as `submit`."""
+        await self._webhook(request, caller)
+        plan = (await self._check(request, caller.tenant)).plan
         assert plan is not None  # noqa: S101 - for the type checker: every merge has one
         return plan
+
+    async def _webhook(self, request: MergeRequest | ScoreRequest, caller: Caller) -> JobWebhook | None:
+        return None if request.webhook is None else await run_sync(self._webhooks.accepted, request.webhook, caller)
 
     async def _check(self, request: MergeRequest | ScoreRequest, tenant: str) -> Accepted:
         named = {job_id for source in sources(request) if (job_id := job_named(source)) is not None}

@@ -103,7 +103,8 @@ class ApiKeys:
             raise KeyRefused("the key has expired")
         if now - int(fields.get("used_ms", 0)) >= LAST_USE_MS:
             self._redis.hset(self._keys.api_key(parts["id"]), "used_ms", str(now))
-        return Caller(tenant=fields["tenant"], scopes=frozenset(map(Scope, fields["scopes"].split(","))))
+        scopes = frozenset(map(Scope, fields["scopes"].split(",")))
+        return Caller(tenant=fields["tenant"], scopes=scopes, key_id=parts["id"])
 
     def _found(self, key_id: str) -> Key | None:
         fields = cast(dict[str, str], self._redis.hgetall(self._keys.api_key(key_id)))

@@ -1,4 +1,5 @@
-"""Everything that Redis holds of jobs: their records, the tasks that do their work, and live workers.
+"""Everything that Redis holds of jobs: their records, the tasks that do their work, what webhooks
+are told of them, and live workers.
 
 Each change of a job's status or progress is an event in its log, added by the script that makes the change;
 `app.storage.events` reads it.
@@ -7,6 +8,7 @@ Each change of a job's status or progress is an event in its log, added by the s
 from redis import Redis
 
 from app.contracts.limits import UNLIMITED, TenantLimits
+from app.storage.deliveries import Deliveries
 from app.storage.keys import Keys
 from app.storage.records import Records
 from app.storage.scripts import Clock, JobScripts
@@ -15,7 +17,7 @@ from app.storage.workers import Workers
 
 
 class JobStore:
-    """Records, tasks and workers below one prefix; see `Records` and `Tasks` for the arguments.
+    """Records, tasks, deliveries and workers below one prefix; see `Records` and `Tasks` for the arguments.
 
     Args:
         clock: the clock of Redis by default, so that the machines of a deployment need not agree on the time.
@@ -36,4 +38,5 @@ class JobStore:
         self.clock = scripts.clock
         self.records = Records(redis, keys, scripts, retention_seconds)
         self.tasks = Tasks(redis, keys, scripts, lease_seconds, max_losses, limits)
+        self.deliveries = Deliveries(redis, keys, scripts)
         self.workers = Workers(redis, keys, scripts.clock)

@@ -29,6 +29,14 @@ class Keys:
         """Name the stream of a job's events of progress."""
         return self._key("progress", job_id)
 
+    def deliveries(self, job_id: str) -> str:
+        """Name the sorted set of the numbers of a job's deliveries. Each is a hash, named after it and its number."""
+        return self._key("deliveries", job_id)
+
+    def secrets(self, signer: str) -> str:
+        """Name the sorted set of a signer's webhook secrets, by the time until which each signs."""
+        return self._key("webhook-secrets", signer)
+
     def gone(self, job_id: str) -> str:
         """Name the reason why a job that existed is gone."""
         return self._key("gone", job_id)
@@ -111,6 +119,11 @@ class Keys:
     def deadlines(self) -> str:
         """Sorted set of active tasks of jobs that have a deadline, by that deadline."""
         return self._key("deadlines")
+
+    @property
+    def receivers(self) -> str:
+        """Sorted set of receivers of webhooks, by the time from which each is sent something; each has a queue."""
+        return self._key("receivers")
 
     @property
     def workers(self) -> str:

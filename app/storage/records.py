@@ -24,8 +24,9 @@ from app.contracts.jobs import (
     Status,
     TaskId,
 )
+from app.contracts.webhooks import JobWebhook
 from app.storage.keys import Keys
-from app.storage.scripts import JobScripts, flat, listed, source
+from app.storage.scripts import SUMMARY_FIELDS, JobScripts, flat, listed, source
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
 
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
@@ -34,10 +35,6 @@ PAGE = 60  # records read at once; lists of the API have 20 entries unless asked
 UPLOAD_NAMED = re.compile(r'"upload:([0-9a-f]{64})"')
 JOB_NAMED = re.compile(r'"job:([0-9a-f]{28})/')
 """References to uploads and to models of jobs, in a request's JSON."""
-SUMMARY_FIELDS = (
-    "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
-    "progress", "error", "labels", "summary", "result",
-)  # fmt: skip
 
 
 class Deleted(IntEnum):
@@ -62,6 +59,7 @@ class NewJob:
     """Time that the job may take from now on, or from a later retry, waiting included."""
     tenant: str = DEFAULT_TENANT
     priority: int = 0
+    webhook: JobWebhook | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,8 @@ class Records:
         }
         if job.deadline_seconds is not None:
             fields["deadline_ms"] = int(job.deadline_seconds * 1000)
+        if job.webhook is not None:
+            fields["webhook"] = job.webhook.model_dump_json()
         once = idempotency or Idempotency("", "", 0)
         remembered = f"{job_id} {once.digest}" if once.key else ""
         remembering = self._remembering(job.tenant, once)
@@ -213,10 +213,14 @@ class Records:
                     continue
                 if labels and not set(labels) <= json.loads(fields["labels"]).items():
                     continue
-                yield RecordSummary(**self._core(job_id, fields), result=_summary(fields))
+                yield self.summary(job_id, fields)
             if len(ids) < PAGE:
                 return
             begin = f"({ids[-1]}"
+
+    def summary(self, job_id: str, fields: Mapping[str, str]) -> RecordSummary:
+        """Return a job in short, from those of its `SUMMARY_FIELDS` that there are."""
+        return RecordSummary(**self._core(job_id, fields), result=_summary(fields))
 
     def cancel(self, job_id: str) -> Status | None:
         """Cancel a waiting job, or ask a running one to stop. Returns its new status; None where there is none."""

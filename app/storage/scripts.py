@@ -25,6 +25,11 @@ FOLDER = Path(__file__).parent / "lua"
 PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
 PROGRESS_KEPT_S = 3600  # an hour after the job's end; its other events stay as long as its record
 TURN_EVERY = 4  # every fourth start goes by turns alone, so that priorities delay other tenants and never stop them
+DELIVERIES_KEPT = 100  # a job's newest deliveries to its webhook, 300 kB; those that wait are kept beyond it
+SUMMARY_FIELDS = (
+    "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
+    "progress", "error", "labels", "summary", "result",
+)  # fmt: skip
 
 
 class JobScripts:
@@ -40,7 +45,7 @@ class JobScripts:
         self._keys = keys
         self._beginning = _constants(keys) + source("prelude") + source("queue")
         self._scripts: dict[str, Script] = {}
-        self.clock = clock or self._redis_clock
+        self.clock = clock or redis_clock(redis)
 
     def run(self, name: str, job_id: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         """Run a script on a job, with the keys and the time that all scripts begin with.
@@ -52,11 +57,18 @@ class JobScripts:
             self._scripts[name] = self._redis.register_script(self._beginning + source(name))
         names = self._keys
         shared = [names.record(job_id), names.result(job_id), names.events(job_id), names.progress(job_id)]
-        return self._scripts[name](keys=[*shared, names.deadlines, *keys], args=[self.clock(), *arguments])
+        every = [*shared, names.deadlines, *keys, names.deliveries(job_id)]
+        return self._scripts[name](keys=every, args=[self.clock(), *arguments])
 
-    def _redis_clock(self) -> int:
-        seconds, micros = self._redis.time()
+
+def redis_clock(redis: Redis) -> Clock:
+    """Return the clock of Redis, so that the machines of a deployment need not agree on the time."""
+
+    def now() -> int:
+        seconds, micros = redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
+
+    return now
 
 
 def _constants(keys: Keys) -> str:
@@ -74,6 +86,9 @@ def _constants(keys: Keys) -> str:
         "TURNS": f"'{keys.turns}'",
         "RANKS": f"'{keys.ranks}'",
         "LEASES": f"'{keys.leases}'",
+        "RECEIVERS": f"'{keys.receivers}'",
+        "DELIVERIES_KEPT": DELIVERIES_KEPT,
+        "SUMMARY_FIELDS": f"{{{', '.join(map(repr, SUMMARY_FIELDS))}}}",
     }
     finals = ", ".join(f"{status} = true" for status in Status if status.is_final)
     return f"local FINAL = {{{finals}}}\n" + "".join(f"local {name} = {value}\n" for name, value in values.items())

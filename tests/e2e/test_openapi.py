@@ -18,6 +18,7 @@ from app.contracts.errors import Problem
 from tests.conftest import HANGS_S, REPOSITORY, Service, make_service, tiny_recipe
 
 TAKE_RECIPES = "^/merge|^/scores$"
+SENDS = "^/webhooks/test"  # it would send to addresses that it makes up
 REVOKE = "^/keys/"  # it would find the id of the key that it has
 
 
@@ -76,7 +77,7 @@ def test_what_there_is_answers_as_the_document_says(service: Service, job: dict[
     with service.http as http:
         assert http.put(f"/uploads/{sha256}", params={"name": "rows.jsonl"}, content=b"{}").status_code == 201
     report = find_faults(
-        service, tmp_path, "--exclude-path-regex", TAKE_RECIPES, "--exclude-method", "DELETE",
+        service, tmp_path, "--exclude-path-regex", f"{TAKE_RECIPES}|{SENDS}", "--exclude-method", "DELETE",
         "--phases", "coverage,fuzzing", "-n", "10",
         job_id=job["id"], digest=digest, key_id=key, name="models/a/config.json",
         sha256=sha256,
@@ -86,7 +87,9 @@ def test_what_there_is_answers_as_the_document_says(service: Service, job: dict[
 
 
 def test_what_there_is_not_answers_as_the_document_says(service: Service, tmp_path: Path) -> None:
-    find_faults(service, tmp_path, "--exclude-path-regex", f"{TAKE_RECIPES}|{REVOKE}", "--phases", "fuzzing", "-n", "3")
+    find_faults(
+        service, tmp_path, "--exclude-path-regex", f"{TAKE_RECIPES}|{SENDS}|{REVOKE}", "--phases", "fuzzing", "-n", "3"
+    )
 
 
 def test_recipes_are_answered_as_the_document_says(service: Service, job: dict[str, Any], tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_operations_follow_each_other_as_the_document_says(
     try:
         report = find_faults(
             service, tmp_path, "--phases", "stateful", "--mode", "positive", "-n", "12",
-            "--exclude-path-regex", "^/scores$", hooks=tiny_recipe("a", "b", name="average"),
+            "--exclude-path-regex", f"^/scores$|{SENDS}", hooks=tiny_recipe("a", "b", name="average"),
         )  # fmt: skip
         jobs = service.get("/jobs", params={"limit": 100}).json()["data"]
     finally:
@@ -159,11 +162,22 @@ def test_every_field_parameter_and_operation_is_described_and_every_body_has_an_
 def test_links_lead_from_a_job_to_all_that_can_be_done_with_it(service: Service) -> None:
     document = service.get("/openapi.json").json()
     known = {operation["operationId"]: operation for _, _, operation in operations(document)}
-    of_a_job = {"get_job", "cancel_job", "retry_job", "delete_job", "events", "list_files", "report", "archive"}
+    of_a_job = {
+        "get_job",
+        "cancel_job",
+        "retry_job",
+        "delete_job",
+        "events",
+        "list_files",
+        "report",
+        "archive",
+        "list_deliveries",
+    }
     for name, status in (("merge", "202"), ("put_merge", "200"), ("score", "202"), ("list_jobs", "200")):
         assert set(known[name]["responses"][status]["links"]) >= of_a_job
     assert set(known["create_key"]["responses"]["201"]["links"]) == {"revoke_key"}
     assert set(known["list_files"]["responses"]["200"]["links"]) == {"get_file"}
+    assert set(known["list_deliveries"]["responses"]["200"]["links"]) == {"redeliver"}
     for operation in known.values():
         for response in operation["responses"].values():
             for link in response.get("links", {}).values():

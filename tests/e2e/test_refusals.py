@@ -150,7 +150,9 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "tolerance without adaptive stopping": (
         changed(method__tolerance=0.1), 422, "invalid_request", ["tolerance", "examples 'auto'"],
     ),
-    "webhook to come": (changed(webhook={"url": "https://example.org"}), 422, "not_available", ["webhook"]),
+    "webhook without a secret": (
+        changed(webhook={"url": "https://example.org"}), 422, "invalid_request", ["webhook", "no secret to sign with"],
+    ),
     "scale without a base": (changed(method__scale=1.2), 422, "invalid_request", ["scale", "name it as base"]),
     "missing base": (changed(base="local:checkpoints/none"), 422, "invalid_request", ["base", "does not exist"]),
     "base of a method that needs one": (

@@ -73,7 +73,7 @@ def test_a_key_is_kept_as_its_digest_and_told_once(keys: ApiKeys, redis: Redis) 
     kept = "".join(str(redis.hgetall(name)) for name in redis.scan_iter("keys:key:*"))
     assert secret not in kept
     assert [key.model_dump() for key in keys.all()] == [made.model_dump(exclude={"key"})]
-    assert keys.caller(made.key) == Caller(tenant="search", scopes=frozenset({Scope.READ, Scope.WRITE}))
+    assert keys.caller(made.key) == Caller(tenant="search", scopes=frozenset({Scope.READ, Scope.WRITE}), key_id=made.id)
     [used] = keys.all()
     assert used.last_used_at is not None
     assert abs(used.last_used_at - datetime.now(UTC)) < timedelta(minutes=1)
@@ -136,6 +136,7 @@ PLACES = {
     "{sha256}": "2" * 64,
     "{name}": "a",
     "{key}": "mine",
+    "{n}": "1",
 }
 
 
@@ -166,7 +167,7 @@ def test_each_operation_needs_its_scope_before_anything_else_is_looked_at(
                     assert response.status_code == 403, (method, path, scope)
                     assert f'scope="{needed}"' in response.headers["WWW-Authenticate"]
                     assert_problem(response, 403, "insufficient_scope")
-    assert asked == 3 * 22, "every operation but the public ones"
+    assert asked == 3 * 26, "every operation but the public ones"
 
 
 @pytest.mark.parametrize("sent", ["", "Bearer", "Basic bW06bW0=", "Bearer a b", "mm_0"])

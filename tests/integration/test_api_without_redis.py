@@ -83,6 +83,10 @@ ASKING = [
     ("DELETE", f"/jobs/{UNKNOWN}"),
     *[("POST", f"/jobs/{UNKNOWN}/{action}") for action in ("cancel", "retry")],
     *[("GET", f"/jobs/{UNKNOWN}/{part}") for part in ("events", "artifacts", "artifacts/a", "archive", "report")],
+    ("GET", f"/jobs/{UNKNOWN}/deliveries"),
+    ("POST", f"/jobs/{UNKNOWN}/deliveries/1/redeliver"),
+    ("POST", "/webhooks/secret"),
+    ("POST", "/webhooks/test"),
     ("POST", "/merge"),
     ("POST", "/scores"),
     ("PUT", "/merge/mine"),
@@ -129,6 +133,7 @@ def test_every_route_that_asks_redis_is_among_these(hung: TestClient) -> None:
         "artifacts/a": "artifacts/{name}",
     }
     names["/mine"] = "/{key}"
+    names["/deliveries/1/"] = "/deliveries/{n}/"
     asked = set()
     for method, path in ASKING:
         for unknown, name in names.items():

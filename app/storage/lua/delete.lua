@@ -10,6 +10,7 @@ local named = redis.call('HGET', job, 'named')
 if named then redis.call('DEL', named) end
 local tenant = redis.call('HGET', job, 'tenant') or default_tenant
 redis.call('SET', gone, why .. ' ' .. tenant, 'EX', why_s)
+forget_deliveries()
 redis.call('DEL', task, job, result, events, progress_events)
 redis.call('ZREM', jobs, job_id)
 redis.call('ZREM', jobs .. ':' .. tenant, job_id)

@@ -1,13 +1,18 @@
--- Begins every script. KEYS: job, result, events, progress events, deadlines, then the script's own.
+-- Begins every script. KEYS: job, result, events, progress events, deadlines, then the script's own; the last is
+-- the job's deliveries.
 -- ARGV: the time in milliseconds, then the script's own.
 --
 -- An event is numbered by the record's revision and added where the record is changed, so it is as durable and as
 -- ordered as the write, and whoever has seen event n has seen the record up to revision n. Progress has a stream of its
 -- own, because it alone comes without end and may be cut.
 --
--- FINAL, PROGRESS_KEPT and PROGRESS_KEPT_S come from scripts.py.
+-- What a webhook is told of a change is recorded where the record is changed too, so that it is never lost. A delivery
+-- waits in its receiver's queue, by the time from which it may be sent.
+--
+-- Names in capitals come from scripts.py.
 
 local job, result, events, progress_events, deadlines = unpack(KEYS)
+local deliveries = KEYS[#KEYS]
 local now = ARGV[1]
 
 local function add(stream, ...)
@@ -40,14 +45,96 @@ function news.progress(progress)
   redis.call('XTRIM', progress_events, 'MAXLEN', '~', PROGRESS_KEPT)
 end
 
+-- What a webhook is told when a job enters a state. Of the others it hears nothing.
+local TOLD = {running = 'job.started', succeeded = 'job.succeeded', failed = 'job.failed', cancelled = 'job.cancelled'}
+
+local function queue_of(delivery)
+  return RECEIVERS .. ':' .. redis.call('HGET', delivery, 'receiver')
+end
+
+local function send_at(n, due_ms)
+  local delivery = deliveries .. ':' .. n
+  redis.call('ZADD', queue_of(delivery), due_ms, delivery)
+  redis.call('ZADD', RECEIVERS, 'LT', due_ms, redis.call('HGET', delivery, 'receiver'))
+end
+
+local function send_no_more(n)
+  local delivery = deliveries .. ':' .. n
+  redis.call('ZREM', queue_of(delivery), delivery)
+end
+
+local function forget_delivery(n)
+  local delivery = deliveries .. ':' .. n
+  send_no_more(n)
+  redis.call('DEL', delivery, delivery .. ':attempts')
+  redis.call('ZREM', deliveries, n)
+end
+
+local function forget_deliveries()
+  for _, n in ipairs(redis.call('ZRANGE', deliveries, 0, -1)) do forget_delivery(n) end
+end
+
+-- Of progress, one delivery waits at a time, and a later one is due only after the webhook's interval.
+local function is_progress_due(webhook)
+  local told_ms, last = unpack(redis.call('HMGET', job, 'progress_told_ms', 'progress_delivery'))
+  if not told_ms then return true end
+  return now - told_ms >= webhook.progress_ms and redis.call('HGET', deliveries .. ':' .. last, 'state') ~= 'pending'
+end
+
+-- Records that the job's webhook is to be told an event, with the job in short as it is now.
+local function tell(event)
+  local stored, gone = unpack(redis.call('HMGET', job, 'webhook', 'webhook_gone_ms'))
+  if not stored or gone then return end
+  local webhook = cjson.decode(stored)
+  local is_wanted = false
+  for _, wanted in ipairs(webhook.events) do is_wanted = is_wanted or wanted == event end
+  if not is_wanted or (event == 'job.progress' and not is_progress_due(webhook)) then return end
+  local snapshot = {}
+  for i, value in ipairs(redis.call('HMGET', job, unpack(SUMMARY_FIELDS))) do
+    if value then snapshot[SUMMARY_FIELDS[i]] = value end
+  end
+  local n = redis.call('HINCRBY', job, 'deliveries', 1)
+  redis.call('HSET', deliveries .. ':' .. n, 'event', event, 'receiver', webhook.receiver, 'state', 'pending',
+    'created_ms', now, 'since_ms', now, 'tries', 0, 'claims', 0, 'snapshot', cjson.encode(snapshot))
+  redis.call('ZADD', deliveries, n, n)
+  send_at(n, now)
+  if event == 'job.progress' then redis.call('HSET', job, 'progress_told_ms', now, 'progress_delivery', n) end
+  if redis.call('ZCARD', deliveries) <= DELIVERIES_KEPT then return end
+  for _, oldest in ipairs(redis.call('ZRANGE', deliveries, 0, -1)) do
+    if redis.call('HGET', deliveries .. ':' .. oldest, 'state') ~= 'pending' then return forget_delivery(oldest) end
+  end
+end
+
+-- Tells the job's webhook nothing more, since its receiver is gone for good.
+local function disable_webhook()
+  redis.call('HSET', job, 'webhook_gone_ms', now)
+  for _, n in ipairs(redis.call('ZRANGE', deliveries, 0, -1)) do
+    if redis.call('HGET', deliveries .. ':' .. n, 'state') == 'pending' then
+      redis.call('HSET', deliveries .. ':' .. n, 'state', 'disabled')
+      send_no_more(n)
+    end
+  end
+end
+
+local function enable_webhook()
+  redis.call('HDEL', job, 'webhook_gone_ms')
+end
+
 -- The one function by which a script changes what belongs to a job, whether it works on the job or on one of its tasks.
 -- `change` lists events in their order, as {'status', 'running'}; before them, fields of the record named in `without`
--- are removed, and its `fields` and its `result` written.
+-- are removed, and its `fields` and its `result` written. The webhook is told of a change when all of it is written.
 local function change_job(change)
   if change.without then redis.call('HDEL', job, unpack(change.without)) end
   if change.fields and #change.fields > 0 then redis.call('HSET', job, unpack(change.fields)) end
   if change.result then redis.call('SET', result, change.result) end
-  for _, event in ipairs(change) do news[event[1]](unpack(event, 2)) end
+  local status, progress
+  for _, event in ipairs(change) do
+    news[event[1]](unpack(event, 2))
+    if event[1] == 'status' then status = event[2] elseif event[1] == 'progress' then progress = 'job.progress' end
+  end
+  local told = progress
+  if status then told = TOLD[status] end
+  if told then tell(told) end
 end
 
 local function start_the_time(task)

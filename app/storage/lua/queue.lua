@@ -11,10 +11,11 @@ local MOST_COUNTED = 2 ^ 12 - 1
 
 -- Makes the scripts' job that of a task, and returns the name of the task. Scripts that begin without a job have the
 -- beginnings of names in place of names.
-local job_names = {job, result, events, progress_events}
+local job_names = {job, result, events, progress_events, deliveries}
 local function work_on(task_id)
   local id = string.match(task_id, '^[^-]+')
   job, result, events, progress_events = job_names[1] .. id, job_names[2] .. id, job_names[3] .. id, job_names[4] .. id
+  deliveries = job_names[5] .. id
   return TASK .. task_id
 end
 
