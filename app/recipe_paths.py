@@ -5,6 +5,8 @@ A service only reads its local roots, and does not say where they are; who runs 
 
 import os
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,27 @@ WORDS = ("base", "union")
 """Words that a recipe may have in place of a tokenizer's source."""
 
 
+Upload = Callable[[Path], str]
+"""Sends a file or folder of this machine to the service, and returns its reference."""
+
+
+@dataclass(frozen=True)
+class _Service:
+    """What a service can read of this machine."""
+
+    roots: Sequence[Path]
+    usable: Callable[[Path, Path], bool]
+    """Returns whether what lies at a path (the second argument) may be read under a root."""
+    upload: Upload | None
+
+
 class PathError(ValueError):
     """A path cannot become a reference; the message names the field and the path, and says what to do."""
 
 
-def with_references(recipe: Any, roots: Sequence[Path], *, follows_links: bool = False) -> Any:
+def with_references(
+    recipe: Any, roots: Sequence[Path], *, follows_links: bool = False, upload: Upload | None = None
+) -> Any:
     """Return the recipe, mergekit's or our own, with `local:PATH` for each folder or file of this machine in it.
 
     As in mergekit, a name that exists as a path from the working directory is that path, and else a name on the hub.
@@ -29,6 +47,7 @@ def with_references(recipe: Any, roots: Sequence[Path], *, follows_links: bool =
     Args:
         roots: local roots of the service, as its settings have them.
         follows_links: whether a root is passed over where links lead out of it, which the service would refuse.
+        upload: sends a path that lies under no root to the service, once; None where such a path is refused.
 
     Raises:
         PathError: a path does not exist, or lies under no root.
@@ -36,8 +55,8 @@ def with_references(recipe: Any, roots: Sequence[Path], *, follows_links: bool =
     if not isinstance(recipe, dict):
         return recipe
     keys = MERGEKIT_KEYS if "merge_method" in recipe else OWN_KEYS
-    usable = _holds if follows_links else _is_above
-    return _walked(recipe, keys, "", lambda field, name: _references(field, name, roots, usable))
+    service = _Service(roots, _holds if follows_links else _is_above, upload and cache(upload))
+    return _walked(recipe, keys, "", lambda field, name: _references(field, name, service))
 
 
 def taken_for_the_hubs(recipe: Any, fields: Collection[str]) -> list[str]:
@@ -76,16 +95,16 @@ def _holds(root: Path, path: Path) -> bool:
     return path.is_relative_to(root) and all(one.resolve().is_relative_to(real) for one in (path, *entries))
 
 
-def _references(field: str, name: str, roots: Sequence[Path], usable: Callable[[Path, Path], bool]) -> str:
+def _references(field: str, name: str, service: _Service) -> str:
     """Return the reference of a model, or of a model and its adapter (`BASE+ADAPTER`)."""
     if name in WORDS or not name or "\0" in name:
         return name
     if Path(name).exists():
-        return _reference(field, name, roots, usable)
-    return "+".join(_reference(field, part, roots, usable) for part in name.split("+"))
+        return _reference(field, name, service)
+    return "+".join(_reference(field, part, service) for part in name.split("+"))
 
 
-def _reference(field: str, name: str, roots: Sequence[Path], usable: Callable[[Path, Path], bool]) -> str:
+def _reference(field: str, name: str, service: _Service) -> str:
     if is_reference(name):
         return name
     path = Path(os.path.abspath(Path(name).expanduser()))  # not resolved: the service follows links itself
@@ -93,9 +112,9 @@ def _reference(field: str, name: str, roots: Sequence[Path], usable: Callable[[P
         if name.startswith(("/", ".", "~")):
             raise PathError(f"{field}: there is no '{name}' on this machine")
         return name
-    given = [Path(os.path.abspath(root.expanduser())) for root in roots]
+    given = [Path(os.path.abspath(root.expanduser())) for root in service.roots]
     for number, root in enumerate(given):
-        if not usable(root, path):
+        if not service.usable(root, path):
             continue
         relative = path.relative_to(root)
         earlier = next((other for other in given[:number] if (other / relative).exists()), None)
@@ -104,8 +123,12 @@ def _reference(field: str, name: str, roots: Sequence[Path], usable: Callable[[P
                 f"{field}: '{name}' is local:{relative} of {root}, but {earlier}, which goes first, has one too"
             )
         return f"local:{relative}"
-    where = f"under none of {', '.join(map(str, roots))}" if roots else "and no local root is known here"
+    if service.upload is not None:
+        return service.upload(path)
+    where = (
+        f"under none of {', '.join(map(str, service.roots))}" if service.roots else "and no local root is known here"
+    )
     raise PathError(
         f"{field}: '{name}' is a path of this machine, {where}; give --local-root DIR, a folder above it that the "
-        "service was started with as --local-root, or write hf:NAME if it is a name on the hub"
+        "service was started with as --local-root, or --upload to send it, or write hf:NAME if it is a name on the hub"
     )

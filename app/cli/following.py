@@ -114,10 +114,11 @@ class _Bars:
 
 
 class Transfer:
-    """Shows a bar for the bytes of a download on a terminal, and nothing elsewhere."""
+    """Shows a bar for the bytes that are sent or fetched on a terminal, and nothing elsewhere."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, doing: str = "downloading") -> None:
         self._out = out
+        self._doing = doing
         self._shows = out.isatty()
 
     def __enter__(self) -> "Transfer":
@@ -127,7 +128,7 @@ class Transfer:
 
             columns = (TextColumn("{task.description:12}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=Console(file=self._out))
-            self._task = self._progress.add_task("downloading", total=None)
+            self._task = self._progress.add_task(self._doing, total=None)
             self._progress.start()
         return self
 

@@ -1,6 +1,7 @@
 """Commands about jobs of a service, from `submit` to `download`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,9 @@ def submit(
     ] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Compute statistics, without merging.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, and print the plan as JSON.")] = False,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Upload the files and folders that lie under no local root.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Queue a merge on a running service. With --wait or --output, end as the job does."""
@@ -40,8 +44,8 @@ def submit(
     if scores and (put is not None or dry_run):
         raise typer.BadParameter("a job of statistics has no name of its own and no plan", param_hint="--scores")
     check_new(output)
-    content = recipes.related(recipes.read(recipe), local_root)
     with connected(url) as client:
+        content = recipes.related(recipes.read(recipe), local_root, upload=partial(_upload, client) if upload else None)
         try:
             if dry_run:
                 print_json(client.validate(content))
@@ -187,6 +191,18 @@ def _waited(client: "Client", job_id: str, url: str, output: Path | None, as_jso
     if as_json:
         print_json(job)
     return outcome(job)
+
+
+def _upload(client: "Client", path: Path) -> str:
+    from app.cli.following import Transfer
+
+    with (
+        interruptible("not all is there; the same command sends what is missing"),
+        Transfer(sys.stderr, "uploading") as shown,
+    ):
+        reference = client.upload(path, on_bytes=shown.update)
+    print(f"uploaded {path} as {reference}", file=sys.stderr)
+    return reference
 
 
 def _download(client: "Client", job_id: str, output: Path, if_interrupted: str, as_json: bool) -> None:

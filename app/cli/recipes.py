@@ -1,10 +1,7 @@
-"""Recipes as files: reading them, and turning the paths in them into references.
-
-An upload of what lies on this machine alone belongs here too, beside the relating of paths to local roots.
-"""
+"""Recipes as files: reading them, and turning the paths in them into references."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +23,18 @@ def read(recipe: Path) -> Any:
         raise Stop(f"{recipe}: {error}") from error
 
 
-def related(content: Any, roots: Sequence[Path] | None, *, follows_links: bool = False) -> Any:
+def related(
+    content: Any,
+    roots: Sequence[Path] | None,
+    *,
+    follows_links: bool = False,
+    upload: Callable[[Path], str] | None = None,
+) -> Any:
     """Return a recipe's content with references in place of this machine's paths.
 
     Args:
         roots: local roots of the service; those of MASKMERGE_LOCAL_ROOTS when None.
-        follows_links: see `with_references`.
+        follows_links, upload: see `with_references`.
 
     Raises:
         Stop: a path lies under no root, or does not exist.
@@ -41,7 +44,7 @@ def related(content: Any, roots: Sequence[Path] | None, *, follows_links: bool =
     if roots is None:
         roots = [Path(root) for root in os.environ.get("MASKMERGE_LOCAL_ROOTS", "").split(":") if root]
     try:
-        return with_references(content, roots, follows_links=follows_links)
+        return with_references(content, roots, follows_links=follows_links, upload=upload)
     except PathError as error:
         raise Stop(str(error)) from error
 

@@ -1,14 +1,14 @@
 """The client of the service, for programs.
 
-What takes one request is in `calls`, what takes several in `steps` and `downloads`. None of them does any I/O, so that
-`Client` and `AsyncClient` share all of it. An upload of local inputs is a further operation beside `downloads`.
+What takes one request is in `calls`, what takes several in `steps`, `downloads` and `uploads`. None of them does any
+I/O, so that `Client` and `AsyncClient` share all of it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from app.client.asynchronous import AsyncClient
 from app.client.blocking import Client
-from app.client.errors import ClientError, DownloadFailed, NoService, Refused, Unreachable
+from app.client.errors import ClientError, DownloadFailed, NoService, Refused, Unreachable, UploadFailed
 from app.contracts.api_keys import CreatedKey, Key, NewKey, Scope
 from app.contracts.artifacts import FileEntry, Listing
 from app.contracts.errors import FieldError
@@ -54,6 +54,7 @@ __all__ = [
     "Status",
     "StatusChange",
     "Unreachable",
+    "UploadFailed",
 ]
 
 

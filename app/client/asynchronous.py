@@ -12,7 +12,7 @@ import httpx
 from httpx_retries import aretry_request
 from httpx_sse import EventSource
 
-from app.client import calls, downloads, steps, transport
+from app.client import calls, downloads, steps, transport, uploads
 from app.client.blocking import Client
 from app.client.calls import Call, Recipe
 from app.client.downloads import OnBytes
@@ -108,6 +108,10 @@ class AsyncClient:
 
     async def download(self, job_id: str, folder: Path | str, *, on_bytes: OnBytes | None = None) -> None:
         await self._done(downloads.download(job_id, Path(folder), on_bytes))
+
+    async def upload(self, path: Path | str, *, on_bytes: OnBytes | None = None) -> str:
+        reference: str = await self._done(uploads.upload(Path(path), on_bytes))
+        return reference
 
     async def archive(self, job_id: str, path: Path | str) -> None:
         await self._done(downloads.archive(job_id, Path(path)))

@@ -11,7 +11,7 @@ import httpx
 from httpx_retries import retry_request
 from httpx_sse import EventSource
 
-from app.client import calls, downloads, steps, transport
+from app.client import calls, downloads, steps, transport, uploads
 from app.client.calls import Call, Recipe
 from app.client.downloads import OnBytes
 from app.client.errors import Refused, Unreachable
@@ -157,6 +157,22 @@ class Client:
             OSError: a file cannot be written.
         """
         self._done(downloads.download(job_id, Path(folder), on_bytes))
+
+    def upload(self, path: Path | str, *, on_bytes: OnBytes | None = None) -> str:
+        """Upload a file, or a folder such as a checkpoint, and return the reference that recipes name it by.
+
+        What the service has already is not sent again, and what was cut goes on, now or by a later call. Of a folder,
+        files that the service does not take, as pickles, are left out.
+
+        Args:
+            on_bytes: called with the number of bytes that are there, and the number in all.
+
+        Raises:
+            UploadFailed: there is no such file or folder, or the service takes nothing of it.
+            OSError: a file cannot be read.
+        """
+        reference: str = self._done(uploads.upload(Path(path), on_bytes))
+        return reference
 
     def archive(self, job_id: str, path: Path | str) -> None:
         """Download the whole artifact as one tar, to this path. A cut one is not gone on with; see `download`."""

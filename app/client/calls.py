@@ -17,6 +17,7 @@ from app.contracts.jobs import Job, JobPage
 from app.contracts.methods import MethodDescription, MethodList
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresPage
+from app.contracts.uploads import Kind, UploadStatus
 from worker.engine.catalog.primitives.strict import IGNORE_UNKNOWN
 
 Answer = TypeVar("Answer")
@@ -143,6 +144,20 @@ def create_key(new: NewKey) -> Call[CreatedKey]:
 
 def revoke_key(key_id: str) -> Call[None]:
     return Call("DELETE", f"/keys/{_part(key_id)}", _nothing)
+
+
+def upload(sha256: str) -> Call[UploadStatus]:
+    return Call("GET", f"/uploads/{_part(sha256)}", _model(UploadStatus))
+
+
+def send_upload(
+    sha256: str, kind: Kind, name: str | None, first: int, content: bytes, total: int
+) -> Call[UploadStatus]:
+    """Send bytes of an upload from `first` on; without any, a whole upload is finished."""
+    range_ = f"bytes {first}-{first + len(content) - 1}/{total}" if content else f"bytes */{total}"
+    headers = {"Content-Range": range_, "Content-Type": "application/octet-stream"}
+    params = [("kind", kind), *_given(name=name)]
+    return Call("PUT", f"/uploads/{_part(sha256)}", _model(UploadStatus), params, headers, content)
 
 
 def ready() -> Call[None]:

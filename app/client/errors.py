@@ -4,7 +4,8 @@ ClientError
 ├── Refused          the service answered with a problem
 ├── Unreachable      no answer came
 ├── NoService        the answer is not from a service that this client knows
-└── DownloadFailed   a file did not arrive as it was announced, or cannot be put where it belongs
+├── DownloadFailed   a file did not arrive as it was announced, or cannot be put where it belongs
+└── UploadFailed     there is nothing that could be uploaded
 """
 
 import httpx
@@ -69,6 +70,10 @@ class NoService(ClientError):
 
 class DownloadFailed(ClientError):
     """A file did not arrive as announced, or cannot be put where it belongs."""
+
+
+class UploadFailed(ClientError):
+    """There is no such file or folder, or nothing of it is taken by the service."""
 
 
 def refusal(response: httpx.Response) -> ClientError:

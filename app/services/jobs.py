@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+from dataclasses import replace
 
 from anyio.to_thread import run_sync
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from app.contracts.api_keys import Caller
@@ -93,7 +95,24 @@ class Jobs:
                 webhook,
             )
             created = await run_sync(self._store.records.create, job, once if once.key else None)
+        elif not created.same_body and await self._asks_the_same(created.job_id, request, tenant):
+            created = replace(created, same_body=True)
         return created
+
+    async def _asks_the_same(self, job_id: str, request: MergeRequest | ScoreRequest, tenant: str) -> bool:
+        """Return whether a job was made of the same recipe, although the digests of the bodies differ.
+
+        Digests are over all fields with their defaults, so a release that adds a field has others than the one before.
+        """
+        record = await run_sync(self._store.records.get, job_id)
+        if record is None:
+            return False
+        try:
+            recipes = (record.request, (await self._check(request, tenant)).request)
+            before, now = (type(request).model_validate(recipe).model_dump_json() for recipe in recipes)
+        except (ProblemError, ValidationError):
+            return False
+        return before == now
 
     def _begin(self, created: Created) -> Record | None:
         """Wake a worker for a job if it is new, and return its record as it was before; None when the job was deleted.

@@ -15,7 +15,7 @@ from tests.e2e.test_readme import MARK, console_commands, matches
 PAGE = REPOSITORY / "docs" / "client.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 COMMANDS = console_commands(PAGE)
-SAID = ["… tensors, … bytes\nsucceeded 0.5", "…succeeded", "invalid_request ['method…']"]
+SAID = ["… tensors, … bytes\nsucceeded 0.5", "…succeeded", "invalid_request ['method…']", "200"]
 """What the programs print, in the order of the page."""
 
 
@@ -52,12 +52,13 @@ def test_each_command_prints_what_the_page_says(outputs: dict[str, str], command
 
 
 @pytest.mark.parametrize(
-    ("program", "expected"), list(zip(PROGRAMS, SAID, strict=True)), ids=["blocking", "async", "errors"]
+    ("program", "expected"), list(zip(PROGRAMS, SAID, strict=True)), ids=["blocking", "async", "errors", "uploads"]
 )
 def test_each_program_runs(
     service: Service, place: tuple[Path, dict[str, str]], tmp_path: Path, program: str, expected: str
 ) -> None:
     recipe, environment = place
+    (tmp_path / "inputs").symlink_to(service.inputs)
     service.finished(service.submit(json.loads((recipe / "recipe.json").read_text())))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True,

@@ -1,9 +1,13 @@
 """Uploads at the real service: processes killed in the middle, several senders at once, and jobs that read them."""
 
+import asyncio
 import hashlib
 import http.client
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
+from app.client import AsyncClient, Client, UploadFailed
 from app.contracts.uploads import manifest
-from tests.conftest import Service, assert_problem, make_service, tiny_recipe, wait_until
+from tests.conftest import REPOSITORY, Service, assert_problem, make_service, tiny_recipe, wait_until
 
 BIG = 30_000_000
 REQUEST_S = 2
@@ -200,3 +205,66 @@ def test_a_job_that_waits_or_runs_holds_what_it_reads(served: Service) -> None:
         assert http.delete(f"/uploads/{folder.name}").status_code == 204
     again = served.post("/merge", json=job["request"])
     assert_problem(again, 422, "invalid_request")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_client_sends_what_is_missing(served: Service, tmp_path: Path, is_async: bool) -> None:
+    folder = tmp_path / "expert"
+    shutil.copytree(served.inputs / "checkpoints" / "grade", folder)
+    (folder / "1_Module").mkdir()
+    (folder / "1_Module" / "config.json").write_text(f'{{"of": {json.dumps(is_async)}}}')
+    (folder / "optimizer.pt").write_bytes(b"\x80\x04\x95 left out")
+    big = os.urandom(9_000_000)  # more than one part
+    (folder / "big.txt").write_bytes(b"text " + big)
+    told: list[tuple[int, int]] = []
+
+    def send() -> str:
+        if not is_async:
+            with Client(served.url) as client:
+                return client.upload(folder, on_bytes=lambda there, total: told.append((there, total)))
+
+        async def wait() -> str:
+            async with AsyncClient(served.url) as client:
+                return await client.upload(folder, on_bytes=lambda there, total: told.append((there, total)))
+
+        return asyncio.run(wait())
+
+    put(served, b"text " + big, 0, 999, name="big.txt")  # a call before that was cut
+    reference = send()
+    sizes = {path.read_bytes(): path.stat().st_size for path in folder.rglob("*.*") if path.suffix != ".pt"}
+    assert told[-1] == (sum(sizes.values()), sum(sizes.values()))
+    assert (1000 + told[0][0]) in {there for there, _ in told}, "it did not go on where it was cut"
+    assert [there for there, _ in told] == sorted(there for there, _ in told)
+    stored = served.data_dir / "uploads" / reference.removeprefix("upload:") / "content"
+    names = {str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()}
+    assert names == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"optimizer.pt"}
+    assert (stored / "big.txt").read_bytes() == b"text " + big
+    told.clear()
+    assert send() == reference
+    assert told == [(sum(sizes.values()), sum(sizes.values()))]
+    with Client(served.url) as client:
+        for nothing in (tmp_path / "nothing", folder / "optimizer.pt", tmp_path):
+            with pytest.raises(UploadFailed):
+                client.upload(nothing)
+
+
+def test_a_recipe_with_paths_of_another_machine_is_submitted(served: Service, tmp_path: Path) -> None:
+    recipe = tiny_recipe("a", "b", name="average")
+    for model in recipe["models"]:
+        shutil.copytree(served.inputs / "checkpoints" / model["name"], tmp_path / model["name"])
+        shutil.copy(served.inputs / "rows" / f"{model['name']}.jsonl", tmp_path)
+        rows = str(tmp_path / f"{model['name']}.jsonl")
+        model["checkpoint"], model["dataset"]["source"] = str(tmp_path / model["name"]), rows
+        model["evaluation"]["source"] = rows
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "app.cli", "submit", str(tmp_path / "recipe.json"), "--url", served.url, "--json"]
+    refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "--upload to send it" in refused.stderr
+    done = subprocess.run([*command, "--upload"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    job = served.finished(json.loads(done.stdout)["id"])
+    assert job["status"] == "succeeded", job["error"]
+    sources = [
+        source for model in job["request"]["models"] for source in (model["checkpoint"], model["dataset"]["source"])
+    ]
+    assert all(source.startswith("upload:") for source in sources)
