@@ -95,7 +95,7 @@ class Jobs:
                 webhook,
             )
             created = await run_sync(self._store.records.create, job, once if once.key else None)
-        elif not created.same_body and await self._asks_the_same(created.job_id, request, tenant):
+        elif not created.same_body and await self._asks_the_same(created.job_id, request, caller.tenant):
             created = replace(created, same_body=True)
         return created
 
