@@ -133,7 +133,7 @@ class Supervisor:
                 value = data_dir
             elif name == "local_roots":
                 value = ":".join(str(root.resolve()) for root in value)
-            elif isinstance(value, tuple):
+            elif isinstance(value, tuple | dict):
                 value = self._settings.text(name)
             if value is not None:
                 environment[f"MASKMERGE_{name.upper()}"] = str(value)

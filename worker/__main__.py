@@ -138,7 +138,7 @@ def run(settings: Settings) -> int:
     url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     redis = connect(url, patience=3)
-    store = JobStore(redis, settings.prefix, settings.lease_seconds, settings.max_losses)
+    store = JobStore(redis, settings.prefix, settings.lease_seconds, settings.max_losses, limits=settings.limits)
     artifacts.prepare()
     try:
         upgrade_folder(settings.data_dir)

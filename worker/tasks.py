@@ -28,6 +28,7 @@ from app.contracts.models import Dataset, Evaluation, MeasuredModelRequest, Mode
 from app.contracts.references import ReferenceError
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.storage.artifacts.store import ArtifactStore
+from app.storage.files import stored_bytes
 from app.storage.jobs import JobStore
 from app.storage.queue import WORK
 from app.storage.searches import SearchFolder
@@ -246,7 +247,8 @@ class TaskRunner:
             update={"queue_seconds": queued / 1000, "publish_seconds": round(time.monotonic() - start, 3)}
         )
         final = result.model_copy(update={"timings": timings})
-        if self._insist(lambda: self._store.tasks.succeed(attempt, final, artifact)):
+        size = stored_bytes(self._artifacts.open(artifact).files)
+        if self._insist(lambda: self._store.tasks.succeed(attempt, final, artifact, size)):
             self._searches.remove(attempt.task.job)
             logger.info("job %s: attempt %d succeeded", attempt.task.job, attempt.number)
         else:

@@ -7,6 +7,7 @@ import re
 
 from fastapi import Request
 
+from app.api.rate_limits import count_failure, take_turn
 from app.contracts.api_keys import Caller, Scope
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.settings import is_loopback
@@ -16,18 +17,27 @@ BEARER = re.compile(r"bearer +([!-~]+) *", re.IGNORECASE)
 HOW = "send the header Authorization: Bearer mm_…"
 
 
-def authenticate(request: Request, needed: Scope) -> Caller:
-    """Return who sends a request. It asks Redis, and may block.
+def authenticate(request: Request, needed: Scope) -> None:
+    """Find out who sends a request. It asks Redis, and may block.
+
+    `request.state` then has the caller, and the fields of the answer that say how many requests may follow.
 
     Raises:
-        ProblemError: the key is missing, unknown, expired or revoked, or does not allow what the request needs.
+        ProblemError: the key is missing, unknown, expired or revoked, or does not allow what the request needs; or
+            there are too many requests.
     """
-    caller = _caller(request, request.app.state.services.api_keys)
+    services = request.app.state.services
+    try:
+        caller = _caller(request, services.api_keys)
+    except ProblemError:
+        count_failure(services, request)
+        raise
+    request.state.caller = caller
+    request.state.rate_limit = take_turn(services, caller)
     if not caller.may(needed):
         detail = f"this needs a key with the scope {needed}, and the key has {', '.join(sorted(caller.scopes))}"
         challenge = f'Bearer error="insufficient_scope", scope="{needed}"'
         raise ProblemError(Problem.INSUFFICIENT_SCOPE, detail, None, **{"WWW-Authenticate": challenge})
-    return caller
 
 
 def _caller(request: Request, keys: ApiKeys) -> Caller:

@@ -17,7 +17,8 @@ def is_upload(scope: Mapping[str, Any]) -> bool:
 class BodyLimit:
     """Middleware. FastAPI has such a limit too, but it answers in plain text.
 
-    The refusal is raised where the route reads its body, so that it takes the way of every other error.
+    The refusal is raised where the route reads its body, so that it takes the way of every other error. By then the
+    route knows its caller, whose tenant may have a limit of its own (`request.state.body_bytes`).
 
     Args:
         limit_bytes: size of the largest body, except of uploads.
@@ -33,16 +34,17 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._upload if is_upload(scope) else self._limit
         declared = dict(scope["headers"]).get(b"content-length", b"")
-        too_large = declared.isdigit() and int(declared) > limit
+        announced = int(declared) if declared.isdigit() else 0
         received = 0
 
         async def limited() -> Message:
             nonlocal received
-            message: Message = {} if too_large else await receive()
+            own = scope.get("state", {}).get("body_bytes", self._limit)
+            limit = self._upload if is_upload(scope) else own
+            message: Message = {} if announced > limit else await receive()
             received += len(message.get("body", b""))
-            if too_large or received > limit:
+            if max(announced, received) > limit:
                 raise HTTPException(413, f"the body has more than {limit} bytes")
             return message
 

@@ -1,4 +1,6 @@
+import time
 from itertools import islice
+from math import ceil
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -18,7 +20,14 @@ from app.storage.records import Deleted
 router = APIRouter(tags=["jobs"], route_class=StrictRoute)
 
 Label = Annotated[str, Field(description="key:value", json_schema_extra={"pattern": "^[^:]*:"})]
-SHOWN = {**ETAG, **headers(Preference_Applied="Which preference of `Prefer` was honoured, if any")}
+SHOWN = {
+    **ETAG,
+    **headers(
+        Preference_Applied="Which preference of `Prefer` was honoured, if any",
+        Retry_After="Seconds after which to ask again, of a job that has not ended",
+    ),
+}
+SOONEST_S, LATEST_S = 1, 60  # a poll costs little, and a person waits
 
 
 @router.get("/jobs")
@@ -54,10 +63,10 @@ async def get_job(
     if wait is not None and (is_known or (not preconditions.names_known and not record.status.is_final)):
         await services.watcher.change(record.id, record.revision, wait)
         record = await run_in_threadpool(read_again, record, services)
-    etag = _etag(record)
+    etag, later = _etag(record), _retry_after(record)
     if preconditions.is_current(etag):
-        return not_modified(etag, applied(wait))
-    response.headers.update({"ETag": etag, "Cache-Control": "no-cache", **applied(wait)})
+        return not_modified(etag, {**applied(wait), **later})
+    response.headers.update({"ETag": etag, "Cache-Control": "no-cache", **applied(wait), **later})
     return record.public()
 
 
@@ -106,6 +115,24 @@ def delete_job(record: RecordOf, services: ServicesOf, preconditions: Preconditi
 
 def _etag(record: Record) -> str:
     return f'"{record.id}-{record.revision}"'
+
+
+def _retry_after(record: Record) -> dict[str, str]:
+    """Return the header that says when to ask again; none for a job that has ended.
+
+    Of a running job it is the time that is left, as far as that is known. What has taken long will take longer, so a
+    tenth of the time is waited where it is not.
+    """
+    if record.status.is_final:
+        return {}
+    left: float | None = SOONEST_S
+    if record.status is not Status.CANCELLING:
+        left = record.progress.eta_seconds
+    if left is None:
+        started = record.started_ms if record.status is Status.RUNNING else None
+        since = record.created_ms if started is None else started
+        left = (time.time() - since / 1000) / 10
+    return {"Retry-After": str(ceil(min(max(left, SOONEST_S), LATEST_S)))}
 
 
 def _label(text: str) -> tuple[str, str]:

@@ -50,12 +50,14 @@ class StrictRoute(APIRoute):
         async def handler(request: Request) -> Response:
             limit_hints()
             if not self.is_public:
-                request.state.caller = await run_in_threadpool(authenticate, request, needed)
+                await run_in_threadpool(authenticate, request, needed)
+                request.state.body_bytes = request.app.state.services.limits.of(request.state.caller.tenant).body_bytes
             _check_query(request, query)
             for name in once:
                 if len(request.headers.getlist(name)) > 1:
                     raise _malformed(name, "is there more than once")
             response = await handle(await self._read(request) if has_body else request)
+            response.headers.update(getattr(request.state, "rate_limit", {}))
             if response.status_code == 204 and "content-type" in response.headers:  # there is no body to have it
                 del response.headers["content-type"]
             return response

@@ -19,7 +19,7 @@ class Limits(Strict):
     model_config = ConfigDict(use_attribute_docstrings=True, frozen=True)
 
     active_jobs: Annotated[int, Field(ge=1)] | None = None
-    """Number of jobs that run at once; others of the tenant wait."""
+    """Number of jobs that run at once; others wait."""
     queued_jobs: Annotated[int, Field(ge=1)] | None = None
     """Number of jobs that wait."""
     stored_bytes: Annotated[int, Field(ge=0)] | None = None
@@ -42,6 +42,48 @@ class TenantLimits:
 
     def of(self, tenant: str) -> Limits:
         return self.tenants.get(tenant, self.default)
+
+
+class OverLimit(Exception):
+    """A tenant asks for more than it may have; see the subclasses. The message says the limit and the present use."""
+
+    def __init__(self, message: str, limit: int, used: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.used = used
+
+
+class QueueFull(OverLimit):
+    """As many of the tenant's jobs wait as may."""
+
+    def __init__(self, limit: int, used: int) -> None:
+        super().__init__(f"{used} of the tenant's jobs wait, and {limit} may", limit, used)
+
+
+class StorageFull(OverLimit):
+    """The tenant's artifacts would take more bytes than they may."""
+
+    def __init__(self, limit: int, used: int, wanted: int) -> None:
+        super().__init__(
+            f"the tenant's artifacts take {used} bytes, with those of its waiting and running jobs; this would add "
+            f"{wanted}, and {limit} are allowed",
+            limit,
+            used,
+        )
+
+
+class NoRoom(Exception):
+    """The data folder has too little room. The message says how much there is.
+
+    Args:
+        wanted: bytes that are asked for.
+        reserved: bytes that waiting and running jobs are going to write.
+        left: bytes that all of this may take.
+    """
+
+    def __init__(self, wanted: int, reserved: int, left: int) -> None:
+        kept = f", since waiting and running jobs need {reserved} bytes" if reserved else ""
+        super().__init__(f"this takes {wanted} bytes, and the data folder has room for {max(0, left - reserved)}{kept}")
 
 
 UNLIMITED = TenantLimits()

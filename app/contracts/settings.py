@@ -1,12 +1,17 @@
 """Every setting of the service, read from `MASKMERGE_*` variables."""
 
+import json
 import re
+from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.contracts.api_keys import Tenant
+from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY, MAX_BODY_BYTES, Limits, TenantLimits
 
 SEPARATORS = {"local_roots": ":", "allowed_hosts": ",", "cors_origins": ",", "trusted_proxies": ","}
 """Between the parts of a variable's value."""
@@ -82,8 +87,29 @@ class Settings(BaseSettings):
     stall_seconds: Annotated[float, Field(ge=2, le=604_800)] = 600
     """If a job makes no progress for this long while its engine uses no processor time or sends no heartbeat, it counts
     as hung too. Other work may take any time; `deadline_seconds` of the request limits it."""
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_000_000
+    max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES
     """Largest request body, except those of uploads."""
+    max_active_jobs: Annotated[int, Field(ge=1)] | None = None
+    """Number of jobs of a tenant that run at once; others of the tenant wait. No limit when not set."""
+    max_queued_jobs: Annotated[int, Field(ge=1)] | None = None
+    """Number of jobs of a tenant that wait; further ones are refused. No limit when not set."""
+    max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of a tenant's artifacts, with those that its waiting and running jobs are going to write. No limit when not
+    set."""
+    max_requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Number of a tenant's requests in a minute. No limit when not set."""
+    max_priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = HIGHEST_PRIORITY
+    """Highest `priority` that requests may ask for."""
+    tenant_limits: Annotated[dict[Tenant, Limits], NoDecode] = {}
+    """Limits of single tenants in place of those above, as JSON, such as `{"search": {"active_jobs": 4}}`. Their names
+    are `active_jobs`, `queued_jobs`, `stored_bytes`, `requests_per_minute`, `body_bytes` and `priority`; null is no
+    limit."""
+    max_failed_keys_per_minute: Annotated[int, Field(ge=1)] = 60
+    """Number of requests without a valid key in a minute, from one address. Requests with one are answered all the
+    same."""
+    min_free_bytes: Annotated[int, Field(ge=0)] = 1_000_000_000
+    """Room that is kept free in the data folder. A new job is refused if what it and all waiting and running jobs are
+    going to write would leave less."""
     request_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
     """A client must send a whole request within this time, or it is cut off; of an upload, each megabyte."""
     max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
@@ -116,6 +142,16 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return [part for part in value.split(SEPARATORS[str(info.field_name)]) if part]
         return value
+
+    @field_validator("tenant_limits", mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f'is no JSON ({error}); write it as {{"search": {{"active_jobs": 4}}}}') from error
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -150,11 +186,27 @@ class Settings(BaseSettings):
         """Text with which the names of all keys in Redis begin, except those of RQ."""
         return self.queue if self.key_prefix is None else self.key_prefix
 
+    @property
+    def limits(self) -> TenantLimits:
+        """Limits of each tenant: its own, and what it has none of by the settings for all."""
+        default = Limits(
+            active_jobs=self.max_active_jobs,
+            queued_jobs=self.max_queued_jobs,
+            stored_bytes=self.max_stored_bytes,
+            requests_per_minute=self.max_requests_per_minute,
+            body_bytes=self.max_body_bytes,
+            priority=self.max_priority,
+        )
+        own = {tenant: of.model_dump(exclude_unset=True) for tenant, of in self.tenant_limits.items()}
+        return TenantLimits(default, {tenant: default.model_copy(update=of) for tenant, of in own.items()})
+
     def text(self, name: str) -> str:
         """Return the value of a setting as its environment variable would have it; empty when there is none."""
         value = getattr(self, name)
         if isinstance(value, tuple):
             return SEPARATORS[name].join(str(part) for part in value)
+        if isinstance(value, Mapping):
+            return json.dumps({key: of.model_dump(exclude_unset=True) for key, of in value.items()})
         return "" if value is None else str(value)
 
     def describe(self) -> list[tuple[str, str, str]]:

@@ -76,9 +76,8 @@ class Accepted(BaseModel):
 class Checker:
     """Inspects the inputs that one request names. It needs no Redis, and leaves nothing behind."""
 
-    def __init__(self, sources: Sources, free_bytes: Callable[[], int], at: At) -> None:
+    def __init__(self, sources: Sources, at: At) -> None:
         self._sources = sources
-        self._free_bytes = free_bytes
         self._at = at
         self._views = Views()
 
@@ -142,10 +141,6 @@ class Checker:
         if plan.merges_heads:
             why = "has no effect where heads are merged; leave it out"
             _refuse((f"output.{name}", why) for name in request.output.alignment)
-        free = self._free_bytes()
-        if plan.bytes_to_write > free:
-            detail = f"the artifact takes {plan.bytes_to_write} bytes, the data folder has room for {free}"
-            raise ProblemError(Problem.NO_SPACE, detail)
         if _loads_models(request, plan):
             for index, info in enumerate(plan.checkpoints):
                 with _refusing(_checkpoint_field(index)):

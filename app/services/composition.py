@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from app.contracts.limits import TenantLimits
 from app.contracts.settings import Settings
 from app.services.deliverer import Deliverer
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
+from app.services.limits import Room
 from app.services.uploads import Uploads
 from app.services.webhook_sender import Sender
 from app.services.webhooks import Webhooks
@@ -17,6 +19,7 @@ from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import JobStore
 from app.storage.keys import Keys
 from app.storage.queue import TaskQueue
+from app.storage.rates import Rates
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
 from app.storage.signing_secrets import SigningSecrets
@@ -37,6 +40,7 @@ class Services:
     searches: SearchFolder
     inspectors: Inspectors
     jobs: Jobs
+    room: Room
     statistics: StatisticsFolders
     reaper: Reaper
     api_keys: ApiKeys
@@ -44,6 +48,8 @@ class Services:
     upgrade: RedisUpgrade
     webhooks: Webhooks
     deliverer: Deliverer
+    rates: Rates
+    limits: TenantLimits
 
 
 def compose(settings: Settings) -> Services:
@@ -64,6 +70,7 @@ def compose(settings: Settings) -> Services:
         settings.lease_seconds,
         settings.max_losses,
         retention_seconds=settings.job_retention,
+        limits=settings.limits,
     )
     queue = TaskQueue(connect_for_dispatching(url), settings.queue, store)
     artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
@@ -78,10 +85,11 @@ def compose(settings: Settings) -> Services:
         allow_private=settings.webhook_allow_private,
         progress_seconds=settings.webhook_progress_seconds,
     )
-    jobs = Jobs(store, queue, inspectors, webhooks, settings.idempotency_seconds)
+    statistics = StatisticsFolders(settings.data_dir)
+    room = Room(store.usage, artifacts, statistics, settings.min_free_bytes)
+    jobs = Jobs(store, queue, inspectors, webhooks, room, settings.limits, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.prefix)
-    statistics = StatisticsFolders(settings.data_dir)
     searches = SearchFolder(settings.data_dir)
     return Services(
         settings=settings,
@@ -91,6 +99,7 @@ def compose(settings: Settings) -> Services:
         searches=searches,
         inspectors=inspectors,
         jobs=jobs,
+        room=room,
         statistics=statistics,
         reaper=Reaper(store, queue),
         api_keys=ApiKeys(redis, settings.prefix),
@@ -98,11 +107,13 @@ def compose(settings: Settings) -> Services:
             UploadFolders(settings.data_dir),
             inspectors,
             store.records.uploads_in_use,
-            artifacts.free_bytes,
+            room.require,
             settings.max_upload_bytes,
             settings.upload_retention,
         ),
         upgrade=RedisUpgrade(redis, Keys(settings.prefix)),
         webhooks=webhooks,
         deliverer=Deliverer(store, secrets, sender, settings.webhook_seconds),
+        rates=Rates(redis, settings.prefix),
+        limits=settings.limits,
     )

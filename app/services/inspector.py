@@ -141,7 +141,7 @@ def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
         told.waiting,
         inspection.tenant,
     )
-    checker = Checker(Sources(context), artifacts.free_bytes, told.at)
+    checker = Checker(Sources(context), told.at)
     with observed(told.reads):
         return Allowed(accepted=checker.check(kind.model_validate(inspection.request)))
 

@@ -11,11 +11,13 @@ from redis.exceptions import RedisError
 from app.contracts.api_keys import Caller
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Gone, JobKind, Outcome, Record
+from app.contracts.limits import TenantLimits
 from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.contracts.webhooks import JobWebhook
 from app.services.checks import Accepted
 from app.services.inspection import Inspectors, sources
+from app.services.limits import Room, refusing, require_priority
 from app.services.webhooks import Webhooks
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -34,12 +36,16 @@ class Jobs:
         queue: TaskQueue,
         inspectors: Inspectors,
         webhooks: Webhooks,
+        room: Room,
+        limits: TenantLimits,
         idempotency_seconds: int,
     ) -> None:
         self._store = store
         self._queue = queue
         self._inspectors = inspectors
         self._webhooks = webhooks
+        self._room = room
+        self._limits = limits
         self._idempotency_seconds = idempotency_seconds
 
     async def submit(
@@ -48,7 +54,8 @@ class Jobs:
         """Return the caller's queued job, or the one that the same key made before.
 
         Raises:
-            ProblemError: the recipe or an input is refused, or the key came with another body.
+            ProblemError: the recipe or an input is refused, the key came with another body, the tenant has as much as
+                it may have, or the disk has no room.
         """
         once = Idempotency(idempotency_key or "", _digest(request), self._idempotency_seconds)
         created = await self._created(request, caller, once)
@@ -65,7 +72,7 @@ class Jobs:
         """Return the job of the caller's tenant of this name, and whether it is new.
 
         Raises:
-            ProblemError: the recipe or an input is refused, or the job of this name has another recipe.
+            ProblemError: as `submit`, or the job of this name has another recipe.
         """
         created = await self._created(request, caller, Idempotency(key, _digest(request), None))
         record = await run_sync(self._begin, created)
@@ -79,7 +86,7 @@ class Jobs:
     async def _created(self, request: MergeRequest | ScoreRequest, caller: Caller, once: Idempotency) -> Created:
         """Make a job, unless its key made one before."""
         # Redis is asked first, key or not: the checks may take longer than it should take to hear that it is away.
-        created = await run_sync(self._store.records.remembered, caller.tenant, once)
+        created = await run_sync(self._made_before, caller.tenant, once)
         if created is None:
             webhook = await self._webhook(request, caller)
             accepted = await self._check(request, caller.tenant)
@@ -93,8 +100,9 @@ class Jobs:
                 caller.tenant,
                 request.priority,
                 webhook,
+                0 if accepted.plan is None else accepted.plan.bytes_to_write,
             )
-            created = await run_sync(self._store.records.create, job, once if once.key else None)
+            created = await run_sync(self._create, job, once if once.key else None)
         elif not created.same_body and await self._asks_the_same(created.job_id, request, caller.tenant):
             created = replace(created, same_body=True)
         return created
@@ -114,6 +122,18 @@ class Jobs:
             return False
         return before == now
 
+    def _made_before(self, tenant: str, once: Idempotency) -> Created | None:
+        """Return the job that the key made before; without one, there must be a place in the queue for another."""
+        created = self._store.records.remembered(tenant, once)
+        if created is None:
+            with refusing():
+                self._store.records.require_place(tenant)
+        return created
+
+    def _create(self, job: NewJob, once: Idempotency | None) -> Created:
+        with refusing():
+            return self._store.records.create(job, once, self._room.left(job.bytes_to_write))
+
     def _begin(self, created: Created) -> Record | None:
         """Wake a worker for a job if it is new, and return its record as it was before; None when the job was deleted.
 
@@ -125,9 +145,14 @@ class Jobs:
         return record
 
     def retry(self, job_id: str) -> Record | None:
-        """Queue a failed or cancelled job anew, and return it as queued; None when it is neither, or deleted."""
-        if not self._store.records.retry(job_id):
-            return None
+        """Queue a failed or cancelled job anew, and return it as queued; None when it is neither, or deleted.
+
+        Raises ProblemError where the tenant has as much as it may have, or the disk has no room.
+        """
+        with refusing():
+            room = self._room.left(self._store.records.bytes_to_write(job_id))
+            if not self._store.records.retry(job_id, room):
+                return None
         record = self._store.records.get(job_id)
         self._wake()
         return record
@@ -143,12 +168,14 @@ class Jobs:
         await self._webhook(request, caller)
         plan = (await self._check(request, caller.tenant)).plan
         assert plan is not None  # noqa: S101 - for the type checker: every merge has one
+        await run_sync(self._room.require, plan.bytes_to_write)
         return plan
 
     async def _webhook(self, request: MergeRequest | ScoreRequest, caller: Caller) -> JobWebhook | None:
         return None if request.webhook is None else await run_sync(self._webhooks.accepted, request.webhook, caller)
 
     async def _check(self, request: MergeRequest | ScoreRequest, tenant: str) -> Accepted:
+        require_priority(self._limits.of(tenant), request.priority)
         named = {job_id for source in sources(request) if (job_id := job_named(source)) is not None}
         outcomes = await run_sync(self._outcomes, named, tenant) if named else {}
         return await self._inspectors.check(request, tenant, outcomes)

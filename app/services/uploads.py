@@ -41,7 +41,7 @@ class Uploads:
 
     Args:
         in_use: see `InUse`.
-        free_bytes: returns the number of bytes for which the disk has room.
+        require_room: raises ProblemError where the disk has no room for so many more bytes.
         max_bytes: size of the largest upload.
         retention_s: seconds for which an upload is kept that nothing uses.
     """
@@ -49,7 +49,7 @@ class Uploads:
     folders: UploadFolders
     inspectors: Inspectors
     in_use: InUse
-    free_bytes: Callable[[], int]
+    require_room: Callable[[int], None]
     max_bytes: int
     retention_s: float
 
@@ -103,9 +103,7 @@ class Uploads:
         """Raise ProblemError where the disk has no room for the rest of an upload."""
         found = self.folders.of(tenant).find(sha256)
         missing = total if found is None else max(0, found.about.bytes - found.received)
-        free = self.free_bytes()
-        if missing > free:
-            raise ProblemError(Problem.NO_SPACE, f"the upload takes {missing} more bytes, the data folder has {free}")
+        self.require_room(missing)
 
     async def _finish(self, tenant: str, writer: Writer) -> Upload:
         """Check a whole upload, and let jobs read it; one that is refused is dropped."""

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -32,6 +33,11 @@ class StoredFile(Protocol):
 
     def open(self) -> BinaryIO:
         """Open the file, which stays readable after it is removed. Raises Damaged as `check` does."""
+
+
+def stored_bytes(files: Iterable[StoredFile]) -> int:
+    """Return the number of bytes that files take. Those of equal content, as a shared backbone, are stored once."""
+    return sum({file.sha256: file.bytes for file in files}.values())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from app.storage.keys import Keys
 from app.storage.records import Records
 from app.storage.scripts import Clock, JobScripts
 from app.storage.tasks import Tasks
+from app.storage.usage import Usage
 from app.storage.workers import Workers
 
 
@@ -36,7 +37,8 @@ class JobStore:
         keys = Keys(prefix)
         scripts = JobScripts(redis, keys, clock)
         self.clock = scripts.clock
-        self.records = Records(redis, keys, scripts, retention_seconds)
+        self.records = Records(redis, keys, scripts, retention_seconds, limits)
         self.tasks = Tasks(redis, keys, scripts, lease_seconds, max_losses, limits)
         self.deliveries = Deliveries(redis, keys, scripts)
+        self.usage = Usage(redis, keys, scripts, limits)
         self.workers = Workers(redis, keys, scripts.clock)

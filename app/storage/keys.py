@@ -106,6 +106,20 @@ class Keys:
         return self._key("ranks")
 
     @property
+    def reserved(self) -> str:
+        """Hash of the bytes that each tenant's waiting and running jobs are going to write."""
+        return self._key("reserved")
+
+    @property
+    def stored(self) -> str:
+        """Hash of the bytes that are stored for each tenant."""
+        return self._key("stored")
+
+    def rate(self, of: str) -> str:
+        """Name the time at which somebody may again send as many requests as at first."""
+        return self._key("rate", of)
+
+    @property
     def due(self) -> str:
         """Sorted set of tasks that processes of the last release made to wait. They are moved to `waiting`."""
         return self._key("due")

@@ -24,9 +24,11 @@ from app.contracts.jobs import (
     Status,
     TaskId,
 )
+from app.contracts.limits import QueueFull, TenantLimits
 from app.contracts.webhooks import JobWebhook
 from app.storage.keys import Keys
 from app.storage.scripts import SUMMARY_FIELDS, JobScripts, flat, listed, source
+from app.storage.usage import as_arguments, refusal
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
 
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
@@ -60,6 +62,8 @@ class NewJob:
     tenant: str = DEFAULT_TENANT
     priority: int = 0
     webhook: JobWebhook | None = None
+    bytes_to_write: int = 0
+    """Bytes of the artifact that it is going to write, as far as its plan says."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,29 @@ class Records:
     Args:
         redis: a client with decode_responses.
         retention_seconds: time for which a job is kept after its end; for ever when None.
+        limits: numbers of jobs that wait and of bytes, by tenant.
     """
 
-    def __init__(self, redis: Redis, keys: Keys, scripts: JobScripts, retention_seconds: float | None) -> None:
+    def __init__(
+        self, redis: Redis, keys: Keys, scripts: JobScripts, retention_seconds: float | None, limits: TenantLimits
+    ) -> None:
         self._redis = redis
         self._keys = keys
         self._scripts = scripts
         self._retention_ms = None if retention_seconds is None else int(retention_seconds * 1000)
+        self._limits = limits
         self._summaries = redis.register_script(source("summaries"))
 
-    def create(self, job: NewJob, idempotency: Idempotency | None = None) -> Created:
-        """Create a queued job with its task, unless the idempotency key made one before."""
+    def create(self, job: NewJob, idempotency: Idempotency | None = None, room: int | None = None) -> Created:
+        """Create a queued job with its task, unless the idempotency key made one before.
+
+        Args:
+            room: bytes that the disk has left for this and all jobs that wait and run; None: enough.
+
+        Raises:
+            QueueFull, StorageFull: the tenant has as much as it may have.
+            NoRoom: the disk has too little left.
+        """
         now = self._scripts.clock()
         job_id = f"{now:012x}{secrets.token_hex(8)}"  # sorts by time; the rest cannot be guessed
         task = _task(job_id)
@@ -116,6 +132,7 @@ class Records:
             "kind": job.kind,
             "name": job.name,
             "priority": job.priority,
+            "bytes_to_write": job.bytes_to_write,
             "attempt": 0,
             "created_ms": now,
             "request": json.dumps(job.request),
@@ -132,6 +149,7 @@ class Records:
         remembering = self._remembering(job.tenant, once)
         if once.seconds is None:
             fields |= {"key": once.key, "named": remembering}
+        own = self._limits.of(job.tenant)
         before = self._scripts.run(
             "create",
             job_id,
@@ -141,14 +159,31 @@ class Records:
                 self._keys.task(task),
                 remembering,
             ],
-            [job_id, str(task), remembered, once.seconds or 0, *flat(fields)],
+            [
+                job_id,
+                str(task),
+                remembered,
+                once.seconds or 0,
+                job.tenant,
+                job.bytes_to_write,
+                *as_arguments(own.queued_jobs, own.stored_bytes, room),
+                *flat(fields),
+            ],
         )
+        if isinstance(before, list):
+            raise refusal(before, self._limits, job.tenant, job.bytes_to_write, room)
         return _earlier(str(before), once.digest) if before else Created(job_id, existing=False)
 
     def remembered(self, tenant: str, once: Idempotency) -> Created | None:
         """Return the job that a tenant's key made before, if there is one."""
         before = self._redis.get(self._remembering(tenant, once))
         return _earlier(str(before), once.digest) if before else None
+
+    def require_place(self, tenant: str) -> None:
+        """Raise QueueFull where no further job of the tenant may wait now; `create` decides it."""
+        most = self._limits.of(tenant).queued_jobs
+        if most is not None and (waiting := self._redis.zcard(self._keys.waiting(tenant))) >= most:
+            raise QueueFull(most, waiting)
 
     def _remembering(self, tenant: str, once: Idempotency) -> str:
         """Return the name under which Redis remembers the job that a key made."""
@@ -228,12 +263,27 @@ class Records:
         status = self._scripts.run("cancel", job_id, [self._keys.task(task)], [str(task)])
         return Status(status) if status else None
 
-    def retry(self, job_id: str) -> bool:
-        """Queue a failed or cancelled job anew. Returns False when it is neither."""
+    def retry(self, job_id: str, room: int | None = None) -> bool:
+        """Queue a failed or cancelled job anew. Returns False when it is neither. Raises as `create`."""
         task = _task(job_id)
-        again = listed(Status.QUEUED.predecessors - {Status.RUNNING})
-        arguments = [str(task), again, Progress().model_dump_json()]
-        return bool(self._scripts.run("retry", job_id, [self._keys.task(task)], arguments))
+        tenant, wanted = self._size(job_id)
+        own, again = self._limits.of(tenant), listed(Status.QUEUED.predecessors - {Status.RUNNING})
+        limits = as_arguments(own.queued_jobs, own.stored_bytes, room)
+        arguments = [str(task), again, Progress().model_dump_json(), tenant, *limits]
+        done = self._scripts.run("retry", job_id, [self._keys.task(task)], arguments)
+        if isinstance(done, list):
+            raise refusal(done, self._limits, tenant, wanted, room)
+        return bool(done)
+
+    def bytes_to_write(self, job_id: str) -> int:
+        """Return the number of bytes that an attempt of the job is going to write; 0 where there is no such job."""
+        return self._size(job_id)[1]
+
+    def _size(self, job_id: str) -> tuple[str, int]:
+        """Return the job's tenant, and the bytes that it is going to write."""
+        names = ["tenant", "bytes_to_write"]
+        tenant, count = cast(list[str | None], self._redis.hmget(self._keys.record(job_id), names))
+        return tenant or DEFAULT_TENANT, int(count or 0)
 
     def delete(self, job_id: str, *, ended_by_ms: int | None = None) -> Deleted:
         """Forget a job that has ended (by `ended_by_ms`, if given). Its files then belong to no job."""

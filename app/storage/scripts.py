@@ -89,6 +89,8 @@ def _constants(keys: Keys) -> str:
         "RECEIVERS": f"'{keys.receivers}'",
         "DELIVERIES_KEPT": DELIVERIES_KEPT,
         "SUMMARY_FIELDS": f"{{{', '.join(map(repr, SUMMARY_FIELDS))}}}",
+        "RESERVED": f"'{keys.reserved}'",
+        "STORED": f"'{keys.stored}'",
     }
     finals = ", ".join(f"{status} = true" for status in Status if status.is_final)
     return f"local FINAL = {{{finals}}}\n" + "".join(f"local {name} = {value}\n" for name, value in values.items())

@@ -1,7 +1,9 @@
 """Finds the statistics that workers keep in the data folder. Any of them may vanish at any moment."""
 
+import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import DirEntry, fstat, scandir, stat_result
@@ -9,9 +11,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from app.contracts.api_keys import DEFAULT_TENANT
 from app.storage.files import LocalFile
-from app.storage.tenants import statistics_of
-from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, About
+from app.storage.tenants import statistics_of, statistics_of_others
+from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, ASSEMBLED, About
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,44 @@ class StatisticsFolders:
         self._data_dir = data_dir
         self._known: dict[str, StatisticsFolder] = {}
 
+    def make_room(self, wanted: int) -> bool:
+        """Remove the statistics that were used longest ago, until as many bytes are free.
+
+        Returns False, and removes nothing, where all together do not take as many. Who reads one goes on reading it.
+        """
+        entries: dict[str, list[Path]] = {}
+        for folder in (
+            statistics_of(self._data_dir, DEFAULT_TENANT),
+            *statistics_of_others(self._data_dir, DEFAULT_TENANT),
+        ):
+            for entry in folder.glob("*"):
+                if ADDRESS.fullmatch(entry.name):
+                    entries.setdefault(entry.name, []).append(entry)
+        found = sorted(filter(None, (_taken(address, paths) for address, paths in entries.items())))
+        if sum(size for _, size, _ in found) < wanted:
+            return False
+        for _, size, address in found:
+            if wanted <= 0:
+                break
+            for entry in entries[address]:
+                hidden = entry.with_name(f"{ASSEMBLED}{secrets.token_hex(8)}")
+                with suppress(OSError):  # a worker has removed it
+                    entry.rename(hidden)  # so that nobody sees half of it, whenever this process ends
+                    shutil.rmtree(hidden, ignore_errors=True)
+            wanted -= size
+        return True
+
     def of(self, tenant: str) -> StatisticsFolder:
         return self._known.setdefault(tenant, StatisticsFolder(statistics_of(self._data_dir, tenant)))
+
+
+def _taken(address: str, entries: list[Path]) -> tuple[float, int, str] | None:
+    """Return when a statistic was last used, its bytes, which tenants share, and its address; None when it is gone."""
+    try:
+        sizes = [sum(file.stat().st_blocks * 512 for file in entry.iterdir()) for entry in entries]
+        return max(entry.stat().st_mtime for entry in entries), max(sizes), address
+    except OSError:
+        return None
 
 
 def _state(stat: stat_result) -> tuple[int, int]:

@@ -98,13 +98,19 @@ class Tasks:
         )
         return Status(status) if status else None
 
-    def succeed(self, attempt: Attempt, result: MergeResult | ScoreResult, artifact: str) -> bool:
+    def succeed(
+        self, attempt: Attempt, result: MergeResult | ScoreResult, artifact: str, artifact_bytes: int = 0
+    ) -> bool:
         """End the job with success. Returns False when the attempt is no longer ours; its artifact must go then."""
         in_short = set(MergeSummary.model_fields) if isinstance(result, MergeResult) else None
         return self._end(
             attempt,
             Status.SUCCEEDED,
-            {"summary": result.model_dump_json(include=in_short), "artifact": artifact},
+            {
+                "summary": result.model_dump_json(include=in_short),
+                "artifact": artifact,
+                "artifact_bytes": str(artifact_bytes),
+            },
             Progress(phase=PhaseName.DONE, done=1, total=1, unit="jobs", fraction=1.0, eta_seconds=0.0),
             result,
         )

@@ -46,7 +46,7 @@ def service(redis_url: str, disk: Path, inputs: Path) -> Iterator[Service]:
     """A service whose artifacts lie on the small disk, and whose Redis does not."""
     with Redis.from_url(redis_url) as client:
         client.flushall()
-    service = make_service(disk, inputs, MASKMERGE_REDIS_URL=redis_url)
+    service = make_service(disk, inputs, MASKMERGE_REDIS_URL=redis_url, MASKMERGE_MIN_FREE_BYTES="0")
     service.start()
     yield service
     assert service.stop() == 0

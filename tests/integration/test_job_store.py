@@ -120,7 +120,7 @@ def as_the_last_release_kept_it(store: JobStore, redis: Redis, task: TaskId) -> 
     """Writes a succeeded job's record anew as it was when a record held its result and there were no summaries."""
     result = redis.getdel(f"test:result:{task.job}")
     assert isinstance(result, str)
-    assert redis.hdel(f"test:job:{task.job}", "summary", "priority") == 2
+    assert redis.hdel(f"test:job:{task.job}", "summary", "priority", "bytes_to_write", "artifact_bytes") == 4
     assert redis.hset(f"test:job:{task.job}", "result", result) == 1
     assert sorted(redis.hkeys(f"test:job:{task.job}")) == [
         "artifact", "attempt", "created_ms", "finished_ms", "inputs", "kind", "labels", "name", "progress", "request",

@@ -216,7 +216,7 @@ def of_validation(root: Path, data: Path) -> str | None:
     artifacts = open_artifacts("folder", data)
     artifacts.prepare()
     sources = Sources(SourceContext((root,), data, artifacts, lambda _: None))
-    checker = Checker(sources, artifacts.free_bytes, lambda _: None)
+    checker = Checker(sources, lambda _: None)
     models = [{"name": name, "checkpoint": f"local:{name}"} for name in "ab"]
     try:
         checker.check(MergeRequest.model_validate({"models": models, "method": {"name": "linear"}}))

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import HANGS_S, wait_until
-from worker.engine.catalog.contracts.statistics import ABOUT, Facts, Origin, Tokens
+from worker.engine.catalog.contracts.statistics import ABOUT, ASSEMBLED, Facts, Origin, Tokens
 from worker.engine.catalog.methods import GRAM, PARAMETER_FISHER
 from worker.engine.catalog.primitives.errors import StorageError
-from worker.engine.scoring.store import ASSEMBLED, LOCK, LOCK_POLL_S, StatisticsStore
+from worker.engine.scoring.store import LOCK, LOCK_POLL_S, StatisticsStore
 
 TOKENS = Tokens(tokenizer="3", inputs=["input_ids"], max_length=128, versions={"tokenizers": "1"})
 FACTS = Facts(statistic=GRAM, checkpoint="sha256:1", rows="2", tokens=TOKENS, precision="float32")

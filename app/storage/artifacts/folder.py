@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +38,14 @@ class FolderStore:
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self._work).free
+
+    def assembled_bytes(self) -> int:
+        taken: dict[tuple[int, int], int] = {}  # a file that is linked several times is there once
+        for path in self._work.rglob("*"):
+            with suppress(FileNotFoundError):  # its attempt ends meanwhile
+                found = path.lstat()
+                taken[found.st_dev, found.st_ino] = found.st_blocks * 512
+        return sum(taken.values())
 
     def begin(self, attempt: Attempt) -> Path:
         for parent in (self._work, self._published):

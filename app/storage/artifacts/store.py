@@ -51,6 +51,9 @@ class ArtifactStore(Protocol):
     def free_bytes(self) -> int:
         """Return the number of bytes that further artifacts may take."""
 
+    def assembled_bytes(self) -> int:
+        """Return the number of these that attempts have taken which are not published yet."""
+
     def begin(self, attempt: Attempt) -> Path:
         """Make an empty folder, private to the attempt, and remove whatever earlier attempts of the job left."""
 

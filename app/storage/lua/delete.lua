@@ -11,6 +11,7 @@ if named then redis.call('DEL', named) end
 local tenant = redis.call('HGET', job, 'tenant') or default_tenant
 redis.call('SET', gone, why .. ' ' .. tenant, 'EX', why_s)
 forget_deliveries()
+redis.call('HINCRBY', STORED, tenant, -(redis.call('HGET', job, 'artifact_bytes') or 0))
 redis.call('DEL', task, job, result, events, progress_events)
 redis.call('ZREM', jobs, job_id)
 redis.call('ZREM', jobs .. ':' .. tenant, job_id)

@@ -16,4 +16,6 @@ for note = 9, fields - 1 do change[#change + 1] = {'log', 'note', ARGV[note]} en
 if progress ~= '' then change[#change + 1] = {'progress', progress} end
 change[#change + 1] = {'status', status}
 change_job(change)
+local bytes = redis.call('HGET', job, 'artifact_bytes')
+if bytes then redis.call('HINCRBY', STORED, redis.call('HGET', job, 'tenant') or DEFAULT_TENANT, bytes) end
 return 1

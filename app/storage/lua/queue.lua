@@ -1,4 +1,5 @@
--- Begins every script, after the prelude. It keeps the queue: which tasks wait, and whose turn it is.
+-- Begins every script, after the prelude. It keeps the queue: which tasks wait, whose turn it is, and how many bytes the
+-- jobs of waiting and running tasks are going to write.
 --
 -- A tenant's waiting tasks are a sorted set of its own. Its scores are priorities, negated; equal scores are ordered by the
 -- tasks' ids, which begin with the time that the job was made at. Tenants with waiting tasks are in two sorted sets: TURNS
@@ -33,9 +34,16 @@ local function take_turn(tenant)
   redis.call('ZADD', RANKS, (HIGHEST_PRIORITY + first[2]) * 2 ^ 48 + turn, tenant)
 end
 
+local function is_active(state) return state == 'queued' or state == 'running' end
+
 -- Changes the state of a task of the job, and moves it to where tasks of this state are.
 local function move(task, task_id, state)
   local tenant = redis.call('HGET', job, 'tenant') or DEFAULT_TENANT
+  local was_active = is_active(redis.call('HGET', task, 'state'))
+  if was_active ~= is_active(state) then
+    local bytes = redis.call('HGET', job, 'bytes_to_write') or 0
+    redis.call('HINCRBY', RESERVED, tenant, was_active and -bytes or bytes)
+  end
   redis.call('HSET', task, 'state', state)
   redis.call('ZREM', WAITING .. tenant, task_id)
   redis.call('ZREM', RUNNING .. tenant, task_id)
@@ -47,4 +55,21 @@ local function move(task, task_id, state)
   end
   if state ~= 'running' then redis.call('ZREM', LEASES, task_id) end
   take_turn(tenant)
+end
+
+local function reserved_in_all()
+  local sum = 0
+  for _, bytes in ipairs(redis.call('HVALS', RESERVED)) do sum = sum + bytes end
+  return sum
+end
+
+-- Says what stands against one more waiting task of a tenant, or against so many more bytes: 'queue', 'storage' or 'disk',
+-- and how many there are already; nil if nothing does. A limit of '' is none.
+local function refusal(tenant, bytes, most_waiting, most_stored, room)
+  local waiting = redis.call('ZCARD', WAITING .. tenant)
+  if most_waiting ~= '' and waiting >= tonumber(most_waiting) then return {'queue', waiting} end
+  local used = (redis.call('HGET', RESERVED, tenant) or 0) + (redis.call('HGET', STORED, tenant) or 0)
+  if most_stored ~= '' and bytes > 0 and used + bytes > tonumber(most_stored) then return {'storage', used} end
+  local reserved = reserved_in_all()
+  if room ~= '' and reserved + bytes > tonumber(room) then return {'disk', reserved} end
 end

@@ -17,13 +17,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, About, Facts, KeptFile, Origin
+from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, ASSEMBLED, About, Facts, KeptFile, Origin
 from worker.engine.catalog.primitives.errors import DiskFull, StorageError
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors
 from worker.engine.runtime.resources import is_out_of_memory
 
-ASSEMBLED = ".assembled-"
 LOCK = ".lock-"
 ABANDONED_S = 3600.0  # a folder that nobody has written to for so long was left by a killed process
 LOCK_POLL_S = 0.2

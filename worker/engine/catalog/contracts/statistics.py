@@ -16,6 +16,8 @@ from worker.engine.catalog.primitives.strict import Strict
 FOLDER = "statistics"
 """Name of the folder of statistics within the data folder."""
 ABOUT = "about.json"
+ASSEMBLED = ".assembled-"
+"""Beginning of the names of entries that are not there yet, or any more."""
 ADDRESS = re.compile("[0-9a-f]{64}")
 FORMAT = 3  # raise it when the same facts would give other numbers
 Output = Literal["head_outputs", "logits", "predictions"]
