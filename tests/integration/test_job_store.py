@@ -634,8 +634,8 @@ def test_a_job_whose_models_are_read_by_an_active_one_is_kept_until_that_ends(
     forgetting: JobStore, clock: Clock, runs: bool
 ) -> None:
     read, other = ended(forgetting), ended(forgetting)
-    inputs = {f"job:{read.job}/a": "state", "local:b": "state"}
-    reading = TaskId(job=forgetting.records.create(NewJob({}, "chain", inputs=inputs)).job_id, stage=Stage.MERGE)
+    request = {"models": [{"checkpoint": f"job:{read.job}/a"}, {"checkpoint": "local:b"}]}
+    reading = TaskId(job=forgetting.records.create(NewJob(request, "chain")).job_id, stage=Stage.MERGE)
     attempt = claimed(forgetting, reading) if runs else None
     clock.advance(RETENTION_S)
     assert [record.id for record in forgetting.records.outlived()] == [other.job]
