@@ -597,7 +597,12 @@ TINY_GATED_T5 = replace(
     ),
     settings={**TINY_T5.settings, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 2},
 )
-ENCODER_DECODERS = {"bart": TINY_BART, "t5": TINY_T5, "t5-gated": TINY_GATED_T5}
+TINY_MT5 = replace(
+    TINY_GATED_T5,
+    model_type="mt5",
+    decoder=replace(TINY_GATED_T5.decoder or TINY_GATED_T5, model_type="mt5"),
+)
+ENCODER_DECODERS = {"bart": TINY_BART, "t5": TINY_T5, "t5-gated": TINY_GATED_T5, "mt5": TINY_MT5}
 TINY_VIT = TinyFamily(
     model_type="vit",
     layers="vit.layers",
@@ -709,6 +714,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     **DECODERS,
     "bart": TINY_BART,
     "t5-gated": TINY_GATED_T5,
+    "mt5": TINY_MT5,
     "gpt-neox-sequential": replace(TINY_GPT_NEOX, settings={**TINY_GPT_NEOX.settings, "use_parallel_residual": False}),
 }
 OF_EACH_FORM = ("bert", "deberta-v2", "modernbert", "albert", "llama", "gpt2")

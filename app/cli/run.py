@@ -175,12 +175,14 @@ def _request(content: dict[str, Any]) -> "MergeRequest":
 
     from app.contracts.requests import MergeRequest
     from app.contracts.suitability import MOST_ERRORS
-    from app.services.bodies import field_of, field_there, read_body
+    from app.services.bodies import field_of, field_there, message_of, read_body
 
     body = read_body(json.dumps(content).encode(), is_yaml=True)
     try:
         return MergeRequest.model_validate(body.content)
     except ValidationError as error:
-        found = [(field_there(field_of(("", *one["loc"])), body.fields_there), one["msg"]) for one in error.errors()]
+        found = [
+            (field_there(field_of(("", *one["loc"])), body.fields_there), message_of(one)) for one in error.errors()
+        ]
         messages = [f"{field}: {message}" if field else message for field, message in found[:MOST_ERRORS]]
-        raise Stop("; ".join(messages).replace("Value error, ", "")) from error
+        raise Stop("; ".join(messages)) from error

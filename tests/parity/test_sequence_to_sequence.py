@@ -52,8 +52,8 @@ ROWS = 12
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # of a score in norm, float32 against float64
 MEASURED = ("mask_fisher", "fisher", "regmean", "mask_regmean")
-UNTIED = "t5-gated"
-"""The family whose output layer is a matrix of its own here, as in T5 1.1."""
+UNTIED = ("t5-gated", "mt5")
+"""Families whose output layer is a matrix of its own here, as in T5 1.1 and mT5."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,19 @@ class Case:
         return DatasetSpec(source=name, path=self.root / f"{name}.jsonl")
 
     @property
+    def is_untied(self) -> bool:
+        return any(self.tiny is ENCODER_DECODERS[name] for name in UNTIED)
+
+    @property
     def masked(self) -> TinyFamily:
-        """The family with the names of this class, of which T5's has no prefix."""
-        return self.tiny.under("") if self.tiny.model_type == "t5" else self.tiny
+        """The family with the names of this class, of which T5's and mT5's have no prefix."""
+        return self.tiny.under("") if self.tiny.model_type in ("t5", "mt5") else self.tiny
 
 
 def made(root: Path, name: str) -> Case:
     for seed, model in enumerate(("one", "two"), start=1):
         tiny_checkpoint(root / model, family=ENCODER_DECODERS[name], seed=seed, task="Seq2SeqLM")
-        if name == UNTIED:
+        if name in UNTIED:
             edit_json(root / model / "config.json", tie_word_embeddings=False, scale_decoder_outputs=None)
             edit_tensors(root / model, lambda t, s=seed: {**t, "lm_head.weight": untied(t["shared.weight"], s)})  # type: ignore[misc]
         texts, targets = tiny_texts(ROWS, seed, 20), tiny_texts(ROWS, seed + 7, 14)
@@ -329,7 +333,7 @@ def test_exact_match_is_of_what_transformers_writes(case: Case, tmp_path: Path) 
 
 
 def test_choices_are_ranked_as_the_harness_ranks_them(case: Case, tmp_path: Path) -> None:
-    if case.tiny is ENCODER_DECODERS[UNTIED]:
+    if case.is_untied:
         pytest.skip("the harness ties both matrices")
     draws = tiny_texts(40, 3, 5)
     rows = [{"text": f"{draws[4 * n]} ", "choices": draws[4 * n + 1 : 4 * n + 4], "label": n % 3} for n in range(10)]
@@ -381,7 +385,7 @@ def test_a_measured_merge_is_no_average_and_loads(case: Case, engine: Engine, tm
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     one, two, found = (load_file(folder / "model.safetensors") for folder in (*case.models.values(), result))
-    assert ("lm_head.weight" in found) == (case.tiny is ENCODER_DECODERS[UNTIED])
+    assert ("lm_head.weight" in found) == case.is_untied
     output = found.get("lm_head.weight", found.get("shared.weight", found.get("model.shared.weight")))
     assert torch.equal(model.get_output_embeddings().weight, output)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
@@ -430,7 +434,7 @@ def test_a_model_whose_gradients_are_all_0_is_refused_by_name(engine: Engine, tm
         merged(engine, tmp_path / "no", specs, "mask_fisher")
 
 
-@pytest.mark.parametrize("name", ["t5", UNTIED, "bart"])
+@pytest.mark.parametrize("name", ["t5", UNTIED[0], "bart"])
 def test_adapters_are_measured_as_the_models_that_peft_makes_of_them(engine: Engine, tmp_path: Path, name: str) -> None:
     case = made(tmp_path / "made", name)
     base = case.models["one"]

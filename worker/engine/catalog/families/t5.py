@@ -67,7 +67,7 @@ T5 = Family(
         "positions": "n_positions",
     },
     # With relative positions any length would run, but no longer one was trained; newer configurations do not say it.
-    absent_sizes={"positions": 512},
+    absent_sizes={"positions": 512, "head_size": 64},
     settings={
         "vocab_size": 32128,
         "feed_forward_proj": "relu",
