@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import os
 import resource
+import select
 import socket
 import sys
-from contextlib import suppress
-from functools import partial
+from contextlib import ExitStack, suppress
+from functools import cache, partial
 from typing import Any
 
 import h11
 import uvicorn
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -25,6 +29,9 @@ MOST_CONNECTIONS = 1000
 MOST_HEADER_BYTES = 16_384  # counted for each request, with its first line
 RENEWING_BYTES = 1_000_000
 OTHER_FILES = 400  # those that the process may have open beside its clients' connections, most of them to Redis
+SENT_BYTES = 32 << 20  # of a file, by a thread, before it turns to another
+SENDERS = 8  # threads that send files, so that others stay free to answer
+PATIENCE_MS = 20  # for which a thread waits for a reader
 RENEWAL_TICKS = 600  # a certificate is looked at once a minute; uvicorn ticks ten times a second
 FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is a file, and so is its download
 
@@ -108,7 +115,8 @@ class Connection(H11Protocol):
     """A client's connection. It is cut off when a request does not arrive whole in time; uvicorn would wait for ever.
 
     The number of connections is limited: a new one takes the place of the one whose request is awaited longest.
-    An answer that is under way is never cut off, however slowly its reader reads.
+    An answer that is under way is never cut off, however slowly its reader reads. A whole file goes from the kernel's
+    cache to the socket without a copy, unless the connection speaks TLS.
 
     Args:
         request_s: seconds from a request's first byte to its last; of an upload, for each megabyte.
@@ -120,6 +128,8 @@ class Connection(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None  # while a request is awaited or arrives
         self._received = 0  # bytes of an upload since its time was renewed
         self.conn = OneLength(h11.SERVER, MOST_HEADER_BYTES)
+        self._answered_by: Any = self.app
+        self.app = self._answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -172,6 +182,60 @@ class Connection(H11Protocol):
             self._received = 0
             self._await_request()
 
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request. The app may leave it to this class to send a file, as ASGI's `pathsend` has it."""
+
+        async def send_any(message: Any) -> None:
+            if message["type"] == "http.response.pathsend":
+                if not await self._send_file(message["path"]):
+                    return
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
+            await send(message)
+
+        if self.transport.get_extra_info("sslcontext") is None:
+            scope = {**scope, "extensions": {**scope.get("extensions", {}), "http.response.pathsend": {}}}
+        await self._answered_by(scope, receive, send_any)
+
+    async def _send_file(self, path: str) -> bool:
+        """Send a file as the answer's whole body. Returns False when the reader has gone, or the file became shorter.
+
+        Threads send it, because it may come from a slow disk. While the reader is slow, none waits for it.
+        """
+        with ExitStack() as opened:
+            file = opened.enter_context(await run_sync(open, path, "rb"))
+            size = os.fstat(file.fileno()).st_size
+            self.conn.send_with_data_passthrough(h11.Data(data=range(size)))  # type: ignore[arg-type] - for its length
+            # A descriptor of our own, because the event loop lets nobody else wait for the transport's.
+            out = os.dup(self.transport.get_extra_info("socket").fileno())
+            opened.callback(os.close, out)
+            sent = 0
+            try:
+                while sent < size:
+                    await self._until_writable(out)
+                    if self.transport.is_closing():
+                        raise ConnectionAbortedError
+                    part = (out, file.fileno(), sent, min(sent + SENT_BYTES, size))
+                    sent += await run_sync(_send, *part, limiter=_senders())
+            except (OSError, EOFError):
+                if self.cycle is not None:
+                    self.cycle.disconnected = True
+                self.transport.abort()
+                return False
+        return True
+
+    async def _until_writable(self, descriptor: int) -> None:
+        """Return when the socket takes more, and what was written before, such as headers, has gone."""
+        while not self.transport.is_closing():
+            is_ready = asyncio.Event()
+            self.loop.add_writer(descriptor, is_ready.set)
+            try:
+                await is_ready.wait()
+            finally:
+                self.loop.remove_writer(descriptor)
+            if self.transport.get_write_buffer_size() == 0:
+                return
+            await asyncio.sleep(0)
+
     def _await_request(self) -> None:
         self._stop_waiting()
         self._deadline = self.loop.call_later(self._request_s, self._cut_off)
@@ -210,6 +274,32 @@ class Connection(H11Protocol):
             self.transport.close()
         else:
             self.transport.abort()
+
+
+def _send(out: int, file: int, start: int, end: int) -> int:
+    """Send this part of a file, or as much of it as the reader takes without delay, and return its length.
+
+    Raises OSError when the reader has gone, and EOFError when the file ends before.
+    """
+    position = start
+    poll = select.poll()
+    poll.register(out, select.POLLOUT)
+    while position < end:
+        try:
+            sent = os.sendfile(out, file, position, end - position)
+        except BlockingIOError:
+            if not poll.poll(PATIENCE_MS):
+                break
+            continue
+        if sent == 0:
+            raise EOFError
+        position += sent
+    return position - start
+
+
+@cache
+def _senders() -> CapacityLimiter:
+    return CapacityLimiter(SENDERS)
 
 
 def _most_connections() -> int:

@@ -35,6 +35,8 @@ class StoredFileResponse(FileResponse):
         held: stack that is closed when the file is sent.
     """
 
+    chunk_size = CHUNK_BYTES
+
     def __init__(self, file: LocalFile, disposition: str, held: ExitStack) -> None:
         digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
         super().__init__(

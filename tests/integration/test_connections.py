@@ -1,5 +1,6 @@
 """Clients that stall while they send are cut off, many of them take nothing from others, slow readers are served."""
 
+import hashlib
 import json
 import socket
 import threading
@@ -15,8 +16,9 @@ from redis import Redis
 from app import server as server_module
 from app.contracts.settings import Settings
 from app.server import Server
+from app.storage.artifacts.folder import FolderStore
 from app.storage.jobs import JobStore
-from tests.conftest import HANGS_S, free_port, wait_until
+from tests.conftest import HANGS_S, RESULT, free_port, wait_until
 from tests.integration.test_job_store import new_job
 
 REQUEST_S = 0.5
@@ -32,6 +34,7 @@ def port(redis: Redis, redis_url: str, tmp_path: Path) -> Iterator[int]:
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started, "the server to listen")
+    httpx.get(f"http://127.0.0.1:{port}/nowhere", timeout=HANGS_S)  # the first request makes all routes ready
     yield port
     server.should_exit = True
     thread.join(HANGS_S)
@@ -228,3 +231,66 @@ def test_headers_that_are_too_large_are_said_to_be(port: int) -> None:
     with connected(port) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 10_000 + b"\r\n\r\n")
         assert b"200 OK" in connection.recv(65536)
+
+
+SIZE = 40_000_000
+
+
+@pytest.fixture
+def large_file(redis: Redis, tmp_path: Path) -> tuple[str, bytes]:
+    """A file of an artifact: its path in the API, and its content."""
+    content = b"".join(number.to_bytes(8, "little") for number in range(SIZE // 8))
+    store, jobs = FolderStore(tmp_path), JobStore(redis, "test", lease_seconds=1000, max_losses=3)
+    store.prepare()
+    task = new_job(jobs)
+    attempt = jobs.tasks.claim("worker")
+    assert attempt is not None
+    folder = store.begin(attempt)
+    (folder / "large.bin").write_bytes(content)
+    file = {"name": "large.bin", "bytes": SIZE, "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps({"files": [file]}))
+    assert jobs.tasks.succeed(attempt, RESULT, store.publish(attempt))
+    return f"/jobs/{task.job}/artifacts/large.bin", content
+
+
+def test_a_file_comes_whole_however_its_reader_reads(port: int, large_file: tuple[str, bytes]) -> None:
+    path, content = large_file
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS_S) as client:
+        for _ in range(2):  # on one connection
+            assert client.get(path).content == content
+        head = client.head(path)
+        assert (head.content, head.headers["Content-Length"]) == (b"", str(SIZE))
+        part = client.get(path, headers={"Range": f"bytes={SIZE - 5}-", "If-Range": head.headers["ETag"]})
+        assert (part.status_code, part.content) == (206, content[-5:])
+        pieces = []
+        with connected(port) as slow:
+            slow.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            for _ in range(12):  # longer than a request may take to arrive
+                pieces.append(slow.recv(100_000))
+                assert client.get("/healthz").status_code == 200
+                time.sleep(0.1)
+            while piece := slow.recv(1 << 20):
+                pieces.append(piece)
+        assert b"".join(pieces).partition(b"\r\n\r\n")[2] == content
+
+
+def test_readers_who_leave_keep_nothing_open_and_nobody_waiting(port: int, large_file: tuple[str, bytes]) -> None:
+    path, content = large_file
+    asked = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+    def descriptors() -> int:
+        return sum(1 for entry in Path("/proc/self/fd").iterdir() if str(entry.resolve()).endswith("large.bin"))
+
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANGS_S) as client:
+        client.get(path)
+        leaving = [connected(port) for _ in range(30)]
+        for stream in leaving:
+            stream.sendall(asked)
+            assert stream.recv(1000).startswith(b"HTTP/1.1 200")
+        stalled = descriptors()
+        assert client.get(path).content == content, "those who do not read hold up nobody"
+        for stream in leaving:
+            stream.close()
+        wait_until(lambda: descriptors() == 0, "files to be closed")
+        assert stalled >= 30
+        assert client.get("/healthz").status_code == 200
